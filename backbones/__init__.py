@@ -34,6 +34,7 @@ try:
     from backbones import (  # isort: skip
         biformer,
         dinat_s,
+        ecanet,
         efficientvit,
         favit,
         hat,
@@ -84,6 +85,7 @@ __all__ = [
     "biformer",
     "create_model",
     "dinat_s",
+    "ecanet",
     "efficientvit",
     "empty_cache",
     "explain",

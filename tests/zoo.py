@@ -20,6 +20,10 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "dinat_s_tiny",
         {"dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 2, 1)},
     ),
+    "ecanet": (
+        "eca_resnet50",
+        {"dims": (64, 96, 128, 192), "depths": (1, 1, 2, 1), "stem_dim": 16},
+    ),
     "efficientvit": (
         "efficientvit_m0",
         {"dims": (32, 64, 96), "num_heads": (2, 2, 3), "depths": (1, 1, 1)},

@@ -105,7 +105,9 @@ def follow(model: nn.Module, field: ReceptiveField) -> Iterator[None]:
             inside.pop()
 
     with ExitStack() as hooks:
-        for module in model.modules():
+        for name, module in model.named_modules():
+            if ".shortcut" in name:  # beside layers that reach further
+                continue
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
         yield
@@ -177,6 +179,7 @@ _RULES: dict[type[nn.Module], Callable[[Any, int, int], Step]] = {
     DilatedReparamConv2d: _dilated,
     nn.Conv2d: _conv,
     nn.AvgPool2d: _pool,
+    nn.MaxPool2d: _pool,
     NeighborhoodAttention2D: _neighborhood,
     PatchMerging: _merging,
     CascadedGroupAttention: _windows,

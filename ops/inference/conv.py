@@ -9,6 +9,7 @@ import torch
 from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
+from ops.attention.channel import EfficientChannelAttention
 from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.conv import InceptionDWConv2d
 from ops.cpu import policy
@@ -32,6 +33,7 @@ from ops.inference.pooling import supported
 __all__ = [
     "FastDepthwiseConv2d",
     "FastDilatedDepthwiseConv2d",
+    "FastEfficientChannelAttention",
     "FastInceptionDWConv2d",
     "FastSqueezeExcite",
 ]
@@ -107,9 +109,20 @@ class FastSqueezeExcite(SqueezeExcite):
 
     def gates(self, x: Tensor) -> Tensor:
         """The channels' gates: (B, dim, H, W) → (B, dim)."""
-        pixels = x.permute(0, 2, 3, 1)
-        if supported(x):
-            squeezed = window_means(pixels, (x.shape[2], x.shape[3])).flatten(1)
-        else:
-            squeezed = pixels.flatten(1, 2).mean(1)
-        return self.gate(self.fc2.on_last(self.act(self.fc1.on_last(squeezed))))
+        return self.gate(self.fc2.on_last(self.act(self.fc1.on_last(_channel_means(x)))))
+
+
+@stands_for(EfficientChannelAttention)
+class FastEfficientChannelAttention(EfficientChannelAttention):
+    """Reads NHWC maps in memory order."""
+
+    def means(self, x: Tensor) -> Tensor:
+        return _channel_means(x)
+
+
+def _channel_means(x: Tensor) -> Tensor:
+    """(B, dim, H, W) → (B, dim)."""
+    pixels = x.permute(0, 2, 3, 1)
+    if supported(x):
+        return window_means(pixels, (x.shape[2], x.shape[3])).flatten(1)
+    return pixels.flatten(1, 2).mean(1)

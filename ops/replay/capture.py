@@ -62,6 +62,7 @@ _PURE = {
     *("torch.nn.functional." + name for name in ("hardswish", "interpolate", "layer_norm")),
     *("torch.nn.functional." + name for name in ("leaky_relu", "linear", "pad", "relu", "silu")),
     *("torch.nn.functional." + name for name in ("group_norm", "pixel_shuffle", "softmax")),
+    *("torch.nn.functional." + name for name in ("conv1d", "max_pool2d")),
     "torch.nn.functional.scaled_dot_product_attention",
     *("mkldnn." + name for name in ("_convolution_pointwise.default", "_linear_pointwise.binary")),
     "mkldnn._linear_pointwise.default",

@@ -45,8 +45,9 @@ def simple(family: str) -> Any:
             overview = blocks[stage.base_depth]
             overview.blocks, stage.base_depth = nn.Sequential(), 0
             stage.blocks.append(overview)
-        elif family == "proxylessnas":  # whose first blocks downsample
-            stage.blocks.append(nn.Conv2d(before, dim, 3, 2, 1, bias=False).double())
+        elif family in ("ecanet", "proxylessnas"):  # whose first blocks downsample
+            stride = 1 if (family, number) == ("ecanet", 0) else 2
+            stage.blocks.append(nn.Conv2d(before, dim, 3, stride, 1, bias=False).double())
         before = dim
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -54,6 +55,8 @@ def simple(family: str) -> Any:
                 child, nn.ReLU6
             ):  # cuts off what is bright
                 setattr(module, name, nn.Identity())
+            elif isinstance(child, nn.MaxPool2d):  # chooses one of the bright pixels
+                setattr(module, name, nn.AvgPool2d(3, 2, 1))
     for name, parameter in model.named_parameters():
         # What a context adds is spread over the map.
         zero = name.endswith(("bias", "pos_embed", "blocks.0.proj.weight")) or "offset" in name

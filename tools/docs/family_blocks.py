@@ -82,6 +82,49 @@ BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
             [note("2×2 tokens, side by side"), norm(), conv("Linear", "half as many channels")],
         ),
     ),
+    "ecanet": (
+        (
+            "ResNet block",
+            [
+                Residual(
+                    [
+                        conv("Two 3×3, or 1×1, 3×3, 1×1", "batch norm each; ReLU between"),
+                        attn("Efficient channel attention"),
+                    ]
+                ),
+                act("ReLU"),
+            ],
+        ),
+        (
+            "MobileNetV2 block",
+            [
+                Residual(
+                    [
+                        mlp("1×1", "6 times as wide; batch norm, ReLU6"),
+                        conv("3×3 depthwise", "batch norm, ReLU6"),
+                        mlp("1×1", "narrow again; batch norm"),
+                        attn("Efficient channel attention"),
+                    ]
+                )
+            ],
+        ),
+        (
+            "Efficient channel attention",
+            [
+                Branches(
+                    [
+                        [],
+                        [
+                            note("mean of each channel"),
+                            conv("1-D convolution", "over 1 to 7 channels"),
+                            act("Sigmoid"),
+                        ],
+                    ],
+                    "×",
+                )
+            ],
+        ),
+    ),
     "efficientvit": (
         (
             "Block",

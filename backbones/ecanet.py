@@ -1,0 +1,312 @@
+"""ECA-Net: ResNets and a MobileNetV2 whose blocks gate their channels by a short 1-D convolution.
+
+Qilong Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
+https://arxiv.org/abs/1910.03151.
+
+Accepts any input size from 32×32; the stage at stride s has ⌈H/s⌉ rows. The published kernel sizes
+of the attention follow no formula: they differ by network and stage, and are the last axis of its
+weights. A file with other sizes loads into a network created with its ``attn_kernel_sizes``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones.core.base import StagedBackbone
+from backbones.core.keywords import checked, several, whole
+from backbones.core.published import imagenet_cfg, renamed, renamed_stage
+from backbones.core.registry import build_model, register
+from backbones.core.stage import Stage
+from ops.attention.channel import EfficientChannelAttention
+from ops.conv import ConvNorm
+from ops.mobile import MBConv, MixHead
+
+__all__ = ["ECAMobileNetV2", "ECAResNet"]
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions, or a 3×3 between pointwise ones; channel attention; the shortcut; ReLU.
+
+    (B, dim, H, W) → (B, out_dim, ⌈H / stride⌉, ⌈W / stride⌉).
+
+    Args:
+        kernel_size: of the channel attention.
+        bottleneck: the second form, with ``out_dim // 4`` channels inside.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel_size: int,
+        stride: int = 1,
+        bottleneck: bool = False,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden_dim = out_dim // 4 if bottleneck else out_dim
+        layers = [ConvNorm(dim, hidden_dim, act_layer=nn.ReLU)] if bottleneck else []
+        width = hidden_dim if bottleneck else dim
+        layers.append(ConvNorm(width, hidden_dim, 3, stride, act_layer=nn.ReLU))
+        layers.append(ConvNorm(hidden_dim, out_dim, 1 if bottleneck else 3))
+        self.convs = nn.Sequential(*layers)
+        self.eca = EfficientChannelAttention(kernel_size)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or dim != out_dim:
+            self.shortcut = ConvNorm(dim, out_dim, 1, stride)
+        self.drop_path = DropPath(drop_path)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.shortcut(x) + self.drop_path(self.eca(self.convs(x))))
+
+
+class ECAMBConv(MBConv):
+    """An inverted bottleneck with channel attention before the shortcut; narrow in stage 0."""
+
+    def __init__(
+        self, dim: int, out_dim: int, stride: int = 1, drop_path: float = 0.0, stage: int = 1
+    ) -> None:
+        super().__init__(dim, out_dim, 3, 6 if stage else 1, stride, drop_path=drop_path)
+        self.eca = EfficientChannelAttention(1 if out_dim < 96 else 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.eca(self.project(self.dwconv(self.expand(x))))
+        return x + self.drop_path(out) if self.has_shortcut else out
+
+
+def _stages(
+    dim: int, dims: Sequence[Sequence[int]], drop_path_rate: float, block: Callable[..., nn.Module]
+) -> list[list[nn.Module]]:
+    """``block(dim, out_dim, stride, drop_path, stage)`` for the output channels of each block.
+
+    The first block of every stage but the first halves the map.
+    """
+    rates = iter(calculate_drop_path_rates(drop_path_rate, sum(map(len, dims))))
+    stages: list[list[nn.Module]] = []
+    for stage, out_dims in enumerate(dims):
+        stages.append([])
+        for out_dim in out_dims:
+            stride = 2 if stage and not stages[-1] else 1
+            stages[-1].append(block(dim, out_dim, stride, next(rates), stage))
+            dim = out_dim
+    return stages
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class ECAResNet(StagedBackbone):
+    """ResNet with efficient channel attention; a stage's first 3×3 convolution halves the map.
+
+    Args:
+        dims: output channels of each stage, multiples of 4 with ``bottleneck``.
+        depths: blocks of each stage.
+        attn_kernel_sizes: of each stage's channel attention, odd.
+        stem_dim: channels of the first convolution.
+        bottleneck: blocks of three convolutions, see :class:`ResidualBlock`.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
+            none.
+
+    Raises:
+        ValueError: ``dims`` are not such multiples, or the lists differ in length.
+    """
+
+    first_conv = "stem.0.conv"
+
+    @checked("dims", "attn_kernel_sizes")
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 2, 2),
+        attn_kernel_sizes: Sequence[int] = (3, 5, 7, 7),
+        stem_dim: int = 64,
+        *,
+        bottleneck: bool = False,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        if bottleneck and any(dim % 4 for dim in dims):
+            raise ValueError(f"dims must be multiples of 4 with bottleneck, got {dims}")
+
+        def block(dim: int, out_dim: int, stride: int, drop_path: float, stage: int) -> nn.Module:
+            kernel_size = attn_kernel_sizes[stage]
+            return ResidualBlock(dim, out_dim, kernel_size, stride, bottleneck, drop_path)
+
+        of_blocks = [(dim,) * depth for dim, depth in zip(dims, depths, strict=True)]
+        stages = _stages(stem_dim, of_blocks, drop_path_rate, block)
+        first = ConvNorm(in_chans, stem_dim, 7, 2, act_layer=nn.ReLU)
+        self.stem = nn.Sequential(first, nn.MaxPool2d(3, 2, 1))
+        self.stages = nn.Sequential(*map(Stage, stages))
+        self.norm = nn.Identity()
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        self.describe_features(dims)
+        self.apply(_init_weights)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Converts the original's names, which are those of torchvision's ResNet."""
+        return {_of_resnet(key): tensor for key, tensor in state_dict.items()}
+
+
+def _of_resnet(key: str) -> str:
+    prefixes = (
+        (r"layer(\d+)\.", "stages.{}.blocks."),
+        (r"conv(1)\.", "stem.{}.conv."),
+        (r"bn(1)\.", "stem.{}.norm."),
+    )
+    key = renamed(renamed_stage(key, prefixes), _RESNET_NAMES)
+    return re.sub(r"\.(?:conv|bn)(\d)", lambda match: f".convs.{int(match[1]) - 1}", key)
+
+
+_RESNET_NAMES = (
+    (r"\.bn(\d)\.", r".bn\1.norm."),
+    (r"\.conv(\d)\.", r".conv\1.conv."),
+    (r"\.downsample\.0\.", ".shortcut.conv."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+    (r"^fc\.", "head.fc."),
+)
+
+
+class ECAMobileNetV2(StagedBackbone):
+    """MobileNetV2 with efficient channel attention.
+
+    Args:
+        stem_dim: channels of the first convolution.
+        dims: output channels of each block, by stage. The first block of a stage halves the map,
+            except in the first stage, which has stride 2 and belongs to the stem.
+        head_hidden_dim: channels before the classifier.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
+            none.
+    """
+
+    first_conv = "stem.0.conv"
+
+    @checked(dims=several(several(whole(1, 1 << 16))))
+    def __init__(
+        self,
+        stem_dim: int = 32,
+        dims: Sequence[Sequence[int]] = (
+            *((16,), (24,) * 2, (32,) * 3),
+            *((64,) * 4 + (96,) * 3, (160,) * 3 + (320,)),
+        ),
+        head_hidden_dim: int = 1280,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.25,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        if len(dims) < 2:
+            raise ValueError(f"dims must have blocks at stride 2, then other stages, got {dims}")
+        blocks, *stages = _stages(stem_dim, dims, drop_path_rate, ECAMBConv)
+        first = ConvNorm(in_chans, stem_dim, 3, 2, act_layer=nn.ReLU6)
+        self.stem = nn.Sequential(first, *blocks)
+        self.stages = nn.Sequential(*map(Stage, stages))
+        self.norm = nn.Identity()
+        self.head = MixHead(dims[-1][-1], head_hidden_dim, num_classes, global_pool, drop_rate)
+        self.describe_features([stage[-1] for stage in dims[1:]], head_hidden_size=head_hidden_dim)
+        self.apply(_init_weights)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Converts the original's names, where blocks are counted through all stages."""
+        blocks = [name for name, m in self.named_modules() if isinstance(m, ECAMBConv)]
+        places = ["stem.0", *blocks, "head.mix"]
+        return {_of_mobilenet(key, places): tensor for key, tensor in state_dict.items()}
+
+
+def _of_mobilenet(key: str, places: Sequence[str]) -> str:
+    match = re.match(r"features\.(\d+)\.", key)
+    if not match or int(match[1]) >= len(places):
+        return renamed(key, ((r"^classifier\.1\.", "head.fc."),))
+    place, layer = places[int(match[1])], key[match.end() :]
+    if place.startswith("stem."):  # whose blocks have no first layer
+        layer = re.sub(r"^conv\.(\d)", lambda match: f"conv.{int(match[1]) + 1}", layer)
+    return f"{place}.{renamed(layer, _MOBILENET_NAMES)}"
+
+
+_MOBILENET_NAMES = (
+    (r"^conv\.0\.", "expand."),
+    (r"^conv\.1\.", "dwconv."),
+    (r"^conv\.2\.", "project.0."),
+    (r"^conv\.3\.", "project.1."),
+    (r"^conv\.4\.", "eca."),
+    (r"(^|\.)0\.", r"\1conv."),
+    (r"(^|\.)1\.", r"\1norm."),
+)
+
+
+def _cfg(model_class: type[StagedBackbone]) -> dict[str, Any]:
+    return {
+        "url": "",  # published on Google Drive, one file each
+        **imagenet_cfg(model_class),
+        "interpolation": "bilinear",
+        "license": "mit",
+        "origin_url": "https://github.com/BangguWu/ECANet",
+        "paper_name": "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
+        "paper_ids": "arXiv:1910.03151",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"eca_resnet{depth}.in1k": _cfg(ECAResNet) for depth in (18, 34, 50, 101, 152)},
+        "eca_mobilenet_v2.in1k": _cfg(ECAMobileNetV2),
+    }
+)
+_WIDE: dict[str, Any] = dict(dims=(256, 512, 1024, 2048), bottleneck=True)
+
+
+@register
+def eca_resnet18(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
+    """ECA-ResNet-18, 11.7 M parameters: the class's defaults."""
+    return build_model(ECAResNet, "eca_resnet18", pretrained, {}, kwargs)
+
+
+@register
+def eca_resnet34(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
+    """ECA-ResNet-34, 21.8 M parameters."""
+    variant = dict(depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 3, 5, 7))
+    return build_model(ECAResNet, "eca_resnet34", pretrained, variant, kwargs)
+
+
+@register
+def eca_resnet50(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
+    """ECA-ResNet-50, 25.6 M parameters."""
+    variant = dict(**_WIDE, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 5, 5, 7))
+    return build_model(ECAResNet, "eca_resnet50", pretrained, variant, kwargs)
+
+
+@register
+def eca_resnet101(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
+    """ECA-ResNet-101, 44.5 M parameters."""
+    variant = dict(**_WIDE, depths=(3, 4, 23, 3), attn_kernel_sizes=(3, 3, 5, 7))
+    return build_model(ECAResNet, "eca_resnet101", pretrained, variant, kwargs)
+
+
+@register
+def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
+    """ECA-ResNet-152, 60.2 M parameters."""
+    variant = dict(**_WIDE, depths=(3, 8, 36, 3), attn_kernel_sizes=(3, 3, 5, 7))
+    return build_model(ECAResNet, "eca_resnet152", pretrained, variant, kwargs)
+
+
+@register
+def eca_mobilenet_v2(pretrained: bool = False, **kwargs: Any) -> ECAMobileNetV2:
+    """ECA-MobileNetV2, 3.5 M parameters."""
+    return build_model(ECAMobileNetV2, "eca_mobilenet_v2", pretrained, {}, kwargs)
