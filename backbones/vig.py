@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from timm.layers import (
     ClassifierHead,
@@ -35,6 +35,7 @@ from backbones.core.stage import IsotropicStage, TokenStage
 from backbones.vig_blocks import Block, GatedLinearAttention
 from ops.init import init_trunc_normal
 from ops.norm import RMSNorm
+from ops.patch import ConvLayerNorm
 from ops.position import PositionTable
 
 __all__ = ["HierarchicalViG", "ViG"]
@@ -63,20 +64,6 @@ class Stem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.norm1(self.conv1(x)))
         return self.position(self.norm2(self.conv2(x)))
-
-
-class ConvNorm(nn.Module):
-    """A 3×3 convolution of stride 2 and a norm: (B, in_chs, H, W) → (B, dim, ⌈H/2⌉, ⌈W/2⌉)."""
-
-    last_layer: ClassVar = "norm"  # for inference forms, which may let it apply an activation
-
-    def __init__(self, in_chs: int, dim: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_chs, dim, 3, 2, padding=1)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
 
 
 class ViG(IsotropicBackbone):
@@ -189,7 +176,7 @@ class HierarchicalViG(StagedBackbone):
         super().__init__(num_classes=num_classes, in_chans=in_chans)
         rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = nn.Sequential(
-            ConvNorm(in_chans, dims[0] // 2), nn.GELU(), ConvNorm(dims[0] // 2, dims[0])
+            ConvLayerNorm(in_chans, dims[0] // 2), nn.GELU(), ConvLayerNorm(dims[0] // 2, dims[0])
         )
         self.stages = nn.Sequential(
             *(
@@ -205,7 +192,7 @@ class HierarchicalViG(StagedBackbone):
                         )
                         for _ in range(depths[i])
                     ],
-                    downsample=ConvNorm(dims[i - 1], dims[i]) if i else None,
+                    downsample=ConvLayerNorm(dims[i - 1], dims[i]) if i else None,
                 )
                 for i in range(len(dims))
             )

@@ -1,15 +1,34 @@
-"""Non-overlapping patch embedding and patch merging."""
+"""Patch embedding and patch merging."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-__all__ = ["PatchEmbed", "PatchMerging"]
+__all__ = ["ConvLayerNorm", "PatchEmbed", "PatchMerging"]
+
+
+class ConvLayerNorm(nn.Module):
+    """A strided convolution and a layer norm; by default, 3×3 and of stride 2.
+
+    (B, in_chs, H, W) → (B, dim, ⌈H/2⌉, ⌈W/2⌉). Without ``padding``, incomplete patches are dropped.
+    """
+
+    last_layer: ClassVar = "norm"  # for inference forms, which may let it apply an activation
+
+    def __init__(
+        self, in_chs: int, dim: int, kernel_size: int = 3, stride: int = 2, padding: int = 1
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, dim, kernel_size, stride, padding)
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
 
 
 class PatchEmbed(nn.Module):
