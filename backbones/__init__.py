@@ -50,6 +50,7 @@ try:
         unireplknet,
         van,
         vig,
+        vmamba,
         vrwkv,
     )
     from backbones import (  # noqa: F401  # isort: skip
@@ -107,5 +108,6 @@ __all__ = [
     "unireplknet",
     "van",
     "vig",
+    "vmamba",
     "vrwkv",
 ]

@@ -24,7 +24,7 @@ Gradients = dict[str, Tensor]
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Families whose output for an image is independent of the rest of the batch even in train mode.
-NO_BATCH_STATISTICS = ("dinat_s", "favit", "hat", "nat", "nat_isotropic", "vig", "vrwkv")
+NO_BATCH_STATISTICS = ("dinat_s", "favit", "hat", "nat", "nat_isotropic", "vig", "vmamba", "vrwkv")
 # Families with larger images, for stride 64, many tokens or dilated neighbourhoods.
 _WIDE = {*STRIDE_16, *ISOTROPIC, "dinat_s", "medvitv2", "nat"}
 PRECISIONS = ("float32", "bfloat16", "autocast")

@@ -95,6 +95,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "vig_h_t",
         {"dims": (64, 96, 128, 192), "num_heads": (2, 3, 4, 6), "depths": (1, 1, 2, 1)},
     ),
+    "vmamba": ("vmamba_tiny_s1l8", {"dims": (48, 64, 96, 128), "depths": (1, 1, 2, 1)}),
     "vrwkv": ("vrwkv_t", {"dim": 64, "depths": (1, 1, 1, 1)}),
 }
 FAMILIES = sorted(SMALL)

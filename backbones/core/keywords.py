@@ -204,6 +204,7 @@ KEYWORDS: Mapping[str, Check] = {
     "norm_eps": number(0, 1, open_below=True),
     "num_classes": whole(0, _MOST_CLASSES),
     "num_heads": several(_channels),
+    "num_states": whole(1, 256),
     "out_indices": one_or_several(whole(-64, 64)),
     "out_norms": either(flag, bool, np.bool_, second=several(_stages, may_be_empty=True)),
     "overlap_ratio": _share,
@@ -213,6 +214,7 @@ KEYWORDS: Mapping[str, Check] = {
     "pyramid": flag,
     "qk_dim": _channels,
     "residual": flag,
+    "scan_ratio": _ratio,
     "segments": whole(0, 1 << 20),
     "squeeze_factor": _channels,
     "sr_ratios": several(_window),
@@ -223,6 +225,7 @@ KEYWORDS: Mapping[str, Check] = {
     "token_pooling": whole(0, 64),
     "topks": several(optional(_count)),
     "upscale": one_of(1, 2, 3, 4),
+    "vanilla": flag,
     "window_size": _window,
     "window_sizes": several(_window),
 }
@@ -276,7 +279,7 @@ def _check_stages(values: Mapping[str, Any], each_stage: Sequence[str]) -> None:
 
 def _check_widths(values: Mapping[str, Any]) -> None:
     dims = values.get("dims") or (values.get("dim"),)
-    for name in values.keys() & {"mlp_ratio", "mlp_ratios"}:
+    for name in values.keys() & {"mlp_ratio", "mlp_ratios", "scan_ratio"}:
         ratios = values[name] if name == "mlp_ratios" else (values[name],) * len(dims)
         for dim, ratio in zip(dims, ratios, strict=True):
             if int(dim * ratio) < 1:

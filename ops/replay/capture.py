@@ -80,6 +80,7 @@ _VIEWS = {
     ),
     *("torch.Tensor." + name for name in ("reshape", "split", "squeeze", "tensor_split", "to")),
     *("torch.Tensor." + name for name in ("transpose", "unbind", "unflatten", "unsqueeze", "view")),
+    "torch.Tensor.mT.__get__",
 }
 
 

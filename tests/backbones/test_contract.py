@@ -484,6 +484,7 @@ TRACED: dict[str, dict[str, Any]] = {
     "unireplknet": {"dims": (40, 80), "depths": (1, 1), "kernel_sizes": (3, 13)},
     "van": {"dims": (32, 64), "depths": (1, 1), "mlp_ratios": (8, 4)},
     "vig": {"dims": (64, 96), "num_heads": (2, 3), "depths": (1, 1)},
+    "vmamba": {"dims": (32, 48), "depths": (1, 1)},
 }
 
 

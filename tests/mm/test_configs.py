@@ -61,6 +61,7 @@ QUICK = {
     "upernet_overlock-t",
     "upernet_dinat-s-tiny",
     "upernet_vrwkv-t",
+    "mask-rcnn_vmamba-tiny-s1l8",
 }
 # Of these, head and family are each trained in another one.
 TWICE = {"upernet_van-b0", "retinanet_van-b0", "mask-rcnn_van-b0", "upernet_unireplknet-t"}

@@ -571,6 +571,35 @@ BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
             ],
         ),
     ),
+    "vmamba": (
+        (
+            "Block",
+            [
+                Residual([norm(), attn("Selective scans")]),
+                Residual([norm(), mlp("MLP", "not in vanilla_*")]),
+            ],
+        ),
+        (
+            "Selective scans",
+            [
+                conv("Linear"),
+                conv("3×3 depthwise"),
+                act("SiLU"),
+                Branches(
+                    [
+                        [conv("Step, B, C"), attn("Scan", "by row")],
+                        [conv("Step, B, C"), attn("Scan", "by column")],
+                        [conv("Step, B, C"), attn("Scan", "by row, reversed")],
+                        [conv("Step, B, C"), attn("Scan", "by column, reversed")],
+                    ],
+                    "+",
+                ),
+                norm(),
+                note("vanilla_*: × SiLU of a second projection"),
+                conv("Linear"),
+            ],
+        ),
+    ),
     "vrwkv": (
         (
             "Block",

@@ -1,0 +1,334 @@
+"""VMamba: a pyramid that mixes pixels by selective scans of the map in four orders.
+
+Yue Liu et al., "VMamba: Visual State Space Model", https://arxiv.org/abs/2401.10166.
+``vanilla_vmamba_*`` are the first version, with 16 states a channel; ``vmamba_*`` have one.
+
+Accepts any input size from 32×32. The stage at stride s has ⌈H/s⌉ rows; ``vanilla_vmamba_*`` drop
+an incomplete patch of 4×4 at the right and bottom, and zero-pad odd maps before they merge squares.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones.core.base import StagedBackbone
+from backbones.core.keywords import checked, widths
+from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.registry import build_model, register
+from backbones.core.stage import TokenStage
+from ops.init import init_linear
+from ops.patch import ConvLayerNorm, PatchMerging
+from ops.selective_scan import cross_selective_scan
+
+__all__ = ["VMamba"]
+
+_STEPS = (1e-3, 1e-1)  # initial range of the scan's steps
+
+
+class SelectiveScan2d(nn.Module):
+    """A convolution, then selective scans of its map in four orders, which are summed.
+
+    (B, H, W, dim) → (B, H, W, dim). See :func:`ops.selective_scan.cross_selective_scan`.
+
+    Args:
+        dim: channels.
+        hidden_dim: channels that are scanned.
+        num_states: states of each of them.
+        gated: multiply the normalised sum by a second projection of the input.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, num_states: int, gated: bool = False) -> None:
+        super().__init__()
+        rank, channels = -(-dim // 16), 4 * hidden_dim
+        self.gated = gated
+        self.in_proj = nn.Linear(dim, 2 * hidden_dim if gated else hidden_dim, bias=False)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, bias=gated)
+        self.act = nn.SiLU()
+        self.x_proj = nn.Linear(hidden_dim, 4 * (rank + 2 * num_states), bias=False)
+        self.delta_weight = nn.Parameter(torch.empty(4, rank, hidden_dim))  # as kernels read it
+        self.delta_bias = nn.Parameter(torch.empty(4, hidden_dim))
+        self.A_log = nn.Parameter(torch.empty(channels, num_states))
+        self.D = nn.Parameter(torch.empty(channels))
+        self.norm = nn.LayerNorm(hidden_dim, eps=1e-5)
+        self.proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Decays of 1 to ``num_states`` for a step of 1, and steps from 0.001 to 0.1."""
+        for weight in (self.x_proj.weight, self.delta_weight.mT):
+            bound = weight.shape[-1] ** -0.5
+            nn.init.uniform_(weight, -bound, bound)
+        self.delta_bias.uniform_(*map(math.log, _STEPS)).exp_()
+        self.delta_bias.add_((-(-self.delta_bias).expm1()).log())  # softplus inverted
+        self.A_log.copy_(torch.arange(1, self.A_log.shape[1] + 1).log())
+        nn.init.ones_(self.D)
+
+    def decays(self) -> Tensor:
+        """A of the scan, in float32 or more: (4 · hidden_dim, num_states)."""
+        held = self.A_log if hasattr(self, "A_log") else self.A
+        held = held.to(torch.promote_types(held.dtype, torch.float32))
+        return -held.exp() if hasattr(self, "A_log") else held
+
+    @torch.no_grad()
+    def fuse(self) -> SelectiveScan2d:
+        """Replace ``A_log`` by ``A``, in place."""
+        if hasattr(self, "A_log"):
+            self.A = nn.Parameter(self.decays())
+            del self.A_log
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_proj(x)
+        gate = None
+        if self.gated:
+            x, gate = x.chunk(2, dim=-1)
+        x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        x = cross_selective_scan(
+            x,
+            self.x_proj(x),
+            self.delta_weight.mT,
+            self.decays(),
+            self.D,
+            delta_bias=self.delta_bias.flatten(),
+            delta_softplus=True,
+        )
+        x = self.norm(x)
+        return self.proj(x if gate is None else x * F.silu(gate))
+
+
+class Block(nn.Module):
+    """Pre-norm residual scan and, with ``mlp_ratio``, MLP: (B, H, W, dim) → (B, H, W, dim)."""
+
+    def __init__(
+        self, dim: int, mixer: SelectiveScan2d, mlp_ratio: float = 4, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.mixer = mixer
+        if mlp_ratio:
+            self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+            self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.mixer(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x))) if hasattr(self, "mlp") else x
+
+
+class VMamba(StagedBackbone):
+    """VMamba.
+
+    Args:
+        dims, depths: of the stages.
+        scan_ratio: channels that are scanned relative to ``dims``.
+        num_states: states of each of these channels.
+        mlp_ratio: width of the MLPs relative to ``dims``.
+        vanilla: the first version: gated scans without MLPs, and patches of 4×4 and merged squares
+            instead of strided convolutions.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        out_norms: normalise the maps returned, as the original's dense copy does: all, none, or the
+            listed stages.
+    """
+
+    first_conv = "stem.0.conv"
+
+    @checked("dims", dims=widths(2))
+    def __init__(
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 8, 2),
+        scan_ratio: float = 1,
+        num_states: int = 1,
+        mlp_ratio: float = 4,
+        *,
+        vanilla: bool = False,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norms: bool | Sequence[int] = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        half = dims[0] // 2
+        if vanilla:
+            self.stem = nn.Sequential(ConvLayerNorm(in_chans, dims[0], 4, 4, padding=0))
+        else:
+            self.stem = nn.Sequential(
+                ConvLayerNorm(in_chans, half), nn.GELU(), ConvLayerNorm(half, dims[0])
+            )
+        downsample = PatchMerging if vanilla else ConvLayerNorm
+        self.stages = nn.Sequential()
+        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
+            blocks = [
+                Block(
+                    dim,
+                    SelectiveScan2d(dim, int(dim * scan_ratio), num_states, gated=vanilla),
+                    0 if vanilla else mlp_ratio,
+                    next(rates),
+                )
+                for _ in range(depth)
+            ]
+            self.stages.append(TokenStage(blocks, downsample(dims[i - 1], dim) if i else None))
+        self.norm = LayerNorm2d(dims[-1], eps=1e-5)
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        self.describe_features(
+            dims, out_norms=out_norms, out_norm_layer=partial(LayerNorm2d, eps=1e-5)
+        )
+        self.apply(_init_weights)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Converts the names of the original's classifiers, old and new, and of its backbones.
+
+        Matrices may be 1×1 convolutions, and those of the four orders one matrix.
+        """
+        own = self.state_dict()
+        converted = {}
+        for key, tensor in state_dict.items():
+            # In the original, downsampling belongs to the previous stage.
+            name = re.sub(
+                r"^layers\.(\d+)\.downsample\.",
+                lambda match: f"stages.{int(match[1]) + 1}.downsample.",
+                key,
+            )
+            name = renamed(name, _RENAMES)
+            wanted = own.get(name, tensor)
+            if ".dt_projs" in key and name.endswith(".delta_weight"):
+                tensor = tensor.reshape(4, wanted.shape[-1], -1).mT
+            elif wanted.ndim != tensor.ndim and wanted.numel() == tensor.numel():
+                tensor = tensor.reshape(wanted.shape)
+            converted[name] = tensor
+        return converted
+
+
+def _init_weights(module: nn.Module) -> None:
+    init_linear(module)
+    if isinstance(module, SelectiveScan2d):
+        module.init_weights()
+
+
+_RENAMES = (
+    (r"^patch_embed\.(?:proj|0)\.", "stem.0.conv."),
+    (r"^patch_embed\.(?:norm|2)\.", "stem.0.norm."),
+    (r"^patch_embed\.5\.", "stem.2.conv."),
+    (r"^patch_embed\.7\.", "stem.2.norm."),
+    (r"^layers\.", "stages."),
+    (r"\.downsample\.1\.", ".downsample.conv."),
+    (r"\.downsample\.3\.", ".downsample.norm."),
+    (r"(\.blocks\.\d+)\.(?:ln_1|norm)\.", r"\1.norm1."),
+    (r"\.(?:op|self_attention)\.", ".mixer."),
+    (r"\.conv2d\.", ".dwconv."),
+    (r"\.x_proj_weight$", ".x_proj.weight"),
+    (r"\.dt_projs[._]", ".delta_"),
+    (r"\.A_logs$", ".A_log"),
+    (r"\.Ds$", ".D"),
+    (r"\.out_norm\.", ".norm."),
+    (r"\.out_proj\.", ".proj."),
+    (r"^outnorm(\d+)\.", r"out_norms.\1."),
+    (r"^classifier\.norm\.", "norm."),
+    (r"^(?:classifier\.)?head\.(weight|bias)$", r"head.fc.\1"),
+)
+
+
+def _cfg(file: str) -> dict[str, Any]:
+    return {
+        "url": f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}.pth",
+        **imagenet_cfg(VMamba),
+        "license": "mit",
+        "origin_url": "https://github.com/MzeroMiko/VMamba",
+        "paper_name": "VMamba: Visual State Space Model",
+        "paper_ids": "arXiv:2401.10166",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vmamba_tiny_s1l8.in1k": _cfg("v2cls/vssm1_tiny_0230s_ckpt_epoch_264"),
+        "vmamba_small_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240"),
+        "vmamba_base_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225"),
+        "vmamba_tiny_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262"),
+        "vmamba_small_s2l15.in1k": _cfg("v2cls/vssm_small_0229_ckpt_epoch_222"),
+        "vmamba_base_s2l15.in1k": _cfg("v2cls/vssm_base_0229_ckpt_epoch_237"),
+        "vanilla_vmamba_tiny.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292"),
+        "vanilla_vmamba_small.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238"),
+        "vanilla_vmamba_base.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241"),
+    }
+)
+_BASE = (128, 256, 512, 1024)
+_VANILLA: dict[str, Any] = dict(scan_ratio=2, num_states=16, vanilla=True)
+
+
+@register
+def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T with 8 blocks in stage 3, 30.2 M parameters."""
+    variant = dict(drop_path_rate=0.2)
+    return build_model(VMamba, "vmamba_tiny_s1l8", pretrained, variant, kwargs)
+
+
+@register
+def vmamba_small_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S with 20 blocks in stage 3, 49.0 M parameters."""
+    variant = dict(depths=(2, 2, 20, 2), drop_path_rate=0.3)
+    return build_model(VMamba, "vmamba_small_s1l20", pretrained, variant, kwargs)
+
+
+@register
+def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B with 20 blocks in stage 3, 86.6 M parameters."""
+    variant = dict(dims=_BASE, depths=(2, 2, 20, 2), drop_path_rate=0.5)
+    return build_model(VMamba, "vmamba_base_s1l20", pretrained, variant, kwargs)
+
+
+@register
+def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T with twice as many channels scanned, 5 blocks in stage 3, 30.7 M parameters."""
+    variant = dict(depths=(2, 2, 5, 2), scan_ratio=2, drop_path_rate=0.2)
+    return build_model(VMamba, "vmamba_tiny_s2l5", pretrained, variant, kwargs)
+
+
+@register
+def vmamba_small_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S with twice as many channels scanned, 15 blocks in stage 3, 50.1 M parameters."""
+    variant = dict(depths=(2, 2, 15, 2), scan_ratio=2, drop_path_rate=0.3)
+    return build_model(VMamba, "vmamba_small_s2l15", pretrained, variant, kwargs)
+
+
+@register
+def vmamba_base_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B with twice as many channels scanned, 15 blocks in stage 3, 88.6 M parameters."""
+    variant = dict(dims=_BASE, depths=(2, 2, 15, 2), scan_ratio=2, drop_path_rate=0.6)
+    return build_model(VMamba, "vmamba_base_s2l15", pretrained, variant, kwargs)
+
+
+@register
+def vanilla_vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-T of the first version, 22.9 M parameters."""
+    variant = dict(depths=(2, 2, 9, 2), **_VANILLA, drop_path_rate=0.2)
+    return build_model(VMamba, "vanilla_vmamba_tiny", pretrained, variant, kwargs)
+
+
+@register
+def vanilla_vmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-S of the first version, 44.4 M parameters."""
+    variant = dict(depths=(2, 2, 27, 2), **_VANILLA, drop_path_rate=0.3)
+    return build_model(VMamba, "vanilla_vmamba_small", pretrained, variant, kwargs)
+
+
+@register
+def vanilla_vmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
+    """VMamba-B of the first version, 76.3 M parameters."""
+    variant = dict(dims=_BASE, depths=(2, 2, 27, 2), **_VANILLA, drop_path_rate=0.6)
+    return build_model(VMamba, "vanilla_vmamba_base", pretrained, variant, kwargs)

@@ -1,0 +1,8 @@
+"""COCO 2017 boxes and masks, 12 epochs, a warm-up of 1000 iterations instead of 500."""
+
+_base_ = ["./coco_mask_1x.py"]
+
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
+    dict(type="MultiStepLR", begin=0, end=12, by_epoch=True, milestones=[8, 11], gamma=0.1),
+]

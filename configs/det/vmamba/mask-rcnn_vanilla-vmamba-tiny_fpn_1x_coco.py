@@ -1,0 +1,13 @@
+"""Mask R-CNN 1x on COCO with Vanilla VMamba-T: box AP 46.5, mask AP 42.1 (its code's README).
+Liu et al., "VMamba: Visual State Space Model", https://arxiv.org/abs/2401.10166."""
+
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_mask_1x_warm_up_1000.py"]
+model = dict(
+    backbone=dict(
+        name="vanilla_vmamba_tiny",
+        drop_path_rate=0.1,
+        out_norms=True,
+        init_cfg=dict(type="Pretrained", checkpoint="vanilla_vmamba_tiny.in1k"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

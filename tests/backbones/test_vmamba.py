@@ -1,0 +1,231 @@
+"""VMamba beyond the contract: names of files, dense copies, gradients, the first version."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from zoo import images, outlines, randomise, small
+
+import backbones
+from backbones.cli.parity import (
+    checkpoint,
+    image,
+    reference,
+    relative_error,
+    summary_error,
+)
+from backbones.vmamba import SelectiveScan2d
+
+VARIANTS = backbones.list_models(family="vmamba")
+VANILLA: dict[str, Any] = {"vanilla": True, "num_states": 3, "scan_ratio": 2}
+
+
+def vanilla(**kwargs: Any) -> Any:
+    return small("vmamba", **VANILLA, **kwargs)
+
+
+def todays_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A vanilla file with the names of the current class."""
+    pairs = (
+        *((r"^patch_embed\.proj", "patch_embed.0"), (r"^patch_embed\.norm", "patch_embed.2")),
+        *((r"\.ln_1\.", ".norm."), (r"\.self_attention\.", ".op.")),
+        *((r"^norm\.", "classifier.norm."), (r"^head\.", "classifier.head.")),
+    )
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, other in pairs:
+            name = re.sub(pattern, other, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def single_file(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The matrices of the four orders in one, and matrices as convolutions."""
+    renamed = {}
+    for name, tensor in weights.items():
+        if name.endswith(("x_proj_weight", "dt_projs_weight")):
+            renamed[name.replace("_weight", ".weight")] = tensor.flatten(0, 1)
+        else:
+            is_matrix = re.search(r"(in_proj|out_proj|fc[12])\.weight$", name)
+            renamed[name] = tensor[:, :, None, None] if is_matrix else tensor
+    return renamed
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [("vanilla_vmamba_tiny", todays_names), ("vmamba_tiny_s2l5", single_file)]
+)
+def test_other_names(name: str, change: Any) -> None:
+    weights = checkpoint(reference("vmamba", name))
+    other = change(weights)
+    assert other.keys() != weights.keys()
+    models = [backbones.create_model(name) for _ in range(2)]
+    for model, names in zip(models, (weights, other), strict=True):
+        report = backbones.load_checkpoint(model, {"model": names, "model_ema": names})
+        assert not (report.missing or report.unexpected or report.resized or report.reinitialised)
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
+
+
+@torch.no_grad()
+def test_dense_copy() -> None:
+    """Its norms of the maps; the network goes on without them."""
+    figures = reference("vmamba", "vmamba_tiny_s2l5")
+    case = figures["cases"][1]
+    model = backbones.create_model("vmamba_tiny_s2l5", out_norms=True, num_classes=0).eval()
+    rows = [row for row in figures["state_dict"] if not row[0].startswith("classifier.")]
+    weights = checkpoint(figures, [*rows, *figures["dense_extra"]])
+    detector = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+    report = backbones.load_checkpoint(model, detector, strict=False)
+    assert set(report.missing) == {"norm.weight", "norm.bias"} and not report.unexpected
+    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
+    for feature, expected in zip(maps, case["features"], strict=True):
+        assert summary_error(feature, expected) <= 1e-5
+
+
+@pytest.mark.slow
+def test_published_gradient() -> None:
+    figures = reference("vmamba", "vmamba_tiny_s1l8")
+    case = figures["cases"][1]
+    model = backbones.create_model("vmamba_tiny_s1l8").eval()
+    backbones.load_checkpoint(model, checkpoint(figures))
+    x = image(case["input"], case["seed"]).requires_grad_()
+    model(x).square().mean().backward()
+    assert x.grad.norm().item() == pytest.approx(case["grad"]["l2"], rel=1e-6)
+    assert relative_error(x.grad.flatten()[:8], case["grad"]["first8"]) <= 2e-5
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@torch.no_grad()
+def test_the_layer_is_the_published_recurrence(gated: bool) -> None:
+    """Pixel by pixel, in four orders; the norm hides what is common to all channels."""
+    torch.manual_seed(0)
+    layer = SelectiveScan2d(20, 6, 3, gated).double().eval()
+    layer.init_weights()
+    layer.norm = nn.Identity()
+    x = torch.randn(2, 3, 4, 20, dtype=torch.float64)
+    hidden, gate = (*layer.in_proj(x).split(6, -1), None)[:2]
+    hidden = F.silu(layer.dwconv(hidden.movedim(3, 1))).movedim(1, 3)
+    decays, total = -layer.A_log.exp(), torch.zeros_like(hidden)
+    places = [(i, j) for i in range(3) for j in range(4)]
+    by_column = sorted(places, key=lambda place: place[::-1])
+    orders = (places, by_column, places[::-1], by_column[::-1])
+    for k, order in enumerate(orders):
+        of_order = slice(6 * k, 6 * k + 6)
+        state = torch.zeros(2, 6, 3, dtype=torch.float64)
+        for i, j in order:
+            u = hidden[:, i, j]
+            projected = u @ layer.x_proj.weight.unflatten(0, (4, -1))[k].mT
+            steps, before, after = projected.split([2, 3, 3], -1)
+            step = F.softplus(steps @ layer.delta_weight[k] + layer.delta_bias[k])[..., None]
+            state = state * (step * decays[of_order]).exp() + step * u[..., None] * before[:, None]
+            total[:, i, j] += (state * after[:, None]).sum(-1) + layer.D[of_order] * u
+    expected = layer.proj(total if gate is None else total * F.silu(gate))
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 97)])
+@torch.no_grad()
+def test_vanilla_maps_and_fused_forms(size: tuple[int, int]) -> None:
+    model = randomise(vanilla()).eval()
+    x = images(2, 3, *size)
+    last, maps = model.forward_intermediates(x)
+    sides = [side // 4 for side in size]  # without incomplete patches
+    for feature in maps:
+        assert list(feature.shape[2:]) == sides
+        sides = [-(-side // 2) for side in sides]
+    expected = model.forward_head(last)
+    fused = backbones.fuse(model)
+    for _ in range(3):  # plain, captured, replayed
+        assert relative_error(fused(x), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kwargs", [{}, VANILLA], ids=["v2", "vanilla"])
+@torch.no_grad()
+def test_fewer_bits(kwargs: dict[str, Any]) -> None:
+    x = images(2, 3, 64, 64)
+    expected = randomise(small("vmamba", **kwargs)).eval()(x)
+    half = randomise(small("vmamba", **kwargs)).fuse(dtype=torch.bfloat16)
+    assert relative_error(half(x.bfloat16()), expected) <= 0.05
+    quantized = randomise(small("vmamba", **kwargs)).fuse(dtype=torch.int8)
+    dtype = next(quantized.parameters()).dtype
+    assert relative_error(quantized(x.to(dtype)), expected) <= 0.1
+
+
+def test_vanilla_gradients_of_an_image_alone() -> None:
+    model = randomise(vanilla(drop_path_rate=0.0)).train()
+    x = images(2, 3, 36, 64)
+    whole = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)[0]
+    for i in range(2):
+        one = x[i : i + 1].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
+        alone = torch.autograd.grad(model(one).square().sum(), one)[0]
+        assert relative_error(alone[0], whole[i]) <= 1e-4
+
+
+@torch.no_grad()
+def test_vanilla_exports() -> None:
+    model = randomise(vanilla(dims=(32, 48), depths=(1, 1))).eval()
+    x = images(1, 3, 36, 60)
+    program = torch.export.export(model, (x,), strict=False)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_initial_weights() -> None:
+    for kwargs in ({}, VANILLA):
+        for scan in (
+            m for m in small("vmamba", **kwargs).modules() if isinstance(m, SelectiveScan2d)
+        ):
+            states = scan.A_log.shape[1]
+            wanted = -torch.arange(1.0, states + 1).expand(scan.A_log.shape)
+            torch.testing.assert_close(scan.decays(), wanted)
+            steps = F.softplus(scan.delta_bias)
+            assert 1e-3 * 0.999 <= steps.min() <= 2e-3 and 0.05 <= steps.max() <= 0.1001
+            assert (scan.D == 1).all()
+            for weight, inputs in (
+                (scan.delta_weight, scan.delta_weight.shape[1]),
+                (scan.x_proj.weight, scan.x_proj.in_features),
+            ):
+                assert 0.9 * inputs**-0.5 <= weight.abs().max() <= inputs**-0.5
+
+
+def test_decayed_parameters() -> None:
+    """As published: A and the steps' bias, which are matrices, but not D."""
+    groups = param_groups_weight_decay(model := small("vmamba"), 0.05)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    scan = model.stages[0].blocks[0].mixer
+    found = {n for n, p in scan.named_parameters(recurse=False) if id(p) in decayed}
+    assert found == {"A_log", "delta_bias", "delta_weight"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_published_widths(name: str) -> None:
+    config = reference("vmamba", name)["config"]
+    with outlines():
+        model = backbones.create_model(name)
+    for i, stage in enumerate(model.stages):
+        for block in stage.blocks:
+            scan = block.mixer
+            assert scan.dwconv.out_channels == config["d_inner"][i]
+            assert scan.delta_weight.shape[1] == config["dt_rank"][i]
+            assert scan.A_log.shape[1] == config["d_state"]
+            assert hasattr(block, "mlp") is bool(config["mlp_ratio"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_states": 0}, "num_states must be in 1 … 256, got 0"),
+        ({"scan_ratio": 0}, "scan_ratio must be above 0, got 0"),
+        ({"scan_ratio": 0.01}, "scan_ratio 0.01 gives less than one channel for 48"),
+        ({"dims": (1, 64, 96, 128)}, r"dims\[0\] must be in 2"),
+        ({"out_norms": (4,)}, "out_norms must name stages"),
+    ],
+)
+def test_faults(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small("vmamba", **arguments)
