@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import images, outlines, randomise, small
+from zoo import outlines, small
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, relative_error
@@ -69,51 +69,6 @@ def test_published_gradients() -> None:
     model.double()(x).square().mean().backward()
     assert x.grad.norm().item() == pytest.approx(case["grad"]["l2"], rel=1e-5)
     assert relative_error(x.grad.flatten()[:8], case["grad"]["first8"]) <= 1e-5
-
-
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (96, 64)])
-@torch.no_grad()
-def test_mobile_maps_and_fused_forms(size: tuple[int, int]) -> None:
-    model = randomise(mobile()).eval()
-    x = images(2, 3, *size)
-    last, maps = model.forward_intermediates(x)
-    assert [m.shape[1] for m in maps] == [24, 96, 104]
-    for stride, feature in zip((4, 8, 16), maps, strict=True):
-        assert feature.shape[2:] == tuple(-(-side // stride) for side in size)
-    expected = model.forward_head(last)
-    fused = backbones.fuse(model)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
-    for _ in range(3):  # plain, captured, replayed
-        assert relative_error(fused(x), expected) <= 1e-5
-    assert fused._records is not None and fused.is_replayed
-
-
-@torch.no_grad()
-def test_mobile_in_fewer_bits() -> None:
-    x = images(2, 3, 64, 64)
-    expected = randomise(mobile()).eval()(x)
-    half = randomise(mobile()).fuse(dtype=torch.bfloat16)
-    assert relative_error(half(x.bfloat16()), expected) <= 0.05
-    quantized = randomise(mobile()).fuse(dtype=torch.int8)
-    dtype = next(quantized.parameters()).dtype
-    assert relative_error(quantized(x.to(dtype)), expected) <= 0.1
-
-
-def test_mobile_gradients_of_an_image_alone() -> None:
-    model = randomise(mobile()).eval()
-    x = images(2, 3, 33, 64)
-    whole = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)[0]
-    for i in range(2):
-        one = x[i : i + 1].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-        alone = torch.autograd.grad(model(one).square().sum(), one)[0]
-        assert relative_error(alone[0], whole[i]) <= 1e-4
-
-
-@torch.no_grad()
-def test_mobile_exports() -> None:
-    model, x = randomise(mobile()).eval(), images(1, 3, 64, 64)
-    program = torch.export.export(model, (x,), strict=False)
-    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_initial_weights() -> None:

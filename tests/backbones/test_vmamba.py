@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from zoo import images, outlines, randomise, small
+from zoo import outlines, small
 
 import backbones
 from backbones.cli.parity import (
@@ -24,10 +24,6 @@ from backbones.vmamba import SelectiveScan2d
 
 VARIANTS = backbones.list_models(family="vmamba")
 VANILLA: dict[str, Any] = {"vanilla": True, "num_states": 3, "scan_ratio": 2}
-
-
-def vanilla(**kwargs: Any) -> Any:
-    return small("vmamba", **VANILLA, **kwargs)
 
 
 def todays_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,52 +123,6 @@ def test_the_layer_is_the_published_recurrence(gated: bool) -> None:
             total[:, i, j] += (state * after[:, None]).sum(-1) + layer.D[of_order] * u
     expected = layer.proj(total if gate is None else total * F.silu(gate))
     torch.testing.assert_close(layer(x), expected)
-
-
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 97)])
-@torch.no_grad()
-def test_vanilla_maps_and_fused_forms(size: tuple[int, int]) -> None:
-    model = randomise(vanilla()).eval()
-    x = images(2, 3, *size)
-    last, maps = model.forward_intermediates(x)
-    sides = [side // 4 for side in size]  # without incomplete patches
-    for feature in maps:
-        assert list(feature.shape[2:]) == sides
-        sides = [-(-side // 2) for side in sides]
-    expected = model.forward_head(last)
-    fused = backbones.fuse(model)
-    for _ in range(3):  # plain, captured, replayed
-        assert relative_error(fused(x), expected) <= 1e-5
-
-
-@pytest.mark.parametrize("kwargs", [{}, VANILLA], ids=["v2", "vanilla"])
-@torch.no_grad()
-def test_fewer_bits(kwargs: dict[str, Any]) -> None:
-    x = images(2, 3, 64, 64)
-    expected = randomise(small("vmamba", **kwargs)).eval()(x)
-    half = randomise(small("vmamba", **kwargs)).fuse(dtype=torch.bfloat16)
-    assert relative_error(half(x.bfloat16()), expected) <= 0.05
-    quantized = randomise(small("vmamba", **kwargs)).fuse(dtype=torch.int8)
-    dtype = next(quantized.parameters()).dtype
-    assert relative_error(quantized(x.to(dtype)), expected) <= 0.1
-
-
-def test_vanilla_gradients_of_an_image_alone() -> None:
-    model = randomise(vanilla(drop_path_rate=0.0)).train()
-    x = images(2, 3, 36, 64)
-    whole = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)[0]
-    for i in range(2):
-        one = x[i : i + 1].detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-        alone = torch.autograd.grad(model(one).square().sum(), one)[0]
-        assert relative_error(alone[0], whole[i]) <= 1e-4
-
-
-@torch.no_grad()
-def test_vanilla_exports() -> None:
-    model = randomise(vanilla(dims=(32, 48), depths=(1, 1))).eval()
-    x = images(1, 3, 36, 60)
-    program = torch.export.export(model, (x,), strict=False)
-    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_initial_weights() -> None:
