@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, several, whole
-from backbones.core.published import imagenet_cfg, renamed, renamed_stage
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.channel import EfficientChannelAttention
@@ -158,24 +158,15 @@ class ECAResNet(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the original's names, which are those of torchvision's ResNet."""
-        return {_of_resnet(key): tensor for key, tensor in state_dict.items()}
-
-
-def _of_resnet(key: str) -> str:
-    prefixes = (
-        (r"layer(\d+)\.", "stages.{}.blocks."),
-        (r"conv(1)\.", "stem.{}.conv."),
-        (r"bn(1)\.", "stem.{}.norm."),
-    )
-    key = renamed(renamed_stage(key, prefixes), _RESNET_NAMES)
-    return re.sub(r"\.(?:conv|bn)(\d)", lambda match: f".convs.{int(match[1]) - 1}", key)
+        return {renamed(key, _RESNET_NAMES): tensor for key, tensor in state_dict.items()}
 
 
 _RESNET_NAMES = (
-    (r"\.bn(\d)\.", r".bn\1.norm."),
-    (r"\.conv(\d)\.", r".conv\1.conv."),
-    (r"\.downsample\.0\.", ".shortcut.conv."),
-    (r"\.downsample\.1\.", ".shortcut.norm."),
+    *((r"^conv1\.", "stem.0.conv."), (r"^bn1\.", "stem.0.norm.")),
+    *((rf"^layer{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
+    *((rf"\.conv{i + 1}\.", f".convs.{i}.conv.") for i in range(3)),
+    *((rf"\.bn{i + 1}\.", f".convs.{i}.norm.") for i in range(3)),
+    *((r"\.downsample\.0\.", ".shortcut.conv."), (r"\.downsample\.1\.", ".shortcut.norm.")),
     (r"^fc\.", "head.fc."),
 )
 
@@ -240,14 +231,10 @@ def _of_mobilenet(key: str, places: Sequence[str]) -> str:
     return f"{place}.{renamed(layer, _MOBILENET_NAMES)}"
 
 
+_MOBILENET_LAYERS = ("expand.", "dwconv.", "project.0.", "project.1.", "eca.")
 _MOBILENET_NAMES = (
-    (r"^conv\.0\.", "expand."),
-    (r"^conv\.1\.", "dwconv."),
-    (r"^conv\.2\.", "project.0."),
-    (r"^conv\.3\.", "project.1."),
-    (r"^conv\.4\.", "eca."),
-    (r"(^|\.)0\.", r"\1conv."),
-    (r"(^|\.)1\.", r"\1norm."),
+    *((rf"^conv\.{i}\.", name) for i, name in enumerate(_MOBILENET_LAYERS)),
+    *((r"(^|\.)0\.", r"\1conv."), (r"(^|\.)1\.", r"\1norm.")),
 )
 
 

@@ -75,7 +75,7 @@ class SelectiveScan2d(nn.Module):
 
     def decays(self) -> Tensor:
         """A of the scan, in float32 or more: (4 · hidden_dim, num_states)."""
-        held = self.A_log if hasattr(self, "A_log") else self.A
+        held: Tensor = self.A_log if hasattr(self, "A_log") else self.A
         held = held.to(torch.promote_types(held.dtype, torch.float32))
         return -held.exp() if hasattr(self, "A_log") else held
 
