@@ -14,6 +14,7 @@ from zoo import outlines, small
 
 import backbones
 from backbones.cli.parity import (
+    case_errors,
     checkpoint,
     image,
     reference,
@@ -82,6 +83,15 @@ def test_dense_copy() -> None:
     maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
     for feature, expected in zip(maps, case["features"], strict=True):
         assert summary_error(feature, expected) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("vanilla")])
+def test_logits_of_the_first_version(name: str, number: int) -> None:
+    """Closer than the maps have to be, of which the figures have a few values."""
+    logits, _ = case_errors("vmamba", name, number)
+    assert logits <= 2e-5
 
 
 @pytest.mark.slow
