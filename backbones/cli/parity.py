@@ -43,7 +43,7 @@ FOLDER = next(
     for base in (Path(__file__).parent, Path(__file__).parents[2] / "tests")
     if (folder := base / "reference").is_dir() or base.name == "tests"
 )
-# ViG-H's recorded outputs, the first VMamba's maps and ours of OverLoCK differ that much from float64.
+# ViG-H's recorded outputs, the first VMamba's maps and ours of OverLoCK are that far from float64.
 TOLERANCE = {
     **{"litv2": 1e-4, "medvitv2": 1e-4, "efficientvit": 1e-4},
     **{"overlock": 2e-5, "vig": 2e-5, "vrwkv_l": 1e-4},
