@@ -26,7 +26,7 @@ from ops.cpu.huge_pages import ask_for_huge_pages
 from ops.cpu.plan import Plan, Signature
 from ops.cpu.structures import parameters
 
-__all__ = ["Kernel", "Observer", "kernel", "observed_by", "registered"]
+__all__ = ["Kernel", "Observer", "kernel", "kernel_of", "observed_by", "registered"]
 
 
 class Observer(Protocol):
@@ -68,6 +68,14 @@ _TYPES = {
 }
 _MOST_PLANS = 256  # layouts remembered per kernel
 _UNKNOWN: Any = object()
+
+
+_kernels: dict[Any, Kernel] = {}
+
+
+def kernel_of(operator: Any) -> Kernel | None:
+    """The kernel that an operator of torch calls, if it is one of ours."""
+    return _kernels.get(operator)
 
 
 def kernel(library: str, function: str, **options: Any) -> Callable[[Callable[..., Call]], Kernel]:
@@ -123,6 +131,7 @@ class Kernel:
         registered.impl(self.name, lambda *a: describe(*a).result, "Meta")
         self._dispatched = getattr(torch.ops.vision_backbones, self.name).default
         self._plans: dict[Hashable, Plan | None] = {}
+        _kernels[self._dispatched] = self
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}: {self.function} of {self.library}>"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ops.cpu.binding import Kernel
 from ops.replay.capture import name_of
 from ops.replay.trace import Step
 
@@ -81,6 +82,8 @@ class Operator(Step):
         """Such as ``aten.add.Tensor``, or the class of a layer."""
         if isinstance(self.function, nn.Module):
             return type(self.function).__name__
+        if isinstance(self.function, Kernel):
+            return self.function.name
         return name_of(self.function) or str(self.function)
 
     @property

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ops.cpu.binding import kernel_of
 from ops.replay.graph import NotCapturableError
 from ops.rewriting.graph import Operator, OperatorGraph, Value
 
@@ -118,7 +119,7 @@ class _Recorder(TorchDispatchMode):
         self._add(func, given, results, isinstance(result, tuple | list))
 
     def _add(self, func: Any, given: Any, results: Any, returns_list: bool) -> None:
-        func = _COPYING.get(func, func)
+        func = kernel_of(func) or _COPYING.get(func, func)
         values = [Value.like(t) for t in results]
         if func in _SAME or _is_inactive_dropout(func, given[0]):
             values = [given[0][0]]
