@@ -114,22 +114,33 @@ def selective_scans(tokens: int, states: int) -> Runs:
 
 
 def rates(rounds: int) -> dict[str, float]:
-    """Nanoseconds of numpy's exponential and logarithm, and of a byte read or written."""
-    small = -np.random.default_rng(0).random(1 << 15, dtype=np.float32)
-    made = np.empty_like(small)
+    """Nanoseconds of numpy's exponential and logarithm, and of a byte read or written.
+
+    Those of the fastest calls, as they are for bounds.
+    """
+
+    def fastest(run: Callable[[], object]) -> float:
+        return 1e9 * min(min(steady(run, CPU, 0.1)) for _ in range(rounds))
+
+    def of_each(function: np.ufunc, calls: int = 100) -> float:
+        """In the L1 cache, without what a call costs."""
+        times = []
+        for size in (1, 1 << 12):
+            given = np.linspace(-1, 0, size, dtype=np.float32) + (function is np.log1p)
+            made = np.empty_like(given)
+            run = functools.partial(_repeat, functools.partial(function, given, out=made), calls)
+            times.append(fastest(run))
+        return (times[1] - times[0]) / calls / ((1 << 12) - 1)
+
     large = torch.ones(1 << 25)
     copied = torch.empty_like(large)
-    runs: dict[str, tuple[Callable[[], object], int]] = {
-        "exponential": (lambda: np.exp2(small, out=made), small.size),
-        "logarithm": (lambda: np.log1p(-small, out=made), small.size),
-        "byte": (lambda: torch.add(large, 1, out=copied), 2 * 4 * large.numel()),
-    }
-    return {
-        name: 1e9
-        / count
-        * statistics.median(sum((steady(run, CPU, 0.1) for _ in range(rounds)), []))
-        for name, (run, count) in runs.items()
-    }
+    moved = fastest(lambda: torch.add(large, 1, out=copied)) / (2 * 4 * large.numel())
+    return {"exponential": of_each(np.exp2), "logarithm": of_each(np.log1p), "byte": moved}
+
+
+def _repeat(run: Callable[[], object], calls: int) -> None:
+    for _ in range(calls):
+        run()
 
 
 def bounds(tokens: int, states: int, of: Mapping[str, float]) -> dict[str, float]:

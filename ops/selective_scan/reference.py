@@ -31,11 +31,12 @@ def scan(
     channels, exact = u.shape[1], torch.promote_types(u.dtype, torch.float32)
     step = delta.to(exact) if delta_bias is None else delta.to(exact) + delta_bias[:, None]
     step = F.softplus(step) if delta_softplus else step
-    B, C = (t.to(exact).repeat_interleave(channels // t.shape[1], 1) for t in (B, C))
+    # (L, B, channels, N)
+    B, C = (t.movedim(3, 0).to(exact).repeat_interleave(channels // t.shape[1], 2) for t in (B, C))
     state, outs = u.new_zeros(*u.shape[:2], A.shape[1], dtype=exact), []
     for t in range(u.shape[2]):
-        decay, now = (step[..., t, None] * A).exp(), (step * u)[..., t, None] * B[..., t]
-        state = decay * state + now
-        outs.append((C[..., t] * state).sum(-1))
+        now = step[..., t, None]
+        state = (now * A).exp() * state + now * u[..., t, None] * B[t]
+        outs.append((C[t] * state).sum(-1))
     out = torch.stack(outs, -1) if outs else step * u
     return (out if D is None else out + D[:, None] * u).to(u.dtype)
