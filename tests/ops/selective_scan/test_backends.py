@@ -112,8 +112,8 @@ def test_what_is_not_finite_stays_so(value):
 @pytest.mark.parametrize("tokens", [1023, 4096])
 def test_long_sequences(backend, extreme, states, tokens):
     given = selective_inputs(tokens, 4, states, extreme=extreme)
-    # float32 states and sums of thousands of tokens.
-    assert_close(selective_scan, given, backend, 20, **STEPS)
+    # Sums of thousands of tokens in their order: the scan in Python loses 6e-5 in float32.
+    assert_close(selective_scan, given, backend, 40, **STEPS)
 
 
 @pytest.mark.slow
