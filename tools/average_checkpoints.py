@@ -20,9 +20,12 @@ from torch import Tensor
 
 from backbones.core.arguments import nonempty_path
 from backbones.core.checkpoint import CheckpointError, read_checkpoint
+from backbones.core.console import MendableError
 from backbones.core.messages import joined_lines
+from backbones.core.outputs import Kind, add_overwrite, require_writable
 from backbones.training.checkpoint import save_weights
-from backbones.training.errors import CheckpointFileError
+
+_AVERAGE = Kind((".safetensors",), rb".{8}\{\"__metadata__\":\{\"average_of\"")
 
 
 def average(paths: Sequence[Path]) -> dict[str, Tensor]:
@@ -64,15 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("checkpoints", nargs="+", type=nonempty_path, metavar="FILE")
     parser.add_argument("--output", type=nonempty_path, required=True, help="a .safetensors file")
+    add_overwrite(parser)
     options = parser.parse_args(argv)
     try:
-        if options.output.suffix != ".safetensors":
-            raise CheckpointError(f"--output must end in .safetensors, not {options.output}")
+        require_writable(
+            {"--output": (options.output, _AVERAGE)}, options.checkpoints, options.overwrite
+        )
         with torch.inference_mode():
             mean = average(options.checkpoints)
         sources = ", ".join(path.name for path in options.checkpoints)
         save_weights(options.output, mean, {"average_of": sources})
-    except (OSError, CheckpointError, CheckpointFileError) as error:
+    except (OSError, CheckpointError, MendableError) as error:
         sys.stderr.write(f"error: {joined_lines(error)}\n")
         return 1
     sys.stdout.write(f"the mean of {len(options.checkpoints)} checkpoints is {options.output}\n")

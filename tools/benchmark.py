@@ -61,9 +61,10 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.cli.measure import count_macs
-from backbones.core.arguments import THREADS, nonempty_path, real, require_writable, whole
+from backbones.core.arguments import THREADS, nonempty_path, real, whole
 from backbones.core.console import CommandError, Parser, guard
 from backbones.core.messages import first_line
+from backbones.core.outputs import FIGURE, REPORT, Kind, add_overwrite, require_writable
 
 __all__ = ["KINDS", "Row", "comparison", "describe", "kind_of", "main", "measure", "parse", "peer"]
 
@@ -262,6 +263,9 @@ def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[
     }
 
 
+_TABLE = Kind((".md",), rb"[^\n]*; medians of interleaved runs\.\n")
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
@@ -290,6 +294,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--compare", type=nonempty_path, metavar="OLD.json", help="an earlier report"
     )
     parser.add_argument("--output", type=nonempty_path, default=Path("runs/benchmark"))
+    add_overwrite(parser)
     args = parser.parse_args(arguments)
     unknown = set(args.models) - set(backbones.list_models())
     if unknown:
@@ -301,10 +306,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
-    require_writable({"--output": args.output}, makes_folders=True)
-    require_writable({"--output": args.output.with_suffix(".json")}, makes_folders=True)
+    kinds = {".json": REPORT, ".md": _TABLE, ".png": FIGURE}
+    written = {f"--output, {end}:": (args.output.with_suffix(end), kinds[end]) for end in kinds}
+    require_writable(written, [args.compare], args.overwrite, makes_folders=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Read before it may be overwritten.
     output = args.output.with_suffix(".json")
     try:
         old = None if args.compare is None else read_report(args.compare)

@@ -35,13 +35,14 @@ import yaml
 from embed_index import measure_index
 from embed_page import page
 from embed_pipelines import PIPELINES, rate_of_pipeline
-from measuring import load_report, machine, read_report, replace_results, write
+from measuring import GENERATED, load_report, machine, read_report, replace_results, write
 from PIL import Image
 from timm.data import create_transform
 
 import backbones
 from backbones.core.arguments import nonempty_path
 from backbones.core.images import installed_decoder, open_image, open_pixels
+from backbones.core.outputs import REPORT, add_overwrite, require_writable
 from backbones.embedding import embed
 from backbones.embedding.local import cores
 from backbones.embedding.network import Network
@@ -343,7 +344,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = "Python of an environment that has it, for `pipelines`"
     parser.add_argument("--birder", metavar="PYTHON", help=text)
     parser.add_argument("--clip-retrieval", metavar="PYTHON", help=text)
+    add_overwrite(parser)
     args = parser.parse_args(arguments)
+    written = {"--output": (args.output, REPORT), "--page": (args.page, GENERATED)}
+    require_writable(written, overwrite=args.overwrite, makes_folders=True)
     pythons = {name: getattr(args, name.replace("-", "_")) for name in PIPELINES}
     measure: dict[str, Any] = {**PARTS, "pipelines": partial(measure_pipelines, pythons=pythons)}
     if "pipelines" in args.parts and not any(pythons.values()):

@@ -50,6 +50,7 @@ from na_picture import BASELINE, draw
 from torch import Tensor
 
 from backbones.core.arguments import nonempty_path
+from backbones.core.outputs import FIGURE, REPORT, add_overwrite, require_writable
 
 logger = logging.getLogger("benchmark_na")
 
@@ -263,6 +264,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--resume", action="store_true", help="skip rows that the output already has"
     )
     parser.add_argument("--output", type=nonempty_path, default=Path("runs/benchmark_na"))
+    add_overwrite(parser)
     return parser.parse_args(arguments)
 
 
@@ -273,6 +275,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     output = args.output.with_suffix(".json")
+    written = {"--output": (output, REPORT), "the picture": (output.with_suffix(".png"), FIGURE)}
+    require_writable(written, overwrite=args.overwrite, makes_folders=True)
     report = load_report(output, machine(device))
     effort = Effort(args.rounds, args.seconds, args.turn_ms, args.max_seconds, args.max_gib)
     done = {row_key(row) for row in report["results"]} if args.resume else set()

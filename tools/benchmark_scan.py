@@ -39,6 +39,7 @@ from torch import Tensor
 
 import backbones
 from backbones.core.arguments import nonempty_path, whole
+from backbones.core.outputs import REPORT, add_overwrite, require_writable
 from ops.linear_attention import gated_linear_attention
 from ops.selective_scan import cross_selective_scan, selective_scan
 
@@ -214,7 +215,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=nonempty_path, default=Path("runs/scans.json"))
     parser.add_argument("--rounds", type=whole(1), default=7, help="turns of every contender")
     parser.add_argument("--selective", action="store_true", help="the selective scan instead")
+    add_overwrite(parser)
     options = parser.parse_args(arguments)
+    written = {"--output": (options.output, REPORT)}
+    require_writable(written, overwrite=options.overwrite, makes_folders=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     with torch.inference_mode():

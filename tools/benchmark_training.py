@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_cls  # noqa: E402
 from backbones.core.arguments import nonempty_path  # noqa: E402
+from backbones.core.outputs import REPORT, add_overwrite, require_writable  # noqa: E402
 from backbones.training import build, optimization  # noqa: E402
 from backbones.training.checkpoint import write_text_atomically  # noqa: E402
 from backbones.training.corrupt import CorruptImages  # noqa: E402
@@ -227,7 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--turns", type=int, default=7)
     add("--threads", type=int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_overwrite(parser)
     options = parser.parse_args(argv)
+    require_writable({"--output": (options.output, REPORT)}, overwrite=options.overwrite)
     torch.set_num_threads(options.threads)
     world = World(0, 1, torch.device(options.device))
     with tempfile.TemporaryDirectory() as name:

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import load_report, machine, read_report, replace_results, write
+from measuring import GENERATED, load_report, machine, read_report, replace_results, write
 
 from backbones.core.arguments import nonempty_path
+from backbones.core.outputs import REPORT, add_overwrite, require_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "performance" / "cold_start.json"
@@ -135,7 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=1, help="processes to take the median over")
     parser.add_argument("--output", type=nonempty_path, default=OUTPUT)
     parser.add_argument("--page", type=nonempty_path, default=PAGE)
+    add_overwrite(parser)
     args = parser.parse_args(arguments)
+    written = {"--output": (args.output, REPORT), "--page": (args.page, GENERATED)}
+    require_writable(written, overwrite=args.overwrite, makes_folders=True)
     report = read_report(args.output) if args.way is None else load_report(args.output, here())
     if args.way is not None:
         tree = args.tree or (None if args.way == "wheel" else ROOT)

@@ -17,8 +17,11 @@ from mmengine.config import Config
 from mmengine.registry import VISUALIZERS, init_default_scope
 
 from backbones.core.arguments import nonempty, nonempty_path
+from backbones.core.outputs import Kind, add_overwrite, require_writable
 from backbones.openmmlab import check_channels
 from backbones.openmmlab.runs import provide_data
+
+_PICTURE = Kind((".png",), rb"\x89PNG")
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
@@ -26,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
 
     Raises:
         FileNotFoundError: an image or the checkpoint does not exist.
-        ValueError: two images with the same name, or incompatible parts of the model.
+        ValueError: two images with the same name, a picture that would replace an image, or
+            incompatible parts of the model.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     parser.add_argument("--out", required=True, type=nonempty_path, help="folder of the pictures")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--score-thr", type=float, default=0.3, help="minimum score of drawn boxes")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
     cfg = Config.fromfile(args.config)
     provide_data(cfg, args.images)
@@ -50,6 +55,16 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     if len({path.stem for path in args.images}) < len(args.images):
         raise ValueError("two images have the same name; draw them into different folders")
 
+    targets = [args.out / f"{path.stem}.png" for path in args.images]
+    require_writable(
+        {
+            f"the picture of {i}:": (target, _PICTURE)
+            for i, target in zip(args.images, targets, strict=True)
+        },
+        [args.config, args.checkpoint, *args.images],
+        args.overwrite,
+        makes_folders=True,
+    )
     check_channels(cfg.model)
     init_default_scope(cfg.default_scope)
     detects = cfg.default_scope == "mmdet"
@@ -67,9 +82,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     visualizer = VISUALIZERS.build({**cfg.visualizer, "name": "infer_mm", "vis_backends": None})
     visualizer.dataset_meta = model.dataset_meta
     args.out.mkdir(parents=True, exist_ok=True)
-    written = []
-    for path in args.images:
-        target = args.out / f"{path.stem}.png"
+    for path, target in zip(args.images, targets, strict=True):
         options = {"pred_score_thr": args.score_thr} if detects else {}
         visualizer.add_datasample(
             path.stem,
@@ -79,8 +92,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
             out_file=str(target),
             **options,
         )
-        written.append(target)
-    return written
+    return targets
 
 
 if __name__ == "__main__":

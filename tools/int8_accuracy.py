@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from trained_runs import CLASSIFIERS, RESTORER, Digits, Pictures, digits_run, pictures_run, train
 
 import backbones
-from backbones.core.arguments import CREATION_ERRORS, nonempty_path, require_writable
+from backbones.core.arguments import CREATION_ERRORS, nonempty_path
 from backbones.core.console import CommandError, Parser, guard
 from backbones.core.messages import first_line
+from backbones.core.outputs import REPORT, require_writable
 from backbones.restoration.metrics import quality
 from backbones.training.errors import TrainingError
 from ops.cpu.instruction_sets import instruction_set
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unknown = set(args.models) - {RESTORER, *backbones.list_models()}
     if unknown:
         parser.error(f"unknown models {', '.join(sorted(unknown))}; see backbones.list_models()")
-    require_writable({"--output": args.output}, makes_folders=True)
+    require_writable({"--output": (args.output, REPORT)}, makes_folders=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     try:

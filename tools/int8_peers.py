@@ -40,9 +40,10 @@ from torch import Tensor, nn
 from trained_runs import CLASSIFIERS, digits_run
 
 import backbones
-from backbones.core.arguments import THREADS, nonempty_path, real, require_writable, whole
+from backbones.core.arguments import THREADS, nonempty_path, real, whole
 from backbones.core.console import CommandError, Parser, guard
 from backbones.core.messages import first_line
+from backbones.core.outputs import REPORT, require_writable
 
 __all__ = ["KEYS", "OURS", "Contenders", "main", "of_agreement", "of_speed"]
 
@@ -258,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"unknown models {', '.join(sorted(unknown))}; see backbones.list_models()")
     if args.part == "agreement" and args.checkpoints is None:
         parser.error("agreement needs --checkpoints, the folder of int8_accuracy.py's runs")
-    require_writable({"--output": args.output}, makes_folders=True)
+    require_writable({"--output": (args.output, REPORT)}, makes_folders=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(1)
     try:

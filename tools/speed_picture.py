@@ -16,6 +16,7 @@ from typing import Any
 
 from backbones.core.arguments import nonempty_path
 from backbones.core.console import Parser, guard
+from backbones.core.outputs import FIGURE, add_overwrite, require_writable
 from backbones.training.checkpoint import write_atomically
 
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -121,7 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=nonempty_path, default=_DOCS / "assets/speed.png", metavar="PNG"
     )
+    add_overwrite(parser)
     options: argparse.Namespace = parser.parse_args(arguments)
+    require_writable({"--out": (options.out, FIGURE)}, options.reports, options.overwrite)
     draw([json.loads(path.read_text()) for path in options.reports], options.out)
     return 0
 

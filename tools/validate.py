@@ -38,13 +38,19 @@ from backbones.core.arguments import (
     nonempty,
     nonempty_path,
     real,
-    require_folder,
-    require_writable,
     usable_device,
     whole,
 )
 from backbones.core.console import Parser, guard
 from backbones.core.messages import first_line
+from backbones.core.outputs import (
+    FIGURE,
+    Kind,
+    add_overwrite,
+    csv_of,
+    require_folder,
+    require_writable,
+)
 from backbones.training import build
 from backbones.training.checkpoint import write_text_atomically
 from backbones.training.corrupt import CorruptImages
@@ -227,18 +233,28 @@ class Validator:
         """Write ``NAME.classes.csv`` and ``NAME.confusion.png``."""
         folder = self.options.report
         folder.mkdir(parents=True, exist_ok=True)
-        classes, name = self.splits.classes, candidate.name.replace("/", "_")
+        classes = self.splits.classes
+        table, picture = report_paths(folder, candidate)
         matrix = confusion_matrix(predictions.labels, predictions.top5[:, 0], len(classes))
-        write_table(folder / f"{name}.classes.csv", class_report(matrix, classes))
+        write_table(table, class_report(matrix, classes))
         top1, images = predictions.accuracy(1), len(predictions.labels)
         title = f"{candidate.name}: {top1:.2f} % of {images} images right"
-        draw_confusion(folder / f"{name}.confusion.png", matrix, classes, title)
-        self.progress.say(f"{name}.classes.csv and {name}.confusion.png are in {folder}")
+        draw_confusion(picture, matrix, classes, title)
+        self.progress.say(f"{table.name} and {picture.name} are in {folder}")
 
 
 def corruption_path(output: Path) -> Path:
     """``results.csv`` → ``results.corruptions.csv``."""
     return output.with_suffix(".corruptions.csv")
+
+
+def report_paths(folder: Path, candidate: Candidate) -> tuple[Path, Path]:
+    """``NAME.classes.csv`` and ``NAME.confusion.png``."""
+    name = candidate.name.replace("/", "_")
+    return folder / f"{name}.classes.csv", folder / f"{name}.confusion.png"
+
+
+_REPORTED = (csv_of("class", "images"), FIGURE)
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -295,7 +311,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    data = "as for train_cls.py; only the split to measure is needed"
+    data = "as for train_cls.py; a single split suffices"
     add("--data", required=True, type=nonempty, help=data)
     add("--data-dir", type=nonempty, help="where medmnist/, torch/, hfds/, hfids/ keep files")
     add("--download", action="store_true", help="let the source download its files")
@@ -305,7 +321,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--checkpoint",
         type=nonempty,
-        help="weights of a single model (default: the published ones)",
+        help="weights of a single model (default: published)",
     )
     several: dict[str, Any] = {"nargs": "+", "type": nonempty_path, "default": []}
     add("--list", metavar="FILE", help="lines of NAME [CHECKPOINT]", **several)
@@ -336,7 +352,26 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=nonempty_path, default=output, help="a row for each model")
     report = "folder for tables by class and confusion matrices"
     add("--report", type=nonempty_path, metavar="FOLDER", help=report)
+    add_overwrite(parser)
     return parser.parse_args(argv)
+
+
+def _check_outputs(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None:
+    outputs: dict[str, tuple[Path | None, Kind]] = {
+        "--output": (options.output, csv_of("model", "checkpoint"))
+    }
+    if options.corrupt is not None:
+        table = corruption_path(options.output), csv_of("model", "corruption")
+        outputs["the table of corruptions"] = table
+    if options.report is not None:
+        require_folder("--report", options.report)
+        for candidate in candidates:
+            for path, kind in zip(report_paths(options.report, candidate), _REPORTED, strict=True):
+                weights = candidate.checkpoint or "published"
+                outputs[f"{path.name} of {candidate.name}, {weights}"] = path, kind
+    inputs = [*options.list, options.class_map, options.real_labels or None, options.data]
+    inputs += [candidate.checkpoint for candidate in candidates]
+    require_writable(outputs, inputs, options.overwrite, makes_folders=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -352,14 +387,9 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    inputs = [*options.list, options.checkpoint, options.class_map, options.real_labels or None]
-    require_writable({"--output": options.output}, inputs, makes_folders=True)
-    if options.corrupt is not None:
-        table = {"the table of corruptions": corruption_path(options.output)}
-        require_writable(table, inputs, makes_folders=True)
-    if options.report is not None:
-        require_folder("--report", options.report)
-    candidates, validator = find_candidates(options), Validator(options)
+    candidates = find_candidates(options)
+    _check_outputs(options, candidates)
+    validator = Validator(options)
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     for candidate in candidates:

@@ -26,6 +26,7 @@ from measuring import machine, write
 
 import backbones
 from backbones.core.arguments import nonempty_path
+from backbones.core.outputs import REPORT, add_overwrite, require_writable
 from backbones.core.registry import published_weights
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "performance" / "zoo.json"
@@ -56,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15, help="turns of both forms")
     parser.add_argument("--seconds", type=float, default=60, help="stop a variant's turns after")
     parser.add_argument("--output", type=nonempty_path, default=OUTPUT)
+    add_overwrite(parser)
     args = parser.parse_args(arguments)
+    written = {"--output": (args.output, REPORT)}
+    require_writable(written, overwrite=args.overwrite, makes_folders=True)
     names = backbones.list_models(args.models or "")
     for pattern in args.models or ():
         if not fnmatch.filter(names, pattern):

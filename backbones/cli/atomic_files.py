@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import shutil
@@ -12,31 +11,13 @@ from pathlib import Path
 from types import FrameType
 
 from backbones.cli.common import CommandError
+from backbones.training.checkpoint import FULL_DISK
 from backbones.training.interrupt import handle_signals
 
-__all__ = ["check_target", "exit_on_signals", "replace_atomically"]
+__all__ = ["exit_on_signals", "replace_atomically"]
 
 # Termination signals that Python doesn't turn into exceptions by default.
 _SIGNALS = ("SIGTERM", "SIGHUP")
-_FULL = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than the file system or a limit (ulimit -f) allows",
-}
-
-
-def check_target(path: Path) -> None:
-    """Check early that a file can be written.
-
-    Raises:
-        CommandError: the folder does not exist, or ``path`` is a folder or a device.
-    """
-    if path.is_dir():
-        raise CommandError(f"{path} is a folder; give the file to write, such as {path / 'x.onnx'}")
-    if path.exists() and not path.is_file():
-        raise CommandError(f"{path} is not a regular file and can't be replaced")
-    if not path.parent.is_dir():
-        raise CommandError(f"cannot write {path.name}: there is no folder {path.parent}")
 
 
 @contextlib.contextmanager
@@ -48,7 +29,6 @@ def replace_atomically(path: Path) -> Iterator[Path]:
     Raises:
         CommandError: ``path`` could not be written completely and is unchanged.
     """
-    check_target(path)
     scratch = path.parent / f".export-{secrets.token_hex(4)}"
     try:
         scratch.mkdir()
@@ -57,7 +37,7 @@ def replace_atomically(path: Path) -> Iterator[Path]:
             os.replace(written, path.with_name(written.name))
         os.replace(scratch / path.name, path)
     except Exception as error:
-        if reason := _io_problem(error):
+        if reason := _io_problem(error, path.parent):
             raise CommandError(f"cannot write {path}: {reason}") from error
         raise
     finally:
@@ -68,17 +48,17 @@ def replace_atomically(path: Path) -> Iterator[Path]:
             raise
 
 
-def _io_problem(error: BaseException) -> str | None:
-    """The I/O problem behind ``error``, or None if it has another cause.
+def _io_problem(error: BaseException, folder: Path) -> str | None:
+    """The I/O problem behind ``error`` in ``folder``, or None if it has another cause.
 
     Libraries wrap the error of a full disk in their own.
     """
-    if isinstance(error, OSError) and error.errno not in _FULL:
+    if isinstance(error, OSError) and error.errno not in FULL_DISK:
         return error.strerror or str(error)
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _FULL:
-            return _FULL[seen.errno]
+        if isinstance(seen, OSError) and seen.errno in FULL_DISK:
+            return FULL_DISK[seen.errno].format(folder)
         seen = seen.__cause__ or seen.__context__
     return None
 

@@ -32,6 +32,7 @@ __all__ = ["EXAMPLE", "add_arguments", "run"]
 EXAMPLE = "features/ --threshold 0.98 --csv duplicates.csv"
 
 _PICTURE = "duplicates.png"
+_COLUMNS = ("group", "key", "height", "width", "similarity")
 # Most groups in the picture and on the page, and most images of each.
 _DRAWN, _SHOWN, _TILES = 24, 200, 16
 
@@ -55,7 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Run ``duplicates``."""
     folder: Path = options.folder
-    path = check_outputs(options, _PICTURE)
+    path = check_outputs(options, _PICTURE, "key", _COLUMNS)
     groups = find_duplicates(folder, options.threshold, options.index, progress=True)
     rows = [
         (number, m.key, m.height, m.width, f"{m.similarity:.6f}")
@@ -66,7 +67,7 @@ def run(options: Namespace) -> int:
     extra = sum(map(len, groups)) - len(groups)
     summary = f"{len(groups)} groups; {extra} of {count_rows(folder)} images are redundant"
     sys.stdout.write(f"{summary}\n")
-    write_text(options.csv, as_csv(("group", "key", "height", "width", "similarity"), rows))
+    write_text(options.csv, as_csv(_COLUMNS, rows))
     write_text(options.json, as_json(_entries(groups)))
     if groups:
         images = Thumbnails(folder, options.source)

@@ -87,6 +87,8 @@ def run(options: Namespace) -> int:
         )
     rate = f", {done.done / done.seconds:.0f} images/s" if done.done else ""
     sys.stdout.write(f"{done.rows} embeddings in {options.out}{rate}\n")
+    if done.skipped:
+        sys.stderr.write(f"{done.skipped}\n")
     for key, reason in done.corrupt[:_SHOWN]:
         sys.stderr.write(f"cannot read {one_line(key)}: {reason}\n")
     if done.corrupt:

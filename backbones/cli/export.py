@@ -19,14 +19,15 @@ from torch import Tensor
 from backbones.cli import atomic_files, exporting, quantizing
 from backbones.cli.common import CommandError, Loaded, add_size_argument, load, two_sides
 from backbones.cli.elapsed import show_elapsed
-from backbones.cli.int8_export import export_int8
+from backbones.cli.int8_export import INT8, export_int8
 from backbones.cli.predict import preprocessing
 from backbones.cli.resources import require_disk_space, require_memory
 from backbones.core.arguments import nonempty_path, real
+from backbones.core.outputs import ONNX, PT2, add_overwrite, require_writable
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
 
-_FORMATS = ("onnx", "pt2", "safetensors")
+_FORMATS = {"onnx": ONNX, "pt2": PT2, "safetensors": INT8}
 
 EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 
@@ -37,9 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=nonempty_path, required=True, metavar="FILE", help="file to write"
     )
-    parser.add_argument(
-        "--format", choices=_FORMATS, help="default: by the suffix of --out, else onnx"
-    )
+    parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of --out")
     parser.add_argument(
         "--checkpoint", type=nonempty_path, metavar="FILE", help="default: untrained"
     )
@@ -64,6 +63,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="X",
         help="safetensors: largest relative error of the output; sensitive layers stay in floats",
     )
+    add_overwrite(parser)
 
 
 def run(options: Namespace) -> int:
@@ -73,7 +73,7 @@ def run(options: Namespace) -> int:
 
 
 def _run(options: Namespace) -> int:
-    suffix = options.out.suffix.removeprefix(".")
+    suffix = options.out.suffix.lower().removeprefix(".")
     format = options.format or (suffix if suffix in _FORMATS else "onnx")
     ours = format == "safetensors"
     if options.int8 and format == "pt2":
@@ -93,7 +93,12 @@ def _run(options: Namespace) -> int:
     )
     if options.batch < 1:
         raise CommandError(f"--batch must be 1 or more, got {options.batch}")
-    atomic_files.check_target(options.out)
+    require_writable(
+        {"--out": (options.out, _FORMATS[format])},
+        [options.checkpoint, options.calibration],
+        options.overwrite,
+        streams=False,
+    )
     if format == "onnx":
         exporting.require_onnx()
     loaded = load(options.model, options.checkpoint)

@@ -16,11 +16,15 @@ import backbones
 from backbones.cli import atomic_files, quantizing
 from backbones.cli.common import CommandError, Loaded
 from backbones.cli.exporting import TOLERANCE, difference, noise
+from backbones.core.outputs import Kind
 from backbones.core.precision import Precision
 from backbones.training.checkpoint import save_weights
 from backbones.training.recipe import dump_recipe
 
-__all__ = ["export_int8"]
+__all__ = ["INT8", "export_int8"]
+
+INT8 = Kind((".safetensors",), rb".{8}\{.*\.weight_scale\"")
+"""The files of :func:`export_int8`."""
 
 _BATCH = 16  # images to calibrate with at a time
 

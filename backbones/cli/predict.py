@@ -22,18 +22,18 @@ from torch import Tensor
 
 from backbones.cli.cam import grad_cam
 from backbones.cli.common import CommandError, Loaded, load, read_labels
-from backbones.cli.predictions import Prediction, as_csv, as_entries, as_table
+from backbones.cli.predictions import CSV_HEAD, Prediction, as_csv, as_entries, as_table
 from backbones.core import images
 from backbones.core.arguments import (
     file_problem,
     nonempty_path,
-    require_writable,
     usable_device,
     whole,
 )
 from backbones.core.console import memory_shortage
 from backbones.core.dtypes import COMPUTED, check_dtype
 from backbones.core.messages import first_line, one_line
+from backbones.core.outputs import FIGURE, add_overwrite, csv_of, json_of, require_writable
 from backbones.core.resizing import Resizing
 from backbones.training import build
 from backbones.training.checkpoint import write_text_atomically
@@ -46,6 +46,7 @@ __all__ = [
     "preprocessing",
     "read_pixels",
     "run",
+    "say_skipped",
 ]
 
 EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png"
@@ -72,6 +73,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
     add("--dtype", choices=COMPUTED, help="of the computation, after fuse() (default: unfused)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
+    add_overwrite(parser)
 
 
 def run(options: Namespace) -> int:
@@ -83,10 +85,15 @@ def run(options: Namespace) -> int:
         if options.cam is not None:
             raise CommandError("--cam needs the layers before fuse(): leave out --dtype")
         check_dtype(options.dtype, device)
-    paths = find_images(options.images)
+    found = find_images(options.images)
     require_writable(
-        {"--csv": options.csv, "--json": options.json, "--cam": options.cam},
-        [options.checkpoint, options.labels, *paths],
+        {
+            "--csv": (options.csv, csv_of(*CSV_HEAD)),
+            "--json": (options.json, json_of("image")),
+            "--cam": (options.cam, FIGURE),
+        },
+        [options.checkpoint, options.labels, *options.images, *found.images],
+        options.overwrite,
     )
     loaded = load(options.model, options.checkpoint)
     if options.checkpoint is None:
@@ -109,7 +116,7 @@ def run(options: Namespace) -> int:
 
     pictures = _PICTURES if options.cam is not None else 0
     predictions = list(
-        predict(loaded, paths, options.topk, options.batch_size, pictures, progress=True)
+        predict(loaded, found.images, options.topk, options.batch_size, pictures, progress=True)
     )
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
     sys.stdout.write(as_table(predictions, names))
@@ -125,6 +132,7 @@ def run(options: Namespace) -> int:
         shown = [prediction for prediction in predictions if prediction.image is not None]
         if shown:
             draw_predictions(options.cam, shown, names)
+    say_skipped(found.others)
     unreadable = [prediction for prediction in predictions if prediction.error]
     for prediction in unreadable:
         sys.stderr.write(f"cannot read {one_line(str(prediction.path))}: {prediction.error}\n")
@@ -188,28 +196,40 @@ def preprocessing(loaded: Loaded) -> dict[str, Any]:
     return resolve_data_config({}, model=loaded.model)
 
 
-def find_images(places: Sequence[Path]) -> list[Path]:
+def find_images(places: Sequence[Path]) -> images.Listing[Path]:
     """The given files, and the images in the given folders (recursively, sorted).
 
     Non-images with an image's name (a named pipe, a broken link) are included; reading them fails
     with an explanation.
 
+    Returns:
+        images, and the other files in the folders.
+
     Raises:
         CommandError: a folder without images.
         FileNotFoundError: a path that does not exist.
     """
-    found: list[Path] = []
+    found: images.Listing[Path] = images.Listing([], [])
     for place in places:
         if place.is_dir():
-            inside = [place / name for name in images.images_below(place)]
-            if not inside:
+            inside = images.list_below(place)
+            if not inside.images:
                 raise CommandError(f"no images in {place}")
-            found += inside
+            found.images.extend(place / name for name in inside.images)
+            found.others.extend(place / name for name in inside.others)
         elif os.path.lexists(place):
-            found.append(place)
+            found.images.append(place)
         else:
             raise FileNotFoundError(f"no image at {place}")
     return found
+
+
+def say_skipped(files: Sequence[Path]) -> None:
+    """Print how many files in folders were skipped."""
+    skipped = images.Skipped()
+    skipped.add(list(map(str, files)))
+    if skipped:
+        sys.stderr.write(f"{skipped}\n")
 
 
 def read_pixels(path: Path, grey: bool = False) -> np.ndarray:

@@ -12,7 +12,10 @@ from typing import Any
 from backbones.core.messages import one_line
 from backbones.core.tables import table
 
-__all__ = ["Prediction", "as_csv", "as_entries", "as_table"]
+__all__ = ["CSV_HEAD", "Prediction", "as_csv", "as_entries", "as_table"]
+
+CSV_HEAD = ("image", "place", "class", "name", "confidence", "error")
+"""The columns of :func:`as_csv`."""
 
 
 @dataclass
@@ -52,7 +55,7 @@ def as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
     """CSV with a row for each predicted class and for each unreadable image."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image", "place", "class", "name", "confidence", "error"))
+    writer.writerow(CSV_HEAD)
     for p in predictions:
         if p.error:
             writer.writerow((p.path, "", "", "", "", p.error))

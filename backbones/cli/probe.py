@@ -93,7 +93,7 @@ def run(options: Namespace) -> int:
         raise CommandError("--test-labels are of the embeddings in --test FOLDER")
     given = [options.labels, options.test_labels, options.split]
     files = [Path(word) for word in given if word not in (None, "folder", "source")]
-    path = check_outputs(options, _PICTURE, files)
+    path = check_outputs(options, _PICTURE, "rows", inputs=files)
     report = probe(
         folder,
         options.labels,

@@ -80,7 +80,7 @@ def calibration_images(
     config = {**preprocessing(loaded), "input_size": (channels, *size)}
     resize = Resizing(config)
     try:
-        paths = find_images([folder])
+        paths = find_images([folder]).images
     except (CommandError, OSError) as error:
         raise CommandError(f"--calibration: {error}; {_WANTED}") from error
     images: list[Tensor] = []

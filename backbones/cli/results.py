@@ -5,18 +5,29 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbones.core.arguments import nonempty, nonempty_path, require_writable
+from backbones.core.arguments import nonempty, nonempty_path
 from backbones.core.console import CommandError
 from backbones.core.messages import one_line
+from backbones.core.outputs import (
+    FIGURE,
+    HTML,
+    Kind,
+    add_overwrite,
+    csv_of,
+    json_of,
+    require_writable,
+)
 from backbones.embedding.rows import count_rows
-from backbones.embedding.table import METADATA, metadata, shard_paths
+from backbones.embedding.sources import image_files
+from backbones.embedding.table import METADATA, batches, metadata, shard_paths
 from backbones.embedding.thumbnails import Thumbnails
 from backbones.training.checkpoint import write_text_atomically
 
@@ -33,7 +44,7 @@ __all__ = [
 
 
 def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:
-    """``--out``, ``--html``, ``--json`` and, if ``rows`` says of what, ``--csv``."""
+    """The options of :func:`check_outputs`; ``--csv`` only if ``rows`` says of what."""
     add = parser.add_argument
     named = f"{what} (FOLDER/{picture})"
     add("--out", type=nonempty_path, metavar="PNG", help=named)
@@ -41,27 +52,60 @@ def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "")
     if rows:
         add("--csv", type=nonempty_path, metavar="FILE", help=f"write a row for each {rows}")
     add("--json", type=nonempty_path, metavar="FILE", help="write all that was found")
+    add_overwrite(parser)
 
 
-def check_outputs(options: Namespace, picture: str, inputs: Iterable[Path | None] = ()) -> Path:
-    """Where the picture goes; refuses early what could not be written.
+def check_outputs(
+    options: Namespace,
+    picture: str,
+    key: str,
+    columns: Sequence[str] = (),
+    inputs: Iterable[Path | None] = (),
+) -> Path:
+    """Where the picture goes; refuses early what could not or should not be written.
+
+    Args:
+        picture: its default name.
+        key: the first of the JSON file.
+        columns: of the CSV file.
+        inputs: files that the command reads besides the tables.
 
     Raises:
         CommandError, FileNotFoundError, TableError: there is no table, matplotlib is missing, or a
             file cannot be written.
     """
     tables = [options.folder, *filter(None, [getattr(options, "test", None)])]
-    held = [path for folder in tables for path in (folder / METADATA, *shard_paths(folder))]
+    for folder in tables:
+        shard_paths(folder)  # raises if it is not complete
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError(
             "the picture is drawn with matplotlib: pip install matplotlib (or '.[search]')"
         )
     path: Path = options.out or options.folder / picture
-    outputs = {"--out": path, "--html": options.html, "--json": options.json}
-    if "csv" in options:
-        outputs["--csv"] = options.csv
-    require_writable(outputs, [*held, *inputs])
+    outputs: dict[str, tuple[Path | None, Kind]] = {
+        "--out": (path, FIGURE),
+        "--html": (options.html, HTML),
+        "--json": (options.json, json_of(key)),
+    }
+    if columns:
+        outputs["--csv"] = (options.csv, csv_of(*columns))
+    made_of = (file for folder in tables for file in _made_of(folder, options.source))
+    require_writable(outputs, itertools.chain(inputs, made_of), options.overwrite)
     return path
+
+
+def _made_of(folder: Path, source: Sequence[str]) -> Iterator[Path]:
+    """The files of a table, its weights, and the files and folders of its images."""
+    said = metadata(folder)
+    yield from (folder / METADATA, *shard_paths(folder))
+    if said["weights"].get("path") is not None:  # tables of the first version lack it
+        yield Path(said["weights"]["path"])
+
+    def keys() -> Iterator[str]:
+        for batch in batches(folder, ["key"]):
+            yield from batch.column(0).to_pylist()
+
+    yield from image_files(said["source"], keys, source)
 
 
 def facts(folder: Path, **more: str) -> dict[str, str]:

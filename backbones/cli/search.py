@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from backbones.cli.predict import find_images
+from backbones.cli.predict import find_images, say_skipped
 from backbones.cli.results import (
     add_outputs,
     add_source,
@@ -37,6 +37,7 @@ __all__ = ["EXAMPLE", "add_arguments", "run"]
 EXAMPLE = "features/ --query photo.jpg --out similar.png"
 
 _PICTURE = "search.png"
+_COLUMNS = ("query", "place", "key", "score")
 # Most queries that are drawn, and most images of each.
 _QUERIES, _TILES = 20, 47
 
@@ -66,18 +67,20 @@ def run(options: Namespace) -> int:
     if not options.query and not options.key:
         raise CommandError("give --query IMAGE, or the --key of an image in FOLDER")
     folder: Path = options.folder
-    paths = find_images(options.query)
-    path = check_outputs(options, _PICTURE, [*paths, options.checkpoint])
+    found = find_images(options.query)
+    paths = found.images
+    inputs = [*options.query, *paths, options.checkpoint]
+    path = check_outputs(options, _PICTURE, "query", _COLUMNS, inputs)
     names: list[str] = []
     numbers: list[int | None] = []
     vectors = []
     unreadable: list[tuple[Path, str]] = []
     if options.key:
         try:
-            own, found = vectors_of(folder, options.key)
+            own, embeddings = vectors_of(folder, options.key)
         except ValueError as error:
             raise CommandError(str(error)) from error
-        names, numbers, vectors = [*options.key], [*own], [found]
+        names, numbers, vectors = [*options.key], [*own], [embeddings]
     if paths:
         queries = embed_queries(folder, paths, options.checkpoint)
         unreadable = queries.unreadable
@@ -93,7 +96,7 @@ def run(options: Namespace) -> int:
         for name, matches in zip(names, results, strict=True)
         for place, match in enumerate(matches, start=1)
     ]
-    write_text(options.csv, as_csv(("query", "place", "key", "score"), rows))
+    write_text(options.csv, as_csv(_COLUMNS, rows))
     write_text(options.json, as_json(_entries(names, results)))
     if names:
         images = Thumbnails(folder, options.source)
@@ -103,6 +106,7 @@ def run(options: Namespace) -> int:
         if options.html is not None:
             write_page(options.html, title, facts(folder, score="cosine, at most 1"), drawn)
         say_refused(images)
+    say_skipped(found.others)
     for query, reason in unreadable:
         sys.stderr.write(f"cannot read {one_line(str(query))}: {reason}\n")
     return 1 if unreadable else 0

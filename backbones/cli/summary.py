@@ -15,8 +15,9 @@ import torch
 import backbones
 from backbones.cli.common import CommandError, add_size_argument, create, two_sides
 from backbones.cli.measure import measure
-from backbones.core.arguments import nonempty_path, require_writable, whole
+from backbones.core.arguments import nonempty_path, whole
 from backbones.core.dtypes import check_dtype
+from backbones.core.outputs import FIGURE, add_overwrite, require_writable
 from backbones.core.tables import count_text, table
 
 __all__ = ["EXAMPLE", "add_arguments", "describe", "run"]
@@ -45,6 +46,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--dtype", choices=_DTYPES, help="dtype of weights and images (float32)")
     add("--json", action="store_true", help="print JSON")
     add("--plot", type=nonempty_path, metavar="PNG", help="draw the memory plan")
+    add_overwrite(parser)
 
 
 def run(options: Namespace) -> int:
@@ -74,7 +76,7 @@ def _run_kernels(options: Namespace) -> int:
         )
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--plot draws with matplotlib: pip install matplotlib")
-    require_writable({"--plot": options.plot})
+    require_writable({"--plot": (options.plot, FIGURE)}, overwrite=options.overwrite)
     model = create(options.model)
     batch = options.batch or 1
     size = two_sides(options.size, model, batch)

@@ -30,12 +30,13 @@ from backbones.cli.common import (
     two_sides,
 )
 from backbones.cli.identify import closest, released_file
-from backbones.core.arguments import nonempty_path, require_writable
+from backbones.core.arguments import nonempty_path
 from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import memory_shortage
 from backbones.core.messages import one_line, shown
 from backbones.core.outlines import outlines
+from backbones.core.outputs import add_overwrite, json_of, require_writable
 from backbones.core.registry import published_weights
 from backbones.core.tables import count_text, table
 from backbones.training.checkpoint import write_text_atomically
@@ -61,6 +62,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--save-figures", type=nonempty_path, metavar="JSON", help=saved)
     add("--figures", type=nonempty_path, metavar="JSON", help="compare with saved figures")
     add_size_argument(parser, "image size for --save-figures (default: the model's)")
+    add_overwrite(parser)
 
 
 def run(options: Namespace) -> int:
@@ -68,7 +70,9 @@ def run(options: Namespace) -> int:
     if options.checkpoint is None and _is_file(options.model):
         options.model, options.checkpoint = None, Path(options.model)
     require_writable(
-        {"--save-figures": options.save_figures}, [options.checkpoint, options.figures]
+        {"--save-figures": (options.save_figures, json_of("model"))},
+        [options.checkpoint, options.figures],
+        options.overwrite,
     )
     if options.checkpoint is None:
         if options.model is None:

@@ -1,4 +1,4 @@
-"""Command-line arguments: paths, numbers in a range, devices, output files.
+"""Command-line arguments: paths, numbers in a range, devices.
 
 The first functions are ``argparse`` types: they convert a word to a value, or raise an error that
 says what is allowed.
@@ -11,7 +11,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,8 +27,6 @@ __all__ = [
     "nonempty",
     "nonempty_path",
     "real",
-    "require_folder",
-    "require_writable",
     "usable_device",
     "whole",
 ]
@@ -124,53 +122,6 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-
-
-def require_writable(
-    outputs: Mapping[str, Path | None],
-    inputs: Iterable[str | Path | None] = (),
-    makes_folders: bool = False,
-) -> None:
-    """Check output files before any work is done.
-
-    Args:
-        outputs: files by option; None for options that are not given.
-        inputs: input files, which must not be overwritten.
-        makes_folders: whether missing folders will be created.
-
-    Raises:
-        CommandError: two outputs are the same file, or an output is an input, a folder, or in a
-            folder that cannot be written to.
-    """
-    read = {os.path.realpath(file): file for file in inputs if file is not None}
-    options: dict[str, str] = {}
-    for option, file in outputs.items():
-        if file is None:
-            continue
-        real = os.path.realpath(file)
-        if real in options:
-            raise CommandError(f"{options[real]} and {option} are both {file}: name two files")
-        if real in read:
-            raise CommandError(f"{option} {file} would overwrite {read[real]}, an input")
-        options[real] = option
-        if file.is_dir():
-            raise CommandError(f"{option} {file} is a folder: name a file in it")
-        if not makes_folders and not file.parent.is_dir():
-            raise CommandError(f"cannot write {file.name}: there is no folder {file.parent}")
-        require_folder(option, file.parent)
-
-
-def require_folder(option: str, folder: Path) -> None:
-    """Check that a folder is writable or can be created.
-
-    Raises:
-        CommandError: it is not.
-    """
-    there = next(p for p in (folder, *folder.parents) if os.path.lexists(p) or p == p.parent)
-    if not there.is_dir():
-        raise CommandError(f"{option}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise CommandError(f"{option}: the folder {there} cannot be written to")
 
 
 def usable_device(name: str) -> torch.device:

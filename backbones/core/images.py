@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Generic, TypeVar
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
-from timm.data.readers.img_extensions import get_img_extensions
+
+from backbones.core.messages import one_line
 
 __all__ = [
     "DECODERS",
     "DECODE_ERRORS",
+    "Listing",
+    "Skipped",
     "as_8_bits",
-    "images_below",
+    "has_image_ending",
+    "image_endings",
     "installed_decoder",
+    "list_below",
     "open_image",
     "open_pixels",
     "opened",
@@ -66,10 +73,40 @@ _ARRAY_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 # Larger files are left to Pillow, which need not read what follows the image.
 _MOST_BYTES = 1 << 28
+_NAMED = 3  # skipped files in a message
 
 
-def images_below(folder: str | Path) -> list[str]:
-    """Sorted relative paths of all entries with an image's suffix in a folder and its subfolders.
+@functools.cache
+def image_endings() -> frozenset[str]:
+    """The endings, in lower case, of the formats that :func:`opened` decodes."""
+    known = Image.registered_extensions()  # loads Pillow's plug-ins
+    usable = {kind for kind in _FORMATS if kind in Image.OPEN} | {"MPO"}  # opened as JPEG
+    return frozenset(ending for ending, kind in known.items() if kind in usable)
+
+
+def has_image_ending(name: str | Path) -> bool:
+    """Whether a file's name ends like an image's; what has no such ending is skipped in folders."""
+    return os.path.splitext(name)[1].lower() in image_endings()
+
+
+_Name = TypeVar("_Name", str, Path)
+
+
+@dataclass(frozen=True)
+class Listing(Generic[_Name]):
+    """Files found in folders.
+
+    Attributes:
+        images: with an image's ending.
+        others: the rest, which are skipped.
+    """
+
+    images: list[_Name]
+    others: list[_Name]
+
+
+def list_below(folder: str | Path) -> Listing[str]:
+    """Sorted relative paths of all entries in a folder and its subfolders, except for folders.
 
     Linked folders are not followed. Entries that aren't files (named pipes, broken links) are
     listed too; reading them fails with the reason.
@@ -77,17 +114,51 @@ def images_below(folder: str | Path) -> list[str]:
     Raises:
         OSError: a folder cannot be listed.
     """
-    extensions = get_img_extensions(as_set=True)
 
     def fail(error: OSError) -> None:
         raise error
 
-    found: list[str] = []
+    found: Listing[str] = Listing([], [])
     for inner, _, names in os.walk(folder, onerror=fail):
         below = os.path.relpath(inner, folder)
-        named = [name for name in names if os.path.splitext(name)[1].lower() in extensions]
-        found += named if below == os.curdir else [os.path.join(below, name) for name in named]
-    return sorted(found, key=lambda name: name.split(os.sep))
+        for name in names:
+            path = name if below == os.curdir else os.path.join(below, name)
+            (found.images if has_image_ending(name) else found.others).append(path)
+    for paths in (found.images, found.others):
+        paths.sort(key=lambda name: name.split(os.sep))
+    return found
+
+
+@dataclass
+class Skipped:
+    """Files that were skipped, because their names don't end like an image's.
+
+    Attributes:
+        count: how many.
+        names: of the first ones.
+    """
+
+    count: int = 0
+    names: list[str] = field(default_factory=list)
+
+    def add(self, names: Sequence[str], count: int | None = None) -> None:
+        """Add files.
+
+        Args:
+            names: of the files, or of the first ones.
+            count: how many; None: as many as ``names``.
+        """
+        self.count += len(names) if count is None else count
+        self.names += names[: _NAMED - len(self.names)]
+
+    def __bool__(self) -> bool:
+        return self.count > 0
+
+    def __str__(self) -> str:
+        some = ", ".join(one_line(name, 200) for name in self.names)
+        more = ", …" if self.count > len(self.names) else ""
+        files = "1 file" if self.count == 1 else f"{self.count} files"
+        return f"skipped {files} without the ending of a known image format: {some}{more}"
 
 
 def opened(source: str | Path | IO[bytes]) -> Image.Image:

@@ -178,7 +178,8 @@ def create_model(
     flag("pretrained", pretrained)
     if architecture.startswith(PREFIX):
         return create_timm_model(name, pretrained, checkpoint_path, **kwargs)
-    _check_name("model", architecture, _entries)
+    if architecture not in _entries:
+        raise ValueError(_unknown("model", name, list(_entries)))
     if tag:
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or tag
     kwargs = {key: value for key, value in kwargs.items() if value is not None}

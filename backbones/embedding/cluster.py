@@ -124,6 +124,7 @@ def _embed(job: Job, numbered: tuple[int, Any]) -> Event:
     number, part = numbered
     rows = 0
     corrupt: list[tuple[str, str]] = []
+    skipped = None
     try:
         if _worker is None or _worker[0] != job:
             torch.set_num_threads(1 if job.device == "cpu" else os.cpu_count() or 1)
@@ -133,6 +134,7 @@ def _embed(job: Job, numbered: tuple[int, Any]) -> Event:
             for event in _worker[1](number, part):
                 rows += event.rows
                 corrupt += event.corrupt
+                skipped = event.skipped
     except (MendableError, OSError, ValueError) as error:
         return Event(number, error=first_line(error))
-    return Event(number, rows, tuple(corrupt), done=True)
+    return Event(number, rows, tuple(corrupt), done=True, skipped=skipped)

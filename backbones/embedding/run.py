@@ -19,14 +19,15 @@ from backbones.core.arguments import usable_device
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import CommandError
 from backbones.core.dtypes import check_dtype
-from backbones.core.images import installed_decoder
+from backbones.core.images import Skipped, installed_decoder
 from backbones.core.messages import one_line, shown
+from backbones.core.outputs import Kind, require_writable
 from backbones.embedding import table
 from backbones.embedding.cluster import require_ray, run_on_cluster
 from backbones.embedding.local import cores, run_here, run_in_processes
 from backbones.embedding.network import Network
 from backbones.embedding.ownership import is_own, seal
-from backbones.embedding.sources import Source, open_source
+from backbones.embedding.sources import Source, open_source, reader
 from backbones.embedding.worker import Event, Job
 from backbones.training.checkpoint import write_problem
 from backbones.training.distributed import World
@@ -38,6 +39,7 @@ __all__ = ["ENGINES", "Summary", "embed"]
 
 ENGINES = ("local", "ray")
 _PACKAGES = ("vision-backbones", "torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
+_CORRUPT = Kind((".txt",), rb"[^\t\n]+(\t|\Z)")  # lines of key, tab, reason
 _BATCH = {"cpu": 16}
 _GPU_BATCH = 256
 
@@ -51,12 +53,14 @@ class Summary:
         corrupt: keys and reasons of the images that could not be embedded.
         done: rows added by this call.
         seconds: duration of this call.
+        skipped: files in folders, and members of the archives that this call read.
     """
 
     rows: int
     corrupt: list[tuple[str, str]]
     done: int
     seconds: float
+    skipped: Skipped
 
 
 def embed(
@@ -130,6 +134,7 @@ def embed(
     network = Network(model, checkpoint, features, classes)
     content = _content(network, checkpoint, images, features, dtype, store, rows)
     with _locked(out):
+        require_writable({"--out:": (out / table.CORRUPT, _CORRUPT)}, [source, checkpoint])
         content = _begin(out, content)
         work = _Work(out, content, images, progress)
         job = Job(
@@ -144,7 +149,7 @@ def embed(
         if work.pending:
             work.follow(_events(job, network, work.pending, engine, address, workers))
         rows_there, corrupt = work.finish()
-    return Summary(rows_there, corrupt, work.done, time.monotonic() - begun)
+    return Summary(rows_there, corrupt, work.done, time.monotonic() - begun, images.skipped)
 
 
 def _events(
@@ -290,6 +295,7 @@ class _Work:
         self.out, self.content, self.images = out, content, images
         self.identity, self.done = table.identity(content), 0
         self.columns = table.schema(content["dim"], content["dtype"], bool(content["classes"]))
+        self._reader = reader(content["source"])
         self.corrupt: dict[int, list[tuple[str, str]]] = {}
         self.rows = 0
         self.pending: list[tuple[int, Any]] = []
@@ -310,7 +316,8 @@ class _Work:
         self._write_corrupt()
 
     def _take(self, number: int) -> bool:
-        """Verify a shard and count its rows; False if it is missing or damaged."""
+        """Verify a shard and count its rows; False if it is missing, damaged, or lacks images that
+        can be opened now."""
         path = table.shard_path(self.out, number)
         if not path.exists():
             return False
@@ -319,6 +326,8 @@ class _Work:
         except table.DamagedShardError as error:
             self._progress.say(f"{path} is damaged ({error.reason}) and is embedded again")
             path.unlink()
+            return False
+        if any(self._reader.is_back(key, reason) for key, reason in corrupt):
             return False
         self.rows += rows
         if corrupt:
@@ -352,6 +361,8 @@ class _Work:
                     self._new_corrupt -= len(corrupt.pop(event.part, ()))
                 self._new_corrupt += len(event.corrupt)
                 corrupt.setdefault(event.part, []).extend(event.corrupt)
+                if event.skipped:
+                    self.images.skipped.add(event.skipped.names, event.skipped.count)
                 if event.done:
                     self._parts += 1
                     if lines := corrupt.pop(event.part):

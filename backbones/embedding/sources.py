@@ -14,7 +14,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -22,7 +22,7 @@ from PIL import Image
 
 from backbones.core.arguments import file_problem
 from backbones.core.console import MendableError
-from backbones.core.images import images_below
+from backbones.core.images import Skipped, list_below
 from backbones.core.messages import first_line, one_line, shown
 from backbones.embedding.ownership import is_own
 from backbones.embedding.table import TableError, metadata, require_pyarrow
@@ -38,6 +38,7 @@ __all__ = [
     "Reader",
     "Source",
     "image_bytes",
+    "image_files",
     "open_source",
     "reader",
     "reader_of",
@@ -45,6 +46,8 @@ __all__ = [
 
 _IN_FOLDER = ("medmnist", "torch", "torchvision")
 _TRAINING = (*_IN_FOLDER, "digits", "hfds")
+# How the reasons begin for which a file could not be opened; the first come from _regular.
+_UNOPENED = ("OSError: it ", "DataError: it ", "PermissionError: ")
 
 
 class Item(NamedTuple):
@@ -67,6 +70,9 @@ class Reader(abc.ABC):
         places: folders that files are read from, after resolving links; the first one is the
             source's. None for any, wherever names and links lead.
         listed: files outside of these that may be read, too.
+
+    Attributes:
+        skipped: files in the parts read so far.
     """
 
     def __init__(
@@ -79,6 +85,7 @@ class Reader(abc.ABC):
         self.root = Path(description["path"]) if places is None else places[0]
         self._places = None if places is None else [Path(os.path.realpath(p)) for p in places]
         self._listed = listed
+        self.skipped = Skipped()
 
     def path(self, name: str) -> Path:
         """The path of one of the source's files.
@@ -115,6 +122,21 @@ class Reader(abc.ABC):
     def find(self, key: str) -> IO[bytes] | Image.Image:
         """The image with that key, as from :attr:`Item.open`; OSError or KeyError if none."""
 
+    def is_back(self, key: str, reason: str) -> bool:
+        """Whether a file of an incomplete table, which could not be opened, now can be.
+
+        Args:
+            key: of the image, or of its archive or table.
+            reason: why it could not be read.
+        """
+        if not reason.startswith(_UNOPENED):
+            return False
+        try:
+            path = self.path(key)
+        except OSError:
+            return False
+        return file_problem(path) is None and os.access(path, os.R_OK)
+
 
 class OutsideError(OSError):
     """A key leads to a file that is not the source's; the message says where."""
@@ -132,11 +154,13 @@ class Source:
         description: see :class:`Reader`; includes a digest of the listing.
         parts: the arguments of :meth:`Reader.items`, one for each part.
         images: number of images; None if unknown before reading.
+        skipped: files in the folder.
     """
 
     description: dict[str, Any]
     parts: Sequence[Any]
     images: int | None
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 def open_source(
@@ -145,16 +169,17 @@ def open_source(
     """List the images of a source.
 
     Args:
-        place: a folder of images, at any depth, of ``.tar`` shards or of ``.parquet`` files; one
-            such file, or a pattern (``shards/*.tar``) of them; a text file (``.txt``) with one path
-            per line, relative to its folder; ``digits``, ``medmnist/NAME``, ``torch/NAME`` or
-            ``hfds/NAME``, as for training.
+        place: a folder of images, at any depth, of ``.tar`` shards or of ``.parquet`` files (not
+            several of these kinds); one such file, or a pattern (``shards/*.tar``) of them; a text
+            file (``.txt``) with one path per line, relative to its folder; ``digits``,
+            ``medmnist/NAME``, ``torch/NAME`` or ``hfds/NAME``, as for training.
         rows: images per part; each ``.tar`` shard is a part of its own.
         split: for the last four kinds.
         column: of the images, for Parquet and ``hfds``; None for the only one there is.
 
     Raises:
-        DataError: it does not exist, contains no image, or cannot be read.
+        DataError: it does not exist, contains no image or images of several kinds, or cannot be
+            read.
     """
     place = str(place)
     if place.partition("/")[0] in _TRAINING and not os.path.lexists(place):
@@ -163,9 +188,12 @@ def open_source(
     if path.is_dir():
         return _folder(path, rows, column)
     if glob.has_magic(place) and not path.exists():
-        found = sorted(path for path in glob.glob(str(path)) if os.path.isfile(path))
+        found = sorted(glob.glob(str(path)))
         if not found:
             raise DataError(f"no file matches {place}")
+        for name in found:
+            if (problem := file_problem(name)) is not None:
+                raise DataError(f"{one_line(name)}, which matches {place}, {problem}")
         root = Path(os.path.commonpath([os.path.dirname(name) for name in found]))
         return _containers(root, [os.path.relpath(name, root) for name in found], rows, column)
     if (problem := file_problem(path)) is not None:
@@ -235,8 +263,42 @@ def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
     for named in places:
         if not named.exists():
             raise ForeignError(f"--source {one_line(str(named))} does not exist")
-    first = places[0]
-    return reader(said, [first if first.is_dir() else first.parent, *places[1:]])
+    return reader(said, [_root(places[0]), *places[1:]])
+
+
+def _root(place: Path) -> Path:
+    return place if place.is_dir() else place.parent
+
+
+def image_files(
+    description: dict[str, Any],
+    keys: Callable[[], Iterable[str]],
+    source: Sequence[str | Path] = (),
+) -> Iterator[Path]:
+    """The files of a source's images, or the folders that they are in.
+
+    Archives and tables are left out: no output has the name of one.
+
+    Args:
+        description: see :class:`Reader`.
+        keys: lists those of the images; only called if a folder doesn't name them.
+        source: where they are besides, see :func:`reader_of`.
+    """
+    if description["kind"] == "training":
+        kind, _, name = description["data"].partition("/")
+        if kind in ("torch", "torchvision"):
+            place = _dataset_folder(description["data"]) if source else description.get("folder")
+            if place is not None:
+                yield Path(place)
+        elif kind == "hfds":
+            yield Path(name)
+        return
+    roots = [Path(description["path"]), *(_root(Path(os.path.abspath(s))) for s in source)]
+    if description["kind"] == "folder":
+        yield from roots
+    elif description["kind"] == "list":
+        readers = [reader({**description, "path": str(root)}) for root in roots]
+        yield from (images.path(key) for key in keys() for images in readers)
 
 
 def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ()) -> bytes:
@@ -269,16 +331,32 @@ def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ())
 
 
 def _folder(root: Path, rows: int, column: str | None) -> Source:
-    for ending in (".tar", ".parquet"):
-        if found := sorted(str(p.relative_to(root)) for p in root.rglob(f"*{ending}")):
-            return _containers(root, found, rows, column)
     try:
-        names = images_below(root)
+        below = list_below(root)
     except OSError as error:
         raise DataError(f"cannot list {error.filename or root}: {error.strerror}") from error
-    if not names:
-        raise DataError(f"no image, .tar or .parquet below {root}")
-    return _source("folder", root, names, _slices(names, rows), len(names))
+    found = {"images": below.images}
+    for ending in _CONTAINERS:
+        found[f"{ending} files"] = [name for name in below.others if _ending(name) == ending]
+    kinds = {kind: names for kind, names in found.items() if names}
+    skipped = Skipped()
+    skipped.add([name for name in below.others if _ending(name) not in _CONTAINERS])
+    if not kinds:
+        told = f"; {skipped}" if skipped else ""
+        raise DataError(f"no image, .tar or .parquet below {root}{told}")
+    if len(kinds) > 1:
+        told = " and ".join(f"{len(names)} {kind}" for kind, names in kinds.items())
+        raise DataError(
+            f"{root} holds {told}: embed each kind by itself, such as archives by a pattern "
+            f"('{root}/*.tar')"
+        )
+    ((kind, names),) = kinds.items()
+    if kind == "images":
+        source = _source("folder", root, names, _slices(names, rows), len(names))
+    else:
+        source = _containers(root, names, rows, column)
+    source.skipped = skipped
+    return source
 
 
 def _list(path: Path, rows: int) -> Source:
@@ -321,10 +399,10 @@ class _Files(Reader):
         return open(_regular(self.path(key)), "rb")
 
 
-def _regular(path: Path) -> Path:
+def _regular(path: Path, error: type[Exception] = OSError) -> Path:
     """``path``, if opening it does not block."""
     if (problem := file_problem(path)) is not None:
-        raise OSError(f"it {problem}")
+        raise error(f"it {problem}")
     return path
 
 
@@ -332,15 +410,26 @@ def _regular(path: Path) -> Path:
 
 
 def _containers(root: Path, names: list[str], rows: int, column: str | None) -> Source:
-    endings = {Path(name).suffix for name in names}
-    if endings == {".tar"}:
+    endings = {_ending(name): name for name in names}
+    for ending, name in endings.items():
+        if ending not in _CONTAINERS:
+            raise DataError(
+                f"{one_line(str(root / name))} is no source of images: give a folder, .tar or "
+                ".parquet files, a list of paths in a .txt, or digits, medmnist/NAME, torch/NAME, "
+                "hfds/NAME"
+            )
+    if len(endings) > 1:
+        raise DataError(f"{' and '.join(endings.values())} are of two kinds: embed each by itself")
+    if ".tar" in endings:
         return _source("tar", root, names, names, None)
-    if endings == {".parquet"}:
-        return _parquet(root, names, rows, column)
-    raise DataError(
-        f"{root / names[0]} is no source of images: give a folder, .tar or .parquet files, a list "
-        "of paths in a .txt, or digits, medmnist/NAME, torch/NAME, hfds/NAME"
-    )
+    return _parquet(root, names, rows, column)
+
+
+_CONTAINERS = (".tar", ".parquet")
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 class _Archives(Reader):
@@ -348,7 +437,9 @@ class _Archives(Reader):
 
     def items(self, part: str) -> Iterator[Item]:
         damage: list[str] = []
-        found = list_tar(self.path(part), damage)
+        skipped: list[str] = []
+        found = list_tar(_regular(self.path(part), DataError), damage, skipped)
+        self.skipped.add([f"{part}/{name}" for name in skipped])
         members = {name: (start, size) for _, (name, start, size) in found}
         for name, place in members.items():
             yield Item(_text(f"{part}/{name}"), functools.partial(self._open, part, *place))
@@ -356,11 +447,18 @@ class _Archives(Reader):
             raise DataError(damage[0])
 
     def find(self, key: str) -> IO[bytes]:
-        archive, _, member = key.partition(".tar/")
-        path = _regular(self.path(f"{archive}.tar"))
-        files = {_text(name): place for _, (name, *place) in list_tar(path, [])}
+        archive, member = self._divide(key)
+        files = {_text(name): place for _, (name, *place) in list_tar(self.path(archive), [])}
         start, size = files[member]
-        return self._open(f"{archive}.tar", start, size)
+        return self._open(archive, start, size)
+
+    def _divide(self, key: str) -> tuple[str, str]:
+        """Archive and member; folders of both may have names like an archive's."""
+        slashes = [place for place, character in enumerate(key) if character == "/"]
+        for place in slashes:
+            if _ending(key[:place]) == ".tar" and self.path(key[:place]).is_file():
+                return key[:place], key[place + 1 :]
+        raise KeyError(key)
 
     def _open(self, archive: str, start: int, size: int) -> IO[bytes]:
         with open(self.path(archive), "rb") as file:
@@ -419,9 +517,10 @@ class _Tables(Reader):
 
     def items(self, part: tuple[str, int, int, int]) -> Iterator[Item]:
         name, row, begin, end = part
+        path = _regular(self.path(name), DataError)
         pa = require_pyarrow()
         try:
-            with pa.parquet.ParquetFile(self.path(name)) as file:
+            with pa.parquet.ParquetFile(path) as file:
                 for data in self._rows(file, range(begin, end)):
                     yield Item(_text(f"{name}/{row}"), functools.partial(_as_file, data))
                     row += 1

@@ -31,6 +31,7 @@ from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import MendableError, memory_shortage
 from backbones.core.images import (
     DECODE_ERRORS,
+    Skipped,
     as_8_bits,
     installed_decoder,
     open_pixels,
@@ -86,6 +87,7 @@ class Event(NamedTuple):
         done: whether the shard is on disk.
         error: why the part failed; "" if it did not.
         again: whether the part begins again, because its process died.
+        skipped: members of archives, once the part is done.
     """
 
     part: int
@@ -94,6 +96,7 @@ class Event(NamedTuple):
     done: bool = False
     error: str = ""
     again: bool = False
+    skipped: Skipped | None = None
 
 
 class Images:
@@ -186,7 +189,8 @@ class Worker:
                 rows = self._embed(batch, shard, corrupt)
                 yield Event(number, rows, _take(corrupt, shard))
             last = _take(corrupt, shard)
-        yield Event(number, 0, last, done=True)
+        skipped, self._reader.skipped = self._reader.skipped, Skipped()
+        yield Event(number, 0, last, done=True, skipped=skipped)
 
     def _embed(
         self, batch: list[_Decoded], shard: ShardWriter, corrupt: list[tuple[str, str]]

@@ -14,6 +14,7 @@ from mmengine.config import Config, DictAction
 from torch import distributed
 
 from backbones.core.arguments import nonempty
+from backbones.core.outputs import overwritten
 from backbones.openmmlab import check_channels, without_sync_norm
 from backbones.training.distributed import leave_processes
 
@@ -39,12 +40,16 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: no such config.
-        ValueError: incompatible parts of the model, or a launcher that needs CUDA.
+        ValueError: a config in the work folder, incompatible parts of the model, or a launcher that
+            needs CUDA.
     """
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
     cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"runs/mm/{Path(args.config).stem}"
+    dumped = Path(cfg.work_dir) / Path(args.config).name  # written by mmengine
+    if overwritten([dumped], [args.config]) is not None:
+        raise ValueError(f"{args.config} would be overwritten: give another --work-dir")
     cfg.launcher = args.launcher
     check_channels(cfg.model)
     if args.launcher == "none":

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from backbones.core.images import has_image_ending
 from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
-from backbones.restoration.images import SUFFIXES, PictureError, read_picture
+from backbones.restoration.images import PictureError, read_picture
 from backbones.restoration.metrics import quantize
 from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
 from backbones.restoration.recipe import RestorationRecipe
@@ -45,9 +46,9 @@ def find_pictures(what: str, training: bool) -> list[Path]:
         raise DataError(f"no pictures: give --{key.replace('_', '-')} a folder or a glob")
     folder = Path(what)
     found = folder.rglob("*") if folder.is_dir() else map(Path, glob.glob(what, recursive=True))
-    paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+    paths = sorted(p for p in found if has_image_ending(p) and p.is_file())
     if not paths:
-        raise DataError(f"{key}: no picture at {what} ({', '.join(SUFFIXES)})")
+        raise DataError(f"{key}: no picture at {what}")
     return paths
 
 

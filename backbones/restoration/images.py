@@ -24,7 +24,7 @@ from backbones.training.errors import DataError
 __all__ = ["SUFFIXES", "Picture", "PictureError", "read_picture", "read_size", "write_picture"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-"""Suffixes of the files that folders are searched for."""
+"""Suffixes of the files that pictures are written to."""
 _16_BIT_SUFFIXES = (".png", ".tif", ".tiff")
 # A TIFF also stores its structure as EXIF tags, which would be wrong for a new file.
 _KEPT_TAGS = {

@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backbones.core.arguments import nonempty_path, require_folder
+from backbones.core.arguments import nonempty_path
 from backbones.core.console import memory_shortage
+from backbones.core.images import has_image_ending
 from backbones.core.messages import one_line, shown
+from backbones.core.outputs import Kind, add_overwrite, require_folder, require_writable
 from backbones.restoration.data import to_tensor
 from backbones.restoration.images import (
     SUFFIXES,
@@ -42,6 +44,9 @@ __all__ = [
 ]
 
 EXAMPLE = "photos/ --model hat_x4 --checkpoint HAT_SRx4.pth --out enlarged"
+
+
+_PICTURE = Kind(SUFFIXES, rb"\x89PNG|\xff\xd8\xff|RIFF.{4}WEBP|II\*\0|MM\0\*|BM")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ def plan_jobs(
     suffix: str,
     format: str | None = None,
     compare: bool = False,
+    read: Iterable[Path | None] = (),
+    overwrite: bool = False,
 ) -> list[Job]:
     """The files to read and the files to write.
 
@@ -84,11 +91,13 @@ def plan_jobs(
         format: suffix of all results, such as ``png``; None for the picture's own, or PNG if that
             can't be written.
         compare: whether comparisons will be written.
+        read: other files that must not be replaced.
+        overwrite: replace existing files that are no pictures, too.
 
     Raises:
-        DataError: no pictures, two results of the same name, a result that would replace a picture,
-            or an invalid suffix.
-        CommandError: ``out`` cannot be written to.
+        DataError: no pictures, two results of the same name, or an invalid suffix.
+        CommandError: ``out`` cannot be written to, or a result would replace a picture or a file of
+            another kind.
     """
     if not _is_part_of_a_name(suffix):
         raise DataError(f"--suffix must be part of a file's name, not {shown(suffix)}")
@@ -97,11 +106,11 @@ def plan_jobs(
     for item in map(str, inputs):
         path = Path(item)
         if path.is_dir():
-            named = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            named = (p for p in path.rglob("*") if has_image_ending(p))
             # Include named pipes and broken links; reading them reports the problem.
             pictures = sorted(p for p in named if not p.is_dir() and not _below(p, out))
             if not pictures:
-                raise DataError(f"no pictures in {path} ({', '.join(SUFFIXES)})")
+                raise DataError(f"no pictures in {path}")
             found |= {p: p.relative_to(path) for p in pictures if p not in found}
         elif os.path.lexists(path) or not glob.has_magic(item):
             found.setdefault(path, Path(path.name))
@@ -114,7 +123,7 @@ def plan_jobs(
                 found.setdefault(match, Path(match.name))
     jobs: list[Job] = []
     taken: dict[Path, Path] = {}
-    sources = {os.path.realpath(source): source for source in found}
+    outputs: dict[str, tuple[Path, Kind]] = {}
     for source, place in found.items():
         ending = f".{format}" if format else place.suffix
         if ending.lower() not in SUFFIXES:
@@ -126,10 +135,10 @@ def plan_jobs(
                     f"{taken[file]} and {source} would both become {file}: call them one by one "
                     "with another --out"
                 )
-            if (replaced := sources.get(os.path.realpath(file))) is not None:
-                raise DataError(f"{replaced} would be replaced: give another --out, or a --suffix")
             taken[file] = source
+            outputs[f"{source} as"] = file, _PICTURE
         jobs.append(Job(source, target))
+    require_writable(outputs, [*found, *read], overwrite, makes_folders=True)
     return jobs
 
 
@@ -281,6 +290,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-existing", action="store_true", help="skip pictures whose result exists"
     )
+    add_overwrite(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -295,7 +305,15 @@ def run(options: argparse.Namespace) -> int:
     suffix = options.suffix
     if suffix is None:
         suffix = "_restored" if model.upscale == 1 else f"_x{model.upscale}"
-    jobs = plan_jobs(options.inputs, options.out, suffix, options.format, options.compare)
+    jobs = plan_jobs(
+        options.inputs,
+        options.out,
+        suffix,
+        options.format,
+        options.compare,
+        [options.checkpoint],
+        options.overwrite,
+    )
     progress = Progress(World(0, 1, next(model.parameters()).device))
     begun = time.monotonic()
     try:

@@ -7,15 +7,17 @@ import csv
 import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from torch import Tensor
 
-from backbones.core.arguments import nonempty_path, require_writable
+from backbones.core.arguments import nonempty_path
 from backbones.core.console import Parser, guard
+from backbones.core.images import has_image_ending
+from backbones.core.outputs import add_overwrite, csv_of, require_writable
 from backbones.restoration.data import load_truth, to_tensor
-from backbones.restoration.images import SUFFIXES, Picture, PictureError, read_picture
+from backbones.restoration.images import Picture, PictureError, read_picture
 from backbones.restoration.metrics import quality, quantize
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
@@ -63,7 +65,7 @@ def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
     root = next((p for p in places if p.is_dir()), folder)
     truths = [p for p in _pictures(root) if not p.stem.upper().endswith("_LR")]
     if not truths:
-        raise DataError(f"no picture in {root} ({', '.join(SUFFIXES)})")
+        raise DataError(f"no picture in {root}")
     candidates = [folder / name.format(scale) for name in _INPUTS]
     inputs: dict[str, Path] = {}
     for place in candidates:
@@ -149,7 +151,7 @@ def write_csv(path: Path, scores: Sequence[Score]) -> None:
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+    return sorted(p for p in folder.iterdir() if has_image_ending(p))
 
 
 def _key(path: Path) -> str:
@@ -168,6 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument("--csv", type=nonempty_path, metavar="FILE", help="a row for each picture")
+    add_overwrite(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -176,7 +179,12 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         TrainingError, backbones.CheckpointError: it could not be done; the message says why.
     """
-    require_writable({"--csv": options.csv}, [options.checkpoint])
+    columns = [field.name for field in fields(Score)]
+    require_writable(
+        {"--csv": (options.csv, csv_of(*columns))},
+        [options.checkpoint, *options.folders],
+        options.overwrite,
+    )
     model, memory = restorer_of(options)
     if model.upscale == 1:
         raise DataError("this validates super-resolution; the model's upscale is 1")

@@ -39,8 +39,12 @@ __all__ = [
 ]
 
 
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Error numbers of a full disk, an exhausted quota and a file size limit."""
+FULL_DISK = {
+    errno.ENOSPC: "no space is left in {}",
+    errno.EDQUOT: "the disk quota is used up in {}",
+    errno.EFBIG: "`ulimit -f` or the file system allows no file of this size in {}",
+}
+"""Texts on a folder by error number, where there may be no more or no larger files."""
 READING_ERRORS = (
     *(AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, OverflowError),
     *(RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error),
@@ -216,7 +220,7 @@ def write_problem(error: BaseException, folder: Path) -> str:
     if not isinstance(cause, OSError):
         return first_line(error)
     if cause.errno in FULL_DISK:
-        return f"no space is left in {folder} ({cause.strerror})"
+        return f"{FULL_DISK[cause.errno].format(folder)} ({cause.strerror})"
     return str(cause.strerror)
 
 

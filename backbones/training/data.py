@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from timm.data import create_dataset
 from timm.data.readers import create_reader
-from timm.data.readers.img_extensions import get_img_extensions
 
 from backbones.core.download import fetch
+from backbones.core.images import has_image_ending, list_below
 from backbones.core.messages import first_line, shown
 from backbones.training.errors import DataError
 from backbones.training.recipe import Recipe
@@ -264,7 +264,7 @@ def _folder(recipe: Recipe, root: Path) -> Splits:
         path = _find_split(root, split)
         files = list_tar(path) if path.is_file() else _list_folder(path)
         if not files:
-            raise DataError(f"no images in {path} ({', '.join(get_img_extensions())})")
+            raise DataError(f"no images in {path}")
         if class_to_idx is None:
             class_to_idx = {name: i for i, name in enumerate(sorted({c for c, _ in files}))}
         unknown = sorted({c for c, _ in files} - set(class_to_idx))
@@ -288,36 +288,40 @@ def _find_split(root: Path, split: str) -> Path:
 
 
 def _list_folder(root: Path) -> list[tuple[str, File]]:
-    extensions = get_img_extensions(as_set=True)
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     files: list[tuple[str, File]] = []
     for folder in folders:
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions)
-        if not paths:
-            raise DataError(f"the class folder {folder} is empty")
-        files += [(folder.name, (str(path), 0, 0)) for path in paths]
+        below = list_below(folder)
+        if not below.images:
+            held = f"has no images, but {below.others[0]}" if below.others else "is empty"
+            raise DataError(f"the class folder {folder} {held}")
+        files += [(folder.name, (str(folder / name), 0, 0)) for name in below.images]
     return files
 
 
-def list_tar(path: Path, damage: list[str] | None = None) -> list[tuple[str, File]]:
+def list_tar(
+    path: Path, damage: list[str] | None = None, skipped: list[str] | None = None
+) -> list[tuple[str, File]]:
     """The images of an uncompressed archive, each after its class, the folder that holds it.
 
     Args:
         damage: gets a sentence where the archive breaks off; None makes an error of it.
+        skipped: gets the names of the members that are no images, except for folders.
 
     Raises:
         DataError: it is no uncompressed tar file.
     """
-    extensions = get_img_extensions(as_set=True)
     files = []
     try:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 inner = Path(member.name)
-                if member.isfile() and inner.suffix.lower() in extensions:
+                if member.isfile() and has_image_ending(inner):
                     files.append(
                         (inner.parent.name, (member.name, member.offset_data, member.size))
                     )
+                elif skipped is not None and not member.isdir():
+                    skipped.append(member.name)
     except (tarfile.TarError, OSError) as error:
         problem = f"{path} is not an uncompressed tar file: {error}"
         if damage is None:

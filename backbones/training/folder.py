@@ -8,6 +8,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from backbones.core.messages import joined_lines
+from backbones.core.outputs import overwritten
 from backbones.training.errors import RecipeError
 from backbones.training.lock import FolderLock, LockedError
 from backbones.training.recipe import Recipe
@@ -40,7 +41,7 @@ class RunFolder:
 
     Raises:
         RecipeError: another process uses it; the named run already exists; another program's files
-            have the names of ours; or it cannot be created.
+            have the names of ours; the recipe reads one of its results; or it cannot be created.
     """
 
     def __init__(self, recipe: Recipe, options: Namespace) -> None:
@@ -51,7 +52,7 @@ class RunFolder:
         self.path, self.lock_problem = Path(recipe.output), ""
         try:
             self._choose(recipe, options)
-            self._check()
+            self._check(recipe)
         except LockedError as error:
             raise RecipeError(
                 f"{self.path} is in use by {error}: wait for it, or choose another --name"
@@ -96,21 +97,27 @@ class RunFolder:
         self._lock = FolderLock(path)
         self.lock_problem = self._lock.problem
 
-    def _check(self) -> None:
-        used, recipe = _used(self.path), self.path / _RECIPE
+    def _check(self, recipe: Recipe) -> None:
+        used, described = _used(self.path), self.path / _RECIPE
         if used and not (self._resumes or self._replaces):
             raise RecipeError(
                 f"{self.path} holds an earlier run: continue with --resume auto, choose another "
                 "--name, or replace it with --overwrite"
             )
         foreign = used and self._replaces
-        if recipe.exists():
-            with open(recipe, "rb") as file:
+        if described.exists():
+            with open(described, "rb") as file:
                 foreign = file.readline().rstrip() != _FIRST_LINE
         if foreign:
             raise RecipeError(
                 f"{self.path} holds files of another program that would be replaced; nothing "
                 "was changed. Choose another --name"
+            )
+        read = (recipe.checkpoint, recipe.teacher_checkpoint, recipe.class_map)
+        results = [self.path / name for name in (*_RESULTS, *_LISTS, _RECIPE)]
+        if (found := overwritten(results, read)) is not None:
+            raise RecipeError(
+                f"the run would overwrite {found[1]}, which it reads: choose another --name"
             )
 
     def clear(self) -> None:

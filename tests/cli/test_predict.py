@@ -257,10 +257,11 @@ def test_a_full_disk_is_named(
 
     monkeypatch.setattr(os, "fsync", full)
     before = sorted(run_folder.iterdir())
-    for option in ("--csv", "--json", "--cam"):
-        assert predicted(run_folder, photos / "0.png", option, run_folder / "a") == 2
+    for option, ending in (("--csv", "csv"), ("--json", "json"), ("--cam", "png")):
+        path = run_folder / f"a.{ending}"
+        assert predicted(run_folder, photos / "0.png", option, path) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: cannot write {run_folder / 'a'}: ")
+        assert line.startswith(f"error: cannot write {path}: ")
         assert "No space left on device" in line
         assert sorted(run_folder.iterdir()) == before
 

@@ -76,7 +76,7 @@ def test_non_finite_weights(value, tool, files, tmp_path, capsys):
 
 def test_output_with_a_misleading_suffix(tool, files, tmp_path, capsys):
     assert tool.main([str(files[0]), "--output", str(tmp_path / "soup.pth")]) == 1
-    assert "--output must end in .safetensors" in capsys.readouterr().err
+    assert "must end in .safetensors" in capsys.readouterr().err
 
 
 def test_a_missing_file_from_the_shell(tmp_path, monkeypatch, capsys):

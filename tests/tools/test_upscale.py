@@ -112,7 +112,7 @@ def test_errors_are_reported(weights, tmp_path, capsys, monkeypatch):
     out = ("--out", tmp_path / "out")
     assert "nothing matches" in error(f"{tmp_path}/*.gif", *out)
     assert "would both become" in error(source, tmp_path / "b/a.png", *out)
-    assert "would be replaced" in error(source, "--out", tmp_path, "--suffix=")
+    assert "would overwrite" in error(source, "--out", tmp_path, "--suffix=")
     assert "multiple of the model's window of 8, got 12" in error(source, *out, "--tile=12")
     assert "--tile must be a number" in error(source, *out, "--tile=big")
     assert "such as 800M or 2G, not 'lots'" in error(source, *out, "--max-memory=lots")
@@ -188,9 +188,9 @@ def test_impossible_requests_fail_early(weights, tmp_path, monkeypatch, capsys):
     assert "a.png is not a folder" in error(source, "--out", source)
     assert "a.png is not a folder" in error(source, "--out", source / "deeper")
     twin = tmp_path / "a_x2.png"
-    assert f"{twin} would be replaced" in error(source, twin, "--out", tmp_path)
+    assert f"would overwrite {twin}" in error(source, twin, "--out", tmp_path)
     compared = make(tmp_path / "a_x2_compare.png")
-    assert "would be replaced" in error(source, compared, "--out", tmp_path, "--compare")
+    assert "would overwrite" in error(source, compared, "--out", tmp_path, "--compare")
     for number in ("--tile=²", "--tile=1e3", "--tile=" + "9" * 5000):
         assert "--tile must be a number of pixels" in error(source, *out, number)
     for size in ("0", "-1G", "9" * 400 + "G", "9999999999T"):

@@ -139,7 +139,7 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
         (["--model", "van_b0", "--output=."], "--output . is a folder"),
         (["--model", "van_b0", f"--output={PICTURE}/a.csv"], "is not a folder"),
         (["--model", "van_b0", f"--report={PICTURE}"], "is not a folder"),
-        (["--list", "x", "--output", "x"], "would overwrite x, an input"),
+        (["--list", "x"], "cannot read the list x"),
         (["--model", "van_b0", "--severity=x"], "invalid int value: 'x'"),
     ],
 )

@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_old_file(path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
         with pytest.raises(
-            CheckpointFileError, match=r"cannot write .*last\.pt: no space is left in .*unchanged"
+            CheckpointFileError, match=r"cannot write .*last\.pt: `ulimit -f` or .*unchanged"
         ):
             save_state(path, STATE)
         with pytest.raises(CheckpointFileError, match="best"):

@@ -82,29 +82,6 @@ def test_not_a_file(tmp_path: Path) -> None:
     assert arguments.file_problem("/dev/null/x") is not None
 
 
-def test_unwritable_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "in").write_text("")
-    (tmp_path / "link").symlink_to("in")
-    csv, json = tmp_path / "a.csv", tmp_path / "b.json"
-
-    def refused(outputs: dict[str, Path | None], **more: bool) -> str:
-        with pytest.raises(CommandError) as raised:
-            arguments.require_writable(outputs, [tmp_path / "in", None], **more)
-        return str(raised.value)
-
-    arguments.require_writable({"--csv": csv, "--json": json, "--cam": None}, [tmp_path / "in"])
-    assert "--csv and --json are both" in refused({"--csv": csv, "--json": csv})
-    same = tmp_path / "." / "x" / ".." / "a.csv"
-    assert "are both" in refused({"--csv": csv, "--json": same})
-    assert "would overwrite" in refused({"--csv": tmp_path / "link"})
-    assert "is a folder" in refused({"--csv": tmp_path})
-    assert "there is no folder" in refused({"--csv": tmp_path / "no" / "a.csv"})
-    arguments.require_writable({"--csv": tmp_path / "no" / "a.csv"}, makes_folders=True)
-    assert "is not a folder" in refused({"--csv": tmp_path / "in" / "a.csv"}, makes_folders=True)
-    monkeypatch.setattr(os, "access", lambda *args: False)
-    assert "cannot be written to" in refused({"--csv": csv})
-
-
 @pytest.mark.parametrize("name", ["", "meta", "cuda:99", "mkldnn", "xla", "cpu:-1", "pine\napple"])
 def test_unusable_devices(name: str) -> None:
     with pytest.raises(CommandError, match="cannot be used here: ") as raised:
