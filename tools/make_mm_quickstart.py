@@ -13,7 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backbones.core.arguments import nonempty_path
+from backbones.core.outputs import Kind, add_overwrite, require_writable
 from backbones.openmmlab.quickstart import write_set
+
+
+def _kind(name: str) -> Kind:
+    """No earlier file is replaced unasked: photographs and annotations look alike."""
+    return Kind((Path(name).suffix,), rb"(?!)")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,7 +32,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--train", type=int, default=64, help="training images")
     parser.add_argument("--val", type=int, default=12, help="validation images")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    parts = {"train": args.train, "val": args.val}
+    names = [f"{part}.json" for part in parts]
+    for part, count in parts.items():
+        names += [f"{k}/{part}/{i:03d}.png" for k in ("images", "masks") for i in range(count)]
+    outputs = {f"{name} of --out:": (args.out / name, _kind(name)) for name in names}
+    require_writable(outputs, overwrite=args.overwrite, makes_folders=True)
     write_set(args.out, args.train, args.val)
 
 

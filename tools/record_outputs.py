@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import backbones
 from backbones.core.arguments import nonempty_path
+from backbones.core.outputs import Kind, add_overwrite, require_writable
 
 __all__ = ["KernelCalls", "differences", "kernel_outputs", "main", "model_outputs"]
 
@@ -44,6 +45,7 @@ CALLS = 3  # the first runs eagerly, the second is captured, the third replayed
 OPERATOR_TESTS = ("tests/ops",)
 
 Outputs = dict[str, Tensor]
+_RECORD = Kind((".pt",), rb"PK\x03\x04.{0,200}/data.pkl")  # as torch.save writes
 
 
 def model_outputs(names: tuple[str, ...] = MODELS) -> Iterator[tuple[str, Tensor]]:
@@ -144,7 +146,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=nonempty_path)
     parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="NAME")
     parser.add_argument("--tests", nargs="*", default=list(OPERATOR_TESTS), metavar="PATH")
+    add_overwrite(parser)
     args = parser.parse_args(argv)
+    if args.action == "record":
+        require_writable({"FILE": (args.file, _RECORD)}, overwrite=args.overwrite)
     os.chdir(ROOT)
     now = dict(model_outputs(tuple(args.models)))
     if args.tests:

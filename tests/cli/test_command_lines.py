@@ -9,7 +9,9 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from embedding_tables import make_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,9 +30,13 @@ import backbones
 from backbones.cli import common, export, exporting, parity, summary, verify
 from backbones.cli.doctor import Finding
 from backbones.cli.main import COMMANDS, main
-from backbones.training.checkpoint import save_weights
+from backbones.embedding import embed
+from backbones.training.checkpoint import save_weights, write_atomically
+from backbones.training.pictures import new_figure, save_figure
 
 EXAMPLES = 130
+MORE = {"embed": 1000, "search": 1000, "duplicates": 1000, "probe": 1000}  # that read from others
+LONGEST = 30.0  # seconds for one line, on a machine that does other things too
 TINY = {"dims": [16, 24], "depths": [1, 1], "attn_dims": [0, 8]}
 TINY_HAT = {"dim": 8, "depths": [1], "num_heads": [2], "compress_ratio": 2, "squeeze_factor": 4}
 TINY_HAT["head_width"] = 8
@@ -49,7 +54,10 @@ NO_YAML = ["[", "{a: [", "5", "[1, 2]", "{dim: -5}", "{nonsense: 1}", "{1: 2}", 
 
 @dataclass(frozen=True)
 class Option:
-    """A flag, or a positional word (""), with values that it takes and others that it refuses."""
+    """A flag, or a positional word (""), with values that it takes and others that it refuses.
+
+    ``{0}`` is the folder, ``{1}`` the command. A flag of the value ``NO_VALUE`` stands alone.
+    """
 
     flag: str
     good: list[str]
@@ -65,14 +73,21 @@ class Line:
     bad: bool = False
 
 
+NO_VALUE = "\0"
 NO_TABLE = [*NO_FILE, "{0}/photos", "{0}/text.txt"]
+# What must not be overwritten whatever the ending, also with --overwrite.
+HELD = ["{0}/images/00000.png", "{0}/link.png", "{0}/link.html", "{0}/link.json", "{0}/x.xyz"]
+HELD += ["{0}/table/metadata.json", "{0}/table/corrupt.txt", "{0}/table/shards/part-00000.parquet"]
+HELD += ["{0}/table/none.png/a", "{0}/loop", "{0}/linked/00001.png", "{0}/classes.csv.txt"]
 
 RESULTS = [
-    Option("--out", ["{0}/a.png", "/dev/null"], NO_TARGET, required=True),
-    Option("--html", ["{0}/a.html", "/dev/null"], NO_TARGET),
-    Option("--json", ["{0}/a.json", "/dev/null"], NO_TARGET),
-    Option("--source", ["{0}/photos", "{0}/none"], [""]),
+    Option("--out", ["{0}/{1}.png", "/dev/null"], [*NO_TARGET, *HELD], required=True),
+    Option("--html", ["{0}/{1}.html", "/dev/null"], [*NO_TARGET, *HELD]),
+    Option("--json", ["{0}/{1}.json", "/dev/null"], [*NO_TARGET, *HELD]),
+    Option("--overwrite", [NO_VALUE], []),
+    Option("--source", ["{0}/images", "{0}/none"], [""]),
 ]
+ROWS = Option("--csv", ["{0}/{1}.csv", "/dev/null"], [*NO_TARGET, *HELD])
 RESTORER = [
     Option("--model", ["hat_nano_x2"], ["", "van_b0", "x", "hat_nano_x9"], required=True),
     Option("--checkpoint", ["{0}/hat.pt"], [*NO_FILE, "{0}/text.txt", "{0}/photos/0.png"], True),
@@ -88,15 +103,35 @@ OPTIONS: dict[str, list[Option]] = {
         Option("--model", ["shvit_s1"], ["", "x", "hat_s_x2", "shvit_s1.nonsense"]),
         Option("--labels", ["{0}/labels.txt", "{0}/labels.json"], [*NO_TEXT, "{0}/text.txt"]),
         Option("--topk", ["1", "3", "99999999999"], BELOW_ONE),
-        Option("--csv", ["{0}/a.csv", "/dev/null"], NO_TARGET),
-        Option("--json", ["{0}/a.json", "/dev/null"], NO_TARGET),
+        Option("--csv", ["{0}/{1}.csv", "/dev/null"], [*NO_TARGET, "{0}/photos/0.png"]),
+        Option("--json", ["{0}/{1}.json", "/dev/null"], [*NO_TARGET, "{0}/labels.txt"]),
+        Option("--overwrite", [NO_VALUE], []),
         Option("--batch-size", ["1", "99999999999"], BELOW_ONE),
         Option("--device", ["cpu", "cpu:0"], NO_DEVICE),
     ],
     "embed": [
-        Option("", ["{0}/photos"], ["", "{0}/none", "{0}/empty"], required=True),
-        Option("--out", ["{0}/a"], ["", "{0}/none/below/that"], required=True),
-        Option("--checkpoint", ["{0}/best.safetensors"], ["", "{0}/none"], required=True),
+        Option(
+            "",
+            ["{0}/photos"],
+            [*NO_FILE, "{0}/empty", "{0}/mixed", "{0}/m*/*", "{0}/text.txt/a", "{0}/photos/0.png"],
+            required=True,
+        ),
+        Option("--out", ["{0}/a"], ["", "{0}/photos/a", "{0}/text.txt", "{0}/other"], True),
+        Option(
+            "--checkpoint",
+            ["{0}/best.safetensors"],
+            [*NO_FILE, "{0}/text.txt", "{0}/photos", "{0}/other/shvit.pth"],
+            required=True,
+        ),
+        Option("--model", ["shvit_s1"], ["", "x", "van_b0", "../../etc/passwd", "shvit_s1.x"]),
+        Option("--features", ["head"], ["", "x", "stage:9", "stage:-1", "stage:²", "stage:0:maps"]),
+        Option("--store", ["float32"], ["", "x", "int8"]),
+        Option("--split", ["train", "", "x"], []),
+        Option("--column", ["x", ""], []),
+        Option("--batch-size", ["1", "3"], BELOW_ONE),
+        Option("--decoders", ["0", "1"], [*NO_NUMBER, "-1", "1025"]),
+        Option("--device", ["cpu"], NO_DEVICE),
+        Option("--engine", ["local"], ["", "x"]),
         # Those of the first call, which others resume.
         Option("--classes", ["0"], ["", "x", "-1", "1.5"]),
         Option("--dtype", ["float32"], ["", "x"]),
@@ -105,20 +140,20 @@ OPTIONS: dict[str, list[Option]] = {
     ],
     "search": [
         Option("", ["{0}/table"], NO_TABLE, required=True),
-        Option("--key", ["00001.png"], ["x", "\udcff"], True),
-        Option("--query", [], [*NO_FILE, "{0}/empty"]),
+        Option("--key", ["00001.png"], ["x", "\udcff", "../text.txt", "{0}/text.txt"], True),
+        Option("--query", ["{0}/photos/0.png", "{0}/photos"], [*NO_FILE, "{0}/empty"]),
         Option("--top", ["1", "3", "99999999999"], BELOW_ONE),
         Option("--index", ["auto", "exact"], ["", "x"]),
         Option("--checkpoint", ["{0}/best.safetensors"], [""]),
         *RESULTS,
-        Option("--csv", ["{0}/a.csv", "/dev/null"], NO_TARGET),
+        ROWS,
     ],
     "duplicates": [
         Option("", ["{0}/table"], NO_TABLE, required=True),
         Option("--threshold", ["1", "0.5"], ["", "x", "nan", "inf", "0", "-1", "1.01"]),
         Option("--index", ["auto", "exact"], ["", "x"]),
         *RESULTS,
-        Option("--csv", ["{0}/a.csv", "/dev/null"], NO_TARGET),
+        ROWS,
     ],
     "probe": [
         Option("", ["{0}/table"], NO_TABLE, required=True),
@@ -143,19 +178,29 @@ OPTIONS: dict[str, list[Option]] = {
     ],
     "export": [
         Option("", ["shvit_s1"], ["", "x", "van_b9"], required=True),
-        Option("--out", ["{0}/a.onnx", "{0}/a.pt2"], ["", "{0}/none/a"], True),
-        Option("--format", ["pt2"], ["", "x", "ONNX"]),
+        Option(
+            "--out",
+            ["{0}/a.onnx", "{0}/A.ONNX"],
+            [*NO_TARGET, "{0}/a.xyz", "{0}/other/shvit.pth", "{0}/link.json", "/dev/null"],
+            required=True,
+        ),
+        Option("--format", ["onnx"], ["", "x", "ONNX", "pt2", "safetensors"]),
         Option("--checkpoint", ["{0}/other/shvit.pth"], [*NO_FILE, "{0}/text.txt"]),
+        Option("--overwrite", [NO_VALUE], []),
+        Option("--dynamic", [NO_VALUE], []),
+        Option("--fused", [NO_VALUE], []),
+        Option("--max-drop", [], ["0.1", "", "x", "nan", "0", "-1"]),
+        Option("--calibration-images", ["1", "99999999999"], [*NO_NUMBER, "0", "-1"]),
         Option("--size", ["32"], [*BELOW_ONE, "65535", "9" * 30]),
         Option("--batch", ["1", "2"], BELOW_ONE),
-        Option("--calibration", [], ["", "{0}/none"]),
+        Option("--calibration", [], [*NO_FILE, "{0}/photos", "{0}/empty"]),
     ],
     "verify": [
         Option(
             "", ["shvit_s1", "{0}/other/shvit.pth"], ["", "x", "{0}/none", "{0}/photos/0.png"], True
         ),
         Option("--checkpoint", ["{0}/other/shvit.pth"], [*NO_FILE, "{0}/text.txt"], True),
-        Option("--save-figures", ["{0}/a.json"], [*NO_TARGET, "{0}/other/shvit.pth"]),
+        Option("--save-figures", ["{0}/{1}.json"], [*NO_TARGET, "{0}/other/shvit.pth"]),
         Option("--size", ["32"], [*BELOW_ONE, "65535"]),
     ],
     "doctor": [Option("--no", [], ["", "x"]), Option("", [], ["", "x", "\udcff"])],
@@ -175,7 +220,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("--max-corrupt", ["0", "1"], ["", "x", "nan", "-1", "2"]),
         Option("--real-labels", [], NO_TEXT[1:]),
         Option("--list", [], NO_TEXT),
-        Option("--output", ["{0}/a.csv", "{0}/new/a.csv"], ["", "{0}", "{0}/text.txt/a"]),
+        Option("--output", ["{0}/{1}.csv", "{0}/new/a.csv"], ["", "{0}", "{0}/text.txt/a", "x"]),
         Option("--report", ["{0}/report"], ["", "{0}/text.txt"]),
     ],
     "upscale": [
@@ -224,14 +269,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "labels.json").write_text('["a", "b", "c"]')
     (folder / "report.json").write_text('{"machine": {}, "results": []}')
     (folder / "classes.csv").write_text("".join(f"0000{i}.png,{'abab'[i]}\n" for i in range(4)))
-    make_table(folder / "table", np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
     (folder / "loop").symlink_to("loop")
     (folder / "empty").mkdir()
-    pixels = np.random.RandomState(0).randint(0, 255, (2, 9, 8, 3)).astype(np.uint8)
+    pixels = np.random.RandomState(0).randint(0, 255, (4, 9, 8, 3)).astype(np.uint8)
     for place in ("photos", "data/validation/a", "data/validation/b", "data/validation/c"):
         (folder / place).mkdir(parents=True)
-        for number, image in enumerate(pixels):
+        for number, image in enumerate(pixels[:2]):
             Image.fromarray(image).save(folder / place / f"{number}.png")
+    (folder / "images").mkdir()
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / "images" / f"{number:05}.png")
+    embed(folder / "images", folder / "table", checkpoint=folder / "best.safetensors", workers=1)
+    (folder / "linked").symlink_to("images")
+    (folder / "link.png").symlink_to("images/00000.png")
+    (folder / "link.html").symlink_to("best.safetensors")
+    (folder / "link.json").symlink_to("table/metadata.json")
+    shutil.copytree(folder / "images", folder / "mixed")
+    (folder / "mixed" / "a.tar").touch()
     before = Path.cwd()
     threads = torch.get_num_threads()
     os.chdir(folder)
@@ -255,8 +309,17 @@ def _leave_out_what_takes_long(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(verify, "_verify_code", lambda name: True)
     patch.setattr(export, "export", lambda *args: None)
     patch.setattr(exporting, "require_onnx", lambda: None)
+    save_figure(new_figure(1, 1), Path("figure"))
+    drawn = Path("figure").read_bytes()
+    for command in ("search", "duplicates"):
+        patch.setattr(f"backbones.cli.{command}.draw_sheet", _draw(drawn))
+    patch.setattr("backbones.cli.probe.draw_confusion", _draw(drawn))
     patch.setattr("ops.cpu.prepare", lambda isa: Path("\udcff"))
     patch.setattr("backbones.cli.doctor.examine", lambda: [Finding("x", "ok", "─ ✓ \udcff")])
+
+
+def _draw(picture: bytes) -> Callable[..., None]:
+    return lambda path, *args: write_atomically(path, lambda file: file.write(picture))
 
 
 def _errors_as(create: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
@@ -297,6 +360,8 @@ def lines(draw: st.DrawFn, command: str) -> Line:
         if not option.flag:
             # After "--" a word that begins with a dash is no option.
             words += [value]
+        elif value == NO_VALUE:
+            words += [option.flag]
         elif draw(st.booleans()) or value.startswith("-"):
             words += [f"{option.flag}={value}"]
         else:
@@ -329,10 +394,20 @@ def run(command: str, words: list[str]) -> tuple[int, str]:
 
 
 def held(folder: Path) -> dict[str, bytes]:
-    """What good words only read."""
+    """What words only read: all files of the beginning, and links."""
     names = ("best.safetensors", "config.yaml", "hat.pt", "text.txt", "labels.txt", "labels.json")
-    paths = [*(folder / name for name in names), *(folder / "photos").iterdir()]
-    return {str(path): path.read_bytes() for path in paths}
+    names += ("report.json", "classes.csv", "link.png", "link.html", "link.json")
+    folders = ("photos", "images", "data", "mixed", "other", "table")
+    below = (path for name in folders for path in (folder / name).rglob("*"))
+    paths = [*(folder / name for name in names), *below]
+    return {str(p): p.read_bytes() for p in paths if p.is_file() and p.name not in _PICTURES}
+
+
+_PICTURES = ("search.png", "duplicates.png", "confusion.png")  # drawn where no --out is given
+
+
+def _placed(words: list[str], command: str, folder: Path) -> list[str]:
+    return [word.replace("{0}", str(folder)).replace("{1}", command) for word in words]
 
 
 def _fits(option: Option) -> list[str]:
@@ -354,7 +429,7 @@ def test_an_empty_word(command: str, option: Option, folder: Path) -> None:
     words = [word for o in others for word in _fits(o)]
     words.append(f"{option.flag}=" if option.flag else "")
     before = set(folder.rglob("*"))
-    status, said = run(command, [word.replace("{0}", str(folder)) for word in words])
+    status, said = run(command, _placed(words, command, folder))
     assert status == 2
     assert said.startswith("error: ") and len(said.splitlines()) == 1
     assert set(folder.rglob("*")) == before
@@ -384,9 +459,10 @@ def test_random_command_lines(command: str, folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(runpy, "run_path", run_path)
     before = held(folder)
     seen = {0: 0, 1: 0, 2: 0}
+    examples = MORE.get(command, EXAMPLES)
 
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         database=None,
@@ -394,8 +470,10 @@ def test_random_command_lines(command: str, folder: Path, monkeypatch: pytest.Mo
     )
     @given(st.one_of(lines(command), lines(command), nonsense(command)), st.booleans())
     def check(line: Line, _: bool) -> None:
-        words = [word.replace("{0}", str(folder)) for word in line.words]
-        status, said = run(command, words)
+        begun = time.monotonic()
+        status, said = run(command, _placed(line.words, command, folder))
+        assert time.monotonic() - begun < LONGEST
+        assert held(folder) == before
         seen[status] += 1
         told = [text for text in said.splitlines() if text.startswith("error: ")]
         assert status in (0, 1, 2)
@@ -408,9 +486,8 @@ def test_random_command_lines(command: str, folder: Path, monkeypatch: pytest.Mo
             assert len(told[0]) < 2000
 
     check()
-    assert held(folder) == before
     assert not (folder / "nan").exists()
-    assert seen[2] > EXAMPLES // 10
+    assert seen[2] > examples // 10
     if command != "doctor":
-        assert seen[0] + seen[1] > EXAMPLES // 10
+        assert seen[0] + seen[1] > examples // 10
     sys.stdout.flush()

@@ -213,3 +213,116 @@ def test_missing_packages(
     assert run(command, embedded.table, *rest, "--out", tmp_path / "a.png") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and said in line
+
+
+def contents(*folders: Path) -> dict[Path, bytes]:
+    """All files in folders."""
+    return {p: p.read_bytes() for folder in folders for p in folder.rglob("*") if p.is_file()}
+
+
+WORDS = {
+    "search": ["--key", "train/class1/copy.png"],
+    "duplicates": ["--index", "exact"],
+    "probe": ["--labels", "folder"],
+}
+
+
+@pytest.mark.parametrize("command", WORDS)
+@pytest.mark.parametrize(
+    ("option", "target", "said"),
+    [
+        ("--html", "{weights}", "would overwrite"),
+        ("--html", "{tmp}/weights.html", "weights.html would overwrite"),
+        ("--html", "{tmp}/other.pth", "other.pth must end in .html"),
+        ("--json", "{table}/metadata.json", "would overwrite"),
+        ("--json", "{table}/corrupt.txt", "must end in .json"),
+        ("--json", "{image}", "would overwrite"),
+        ("--out", "{image}", "would overwrite"),
+        ("--out", "{tmp}/image.png", "would overwrite"),
+        ("--out", "{tmp}/images/train/class1/copy.png", "would overwrite"),
+        ("--out", "{tmp}/a.xyz", "a.xyz must end in .png"),
+    ],
+)
+def test_nothing_that_a_table_is_made_of_is_overwritten(
+    command: str,
+    option: str,
+    target: str,
+    said: str,
+    embedded: Embedded,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    image = embedded.images / "train/class1/copy.png"
+    links = {"image.png": image, "weights.html": embedded.checkpoint, "images": embedded.images}
+    for name, file in links.items():
+        (tmp_path / name).symlink_to(file)
+    (tmp_path / "other.pth").write_text("weights")
+    places = {"weights": embedded.checkpoint, "table": embedded.table, "image": image}
+    path = target.format(**places, tmp=tmp_path)
+    folders = (embedded.images, embedded.table, embedded.checkpoint.parent, tmp_path)
+    before = contents(*folders)
+    for more in ([], ["--overwrite"]):
+        assert run(command, embedded.table, *WORDS[command], f"{option}={path}", *more) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {option} ") and said in line
+    assert contents(*folders) == before
+
+
+@pytest.mark.parametrize("command", WORDS)
+def test_files_of_others_are_replaced_only_when_asked(
+    command: str, embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results of an earlier call are replaced, photographs and other tables are not."""
+    endings = {"out": "png", "html": "html", "json": "json", "csv": "csv"}
+    if command == "probe":
+        del endings["csv"]
+    files = {option: tmp_path / f"a.{ending}" for option, ending in endings.items()}
+    words = [command, embedded.table, *WORDS[command], *(f"--{o}={p}" for o, p in files.items())]
+    assert run(*words) == 0
+    assert run(*words) == 0
+    results = contents(tmp_path)
+    for option, file in files.items():
+        if option == "out":
+            Image.new("RGB", (4, 4)).save(file)
+        else:
+            file.write_text("key,class\n" if option == "csv" else '{"mine": 1}')
+        theirs = file.read_bytes()
+        capsys.readouterr()
+        assert run(*words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--{option} {file} exists and is not what" in line and "--overwrite" in line
+        assert file.read_bytes() == theirs
+        assert run(*words, "--overwrite") == 0
+    assert contents(tmp_path).keys() == results.keys()
+
+
+def test_images_of_a_list_are_not_overwritten(
+    embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may be anywhere, and other pictures beside the list are none of them."""
+    images = sorted((embedded.images / "val").rglob("*.png"))
+    (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in images))
+    table = tmp_path / "table"
+    words = ["embed", tmp_path / "list.txt", "--checkpoint", embedded.checkpoint, "--workers=1"]
+    assert run(*words, "--out", table) == 0
+    words = ["search", table, "--key", images[0], "--out"]
+    before = contents(embedded.images)
+    assert run(*words, images[1], "--overwrite") == 2
+    assert f"would overwrite {images[1]}" in capsys.readouterr().err
+    assert contents(embedded.images) == before
+    for _ in range(2):
+        assert run(*words, tmp_path / "a.png") == 0
+
+
+def test_skipped_queries_are_named(
+    embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(embedded.images / "val/class2/002.png", tmp_path / "a.png")
+    Image.open(tmp_path / "a.png").convert("RGB").save(tmp_path / "b.webp")
+    (tmp_path / "c.heic").touch()
+    words = ["search", embedded.table, "--query", tmp_path, "--out", tmp_path / "out.png"]
+    assert run(*words, "--json", tmp_path / "a.json") == 0
+    skipped = f"skipped 1 file without the ending of a known image format: {tmp_path / 'c.heic'}"
+    assert capsys.readouterr().err.splitlines() == [skipped]
+    queries = [entry["query"] for entry in json.loads((tmp_path / "a.json").read_text())]
+    assert queries == [str(tmp_path / "a.png"), str(tmp_path / "b.webp")]

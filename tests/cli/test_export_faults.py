@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from backbones.cli import atomic_files, exporting, quantizing
@@ -64,6 +65,12 @@ class Plain(nn.Module):
         ("shvit_s1 --out no/such/x.pt2", "there is no folder no/such"),
         ("shvit_s1 --out file/x.pt2", "there is no folder file"),
         (f"shvit_s1 --out {'a' * 300}.pt2", "File name too long"),
+        ("shvit_s1 --out file", "--out file must end in .onnx"),
+        ("shvit_s1 --format pt2 --out x.onnx", "--out x.onnx must end in .pt2"),
+        ("shvit_s1 --checkpoint w.onnx --out w.onnx", "would overwrite w.onnx, an input"),
+        ("shvit_s1 --out link.pt2", "w.onnx, to which it is a link, does not"),
+        ("shvit_s1 --out w.onnx", "w.onnx exists and is not what is written here"),
+        ("shvit_s1 --int8 --out w.safetensors", "w.safetensors exists and is not what is"),
         ("shvit_s1 --out /dev/null", "/dev/null is not a regular file"),
     ],
 )
@@ -76,12 +83,16 @@ def test_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
+    Path("w.onnx").write_bytes(b"weights")
+    Path("w.safetensors").write_bytes(save({"weight": torch.zeros(1)}))
+    Path("link.pt2").symlink_to("w.onnx")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(["export", *words.split()]) == 2
     printed = capsys.readouterr()
     (line,) = printed.err.splitlines()
     assert line.startswith("error: ") and said in line
     assert not printed.out
-    assert os.listdir() == ["file"]
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_a_size_whose_feature_maps_do_not_fit(

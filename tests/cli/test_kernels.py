@@ -118,6 +118,7 @@ def test_without_kernels_there_is_no_plan(
         (["--kernels", "--plain", "--fused"], "--plain and --fused exclude each other"),
         (["--kernels", "--plain", "--plot", "x.png"], "--plain and --plot exclude each other"),
         (["--kernels", "--plot", ""], "--plot must be the name of a file or folder"),
+        (["--kernels", "--plot", "m.xyz"], "--plot m.xyz must end in .png"),
         (["--kernels", "--plot", "no/such/x.png"], "there is no folder no/such"),
         (["--kernels", "--size", "0"], "--size takes one side"),
     ],

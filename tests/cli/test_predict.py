@@ -246,6 +246,43 @@ def test_impossible_requests_fail_early(
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("flag", [[], ["--overwrite"]])
+def test_nothing_that_is_read_is_overwritten(
+    flag: list[str], run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (photos / "labels.json").write_text('["a", "b", "c"]')
+    (photos / "link.json").symlink_to("labels.json")
+    before = {path: path.read_bytes() for path in photos.iterdir()}
+    labels = ["--labels", photos / "labels.json"]
+    for option, name in (
+        ("--csv", run_folder / "best.safetensors"),
+        ("--csv", photos / "0.png"),
+        ("--cam", photos / "0.png"),
+        ("--json", photos / "labels.json"),
+        ("--json", photos / "link.json"),
+    ):
+        assert predicted(run_folder, photos, *labels, option, name, *flag) == 2
+        assert f"error: {option} {name} would overwrite " in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in photos.iterdir()} == before
+
+
+def test_every_format_is_found_and_others_are_named(
+    run_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = len(list(photos.iterdir()))
+    image = Image.open(photos / "0.png").convert("RGB")
+    for ending in ("webp", "tif", "bmp", "gif"):
+        image.save(photos / f"x.{ending}")
+    for name in ("notes.txt", "a.heic", "b.svg", "Thumbs.db"):
+        (photos / name).touch()
+    (photos / "cut.png").unlink()
+    assert predicted(run_folder, photos, "--json", tmp_path / "a.json") == 0
+    assert len(json.loads((tmp_path / "a.json").read_text())) == count + 3
+    told = "skipped 4 files without the ending of a known image format: "
+    names = ", ".join(str(photos / name) for name in ("Thumbs.db", "a.heic", "b.svg"))
+    assert capsys.readouterr().err == f"{told}{names}, …\n"
+
+
 def test_a_full_disk_is_named(
     run_folder: Path,
     photos: Path,

@@ -160,6 +160,90 @@ def test_unreadable_images(
     assert (out / "corrupt.txt").read_bytes() == before
 
 
+def test_images_that_come_back(
+    photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images deleted, or unreadable, during a run are embedded by the next call."""
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    assert run(*words(photos, undisturbed, checkpoint)) == 0
+    (photos / "none.jpg").write_text("no image")
+    listed = run_module.open_source
+
+    def then_delete(*arguments: Any) -> Any:
+        source = listed(*arguments)
+        shutil.move(photos / "000.png", tmp_path / "000.png")
+        return source
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "open_source", then_delete)
+        assert run(*words(photos, out, checkpoint)) == 1
+    assert "000.png\tOSError: it does not exist\n" in (out / "corrupt.txt").read_text()
+    shutil.move(tmp_path / "000.png", photos / "000.png")
+    kept = {path: path.stat().st_mtime_ns for path in (out / "shards").iterdir()}
+    assert run(*words(photos, out, checkpoint)) == 1
+    assert len((out / "corrupt.txt").read_text().splitlines()) == 1  # none.jpg
+    assert same(out, undisturbed)
+    changed = [p.name for p, time in kept.items() if p.stat().st_mtime_ns != time]
+    assert changed == ["part-00000.parquet"]
+
+
+def test_archives_that_come_back(
+    photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, out = tmp_path / "shards", tmp_path / "out"
+    shards.mkdir()
+    for name in ("a", "b"):
+        shutil.make_archive(str(shards / name), "tar", photos)
+    listed = run_module.open_source
+
+    def then_delete(*arguments: Any) -> Any:
+        source = listed(*arguments)
+        (shards / "b.tar").rename(tmp_path / "b.tar")
+        return source
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "open_source", then_delete)
+        assert run(*words(shards, out, checkpoint)) == 1
+    assert (out / "corrupt.txt").read_text() == "b.tar\tDataError: it does not exist\n"
+    (tmp_path / "b.tar").rename(shards / "b.tar")
+    assert run(*words(shards, out, checkpoint)) == 0
+    assert len(table.load(out)[0]) == 20
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_skipped_files_are_named(
+    photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    (photos / "notes.txt").touch()
+    shards = photos.parent / "shards"
+    shards.mkdir()
+    (shards / "index.json").touch()
+    for name in ("a", "b"):
+        shutil.make_archive(str(shards / name), "tar", photos)
+    for place, told in (
+        (photos, "skipped 1 file without the ending of a known image format: notes.txt"),
+        (shards, "skipped 3 files without the ending of a known image format: index.json, "),
+    ):
+        argv = words(place, photos.parent / f"{place.name}-out", checkpoint)
+        assert run(*argv, f"--workers={workers}") == 0
+        assert told in capsys.readouterr().err
+
+
+def test_corrupt_txt_is_no_way_to_other_files(
+    photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A table from elsewhere may hold links."""
+    out = tmp_path / "out"
+    assert run(*words(photos, out, checkpoint)) == 0
+    for name in ("weights.pth", "notes.txt", "list.txt"):
+        (tmp_path / name).write_text("of the user\n")
+        (out / "corrupt.txt").unlink()
+        (out / "corrupt.txt").symlink_to(tmp_path / name)
+        assert run(*words(photos, out, checkpoint)) == 2
+        assert f"--out: {out / 'corrupt.txt'} " in capsys.readouterr().err
+        assert (tmp_path / name).read_text() == "of the user\n"
+
+
 @pytest.mark.parametrize("decoders", [0, 3])
 def test_decoding_beside_the_network_changes_nothing(
     photos: Path, checkpoint: Path, tmp_path: Path, decoders: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,45 @@ def test_a_folder(photos: Path) -> None:
     assert contents(source) == files(photos)
     assert source.images == 10
     assert [len(part) for part in source.parts] == [4, 4, 2]
+
+
+def test_every_format_that_pillow_decodes(photos: Path, tmp_path: Path) -> None:
+    """In folders and archives; what has no such ending is counted and named."""
+    image = Image.open(photos / "000.png").convert("RGB")
+    for ending in ("webp", "tif", "TIFF", "bmp", "gif", "jfif", "ppm", "tga", "jp2", "ico", "mpo"):
+        image.save(photos / "sub" / f"x.{ending}")
+    others = ["a.heic", "b.eps", "c", "labels.csv", "sub/d.txt"]
+    images = files(photos)
+    for name in others:
+        (photos / name).touch()
+    source = open_source(photos)
+    assert contents(source) == images
+    assert source.images == 21
+    told = "skipped 5 files without the ending of a known image format: a.heic, b.eps, c, …"
+    assert str(source.skipped) == told
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(photos, ".")
+        archive.addfile(link := tarfile.TarInfo("link.png"))
+        link.type = tarfile.SYMTYPE
+    opener = reader(open_source(tmp_path / "a.tar").description)
+    found = [item.key for item in opener.items("a.tar")]
+    assert {key.removeprefix("a.tar/./") for key in found if "link" not in key} >= set(images)
+    assert str(opener.skipped).startswith("skipped 5 files without the ending")
+
+
+def test_folders_named_like_archives(photos: Path, tmp_path: Path) -> None:
+    """They hold images, or archives."""
+    shutil.move(photos, tmp_path / "x.tar")
+    assert contents(open_source(tmp_path / "x.tar")) == files(tmp_path / "x.tar")
+    found = contents(open_source(tmp_path))
+    assert found == files(tmp_path) and len(found) == 10
+    with tarfile.open(tmp_path / "z.tar", "w") as archive:
+        archive.add(tmp_path / "x.tar" / "000.png", "y.tar/000.png")
+    data = (tmp_path / "x.tar" / "000.png").read_bytes()
+    shutil.rmtree(tmp_path / "x.tar")
+    (tmp_path / "w.tar").mkdir()
+    shutil.move(tmp_path / "z.tar", tmp_path / "w.tar")
+    assert contents(open_source(tmp_path)) == {"w.tar/z.tar/y.tar/000.png": data}
 
 
 def test_a_list_of_paths(photos: Path) -> None:
@@ -157,6 +197,28 @@ def _cut(folder: Path) -> Path:
     return folder
 
 
+def _mixed(*names: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        for name in names:
+            (folder / name).touch()
+        return folder
+
+    return write
+
+
+def _several(*names: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        return _mixed(*names)(folder) / "?.*"
+
+    return write
+
+
+def _folder_of_shards(folder: Path) -> Path:
+    (folder / "x.tar").mkdir()
+    (folder / "y.tar").touch()
+    return folder / "*.tar"
+
+
 def _write(name: str, text: str) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
         (folder / name).write_text(text)
@@ -174,6 +236,13 @@ def _write(name: str, text: str) -> Callable[[Path], Path]:
         (lambda folder: "digits", "digits has the splits train and validation, not 'test'"),
         (lambda folder: "medmnist/pathmnist", "pathmnist.npz is missing"),
         (_cut, "a.parquet is no whole Parquet file"),
+        (_mixed("a.tar", "b.png"), "holds 1 images and 1 .tar files: embed each kind by itself"),
+        (_mixed("a.tar", "b.PARQUET"), "holds 1 .tar files and 1 .parquet files"),
+        (_mixed("b.gif", "c.parquet"), "holds 1 images and 1 .parquet files"),
+        (_mixed("a.heic", "b.eps"), "no image, .tar or .parquet below .*; skipped 2 files without"),
+        (_folder_of_shards, r"x\.tar, which matches .*\*\.tar, is a folder"),
+        (_several("a.tar", "b.parquet"), "a.tar and b.parquet are of two kinds: embed each by"),
+        (_several("a.tar", "b.png"), r"b\.png is no source of images"),
         (_write("a.txt", " \n"), "the list .* is empty"),
         (_write("a.txt", "x\ny\nx\n"), "a.txt has x twice"),
         (_write("a.zip", ""), "a.zip is no source of images: give a folder"),

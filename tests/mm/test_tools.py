@@ -25,7 +25,7 @@ from PIL import Image
 from torch import distributed, nn
 
 from backbones.openmmlab import CPUAmpOptimWrapper, quickstart
-from backbones.openmmlab.runs import processes, provide_data
+from backbones.openmmlab.runs import load_config, processes, provide_data, shared_arguments
 
 ROOT = Path(__file__).parents[2]
 QUICKSTARTS = [
@@ -235,6 +235,31 @@ def test_infer_refuses(tmp_path: Path) -> None:
     end[1] = str(wrong)
     with pytest.raises(ValueError, match=r"write in_channels=\[32, 64, 160, 256\]"):
         infer.main([pair[0], *end, "--checkpoint", str(tmp_path / "c.pth")])
+
+
+def test_nothing_that_is_read_is_overwritten(tmp_path: Path) -> None:
+    image, weights = tmp_path / "a.png", tmp_path / "b.pth"
+    Image.new("RGB", (8, 8)).save(image)
+    weights.touch()
+    words = ["--config", _config(QUICKSTARTS[0]), "--checkpoint", str(weights)]
+    with pytest.raises(ValueError, match=r"a\.png would overwrite .*a\.png, an input"):
+        _tool("infer_mm").main([str(image), *words, "--out", str(tmp_path)])
+    config = tmp_path / "mine.py"
+    config.write_text("model = dict()\n")
+    words = [str(config), "--work-dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"mine\.py would be overwritten: give another --work-dir"):
+        load_config(shared_arguments("").parse_args(words))
+
+
+def test_a_set_replaces_nothing_unasked(tmp_path: Path) -> None:
+    (tmp_path / "images" / "val").mkdir(parents=True)
+    (tmp_path / "images" / "val" / "000.png").write_text("a photograph")
+    words = ["--out", str(tmp_path), "--train", "2", "--val", "1"]
+    with pytest.raises(ValueError, match="images/val/000.png exists and is not what"):
+        _tool("make_mm_quickstart").main(words)
+    assert [p.name for p in tmp_path.iterdir()] == ["images"]
+    _tool("make_mm_quickstart").main([*words, "--overwrite"])
+    assert (tmp_path / "images" / "val" / "000.png").stat().st_size > 100
 
 
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Every kind of ``--data``, and errors that are found before training starts."""
 
+import shutil
 import tarfile
 
 import numpy as np
 import pytest
+from PIL import Image
 from training_runs import make_images
 
 from backbones.training.data import open_splits
@@ -102,10 +104,28 @@ def test_unsupported_medmnist_sets(tmp_path):
         open_splits(recipe)
 
 
+def _only_heic(folder):
+    (folder / "train" / "class9").mkdir()
+    (folder / "train" / "class9" / "a.heic").touch()
+
+
+def test_every_format_that_pillow_decodes(tmp_path):
+    make_images(tmp_path, {"train": 9, "val": 6})
+    image = Image.new("RGB", (8, 8))
+    for ending in ("webp", "tif", "bmp", "gif"):
+        image.save(tmp_path / "train" / "class0" / f"x.{ending}")
+    splits = open_splits(Recipe(data=str(tmp_path)))
+    assert splits.train_size == 13
+    shutil.make_archive(str(tmp_path / "train"), "tar", tmp_path / "train")
+    shutil.rmtree(tmp_path / "train")
+    assert open_splits(Recipe(data=str(tmp_path))).train_size == 13
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda d: (d / "train" / "class9").mkdir(), "the class folder .*class9 is empty"),
+        (_only_heic, "the class folder .*class9 has no images, but a.heic"),
         (lambda d: (d / "val").rename(d / "elsewhere"), "no split 'validation'"),
         (lambda d: (d / "val" / "class1").rename(d / "val" / "dog"), "training lacks: dog"),
         (lambda d: None, "has 3 classes, the model's head only 2"),

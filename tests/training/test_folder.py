@@ -101,6 +101,20 @@ def test_the_resumed_checkpoint_may_lie_in_the_folder(arguments, tmp_path):
     assert (tmp_path / "run" / "summary.csv").read_text().splitlines()[-1].startswith("1,")
 
 
+@pytest.mark.parametrize("option", ["--checkpoint", "--class-map", "--teacher-checkpoint"])
+def test_what_a_run_reads_is_not_overwritten(option, arguments, tmp_path, capsys):
+    assert train(*arguments) == 0
+    before = content(tmp_path / "run")
+    (tmp_path / "link").symlink_to("run/best.safetensors")
+    for file in (tmp_path / "run" / "best.safetensors", tmp_path / "link"):
+        for more in ("--overwrite", "--resume=auto"):
+            assert train(*arguments, f"{option}={file}", more) == 1
+            message = capsys.readouterr().err
+            assert f"the run would overwrite {file}, which it reads" in message
+            assert message.count("\n") == 1
+    assert content(tmp_path / "run") == before
+
+
 def test_errors_leave_no_folder(arguments, tmp_path):
     assert train(*arguments, "--data=nowhere") == 1
     assert not (tmp_path / "run").exists()

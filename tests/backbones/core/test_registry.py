@@ -48,6 +48,8 @@ def test_unknown_names_suggest_the_nearest() -> None:
 
 
 def test_unknown_names_that_resemble_nothing() -> None:
+    with pytest.raises(ValueError, match=r"unknown model '\.\./\.\./etc/passwd'; "):
+        backbones.create_model("../../etc/passwd")
     with pytest.raises(ValueError, match="unknown model 'qqq'; ") as raised:
         backbones.create_model("qqq")
     assert "backbones.list_models()" in str(raised.value)
