@@ -141,7 +141,9 @@ OPTIONS: dict[str, list[Option]] = {
     "search": [
         Option("", ["{0}/table"], NO_TABLE, required=True),
         Option("--key", ["00001.png"], ["x", "\udcff", "../text.txt", "{0}/text.txt"], True),
-        Option("--query", ["{0}/photos/0.png", "{0}/photos"], [*NO_FILE, "{0}/empty"]),
+        Option(
+            "--query", ["{0}/photos/0.png", "{0}/photos", "{0}/loop"], [*NO_FILE[:-1], "{0}/empty"]
+        ),
         Option("--top", ["1", "3", "99999999999"], BELOW_ONE),
         Option("--index", ["auto", "exact"], ["", "x"]),
         Option("--checkpoint", ["{0}/best.safetensors"], [""]),
