@@ -7,6 +7,7 @@ be written as safetensors, for the library itself (``int8_export.py``).
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
@@ -99,6 +100,10 @@ def _run(options: Namespace) -> int:
         options.overwrite,
         streams=False,
     )
+    if any("\ud800" <= character <= "\udfff" for character in os.path.realpath(options.out)):
+        raise CommandError(
+            f"--out {options.out} is not UTF-8: the libraries that write and check it need that"
+        )
     if format == "onnx":
         exporting.require_onnx()
     loaded = load(options.model, options.checkpoint)

@@ -316,9 +316,12 @@ def outputs(model: nn.Module, run: Run, images: Tensor) -> tuple[Tensor, Tensor]
     """The outputs of ``model`` and ``run``, in float64.
 
     Raises:
-        CommandError: ``run`` fails, or returns another shape.
+        CommandError: ``run`` fails, or returns another shape; or the model's output is not finite.
     """
-    expected, got = model(images).double(), run(images).double()
+    expected = model(images).double()
+    if not expected.isfinite().all():
+        raise CommandError(f"at {tuple(images.shape)} the model's output is not finite")
+    got = run(images).double()
     if got.shape != expected.shape:
         raise CommandError(
             f"at {tuple(images.shape)} the file returns {tuple(got.shape)}, the model "
@@ -329,7 +332,8 @@ def outputs(model: nn.Module, run: Run, images: Tensor) -> tuple[Tensor, Tensor]
 
 def difference(value: Tensor, expected: Tensor) -> float:
     """Maximum difference relative to the maximum of ``expected``; infinite for NaN."""
-    error = ((value - expected).abs().max() / expected.abs().max()).item()
+    error, scale = (value - expected).abs().max().item(), expected.abs().max().item()
+    error = error / scale if scale else error and math.inf
     return error if math.isfinite(error) else math.inf
 
 

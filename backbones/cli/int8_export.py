@@ -59,11 +59,15 @@ def export_int8(
     with atomic_files.replace_atomically(path) as scratch:
         save_weights(scratch, model.int8_state_dict(), _metadata(loaded))
         again = copy.deepcopy(exact)
-        backbones.load_checkpoint(again, scratch)
-        error = difference(_run(again, probe), _run(model, probe))
-        if error > TOLERANCE:
+        try:
+            backbones.load_checkpoint(again, scratch)
+        except backbones.CheckpointError as error:
+            problem = str(error).replace(str(scratch), str(path))
+            raise CommandError(f"{loaded.name}: {problem}; it was not written") from error
+        wrong = difference(_run(again, probe), _run(model, probe))
+        if wrong > TOLERANCE:
             raise CommandError(
-                f"{loaded.name}: the file differs from the model by {error:.1e} of the maximum "
+                f"{loaded.name}: the file differs from the model by {wrong:.1e} of the maximum "
                 "output; it was not written"
             )
     sys.stdout.write(f"  {precision.summary()}\n")

@@ -23,6 +23,7 @@ from backbones.cli import common_operators, exporting, quantizing
 from backbones.cli.common import CommandError, Loaded
 from backbones.cli.export import export
 from backbones.cli.main import main
+from backbones.core.outputs import ONNX, PT2, require_writable
 
 # From a single window, or less, to several at every stage; none divides by much.
 SHAPES = [(1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 226, 158), (1, 3, 33, 41)]
@@ -113,6 +114,7 @@ def test_onnx_by_the_command_in_int8(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert facts["model"] == "van_b0"
     assert json.loads(facts["preprocessing"])["mean"] == [0.5, 0.5, 0.5]
     assert path.stat().st_size < 6e6
+    require_writable({"--out": (path, ONNX)})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "van.onnx"]
 
 
@@ -165,6 +167,14 @@ def test_errors_of_check() -> None:
     model = small("shvit").eval()
     (error,) = errors(model, lambda x: model(x) * float("nan"), [(1, 3, 64, 64)])
     assert error == float("inf")
+    (error,) = errors(model.requires_grad_(False), lambda x: model(x), [(1, 3, 64, 64)])
+    assert error == 0
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert errors(model, lambda x: model(x), [(1, 3, 64, 64)]) == [0]
+    assert errors(model, lambda x: model(x) + 1e-9, [(1, 3, 64, 64)]) == [float("inf")]
+    with pytest.raises(CommandError, match=r"at \(1, 3, 64, 64\) the model's output is not finite"):
+        errors(lambda x: model(x) / 0, model, [(1, 3, 64, 64)])
     with pytest.raises(CommandError, match=r"the file returns \(1, 10\)"):
         errors(model, lambda x: model(x)[:, :10], [(1, 3, 64, 64)])
 
@@ -223,6 +233,7 @@ def test_a_program_file_holds_no_images(tmp_path: Path) -> None:
     exporting.save_program(program, tmp_path / "m.pt2")
     weights = sum(t.nbytes for t in model.state_dict().values())
     assert (tmp_path / "m.pt2").stat().st_size < 1.1 * weights + 1e6
+    require_writable({"--out": (tmp_path / "m.pt2", PT2)})  # an earlier result
 
 
 def test_options_have_defaults() -> None:
@@ -243,6 +254,7 @@ def test_deformable_convolutions_are_decomposed(tmp_path: Path) -> None:
     exporting.save_onnx(exporting.trace(model, images.shape, dynamic=False), tmp_path / "m.onnx")
     operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
     assert "GridSample" in operators and "DeformConv" not in operators
+    require_writable({"--out": (tmp_path / "m.onnx", ONNX)})  # an earlier result
     compiled = openvino.Core().compile_model(
         str(tmp_path / "m.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )

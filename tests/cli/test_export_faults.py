@@ -71,6 +71,9 @@ class Plain(nn.Module):
         ("shvit_s1 --out link.pt2", "w.onnx, to which it is a link, does not"),
         ("shvit_s1 --out w.onnx", "w.onnx exists and is not what is written here"),
         ("shvit_s1 --int8 --out w.safetensors", "w.safetensors exists and is not what is"),
+        ("shvit_s1 --out a\udcff.pt2", "a\\udcff.pt2 is not UTF-8: the libraries"),
+        ("shvit_s1 --out \udcff.onnx", "is not UTF-8"),
+        ("shvit_s1 --int8 --out \udcff.safetensors", "is not UTF-8"),
         ("shvit_s1 --out /dev/null", "/dev/null is not a regular file"),
     ],
 )

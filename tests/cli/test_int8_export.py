@@ -90,6 +90,26 @@ def test_without_images(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", path]
     assert main(words) == 0
     assert "(a range for each row of inputs)" in capsys.readouterr().out
+    assert main(words) == 0  # an earlier result is replaced
+
+
+@_needs_bytes
+def test_a_file_that_does_not_load_is_not_written(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(model: torch.nn.Module, path: Path) -> None:
+        raise backbones.CheckpointError(f"{path} has NaN or infinite weights")
+
+    monkeypatch.setattr(backbones, "load_checkpoint", refuse)
+    path = tmp_path / "model.safetensors"
+    words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", str(path)]
+    assert main(words) == 2
+    told = f"error: shvit_s1: {path} has NaN or infinite weights; it was not written"
+    assert told in capsys.readouterr().err
+    assert not path.exists()
 
 
 @_needs_bytes

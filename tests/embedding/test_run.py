@@ -160,6 +160,34 @@ def test_unreadable_images(
     assert (out / "corrupt.txt").read_bytes() == before
 
 
+def test_metadata_of_other_versions(
+    photos: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an older version did not write is not needed, or named; other formats are refused."""
+    out = tmp_path / "out"
+    assert run(*words(photos, out, checkpoint)) == 0
+    before = json.loads((out / "metadata.json").read_text())
+
+    def resumed(**changes: Any) -> tuple[int, str]:
+        content = {k: v for k, v in {**before, **changes}.items() if v is not None}
+        if "images" not in changes:
+            content["images"] = before["images"]
+        (out / "metadata.json").write_text(json.dumps(content))
+        table.shard_path(out, 2).unlink(missing_ok=True)
+        capsys.readouterr()
+        status = run(*words(photos, out, checkpoint))
+        return status, capsys.readouterr().err.splitlines()[-1]
+
+    for key in ("decoder", "names", "versions"):
+        assert resumed(**{key: None})[0] == 0
+    for key in set(before) - {"format", "decoder", "names", "versions"}:
+        status, told = resumed(**{key: None})
+        assert status == 2 and told.startswith("error: ") and told.endswith(f"lacks {key}")
+    for number in (None, 0, 2, "1"):
+        status, told = resumed(format=number)
+        assert status == 2 and told.endswith("does not describe embeddings (format 1)")
+
+
 def test_images_that_come_back(
     photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
