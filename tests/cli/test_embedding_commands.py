@@ -314,6 +314,34 @@ def test_images_of_a_list_are_not_overwritten(
         assert run(*words, tmp_path / "a.png") == 0
 
 
+@pytest.mark.parametrize("kind", ["folder", "list"])
+def test_images_that_have_moved_are_not_overwritten(
+    kind: str, embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where ``--source`` says that they are, whatever their names, in tables of any version."""
+    there, moved, table = tmp_path / "there", tmp_path / "moved", tmp_path / "table"
+    shutil.copytree(embedded.images / "val", there)
+    (there / "a\tb.png").write_bytes((there / "class2" / "002.png").read_bytes())
+    names = sorted(str(path.relative_to(there)) for path in there.rglob("*.png"))
+    (there / "list.txt").write_text("".join(f"{name}\n" for name in names))
+    source = there if kind == "folder" else there / "list.txt"
+    words = ["embed", source, "--checkpoint", embedded.checkpoint, "--workers=1"]
+    assert run(*words, "--out", table) == 0
+    there.rename(moved)
+    content = json.loads((table / "metadata.json").read_text())
+    del content["weights"]["path"]  # as in the first version
+    (table / "metadata.json").write_text(json.dumps(content))
+    place = moved if kind == "folder" else moved / "list.txt"
+    words = ["duplicates", table, "--index=exact", "--source", place, "--overwrite"]
+    before = contents(moved)
+    for name in (names[0], "a\tb.png"):
+        capsys.readouterr()
+        assert run(*words, "--out", moved / name) == 2
+        assert "would overwrite" in capsys.readouterr().err
+    assert contents(moved) == before
+    assert run(*words, "--out", tmp_path / "a.png") == 0
+
+
 def test_skipped_queries_are_named(
     embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
