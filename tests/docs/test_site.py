@@ -23,7 +23,7 @@ _OPS_WITH_BACKENDS = (
 )
 _SHARED = (
     *("ops/arguments.py", "ops/attention/softmax.py", "ops/autocast.py", "ops/backends.py"),
-    *("ops/cpu/", "ops/sizes.py", "ops/triton_devices.py"),
+    *("ops/cpu/", "ops/rewriting/", "ops/sizes.py", "ops/triton_devices.py"),
 )
 INTERNAL = (*_SHARED, *_OPS_WITH_BACKENDS)
 PACKAGES = ("ops/cpu/__init__.py", *(f"{folder}__init__.py" for folder in _OPS_WITH_BACKENDS))

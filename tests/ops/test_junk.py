@@ -145,6 +145,22 @@ GOOD: dict[str, dict[str, Any]] = {
     "ops.tiling.tiled_strips": {**_TILES, "scale": 1, "blend": 1},
 }
 
+for _rank in (1, 2, 3):  # heads first
+    _sides = (1, 2, *[4] * _rank)
+    _ROW = {"kernel_size": 3, "dilation": 1}
+    _QK = {"query": _map(*_sides, 4), "key": _map(*_sides, 4)}
+    _AV = {"attn": _map(*_sides, 3**_rank), "value": _map(*_sides, 4)}
+    GOOD[f"ops.neighborhood.na{_rank}d_qk"] = {
+        **{**_QK, **_ROW, "additional_keys": None, "is_causal": False, "rpb": None}
+    }
+    GOOD[f"ops.neighborhood.na{_rank}d_av"] = {
+        **{**_AV, **_ROW, "additional_values": None, "is_causal": False}
+    }
+    if _rank < 3:
+        GOOD[f"ops.neighborhood.natten{_rank}dqk"] = {**_QK, **_ROW}
+        GOOD[f"ops.neighborhood.natten{_rank}dav"] = {**_AV, **_ROW}
+        GOOD[f"ops.neighborhood.natten{_rank}dqkrpb"] = {**_QK, "rpb": None, **_ROW}
+
 
 def _function(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
@@ -162,7 +178,8 @@ def test_every_function_of_the_pages_is_here() -> None:
         f"{module}.{name}"
         for module in modules
         for name in importlib.import_module(module).__all__
-        if inspect.isfunction(getattr(importlib.import_module(module), name))
+        if inspect.isfunction(function := getattr(importlib.import_module(module), name))
+        and inspect.signature(function).parameters
     }
     assert GOOD.keys() >= functions
 

@@ -92,8 +92,12 @@ def test_is_the_reference(
     scale = random(batch, in_features, seed=4).float() if has_scale else None
     other_scale = random(out_features, seed=5).float() if combination == "add_scaled" else None
     scaled = x.float() if scale is None else x.float() * scale[:, None, None]
-    expected = PLAIN_ACTIVATIONS[activation](layer.expected(scaled, in_range))
-    if other is not None:
+    clips_sum = combination == "add_clipped"  # the activation comes last
+    if clips_sum:
+        activation = "relu6" if activation == "relu6" else "relu"
+    expected = layer.expected(scaled, in_range)
+    expected = PLAIN_ACTIVATIONS[activation](expected + other if clips_sum else expected)
+    if other is not None and not clips_sum:
         times = 1 if other_scale is None else other_scale
         expected = expected * other if combination == "multiply" else expected + other * times
     out = packed_linear_int8(

@@ -64,8 +64,14 @@ def test_is_the_linear_layer(
     scaled = x.double() if scale is None else x.double() * scale[:, None, None]
     if cpu.load("gemm").linear_multiplies_bfloat16():
         scaled = scaled.to(dtype).double()
-    activated = PLAIN_ACTIVATIONS[activation](F.linear(scaled, weight, bias))
-    expected = _COMBINED[combination](activated, other, other_scale)
+    if combination == "add_clipped":
+        activation = "relu6" if activation == "relu6" else "relu"
+    plain = F.linear(scaled, weight, bias)
+    activated = PLAIN_ACTIVATIONS[activation](plain)
+    if combination == "add_clipped":  # the activation comes last
+        expected = PLAIN_ACTIVATIONS[activation](plain + other)
+    else:
+        expected = _COMBINED[combination](activated, other, other_scale)
     out = packed_linear(x, *packed, activation, other, combination, scale, other_scale)
     # Relative to the sums without cancellation.
     bound = F.linear(scaled.abs(), weight.abs(), bias.abs()).max()
