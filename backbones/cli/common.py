@@ -19,8 +19,10 @@ from timm.data import ImageNetInfo
 
 import backbones
 from backbones.core.arguments import CREATION_ERRORS
+from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_tensors, read_checkpoint, strip_prefixes
 from backbones.core.console import CommandError, memory_shortage
+from backbones.core.inputs import channels_of, require_size, size_of
 from backbones.core.messages import first_line, one_line, shown
 from backbones.restoration.memory import available_memory, peak_bytes
 from backbones.restoration.recipe import RestorationRecipe
@@ -32,6 +34,7 @@ __all__ = [
     "Loaded",
     "add_size_argument",
     "create",
+    "fuse",
     "load",
     "quiet",
     "read_labels",
@@ -74,10 +77,11 @@ def two_sides(
         runs: whether the model will run, so that memory must suffice.
 
     Raises:
-        CommandError: not one or two numbers in 1 … 65535, or images too large for memory.
+        CommandError: not one or two numbers in 1 … 65535, images too large for memory, or of a
+            size that the model does not take.
     """
     if size is None:
-        return tuple(model.pretrained_cfg["input_size"][1:])
+        return size_of(model)
     if len(size) > 2 or min(size) < 1 or max(size) > _LONGEST_SIDE:
         raise CommandError(
             f"--size takes one side, or height and width, of 1 to {_LONGEST_SIDE} pixels, got "
@@ -85,7 +89,7 @@ def two_sides(
         )
     sides = size[0], size[-1]
     if runs and math.prod(sides) * batch > _SMALL:
-        need = peak_bytes(model, (batch, model.in_chans, *sides))
+        need = peak_bytes(model, (batch, channels_of(model), *sides))
         free = available_memory(torch.device("cpu"), unknown=sys.maxsize)
         if need > free:
             images = f"{batch} images" if batch > 1 else "an image"
@@ -93,6 +97,10 @@ def two_sides(
                 f"--size {sides[0]} {sides[1]}: {images} of that size would take "
                 f"{need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
             )
+    try:
+        require_size(model, sides)
+    except ValueError as error:
+        raise CommandError(f"--size {sides[0]} {sides[1]}: {error}") from error
     return sides
 
 
@@ -119,6 +127,18 @@ def create(name: str, **kwargs: Any) -> Any:
         if not kwargs or memory_shortage(error) is not None:
             raise
         raise CommandError(f"cannot create {name} with {shown(kwargs)}: {error}") from error
+
+
+def fuse(model: Any, **options: Any) -> None:
+    """:func:`backbones.fuse`.
+
+    Raises:
+        CommandError: the model cannot be fused so.
+    """
+    try:
+        backbones.fuse(model, **options)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
 
 
 def load(name: str | None, checkpoint: Path | None) -> Loaded:
@@ -169,10 +189,14 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
 
 def class_count(model: Any, tensors: dict[str, Any]) -> int | None:
     """The number of classes of the classifier in ``tensors``; None if it has no classifier."""
-    if isinstance(model.classifier, tuple) and not model.classifier:
+    stripped, _ = strip_prefixes(tensors)
+    if isinstance(model, StagedBackbone):
+        paths, converted = model.classifier, model.convert_state_dict(stripped)
+    else:
+        paths, converted = model.pretrained_cfg.get("classifier") or (), stripped
+    if not paths:
         return None
-    path = model.classifier if isinstance(model.classifier, str) else model.classifier[0]
-    converted = model.convert_state_dict(strip_prefixes(tensors)[0])
+    path = paths if isinstance(paths, str) else paths[0]
     for name in (f"{path}.weight", f"{path}.linear.weight"):
         if name in converted:
             return len(converted[name])

@@ -17,11 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.data import resolve_data_config
 from torch import Tensor
 
 from backbones.cli.cam import grad_cam
-from backbones.cli.common import CommandError, Loaded, load, read_labels
+from backbones.cli.common import CommandError, Loaded, fuse, load, read_labels
 from backbones.cli.predictions import CSV_HEAD, Prediction, as_csv, as_entries, as_table
 from backbones.core import images
 from backbones.core.arguments import (
@@ -30,8 +29,10 @@ from backbones.core.arguments import (
     usable_device,
     whole,
 )
+from backbones.core.base import StagedBackbone
 from backbones.core.console import memory_shortage
 from backbones.core.dtypes import COMPUTED, check_dtype
+from backbones.core.inputs import channels_of, preprocessing_of
 from backbones.core.messages import first_line, one_line
 from backbones.core.outputs import FIGURE, add_overwrite, csv_of, json_of, require_writable
 from backbones.core.resizing import Resizing
@@ -104,15 +105,18 @@ def run(options: Namespace) -> int:
         raise CommandError(f"{loaded.name} has no classifier; predict needs one")
     if options.labels is not None:
         loaded.classes = read_labels(options.labels, loaded.model.num_classes)
-    if loaded.model.in_chans not in (1, 3):
+    if (channels := channels_of(loaded.model)) not in (1, 3):
         raise CommandError(
-            f"{loaded.name} takes {loaded.model.in_chans} channels; images are read as RGB or grey"
+            f"{loaded.name} takes {channels} channels; images are read as RGB or grey"
         )
-    if options.cam is not None and loaded.model.fused:
-        raise CommandError(f"--cam needs weights from before fuse(), not {options.checkpoint}")
+    if options.cam is not None:
+        if not isinstance(loaded.model, StagedBackbone):
+            raise CommandError(f"--cam needs a model of this library, not {loaded.name}")
+        if loaded.model.fused:
+            raise CommandError(f"--cam needs weights from before fuse(), not {options.checkpoint}")
     loaded.model.to(device)
     if options.dtype is not None:
-        loaded.model.fuse(COMPUTED[options.dtype])
+        fuse(loaded.model, dtype=COMPUTED[options.dtype])
 
     pictures = _PICTURES if options.cam is not None else 0
     predictions = list(
@@ -193,7 +197,7 @@ def preprocessing(loaded: Loaded) -> dict[str, Any]:
     """
     if loaded.recipe is not None:
         return build.preprocessing(loaded.recipe, loaded.model)
-    return resolve_data_config({}, model=loaded.model)
+    return preprocessing_of(loaded.model)
 
 
 def find_images(places: Sequence[Path]) -> images.Listing[Path]:

@@ -104,7 +104,8 @@ def load_checkpoint(
 
     Args:
         model: a backbone, a ``features_only=True`` wrapper of one, or a
-            :class:`backbones.ViTAdapter`.
+            :class:`backbones.ViTAdapter`; or a model of timm, into which its own state dict is
+            loaded, whole and whatever ``strict`` is.
         source: a ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, an http(s) URL of one, or
             a loaded state dict.
         strict: whether missing and unexpected tensors, and NaN or infinite weights, are errors.
@@ -122,7 +123,8 @@ def load_checkpoint(
     """
     name = "state dict" if isinstance(source, Mapping) else str(source)
     flag("strict", strict)
-    _backbone_of(model)
+    if not _is_of_timm(model):
+        _backbone_of(model)
     return load_tensors(model, read_checkpoint(source), name, strict)
 
 
@@ -134,9 +136,11 @@ def load_tensors(
     Raises:
         CheckpointError, TypeError: see :func:`load_checkpoint`.
     """
+    tensors, ignored = strip_prefixes(tensors)
+    if _is_of_timm(model):
+        return _load_plainly(model, tensors, LoadReport(name, ignored=ignored))
     pruned = isinstance(model, FeatureGetterNet)
     backbone = _backbone_of(model)
-    tensors, ignored = strip_prefixes(tensors)
     tensors, in_bytes = dequantized(tensors, name)
     try:
         tensors = backbone.convert_state_dict(tensors)
@@ -198,6 +202,34 @@ def load_tensors(
         backbone.fuse(torch.int8)
     if any(names for kind, names in vars(report).items() if kind not in ("source", "ignored")):
         _logger.warning("%s", report)
+    return report
+
+
+def _is_of_timm(model: nn.Module) -> bool:
+    is_ours = isinstance(model, StagedBackbone | ViTAdapter | FeatureGetterNet)
+    return not is_ours and isinstance(getattr(model, "pretrained_cfg", None), Mapping)
+
+
+def _load_plainly(
+    model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport
+) -> LoadReport:
+    """Load weights under the model's own names, all or nothing."""
+    name, kind, own = report.source, type(model).__name__, model.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{name} does not fit {kind}: {len(missing)} tensors missing ({_some(missing)}), "
+            f"{len(unexpected)} unexpected ({_some(unexpected)})"
+        )
+    for key, tensor in tensors.items():
+        if tensor.shape != own[key].shape:
+            raise CheckpointError(
+                f"{name} does not fit {kind}: {key} has shape {tuple(tensor.shape)}, but the "
+                f"model's is {tuple(own[key].shape)}"
+            )
+    if bad := not_finite(tensors):
+        raise CheckpointError(_not_finite_text(name, bad))
+    model.load_state_dict(dict(tensors))
     return report
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from torch import nn
 
-from backbones.core.checkpoint import read_checkpoint, strip_prefixes
-from backbones.core.checkpoint_files import CheckpointError
+from backbones.core.checkpoint import load_checkpoint
 
-__all__ = ["PREFIX", "create_timm_model", "load_plainly"]
+__all__ = ["PREFIX", "create_timm_model"]
 
 PREFIX = "timm/"
 
@@ -47,32 +45,5 @@ def create_timm_model(
     model = timm.create_model(plain, pretrained=pretrained, **kwargs)
     if checkpoint_path not in (None, ""):
         assert checkpoint_path is not None
-        tensors, _ = strip_prefixes(read_checkpoint(checkpoint_path))
-        load_plainly(model, tensors, str(checkpoint_path))
+        load_checkpoint(model, checkpoint_path)
     return model
-
-
-def load_plainly(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
-    """Load weights under the model's own names, all or nothing.
-
-    Raises:
-        CheckpointError: names or shapes differ; it names the first ones.
-    """
-    own = model.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{name} does not fit {type(model).__name__}: {len(missing)} tensors are missing"
-            f"{_first(missing)} and {len(unexpected)} unexpected{_first(unexpected)}"
-        )
-    for key, tensor in tensors.items():
-        if tensor.shape != own[key].shape:
-            raise CheckpointError(
-                f"{name} does not fit {type(model).__name__}: {key} is {tuple(tensor.shape)}, not "
-                f"{tuple(own[key].shape)}"
-            )
-    model.load_state_dict(dict(tensors))
-
-
-def _first(names: list[str]) -> str:
-    return f", such as {names[0]}," if names else ""

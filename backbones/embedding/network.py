@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backbones.cli.common import Loaded, load
+from backbones.cli.common import Loaded, fuse, load
 from backbones.cli.predict import preprocessing
+from backbones.core.base import StagedBackbone
 from backbones.core.console import CommandError
 from backbones.core.dtypes import COMPUTED
+from backbones.core.inputs import channels_of
 from backbones.core.messages import shown
 
 __all__ = ["FEATURES", "Features", "Network", "features_of"]
@@ -49,16 +51,33 @@ def features_of(words: str, model: Any, name: str) -> Features:
     found = _WORDS.fullmatch(words)
     if found is None:
         raise CommandError(f"--features must be {FEATURES}, not {shown(words)}")
-    if model.classifier == ():
+    is_ours = isinstance(model, StagedBackbone)
+    if is_ours and model.classifier == ():
         raise CommandError(f"{name} restores images; it has no features to embed them by")
     if found[1] is None:
         return Features(None, True)
-    stages = model.stage_features()
+    if not is_ours and not hasattr(model, "forward_intermediates"):
+        raise CommandError(f"--features {words}: timm returns no maps of {name}; use head")
+    stages = model.stage_features() if is_ours else range(len(model.feature_info))
     if not 0 <= int(found[1]) < len(stages):
         raise CommandError(
             f"{name} has the stages 0 … {len(stages) - 1}, no {words.partition(':')[2]}"
         )
     return Features(stages[int(found[1])], found[2] is None)
+
+
+class _Headless(nn.Module):
+    """A model of timm that returns the input of its classifier."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        features: Tensor = self.model.forward_head(
+            self.model.forward_features(images), pre_logits=True
+        )
+        return features
 
 
 class Network:
@@ -91,15 +110,18 @@ class Network:
                 f"{self.name} has {self.model.num_classes} classes, of which {classes} were asked "
                 "for"
             )
-        if self.model.in_chans not in (1, 3):
+        if (channels := channels_of(self.model)) not in (1, 3):
             raise CommandError(
-                f"{self.name} takes {self.model.in_chans} channels; images are read as RGB or grey"
+                f"{self.name} takes {channels} channels; images are read as RGB or grey"
             )
         self.preprocessing: dict[str, Any] = preprocessing(loaded)
         self.dtype = next(self.model.parameters()).dtype
         self.device = torch.device("cpu")
         if self.features.stage is None and not classes:
-            self.model.reset_classifier(0)  # so that forward, which is replayed, returns them
+            if isinstance(self.model, StagedBackbone):
+                self.model.reset_classifier(0)  # so that forward, which is replayed, returns them
+            else:
+                self.model = _Headless(self.model)
         blank = torch.zeros(1, *self.preprocessing["input_size"])
         self.shape = tuple(self(blank)[0].shape[1:])
 
@@ -111,10 +133,11 @@ class Network:
         """
         self.dtype, self.device = COMPUTED[computed], device
         if device.type == "cpu":
-            self.model.fuse(self.dtype if self.dtype != torch.float32 else None)
+            fuse(self.model, dtype=self.dtype if self.dtype != torch.float32 else None)
             self.dtype = next(self.model.parameters()).dtype  # of the maps
         else:
-            self.model.fuse(channels_last=False).to(device)
+            fuse(self.model, channels_last=False)
+            self.model.to(device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

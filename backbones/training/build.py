@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
 
 import backbones
+from backbones.core.inputs import preprocessing_of, size_of
 from backbones.core.messages import first_line, joined_lines, shown
 from backbones.training.distillation import Distillation, build_teacher, labels_loss_of
 from backbones.training.diversity import DiverseAttention
@@ -94,23 +95,16 @@ def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
 
     From the recipe or, if unset, the model's ``pretrained_cfg``.
     """
-    size: Any = recipe.img_size
-    if size is None:
-        size = model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
-    settings = {
-        "input_size": (recipe.in_chans, size, size),
-        "mean": recipe.mean,
-        "std": recipe.std,
-        "interpolation": recipe.interpolation,
-        "crop_pct": recipe.crop_pct,
-        "crop_mode": recipe.crop_mode,
-    }
-    config = resolve_data_config(settings, model=model)
-    for key in ("mean", "std"):
-        if len(config[key]) != recipe.in_chans:
-            average = sum(config[key]) / len(config[key])
-            config[key] = (average,) * recipe.in_chans
-    return config
+    size = recipe.img_size or size_of(model)[-1]
+    return preprocessing_of(
+        model,
+        input_size=(recipe.in_chans, size, size),
+        mean=recipe.mean,
+        std=recipe.std,
+        interpolation=recipe.interpolation,
+        crop_pct=recipe.crop_pct,
+        crop_mode=recipe.crop_mode,
+    )
 
 
 class BatchAugmentation:

@@ -1,0 +1,73 @@
+"""What images a model takes, be it of this library or of timm."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from backbones.core.base import StagedBackbone
+from backbones.core.messages import first_line
+
+__all__ = ["channels_of", "preprocessing_of", "require_size", "size_of"]
+
+
+def channels_of(model: Any) -> int:
+    """The number of channels of its images."""
+    return int(getattr(model, "in_chans", model.pretrained_cfg["input_size"][0]))
+
+
+def size_of(model: Any) -> tuple[int, int]:
+    """Height and width of the images that it was made for."""
+    height, width = (
+        getattr(getattr(model, "patch_embed", None), "img_size", None)
+        or (model.pretrained_cfg["input_size"][1:])
+    )
+    return int(height), int(width)
+
+
+def preprocessing_of(model: Any, **settings: Any) -> dict[str, Any]:
+    """``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
+
+    Args:
+        **settings: these, where they are not None, instead of the model's own.
+    """
+    channels = channels_of(model)
+    settings.setdefault("input_size", (channels, *size_of(model)))
+    config: dict[str, Any] = resolve_data_config(settings, model=model)
+    for key in ("mean", "std"):
+        if len(config[key]) != channels:
+            config[key] = (sum(config[key]) / len(config[key]),) * channels
+    return config
+
+
+def require_size(model: nn.Module, *sizes: Sequence[int]) -> None:
+    """Check that a model of timm takes images of these sizes, which many do not.
+
+    A copy runs on the meta device. Models of this library take all sizes.
+
+    Args:
+        sizes: (H, W) each.
+
+    Raises:
+        ValueError: it does not; with timm's reason.
+    """
+    if isinstance(model, StagedBackbone):
+        return
+    shadow = copy.deepcopy(model).to("meta").eval()
+    dtype = next(shadow.parameters()).dtype
+    for height, width in sizes:
+        shape = (1, channels_of(model), height, width)
+        try:
+            with torch.inference_mode():
+                shadow(torch.empty(shape, dtype=dtype, device="meta"))
+        except NotImplementedError:
+            return  # the meta device lacks an operator of the model
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(
+                f"{type(model).__name__} takes no images of {height}×{width}: {first_line(error)}"
+            ) from error
