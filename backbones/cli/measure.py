@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.base import StagedBackbone
-from backbones.core.stage import map_of
+from backbones.core.inputs import channels_of
 from ops.neighborhood import NeighborhoodAttention2D
 
 __all__ = ["Part", "count_macs", "measure", "time_shares"]
@@ -28,11 +28,14 @@ __all__ = ["Part", "count_macs", "measure", "time_shares"]
 class Part:
     """The stem, a stage, or the head (everything after the stages).
 
+    Of a model of timm: a module that has weights (of containers, their entries), or the rest.
+
     Attributes:
         shape: (C, H, W) of its output map, without the batch; the output's for ``head``.
         params: parameters.
         macs: multiply-accumulates for one image, of convolutions and matrix products.
-        receptive_field: side in pixels; infinite for the whole image; None after the stages.
+        receptive_field: side in pixels; infinite for the whole image; None after the stages, and
+            in models of timm.
         share: of the forward pass's time; None if not measured.
     """
 
@@ -45,7 +48,7 @@ class Part:
 
 
 @torch.no_grad()
-def measure(model: StagedBackbone, height: int, width: int, runs: int = 0) -> list[Part]:
+def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
     """The parts of a model in execution order.
 
     Everything except the time is determined on the meta device, without computing.
@@ -56,9 +59,10 @@ def measure(model: StagedBackbone, height: int, width: int, runs: int = 0) -> li
     """
     shadow = copy.deepcopy(model).to("meta").eval()
     dtype = next(model.parameters()).dtype
-    images = torch.empty(1, model.in_chans, height, width, dtype=dtype, device="meta")
+    images = torch.empty(1, channels_of(model), height, width, dtype=dtype, device="meta")
     parts: list[Part] = []
-    field = ReceptiveField()
+    is_ours = isinstance(model, StagedBackbone)
+    field = ReceptiveField() if is_ours else None
     counter = _counter()
     counted = 0
 
@@ -66,18 +70,21 @@ def measure(model: StagedBackbone, height: int, width: int, runs: int = 0) -> li
         nonlocal counted
         total = _macs(counter)
         params = sum(p.numel() for p in module.parameters())
-        parts.append(Part(name, tuple(value.shape[1:]), params, total - counted, field.side))
+        side = None if field is None else field.side
+        parts.append(Part(name, tuple(value.shape[1:]), params, total - counted, side))
         counted = total
 
     with (
         counter,
         _correct_attention(shadow, counter),
-        follow(shadow, field),
+        nullcontext() if field is None else follow(shadow, field),
         _at_ends(shadow, record),
     ):
         output = shadow(images)
     rest = sum(p.numel() for p in model.parameters()) - sum(part.params for part in parts)
-    last = Part("head", tuple(output.shape[1:]), rest, _macs(counter) - counted)
+    last = Part(
+        "head" if is_ours else "rest", tuple(output.shape[1:]), rest, _macs(counter) - counted
+    )
     parts.append(last)
     if runs:
         shares = time_shares(model, height, width, runs)
@@ -86,20 +93,20 @@ def measure(model: StagedBackbone, height: int, width: int, runs: int = 0) -> li
     return parts
 
 
-def count_macs(model: StagedBackbone, height: int, width: int) -> int:
+def count_macs(model: Any, height: int, width: int) -> int:
     """Multiply-accumulates of convolutions and matrix products for one image."""
     return sum(part.macs for part in measure(model, height, width))
 
 
 @torch.inference_mode()
-def time_shares(model: StagedBackbone, height: int, width: int, runs: int) -> list[float]:
+def time_shares(model: Any, height: int, width: int, runs: int) -> list[float]:
     """Shares of a forward pass's time, for the parts of :func:`measure`; they add up to 1.
 
     Each is the median over ``runs`` passes with one image, after a warm-up pass.
     """
     parameter = next(model.parameters())
     images = torch.zeros(
-        1, model.in_chans, height, width, dtype=parameter.dtype, device=parameter.device
+        1, channels_of(model), height, width, dtype=parameter.dtype, device=parameter.device
     )
     stamps: list[float] = []
 
@@ -130,22 +137,42 @@ def _removed_after(handles: list[Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _at_ends(
-    model: StagedBackbone, call: Callable[[str, nn.Module, Tensor], None]
-) -> Iterator[None]:
-    """Call ``call(name, module, map)`` after the stem (all before the stages) and each stage."""
+def _at_ends(model: Any, call: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
+    """Call ``call(name, module, output)`` after each part but the last.
+
+    These are the stem (all before the stages) and each stage.
+    """
 
     def stem_ended(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         call("stem", model.stem, inputs[0])
 
-    def stage_ended(number: int) -> Callable[..., None]:
-        return lambda module, inputs, output: call(f"stage {number}", module, map_of(output))
+    def ended(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: call(name, module, _first(output))
 
-    handles: list[Any] = [model.stages[0].register_forward_pre_hook(stem_ended)]
-    for number, stage in enumerate(model.stages, start=1):
-        handles.append(stage.register_forward_hook(stage_ended(number)))
+    handles: list[Any] = []
+    if isinstance(model, StagedBackbone):
+        handles.append(model.stages[0].register_forward_pre_hook(stem_ended))
+        parts = [(f"stage {i}", stage) for i, stage in enumerate(model.stages, start=1)]
+    else:
+        parts = _modules_of(model)
+    handles += [module.register_forward_hook(ended(name)) for name, module in parts]
     with _removed_after(handles):
         yield
+
+
+def _first(output: Any) -> Tensor:
+    """The first tensor of a module's output."""
+    return output if isinstance(output, Tensor) else _first(output[0])
+
+
+def _modules_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules with weights that a model of timm consists of, and the entries of containers."""
+    found = []
+    for name, module in model.named_children():
+        is_container = isinstance(module, nn.Sequential | nn.ModuleList)
+        inner = module.named_children() if is_container else [("", module)]
+        found += [(f"{name}.{key}".rstrip("."), part) for key, part in inner]
+    return [(name, part) for name, part in found if any(True for _ in part.parameters())]
 
 
 def _counter() -> FlopCounterMode:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 import backbones
-from backbones.cli.common import CommandError, add_size_argument, create, two_sides
+from backbones.cli.common import CommandError, add_size_argument, create, fuse, two_sides
 from backbones.cli.measure import measure
 from backbones.core.arguments import nonempty_path, whole
+from backbones.core.base import StagedBackbone
 from backbones.core.dtypes import check_dtype
 from backbones.core.outputs import FIGURE, add_overwrite, require_writable
 from backbones.core.tables import count_text, table
@@ -60,7 +61,7 @@ def run(options: Namespace) -> int:
     model = create(options.model)
     height, width = two_sides(options.size, model, runs=runs > 0)
     if options.fused:
-        model.fuse()
+        fuse(model)
     sys.stdout.write(describe(options.model, model, height, width, runs))
     return 0
 
@@ -85,7 +86,10 @@ def _run_kernels(options: Namespace) -> int:
         raise CommandError("--dtype int8 is for fused models: leave out --plain")
     if dtype == torch.int8:
         check_dtype(options.dtype, torch.device("cpu"))
-    model = model.to(dtype) if options.plain else model.fuse(dtype=dtype)
+    if options.plain:
+        model.to(dtype)
+    else:
+        fuse(model, dtype=dtype)
     try:
         explained = backbones.explain(model, size, batch_size=batch, repeats=runs)
     except ValueError as error:
@@ -108,6 +112,13 @@ def _plot(options: Namespace, explained: backbones.Explanation) -> None:
     draw_memory(options.plot, explained)
 
 
+_FIELD = (
+    "field: the side of the receptive field in pixels, by kernels and windows (global: the whole "
+    "image, by attention); gates by a mean over the map are not counted."
+)
+_NO_FIELD = "The receptive field is known only of models of this library."
+
+
 def describe(name: str, model: Any, height: int, width: int, runs: int = 5) -> str:
     """The table as text, with a note that explains the columns."""
     parts = measure(model, height, width, runs)
@@ -127,8 +138,7 @@ def describe(name: str, model: Any, height: int, width: int, runs: int = 5) -> s
     text = table(("part", "output", "params", "MACs", "time", "field"), rows, left=2)
     note = (
         f"{name}, one image of {height}×{width}. MACs: multiply-accumulates of convolutions and "
-        "matrix products. field: the side of the receptive field in pixels, by kernels and windows "
-        "(global: the whole image, by attention); gates by a mean over the map are not counted."
+        f"matrix products. {_FIELD if isinstance(model, StagedBackbone) else _NO_FIELD}"
     )
     return f"{text}\n{textwrap.fill(note, 96)}\n"
 
