@@ -24,6 +24,8 @@ from backbones.cli.int8_export import INT8, export_int8
 from backbones.cli.predict import preprocessing
 from backbones.cli.resources import require_disk_space, require_memory
 from backbones.core.arguments import nonempty_path, real
+from backbones.core.base import StagedBackbone
+from backbones.core.inputs import channels_of, require_size
 from backbones.core.outputs import ONNX, PT2, add_overwrite, require_writable
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
@@ -107,13 +109,22 @@ def _run(options: Namespace) -> int:
     if format == "onnx":
         exporting.require_onnx()
     loaded = load(options.model, options.checkpoint)
-    if loaded.model.precision is not None:
+    if not isinstance(loaded.model, StagedBackbone):
+        if ours or options.fused:
+            option = "--out FILE.safetensors" if ours else "--fused"
+            raise CommandError(f"{option} needs a model of this library, not {loaded.name}")
+    elif loaded.model.precision is not None:
         raise CommandError(f"{options.checkpoint} has weights in 8 bits; export needs floats")
     if options.fused:
         loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
     size = two_sides(options.size, loaded.model)
-    shape = (options.batch, loaded.model.in_chans, *size)
-    require_memory(loaded.model, exporting.check_shapes(shape, options.dynamic))
+    shape = (options.batch, channels_of(loaded.model), *size)
+    shapes = exporting.check_shapes(shape, options.dynamic)
+    try:
+        require_size(loaded.model, *(shape[2:] for shape in shapes))
+    except ValueError as error:
+        raise CommandError(f"{loaded.name}: {error}; omit --dynamic") from error
+    require_memory(loaded.model, shapes)
     weights = sum(t.nbytes for t in loaded.model.state_dict().values())
     require_disk_space(options.out.parent, weights)
     images = None
@@ -151,7 +162,7 @@ def export(
         CommandError: the export or the comparison failed; ``path`` is unchanged.
     """
     model, name = loaded.model, loaded.name
-    shape = (batch, model.in_chans, *size)
+    shape = (batch, channels_of(model), *size)
     shapes = exporting.check_shapes(shape, dynamic)
     try:
         with atomic_files.replace_atomically(path) as scratch:

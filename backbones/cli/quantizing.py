@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from backbones.cli.common import CommandError, Loaded
 from backbones.cli.exporting import Run, outputs
 from backbones.cli.predict import find_images, preprocessing, read_pixels
+from backbones.core.inputs import channels_of
 from backbones.core.messages import first_line
 from backbones.core.resizing import Resizing
 
@@ -76,7 +77,7 @@ def calibration_images(
     Raises:
         CommandError: no image in the folder can be read.
     """
-    channels = loaded.model.in_chans
+    channels = channels_of(loaded.model)
     config = {**preprocessing(loaded), "input_size": (channels, *size)}
     resize = Resizing(config)
     try:
