@@ -63,6 +63,8 @@ import backbones
 from backbones.cli.measure import count_macs
 from backbones.core.arguments import THREADS, nonempty_path, real, whole
 from backbones.core.console import CommandError, Parser, guard
+from backbones.core.from_timm import PREFIX
+from backbones.core.inputs import require_size, size_of
 from backbones.core.messages import first_line
 from backbones.core.outputs import FIGURE, REPORT, Kind, add_overwrite, require_writable
 
@@ -138,7 +140,7 @@ def _ours(name: str, mode: str, row: Row) -> nn.Module:
     model = backbones.create_model(name).train(row.direction == "train")
     dtype = dtype_of(mode, row)
     if mode.startswith("fused"):
-        model.fuse(dtype=dtype)
+        backbones.fuse(model, dtype)
     model.to(dtype)
     if mode.startswith("channels_last"):
         model.to(memory_format=torch.channels_last)
@@ -269,7 +271,12 @@ _TABLE = Kind((".md",), rb"[^\n]*; medians of interleaved runs\.\n")
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
-    parser.add_argument("--sizes", nargs="+", type=whole(1, 65535), help="default 224, for HAT 64")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=whole(1, 65535),
+        help="default 224, for HAT 64, for timm's its own",
+    )
     parser.add_argument("--batches", nargs="+", type=whole(1), default=[1, 8])
     parser.add_argument("--threads", nargs="+", type=THREADS, default=[1])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
@@ -296,7 +303,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=nonempty_path, default=Path("runs/benchmark"))
     add_overwrite(parser)
     args = parser.parse_args(arguments)
-    unknown = set(args.models) - set(backbones.list_models())
+    unknown = {name for name in args.models if not name.startswith(PREFIX)}
+    unknown -= set(backbones.list_models())
     if unknown:
         parser.error(f"unknown models {', '.join(sorted(unknown))}; see backbones.list_models()")
     if args.compare is not None and not args.compare.is_file():
@@ -312,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     output = args.output.with_suffix(".json")
     try:
+        default_sizes = {name: _default_size(name, args.sizes or ()) for name in args.models}
         old = None if args.compare is None else read_report(args.compare)
         peers = dict(peer(name) for name in args.against)
         report = load_report(output, here())
@@ -320,8 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = {row_key(row) for row in report["results"]} if args.resume else set()
     settings = itertools.product(args.threads, args.dtypes, args.directions, args.batches)
     for (threads, dtype, direction, batch), name in itertools.product(settings, args.models):
-        tile = name.startswith("hat")
-        for size in args.sizes or [DEFAULT_TILE if tile else DEFAULT_SIZE]:
+        for size in args.sizes or [default_sizes[name]]:
             row = Row(name, size, batch, threads, dtype, direction)
             if row_key(row.key) in done:
                 continue
@@ -344,6 +352,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if old is not None:
         for line in comparison(old, report):
             logger.info("%s", line)
+
+
+def _default_size(name: str, sizes: Sequence[int]) -> int:
+    """The size to measure a model at.
+
+    Args:
+        sizes: that are asked for instead.
+
+    Raises:
+        ValueError: timm has no such model, or it does not take one of the sizes.
+    """
+    if not name.startswith(PREFIX):
+        return DEFAULT_TILE if name.startswith("hat") else DEFAULT_SIZE
+    model = backbones.create_model(name)
+    require_size(model, *((size, size) for size in sizes))
+    return size_of(model)[0]
 
 
 def here() -> dict[str, Any]:

@@ -1,0 +1,202 @@
+"""Commands with models of timm: they compute what timm does."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_data_config
+from training_runs import make_images, train
+
+import backbones
+from backbones.cli.main import main
+from backbones.core.tables import count_text
+from backbones.embedding import table
+
+TINY = ("test_vit", "test_resnet", "test_convnext")
+
+
+def run(*words: str | Path) -> int:
+    return main(list(map(str, words)))
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    """What a command says that cannot do it."""
+    capsys.readouterr()
+    assert run(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def weights(name: str, folder: Path, **arguments: Any) -> tuple[torch.nn.Module, Path]:
+    """A model of timm with its file."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments).eval()
+    save_file(model.state_dict(), folder / f"{name}.safetensors")
+    return model, folder / f"{name}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("timm") / "photos"
+    folder.mkdir()
+    pixels = np.random.RandomState(0).randint(0, 255, (4, 180, 210, 3)).astype(np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    return folder
+
+
+def batch_of(model: torch.nn.Module, photos: Path) -> torch.Tensor:
+    """The photographs as timm prepares them."""
+    transform = create_transform(**resolve_data_config(model.pretrained_cfg))
+    images = [Image.open(path).convert("RGB") for path in sorted(photos.iterdir())]
+    return torch.stack([transform(image) for image in images])
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("dtype", [[], ["--dtype=float32"]])
+def test_predict(name: str, dtype: list[str], photos: Path, tmp_path: Path) -> None:
+    model, file = weights(name, tmp_path, num_classes=7)
+    words = ["predict", photos, "--model", f"timm/{name}", "--checkpoint", file, "--topk=7", *dtype]
+    assert run(*words, "--json", tmp_path / "a.json") == 0
+    with torch.inference_mode():
+        expected = model(batch_of(model, photos)).softmax(1)
+    for entry, row in zip(json.loads((tmp_path / "a.json").read_text()), expected, strict=True):
+        for found in entry["predictions"]:
+            assert found["confidence"] == pytest.approx(row[found["class"]].item(), abs=1e-5)
+
+
+def test_predict_refuses(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, file = weights("test_resnet", tmp_path)
+    words = ["predict", photos, "--model", "timm/test_resnet", "--checkpoint", file]
+    cam = ["--cam", tmp_path / "a.png"]
+    assert "--cam needs a model of this library" in refusal(capsys, *words, *cam)
+    assert "no model 'test_resnot'; did you mean 'timm/test_resnet'" in refusal(
+        capsys, *words[:2], "--model", "timm/test_resnot"
+    )
+    said = refusal(capsys, *words[:2], "--model=timm/test_convnext", "--checkpoint", file)
+    assert f"{file} does not fit ConvNeXt" in said and "missing" in said
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_embed_search_and_probe(name: str, photos: Path, tmp_path: Path) -> None:
+    model, file = weights(name, tmp_path)
+    folder = tmp_path / "table"
+    words = ["embed", photos, "--model", f"timm/{name}", "--checkpoint", file, "--workers=1"]
+    assert run(*words, "--out", folder) == 0
+    with torch.inference_mode():
+        images = batch_of(model, photos)
+        expected = model.forward_head(model.forward_features(images), pre_logits=True)
+    keys, vectors = table.load(folder)
+    assert keys == [f"{number}.png" for number in range(4)]
+    assert np.abs(vectors - expected.numpy()).max() < 1e-4 * expected.abs().max()
+
+    out = ["--out", tmp_path / "a.png", "--json", tmp_path / "a.json"]
+    assert run("search", folder, "--query", photos / "2.png", *out) == 0
+    (entry,) = json.loads((tmp_path / "a.json").read_text())
+    assert entry["matches"][0]["key"] == "2.png" and entry["matches"][0]["score"] > 0.999
+    (tmp_path / "classes.csv").write_text("0.png,a\n1.png,b\n2.png,a\n3.png,b\n")
+    labels = ["--labels", tmp_path / "classes.csv", "--held-out=0.5", "--neighbors=1"]
+    assert run("probe", folder, *labels, "--out", tmp_path / "b.png") == 0
+
+
+def test_embed_maps_and_classes(photos: Path, tmp_path: Path) -> None:
+    model, file = weights("test_resnet", tmp_path)
+    words = ["embed", photos, "--model=timm/test_resnet", "--checkpoint", file, "--workers=1"]
+    assert run(*words, "--features=stage:2", "--classes=3", "--out", tmp_path / "a") == 0
+    with torch.inference_mode():
+        images = batch_of(model, photos)
+        maps = model.forward_intermediates(images, [2], intermediates_only=True)
+        expected = maps[0].mean((2, 3))
+        best = model(images).topk(3).indices
+    _, vectors = table.load(tmp_path / "a")
+    assert np.abs(vectors - expected.numpy()).max() < 1e-4 * expected.abs().max()
+    rows = [r for batch in table.batches(tmp_path / "a", ["classes"]) for r in batch.column(0)]
+    assert [row.as_py() for row in rows] == best.tolist()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_summary(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = timm.create_model(name)
+    for more in ([], ["--fused"]):
+        assert run("summary", f"timm/{name}", "--runs=1", *more) == 0
+        said = capsys.readouterr().out
+        assert f"timm/{name}, one image of 160×160." in said
+        (total,) = [line for line in said.splitlines() if line.startswith("total")]
+        assert count_text(sum(p.numel() for p in model.parameters())) in total
+    assert run("summary", f"timm/{name}", "--kernels", "--runs=1", "--size=96") == 0
+    assert "fused: 1×3×96×96 float32" in capsys.readouterr().out
+
+
+def test_sizes_that_timm_does_not_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, "summary", "timm/test_vit", "--size", "97", "96")
+    assert "--size 97 96: VisionTransformer takes no images of 97×96: " in said
+    words = ["export", "timm/test_vit", "--out", tmp_path / "a.pt2"]
+    assert "VisionTransformer takes no images of" in refusal(capsys, *words, "--dynamic")
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_export(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command compares the file with the model."""
+    _, file = weights(name, tmp_path)
+    words = ["export", f"timm/{name}", "--checkpoint", file]
+    assert run(*words, "--out", tmp_path / "a.onnx") == 0
+    facts = {p.key: p.value for p in onnx.load(tmp_path / "a.onnx").metadata_props}
+    assert json.loads(facts["preprocessing"])["input_size"] == [3, 160, 160]
+    for more in (["--int8", "--out", tmp_path / "a.safetensors"], ["--fused", "--out=a.onnx"]):
+        assert "needs a model of this library" in refusal(capsys, *words, *more)
+
+
+def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["benchmark", "--models", "timm/test_resnet", "--batches=1", "--against"]
+    short = ["--rounds=1", "--turn-ms=1", "--output", tmp_path / "a"]
+    assert run(*words, *short) == 0
+    (row,) = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert (row["model"], row["size"]) == ("timm/test_resnet", 160)
+    assert row["contenders"]["fused"]["difference_from_eager"] < 1e-5
+    words = ["benchmark", "--models", "timm/test_vit", "--sizes=97", "--output", tmp_path / "b"]
+    assert "takes no images of 97×97" in refusal(capsys, *words)
+
+
+def test_train_validate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = make_images(tmp_path / "images", {"train": 12, "val": 6})
+    words = [f"--data={images}", f"--output={tmp_path}", "--model=timm/test_resnet", "--epochs=1"]
+    assert train(*words, "--model-args={}", "--name=run") == 0
+    capsys.readouterr()
+    words = ["validate", "--data", images, "--run", tmp_path / "run", "--output"]
+    for more in ([], ["--fuse"]):
+        assert run(*words, tmp_path / "a.csv", "--workers=0", "--device=cpu", *more) == 0
+        (row,) = csv.DictReader((tmp_path / "a.csv").read_text().splitlines())
+        assert (row["model"], row["img_size"], row["images"]) == ("timm/test_resnet", "32", "6")
+    best = tmp_path / "run" / "best.safetensors"
+    assert run("predict", images / "val", "--checkpoint", best, "--csv", tmp_path / "b.csv") == 0
+    names = {row["name"] for row in csv.DictReader((tmp_path / "b.csv").read_text().splitlines())}
+    assert names == {path.name for path in (images / "val").iterdir()}
+
+
+def test_load_checkpoint(tmp_path: Path) -> None:
+    model, file = weights("test_convnext", tmp_path)
+    other = timm.create_model("test_convnext").eval()
+    report = backbones.load_checkpoint(other, file)
+    assert not report.missing and not report.unexpected
+    images = torch.randn(1, 3, 160, 160)
+    assert torch.equal(model(images), other(images))
+    tensors = model.state_dict()
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    name = next(iter(tensors))
+    for wrong in (torch.zeros(1), torch.full_like(tensors[name], float("nan"))):
+        with pytest.raises(backbones.CheckpointError, match=name):
+            backbones.load_checkpoint(other, {**tensors, name: wrong})
+    with pytest.raises(backbones.CheckpointError, match="1 tensors missing"):
+        backbones.load_checkpoint(other, {k: v for k, v in tensors.items() if k != name})
+    assert all(torch.equal(before[key], tensor) for key, tensor in other.state_dict().items())
