@@ -174,6 +174,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "van_b0_official.pth": partial(_published, "van", "van_b0"),
     _VAN_B0: partial(_published, "van", "van_b0"),
     _VAN_B2: partial(_published, "van", "van_b2"),
+    "convnext_atto.pth": partial(_weights, "timm/convnext_atto"),
     "biformer_base.pth": partial(_weights, "biformer_base", num_classes=CLASSES),
     "van_b0-int8.safetensors": partial(_in_bytes, "van_b0"),
     "HAT_SRx2.pth": partial(_weights, "hat_x2"),

@@ -141,22 +141,27 @@ def fuse(model: Any, **options: Any) -> None:
         raise CommandError(str(error)) from error
 
 
-def load(name: str | None, checkpoint: Path | None) -> Loaded:
+def load(name: str | None, checkpoint: Path | None, pretrained: bool = False) -> Loaded:
     """The model ``name``, or the one that the checkpoint names, with the weights of ``checkpoint``.
+
+    Without a checkpoint its weights are random, or with ``pretrained`` the published ones.
 
     A checkpoint of ``train_cls.py`` comes with a recipe (``config.yaml`` next to it) and class
     names, and so does a file of ``export --int8`` made from one; for any other, only the number of
     classes is known.
 
     Raises:
-        CommandError: no model name, or an unknown one.
+        CommandError: no model name, or an unknown one; or a checkpoint and ``pretrained``.
+        ConnectionError: the published weights cannot be downloaded.
         FileNotFoundError, backbones.CheckpointError: see :func:`backbones.load_checkpoint`.
     """
     if checkpoint is None:
         if name is None:
             raise CommandError("give --model NAME, or a --checkpoint of train_cls.py")
-        model = create(name)
+        model = create(name, pretrained=True) if pretrained else create(name)
         return Loaded(model, name, classes=_imagenet_names(model))
+    if pretrained:
+        raise CommandError("--pretrained and --checkpoint both name weights: give one of them")
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     metadata = _metadata(checkpoint)

@@ -45,6 +45,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=nonempty_path, metavar="FILE", help="default: untrained"
     )
+    parser.add_argument("--pretrained", action="store_true", help="download the published weights")
     parser.add_argument("--dynamic", action="store_true", help="dynamic batch and image size")
     add_size_argument(parser, "size to trace at (default: the model's)")
     parser.add_argument(
@@ -108,7 +109,7 @@ def _run(options: Namespace) -> int:
         )
     if format == "onnx":
         exporting.require_onnx()
-    loaded = load(options.model, options.checkpoint)
+    loaded = load(options.model, options.checkpoint, options.pretrained)
     if not isinstance(loaded.model, StagedBackbone):
         if ours or options.fused:
             option = "--out FILE.safetensors" if ours else "--fused"
@@ -132,8 +133,10 @@ def _run(options: Namespace) -> int:
         images = quantizing.calibration_images(
             loaded, options.calibration, options.calibration_images, size
         )
-    if options.checkpoint is None:
-        sys.stderr.write(f"note: without --checkpoint, {loaded.name} is exported untrained\n")
+    if options.checkpoint is None and not options.pretrained:
+        sys.stderr.write(
+            f"note: without --checkpoint or --pretrained, {loaded.name} is exported untrained\n"
+        )
     if ours:
         export_int8(loaded, options.out, size, images, options.max_drop)
     else:

@@ -61,6 +61,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("images", nargs="+", type=nonempty_path, metavar="IMAGE", help="files or folders")
     add("--model", help="architecture; not needed for a checkpoint of train_cls.py")
     add("--checkpoint", type=nonempty_path, metavar="FILE", help="weights")
+    add("--pretrained", action="store_true", help="download the weights published for --model")
     add("--labels", type=nonempty_path, metavar="FILE", help="class names: one per line, or JSON")
     add("--topk", type=whole(1), default=5, metavar="N", help="classes to show per image (5)")
     add("--csv", type=nonempty_path, metavar="FILE", help="write a row for each predicted class")
@@ -96,10 +97,11 @@ def run(options: Namespace) -> int:
         [options.checkpoint, options.labels, *options.images, *found.images],
         options.overwrite,
     )
-    loaded = load(options.model, options.checkpoint)
-    if options.checkpoint is None:
+    loaded = load(options.model, options.checkpoint, options.pretrained)
+    if options.checkpoint is None and not options.pretrained:
         sys.stderr.write(
-            f"note: without --checkpoint, {loaded.name} is untrained; its predictions are random\n"
+            f"note: without --checkpoint or --pretrained, {loaded.name} is untrained; its "
+            "predictions are random\n"
         )
     if not loaded.model.num_classes:
         raise CommandError(f"{loaded.name} has no classifier; predict needs one")

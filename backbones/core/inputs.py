@@ -18,7 +18,8 @@ __all__ = ["channels_of", "preprocessing_of", "require_size", "size_of"]
 
 def channels_of(model: Any) -> int:
     """The number of channels of its images."""
-    return int(getattr(model, "in_chans", model.pretrained_cfg["input_size"][0]))
+    own = getattr(model, "in_chans", None)
+    return int(model.pretrained_cfg["input_size"][0] if own is None else own)
 
 
 def size_of(model: Any) -> tuple[int, int]:

@@ -75,7 +75,8 @@ def test_the_command_writes_what_it_says(
     words = ["export", "shvit_s1", "--size", "64", "--dynamic", "--fused", "--out", str(path)]
     assert main(words) == 0
     said = capsys.readouterr()
-    assert said.err == "note: without --checkpoint, shvit_s1 is exported untrained\n"
+    note = "note: without --checkpoint or --pretrained, shvit_s1 is exported untrained\n"
+    assert said.err == note
     lines = said.out.splitlines()
     assert lines[1].split()[0] == "1×3×64×64"
     assert [line.split()[0] for line in lines[2:4]] == ["3×3×32×32", "2×3×91×77"]

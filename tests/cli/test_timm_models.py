@@ -76,6 +76,32 @@ def test_predict(name: str, dtype: list[str], photos: Path, tmp_path: Path) -> N
             assert found["confidence"] == pytest.approx(row[found["class"]].item(), abs=1e-5)
 
 
+def test_pretrained(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """timm is asked for the weights that it publishes."""
+    asked = []
+    create = timm.create_model
+
+    def offline(name: str, pretrained: bool, **arguments: Any) -> torch.nn.Module:
+        asked.append((name, pretrained))
+        return create(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    name = "test_resnet.r160_in1k"
+    assert run("predict", photos, "--model", f"timm/{name}", "--pretrained") == 0
+    assert "untrained" not in capsys.readouterr().err
+    assert run("export", f"timm/{name}", "--pretrained", "--out", tmp_path / "a.pt2") == 0
+    assert asked == [(name, True)] * 2
+    words = ["--model", f"timm/{name}", "--checkpoint", photos / "0.png", "--pretrained"]
+    assert "both name weights" in refusal(capsys, "predict", photos, *words)
+    words = ["--model", "timm/test_resnet.nonsense", "--pretrained"]
+    assert "no weights 'nonsense' of test_resnet" in refusal(capsys, "predict", photos, *words)
+
+
 def test_predict_refuses(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, file = weights("test_resnet", tmp_path)
     words = ["predict", photos, "--model", "timm/test_resnet", "--checkpoint", file]
