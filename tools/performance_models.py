@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["judged", "of_compiled", "of_lesser", "of_models", "of_runtimes", "table"]
@@ -178,11 +178,39 @@ def of_compiled(report: dict[str, Any]) -> str:
     )
 
 
-def of_runtimes(report: dict[str, Any]) -> str:
-    """Comparison with other runtimes, from its own report."""
+def of_timm(report: dict[str, Any]) -> str:
+    """Models of timm compared with their plain forms and with other runtimes."""
+    plain = [OURS, LAST]
+    return of_runtimes(
+        report,
+        "## Models of timm",
+        "Networks that this library does not contain, under `timm/` and their names "
+        "([guide](guides/any_model.md)). ONNX Runtime {onnxruntime} and OpenVINO {openvino} run "
+        "the file that `export` writes.",
+        plain,
+    )
+
+
+_OF_OURS = (
+    "ONNX Runtime {onnxruntime} and OpenVINO {openvino} run the file written by "
+    "[`export --fused`](guides/export.md), with norms and branches folded."
+)
+
+
+def of_runtimes(
+    report: dict[str, Any],
+    heading: str = "## Compared with ONNX Runtime and OpenVINO",
+    introduction: str = _OF_OURS,
+    plain: Sequence[str] = (),
+) -> str:
+    """Comparison with other runtimes, from its own report.
+
+    Args:
+        plain: contenders that are listed without a ratio.
+    """
     versions = {k: v for row in report["results"] for k, v in row["versions"].items()}
     pairs = [(ours, theirs) for ours, others in RUNTIMES.items() for theirs in others]
-    names = [FUSED, *RUNTIMES[FUSED], LOW, *RUNTIMES[LOW]]
+    names = [*plain, FUSED, *RUNTIMES[FUSED], LOW, *RUNTIMES[LOW]]
     rows = [
         [f"`{row['model']}`", str(row["batch"]), str(row["threads"])]
         + [_ms(row, name) for name in names]
@@ -194,12 +222,10 @@ def of_runtimes(report: dict[str, Any]) -> str:
     return (
         "\n\n".join(
             [
-                "## Compared with ONNX Runtime and OpenVINO",
-                f"ONNX Runtime {versions['onnxruntime']} and OpenVINO {versions['openvino']} run "
-                "the file written by [`export --fused`](guides/export.md), with norms and "
-                "branches folded. The last columns give the fused model's speedup; the target is "
-                "to be no slower. A dash means that the runtime rejects the file; the JSON says "
-                "why.",
+                heading,
+                f"{introduction.format(**versions)} The last columns give the fused model's "
+                "speedup; the target is to be no slower. A dash means that the runtime rejects the "
+                "file; the JSON says why.",
                 table(["ms", "batch", "threads", *labels, *ratios], rows),
                 _orders(report["results"]),
             ]

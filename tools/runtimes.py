@@ -61,7 +61,7 @@ def _folder() -> Path:
 def _exported(name: str, shape: tuple[int, ...]) -> Path:
     path = _folder() / "model.onnx"
     torch.manual_seed(0)
-    model = backbones.create_model(name).eval().fuse(channels_last=False)
+    model = backbones.fuse(backbones.create_model(name).eval(), channels_last=False)
     exporting.save_onnx(exporting.trace(model, shape, dynamic=False), path)
     return path
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ops.inference.layers import FastLinear
 from ops.reparam import norm_affine
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.lift import put_convolution
 
 __all__ = ["merge_branches"]
@@ -41,6 +41,8 @@ def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
     if sign is None or operator.kwargs or not all(isinstance(a, Value) for a in operator.args):
         return False
     left, right = operator.args
+    if left.dtype != right.dtype or left.shape != right.shape:
+        return False
     first, second = _branch(graph, left), _branch(graph, right)
     for one, value in ((first, right), (second, left)):
         if one is not None and one.groups is not None and value is one.x:
@@ -52,7 +54,7 @@ def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
     groups = first.groups if first.groups is not None else second.groups
     if groups is None or first.x is not second.x or first.stride != second.stride:
         return False
-    if {first.groups, second.groups} - {groups, None} or left.shape != right.shape:
+    if {first.groups, second.groups} - {groups, None}:
         return False
     if len(first.weight) != len(second.weight):
         return False
@@ -83,10 +85,10 @@ def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
         stride: Any = layer.stride
         return _Branch(made.args[0], layer.weight, layer.bias, stride, layer.groups)
     product = graph.made_by(made.args[0], FastLinear)
-    pixels = None if product is None else graph.made_by(product.args[0], _aten.permute.default)
+    pixels = None if product is None else graph.permuted(product.args[0], NHWC)
     if product is None or pixels is None or graph.only_user(product.result) is None:
         return None
-    if list(pixels.args[1]) != [0, 2, 3, 1] or list(made.args[1]) != [0, 3, 1, 2]:
+    if graph.permuted(value, NCHW) is None:
         return None
     layer = product.function
     if product.kwargs or layer.activation != "none":

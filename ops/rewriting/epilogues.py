@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ops.cpu.activations import ACTIVATIONS, activation_of
 from ops.inference.layers import ActivatedLayer, FastLinear, activate, can_activate
 from ops.reparam import fold_norm_after, fold_scale_after
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 
 __all__ = [
     "activation_kind",
@@ -62,12 +62,12 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
     if type(operator.function) is not nn.BatchNorm2d:
         return False
     x = operator.args[0]
-    permuted = graph.made_by(x, _aten.permute.default)
+    permuted = graph.permuted(x, NCHW)
     made = _product(graph, x if permuted is None else permuted.args[0], plain=True)
     if made is None or graph.only_user(x) is not operator:
         return False
-    if permuted is not None and list(permuted.args[1]) != [0, 3, 1, 2]:
-        return False
+    if (permuted is None) == isinstance(made.function, FastLinear):
+        return False  # its channels are another axis
     graph.change(made, fold_norm_after(made.function, operator.function))
     graph.substitute(operator.result, x)
     graph.remove(operator)
@@ -80,7 +80,8 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
         return False
     for value, other in (operator.args[:2], operator.args[1::-1]):
         made = _product(graph, value, plain=True)
-        if made is None or operator.result.shape != value.shape:
+        result = operator.result
+        if made is None or result.shape != value.shape or result.dtype != value.dtype:
             continue
         vector = _per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
         if vector is None:
@@ -140,6 +141,8 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
         made = _product(graph, value, plain=False)
         if made is None or not isinstance(other, Value) or other.shape != value.shape:
             continue
+        if other.dtype != value.dtype:
+            continue
         if not isinstance(made.function, FastLinear) or "residual" in made.kwargs:
             continue
         kwargs = {**made.kwargs, "residual": other}
@@ -152,9 +155,9 @@ def apply_gates(graph: OperatorGraph, operator: Operator) -> bool:
     """``linear(permute(x * gates))`` → ``linear(permute(x), scale=gates)``."""
     if not isinstance(operator.function, FastLinear) or "scale" in operator.kwargs:
         return False
-    permuted = graph.made_by(operator.args[0], _aten.permute.default)
+    permuted = graph.permuted(operator.args[0], NHWC)
     product = None if permuted is None else graph.made_by(permuted.args[0], _aten.mul.Tensor)
-    if permuted is None or product is None or list(permuted.args[1]) != [0, 2, 3, 1]:
+    if permuted is None or product is None:
         return False
     if graph.only_user(product.result) is not permuted:
         return False
@@ -163,9 +166,11 @@ def apply_gates(graph: OperatorGraph, operator: Operator) -> bool:
             continue
         if x.shape != product.result.shape or gates.shape != (*x.shape[:2], 1, 1):
             continue
+        if x.dtype != gates.dtype:
+            continue
         if graph.only_user(permuted.result) is not operator:
             return False
-        pixels = graph.insert_before(operator, _aten.permute.default, x, [0, 2, 3, 1])
+        pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
         scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
         kwargs = {**operator.kwargs, "scale": scale}
         graph.replace(operator, operator.function, pixels, absorbed=[permuted, product], **kwargs)

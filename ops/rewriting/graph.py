@@ -18,7 +18,10 @@ from ops.cpu.binding import Kernel
 from ops.replay.capture import name_of
 from ops.replay.trace import Step
 
-__all__ = ["Operator", "OperatorGraph", "Value"]
+__all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Value"]
+
+# Orders of axes: of NCHW maps with channels last, and back.
+NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
 @dataclass(eq=False)
@@ -144,6 +147,11 @@ class OperatorGraph:
             for kind in kinds
         )
         return producer if is_one else None
+
+    def permuted(self, value: Any, order: list[int]) -> Operator | None:
+        """The producer of a value if it is a permutation in this order."""
+        made = self.made_by(value, torch.ops.aten.permute.default)
+        return made if made is not None and list(made.args[1]) == order else None
 
     def replace(
         self,

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from ops.inference.layers import convert
 from ops.inference.pooling import FastAdaptiveAvgPool2d
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import Attention, convolution, layer_norm, linear
 
-__all__ = ["NCHW", "NHWC", "lift", "put_convolution"]
+__all__ = ["lift", "put_convolution"]
 
-NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
 _aten = torch.ops.aten
 
 

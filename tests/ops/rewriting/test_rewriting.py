@@ -85,6 +85,17 @@ def test_a_norm_whose_convolution_is_read_elsewhere_stays() -> None:
     _check(model, IMAGE, "FastConv2d", "BatchNorm2d", "mul")
 
 
+def test_channels_of_another_axis_are_not_folded() -> None:
+    model = _Call(lambda m, x: m.norm(m.fc(x)), fc=nn.Linear(7, 16), norm=nn.BatchNorm2d(16))
+    _check(model, IMAGE, "FastLinear", "BatchNorm2d")
+
+
+def test_a_scale_of_another_dtype_is_not_folded() -> None:
+    model = _Call(lambda m, x: m.fc(x) * m.scale, fc=nn.Linear(16, 16))
+    model.scale = nn.Parameter(torch.randn(16, dtype=torch.float64))
+    _check(model, TOKENS, "FastLinear", "mul")
+
+
 @pytest.mark.parametrize("groups", [1, 16])
 def test_parallel_branches_become_one_convolution(groups: int) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
