@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from backbones.core.base import StagedBackbone
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
@@ -162,11 +163,15 @@ class StudentWithExits(nn.Module):
         stages: indices of the stages with an exit; negative ones count from the end.
 
     Raises:
-        RecipeError: there is no such stage.
+        RecipeError: there is no such stage, or the student is of timm.
     """
 
     def __init__(self, student: Any, stages: Sequence[int] | None = None) -> None:
         super().__init__()
+        if not isinstance(student, StagedBackbone):
+            raise RecipeError(
+                f"distill: ofa needs a student of this library, not {type(student).__name__}"
+            )
         ends = student.stage_features()
         count = len(ends)
         selected = range(count) if stages is None else stages
