@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.inference.layers import FastLinear
-from ops.reparam import norm_affine
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.layers import affine_of
 from ops.rewriting.lift import put_convolution
 
 __all__ = ["merge_branches"]
@@ -62,7 +62,8 @@ def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
     inner = first.x.shape[1] // groups
     weight = _taps(first, inner, side) + sign * _taps(second, inner, side)
     terms = [s * b.bias for s, b in ((1, first), (sign, second)) if b.bias is not None]
-    bias = sum(terms[1:], terms[0]) if terms else None
+    bias = sum(terms[1:], terms[0]).to(left.dtype) if terms else None
+    weight = weight.to(left.dtype)
     put_convolution(graph, operator, first.x, weight, bias, _geometry(side, first.stride, groups))
     graph.remove_unused()
     return True
@@ -75,7 +76,7 @@ def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
         return None
     layer: Any = made.function
     if isinstance(layer, nn.BatchNorm2d):
-        scale, shift = norm_affine(layer)
+        scale, shift = affine_of(layer)
         return _Branch(made.args[0], scale.view(-1, 1, 1, 1), shift, (1, 1), None)
     if isinstance(layer, nn.Conv2d):
         side = layer.kernel_size[0]
@@ -99,6 +100,7 @@ def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
 def _taps(branch: _Branch, inner: int, side: int) -> Tensor:
     """The weight with a window of ``side`` and ``inner`` inputs for each output."""
     weight = branch.weight.detach()
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if branch.groups is None and inner > 1:
         channels = torch.arange(len(weight))
         whole = weight.new_zeros(len(weight), inner, 1, 1)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS, activation_of
 from ops.inference.layers import ActivatedLayer, FastLinear, activate, can_activate
-from ops.reparam import fold_norm_after, fold_scale_after
+from ops.reparam import fold_scale_after
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.layers import affine_of
 
 __all__ = [
     "activation_kind",
@@ -57,6 +58,14 @@ def _product(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | Non
     return None if plain and has_epilogue else made
 
 
+def _folded(layer: Any, scale: Tensor, shift: Tensor | None = None) -> Any:
+    """``layer(x) * scale + shift``, rounded to the layer's dtype once."""
+    dtype = layer.weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    shift = None if shift is None else shift.to(wide)
+    return fold_scale_after(layer, scale.to(wide), shift).to(dtype)
+
+
 def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
     """``batch_norm(conv(x))`` → ``conv'(x)``."""
     if type(operator.function) is not nn.BatchNorm2d:
@@ -68,7 +77,7 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
         return False
     if (permuted is None) == isinstance(made.function, FastLinear):
         return False  # its channels are another axis
-    graph.change(made, fold_norm_after(made.function, operator.function))
+    graph.change(made, _folded(made.function, *affine_of(operator.function)))
     graph.substitute(operator.result, x)
     graph.remove(operator)
     return True
@@ -88,9 +97,9 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
             continue
         layer: Any = made.function
         if operator.function is _aten.mul.Tensor:
-            graph.change(made, fold_scale_after(layer, vector))
+            graph.change(made, _folded(layer, vector))
         else:
-            graph.change(made, fold_scale_after(layer, torch.ones_like(vector), vector))
+            graph.change(made, _folded(layer, torch.ones_like(vector), vector))
         graph.substitute(operator.result, value)
         graph.remove(operator)
         return True

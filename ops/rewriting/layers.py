@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from ops.cpu.attention.grouped import attend, grouped_attention
 from ops.inference.forms import fast_form
 from ops.inference.layers import FastLinear, convert
 from ops.inference.mlp import NormedMlp, feed_forward
+from ops.reparam import norm_affine
 
 __all__ = [
     "Attention",
     "FeedForward",
+    "affine_of",
     "convolution",
     "layer_norm",
     "linear",
@@ -53,6 +56,12 @@ def _with(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
         layer.register_parameter(name, kept)
     form = fast_form(layer)
     return layer.eval() if form is None else convert(layer.eval(), form)
+
+
+def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of a batch norm, in float32 or wider."""
+    wide = copy.deepcopy(norm)
+    return norm_affine(wide.float() if norm.running_mean.itemsize < 4 else wide)  # type: ignore[union-attr]
 
 
 class FeedForward(NormedMlp):

@@ -311,3 +311,19 @@ def test_random_graphs_compute_the_same(steps: list[tuple[str, int, int]], seed:
         error = (program(IMAGE) - exact).abs().max()
         bound = max(1e-5, 4 * (plain - exact).abs().max().item()) * exact.abs().max().clamp(min=1)
     assert error <= bound, f"{steps}: {error} > {bound}"
+
+
+def test_folded_weights_keep_their_dtype() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(m.conv(x)) * 0.17 + m.norm2(x)
+        return m.fc(y.permute(0, 2, 3, 1)) * 0.3 + m.bias
+
+    conv = nn.Conv2d(16, 16, 3, padding=1)
+    norms = {"norm": nn.BatchNorm2d(16), "norm2": nn.BatchNorm2d(16)}
+    model = _Call(forward, conv=conv, fc=nn.Linear(16, 16), **norms)
+    model.bias = nn.Parameter(torch.randn(16))
+    exact, image = copy.deepcopy(model).eval().double()(IMAGE.double()), IMAGE.bfloat16()
+    graph = _graph(model.bfloat16(), image)
+    assert _names(graph) == ["FastConv2d", "FastLinear"], str(graph)
+    error = (Program(graph)(image) - exact).abs().max() / exact.abs().max()
+    assert error < 0.02
