@@ -63,7 +63,7 @@ def fuse_any(
             return model
         keep_freed_memory()
         for network in _networks(model):
-            if not isinstance(network, AnyModel):
+            if not isinstance(network, AnyModel | torch.jit.ScriptModule):
                 convert(network, recorded_form(type(network), AnyModel))
     return model
 

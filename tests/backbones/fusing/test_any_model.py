@@ -220,6 +220,18 @@ def test_autocast_tracing_and_export_see_the_plain_network() -> None:
         assert _error(program.module()(x), model(x)) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
+@torch.no_grad()
+def test_scripts_and_containers() -> None:
+    model, x = _network("resnet")
+    script = torch.jit.trace(model, x)
+    assert _error(backbones.fuse(script)(x), model(x)) <= 1e-5
+    fused: Any = backbones.fuse(nn.Sequential(nn.Identity(), copy.deepcopy(model)).eval())
+    for _ in range(3):
+        assert _error(fused(x), model(x)) <= 1e-5
+    assert fused.is_replayed and backbones.fuse(nn.ReLU())(x).shape == x.shape
+
+
 def test_int8_needs_a_backbone_of_this_library() -> None:
     model, _ = _network("resnet")
     with pytest.raises(ValueError, match="ResNet is no backbone of this library"):
