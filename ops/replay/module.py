@@ -47,6 +47,7 @@ class Recorded(nn.Module):
     """
 
     known_packages: ClassVar[tuple[str, ...]] = _KNOWN_PACKAGES
+    most_inputs: ClassVar[int] = _MOST_INPUTS
     _records: _Records | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class _Records:
             return program(x)
         if program >= self._wait:
             return self._record(module, key, x, call)
-        if len(self._programs) >= _MOST_INPUTS:
+        if len(self._programs) >= module.most_inputs:
             self._programs.clear()
         self._programs[key] = program + 1
         return call(x)

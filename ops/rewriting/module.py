@@ -39,6 +39,7 @@ class Rewritten(Recorded):
     """
 
     known_packages: ClassVar = ("",)  # all
+    most_inputs: ClassVar = 4  # each has packed weights of its own
 
     @classmethod
     def methods_of(cls, kind: type[nn.Module]) -> dict[str, Any]:
