@@ -239,6 +239,8 @@ def _calls(model: nn.Module, module: nn.Module, x: Tensor) -> bool:
     return bool(seen)
 
 
+# Of modules that get no tensor with a gradient, such as one that counts positions.
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
 def test_hooks_are_called_or_refused(kind: str, family: str) -> None:
