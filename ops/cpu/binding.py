@@ -126,7 +126,7 @@ class Kernel:
             for p in self._parameters
         )
         registered.define(f"{self.name}({schema}) -> {returns}")
-        registered.impl(self.name, self._run, "CPU")
+        registered.impl(self.name, self.run, "CPU")
         # torch.library.register_fake would look up its caller's source: 10 ms per import.
         registered.impl(self.name, lambda *a: describe(*a).result, "Meta")
         self._dispatched = getattr(torch.ops.vision_backbones, self.name).default
@@ -173,7 +173,8 @@ class Kernel:
             )
         return (*args, *rest)
 
-    def _run(self, *args: Any) -> Any:
+    def run(self, *args: Any) -> Any:
+        """Call it without torch's dispatcher, with all arguments by position."""
         return self._run_plain(args, self._signature.tensors(args))
 
     def _run_plain(self, args: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Any:

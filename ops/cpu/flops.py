@@ -27,9 +27,9 @@ def kernel_flops(name: str, given: Mapping[str, Any], result: Any) -> int | None
     return None if macs is None else 2 * macs
 
 
-def function_flops(name: str, args: Sequence[Any], kwargs: Any, result: Any) -> int | None:
-    """FLOPs of a call of a torch function, given its full name; None if there is no count."""
-    count = _FUNCTIONS.get(name)
+def function_flops(operator: Any, args: Sequence[Any], kwargs: Any, result: Any) -> int | None:
+    """FLOPs of a call of an operator of torch; None if there is no count."""
+    count = _OPERATORS.get(str(operator))
     return None if count is None else 2 * count(args, kwargs, result)
 
 
@@ -152,7 +152,7 @@ _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     **dict.fromkeys(("na_cpu_mix", "na_cpu_scores"), _split_neighborhood),
 }
 
-# -- multiply-accumulates of torch functions ------------------------------------------------------
+# -- multiply-accumulates of torch's operators ----------------------------------------------------
 
 
 def _of_weight(args: Sequence[Any], kwargs: Any, result: Any) -> int:
@@ -177,14 +177,13 @@ def _attention(args: Sequence[Any], kwargs: Any, result: Any) -> int:
     return int(rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
 
 
-_FUNCTIONS: dict[str, Callable[[Sequence[Any], Any, Any], int]] = {
-    **{f"torch.nn.functional.{name}": _of_weight for name in ("conv1d", "conv2d", "linear")},
-    **dict.fromkeys(("torch.conv2d", "torchvision.deform_conv2d"), _of_weight),
-    **{f"torch.{name}": _of_first for name in ("bmm", "matmul", "mm")},
-    **{f"torch.Tensor.{n}": _of_first for n in ("__matmul__", "bmm", "matmul", "mm")},
-    **{f"torch.{name}": _of_second for name in ("addmm", "baddbmm")},
+_OPERATORS: dict[str, Callable[[Sequence[Any], Any, Any], int]] = {
+    **{f"aten.{name}.default": _of_weight for name in ("conv1d", "conv2d", "linear")},
+    "torchvision.deform_conv2d.default": _of_weight,
+    **{f"aten.{name}.default": _of_first for name in ("bmm", "matmul", "mm")},
+    **{f"aten.{name}.default": _of_second for name in ("addmm", "baddbmm")},
     "mkldnn._convolution_pointwise.default": _of_weight,
     "mkldnn._linear_pointwise.default": _of_first,
     "mkldnn._linear_pointwise.binary": _of_first,
-    "torch.nn.functional.scaled_dot_product_attention": _attention,
+    "aten.scaled_dot_product_attention.default": _attention,
 }

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ops.arguments import require_tensor
-from ops.cpu.dispatch import is_plain_call, needs_grad
+from ops.cpu.dispatch import needs_grad, takes_kernels
 from ops.neighborhood import reference, split_cpu, split_tiled, split_triton
 from ops.neighborhood._checks import check_rpb, resolve_params
 from ops.neighborhood._geometry import NAParams
@@ -351,7 +351,7 @@ class _Operator:
 
     def __call__(self, *args: Any) -> Tensor:
         tensors = [arg for arg in args[:3] if isinstance(arg, Tensor)]
-        if not is_plain_call(tensors):
+        if not takes_kernels(tensors):
             out: Tensor = self._dispatched(*args)
         elif needs_grad(tensors):
             out = self._differentiable.apply(*args)

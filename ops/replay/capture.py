@@ -1,27 +1,27 @@
 """Capture: records one call of a module, with the memory it uses, so that it can be replayed.
 
-A capture records the torch functions called from Python and, as an observer of
-:mod:`ops.cpu.binding`, the kernels with their tensors, but nothing that happens inside either. It
-distinguishes tensors allocated during the capture, which a replay may place anywhere, from tensors
-that existed before, such as weights.
+A capture records the operators of torch that are called below autograd and, as an observer of
+:mod:`ops.cpu.binding`, the kernels with their tensors, but nothing that happens inside either.
+Operators' schemas say what they modify. A capture distinguishes tensors allocated while it lasts,
+which a replay may place anywhere, from tensors that existed before, such as weights.
 """
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.cpu.binding import Kernel, observed_by
+from ops.cpu.binding import Kernel, kernel_of, observed_by
 from ops.cpu.call import words_of
 from ops.replay.graph import (
     Block,
@@ -35,56 +35,34 @@ from ops.replay.graph import (
     tensors_in,
 )
 
-__all__ = ["ALLOCATIONS", "Capture", "name_of"]
+__all__ = ["Capture", "allocates"]
 
-ALLOCATIONS = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
-# Queries of a tensor's metadata. Queries of its values, which could change the sequence of calls,
-# must not be listed.
-_QUERIES = {
-    *("torch.Tensor." + name for name in ("__len__", "dim", "element_size", "is_contiguous")),
-    *("torch.Tensor." + name for name in ("is_floating_point", "is_inference", "numel", "size")),
-    *("torch.Tensor." + name for name in ("storage_offset", "stride")),
-    *(f"torch.Tensor.{name}.__get__" for name in ("_version", "device", "dtype", "is_cpu")),
-    *(f"torch.Tensor.{name}.__get__" for name in ("nbytes", "ndim", "requires_grad", "shape")),
-    *(f"torch.Tensor.{name}.__get__" for name in ("is_nested", "layout")),
-    "torch.promote_types",
-}
-# Functions whose results depend only on their arguments, and which modify no argument.
-_PURE = {
-    *("torch.Tensor." + name for name in ("add", "clone", "contiguous", "div", "flatten", "float")),
-    *("torch.Tensor." + name for name in ("index_select", "matmul", "mean", "mul", "remainder")),
-    *("torch.Tensor." + name for name in ("sigmoid", "softmax", "sqrt", "sub", "sum", "to")),
-    *("torch.Tensor." + name for name in ("clamp", "exp", "new_zeros", "norm", "reshape")),
-    *("torch.Tensor." + name for name in ("tanh", "topk")),
-    *("torch." + name for name in ("addcmul", "arange", "cat", "full_like", "minimum", "stack")),
-    *("torch.nn.functional." + name for name in ("adaptive_avg_pool2d", "avg_pool2d", "relu6")),
-    *("torch.nn.functional." + name for name in ("batch_norm", "conv2d", "gelu", "hardsigmoid")),
-    *("torch.nn.functional." + name for name in ("hardswish", "interpolate", "layer_norm")),
-    *("torch.nn.functional." + name for name in ("leaky_relu", "linear", "pad", "relu", "silu")),
-    *("torch.nn.functional." + name for name in ("group_norm", "pixel_shuffle", "softmax")),
-    *("torch.nn.functional." + name for name in ("conv1d", "max_pool2d")),
-    "torch.nn.functional.scaled_dot_product_attention",
-    *("mkldnn." + name for name in ("_convolution_pointwise.default", "_linear_pointwise.binary")),
-    "mkldnn._linear_pointwise.default",
-}
-# Functions that modify and return an argument.
-_IN_PLACE = {
-    *("torch.Tensor." + name for name in ("add_", "mul_", "relu_", "sigmoid_", "square_", "tanh_")),
-}
-# Functions whose results may share memory with an argument.
-_VIEWS = {
-    *("torch.Tensor." + name for name in ("__getitem__", "chunk", "contiguous", "detach")),
-    *(
-        "torch.Tensor." + name
-        for name in ("expand", "flatten", "float", "movedim", "narrow", "permute")
-    ),
-    *("torch.Tensor." + name for name in ("reshape", "split", "squeeze", "tensor_split", "to")),
-    *("torch.Tensor." + name for name in ("transpose", "unbind", "unflatten", "unsqueeze", "view")),
-    "torch.Tensor.mT.__get__",
-}
+_aten = torch.ops.aten
+_ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
+_UNREPEATABLE = {torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
 
 
-class Capture(TorchFunctionMode):
+def allocates(operator: OpOverload) -> bool:
+    """Whether an operator only allocates memory."""
+    return operator.overloadpacket in _ALLOCATIONS
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, capture: Capture) -> None:
+        super().__init__()
+        self._capture = capture
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kernel = kernel_of(func)
+        if kernel is None:
+            return self._capture.call(func, args, kwargs or {})
+        with self:  # its copies and results are buffers, too
+            return kernel.run(*args, **(kwargs or {}))
+
+
+class Capture:
     """Context manager that records the calls made on an input and on tensors computed from it.
 
     The recorded calls run unchanged, even if they turn out not to be capturable.
@@ -98,7 +76,6 @@ class Capture(TorchFunctionMode):
     """
 
     def __init__(self, x: Tensor) -> None:
-        super().__init__()
         self.failure: NotCapturableError | None = None
         self.calls: list[KernelCall | TorchCall] = []
         self.buffers = [_buffer(x)]
@@ -107,16 +84,22 @@ class Capture(TorchFunctionMode):
         # Finalizers that forget freed storages, since new tensors may reuse their addresses.
         self._ends: list[weakref.finalize[Any, Any]] = []
 
-    def __enter__(self) -> Capture:
-        self._observed = observed_by(self)
-        self._observed.__enter__()
-        return super().__enter__()
+    def __enter__(self) -> Any:
+        with ExitStack() as entered:
+            entered.callback(self._forget_finalizers)
+            entered.enter_context(observed_by(self))
+            # Below autograd, operators such as a linear layer are seen whole.
+            entered.enter_context(torch._C._AutoDispatchBelowAutograd())
+            entered.enter_context(_Mode(self))
+            self._entered = entered.pop_all()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        self._observed.__exit__(*error)
+        self._entered.__exit__(*error)
+
+    def _forget_finalizers(self) -> None:
         for end in self._ends:
             end.detach()
-        super().__exit__(*error)
 
     def finish(self, result: Any) -> Graph:
         """The graph that returns ``result``, a tensor or several of them in a structure.
@@ -138,14 +121,15 @@ class Capture(TorchFunctionMode):
             )
         return graph
 
-    # -- torch functions -------------------------------------------------------------------------
+    # -- operators of torch ----------------------------------------------------------------------
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        self._try(self._note_function, func, args, kwargs, result)
+    def call(self, operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Call an operator and record it."""
+        before = len(self.calls)
+        result = operator(*args, **kwargs)
+        if len(self.calls) > before:
+            self.failure = NotCapturableError(f"{operator} calls kernels")
+        self._try(self._note, operator, args, kwargs, result)
         return result
 
     def _try(self, note: Callable[..., None], *what: Any) -> None:
@@ -155,40 +139,31 @@ class Capture(TorchFunctionMode):
             except NotCapturableError as error:
                 self.failure = error
 
-    def _note_function(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        name = name_of(func)
-        if isinstance(result, Tensor):
-            self._note(name, func, args, kwargs, (result,))
-        elif _is_tensors(result):
-            self._note(name, func, args, kwargs, tuple(result))
-        elif name not in _QUERIES:
-            raise NotCapturableError(f"{name} gives a {type(result).__name__}")
-
-    def _note(
-        self,
-        name: str | None,
-        func: Callable[..., Any],
-        args: Any,
-        kwargs: dict[str, Any],
-        results: tuple[Tensor, ...],
-    ) -> None:
+    def _note(self, operator: OpOverload, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        results = (result,) if isinstance(result, Tensor) else result
+        if not _is_tensors(results):
+            if all(self._index(t) is None for t in tensors_in((args, kwargs))):
+                return  # a number that does not depend on the input
+            raise NotCapturableError(f"{operator} gives a {type(result).__name__}")
+        if any(r.is_mkldnn for r in results):
+            raise NotCapturableError(f"{operator} packs a weight")
         storages = [_memory(r) for r in results]
         if 0 in storages:
-            raise NotCapturableError(f"{name} gives an empty tensor")
+            raise NotCapturableError(f"{operator} gives an empty tensor")
         inputs = {_memory(t) for t in tensors_in((args, kwargs))}
-        fresh = {s: i for i, s in enumerate(storages) if s not in inputs}
-        if name in ALLOCATIONS:
+        fresh = [i for i, s in enumerate(storages) if s not in inputs]
+        mutable = operator._schema.is_mutable
+        if allocates(operator):
             self._add_buffer(results[0])
             return
-        is_view = isinstance(func, OpOverload) and not func._schema.is_mutable
-        if not fresh and (is_view or name in _VIEWS or _is_inactive_dropout(name, args, kwargs)):
-            return
-        call = TorchCall(str(name), func, self._arguments(args), self._arguments(kwargs))
-        if not _is_known(func, name, fresh) or 0 < len(fresh) < len(results):
-            raise NotCapturableError(f"{name} is not known to replay")
-        if not fresh and self._index(results[0]) is None:
-            raise NotCapturableError(f"{name} changes what was there before")
-        for i in fresh.values():
+        if not fresh and not mutable:
+            return  # views
+        if _UNREPEATABLE & {*operator.tags} or 0 < len(fresh) < len(results):
+            raise NotCapturableError(f"{operator} cannot be replayed")
+        if mutable and any(self._index(t) is None for t in _modified(operator, args, kwargs)):
+            raise NotCapturableError(f"{operator} changes what was there before")
+        call = TorchCall(str(operator), operator, self._arguments(args), self._arguments(kwargs))
+        for i in fresh:
             call.results[i] = self._add_buffer(results[i])
         self.calls.append(call)
 
@@ -228,8 +203,7 @@ class Capture(TorchFunctionMode):
 
     def kernel_called(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
         """Record a kernel call with its tensors."""
-        with torch._C.DisableTorchFunction():  # don't record the queries below
-            self._try(self._note_kernel_call, kernel, function, arguments)
+        self._try(self._note_kernel_call, kernel, function, arguments)
 
     def kernel_returned(self, kernel: Kernel, given: dict[str, Any], result: Any) -> None:
         """Do nothing: the call has already been recorded."""
@@ -263,33 +237,22 @@ class Capture(TorchFunctionMode):
         return Place(index, t.data_ptr() + offset - self.buffers[index].start)
 
 
-@functools.lru_cache(maxsize=1024)
-def name_of(func: Any) -> str | None:
-    """The name of a torch function; cached, since ``resolve_name`` sets up warning filters."""
-    return str(func) if isinstance(func, torch._ops.OpOverload) else resolve_name(func)
-
-
-def _is_known(func: Any, name: str | None, fresh: dict[int, int]) -> bool:
-    """Whether a function's results depend only on its arguments, of which it changes no others."""
-    if isinstance(func, OpOverload) and func.namespace == "aten":
-        return not func._schema.is_mutable
-    return name in (_PURE if fresh else _PURE | _IN_PLACE)
+def _modified(operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """The tensors that an operator writes to."""
+    for position, argument in enumerate(operator._schema.arguments):
+        if argument.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from tensors_in((given,))
 
 
 def _is_tensors(result: Any) -> bool:
-    return isinstance(result, tuple | list) and {type(r) for r in result} == {Tensor}
+    return isinstance(result, tuple | list) and all(isinstance(r, Tensor) for r in result)
 
 
 def _buffer(t: Tensor) -> Buffer:
     storage = t.untyped_storage()
     end = storage.data_ptr() + storage.nbytes()
     return Buffer(tuple(t.shape), t.stride(), t.dtype, t.data_ptr(), end)
-
-
-def _is_inactive_dropout(name: str | None, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether this is dropout outside training, which returns its input."""
-    training = args[2] if len(args) > 2 else kwargs.get("training", True)
-    return name == "torch.nn.functional.dropout" and not training
 
 
 def _memory(t: Tensor) -> int:

@@ -10,7 +10,7 @@ import ctypes
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
 
     The caller must keep the memory of the constants of ``call`` alive.
     """
-    lower = _LOWER.get(call.name)
+    lower = _LOWER.get(call.function)
     if lower is None or call.kwargs or len(call.results) > 1:
         return None
     operands = [_operand(a, buffers) for a in call.args if isinstance(a, Tensor | View)]
@@ -98,12 +98,14 @@ def _select(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> Ker
 
 
 _Lower = Callable[[TorchCall, _Operand, Sequence[_Operand]], KernelCall | None]
-_LOWER: dict[str, _Lower] = {
-    **{f"torch.Tensor.{n}": _copy for n in ("clone", "contiguous", "flatten", "reshape")},
-    **{f"torch.Tensor.{n}": partial(_combine, _ADD) for n in ("add", "add_")},
-    **{f"torch.Tensor.{n}": partial(_combine, _MULTIPLY) for n in ("mul", "mul_")},
-    "torch.Tensor.sub": partial(_combine, _SUBTRACT),
-    "torch.Tensor.index_select": _select,
+_aten = torch.ops.aten
+_LOWER: dict[Any, _Lower] = {
+    **dict.fromkeys((_aten.clone.default, _aten.contiguous.default), _copy),
+    **dict.fromkeys((_aten.flatten.using_ints, _aten.reshape.default), _copy),
+    **dict.fromkeys((_aten.add.Tensor, _aten.add_.Tensor), partial(_combine, _ADD)),
+    **dict.fromkeys((_aten.mul.Tensor, _aten.mul_.Tensor), partial(_combine, _MULTIPLY)),
+    _aten.sub.Tensor: partial(_combine, _SUBTRACT),
+    _aten.index_select.default: _select,
 }
 
 _Axis = tuple[int, int, int, int]  # size; strides of the result and of both operands

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 
 from ops.cpu.binding import Kernel
 from ops.cpu.build import status
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.flops import function_flops, kernel_flops
-from ops.replay.capture import ALLOCATIONS, Capture, name_of
+from ops.replay.capture import Capture, allocates
 from ops.replay.clock import clock
 from ops.replay.graph import tensors_in
 
@@ -120,23 +121,18 @@ class Trace(Capture):
         super().__exit__(*error)
         self._observation.__exit__(*error)
 
-    # -- torch functions -------------------------------------------------------------------------
+    # -- operators of torch ----------------------------------------------------------------------
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
         begin = self._clock()
-        result = func(*args, **kwargs)
+        result = super().call(operator, args, kwargs)
         seconds = self._clock() - begin
-        self._try(self._note_function, func, args, kwargs, result)
-        name = _name_of(func)
-        outputs = list(tensors_in(args[:1] if name.endswith(".__setitem__") else (result,)))
-        if _computes(name, args, kwargs, outputs):
+        outputs = list(tensors_in((result,)))
+        if _computes(operator, args, kwargs, outputs):
             inputs = list(tensors_in((args, kwargs)))
-            flops = function_flops(name, args, kwargs, result)
-            library = "oneDNN" if name.startswith("mkldnn.") else "torch"
-            self._add(library, _short(name), inputs, outputs, None, flops, seconds)
+            flops = function_flops(operator, args, kwargs, result)
+            library = "oneDNN" if operator.namespace == "mkldnn" else "torch"
+            self._add(library, _short(operator), inputs, outputs, None, flops, seconds)
         return result
 
     # -- kernels ---------------------------------------------------------------------------------
@@ -147,12 +143,11 @@ class Trace(Capture):
 
     def kernel_returned(self, kernel: Kernel, given: dict[str, Any], result: Any) -> None:
         seconds = self._clock() - self._begin
-        with torch._C.DisableTorchFunction():
-            inputs = list(tensors_in(given))
-            outputs = list(tensors_in((given["out"] if result is None else result,)))
-            flops = kernel_flops(kernel.name, given, result)
-            isa = status(kernel.library).instruction_set
-            self._add("ours", kernel.name, inputs, outputs, isa, flops, seconds)
+        inputs = list(tensors_in(given))
+        outputs = list(tensors_in((given["out"] if result is None else result,)))
+        flops = kernel_flops(kernel.name, given, result)
+        isa = status(kernel.library).instruction_set
+        self._add("ours", kernel.name, inputs, outputs, isa, flops, seconds)
 
     # -- layers and rules ------------------------------------------------------------------------
 
@@ -216,31 +211,19 @@ def _shapes(tensors: Sequence[Tensor]) -> list[Shape]:
     return [tuple(t.shape) for t in tensors]
 
 
-def _name_of(func: Any) -> str:
-    return name_of(func) or str(getattr(func, "__name__", func))
-
-
-def _computes(name: str, args: Any, kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> bool:
-    """Whether a function does more than query tensors, make views or allocate memory."""
-    if not outputs or name in ALLOCATIONS:
+def _computes(
+    operator: OpOverload, args: Any, kwargs: dict[str, Any], outputs: Sequence[Tensor]
+) -> bool:
+    """Whether an operator does more than make views or allocate memory."""
+    if not outputs or allocates(operator):
         return False
     # Tensors packed by oneDNN do not expose their memory; they are never views.
     given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs)) if not t.is_mkldnn}
     if any(t.is_mkldnn or t.untyped_storage().data_ptr() not in given for t in outputs):
         return True
-    return _is_in_place(name) or "out" in kwargs
+    return operator._schema.is_mutable
 
 
-def _is_in_place(name: str) -> bool:
-    last = name.removesuffix(".default").rpartition(".")[2]
-    if last.startswith("__"):
-        return last.startswith("__i") or last == "__setitem__"
-    return last.endswith("_")
-
-
-def _short(name: str) -> str:
-    if name.startswith("aten."):
-        return name.split(".")[1]
-    if name.startswith("mkldnn."):
-        return name.split(".")[1].strip("_").removesuffix("_pointwise")
-    return name.rpartition(".")[2] or name
+def _short(operator: OpOverload) -> str:
+    name: str = operator.overloadpacket.__name__
+    return name.strip("_").removesuffix("_pointwise") if operator.namespace == "mkldnn" else name

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ops.cpu.binding import Kernel
-from ops.replay.capture import name_of
 from ops.replay.trace import Step
 
 __all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Value"]
@@ -87,7 +86,7 @@ class Operator(Step):
             return type(self.function).__name__
         if isinstance(self.function, Kernel):
             return self.function.name
-        return name_of(self.function) or str(self.function)
+        return str(self.function)
 
     @property
     def result(self) -> Value:

@@ -57,7 +57,7 @@ CALLS = [
     ("inner", "torch", "relu"),
     ("inner", "torch", "sigmoid"),
     ("inner", "torch", "mul"),
-    ("", "torch", "__setitem__"),
+    ("", "torch", "copy_"),
     ("", "torch", "add"),
     ("", "torch", "add_"),
     ("", "torch", "clone"),
