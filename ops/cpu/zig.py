@@ -28,10 +28,11 @@ _RENAMED = {"-march=armv8.2-a+bf16": "-mcpu=generic+v8_2a+bf16"}
 def main(zig: str, *options: str) -> int:
     """Compile, then link; returns the exit status."""
     os.umask(os.umask(0) | 0o022)  # nobody else may write to the cache
-    built, scratch = options[-1], Path(os.environ["TMPDIR"]).absolute()
-    missing, exports = Path(f"{built}.h"), Path(f"{built}.map")
-    missing.write_text(_MISSING)
-    exports.write_text(_EXPORTS)
+    library, scratch = Path(options[-1]).absolute(), Path(os.environ["TMPDIR"]).absolute()
+    folder, built = library.parent, library.name  # zig reads no line breaks in names of folders
+    missing, exports = f"{built}.h", f"{built}.map"
+    (folder / missing).write_text(_MISSING)
+    (folder / exports).write_text(_EXPORTS)
     environment = {
         "ZIG_GLOBAL_CACHE_DIR": str(scratch.parent / "zig"),
         **os.environ,
@@ -40,13 +41,13 @@ def main(zig: str, *options: str) -> int:
     # By default, zig compiles for this CPU and the newest glibc that it knows; torch needs 2.28.
     start = [zig, "c++", "-target", f"{platform.machine()}-linux-gnu.2.28"]
     compiled = [_RENAMED.get(word, word) for word in options[:-2] if word not in ("-shared", "-s")]
-    compiled += ["-fno-sanitize=undefined", "-include", str(missing)]
+    compiled += ["-fno-sanitize=undefined", "-include", missing]
     linked = ["-shared", "-s", "-nostdlib++", f"-Wl,--version-script={exports}", _libstdcxx()]
     for step in (
         [*start, *compiled, "-c", "-o", f"{built}.o"],
         [*start, "-O3", f"{built}.o", *linked, "-o", built],
     ):
-        if status := subprocess.run(step, env=environment).returncode:
+        if status := subprocess.run(step, env=environment, cwd=folder).returncode:
             return status if status > 0 else 128 - status
     return 0
 
