@@ -54,16 +54,8 @@ try:
         vrwkv,
     )
     from backbones import (  # noqa: F401  # isort: skip
-        biformer_inference,
-        favit_inference,
-        hat_inference,
-        inception_next_inference,
         litv2_inference,
         medvitv2_inference,
-        proxylessnas_inference,
-        ravlt_inference,
-        unireplknet_inference,
-        van_inference,
         vig_inference,
         vrwkv_inference,
     )

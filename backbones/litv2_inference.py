@@ -1,4 +1,4 @@
-"""Inference forms of LITv2's blocks, see :mod:`ops.inference`."""
+"""The inference form of LITv2's convolution, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,10 @@ from torch import Tensor
 
 from backbones import litv2
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
-from ops.inference.attention import FastHiLoAttention
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastConv2d
-from ops.inference.mlp import FastDWMlp
 
-__all__ = ["LITv2Block", "LITv2DeformableConv2d"]
-
-
-@stands_for(litv2.Block)
-class LITv2Block(litv2.Block):
-    """Attention and MLP add their shortcuts, the MLP takes its norm."""
-
-    needs: ClassVar = {"attn": (FastHiLoAttention, type(None)), "mlp": FastDWMlp}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm1 is not None and self.attn is not None:
-            x = self.attn(self.norm1(x), x)
-        return self.mlp(x, x, self.norm2)
+__all__ = ["LITv2DeformableConv2d"]
 
 
 @stands_for(litv2.DeformableConv2d)

@@ -3,52 +3,38 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from backbones import medvitv2_blocks
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
-from ops.inference.conv import FastSqueezeExcite
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, FastPointwiseConv2d
+from ops.inference.layers import FastLayer
 from ops.reparam import norm_affine
 
-__all__ = ["MedViTV2ConvFFN", "MedViTV2GlobalBlock", "MedViTV2LocalBlock"]
-
-
-@stands_for(medvitv2_blocks.ConvFFN)
-class MedViTV2ConvFFN(medvitv2_blocks.ConvFFN):
-    """The last layer applies the gates and, if its scale is given, adds the shortcut."""
-
-    needs: ClassVar = {"se": FastSqueezeExcite, "project": FastPointwiseConv2d}
-
-    def forward(self, x: Tensor, residual_scale: Tensor | None = None) -> Tensor:
-        se: Any = self.se
-        hidden = self.dwconv(self.expand(x))
-        residual = None if residual_scale is None else x
-        return self.project(hidden, residual, se.gates(hidden), residual_scale)
+__all__ = ["MedViTV2GlobalBlock", "MedViTV2LocalBlock"]
 
 
 @stands_for(medvitv2_blocks.FoldedLocalBlock)
 class MedViTV2LocalBlock(FastLayer, medvitv2_blocks.FoldedLocalBlock):
-    """The norm converts to NCHW; the feed-forward adds both of its shortcuts."""
+    """The norm converts to NCHW."""
 
-    needs: ClassVar = {"norm1": nn.BatchNorm2d, "ffn": MedViTV2ConvFFN}
+    needs: ClassVar = {"norm1": nn.BatchNorm2d}
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
             return super().forward(x)
-        affine, residual_scale = derived
-        return self.ffn(_add_reinterpreted(self.attn, x, self.norm1, affine), residual_scale)
+        x = _add_reinterpreted(self.attn, x, self.norm1, *derived)
+        return x + self.scale.view(1, -1, 1, 1) * x + self.ffn(x)
 
     def sources(self) -> list[Tensor]:
-        return [self.scale, *_tensors_of(self.norm1)]
+        return _tensors_of(self.norm1)
 
-    def derive(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
-        return _affine(self.norm1, x), 1 + self.scale.detach().float()
+    def derive(self, x: Tensor) -> tuple[Tensor | None]:
+        return (_affine(self.norm1, x),)
 
 
 @stands_for(medvitv2_blocks.GlobalBlock)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from backbones import vrwkv, vrwkv_blocks
-from ops.cpu.dispatch import takes_kernels
+from backbones import vrwkv_blocks
 from ops.cpu.scan.gated_scan import normed_scan
 from ops.cpu.wkv.bi_wkv import bi_wkv_forward
 from ops.cpu.wkv.shift import shifted_mixtures
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, FastLinear
+from ops.inference.layers import FastLayer
 from ops.inference.packed_linear import PackedLinear
 
-__all__ = ["VRWKVAttention", "VRWKVBlock", "VRWKVGatedScan", "VRWKVMlp", "VRWKVPatchEmbed"]
-
-
-def _added(out: Tensor, residual: Tensor | None) -> Tensor:
-    return out if residual is None else out + residual
+__all__ = ["VRWKVAttention", "VRWKVGatedScan", "VRWKVMlp"]
 
 
 class _Scan(NamedTuple):
@@ -32,15 +27,14 @@ class _Scan(NamedTuple):
 
 @stands_for(vrwkv_blocks.WKVAttention)
 class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
-    """One kernel for mixing, one for scan and gate; the last layer adds the shortcut."""
+    """One kernel for mixing, one for scan and gate."""
 
-    needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
     kernels: ClassVar = (bi_wkv_forward,)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
-            return _added(vrwkv_blocks.WKVAttention.forward(self, x), residual)
+            return vrwkv_blocks.WKVAttention.forward(self, x)
         tokens = x.shape[1] * x.shape[2]
         if tokens not in derived.per_token:
             derived.per_token[tokens] = self.per_token(tokens)
@@ -52,9 +46,8 @@ class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
             out = bi_wkv_forward(key, value, decay, first, self.segments, gate).view(x.shape)
         else:
             out = self.norm(bi_wkv_forward(key, value, decay, first, self.segments)).view(x.shape)
-            receptance: Any = self.receptance
-            out = receptance.activated(for_gate, "sigmoid", out)
-        return self.proj(out, residual)
+            out = torch.sigmoid(self.receptance(for_gate)) * out
+        return self.proj(out)
 
     def sources(self) -> list[Tensor]:
         return [self.mix_k, self.mix_v, self.mix_r, self.decay, self.first]
@@ -80,18 +73,17 @@ class _GatedScan(NamedTuple):
 class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
     """One kernel for scan and norm; layers apply activations, shares of mixtures, and the gate."""
 
-    needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
     kernels: ClassVar = (normed_scan, shifted_mixtures)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
-            return _added(vrwkv_blocks.GatedScan.forward(self, x), residual)
+            return vrwkv_blocks.GatedScan.forward(self, x)
         shape = x.shape
         for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
         change = shifted.view(x.shape).sub(x)
-        low = derived.mix_down(for_low.view(x.shape), "tanh", None).chunk(5, dim=-1)
+        low = derived.mix_down(for_low.view(x.shape), "tanh").chunk(5, dim=-1)
         of_decay, of_key, of_value, of_receptance, of_gate = (
             (x + layer.times(part, "none", change)).view(shape[0], -1, shape[-1])
             for layer, part in zip(derived.mix_up, low, strict=True)
@@ -104,10 +96,10 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
                 (self.value, of_value),
             )
         )
-        decay = derived.decay_down(of_decay, "tanh", None)
-        decay = self._heads(derived.decay_up(decay, "none", None))
+        decay = derived.decay_down(of_decay, "tanh")
+        decay = self._heads(derived.decay_up(decay))
         out = normed_scan(query, key, value, decay, *derived.of_heads, self.norm.eps).flatten(2)
-        return self.proj(derived.gate.times(of_gate, "silu", out).view(shape), residual)
+        return self.proj(derived.gate.times(of_gate, "silu", out).view(shape))
 
     def sources(self) -> list[Tensor]:
         mixes = [self.mix_x, self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g]
@@ -135,20 +127,17 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
 
 @stands_for(vrwkv_blocks.GatedSquaredMlp)
 class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
-    """One kernel for mixing; the layers apply the activations and the gate."""
+    """One kernel for mixing."""
 
-    needs: ClassVar = dict.fromkeys(("key", "value", "receptance"), FastLinear)
     kernels: ClassVar = (shifted_mixtures,)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
-            return _added(vrwkv_blocks.GatedSquaredMlp.forward(self, x), residual)
+            return vrwkv_blocks.GatedSquaredMlp.forward(self, x)
         for_key, for_gate = shifted_mixtures(x, derived, self.groups).unbind()
-        key: Any = self.key
-        receptance: Any = self.receptance
-        out = self.value(self.norm(key.activated(for_key, "squared_relu")))
-        return _added(receptance.activated(for_gate, "sigmoid", out), residual)
+        out = self.value(self.norm(torch.relu(self.key(for_key)).square()))
+        return torch.sigmoid(self.receptance(for_gate)) * out
 
     def sources(self) -> list[Tensor]:
         return [self.mix_k, self.mix_r]
@@ -156,32 +145,3 @@ class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
     def derive(self, x: Tensor) -> Tensor:
         """Shares of the mixtures."""
         return torch.cat([mix.detach().float().flatten(1) for mix in (self.mix_k, self.mix_r)])
-
-
-@stands_for(vrwkv.PatchEmbed)
-class VRWKVPatchEmbed(vrwkv.PatchEmbed):
-    """Skips the copy if there is nothing to pad."""
-
-    def embed(self, x: Tensor) -> Tensor:
-        side = self.conv.kernel_size[0]
-        if takes_kernels((x,)) and not (x.shape[2] % side or x.shape[3] % side):
-            return self.position(self.conv(x))
-        return super().embed(x)
-
-
-@stands_for(vrwkv_blocks.Block, where=lambda block: _has_no_scales(block))
-class VRWKVBlock(vrwkv_blocks.Block):
-    """Attention and feed-forward add their shortcuts, where no norm comes between."""
-
-    needs: ClassVar = {"attn": (VRWKVAttention, VRWKVGatedScan), "mlp": VRWKVMlp}
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.post_norm:
-            x = x + self.norm1(self.attn(x))
-            return x + self.norm2(self.mlp(x))
-        x = self.attn(self.norm1(x), x)
-        return self.mlp(self.norm2(x), x)
-
-
-def _has_no_scales(block: vrwkv_blocks.Block) -> bool:
-    return all(isinstance(scale, nn.Identity) for scale in (block.ls1, block.ls2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,6 @@ class ConvLayerNorm(nn.Module):
 
     (B, in_chs, H, W) → (B, dim, ⌈H/2⌉, ⌈W/2⌉). Without ``padding``, incomplete patches are dropped.
     """
-
-    last_layer: ClassVar = "norm"  # for inference forms, which may let it apply an activation
 
     def __init__(
         self, in_chs: int, dim: int, kernel_size: int = 3, stride: int = 2, padding: int = 1

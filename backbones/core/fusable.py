@@ -74,14 +74,15 @@ class FusableBackbone(nn.Module):
         Names and state dict are those of the folded model; outputs are equal up to rounding. The
         model supports gradients with respect to images, but not to parameters. ``torch.compile``
         and ``torch.export`` see the plain form of the folded model. For each input layout, the
-        second call is captured, and later calls are replayed without Python between the kernels
-        until the model changes (:mod:`ops.replay.module`). Outside of replays, malloc keeps up to
+        first call is recorded and rewritten (:mod:`ops.rewriting`), the second captured, and later
+        ones are replayed without Python between the kernels until the model changes
+        (:mod:`ops.replay.module`). Outside of replays, malloc keeps up to
         256 MiB of freed memory for the next maps (:mod:`ops.inference.heap`).
 
         Changes are detected if weights and buffers are modified by torch functions, get other
-        memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if hooks change;
-        replacing a layer raises an error, and so does a call that leaves out a hook, because a
-        fused layer does not call the module as a module. Writes that torch cannot see, such as
+        memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if layers or hooks
+        change; a call that leaves out a hook raises an error, because a fused layer does not call
+        the module as a module. Writes that torch cannot see, such as
         through NumPy or in place through ``.data``, take effect after the next call of ``fuse()``.
 
         Modifies the model in place, puts it in eval mode and returns it; a second call with the
@@ -135,7 +136,6 @@ class FusableBackbone(nn.Module):
                 self, always=channels_last is True
             ):
                 whole: Any = convert(self, recorded_form(type(self), FusedBackbone))
-                whole.remember_parts()
                 if quantized is not None:
                     confirm(whole, quantized)
             _warn_of_lost_hooks(hooked, set(self.modules()))

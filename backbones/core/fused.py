@@ -1,4 +1,4 @@
-"""Checks of fused models: unsupported images, replaced layers, and hooks that are not called."""
+"""Checks of fused models: unsupported images, and hooks that are not called."""
 
 from __future__ import annotations
 
@@ -10,62 +10,35 @@ import torch
 from torch import Tensor, nn
 
 from ops.inference.forms import plain_form
-from ops.inference.layers import AbsorbedActivation
-from ops.replay.module import Recorded
+from ops.rewriting.module import Rewritten
 
 __all__ = ["FusedBackbone", "has_hooks", "named_briefly"]
 
 
-class FusedBackbone(Recorded):
+class FusedBackbone(Rewritten):
     """Rejects inputs and modifications that a fused model's layers would silently get wrong."""
 
-    # Layers that were fused, their children, and all submodules.
-    _parts: tuple[list[nn.Module], list[nn.Module | None], list[nn.Module]] | None = None
-
-    def compute(self, x: Tensor) -> Tensor:
-        result: Tensor = self._call(super().compute, x)
-        return result
-
-    def forward_features(self, x: Tensor) -> Any:
-        return self._call(super().forward_features, x)  # type: ignore[misc]
-
-    def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self._call(super().forward_intermediates, x, *args, **kwargs)  # type: ignore[misc]
-
-    def remember_parts(self) -> None:
-        """Remember the layers that were fused: those of the stages, and others with a form."""
-        stages: Any = self.stages
-        within = {m for stage in stages for m in stage.modules()}
-        inner = [m for m in self.modules() if m is not self]
-        parents = [m for m in inner if m in within or _is_fused(m)]
-        self._parts = parents, _children_of(parents), inner
-
-    def _call(self, function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
-        """Check the images and the model, then call ``function``.
+    def eagerly(self, method: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check the images and the model, then call ``method``.
 
         Raises:
             TypeError: not a tensor.
             ValueError: an image of another shape, dtype or device than the layers take.
-            RuntimeError: a layer has been replaced, or has hooks that this call did not call.
+            RuntimeError: a layer has hooks that this call did not call.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
-            return function(x, *args, **kwargs)  # symbolic values
+            return method(self, x, *args, **kwargs)  # symbolic values
         with torch._C.DisableTorchFunction():  # hide this from a capture
             _require_images(x, self)
             gradients = torch.is_grad_enabled() and x.requires_grad
             is_meta = x.is_meta
-        if self._parts is None:
-            return function(x, *args, **kwargs)
-        parents, children, inner = self._parts
-        if _children_of(parents) != children:
-            raise RuntimeError(
-                f"a layer inside the {type(self).__name__} was replaced after fuse() had combined "
-                "it with its neighbours; call fuse() again"
-            )
-        if is_meta or not any(has_hooks(module, gradients) for module in inner):
-            return function(x, *args, **kwargs)
+        hooked = any(
+            has_hooks(module, gradients) for module in self.modules() if module is not self
+        )
+        if is_meta or not hooked:
+            return method(self, x, *args, **kwargs)
         with self._calling_hooks(gradients):
-            return function(x, *args, **kwargs)
+            return method(self, x, *args, **kwargs)
 
     @contextmanager
     def _calling_hooks(self, gradients: bool) -> Iterator[None]:
@@ -96,10 +69,6 @@ class FusedBackbone(Recorded):
             )
 
 
-def _children_of(modules: list[nn.Module]) -> list[nn.Module | None]:
-    return [child for m in modules for child in m._modules.values()]
-
-
 def named_briefly(names: list[str]) -> str:
     """The first name, and how many others there are."""
     others = {0: "", 1: " and another module"}
@@ -117,11 +86,6 @@ def has_hooks(module: nn.Module, gradients: bool = True) -> bool:
     if module._forward_hooks or module._forward_pre_hooks:
         return True
     return gradients and bool(module._backward_hooks or module._backward_pre_hooks)
-
-
-def _is_fused(module: nn.Module) -> bool:
-    absorbed = AbsorbedActivation
-    return plain_form(module) is not None or any(type(m) is absorbed for m in module.children())
 
 
 def _require_images(x: Any, model: Any) -> None:

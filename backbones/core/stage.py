@@ -1,4 +1,4 @@
-"""Stages of backbones, and their captured forms after ``fuse()``.
+"""Stages of backbones.
 
 A family whose blocks need another layout or shared tables defines its own stage.
 """
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ops.inference.forms import stands_for
 from ops.reparam import fuse_children
-from ops.replay.module import Recorded, recorded_form
 
 __all__ = ["IsotropicStage", "Stage", "TokenStage", "map_of", "with_map"]
 
@@ -95,17 +93,3 @@ class IsotropicStage(Stage):
         """Run the blocks ``first`` … ``stop`` − 1 (default: all) on a map (B, dim, h, w)."""
         x = self.run_blocks(x.permute(0, 2, 3, 1), first=first, stop=stop)
         return x.permute(0, 3, 1, 2)
-
-
-for _kind in (Stage, TokenStage):
-    stands_for(_kind)(recorded_form(_kind))
-
-
-@stands_for(IsotropicStage)
-class RecordedIsotropicStage(Recorded, IsotropicStage):
-    """Captured only if all of its blocks run."""
-
-    def forward(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
-        if first == 0 and stop in (None, len(self.blocks)):
-            return super().forward(x)
-        return IsotropicStage.forward(self, x, first, stop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from ops.cpu.attention import linear as linear_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, FastLinear, runs_fast, tensors_of
+from ops.inference.layers import FastLayer, runs_fast, tensors_of
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
@@ -55,11 +55,9 @@ class FastLargeKernelAttention(LargeKernelAttention):
 
 @stands_for(BiLevelRoutingAttention)
 class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
-    """Attends to regions in place; the projection adds the shortcut."""
+    """Attends to regions in place."""
 
-    needs: ClassVar = {"proj": FastLinear}
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         bottom, right = -height % self.n_win, -width % self.n_win
         if self.pad_input and (bottom or right):
@@ -68,7 +66,7 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         out = self._attend(query, key, value, region_size)
         out = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + out
-        return self.proj(out[:, :height, :width], residual)
+        return self.proj(out[:, :height, :width])
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, region_size: tuple[int, int]
@@ -114,21 +112,20 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
 class FastHiLoAttention(FastLayer, HiLoAttention):
     """One joint input projection, and one output projection for all heads with the shortcut."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
-            out = HiLoAttention.forward(self, x)
-            return out if residual is None else out + residual
+            return HiLoAttention.forward(self, x)
         enter, leave = derived
         height, width = x.shape[1:3]
         bottom, right = -height % self.window_size, -width % self.window_size
         if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         mixed = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self._attend(x, enter(x, "none", None), mixed)
+        self._attend(x, enter(x), mixed)
         if bottom or right:
             mixed = mixed[:, :height, :width].contiguous()
-        return leave(mixed, "none", residual)
+        return leave(mixed)
 
     def _attend(self, x: Tensor, projected: Tensor, mixed: Tensor) -> None:
         """``projected`` is (B, H, W, …); ``mixed`` (B, H, W, dim) receives the heads' outputs."""
@@ -231,20 +228,15 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
 class FastRankAugmentedAttention(RankAugmentedAttention):
     """Uses our kernels if available; otherwise rotates by complex products."""
 
-    needs: ClassVar = {"proj": FastLinear}
-
-    def forward(
-        self, x: Tensor, rotary: Rotary | None = None, residual: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         if not runs_fast(x, self.qkvo.weight) or x.dtype == torch.float64:
-            out = super().forward(x, rotary)
-            return out if residual is None else out + residual
+            return super().forward(x, rotary)
         height, width, dim = x.shape[1:]
         head_dim = dim // self.num_heads
         kernel = linear_attention if self.linear else gated_attention
         fast = self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
         if fast and kernel.unsupported(x.device, x.dtype, head_dim) is None:
-            return self._attend_in_chunks(x, residual)
+            return self._attend_in_chunks(x)
         *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
         rotations = _rotations(height, width, head_dim)
         query, key, value = (
@@ -259,18 +251,16 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
             out = softmax_attention(query, key, value)
         out = out.transpose(1, 2).reshape(x.shape)
         out = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).add_(out).mul_(gate)
-        return self.proj(out, residual)
+        return self.proj(out)
 
-    def _attend_in_chunks(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _attend_in_chunks(self, x: Tensor) -> Tensor:
         projected_bytes = 4 * x.numel() * x.element_size()
         images = max(1, len(x) * _PROJECTED_BYTES // max(1, projected_bytes))
         if images >= len(x):
-            return self._attend(x, residual)
-        parts = x.split(images)
-        shortcuts = [None] * len(parts) if residual is None else residual.split(images)
-        return torch.cat([self._attend(*both) for both in zip(parts, shortcuts, strict=True)])
+            return self._attend(x)
+        return torch.cat([self._attend(part) for part in x.split(images)])
 
-    def _attend(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _attend(self, x: Tensor) -> Tensor:
         qkvo = self.qkvo(x)
         value = qkvo.chunk(4, dim=-1)[2]
         bias = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -281,7 +271,7 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         )
         head_dim = x.shape[3] // self.num_heads
         tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
-        return self.proj(attend(qkvo, bias, *tables, self.num_heads), residual)
+        return self.proj(attend(qkvo, bias, *tables, self.num_heads))
 
 
 def _rotate(x: Tensor, rotations: Tensor) -> Tensor:

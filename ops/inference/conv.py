@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from timm.layers import SqueezeExcite
 from torch import Tensor, nn
 
 from ops.attention.channel import EfficientChannelAttention
@@ -24,7 +23,6 @@ from ops.inference.forms import stands_for
 from ops.inference.layers import (
     FastConv2d,
     FastLayer,
-    FastPointwiseConv2d,
     conv_kind,
     tensors_of,
 )
@@ -35,7 +33,6 @@ __all__ = [
     "FastDilatedDepthwiseConv2d",
     "FastEfficientChannelAttention",
     "FastInceptionDWConv2d",
-    "FastSqueezeExcite",
 ]
 
 
@@ -95,21 +92,6 @@ class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
             return None
         weights, biases = self.sources()[::2], self.sources()[1::2]
         return [taps_first(w) for w in weights], [b.detach().float() for b in biases]
-
-
-@stands_for(SqueezeExcite)
-class FastSqueezeExcite(SqueezeExcite):
-    """Reads NHWC maps in memory order; the next layer can apply :meth:`gates` as scales."""
-
-    followed: ClassVar = {"act": ("fc1",)}
-    needs: ClassVar = {"fc1": FastPointwiseConv2d, "fc2": FastPointwiseConv2d}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gates(x)[:, :, None, None]
-
-    def gates(self, x: Tensor) -> Tensor:
-        """The channels' gates: (B, dim, H, W) → (B, dim)."""
-        return self.gate(self.fc2.on_last(self.act(self.fc1.on_last(_channel_means(x)))))
 
 
 @stands_for(EfficientChannelAttention)

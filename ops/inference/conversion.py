@@ -7,9 +7,7 @@ those of their blocks.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +21,9 @@ from ops.inference import (  # noqa: F401  (they register their forms)
     factorized,
     kan,
     layers,
-    mlp,
     mobile,
     neighborhood,
     norm,
-    patch,
     pooling,
     stem,
     window,
@@ -71,8 +67,6 @@ def to_channels_last(model: nn.Module, *, always: bool) -> bool:
             continue
         if fast is not None and _has_kernels(fast, weight) and _meets_needs(module, fast):
             layers.convert(module, fast)
-    for module in list(model.modules()):
-        _absorb_activations(module)
     return True
 
 
@@ -116,9 +110,6 @@ def _meets_needs(module: nn.Module, fast: type[nn.Module]) -> bool:
 def restore_plain_forms(model: nn.Module) -> None:
     """Undo :func:`to_channels_last`, except for memory formats."""
     for module in model.modules():
-        for name, child in module._modules.items():
-            if type(child) is layers.AbsorbedActivation:
-                (module._modules[name],) = child.kept
         plain = plain_form(module)
         if plain is not None:
             layers.revert(module, plain)
@@ -139,30 +130,3 @@ def leave_inference_mode(model: nn.Module) -> None:
                         nn.Parameter(other, t.requires_grad) if is_parameter else other
                     )
                 tensors[name] = ordinary[id(t)]  # type: ignore[assignment]
-
-
-def _absorb_activations(module: nn.Module) -> None:
-    """Let layers apply the activation that follows them, which is replaced by an identity."""
-    if type(module) in (nn.Sequential, stem.FastStem):
-        names = list(module._modules)
-        for name, following in itertools.pairwise(names):
-            _absorb(module, following, (_last_layer(module, name),))
-    for act, names in getattr(module, "followed", {}).items():
-        _absorb(module, act, names)
-
-
-def _last_layer(module: nn.Module, name: str) -> str:
-    """The layer whose output is that of the submodule ``name``, which may declare it."""
-    while last := getattr(module.get_submodule(name), "last_layer", ""):
-        name = f"{name}.{last}"
-    return name
-
-
-def _absorb(module: nn.Module, act: str, names: Sequence[str]) -> None:
-    """``act`` is only called directly after each of the layers ``names``."""
-    kind = layers.activation_kind(module.get_submodule(act))
-    before = [module.get_submodule(name) for name in names]
-    if kind is not None and all(layers.can_activate(layer) for layer in before):
-        for layer in before:
-            layers.activate(layer, kind)
-        setattr(module, act, layers.AbsorbedActivation(module.get_submodule(act)))

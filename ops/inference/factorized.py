@@ -32,7 +32,7 @@ class FastGlobalBranch(FastLayer, GlobalBranch):
             height, width = x.shape[1] // side, x.shape[2] // side
             whole = x[:, : height * side, : width * side]
             patches = whole.unflatten(2, (width, side)).unflatten(1, (height, side))
-            reduced = packed(patches.transpose(2, 3).flatten(3), "none", None)
+            reduced = packed(patches.transpose(2, 3).flatten(3))
         key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)
         value = self.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return key.flatten(1, 2).unsqueeze(2), value.flatten(1, 2).unsqueeze(2)
@@ -72,7 +72,7 @@ class FastLocalBranch(FastLayer, LocalBranch):
         if windows not in packed:
             weight = self.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
             packed[windows] = PackedLinear(weight, self.kv.bias)
-        return packed[windows](sequence, "none", None)
+        return packed[windows](sequence)
 
     def sources(self) -> list[Tensor]:
         return tensors_of(self.kv)
@@ -84,7 +84,7 @@ class FastLocalBranch(FastLayer, LocalBranch):
 
 @stands_for(FactorizedAttention)
 class FastFactorizedAttention(FactorizedAttention):
-    """Every branch writes its channels of a shared map; the projection adds the shortcut."""
+    """Every branch writes its channels of a shared map."""
 
     needs: ClassVar = {
         "global_branch": FastGlobalBranch,
@@ -92,14 +92,13 @@ class FastFactorizedAttention(FactorizedAttention):
         "proj": FastLinear,
     }
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         branches = (self.global_branch, *self.local_branches)
         fast = (
             runs_fast(x, self.q.weight) and grouped_attention.unsupported(x.device, x.dtype) is None
         )
         if not fast or min(x.shape[1:3]) < self.global_branch.sr_ratio or x.shape[0] == 0:
-            out = super().forward(x)
-            return out if residual is None else out + residual
+            return super().forward(x)
         splits = (self.global_dim, self.local_dim)
         queries = self.q(x).flatten(1, 2)
         mixed = torch.empty_like(queries)
@@ -117,7 +116,7 @@ class FastFactorizedAttention(FactorizedAttention):
             assert isinstance(branch, FastGlobalBranch | FastLocalBranch)
             key, value = branch.keys_and_values(part)
             attend(query, key, value, out.unflatten(2, (query.shape[2], -1)))
-        return self.proj(mixed.view(x.shape), residual)
+        return self.proj(mixed.view(x.shape))
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,12 +7,15 @@ called through the private functions that torch's compiler uses, hence the check
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
@@ -33,7 +36,6 @@ from ops.inference.packed_linear import (
 from ops.replay.changes import TensorSnapshot
 
 __all__ = [
-    "AbsorbedActivation",
     "ActivatedLayer",
     "FastConv2d",
     "FastLayer",
@@ -45,6 +47,7 @@ __all__ = [
     "conv_kind",
     "convert",
     "has_onednn",
+    "in_plain_form",
     "is_quantized",
     "revert",
     "runs_fast",
@@ -145,8 +148,9 @@ class FastLayer(nn.Module):
                 return None
             made_from = TensorSnapshot(sources)
             decisions: list[Decision] = []
-            # On the input's device, whatever the default device is.
-            with torch.no_grad(), x.device, observe_decisions(decisions.append):
+            # On the input's device, whatever the default device is, and seen by no recording.
+            decided = observe_decisions(decisions.append)
+            with torch.no_grad(), x.device, _disable_current_modes(), decided:
                 missing = any(k.unsupported(x.device, x.dtype) is not None for k in self.kernels)
                 self._derived = None if missing else self.derive(x)
             self._made_from, self.decisions = made_from, decisions
@@ -181,6 +185,23 @@ class FastLayer(nn.Module):
         return state
 
 
+class _Thread(threading.local):
+    is_plain: bool = False  # see in_plain_form
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def in_plain_form() -> Iterator[None]:
+    """Let linear layers, convolutions and norms compute as torch does, and pack no weights."""
+    before, _thread.is_plain = _thread.is_plain, True
+    try:
+        yield
+    finally:
+        _thread.is_plain = before
+
+
 class ActivatedLayer(FastLayer):
     """A layer that applies an activation to its output."""
 
@@ -188,12 +209,23 @@ class ActivatedLayer(FastLayer):
     quantization: Quantization | None = None  # of linear layers
     forward: Callable[..., Tensor]
 
+    def derived(self, x: Tensor) -> Any:
+        return None if _thread.is_plain else super().derived(x)
+
+    def twin(self) -> Any:
+        """A layer with the same weights that may get another activation."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._made_from = None
+        return other
+
     def _finish(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = activation_of(self.activation).plain(x)
         return x if residual is None else x + residual
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, activation={self.activation}"
+        shown = f"{super().extra_repr()}, activation={self.activation}"
+        return shown if self.quantization is None else f"{shown}, {self.quantization}"
 
 
 def activation_kind(act: nn.Module) -> str | None:
@@ -230,52 +262,39 @@ def is_quantized(*layers: Any) -> bool:
     return any(getattr(layer, "quantization", None) is not None for layer in layers)
 
 
-class AbsorbedActivation(nn.Identity):
-    """Replaces an activation that preceding layers apply; keeps it, but not as a submodule."""
-
-    def __init__(self, act: nn.Module) -> None:
-        super().__init__()
-        self.kept = (act,)
-
-
 @stands_for(nn.Linear)
 class FastLinear(ActivatedLayer, nn.Linear):
-    """``activation(linear(x * scale)) + residual``, (B, …, in_features) → (B, …, out_features).
+    """``activation(linear(x * scale)) + residual * residual_scale``, or times ``factor``.
 
-    ``scale`` is (B, in_features). With :attr:`clips_sum`, ReLU or ReLU6 is applied to the sum.
+    (B, …, in_features) → (B, …, out_features); ``scale`` is (B, in_features), ``residual_scale``
+    (out_features,) in float32. With :attr:`clips_sum`, ReLU or ReLU6 is applied to the sum.
     """
 
     clips_sum: bool = False
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        residual_scale: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> Tensor:
         packed = self.derived(x)
+        if packed is not None and factor is not None:
+            return packed.times(x, self.activation, factor)
         if packed is not None:
-            return packed(x, self.activation, residual, scale, clips_sum=self.clips_sum)
+            return packed(x, self.activation, residual, scale, residual_scale, self.clips_sum)
+        residual = scaled_residual(residual, residual_scale)
         out = super().forward(scaled(x, scale))
+        if factor is not None:
+            return self._finish(out) * factor
         if self.clips_sum and residual is not None:
             return self._finish(out + residual)
         return self._finish(out, residual)
 
-    def activated(self, x: Tensor, activation: str, factor: Tensor | None = None) -> Tensor:
-        """``activation(linear(x)) * factor``, whatever activation the layer itself has.
-
-        Args:
-            x: (B, …, in_features).
-            activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
-            factor: (B, …, out_features), or None for 1.
-
-        Returns:
-            (B, …, out_features).
-        """
-        packed = self.derived(x)
-        if packed is None:
-            out = activation_of(activation).plain(F.linear(x, self.weight, self.bias))
-            return out if factor is None else out.mul_(factor)
-        if factor is None:
-            return packed(x, activation, None)
-        return packed.times(x, activation, factor)
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{', clips_sum=True' if self.clips_sum else ''}"
 
     def energy(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``self(x, scale=scale)`` and the sums of its squares: (B, out_features)."""

@@ -1,4 +1,4 @@
-"""Inference forms of the mobile networks: residual branches and attention, channels-last."""
+"""Inference forms of the mobile networks' attention, channels-last."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
 from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
-from ops.inference.conv import FastSqueezeExcite
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, FastPointwiseConv2d, runs_fast, tensors_of
-from ops.inference.packed_linear import packed_pair
-from ops.mobile import ConvFFN, ExpandMerging, Residual
+from ops.inference.layers import FastLayer, runs_fast, tensors_of
 
 __all__ = [
     "FastCascadedGroupAttention",
-    "FastConvFFN",
-    "FastExpandMerging",
-    "FastResidual",
     "FastSingleHeadAttention",
 ]
 
@@ -34,52 +28,9 @@ class _Cascade(NamedTuple):
     biases: dict[tuple[int, int], Tensor]
 
 
-@stands_for(ConvFFN)
-class FastConvFFN(ConvFFN):
-    """Uses NHWC; ``fc2`` adds the shortcut. Small maps go through both layers in one call."""
-
-    followed: ClassVar = {"act": ("fc1",)}
-    needs: ClassVar = {"fc1": FastPointwiseConv2d, "fc2": FastPointwiseConv2d}
-    fc1: Any
-    fc2: Any
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        tokens = x.permute(0, 2, 3, 1)
-        shortcut = None if residual is None else residual.permute(0, 2, 3, 1)
-        out = self._in_one_pass(x, tokens, shortcut)
-        if out is None:
-            out = self.fc2.on_last(self.act(self.fc1.on_last(tokens)), shortcut)
-        return out.permute(0, 3, 1, 2)
-
-    def _in_one_pass(self, x: Tensor, tokens: Tensor, shortcut: Tensor | None) -> Tensor | None:
-        """None if the layers have to run one after the other."""
-        layers = self.fc1, self.fc2
-        if not all(isinstance(layer, FastPointwiseConv2d) for layer in layers):
-            return None
-        if not isinstance(self.act, nn.Identity):
-            return None
-        first, second = (layer.derived(x) for layer in layers)
-        return packed_pair(first, second, tokens, self.fc1.activation, shortcut)
-
-
-@stands_for(ExpandMerging)
-class FastExpandMerging(ExpandMerging):
-    """The convolutions apply the activation, the last one the gates."""
-
-    followed: ClassVar = {"act": ("expand", "reduce")}
-    needs: ClassVar = {"se": FastSqueezeExcite, "project": FastPointwiseConv2d}
-
-    def forward(self, x: Tensor) -> Tensor:
-        se: Any = self.se
-        x = self.act(self.reduce(self.act(self.expand(x))))
-        return self.project(x, scale=se.gates(x))
-
-
 @stands_for(CascadedGroupAttention)
 class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
     """Uses NHWC; all heads in one pass, with bias tables cached by map size."""
-
-    needs: ClassVar = {"proj": FastPointwiseConv2d}
 
     def sources(self) -> list[Tensor]:
         heads: Any = self.heads
@@ -93,16 +44,15 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
         projections, convs = ([getattr(h, n) for h in heads] for n in ("qkv", "dwconv"))
         return _Cascade(PackedCascadedAttention(projections, heads[0].splits[0], convs), {})
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         cascade = self.derived(x)
         height, width = x.shape[2:]
         size = self.window_size
         if cascade is None:
-            out = super().forward(x)
-            return out if residual is None else out + residual
+            return super().forward(x)
         tokens = x.permute(0, 2, 3, 1)
         if height <= size and width <= size:
-            return self.proj(self._mix(tokens, cascade).permute(0, 3, 1, 2), residual)
+            return self.proj(self._mix(tokens, cascade).permute(0, 3, 1, 2))
         bottom, right = -height % size, -width % size
         if bottom or right:
             tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom))
@@ -110,7 +60,7 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
         split = tokens.view(batch, rows // size, size, columns // size, size, dim).transpose(2, 3)
         mixed = self._mix(split.reshape(-1, size, size, dim), cascade)
         mixed = mixed.view(split.shape).transpose(2, 3).reshape(batch, rows, columns, dim)
-        return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2), residual)
+        return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2))
 
     def _mix(self, x: Tensor, cascade: _Cascade) -> Tensor:
         """Everything except the projection: (N, h, w, dim) → (N, h, w, dim)."""
@@ -144,7 +94,6 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
 class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
     """Uses NHWC; small maps in one pass."""
 
-    needs: ClassVar = {"proj": FastPointwiseConv2d}
     kernels: ClassVar = (cascaded_attention,)
 
     def sources(self) -> list[Tensor]:
@@ -154,29 +103,18 @@ class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
         qkv: Any = self.qkv
         return PackedCascadedAttention([qkv], self.qkv_splits[0], norm=self.norm)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         weight: Any = self.qkv.weight
         if not runs_fast(x, weight):
-            out = super().forward(x)
-            return out if residual is None else out + residual
+            return super().forward(x)
         batch, _, height, width = x.shape
         packed = self.derived(x)
         if packed is not None and policy.single_head_by_kernel(height * width):
-            return self.proj(packed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), residual)
+            return self.proj(packed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
         attended, rest = x.split(self.input_splits, dim=1)
         qkv = self.qkv(self.norm(attended)).permute(0, 2, 3, 1).flatten(1, 2)
         query, key, value = qkv.to(policy.computed_in(x.dtype)).split(self.qkv_splits, dim=2)
         logits = torch.bmm(query * query.shape[2] ** -0.5, key.transpose(1, 2))
         attended = torch.bmm(logits.softmax(dim=-1), value).view(batch, height, width, -1)
         mixed = torch.cat((attended.to(x.dtype), rest.permute(0, 2, 3, 1)), dim=3).relu_()
-        return self.proj(mixed.permute(0, 3, 1, 2), residual)
-
-
-@stands_for(Residual)
-class FastResidual(Residual):
-    """``x + fn(x)``, where ``fn`` adds ``x`` in its last layer."""
-
-    needs: ClassVar = {"fn": (FastCascadedGroupAttention, FastConvFFN, FastSingleHeadAttention)}
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fn(x, residual=x)
+        return self.proj(mixed.permute(0, 3, 1, 2))

@@ -90,8 +90,8 @@ class PackedLinear:
     def __call__(
         self,
         x: Tensor,
-        activation: str,
-        residual: Tensor | None,
+        activation: str = "none",
+        residual: Tensor | None = None,
         scale: Tensor | None = None,
         residual_scale: Tensor | None = None,
         clips_sum: bool = False,

@@ -68,24 +68,26 @@ class FastStem(FastLayer, nn.Sequential):
         dtype = policy.computed_in(x.dtype)
         if packed_stem.unsupported(x.device, dtype) is not None:
             return None
-        layers: list[tuple[Any, Any]] = []  # convolutions, and their norms or nothing
+        layers: list[Any] = []  # convolutions, their norms or nothing, and activations
         for layer in _leaves(self):
             if isinstance(layer, LayerNorm2d):
-                layers[-1] = (layers[-1][0], layer)
+                layers[-1] = (layers[-1][0], layer, "none")
+            elif isinstance(layer, nn.Conv2d):
+                layers.append((layer, None, "none"))
             else:
-                layers.append((layer, None))
-        odd = any(conv.in_channels % 2 for conv, _ in layers[1:])  # which have no pairs
+                layers[-1] = (*layers[-1][:2], activation_kind(layer))
+        odd = any(conv.in_channels % 2 for conv, *_ in layers[1:])  # which have no pairs
         if not policy.stem_by_kernel(odd, dtype):
             return None
-        activations = [(conv if norm is None else norm).activation for conv, norm in layers]
-        packed = pack_layers([conv for conv, _ in layers], dtype)
-        if all(norm is None for _, norm in layers):
-            return dtype, *packed, activations
+        convs, layer_norms, activations = zip(*layers, strict=True)
+        packed = pack_layers(convs, dtype)
+        if not any(layer_norms):
+            return dtype, *packed, list(activations)
         norms = [
             x.new_empty(0, dtype=torch.float32)
             if norm is None
             else torch.stack((norm.weight, norm.bias)).float()
-            for conv, norm in layers
+            for norm in layer_norms
         ]
-        eps = [0.0 if norm is None else norm.eps for _, norm in layers]
-        return dtype, *packed, activations, norms, eps
+        eps = [0.0 if norm is None else norm.eps for norm in layer_norms]
+        return dtype, *packed, list(activations), norms, eps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from ops.cpu import policy
 from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention.grouped import LINE, ScoreTerms, split_heads
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, FastLinear
+from ops.inference.layers import FastLayer
 
 __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
 
@@ -31,23 +31,22 @@ _CPU = torch.device("cpu")  # of what is kept, whatever the default device is
 
 
 class _InPlaceAttention(FastLayer):
-    """Without rolling, partitioning or merging; the projection adds the shortcut."""
+    """Without rolling, partitioning or merging."""
 
-    needs: ClassVar = {"qkv": FastLinear, "proj": FastLinear}
     window_size: int
     num_heads: int
     relative_position_bias_table: Any
     qkv: Any
     proj: Any
 
-    def _attend(self, x: Tensor, values: Tensor, residual: Tensor | None) -> Tensor:
+    def _attend(self, x: Tensor, values: Tensor) -> Tensor:
         query, key, value = split_heads(self.qkv(x), 3, self.num_heads)
         rows, key_rows, kinds = self._tokens(x.shape[1], x.shape[2])
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         terms = ScoreTerms(values, self._lines()[1], kinds)
         (heads,) = split_heads(out, 1, self.num_heads)
         grouped_attention.attend_windows(query, key, value, rows, key_rows, terms, heads)
-        projected: Tensor = self.proj(out, residual)
+        projected: Tensor = self.proj(out)
         return projected
 
     def _key_size(self) -> int:
@@ -80,20 +79,15 @@ class _InPlaceAttention(FastLayer):
 
 @stands_for(WindowAttention)
 class FastWindowAttention(_InPlaceAttention, WindowAttention):
-    """(B, H, W, dim) → (B, H, W, dim), plus ``residual``."""
+    """(B, H, W, dim) → (B, H, W, dim)."""
 
     def forward(
-        self,
-        x: Tensor,
-        index: Tensor | None = None,
-        masks: Tensor | None = None,
-        residual: Tensor | None = None,
+        self, x: Tensor, index: Tensor | None = None, masks: Tensor | None = None
     ) -> Tensor:
         values = self.derived(x)
         if values is not None:
-            return self._attend(x, values, residual)
-        out = WindowAttention.forward(self, x, index, masks)
-        return out if residual is None else out + residual
+            return self._attend(x, values)
+        return WindowAttention.forward(self, x, index, masks)
 
     def _key_size(self) -> int:
         return self.window_size
@@ -108,16 +102,13 @@ class FastWindowAttention(_InPlaceAttention, WindowAttention):
 
 @stands_for(OverlappingWindowAttention)
 class FastOverlappingWindowAttention(_InPlaceAttention, OverlappingWindowAttention):
-    """(B, H, W, dim) → (B, H, W, dim), plus ``residual``."""
+    """(B, H, W, dim) → (B, H, W, dim)."""
 
-    def forward(
-        self, x: Tensor, index: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
         values = self.derived(x)
         if values is not None:
-            return self._attend(x, values, residual)
-        out = OverlappingWindowAttention.forward(self, x, index)
-        return out if residual is None else out + residual
+            return self._attend(x, values)
+        return OverlappingWindowAttention.forward(self, x, index)
 
     def _key_size(self) -> int:
         return self.overlap_size

@@ -39,7 +39,6 @@ __all__ = ["Capture", "allocates"]
 
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
-_UNREPEATABLE = {torch.Tag.data_dependent_output, torch.Tag.nondeterministic_seeded}
 
 
 def allocates(operator: OpOverload) -> bool:
@@ -148,8 +147,8 @@ class Capture:
         if any(r.is_mkldnn for r in results):
             raise NotCapturableError(f"{operator} packs a weight")
         storages = [_memory(r) for r in results]
-        if 0 in storages:
-            raise NotCapturableError(f"{operator} gives an empty tensor")
+        if not any(r.numel() for r in results):
+            return  # the same in every call
         inputs = {_memory(t) for t in tensors_in((args, kwargs))}
         fresh = [i for i, s in enumerate(storages) if s not in inputs]
         mutable = operator._schema.is_mutable
@@ -158,7 +157,7 @@ class Capture:
             return
         if not fresh and not mutable:
             return  # views
-        if _UNREPEATABLE & {*operator.tags} or 0 < len(fresh) < len(results):
+        if _differs(operator, args, kwargs) or 0 < len(fresh) < len(results):
             raise NotCapturableError(f"{operator} cannot be replayed")
         if mutable and any(self._index(t) is None for t in _modified(operator, args, kwargs)):
             raise NotCapturableError(f"{operator} changes what was there before")
@@ -235,6 +234,16 @@ class Capture:
             self.constants.append(t.untyped_storage())
             return t.data_ptr() + offset
         return Place(index, t.data_ptr() + offset - self.buffers[index].start)
+
+
+def _differs(operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the results of an operator differ from call to call, or their sizes do."""
+    if torch.Tag.nondeterministic_seeded not in operator.tags:
+        return bool(torch.Tag.dynamic_output_shape in operator.tags)
+    names = [argument.name for argument in operator._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    # Attention, whose dropout is off by default.
+    return "dropout_p" not in names or given.get("dropout_p", 0.0) > 0
 
 
 def _modified(operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:

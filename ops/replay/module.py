@@ -32,6 +32,7 @@ _log = logging.getLogger(__name__)
 # replay would not reproduce.
 _KNOWN_PACKAGES = ("backbones.", "ops.", "timm.layers.", "torch.nn.modules.")
 _MOST_INPUTS = 16  # remembered combinations of shape, strides, dtype and threads
+_FEW_CHANGES = 2  # of a module, after which it is captured again at once
 _LONGEST_WAIT = 64  # calls before a module that keeps changing is captured again
 _GLOBAL_HOOKS = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
 _DICT_FUNCTIONS = ctypes.pythonapi.PyDict_Size, ctypes.pythonapi.PyDict_Next
@@ -47,7 +48,7 @@ class Recorded(nn.Module):
     """
 
     known_packages: ClassVar[tuple[str, ...]] = _KNOWN_PACKAGES
-    most_inputs: ClassVar[int] = _MOST_INPUTS
+    eager_calls: ClassVar[int] = 1  # of a kind, before one is recorded
     _records: _Records | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,7 +78,7 @@ class Recorded(nn.Module):
             otherwise: runs calls that cannot be replayed; default ``call``.
         """
         if self._records is None:
-            self._records = _Records()
+            self._records = _Records(self.eager_calls)
         return self._records(self, x, call, key, otherwise or call)
 
     @classmethod
@@ -142,13 +143,22 @@ def _restore(kind: type[nn.Module], recorded: type[Recorded] = Recorded) -> nn.M
 
 
 class _Records:
-    """The replays of a module by input. Holds no reference to the module, to avoid a cycle."""
+    """The replays of a module by input. Holds no reference to the module, to avoid a cycle.
 
-    def __init__(self) -> None:
-        # A replay, the number of calls so far, or None if calls cannot be captured.
-        self._programs: dict[Hashable, Replay | int | None] = {}
+    Args:
+        wait: calls of a kind that run eagerly before one is recorded.
+
+    Attributes:
+        made: what programs may share, such as layers with packed weights.
+    """
+
+    def __init__(self, wait: int) -> None:
+        # A replay, a program that will be captured, the number of eager calls so far, or None if
+        # calls cannot be captured.
+        self._programs: dict[Hashable, Replay | Callable[[Tensor], Any] | int | None] = {}
         self._snapshot: _Snapshot | None = None
-        self._wait = 1  # eager calls before one is captured
+        self._wait, self._restarts = wait, 0
+        self.made: dict[Hashable, list[Any]] = {}
 
     def __call__(
         self,
@@ -170,21 +180,29 @@ class _Records:
             return call(x)
         if isinstance(program, Replay):
             return program(x)
+        if not isinstance(program, int):
+            return self._capture(key, x, program)
         if program >= self._wait:
-            return self._record(module, key, x, call)
-        if len(self._programs) >= module.most_inputs:
-            self._programs.clear()
-        self._programs[key] = program + 1
+            return self._start(module, key, x, call)
+        self._note(key, program + 1)
         return call(x)
 
-    def _record(
+    def _note(self, key: Hashable, program: Callable[[Tensor], Any] | int | None) -> None:
+        if key not in self._programs and len(self._programs) >= _MOST_INPUTS:
+            if not any(isinstance(program, Replay) for program in self._programs.values()):
+                self._wait = max(self._wait, 1)  # hardly any call is repeated
+            self._programs.clear()
+            self.made.clear()
+        self._programs[key] = program
+
+    def _start(
         self, module: Recorded, key: Hashable, x: Tensor, call: Callable[[Tensor], Any]
     ) -> Any:
         try:
             snapshot = self._snapshot or _Snapshot(module)
         except NotCapturableError as error:
             _log.debug("%s is not recorded: %s", type(module).__name__, error)
-            self._programs[key] = -_LONGEST_WAIT  # try again later: hooks may be removed
+            self._note(key, -_LONGEST_WAIT)  # try again later: hooks may be removed
             return call(x)
         if snapshot.needs_gradients(x):
             return call(x)
@@ -192,25 +210,39 @@ class _Records:
             program = module.program(x, call)
         except NotCapturableError as error:
             _log.debug("%s is not recorded: %s", type(module).__name__, error)
-            self._programs[key] = None
+            self._note(key, None)
             return call(x)
+        if program is call:
+            self._snapshot = snapshot
+            return self._capture(key, x, program)
+        result = program(x)
+        if self._snapshot is None:
+            self._snapshot = _Snapshot(module)  # weights have been packed meanwhile
+        self._note(key, program)
+        return result
+
+    def _capture(self, key: Hashable, x: Tensor, program: Callable[[Tensor], Any]) -> Any:
+        snapshot = self._snapshot
+        assert snapshot is not None
         with Capture(x) as capture:
             result = program(x)
         if not snapshot.is_valid():  # for example, weights were packed again
             self._restart()
             return result
         try:
-            self._programs[key] = Replay(capture.finish(result))
-            self._snapshot = snapshot
+            self._note(key, Replay(capture.finish(result)))
         except NotCapturableError as error:
-            _log.debug("%s is not recorded: %s", type(module).__name__, error)
-            self._programs[key] = None
+            _log.debug("a call is not replayed: %s", error)
+            self._note(key, None)
         return result
 
     def _restart(self) -> None:
         self._programs.clear()
+        self.made.clear()
         self._snapshot = None
-        self._wait = min(2 * self._wait, _LONGEST_WAIT)
+        self._restarts += 1
+        if self._restarts > _FEW_CHANGES:
+            self._wait = min(max(1, 2 * self._wait), _LONGEST_WAIT)
 
 
 class _Snapshot:

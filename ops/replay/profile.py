@@ -71,6 +71,7 @@ def _state_restored(network: nn.Module) -> Iterator[None]:
 
 def _of_replays(network: Recorded, x: Tensor, repeats: int) -> Profile:
     program = network.program(x, network.compute)
+    program(x)  # packs weights
     with Trace(x, network) as trace:
         result = program(x)
     graph = trace.finish(result)

@@ -36,10 +36,12 @@ class Step:
 
     Attributes:
         path: of the module in its network.
+        decisions: the rules that the module consulted when the program was made.
         rewrites: that made it.
     """
 
     path: str
+    decisions: Sequence[Decision]
     rewrites: tuple[str, ...]
 
     @property
@@ -161,8 +163,8 @@ class Trace(Capture):
         flops: int | None,
         seconds: float,
     ) -> None:
-        layer, module, rewrites = self._caller()
-        rules = self._rules_of(layer, module, library == "ours")
+        layer, decisions, rewrites = self._caller()
+        rules = self._rules_of(layer, decisions, library == "ours")
         in_bytes = any(t.dtype == torch.int8 for t in inputs)  # weights of linear layers
         dtype = str(torch.int8 if in_bytes else outputs[0].dtype).removeprefix("torch.")
         shapes = _shapes(inputs), _shapes(outputs)
@@ -171,7 +173,7 @@ class Trace(Capture):
         )
         self.traced[-1].rewrites = rewrites
 
-    def _rules_of(self, layer: str, module: nn.Module | None, is_ours: bool) -> list[Decision]:
+    def _rules_of(self, layer: str, decisions: Sequence[Decision], is_ours: bool) -> list[Decision]:
         """The rules behind a call: evaluated just before it, or when weights were packed.
 
         A rule that refused a kernel explains all torch calls of the layer that follow. A rule that
@@ -184,27 +186,31 @@ class Trace(Capture):
             return pending
         if not is_ours and self._rejected.get(layer):
             return self._rejected[layer]
-        decisions = list(getattr(module, "decisions", ()))
-        return decisions if is_ours or not all(d.answer for d in decisions) else []
+        return [*decisions] if is_ours or not all(d.answer for d in decisions) else []
 
     def _note_rule(self, decision: Decision) -> None:
         layer, *_ = self._caller()
         if decision not in self._pending[layer]:
             self._pending[layer].append(decision)
 
-    def _caller(self) -> tuple[str, nn.Module | None, tuple[str, ...]]:
-        """The path of the calling layer, itself, and the rewrites that made the step it is of."""
+    def _caller(self) -> tuple[str, Sequence[Decision], tuple[str, ...]]:
+        """The path of the calling layer, the rules behind it, and the rewrites of its step."""
         frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_varnames[:1] == ("self",):
                 caller = frame.f_locals.get("self")
                 if isinstance(caller, Step):
-                    return caller.path, caller.module, caller.rewrites
+                    module: Any = caller.module
+                    return (
+                        caller.path,
+                        getattr(module, "decisions", caller.decisions),
+                        caller.rewrites,
+                    )
                 found = self._modules.get(id(caller))
                 if found is not None:
-                    return *found, ()
+                    return found[0], getattr(found[1], "decisions", ()), ()
             frame = frame.f_back  # type: ignore[assignment]
-        return "", None, ()
+        return "", (), ()
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[Shape]:

@@ -1,7 +1,7 @@
 """Epilogues: what follows a product is applied while its results are in registers.
 
-Batch norms and constant scales are folded into the weights; activations, shortcuts and the gates of
-squeeze-and-excitation are applied by the kernel.
+Batch norms and constant scales are folded into the weights; activations, products with other maps
+and the gates of squeeze-and-excitation are applied by the kernel.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from ops.rewriting.layers import affine_of
 
 __all__ = [
     "activation_kind",
-    "add_shortcut",
     "apply_activation",
     "apply_gates",
     "fold_norm",
     "fold_scale",
+    "multiply_by_map",
+    "product_of",
+    "square_relu",
 ]
 
 _aten = torch.ops.aten
@@ -42,7 +44,7 @@ def activation_kind(operator: Operator) -> str | None:
     return _OPERATORS.get((operator.function, *given))
 
 
-def _product(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | None:
+def product_of(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | None:
     """The linear layer or convolution that gives a value to one operator only.
 
     Args:
@@ -54,7 +56,7 @@ def _product(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | Non
     layer: Any = made.function
     if not isinstance(layer, ActivatedLayer):
         return None
-    has_epilogue = layer.activation != "none" or made.kwargs.get("residual") is not None
+    has_epilogue = layer.activation != "none" or made.kwargs.keys() & {"residual", "factor"}
     return None if plain and has_epilogue else made
 
 
@@ -72,7 +74,7 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
         return False
     x = operator.args[0]
     permuted = graph.permuted(x, NCHW)
-    made = _product(graph, x if permuted is None else permuted.args[0], plain=True)
+    made = product_of(graph, x if permuted is None else permuted.args[0], plain=True)
     if made is None or graph.only_user(x) is not operator:
         return False
     if (permuted is None) == isinstance(made.function, FastLinear):
@@ -88,7 +90,7 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
     if operator.function not in (_aten.mul.Tensor, _aten.add.Tensor) or operator.kwargs:
         return False
     for value, other in (operator.args[:2], operator.args[1::-1]):
-        made = _product(graph, value, plain=True)
+        made = product_of(graph, value, plain=True)
         result = operator.result
         if made is None or result.shape != value.shape or result.dtype != value.dtype:
             continue
@@ -131,6 +133,8 @@ def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
     layer = made.function
     if not isinstance(layer, nn.Module) or not can_activate(layer):
         return False
+    if "factor" in made.kwargs:
+        return False
     if "residual" in made.kwargs:
         if not isinstance(layer, FastLinear) or kind not in ("relu", "relu6"):
             return False
@@ -142,22 +146,23 @@ def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
     return True
 
 
-def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
-    """``linear(x) + shortcut``."""
-    if operator.function is not _aten.add.Tensor or operator.kwargs:
+def square_relu(graph: OperatorGraph, operator: Operator) -> bool:
+    """``relu(layer(x)) ** 2``, https://arxiv.org/abs/2109.08668."""
+    if operator.function not in (_aten.square.default, _aten.pow.Tensor_Scalar):
         return False
-    for value, other in (operator.args[:2], operator.args[1::-1]):
-        made = _product(graph, value, plain=False)
-        if made is None or not isinstance(other, Value) or other.shape != value.shape:
-            continue
-        if other.dtype != value.dtype:
-            continue
-        if not isinstance(made.function, FastLinear) or "residual" in made.kwargs:
-            continue
-        kwargs = {**made.kwargs, "residual": other}
-        graph.replace(operator, made.function, *made.args, absorbed=[made], **kwargs)
-        return True
-    return False
+    made = graph.made_by(operator.args[0], ActivatedLayer)
+    if made is None or graph.only_user(operator.args[0]) is not operator:
+        return False
+    if operator.args[1:] not in ([], [2]):
+        return False
+    layer: Any = made.function
+    if layer.activation != "relu" or made.kwargs.keys() & {"residual", "factor"}:
+        return False
+    layer.activation = "squared_relu"
+    graph.change(made)
+    graph.substitute(operator.result, operator.args[0])
+    graph.remove(operator)
+    return True
 
 
 def apply_gates(graph: OperatorGraph, operator: Operator) -> bool:
@@ -183,5 +188,22 @@ def apply_gates(graph: OperatorGraph, operator: Operator) -> bool:
         scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
         kwargs = {**operator.kwargs, "scale": scale}
         graph.replace(operator, operator.function, pixels, absorbed=[permuted, product], **kwargs)
+        return True
+    return False
+
+
+def multiply_by_map(graph: OperatorGraph, operator: Operator) -> bool:
+    """``activation(linear(x)) * map`` with one value for each output."""
+    if operator.function is not _aten.mul.Tensor:
+        return False
+    for value, other in (operator.args[:2], operator.args[1::-1]):
+        made = product_of(graph, value, plain=False)
+        if made is None or not isinstance(other, Value) or other.shape != value.shape:
+            continue
+        if other.dtype != value.dtype or not isinstance(made.function, FastLinear):
+            continue
+        if made.kwargs.keys() & {"residual", "factor", "scale"}:
+            continue
+        graph.replace(operator, made.function, *made.args, absorbed=[made], factor=other)
         return True
     return False

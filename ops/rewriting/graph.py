@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ops.cpu.binding import Kernel
+from ops.cpu.decisions import Decision
 from ops.replay.trace import Step
 
 __all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Value"]
@@ -56,9 +57,10 @@ class Operator(Step):
     Attributes:
         function: an ``OpOverload`` or an ``nn.Module``.
         args, kwargs: with values in place of tensors, also within lists.
-        results: the values that it returns.
+        results: the values that it returns; none if it writes to an argument.
         returns_list: whether it returns several tensors.
         path: of the module that called it; empty for the network itself.
+        decisions: the rules of :mod:`ops.cpu.policy` that this module consulted before.
         rewrites: the names of those that made it, in their order.
     """
 
@@ -68,11 +70,14 @@ class Operator(Step):
     results: list[Value]
     returns_list: bool = False
     path: str = ""
+    decisions: tuple[Decision, ...] = ()
     rewrites: tuple[str, ...] = ()
 
     def __call__(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
         """The results for tensors in place of the values."""
         made = self.function(*args, **kwargs)
+        if not self.results:  # it writes to an argument
+            return ()
         return tuple(made) if self.returns_list else (made,)
 
     @property
@@ -222,9 +227,9 @@ class OperatorGraph:
         self._disconnect(operator)
 
     def remove_unused(self) -> None:
-        """Remove all operators whose results nothing reads."""
+        """Remove all operators whose results nothing reads, if they have any."""
         for operator in reversed(list(self.operators)):
-            if not any(v.users or self.is_output(v) for v in operator.results):
+            if operator.results and not any(v.users or self.is_output(v) for v in operator.results):
                 self.remove(operator)
 
     def __str__(self) -> str:

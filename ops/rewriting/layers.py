@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
 from ops.inference.forms import fast_form
-from ops.inference.layers import FastLinear, convert
-from ops.inference.mlp import NormedMlp, feed_forward
+from ops.inference.layers import FastLinear, FastPointwiseConv2d, convert
+from ops.inference.norm import FastLayerNorm2d
 from ops.reparam import norm_affine
 
 __all__ = [
     "Attention",
-    "FeedForward",
     "affine_of",
     "convolution",
     "layer_norm",
     "linear",
+    "on_last_axis",
 ]
 
 
@@ -50,6 +50,19 @@ def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> Any:
     return _with(nn.LayerNorm(len(weight), eps, device="meta"), weight, bias)
 
 
+def on_last_axis(layer: nn.Module) -> Any:
+    """A layer of the last axis that computes what one of NCHW maps does; None for others."""
+    if isinstance(layer, FastPointwiseConv2d):
+        made: Any = linear(layer.weight.flatten(1), layer.bias)
+        made.quantization = layer.quantization
+    elif isinstance(layer, FastLayerNorm2d):
+        made = layer_norm(layer.weight, layer.bias, layer.eps)
+    else:
+        return None
+    made.activation = layer.activation
+    return made
+
+
 def _with(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
     for name, value in (("weight", weight), ("bias", bias)):
         kept = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
@@ -64,44 +77,15 @@ def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     return norm_affine(wide.float() if norm.running_mean.itemsize < 4 else wide)  # type: ignore[union-attr]
 
 
-class FeedForward(NormedMlp):
-    """``fc2(conv(fc1(norm(x)))) + residual``, each layer with its activation.
-
-    (B, ..., dim) → (B, ..., out_dim); (B, H, W, dim) with a depthwise ``conv`` of NCHW maps.
-    """
-
-    def __init__(
-        self,
-        fc1: FastLinear,
-        fc2: FastLinear,
-        conv: nn.Conv2d | None = None,
-        norm: nn.LayerNorm | None = None,
-    ) -> None:
-        super().__init__()
-        self.fc1, self.fc2, self.dwconv, self.norm = fc1, fc2, conv, norm
-        self.act = nn.Identity()
-
-    def forward(
-        self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None
-    ) -> Tensor:
-        return super().forward(x, residual, norm or self.norm)
-
-    def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if self.dwconv is None:
-            return feed_forward(x, self.fc1, self.fc2, self.fc1.out_features, residual)
-        hidden = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.fc2(hidden, residual)
-
-    def conv(self) -> nn.Module | None:
-        return self.dwconv
-
-
 class Attention(nn.Module):
     """softmax(scale · query · keyᵀ) · value, (B, heads, N, head_dim) each, without copies."""
 
     def __init__(self, scale: float | None) -> None:
         super().__init__()
         self.scale = scale
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         own = grouped_attention.unsupported(query.device, query.dtype) is None

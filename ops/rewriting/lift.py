@@ -151,7 +151,18 @@ def _neutral(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) ->
     return True
 
 
+def _pad(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    """Padding by nothing."""
+    if any(given["pad"]):
+        return False
+    graph.substitute(operator.result, operator.args[0])
+    graph.remove(operator)
+    return True
+
+
 _RULES: dict[Any, Any] = {
+    _aten.pad.default: _pad,
+    _aten.constant_pad_nd.default: _pad,
     _aten.add.Tensor: _neutral,
     _aten.mul.Tensor: _neutral,
     _aten.linear.default: _linear,

@@ -8,7 +8,8 @@ once; in-place operators are recorded as those that return a new tensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ops.cpu.binding import kernel_of
+from ops.cpu.decisions import Decision, observe_decisions
+from ops.inference.layers import ActivatedLayer
 from ops.replay.graph import NotCapturableError
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.layers import on_last_axis
 
 __all__ = ["record"]
 
@@ -43,8 +47,13 @@ def record(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor) -> Opera
         NotCapturableError: the calls depend on values of tensors, or modify what was there before.
     """
     recorder = _Recorder(module, x)
-    # Below autograd, composite operators such as a linear layer are seen whole.
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), recorder:
+    with ExitStack() as contexts:
+        # Below autograd, composite operators such as a linear layer are seen whole.
+        for context in (torch.no_grad(), torch._C._AutoDispatchBelowAutograd()):
+            contexts.enter_context(context)
+        contexts.enter_context(observe_decisions(recorder.note_decision))
+        contexts.enter_context(recorder.layers_whole(module))
+        contexts.enter_context(recorder)
         result = call(x)
     if recorder.failure is not None:
         raise recorder.failure
@@ -71,6 +80,63 @@ class _Recorder(TorchDispatchMode):
         self._changes: dict[int, int] = {}
         self._values: Any = WeakIdKeyDictionary()  # of tensors: their value, and these changes
         self._remember(x, self.source)
+        self._inside = 0  # layers that are recorded whole
+        self._decisions: dict[str, list[Decision]] = {}  # by path
+        self._wholes: dict[Value, Value] = {}  # of views: what they are views of
+        self._begun: set[Value] = set()  # what operators have read
+
+    @contextmanager
+    def layers_whole(self, module: nn.Module) -> Iterator[None]:
+        """Record calls of the layers that rewrites know as one operator each."""
+        with ExitStack() as hooks:
+            for layer in module.modules():
+                if isinstance(layer, ActivatedLayer):
+                    before = layer.register_forward_pre_hook(self._enter_layer)
+                    after = layer.register_forward_hook(self._leave_layer, with_kwargs=True)
+                    hooks.callback(before.remove)
+                    hooks.callback(after.remove)
+            yield
+
+    def _enter_layer(self, *_: Any) -> None:
+        self._inside += 1
+
+    def _leave_layer(self, layer: Any, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
+        if self._inside == 1 and self.failure is None:
+            try:
+                self._note_layer(layer, args, kwargs, result)
+            except NotCapturableError as error:
+                self.failure = error
+        self._inside -= 1
+
+    def _note_layer(self, layer: Any, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
+        args, kwargs = pytree.tree_map_only(Tensor, self.value_of, (list(args), kwargs))
+        given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value)]
+        path = self._paths[id(layer)]
+        on_last = on_last_axis(layer)
+        if on_last is None:
+            made = Operator(layer.twin(), args, kwargs, [Value.like(result)], path=path)
+        else:
+            args, kwargs = pytree.tree_map_only(
+                Value, lambda value: self._pixels(value, path), (args, kwargs)
+            )
+            shape = torch.Size(result.shape[axis] for axis in NHWC)
+            inner = Value(shape, result.dtype)
+            self.operators.append(Operator(on_last, args, kwargs, [inner], path=path))
+            made = Operator(
+                _aten.permute.default, [inner, NCHW], {}, [Value.like(result)], path=path
+            )
+        self.operators.append(made)
+        self._remember(result, made.result)
+        self._begun |= {self._wholes.get(value, value) for value in given}
+
+    def _pixels(self, value: Value, path: str) -> Value:
+        """A map with channels last, or a vector as it is."""
+        if len(value.shape) != 4:
+            return value
+        moved = Value(torch.Size(value.shape[axis] for axis in NHWC), value.dtype)
+        permute = Operator(_aten.permute.default, [value, NHWC], {}, [moved], path=path)
+        self.operators.append(permute)
+        return moved
 
     def value_of(self, t: Tensor) -> Value:
         """The value of a tensor; one that no recorded operator returned is a constant."""
@@ -88,7 +154,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.failure is None:
+        if self.failure is None and not self._inside:
             try:
                 self._note(func, args, kwargs or {}, result)
             except NotCapturableError as error:
@@ -100,7 +166,11 @@ class _Recorder(TorchDispatchMode):
         read = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Value)]
         varies = any(v.constant is None for v in read)
         if func._schema.is_mutable and not varies:
-            self._note_constant(func, args[0])
+            if func is not _aten.detach_.default:  # of a new tensor made from numbers
+                self._note_constant(func, args[0])
+            return
+        if func._schema.is_mutable and kernel_of(func) is not None:
+            self._note_writing(func, args, given)
             return
         if func._schema.is_mutable:
             self._note_modification(func, args, given, result)
@@ -117,6 +187,7 @@ class _Recorder(TorchDispatchMode):
             self._fresh |= {*map(_storage, results)} - before
             return  # its results are constants
         self._add(func, given, results, isinstance(result, tuple | list))
+        self._note_reading(pytree.tree_leaves((args, kwargs)), results)
 
     def _add(self, func: Any, given: Any, results: Any, returns_list: bool) -> None:
         func = kernel_of(func) or _COPYING.get(func, func)
@@ -124,14 +195,38 @@ class _Recorder(TorchDispatchMode):
         if func in _SAME or _is_inactive_dropout(func, given[0]):
             values = [given[0][0]]
         else:
-            read_args, named = given
-            self.operators.append(
-                Operator(func, read_args, named, values, returns_list, self._caller())
-            )
+            self.operators.append(self._made(func, given, values, returns_list))
             leaves = (v for v in pytree.tree_leaves(given) if isinstance(v, Value))
             self._read |= {_storage(v.constant) for v in leaves if v.constant is not None}
         for t, value in zip(results, values, strict=True):
             self._remember(t, value)
+
+    def _note_reading(self, given: Sequence[Any], results: Sequence[Tensor]) -> None:
+        """Note what an operator has read, unless all that it returned are views."""
+        of = {_storage(t): t for t in given if isinstance(t, Tensor)}
+        views = [t for t in results if _storage(t) in of]
+        for t in views:
+            whole = self.value_of(of[_storage(t)])
+            self._wholes[self.value_of(t)] = self._wholes.get(whole, whole)
+        if len(views) < len(results):
+            self._begin(given)
+
+    def _begin(self, read: Iterable[Any]) -> None:
+        values = [self.value_of(t) for t in read if isinstance(t, Tensor)]
+        self._begun |= {self._wholes.get(value, value) for value in values}
+
+    def _note_writing(self, func: Any, args: Any, given: Any) -> None:
+        """Record a kernel that writes to what nothing has read yet."""
+        written = [a.is_write for a in func._schema.arguments]
+        for value, is_written in zip(given[0], written, strict=False):
+            whole = self._wholes.get(value, value) if is_written else None
+            if whole is not None and (whole.constant is not None or whole in self._begun):
+                raise NotCapturableError(f"{func} modifies what was there before")
+            if whole is self.source:
+                raise NotCapturableError(f"{func} modifies the input")
+        self.operators.append(self._made(kernel_of(func), given, [], False))
+        read = [t for t, is_written in zip(args, written, strict=False) if not is_written]
+        self._begin(pytree.tree_leaves(read))
 
     def _note_constant(self, func: Any, target: Any) -> None:
         """Allow changes to a constant that was made in this call and not read by an operator."""
@@ -152,6 +247,17 @@ class _Recorder(TorchDispatchMode):
             raise NotCapturableError(f"{func} modifies the input")
         self._changes[storage] = self._changes.get(storage, 0) + 1
         self._add(functional, given, [target], returns_list=False)
+
+    def _made(self, func: Any, given: Any, results: list[Value], returns_list: bool) -> Operator:
+        path, (args, kwargs) = self._caller(), given
+        decisions = tuple(self._decisions.get(path, ()))
+        return Operator(func, args, kwargs, results, returns_list, path, decisions)
+
+    def note_decision(self, decision: Decision) -> None:
+        """Note a rule that a module consulted."""
+        known = self._decisions.setdefault(self._caller(), [])
+        if decision not in known:
+            known.append(decision)
 
     def _remember(self, t: Tensor, value: Value) -> None:
         self._values[t] = value, self._changes.get(_storage(t), 0)

@@ -6,24 +6,27 @@ pass over the hidden map is left. https://arxiv.org/abs/2301.00808
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ops.inference.layers import FastLinear
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.cpu import policy
+from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
+from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
+from ops.inference.pooling import FastAdaptiveAvgPool2d
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import linear
 
-__all__ = ["join_response_norm"]
+__all__ = ["ResponseFeedForward", "join_response_norm", "join_squeeze"]
 
 _aten = torch.ops.aten
 
 
 class ResponseFeedForward(nn.Module):
-    """``fc2(response_norm(fc1(x))) + residual``, (B, H, W, dim) → (B, H, W, out_dim).
+    """``fc2(response_norm(fc1(x * scale))) + residual``, (B, H, W, dim) → (B, H, W, out_dim).
 
-    The norm's bias is part of ``fc2``.
+    ``scale`` is (B, dim). The norm's bias is part of ``fc2``.
     """
 
     weight: Tensor
@@ -33,59 +36,155 @@ class ResponseFeedForward(nn.Module):
         self.fc1, self.fc2, self.eps = fc1, fc2, eps
         self.register_buffer("weight", weight.view(1, -1))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        hidden, energy = self.fc1.energy(x)
+    def extra_repr(self) -> str:
+        return f"eps={self.eps}"
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        hidden, energy = self.fc1.energy(x, scale)
         norm = energy.sqrt()
         share = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)
         return self.fc2(hidden, residual, 1 + self.weight * share)
 
 
+class SqueezedResponseFeedForward(FastLayer):
+    """The same after squeeze-and-excitation of ``x``, in one pass where there is a kernel."""
+
+    kernels: ClassVar = (response_mlp,)
+
+    def __init__(self, squeeze: FastLinear, excite: FastLinear, whole: ResponseFeedForward) -> None:
+        super().__init__()
+        self.squeeze, self.excite, self.whole = squeeze, excite, whole
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        packed = self.derived(x)
+        if packed is not None:
+            out: Tensor = packed(x, residual)
+            return out
+        means = x.flatten(1, 2).mean(1)
+        return self.whole(x, residual, self.excite(self.squeeze(means)))
+
+    def sources(self) -> list[Tensor]:
+        layers = (self.whole.fc1, self.whole.fc2, self.squeeze, self.excite)
+        return [*tensors_of(*layers), self.whole.weight]
+
+    def derive(self, x: Tensor) -> PackedResponseMlp:
+        fc1, fc2 = self.whole.fc1, self.whole.fc2
+        in_bytes: list[Any] = [None, None]
+        if is_quantized(fc1, fc2) and policy.response_mlp_by_bytes(fc1.in_features):
+            in_bytes = [layer.in_bytes(x) for layer in (fc1, fc2)]
+        response = self.whole.weight, self.whole.eps
+        return PackedResponseMlp(self.squeeze, self.excite, fc1, fc2, *response, in_bytes)
+
+
+class _Norm(NamedTuple):
+    """``x * (1 + weight * n / (mean(n) + eps)) + bias``, where ``n`` are the channels' norms."""
+
+    x: Value
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
+    channels: int  # their axis
+
+
 def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
-    """``linear(x + weight * x * n / (mean(n) + eps) + bias)``; ``n`` are norms of channels."""
-    fc2 = operator.function
-    if not isinstance(fc2, FastLinear) or "scale" in operator.kwargs:
+    """``linear(response_norm(linear(x)))``."""
+    fc2: Any = operator.function
+    if not isinstance(fc2, FastLinear) or operator.kwargs.keys() - {"residual"}:
         return False
     x = operator.args[0]
-    moved = graph.made_by(x, _aten.permute.default)
-    total = graph.made_by(x if moved is None else moved.args[0], _aten.add.Tensor)
+    moved = graph.permuted(x, NHWC)
+    normed = x if moved is None else moved.args[0]
+    norm = _norm(graph, normed)
+    if norm is None or any(graph.only_user(value) is None for value in (x, normed)):
+        return False
+    source = graph.permuted(norm.x, NCHW)
+    if (source is None) != (moved is None) or norm.channels != (3 if source is None else 1):
+        return False
+    first = graph.made_by(norm.x if source is None else source.args[0], FastLinear)
+    if first is None or first.kwargs.keys() - {"scale"}:
+        return False
+    if source is not None and graph.only_user(first.result) is not source:
+        return False
+    if norm.bias is not None:
+        with torch.no_grad():
+            shift = fc2.weight @ norm.bias.flatten()
+            merged = linear(fc2.weight, shift if fc2.bias is None else fc2.bias + shift)
+        merged.activation, merged.clips_sum = fc2.activation, fc2.clips_sum
+        merged.quantization = fc2.quantization
+        fc2 = merged
+    made = ResponseFeedForward(first.function, fc2, norm.weight, norm.eps)
+    graph.replace(operator, made, *first.args, **first.kwargs, **operator.kwargs)
+    graph.remove_unused()
+    return True
+
+
+def _norm(graph: OperatorGraph, value: Value) -> _Norm | None:
+    """The response norm that gives a map (B, H, W, C) or (B, C, H, W)."""
+    total = graph.made_by(value, _aten.add.Tensor)
     scaled = None if total is None else graph.made_by(total.args[1], _aten.addcmul.default)
-    if total is None or scaled is None:
-        return False
-    hidden = total.args[0]
-    product = graph.made_by(scaled.args[2], _aten.mul.Tensor)
-    share = None if product is None else graph.made_by(product.args[1], _aten.div.Tensor)
-    if product is None or share is None or product.args[0] is not hidden:
-        return False
-    norm, shifted = share.args[0], graph.made_by(share.args[1], _aten.add.Tensor)
-    mean = None if shifted is None else graph.made_by(shifted.args[0], _aten.mean.dim)
+    whole = graph.made_by(value, _aten.mul.Tensor)
+    if total is not None and scaled is not None and not scaled.kwargs:  # x + addcmul(b, w, x * s)
+        x, bias, weight = total.args[0], scaled.args[0].constant, scaled.args[1].constant
+        product = graph.made_by(scaled.args[2], _aten.mul.Tensor)
+        if product is None or product.args[0] is not x or bias is None:
+            return None
+        share, users = product.args[1], 3
+    elif whole is not None:  # x * (w * s + 1)
+        x, bias = whole.args[0], None
+        shifted = graph.made_by(whole.args[1], _aten.add.Tensor)
+        product = None if shifted is None else graph.made_by(shifted.args[0], _aten.mul.Tensor)
+        if shifted is None or product is None or shifted.args[1] != 1:
+            return None
+        weight, share, users = _constant(product.args[0]), product.args[1], 2
+    else:
+        return None
+    ratio = graph.made_by(share, _aten.div.Tensor)
+    lowered = None if ratio is None else graph.made_by(ratio.args[1], _aten.add.Tensor)
+    mean = None if lowered is None else graph.made_by(lowered.args[0], _aten.mean.dim)
+    if ratio is None or lowered is None or mean is None or weight is None:
+        return None
+    norm, eps = ratio.args[0], lowered.args[1]
     energy = graph.made_by(norm, _aten.linalg_vector_norm.default)
-    if shifted is None or mean is None or energy is None or mean.args[0] is not norm:
+    if energy is None or mean.args[0] is not norm or energy.args[0] is not x:
+        return None
+    if len(x.shape) != 4 or len(x.users) != users or len(norm.users) != 2:
+        return None
+    (channels,) = (axis % 4 for axis in mean.args[1]) if len(mean.args[1]) == 1 else (0,)
+    axes = sorted(axis % 4 for axis in energy.args[2])
+    if axes != [axis for axis in (1, 2, 3) if axis != channels] or isinstance(eps, Value):
+        return None
+    return _Norm(x, weight, bias, eps, channels)
+
+
+def _constant(value: Any) -> Tensor | None:
+    return value.constant if isinstance(value, Value) else None
+
+
+def join_squeeze(graph: OperatorGraph, operator: Operator) -> bool:
+    """A feed-forward with a response norm whose inputs are squeezed and excited."""
+    whole = operator.function
+    if not isinstance(whole, ResponseFeedForward):
         return False
-    bias, weight, eps = scaled.args[0].constant, scaled.args[1].constant, shifted.args[1]
-    if energy.args[0] is not hidden or bias is None or weight is None or scaled.kwargs:
+    if operator.kwargs.keys() != {"scale", "residual"}:
         return False
-    source = graph.made_by(hidden, _aten.permute.default)
-    first = graph.made_by(hidden if source is None else source.args[0], FastLinear)
-    axes = [1, 2] if source is None else [2, 3]
-    channels = 3 if source is None else 1
-    if first is None or first.kwargs or (source is None) != (moved is None):
+    flat = graph.made_by(operator.kwargs["scale"], _aten.flatten.using_ints)
+    gates = None if flat is None else graph.permuted(flat.args[0], NCHW)
+    excite = None if gates is None else graph.made_by(gates.args[0], FastLinear)
+    squeeze = None if excite is None else graph.made_by(excite.args[0], FastLinear)
+    pixels = None if squeeze is None else graph.permuted(squeeze.args[0], NHWC)
+    means = None if pixels is None else graph.made_by(pixels.args[0], FastAdaptiveAvgPool2d)
+    x = graph.permuted(operator.args[0], NHWC)
+    if excite is None or squeeze is None or means is None or x is None:
         return False
-    same_axes = sorted(a % 4 for a in energy.args[2]) == axes
-    if not same_axes or [a % 4 for a in mean.args[1]] != [channels] or isinstance(eps, Value):
+    layers: tuple[Any, ...] = squeeze.function, excite.function, whole.fc1, whole.fc2
+    if [layer.activation for layer in layers] != ["relu", "sigmoid", "gelu", "none"]:
         return False
-    if len(hidden.shape) != 4 or len(hidden.users) != 3 or len(norm.users) != 2:
+    same = means.args[0] is x.args[0] and whole.fc2.out_features == whole.fc1.in_features
+    if not same or squeeze.kwargs or excite.kwargs:
         return False
-    if any(
-        graph.only_user(v) is None
-        for v in (x, total.result, first.result)[: 2 + (source is not None)]
-    ):
-        return False
-    layer: Any = fc2
-    with torch.no_grad():
-        shift = layer.weight @ bias.flatten()
-        merged = linear(layer.weight, shift if layer.bias is None else layer.bias + shift)
-    merged.activation, merged.clips_sum = layer.activation, layer.clips_sum
-    made = ResponseFeedForward(first.function, merged, weight, eps)
-    graph.replace(operator, made, *first.args, **operator.kwargs)
+    made = SqueezedResponseFeedForward(squeeze.function, excite.function, whole)
+    graph.replace(operator, made, operator.args[0], residual=operator.kwargs["residual"])
     graph.remove_unused()
     return True

@@ -6,16 +6,19 @@ from collections.abc import Callable
 
 from ops.rewriting.branches import merge_branches
 from ops.rewriting.epilogues import (
-    add_shortcut,
     apply_activation,
     apply_gates,
     fold_norm,
     fold_scale,
+    multiply_by_map,
+    square_relu,
 )
 from ops.rewriting.feed_forward import join_feed_forward
+from ops.rewriting.gates import add_gated, split_gated_linear
 from ops.rewriting.graph import Operator, OperatorGraph
 from ops.rewriting.lift import lift
-from ops.rewriting.response_norm import join_response_norm
+from ops.rewriting.response_norm import join_response_norm, join_squeeze
+from ops.rewriting.shortcuts import add_shortcut
 from ops.rewriting.views import join_permutations, sink_permutation
 
 __all__ = ["rewrite"]
@@ -28,8 +31,13 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (lift,),
     (join_permutations, fold_norm, merge_branches, fold_scale),
     (join_permutations, sink_permutation, fold_norm, fold_scale),
-    (join_permutations, sink_permutation, apply_activation, add_shortcut, apply_gates),
-    (join_response_norm, join_feed_forward),
+    (
+        *(join_permutations, sink_permutation, split_gated_linear, apply_activation, square_relu),
+        *(add_shortcut, multiply_by_map, apply_gates),
+    ),
+    (add_gated,),
+    (join_response_norm,),
+    (join_squeeze, join_feed_forward),
 )
 
 

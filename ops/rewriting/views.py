@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ops.inference.layers import FastLinear
+from ops.inference.layers import ActivatedLayer, FastLinear
 from ops.inference.norm import FastLayerNorm
 from ops.rewriting.epilogues import activation_kind
 from ops.rewriting.graph import Operator, OperatorGraph, Value
@@ -68,7 +68,8 @@ def sink_permutation(graph: OperatorGraph, operator: Operator) -> bool:
         if order is None or moved is None or graph.only_user(value) is not operator:
             continue
         layer = moved.args[0].producer
-        if layer is None or not isinstance(layer.function, FastLinear | FastLayerNorm):
+        kinds = ActivatedLayer if unary else (FastLinear, FastLayerNorm)
+        if layer is None or not isinstance(layer.function, kinds):
             continue
         if operator.result.shape != value.shape or graph.only_user(moved.args[0]) is not moved:
             continue

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from zoo import images, randomise
 
 import backbones
@@ -20,7 +19,7 @@ from backbones.cli.parity import (
     tolerance,
 )
 from backbones.vig_blocks import GatedLinearAttention, JoinedAttention
-from backbones.vig_inference import ViGAttention, ViGBlock
+from backbones.vig_inference import ViGAttention
 
 SHALLOW: dict[str, dict[str, Any]] = {
     "vig_t": {"dim": 64, "num_heads": 2, "depths": (1, 1, 1, 1)},
@@ -93,7 +92,6 @@ def test_fused(name: str, size: tuple[int, int]) -> None:
     with torch.inference_mode():
         expected = copy.deepcopy(model).double()(x.double())
         backbones.fuse(model)
-        assert isinstance(model.stages[0].blocks[0], ViGBlock)
         assert isinstance(model.stages[0].blocks[0].attn, ViGAttention)
         for _ in range(3):  # the third one is a replay
             assert relative_error(model(x), expected) < 1e-5
@@ -105,11 +103,11 @@ def test_fused(name: str, size: tuple[int, int]) -> None:
     assert x.grad is not None and x.grad.isfinite().all()
 
 
+@torch.inference_mode()
 def test_the_norm_of_the_hierarchical_stem_applies_the_activation() -> None:
     fused = backbones.fuse(shallow("vig_h_t").eval())
-    assert isinstance(fused.stem[1], nn.Identity) and fused.stem[0].norm.activation == "gelu"
-    copied = copy.deepcopy(fused).fuse(channels_last=False)
-    assert isinstance(copied.stem[1], nn.GELU)
+    first = [call.kernel for call in backbones.explain(fused, 64, repeats=1).calls[:4]]
+    assert "layer_norm" in first and "gelu" not in first
 
 
 @torch.inference_mode()

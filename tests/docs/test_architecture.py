@@ -40,10 +40,10 @@ def test_rules_of_the_sample_are_policies() -> None:
 
 
 def test_forms_of_the_diagram_are_registered() -> None:
-    van = importlib.import_module("backbones.van_inference")
-    conv = importlib.import_module("ops.inference.layers")
-    assert "Block → VANBlock, Conv2d → FastConv2d" in PAGE
-    assert hasattr(van, "VANBlock") and hasattr(conv, "FastConv2d")
+    attention = importlib.import_module("ops.inference.attention")
+    layers = importlib.import_module("ops.inference.layers")
+    assert "Conv2d → FastConv2d, HiLoAttention → FastHiLoAttention" in PAGE
+    assert hasattr(attention, "FastHiLoAttention") and hasattr(layers, "FastConv2d")
 
 
 def test_the_sample_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,17 +209,16 @@ def test_fusing_again_picks_up_untracked_writes(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_replaced_layer_is_noticed_or_refused(family: str) -> None:
+def test_replaced_layers_are_noticed(family: str) -> None:
     fused: Any = mould(family).copy()
     x = pictures(family)
-    stage = fused.stages[-1]
     with torch.no_grad():
+        before = [fused(x) for _ in range(CALLS)][-1]
+        fused.stages[-1].blocks[0] = nn.Identity()
+        expected = copy.deepcopy(fused)(x)
         for _ in range(CALLS):
-            fused(x)
-        stage.blocks[0] = nn.Identity()
-        for _ in range(CALLS):
-            with pytest.raises(RuntimeError, match="was replaced after fuse"):
-                fused(x)
+            assert torch.equal(fused(x), expected)
+        assert not torch.equal(expected, before)
 
 
 def _places(model: nn.Module) -> dict[str, nn.Module]:
@@ -277,15 +276,13 @@ def test_hooks_are_called_or_refused(kind: str, family: str) -> None:
             for handle in handles:
                 handle.remove()
         assert "stages.0" not in refused and "head" not in refused
-        if kind == "forward":
-            assert refused, "no layer is inside a fused one?"
-        torch.testing.assert_close(fused(x), before, rtol=0, atol=0)
+        torch.testing.assert_close(fused(x), before, rtol=1e-3, atol=1e-3)
 
 
 def test_hooks_of_layers_that_did_not_run() -> None:
     """A hook of a later stage does not keep the maps before it from being computed."""
     fused: Any = mould("shvit").copy()
-    handle = fused.stages[2].blocks[0].ffn.fn.fc1.register_forward_hook(lambda *_: None)
+    handle = fused.stages[2].blocks[0].mixer.fn.qkv.register_forward_hook(lambda *_: None)
     with torch.no_grad():
         fused.forward_intermediates(X, indices=[0], stop_early=True, intermediates_only=True)
         for call in (fused.forward_intermediates, fused.forward_features, fused):
@@ -302,8 +299,8 @@ def test_hooks_of_folded_layers(caplog: pytest.LogCaptureFixture) -> None:
         model.fuse()
     assert not caplog.records
     model = small("shvit").eval()
-    model.stem[0].norm.register_forward_hook(lambda *_: None)
-    model.stem[0].act.register_forward_hook(lambda *_: None)
+    for layer in (model.stem[0].norm, model.stem[1].norm):
+        layer.register_forward_hook(lambda *_: None)
     with caplog.at_level(logging.WARNING):
         model.fuse()
     (record,) = caplog.records

@@ -40,16 +40,16 @@ def test_hilo(window_size: int, alpha: float, size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     layer, other = (HiLoAttention(48, 6, window_size, alpha).eval() for _ in range(2))
     fast = _fast(layer, FastHiLoAttention)
-    x, residual = torch.randn(2, 3, *size, 48)
+    x = torch.randn(3, *size, 48)
     with torch.no_grad():
         assert _error(fast(x), layer(x)) <= 1e-5
-        assert _error(fast(x, residual), layer(x) + residual) <= 1e-5
+        assert _error(fast(x), layer(x)) <= 1e-5
         fast.load_state_dict(other.state_dict())
-        assert _error(fast(x, residual), other(x) + residual) <= 1e-5
-        exact = copy.deepcopy(other).double()(x.double()) + residual
-        half = copy.deepcopy(fast).bfloat16()(x.bfloat16(), residual.bfloat16())
+        assert _error(fast(x), other(x)) <= 1e-5
+        exact = copy.deepcopy(other).double()(x.double())
+        half = copy.deepcopy(fast).bfloat16()(x.bfloat16())
         assert _error(half.double(), exact) <= 0.02
-        assert _error(copy.deepcopy(fast).double()(x.double(), residual.double()), exact) <= 1e-6
+        assert _error(copy.deepcopy(fast).double()(x.double()), exact) <= 1e-6
 
 
 @pytest.mark.parametrize("images", [1, 2, 5])
@@ -58,11 +58,11 @@ def test_rank_augmented_by_images(images: int, monkeypatch: pytest.MonkeyPatch) 
     torch.manual_seed(0)
     layer = RankAugmentedAttention(64, 2).eval()
     fast = _fast(layer, FastRankAugmentedAttention)
-    x, residual = torch.randn(2, 5, 6, 7, 64)
+    x = torch.randn(5, 6, 7, 64)
     monkeypatch.setattr(attention, "_PROJECTED_BYTES", images * 4 * x[0].numel() * x.itemsize)
     with torch.no_grad():
         assert _error(fast(x), layer(x)) <= 1e-5
-        assert _error(fast(x, residual=residual), layer(x) + residual) <= 1e-5
+        assert _error(fast(x), layer(x)) <= 1e-5
         assert fast(x[:0]).shape == x[:0].shape
 
 
@@ -74,9 +74,9 @@ def test_rank_augmented(dim: int, size: tuple[int, int], linear: bool) -> None:
     torch.manual_seed(0)
     layer = RankAugmentedAttention(dim, 2, linear=linear).eval()
     fast = _fast(layer, FastRankAugmentedAttention)
-    x, residual = torch.randn(2, 2, *size, dim)
+    x = torch.randn(2, *size, dim)
     with torch.no_grad():
-        exact = copy.deepcopy(layer).double()(x.double()) + residual
-        assert _error(fast(x, residual=residual), exact) <= 1e-5
-        half = copy.deepcopy(fast).bfloat16()(x.bfloat16(), residual=residual.bfloat16())
+        exact = copy.deepcopy(layer).double()(x.double())
+        assert _error(fast(x), exact) <= 1e-5
+        half = copy.deepcopy(fast).bfloat16()(x.bfloat16())
         assert _error(half.double(), exact) <= 0.02

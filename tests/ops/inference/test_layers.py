@@ -73,12 +73,13 @@ def test_activations_and_factors(by: str, activation: str, monkeypatch) -> None:
         monkeypatch.setattr("ops.cpu.policy.packs_linear", lambda *_: by == "oneDNN")
     layer, x, factor = _linear(), torch.randn(2, 5, 24), torch.randn(2, 5, 40)
     expected = PLAIN_ACTIVATIONS[activation](F.linear(x, layer.weight, layer.bias))
+    activate(layer, activation)
     layer(x)  # packs the weight
     with Capture(x) as capture:
-        out = layer.activated(x, activation)
+        out = layer(x)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(Replay(capture.finish(out))(x), out)
-    out = layer.activated(x, activation, factor)
+    out = layer(x, factor=factor)
     torch.testing.assert_close(out, expected * factor, rtol=1e-5, atol=1e-5)
 
 

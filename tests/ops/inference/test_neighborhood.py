@@ -1,4 +1,4 @@
-"""Inference forms of neighborhood attention and its block against the plain layers."""
+"""Inference forms of neighborhood attention against the plain layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from ops.inference.conversion import to_channels_last
 from ops.inference.neighborhood import (
     FastMapAttention,
     FastNeighborhoodAttention2D,
-    FastNeighborhoodBlock,
 )
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import MapAttention, NeighborhoodBlock
@@ -33,7 +32,7 @@ def tokens(*size: int) -> Tensor:
 
 @pytest.mark.parametrize("small_maps", ["pad", "shrink"])
 @torch.no_grad()
-def test_attention_with_a_shortcut(small_maps: str) -> None:
+def test_attention(small_maps: str) -> None:
     plain = randomise(attention(small_maps))
     fast = nn.Sequential(copy.deepcopy(plain))
     to_channels_last(fast, always=False)
@@ -41,7 +40,6 @@ def test_attention_with_a_shortcut(small_maps: str) -> None:
     for size in SIZES:
         x = tokens(*size)
         torch.testing.assert_close(fast[0](x), plain(x), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(fast[0](x, x), x + plain(x), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -69,7 +67,6 @@ def test_block(of_all: bool) -> None:
     fast = nn.Sequential(copy.deepcopy(plain))
     to_channels_last(fast, always=False)
     block = fast[0]
-    assert type(block) is FastNeighborhoodBlock
     assert isinstance(block.attn, FastNeighborhoodAttention2D)
     assert isinstance(block.attn, FastMapAttention) == of_all
     for size in SIZES:

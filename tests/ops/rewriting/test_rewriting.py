@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from ops.cpu.attention.grouped import attend
+from ops.inference.conversion import to_channels_last
 from ops.replay.graph import NotCapturableError
 from ops.rewriting.graph import OperatorGraph
 from ops.rewriting.program import Program
@@ -327,3 +330,152 @@ def test_folded_weights_keep_their_dtype() -> None:
     assert _names(graph) == ["FastConv2d", "FastLinear"], str(graph)
     error = (Program(graph)(image) - exact).abs().max() / exact.abs().max()
     assert error < 0.02
+
+
+# -- shortcuts and gates -------------------------------------------------------------------------
+
+
+def test_multiples_of_a_shortcut_are_one_scale() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = x + m.conv(F.gelu(m.first(x)))
+        return y + x * m.scale.view(1, -1, 1, 1)
+
+    layers = {"first": nn.Conv2d(16, 16, 3, padding=1), "conv": nn.Conv2d(16, 16, 1)}
+    model = _Call(forward, **layers)
+    model.scale = nn.Parameter(torch.randn(16))
+    graph = _check(model, IMAGE, "FastConv2d", "FastLinear")
+    assert {"residual", "residual_scale"} <= graph.operators[-2].kwargs.keys()
+
+
+def test_scaled_shortcuts_of_tokens_and_of_another_order() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.fc(x) + (x + 0.5 * (m.scale * x))
+
+    model = _Call(forward, fc=nn.Linear(16, 16))
+    model.scale = nn.Parameter(torch.randn(16))
+    _check(model, TOKENS, "FastLinear")
+
+
+def test_a_scale_of_rows_is_no_scale_of_channels() -> None:
+    model = _Call(lambda m, x: m.fc(x) + x * m.scale, fc=nn.Linear(16, 16))
+    model.scale = nn.Parameter(torch.randn(63, 1))
+    _check(model, TOKENS, "mul", "FastLinear")
+
+
+def test_shortcuts_of_two_maps() -> None:
+    model = _Call(lambda m, x: m.fc(x) + x + F.relu(x), fc=nn.Linear(16, 16))
+    _check(model, TOKENS, "FastLinear", "relu", "add")
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_gated_halves_are_two_layers(swapped: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        first, second = m.fc1(x).chunk(2, -1)
+        hidden = first * F.silu(second) if swapped else F.silu(first) * second
+        return x + m.fc2(hidden)
+
+    model = _Call(forward, fc1=nn.Linear(16, 48), fc2=nn.Linear(24, 16))
+    _check(model, TOKENS, "FastLinear", "FastLinear", "FastLinear")
+
+
+def test_halves_of_another_axis_stay_together() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        first, second = m.fc(x).chunk(2, 0)
+        return F.silu(first) * second
+
+    _check(_Call(forward, fc=nn.Linear(16, 48)), TOKENS, "FastLinear", "chunk", "silu", "mul")
+
+
+def test_a_gate_from_another_layer() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.sigmoid(m.gate(x)) * m.fc(x)
+
+    model = _Call(forward, gate=nn.Linear(16, 16), fc=nn.Linear(16, 16))
+    _check(model, TOKENS, "FastLinear", "FastLinear")
+
+
+@pytest.mark.parametrize("square", [torch.square, lambda x: x**2])
+def test_squared_relu(square: Callable[[Tensor], Tensor]) -> None:
+    model = _Call(lambda m, x: m.fc2(square(F.relu(m.fc1(x)))))
+    model.fc1, model.fc2 = nn.Linear(16, 40), nn.Linear(40, 16)
+    _check(model, TOKENS, "FeedForward")
+
+
+def test_other_powers_stay() -> None:
+    model = _Call(lambda m, x: F.relu(m.fc(x)) ** 3, fc=nn.Linear(16, 16))
+    _check(model, TOKENS, "FastLinear", "pow")
+
+
+def test_a_gated_branch_is_added_in_one_pass() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        gates = torch.sigmoid(m.se(y.mean((2, 3), keepdim=True)))
+        return x + 0.1 * (y * gates).permute(0, 1, 2, 3)
+
+    model = _Call(forward, conv=nn.Conv2d(16, 16, 3, padding=1), se=nn.Conv2d(16, 16, 1))
+    _check(model, IMAGE, "FastConv2d", "FastAdaptiveAvgPool2d", "FastLinear", "mul", "addcmul")
+
+
+@pytest.mark.parametrize("squeezes", [True, False])
+def test_the_block_of_unireplknet_is_two_layers(squeezes: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        if squeezes:
+            y = y * torch.sigmoid(m.excite(F.relu(m.squeeze(y.mean((2, 3), keepdim=True)))))
+        y = F.gelu(m.fc1(y.permute(0, 2, 3, 1)))
+        norm = y.norm(dim=(1, 2), keepdim=True)
+        y = y * (m.response * (norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)) + 1)
+        return x + m.fc2(y).permute(0, 3, 1, 2)
+
+    layers = {"squeeze": nn.Conv2d(16, 4, 1), "excite": nn.Conv2d(4, 16, 1)}
+    layers |= {"conv": nn.Conv2d(16, 16, 3, padding=1, groups=16)}
+    model = _Call(forward, fc1=nn.Linear(16, 40), fc2=nn.Linear(40, 16), **layers)
+    model.response = nn.Parameter(torch.randn(1, 1, 1, 40))
+    last = "SqueezedResponseFeedForward" if squeezes else "ResponseFeedForward"
+    _check(model, IMAGE, "FastDepthwiseConv2d", last)
+
+
+def test_padding_by_nothing() -> None:
+    _check(
+        _Call(lambda m, x: m.fc(F.pad(x, (0, 0, 0, 0))), fc=nn.Linear(16, 8)), TOKENS, "FastLinear"
+    )
+
+
+# -- networks whose layers have their forms already ----------------------------------------------
+
+
+def test_layers_in_their_forms_are_recorded_whole() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return x + m.project(F.relu(m.conv(m.norm(x))))
+
+    layers = {"norm": LayerNorm2d(16), "project": nn.Conv2d(24, 16, 1)}
+    model = _Call(forward, conv=nn.Conv2d(16, 24, 3, padding=1), **layers)
+    to_channels_last(model.eval(), always=True)
+    graph = _check(model, IMAGE, "FastLayerNorm", "FastConv2d", "FastLinear")
+    assert model.conv.activation == "none"  # the network's own layers stay as they were
+    assert [o.path for o in graph.operators if o.module is not None] == ["norm", "conv", "project"]
+
+
+def test_kernels_that_write_to_parts_of_a_map() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        heads = m.fc(x).unflatten(2, (4, 4))
+        out = torch.empty_like(x)
+        for half, part in zip(heads.chunk(2, 2), out.unflatten(2, (4, 4)).chunk(2, 2), strict=True):
+            attend(half, half, half, part)
+        return x + out
+
+    model = _Call(forward, fc=nn.Linear(16, 16))
+    names = ("unflatten", "empty_like", "chunk", "unflatten", "chunk")
+    _check(model, TOKENS, "FastLinear", *names, "grouped_attention", "grouped_attention", "add")
+
+
+def test_kernels_that_write_to_what_was_read_are_not_recorded() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        heads = m.fc(x).unflatten(2, (4, 4))
+        before = heads + 1
+        attend(heads, heads, heads, heads)
+        return before + heads
+
+    model = _Call(forward, fc=nn.Linear(16, 16))
+    with pytest.raises(NotCapturableError, match="modifies what was there before"):
+        record(model.eval(), model, TOKENS)

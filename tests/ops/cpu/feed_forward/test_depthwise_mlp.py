@@ -10,15 +10,10 @@ import torch
 from compiled_kernels import LINEAR_DTYPES, PLAIN_ACTIVATIONS, compiled_for, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import ConvMlp, Mlp
 from torch import Tensor, nn
 
 from ops import cpu
-from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
-from ops.inference import mlp as fast_mlp
-from ops.inference.conversion import to_channels_last
-from ops.inference.mlp import FastConvMlp, FastDWMlp, FastMlp
-from ops.mlp import DWMlp
+from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp
 
 
 def _parts(
@@ -280,80 +275,6 @@ def test_a_first_convolution_needs_channels_and_no_norm() -> None:
         packed(torch.zeros(1, 4, 4, 16), None, parts["norm"])
     with pytest.raises(ValueError, match="16 features or more, got 8"):
         _bottleneck(_parts(8, 8, 8), has_first=False)(torch.zeros(1, 4, 4, 8))
-
-
-def _fast(mlp: nn.Module) -> nn.Module:
-    """As fuse() makes it."""
-    assert to_channels_last(mlp, always=True)
-    return mlp
-
-
-@pytest.mark.parametrize("kind", [FastMlp, FastDWMlp])
-@torch.no_grad()
-def test_fallback_to_layers_one_by_one(
-    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = DWMlp(24, 80) if kind is FastDWMlp else Mlp(24, 80)
-    mlp, norm = _fast(copy.deepcopy(plain)), nn.LayerNorm(24)
-    assert type(mlp) is kind
-    x = torch.randn(2, 9, 11, 24)
-    expected = x + plain(norm(x))
-
-    calls = []
-    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: calls.append(x) is None)
-    torch.testing.assert_close(mlp(x, x, norm), expected)
-    assert calls
-    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: False)
-    torch.testing.assert_close(mlp(x, x, norm), expected)
-    torch.testing.assert_close(mlp(norm(x)), plain(norm(x)))
-    exact = copy.deepcopy(mlp).double()(x.double(), x.double(), copy.deepcopy(norm).double())
-    torch.testing.assert_close(exact.float(), expected)
-
-    monkeypatch.setattr(depthwise_mlp, "unsupported", lambda *_: "switched off")
-    torch.testing.assert_close(copy.deepcopy(mlp)(x, x, norm), expected)
-    with torch.enable_grad():
-        grown = x.clone().requires_grad_()
-        mlp(grown, grown, norm).sum().backward()
-    assert grown.grad is not None
-
-
-@torch.no_grad()
-def test_bfloat16_in_one_pass() -> None:
-    mlp, x = _fast(DWMlp(24, 80)), torch.randn(2, 9, 11, 24)
-    expected = mlp(x)
-    half = copy.deepcopy(mlp).bfloat16()
-    out = half(x.bfloat16())
-    assert (out - expected).abs().max() <= 2**-7 * (1 + expected.abs().max())
-    one_pass = isinstance(half.derived(x.bfloat16()), PackedDepthwiseMlp)
-    assert one_pass == (torch.bfloat16 in LINEAR_DTYPES)
-
-
-@torch.no_grad()
-def test_pointwise_fallback_to_layers_one_by_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    plain = ConvMlp(24, 80, act_layer=nn.GELU)
-    mlp = _fast(copy.deepcopy(plain))
-    assert type(mlp) is FastConvMlp
-    x = torch.randn(2, 24, 9, 11)
-    expected = x + plain(x)
-
-    calls = []
-    packed_mlp = fast_mlp.packed_mlp
-    monkeypatch.setattr(
-        fast_mlp, "packed_mlp", lambda *a, **k: calls.append(a) or packed_mlp(*a, **k)
-    )
-    torch.testing.assert_close(mlp(x, x), expected)
-    assert len(calls) == 1
-    torch.testing.assert_close(
-        copy.deepcopy(mlp).double()(x.double(), x.double()).float(), expected
-    )
-    monkeypatch.setattr(fast_mlp, "unsupported", lambda *_, **__: "switched off")
-    torch.testing.assert_close(copy.deepcopy(mlp)(x, x), expected)
-    with torch.enable_grad():
-        grown = x.clone().requires_grad_()
-        mlp(grown, grown).sum().backward()
-    assert grown.grad is not None and len(calls) == 1
 
 
 def test_more_threads_than_rows() -> None:
