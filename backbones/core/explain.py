@@ -15,6 +15,7 @@ from backbones.core.keywords import several, whole
 from backbones.core.messages import shown
 from backbones.core.precision import Precision
 from backbones.core.tables import table
+from backbones.fusing.any_model import AnyModel
 from ops.cpu.build import instruction_set
 from ops.inference.conversion import slow_in_nhwc
 from ops.replay.module import Recorded
@@ -266,7 +267,7 @@ def explain(
         found.calls,
         _memory_of(found),
         _obstacle(model, found),
-        model.precision if isinstance(model, StagedBackbone) else None,
+        model.precision if isinstance(model, StagedBackbone | AnyModel) else None,
     )
 
 

@@ -16,6 +16,7 @@ from backbones.core.quantization import (
     check_quantization,
     confirm,
     quantize,
+    random_images,
     unquantize,
 )
 from ops.inference import conversion
@@ -136,8 +137,10 @@ class FusableBackbone(nn.Module):
                 self, always=channels_last is True
             ):
                 whole: Any = convert(self, recorded_form(type(self), FusedBackbone))
-                if quantized is not None:
-                    confirm(whole, quantized)
+                if quantized is not None and quantized.quantized:
+                    images: Any = random_images(self)
+                    confirm(whole, quantized, lambda: whole(images[:1]))
+                    whole.forget()
             _warn_of_lost_hooks(hooked, set(self.modules()))
         return self
 

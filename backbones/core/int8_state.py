@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from backbones.core.checkpoint_files import CheckpointError
 from ops.cpu.gemm.int8 import LARGEST_BYTE, LEAST_STEP, quantize_weight
-from ops.inference.packed_linear import Quantization
+from ops.inference.packed_linear import Quantization, quantization_of
 
 __all__ = ["dequantized", "int8_state", "set_quantization"]
 
@@ -105,6 +105,7 @@ def _require_range(in_range: Tensor, name: str) -> None:
 def set_quantization(model: nn.Module, known: Mapping[str, Quantization]) -> None:
     """Let these layers of a model compute in 8 bits, and no others, before ``fuse(torch.int8)``."""
     for name, module in model.named_modules():
-        vars(module).pop("quantization", None)
+        if quantization_of(module) is not None:
+            del module.quantization
         if name in known:
             module.quantization = known[name]

@@ -1,8 +1,9 @@
-"""Fusing in 8 bits: which layers, the ranges of their inputs, and what each costs in accuracy.
+"""Fusing in int8: which layers, the ranges of their inputs, and what each costs in accuracy.
 
-Everything is measured on the folded model before its layers get their inference forms, so the
-result does not depend on the CPU. Calibration with clipped ranges follows Hao Wu et al., "Integer
-Quantization for Deep Learning Inference", https://arxiv.org/abs/2004.09602.
+Everything is measured on the folded model before its layers get their inference forms, and on other
+packages' models as they are, so the result does not depend on the CPU. Calibration with clipped
+ranges follows Hao Wu et al., "Integer Quantization for Deep Learning Inference",
+https://arxiv.org/abs/2004.09602.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from backbones.core.messages import first_line
 from backbones.core.precision import LayerPrecision, Precision
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import (
@@ -28,14 +31,15 @@ from ops.cpu.gemm.int8 import (
     quantize_rows,
     quantize_weight,
 )
-from ops.inference.forms import fast_form
-from ops.inference.layers import FastLinear, FastPointwiseConv2d
-from ops.inference.packed_linear import PackedLinear, Quantization
+from ops.inference.layers import FastLayer, conv_kind
+from ops.inference.packed_linear import Quantization, quantization_of
 
 __all__ = [
+    "call",
     "check_quantization",
     "confirm",
     "quantize",
+    "random_images",
     "unquantize",
 ]
 
@@ -71,26 +75,28 @@ def quantize(
     images: Iterable[Any] | Tensor | None,
     max_drop: float | None,
 ) -> Precision:
-    """Choose the layers of a folded model that compute in 8 bits, before they are converted.
+    """Choose the layers of a model that compute in int8, before they are converted.
 
-    With neither images nor a largest error, a model that is in 8 bits already keeps its layers and
+    With neither images nor a largest error, a model that is in int8 already keeps its layers and
     their ranges.
 
     Args:
-        model: its layers have no inference forms yet.
+        model: a folded one of this library, whose layers have no inference forms yet, or any other.
         images: batches of images, or tuples that begin with one; None: ranges of each row, and
             random images if errors are to be measured.
         max_drop: the largest relative error of the output; None: unlimited.
 
     Raises:
         ValueError: no batches, a batch that the model does not take or with values that are not
-            finite, or batches from which no layer gets a range.
+            finite, batches from which no layer gets a range, or no batches for a model that does
+            not say which images it takes.
     """
     weight = next(model.parameters())
-    layers, classifiers = _linear_layers(model), _classifiers(model)
+    layers = _linear_layers(model)
+    classifiers = _classifiers(model, layers)
     known: dict[str, Quantization] = {}
     if images is None and max_drop is None:
-        named = ((name, getattr(layer, "quantization", None)) for name, layer in layers)
+        named = ((name, quantization_of(layer)) for name, layer in layers)
         known = {name: quantization for name, quantization in named if quantization is not None}
     unquantize(model)
     reason = not_faster_in_int8(weight.device)
@@ -115,7 +121,14 @@ def quantize(
         chosen = {entry.layer: entry for entry in entries if not entry.reason}
         result = Precision("", entries, bool(ranges))
         if max_drop is not None:
-            probes = batches or [_random_images(model)]
+            probes = batches
+            if probes is None and (noise := random_images(model)) is not None:
+                probes = [noise]
+            if probes is None:
+                raise ValueError(
+                    f"max_drop needs calibrate=…: {type(model).__name__} does not say which images "
+                    "it takes"
+                )
             _keep_within(model, dict(layers), ranges, chosen, probes, max_drop, result)
     for entry in entries:
         entry.dtype = _name(torch.int8 if entry.layer in chosen else dtype)
@@ -125,22 +138,20 @@ def quantize(
     return result
 
 
-def confirm(model: Any, precision: Precision) -> None:
-    """Run a converted model once, and leave out the layers whose blocks do not multiply bytes."""
+def confirm(model: nn.Module, precision: Precision, run: Callable[[], object]) -> None:
+    """Run a converted model, and leave out the layers that no kernel has computed in int8."""
     if not precision.quantized:
         return
-    layers = dict(model.named_modules())
     with torch.inference_mode():
-        model.compute(_random_images(model)[:1])
+        run()
+    layers: dict[str, Any] = dict(model.named_modules())
     for entry in precision.layers:
-        if entry.dtype != "int8":
-            continue
-        layer: Any = layers[entry.layer]
-        packed = getattr(layer, "_derived", None)
-        if not (isinstance(packed, PackedLinear) and packed.has_multiplied_bytes):
+        layer = layers[entry.layer]
+        if entry.dtype == "int8" and not layer.quantization.is_used:
             entry.dtype, entry.reason = precision.dtype, "in a block with a kernel of its own"
-            vars(layer).pop("quantization")
-            layer.forget()
+            del layer.quantization
+            if isinstance(layer, FastLayer):
+                layer.forget()
 
 
 @functools.cache  # once is enough
@@ -151,23 +162,38 @@ def _warn_not_faster(reason: str) -> None:
 def unquantize(model: nn.Module) -> None:
     """Let all layers compute in the dtype of their maps again."""
     for module in model.modules():
-        vars(module).pop("quantization", None)
+        if quantization_of(module) is not None:
+            del module.quantization
 
 
 def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    forms = (FastLinear, FastPointwiseConv2d)
-    return [(name, m) for name, m in model.named_modules() if fast_form(m) in forms]
+    """Linear layers and pointwise convolutions with a weight of their own, also of subclasses."""
+    return [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and conv_kind(m) == "pointwise")
+        if m._parameters.get("weight") is not None
+    ]
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
+def _classifiers(model: Any, layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
     """Names of the last linear layers, which stay in floats.
 
-    No later layer evens out their errors, and 8 bits save 1 % of the time (in SHViT-S4 6 %).
-    SHViT's suffers most, because a batch norm is folded into it: with it in 8 bits, SHViT-S1
+    No later layer evens out their errors, and int8 saves 1 % of the time (in SHViT-S4 6 %).
+    SHViT's suffers most, because a batch norm is folded into it: with it in int8, SHViT-S1
     trained on digits has a relative error of 0.051, otherwise of 0.009.
     """
-    names = getattr(model, "classifier", ())
+    names = getattr(model, "classifier", None)  # of this library; elsewhere a layer
+    if not isinstance(names, str | tuple | list):
+        last = [name for name, layer in layers[-1:] if isinstance(layer, nn.Linear)]
+        names = (_config(model) or {"classifier": last}).get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _config(model: Any) -> Mapping[str, Any] | None:
+    """The description of a model of timm, or of this library, and of its images."""
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, Mapping) else None
 
 
 def _entry(
@@ -198,7 +224,8 @@ def _keep(entries: Iterable[LayerPrecision], known: Container[str]) -> None:
 
 def _batches(images: Iterable[Any] | Tensor, model: Any) -> list[Tensor]:
     weight = next(model.parameters())
-    expected = f"calibrate must give batches of images (B, {model.in_chans}, H, W)"
+    channels = _channels(model)
+    expected = f"calibrate must give batches of images (B, {channels or 'C'}, H, W)"
     found = []
     for number, batch in enumerate([images] if isinstance(images, Tensor) else images):
         batch = batch[0] if isinstance(batch, list | tuple) and batch else batch
@@ -207,7 +234,8 @@ def _batches(images: Iterable[Any] | Tensor, model: Any) -> list[Tensor]:
         if batch.is_nested or batch.layout != torch.strided or batch.is_meta:
             kind = "nested" if batch.is_nested else f"{batch.layout} on {batch.device}"
             raise ValueError(f"{expected}, got a tensor without plain values ({kind})")
-        fits = batch.ndim == 4 and batch.shape[1] == model.in_chans and batch.numel() > 0
+        fits = batch.ndim == 4 and batch.shape[1] in (channels, channels or batch.shape[1])
+        fits &= batch.numel() > 0
         if not fits or not batch.is_floating_point():
             raise ValueError(f"{expected}, got {tuple(batch.shape)} of {batch.dtype}")
         batch = batch.to(weight.device, weight.dtype)
@@ -221,12 +249,36 @@ def _batches(images: Iterable[Any] | Tensor, model: Any) -> list[Tensor]:
     return found
 
 
-def _random_images(model: Any) -> Tensor:
-    weight = next(model.parameters())
-    size = model.pretrained_cfg["input_size"][1:]
+def _channels(model: Any) -> int | None:
+    """The number of channels of its images, if it says so."""
+    channels = getattr(model, "in_chans", None)
+    return channels if isinstance(channels, int) else None
+
+
+def random_images(model: Any) -> Tensor | None:
+    """Images of noise, (B, C, H, W), of the size that a model says it takes, if it does."""
+    config = _config(model)
+    if config is None:
+        return None
+    weight, channels = next(model.parameters()), _channels(model) or config["input_size"][0]
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(_RANDOM_IMAGES, model.in_chans, *size, generator=generator)
-    return images.to(weight.device, weight.dtype)
+    shape = (_RANDOM_IMAGES, channels, *config["input_size"][1:])
+    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
+
+
+def call(model: nn.Module, images: Tensor) -> Any:
+    """``model(images)``.
+
+    Raises:
+        ValueError: it does not take them.
+    """
+    try:
+        return model(images)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{type(model).__name__} takes no images of {tuple(images.shape)}, which fuse() has "
+            f"called it on; give others as calibrate=…: {first_line(error)}"
+        ) from error
 
 
 # -- ranges --------------------------------------------------------------------------------------
@@ -250,7 +302,7 @@ def _calibrate(
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers]
     try:
         for batch in batches:
-            model(batch)
+            call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -293,7 +345,7 @@ def _error(x: Tensor, low: float, high: float) -> float:
 def _simulated(
     layers: dict[str, Any], ranges: dict[str, tuple[float, float]], names: Iterable[str]
 ) -> Iterator[None]:
-    """Compute some layers as in 8 bits, by rounding their inputs and weights."""
+    """Compute some layers as in int8, by rounding their inputs and weights."""
     kept, hooks = [], []
     try:
         for name in names:
@@ -337,11 +389,15 @@ def _keep_within(
     result: Precision,
 ) -> None:
     """Remove the most sensitive layers from ``chosen`` until the error is small enough."""
-    exact = [_output(model, batch) for batch in batches]
+    def results() -> list[Tensor]:
+        leaves = pytree.tree_leaves([call(model, batch) for batch in batches])
+        return [t.double() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+
+    exact = results()
 
     def drop_of(names: Iterable[str]) -> float:
         with _simulated(layers, ranges, names):
-            outputs = [_output(model, batch) for batch in batches]
+            outputs = results()
         off = sum((a - b).square().sum().item() for a, b in zip(outputs, exact, strict=True))
         size = sum(b.square().sum().item() for b in exact)
         return math.sqrt(off / size) if size else math.sqrt(off)
@@ -362,11 +418,6 @@ def _keep_within(
     for name in itertools.islice(ranked, most, None):
         chosen.pop(name).reason = f"sensitive: with it, the drop exceeds {max_drop:g}"
     result.drop = drop
-
-
-def _output(model: nn.Module, batch: Tensor) -> Tensor:
-    out: Tensor = model(batch)
-    return out.double()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -275,24 +275,18 @@ def fuse(
 
     Args:
         dtype, channels_last, calibrate, max_drop: see
-            :meth:`backbones.core.fusable.FusableBackbone.fuse`. ``torch.int8`` requires a backbone
-            of this library.
+            :meth:`backbones.core.fusable.FusableBackbone.fuse`.
 
     Raises:
         TypeError: ``model`` is not a module, or ``dtype`` no torch.dtype.
-        ValueError: an argument is invalid.
+        ValueError: an argument is invalid, or the model takes no such images.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     backbones = [m for m in model.modules() if isinstance(m, StagedBackbone)]
     if not backbones:
         check_fusing(dtype, channels_last, calibrate, max_drop)
-        if dtype == torch.int8:
-            raise ValueError(
-                f"{type(model).__name__} is no backbone of this library, which dtype=torch.int8 "
-                "requires; use torch.bfloat16 or torch.float32"
-            )
-        return fuse_any(model, dtype, channels_last)
+        return fuse_any(model, dtype, channels_last, calibrate, max_drop)
     for backbone in backbones:
         backbone.fuse(dtype, channels_last, calibrate=calibrate, max_drop=max_drop)
     return model

@@ -6,12 +6,15 @@ are rewritten, see :mod:`ops.rewriting`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from backbones.core.int8_state import int8_state
+from backbones.core.precision import Precision
+from backbones.core.quantization import call, confirm, quantize, random_images, unquantize
 from ops.inference import conversion
 from ops.inference.heap import keep_freed_memory
 from ops.inference.layers import convert, has_onednn
@@ -25,7 +28,25 @@ _FEWEST_LAYERS = 2  # with weights, in such a part
 
 
 class AnyModel(Rewritten):
-    """A network that :func:`fuse_any` has prepared for inference."""
+    """A network that :func:`fuse_any` has prepared for inference.
+
+    Attributes:
+        precision: the layers that compute in int8, after ``fuse(torch.int8)``; else None.
+    """
+
+    precision: Precision | None = None
+
+    def int8_state_dict(self) -> dict[str, Tensor]:
+        """The state dict with int8 weights; see ``FusableBackbone.int8_state_dict``.
+
+        Raises:
+            RuntimeError: without ``fuse(torch.int8)``.
+        """
+        if self.precision is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no layers in int8: call fuse(dtype=torch.int8) first"
+            )
+        return int8_state(self)
 
     def train(self, mode: bool = True) -> Any:
         """Like ``nn.Module.train``; raises, since replays compute what evaluation does."""
@@ -38,25 +59,46 @@ class AnyModel(Rewritten):
 
 
 def fuse_any(
-    model: nn.Module, dtype: torch.dtype | None, channels_last: bool | Literal["auto"]
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    channels_last: bool | Literal["auto"],
+    calibrate: Iterable[Any] | Tensor | None = None,
+    max_drop: float | None = None,
 ) -> nn.Module:
     """Prepare a network for inference in place, and the networks inside it.
 
     Those inside matter where the whole cannot be recorded, as with detectors.
 
     Args:
-        dtype: convert parameters and buffers; default: unchanged.
+        dtype: convert parameters and buffers; default: unchanged. ``torch.int8``: to the dtype of
+            the maps between layers in int8.
         channels_last: False: leave the layers alone. True: use the channels-last format on devices
             without kernels, too.
+        calibrate, max_drop: see :meth:`backbones.core.fusable.FusableBackbone.fuse`.
+
+    Raises:
+        ValueError: ``calibrate`` gives no images that the network takes, or ``max_drop`` needs
+            some.
     """
     with torch.inference_mode(False):
         model.eval()
         conversion.leave_inference_mode(model)
+        weight = next(model.parameters(), None)
+        if weight is None:
+            return model
+        precision: Precision | None = None
+        if dtype == torch.int8:
+            if calibrate is not None:
+                calibrate = [calibrate] if isinstance(calibrate, Tensor) else [*calibrate]
+            precision = quantize(model, calibrate, max_drop)
+            dtype = getattr(torch, precision.dtype)
+        elif dtype is not None:
+            unquantize(model)
         if dtype is not None:
             model.to(dtype)
-        weight = next(model.parameters(), None)
-        if weight is None or channels_last is False:
+        if channels_last is False:
             return model
+        weight = next(model.parameters())
         if weight.device.type != "cpu" or not has_onednn(weight.dtype):
             if channels_last is True:
                 model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -65,7 +107,24 @@ def fuse_any(
         for network in _networks(model):
             if not isinstance(network, AnyModel | torch.jit.ScriptModule):
                 convert(network, recorded_form(type(network), AnyModel))
+        if dtype is not None and isinstance(model, AnyModel):
+            model.precision = precision
+            if precision is not None:
+                _confirm(model, precision, calibrate)
     return model
+
+
+def _confirm(model: AnyModel, precision: Precision, images: Any) -> None:
+    """Leave out layers that are not computed in int8 in a call like the first of ``images``."""
+    first = random_images(model) if images is None else images[0]
+    image = first[0] if isinstance(first, list | tuple) else first
+    if image is None:
+        return
+    image = image[:1].to(next(model.parameters()).dtype)
+    confirm(model, precision, lambda: [call(model, image) for _ in range(2)])  # eager, recorded
+    for module in model.modules():
+        if isinstance(module, AnyModel):
+            module.forget()
 
 
 def _networks(model: nn.Module, depth: int = _DEPTH) -> Iterator[nn.Module]:

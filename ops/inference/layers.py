@@ -27,6 +27,7 @@ from ops.cpu.gemm.linear import unsupported
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.inference.forms import stands_for
 from ops.inference.packed_linear import (
+    PackedInt8,
     PackedLinear,
     Quantization,
     by_onednn,
@@ -225,7 +226,7 @@ class ActivatedLayer(FastLayer):
 
     def extra_repr(self) -> str:
         shown = f"{super().extra_repr()}, activation={self.activation}"
-        return shown if self.quantization is None else f"{shown}, {self.quantization}"
+        return shown if self.quantization is None else f"{shown}, int8={self.quantization.in_range}"
 
 
 def activation_kind(act: nn.Module) -> str | None:
@@ -258,7 +259,7 @@ def conv_kind(conv: nn.Conv2d) -> str | None:
 
 
 def is_quantized(*layers: Any) -> bool:
-    """Whether any of the layers computes in 8 bits."""
+    """Whether any of the layers computes in int8."""
     return any(getattr(layer, "quantization", None) is not None for layer in layers)
 
 
@@ -306,13 +307,10 @@ class FastLinear(ActivatedLayer, nn.Linear):
         out = self(x, scale=scale)
         return out, (out * out).flatten(1, -2).sum(1)
 
-    def in_bytes(self, x: Tensor) -> Any:
-        """For a kernel of a whole block: what it computes this layer with in 8 bits, else None."""
+    def for_int8(self, x: Tensor) -> PackedInt8 | None:
+        """For a kernel of a whole block: what it computes this layer with in int8, else None."""
         packed = self.derived(x) if self.quantization is not None else None
-        if packed is None or packed.in_bytes is None:
-            return None
-        packed.has_multiplied_bytes = True
-        return packed.in_bytes
+        return packed.for_int8() if packed is not None and packed.is_int8 else None
 
     def derive(self, x: Tensor) -> PackedLinear | None:
         has_kernel = unsupported(x.device, x.dtype, with_bfloat16=True) is None

@@ -7,10 +7,11 @@ oneDNN is called through the private functions that torch's compiler uses, see
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
@@ -29,10 +30,12 @@ from ops.cpu.gemm.linear import (
 from ops.cpu.gemm.mlp import packed_mlp
 
 __all__ = [
+    "PackedInt8",
     "PackedLinear",
     "Quantization",
     "by_onednn",
     "packed_pair",
+    "quantization_of",
     "scaled",
     "scaled_residual",
 ]
@@ -47,15 +50,40 @@ def by_onednn(function: Callable[..., Tensor], activation: str, *arguments: Any)
     return out.relu_() if activation == "relu" else plain(out)
 
 
-class Quantization(NamedTuple):
-    """How a layer computes in 8 bits.
+@dataclass(eq=False)
+class Quantization:
+    """How a layer computes in int8. Layers made from it, such as folded ones, share the object.
 
     Attributes:
         in_range: the scale and the zero of its inputs, of a calibration; None if each row of inputs
             has its own, see :func:`ops.cpu.gemm.int8.quantize_rows`.
+        is_used: whether a kernel has computed the layer in int8.
     """
 
     in_range: tuple[float, float] | None = None
+    is_used: bool = False
+
+    def pack(self, weight: Tensor, bias: Tensor | None) -> PackedInt8:
+        """The arguments of a kernel in int8 that is about to compute the layer."""
+        self.is_used = True
+        wide = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
+        in_range = None if self.in_range is None else wide.new_tensor(self.in_range)
+        return PackedInt8(*pack_int8_weight(weight), wide, in_range)
+
+
+def quantization_of(module: nn.Module) -> Quantization | None:
+    """How a layer, be it plain or an inference form, computes in int8; None if it does not."""
+    found = vars(module).get("quantization")
+    return found if isinstance(found, Quantization) else None
+
+
+class PackedInt8(NamedTuple):
+    """The arguments of a kernel in int8, in their order."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    in_range: Tensor | None
 
 
 class PackedLinear:
@@ -66,10 +94,7 @@ class PackedLinear:
     Args:
         weight: (out_features, in_features).
         bias: (out_features,) or None.
-        quantization: compute in 8 bits, where the CPU can; by default, in the weight's dtype.
-
-    Attributes:
-        has_multiplied_bytes: whether it has been used in 8 bits.
+        quantization: compute in int8, where the CPU can; by default, in the weight's dtype.
     """
 
     def __init__(
@@ -80,12 +105,12 @@ class PackedLinear:
         self._has_kernel = unsupported(weight.device, weight.dtype, with_bfloat16=True) is None
         self._for_kernel: tuple[Tensor, Tensor] | None = None
         self._for_onednn: Tensor | None = None
-        self._in_bytes: _Bytes | None = None
-        self.has_multiplied_bytes = False
+        self._for_int8: PackedInt8 | None = None
+        self._quantization: Quantization | None = None
         if quantization is not None:
             has_products = unsupported_int8(weight.device, weight.dtype) is None
             if policy.linear_by_bytes(has_products, weight.dtype):
-                self._in_bytes = _Bytes.of(self._weight, self._bias, quantization)
+                self._quantization = quantization
 
     def __call__(
         self,
@@ -107,10 +132,9 @@ class PackedLinear:
         if clips_sum:
             added = "add_clipped"
         out: Tensor
-        if self._in_bytes is not None and x.ndim > 1:
-            self.has_multiplied_bytes = True
+        if self.is_int8 and x.ndim > 1:
             out = packed_linear_int8(
-                x, *self._in_bytes, activation, residual, added, scale, other_scale
+                x, *self.for_int8(), activation, residual, added, scale, other_scale
             )
             return out
         if scale is None and residual_scale is None:
@@ -129,9 +153,10 @@ class PackedLinear:
 
     def times(self, x: Tensor, activation: str, factor: Tensor) -> Tensor:
         """``activation(linear(x)) * factor``, (B, ..., in_features) → (B, ..., out_features)."""
-        if self._in_bytes is not None and x.ndim > 1:
-            self.has_multiplied_bytes = True
-            product: Tensor = packed_linear_int8(x, *self._in_bytes, activation, factor, "multiply")
+        if self.is_int8 and x.ndim > 1:
+            product: Tensor = packed_linear_int8(
+                x, *self.for_int8(), activation, factor, "multiply"
+            )
             return product
         packed = self.packed_for(x, activation, has_factor=True)
         if packed is None:
@@ -151,9 +176,16 @@ class PackedLinear:
         return self._packed() if own else None
 
     @property
-    def in_bytes(self) -> _Bytes | None:
-        """What the layer computes with in 8 bits; None if it computes in floats."""
-        return self._in_bytes
+    def is_int8(self) -> bool:
+        """Whether it computes in int8."""
+        return self._quantization is not None
+
+    def for_int8(self) -> PackedInt8:
+        """What a kernel computes a layer in int8 with, packed on first use."""
+        if self._for_int8 is None:
+            assert self._quantization is not None
+            self._for_int8 = self._quantization.pack(self._weight, self._bias)
+        return self._for_int8
 
     def _by_onednn(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if self._for_onednn is None:
@@ -188,22 +220,6 @@ def _combined(residual: Tensor | None, scale: Tensor | None) -> tuple[str, Tenso
     return ("add", None) if scale is None else ("add_scaled", scale)
 
 
-class _Bytes(NamedTuple):
-    """The arguments of the kernel of 8 bits, in their order."""
-
-    weight: Tensor
-    weight_scale: Tensor
-    bias: Tensor
-    in_range: Tensor | None
-
-    @classmethod
-    def of(cls, weight: Tensor, bias: Tensor | None, quantization: Quantization) -> _Bytes:
-        wide = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
-        known = quantization.in_range
-        in_range = None if known is None else wide.new_tensor(known)
-        return cls(*pack_int8_weight(weight), wide, in_range)
-
-
 def packed_pair(
     first: Any,
     second: Any,
@@ -221,12 +237,11 @@ def packed_pair(
     if not isinstance(first, PackedLinear) or not isinstance(second, PackedLinear) or x.ndim < 2:
         return None
     out: Tensor
-    if first.in_bytes is not None and second.in_bytes is not None:
-        (*of_first, range1), (*of_second, range2) = first.in_bytes, second.in_bytes
-        first.has_multiplied_bytes = second.has_multiplied_bytes = True
+    if first.is_int8 and second.is_int8:
+        (*of_first, range1), (*of_second, range2) = first.for_int8(), second.for_int8()
         out = packed_mlp_int8(x, *of_first, *of_second, range1, range2, activation, residual)
         return out
-    if first.in_bytes is not None or second.in_bytes is not None:
+    if first.is_int8 or second.is_int8:
         return None
     packed = first.packed_for(x, activation), second.packed_for(x, "none")
     if packed[0] is None or packed[1] is None:

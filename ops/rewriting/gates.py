@@ -46,9 +46,9 @@ def split_gated_linear(graph: OperatorGraph, operator: Operator) -> bool:
             continue
         weights = layer.weight.chunk(2)
         biases = (None, None) if layer.bias is None else layer.bias.chunk(2)
-        first, second = (linear(w, b) for w, b in zip(weights, biases, strict=True))
-        for part in (first, second):
-            part.quantization = layer.quantization
+        first, second = (
+            linear(w, b, layer.quantization) for w, b in zip(weights, biases, strict=True)
+        )
         gates, up = (first, second) if halves.results[0] is half else (second, first)
         gates.activation = kind
         x = product.args[0]

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from ops.cpu.binding import Kernel
 from ops.cpu.decisions import Decision
+from ops.inference.packed_linear import Quantization
 from ops.replay.trace import Step
 
 __all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Value"]
@@ -33,6 +34,7 @@ class Value:
         constant: the tensor, if it is the same in every call.
         producer: the operator that returns it, if any.
         users: the operators that read it, once for each argument.
+        quantization: of the layer whose weight it is, if that computes in int8.
     """
 
     shape: torch.Size
@@ -40,6 +42,7 @@ class Value:
     constant: Tensor | None = None
     producer: Operator | None = field(default=None, repr=False)
     users: list[Operator] = field(default_factory=list, repr=False)
+    quantization: Quantization | None = None
 
     @classmethod
     def like(cls, t: Tensor) -> Value:

@@ -13,6 +13,7 @@ from ops.cpu.attention.grouped import attend, grouped_attention
 from ops.inference.forms import fast_form
 from ops.inference.layers import FastLinear, FastPointwiseConv2d, convert
 from ops.inference.norm import FastLayerNorm2d
+from ops.inference.packed_linear import Quantization
 from ops.reparam import norm_affine
 
 __all__ = [
@@ -25,13 +26,20 @@ __all__ = [
 ]
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> FastLinear:
+def linear(
+    weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
+) -> FastLinear:
     """A linear layer with this weight, (out_features, in_features), in its inference form."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    return _with(layer, weight, bias)
+    return _with(layer, weight, bias, quantization)
 
 
-def convolution(weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Any:
+def convolution(
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: dict[str, Any],
+    quantization: Quantization | None = None,
+) -> Any:
     """A convolution with this weight, (out, in / groups, kh, kw), in its inference form.
 
     Args:
@@ -42,7 +50,7 @@ def convolution(weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -
     layer = nn.Conv2d(
         in_channels, len(weight), size, bias=bias is not None, device="meta", **geometry
     )
-    return _with(layer, weight, bias)
+    return _with(layer, weight, bias, quantization)
 
 
 def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> Any:
@@ -53,8 +61,7 @@ def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> Any:
 def on_last_axis(layer: nn.Module) -> Any:
     """A layer of the last axis that computes what one of NCHW maps does; None for others."""
     if isinstance(layer, FastPointwiseConv2d):
-        made: Any = linear(layer.weight.flatten(1), layer.bias)
-        made.quantization = layer.quantization
+        made: Any = linear(layer.weight.flatten(1), layer.bias, layer.quantization)
     elif isinstance(layer, FastLayerNorm2d):
         made = layer_norm(layer.weight, layer.bias, layer.eps)
     else:
@@ -63,10 +70,14 @@ def on_last_axis(layer: nn.Module) -> Any:
     return made
 
 
-def _with(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+def _with(
+    layer: Any, weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
+) -> Any:
     for name, value in (("weight", weight), ("bias", bias)):
         kept = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
         layer.register_parameter(name, kept)
+    if quantization is not None:
+        layer.quantization = quantization
     form = fast_form(layer)
     return layer.eval() if form is None else convert(layer.eval(), form)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.inference.layers import convert
+from ops.inference.packed_linear import Quantization
 from ops.inference.pooling import FastAdaptiveAvgPool2d
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import Attention, convolution, layer_norm, linear
@@ -40,7 +41,8 @@ def _linear(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> 
     weight, bias = _constant(given["weight"]), _constant(given["bias"])
     if weight is None or weight.ndim != 2 or (given["bias"] is not None and bias is None):
         return False
-    graph.replace(operator, linear(weight, bias), given["input"])
+    layer = linear(weight, bias, given["weight"].quantization)
+    graph.replace(operator, layer, given["input"])
     return True
 
 
@@ -51,7 +53,8 @@ def _conv2d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> 
         return False
     geometry = {name: _pair(given[name]) for name in ("stride", "padding", "dilation")}
     geometry["groups"] = given["groups"]
-    put_convolution(graph, operator, x, weight, bias, geometry)
+    quantization = given["weight"].quantization
+    put_convolution(graph, operator, x, weight, bias, geometry, quantization)
     return True
 
 
@@ -62,16 +65,16 @@ def put_convolution(
     weight: Tensor,
     bias: Tensor | None,
     geometry: dict[str, Any],
+    quantization: Quantization | None = None,
 ) -> None:
     """Compute the result of ``operator`` by a convolution of ``x``, (B, C, H, W)."""
     once = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     if weight.shape[2:] != (1, 1) or geometry != once:
-        graph.replace(operator, convolution(weight, bias, geometry), x)
+        graph.replace(operator, convolution(weight, bias, geometry, quantization), x)
         return
     pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
-    made = graph.insert_before(
-        operator, linear(weight.flatten(1), bias), pixels, shape=(*pixels.shape[:3], len(weight))
-    )
+    layer = linear(weight.flatten(1), bias, quantization)
+    made = graph.insert_before(operator, layer, pixels, shape=(*pixels.shape[:3], len(weight)))
     graph.replace(operator, _aten.permute.default, made, NCHW)
 
 

@@ -21,6 +21,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ops.cpu.binding import kernel_of
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.inference.layers import ActivatedLayer
+from ops.inference.packed_linear import quantization_of
 from ops.replay.graph import NotCapturableError
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import on_last_axis
@@ -72,6 +73,12 @@ class _Recorder(TorchDispatchMode):
         self.operators: list[Operator] = []
         self.source = Value.like(x)
         self._paths = {id(m): path for path, m in module.named_modules()}
+        self._quantized = {
+            id(weight): quantization
+            for m in module.modules()
+            if (quantization := quantization_of(m)) is not None
+            if (weight := m._parameters.get("weight")) is not None
+        }
         self._input_storage = _storage(x)
         # Storages of constants that this call made, and of those that its operators read.
         self._fresh: set[int] = set()
@@ -143,6 +150,7 @@ class _Recorder(TorchDispatchMode):
         known = self._values.get(t)
         if known is None:
             value = Value.of_constant(t.detach())
+            value.quantization = self._quantized.get(id(t))
             self._values[t] = value, None
             return value
         value, changes = known
