@@ -1,4 +1,4 @@
-"""What ``fuse(torch.int8)`` made of each linear layer of a model."""
+"""What ``fuse(torch.int8)`` made of each layer with a matrix product."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["LayerPrecision", "Precision"]
 
 @dataclass
 class LayerPrecision:
-    """A linear layer of a model that was fused in 8 bits.
+    """A linear layer or convolution of a model that was fused in int8.
 
     Attributes:
         layer: its name.
-        in_features, out_features: its size.
+        in_features, out_features: its size; inputs of a convolution are those of a window.
         dtype: ``"int8"``, or the dtype of the maps.
-        reason: why it is not in 8 bits; empty if it is.
-        drop: relative error of the model's output with only this layer in 8 bits; None if it was
+        reason: why it is not in int8; empty if it is.
+        drop: relative error of the model's output with only this layer in int8; None if it was
             not measured.
     """
 
@@ -36,11 +36,12 @@ class Precision:
 
     Attributes:
         dtype: of maps and images.
-        layers: the linear layers and pointwise convolutions in order.
+        layers: the linear layers and pointwise convolutions in order; those of other packages'
+            models include dense convolutions.
         calibrated: whether inputs have fixed ranges; otherwise each row of inputs has its own.
-        drop: relative error of the output with all chosen layers in 8 bits; None if it was not
+        drop: relative error of the output with all chosen layers in int8; None if it was not
             measured.
-        reason: why no layer is in 8 bits; empty if there are some.
+        reason: why no layer is in int8; empty if there are some.
     """
 
     dtype: str
@@ -51,14 +52,14 @@ class Precision:
 
     @property
     def quantized(self) -> list[str]:
-        """The names of the layers in 8 bits."""
+        """The names of the layers in int8."""
         return [layer.layer for layer in self.layers if layer.dtype == "int8"]
 
     def summary(self) -> str:
         """One line without a full stop."""
         ranges = "calibrated ranges" if self.calibrated else "a range for each row of inputs"
         parts = [
-            f"{len(self.quantized)} of {len(self.layers)} linear layers in int8 ({ranges}), "
+            f"{len(self.quantized)} of {len(self.layers)} layers in int8 ({ranges}), "
             f"maps in {self.dtype}"
         ]
         if self.drop is not None:

@@ -74,6 +74,7 @@ def quantize(
     model: Any,
     images: Iterable[Any] | Tensor | None,
     max_drop: float | None,
+    with_windows: bool = False,
 ) -> Precision:
     """Choose the layers of a model that compute in int8, before they are converted.
 
@@ -85,6 +86,7 @@ def quantize(
         images: batches of images, or tuples that begin with one; None: ranges of each row, and
             random images if errors are to be measured.
         max_drop: the largest relative error of the output; None: unlimited.
+        with_windows: choose dense convolutions with windows, too.
 
     Raises:
         ValueError: no batches, a batch that the model does not take or with values that are not
@@ -92,7 +94,7 @@ def quantize(
             not say which images it takes.
     """
     weight = next(model.parameters())
-    layers = _linear_layers(model)
+    layers = _layers(model, with_windows)
     classifiers = _classifiers(model, layers)
     known: dict[str, Quantization] = {}
     if images is None and max_drop is None:
@@ -166,14 +168,25 @@ def unquantize(model: nn.Module) -> None:
             del module.quantization
 
 
-def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
-    """Linear layers and pointwise convolutions with a weight of their own, also of subclasses."""
+def _layers(model: nn.Module, with_windows: bool) -> list[tuple[str, Any]]:
+    """Layers, also of subclasses, that could compute in int8, and have a weight of their own."""
     return [
         (name, m)
         for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and conv_kind(m) == "pointwise")
+        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and _is_product(m, with_windows))
         if m._parameters.get("weight") is not None
     ]
+
+
+def _is_product(conv: nn.Conv2d, with_windows: bool) -> bool:
+    """Whether it is a linear layer of pixels or, if so wanted, of windows."""
+    kind = conv_kind(conv)
+    is_dense = kind == "other" and conv.groups == 1 and conv.dilation == (1, 1)
+    return kind == "pointwise" or (with_windows and is_dense)
+
+
+def _has_windows(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.Conv2d) and conv_kind(layer) == "other"
 
 
 def _classifiers(model: Any, layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
@@ -199,13 +212,15 @@ def _config(model: Any) -> Mapping[str, Any] | None:
 def _entry(
     name: str, layer: Any, calibrated: bool, ranges: dict[str, tuple[float, float]]
 ) -> LayerPrecision:
-    out_features, in_features = layer.weight.shape[:2]
+    out_features, in_features = layer.weight.flatten(1).shape
     reason = ""
     dtype = policy.maps_of_int8()
     if in_features > LARGEST_INPUT:
         reason = f"more than {LARGEST_INPUT} inputs"
     elif not policy.pays_in_bytes(in_features, out_features, dtype):
         reason = f"so small that it is faster in {_name(dtype)}"
+    elif _has_windows(layer) and not policy.windows_pay_in_int8(layer.in_channels, dtype):
+        reason = f"a convolution with windows, which {_name(dtype)} computes as fast"
     elif not layer.weight.isfinite().all():
         reason = "NaN or infinities in its weight"
     elif calibrated and name not in ranges:
@@ -368,13 +383,16 @@ def _rounding(
     layer: nn.Module, in_range: tuple[float, float] | None
 ) -> Callable[[nn.Module, Any], Any]:
     channels = 1 if isinstance(layer, nn.Conv2d) else -1
+    has_windows = _has_windows(layer)
 
     def round_inputs(_: nn.Module, args: Any) -> Any:
-        rows = args[0].movedim(channels, -1)
+        # Windows have ranges of their own, for which those of images stand.
+        rows = args[0].flatten(1) if has_windows else args[0].movedim(channels, -1)
         known = None if in_range is None else rows.new_tensor(in_range, dtype=torch.float32)
         quantized, scale, zero = quantize_rows(rows, known)
         rounded = ((quantized - zero) * scale).to(rows.dtype)
-        return (rounded.movedim(-1, channels), *args[1:])
+        rounded = rounded.view_as(args[0]) if has_windows else rounded.movedim(-1, channels)
+        return (rounded, *args[1:])
 
     return round_inputs
 

@@ -90,7 +90,7 @@ def fuse_any(
         if dtype == torch.int8:
             if calibrate is not None:
                 calibrate = [calibrate] if isinstance(calibrate, Tensor) else [*calibrate]
-            precision = quantize(model, calibrate, max_drop)
+            precision = quantize(model, calibrate, max_drop, with_windows=True)
             dtype = getattr(torch, precision.dtype)
         elif dtype is not None:
             unquantize(model)

@@ -23,6 +23,7 @@ from ops.cpu.binding import Kernel
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.dispatch import takes_kernels
 from ops.cpu.gemm.convolution import PackedConv2d
+from ops.cpu.gemm.int8 import unsupported_int8
 from ops.cpu.gemm.linear import unsupported
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.inference.forms import stands_for
@@ -434,6 +435,10 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         """The convolution by one of our kernels, if one is ever faster."""
         stride: Any = self.stride
         dilation: Any = self.dilation
+        if self.quantization is not None:
+            has_products = unsupported_int8(x.device, x.dtype) is None
+            if policy.linear_by_bytes(has_products, x.dtype):
+                return PackedConv2d(self, self.quantization.pack)
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
         if policy.copies_windows(self.in_channels, stride, x.dtype):

@@ -17,6 +17,7 @@ from ops.cpu import policy
 from ops.cpu.activations import activation_of
 from ops.cpu.gemm.int8 import (
     pack_int8_weight,
+    packed_linear_energy_int8,
     packed_linear_int8,
     packed_mlp_int8,
     unsupported_int8,
@@ -57,15 +58,18 @@ class Quantization:
     Attributes:
         in_range: the scale and the zero of its inputs, of a calibration; None if each row of inputs
             has its own, see :func:`ops.cpu.gemm.int8.quantize_rows`.
-        is_used: whether a kernel has computed the layer in int8.
+        origins: those of the layers that this one was made from, if it has not theirs.
+        is_used: whether a kernel has computed the layer, or one made from it, in int8.
     """
 
     in_range: tuple[float, float] | None = None
+    origins: tuple[Quantization, ...] = ()
     is_used: bool = False
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedInt8:
         """The arguments of a kernel in int8 that is about to compute the layer."""
-        self.is_used = True
+        for one in (self, *self.origins):
+            one.is_used = True
         wide = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
         in_range = None if self.in_range is None else wide.new_tensor(self.in_range)
         return PackedInt8(*pack_int8_weight(weight), wide, in_range)
@@ -199,6 +203,9 @@ class PackedLinear:
         self, x: Tensor, activation: str, scale: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
         """The layer's output and the sums of its squares; None if our kernel is unavailable."""
+        if self.is_int8:
+            out, energy = packed_linear_energy_int8(x, *self.for_int8(), activation, scale)
+            return out, energy
         if not self._has_kernel:
             return None
         out, energy = packed_linear_energy(x, *self._packed(), activation, scale)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.inference.layers import FastLinear
+from ops.inference.packed_linear import Quantization
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import affine_of
 from ops.rewriting.lift import put_convolution
@@ -25,7 +26,8 @@ _SIGNS = {_aten.add.Tensor: 1, _aten.sub.Tensor: -1}
 class _Branch(NamedTuple):
     """A convolution of ``x``, (B, C, H, W), padded to the size that its stride gives.
 
-    ``groups`` is None for maps of single channels, which any number of groups can compute.
+    ``groups`` is None for maps of single channels, which any number of groups can compute, and
+    which are exact in any dtype.
     """
 
     x: Value
@@ -33,6 +35,7 @@ class _Branch(NamedTuple):
     bias: Tensor | None
     stride: tuple[int, int]
     groups: int | None
+    quantization: Quantization | None = None
 
 
 def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
@@ -64,9 +67,19 @@ def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
     terms = [s * b.bias for s, b in ((1, first), (sign, second)) if b.bias is not None]
     bias = sum(terms[1:], terms[0]).to(left.dtype) if terms else None
     weight = weight.to(left.dtype)
-    put_convolution(graph, operator, first.x, weight, bias, _geometry(side, first.stride, groups))
+    geometry = _geometry(side, first.stride, groups)
+    quantization = _merged([b for b in (first, second) if b.groups is not None])
+    put_convolution(graph, operator, first.x, weight, bias, geometry, quantization)
     graph.remove_unused()
     return True
+
+
+def _merged(branches: list[_Branch]) -> Quantization | None:
+    """That of a convolution made of several of the same map: in int8 if all are."""
+    found = [b.quantization for b in branches if b.quantization is not None]
+    if not found or len(found) < len(branches):
+        return None
+    return Quantization(found[0].in_range, origins=tuple(o for q in found for o in (q, *q.origins)))
 
 
 def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
@@ -84,7 +97,8 @@ def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
         if not same or side % 2 == 0 or layer.dilation != (1, 1) or layer.activation != "none":
             return None
         stride: Any = layer.stride
-        return _Branch(made.args[0], layer.weight, layer.bias, stride, layer.groups)
+        weights = layer.weight, layer.bias
+        return _Branch(made.args[0], *weights, stride, layer.groups, layer.quantization)
     product = graph.made_by(made.args[0], FastLinear)
     pixels = None if product is None else graph.permuted(product.args[0], NHWC)
     if product is None or pixels is None or graph.only_user(product.result) is None:
@@ -94,7 +108,8 @@ def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
     layer = product.function
     if product.kwargs or layer.activation != "none":
         return None
-    return _Branch(pixels.args[0], layer.weight[:, :, None, None], layer.bias, (1, 1), 1)
+    weights = layer.weight[:, :, None, None], layer.bias
+    return _Branch(pixels.args[0], *weights, (1, 1), 1, layer.quantization)
 
 
 def _taps(branch: _Branch, inner: int, side: int) -> Tensor:

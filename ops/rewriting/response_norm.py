@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
+from ops.inference.packed_linear import Quantization
 from ops.inference.pooling import FastAdaptiveAvgPool2d
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import linear
@@ -112,7 +113,8 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
             shift = fc2.weight @ norm.bias.flatten()
             merged = linear(fc2.weight, shift if fc2.bias is None else fc2.bias + shift)
         merged.activation, merged.clips_sum = fc2.activation, fc2.clips_sum
-        merged.quantization = fc2.quantization
+        if fc2.quantization is not None:  # its inputs, without the norm's bias, have other ranges
+            merged.quantization = Quantization(origins=(fc2.quantization,))
         fc2 = merged
     made = ResponseFeedForward(first.function, fc2, norm.weight, norm.eps)
     graph.replace(operator, made, *first.args, **first.kwargs, **operator.kwargs)

@@ -58,7 +58,7 @@ def test_the_file_stands_alone(
     options = ["--calibration", str(photos), "--max-drop", "0.5", "--out", str(path)]
     assert main([*words, *options]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert "linear layers in int8 (calibrated ranges)" in said[0]
+    assert "layers in int8 (calibrated ranges)" in said[0]
     assert said[1].startswith("  int8 agrees with float in ")
     assert said[2].startswith(f"{path}: shvit_s1 in int8 for any batch and size, ")
     assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]

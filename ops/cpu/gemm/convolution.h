@@ -20,11 +20,13 @@ struct Problem {
 // The input is [batch][channels][height][width] if `is_nchw`. Other maps are
 // [batch][height][width][channels]; `weight` is [out_channels][inputs of a window], packed by
 // pack.h, with inputs in the order of such maps, or channel by channel if `by_channel`, which needs
-// `is_nchw`. Void pointers are to float or BFloat16.
+// `is_nchw`. Void pointers are to float or BFloat16, with `weight_scale` that of the weight to int8;
+// windows are then quantised as the rows of linear layers are (problem.h).
 struct Tensors {
   const void *in, *weight;
   const float* bias;
   void* out;
+  const float *weight_scale, *in_range;
 };
 
 constexpr int64_t STRIP_BYTES = 128 * 1024;  // per thread
@@ -117,7 +119,8 @@ static void multiply_windows(const Problem& p, const Tensors& t) {
   constexpr int64_t line = linear::LINE / int64_t{sizeof(T)};
   const T* const in = static_cast<const T*>(t.in);
   const int64_t window = p.kernel[0] * p.kernel[1] * p.channels;
-  const int64_t padded = linear::has_tiles() ? linear::padded_inputs(in, window) : window;
+  const bool as_floats = linear::has_tiles() && !t.weight_scale;
+  const int64_t padded = as_floats ? linear::padded_inputs(in, window) : window;
   // An odd number of cache lines, so that rows do not map to the same sets of the L1 cache.
   const int64_t pitch = (linear::round_up(padded, line) / line | 1) * line;
   const int64_t fitting = std::max(MIN_ROWS, STRIP_BYTES / (pitch * int64_t{sizeof(T)}));
@@ -148,6 +151,8 @@ static void multiply_windows(const Problem& p, const Tensors& t) {
     tensors.in = rows;
     tensors.weight = t.weight;
     tensors.bias = t.bias;
+    tensors.weight_scale = t.weight_scale;
+    tensors.in_range = t.in_range;
     tensors.out = static_cast<T*>(t.out) + strip.begin * p.out_channels;
     linear::forward_of<T>(layer, tensors);
   }

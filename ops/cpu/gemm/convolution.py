@@ -6,7 +6,7 @@ The kernel (``convolution.h``) copies the windows of a few pixels at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ops.cpu.activations import require_activation
 from ops.cpu.binding import kernel
 from ops.cpu.call import Call, sizes_of
+from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.tensors import bias_of, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
@@ -30,13 +31,16 @@ class PackedConv2d:
 
     Args:
         conv: without groups or dilation, zero-padded, in float32 or bfloat16.
+        pack_int8: gives packed weight, its scales, bias and, or None, the range of inputs for a
+            weight (out_features, in_features) and a bias, to compute in int8; see
+            :func:`ops.cpu.gemm.int8.packed_linear_int8`.
 
     Raises:
         ValueError: a convolution with groups, dilation or another padding mode.
         RuntimeError: the kernel is not available here, see :func:`ops.cpu.gemm.linear.unsupported`.
     """
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, conv: nn.Conv2d, pack_int8: Callable[..., Any] | None = None) -> None:
         padding: Any = conv.padding
         if conv.groups != 1 or conv.dilation != (1, 1):
             raise ValueError(f"a convolution must have no groups and no dilation, got {conv}")
@@ -48,14 +52,19 @@ class PackedConv2d:
             and conv.kernel_size[1] * weight.itemsize >= _SHORTEST_RUN
         )
         inputs = weight if self._by_channel else weight.permute(0, 2, 3, 1)
-        self._weight = pack_weight(inputs.flatten(1))
-        self._bias = bias_of(conv)
+        rows = inputs.flatten(1).contiguous()
+        self._scales: tuple[Tensor | None, Tensor | None] = None, None
+        if pack_int8 is None:
+            self._weight, self._bias = pack_weight(rows), bias_of(conv)
+        else:
+            self._weight, weight_scale, self._bias, in_range = pack_int8(rows, bias_of(conv))
+            self._scales = weight_scale, in_range
         self._geometry = [conv.in_channels, *conv.kernel_size, *conv.stride, *padding]
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """(B, C, H, W) → (B, C', H', W'), channels-last; see :func:`packed_conv2d`."""
         packed = self._weight, self._bias, self._geometry
-        out: Tensor = packed_conv2d(x, *packed, activation, self._by_channel)
+        out: Tensor = packed_conv2d(x, *packed, activation, self._by_channel, *self._scales)
         return out
 
 
@@ -67,17 +76,21 @@ def packed_conv2d(
     geometry: Sequence[int],
     activation: str = "none",
     by_channel: bool = False,
+    weight_scale: Tensor | None = None,
+    in_range: Tensor | None = None,
 ) -> Call:
     """A convolution and an activation. No gradients.
 
     Args:
-        x: (B, C, H, W), in the dtype of the weight; copied unless channels-last, or contiguous with
-            few channels.
+        x: (B, C, H, W), in the dtype of a weight in floats; copied unless channels-last, or
+            contiguous with few channels.
         weight: the packed weight of shape (C', kh · kw · C); (C', C · kh · kw) if ``by_channel``.
         bias: (C',) float32.
         geometry: C, then rows and columns of the kernel, the stride and the padding.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
         by_channel: read windows from NCHW, row by row; ``x`` is copied unless contiguous.
+        weight_scale, in_range: of a weight in int8, see
+            :func:`ops.cpu.gemm.int8.packed_linear_int8`. Without a range, each window has its own.
 
     Returns:
         (B, C', H', W'), channels-last.
@@ -87,10 +100,19 @@ def packed_conv2d(
             activation.
     """
     channels, *sides = geometry
-    if x.ndim != 4 or x.shape[1] != channels or x.dtype != weight.dtype:
+    wanted = weight.dtype if weight_scale is None else x.dtype
+    if x.ndim != 4 or x.shape[1] != channels or x.dtype != wanted:
         raise ValueError(
-            f"x must be (B, {channels}, H, W) of {weight.dtype}, got {tuple(x.shape)} of {x.dtype}"
+            f"x must be (B, {channels}, H, W) of {wanted}, got {tuple(x.shape)} of {x.dtype}"
         )
+    if weight_scale is not None and (
+        weight.dtype != torch.int8 or weight_scale.shape != (2, len(bias))
+    ):
+        raise ValueError(
+            f"weight_scale must be {(2, len(bias))} for a weight in int8, got "
+            f"{tuple(weight_scale.shape)} for {weight.dtype}"
+        )
+    require_dtype(torch.float32, weight_scale=weight_scale, in_range=in_range)
     require_activation(activation)
     kernel_size, stride, padding = sides[:2], sides[2:4], sides[4:]
     size = [

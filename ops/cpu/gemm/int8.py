@@ -36,6 +36,7 @@ __all__ = [
     "LEAST_STEP",
     "not_faster_in_int8",
     "pack_int8_weight",
+    "packed_linear_energy_int8",
     "packed_linear_int8",
     "packed_mlp_int8",
     "quantize_rows",
@@ -219,6 +220,39 @@ def packed_linear_int8(
         return problem, Addresses(TENSORS, tensors)
 
     return Call(out, arguments)
+
+
+@kernel("gemm", "linear_forward", returns="(Tensor, Tensor)", refuses=_no_products)
+def packed_linear_energy_int8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    in_range: Tensor | None = None,
+    activation: str = "none",
+    scale: Tensor | None = None,
+) -> Call:
+    """:func:`ops.cpu.gemm.linear.packed_linear_energy` in int8. No gradients.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`packed_linear_int8`.
+    """
+    shape = _output_shape(x, weight, weight_scale, bias, in_range, activation)
+    check_scales(x, bias, "none", scale, None)
+    out = x.new_empty(shape)
+    energy = (bias.new_zeros if 0 in shape else bias.new_empty)(shape[0], len(bias))
+
+    def arguments() -> Any:
+        rows, in_stride = with_rows(x)
+        problem = linear_problem(x, len(bias), activation, in_stride=in_stride, by_image=True)
+        tensors = {
+            **{"in": rows, "weight": weight, "weight_scale": dense(weight_scale), "bias": bias},
+            **{"in_range": in_range, "out": out, "energy": energy},
+            "scale": None if scale is None else scale.float().contiguous(),
+        }
+        return problem, Addresses(TENSORS, tensors)
+
+    return Call((out, energy), arguments)
 
 
 @kernel("gemm", "linear_forward_pair", refuses=_no_products)

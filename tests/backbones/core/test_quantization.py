@@ -170,7 +170,7 @@ def test_a_budget_keeps_sensitive_layers_in_floats(shvit: nn.Module) -> None:
         layer.drop for layer in some.layers if layer.dtype == "int8"
     )
     table = str(some)
-    assert f"{len(some.quantized)} of {len(some.layers)} linear layers in int8" in table
+    assert f"{len(some.quantized)} of {len(some.layers)} layers in int8" in table
     assert f"the drop exceeds {budget:g}" in table
     none = copy.deepcopy(shvit).fuse(torch.int8, max_drop=1e-9).precision
     assert not none.quantized and not none.calibrated and none.drop == 0

@@ -20,8 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.gemm.convolution import PackedConv2d
+from ops.cpu.gemm.convolution import PackedConv2d, packed_conv2d
+from ops.cpu.gemm.int8 import quantize_weight, reference, unsupported_int8
 from ops.inference.layers import FastConv2d, convert
+from ops.inference.packed_linear import Quantization
+
+_REASON = unsupported_int8(torch.device("cpu"), torch.float32)
 
 _pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
 
@@ -89,6 +93,46 @@ def test_wide_windows_of_images(
     _agrees(x, conv, "relu", LINEAR_DTYPES[dtype])
 
 
+@pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
+@pytest.mark.parametrize("in_range", [None, (0.02, 120.0)], ids=["own", "given"])
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES), ids=str)
+@pytest.mark.parametrize(
+    ("channels", "geometry"),
+    [
+        ((20, 40), {"kernel_size": 3, "stride": 1, "padding": 1}),
+        ((64, 17), {"kernel_size": (1, 5), "stride": (2, 3), "padding": (0, 2)}),
+        ((3, 40), {"kernel_size": 9, "stride": 8, "padding": 5, "bias": False}),
+        ((16, 100), {"kernel_size": 1, "stride": 2}),
+    ],
+)
+def test_in_int8_windows_are_rows(channels, geometry, dtype, in_range) -> None:
+    conv = _conv(*channels, **geometry)
+    x = random(2, channels[0], 21, 30).to(dtype)
+    x[1, 0, 3, 4] = 50  # other rows have other ranges
+    given_ = None if in_range is None else torch.tensor(in_range)
+    bias = torch.zeros(channels[1]) if conv.bias is None else conv.bias
+    windows = F.unfold(x.float(), conv.kernel_size, 1, conv.padding, conv.stride).transpose(1, 2)
+    weight, scale = quantize_weight(conv.weight.flatten(1))
+    expected = reference(windows, weight, scale, bias, given_).relu()
+    quantization = Quantization(in_range)
+    packed = PackedConv2d(conv, quantization.pack)
+    assert quantization.is_used
+    for threads in (1, 2):
+        with using_threads(threads):
+            out = packed(x, "relu").flatten(2).transpose(1, 2)
+        assert out.dtype == dtype and out.shape == expected.shape
+        assert (out - expected).abs().max() < LINEAR_DTYPES[dtype] * 4 * (1 + expected.max())
+
+
+@pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
+def test_scales_of_int8_are_checked() -> None:
+    packed = PackedConv2d(_conv(16, 24, kernel_size=3), Quantization().pack)
+    x, scale = random(1, 16, 9, 8).float(), packed._scales[0]
+    for weight, scales in ((packed._weight.float(), scale), (packed._weight, torch.zeros(2, 5))):
+        with pytest.raises(ValueError, match=r"weight_scale must be \(2, 24\) for a weight in int8"):
+            packed_conv2d(x, weight, packed._bias, packed._geometry, weight_scale=scales)
+
+
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
     compiled_for(instructions, monkeypatch)
@@ -117,7 +161,7 @@ def test_through_the_dispatcher() -> None:
     with torch.profiler.profile():
         profiled = packed(x, "relu")
     assert torch.equal(profiled, packed(x, "relu"))
-    arguments = (x, packed._weight, packed._bias, packed._geometry, "relu", False)
+    arguments = (x, packed._weight, packed._bias, packed._geometry, "relu", False, None, None)
     torch.library.opcheck(torch.ops.vision_backbones.packed_conv2d.default, arguments)
 
 

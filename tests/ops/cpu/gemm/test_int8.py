@@ -25,6 +25,7 @@ from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.gemm.int8 import (
     LARGEST_INPUT,
     pack_int8_weight,
+    packed_linear_energy_int8,
     packed_linear_int8,
     packed_mlp_int8,
     quantize_rows,
@@ -136,6 +137,22 @@ def test_both_layers_in_one_pass(dtype, threads, dims, ranges) -> None:
     with using_threads(threads):
         out = packed_mlp_int8(x, *first.packed, *second.packed, *ranges, "gelu", residual)
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@_needs_bytes
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+@pytest.mark.parametrize("in_range", [None, _IN_RANGE], ids=["own", "given"])
+def test_sums_of_squares(dtype: torch.dtype, in_range: Tensor | None) -> None:
+    """Of each image, of results before they are rounded to the dtype of the map."""
+    layer, x = _Layer(70, 40), random(3, 13, 17, 70).to(dtype)
+    scale = random(3, 70, seed=4).float()
+    for threads in (1, 2):
+        with using_threads(threads):
+            out, energy = packed_linear_energy_int8(x, *layer.packed, in_range, "gelu", scale)
+        expected = packed_linear_int8(x, *layer.packed, in_range, "gelu", scale=scale)
+        assert torch.equal(out, expected)
+        squares = packed_linear_int8(x.float(), *layer.packed, in_range, "gelu", scale=scale)
+        torch.testing.assert_close(energy, squares.square().sum((1, 2)), rtol=1e-5, atol=1e-5)
 
 
 @_needs_bytes
