@@ -110,12 +110,10 @@ def _run(options: Namespace) -> int:
     if format == "onnx":
         exporting.require_onnx()
     loaded = load(options.model, options.checkpoint, options.pretrained)
-    if not isinstance(loaded.model, StagedBackbone):
-        if ours or options.fused:
-            option = "--out FILE.safetensors" if ours else "--fused"
-            raise CommandError(f"{option} needs a model of this library, not {loaded.name}")
-    elif loaded.model.precision is not None:
-        raise CommandError(f"{options.checkpoint} has weights in 8 bits; export needs floats")
+    if options.fused and not isinstance(loaded.model, StagedBackbone):
+        raise CommandError(f"--fused needs a model of this library, not {loaded.name}")
+    if getattr(loaded.model, "precision", None) is not None:
+        raise CommandError(f"{options.checkpoint} has weights in int8; export needs floats")
     if options.fused:
         loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
     size = two_sides(options.size, loaded.model)

@@ -1,4 +1,4 @@
-"""Export of a model in 8 bits as a safetensors file that the library itself loads."""
+"""Export of a model in int8 as a safetensors file that the library itself loads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 import backbones
 from backbones.cli import atomic_files, quantizing
-from backbones.cli.common import CommandError, Loaded
+from backbones.cli.common import CommandError, Loaded, fuse
 from backbones.cli.exporting import TOLERANCE, difference, noise
+from backbones.core.inputs import channels_of
 from backbones.core.outputs import Kind
 from backbones.core.precision import Precision
 from backbones.training.checkpoint import save_weights
@@ -39,23 +40,23 @@ def export_int8(
     """Write ``path`` if the model loaded from it computes the same, and print a report.
 
     Args:
-        loaded: its model is fused in 8 bits.
+        loaded: its model is fused in int8.
         size: of the image to compare the file with the model on.
         images: (1, C, H, W) each, to calibrate with; None for ranges of each row.
         max_drop: see ``fuse()``.
 
     Raises:
-        CommandError: no layer is in 8 bits, or the file differs from the model; ``path`` is
-            unchanged.
+        CommandError: the model does not take the images, no layer is in int8, or the file differs
+            from the model; ``path`` is unchanged.
     """
     exact, model = copy.deepcopy(loaded.model), loaded.model
     batches = None if images is None else torch.cat(list(images)).split(_BATCH)
-    backbones.fuse(model, torch.int8, calibrate=batches, max_drop=max_drop)
+    fuse(model, dtype=torch.int8, calibrate=batches, max_drop=max_drop)
     precision: Precision = model.precision
     if not precision.quantized:
-        reason = precision.reason or f"no layer would gain from 8 bits here; {precision.summary()}"
+        reason = precision.reason or f"no layer would gain from int8 here; {precision.summary()}"
         raise CommandError(f"{loaded.name}: {reason}")
-    probe = noise((1, model.in_chans, *size), 0)
+    probe = noise((1, channels_of(exact), *size), 0)
     with atomic_files.replace_atomically(path) as scratch:
         save_weights(scratch, model.int8_state_dict(), _metadata(loaded))
         again = copy.deepcopy(exact)

@@ -21,6 +21,7 @@ from backbones.core.int8_state import dequantized, set_quantization
 from backbones.core.keywords import flag
 from backbones.core.messages import joined_lines, shown
 from backbones.core.vit_adapter import ViTAdapter
+from backbones.fusing.any_model import fuse_any
 
 __all__ = [
     "HARMLESS",
@@ -99,13 +100,13 @@ def load_checkpoint(
 
     The original's names are converted, ``in_chans`` and tables are adapted, and a classifier with
     another number of classes keeps its initial weights. If the weights were saved after ``fuse()``,
-    the model is fused first; those of ``int8_state_dict()`` make it one in 8 bits, where the CPU
-    multiplies them. The model is modified only if everything fits.
+    the model is fused first; those of ``int8_state_dict()`` make it one in int8, where the CPU
+    multiplies it. The model is modified only if everything fits.
 
     Args:
         model: a backbone, a ``features_only=True`` wrapper of one, or a
-            :class:`backbones.ViTAdapter`; or a model of timm, into which its own state dict is
-            loaded, whole and whatever ``strict`` is.
+            :class:`backbones.ViTAdapter`; or a model of timm, into which its own state dict, or
+            that in int8, is loaded, whole and whatever ``strict`` is.
         source: a ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, an http(s) URL of one, or
             a loaded state dict.
         strict: whether missing and unexpected tensors, and NaN or infinite weights, are errors.
@@ -137,11 +138,15 @@ def load_tensors(
         CheckpointError, TypeError: see :func:`load_checkpoint`.
     """
     tensors, ignored = strip_prefixes(tensors)
+    tensors, in_int8 = dequantized(tensors, name)
     if _is_of_timm(model):
-        return _load_plainly(model, tensors, LoadReport(name, ignored=ignored))
+        report = _load_plainly(model, tensors, LoadReport(name, ignored=ignored))
+        if in_int8:
+            set_quantization(model, in_int8)
+            fuse_any(model, torch.int8, "auto")
+        return report
     pruned = isinstance(model, FeatureGetterNet)
     backbone = _backbone_of(model)
-    tensors, in_bytes = dequantized(tensors, name)
     try:
         tensors = backbone.convert_state_dict(tensors)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -195,10 +200,10 @@ def load_tensors(
         raise CheckpointError(_not_finite_text(name, report.nonfinite))
     if target is not backbone:
         assert isinstance(backbone, StagedBackbone)
-        backbone.fuse(channels_last=False if in_bytes else "auto")
+        backbone.fuse(channels_last=False if in_int8 else "auto")
     backbone.load_state_dict(fitted, strict=False)
-    if in_bytes and isinstance(backbone, StagedBackbone):
-        set_quantization(backbone, in_bytes)
+    if in_int8 and isinstance(backbone, StagedBackbone):
+        set_quantization(backbone, in_int8)
         backbone.fuse(torch.int8)
     if any(names for kind, names in vars(report).items() if kind not in ("source", "ignored")):
         _logger.warning("%s", report)

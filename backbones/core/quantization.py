@@ -407,6 +407,7 @@ def _keep_within(
     result: Precision,
 ) -> None:
     """Remove the most sensitive layers from ``chosen`` until the error is small enough."""
+
     def results() -> list[Tensor]:
         leaves = pytree.tree_leaves([call(model, batch) for batch in batches])
         return [t.double() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]

@@ -71,7 +71,7 @@ class _Headless(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.pretrained_cfg = model, model.pretrained_cfg
 
     def forward(self, images: Tensor) -> Tensor:
         features: Tensor = self.model.forward_head(

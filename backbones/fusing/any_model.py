@@ -108,10 +108,21 @@ def fuse_any(
             if not isinstance(network, AnyModel | torch.jit.ScriptModule):
                 convert(network, recorded_form(type(network), AnyModel))
         if dtype is not None and isinstance(model, AnyModel):
-            model.precision = precision
+            _set_precision(model, precision)
             if precision is not None:
                 _confirm(model, precision, calibrate)
     return model
+
+
+def _set_precision(model: AnyModel, precision: Precision | None) -> None:
+    """Note what ``fuse()`` made of a network and, for int8, let its first calls be recorded.
+
+    Only recorded calls compute in int8.
+    """
+    model.precision = precision
+    for module in model.modules():
+        if isinstance(module, AnyModel):
+            module.eager_calls = 0 if precision is not None and precision.quantized else 1
 
 
 def _confirm(model: AnyModel, precision: Precision, images: Any) -> None:
@@ -121,7 +132,12 @@ def _confirm(model: AnyModel, precision: Precision, images: Any) -> None:
     if image is None:
         return
     image = image[:1].to(next(model.parameters()).dtype)
-    confirm(model, precision, lambda: [call(model, image) for _ in range(2)])  # eager, recorded
+
+    def run() -> None:
+        call(model, image)
+        model(image)  # if the whole cannot be recorded, its parts are now
+
+    confirm(model, precision, run)
     for module in model.modules():
         if isinstance(module, AnyModel):
             module.forget()

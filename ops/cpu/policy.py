@@ -45,8 +45,8 @@ __all__ = [
     "single_head_by_kernel",
     "softmax_attention_by_kernel",
     "stem_by_kernel",
-    "windows_pay_in_int8",
     "window_attention_by_kernel",
+    "windows_pay_in_int8",
 ]
 
 

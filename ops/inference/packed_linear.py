@@ -20,6 +20,7 @@ from ops.cpu.gemm.int8 import (
     packed_linear_energy_int8,
     packed_linear_int8,
     packed_mlp_int8,
+    quantize_weight,
     unsupported_int8,
 )
 from ops.cpu.gemm.linear import (
@@ -35,6 +36,7 @@ __all__ = [
     "PackedLinear",
     "Quantization",
     "by_onednn",
+    "multiplied_weight",
     "packed_pair",
     "quantization_of",
     "scaled",
@@ -79,6 +81,14 @@ def quantization_of(module: nn.Module) -> Quantization | None:
     """How a layer, be it plain or an inference form, computes in int8; None if it does not."""
     found = vars(module).get("quantization")
     return found if isinstance(found, Quantization) else None
+
+
+def multiplied_weight(weight: Tensor, quantization: Quantization | None) -> Tensor:
+    """A layer's weight: if it computes in int8, the numbers that int8 stands for, in float32."""
+    if quantization is None:
+        return weight
+    quantized, scale = quantize_weight(weight.flatten(1))
+    return (quantized * scale[:, None]).view(weight.shape)
 
 
 class PackedInt8(NamedTuple):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.inference.layers import FastLinear
-from ops.inference.packed_linear import Quantization
+from ops.inference.packed_linear import Quantization, multiplied_weight, quantization_of
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import affine_of
 from ops.rewriting.lift import put_convolution
@@ -98,7 +98,7 @@ def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
             return None
         stride: Any = layer.stride
         weights = layer.weight, layer.bias
-        return _Branch(made.args[0], *weights, stride, layer.groups, layer.quantization)
+        return _Branch(made.args[0], *weights, stride, layer.groups, quantization_of(layer))
     product = graph.made_by(made.args[0], FastLinear)
     pixels = None if product is None else graph.permuted(product.args[0], NHWC)
     if product is None or pixels is None or graph.only_user(product.result) is None:
@@ -109,12 +109,12 @@ def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
     if product.kwargs or layer.activation != "none":
         return None
     weights = layer.weight[:, :, None, None], layer.bias
-    return _Branch(pixels.args[0], *weights, (1, 1), 1, layer.quantization)
+    return _Branch(pixels.args[0], *weights, (1, 1), 1, quantization_of(layer))
 
 
 def _taps(branch: _Branch, inner: int, side: int) -> Tensor:
     """The weight with a window of ``side`` and ``inner`` inputs for each output."""
-    weight = branch.weight.detach()
+    weight = multiplied_weight(branch.weight.detach(), branch.quantization)
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     if branch.groups is None and inner > 1:
         channels = torch.arange(len(weight))

@@ -6,6 +6,7 @@ and the gates of squeeze-and-excitation are applied by the kernel.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS, activation_of
 from ops.inference.layers import ActivatedLayer, FastLinear, activate, can_activate
+from ops.inference.packed_linear import multiplied_weight
 from ops.reparam import fold_scale_after
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import affine_of
@@ -61,11 +63,14 @@ def product_of(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | N
 
 
 def _folded(layer: Any, scale: Tensor, shift: Tensor | None = None) -> Any:
-    """``layer(x) * scale + shift``, rounded to the layer's dtype once."""
+    """``layer(x) * scale + shift``, rounded to the layer's dtype once, or with the same int8."""
     dtype = layer.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     shift = None if shift is None else shift.to(wide)
-    return fold_scale_after(layer, scale.to(wide), shift).to(dtype)
+    exact = copy.copy(layer)
+    weight = multiplied_weight(layer.weight.detach(), layer.quantization)
+    exact._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
+    return fold_scale_after(exact, scale.to(wide), shift).to(dtype)
 
 
 def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:

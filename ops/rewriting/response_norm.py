@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
-from ops.inference.packed_linear import Quantization
+from ops.inference.packed_linear import Quantization, multiplied_weight
 from ops.inference.pooling import FastAdaptiveAvgPool2d
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import linear
@@ -110,7 +110,8 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
         return False
     if norm.bias is not None:
         with torch.no_grad():
-            shift = fc2.weight @ norm.bias.flatten()
+            weight = multiplied_weight(fc2.weight, fc2.quantization)
+            shift = (weight @ norm.bias.flatten().to(weight.dtype)).to(fc2.weight.dtype)
             merged = linear(fc2.weight, shift if fc2.bias is None else fc2.bias + shift)
         merged.activation, merged.clips_sum = fc2.activation, fc2.clips_sum
         if fc2.quantization is not None:  # its inputs, without the norm's bias, have other ranges

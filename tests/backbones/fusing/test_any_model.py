@@ -230,9 +230,3 @@ def test_scripts_and_containers() -> None:
     for _ in range(3):
         assert _error(fused(x), model(x)) <= 1e-5
     assert fused.is_replayed and backbones.fuse(nn.ReLU())(x).shape == x.shape
-
-
-def test_int8_needs_a_backbone_of_this_library() -> None:
-    model, _ = _network("resnet")
-    with pytest.raises(ValueError, match="ResNet is no backbone of this library"):
-        backbones.fuse(model, torch.int8)

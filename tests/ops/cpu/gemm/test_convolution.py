@@ -129,7 +129,9 @@ def test_scales_of_int8_are_checked() -> None:
     packed = PackedConv2d(_conv(16, 24, kernel_size=3), Quantization().pack)
     x, scale = random(1, 16, 9, 8).float(), packed._scales[0]
     for weight, scales in ((packed._weight.float(), scale), (packed._weight, torch.zeros(2, 5))):
-        with pytest.raises(ValueError, match=r"weight_scale must be \(2, 24\) for a weight in int8"):
+        with pytest.raises(
+            ValueError, match=r"weight_scale must be \(2, 24\) for a weight in int8"
+        ):
             packed_conv2d(x, weight, packed._bias, packed._geometry, weight_scale=scales)
 
 

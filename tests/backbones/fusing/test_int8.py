@@ -1,0 +1,336 @@
+"""``fuse(torch.int8)`` on networks of other packages: errors, layers, copies, changes, files."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from compiled_kernels import without_kernels
+from safetensors.torch import save_file
+from timm_models import SMALLEST
+from torch import Tensor, nn
+
+import backbones
+from backbones.core import quantization
+from ops.cpu import policy
+from ops.cpu.gemm.int8 import not_faster_in_int8
+
+_REASON = not_faster_in_int8(torch.device("cpu"))
+_needs_int8 = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
+_MAPS = policy.maps_of_int8()
+pytestmark = pytest.mark.usefixtures("small_layers_too")
+
+# The models, and kernels that must compute in int8.
+KERNELS = {
+    "resnet": {"packed_conv2d", "packed_linear_int8"},
+    "vision_transformer": {"packed_mlp_int8", "packed_linear_int8"},
+    "convnext": {"packed_mlp_int8"},
+    "efficientnet": {"packed_conv2d", "packed_linear_int8"},
+    "mobilenetv3": {"packed_linear_int8"},
+}
+SLOW = (
+    *("beit", "byobnet", "edgenext", "fasternet", "fastvit", "ghostnet", "hgnet", "levit"),
+    *("maxxvit", "metaformer", "mobilevit", "nfnet", "pvt_v2", "regnet", "repvit", "xcit"),
+)
+
+
+@pytest.fixture(autouse=True)
+def windows_with_tiles_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense convolutions also where they stay in floats."""
+    monkeypatch.setattr(policy, "windows_pay_in_int8", lambda channels, dtype: channels > 3)
+
+
+def _network(name: str, side: int, images: int = 2) -> tuple[nn.Module, Tensor]:
+    """A model with norms and scales that change their input, and images for it."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm: names that it has deprecated
+        model = timm.create_model(name).eval()
+    for path, m in model.named_modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert m.running_mean is not None and m.running_var is not None
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+            if m.weight is not None:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0, 0.1)
+        for end in ("gamma", "grn.weight", "grn.bias"):
+            for parameter in (p for n, p in m.named_parameters(path, False) if n.endswith(end)):
+                nn.init.uniform_(parameter, 0.1, 1)
+    return model, torch.randn(images, 3, side, side)
+
+
+def _small(module: str, images: int = 2) -> tuple[nn.Module, Tensor]:
+    name, side = SMALLEST[module]
+    return _network(name, side, images)
+
+
+def _error(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected.double()).norm() / expected.norm()).item()
+
+
+def _run(model: nn.Module, x: Tensor) -> Tensor:
+    """What the third call returns: of a fused model, a replay."""
+    with torch.inference_mode():
+        return [model(x.to(next(model.parameters()).dtype)) for _ in range(3)][-1]
+
+
+def _check(model: nn.Module, x: Tensor, limit: float, agreement: float = 0) -> set[tuple[str, str]]:
+    """Assert how close it is to float32, calibrated and not; return its kernels and their dtypes.
+
+    Args:
+        limit: of the relative error.
+        agreement: the least share of images with the same best class.
+    """
+    expected = _run(model, x)
+    for calibrate in (None, [x]):
+        fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=calibrate)
+        with torch.inference_mode():
+            first = fused(x.to(_MAPS))
+        out = _run(fused, x)
+        assert out.dtype == _MAPS and fused.is_replayed and torch.equal(first, out)
+        assert fused.precision.quantized and fused.precision.calibrated == (calibrate is not None)
+        assert _error(out, expected) < limit
+        assert (out.argmax(1) == expected.argmax(1)).float().mean() >= agreement
+    found = backbones.explain(fused, x.shape[-1], repeats=1)
+    quantized, layers = len(fused.precision.quantized), len(fused.precision.layers)
+    assert f"{quantized} of {layers} layers in int8 (calibrated ranges)" in str(found)
+    return {(call.kernel, call.dtype) for call in found.calls}
+
+
+@_needs_int8
+@pytest.mark.parametrize("module", KERNELS)
+def test_close_to_float32(module: str) -> None:
+    """With the bound of this library's families halved, and by kernels in int8."""
+    kernels = _check(*_small(module, images=10), limit=0.05, agreement=0.9)
+    assert {(name, "int8") for name in KERNELS[module]} <= kernels
+    assert ("packed_mlp", str(_MAPS).removeprefix("torch.")) not in kernels
+
+
+@_needs_int8
+@pytest.mark.slow
+@pytest.mark.parametrize("module", SLOW)
+def test_more_networks_are_close_to_float32(module: str) -> None:
+    model, x = _small(module)
+    rounded = _error(_run(copy.deepcopy(model).to(_MAPS), x), _run(model, x))
+    _check(model, x, limit=max(0.1, 3 * rounded))
+
+
+@_needs_int8
+@pytest.mark.parametrize("module", KERNELS)
+def test_copies_pickles_and_files(module: str, tmp_path: Path) -> None:
+    """They compute exactly the same; norms behind a layer leave its int8 as it is in the file."""
+    model, x = _small(module)
+    fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x)
+    expected, precision = _run(fused, x), str(fused.precision)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(_run(other, x), expected) and str(other.precision) == precision
+        assert other.state_dict().keys() == model.state_dict().keys()
+    save_file(fused.int8_state_dict(), tmp_path / "a.safetensors")
+    size = sum(t.numel() * t.itemsize for t in fused.state_dict().values())
+    assert (tmp_path / "a.safetensors").stat().st_size < size
+    loaded: Any = _small(module)[0]
+    for parameter in loaded.parameters():
+        parameter.data.mul_(0.5)
+    backbones.load_checkpoint(loaded, tmp_path / "a.safetensors")
+    assert loaded.precision.quantized == fused.precision.quantized and loaded.precision.calibrated
+    assert torch.equal(_run(loaded, x), expected)
+
+
+@_needs_int8
+def test_files_that_do_not_fit() -> None:
+    model, _ = _small("resnet")
+    fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8)
+    state = fused.int8_state_dict()
+    layer = fused.precision.quantized[0]
+    state[f"{layer}.weight_scale"][3] = -1
+    before = copy.deepcopy(model.state_dict())
+    message = re.escape(layer) + r"\.weight_scale must be finite .* but is -1 for output 3"
+    with pytest.raises(backbones.CheckpointError, match=message):
+        backbones.load_checkpoint(model, state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with pytest.raises(RuntimeError, match=r"ResNet has no layers in int8: call fuse\(dtype=torch"):
+        backbones.fuse(model).int8_state_dict()
+
+
+@_needs_int8
+def test_changed_weights() -> None:
+    """After a calibration, they are quantised again; ranges stay."""
+    model, x = _small("resnet")
+    fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x)
+    before, weight = _run(fused, x), fused.layer2[0].conv1.weight
+    with torch.no_grad():
+        weight.mul_(-1)
+        changed = _run(fused, x)
+        model.layer2[0].conv1.weight.mul_(-1)
+        assert 0 < _error(changed, _run(model, x)) < 0.05 < _error(changed, before)
+        weight.mul_(-1)
+    for _ in range(2):  # after several changes, some calls run as before
+        again = _run(fused, x)
+    assert torch.equal(again, before)
+
+
+@_needs_int8
+def test_fusing_again() -> None:
+    """Without a dtype, layers and ranges stay; with another one, the network computes in that."""
+    model, x = _small("vision_transformer")
+    fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x)
+    before, told = _run(fused, x), str(fused.precision)
+    for again in (backbones.fuse(fused), backbones.fuse(fused, torch.int8)):
+        assert torch.equal(_run(again, x), before) and str(again.precision) == told
+    floats = backbones.fuse(copy.deepcopy(model), _MAPS)
+    assert torch.equal(_run(backbones.fuse(fused, _MAPS), x), _run(floats, x))
+    assert fused.precision is None
+    assert not backbones.fuse(fused, torch.int8).precision.calibrated  # type: ignore[union-attr]
+
+
+@_needs_int8
+def test_a_budget_keeps_sensitive_layers_in_floats() -> None:
+    model, x = _small("efficientnet", images=1)
+    batches = [(x, torch.zeros(1))]
+    whole: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=batches, max_drop=1e6)
+    budget = whole.precision.drop / 3
+    some: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=batches, max_drop=budget)
+    kept = [x for x in some.precision.layers if x.reason.startswith("sensitive: with it, the drop")]
+    assert 0 < len(kept) < len(whole.precision.quantized) and 0 < some.precision.drop <= budget
+    assert len(kept) + len(some.precision.quantized) == len(whole.precision.quantized)
+    assert _error(_run(some, x), _run(model, x)) < _error(_run(whole, x), _run(model, x))
+    state = model.to(_MAPS).state_dict()  # as it was before errors were measured
+    assert all(torch.equal(t, state[name]) for name, t in some.state_dict().items())
+
+
+@_needs_int8
+def test_layers_in_floats_are_named() -> None:
+    """A classifier, and layers that a kernel of their block computes or another weight."""
+    model: Any = _small("mobilenetv3")[0]
+    with torch.no_grad():
+        model.conv_head.weight[0, 0] = float("nan")
+    fused: Any = backbones.fuse(model, torch.int8)
+    reasons = {layer.layer: layer.reason for layer in fused.precision.layers}
+    assert "classifier" in reasons["classifier"] and "NaN" in reasons["conv_head"]
+    assert "windows" in reasons["conv_stem"]
+    narrow = [n for n, reason in reasons.items() if reason == "in a block with a kernel of its own"]
+    assert narrow and not any(hasattr(fused.get_submodule(n), "quantization") for n in narrow)
+    standardised: Any = backbones.fuse(_network("resnetv2_50x1_bit", 64)[0], torch.int8)
+    assert standardised.precision.quantized == []
+
+
+@_needs_int8
+def test_weights_that_other_modules_multiply() -> None:
+    """BEiT's attention calls no module for its queries, keys and values."""
+    model = timm.models.beit.Beit(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2)
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "classifier": "head"}
+    nn.init.normal_(model.blocks[0].attn.qkv.weight)
+    x = torch.randn(2, 3, 32, 32)
+    fused: Any = backbones.fuse(copy.deepcopy(model).eval(), torch.int8)
+    assert "blocks.0.attn.qkv" in fused.precision.quantized
+    assert _error(_run(fused, x), _run(model.eval(), x)) < 0.1
+    calibrated: Any = backbones.fuse(copy.deepcopy(model).eval(), torch.int8, calibrate=x)
+    (entry,) = (e for e in calibrated.precision.layers if e.layer == "blocks.0.attn.qkv")
+    assert entry.reason.startswith("not called")
+
+
+@_needs_int8
+def test_networks_that_do_not_say_their_size() -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model("resnet18", weights=None).eval()
+    x = torch.randn(2, 3, 64, 64)
+    for calibrate in (None, x):
+        fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=calibrate)
+        assert len(fused.precision.quantized) == 19  # all but the first and the last one
+        assert _error(_run(fused, x), _run(model, x)) < 0.05
+    with pytest.raises(ValueError, match=r"max_drop needs calibrate=…: ResNet does not say which"):
+        backbones.fuse(copy.deepcopy(model), torch.int8, max_drop=0.1)
+    within: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x, max_drop=0.01)
+    assert 0 < within.precision.drop <= 0.01
+
+
+@_needs_int8
+@torch.inference_mode()
+def test_a_backbone_of_transformers() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, x = transformers.ViTModel(config).eval(), torch.randn(2, 3, 32, 32)
+    expected = model(x).last_hidden_state
+    fused: Any = backbones.fuse(model, torch.int8, calibrate=[x], max_drop=0.05)
+    assert len(fused.precision.quantized) == 12
+    for _ in range(3):
+        out = fused(pixel_values=x.to(_MAPS)).last_hidden_state
+    assert fused.is_replayed and _error(out, expected) < 0.05
+
+
+@_needs_int8
+def test_parts_of_a_network_that_is_not_recorded() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = _small("resnet")[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) if x.mean() > 0 else -self.body(x)
+
+    model, x = Branching().eval(), torch.rand(1, 3, 64, 64)
+    fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x)
+    assert "body.layer1.0.conv1" in fused.precision.quantized
+    for _ in range(2):  # the whole, then its parts
+        assert 1e-4 < _error(_run(fused, x), _run(model, x)) < 0.05
+    assert not fused.is_replayed and fused.body.is_replayed
+
+
+def _with_a_pixel(value: float) -> Tensor:
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    x[1, 2, 3, 4] = value
+    return x
+
+
+@_needs_int8
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least one batch of images, got none"),
+        ([torch.zeros(3, 8, 8)], r"\(B, .*, H, W\), got \(3, 8, 8\)"),
+        ([torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], "batches of images"),
+        ([torch.zeros(1, 1, 64, 64)], r"\(B, 3, H, W\), got \(1, 1, 64, 64\)"),
+        ([{"image": 1}], "got dict"),
+        ([torch.zeros(1, 3, 8, 8), _with_a_pixel(float("nan"))], "batch 1 has NaN or values inf"),
+        ([_with_a_pixel(1e300)], "batch 0 has NaN or values infinite in torch.float32"),
+        ("a", "got a str"),
+    ],
+)
+def test_bad_batches(batches: Any, message: str) -> None:
+    model = _small("resnet")[0]
+    with pytest.raises(ValueError, match=message):
+        backbones.fuse(model, torch.int8, calibrate=batches)
+    assert _run(model, torch.zeros(1, 3, 64, 64)).dtype == torch.float32  # it is as it was
+
+
+@_needs_int8
+def test_images_that_it_does_not_take() -> None:
+    model = torchvision.models.get_model("resnet18", weights=None)
+    with pytest.raises(ValueError, match=r"ResNet takes no images of \(1, 1, 64, 64\), which fuse"):
+        backbones.fuse(model, torch.int8, calibrate=torch.zeros(1, 1, 64, 64))
+    grey: Any = backbones.fuse(timm.create_model("test_resnet", in_chans=1).eval(), torch.int8)
+    assert grey.precision.quantized
+
+
+def test_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model stays in float32 and says why."""
+    without_kernels(monkeypatch)
+    quantization._warn_not_faster.cache_clear()
+    model, x = _small("resnet")
+    fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8)
+    assert fused.precision.reason and not fused.precision.quantized
+    assert next(fused.parameters()).dtype == torch.float32
+    assert _error(_run(fused, x), _run(model, x)) < 1e-5
