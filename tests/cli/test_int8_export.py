@@ -81,7 +81,7 @@ def test_the_file_stands_alone(
     capsys.readouterr()
     words = ["export", "shvit_s1", "--checkpoint", str(path), "--out", str(tmp_path / "x.onnx")]
     assert main(words) == 2
-    assert "has weights in 8 bits; export needs floats" in capsys.readouterr().err
+    assert "has weights in int8; export needs floats" in capsys.readouterr().err
 
 
 @_needs_bytes
@@ -123,7 +123,7 @@ def test_nothing_to_gain(
         monkeypatch.setattr(policy, name, 1 << 40)
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out"]
     assert main([*words, str(tmp_path / "model.safetensors")]) == 2
-    assert "shvit_s1: no layer would gain from 8 bits here; 0 of " in capsys.readouterr().err
+    assert "shvit_s1: no layer would gain from int8 here; 0 of " in capsys.readouterr().err
     assert not (tmp_path / "model.safetensors").exists()
 
 

@@ -18,10 +18,15 @@ from timm.data import create_transform, resolve_data_config
 from training_runs import make_images, train
 
 import backbones
+from backbones.cli.common import load
 from backbones.cli.main import main
 from backbones.core.tables import count_text
 from backbones.embedding import table
+from ops.cpu import policy
+from ops.cpu.gemm.int8 import not_faster_in_int8
 
+_REASON = not_faster_in_int8(torch.device("cpu"))
+needs_int8 = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
 TINY = ("test_vit", "test_resnet", "test_convnext")
 
 
@@ -179,8 +184,50 @@ def test_export(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run(*words, "--out", tmp_path / "a.onnx") == 0
     facts = {p.key: p.value for p in onnx.load(tmp_path / "a.onnx").metadata_props}
     assert json.loads(facts["preprocessing"])["input_size"] == [3, 160, 160]
-    for more in (["--int8", "--out", tmp_path / "a.safetensors"], ["--fused", "--out=a.onnx"]):
-        assert "needs a model of this library" in refusal(capsys, *words, *more)
+    said = refusal(capsys, *words, "--fused", "--out=a.onnx")
+    assert "--fused needs a model of this library" in said
+
+
+@needs_int8
+def test_int8(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    """A file of ``export --int8`` predicts what the model in int8 does, and so do options."""
+    for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+        monkeypatch.setattr(policy, name, 1)
+    model, file = weights("test_convnext", tmp_path, num_classes=7)
+    words, path = ["timm/test_convnext", "--checkpoint", file], tmp_path / "int8.safetensors"
+    options = ["--calibration", photos, "--max-drop=0.5", "--out", path]
+    assert run("export", *words, "--int8", *options) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "layers in int8 (calibrated ranges)" in said[0] and "relative error" in said[0]
+    assert said[1].startswith("  int8 agrees with float in ")
+    assert path.stat().st_size < file.stat().st_size / 2
+    loaded = load(None, path)
+    assert loaded.name == "timm/test_convnext" and loaded.model.precision.calibrated
+    said = refusal(capsys, "export", *words[:1], "--checkpoint", path, "--out=x.onnx")
+    assert "has weights in int8; export needs floats" in said
+
+    with torch.inference_mode():
+        images = batch_of(model, photos)
+        expected = model(images).softmax(1)
+        vectors = model.forward_head(model.forward_features(images), pre_logits=True).numpy()
+    int8 = ["--checkpoint", file, "--dtype=int8"]
+    for number, given in enumerate((["--checkpoint", path], int8)):
+        given = ["--model=timm/test_convnext", *given]
+        out = ["--topk=7", "--json", tmp_path / "a.json"]
+        assert run("predict", photos, *given, *out) == 0
+        for entry, row in zip(json.loads((tmp_path / "a.json").read_text()), expected, strict=True):
+            for found in entry["predictions"]:
+                assert found["confidence"] == pytest.approx(row[found["class"]].item(), abs=0.02)
+        folder = tmp_path / f"table{number}"
+        assert run("embed", photos, *given, "--workers=1", "--out", folder) == 0
+        _, found = table.load(folder)
+        assert 1e-4 < np.linalg.norm(found - vectors) / np.linalg.norm(vectors) < 0.05
+    capsys.readouterr()
+    assert run("summary", "timm/test_convnext", "--kernels", "--runs=1", "--dtype=int8") == 0
+    said = capsys.readouterr().out
+    assert "packed_mlp_int8" in said and "layers in int8 (a range for each row of inputs)" in said
 
 
 def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
