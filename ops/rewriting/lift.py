@@ -163,9 +163,23 @@ def _pad(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> boo
     return True
 
 
+def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    """Leave out empty parts, which kernels do not take."""
+    parts = [part for part in given["tensors"] if part.shape.numel()]
+    if len(parts) == len(given["tensors"]) or not parts:
+        return False
+    if len(parts) == 1 and parts[0].shape == operator.result.shape:
+        graph.substitute(operator.result, parts[0])
+        graph.remove(operator)
+        return True
+    graph.replace(operator, operator.function, parts, given["dim"])
+    return True
+
+
 _RULES: dict[Any, Any] = {
     _aten.pad.default: _pad,
     _aten.constant_pad_nd.default: _pad,
+    _aten.cat.default: _cat,
     _aten.add.Tensor: _neutral,
     _aten.mul.Tensor: _neutral,
     _aten.linear.default: _linear,
