@@ -166,7 +166,8 @@ def _pad(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> boo
 def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
     """Leave out empty parts, which kernels do not take."""
     parts = [part for part in given["tensors"] if part.shape.numel()]
-    if len(parts) == len(given["tensors"]) or not parts:
+    same = {part.dtype for part in given["tensors"]} == {operator.result.dtype}
+    if len(parts) == len(given["tensors"]) or not parts or not same:
         return False
     if len(parts) == 1 and parts[0].shape == operator.result.shape:
         graph.substitute(operator.result, parts[0])

@@ -332,6 +332,15 @@ def test_folded_weights_keep_their_dtype() -> None:
     assert error < 0.02
 
 
+def test_empty_parts_are_left_out() -> None:
+    """As of rotary embeddings without prefix tokens."""
+    one = _Call(lambda m, x: F.relu(torch.cat((x[:, :0], x * 2), 1)))
+    _check(one, TOKENS, "mul", "relu")
+    two = _Call(lambda m, x: torch.cat((x, x[:, :0], x * 2), 1))
+    graph = _check(two, TOKENS, "mul", "cat")
+    assert len(graph.operators[-1].args[0]) == 2
+
+
 # -- shortcuts and gates -------------------------------------------------------------------------
 
 
