@@ -12,7 +12,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from timm_models import SMALLEST
+from timm_models import ARGUMENTS, SMALLEST
 from torch import Tensor, nn
 
 import backbones
@@ -31,7 +31,7 @@ def _network(module: str, **kwargs: Any) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of timm: names that it has deprecated
-        model = timm.create_model(name, **kwargs).eval()
+        model = timm.create_model(name, **ARGUMENTS.get(module, {}), **kwargs).eval()
     for m in model.modules():
         if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
             assert m.running_mean is not None and m.running_var is not None
@@ -74,7 +74,7 @@ def test_outputs_are_equal(module: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", sorted(set(SMALLEST) - {"deepseek_vit", "gemma4_vit"}))
+@pytest.mark.parametrize("module", SMALLEST)
 def test_outputs_are_equal_for_every_module_of_timm(module: str) -> None:
     model, x = _network(module)
     _check(model, x)
