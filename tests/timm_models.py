@@ -1,4 +1,4 @@
-"""The smallest model of each of timm's modules, with the side of its images, and a smaller depth."""
+"""The smallest model of each of timm's modules, with the side of its images and, if any, depth."""
 
 from __future__ import annotations
 

@@ -108,21 +108,10 @@ def fuse_any(
             if not isinstance(network, AnyModel | torch.jit.ScriptModule):
                 convert(network, recorded_form(type(network), AnyModel))
         if dtype is not None and isinstance(model, AnyModel):
-            _set_precision(model, precision)
+            model.precision = precision
             if precision is not None:
                 _confirm(model, precision, calibrate)
     return model
-
-
-def _set_precision(model: AnyModel, precision: Precision | None) -> None:
-    """Note what ``fuse()`` made of a network and, for int8, let its first calls be recorded.
-
-    Only recorded calls compute in int8.
-    """
-    model.precision = precision
-    for module in model.modules():
-        if isinstance(module, AnyModel):
-            module.eager_calls = 0 if precision is not None and precision.quantized else 1
 
 
 def _confirm(model: AnyModel, precision: Precision, images: Any) -> None:
