@@ -24,18 +24,18 @@ import torch
 from timm.utils import distribute_bn
 from torch import nn
 
-from backbones.core.console import guard
+from backbones.common.processes import World
+from backbones.common.progress import Progress, duration
+from backbones.common.signals import StopRequest
 from backbones.training import build, distillation, pictures
 from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits
-from backbones.training.distributed import World
-from backbones.training.interrupt import StopRequest
 from backbones.training.loader import TrainLoader, ValidationLoader
 from backbones.training.loop import TrainingLoop
 from backbones.training.multilabel import validation_loss
-from backbones.training.progress import Meter, Progress, describe_epoch, duration
 from backbones.training.recipe import Recipe
 from backbones.training.recipe_checks import check_sizes
+from backbones.training.record import Meter, describe_epoch, say_results
 from backbones.training.run import run_from_command_line
 
 _SMALL = 32  # pixels, the smallest images that every network of this library supports
@@ -190,7 +190,7 @@ class Trainer(TrainingLoop):
             pictures.draw_predictions(path, shown, self.classes, title)
         kind = "AUC" if self.multi_label else "accuracy"
         self.progress.say(f"best {kind} {self.best:.2f} % after {duration(seconds)}")
-        self.progress.say_results(self.folder)
+        say_results(self.progress, self.folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -199,4 +199,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guard(main))
+    sys.exit(main())

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from zoo import FAMILIES, ISOTROPIC, RESTORATION, STRIDE_16, images, randomise, small
 
-from backbones.training.distributed import leave_processes
+from backbones.common.processes import leave_processes
 
 Gradients = dict[str, Tensor]
 

@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbones.core.arguments import nonempty_path
+from backbones.common.arguments import nonempty_path
+from backbones.common.errors import MendableError
+from backbones.common.outputs import Kind, add_overwrite, require_writable
 from backbones.core.checkpoint import CheckpointError, read_checkpoint
-from backbones.core.console import MendableError
 from backbones.core.messages import joined_lines
-from backbones.core.outputs import Kind, add_overwrite, require_writable
 from backbones.training.checkpoint import save_weights
 
 _AVERAGE = Kind((".safetensors",), rb".{8}\{\"__metadata__\":\{\"average_of\"")

@@ -61,12 +61,13 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.cli.measure import count_macs
-from backbones.core.arguments import THREADS, nonempty_path, real, whole
-from backbones.core.console import CommandError, Parser, guard
+from backbones.common.arguments import THREADS, nonempty_path, real, whole
+from backbones.common.console import Parser, guard
+from backbones.common.errors import CommandError
+from backbones.common.outputs import FIGURE, REPORT, Kind, add_overwrite, require_writable
 from backbones.core.from_timm import PREFIX
 from backbones.core.inputs import require_size, size_of
 from backbones.core.messages import first_line
-from backbones.core.outputs import FIGURE, REPORT, Kind, add_overwrite, require_writable
 
 __all__ = ["KINDS", "Row", "comparison", "describe", "kind_of", "main", "measure", "parse", "peer"]
 

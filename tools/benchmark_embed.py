@@ -40,9 +40,9 @@ from PIL import Image
 from timm.data import create_transform
 
 import backbones
-from backbones.core.arguments import nonempty_path
-from backbones.core.images import installed_decoder, open_image, open_pixels
-from backbones.core.outputs import REPORT, add_overwrite, require_writable
+from backbones.common.arguments import nonempty_path
+from backbones.common.images import installed_decoder, open_image, open_pixels
+from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.embedding import embed
 from backbones.embedding.local import cores
 from backbones.embedding.network import Network

@@ -49,8 +49,8 @@ from na_contenders import (
 from na_picture import BASELINE, draw
 from torch import Tensor
 
-from backbones.core.arguments import nonempty_path
-from backbones.core.outputs import FIGURE, REPORT, add_overwrite, require_writable
+from backbones.common.arguments import nonempty_path
+from backbones.common.outputs import FIGURE, REPORT, add_overwrite, require_writable
 
 logger = logging.getLogger("benchmark_na")
 

@@ -38,8 +38,8 @@ from measuring import machine, steady, write
 from torch import Tensor
 
 import backbones
-from backbones.core.arguments import nonempty_path, whole
-from backbones.core.outputs import REPORT, add_overwrite, require_writable
+from backbones.common.arguments import nonempty_path, whole
+from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from ops.linear_attention import gated_linear_attention
 from ops.selective_scan import cross_selective_scan, selective_scan
 

@@ -38,16 +38,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_cls  # noqa: E402
-from backbones.core.arguments import nonempty_path  # noqa: E402
-from backbones.core.outputs import REPORT, add_overwrite, require_writable  # noqa: E402
+from backbones.common.arguments import nonempty_path  # noqa: E402
+from backbones.common.files import write_text_atomically  # noqa: E402
+from backbones.common.outputs import REPORT, add_overwrite, require_writable  # noqa: E402
+from backbones.common.processes import World  # noqa: E402
+from backbones.common.progress import Progress  # noqa: E402
+from backbones.common.signals import StopRequest  # noqa: E402
 from backbones.training import build, optimization  # noqa: E402
-from backbones.training.checkpoint import write_text_atomically  # noqa: E402
 from backbones.training.corrupt import CorruptImages  # noqa: E402
 from backbones.training.data import open_splits  # noqa: E402
-from backbones.training.distributed import World  # noqa: E402
-from backbones.training.interrupt import StopRequest  # noqa: E402
 from backbones.training.loader import TrainLoader  # noqa: E402
-from backbones.training.progress import Progress  # noqa: E402
 from backbones.training.recipe import Recipe  # noqa: E402
 
 LOADER_AIM, STEP_AIM = 0.90, 1.05
@@ -156,7 +156,7 @@ def compare_steps(options: argparse.Namespace, world: World, folder: Path) -> di
         warmup_epochs=0.0,
         lr=1e-3,
     )
-    progress = Progress(world, io.StringIO())
+    progress = Progress(stream=io.StringIO())
     trainer = train_cls.Trainer(recipe, folder, world, StopRequest(), progress)
     images = torch.randn(options.step_batch_size, 3, options.step_size, options.step_size)
     images, labels = images.to(world.device), torch.arange(len(images)) % 10

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from measuring import GENERATED, load_report, machine, read_report, replace_results, write
 
-from backbones.core.arguments import nonempty_path
-from backbones.core.outputs import REPORT, add_overwrite, require_writable
+from backbones.common.arguments import nonempty_path
+from backbones.common.outputs import REPORT, add_overwrite, require_writable
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "performance" / "cold_start.json"

@@ -16,8 +16,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import VISUALIZERS, init_default_scope
 
-from backbones.core.arguments import nonempty, nonempty_path
-from backbones.core.outputs import Kind, add_overwrite, require_writable
+from backbones.common.arguments import nonempty, nonempty_path
+from backbones.common.outputs import Kind, add_overwrite, require_writable
 from backbones.openmmlab import check_channels
 from backbones.openmmlab.runs import provide_data
 

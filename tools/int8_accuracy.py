@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from trained_runs import CLASSIFIERS, RESTORER, Digits, Pictures, digits_run, pictures_run, train
 
 import backbones
-from backbones.core.arguments import CREATION_ERRORS, nonempty_path
-from backbones.core.console import CommandError, Parser, guard
+from backbones.common.arguments import nonempty_path
+from backbones.common.console import Parser, guard
+from backbones.common.errors import CREATION_ERRORS, CommandError
+from backbones.common.errors import MendableError as TrainingError
+from backbones.common.outputs import REPORT, require_writable
 from backbones.core.messages import first_line
-from backbones.core.outputs import REPORT, require_writable
 from backbones.restoration.metrics import quality
-from backbones.training.errors import TrainingError
 from ops.cpu.instruction_sets import instruction_set
 
 __all__ = ["FORMS", "compare", "here", "main", "of_digits", "of_pictures", "predict"]

@@ -40,10 +40,11 @@ from torch import Tensor, nn
 from trained_runs import CLASSIFIERS, digits_run
 
 import backbones
-from backbones.core.arguments import THREADS, nonempty_path, real, whole
-from backbones.core.console import CommandError, Parser, guard
+from backbones.common.arguments import THREADS, nonempty_path, real, whole
+from backbones.common.console import Parser, guard
+from backbones.common.errors import CommandError
+from backbones.common.outputs import REPORT, require_writable
 from backbones.core.messages import first_line
-from backbones.core.outputs import REPORT, require_writable
 
 __all__ = ["KEYS", "OURS", "Contenders", "main", "of_agreement", "of_speed"]
 

@@ -29,9 +29,9 @@ from trained_runs import ROOT
 from trained_runs import train as train_run
 
 import backbones
-from backbones.core.arguments import nonempty_path
-from backbones.training.checkpoint import write_text_atomically
-from backbones.training.pictures import GRID, INK, new_figure, save_figure, style_axis
+from backbones.common.arguments import nonempty_path
+from backbones.common.figures import GRID, INK, new_figure, save_figure, style_axis
+from backbones.common.files import write_text_atomically
 
 DOCS = ROOT / "docs"
 HEADER = """# Learning

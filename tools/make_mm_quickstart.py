@@ -12,8 +12,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones.core.arguments import nonempty_path
-from backbones.core.outputs import Kind, add_overwrite, require_writable
+from backbones.common.arguments import nonempty_path
+from backbones.common.outputs import Kind, add_overwrite, require_writable
 from backbones.openmmlab.quickstart import write_set
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from backbones.core.outputs import Kind
+from backbones.common.outputs import Kind
 from ops.inference.heap import return_freed_memory
 from ops.replay.workspace import workspace
 

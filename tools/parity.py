@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from measuring import processor_name  # noqa: E402
 
 from backbones.cli import parity  # noqa: E402
-from backbones.training.checkpoint import write_text_atomically  # noqa: E402
+from backbones.common.files import write_text_atomically  # noqa: E402
 
 RESULTS = ROOT / "docs" / "parity.json"
 PAGE = ROOT / "docs" / "parity.md"

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import backbones
-from backbones.core.arguments import nonempty_path
-from backbones.core.outputs import Kind, add_overwrite, require_writable
+from backbones.common.arguments import nonempty_path
+from backbones.common.outputs import Kind, add_overwrite, require_writable
 
 __all__ = ["KernelCalls", "differences", "kernel_outputs", "main", "model_outputs"]
 

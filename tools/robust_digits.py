@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from measuring import processor_name
 
-from backbones.training.checkpoint import write_text_atomically
+from backbones.common.files import write_text_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "cls" / "bench_digits.yaml"

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from backbones.core.arguments import nonempty_path
-from backbones.core.console import Parser, guard
-from backbones.core.outputs import FIGURE, add_overwrite, require_writable
-from backbones.training.checkpoint import write_atomically
+from backbones.common.arguments import nonempty_path
+from backbones.common.console import Parser, guard
+from backbones.common.files import write_atomically
+from backbones.common.outputs import FIGURE, add_overwrite, require_writable
 
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
 _REPORTS = [_DOCS / f"performance/zen5/{name}.json" for name in ("models", "runtimes")]

@@ -26,7 +26,7 @@ from benchmark_na import Effort, describe, measure
 from measuring import machine, write
 from na_contenders import SETTINGS
 
-from backbones.core.arguments import nonempty_path
+from backbones.common.arguments import nonempty_path
 
 __all__ = ["main"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmengine.runner import Runner
 
-from backbones.core.arguments import nonempty
+from backbones.common.arguments import nonempty
 from backbones.openmmlab.runs import load_config, processes, provide_data, shared_arguments
 
 

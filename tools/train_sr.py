@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from backbones.core.console import guard  # noqa: E402
+from backbones.common.console import guard  # noqa: E402
 from backbones.restoration.train import main  # noqa: E402
 
 if __name__ == "__main__":

@@ -32,18 +32,12 @@ import torch
 from torch import nn
 
 import backbones
-from backbones.core.arguments import (
-    CREATION_ERRORS,
-    THREADS,
-    nonempty,
-    nonempty_path,
-    real,
-    usable_device,
-    whole,
-)
-from backbones.core.console import Parser, guard
-from backbones.core.messages import first_line
-from backbones.core.outputs import (
+from backbones.common.arguments import THREADS, nonempty, nonempty_path, real, usable_device, whole
+from backbones.common.console import Parser, guard
+from backbones.common.errors import CREATION_ERRORS, DataError, RecipeError
+from backbones.common.errors import MendableError as TrainingError
+from backbones.common.files import write_text_atomically
+from backbones.common.outputs import (
     FIGURE,
     Kind,
     add_overwrite,
@@ -51,8 +45,10 @@ from backbones.core.outputs import (
     require_folder,
     require_writable,
 )
+from backbones.common.processes import World
+from backbones.common.progress import Progress, duration
+from backbones.core.messages import first_line
 from backbones.training import build
-from backbones.training.checkpoint import write_text_atomically
 from backbones.training.corrupt import CorruptImages
 from backbones.training.corruptions import (
     ALEXNET_ERROR,
@@ -61,11 +57,8 @@ from backbones.training.corruptions import (
     mean_corruption_error,
 )
 from backbones.training.data import Splits, open_splits
-from backbones.training.distributed import World
-from backbones.training.errors import DataError, RecipeError, TrainingError
 from backbones.training.loader import ValidationLoader
 from backbones.training.predictions import Predictions, predict_all, read_real_labels, real_accuracy
-from backbones.training.progress import Progress, duration
 from backbones.training.recipe import Recipe, load_recipe
 from backbones.training.report import class_report, confusion_matrix, draw_confusion
 from backbones.training.sources import ImageSource
@@ -96,7 +89,7 @@ class Validator:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         device = usable_device(default if options.device is None else options.device)
         self.world = World(0, 1, device)
-        self.progress = Progress(self.world)
+        self.progress = Progress()
         self.data_recipe = Recipe(
             data=options.data,
             data_dir=options.data_dir,

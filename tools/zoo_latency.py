@@ -25,8 +25,8 @@ from benchmark_report import describe
 from measuring import machine, write
 
 import backbones
-from backbones.core.arguments import nonempty_path
-from backbones.core.outputs import REPORT, add_overwrite, require_writable
+from backbones.common.arguments import nonempty_path
+from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.core.registry import published_weights
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "performance" / "zoo.json"

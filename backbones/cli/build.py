@@ -6,7 +6,7 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace
 
-from backbones.cli.common import CommandError
+from backbones.common.errors import CommandError
 from ops import cpu
 from ops.cpu.trust import shell_word
 

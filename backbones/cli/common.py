@@ -18,19 +18,17 @@ from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo
 
 import backbones
-from backbones.core.arguments import CREATION_ERRORS
+from backbones.common.errors import CREATION_ERRORS, CommandError, memory_shortage
+from backbones.common.memory import available_memory, peak_bytes
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_tensors, read_checkpoint, strip_prefixes
-from backbones.core.console import CommandError, memory_shortage
 from backbones.core.inputs import channels_of, require_size, size_of
 from backbones.core.messages import first_line, one_line, shown
-from backbones.restoration.memory import available_memory, peak_bytes
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.training.recipe import Recipe, load_recipe
 from backbones.training.recipe_yaml import parse_yaml, read_mapping
 
 __all__ = [
-    "CommandError",
     "Loaded",
     "add_size_argument",
     "create",

@@ -17,7 +17,7 @@ from backbones.cli.results import (
     say_refused,
     write_text,
 )
-from backbones.core.arguments import nonempty_path, real
+from backbones.common.arguments import nonempty_path, real
 from backbones.core.messages import one_line
 from backbones.core.tables import table
 from backbones.embedding.duplicates import THRESHOLD, Member, find_duplicates

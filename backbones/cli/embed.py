@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 
-from backbones.cli.atomic_files import exit_on_signals
-from backbones.core.arguments import nonempty, nonempty_path, whole
-from backbones.core.dtypes import COMPUTED
+from backbones.common.arguments import nonempty, nonempty_path, whole
+from backbones.common.dtypes import COMPUTED
+from backbones.common.signals import exit_on_signals
 from backbones.core.messages import one_line
 from backbones.embedding.network import FEATURES
 from backbones.embedding.run import ENGINES, embed

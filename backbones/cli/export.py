@@ -17,16 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones.cli import atomic_files, exporting, quantizing
-from backbones.cli.common import CommandError, Loaded, add_size_argument, load, two_sides
-from backbones.cli.elapsed import show_elapsed
+from backbones.cli import exporting, quantizing
+from backbones.cli.common import Loaded, add_size_argument, load, two_sides
 from backbones.cli.int8_export import INT8, export_int8
 from backbones.cli.predict import preprocessing
-from backbones.cli.resources import require_disk_space, require_memory
-from backbones.core.arguments import nonempty_path, real
+from backbones.common.arguments import nonempty_path, real
+from backbones.common.errors import CommandError
+from backbones.common.files import replacing_together, require_disk_space
+from backbones.common.memory import require_memory
+from backbones.common.outputs import ONNX, PT2, add_overwrite, require_writable
+from backbones.common.progress import show_elapsed
+from backbones.common.signals import exit_on_signals
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of, require_size
-from backbones.core.outputs import ONNX, PT2, add_overwrite, require_writable
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
 
@@ -72,7 +75,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Run ``export``; 0 if the file is written and right."""
-    with atomic_files.exit_on_signals():
+    with exit_on_signals():
         return _run(options)
 
 
@@ -166,7 +169,7 @@ def export(
     shape = (batch, channels_of(model), *size)
     shapes = exporting.check_shapes(shape, dynamic)
     try:
-        with atomic_files.replace_atomically(path) as scratch:
+        with replacing_together(path) as scratch:
             run = _write(loaded, scratch, format, shape, dynamic)
             worst = 0.0
             for found in exporting.check(model, run, shapes):

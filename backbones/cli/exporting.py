@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backbones.cli.common import CommandError
 from backbones.cli.common_operators import with_common_operators
 from backbones.cli.hat_export import SharedGroup, extract_group, inline_groups
+from backbones.common.errors import CommandError
 
 __all__ = [
     "TOLERANCE",

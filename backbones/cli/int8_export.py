@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 import backbones
-from backbones.cli import atomic_files, quantizing
-from backbones.cli.common import CommandError, Loaded, fuse
+from backbones.cli import quantizing
+from backbones.cli.common import Loaded, fuse
 from backbones.cli.exporting import TOLERANCE, difference, noise
+from backbones.common.errors import CommandError
+from backbones.common.files import replacing_together
+from backbones.common.outputs import Kind
 from backbones.core.inputs import channels_of
-from backbones.core.outputs import Kind
 from backbones.core.precision import Precision
 from backbones.training.checkpoint import save_weights
 from backbones.training.recipe import dump_recipe
@@ -57,7 +59,7 @@ def export_int8(
         reason = precision.reason or f"no layer would gain from int8 here; {precision.summary()}"
         raise CommandError(f"{loaded.name}: {reason}")
     probe = noise((1, channels_of(exact), *size), 0)
-    with atomic_files.replace_atomically(path) as scratch:
+    with replacing_together(path) as scratch:
         save_weights(scratch, model.int8_state_dict(), _metadata(loaded))
         again = copy.deepcopy(exact)
         try:

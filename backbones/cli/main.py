@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones.core.console import CommandError, Parser, guard
+from backbones.common.console import Parser, guard
+from backbones.common.errors import CommandError
 from backbones.core.messages import one_line
 from backbones.core.requirements import explanation
 

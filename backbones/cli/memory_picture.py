@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure
 from backbones.core.explain import BufferUse, Explanation
-from backbones.training.pictures import GRID, INK, drawable, new_figure, save_figure
 
 __all__ = ["draw_memory"]
 

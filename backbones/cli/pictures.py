@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from backbones.cli.predictions import Prediction
-from backbones.training.pictures import _short, drawable, new_figure, save_figure
+from backbones.common.figures import drawable, new_figure, save_figure, short
 
 __all__ = ["draw_predictions"]
 
@@ -48,7 +48,7 @@ def draw_predictions(path: Path, predictions: Sequence[Prediction], names: Seque
         axis.imshow(np.concatenate((prediction.image, gap, shown), axis=1))
         axis.set_title(_short_path(prediction.path), fontsize=9, loc="left", pad=3, color="#56606e")
         lines = [
-            f"{_short(names[number])}  {100 * confidence:.0f} %"
+            f"{short(names[number])}  {100 * confidence:.0f} %"
             for number, confidence in prediction.ranked()[:2]
         ]
         for i, line in enumerate(lines):

@@ -20,24 +20,20 @@ import torch
 from torch import Tensor
 
 from backbones.cli.cam import grad_cam
-from backbones.cli.common import CommandError, Loaded, fuse, load, read_labels
+from backbones.cli.common import Loaded, fuse, load, read_labels
 from backbones.cli.predictions import CSV_HEAD, Prediction, as_csv, as_entries, as_table
-from backbones.core import images
-from backbones.core.arguments import (
-    file_problem,
-    nonempty_path,
-    usable_device,
-    whole,
-)
+from backbones.common import images
+from backbones.common.arguments import nonempty_path, usable_device, whole
+from backbones.common.dtypes import COMPUTED, check_dtype
+from backbones.common.errors import CommandError, memory_shortage
+from backbones.common.files import file_problem, write_text_atomically
+from backbones.common.outputs import FIGURE, add_overwrite, csv_of, json_of, require_writable
+from backbones.common.progress import counting
+from backbones.common.resizing import Resizing
 from backbones.core.base import StagedBackbone
-from backbones.core.console import memory_shortage
-from backbones.core.dtypes import COMPUTED, check_dtype
 from backbones.core.inputs import channels_of, preprocessing_of
 from backbones.core.messages import first_line, one_line
-from backbones.core.outputs import FIGURE, add_overwrite, csv_of, json_of, require_writable
-from backbones.core.resizing import Resizing
 from backbones.training import build
-from backbones.training.checkpoint import write_text_atomically
 
 __all__ = [
     "EXAMPLE",
@@ -168,28 +164,31 @@ def predict(
     config = preprocessing(loaded)
     resize = Resizing(config)
     grey = config["input_size"][0] == 1
-    for start in _bar(range(0, len(paths), batch_size), len(paths) > batch_size and progress):
-        batch: list[Prediction] = []
-        readable: list[np.ndarray] = []
-        for path in paths[start : start + batch_size]:
-            prediction = Prediction(path, [], [])
-            try:
-                pixels = read_pixels(path, grey)
-                images.require_wide((pixels.shape[1], pixels.shape[0]), config)
-                readable.append(resize(pixels))
-            except images.DECODE_ERRORS as error:
-                prediction.error = first_line(error)
-            except (MemoryError, RuntimeError) as error:
-                if (shortage := memory_shortage(error)) is None:
-                    raise
-                prediction.error = shortage
-            batch.append(prediction)
-        if readable:
-            read = [prediction for prediction in batch if not prediction.error]
-            normalised = resize.normalise(np.stack(readable))
-            drawn = _classify(loaded.model, normalised, read, topk, config, pictures)
-            pictures -= drawn
-        yield from batch
+    shown = progress and len(paths) > batch_size
+    with counting("images", len(paths), shown) as bar:
+        for start in range(0, len(paths), batch_size):
+            batch: list[Prediction] = []
+            readable: list[np.ndarray] = []
+            for path in paths[start : start + batch_size]:
+                prediction = Prediction(path, [], [])
+                try:
+                    pixels = read_pixels(path, grey)
+                    images.require_wide((pixels.shape[1], pixels.shape[0]), config)
+                    readable.append(resize(pixels))
+                except images.DECODE_ERRORS as error:
+                    prediction.error = first_line(error)
+                except (MemoryError, RuntimeError) as error:
+                    if (shortage := memory_shortage(error)) is None:
+                        raise
+                    prediction.error = shortage
+                batch.append(prediction)
+            if readable:
+                read = [prediction for prediction in batch if not prediction.error]
+                normalised = resize.normalise(np.stack(readable))
+                drawn = _classify(loaded.model, normalised, read, topk, config, pictures)
+                pictures -= drawn
+            yield from batch
+            bar.step(count=len(batch))
 
 
 def preprocessing(loaded: Loaded) -> dict[str, Any]:
@@ -242,10 +241,10 @@ def read_pixels(path: Path, grey: bool = False) -> np.ndarray:
     """Decode an upright image: (H, W, 3), or (H, W, 1) for greyscale, uint8.
 
     With the fastest decoder whose pixels are those of
-    :func:`backbones.core.images.open_image`.
+    :func:`backbones.common.images.open_image`.
 
     Raises:
-        one of :data:`backbones.core.images.DECODE_ERRORS`: not a complete image, or not a file.
+        one of :data:`backbones.common.images.DECODE_ERRORS`: not a complete image, or not a file.
     """
     if (problem := file_problem(path)) is not None:
         raise OSError(problem)
@@ -286,11 +285,3 @@ def _classify(
     ):
         prediction.confidences, prediction.classes = confidences, classes
     return drawn
-
-
-def _bar(steps: range, shown: bool) -> Any:
-    if not shown or not sys.stderr.isatty():
-        return steps
-    from tqdm import tqdm
-
-    return tqdm(steps, unit="batch", leave=False)

@@ -17,8 +17,8 @@ from backbones.cli.results import (
     say_refused,
     write_text,
 )
-from backbones.core.arguments import nonempty, nonempty_path, real, whole
-from backbones.core.console import CommandError
+from backbones.common.arguments import nonempty, nonempty_path, real, whole
+from backbones.common.errors import CommandError
 from backbones.core.messages import one_line
 from backbones.core.tables import table
 from backbones.embedding.confusion import confusions, draw_confusion

@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbones.core.arguments import nonempty, nonempty_path
-from backbones.core.console import CommandError
-from backbones.core.messages import one_line
-from backbones.core.outputs import (
+from backbones.common.arguments import nonempty, nonempty_path
+from backbones.common.errors import CommandError
+from backbones.common.files import write_text_atomically
+from backbones.common.outputs import (
     FIGURE,
     HTML,
     Kind,
@@ -25,11 +25,11 @@ from backbones.core.outputs import (
     json_of,
     require_writable,
 )
+from backbones.core.messages import one_line
 from backbones.embedding.rows import count_rows
 from backbones.embedding.sources import image_files
 from backbones.embedding.table import METADATA, batches, metadata, shard_paths
 from backbones.embedding.thumbnails import Thumbnails
-from backbones.training.checkpoint import write_text_atomically
 
 __all__ = [
     "add_outputs",

@@ -20,9 +20,9 @@ from backbones.cli.results import (
     say_refused,
     write_text,
 )
-from backbones.core.arguments import nonempty_path, whole
-from backbones.core.console import CommandError
-from backbones.core.images import DECODE_ERRORS
+from backbones.common.arguments import nonempty_path, whole
+from backbones.common.errors import CommandError
+from backbones.common.images import DECODE_ERRORS
 from backbones.core.messages import one_line
 from backbones.core.tables import table
 from backbones.embedding.page import write_page

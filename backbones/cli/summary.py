@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 import backbones
-from backbones.cli.common import CommandError, add_size_argument, create, fuse, two_sides
+from backbones.cli.common import add_size_argument, create, fuse, two_sides
 from backbones.cli.measure import measure
-from backbones.core.arguments import nonempty_path, whole
+from backbones.common.arguments import nonempty_path, whole
+from backbones.common.dtypes import check_dtype
+from backbones.common.errors import CommandError
+from backbones.common.outputs import FIGURE, add_overwrite, require_writable
 from backbones.core.base import StagedBackbone
-from backbones.core.dtypes import check_dtype
-from backbones.core.outputs import FIGURE, add_overwrite, require_writable
 from backbones.core.tables import count_text, table
 
 __all__ = ["EXAMPLE", "add_arguments", "describe", "run"]

@@ -21,25 +21,18 @@ from torch import Tensor
 
 import backbones
 from backbones.cli import parity
-from backbones.cli.common import (
-    CommandError,
-    add_size_argument,
-    create,
-    load,
-    read_text,
-    two_sides,
-)
+from backbones.cli.common import add_size_argument, create, load, read_text, two_sides
 from backbones.cli.identify import closest, released_file
-from backbones.core.arguments import nonempty_path
+from backbones.common.arguments import nonempty_path
+from backbones.common.errors import CommandError, memory_shortage
+from backbones.common.files import write_text_atomically
+from backbones.common.outputs import add_overwrite, json_of, require_writable
 from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.checkpoint_files import sha256_of
-from backbones.core.console import memory_shortage
 from backbones.core.messages import one_line, shown
 from backbones.core.outlines import outlines
-from backbones.core.outputs import add_overwrite, json_of, require_writable
 from backbones.core.registry import published_weights
 from backbones.core.tables import count_text, table
-from backbones.training.checkpoint import write_text_atomically
 
 __all__ = ["EXAMPLE", "add_arguments", "compare", "make_figures", "run"]
 

@@ -15,7 +15,7 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from backbones.core.arguments import file_problem
+from backbones.common.files import file_problem
 
 __all__ = [
     "CHECKSUM_KEY",

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
 from backbones.core.messages import first_line
 from backbones.embedding.worker import Event, Job, Worker
 

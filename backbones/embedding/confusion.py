@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure
 from backbones.embedding.probe import Method, Report
-from backbones.training.pictures import GRID, INK, drawable, new_figure, save_figure
 
 __all__ = ["confusions", "draw_confusion"]
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
+from backbones.common.progress import counting
 from backbones.embedding.hnsw import open_graph
 from backbones.embedding.rows import blocks, by_number, count_rows, unit
 from backbones.embedding.search import choose_index
@@ -147,7 +146,7 @@ def _all_pairs(folder: str | Path, rows: int, threshold: float, progress: bool) 
     dim = metadata(folder)["dim"]
     most = max(_TILE, _HELD // (4 * dim))
     starts = range(0, rows, most)
-    with _bar(sum(rows - start for start in starts), progress) as bar:
+    with counting("compare", sum(rows - start for start in starts), progress) as bar:
         for start in starts:
             held, count = np.empty((min(most, rows - start), dim), np.float32), 0
             for block in blocks(folder):
@@ -157,7 +156,7 @@ def _all_pairs(folder: str | Path, rows: int, threshold: float, progress: bool) 
                     held[count : count + taken] = vectors[:taken]
                     count += taken
                 yield from _tiles(held[:count], start, vectors, first, threshold)
-                bar.update(len(vectors))
+                bar.step(count=len(vectors))
 
 
 def _tiles(
@@ -176,17 +175,10 @@ def _tiles(
 def _neighbours(folder: str | Path, rows: int, threshold: float, progress: bool) -> Pairs:
     """Like :func:`_all_pairs`, but approximate: each row with its nearest rows in a graph."""
     graph = open_graph(folder, progress)
-    with _bar(rows, progress) as bar:
+    with counting("compare", rows, progress) as bar:
         for block in blocks(folder):
             similar, others = graph.search(unit(block.vectors), min(_NEIGHBOURS, rows))
             ones = np.broadcast_to(block.first + np.arange(len(block.keys))[:, None], others.shape)
             near = (similar >= threshold - _ROUNDING) & (others >= 0) & (others != ones)
             yield ones[near], others[near], similar[near]
-            bar.update(len(block.keys))
-
-
-def _bar(total: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    silent = not (shown and sys.stderr.isatty())
-    return tqdm(total=total, unit="row", unit_scale=True, leave=False, disable=silent)
+            bar.step(count=len(block.keys))

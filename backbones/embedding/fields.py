@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from backbones.core.dtypes import COMPUTED
-from backbones.core.images import DECODERS
+from backbones.common.dtypes import COMPUTED
+from backbones.common.images import DECODERS
 from backbones.core.messages import shown
 
 __all__ = ["STORED", "problem"]

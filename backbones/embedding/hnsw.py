@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
+from backbones.common.files import replacing
+from backbones.common.memory import available_memory
+from backbones.common.progress import counting
 from backbones.core.messages import first_line, one_line
 from backbones.embedding.checksum import append_checksum, verify
 from backbones.embedding.rows import blocks, count_rows, unit
 from backbones.embedding.table import identity, metadata, shard_paths
-from backbones.restoration.memory import available_memory
 
 __all__ = ["Graph", "GraphError", "open_graph"]
 
@@ -87,17 +87,10 @@ def open_graph(folder: str | Path, progress: bool = False) -> Graph:
             )
     index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = _BUILD_WIDTH
-    bar = None
-    if progress and os.isatty(2):
-        from tqdm import tqdm
-
-        bar = tqdm(total=rows, unit="row", desc="index", leave=False)
-    for block in blocks(folder):
-        index.add(unit(block.vectors))
-        if bar is not None:
-            bar.update(len(block.keys))
-    if bar is not None:
-        bar.close()
+    with counting("index", rows, progress) as bar:
+        for block in blocks(folder):
+            index.add(unit(block.vectors))
+            bar.step(count=len(block.keys))
     _keep(index, path)
     return Graph(index)
 
@@ -126,14 +119,11 @@ def _keep(index: Any, path: Path) -> None:
     """Write the graph atomically, replacing graphs of earlier versions of the table."""
     import faiss
 
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        faiss.write_index(index, str(temporary))
-        append_checksum(temporary)
-        for earlier in path.parent.glob(_NAME.format("*")):
-            earlier.unlink()
-        os.replace(temporary, path)
+        with replacing(path, unique=True) as temporary:
+            faiss.write_index(index, str(temporary))
+            append_checksum(temporary)
+            for earlier in path.parent.glob(_NAME.format("*")):
+                earlier.unlink()
     except (OSError, RuntimeError) as error:
         raise GraphError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

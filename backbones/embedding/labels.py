@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
 from backbones.core.messages import first_line, one_line, shown
 from backbones.embedding.sources import reader_of
 from backbones.embedding.table import batches, metadata

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import backbones
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
 from backbones.embedding.network import Network
 from backbones.embedding.worker import Event, Job, Worker
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from backbones.cli.common import Loaded, fuse, load
 from backbones.cli.predict import preprocessing
+from backbones.common.dtypes import COMPUTED
+from backbones.common.errors import CommandError
 from backbones.core.base import StagedBackbone
-from backbones.core.console import CommandError
-from backbones.core.dtypes import COMPUTED
 from backbones.core.inputs import channels_of
 from backbones.core.messages import shown
 

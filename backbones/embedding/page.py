@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from backbones.common.files import write_atomically
 from backbones.core.messages import one_line
 from backbones.embedding.sheet import Row, Tile
-from backbones.training.checkpoint import write_atomically
 
 __all__ = ["Table", "write_page"]
 
@@ -59,7 +59,7 @@ def write_page(
         told: alternative text of the picture.
 
     Raises:
-        CheckpointFileError: see :func:`backbones.training.checkpoint.write_atomically`.
+        CheckpointFileError: see :func:`backbones.common.files.write_atomically`.
     """
     parts = {
         "title": _text(title),

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
 from backbones.embedding.labels import LabelError, labels_of, split_of
 from backbones.embedding.rows import blocks, unit
 from backbones.embedding.table import metadata

@@ -12,11 +12,11 @@ from typing import IO, Any
 import numpy as np
 import torch
 
-from backbones.core.arguments import file_problem
+from backbones.common.dtypes import check_dtype
+from backbones.common.errors import CommandError, MendableError
+from backbones.common.files import file_problem
+from backbones.common.images import DECODE_ERRORS
 from backbones.core.checkpoint_files import sha256_of
-from backbones.core.console import CommandError, MendableError
-from backbones.core.dtypes import check_dtype
-from backbones.core.images import DECODE_ERRORS
 from backbones.core.messages import first_line
 from backbones.embedding.network import Network
 from backbones.embedding.sources import Item

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,16 @@ from typing import Any, TextIO
 
 import torch
 
-from backbones.core.arguments import usable_device
+from backbones.common.arguments import usable_device
+from backbones.common.dtypes import check_dtype
+from backbones.common.errors import CommandError, FileError
+from backbones.common.files import write_problem
+from backbones.common.images import Skipped, installed_decoder
+from backbones.common.lock import FolderLock, LockedError
+from backbones.common.outputs import Kind, require_writable
+from backbones.common.progress import Progress, duration
 from backbones.core.checkpoint_files import sha256_of
-from backbones.core.console import CommandError
-from backbones.core.dtypes import check_dtype
-from backbones.core.images import Skipped, installed_decoder
 from backbones.core.messages import one_line, shown
-from backbones.core.outputs import Kind, require_writable
 from backbones.embedding import table
 from backbones.embedding.cluster import require_ray, run_on_cluster
 from backbones.embedding.local import cores, run_here, run_in_processes
@@ -29,11 +31,6 @@ from backbones.embedding.network import Network
 from backbones.embedding.ownership import is_own, seal
 from backbones.embedding.sources import Source, open_source, reader
 from backbones.embedding.worker import Event, Job
-from backbones.training.checkpoint import write_problem
-from backbones.training.distributed import World
-from backbones.training.errors import CheckpointFileError
-from backbones.training.lock import FolderLock, LockedError
-from backbones.training.progress import Progress, duration
 
 __all__ = ["ENGINES", "Summary", "embed"]
 
@@ -115,7 +112,7 @@ def embed(
         CommandError, DataError: unknown model or source, or conflicting arguments.
         TableError: ``out`` holds embeddings of a different model, weights, preprocessing or source;
             the message names the difference.
-        CheckpointFileError: ``out`` cannot be written.
+        FileError: ``out`` cannot be written.
     """
     begun = time.monotonic()
     table.require_pyarrow()
@@ -299,8 +296,7 @@ class _Work:
         self.corrupt: dict[int, list[tuple[str, str]]] = {}
         self.rows = 0
         self.pending: list[tuple[int, Any]] = []
-        main = World(0 if stream is not None else 1, 1, torch.device("cpu"))
-        self._progress = Progress(main, stream or sys.stderr)
+        self._progress = Progress(stream is not None, stream)
         self._progress.begin("check", len(images.parts))
         for number, part in enumerate(images.parts):
             if not self._take(number):
@@ -381,7 +377,7 @@ class _Work:
             with open(self.out / table.CORRUPT, "a", encoding="utf-8") as file:
                 file.writelines(f"{key}\t{reason}\n" for key, reason in lines)
         except OSError as error:
-            raise CheckpointFileError(
+            raise FileError(
                 f"cannot write {self.out / table.CORRUPT}: {write_problem(error, self.out)}"
             ) from error
 

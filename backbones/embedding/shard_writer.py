@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backbones.common.files import replacing, writing
 from backbones.embedding.checksum import CHECKSUM_KEY, PLACEHOLDER, sign
 from backbones.embedding.table import CORRUPT_KEY, IDENTITY_KEY, require_pyarrow
-from backbones.training.checkpoint import sync_folder, write_problem
-from backbones.training.errors import CheckpointFileError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -37,27 +35,16 @@ class ShardWriter:
         identity: from :func:`backbones.embedding.table.identity`.
 
     Raises:
-        CheckpointFileError: the file cannot be written, here or in a later call.
+        FileError: the file cannot be written; raised by the block or its calls.
     """
 
     def __init__(self, path: Path, schema: pyarrow.Schema, identity: str) -> None:
         self._pa = require_pyarrow()
         self.path, self.schema = path, schema.with_metadata({IDENTITY_KEY: identity.encode()})
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self._rows: list[dict[str, Any]] = []
         self._corrupt: list[tuple[str, str]] = []
         self._bytes = 0
-        self._file: IO[bytes] | None = None
         self._writer: Any = None
-        try:
-            self._file = open(self._temporary, "w+b")  # noqa: SIM115 - closed when the block ends
-            # Embeddings do not compress, so they are stored uncompressed for fast reading.
-            self._writer = self._pa.parquet.ParquetWriter(
-                self._file, self.schema, compression="none", use_dictionary=False
-            )
-        except OSError as error:
-            self._leave()
-            raise self._unwritten(error) from error
 
     def add(
         self,
@@ -98,10 +85,8 @@ class ShardWriter:
         pa, rows = self._pa, self._rows
         self._rows, self._bytes = [], 0
         arrays = [self._array(field, [part[field.name] for part in rows]) for field in self.schema]
-        try:
+        with writing(self.path):
             self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
-        except OSError as error:
-            raise self._unwritten(error) from error
 
     def _array(self, field: Any, parts: list[Any]) -> Any:
         pa = self._pa
@@ -114,6 +99,15 @@ class ShardWriter:
         return pa.array([value for part in parts for value in part], field.type)
 
     def __enter__(self) -> ShardWriter:
+        with writing(self.path), ExitStack() as stack:
+            temporary = stack.enter_context(replacing(self.path, unique=True))
+            self._file = open(temporary, "w+b")  # noqa: SIM115 - closed when the block ends
+            stack.callback(self._leave)
+            # Embeddings do not compress, so they are stored uncompressed for fast reading.
+            self._writer = self._pa.parquet.ParquetWriter(
+                self._file, self.schema, compression="none", use_dictionary=False
+            )
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(
@@ -122,39 +116,21 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self._flush()
-                self._finish()
-        finally:
-            self._leave()
-
-    def _finish(self) -> None:
-        assert self._file is not None
-        try:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with writing(self.path), self._stack:
+            self._flush()
             self._writer.add_key_value_metadata(
                 {CORRUPT_KEY: json.dumps(self._corrupt), CHECKSUM_KEY: PLACEHOLDER}
             )
             self._writer.close()
             sign(self._file)
-            self._file.flush()
-            os.fsync(self._file.fileno())
             self._file.close()
-            os.replace(self._temporary, self.path)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise self._unwritten(error) from error
 
     def _leave(self) -> None:
-        """Close the files and remove the temporary file, if it is still there."""
+        """Close the files; buffered data that cannot be written is discarded."""
         for file in (self._writer, self._file):
-            try:
+            with suppress(OSError):
                 if file is not None:
                     file.close()
-            except OSError:  # buffered data that cannot be written is discarded anyway
-                pass
-        self._temporary.unlink(missing_ok=True)
-
-    def _unwritten(self, error: OSError) -> CheckpointFileError:
-        problem = write_problem(error, self.path.parent)
-        return CheckpointFileError(f"cannot write {self.path}: {problem}")

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
+from backbones.common.figures import INK, drawable, new_figure, save_figure
 from backbones.core.messages import one_line
-from backbones.training.pictures import INK, drawable, new_figure, save_figure
 
 __all__ = ["Row", "Tile", "draw_sheet", "short_key"]
 

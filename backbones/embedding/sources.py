@@ -20,14 +20,13 @@ from typing import IO, Any, NamedTuple
 
 from PIL import Image
 
-from backbones.core.arguments import file_problem
-from backbones.core.console import MendableError
-from backbones.core.images import Skipped, list_below
+from backbones.common.errors import DataError, MendableError
+from backbones.common.files import file_problem
+from backbones.common.images import Skipped, list_below
 from backbones.core.messages import first_line, one_line, shown
 from backbones.embedding.ownership import is_own
 from backbones.embedding.table import TableError, metadata, require_pyarrow
 from backbones.training.data import list_tar, open_splits
-from backbones.training.errors import DataError
 from backbones.training.recipe import Recipe
 from backbones.training.sources import ImageSource
 

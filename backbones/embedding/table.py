@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backbones.core.arguments import file_problem
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
+from backbones.common.files import file_problem, write_atomically
 from backbones.core.messages import first_line, shown
 from backbones.embedding import checksum
 from backbones.embedding.fields import STORED, problem
-from backbones.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     import pyarrow
@@ -143,8 +142,9 @@ def metadata(folder: str | Path) -> dict[str, Any]:
     numbers and ``computed``, the dtype of the computation; ``classes``, the number stored per
     image, and their ``names``; ``source`` (``kind``, ``path``, …); the number of ``images`` in it
     (None if unknown before reading), the number of ``shards`` and the ``rows`` per shard;
-    ``decoder``, one of :data:`backbones.core.images.DECODERS` ("pillow" if missing); ``versions``;
-    and ``seal``, by which :mod:`backbones.embedding.ownership` knows the user's own tables.
+    ``decoder``, one of :data:`backbones.common.images.DECODERS` ("pillow" if missing);
+    ``versions``; and ``seal``, by which :mod:`backbones.embedding.ownership` knows the user's own
+    tables.
 
     Raises:
         FileNotFoundError: the folder does not exist or has no ``metadata.json``.

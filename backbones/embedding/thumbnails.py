@@ -9,9 +9,9 @@ from typing import IO
 
 from PIL import Image
 
-from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image
+from backbones.common.errors import DataError
+from backbones.common.images import DECODE_ERRORS, as_8_bits, open_image
 from backbones.embedding.sources import ForeignError, OutsideError, Reader, reader_of
-from backbones.training.errors import DataError
 
 __all__ = ["SIDE", "Thumbnails", "small"]
 
@@ -58,7 +58,7 @@ def small(source: Path | IO[bytes] | Image.Image) -> Image.Image:
     """Shrink an image to a longer side of at most :data:`SIDE`, in RGB.
 
     Raises:
-        one of :data:`backbones.core.images.DECODE_ERRORS`: it cannot be read.
+        one of :data:`backbones.common.images.DECODE_ERRORS`: it cannot be read.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damage that affects no pixel

@@ -27,9 +27,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from backbones.core.checkpoint_files import sha256_of
-from backbones.core.console import MendableError, memory_shortage
-from backbones.core.images import (
+from backbones.common.errors import DataError, MendableError, memory_shortage
+from backbones.common.images import (
     DECODE_ERRORS,
     Skipped,
     as_8_bits,
@@ -37,13 +36,13 @@ from backbones.core.images import (
     open_pixels,
     require_wide,
 )
+from backbones.common.resizing import Resizing
+from backbones.core.checkpoint_files import sha256_of
 from backbones.core.messages import first_line
-from backbones.core.resizing import Resizing
 from backbones.embedding import table
 from backbones.embedding.network import Network
 from backbones.embedding.shard_writer import ShardWriter
 from backbones.embedding.sources import Item, reader
-from backbones.training.errors import DataError
 
 __all__ = ["Event", "Images", "Job", "Worker"]
 
@@ -104,7 +103,7 @@ class Images:
 
     Args:
         config: preprocessing, as resolved by timm.
-        decoder: one of :data:`backbones.core.images.DECODERS`; None for the fastest.
+        decoder: one of :data:`backbones.common.images.DECODERS`; None for the fastest.
 
     Attributes:
         resize: from 8 bits of any size to the network's size.
@@ -128,7 +127,7 @@ class Images:
         """Open and decode an image: (C, H, W) uint8, and its original height and width.
 
         Raises:
-            one of :data:`backbones.core.images.DECODE_ERRORS`: it cannot be read.
+            one of :data:`backbones.common.images.DECODE_ERRORS`: it cannot be read.
         """
         source = item.open()
         if isinstance(source, Image.Image):

@@ -13,10 +13,10 @@ import torch
 from mmengine.config import Config, DictAction
 from torch import distributed
 
-from backbones.core.arguments import nonempty
-from backbones.core.outputs import overwritten
+from backbones.common.arguments import nonempty
+from backbones.common.outputs import overwritten
+from backbones.common.processes import leave_processes
 from backbones.openmmlab import check_channels, without_sync_norm
-from backbones.training.distributed import leave_processes
 
 __all__ = ["load_config", "processes", "provide_data", "shared_arguments"]
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from backbones.core.images import has_image_ending
+from backbones.common.errors import DataError
+from backbones.common.generators import mix_seed
+from backbones.common.images import has_image_ending
+from backbones.common.processes import World
 from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
 from backbones.restoration.images import PictureError, read_picture
 from backbones.restoration.metrics import quantize
@@ -20,10 +23,8 @@ from backbones.restoration.photographs import TRAINING, VALIDATION, find_photogr
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 from backbones.training.corrupt import CorruptImages
-from backbones.training.distributed import World
-from backbones.training.errors import DataError
 from backbones.training.loader import SizedBatches, loader_options
-from backbones.training.sampler import Key, TrainSampler, mix_seed
+from backbones.training.sampler import Key, TrainSampler
 
 __all__ = ["PatchLoader", "Patches", "degrade_picture", "find_pictures", "load_truth", "to_tensor"]
 

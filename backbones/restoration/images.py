@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from backbones.core.arguments import file_problem
-from backbones.core.images import DECODE_ERRORS, _orientation, opened
-from backbones.training.checkpoint import write_atomically
-from backbones.training.errors import DataError
+from backbones.common.errors import DataError
+from backbones.common.files import file_problem, write_atomically
+from backbones.common.images import DECODE_ERRORS, opened, orientation_of, upright
 
 __all__ = ["SUFFIXES", "Picture", "PictureError", "read_picture", "read_size", "write_picture"]
 
@@ -85,7 +84,7 @@ def read_size(path: Path) -> tuple[int, int]:
     """
     with _opened(path) as image:
         width, height = image.size
-        turned = _orientation(image) in _SWAPPED_AXES
+        turned = orientation_of(image) in (5, 6, 7, 8)
     return (width, height) if turned else (height, width)
 
 
@@ -102,13 +101,13 @@ def read_picture(path: Path) -> Picture:
     with _opened(path) as image:
         image.load()
         frames = getattr(image, "n_frames", 1)
-        icc, turn = image.info.get("icc_profile"), _orientation(image)
+        icc, turn = image.info.get("icc_profile"), orientation_of(image)
         pixels, alpha = _arrays(image, path)
         exif = _kept_exif(image)
     note = f"only the first of its {frames} frames" if frames > 1 else ""
     return Picture(
-        np.ascontiguousarray(_upright(pixels, turn)),
-        None if alpha is None else np.ascontiguousarray(_upright(alpha, turn)),
+        np.ascontiguousarray(upright(pixels, turn)),
+        None if alpha is None else np.ascontiguousarray(upright(alpha, turn)),
         icc if _profile_matches(icc, pixels.shape[2]) else None,
         exif,
         note,
@@ -279,20 +278,6 @@ def _read_16_bits(path: Path, kind: str) -> np.ndarray:
     if array.ndim == 3 and array.shape[0] in (3, 4) and array.shape[2] not in (3, 4):
         array = array.transpose(1, 2, 0)  # plane after plane
     return array.astype(np.uint16)
-
-
-_SWAPPED_AXES = (5, 6, 7, 8)
-
-
-def _upright(array: np.ndarray, orientation: object) -> np.ndarray:
-    """Apply the EXIF orientation 1 … 8; other values are ignored."""
-    if orientation in _SWAPPED_AXES:
-        array = array.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        array = array[::-1]
-    if orientation in (2, 3, 6, 7):
-        array = array[:, ::-1]
-    return array
 
 
 def _to_pillow(picture: Picture) -> Image.Image:

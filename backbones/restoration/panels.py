@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from backbones.training.checkpoint import write_atomically
+from backbones.common.files import write_atomically
 
 __all__ = ["Panel", "draw_panels", "most_detailed_window"]
 

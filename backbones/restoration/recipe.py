@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from backbones.training.errors import RecipeError
+from backbones.common.errors import RecipeError
 from backbones.training.recipe import Recipe, key
 from backbones.training.recipe_ranges import RANGES, Range, check_ranges
 

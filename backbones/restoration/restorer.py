@@ -13,12 +13,11 @@ import yaml
 from torch import nn
 
 import backbones
-from backbones.core.arguments import CREATION_ERRORS, THREADS, nonempty_path, usable_device
-from backbones.core.console import CommandError
-from backbones.core.dtypes import COMPUTED, check_dtype
+from backbones.common.arguments import THREADS, nonempty_path, usable_device
+from backbones.common.dtypes import COMPUTED, check_dtype
+from backbones.common.errors import CREATION_ERRORS, CommandError, DataError
 from backbones.core.messages import shown
 from backbones.core.outlines import outlines
-from backbones.training.errors import DataError
 
 __all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]
 

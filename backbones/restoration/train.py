@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import backbones
+from backbones.common.errors import BUILDING_ERRORS, DataError, RecipeError
+from backbones.common.processes import World
+from backbones.common.progress import Progress, duration
+from backbones.common.signals import StopRequest
 from backbones.restoration.data import (
     Pair,
     PatchLoader,
@@ -28,11 +32,8 @@ from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 from backbones.training.build import model_error
 from backbones.training.corrupt import CorruptImages
-from backbones.training.distributed import World
-from backbones.training.errors import BUILDING_ERRORS, DataError, RecipeError
-from backbones.training.interrupt import StopRequest
 from backbones.training.loop import TrainingLoop
-from backbones.training.progress import RESULTS, Progress, duration, epoch_line
+from backbones.training.record import RESULTS, epoch_line, say_results
 from backbones.training.run import run_from_command_line
 from ops.tiling import run_tiled
 
@@ -231,7 +232,7 @@ class RestorationTrainer(TrainingLoop):
             model.load_state_dict(safetensors.torch.load_file(best))
         self.draw_comparison(model.eval(), self.folder / "comparison.png")
         self.progress.say(f"best {self.best:.2f} dB after {self.spent()}{self.gain()}")
-        self.progress.say_results(self.folder, _RESULTS)
+        say_results(self.progress, self.folder, _RESULTS)
 
     def spent(self) -> str:
         """The training time of this process."""

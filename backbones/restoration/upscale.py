@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from backbones.common.errors import DataError
+from backbones.common.memory import available_memory, bytes_per_pixel, used_memory
 from backbones.core.messages import shown
 from backbones.restoration.images import Picture, PictureError, read_picture
-from backbones.restoration.memory import available_memory, bytes_per_pixel, used_memory
 from backbones.restoration.resize import resize_bicubic
-from backbones.training.errors import DataError
 from ops.tiling import tile_spans, tiled_strips
 
 __all__ = ["Upscaler", "upscale"]

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backbones.core.arguments import nonempty_path
-from backbones.core.console import memory_shortage
-from backbones.core.images import has_image_ending
+from backbones.common.arguments import nonempty_path
+from backbones.common.errors import DataError, MendableError, memory_shortage
+from backbones.common.images import has_image_ending
+from backbones.common.outputs import Kind, add_overwrite, require_folder, require_writable
+from backbones.common.progress import Progress, duration
 from backbones.core.messages import one_line, shown
-from backbones.core.outputs import Kind, add_overwrite, require_folder, require_writable
 from backbones.restoration.data import to_tensor
 from backbones.restoration.images import (
     SUFFIXES,
@@ -29,9 +30,6 @@ from backbones.restoration.panels import Panel, draw_panels, most_detailed_windo
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
-from backbones.training.distributed import World
-from backbones.training.errors import DataError, TrainingError
-from backbones.training.progress import Progress, duration
 
 __all__ = [
     "EXAMPLE",
@@ -192,9 +190,9 @@ def upscale_files(
             write_picture(job.target, after, quality)
             if compare:
                 _draw(_comparison(job.target), job, before, after)
-        except (TrainingError, OSError, MemoryError, RuntimeError) as error:
+        except (MendableError, OSError, MemoryError, RuntimeError) as error:
             shortage = memory_shortage(error)
-            if shortage is None and not isinstance(error, (TrainingError, OSError)):
+            if shortage is None and not isinstance(error, (MendableError, OSError)):
                 raise
             clock.skip_rest()
             fail(job.source, MemoryError(shortage) if shortage else error)
@@ -297,7 +295,7 @@ def run(options: argparse.Namespace) -> int:
     """Run ``upscale``; returns 0, or 1 if a picture failed.
 
     Raises:
-        TrainingError, backbones.CheckpointError: nothing could be done; the message says why.
+        MendableError, backbones.CheckpointError: nothing could be done; the message says why.
     """
     if not 1 <= options.quality <= 100:
         raise DataError(f"--quality must be in 1 … 100, not {shown(options.quality)}")
@@ -314,7 +312,7 @@ def run(options: argparse.Namespace) -> int:
         [options.checkpoint],
         options.overwrite,
     )
-    progress = Progress(World(0, 1, next(model.parameters()).device))
+    progress = Progress()
     begun = time.monotonic()
     try:
         upscaler = Upscaler(

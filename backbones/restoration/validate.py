@@ -12,20 +12,19 @@ from pathlib import Path
 
 from torch import Tensor
 
-from backbones.core.arguments import nonempty_path
-from backbones.core.console import Parser, guard
-from backbones.core.images import has_image_ending
-from backbones.core.outputs import add_overwrite, csv_of, require_writable
+from backbones.common.arguments import nonempty_path
+from backbones.common.console import Parser, guard
+from backbones.common.errors import DataError
+from backbones.common.files import write_text_atomically
+from backbones.common.images import has_image_ending
+from backbones.common.outputs import add_overwrite, csv_of, require_writable
+from backbones.common.progress import Progress
 from backbones.restoration.data import load_truth, to_tensor
 from backbones.restoration.images import Picture, PictureError, read_picture
 from backbones.restoration.metrics import quality, quantize
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
-from backbones.training.checkpoint import write_text_atomically
-from backbones.training.distributed import World
-from backbones.training.errors import DataError
-from backbones.training.progress import Progress
 
 __all__ = ["EXAMPLE", "Score", "add_arguments", "find_pairs", "main", "run", "validate"]
 
@@ -190,11 +189,11 @@ def run(options: argparse.Namespace) -> int:
         raise DataError("this validates super-resolution; the model's upscale is 1")
     upscaler = Upscaler(model, tta=options.tta, amp=options.amp, max_memory=memory)
     pairs = {folder: find_pairs(folder, upscaler.scale) for folder in options.folders}
-    progress = Progress(World(0, 1, upscaler.device))
+    progress = Progress()
     scores: list[Score] = []
     for folder in options.folders:
-        bar = _Bar(progress, folder.name, len(pairs[folder]))
-        of_folder = validate(upscaler, folder, bar.next)
+        progress.begin(folder.name, len(pairs[folder]))
+        of_folder = validate(upscaler, folder, progress.step)
         mean = mean_score(of_folder)
         scores += [*of_folder, mean]
         progress.end()
@@ -206,19 +205,6 @@ def run(options: argparse.Namespace) -> int:
     if options.csv is not None:
         write_csv(options.csv, scores)
     return 0
-
-
-class _Bar:
-    """Print the number of finished pictures."""
-
-    def __init__(self, progress: Progress, title: str, total: int) -> None:
-        self.progress, self.done = progress, 0
-        progress.begin(title, total)
-
-    def next(self, name: str) -> None:
-        self.done += 1
-        if self.progress.live or self.progress.due():
-            self.progress.show(self.done, name)
 
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:

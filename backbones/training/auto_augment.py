@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+from backbones.common.errors import RecipeError
 from backbones.core.messages import shown
-from backbones.training.errors import RecipeError
 from backbones.training.recipe_ranges import Range
 
 __all__ = ["check_policy"]

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones.training.checkpoint import write_text_atomically
-from backbones.training.errors import DivergedError
+from backbones.common.errors import MendableError
+from backbones.common.files import write_text_atomically
 
-__all__ = ["BadSteps"]
+__all__ = ["BadSteps", "DivergedError"]
+
+
+class DivergedError(MendableError, RuntimeError):
+    """Loss or weights are not finite: too many times in a row, or in a validation."""
 
 
 class BadSteps:

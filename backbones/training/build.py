@@ -13,12 +13,13 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import nn
 
 import backbones
+from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.core.inputs import preprocessing_of, size_of
 from backbones.core.messages import first_line, joined_lines, shown
 from backbones.training.distillation import Distillation, build_teacher, labels_loss_of
 from backbones.training.diversity import DiverseAttention
-from backbones.training.errors import BUILDING_ERRORS, RecipeError, reading_error
 from backbones.training.recipe import Recipe
+from backbones.training.trained import reading_error
 
 __all__ = [
     "BatchAugmentation",

@@ -8,8 +8,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from backbones.common.errors import RecipeError
 from backbones.core.messages import shown
-from backbones.training.errors import RecipeError
 from backbones.training.recipe import AnyRecipe, Recipe, fields_of, load_recipe
 from backbones.training.recipe_ranges import Range
 from backbones.training.recipe_values import inner_type, nearest

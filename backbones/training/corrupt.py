@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from backbones.common.errors import DataError
 from backbones.core.messages import joined_lines, one_line
-from backbones.training.errors import DataError
 
 __all__ = ["CorruptImages"]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from backbones.training.errors import RecipeError
+from backbones.common.errors import RecipeError
 
 __all__ = ["ALEXNET_ERROR", "CORRUPTIONS", "Corruption", "mean_corruption_error"]
 

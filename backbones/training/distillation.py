@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from backbones.common.errors import RecipeError
 from backbones.core.base import StagedBackbone
-from backbones.training.errors import RecipeError
 from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
 from ops.batch_norm import BatchNorm2d

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from backbones.training.errors import RecipeError
+from backbones.common.errors import RecipeError
 
 __all__ = ["DiverseAttention", "attention_similarity"]
 

@@ -7,10 +7,10 @@ import fnmatch
 from argparse import Namespace
 from pathlib import Path
 
+from backbones.common.errors import RecipeError
+from backbones.common.lock import FolderLock, LockedError
+from backbones.common.outputs import overwritten
 from backbones.core.messages import joined_lines
-from backbones.core.outputs import overwritten
-from backbones.training.errors import RecipeError
-from backbones.training.lock import FolderLock, LockedError
 from backbones.training.recipe import Recipe
 
 __all__ = ["RunFolder"]

@@ -19,21 +19,15 @@ from timm.data import create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
-from backbones.core.images import DECODE_ERRORS, as_8_bits
-from backbones.core.resizing import Resizing
+from backbones.common.errors import DataError
+from backbones.common.generators import mix_seed, seeded
+from backbones.common.images import DECODE_ERRORS, as_8_bits
+from backbones.common.processes import World
+from backbones.common.resizing import Resizing
 from backbones.training.corrupt import CorruptImages
-from backbones.training.distributed import World
-from backbones.training.errors import DataError
 from backbones.training.posterize import allow_zero_bits
 from backbones.training.recipe import Recipe
-from backbones.training.sampler import (
-    NO_LABEL,
-    Key,
-    TrainSampler,
-    ValidationSampler,
-    mix_seed,
-    seeded,
-)
+from backbones.training.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler
 from backbones.training.sources import ImageSource
 from backbones.training.streams import StreamImages, StreamSource
 

@@ -15,15 +15,17 @@ from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
+from backbones.common.errors import BUILDING_ERRORS, RecipeError
+from backbones.common.memory import peak_memory
+from backbones.common.processes import Consensus, World
+from backbones.common.progress import Progress
+from backbones.common.signals import StopRequest
 from backbones.core.messages import first_line
 from backbones.training import build, checkpoint, optimization, parallel
-from backbones.training.bad_steps import BadSteps
-from backbones.training.distributed import Consensus, World
-from backbones.training.errors import BUILDING_ERRORS, DivergedError, RecipeError
-from backbones.training.interrupt import StopRequest
-from backbones.training.progress import Progress, RunLog, peak_memory
+from backbones.training.bad_steps import BadSteps, DivergedError
 from backbones.training.recipe import Recipe
 from backbones.training.recipe_checks import check_learning_rate
+from backbones.training.record import RunLog
 from backbones.training.resumable import Resumable
 
 __all__ = ["TrainingLoop"]

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from backbones.common.errors import RecipeError
+from backbones.common.processes import World
 from backbones.core.base import StagedBackbone
-from backbones.training.distributed import World
-from backbones.training.errors import RecipeError
 
 __all__ = ["full_state", "is_bounded", "load_state", "replicate", "shard", "synchronized_gradients"]
 

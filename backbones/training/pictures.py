@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,29 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from backbones.core.messages import one_line
-from backbones.training.checkpoint import write_atomically
+from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure, short, style_axis
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
-__all__ = [
-    "GRID",
-    "INK",
-    "Prediction",
-    "draw_curves",
-    "draw_predictions",
-    "drawable",
-    "new_figure",
-    "pick_predictions",
-    "quiet_about_glyphs",
-    "save_figure",
-    "style_axis",
-]
+__all__ = ["Prediction", "draw_curves", "draw_predictions", "pick_predictions"]
 
 _TRAIN, _VALIDATION, _AVERAGE = "#8a94a6", "#1f5fbf", "#d9822b"
 _RIGHT, _WRONG = "#2e7d4f", "#c62828"
-INK, GRID = "#222b38", "#e4e8ee"
 
 
 @dataclass
@@ -165,8 +148,8 @@ def draw_predictions(
             spine.set_linewidth(1.0 if right else 3.5)
         mark = "✓" if right else "✗"
         sure = f"{100 * item.confidence:.0f} %"
-        answer = f"{mark} {_short(classes[item.answer])}{chr(10) if long else '  '}{sure}"
-        truth = f"truth: {_short(classes[item.truth])}"
+        answer = f"{mark} {short(classes[item.answer])}{chr(10) if long else '  '}{sure}"
+        truth = f"truth: {short(classes[item.truth])}"
         weight = "normal" if right else "bold"
         axis.set_title(answer, fontsize=10 if long else 11, color=color, pad=4, fontweight=weight)
         axis.set_xlabel(
@@ -176,30 +159,6 @@ def draw_predictions(
         title += ", mistakes first"
     figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=13, color=INK, fontweight="bold")
     save_figure(figure, path)
-
-
-def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of the given size in inches."""
-    # Figure instead of pyplot: no global state, no display.
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=110, facecolor="white")
-
-
-def style_axis(axis: Any, label: str) -> None:
-    """An axis over epochs with ``label`` at its side."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_xlabel("epoch", fontsize=11, color=INK)
-    axis.set_ylabel(label, fontsize=11, color=INK)
-    axis.grid(color=GRID)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=INK, labelsize=10, length=0)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(GRID)
 
 
 def _mark_best(axis: Any, history: Sequence[dict[str, Any]]) -> None:
@@ -215,28 +174,3 @@ def _mark_best(axis: Any, history: Sequence[dict[str, Any]]) -> None:
     axis.plot(epoch, accuracy, "o", color=INK, markersize=7, fillstyle="none", markeredgewidth=1.6)
     text = f"best {accuracy:.1f} %, epoch {epoch}"
     axis.set_title(text, loc="right", fontsize=11, color=INK)
-
-
-def _short(name: str) -> str:
-    return drawable(name if len(name) <= 15 else name[:14] + "…")
-
-
-def drawable(name: str) -> str:
-    """A name for a figure: one line, without math mode and surrogates."""
-    return one_line(name).encode(errors="backslashreplace").decode().replace("$", r"\$")
-
-
-@contextmanager
-def quiet_about_glyphs() -> Iterator[None]:
-    """Suppress warnings about characters that the font lacks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        yield
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG atomically."""
-    data = io.BytesIO()
-    with quiet_about_glyphs():
-        figure.savefig(data, format="png")
-    write_atomically(path, lambda file: file.write(data.getvalue()))

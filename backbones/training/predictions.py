@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from backbones.training.errors import DataError
+from backbones.common.errors import DataError
 from backbones.training.loader import ValidationLoader
 from backbones.training.multilabel import validation_loss
 from backbones.training.sources import ImageSource

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
+from backbones.common.errors import RecipeError
 from backbones.core.messages import shown
-from backbones.training.errors import RecipeError
 from backbones.training.recipe_checks import check
 from backbones.training.recipe_ranges import RANGES, Range
 from backbones.training.recipe_values import as_type_of, nearest

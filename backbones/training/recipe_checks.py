@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from backbones.common.errors import RecipeError
 from backbones.training.auto_augment import check_policy
-from backbones.training.errors import RecipeError
 from backbones.training.recipe_ranges import check_ranges
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from backbones.common.errors import RecipeError
 from backbones.core.messages import shown
-from backbones.training.errors import RecipeError
 
 __all__ = ["RANGES", "Range", "check_ranges"]
 

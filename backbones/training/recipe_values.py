@@ -10,8 +10,8 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
+from backbones.common.errors import RecipeError
 from backbones.core.messages import shown
-from backbones.training.errors import RecipeError
 from backbones.training.recipe_yaml import parse_yaml
 
 __all__ = ["as_type_of", "inner_type", "nearest"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
+from backbones.common.errors import RecipeError
 from backbones.core.messages import joined_lines
-from backbones.training.errors import RecipeError
 
 __all__ = ["parse_yaml", "read_mapping"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.training.pictures import (
+from backbones.common.figures import (
     GRID,
     INK,
     drawable,

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from backbones.common.errors import FileError
+from backbones.common.generators import get_rng_state, set_rng_state
+from backbones.common.processes import World
+from backbones.common.progress import Progress
 from backbones.core.messages import joined_lines, shown
 from backbones.training import checkpoint, parallel
 from backbones.training.bad_steps import BadSteps
 from backbones.training.distillation import StudentWithExits
-from backbones.training.distributed import World
-from backbones.training.errors import CheckpointFileError
 from backbones.training.optimization import images_per_update, learning_rate
-from backbones.training.progress import Progress
 from backbones.training.recipe import Recipe, differences, fields_of
 
 __all__ = ["Resumable"]
@@ -105,7 +106,7 @@ class Resumable(ABC):
         Args:
             validated: whether the weights have just passed validation.
         """
-        mine = {"rng": checkpoint.get_rng_state(), "meter": self.meter.sums.cpu()}
+        mine = {"rng": get_rng_state(), "meter": self.meter.sums.cpu()}
         ranks = self.world.gather(mine)
         self.saved = time.monotonic()
         if self.bad_steps.in_a_row and not validated:
@@ -158,7 +159,7 @@ class Resumable(ABC):
         """Resume from the latest intact checkpoint or the one given by ``recipe.resume``.
 
         Raises:
-            CheckpointFileError: unreadable, or of another model or recipe.
+            FileError: unreadable, or of another model or recipe.
         """
         if self.recipe.resume == "auto":
             found = checkpoint.load_latest(self.folder / "last.pt")
@@ -178,14 +179,14 @@ class Resumable(ABC):
         even if changed.
 
         Raises:
-            CheckpointFileError: it belongs to another model or recipe.
+            FileError: it belongs to another model or recipe.
         """
         missing = [key for key in ("optimizer", *_COUNTERS) if key not in state]
         missing += [key for key in ("ranks", "recipe") if not state.get(key)]
         if missing:
-            raise CheckpointFileError(f"{path} has no training state (no {missing[0]!r} in it)")
+            raise FileError(f"{path} has no training state (no {missing[0]!r} in it)")
         if (wrong := _impossible(state)) is not None:
-            raise CheckpointFileError(f"{path} has no usable training state: {wrong}")
+            raise FileError(f"{path} has no usable training state: {wrong}")
         try:
             known = fields_of(type(self.recipe))
             earlier = type(self.recipe)(**{k: v for k, v in state["recipe"].items() if k in known})
@@ -194,7 +195,7 @@ class Resumable(ABC):
             self._load_parts(state, earlier)
             ranks, mine = state["ranks"], self.world.rank
             if len(ranks) == self.world.size:
-                checkpoint.set_rng_state(ranks[mine]["rng"])
+                set_rng_state(ranks[mine]["rng"])
                 self.meter.sums.copy_(ranks[mine]["meter"])
             elif self.world.is_main:
                 self.meter.sums.copy_(sum(rank["meter"] for rank in ranks))
@@ -202,13 +203,11 @@ class Resumable(ABC):
                 raise ValueError(f"its sums are {self.meter.sums.tolist()}")
             before = images_per_update(earlier, len(ranks))
         except checkpoint.READING_ERRORS as error:
-            raise CheckpointFileError(
+            raise FileError(
                 f"{path} does not fit this recipe: {self._mismatch(state['recipe'], error)}"
             ) from error
         if not parallel.is_bounded(self.network, self.world):
-            raise CheckpointFileError(
-                f"{path} has weights that are not finite or beyond 1e12: it diverged"
-            )
+            raise FileError(f"{path} has weights that are not finite or beyond 1e12: it diverged")
         now = images_per_update(self.recipe, self.world.size)
         if before != now:  # go on with the image where it stopped, as nearly as batches allow
             self.step = min(self.step * before // now, self.updates_per_epoch)

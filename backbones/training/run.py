@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -11,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from backbones.core.checkpoint import CheckpointError
-from backbones.core.messages import first_line, joined_lines
-from backbones.training.checkpoint import write_problem, write_text_atomically
+from backbones.common.console import guard
+from backbones.common.errors import DataError, MendableError, RecipeError
+from backbones.common.files import write_problem, write_text_atomically
+from backbones.common.processes import World, world_of_processes
+from backbones.common.progress import Progress
+from backbones.common.signals import StopRequest, stop_on_signals
+from backbones.core.messages import first_line
 from backbones.training.command_line import parse_command_line
-from backbones.training.distributed import World, world_of_processes
-from backbones.training.errors import DataError, RecipeError, TrainingError
 from backbones.training.folder import RunFolder
-from backbones.training.interrupt import StopRequest, stop_on_signals
 from backbones.training.loop import TrainingLoop
-from backbones.training.progress import Progress
 from backbones.training.recipe import AnyRecipe, Recipe, dump_recipe
 
 __all__ = ["run_from_command_line"]
@@ -36,7 +35,8 @@ def run_from_command_line(
 ) -> int:
     """Read the recipe, build the trainer, resume if requested, and train.
 
-    Errors that users can fix are printed to standard error in one line, without a traceback.
+    Errors that users can fix are printed in one line, see
+    :func:`backbones.common.console.guard`.
 
     Args:
         build_trainer: a subclass of :class:`TrainingLoop`.
@@ -45,32 +45,36 @@ def run_from_command_line(
         description: introduction of ``--help``.
 
     Returns:
-        The exit status: 0, 1 after an error, 128 + the signal that stopped the run.
+        The exit status of ``guard``, or 128 + the signal that stopped the run.
     """
-    try:
+
+    def command() -> int:
         recipe, options = parse_command_line(argv, description, recipe_class)
         if options.print_config:
-            return _print(dump_recipe(recipe))
+            sys.stdout.write(dump_recipe(recipe))
+            return 0
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         with stop_on_signals() as stop, world_of_processes(recipe.device) as world:
-            return _train(build_trainer, recipe, options, world, stop)
-    except (TrainingError, CheckpointError) as error:
-        return _fail(error)
-    except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
-    except MemoryError:
-        return _fail("out of memory: lower batch_size, img_size or workers")
-    except RuntimeError as error:
-        text = first_line(error)
-        if text.startswith("DataLoader worker"):
-            why = "usually for lack of memory: lower workers or batch_size"
-            return _fail(f"a loader process was ended by the system, {why} ({text})")
-        if any(words in text for words in _OUT_OF_MEMORY):
-            return _fail(f"out of memory: lower batch_size or img_size ({text})")
-        raise
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+            try:
+                return _train(build_trainer, recipe, options, world, stop)
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, MendableError) or (advice := _advice(error)) is None:
+                    raise
+                raise MendableError(advice) from error
+
+    return guard(command)
+
+
+def _advice(error: MemoryError | RuntimeError) -> str | None:
+    """What helps against a lack of memory; None for other errors."""
+    text = first_line(error)
+    if text.startswith("DataLoader worker"):
+        why = "usually for lack of memory: lower workers or batch_size"
+        return f"a loader process was ended by the system, {why} ({text})"
+    if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+        return f"out of memory: lower batch_size, img_size or workers ({text})"
+    return None
 
 
 def _train(
@@ -80,7 +84,7 @@ def _train(
     world: World,
     stop: StopRequest,
 ) -> int:
-    progress = Progress(world)
+    progress = Progress(world.is_main)
     with _folder_of(recipe, options, world) as (path, folder):
         if folder is not None and folder.lock_problem:
             progress.say(
@@ -127,17 +131,3 @@ def _folder_of(
     finally:
         if folder is not None:
             folder.leave()
-
-
-def _print(text: str) -> int:
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has gone (`… | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
-
-
-def _fail(error: object, status: int = 1) -> int:
-    sys.stderr.write(f"error: {joined_lines(error)}\n")
-    return status

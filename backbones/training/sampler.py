@@ -2,44 +2,21 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
 
-import numpy as np
 import torch
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import Sampler
 
-from backbones.training.checkpoint import get_rng_state, set_rng_state
-from backbones.training.distributed import World
+from backbones.common.generators import mix_seed
+from backbones.common.processes import World
 from backbones.training.recipe import Recipe
 
-__all__ = ["NO_LABEL", "Key", "TrainSampler", "ValidationSampler", "mix_seed", "seeded"]
+__all__ = ["NO_LABEL", "Key", "TrainSampler", "ValidationSampler"]
 
 NO_LABEL = -1
 """Label of positions that are not counted: padding and unreadable images."""
 
 Key = tuple[int, int]  # number of an image; seed of its augmentation, or NO_LABEL for padding
-
-
-def mix_seed(*numbers: int) -> int:
-    """A well-distributed seed from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(2))
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators, and optionally restore them."""
-    shared = get_worker_info() is None
-    before = get_rng_state(cuda=False) if shared else None
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        if before is not None:
-            set_rng_state(before)
 
 
 class TrainSampler(Sampler[list[Key]]):

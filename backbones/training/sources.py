@@ -10,7 +10,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
-from backbones.core.images import opened
+from backbones.common.images import opened
 
 __all__ = [
     "ArraySource",

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from backbones.core.images import DECODE_ERRORS, as_8_bits, opened
+from backbones.common.errors import DataError
+from backbones.common.generators import mix_seed, seeded
+from backbones.common.images import DECODE_ERRORS, as_8_bits, opened
+from backbones.common.processes import World
 from backbones.training.corrupt import CorruptImages
-from backbones.training.distributed import World
-from backbones.training.errors import DataError
-from backbones.training.sampler import mix_seed, seeded
 from backbones.training.sources import decode
 
 __all__ = ["StreamImages", "StreamSource", "missing_shards"]

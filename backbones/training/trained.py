@@ -10,10 +10,18 @@ import timm
 from torch import nn
 
 import backbones
+from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.core.checkpoint import read_checkpoint, require_finite
-from backbones.training.errors import BUILDING_ERRORS, RecipeError, reading_error
+from backbones.core.messages import joined_lines
 
-__all__ = ["load_trained"]
+__all__ = ["load_trained", "reading_error"]
+
+
+def reading_error(error: BaseException, file: object) -> str:
+    """The message of a failed read of a checkpoint, without advice to load it unsafely."""
+    if "weights_only" not in str(error):
+        return joined_lines(error)
+    return f"{file} is not a checkpoint of tensors and plain values; it was not executed"
 
 
 def load_trained(

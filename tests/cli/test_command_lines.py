@@ -30,9 +30,10 @@ import backbones
 from backbones.cli import common, export, exporting, parity, summary, verify
 from backbones.cli.doctor import Finding
 from backbones.cli.main import COMMANDS, main
+from backbones.common.figures import new_figure, save_figure
+from backbones.common.files import write_atomically
 from backbones.embedding import embed
-from backbones.training.checkpoint import save_weights, write_atomically
-from backbones.training.pictures import new_figure, save_figure
+from backbones.training.checkpoint import save_weights
 
 EXAMPLES = 130
 MORE = {"embed": 1000, "search": 1000, "duplicates": 1000, "probe": 1000}  # that read from others

@@ -20,10 +20,11 @@ from zoo import FAMILIES, randomise, small
 
 import backbones
 from backbones.cli import common_operators, exporting, quantizing
-from backbones.cli.common import CommandError, Loaded
+from backbones.cli.common import Loaded
 from backbones.cli.export import export
 from backbones.cli.main import main
-from backbones.core.outputs import ONNX, PT2, require_writable
+from backbones.common.errors import CommandError
+from backbones.common.outputs import ONNX, PT2, require_writable
 
 # From a single window, or less, to several at every stage; none divides by much.
 SHAPES = [(1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 226, 158), (1, 3, 33, 41)]

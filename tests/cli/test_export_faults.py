@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import resource
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +19,13 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from backbones.cli import atomic_files, exporting, quantizing
-from backbones.cli.common import CommandError, Loaded
-from backbones.cli.elapsed import show_elapsed
+from backbones.cli import exporting, quantizing
+from backbones.cli.common import Loaded
 from backbones.cli.export import export
 from backbones.cli.main import main
+from backbones.common import files
+from backbones.common.errors import FileError
+from backbones.common.files import replacing_together
 
 
 class Plain(nn.Module):
@@ -101,7 +101,7 @@ def test_one_line(
 def test_a_size_whose_feature_maps_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("backbones.cli.resources.available_memory", lambda device: 4_000_000)
+    monkeypatch.setattr("backbones.common.memory.available_memory", lambda device: 4_000_000)
     words = ["export", "shvit_s1", "--size", "512", "--out", str(tmp_path / "x.pt2")]
     assert main(words) == 2  # an image has 3 MB
     assert "images of 1×3×512×512 need more than 0.0" in capsys.readouterr().err
@@ -111,8 +111,8 @@ def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(atomic_files.Path, "mkdir", refuse)
-    with pytest.raises(CommandError, match=r"^plain: cannot write .*x\.pt2: Permission denied$"):
+    monkeypatch.setattr(files.Path, "mkdir", refuse)
+    with pytest.raises(FileError, match=r"^cannot write .*x\.pt2: Permission denied$"):
         export(Loaded(Plain().eval(), "plain"), tmp_path / "x.pt2", "pt2", (16, 16))
 
 
@@ -132,26 +132,10 @@ def test_files_larger_than_the_limit(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_text("as it was")
     said = f"cannot write {path}: `ulimit -f` or the file"
-    with small_files(), pytest.raises(CommandError, match=said):
+    with small_files(), pytest.raises(FileError, match=said):
         export(Loaded(Plain().eval(), "plain"), path, ending, (16, 16))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "as it was"
-
-
-def test_wrapped_disk_full_errors(tmp_path: Path) -> None:
-    path = tmp_path / "x.onnx"
-    with (
-        pytest.raises(CommandError, match=f"cannot write {path}: no space is left in {tmp_path}"),
-        atomic_files.replace_atomically(path) as scratch,
-    ):
-        scratch.write_text("half")
-        try:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise RuntimeError("the writer failed") from error
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyError), atomic_files.replace_atomically(path):
-        raise KeyError("no matter of the disk")
 
 
 def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,8 +145,8 @@ def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "x.onnx"
     monkeypatch.setattr("onnxruntime.quantization.shape_inference.quant_pre_process", full)
     with (
-        pytest.raises(CommandError, match="no space is left in"),
-        atomic_files.replace_atomically(path) as scratch,
+        pytest.raises(FileError, match="no space is left in"),
+        replacing_together(path) as scratch,
     ):
         quantizing.quantize(scratch, [torch.zeros(1, 3, 16, 16)])
     assert list(tmp_path.iterdir()) == []
@@ -203,48 +187,3 @@ def test_signals_leave_nothing_behind(
     assert main(["export", "shvit_s1", "--size", "64", "--out", str(tmp_path / "x.pt2")]) == status
     assert list(tmp_path.iterdir()) == []
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == before
-
-
-def test_an_inherited_ignore_is_kept(default_signals: None) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
-    with atomic_files.exit_on_signals():
-        os.kill(os.getpid(), signal.SIGHUP)
-        with pytest.raises(SystemExit):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(10)
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-
-
-def test_a_signal_during_cleanup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = shutil.rmtree, []
-
-    def interrupted(folder: Path, ignore_errors: bool) -> None:
-        calls.append(folder)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        original(folder, ignore_errors)
-
-    monkeypatch.setattr(shutil, "rmtree", interrupted)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        atomic_files.replace_atomically(tmp_path / "x") as scratch,
-    ):
-        scratch.write_text("whole")
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_elapsed_time_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with show_elapsed("writing", interval=0.01):
-        time.sleep(0.1)
-    shown = sys.stderr.getvalue()
-    assert "\r\x1b[Kwriting, 0 s" in shown and shown.endswith("\r\x1b[K")
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with show_elapsed("writing", interval=0.01):
-        time.sleep(0.02)
-    assert not sys.stderr.getvalue()

@@ -10,9 +10,9 @@ import torch
 
 import backbones
 from backbones.cli import identify, parity
-from backbones.cli.common import CommandError
 from backbones.cli.main import main
 from backbones.cli.verify import compare, make_figures
+from backbones.common.errors import CommandError
 from backbones.core.checkpoint_files import sha256_of
 
 

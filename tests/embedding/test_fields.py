@@ -13,7 +13,7 @@ from embedding_runs import make_photos, tiny_checkpoint, words
 from embedding_tables import make_table
 
 from backbones.cli.main import main
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
 from backbones.embedding import table
 from backbones.embedding.query import embed_queries
 from backbones.embedding.sources import image_bytes

@@ -10,7 +10,7 @@ import pytest
 from embedding_tables import make_table
 from PIL import Image
 
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
 from backbones.embedding import probe as module
 from backbones.embedding.confusion import confusions, draw_confusion
 from backbones.embedding.labels import LabelError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from embedded_images import Embedded, embed_images
 
-from backbones.core.console import MendableError
+from backbones.common.errors import MendableError
 from backbones.embedding import query, table
 from backbones.embedding.query import embed_queries
 
@@ -69,7 +69,7 @@ def test_a_number_format_that_this_processor_lacks(
 ) -> None:
     copy = shutil.copytree(embedded.table, tmp_path / "table")
     table.write_metadata(copy, {**table.metadata(copy), "computed": "bfloat16"})
-    monkeypatch.setattr("backbones.core.dtypes.policy.multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr("backbones.common.dtypes.policy.multiplies", lambda dtype: multiplies)
     seen = []
     prepare = query.Network.prepare
     monkeypatch.setattr(

@@ -26,15 +26,15 @@ import backbones
 from backbones.cli.common import load as load_model
 from backbones.cli.main import main
 from backbones.cli.predict import preprocessing
-from backbones.core import images
+from backbones.common import images
+from backbones.common.errors import CommandError
+from backbones.common.images import open_image
+from backbones.common.lock import FolderLock
 from backbones.core.checkpoint_files import sha256_of
-from backbones.core.console import CommandError
-from backbones.core.images import open_image
 from backbones.embedding import embed, local, table, worker
 from backbones.embedding import run as run_module
 from backbones.embedding.network import Network
 from backbones.training.checkpoint import save_weights
-from backbones.training.lock import FolderLock
 
 
 @pytest.fixture(scope="module")
@@ -477,7 +477,7 @@ def test_bad_arguments_are_one_line(
 def test_bfloat16_is_for_cpus_that_multiply_it(
     photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backbones.core.dtypes.policy.multiplies", lambda dtype: False)
+    monkeypatch.setattr("backbones.common.dtypes.policy.multiplies", lambda dtype: False)
     with pytest.raises(CommandError, match="this CPU does not multiply it"):
         embed(photos, photos.parent / "out", checkpoint=checkpoint, dtype="bfloat16")
 

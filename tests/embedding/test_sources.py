@@ -16,8 +16,8 @@ from embedding_runs import make_photos
 from PIL import Image
 from training_runs import make_images
 
+from backbones.common.errors import DataError
 from backbones.embedding.sources import Source, open_source, reader
-from backbones.training.errors import DataError
 
 
 @pytest.fixture

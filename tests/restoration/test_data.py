@@ -9,6 +9,8 @@ import pytest
 import torch
 from restoration_runs import make_pictures
 
+from backbones.common.errors import DataError
+from backbones.common.processes import World
 from backbones.restoration.data import (
     Patches,
     PatchLoader,
@@ -22,8 +24,6 @@ from backbones.restoration.photographs import TRAINING, VALIDATION
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 from backbones.training.corrupt import CorruptImages
-from backbones.training.distributed import World
-from backbones.training.errors import DataError
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import backbones
-from backbones.core.console import CommandError
+from backbones.common.errors import CommandError
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8

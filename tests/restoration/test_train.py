@@ -20,10 +20,10 @@ from training_runs import final_state, kill, kill_at_call, same
 from zoo import images, randomise, small
 
 import backbones
+from backbones.common.errors import RecipeError
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.train import RestorationTrainer, build_restorer
 from backbones.training.checkpoint import load_state
-from backbones.training.errors import RecipeError
 from backbones.training.recipe import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sr"
@@ -155,7 +155,7 @@ def test_other_tasks(task, pictures, tmp_path):
 
 def test_errors_are_reported(pictures, tmp_path, capsys):
     def error(*arguments: str) -> str:
-        assert train(*pictures, f"--output={tmp_path}", *arguments) == 1
+        assert train(*pictures, f"--output={tmp_path}", *arguments) == 2
         return capsys.readouterr().err
 
     assert "unknown option '--mixup'" in error("--mixup=0.2")
@@ -195,7 +195,7 @@ def test_nan_weights_are_never_saved(pictures, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(RestorationTrainer, "apply_gradients", apply_gradients)
     arguments = (*pictures, f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments) == 1
+    assert train(*arguments) == 2
     said = capsys.readouterr().err
     assert "the validation after 8 updates found psnr_y nan" in said and said.count("\n") == 1
     assert load_state(tmp_path / "run" / "last.pt")["updates"] == 4

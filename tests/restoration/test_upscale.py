@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 import backbones
+from backbones.common.memory import bytes_per_pixel
 from backbones.restoration.images import Picture
-from backbones.restoration.memory import bytes_per_pixel
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.upscale import Upscaler, upscale
 from ops.tiling import run_tiled

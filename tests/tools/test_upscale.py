@@ -18,14 +18,13 @@ from PIL import Image
 
 import backbones
 from backbones.cli.main import main
+from backbones.common.errors import DataError
+from backbones.common.progress import Progress
 from backbones.restoration import upscale_files, validate
 from backbones.restoration.images import read_picture
 from backbones.restoration.metrics import quality
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import parse_size
-from backbones.training.distributed import World
-from backbones.training.errors import DataError
-from backbones.training.progress import Progress
 
 ROOT = Path(__file__).parents[2]
 ARGS = "{dim: 8, depths: [1], num_heads: [2], compress_ratio: 2, squeeze_factor: 4, head_width: 8}"
@@ -323,7 +322,7 @@ def test_progress_has_the_time_left(tmp_path):
     model = backbones.create_model("hat_nano_x2", depths=(1,), num_heads=(2,))
     upscaler = upscale_files.Upscaler(model, tile=8, overlap=8)
     jobs = [upscale_files.Job(make(tmp_path / "a.png"), tmp_path / "out/a.png")]
-    progress = Progress(World(0, 1, torch.device("cpu")), stream)
+    progress = Progress(stream=stream)
     assert upscale_files.upscale_files(upscaler, jobs, progress=progress).written == [
         jobs[0].target
     ]

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from training_runs import MODEL_ARGS, TINY, make_images, train
 
 import backbones
+from backbones.common.errors import DataError, RecipeError
 from backbones.training.corruptions import (
     ALEXNET_ERROR,
     CORRUPTIONS,
     Corruption,
     mean_corruption_error,
 )
-from backbones.training.errors import DataError, RecipeError
 from backbones.training.predictions import Predictions, read_real_labels, real_accuracy
 from backbones.training.report import class_report, confusion_matrix
 from backbones.training.sources import FileSource

@@ -51,7 +51,7 @@ def test_a_bad_batch_changes_nothing(accum, poison, arguments, tmp_path):
 def test_too_many_in_a_row_stop_the_run(poison, arguments, tmp_path, capsys):
     poison(range(3, 100))
     run = (*arguments, "--epochs=3", "--max-bad-steps=3", "--save-every-steps=1")
-    assert train(*run) == 1
+    assert train(*run) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "not finite in 3 updates in a row; their 24 images" in message
@@ -66,7 +66,7 @@ def test_too_many_in_a_row_stop_the_run(poison, arguments, tmp_path, capsys):
 
 def test_validated_weights_are_kept(poison, arguments, tmp_path, capsys):
     poison(range(6, 100))
-    assert train(*arguments, "--epochs=3", "--max-bad-steps=3") == 1
+    assert train(*arguments, "--epochs=3", "--max-bad-steps=3") == 2
     assert "last.pt has weights from before" in capsys.readouterr().err
     assert load_state(tmp_path / "run" / "last.pt")["updates"] == 6
     assert not (tmp_path / "run" / "diverged.pt").exists()
@@ -80,7 +80,7 @@ def test_a_diverged_run_resumes_with_a_lower_rate(opt, arguments, tmp_path, caps
     assert train(*run, "--epochs=1") == 0
     good = load_state(folder / "last.pt")
     run += ("--epochs=2",)
-    assert train(*run, "--lr=1000") == 1
+    assert train(*run, "--lr=1000") == 2
     message = capsys.readouterr().err
     assert "last.pt has weights from before. A lower lr" in message and message.count("\n") == 1
     state = load_state(folder / "last.pt")
@@ -97,7 +97,7 @@ def test_a_diverged_run_resumes_with_a_lower_rate(opt, arguments, tmp_path, caps
 def test_weights_of_any_size_are_not_saved(arguments, tmp_path):
     """The updates of the first epoch: no validation has found any of them good yet."""
     run = (*arguments, "--save-every-steps=1", "--epochs=2", "--opt=sgd", "--sched=none")
-    assert train(*run, "--lr=100") == 1
+    assert train(*run, "--lr=100") == 2
     for path in (tmp_path / "run").glob("*.pt"):
         weights = load_state(path)["model"].values()
         assert all((value.abs() <= 1e12).all() for value in weights)
@@ -105,7 +105,7 @@ def test_weights_of_any_size_are_not_saved(arguments, tmp_path):
 
 def test_a_diverged_run_that_saved_nothing_says_so(arguments, tmp_path, capsys):
     run = (*arguments, "--epochs=2", "--opt=sgd", "--lr=1000", "--max-bad-steps=2")
-    assert train(*run, "--sched=none", "--warmup-epochs=0") == 1
+    assert train(*run, "--sched=none", "--warmup-epochs=0") == 2
     assert "none were saved before" in capsys.readouterr().err
     assert not list((tmp_path / "run").glob("*.pt")) + list((tmp_path / "run").glob("*.safe*"))
 
@@ -131,7 +131,7 @@ def spoil(monkeypatch):
 @pytest.mark.parametrize("words", [(), ("--ema",), ("--save-every-steps=1",)])
 def test_non_finite_validation_ends_the_run(words, spoil, arguments, tmp_path, capsys):
     spoil(train_cls.Trainer, 12)
-    assert train(*arguments, "--epochs=2", *words) == 1
+    assert train(*arguments, "--epochs=2", *words) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: the validation after 12 updates found loss nan, weights that")
     folder = tmp_path / "run"
@@ -144,7 +144,7 @@ def test_non_finite_validation_ends_the_run(words, spoil, arguments, tmp_path, c
 def test_non_finite_weights_are_not_saved(spoil, arguments, tmp_path):
     """With ``eval_every`` an epoch ends without a validation."""
     spoil(train_cls.Trainer, 6)
-    assert train(*arguments, "--epochs=3", "--eval-every=3", "--max-bad-steps=2") == 1
+    assert train(*arguments, "--epochs=3", "--eval-every=3", "--max-bad-steps=2") == 2
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
@@ -153,5 +153,5 @@ def test_a_diverged_checkpoint_is_rejected(arguments, tmp_path, capsys):
     state = load_state(tmp_path / "run" / "last.pt")
     next(iter(state["model"].values())).fill_(float("inf"))
     save_state(tmp_path / "run" / "last.pt", state)
-    assert train(*arguments, "--epochs=2", "--resume=auto") == 1
+    assert train(*arguments, "--epochs=2", "--resume=auto") == 2
     assert "has weights that are not finite" in capsys.readouterr().err

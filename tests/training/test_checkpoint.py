@@ -10,17 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from backbones.common.errors import FileError
+from backbones.common.files import write_atomically
+from backbones.common.generators import get_rng_state, set_rng_state
 from backbones.training.checkpoint import (
-    get_rng_state,
     load_latest,
     load_state,
     previous_path,
     save_state,
     save_weights,
-    set_rng_state,
-    write_atomically,
 )
-from backbones.training.errors import CheckpointFileError
 
 STATE = {"model": {"weight": torch.arange(1000.0)}, "epoch": 3, "history": [{"loss": 0.5}]}
 
@@ -57,23 +56,23 @@ def test_a_damaged_file_falls_back_to_the_previous_one(damage, path):
     assert (state["epoch"], used) == (3, previous_path(path))
     assert str(path) in problem
     previous_path(path).write_bytes(b"no")
-    with pytest.raises(CheckpointFileError, match=r"last\.pt.*last\.prev\.pt"):
+    with pytest.raises(FileError, match=r"last\.pt.*last\.prev\.pt"):
         load_latest(path)
 
 
 def test_no_file(path):
     assert load_latest(path) is None
-    with pytest.raises(CheckpointFileError, match="there is no checkpoint"):
+    with pytest.raises(FileError, match="there is no checkpoint"):
         load_state(path)
 
 
 def test_a_foreign_file(path):
     torch.save({"weights": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointFileError, match="has no training state"):
+    with pytest.raises(FileError, match="has no training state"):
         load_state(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a", "b")
-    with pytest.raises(CheckpointFileError, match="is truncated or not a checkpoint"):
+    with pytest.raises(FileError, match="is truncated or not a checkpoint"):
         load_state(path)
 
 
@@ -84,13 +83,11 @@ class Malicious:
 
 def test_a_pickle_with_code_is_rejected(path):
     torch.save({"model": Malicious()}, path)
-    with pytest.raises(
-        CheckpointFileError, match="more than tensors .*: eval; it was not executed"
-    ) as e:
+    with pytest.raises(FileError, match="more than tensors .*: eval; it was not executed") as e:
         load_state(path)
     assert "weights_only" not in str(e.value) and "\n" not in str(e.value)
     path.write_bytes(pickle.dumps({"model": Malicious()}))
-    with pytest.raises(CheckpointFileError, match="bare pickle.*it was not executed"):
+    with pytest.raises(FileError, match="bare pickle.*it was not executed"):
         load_state(path)
 
 
@@ -100,11 +97,9 @@ def test_a_full_disk_leaves_the_old_file(path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(
-            CheckpointFileError, match=r"cannot write .*last\.pt: `ulimit -f` or .*unchanged"
-        ):
+        with pytest.raises(FileError, match=r"cannot write .*last\.pt: `ulimit -f` or .*unchanged"):
             save_state(path, STATE)
-        with pytest.raises(CheckpointFileError, match="best"):
+        with pytest.raises(FileError, match="best"):
             save_weights(path.with_name("best.safetensors"), STATE["model"], {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -113,7 +108,7 @@ def test_a_full_disk_leaves_the_old_file(path):
 
 
 def test_missing_folder(tmp_path):
-    with pytest.raises(CheckpointFileError, match="cannot write"):
+    with pytest.raises(FileError, match="cannot write"):
         write_atomically(tmp_path / "no" / "file", lambda file: file.write(b""))
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from training_runs import make_images
 
+from backbones.common.errors import DataError
 from backbones.training.data import open_splits
-from backbones.training.errors import DataError
 from backbones.training.recipe import Recipe
 
 

@@ -12,6 +12,7 @@ from training_runs import TINY, final_state, kill_at_call, make_images, same, st
 from zoo import CLASSIFIERS, SMALL, small
 
 import backbones
+from backbones.common.errors import RecipeError
 from backbones.training.build import LabelLoss
 from backbones.training.distillation import (
     Distillation,
@@ -22,7 +23,6 @@ from backbones.training.distillation import (
     ofa_loss,
     soft_label_loss,
 )
-from backbones.training.errors import RecipeError
 from backbones.training.optimization import add_exits_to_optimizer, build_optimizer
 from backbones.training.recipe import Recipe
 
@@ -255,7 +255,7 @@ def test_teachers_of_timm_and_their_size(teachers):
 )
 def test_unusable_teachers(words, message, images, teachers, tmp_path, capsys):
     words = [word.replace("{own}", str(teachers / "own.pth")) for word in words]
-    assert train(f"--data={images}", f"--output={tmp_path}", *words) == 1
+    assert train(f"--data={images}", f"--output={tmp_path}", *words) == 2
     assert message in capsys.readouterr().err
 
 
@@ -269,7 +269,7 @@ def test_a_teacher_that_would_run_code(teacher, images, tmp_path, capsys):
     path = tmp_path / "teacher.pth"
     torch.save({"state_dict": Malicious()}, path)
     words = ["--distill=soft", f"--teacher={teacher}", f"--teacher-checkpoint={path}"]
-    assert train(f"--data={images}", f"--output={tmp_path}", *words) == 1
+    assert train(f"--data={images}", f"--output={tmp_path}", *words) == 2
     said = capsys.readouterr().err
     # torch's own message advises to load it without that protection.
     assert "was not executed" in said and "weights_only" not in said and said.count("\n") == 1

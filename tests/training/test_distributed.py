@@ -22,7 +22,7 @@ from training_runs import (
     start_two,
 )
 
-from backbones.training.lock import FolderLock
+from backbones.common.lock import FolderLock
 
 SGD = [
     "--opt=momentum",

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from zoo import images, small
 
+from backbones.common.errors import RecipeError
 from backbones.training.build import build_objective
 from backbones.training.diversity import DiverseAttention, attention_similarity
-from backbones.training.errors import RecipeError
 from backbones.training.recipe import load_recipe
 
 ANSWERS = torch.tensor([0, 1])

@@ -13,9 +13,9 @@ from argparse import Namespace
 import pytest
 from training_runs import kill, make_images, start, start_two, train
 
-from backbones.training.errors import RecipeError
+from backbones.common.errors import RecipeError
+from backbones.common.lock import LOCK_NAME, FolderLock, LockedError
 from backbones.training.folder import RunFolder
-from backbones.training.lock import LOCK_NAME, FolderLock, LockedError
 from backbones.training.recipe import Recipe, dump_recipe
 
 
@@ -71,7 +71,7 @@ def test_errors_are_found_before_anything_is_removed(words, arguments, tmp_path,
     (folder / "config.yaml").write_text(dump_recipe(Recipe()))
     (folder / "last.pt").write_text("weights")
     before = content(folder)
-    assert train(*arguments, "--overwrite", *words) == 1
+    assert train(*arguments, "--overwrite", *words) == 2
     assert content(folder) == before
 
 
@@ -81,7 +81,7 @@ def test_a_folder_of_something_else_is_not_touched(name, arguments, tmp_path, ca
     folder.mkdir()
     (folder / name).write_text("of another program")
     before = content(folder)
-    assert train(*arguments, "--overwrite", "true") == 1
+    assert train(*arguments, "--overwrite", "true") == 2
     message = capsys.readouterr().err
     assert "holds files of another program" in message and message.count("\n") == 1
     assert content(folder) == before
@@ -108,7 +108,7 @@ def test_what_a_run_reads_is_not_overwritten(option, arguments, tmp_path, capsys
     (tmp_path / "link").symlink_to("run/best.safetensors")
     for file in (tmp_path / "run" / "best.safetensors", tmp_path / "link"):
         for more in ("--overwrite", "--resume=auto"):
-            assert train(*arguments, f"{option}={file}", more) == 1
+            assert train(*arguments, f"{option}={file}", more) == 2
             message = capsys.readouterr().err
             assert f"the run would overwrite {file}, which it reads" in message
             assert message.count("\n") == 1
@@ -116,14 +116,14 @@ def test_what_a_run_reads_is_not_overwritten(option, arguments, tmp_path, capsys
 
 
 def test_errors_leave_no_folder(arguments, tmp_path):
-    assert train(*arguments, "--data=nowhere") == 1
+    assert train(*arguments, "--data=nowhere") == 2
     assert not (tmp_path / "run").exists()
 
 
 def test_unusable_folders(images, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for output, name in ((tmp_path / "file", "run"), (tmp_path, "file"), (tmp_path, "x" * 300)):
-        assert train(f"--data={images}", f"--output={output}", f"--name={name}") == 1
+        assert train(f"--data={images}", f"--output={output}", f"--name={name}") == 2
         message = capsys.readouterr().err
         assert message.startswith("error: cannot use the folder") and message.count("\n") == 1
 
@@ -134,7 +134,7 @@ def test_unusable_folders(images, tmp_path, capsys):
 def test_a_second_run_is_told_who_locked_the_folder(arguments, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     lock = FolderLock(tmp_path / "run")
-    assert train(*arguments, "--resume=auto") == 1
+    assert train(*arguments, "--resume=auto") == 2
     message = capsys.readouterr().err
     holder = f"is in use by process {os.getpid()} on {socket.gethostname()} since 20"
     assert holder in message and message.count("\n") == 1

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from training_runs import QUICK, make_images
 
 import train_cls
+from backbones.common.errors import RecipeError
 from backbones.restoration.recipe import RestorationRecipe
-from backbones.training.errors import RecipeError
 from backbones.training.loop import TrainingLoop
 from backbones.training.recipe import FIELDS, Recipe, fields_of, load_recipe
 from backbones.training.recipe_ranges import RANGES, Range
@@ -107,7 +107,7 @@ def assert_told(argv: list[str], trains: bool = False) -> int:
     if status == 0:
         assert not said
     else:
-        assert status == 1 and said.startswith("error: ") and said.count("\n") == 1
+        assert status == 2 and said.startswith("error: ") and said.count("\n") == 1
         assert said.isprintable() or said[:-1].isprintable()
         assert len(said) < 2000 and "weights_only" not in said
     return status

@@ -10,10 +10,10 @@ from PIL import Image
 from timm.data import create_transform
 from training_runs import make_images, train
 
+from backbones.common.errors import DataError
+from backbones.common.processes import World
 from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits
-from backbones.training.distributed import World
-from backbones.training.errors import DataError
 from backbones.training.loader import (
     TrainLoader,
     ValidationLoader,
@@ -261,5 +261,5 @@ def test_a_run_over_broken_images(broken, tmp_path, capsys):
     arguments = (f"--data={broken}", f"--output={tmp_path}", "--epochs=1")
     assert train(*arguments, "--name=a", "--max-corrupt=0.1") == 0
     assert "corrupt_train.txt" in capsys.readouterr().out
-    assert train(*arguments, "--name=b", "--max-corrupt=0") == 1
+    assert train(*arguments, "--name=b", "--max-corrupt=0") == 2
     assert "cannot be read, more than max_corrupt" in capsys.readouterr().err

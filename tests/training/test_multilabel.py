@@ -9,8 +9,8 @@ from training_runs import final_state, same, train
 
 from backbones.training.data import open_splits
 from backbones.training.multilabel import mean_auc, validation_loss
-from backbones.training.progress import Meter
 from backbones.training.recipe import Recipe
+from backbones.training.record import Meter
 
 CPU = torch.device("cpu")
 
@@ -104,5 +104,5 @@ def test_loader_processes_change_nothing(chest, tmp_path):
 )
 def test_unsupported_with_multiple_labels(words, chest, tmp_path, capsys):
     arguments = ("--data=medmnist/chestmnist", f"--data-dir={chest}", f"--output={tmp_path}")
-    assert train(*arguments, *words) == 1
+    assert train(*arguments, *words) == 2
     assert "multi-label data does not support" in capsys.readouterr().err

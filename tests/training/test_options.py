@@ -14,8 +14,8 @@ from training_runs import final_state, make_images, train
 from zoo import FAMILIES, outlines, small
 
 import backbones
+from backbones.common.errors import RecipeError
 from backbones.training import build, optimization
-from backbones.training.errors import RecipeError
 from backbones.training.recipe import Recipe, load_recipe
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -142,7 +142,7 @@ def test_compile(images, tmp_path):
     ],
 )
 def test_impossible_options(words, message, images, tmp_path, capsys):
-    assert train(f"--data={images}", f"--output={tmp_path}", "--epochs=1", *words) == 1
+    assert train(f"--data={images}", f"--output={tmp_path}", "--epochs=1", *words) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
 
@@ -151,7 +151,7 @@ def test_weights_that_would_run_code(images, tmp_path, capsys):
     path = tmp_path / "weights.pth"
     path.write_bytes(bytes(range(256)))
     arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=1")
-    assert train(*arguments, f"--checkpoint={path}") == 1
+    assert train(*arguments, f"--checkpoint={path}") == 2
     said = capsys.readouterr().err
     assert "neither a torch.save file" in said and "weights_only" not in said
     assert said.count("\n") == 1
@@ -248,7 +248,7 @@ def test_reports_to_other_programs(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     for words in (["--wandb=project"], ["--tensorboard"]):
-        assert train(*arguments, *words) == 1
+        assert train(*arguments, *words) == 2
         assert "pip install" in capsys.readouterr().err
 
     seen = {}

@@ -7,10 +7,10 @@ from torch.distributed.tensor import DTensor
 from training_runs import make_images, same, train
 from zoo import CLASSIFIERS, small
 
+from backbones.common.errors import RecipeError
+from backbones.common.processes import World
 from backbones.training import parallel
 from backbones.training.command_line import parse_command_line
-from backbones.training.distributed import World
-from backbones.training.errors import RecipeError
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -88,5 +88,5 @@ def test_unsupported_with_sharding(words, message):
 
 def test_sharding_needs_several_processes(tmp_path, capsys):
     images = make_images(tmp_path / "images", {"train": 9, "val": 3})
-    assert train(f"--data={images}", f"--output={tmp_path}", "--fsdp", "--epochs=1") == 1
+    assert train(f"--data={images}", f"--output={tmp_path}", "--fsdp", "--epochs=1") == 2
     assert "fsdp needs torchrun" in capsys.readouterr().err

@@ -14,10 +14,10 @@ from training_runs import MODEL_ARGS, TINY, make_images, train
 import backbones
 import train_cls
 from backbones.cli.main import main
+from backbones.common.progress import Progress, duration
 from backbones.training.data import open_splits
-from backbones.training.distributed import World
-from backbones.training.progress import RESULTS, Progress, duration
 from backbones.training.recipe import Recipe
+from backbones.training.record import RESULTS
 
 QUICKSTART = Path(train_cls.__file__).parent / "configs" / "cls" / "quickstart.yaml"
 
@@ -84,7 +84,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("kind", [Terminal, io.StringIO])
 def test_progress_on_a_terminal_and_in_a_file(kind):
     stream = kind()
-    progress = Progress(World(0, 1, None), stream, seconds_between_lines=0.0)
+    progress = Progress(stream=stream, seconds_between_lines=0.0)
     progress.begin("epoch 1/2", 20)
     progress.show(5, "loss 1.000  accuracy 50.0 %  100 images/s  1:15 left")
     progress.end()

@@ -7,8 +7,8 @@ import yaml
 from PIL import Image
 
 import train_cls
+from backbones.common.errors import RecipeError
 from backbones.training.command_line import parse_command_line
-from backbones.training.errors import RecipeError
 from backbones.training.recipe import FIELDS, Recipe, differences, dump_recipe, load_recipe
 
 # Nine references to nine each, ten deep: a short text for a huge value.
@@ -224,7 +224,7 @@ def test_undecodable_files(tmp_path, capsys):
         (tmp_path / "large", "is larger than 1048576 bytes"),
         (tmp_path, "Is a directory"),
     ):
-        assert train_cls.main([f"--config={path}"]) == 1
+        assert train_cls.main([f"--config={path}"]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
 
@@ -236,7 +236,7 @@ def test_print_config(family, capsys):
 
 
 def test_errors_come_without_a_traceback(capsys):
-    assert train_cls.main(["--modle", "van_b0"]) == 1
+    assert train_cls.main(["--modle", "van_b0"]) == 2
     assert capsys.readouterr().err.startswith(
         "error: unknown option '--modle'; did you mean --model"
     )

@@ -199,13 +199,13 @@ def test_loader_processes_change_nothing(images, undisturbed, tmp_path):
 def test_another_model_is_refused(images, tmp_path, capsys):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run")
     assert train(*arguments, "--epochs=1") == 0
-    assert train(*arguments, "--epochs=2", "--resume=auto", "--model-args={}") == 1
+    assert train(*arguments, "--epochs=2", "--resume=auto", "--model-args={}") == 2
     message = capsys.readouterr().err
     assert "last.pt does not fit this recipe: model_args: {'attn_dims': " in message
     assert message.count("\n") == 1
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert "model_args: {attn_dims:" in config  # still that of the run
-    assert train(*arguments, "--epochs=2") == 1
+    assert train(*arguments, "--epochs=2") == 2
     assert "holds an earlier run" in capsys.readouterr().err
 
 
@@ -226,7 +226,7 @@ def test_another_model_is_refused(images, tmp_path, capsys):
 def test_checkpoints_that_cannot_be_resumed(words, message, one_epoch, images, tmp_path, capsys):
     shutil.copytree(one_epoch, tmp_path / "run")
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments, "--resume=auto", *words) == 1
+    assert train(*arguments, "--resume=auto", *words) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert same(final_state(tmp_path / "run"), final_state(one_epoch))
@@ -279,7 +279,7 @@ def test_incomplete_state(missing, one_epoch, images, tmp_path, capsys):
     del state[missing]
     save_state(tmp_path / "last.pt", state)
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
+    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 2
     assert f"has no training state (no '{missing}' in it)" in capsys.readouterr().err
 
 
@@ -288,7 +288,7 @@ def test_incomplete_state(missing, one_epoch, images, tmp_path, capsys):
 def test_invalid_state(key, value, one_epoch, images, tmp_path, capsys):
     save_state(tmp_path / "last.pt", {**load_state(one_epoch / "last.pt"), key: value})
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
+    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 2
     said = capsys.readouterr().err
     assert "does not fit this recipe" in said or "has no training state" in said
     assert said.count("\n") == 1
@@ -307,7 +307,7 @@ def test_invalid_state(key, value, one_epoch, images, tmp_path, capsys):
 def test_impossible_counters(key, value, one_epoch, images, tmp_path, capsys):
     save_state(tmp_path / "last.pt", {**load_state(one_epoch / "last.pt"), key: value})
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
+    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 2
     said = capsys.readouterr().err
     assert f"has no usable training state: {key} must be" in said
     assert said.count("\n") == 1
@@ -318,5 +318,5 @@ def test_sums_that_are_not_finite(one_epoch, images, tmp_path, capsys):
     state["ranks"][0]["meter"][0] = math.nan
     save_state(tmp_path / "last.pt", state)
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
+    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 2
     assert "does not fit this recipe: its sums are [nan" in capsys.readouterr().err

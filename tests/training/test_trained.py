@@ -7,7 +7,7 @@ import timm
 import torch
 
 import backbones
-from backbones.training.errors import RecipeError
+from backbones.common.errors import RecipeError
 from backbones.training.trained import load_trained
 
 

@@ -14,8 +14,8 @@ import torch
 from other_encodings import Stream
 
 from backbones import CheckpointError
-from backbones.core.console import CommandError, Parser, guard, tolerate_any_text
-from backbones.training.errors import DataError
+from backbones.common.console import Parser, guard, tolerate_any_text
+from backbones.common.errors import CommandError, DataError
 from ops.cpu import build
 
 TEXT = "─✓× 日 \udcff.png"
@@ -150,9 +150,10 @@ def test_command_line_errors_are_one_line(capsys: pytest.CaptureFixture[str]) ->
 def test_the_interpreter_prints_nothing_at_exit(tmp_path: Path) -> None:
     """As a process: nothing is said of streams that break when they are closed at the end."""
     code = (
-        "import sys; from backbones.core.console import guard; sys.exit(guard(lambda: print('x')))"
+        "import sys; from backbones.common.console import guard\n"
+        "sys.exit(guard(lambda: print('x')))"
     )
-    root = Path(__file__).parents[3]
+    root = Path(__file__).parents[2]
 
     def ends(shell: str) -> tuple[int, str]:
         command = ["bash", "-c", shell, sys.executable, code]

@@ -1,4 +1,4 @@
-"""Termination signals are recorded; the loop then finishes its step, saves and exits."""
+"""Termination signals: recorded, so that a step is finished, or raised as an exception."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["StopRequest", "handle_signals", "stop_on_signals"]
+__all__ = ["StopRequest", "exit_on_signals", "handle_signals", "stop_on_signals"]
 
 
 class StopRequest:
@@ -34,6 +34,21 @@ def stop_on_signals() -> Iterator[StopRequest]:
     request = StopRequest()
     with handle_signals(("SIGINT", "SIGTERM", "SIGUSR1"), request.note):
         yield request
+
+
+@contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP raise an exception, so that every ``finally`` runs.
+
+    Raises:
+        SystemExit: status 128 + signal, as in a shell.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    with handle_signals(("SIGTERM", "SIGHUP"), leave):
+        yield
 
 
 @contextmanager

@@ -12,20 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
-import torch
-
-from backbones.core.checkpoint import CheckpointError
-from backbones.core.messages import first_line, one_line
+from backbones.common.errors import MendableError, memory_shortage
+from backbones.core.checkpoint_files import CheckpointError
+from backbones.core.messages import one_line
 from ops.cpu import SettingError
 
-__all__ = [
-    "CommandError",
-    "MendableError",
-    "Parser",
-    "guard",
-    "memory_shortage",
-    "tolerate_any_text",
-]
+__all__ = ["Parser", "guard", "tolerate_any_text"]
 
 _HANDLER = "backbones.spelled_out"
 # Replacements for symbols that an encoding lacks; other characters are escaped.
@@ -33,19 +25,6 @@ _REPLACEMENTS = {
     **{"─": "-", "✓": "v", "✗": "x", "×": "x", "·": ".", "…": "...", "→": "->"},
     **{"≤": "<=", "≥": ">=", "∞": "inf", "²": "^2", "µ": "u"},
 }
-# PyTorch's messages on a CPU if memory, or the address space, does not suffice.
-_NO_MEMORY = re.compile(
-    r"DefaultCPUAllocator|Storage size calculation overflowed|Stride calculation overflowed"
-    r"|allocate memory|invalid size, try allocating"
-)
-
-
-class MendableError(Exception):
-    """An error that the user can fix; the message is one line that says how."""
-
-
-class CommandError(MendableError, ValueError):
-    """A command line that cannot be executed."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,14 +76,6 @@ def _status(command: Callable[[], int | None]) -> int:
         if shortage is None:
             raise
         return _fail(shortage)
-
-
-def memory_shortage(error: BaseException) -> str | None:
-    """The message for an out-of-memory error; None for other errors."""
-    text = str(error)
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _NO_MEMORY.search(text):
-        return None
-    return f"not enough memory: {first_line(error)}" if text else "not enough memory"
 
 
 @contextmanager

@@ -31,7 +31,9 @@ __all__ = [
     "open_image",
     "open_pixels",
     "opened",
+    "orientation_of",
     "require_wide",
+    "upright",
 ]
 
 DECODE_ERRORS = (
@@ -203,7 +205,7 @@ def open_image(
     """
     with opened(source) as image:
         image.load()
-        turn = _TURNS.get(_orientation(image)) if upright else None
+        turn = _TURNS.get(orientation_of(image)) if upright else None
         return as_8_bits(image if turn is None else image.transpose(turn), mode)
 
 
@@ -237,8 +239,7 @@ def open_pixels(
         with opened(source) as image:
             pixels = _by_simplejpeg(image, mode)
             if pixels is not None:
-                turn = _ARRAY_TURNS.get(_orientation(image))
-                return pixels if turn is None else turn(pixels)
+                return upright(pixels, orientation_of(image))
         if not isinstance(source, (str, Path)):
             source.seek(0)
     pixels = np.asarray(open_image(source, mode))
@@ -319,7 +320,13 @@ def require_wide(size: tuple[int, int], config: dict[str, Any]) -> None:
         raise ValueError(f"an image of {size[0]}×{size[1]} pixels is too narrow to be resized")
 
 
-def _orientation(image: Image.Image) -> Any:
+def upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:
+    """Pixels (H, W, …) with an EXIF orientation applied; values other than 1 … 8 are ignored."""
+    turn = _ARRAY_TURNS.get(orientation)
+    return pixels if turn is None else turn(pixels)
+
+
+def orientation_of(image: Image.Image) -> Any:
     """The EXIF orientation; 1 if EXIF is damaged, which does not affect pixels."""
     with contextlib.suppress(*DECODE_ERRORS):
         return image.getexif().get(ExifTags.Base.Orientation, 1)

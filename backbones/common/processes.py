@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from backbones.common.errors import RecipeError
 from backbones.core.messages import first_line, shown
-from backbones.training.errors import RecipeError
 
 __all__ = ["Consensus", "World", "leave_processes", "world_of_processes"]
 

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from backbones.core.console import CommandError
-from backbones.core.images import has_image_ending
+from backbones.common.errors import CommandError
+from backbones.common.images import has_image_ending
 
 __all__ = [
     "FIGURE",

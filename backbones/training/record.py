@@ -1,4 +1,4 @@
-"""Progress output of a run: bar or lines, metrics.jsonl, summary.csv, TensorBoard, W&B."""
+"""The record of a run: metrics, metrics.jsonl, summary.csv, TensorBoard, W&B, lines of text."""
 
 from __future__ import annotations
 
@@ -6,32 +6,21 @@ import csv
 import importlib
 import io
 import json
-import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
+from backbones.common.errors import FileError, RecipeError
+from backbones.common.files import write_problem, write_text_atomically
+from backbones.common.processes import World
+from backbones.common.progress import Progress, duration
 from backbones.core.messages import first_line
-from backbones.training.checkpoint import write_problem, write_text_atomically
-from backbones.training.distributed import World
-from backbones.training.errors import CheckpointFileError, RecipeError
 from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 
-__all__ = [
-    "RESULTS",
-    "Meter",
-    "Progress",
-    "RunLog",
-    "describe_epoch",
-    "duration",
-    "epoch_line",
-    "peak_memory",
-]
+__all__ = ["RESULTS", "Meter", "RunLog", "describe_epoch", "epoch_line", "say_results"]
 
 RESULTS = {
     "best.safetensors": "the weights of the best epoch",
@@ -46,8 +35,6 @@ RESULTS = {
     "corrupt_validation.txt": "unreadable validation images",
 }
 """The files of a run, with descriptions."""
-
-_BAR = "{desc} {percentage:3.0f}% {bar} {n}/{total}  {postfix}"
 
 
 class Meter:
@@ -102,74 +89,6 @@ class Meter:
             scores, labels = (torch.cat(parts) for parts in zip(*everyone, strict=True))
             means["auc"] = 100 * mean_auc(scores, labels)
         return {**means, "count": count}
-
-
-class Progress:
-    """A progress bar for each epoch on a terminal; elsewhere, occasional lines.
-
-    Args:
-        world: only the main process shows anything.
-        stream: where; None for standard output.
-        seconds_between_lines: without a terminal.
-    """
-
-    def __init__(
-        self, world: World, stream: TextIO | None = None, seconds_between_lines: float = 10.0
-    ) -> None:
-        self.stream = stream or sys.stdout
-        self.active = world.is_main
-        self.live = self.active and self.stream.isatty()
-        self.pause = 0.2 if self.live else seconds_between_lines
-        self._bar: Any = None
-        self._title, self._total, self._shown = "", 0, time.monotonic()
-
-    def say(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
-        if self.active:
-            tqdm.write(text, file=self.stream)
-            self.stream.flush()
-
-    def begin(self, title: str, total: int, done: int = 0) -> None:
-        """Start a bar of ``total`` steps."""
-        self.end()
-        self._title, self._total = title, total
-        if self.live:
-            self._bar = tqdm(
-                total=total,
-                initial=done,
-                desc=title,
-                bar_format=_BAR,
-                file=self.stream,
-                leave=False,
-                dynamic_ncols=True,
-                mininterval=0.0,
-            )
-
-    def due(self) -> bool:
-        """Whether an update of the metrics is due, which synchronises with the GPU."""
-        return self.active and time.monotonic() - self._shown >= self.pause
-
-    def show(self, done: int, text: str) -> None:
-        """Move the bar to ``done`` and set the text beside it."""
-        self._shown = time.monotonic()
-        if self._bar is not None:
-            self._bar.n = done
-            self._bar.set_postfix_str(text, refresh=True)
-        elif self.active:
-            self.say(f"{self._title}  {done}/{self._total}  {text}")
-
-    def say_results(self, folder: Path, results: Mapping[str, str] = RESULTS) -> None:
-        """List the files of a finished run, of those in ``results``."""
-        self.say(f"in {folder}:")
-        for name, meaning in results.items():
-            if (folder / name).exists():
-                self.say(f"  {name:<18} {meaning}")
-
-    def end(self) -> None:
-        """Remove the bar."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 class RunLog:
@@ -234,7 +153,7 @@ class RunLog:
         """Append one entry; it needs the key ``update``.
 
         Raises:
-            CheckpointFileError: the file cannot be written.
+            FileError: the file cannot be written.
         """
         if not self.active:
             return
@@ -244,9 +163,7 @@ class RunLog:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
-            raise CheckpointFileError(
-                f"cannot write {path}: {write_problem(error, self.folder)}"
-            ) from error
+            raise FileError(f"cannot write {path}: {write_problem(error, self.folder)}") from error
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "update"}
         if self._board is not None:
             for key, value in numbers.items():
@@ -273,11 +190,12 @@ class RunLog:
             self._wandb.finish()
 
 
-def duration(seconds: float) -> str:
-    """``75`` as ``1:15``, ``7384`` as ``2:03:04``."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def say_results(progress: Progress, folder: Path, results: Mapping[str, str] = RESULTS) -> None:
+    """List the files of a finished run, of those in ``results``."""
+    progress.say(f"in {folder}:")
+    for name, meaning in results.items():
+        if (folder / name).exists():
+            progress.say(f"  {name:<18} {meaning}")
 
 
 def describe_epoch(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
@@ -306,18 +224,6 @@ def epoch_line(
     if row["skipped"]:
         parts.append(f"{row['skipped']} updates skipped")
     return "  ".join([*parts, f"{duration(seconds_left)} left"])
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory in MiB, of the GPU or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _rounded(value: Any) -> Any:

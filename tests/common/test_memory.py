@@ -12,7 +12,7 @@ from zoo import ISOTROPIC, small
 import backbones
 from backbones.cli.common import two_sides
 from backbones.cli.main import CommandError
-from backbones.restoration.memory import _LiveTensors, available_memory, peak_bytes
+from backbones.common.memory import _LiveTensors, available_memory, peak_bytes
 
 
 @pytest.mark.parametrize("family", ["van", "litv2", "medvitv2"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from backbones.core.console import CommandError
+from backbones.common.errors import CommandError
 from backbones.core.messages import shown
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8

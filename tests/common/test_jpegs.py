@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from backbones.core import images
-from backbones.core.images import DECODE_ERRORS, installed_decoder, open_image, open_pixels
+from backbones.common import images
+from backbones.common.images import DECODE_ERRORS, installed_decoder, open_image, open_pixels
 
 SUBSAMPLINGS = ("444", "422", "420", "440", "411")
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
-import socket
 from pathlib import Path
 
 import pytest
 
-from backbones.core import arguments
-from backbones.core.console import CommandError
+from backbones.common import arguments
+from backbones.common.errors import CommandError
 
 
 @pytest.mark.parametrize("word", ["", "a\0b"])
@@ -57,29 +55,6 @@ def test_numbers(word: str, said: str) -> None:
     assert str(raised.value).startswith(said)
     assert arguments.real(0, 1, above=True)("1e-3") == 1e-3
     assert arguments.real(0)("0") == 0
-
-
-def test_not_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "link").symlink_to("nowhere")
-    (tmp_path / "loop").symlink_to("loop")
-    with socket.socket(socket.AF_UNIX) as there:
-        before = Path.cwd()
-        os.chdir(tmp_path)  # the name of a socket must be short
-        there.bind("socket")
-        os.chdir(before)
-    said = {p.name: arguments.file_problem(p) for p in tmp_path.iterdir()}
-    assert said.pop("loop") is not None
-    assert said == {
-        "file": None,
-        "pipe": "is a named pipe",
-        "link": "is a broken link",
-        "socket": "is a socket",
-    }
-    assert arguments.file_problem(tmp_path) == "is a folder"
-    assert arguments.file_problem("/dev/zero") == "is a device"
-    assert arguments.file_problem("/dev/null/x") is not None
 
 
 @pytest.mark.parametrize("name", ["", "meta", "cuda:99", "mkldnn", "xla", "cpu:-1", "pine\napple"])

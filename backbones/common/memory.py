@@ -1,4 +1,4 @@
-"""Memory requirement of a network per tile: measured on a small tile, then scaled by area."""
+"""Memory: what is free, what is used, and what a network needs for its images."""
 
 from __future__ import annotations
 
@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from backbones.training.progress import peak_memory
+from backbones.common.errors import CommandError
 
-__all__ = ["available_memory", "bytes_per_pixel", "live_bytes", "peak_bytes", "used_memory"]
+__all__ = [
+    "available_memory",
+    "bytes_per_pixel",
+    "live_bytes",
+    "peak_bytes",
+    "peak_memory",
+    "require_memory",
+    "used_memory",
+]
 
 # Measured: workspaces of kernels and, above all, freed tensors below 32 MiB that the allocator
 # keeps almost double the live memory.
@@ -140,3 +148,36 @@ def available_memory(device: torch.device, unknown: int = 4 * 2**30) -> int:
     except (OSError, ValueError):
         pass
     return min(sizes, default=min(sys.maxsize, unknown))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in MiB, of the GPU or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+@torch.inference_mode()
+def require_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
+    """Check on the meta device that memory suffices for images of these shapes.
+
+    Raises:
+        CommandError: the live tensors are larger than the free memory.
+    """
+    dtype = next(model.parameters()).dtype
+    shadow = copy.deepcopy(model).to("meta").eval()
+    free = available_memory(torch.device("cpu"))
+    for shape in shapes:
+        needed = math.prod(shape) * dtype.itemsize
+        if needed <= free:  # the meta device does not count to infinity
+            needed += live_bytes(shadow, torch.empty(*shape, dtype=dtype, device="meta"))
+        if needed > free:
+            raise CommandError(
+                f"images of {'×'.join(map(str, shape))} need more than {needed / 1e9:.3g} GB of "
+                f"memory, but only {free / 1e9:.3g} GB are free; reduce --size or --batch"
+            )

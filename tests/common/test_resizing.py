@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from backbones.core import resizing
-from backbones.core.resizing import Resizing
+from backbones.common import resizing
+from backbones.common.resizing import Resizing
 from ops.cpu import build
 
 CONFIG = {

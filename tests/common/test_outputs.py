@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from backbones.core.console import CommandError
-from backbones.core.outputs import (
+from backbones.common.errors import CommandError
+from backbones.common.figures import new_figure, save_figure
+from backbones.common.outputs import (
     FIGURE,
     HTML,
     ONNX,
@@ -24,7 +25,6 @@ from backbones.core.outputs import (
     overwritten,
     require_writable,
 )
-from backbones.training.pictures import new_figure, save_figure
 
 CSV, JSON = csv_of("query", "place"), json_of("query")
 
@@ -108,7 +108,7 @@ def test_files_beside_images_are_no_images(photos: Path) -> None:
 def results(folder: Path) -> dict[str, tuple[Path, Kind]]:
     """An earlier result of each kind."""
     save_figure(new_figure(1, 1), folder / "a.png")
-    page = Path(__file__).parents[3] / "backbones" / "embedding" / "page.html"
+    page = Path(__file__).parents[2] / "backbones" / "embedding" / "page.html"
     shutil.copy(page, folder / "a.html")
     (folder / "a.csv").write_text("query,place,key\nx,1,y\n")
     (folder / "a.json").write_text('[\n {\n  "query": 3\n }\n]\n')

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image, opened
+from backbones.common.images import DECODE_ERRORS, as_8_bits, open_image, opened
 from backbones.restoration.images import PictureError, read_picture
 from backbones.training.sources import decode
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import stat
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,19 +15,10 @@ from typing import TypeVar
 
 import torch
 
-from backbones.core.console import CommandError
+from backbones.common.errors import CommandError
 from backbones.core.messages import first_line, shown
 
-__all__ = [
-    "CREATION_ERRORS",
-    "THREADS",
-    "file_problem",
-    "nonempty",
-    "nonempty_path",
-    "real",
-    "usable_device",
-    "whole",
-]
+__all__ = ["THREADS", "nonempty", "nonempty_path", "real", "usable_device", "whole"]
 
 
 def nonempty(word: str) -> str:
@@ -90,38 +79,6 @@ def _within(number: _Number, great: bool, least: str, high: float | None) -> _Nu
 
 THREADS = whole(1, 1024)
 """The type of ``--threads``; PyTorch itself has no upper limit."""
-
-
-CREATION_ERRORS = (
-    *(TypeError, ValueError, ArithmeticError, AssertionError),
-    *(AttributeError, LookupError, RuntimeError),
-)
-"""Exceptions that layers raise for invalid keywords (negative sizes, lists of wrong length)."""
-
-
-def file_problem(file: str | Path) -> str | None:
-    """Why ``file`` is not a readable regular file; None if it is one.
-
-    Opening a named pipe would block, and a device may never end.
-    """
-    try:
-        mode = os.stat(file).st_mode
-    except FileNotFoundError:
-        return "is a broken link" if os.path.islink(file) else "does not exist"
-    except (OSError, ValueError) as error:
-        return f"cannot be accessed: {getattr(error, 'strerror', None) or error}"
-    if stat.S_ISREG(mode):
-        return None
-    return f"is {_KINDS.get(stat.S_IFMT(mode), 'no file')}"
-
-
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-}
 
 
 def usable_device(name: str) -> torch.device:

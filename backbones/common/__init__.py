@@ -1,0 +1,1 @@
+"""The floor that data, training, restoration, embedding and the commands stand on."""

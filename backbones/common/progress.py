@@ -1,0 +1,130 @@
+"""What a command is at: a bar for counted steps, the seconds of a long one."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+__all__ = ["Progress", "counting", "duration", "show_elapsed"]
+
+_BAR = "{desc} {percentage:3.0f}% {bar} {n}/{total}  {postfix}"
+_CLEAR_LINE = "\r\x1b[K"
+
+
+class Progress:
+    """A progress bar on a terminal; elsewhere, occasional lines.
+
+    Args:
+        active: whether anything is shown at all.
+        stream: where; None for standard output.
+        seconds_between_lines: without a terminal.
+    """
+
+    def __init__(
+        self, active: bool = True, stream: TextIO | None = None, seconds_between_lines: float = 10.0
+    ) -> None:
+        self.stream = stream or sys.stdout
+        self.active = active
+        self.live = self.active and self.stream.isatty()
+        self.pause = 0.2 if self.live else seconds_between_lines
+        self._bar: Any = None
+        self._title, self._total, self._done, self._shown = "", 0, 0, time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.active:
+            tqdm.write(text, file=self.stream)
+            self.stream.flush()
+
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        """Start a bar of ``total`` steps."""
+        self.end()
+        self._title, self._total, self._done = title, total, done
+        if self.live:
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc=title,
+                bar_format=_BAR,
+                file=self.stream,
+                leave=False,
+                dynamic_ncols=True,
+                mininterval=0.0,
+            )
+
+    def due(self) -> bool:
+        """Whether an update of the metrics is due, which synchronises with the GPU."""
+        return self.active and time.monotonic() - self._shown >= self.pause
+
+    def show(self, done: int, text: str) -> None:
+        """Move the bar to ``done`` and set the text beside it."""
+        self._shown = time.monotonic()
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.set_postfix_str(text, refresh=True)
+        elif self.active:
+            self.say(f"{self._title}  {done}/{self._total}  {text}")
+
+    def step(self, text: str = "", count: int = 1) -> None:
+        """Add to the count, and show it if that is due."""
+        self._done += count
+        if self.due():
+            self.show(self._done, text)
+
+    def end(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+@contextlib.contextmanager
+def counting(title: str, total: int, shown: bool = True) -> Iterator[Progress]:
+    """A bar on standard error, if that is a terminal; :meth:`Progress.step` moves it."""
+    progress = Progress(shown and sys.stderr.isatty(), sys.stderr)
+    progress.begin(title, total)
+    try:
+        yield progress
+    finally:
+        progress.end()
+
+
+@contextlib.contextmanager
+def show_elapsed(step: str, interval: float = 1.0) -> Iterator[None]:
+    """Show a step's elapsed seconds if standard error is a terminal, and clear the line at the end.
+
+    Args:
+        interval: seconds between updates.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    stream, start, done = sys.stderr, time.monotonic(), threading.Event()
+
+    def tick() -> None:
+        while not done.wait(interval):
+            stream.write(f"{_CLEAR_LINE}{step}, {time.monotonic() - start:.0f} s")
+            stream.flush()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        stream.write(_CLEAR_LINE)
+        stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``7384`` as ``2:03:04``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
