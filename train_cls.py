@@ -27,8 +27,8 @@ from torch import nn
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
 from backbones.common.signals import StopRequest
+from backbones.data.corrupt import CorruptImages
 from backbones.training import build, distillation, pictures
-from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits
 from backbones.training.loader import TrainLoader, ValidationLoader
 from backbones.training.loop import TrainingLoop
@@ -54,7 +54,7 @@ class Trainer(TrainingLoop):
         super().__init__(recipe, folder, world, stop, progress)
         splits = open_splits(recipe)
         self.classes, self.multi_label = splits.classes, splits.multi_label
-        self.num_classes = splits.head_size(recipe)
+        self.num_classes = splits.head_size(recipe.num_classes)
         self.score_key = "auc" if self.multi_label else "top1"
 
         model = build.build_model(recipe, self.num_classes).to(self.device)

@@ -44,8 +44,8 @@ from backbones.common.outputs import REPORT, add_overwrite, require_writable  # 
 from backbones.common.processes import World  # noqa: E402
 from backbones.common.progress import Progress  # noqa: E402
 from backbones.common.signals import StopRequest  # noqa: E402
+from backbones.data.corrupt import CorruptImages  # noqa: E402
 from backbones.training import build, optimization  # noqa: E402
-from backbones.training.corrupt import CorruptImages  # noqa: E402
 from backbones.training.data import open_splits  # noqa: E402
 from backbones.training.loader import TrainLoader  # noqa: E402
 from backbones.training.recipe import Recipe  # noqa: E402

@@ -19,15 +19,15 @@ import yaml
 from torch import Tensor, nn
 
 from backbones.common.processes import World
+from backbones.data.corrupt import CorruptImages
+from backbones.data.sources import ImageSource
 from backbones.restoration.data import degrade_picture, find_pictures, load_truth
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.restorer import load_restorer
 from backbones.training import build
-from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits
 from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe, load_recipe
-from backbones.training.sources import ImageSource
 from backbones.training.trained import load_trained
 
 __all__ = [

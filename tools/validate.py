@@ -48,20 +48,21 @@ from backbones.common.outputs import (
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
 from backbones.core.messages import first_line
+from backbones.data.corrupt import CorruptImages
+from backbones.data.sources import ImageSource
+from backbones.data.splits import Splits
 from backbones.training import build
-from backbones.training.corrupt import CorruptImages
 from backbones.training.corruptions import (
     ALEXNET_ERROR,
     CORRUPTIONS,
     Corruption,
     mean_corruption_error,
 )
-from backbones.training.data import Splits, open_splits
+from backbones.training.data import open_splits
 from backbones.training.loader import ValidationLoader
 from backbones.training.predictions import Predictions, predict_all, read_real_labels, real_accuracy
 from backbones.training.recipe import Recipe, load_recipe
 from backbones.training.report import class_report, confusion_matrix, draw_confusion
-from backbones.training.sources import ImageSource
 from backbones.training.trained import load_trained
 
 FAILURES = (TrainingError, backbones.CheckpointError, OSError, MemoryError, *CREATION_ERRORS)

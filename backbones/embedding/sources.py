@@ -24,11 +24,10 @@ from backbones.common.errors import DataError, MendableError
 from backbones.common.files import file_problem
 from backbones.common.images import Skipped, list_below
 from backbones.core.messages import first_line, one_line, shown
+from backbones.data.sources import ImageSource
+from backbones.data.splits import list_tar, open_split
 from backbones.embedding.ownership import is_own
 from backbones.embedding.table import TableError, metadata, require_pyarrow
-from backbones.training.data import list_tar, open_splits
-from backbones.training.recipe import Recipe
-from backbones.training.sources import ImageSource
 
 __all__ = [
     "ForeignError",
@@ -559,7 +558,7 @@ def _as_file(data: bytes | None) -> IO[bytes]:
 def _training_images(place: str, rows: int, split: str, column: str | None) -> Source:
     described: dict[str, Any] = {"data": place, "split": split, "column": column}
     described["folder"] = _dataset_folder(place)
-    images = _open_split(**described)
+    images = open_split(**described)
     bounds = range(0, len(images), rows)
     parts = [(start, min(start + rows, len(images))) for start in bounds]
     listed = [place, split, str(column), str(len(images))]
@@ -571,18 +570,6 @@ def _dataset_folder(place: str) -> str | None:
     return os.path.abspath("data") if place.partition("/")[0] in _IN_FOLDER else None
 
 
-def _open_split(data: str, split: str, column: str | None, folder: str | None) -> ImageSource:
-    halves: dict[str, Any] = {"train_split": split, "val_split": split}
-    if data == "digits":
-        if split not in ("train", "validation"):
-            raise DataError(f"digits has the splits train and validation, not {split!r}")
-        halves = {}
-    splits = open_splits(Recipe(data=data, data_dir=folder, input_key=column, **halves))
-    images = splits.validation if split == "validation" and not halves else splits.train
-    assert isinstance(images, ImageSource)
-    return images
-
-
 class _Training(Reader):
     """Images of a training dataset, by number."""
 
@@ -590,7 +577,7 @@ class _Training(Reader):
     def images(self) -> ImageSource:
         facts = ("data", "split", "column", "folder")
         said: dict[str, Any] = {key: self.description.get(key) for key in facts}
-        return _open_split(**said)
+        return open_split(**said)
 
     def items(self, part: tuple[int, int]) -> Iterator[Item]:
         for index in range(*part):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +15,15 @@ from backbones.common.errors import DataError
 from backbones.common.generators import mix_seed
 from backbones.common.images import has_image_ending
 from backbones.common.processes import World
+from backbones.data.batches import SizedBatches, loader_options
+from backbones.data.corrupt import CorruptImages
+from backbones.data.sampler import Key, TrainSampler
 from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
 from backbones.restoration.images import PictureError, read_picture
 from backbones.restoration.metrics import quantize
 from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
-from backbones.training.corrupt import CorruptImages
-from backbones.training.loader import SizedBatches, loader_options
-from backbones.training.sampler import Key, TrainSampler
 
 __all__ = ["PatchLoader", "Patches", "degrade_picture", "find_pictures", "load_truth", "to_tensor"]
 
@@ -205,14 +204,13 @@ class PatchLoader:
         self.paths, self.recipe, self.world = paths, recipe, world
         self.batches = batches = recipe.updates_per_epoch * recipe.accum_steps
         # The sampler draws without replacement: as many numbers as patches, modulo the pictures.
-        self._sampler = TrainSampler(
-            batches * recipe.batch_size * world.size, replace(recipe, aug_repeats=0), world
-        )
+        size = batches * recipe.batch_size * world.size
+        self._sampler = TrainSampler(size, recipe.batch_size, recipe.seed, world)
         self._loader: DataLoader[Pair] = DataLoader(
             Patches(paths, recipe, scale, corrupt),
             batch_sampler=self._sampler,
             generator=torch.Generator(),
-            **{**loader_options(recipe, world, persistent=True), "collate_fn": None},
+            **loader_options(recipe.workers, recipe.pin_memory, world.device),
         )
         self._current: SizedBatches | None = None
 

@@ -18,6 +18,7 @@ from backbones.common.errors import BUILDING_ERRORS, DataError, RecipeError
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
 from backbones.common.signals import StopRequest
+from backbones.data.corrupt import CorruptImages
 from backbones.restoration.data import (
     Pair,
     PatchLoader,
@@ -31,7 +32,6 @@ from backbones.restoration.panels import Panel, draw_panels, most_detailed_windo
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 from backbones.training.build import model_error
-from backbones.training.corrupt import CorruptImages
 from backbones.training.loop import TrainingLoop
 from backbones.training.record import RESULTS, epoch_line, say_results
 from backbones.training.run import run_from_command_line

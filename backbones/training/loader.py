@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing.connection
-import os
 import random
-import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,16 +18,15 @@ from backbones.common.generators import mix_seed, seeded
 from backbones.common.images import DECODE_ERRORS, as_8_bits
 from backbones.common.processes import World
 from backbones.common.resizing import Resizing
-from backbones.training.corrupt import CorruptImages
+from backbones.data.batches import SizedBatches, loader_options
+from backbones.data.corrupt import CorruptImages
+from backbones.data.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler
+from backbones.data.sources import ImageSource
+from backbones.data.streams import StreamImages, StreamSource
 from backbones.training.posterize import allow_zero_bits
 from backbones.training.recipe import Recipe
-from backbones.training.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler
-from backbones.training.sources import ImageSource
-from backbones.training.streams import StreamImages, StreamSource
 
 __all__ = ["TrainLoader", "ValidationLoader"]
-
-_GRACE_SECONDS = 20
 
 
 class TrainLoader:
@@ -71,7 +64,9 @@ class TrainLoader:
                 f"{size} images do not fill {recipe.accum_steps} batch(es) of {recipe.batch_size} "
                 f"for {world.size} process(es): lower batch_size or accum_steps"
             )
-        self._sampler = TrainSampler(size, recipe, world)
+        self._sampler = TrainSampler(
+            size, recipe.batch_size, recipe.seed, world, max(1, recipe.aug_repeats)
+        )
         self._loaders: dict[int, DataLoader[Any]] = {}
         self._current: SizedBatches | None = None
 
@@ -131,7 +126,7 @@ class TrainLoader:
                 images,
                 batch_sampler=self._sampler,
                 generator=torch.Generator(),
-                **loader_options(self.recipe, self.world, persistent=True),
+                **_options(self.recipe, self.world),
             )
         return self._loaders[image_size]
 
@@ -150,7 +145,7 @@ class TrainLoader:
             batch_size=self.recipe.batch_size,
             drop_last=True,
             generator=torch.Generator().manual_seed(seed),
-            **loader_options(self.recipe, self.world, persistent=False),
+            **_options(self.recipe, self.world, persistent=False),
         )
 
 
@@ -195,7 +190,7 @@ class ValidationLoader:
                 images,
                 batch_sampler=ValidationSampler(size, self.batch_size, self.batches, world),
                 generator=torch.Generator(),
-                **loader_options(recipe, world, persistent=True),
+                **_options(recipe, world),
             )
 
     def __len__(self) -> int:
@@ -219,7 +214,7 @@ class ValidationLoader:
             StreamImages(self.source, stream, self._transform, mode, corrupt, share=self.world),
             batch_size=self.batch_size,
             generator=torch.Generator(),
-            **{**loader_options(self.recipe, self.world, persistent=False), "num_workers": 0},
+            **{**_options(self.recipe, self.world, persistent=False), "num_workers": 0},
         )
         return iter(_on_device(loader, self.config, self.world.device))
 
@@ -274,46 +269,6 @@ def _mode(in_chans: int) -> str:
     return "L" if in_chans == 1 else "RGB"
 
 
-class SizedBatches:
-    """The first ``length`` batches of a loader, without the first ``skip``."""
-
-    def __init__(self, loader: DataLoader[Any], length: int, skip: int = 0) -> None:
-        self.loader, self.length, self.skip = loader, length, skip
-        self.iterator: Iterator[Any] = iter(())
-
-    def close(self) -> None:
-        """End the loader processes now.
-
-        After an error, its traceback and the iterator refer to each other, and the garbage
-        collector takes the queues before it can tell the processes to leave.
-        """
-        shutdown = getattr(self.iterator, "_shutdown_workers", None)
-        if shutdown is not None:
-            shutdown()
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[Any]:
-        number = 0
-        self.iterator = iter(self.loader)
-        try:
-            for number, batch in zip(range(1, self.length + 1), self.iterator, strict=False):
-                if number > self.skip:
-                    yield batch
-        except DataError as error:  # torch puts the traceback of a loader process before it
-            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise OSError(str(error).strip().rpartition("Error: ")[2]) from None  # as above
-        if number < self.length:
-            raise DataError(
-                f"the data ended after {number} of {self.length} batches: is its stated "
-                "number of images right?"
-            )
-
-
 def _train_transform(
     image_size: int, config: dict[str, Any], recipe: Recipe
 ) -> Callable[[Any], torch.Tensor]:
@@ -350,40 +305,6 @@ def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> Pr
     )
 
 
-def loader_options(recipe: Recipe, world: World, persistent: bool) -> dict[str, Any]:
-    return {
-        "num_workers": recipe.workers,
-        "collate_fn": fast_collate,
-        "pin_memory": recipe.pin_memory and world.device.type == "cuda",
-        "worker_init_fn": _start_worker,
-        "persistent_workers": persistent and recipe.workers > 0,
-    }
-
-
-def _start_worker(worker_id: int) -> None:
-    """Let a worker end with the main process only.
-
-    It ignores termination signals, since it must finish the step. If the main process is killed,
-    the worker ends, too: torch only notices that with the start methods ``fork`` and ``spawn``,
-    since a fork server remains the worker's parent.
-    """
-    main = multiprocessing.parent_process()
-    if main is not None:
-        threading.Thread(target=_exit_after, args=(main.sentinel,), daemon=True).start()
-    for name in ("SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
-        signal.signal(signal.SIGTERM, _exit_soon)
-
-
-def _exit_after(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
-
-
-def _exit_soon(number: int, frame: FrameType | None) -> None:
-    if hasattr(signal, "alarm"):
-        signal.alarm(_GRACE_SECONDS)
-    else:
-        sys.exit(0)
+def _options(recipe: Recipe, world: World, persistent: bool = True) -> dict[str, Any]:
+    options = loader_options(recipe.workers, recipe.pin_memory, world.device, persistent)
+    return {**options, "collate_fn": fast_collate}

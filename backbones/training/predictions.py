@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from backbones.common.errors import DataError
+from backbones.data.sources import ImageSource
 from backbones.training.loader import ValidationLoader
 from backbones.training.multilabel import validation_loss
-from backbones.training.sources import ImageSource
 
 __all__ = ["Predictions", "predict_all", "read_real_labels", "real_accuracy"]
 

@@ -11,6 +11,7 @@ from restoration_runs import make_pictures
 
 from backbones.common.errors import DataError
 from backbones.common.processes import World
+from backbones.data.corrupt import CorruptImages
 from backbones.restoration.data import (
     Patches,
     PatchLoader,
@@ -23,7 +24,6 @@ from backbones.restoration.metrics import quantize
 from backbones.restoration.photographs import TRAINING, VALIDATION
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
-from backbones.training.corrupt import CorruptImages
 
 CPU = torch.device("cpu")
 

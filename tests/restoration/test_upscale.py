@@ -188,7 +188,7 @@ import torch
 from torch import nn
 import backbones
 from backbones.restoration.upscale import Upscaler
-from backbones.restoration.memory import used_memory
+from backbones.common.memory import used_memory
 
 class Wide(nn.Sequential):
     upscale, in_chans, window_size = 2, 3, 16

@@ -17,6 +17,7 @@ from training_runs import MODEL_ARGS, TINY, make_images, train
 
 import backbones
 from backbones.common.errors import DataError, RecipeError
+from backbones.data.sources import FileSource
 from backbones.training.corruptions import (
     ALEXNET_ERROR,
     CORRUPTIONS,
@@ -25,7 +26,6 @@ from backbones.training.corruptions import (
 )
 from backbones.training.predictions import Predictions, read_real_labels, real_accuracy
 from backbones.training.report import class_report, confusion_matrix
-from backbones.training.sources import FileSource
 
 PICTURE = Path(__file__).parents[2] / "docs" / "learning.png"
 PATH = Path(__file__).parents[2] / "tools" / "validate.py"

@@ -19,8 +19,8 @@ from backbones.common.errors import DataError
 from backbones.common.generators import mix_seed, seeded
 from backbones.common.images import DECODE_ERRORS, as_8_bits, opened
 from backbones.common.processes import World
-from backbones.training.corrupt import CorruptImages
-from backbones.training.sources import decode
+from backbones.data.corrupt import CorruptImages
+from backbones.data.sources import decode
 
 __all__ = ["StreamImages", "StreamSource", "missing_shards"]
 

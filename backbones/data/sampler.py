@@ -9,7 +9,6 @@ from torch.utils.data import Sampler
 
 from backbones.common.generators import mix_seed
 from backbones.common.processes import World
-from backbones.training.recipe import Recipe
 
 __all__ = ["NO_LABEL", "Key", "TrainSampler", "ValidationSampler"]
 
@@ -20,13 +19,22 @@ Key = tuple[int, int]  # number of an image; seed of its augmentation, or NO_LAB
 
 
 class TrainSampler(Sampler[list[Key]]):
-    """Batches of keys: a permutation by seed and epoch, divided among the processes."""
+    """Batches of keys: a permutation by seed and epoch, divided among the processes.
 
-    def __init__(self, size: int, recipe: Recipe, world: World) -> None:
-        self.size, self.world = size, world
-        self.batch_size, self.seed = recipe.batch_size, recipe.seed
-        self.repeats = max(1, recipe.aug_repeats)
-        self.batches = size // (recipe.batch_size * world.size)
+    Args:
+        size: number of images.
+        batch_size: of each process.
+        seed: of the run.
+        world: this process among all.
+        repeats: copies of each image (repeated augmentation).
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, world: World, repeats: int = 1
+    ) -> None:
+        self.size, self.batch_size, self.seed, self.world = size, batch_size, seed, world
+        self.repeats = repeats
+        self.batches = size // (batch_size * world.size)
         self.epoch, self.start = 0, 0
 
     def __len__(self) -> int:

@@ -1,0 +1,1 @@
+"""Images of any source: opened by its name, split and column, in order or at random."""

@@ -1,0 +1,439 @@
+"""Opens and checks the splits of a data set by its name."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from timm.data import create_dataset
+from timm.data.readers import create_reader
+
+from backbones.common.errors import DataError
+from backbones.common.images import has_image_ending, list_below
+from backbones.core.download import fetch
+from backbones.core.messages import first_line, shown
+from backbones.data.sources import (
+    ArraySource,
+    File,
+    FileSource,
+    ImageSource,
+    ReaderSource,
+    TorchvisionSource,
+)
+from backbones.data.streams import StreamSource, missing_shards
+
+__all__ = ["Splits", "list_tar", "open_split", "open_splits"]
+
+_MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz"
+# Exceptions of timm, torchvision and datasets for unknown names, splits or files.
+_READER_ERRORS = (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+_FOLDER_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "test"),
+}
+
+
+@dataclass
+class Splits:
+    """The two halves of a data set.
+
+    Attributes:
+        train, validation: the images.
+        classes: their names, by class number.
+        train_size, validation_size: number of images.
+        multi_label: labels are (N, classes) of 0 and 1.
+    """
+
+    train: ImageSource | StreamSource
+    validation: ImageSource | StreamSource
+    classes: list[str]
+    train_size: int
+    validation_size: int
+    multi_label: bool = False
+
+    def head_size(self, num_classes: int | None) -> int:
+        """The number of classes of the model: ``num_classes``, or else the data's."""
+        return len(self.classes) if num_classes is None else num_classes
+
+
+@dataclass(frozen=True)
+class _Place:
+    """The arguments of :func:`open_splits` that all splits share."""
+
+    data: str
+    data_dir: str | None = None
+    class_map: str | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    download: bool = False
+
+
+def open_splits(
+    data: str,
+    *,
+    train_split: str = "train",
+    val_split: str = "validation",
+    data_dir: str | None = None,
+    class_map: str | None = None,
+    input_key: str | None = None,
+    target_key: str | None = None,
+    download: bool = False,
+    num_classes: int | None = None,
+    num_samples: int | None = None,
+    val_num_samples: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> Splits:
+    """Open both splits of a data set and check them.
+
+    Args:
+        data: folder of ``train/`` and ``val/`` (or ``.tar`` files), ``digits``, ``medmnist/NAME``,
+            ``torch/NAME``, ``wds/FOLDER``, ``hfds/NAME``, ``hfids/NAME``.
+        train_split, val_split: names; shard patterns for ``wds``.
+        data_dir: where the named data sets keep their files.
+        class_map: file that maps class names to numbers.
+        input_key, target_key: columns, fields or suffixes of images and labels.
+        download: let the source download its files.
+        num_classes: of the model, if not the data's.
+        num_samples, val_num_samples: numbers of images of streams that don't state them.
+        batch_size, seed: for the order of streams.
+
+    Raises:
+        DataError: no data, a missing split, an empty class folder, a label out of range, or splits
+            with different classes.
+    """
+    if not data:
+        raise DataError("no data: give --data a folder, digits, medmnist/NAME, torch/NAME, …")
+    place = _Place(data, data_dir, class_map, input_key, target_key, download)
+    if data.partition("/")[0] in ("wds", "hfids"):
+        sizes = ((train_split, num_samples), (val_split, val_num_samples))
+        return _streams(place, sizes, num_classes, batch_size, seed)
+    train, classes = _open(place, train_split)
+    validation, _ = _open(place, val_split, classes)
+    splits = Splits(train, validation, classes, len(train), len(validation))
+    splits.multi_label = train.labels is not None and train.labels.ndim == 2
+    _check(splits, data, splits.head_size(num_classes))
+    return splits
+
+
+def open_split(
+    data: str, split: str = "train", column: str | None = None, folder: str | None = None
+) -> ImageSource:
+    """Open one split of ``digits``, ``medmnist/NAME``, ``torch/NAME`` or ``hfds/NAME``.
+
+    Args:
+        column: of the images (``hfds``).
+        folder: where the data set's files are.
+
+    Raises:
+        DataError: there is no such data, or no image in it.
+    """
+    source, _ = _open(_Place(data, folder, input_key=column), split)
+    if not len(source):
+        raise DataError(f"{data}: the split {split} is empty")
+    return source
+
+
+def _open(
+    place: _Place, split: str, known: Sequence[str] | None = None
+) -> tuple[ImageSource, list[str]]:
+    """The images of a split and its class names; ``known`` are those of the training split."""
+    kind, _, rest = place.data.partition("/")
+    if kind == "digits" and not rest:
+        return _digits(split)
+    if kind == "medmnist":
+        return _medmnist(place, rest, split)
+    if kind in ("torch", "torchvision"):
+        return _torchvision(place, rest, split)
+    if kind == "hfds":
+        return _hugging_face(place, split)
+    return _folder(place, Path(place.data), split, known)
+
+
+def _digits(split: str) -> tuple[ImageSource, list[str]]:
+    """scikit-learn's 1797 handwritten digits of 8×8 pixels; a fifth of each class is held out."""
+    if split not in ("train", "validation"):
+        raise DataError(f"digits has the splits train and validation, not {split!r}")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("--data digits needs scikit-learn: pip install scikit-learn") from None
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
+    labels = digits.target.astype(np.int64)
+    rank_in_class = np.zeros(len(labels), dtype=np.int64)
+    for number in range(10):
+        rank_in_class[labels == number] = np.arange((labels == number).sum())
+    kept = (rank_in_class % 5 == 4) == (split == "validation")
+    source = ArraySource(images[kept], labels[kept], f"digits/{split}")
+    return source, [str(number) for number in range(10)]
+
+
+def _medmnist(place: _Place, name: str, split: str) -> tuple[ImageSource, list[str]]:
+    """An official split of a MedMNIST set, from the ``.npz`` that its authors publish."""
+    path = Path(place.data_dir or "data") / f"{name}.npz"
+    url = _MEDMNIST_URL.format(name)
+    if not path.exists():
+        if not place.download:
+            raise DataError(f"{path} is missing: download it from {url}, or add --download")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fetch(url, path)
+        except OSError as error:
+            raise DataError(str(error)) from error
+    short = "val" if split in _FOLDER_NAMES["validation"][:4] else split
+    wanted = (f"{short}_images", f"{short}_labels", "train_labels")
+    try:
+        # Opened here, because NumPy does not close a damaged file.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in wanted if key in archive.files}
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is not a MedMNIST file: {first_line(error)}") from error
+    if len(arrays) < len(set(wanted)):
+        raise DataError(f"{path} has no split {split!r}; it has train, val and test")
+    images, labels = arrays[wanted[0]], arrays[wanted[1]]
+    if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+        raise DataError(f"{name} has images of shape {images.shape[1:]}, not 2D ones")
+    if len(images) != len(labels):
+        raise DataError(f"{path}: {len(images)} {short} images have {len(labels)} labels")
+    if labels.ndim != 2 or labels.shape[1] == 1:
+        labels = labels.reshape(-1)
+    count = labels.shape[1] if labels.ndim == 2 else int(arrays["train_labels"].max()) + 1
+    source = ArraySource(images, labels.astype(np.int64), f"{name}/{short}")
+    return source, [str(number) for number in range(count)]
+
+
+def _torchvision(place: _Place, name: str, split: str) -> tuple[ImageSource, list[str]]:
+    """A split of ``torchvision.datasets``, by timm's short names such as ``cifar10``."""
+    root = place.data_dir or "data"
+    try:
+        dataset = create_dataset(f"torch/{name}", root=root, split=split, download=place.download)
+    except _READER_ERRORS as error:
+        raise DataError(
+            f"torch/{name}, split {split!r}: {first_line(error)} (looked in {root}, see --data-dir)"
+        ) from error
+    classes = [str(c) for c in getattr(dataset, "classes", [])]
+    return TorchvisionSource(dataset, f"{name}/{split}"), classes
+
+
+def _hugging_face(place: _Place, split: str) -> tuple[ImageSource, list[str]]:
+    """A split of the Hugging Face hub, or of a folder in its formats, with timm's reader."""
+    options = {"input_key": place.input_key, "target_key": place.target_key}
+    try:
+        reader = create_reader(
+            place.data, root=place.data_dir, split=split, class_map=_class_map(place), **options
+        )
+    except ImportError as error:
+        raise DataError(f"{place.data} needs a package: {error}") from error
+    except _READER_ERRORS as error:
+        raise DataError(f"{place.data}, split {split!r}: {first_line(error)}") from error
+    source = ReaderSource(reader)
+    names = {number: str(name) for name, number in reader.class_to_idx.items()}
+    assert source.labels is not None
+    count = max(names, default=int(source.labels.max(initial=-1))) + 1
+    return source, [names.get(i, str(i)) for i in range(count)]
+
+
+def _streams(
+    place: _Place,
+    sizes: Sequence[tuple[str, int | None]],
+    num_classes: int | None,
+    batch_size: int,
+    seed: int,
+) -> Splits:
+    """WebDataset shards or a streamed hub data set, which can only be read in order."""
+    kind, _, rest = place.data.partition("/")
+    if kind == "wds":
+        name, root = "wds/", os.path.join(place.data_dir or "", rest)
+    else:
+        name, root = place.data, place.data_dir  # type: ignore[assignment]
+
+    classes_by_name = _class_map(place)
+
+    def opener(split: str, training: bool, size: int | None) -> Callable[[], Any]:
+        def open_stream() -> Any:
+            return create_dataset(
+                name,
+                root=root,
+                split=split,
+                is_training=training,
+                batch_size=batch_size,
+                num_samples=size,
+                seed=seed,
+                class_map=classes_by_name,
+                input_img_mode="",  # as in the file: timm would clip 16 bits
+                input_key=place.input_key,
+                target_key=place.target_key,
+                download=place.download and kind == "hfids",
+            )
+
+        return open_stream
+
+    streams, lengths = [], []
+    for (split, size), training in zip(sizes, (True, False), strict=True):
+        streams.append(stream := opener(split, training, size))
+        try:
+            reader = stream().reader
+        except ImportError as error:
+            raise DataError(f"{place.data} needs a package: {error}") from error
+        except _READER_ERRORS as error:
+            raise DataError(f"{place.data}, split {split!r}: {first_line(error)}") from error
+        if not reader.num_samples:
+            raise DataError(
+                f"{place.data}, split {split!r}: unknown length; append it to the shards as "
+                f"'{split}|COUNT', or give num_samples and val_num_samples"
+            )
+        missing = missing_shards(reader) if kind == "wds" else []
+        if missing:
+            raise DataError(f"{place.data}, split {split!r}: there is no shard {missing[0]}")
+        lengths.append(int(reader.num_samples))
+    names = {number: str(name) for name, number in (reader.class_to_idx or {}).items()}
+    if not names and num_classes is None:
+        raise DataError(f"{place.data} does not state its number of classes: give --num-classes")
+    count = max(names) + 1 if names else num_classes
+    assert count is not None
+    classes = [names.get(number, str(number)) for number in range(count)]
+    head = count if num_classes is None else num_classes
+    train, validation = (
+        StreamSource(stream, size, head) for stream, size in zip(streams, lengths, strict=True)
+    )
+    return Splits(train, validation, classes, lengths[0], lengths[1])
+
+
+def _folder(
+    place: _Place, root: Path, split: str, known: Sequence[str] | None
+) -> tuple[ImageSource, list[str]]:
+    """``root/train/CLASS/…`` and ``root/validation/CLASS/…``, or ``train.tar`` and so on."""
+    if not root.is_dir():
+        raise DataError(f"no data at {root}: it must be a folder with train and validation")
+    class_to_idx = _class_map(place)
+    path = _find_split(root, split)
+    files = list_tar(path) if path.is_file() else _list_folder(path)
+    if not files:
+        raise DataError(f"no images in {path}")
+    found = sorted({c for c, _ in files})
+    if class_to_idx is None:
+        class_to_idx = {name: i for i, name in enumerate(known or found)}
+    if unknown := [c for c in found if c not in class_to_idx]:
+        raise DataError(f"{path} has classes that training lacks: {', '.join(unknown[:5])}")
+    labels = np.array([class_to_idx[c] for c, _ in files])
+    names = {number: name for name, number in class_to_idx.items()}
+    classes = [names.get(number, str(number)) for number in range(max(names) + 1)]
+    return FileSource(path, [file for _, file in files], labels), classes
+
+
+def _find_split(root: Path, split: str) -> Path:
+    names = next((names for names in _FOLDER_NAMES.values() if split in names), (split,))
+    for name in dict.fromkeys((split, *names)):
+        for path in (root / name, root / f"{name}.tar"):
+            if path.exists():
+                return path
+    raise DataError(f"{root} has no split {split!r}: there is neither {' nor '.join(names)} in it")
+
+
+def _list_folder(root: Path) -> list[tuple[str, File]]:
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files: list[tuple[str, File]] = []
+    for folder in folders:
+        below = list_below(folder)
+        if not below.images:
+            held = f"has no images, but {below.others[0]}" if below.others else "is empty"
+            raise DataError(f"the class folder {folder} {held}")
+        files += [(folder.name, (str(folder / name), 0, 0)) for name in below.images]
+    return files
+
+
+def list_tar(
+    path: Path, damage: list[str] | None = None, skipped: list[str] | None = None
+) -> list[tuple[str, File]]:
+    """The images of an uncompressed archive, each after its class, the folder that holds it.
+
+    Args:
+        damage: gets a sentence where the archive breaks off; None makes an error of it.
+        skipped: gets the names of the members that are no images, except for folders.
+
+    Raises:
+        DataError: it is no uncompressed tar file.
+    """
+    files = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                inner = Path(member.name)
+                if member.isfile() and has_image_ending(inner):
+                    files.append(
+                        (inner.parent.name, (member.name, member.offset_data, member.size))
+                    )
+                elif skipped is not None and not member.isdir():
+                    skipped.append(member.name)
+    except (tarfile.TarError, OSError) as error:
+        problem = f"{path} is not an uncompressed tar file: {error}"
+        if damage is None:
+            raise DataError(problem) from error
+        damage.append(problem)
+    return sorted(files, key=lambda entry: entry[1][0])
+
+
+def _class_map(place: _Place) -> dict[str, int] | None:
+    """Class indices by name, from a text file with one name per line; None if not given.
+
+    timm would read some files as pickles, which may execute code.
+    """
+    path = place.class_map
+    if path is None:
+        return None
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read class_map {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"class_map {path} is not a text file with one class per line") from None
+    numbers: dict[str, int] = {}
+    for number, line in enumerate(lines):
+        name = line.strip()
+        if name in numbers:
+            lines_of_it = f"lines {numbers[name] + 1} and {number + 1}"
+            raise DataError(f"class_map {path} has {shown(name)} twice, in {lines_of_it}")
+        if name:
+            numbers[name] = number
+    if not numbers:
+        raise DataError(f"class_map {path} is empty")
+    return numbers
+
+
+def _check(splits: Splits, data: str, count: int) -> None:
+    if len(splits.classes) > count:
+        raise DataError(
+            f"{data} has {len(splits.classes)} classes, the model's head only {count}: "
+            "leave num_classes out, or raise it"
+        )
+    for split, source in (("training", splits.train), ("validation", splits.validation)):
+        if not isinstance(source, ImageSource):
+            continue
+        if len(source) == 0:
+            raise DataError(f"{data}: the {split} split is empty")
+        if source.labels is None:
+            continue
+        if splits.multi_label:
+            if set(np.unique(source.labels)) - {0, 1}:
+                raise DataError(f"{data}: the {split} split has labels other than 0 and 1")
+            if split == "validation" and not np.ptp(source.labels, axis=0).any():
+                raise DataError(
+                    f"{data}: no class is on some validation images and off on others, so "
+                    "there is no AUC"
+                )
+            continue
+        wrong = np.flatnonzero((source.labels < 0) | (source.labels >= count))
+        if len(wrong):
+            i = int(wrong[0])
+            raise DataError(
+                f"{data}: {source.name(i)} has label {source.labels[i]}, outside the "
+                f"{count} classes 0..{count - 1}"
+            )
