@@ -33,8 +33,7 @@ from backbones.training.data import open_splits
 from backbones.training.loader import TrainLoader, ValidationLoader
 from backbones.training.loop import TrainingLoop
 from backbones.training.multilabel import validation_loss
-from backbones.training.recipe import Recipe
-from backbones.training.recipe_checks import check_sizes
+from backbones.training.recipe import Recipe, check_sizes
 from backbones.training.record import Meter, describe_epoch, say_results
 from backbones.training.run import run_from_command_line
 

@@ -25,9 +25,10 @@ from backbones.restoration.data import degrade_picture, find_pictures, load_trut
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.restorer import load_restorer
 from backbones.training import build
+from backbones.training.command_line import load_recipe
 from backbones.training.data import open_splits
 from backbones.training.loader import ValidationLoader
-from backbones.training.recipe import Recipe, load_recipe
+from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
 
 __all__ = [

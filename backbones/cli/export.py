@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from backbones.cli import exporting, quantizing
-from backbones.cli.common import Loaded, add_size_argument, load, two_sides
+from backbones.cli.common import add_size_argument, two_sides
 from backbones.cli.int8_export import INT8, export_int8
-from backbones.cli.predict import preprocessing
 from backbones.common.arguments import nonempty_path, real
 from backbones.common.errors import CommandError
 from backbones.common.files import replacing_together, require_disk_space
+from backbones.common.loaded import Loaded, load, preprocessing
 from backbones.common.memory import require_memory
 from backbones.common.outputs import ONNX, PT2, add_overwrite, require_writable
 from backbones.common.progress import show_elapsed

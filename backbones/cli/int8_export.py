@@ -14,15 +14,16 @@ from torch import Tensor
 
 import backbones
 from backbones.cli import quantizing
-from backbones.cli.common import Loaded, fuse
+from backbones.cli.common import fuse
 from backbones.cli.exporting import TOLERANCE, difference, noise
 from backbones.common.errors import CommandError
 from backbones.common.files import replacing_together
+from backbones.common.keys import dump
+from backbones.common.loaded import Loaded
 from backbones.common.outputs import Kind
 from backbones.core.inputs import channels_of
 from backbones.core.precision import Precision
 from backbones.training.checkpoint import save_weights
-from backbones.training.recipe import dump_recipe
 
 __all__ = ["INT8", "export_int8"]
 
@@ -88,10 +89,10 @@ def _run(model: Any, image: Tensor) -> Tensor:
 
 
 def _metadata(loaded: Loaded) -> dict[str, str]:
-    """What :func:`backbones.cli.common.load` reads."""
+    """What :func:`backbones.common.loaded.load` reads."""
     facts = {"model": loaded.name}
     if loaded.classes:
         facts["classes"] = json.dumps(loaded.classes)
     if loaded.recipe is not None:
-        facts["recipe"] = dump_recipe(loaded.recipe)
+        facts["recipe"] = dump(loaded.recipe)
     return facts

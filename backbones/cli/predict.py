@@ -20,20 +20,20 @@ import torch
 from torch import Tensor
 
 from backbones.cli.cam import grad_cam
-from backbones.cli.common import Loaded, fuse, load, read_labels
+from backbones.cli.common import read_labels
 from backbones.cli.predictions import CSV_HEAD, Prediction, as_csv, as_entries, as_table
 from backbones.common import images
 from backbones.common.arguments import nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CommandError, memory_shortage
 from backbones.common.files import file_problem, write_text_atomically
+from backbones.common.loaded import Loaded, fuse, load, preprocessing
 from backbones.common.outputs import FIGURE, add_overwrite, csv_of, json_of, require_writable
 from backbones.common.progress import counting
 from backbones.common.resizing import Resizing
 from backbones.core.base import StagedBackbone
-from backbones.core.inputs import channels_of, preprocessing_of
+from backbones.core.inputs import channels_of
 from backbones.core.messages import first_line, one_line
-from backbones.training import build
 
 __all__ = [
     "EXAMPLE",
@@ -189,16 +189,6 @@ def predict(
                 pictures -= drawn
             yield from batch
             bar.step(count=len(batch))
-
-
-def preprocessing(loaded: Loaded) -> dict[str, Any]:
-    """``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
-
-    Taken from the training recipe if there is one, else from the published weights.
-    """
-    if loaded.recipe is not None:
-        return build.preprocessing(loaded.recipe, loaded.model)
-    return preprocessing_of(loaded.model)
 
 
 def find_images(places: Sequence[Path]) -> images.Listing[Path]:

@@ -16,10 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backbones.cli.common import Loaded
 from backbones.cli.exporting import Run, outputs
-from backbones.cli.predict import find_images, preprocessing, read_pixels
+from backbones.cli.predict import find_images, read_pixels
 from backbones.common.errors import CommandError
+from backbones.common.loaded import Loaded, preprocessing
 from backbones.common.resizing import Resizing
 from backbones.core.inputs import channels_of
 from backbones.core.messages import first_line

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 import backbones
-from backbones.cli.common import add_size_argument, create, fuse, two_sides
+from backbones.cli.common import add_size_argument, two_sides
 from backbones.cli.measure import measure
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError
+from backbones.common.loaded import create, fuse
 from backbones.common.outputs import FIGURE, add_overwrite, require_writable
 from backbones.core.base import StagedBackbone
 from backbones.core.tables import count_text, table

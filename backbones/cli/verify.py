@@ -21,11 +21,12 @@ from torch import Tensor
 
 import backbones
 from backbones.cli import parity
-from backbones.cli.common import add_size_argument, create, load, read_text, two_sides
+from backbones.cli.common import add_size_argument, read_text, two_sides
 from backbones.cli.identify import closest, released_file
 from backbones.common.arguments import nonempty_path
 from backbones.common.errors import CommandError, memory_shortage
 from backbones.common.files import write_text_atomically
+from backbones.common.loaded import create, load
 from backbones.common.outputs import add_overwrite, json_of, require_writable
 from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.checkpoint_files import sha256_of

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.cli.common import Loaded, fuse, load
-from backbones.cli.predict import preprocessing
 from backbones.common.dtypes import COMPUTED
 from backbones.common.errors import CommandError
+from backbones.common.loaded import Loaded, fuse, load, preprocessing
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from backbones.core.messages import shown
@@ -91,13 +90,13 @@ class Network:
 
     Attributes:
         name: of the model.
-        preprocessing: see :func:`backbones.cli.predict.preprocessing`.
+        preprocessing: see :func:`backbones.common.loaded.preprocessing`.
         names: of the classes, if known.
         shape: of an image's embedding.
 
     Raises:
-        CommandError, CheckpointError, FileNotFoundError: see :func:`backbones.cli.common.load`, or
-            the model lacks the requested features or classes.
+        CommandError, CheckpointError, FileNotFoundError: see :func:`backbones.common.loaded.load`;
+            or the model lacks the requested features or classes.
     """
 
     def __init__(self, model: str | None, checkpoint: Path, features: str, classes: int) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from backbones.common.errors import RecipeError
-from backbones.training.recipe import Recipe, key
-from backbones.training.recipe_ranges import RANGES, Range, check_ranges
+from backbones.common.keys import Range, again, check_ranges, key
+from backbones.training.recipe import Recipe
 
 __all__ = ["RestorationRecipe"]
 
@@ -36,34 +35,27 @@ class RestorationRecipe(Recipe):
     """
 
     refused: ClassVar[frozenset[str]] = _classifiers_own()
-    ranges: ClassVar[Mapping[str, Range]] = RANGES | {
-        "sigma": Range(low=0, high=255),
-        "quality": Range(low=1, high=100, counts=(2,)),
-        "patch_size": Range(low=1, high=4096),
-        "updates_per_epoch": Range(low=1, high=10**6),
-        "val_tile": Range(low=0, high=2**16),
-    }
+    groups: ClassVar[tuple[str, ...]] = (*Recipe.groups, "task", "pictures")
 
     # --- other defaults than a classifier's
-    batch_size: int = key("data", 4, "patches per step and process")
-    opt: str = key("optimizer", "adam", "any of timm.optim.list_optimizers()")
-    opt_betas: tuple[float, ...] | None = key("optimizer", (0.9, 0.99), "as HAT")
-    lr: float | None = key("optimizer", 2e-4, "learning rate; None: from lr_base")
-    weight_decay: float = key("optimizer", 0.0, "not applied to biases and norms")
-    epochs: int = key("schedule", 100, "each of updates_per_epoch updates")
-    sched: str = key(
-        "schedule",
-        "multistep",
-        "how the learning rate falls",
-        ("cosine", "multistep", "step", "poly", "constant", "plateau", "none"),
+    batch_size: int = again(Recipe, "batch_size", 4, "patches per step and process")
+    opt: str = again(Recipe, "opt", "adam")
+    opt_betas: tuple[float, ...] | None = again(Recipe, "opt_betas", (0.9, 0.99), "as HAT")
+    lr: float | None = again(Recipe, "lr", 2e-4)
+    weight_decay: float = again(Recipe, "weight_decay", 0.0)
+    epochs: int = again(Recipe, "epochs", 100, "each of updates_per_epoch updates")
+    sched: str = again(
+        *(Recipe, "sched", "multistep"),
+        allowed=("cosine", "multistep", "step", "poly", "constant", "plateau", "none"),
     )
-    warmup_epochs: float = key("schedule", 0.0, "linear rise at the start")
-    min_lr: float = key("schedule", 1e-7, "where a cosine schedule ends")
-    decay_milestones: tuple[int, ...] = key("schedule", (50, 80, 90, 95), "multistep, in epochs")
-    decay_rate: float = key("schedule", 0.5, "step, multistep, plateau: factor; poly: power")
-    ema: bool = key("ema", True, "keep one, validate it and save it as the best weights")
-    ema_decay: float = key("ema", 0.999, "fraction of the old average that an update keeps")
-    eval_every: int = key("run", 1, "epochs between two validations")
+    warmup_epochs: float = again(Recipe, "warmup_epochs", 0.0)
+    min_lr: float = again(Recipe, "min_lr", 1e-7)
+    decay_milestones: tuple[int, ...] = again(
+        Recipe, "decay_milestones", (50, 80, 90, 95), "multistep, in epochs"
+    )
+    decay_rate: float = again(Recipe, "decay_rate", 0.5)
+    ema: bool = again(Recipe, "ema", True)
+    ema_decay: float = again(Recipe, "ema_decay", 0.999)
 
     # --- what is restored
     task: str = key(
@@ -73,8 +65,14 @@ class RestorationRecipe(Recipe):
         "jpeg: JPEG artifacts; real: the chain of Real-ESRGAN",
         ("sr", "denoise", "jpeg", "real"),
     )
-    sigma: tuple[float, ...] = key("task", (25.0,), "denoise: σ in 0 … 255; several: one at random")
-    quality: tuple[int, ...] = key("task", (10, 40), "jpeg: lowest and highest quality")
+    sigma: tuple[float, ...] = key(
+        *("task", (25.0,), "denoise: σ in 0 … 255; several: one at random"),
+        Range(low=0, high=255),
+    )
+    quality: tuple[int, ...] = key(
+        *("task", (10, 40), "jpeg: lowest and highest quality"),
+        Range(low=1, high=100, counts=(2,)),
+    )
     usm: bool = key("task", True, "real: sharpen the ground truth, as published")
 
     # --- the pictures
@@ -82,11 +80,16 @@ class RestorationRecipe(Recipe):
         "pictures", "", "folder of pictures, a glob, or photographs (bundled with scikit-image)"
     )
     val_pictures: str = key("pictures", "", "the same for validation")
-    patch_size: int = key("pictures", 64, "side of the model's input patches, in pixels")
-    updates_per_epoch: int = key("pictures", 5000, "length of an epoch")
+    patch_size: int = key(
+        "pictures", 64, "side of the model's input patches, in pixels", Range(low=1, high=4096)
+    )
+    updates_per_epoch: int = key("pictures", 5000, "length of an epoch", Range(low=1, high=10**6))
     symmetries: bool = key("pictures", True, "random flips and rotations of patches")
     cache: bool = key("pictures", False, "keep decoded pictures in memory")
-    val_tile: int = key("pictures", 0, "validate in tiles of this side, to save memory; 0: whole")
+    val_tile: int = key(
+        *("pictures", 0, "validate in tiles of this side, to save memory; 0: whole"),
+        Range(low=0, high=2**16),
+    )
 
     def __post_init__(self) -> None:
         """Reject contradictory keys.
@@ -94,7 +97,7 @@ class RestorationRecipe(Recipe):
         Raises:
             RecipeError: naming the key.
         """
-        check_ranges(vars(self), self.ranges)
+        check_ranges(self)
         wrong: list[tuple[str, Any, str]] = []
         if not self.sigma:
             wrong.append(("sigma", self.sigma, "one or more numbers"))

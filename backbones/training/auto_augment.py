@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 
 from backbones.common.errors import RecipeError
+from backbones.common.keys import Range
 from backbones.core.messages import shown
-from backbones.training.recipe_ranges import Range
 
 __all__ = ["check_policy"]
 

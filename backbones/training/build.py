@@ -14,7 +14,7 @@ from torch import nn
 
 import backbones
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
-from backbones.core.inputs import preprocessing_of, size_of
+from backbones.common.loaded import preprocessing_by as preprocessing
 from backbones.core.messages import first_line, joined_lines, shown
 from backbones.training.distillation import Distillation, build_teacher, labels_loss_of
 from backbones.training.diversity import DiverseAttention
@@ -89,23 +89,6 @@ def resolve_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
         return recipe
     plain = recipe.amp is None and not recipe.compile and not recipe.fsdp
     return dataclasses.replace(recipe, channels_last=plain and device.type == "cpu")
-
-
-def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
-    """``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
-
-    From the recipe or, if unset, the model's ``pretrained_cfg``.
-    """
-    size = recipe.img_size or size_of(model)[-1]
-    return preprocessing_of(
-        model,
-        input_size=(recipe.in_chans, size, size),
-        mean=recipe.mean,
-        std=recipe.std,
-        interpolation=recipe.interpolation,
-        crop_pct=recipe.crop_pct,
-        crop_mode=recipe.crop_mode,
-    )
 
 
 class BatchAugmentation:

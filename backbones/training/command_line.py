@@ -1,20 +1,60 @@
-"""The command line of a training script: every recipe key is a flag."""
+"""From YAML and a command line to a recipe: every key is a flag."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from backbones.common.errors import RecipeError
+from backbones.common.keys import (
+    fields_of,
+    inner_type,
+    made_of,
+    nearest,
+    range_of,
+    read_mapping,
+)
 from backbones.core.messages import shown
-from backbones.training.recipe import AnyRecipe, Recipe, fields_of, load_recipe
-from backbones.training.recipe_ranges import Range
-from backbones.training.recipe_values import inner_type, nearest
+from backbones.training.recipe import AnyRecipe, Recipe, check
 
-__all__ = ["parse_command_line"]
+__all__ = ["load_recipe", "parse_command_line"]
+
+
+def load_recipe(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    recipe_class: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
+) -> AnyRecipe:
+    """Read a recipe: defaults, then the file, then its row for the model, then ``overrides``.
+
+    Args:
+        path: a YAML file of keys. Its ``variants``, if present, maps model names to keys that
+            differ, and must include the model.
+        overrides: keys that take precedence; values as in YAML, or strings from a command line.
+        recipe_class: the kind of recipe.
+
+    Raises:
+        RecipeError: an unknown key (it suggests the closest), a value of the wrong type or out of
+            range, a model missing from ``variants``, a missing file or one that is not a YAML
+            mapping, or contradictory values.
+    """
+    fields = fields_of(recipe_class)
+    overrides = dict(overrides or {})
+    keys = read_mapping(Path(path)) if path is not None else {}
+    variants = keys.pop("variants", None)
+    where = str(path)
+    _refuse_unknown(keys, where, fields)
+    if variants is not None:
+        model = overrides.get("model", keys.get("model", ""))
+        keys = {**keys, "model": model, **_row(variants, model, where, fields)}
+    _refuse_unknown(overrides, "command line", fields)
+    recipe = made_of(recipe_class, {**keys, **overrides})
+    check(recipe)
+    return recipe
 
 
 def parse_command_line(
@@ -45,7 +85,7 @@ def parse_command_line(
     for f in fields.values():
         name = f.metadata["group"]
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        _add_flag(group, f, inner_type(hints[f.name]), recipe_class.ranges.get(f.name))
+        _add_flag(group, f, inner_type(hints[f.name]))
     options, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):
@@ -63,12 +103,12 @@ class _Parser(argparse.ArgumentParser):
         raise RecipeError(message)
 
 
-def _add_flag(group: Any, f: dataclasses.Field[Any], inner: Any, span: Range | None) -> None:
+def _add_flag(group: Any, f: dataclasses.Field[Any], inner: Any) -> None:
     flags = [f"--{f.name.replace('_', '-')}"]
     if "_" in f.name:
         flags.append(f"--{f.name}")
     default = "…" if f.default is dataclasses.MISSING else f.default
-    limits = f"; {span}" if span is not None else ""
+    limits = f"; {span}" if (span := range_of(f)) is not None else ""
     text = f"{f.metadata['help']}{limits} (default: {default})".replace("%", "%%")
     if inner is bool:
         group.add_argument(
@@ -92,3 +132,23 @@ def _add_flag(group: Any, f: dataclasses.Field[Any], inner: Any, span: Range | N
     nargs = "+" if typing.get_origin(inner) is tuple else None
     metavar = "X" if nargs else f.name.upper()
     group.add_argument(*flags, nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=text)
+
+
+def _row(variants: Any, model: Any, where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of a model in the table of variants."""
+    if not isinstance(variants, dict):
+        raise RecipeError(f"{where}: variants must map model names to keys")
+    model = model if isinstance(model, str) else shown(model)
+    if model not in variants:
+        raise RecipeError(f"{where}: {nearest('model', model, variants)}")
+    row = variants[model] or {}
+    if not isinstance(row, dict):
+        raise RecipeError(f"{where}, variant {model}: must be a mapping of keys, not {shown(row)}")
+    _refuse_unknown(row, f"{where}, variant {model}", fields)
+    return row
+
+
+def _refuse_unknown(keys: Mapping[str, Any], where: str, fields: Mapping[str, Any]) -> None:
+    for key in keys:
+        if key not in fields:
+            raise RecipeError(f"{where}: {nearest('key', str(key), fields)}")

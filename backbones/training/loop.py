@@ -23,8 +23,7 @@ from backbones.common.signals import StopRequest
 from backbones.core.messages import first_line
 from backbones.training import build, checkpoint, optimization, parallel
 from backbones.training.bad_steps import BadSteps, DivergedError
-from backbones.training.recipe import Recipe
-from backbones.training.recipe_checks import check_learning_rate
+from backbones.training.recipe import Recipe, check_learning_rate
 from backbones.training.record import RunLog
 from backbones.training.resumable import Resumable
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from backbones.common.errors import FileError
 from backbones.common.generators import get_rng_state, set_rng_state
+from backbones.common.keys import fields_of
 from backbones.common.processes import World
 from backbones.common.progress import Progress
 from backbones.core.messages import joined_lines, shown
@@ -22,7 +23,7 @@ from backbones.training import checkpoint, parallel
 from backbones.training.bad_steps import BadSteps
 from backbones.training.distillation import StudentWithExits
 from backbones.training.optimization import images_per_update, learning_rate
-from backbones.training.recipe import Recipe, differences, fields_of
+from backbones.training.recipe import Recipe, differences
 
 __all__ = ["Resumable"]
 

@@ -13,6 +13,7 @@ import torch
 from backbones.common.console import guard
 from backbones.common.errors import DataError, MendableError, RecipeError
 from backbones.common.files import write_problem, write_text_atomically
+from backbones.common.keys import dump
 from backbones.common.processes import World, world_of_processes
 from backbones.common.progress import Progress
 from backbones.common.signals import StopRequest, stop_on_signals
@@ -20,7 +21,7 @@ from backbones.core.messages import first_line
 from backbones.training.command_line import parse_command_line
 from backbones.training.folder import RunFolder
 from backbones.training.loop import TrainingLoop
-from backbones.training.recipe import AnyRecipe, Recipe, dump_recipe
+from backbones.training.recipe import AnyRecipe, Recipe
 
 __all__ = ["run_from_command_line"]
 
@@ -51,7 +52,7 @@ def run_from_command_line(
     def command() -> int:
         recipe, options = parse_command_line(argv, description, recipe_class)
         if options.print_config:
-            sys.stdout.write(dump_recipe(recipe))
+            sys.stdout.write(dump(recipe))
             return 0
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
@@ -96,7 +97,7 @@ def _train(
             trainer.restore_latest()
             if folder is not None:  # nothing is written before all is known to be well
                 folder.clear()
-                write_text_atomically(path / "config.yaml", dump_recipe(trainer.resolved_recipe()))
+                write_text_atomically(path / "config.yaml", dump(trainer.resolved_recipe()))
             trainer.begin()
             return trainer.run()
         except OSError as error:

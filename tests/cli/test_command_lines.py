@@ -326,7 +326,7 @@ def _draw(picture: bytes) -> Callable[..., None]:
 
 
 def _errors_as(create: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """:func:`backbones.cli.common.create` with another way to make the model."""
+    """:func:`backbones.common.loaded.create` with another way to make the model."""
 
     def call(name: str, **kwargs: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:

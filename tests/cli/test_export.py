@@ -20,10 +20,10 @@ from zoo import FAMILIES, randomise, small
 
 import backbones
 from backbones.cli import common_operators, exporting, quantizing
-from backbones.cli.common import Loaded
 from backbones.cli.export import export
 from backbones.cli.main import main
 from backbones.common.errors import CommandError
+from backbones.common.loaded import Loaded
 from backbones.common.outputs import ONNX, PT2, require_writable
 
 # From a single window, or less, to several at every stage; none divides by much.

@@ -20,12 +20,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from backbones.cli import exporting, quantizing
-from backbones.cli.common import Loaded
 from backbones.cli.export import export
 from backbones.cli.main import main
 from backbones.common import files
 from backbones.common.errors import FileError
 from backbones.common.files import replacing_together
+from backbones.common.loaded import Loaded
 
 
 class Plain(nn.Module):

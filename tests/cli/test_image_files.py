@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import backbones
-from backbones.cli.common import load
 from backbones.cli.predict import predict
+from backbones.common.loaded import load
 from backbones.restoration.images import Picture, PictureError, read_picture, read_size
 from backbones.restoration.images import write_picture as write
 from backbones.training.checkpoint import save_weights

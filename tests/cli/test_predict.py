@@ -21,10 +21,11 @@ from timm.data import create_transform
 from zoo import SMALL
 
 import backbones
-from backbones.cli.common import load, read_labels
+from backbones.cli.common import read_labels
 from backbones.cli.main import main
-from backbones.cli.predict import predict, preprocessing, read_pixels
+from backbones.cli.predict import predict, read_pixels
 from backbones.common.errors import CommandError
+from backbones.common.loaded import load, preprocessing
 from backbones.core import checkpoint
 from backbones.restoration.images import read_picture, read_size
 from backbones.training.checkpoint import save_weights

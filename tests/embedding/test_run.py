@@ -23,12 +23,12 @@ from timm.data import create_transform
 from zoo import SMALL
 
 import backbones
-from backbones.cli.common import load as load_model
 from backbones.cli.main import main
-from backbones.cli.predict import preprocessing
 from backbones.common import images
 from backbones.common.errors import CommandError
 from backbones.common.images import open_image
+from backbones.common.loaded import load as load_model
+from backbones.common.loaded import preprocessing
 from backbones.common.lock import FolderLock
 from backbones.core.checkpoint_files import sha256_of
 from backbones.embedding import embed, local, table, worker

@@ -24,7 +24,7 @@ from backbones.common.errors import RecipeError
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.train import RestorationTrainer, build_restorer
 from backbones.training.checkpoint import load_state
-from backbones.training.recipe import load_recipe
+from backbones.training.command_line import load_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sr"
 # Everything random is on, and the average too.

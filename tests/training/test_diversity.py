@@ -12,8 +12,8 @@ from zoo import images, small
 
 from backbones.common.errors import RecipeError
 from backbones.training.build import build_objective
+from backbones.training.command_line import load_recipe
 from backbones.training.diversity import DiverseAttention, attention_similarity
-from backbones.training.recipe import load_recipe
 
 ANSWERS = torch.tensor([0, 1])
 

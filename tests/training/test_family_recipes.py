@@ -9,7 +9,7 @@ import yaml
 from zoo import CLASSIFIERS
 
 import backbones
-from backbones.training.recipe import load_recipe
+from backbones.training.command_line import load_recipe
 
 # Trained on videos, which are no data of train_cls.py.
 VIDEO = {"unireplknet_b_k400"}

@@ -14,9 +14,10 @@ import pytest
 from training_runs import kill, make_images, start, start_two, train
 
 from backbones.common.errors import RecipeError
+from backbones.common.keys import dump
 from backbones.common.lock import LOCK_NAME, FolderLock, LockedError
 from backbones.training.folder import RunFolder
-from backbones.training.recipe import Recipe, dump_recipe
+from backbones.training.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_errors_are_found_before_anything_is_removed(words, arguments, tmp_path,
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "config.yaml").write_text(dump_recipe(Recipe()))
+    (folder / "config.yaml").write_text(dump(Recipe()))
     (folder / "last.pt").write_text("weights")
     before = content(folder)
     assert train(*arguments, "--overwrite", *words) == 2

@@ -21,11 +21,11 @@ from training_runs import QUICK, make_images
 
 import train_cls
 from backbones.common.errors import RecipeError
+from backbones.common.keys import Range, fields_of, inner_type, range_of
 from backbones.restoration.recipe import RestorationRecipe
+from backbones.training.command_line import load_recipe
 from backbones.training.loop import TrainingLoop
-from backbones.training.recipe import FIELDS, Recipe, fields_of, load_recipe
-from backbones.training.recipe_ranges import RANGES, Range
-from backbones.training.recipe_values import inner_type
+from backbones.training.recipe import FIELDS, Recipe
 
 PATHS = ("output", "name", "data_dir")
 MODEL_ARGS = yaml.safe_load(next(w for w in QUICK if "model-args" in w).partition("=")[2])
@@ -213,16 +213,22 @@ def numeric(hint: Any) -> bool:
     )
 
 
+def ranges(kind: type) -> dict[str, Range]:
+    spans = {name: range_of(f) for name, f in fields_of(kind).items()}
+    return {name: span for name, span in spans.items() if span is not None}
+
+
 @pytest.mark.parametrize("kind", [Recipe, RestorationRecipe])
 def test_every_number_has_a_range(kind):
     hints = typing.get_type_hints(kind)
     numbers = {name for name in fields_of(kind) if numeric(hints[name])}
-    assert numbers - {"in_chans"} <= kind.ranges.keys()  # which has choices
-    assert all(math.isfinite(s.low) or math.isfinite(s.above) for s in kind.ranges.values())
-    assert all(math.isfinite(s.high) or math.isfinite(s.below) for s in kind.ranges.values())
-    for name, f in fields_of(kind).items():
-        if name in kind.ranges and isinstance(f.default, (int, float, tuple)):
-            assert kind.ranges[name].holds(f.default), name
+    assert numbers - {"in_chans"} <= ranges(kind).keys()  # which is one of two values
+    for name, span in ranges(kind).items():
+        assert math.isfinite(span.low) or math.isfinite(span.above), name
+        assert math.isfinite(span.high) or math.isfinite(span.below), name
+        default = fields_of(kind)[name].default
+        if isinstance(default, (int, float, tuple)):
+            assert span.holds(default), name
 
 
 def edges(span: Range) -> list[float]:
@@ -240,7 +246,7 @@ HEAVY = {
 }
 EDGES = [
     (name, edge)
-    for name, span in RANGES.items()
+    for name, span in ranges(Recipe).items()
     for edge in edges(span)[: 1 if name in HEAVY else 2]
     if not span.counts and not span.rising and span.keys is None and name != "ofa_stages"
 ]

@@ -16,7 +16,8 @@ from zoo import FAMILIES, outlines, small
 import backbones
 from backbones.common.errors import RecipeError
 from backbones.training import build, optimization
-from backbones.training.recipe import Recipe, load_recipe
+from backbones.training.command_line import load_recipe
+from backbones.training.recipe import Recipe
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 FOLDER = Path(__file__).parents[2] / "configs" / "cls"

@@ -8,8 +8,9 @@ from PIL import Image
 
 import train_cls
 from backbones.common.errors import RecipeError
-from backbones.training.command_line import parse_command_line
-from backbones.training.recipe import FIELDS, Recipe, differences, dump_recipe, load_recipe
+from backbones.common.keys import dump
+from backbones.training.command_line import load_recipe, parse_command_line
+from backbones.training.recipe import FIELDS, Recipe, differences
 
 # Nine references to nine each, ten deep: a short text for a huge value.
 BOMB = "lr_factors: {a0: &a0 [1, 2]}\nopt_args:\n" + "".join(
@@ -44,7 +45,7 @@ def test_a_dumped_recipe_reads_back_as_it_was(tmp_path):
         opt_eps=1e-8,
     )
     path = tmp_path / "config.yaml"
-    path.write_text(dump_recipe(recipe))
+    path.write_text(dump(recipe))
     assert load_recipe(path) == recipe
     assert list(yaml.safe_load(path.read_text())) == list(FIELDS)
 
