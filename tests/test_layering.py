@@ -31,7 +31,7 @@ FAMILIES = backbones.list_families()
 
 @functools.cache
 def _imports(path: Path) -> set[str]:
-    """The imports of a file, including those in functions, but not those for type checking only."""
+    """The imports of a file, including those in functions and those for type checking only."""
     names, pending = set(), [ast.parse(path.read_text())]
     while pending:
         node: ast.AST = pending.pop()
@@ -40,7 +40,7 @@ def _imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in {path}"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+        else:
             pending += ast.iter_child_nodes(node)
     return names
 
@@ -49,6 +49,11 @@ def _within(name: str, room: str) -> bool:
     return f"{name}.".startswith(f"{room}.")
 
 
+def _rooms(*names: str) -> tuple[str, ...]:
+    return tuple(f"backbones.{name}" for name in names)
+
+
+_TOOLS = _rooms("embedding", "openmmlab", "restoration", "training")
 # Part → parts that it must not import from.
 CLOSED_DOORS = {
     "ops": ("backbones", "tools", "train_cls"),
@@ -57,12 +62,21 @@ CLOSED_DOORS = {
     "ops.attention": ("ops.inference", "ops.replay"),
     "ops.neighborhood": ("ops.inference", "ops.replay"),
     "backbones": ("tools", "train_cls"),
-    "backbones.core": (
-        *("backbones.cli", "backbones.openmmlab", "backbones.restoration", "backbones.training"),
-        *(f"backbones.{family}" for family in FAMILIES),
-    ),
-    "backbones.training": ("backbones.cli", "backbones.openmmlab", "backbones.restoration"),
-    **{f"backbones.{family}": ("backbones.cli", "backbones.training") for family in FAMILIES},
+    "backbones.core": _rooms("cli", "common", "data", *FAMILIES) + _TOOLS,
+    "backbones.common": _rooms("cli", "data", *FAMILIES) + _TOOLS,
+    "backbones.data": _rooms("cli", *FAMILIES) + _TOOLS,
+    **{
+        room: (*_rooms("cli", *FAMILIES), *(other for other in _TOOLS if other != room))
+        for room in _TOOLS
+    },
+    **{room: (*_rooms("cli", "common", "data"), *_TOOLS) for room in _rooms(*FAMILIES)},
+}
+# The one way between two tools: restoration models are trained by the loop of training.
+_LOOP = {
+    "backbones.restoration.recipe": {"backbones.training.recipe"},
+    "backbones.restoration.train": {
+        f"backbones.training.{module}" for module in ("build", "loop", "record", "run")
+    },
 }
 
 
@@ -71,6 +85,8 @@ def test_layers_import_downwards_only(room: str) -> None:
     for name, path in MODULES.items():
         if _within(name, room):
             for imported in _imports(path):
+                if any(_within(imported, module) for module in _LOOP.get(name, ())):
+                    continue
                 upward = [other for other in CLOSED_DOORS[room] if _within(imported, other)]
                 assert not upward, f"{name} imports {imported}"
 
@@ -119,23 +135,27 @@ _ADDED = """
 import sys
 import timm
 before = set(sys.modules)
-import backbones
+import {}
 print(*sorted(sys.modules.keys() - before))
 """
 # Of tools and applications, which import what is slow to import.
-_ON_DEMAND = {
-    *("backbones.cli", "backbones.embedding", "backbones.openmmlab"),
-    *("backbones.restoration", "backbones.training"),
-}
+_ON_DEMAND = _rooms("cli", "common", "data") + _TOOLS
 
 
 def test_import_is_cheap(tmp_path: Path) -> None:
     """`import backbones` imports nothing that `import timm` does not, but for its own modules."""
-    added = run_code(_ADDED, tmp_path).split()
+    added = run_code(_ADDED.format("backbones"), tmp_path).split()
     assert "backbones.van" in added
     packages = {name.partition(".")[0] for name in added} - sys.stdlib_module_names
     assert packages == {"backbones", "ops"}
     assert not [name for name in added if any(_within(name, room) for room in _ON_DEMAND)]
+
+
+def test_embedding_loads_no_other_tool(tmp_path: Path) -> None:
+    added = run_code(_ADDED.format("backbones.embedding.network"), tmp_path).split()
+    others = [*_rooms("cli", "training", "restoration", "openmmlab")]
+    assert "backbones.embedding.network" in added
+    assert not [name for name in added if any(_within(name, room) for room in others)]
 
 
 def test_a_foreign_ops_is_named(tmp_path: Path) -> None:
