@@ -11,8 +11,8 @@ import yaml
 from training_runs import make_images
 
 import backbones
+from backbones.common.files import save_weights
 from backbones.embedding import embed
-from backbones.training.checkpoint import save_weights
 
 _ARGUMENTS = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
 

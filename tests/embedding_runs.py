@@ -17,9 +17,9 @@ from training_runs import Run, unflushed
 
 import backbones
 from backbones.cli.main import main
+from backbones.common.files import save_weights
 from backbones.embedding import worker
 from backbones.embedding.table import load
-from backbones.training.checkpoint import save_weights
 
 _SHALLOW = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
 

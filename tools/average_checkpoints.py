@@ -20,10 +20,10 @@ from torch import Tensor
 
 from backbones.common.arguments import nonempty_path
 from backbones.common.errors import MendableError
+from backbones.common.files import save_weights
 from backbones.common.outputs import Kind, add_overwrite, require_writable
 from backbones.core.checkpoint import CheckpointError, read_checkpoint
 from backbones.core.messages import joined_lines
-from backbones.training.checkpoint import save_weights
 
 _AVERAGE = Kind((".safetensors",), rb".{8}\{\"__metadata__\":\{\"average_of\"")
 

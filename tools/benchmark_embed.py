@@ -41,6 +41,7 @@ from timm.data import create_transform
 
 import backbones
 from backbones.common.arguments import nonempty_path
+from backbones.common.files import save_weights
 from backbones.common.images import installed_decoder, open_image, open_pixels
 from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.embedding import embed
@@ -48,7 +49,6 @@ from backbones.embedding.local import cores
 from backbones.embedding.network import Network
 from backbones.embedding.worker import Images
 from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
-from backbones.training.checkpoint import save_weights
 from ops.cpu import policy
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ from runtimes import openvino_core
 from torch import Tensor, nn
 
 import backbones
-from backbones.cli import exporting
+from backbones.cli import graphs as exporting
 
 __all__ = ["PACKAGES", "TOOLKITS", "Contender", "Run", "fused"]
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import backbones
-from backbones.cli import exporting
+from backbones.cli import graphs as exporting
 
 __all__ = ["RUNTIMES", "Exported", "openvino_core"]
 

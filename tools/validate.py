@@ -52,6 +52,7 @@ from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
 from backbones.data.splits import Splits
 from backbones.training import build
+from backbones.training.accuracy import Predictions, predict_all, read_real_labels, real_accuracy
 from backbones.training.command_line import load_recipe
 from backbones.training.corruptions import (
     ALEXNET_ERROR,
@@ -61,7 +62,6 @@ from backbones.training.corruptions import (
 )
 from backbones.training.data import open_splits
 from backbones.training.loader import ValidationLoader
-from backbones.training.predictions import Predictions, predict_all, read_real_labels, real_accuracy
 from backbones.training.recipe import Recipe
 from backbones.training.report import class_report, confusion_matrix, draw_confusion
 from backbones.training.trained import load_trained

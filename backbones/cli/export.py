@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones.cli import exporting, quantizing
+from backbones.cli import graphs, quantizing
 from backbones.cli.common import add_size_argument, two_sides
 from backbones.cli.int8_export import INT8, export_int8
 from backbones.common.arguments import nonempty_path, real
@@ -111,7 +111,7 @@ def _run(options: Namespace) -> int:
             f"--out {options.out} is not UTF-8: the libraries that write and check it need that"
         )
     if format == "onnx":
-        exporting.require_onnx()
+        graphs.require_onnx()
     loaded = load(options.model, options.checkpoint, options.pretrained)
     if options.fused and not isinstance(loaded.model, StagedBackbone):
         raise CommandError(f"--fused needs a model of this library, not {loaded.name}")
@@ -121,7 +121,7 @@ def _run(options: Namespace) -> int:
         loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
     size = two_sides(options.size, loaded.model)
     shape = (options.batch, channels_of(loaded.model), *size)
-    shapes = exporting.check_shapes(shape, options.dynamic)
+    shapes = graphs.check_shapes(shape, options.dynamic)
     try:
         require_size(loaded.model, *(shape[2:] for shape in shapes))
     except ValueError as error:
@@ -167,12 +167,12 @@ def export(
     """
     model, name = loaded.model, loaded.name
     shape = (batch, channels_of(model), *size)
-    shapes = exporting.check_shapes(shape, dynamic)
+    shapes = graphs.check_shapes(shape, dynamic)
     try:
         with replacing_together(path) as scratch:
             run = _write(loaded, scratch, format, shape, dynamic)
             worst = 0.0
-            for found in exporting.check(model, run, shapes):
+            for found in graphs.check(model, run, shapes):
                 _say(f"  {_sizes(found.shape):<16} error {found.error:.1e}{_excuse(found)}")
                 if found.error > found.allowed:
                     raise CommandError(
@@ -194,21 +194,21 @@ def export(
 
 def _write(
     loaded: Loaded, path: Path, format: str, shape: tuple[int, ...], dynamic: bool
-) -> exporting.Run:
+) -> graphs.Run:
     """Trace the model and write the file; returns a function that runs it."""
     model, name = loaded.model, loaded.name
     _say(f"{name}: tracing at {_sizes(shape)}")
     if format == "pt2":
         with show_elapsed(f"{name}: tracing"):
-            exporting.save_program(exporting.trace(model, shape, dynamic), path)
-        return exporting.program_runner(path)
+            graphs.save_program(graphs.trace(model, shape, dynamic), path)
+        return graphs.program_runner(path)
     with show_elapsed(f"{name}: tracing"):
-        program, group = exporting.trace_for_onnx(model, shape, dynamic)
+        program, group = graphs.trace_for_onnx(model, shape, dynamic)
     _say(f"{name}: writing ONNX")
     with show_elapsed(f"{name}: writing ONNX"):
-        exporting.save_onnx(program, path, _metadata(loaded), group)
+        graphs.save_onnx(program, path, _metadata(loaded), group)
     _say(f"{name}: comparing with the model")
-    return exporting.onnx_runner(path)
+    return graphs.onnx_runner(path)
 
 
 def _quantize(
@@ -217,11 +217,11 @@ def _quantize(
     """Quantise the file and compare it with the model, on the images and at each size."""
     with show_elapsed("quantising"):
         quantizing.quantize(path, images)
-    runner = exporting.onnx_runner(path)
+    runner = graphs.onnx_runner(path)
     agreement = quantizing.agreement(model, runner, images)
     _say(f"  {agreement.text(len(images))}")
     for number, shape in enumerate(shapes[1:], start=1):
-        found = quantizing.agreement(model, runner, [exporting.noise(shape, number)])
+        found = quantizing.agreement(model, runner, [graphs.noise(shape, number)])
         _say(f"  {_sizes(shape):<16} int8, noise: {found.decibels:.1f} dB")
 
 
@@ -235,8 +235,8 @@ def _metadata(loaded: Loaded) -> dict[str, str]:
     return facts
 
 
-def _excuse(found: exporting.Check) -> str:
-    if found.allowed == exporting.TOLERANCE:
+def _excuse(found: graphs.Check) -> str:
+    if found.allowed == graphs.TOLERANCE:
         return ""
     return f"; these weights amplify rounding errors, up to {found.allowed:.1e} is expected"
 

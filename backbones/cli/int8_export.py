@@ -14,16 +14,14 @@ from torch import Tensor
 
 import backbones
 from backbones.cli import quantizing
-from backbones.cli.common import fuse
-from backbones.cli.exporting import TOLERANCE, difference, noise
+from backbones.cli.graphs import TOLERANCE, difference, noise
 from backbones.common.errors import CommandError
-from backbones.common.files import replacing_together
+from backbones.common.files import replacing_together, save_weights
 from backbones.common.keys import dump
-from backbones.common.loaded import Loaded
+from backbones.common.loaded import Loaded, fuse
 from backbones.common.outputs import Kind
 from backbones.core.inputs import channels_of
 from backbones.core.precision import Precision
-from backbones.training.checkpoint import save_weights
 
 __all__ = ["INT8", "export_int8"]
 

@@ -129,7 +129,7 @@ def run(options: Namespace) -> int:
         text = json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False)
         write_text_atomically(options.json, text)
     if options.cam is not None:
-        from backbones.cli.pictures import draw_predictions
+        from backbones.cli.cam_picture import draw_predictions
 
         shown = [prediction for prediction in predictions if prediction.image is not None]
         if shown:

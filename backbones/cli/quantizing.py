@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from backbones.cli.exporting import Run, outputs
+from backbones.cli.graphs import Run, outputs
 from backbones.cli.predict import find_images, read_pixels
 from backbones.common.errors import CommandError
 from backbones.common.loaded import Loaded, preprocessing

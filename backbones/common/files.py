@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+import safetensors.torch
+import torch
+
 from backbones.common.errors import CommandError, FileError
 from backbones.core.messages import first_line
 
@@ -20,6 +23,7 @@ __all__ = [
     "replacing",
     "replacing_together",
     "require_disk_space",
+    "save_weights",
     "sync_folder",
     "write_atomically",
     "write_problem",
@@ -56,6 +60,17 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def write_text_atomically(path: Path, text: str) -> None:
     """:func:`write_atomically` for UTF-8; file names that aren't valid text are escaped."""
     data = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(data))
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Save only weights, as safetensors.
+
+    Raises:
+        FileError: see :func:`write_atomically`.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    data = safetensors.torch.save(tensors, metadata)
     write_atomically(path, lambda file: file.write(data))
 
 

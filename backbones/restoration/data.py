@@ -19,9 +19,9 @@ from backbones.data.batches import SizedBatches, loader_options
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import Key, TrainSampler
 from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
-from backbones.restoration.images import PictureError, read_picture
 from backbones.restoration.metrics import quantize
 from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
+from backbones.restoration.pictures import PictureError, read_picture
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 

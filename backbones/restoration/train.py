@@ -26,9 +26,9 @@ from backbones.restoration.data import (
     find_pictures,
     load_truth,
 )
-from backbones.restoration.images import PictureError, read_size
 from backbones.restoration.metrics import quality, quantize
 from backbones.restoration.panels import Panel, draw_panels, most_detailed_window
+from backbones.restoration.pictures import PictureError, read_size
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 from backbones.training.build import model_error

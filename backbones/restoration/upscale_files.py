@@ -19,14 +19,8 @@ from backbones.common.outputs import Kind, add_overwrite, require_folder, requir
 from backbones.common.progress import Progress, duration
 from backbones.core.messages import one_line, shown
 from backbones.restoration.data import to_tensor
-from backbones.restoration.images import (
-    SUFFIXES,
-    Picture,
-    read_picture,
-    read_size,
-    write_picture,
-)
 from backbones.restoration.panels import Panel, draw_panels, most_detailed_window
+from backbones.restoration.pictures import SUFFIXES, Picture, read_picture, read_size, write_picture
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler

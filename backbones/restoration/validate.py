@@ -20,8 +20,8 @@ from backbones.common.images import has_image_ending
 from backbones.common.outputs import add_overwrite, csv_of, require_writable
 from backbones.common.progress import Progress
 from backbones.restoration.data import load_truth, to_tensor
-from backbones.restoration.images import Picture, PictureError, read_picture
 from backbones.restoration.metrics import quality, quantize
+from backbones.restoration.pictures import Picture, PictureError, read_picture
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler

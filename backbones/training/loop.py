@@ -16,12 +16,13 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
+from backbones.common.files import save_weights
 from backbones.common.memory import peak_memory
 from backbones.common.processes import Consensus, World
 from backbones.common.progress import Progress
 from backbones.common.signals import StopRequest
 from backbones.core.messages import first_line
-from backbones.training import build, checkpoint, optimization, parallel
+from backbones.training import build, optimization, parallel
 from backbones.training.bad_steps import BadSteps, DivergedError
 from backbones.training.recipe import Recipe, check_learning_rate
 from backbones.training.record import RunLog
@@ -288,7 +289,7 @@ class TrainingLoop(Resumable):
             metadata = {"model": self.recipe.model, "epoch": str(self.epoch), **self.facts()}
             weights = parallel.full_state(dict(list(self.models().values())[-1].state_dict()))
             if self.world.is_main:
-                checkpoint.save_weights(self.folder / "best.safetensors", weights, metadata)
+                save_weights(self.folder / "best.safetensors", weights, metadata)
         self.meter, self.seconds, self.waited = self.new_meter(), 0.0, 0.0
         self.save(validated=score is not None)
         self.log.add(row)

@@ -19,7 +19,7 @@ from backbones.common.keys import fields_of
 from backbones.common.processes import World
 from backbones.common.progress import Progress
 from backbones.core.messages import joined_lines, shown
-from backbones.training import checkpoint, parallel
+from backbones.training import parallel, run_state
 from backbones.training.bad_steps import BadSteps
 from backbones.training.distillation import StudentWithExits
 from backbones.training.optimization import images_per_update, learning_rate
@@ -123,7 +123,7 @@ class Resumable(ABC):
         }
         state |= {"ranks": ranks, "recipe": dataclasses.asdict(self.recipe)}
         if self.world.is_main:
-            checkpoint.save_state(self.folder / "last.pt", state, validated)
+            run_state.save_state(self.folder / "last.pt", state, validated)
 
     def roll_back(self, since: int) -> str:
         """Restore ``last.pt`` to a state before divergence; the current one is ``diverged.pt``.
@@ -139,7 +139,7 @@ class Resumable(ABC):
             A description of the remaining checkpoints.
         """
         last = self.folder / "last.pt"
-        previous, validated = checkpoint.previous_path(last), checkpoint.validated_path(last)
+        previous, validated = run_state.previous_path(last), run_state.validated_path(last)
         if self.saved_at is None and self.resumed_from is not None:
             return f"it was resumed from {self.resumed_from}, which is unchanged"
         if self.world.is_main and self.saved_at is not None and not self._validated:
@@ -163,7 +163,7 @@ class Resumable(ABC):
             FileError: unreadable, or of another model or recipe.
         """
         if self.recipe.resume == "auto":
-            found = checkpoint.load_latest(self.folder / "last.pt")
+            found = run_state.load_latest(self.folder / "last.pt")
             if found is not None:
                 state, path, problem = found
                 if problem:
@@ -171,7 +171,7 @@ class Resumable(ABC):
                 self.resume(state, path)
         elif self.recipe.resume is not None:
             path = Path(self.recipe.resume)
-            self.resume(checkpoint.load_state(path), path)
+            self.resume(run_state.load_state(path), path)
 
     def resume(self, state: dict[str, Any], path: Path) -> None:
         """Continue from ``state``, bit for bit with the same number of processes.
@@ -203,7 +203,7 @@ class Resumable(ABC):
             if not self.meter.sums.isfinite().all():
                 raise ValueError(f"its sums are {self.meter.sums.tolist()}")
             before = images_per_update(earlier, len(ranks))
-        except checkpoint.READING_ERRORS as error:
+        except run_state.READING_ERRORS as error:
             raise FileError(
                 f"{path} does not fit this recipe: {self._mismatch(state['recipe'], error)}"
             ) from error

@@ -27,13 +27,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import backbones
-from backbones.cli import common, export, exporting, parity, summary, verify
+from backbones.cli import common, export, graphs, parity, summary, verify
 from backbones.cli.doctor import Finding
 from backbones.cli.main import COMMANDS, main
 from backbones.common.figures import new_figure, save_figure
-from backbones.common.files import write_atomically
+from backbones.common.files import save_weights, write_atomically
 from backbones.embedding import embed
-from backbones.training.checkpoint import save_weights
 
 EXAMPLES = 130
 MORE = {"embed": 1000, "search": 1000, "duplicates": 1000, "probe": 1000}  # that read from others
@@ -311,7 +310,7 @@ def _leave_out_what_takes_long(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(summary, "describe", lambda *args: "a table\n")
     patch.setattr(verify, "_verify_code", lambda name: True)
     patch.setattr(export, "export", lambda *args: None)
-    patch.setattr(exporting, "require_onnx", lambda: None)
+    patch.setattr(graphs, "require_onnx", lambda: None)
     save_figure(new_figure(1, 1), Path("figure"))
     drawn = Path("figure").read_bytes()
     for command in ("search", "duplicates"):

@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo import FAMILIES, randomise, small
 
 import backbones
-from backbones.cli import common_operators, exporting, quantizing
+from backbones.cli import common_operators, graphs, quantizing
 from backbones.cli.export import export
 from backbones.cli.main import main
 from backbones.common.errors import CommandError
@@ -33,8 +33,8 @@ QUICK = ("shvit", True)
 TWO_STAGES = {"dims": (32, 48), "depths": (1, 1), "attn_dims": (0, 16)}
 
 
-def errors(model: torch.nn.Module, run: exporting.Run, shapes: list) -> list[float]:
-    return [found.error for found in exporting.check(model, run, shapes)]
+def errors(model: torch.nn.Module, run: graphs.Run, shapes: list) -> list[float]:
+    return [found.error for found in graphs.check(model, run, shapes)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -43,7 +43,7 @@ def traced(family: str, fused: bool) -> tuple[Any, Any]:
     model = randomise(small(family, **TWO_STAGES if (family, fused) == QUICK else {})).eval()
     if fused:
         model.fuse(channels_last=False)
-    return model, exporting.trace(model, (1, 3, 96, 160), dynamic=True)
+    return model, graphs.trace(model, (1, 3, 96, 160), dynamic=True)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +61,10 @@ def traced(family: str, fused: bool) -> tuple[Any, Any]:
 )
 def test_every_family_with_dynamic_sizes(family: str, fused: bool, tmp_path: Path) -> None:
     model, program = traced(family, fused)
-    exporting.save_program(program, tmp_path / "model.pt2")
-    assert max(errors(model, exporting.program_runner(tmp_path / "model.pt2"), SHAPES)) < 1e-5
-    exporting.save_onnx(program, tmp_path / "model.onnx")
-    assert max(errors(model, exporting.onnx_runner(tmp_path / "model.onnx"), SHAPES)) < 1e-5
+    graphs.save_program(program, tmp_path / "model.pt2")
+    assert max(errors(model, graphs.program_runner(tmp_path / "model.pt2"), SHAPES)) < 1e-5
+    graphs.save_onnx(program, tmp_path / "model.onnx")
+    assert max(errors(model, graphs.onnx_runner(tmp_path / "model.onnx"), SHAPES)) < 1e-5
 
 
 def test_the_command_writes_what_it_says(
@@ -88,7 +88,7 @@ def test_the_command_writes_what_it_says(
 def test_missing_packages_are_reported_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(graphs.importlib.util, "find_spec", lambda name: None)
     assert main(["export", "shvit_s1", "--out", str(tmp_path / "x.onnx")]) == 2
     said = capsys.readouterr()
     assert "onnx and onnxscript and onnxruntime missing: pip install onnx" in said.err
@@ -159,7 +159,7 @@ def test_untraceable_operations_are_named(tmp_path: Path) -> None:
 
 def test_differing_files_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("shvit").eval()
-    monkeypatch.setattr(exporting, "program_runner", lambda path: lambda x: model(x) * 1.001)
+    monkeypatch.setattr(graphs, "program_runner", lambda path: lambda x: model(x) * 1.001)
     with pytest.raises(CommandError, match="differs from the model by .* it was not written"):
         export(Loaded(model, "shvit"), tmp_path / "x.pt2", "pt2", (64, 64))
     assert list(tmp_path.iterdir()) == []
@@ -191,18 +191,18 @@ class Magnifying(torch.nn.Module):
 def test_float32_rounding_is_tolerated() -> None:
     model = Magnifying()
     shape = (1, 3, 64, 640)
-    (found,) = exporting.check(model, lambda x: model(x.flip(3)), [shape])
-    assert exporting.TOLERANCE < found.error <= found.allowed
-    (found,) = exporting.check(model, lambda x: model(x) + 1, [shape])
+    (found,) = graphs.check(model, lambda x: model(x.flip(3)), [shape])
+    assert graphs.TOLERANCE < found.error <= found.allowed
+    (found,) = graphs.check(model, lambda x: model(x) + 1, [shape])
     assert found.error > found.allowed
     sound = small("shvit").eval()
-    (found,) = exporting.check(sound, lambda x: sound(x) * 1.001, [(1, 3, 64, 64)])
-    assert found.allowed == exporting.TOLERANCE < found.error
+    (found,) = graphs.check(sound, lambda x: sound(x) * 1.001, [(1, 3, 64, 64)])
+    assert found.allowed == graphs.TOLERANCE < found.error
 
 
 def test_three_shapes_to_check() -> None:
-    assert exporting.check_shapes((2, 3, 64, 96), dynamic=False) == [(2, 3, 64, 96)]
-    shapes = exporting.check_shapes((1, 3, 224, 224), dynamic=True)
+    assert graphs.check_shapes((2, 3, 64, 96), dynamic=False) == [(2, 3, 64, 96)]
+    shapes = graphs.check_shapes((1, 3, 224, 224), dynamic=True)
     assert shapes == [(1, 3, 224, 224), (3, 3, 68, 101), (2, 3, 315, 269)]
 
 
@@ -232,7 +232,7 @@ def test_calibration_images(tmp_path: Path) -> None:
 
 def test_a_program_file_holds_no_images(tmp_path: Path) -> None:
     model, program = traced("shvit", True)
-    exporting.save_program(program, tmp_path / "m.pt2")
+    graphs.save_program(program, tmp_path / "m.pt2")
     weights = sum(t.nbytes for t in model.state_dict().values())
     assert (tmp_path / "m.pt2").stat().st_size < 1.1 * weights + 1e6
     require_writable({"--out": (tmp_path / "m.pt2", PT2)})  # an earlier result
@@ -253,7 +253,7 @@ def test_deformable_convolutions_are_decomposed(tmp_path: Path) -> None:
     sizes = {"dims": (32, 48), "num_heads": (0, 4), "window_sizes": (1, 2), "depths": (1, 1)}
     model = randomise(small("litv2", **sizes)).eval()
     images = torch.randn(2, 3, 64, 96)
-    exporting.save_onnx(exporting.trace(model, images.shape, dynamic=False), tmp_path / "m.onnx")
+    graphs.save_onnx(graphs.trace(model, images.shape, dynamic=False), tmp_path / "m.onnx")
     operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
     assert "GridSample" in operators and "DeformConv" not in operators
     require_writable({"--out": (tmp_path / "m.onnx", ONNX)})  # an earlier result

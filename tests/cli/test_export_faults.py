@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from backbones.cli import exporting, quantizing
+from backbones.cli import graphs, quantizing
 from backbones.cli.export import export
 from backbones.cli.main import main
 from backbones.common import files
@@ -182,8 +182,8 @@ def test_signals_leave_nothing_behind(
         time.sleep(10)
 
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
-    monkeypatch.setattr(exporting, "trace", lambda *args: None)
-    monkeypatch.setattr(exporting, "save_program", half)
+    monkeypatch.setattr(graphs, "trace", lambda *args: None)
+    monkeypatch.setattr(graphs, "save_program", half)
     assert main(["export", "shvit_s1", "--size", "64", "--out", str(tmp_path / "x.pt2")]) == status
     assert list(tmp_path.iterdir()) == []
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == before

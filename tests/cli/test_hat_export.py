@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import small
 
 import backbones
-from backbones.cli import exporting
+from backbones.cli import graphs
 from backbones.cli.hat_export import extract_group
 from backbones.cli.main import main
 
@@ -37,14 +37,14 @@ def test_groups_share_their_graph_and_tables(tmp_path: Path) -> None:
     nodes = []
     for groups in (2, 5):
         model = tiny(groups, depths=(1,) * groups)
-        program, group = exporting.trace_for_onnx(model, (1, 3, 4, 8), dynamic=False)
+        program, group = graphs.trace_for_onnx(model, (1, 3, 4, 8), dynamic=False)
         assert group is not None and len(group.weights) == groups
         nodes.append(len(group.program.graph.nodes))
     assert nodes[0] == nodes[1] < 220
     path = tmp_path / "m.onnx"
-    exporting.save_onnx(program, path, group=group)
+    graphs.save_onnx(program, path, group=group)
     onnx.checker.check_model(path)
-    (found,) = exporting.check(model, exporting.onnx_runner(path), [(1, 3, 4, 8)])
+    (found,) = graphs.check(model, graphs.onnx_runner(path), [(1, 3, 4, 8)])
     assert found.error < 1e-5
     # Of the overlap, 16 × 36 places, and of the windows, 16 × 16, in int64; masks, of 16 × 16
     # floats each, are not used. What is left is sizes of maps.
@@ -54,10 +54,10 @@ def test_groups_share_their_graph_and_tables(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_dynamic_sizes_down_to_one_pixel(tmp_path: Path) -> None:
     model, path = tiny(2), tmp_path / "m.onnx"
-    program, group = exporting.trace_for_onnx(model, (1, 3, 16, 16), dynamic=True)
-    exporting.save_onnx(program, path, group=group)
+    program, group = graphs.trace_for_onnx(model, (1, 3, 16, 16), dynamic=True)
+    graphs.save_onnx(program, path, group=group)
     shapes = [(1, 3, 1, 1), (2, 3, 4, 5), (1, 3, 13, 4), (3, 3, 9, 14)]
-    for found in exporting.check(model, exporting.onnx_runner(path), shapes):
+    for found in graphs.check(model, graphs.onnx_runner(path), shapes):
         assert found.error < 1e-5, found.shape
 
 
@@ -82,7 +82,7 @@ def test_the_quadratic_rule_is_disabled(tmp_path: Path) -> None:
     from onnxscript.rewriter.rules.common import slice_split_rule
 
     program = torch.export.export(Halves(), (torch.zeros(1, 3, 8, 8),))
-    exporting.save_onnx(program, tmp_path / "m.onnx")
+    graphs.save_onnx(program, tmp_path / "m.onnx")
     operators = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
     assert operators.count("Slice") == 2 and "Split" not in operators
     assert "try_rewrite" not in vars(slice_split_rule)

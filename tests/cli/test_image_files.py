@@ -17,10 +17,10 @@ from PIL import Image
 
 import backbones
 from backbones.cli.predict import predict
+from backbones.common.files import save_weights
 from backbones.common.loaded import load
-from backbones.restoration.images import Picture, PictureError, read_picture, read_size
-from backbones.restoration.images import write_picture as write
-from backbones.training.checkpoint import save_weights
+from backbones.restoration.pictures import Picture, PictureError, read_picture, read_size
+from backbones.restoration.pictures import write_picture as write
 
 EXAMPLES = 1000
 LONGEST = 20.0  # seconds for one file, on a machine that does other things too

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 import backbones
 from backbones.cli import verify
 from backbones.cli.main import main
+from backbones.common.files import save_weights
 from backbones.common.loaded import load
-from backbones.training.checkpoint import save_weights
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 

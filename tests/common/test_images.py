@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from backbones.common.images import DECODE_ERRORS, as_8_bits, open_image, opened
 from backbones.data.sources import decode
-from backbones.restoration.images import PictureError, read_picture
+from backbones.restoration.pictures import PictureError, read_picture
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8))
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)

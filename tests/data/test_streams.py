@@ -24,10 +24,10 @@ from training_runs import (
 from backbones.common.errors import DataError
 from backbones.common.processes import World
 from backbones.data.corrupt import CorruptImages
-from backbones.training.checkpoint import load_state
 from backbones.training.data import open_splits
 from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe
+from backbones.training.run_state import load_state
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning"),

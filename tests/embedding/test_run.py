@@ -26,6 +26,7 @@ import backbones
 from backbones.cli.main import main
 from backbones.common import images
 from backbones.common.errors import CommandError
+from backbones.common.files import save_weights
 from backbones.common.images import open_image
 from backbones.common.loaded import load as load_model
 from backbones.common.loaded import preprocessing
@@ -34,7 +35,6 @@ from backbones.core.checkpoint_files import sha256_of
 from backbones.embedding import embed, local, table, worker
 from backbones.embedding import run as run_module
 from backbones.embedding.network import Network
-from backbones.training.checkpoint import save_weights
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ import backbones
 from backbones.common.errors import RecipeError
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.train import RestorationTrainer, build_restorer
-from backbones.training.checkpoint import load_state
 from backbones.training.command_line import load_recipe
+from backbones.training.run_state import load_state
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sr"
 # Everything random is on, and the average too.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.common.memory import bytes_per_pixel
-from backbones.restoration.images import Picture
+from backbones.restoration.pictures import Picture
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.upscale import Upscaler, upscale
 from ops.tiling import run_tiled

@@ -21,8 +21,8 @@ from backbones.cli.main import main
 from backbones.common.errors import DataError
 from backbones.common.progress import Progress
 from backbones.restoration import upscale_files, validate
-from backbones.restoration.images import read_picture
 from backbones.restoration.metrics import quality
+from backbones.restoration.pictures import read_picture
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import parse_size
 

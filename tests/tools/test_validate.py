@@ -18,13 +18,13 @@ from training_runs import MODEL_ARGS, TINY, make_images, train
 import backbones
 from backbones.common.errors import DataError, RecipeError
 from backbones.data.sources import FileSource
+from backbones.training.accuracy import Predictions, read_real_labels, real_accuracy
 from backbones.training.corruptions import (
     ALEXNET_ERROR,
     CORRUPTIONS,
     Corruption,
     mean_corruption_error,
 )
-from backbones.training.predictions import Predictions, read_real_labels, real_accuracy
 from backbones.training.report import class_report, confusion_matrix
 
 PICTURE = Path(__file__).parents[2] / "docs" / "learning.png"

@@ -10,7 +10,7 @@ from training_runs import final_state, make_images, same, train
 
 import train_cls
 from backbones.training.build import BatchAugmentation
-from backbones.training.checkpoint import load_state, save_state
+from backbones.training.run_state import load_state, save_state
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from training_runs import (
     train,
 )
 
-from backbones.training.checkpoint import load_state, save_state
+from backbones.training.run_state import load_state, save_state
 
 # Everything random is on: dropout, drop path, erasing, mixing, an averaged model.
 RECIPE = [

@@ -11,15 +11,9 @@ import pytest
 import torch
 
 from backbones.common.errors import FileError
-from backbones.common.files import write_atomically
+from backbones.common.files import save_weights, write_atomically
 from backbones.common.generators import get_rng_state, set_rng_state
-from backbones.training.checkpoint import (
-    load_latest,
-    load_state,
-    previous_path,
-    save_state,
-    save_weights,
-)
+from backbones.training.run_state import load_latest, load_state, previous_path, save_state
 
 STATE = {"model": {"weight": torch.arange(1000.0)}, "epoch": 3, "history": [{"loss": 0.5}]}
 

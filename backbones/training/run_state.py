@@ -1,4 +1,4 @@
-"""Crash-safe checkpoints: written atomically, with the previous one kept."""
+"""The files from which a run resumes: written atomically, with the previous one kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import zlib
 from pathlib import Path
 from typing import IO, Any
 
-import safetensors.torch
 import torch
 
 from backbones.common.errors import FileError
@@ -23,7 +22,6 @@ __all__ = [
     "load_state",
     "previous_path",
     "save_state",
-    "save_weights",
     "validated_path",
 ]
 
@@ -72,17 +70,6 @@ def save_state(path: Path, state: dict[str, Any], validated: bool = False) -> No
     if validated:
         with contextlib.suppress(OSError):
             _link(path, validated_path(path))
-
-
-def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Save only weights, as safetensors.
-
-    Raises:
-        FileError: see :func:`write_atomically`.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    data = safetensors.torch.save(tensors, metadata)
-    write_atomically(path, lambda file: file.write(data))
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
-from backbones.restoration.images import (
+from backbones.restoration.pictures import (
     Picture,
     PictureError,
     read_picture,
