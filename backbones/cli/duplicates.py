@@ -10,14 +10,12 @@ from pathlib import Path
 from backbones.cli.results import (
     add_outputs,
     add_source,
-    as_csv,
-    as_json,
     check_outputs,
     facts,
     say_refused,
-    write_text,
 )
 from backbones.common.arguments import nonempty_path, real
+from backbones.common.outputs import csv_text, json_text, write_if_asked
 from backbones.core.messages import one_line
 from backbones.core.tables import table
 from backbones.embedding.duplicates import THRESHOLD, Member, find_duplicates
@@ -67,8 +65,8 @@ def run(options: Namespace) -> int:
     extra = sum(map(len, groups)) - len(groups)
     summary = f"{len(groups)} groups; {extra} of {count_rows(folder)} images are redundant"
     sys.stdout.write(f"{summary}\n")
-    write_text(options.csv, as_csv(_COLUMNS, rows))
-    write_text(options.json, as_json(_entries(groups)))
+    write_if_asked(options.csv, csv_text(_COLUMNS, rows))
+    write_if_asked(options.json, json_text(_entries(groups)))
     if groups:
         images = Thumbnails(folder, options.source)
         shown = _rows(images, groups[: _DRAWN if options.html is None else _SHOWN])

@@ -6,7 +6,6 @@ Unreadable images are reported and skipped.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import sys
 import warnings
@@ -26,9 +25,17 @@ from backbones.common import images
 from backbones.common.arguments import nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CommandError, memory_shortage
-from backbones.common.files import file_problem, write_text_atomically
+from backbones.common.files import file_problem
 from backbones.common.loaded import Loaded, fuse, load, preprocessing
-from backbones.common.outputs import FIGURE, add_overwrite, csv_of, json_of, require_writable
+from backbones.common.outputs import (
+    FIGURE,
+    add_overwrite,
+    csv_of,
+    json_of,
+    json_text,
+    require_writable,
+    write_if_asked,
+)
 from backbones.common.progress import counting
 from backbones.common.resizing import Resizing
 from backbones.core.base import StagedBackbone
@@ -122,12 +129,8 @@ def run(options: Namespace) -> int:
     )
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
     sys.stdout.write(as_table(predictions, names))
-    if options.csv is not None:
-        write_text_atomically(options.csv, as_csv(predictions, names))
-    if options.json is not None:
-        entries = as_entries(predictions, names)
-        text = json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False)
-        write_text_atomically(options.json, text)
+    write_if_asked(options.csv, as_csv(predictions, names))
+    write_if_asked(options.json, json_text(as_entries(predictions, names)))
     if options.cam is not None:
         from backbones.cli.cam_picture import draw_predictions
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backbones.common.outputs import csv_text
 from backbones.core.messages import one_line
 from backbones.core.tables import table
 
@@ -53,15 +52,13 @@ def as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
 
 def as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
     """CSV with a row for each predicted class and for each unreadable image."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_HEAD)
+    rows: list[tuple[Any, ...]] = []
     for p in predictions:
         if p.error:
-            writer.writerow((p.path, "", "", "", "", p.error))
+            rows.append((p.path, "", "", "", "", p.error))
         for place, (number, confidence) in enumerate(p.ranked(), start=1):
-            writer.writerow((p.path, place, number, names[number], f"{confidence:.6f}", ""))
-    return text.getvalue()
+            rows.append((p.path, place, number, names[number], f"{confidence:.6f}", ""))
+    return csv_text(CSV_HEAD, rows)
 
 
 def as_entries(predictions: Sequence[Prediction], names: Sequence[str]) -> list[dict[str, Any]]:

@@ -11,14 +11,13 @@ from typing import Any
 from backbones.cli.results import (
     add_outputs,
     add_source,
-    as_json,
     check_outputs,
     facts,
     say_refused,
-    write_text,
 )
 from backbones.common.arguments import nonempty, nonempty_path, real, whole
 from backbones.common.errors import CommandError
+from backbones.common.outputs import json_text, write_if_asked
 from backbones.core.messages import one_line
 from backbones.core.tables import table
 from backbones.embedding.confusion import confusions, draw_confusion
@@ -111,7 +110,7 @@ def run(options: Namespace) -> int:
     sys.stdout.write(f"{data}\n{table(_HEAD, _figures(report))}")
     for note in (*report.notes, *(f"{m.name}: {m.note}" for m in report.methods if m.note)):
         sys.stderr.write(f"note: {one_line(note)}\n")
-    write_text(options.json, as_json(_entries(report)))
+    write_if_asked(options.json, json_text(_entries(report)))
     title = f"Probe of {folder}, {len(report.classes)} classes"
     draw_confusion(path, report, title)
     if options.html is not None:

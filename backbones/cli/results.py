@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import itertools
-import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from backbones.common.arguments import nonempty, nonempty_path
 from backbones.common.errors import CommandError
-from backbones.common.files import write_text_atomically
 from backbones.common.outputs import (
     FIGURE,
     HTML,
@@ -34,12 +29,9 @@ from backbones.embedding.thumbnails import Thumbnails
 __all__ = [
     "add_outputs",
     "add_source",
-    "as_csv",
-    "as_json",
     "check_outputs",
     "facts",
     "say_refused",
-    "write_text",
 ]
 
 
@@ -120,25 +112,6 @@ def facts(folder: Path, **more: str) -> dict[str, str]:
         "model": f"{said['model']}, {weights}",
         **more,
     }
-
-
-def as_json(content: Any) -> str:
-    """Text of JSON."""
-    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def as_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Text of CSV."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([head, *rows])
-    return text.getvalue()
-
-
-def write_text(path: Path | None, text: str) -> None:
-    """Write a file if one is asked for."""
-    if path is not None:
-        write_text_atomically(path, text)
 
 
 def add_source(parser: ArgumentParser) -> None:

@@ -13,16 +13,14 @@ from backbones.cli.predict import find_images, say_skipped
 from backbones.cli.results import (
     add_outputs,
     add_source,
-    as_csv,
-    as_json,
     check_outputs,
     facts,
     say_refused,
-    write_text,
 )
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.errors import CommandError
 from backbones.common.images import DECODE_ERRORS
+from backbones.common.outputs import csv_text, json_text, write_if_asked
 from backbones.core.messages import one_line
 from backbones.core.tables import table
 from backbones.embedding.page import write_page
@@ -96,8 +94,8 @@ def run(options: Namespace) -> int:
         for name, matches in zip(names, results, strict=True)
         for place, match in enumerate(matches, start=1)
     ]
-    write_text(options.csv, as_csv(_COLUMNS, rows))
-    write_text(options.json, as_json(_entries(names, results)))
+    write_if_asked(options.csv, csv_text(_COLUMNS, rows))
+    write_if_asked(options.json, json_text(_entries(names, results)))
     if names:
         images = Thumbnails(folder, options.source)
         drawn = _rows(images, names, numbers, results)

@@ -27,7 +27,7 @@ from backbones.common.arguments import nonempty_path
 from backbones.common.errors import CommandError, memory_shortage
 from backbones.common.files import write_text_atomically
 from backbones.common.loaded import create, load
-from backbones.common.outputs import add_overwrite, json_of, require_writable
+from backbones.common.outputs import add_overwrite, json_of, json_text, require_writable
 from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.messages import one_line, shown
@@ -89,8 +89,7 @@ def run(options: Namespace) -> int:
     if options.save_figures is not None:
         size = two_sides(options.size, loads.model)
         figures = {"model": loads.name, **make_figures(loads.model, size)}
-        text = json.dumps(figures, indent=1, allow_nan=False)
-        write_text_atomically(options.save_figures, text)
+        write_text_atomically(options.save_figures, json_text(figures))
         sys.stdout.write(f"figures of these weights: saved as {options.save_figures}\n")
     if known is not None:
         right &= _verify_figures(loads, known, options.figures)

@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 
 from backbones.common.errors import CommandError
+from backbones.common.keys import Range
 from backbones.core.messages import first_line, shown
 
 __all__ = ["THREADS", "nonempty", "nonempty_path", "real", "usable_device", "whole"]
@@ -35,13 +36,14 @@ def nonempty_path(word: str) -> Path:
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """A type for integers ≥ ``low`` and, if given, ≤ ``high``."""
+    span = Range(low=low, high=math.inf if high is None else high)
 
     def convert(word: str) -> int:
         try:
             number = int(word)
         except ValueError:
             raise argparse.ArgumentTypeError(f"must be a whole number, not {shown(word)}") from None
-        return _within(number, number >= low, f"at least {low}", high)
+        return _within(span, number)
 
     return convert
 
@@ -52,6 +54,8 @@ def real(low: float, high: float | None = None, above: bool = False) -> Callable
     Args:
         above: exclude ``low`` itself.
     """
+    highest = math.inf if high is None else high
+    span = Range(above=low, high=highest) if above else Range(low=low, high=highest)
 
     def convert(word: str) -> float:
         try:
@@ -60,8 +64,7 @@ def real(low: float, high: float | None = None, above: bool = False) -> Callable
             number = math.nan
         if not math.isfinite(number):
             raise argparse.ArgumentTypeError(f"must be a number, not {shown(word)}")
-        great = number > low if above else number >= low
-        return _within(number, great, f"{'above' if above else 'at least'} {low:g}", high)
+        return _within(span, number)
 
     return convert
 
@@ -69,11 +72,9 @@ def real(low: float, high: float | None = None, above: bool = False) -> Callable
 _Number = TypeVar("_Number", int, float)
 
 
-def _within(number: _Number, great: bool, least: str, high: float | None) -> _Number:
-    if not great:
-        raise argparse.ArgumentTypeError(f"must be {least}, not {shown(number)}")
-    if high is not None and number > high:
-        raise argparse.ArgumentTypeError(f"must be at most {high:g}, not {shown(number)}")
+def _within(span: Range, number: _Number) -> _Number:
+    if not span.holds(number):
+        raise argparse.ArgumentTypeError(f"must be {span}, not {shown(number)}")
     return number
 
 

@@ -1,16 +1,21 @@
-"""What commands may overwrite: one rule, applied before any work is done."""
+"""What commands write: text of CSV and JSON, and what they may overwrite (one rule)."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import os
 import re
 import stat
 from argparse import ArgumentParser
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from backbones.common.errors import CommandError
+from backbones.common.files import write_text_atomically
 from backbones.common.images import has_image_ending
 
 __all__ = [
@@ -22,10 +27,13 @@ __all__ = [
     "Kind",
     "add_overwrite",
     "csv_of",
+    "csv_text",
     "json_of",
+    "json_text",
     "overwritten",
     "require_folder",
     "require_writable",
+    "write_if_asked",
 ]
 
 
@@ -50,6 +58,24 @@ def csv_of(*columns: str) -> Kind:
 def json_of(key: str) -> Kind:
     """JSON whose first key is ``key``, or an empty list."""
     return Kind((".json",), rb'[\[{\s]*"%b":|\[\s*\]\s*\Z' % re.escape(key.encode()))
+
+
+def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Text of CSV."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *rows])
+    return text.getvalue()
+
+
+def json_text(content: Any) -> str:
+    """Text of JSON."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_if_asked(path: Path | None, text: str) -> None:
+    """Write a file, if an option names one."""
+    if path is not None:
+        write_text_atomically(path, text)
 
 
 FIGURE = Kind((".png",), rb"\x89PNG\r\n\x1a\n.{0,400}Software\x00Matplotlib")

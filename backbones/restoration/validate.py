@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from torch import Tensor
@@ -17,7 +15,7 @@ from backbones.common.console import Parser, guard
 from backbones.common.errors import DataError
 from backbones.common.files import write_text_atomically
 from backbones.common.images import has_image_ending
-from backbones.common.outputs import add_overwrite, csv_of, require_writable
+from backbones.common.outputs import add_overwrite, csv_of, csv_text, require_writable
 from backbones.common.progress import Progress
 from backbones.restoration.data import load_truth, to_tensor
 from backbones.restoration.metrics import quality, quantize
@@ -137,16 +135,8 @@ def mean_score(scores: Sequence[Score]) -> Score:
 
 def write_csv(path: Path, scores: Sequence[Score]) -> None:
     """Write a row for each picture and one for the mean of each data set, atomically."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(asdict(scores[0])), lineterminator="\n")
-    writer.writeheader()
-    for score in scores:
-        row = asdict(score)
-        for key, value in row.items():
-            if isinstance(value, float):
-                row[key] = f"{value:.4f}"
-        writer.writerow(row)
-    write_text_atomically(path, text.getvalue())
+    rows = ([f"{v:.4f}" if isinstance(v, float) else v for v in astuple(score)] for score in scores)
+    write_text_atomically(path, csv_text([field.name for field in fields(Score)], rows))
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch
 
 from backbones.common.errors import FileError, RecipeError
 from backbones.common.files import write_problem, write_text_atomically
+from backbones.common.outputs import csv_text
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
 from backbones.core.messages import first_line
@@ -175,12 +174,9 @@ class RunLog:
         """Rewrite ``summary.csv``: one row for each epoch."""
         if not self.active or not history:
             return
-        text = io.StringIO()
         columns = list(dict.fromkeys(key for row in history for key in row))
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: _rounded(v) for k, v in row.items()} for row in history)
-        write_text_atomically(self.folder / "summary.csv", text.getvalue())
+        rows = ([_rounded(row.get(key, "")) for key in columns] for row in history)
+        write_text_atomically(self.folder / "summary.csv", csv_text(columns, rows))
 
     def close(self) -> None:
         """Flush the loggers."""

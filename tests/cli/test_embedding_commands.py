@@ -163,11 +163,17 @@ def test_probe(embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture
         (["duplicates", "{table}", "--csv", "{shard}"], "would overwrite"),
         (["duplicates", "{images}"], "holds no embeddings"),
         (["duplicates", "{table}", "--threshold", "0"], "--threshold must be above 0"),
-        (["duplicates", "{table}", "--threshold", "1.1"], "--threshold must be at most 1"),
+        (
+            ["duplicates", "{table}", "--threshold", "1.1"],
+            "--threshold must be above 0 and at most 1",
+        ),
         (["probe", "{table}"], "the following arguments are required: --labels"),
         (["probe", "{table}", "--labels", "{table}/none.csv"], "cannot read "),
         (["probe", "{table}", "--labels", "source"], "come from a folder, which says no classes"),
-        (["probe", "{table}", "--labels", "folder", "--held-out", "1"], "--held-out must be at"),
+        (
+            ["probe", "{table}", "--labels", "folder", "--held-out", "1"],
+            "--held-out must be above 0 and at most 0.99",
+        ),
         (["probe", "{table}", "--labels", "folder", "--test", "{images}"], "holds no embeddings"),
         (["probe", "{table}", "--labels", "folder", "--c", "0"], "--c must be above 0"),
         (

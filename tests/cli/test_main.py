@@ -66,8 +66,11 @@ def test_the_package_is_a_command(
         (["upscale", "", "--model", "hat_x2", "--out", "x"], "IN must be the name of"),
         (["upscale", "x", "--model", "hat_x2", "--out", ""], "--out must be the name"),
         (["validate", "--data", ""], "--data must be the name of a file or folder"),
-        (["validate", "--data", "digits", "--threads", "0"], "--threads must be at least 1, not 0"),
-        (["benchmark", "--threads", "0"], "--threads must be at least 1, not 0"),
+        (
+            ["validate", "--data", "digits", "--threads", "0"],
+            "--threads must be within 1 … 1024, not 0",
+        ),
+        (["benchmark", "--threads", "0"], "--threads must be within 1 … 1024, not 0"),
         (["benchmark", "--against", ""], "--against: Empty module name"),
         (["verify", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
         (["verify", ""], "unknown model ''"),

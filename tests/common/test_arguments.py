@@ -21,13 +21,13 @@ def test_names_of_files(word: str) -> None:
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("0", "must be at least 1, not 0"),
-        ("-1", "must be at least 1, not -1"),
-        ("9", "must be at most 8, not 9"),
+        ("0", "must be within 1 … 8, not 0"),
+        ("-1", "must be within 1 … 8, not -1"),
+        ("9", "must be within 1 … 8, not 9"),
         ("2.5", "must be a whole number, not '2.5'"),
         ("", "must be a whole number, not ''"),
         ("nan", "must be a whole number, not 'nan'"),
-        ("9" * 1000, "must be at most 8, not 999"),
+        ("9" * 1000, "must be within 1 … 8, not 999"),
         ("9" * 5000, "must be a whole number, not '999"),
     ],
 )
@@ -43,9 +43,9 @@ def test_whole_numbers(word: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("0", "must be above 0, not 0"),
-        ("-1", "must be above 0, not -1"),
-        ("1.1", "must be at most 1, not 1.1"),
+        ("0", "must be above 0 and at most 1, not 0"),
+        ("-1", "must be above 0 and at most 1, not -1"),
+        ("1.1", "must be above 0 and at most 1, not 1.1"),
         *((word, f"must be a number, not '{word}'") for word in ("nan", "inf", "-inf", "x", "")),
     ],
 )

@@ -116,7 +116,7 @@ def test_errors_are_reported(weights, tmp_path, capsys, monkeypatch):
     assert "--tile must be a number" in error(source, *out, "--tile=big")
     assert "such as 800M or 2G, not 'lots'" in error(source, *out, "--max-memory=lots")
     assert "--quality must be in 1 … 100" in error(source, *out, "--quality=0")
-    assert "--threads must be at least 1, not 0" in error(source, *out, "--threads=0")
+    assert "--threads must be within 1 … 1024, not 0" in error(source, *out, "--threads=0")
     assert "--device pineapple cannot be used here" in error(source, *out, "--device=pineapple")
     words = [str(source), "--out", str(tmp_path / "out")]
     assert main(["upscale", *words, "--model=hat_x4"]) == 2
@@ -196,7 +196,9 @@ def test_impossible_requests_fail_early(weights, tmp_path, monkeypatch, capsys):
         assert "--max-memory must be such as 800M or 2G" in error(
             source, *out, f"--max-memory={size}"
         )
-    assert "--threads must be at most 1024, not 100000" in error(source, *out, "--threads=100000")
+    assert "--threads must be within 1 … 1024, not 100000" in error(
+        source, *out, "--threads=100000"
+    )
     assert "--quality must be in 1 … 100" in error(source, *out, "--quality=101")
     assert "--device meta cannot be used here" in error(source, *out, "--device=meta")
 
