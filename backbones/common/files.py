@@ -117,11 +117,7 @@ def replacing_together(path: Path) -> Iterator[Path]:
                 os.replace(written, path.with_name(written.name))
             os.replace(scratch / path.name, path)
     finally:
-        try:
-            shutil.rmtree(scratch, ignore_errors=True)
-        except BaseException:  # a signal, which may come here too
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager

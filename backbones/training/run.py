@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from backbones.common.console import guard
-from backbones.common.errors import DataError, MendableError, RecipeError
+from backbones.common.errors import DataError, MendableError, RecipeError, memory_shortage
 from backbones.common.files import write_problem, write_text_atomically
 from backbones.common.keys import dump
 from backbones.common.processes import World, world_of_processes
@@ -24,8 +24,6 @@ from backbones.training.loop import TrainingLoop
 from backbones.training.recipe import AnyRecipe, Recipe
 
 __all__ = ["run_from_command_line"]
-
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def run_from_command_line(
@@ -73,7 +71,7 @@ def _advice(error: MemoryError | RuntimeError) -> str | None:
     if text.startswith("DataLoader worker"):
         why = "usually for lack of memory: lower workers or batch_size"
         return f"a loader process was ended by the system, {why} ({text})"
-    if isinstance(error, MemoryError) or any(words in text for words in _OUT_OF_MEMORY):
+    if memory_shortage(error) is not None:
         return f"out of memory: lower batch_size, img_size or workers ({text})"
     return None
 

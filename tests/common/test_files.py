@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import socket
 from pathlib import Path
 
@@ -51,24 +50,6 @@ def test_wrapped_disk_full_errors(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(KeyError), replacing_together(path):
         raise KeyError("no matter of the disk")
-
-
-def test_a_signal_during_cleanup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = shutil.rmtree, []
-
-    def interrupted(folder: Path, ignore_errors: bool) -> None:
-        calls.append(folder)
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        original(folder, ignore_errors)
-
-    monkeypatch.setattr(shutil, "rmtree", interrupted)
-    with (
-        pytest.raises(KeyboardInterrupt),
-        replacing_together(tmp_path / "x") as scratch,
-    ):
-        scratch.write_text("whole")
-    assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
 @pytest.mark.parametrize("unique", [False, True])
