@@ -189,15 +189,12 @@ def _first_bytes(source: str | Path | IO[bytes]) -> bytes:
     return source.read(4)
 
 
-def open_image(
-    source: str | Path | IO[bytes], mode: str = "RGB", upright: bool = True
-) -> Image.Image:
-    """Decode an image file to 8 bits per channel; of several frames, the first.
+def open_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Image.Image:
+    """Decode an image file to 8 bits per channel, upright; of several frames, the first.
 
     Args:
         source: a path, or an open file, which stays open.
         mode: ``RGB``, or ``L`` for greyscale.
-        upright: apply the EXIF orientation; values other than 1 … 8 are ignored.
 
     Raises:
         one of :data:`DECODE_ERRORS`: an incomplete image, one that claims to be huge, or values
@@ -205,7 +202,7 @@ def open_image(
     """
     with opened(source) as image:
         image.load()
-        turn = _TURNS.get(orientation_of(image)) if upright else None
+        turn = _TURNS.get(orientation_of(image))
         return as_8_bits(image if turn is None else image.transpose(turn), mode)
 
 

@@ -24,6 +24,9 @@ class Progress:
         active: whether anything is shown at all.
         stream: where; None for standard output.
         seconds_between_lines: without a terminal.
+
+    Attributes:
+        done: steps so far.
     """
 
     def __init__(
@@ -34,7 +37,8 @@ class Progress:
         self.live = self.active and self.stream.isatty()
         self.pause = 0.2 if self.live else seconds_between_lines
         self._bar: Any = None
-        self._title, self._total, self._done, self._shown = "", 0, 0, time.monotonic()
+        self._title, self._total, self.done, self._first = "", 0, 0, 0
+        self._begun = self._shown = time.monotonic()
 
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
@@ -45,7 +49,8 @@ class Progress:
     def begin(self, title: str, total: int, done: int = 0) -> None:
         """Start a bar of ``total`` steps."""
         self.end()
-        self._title, self._total, self._done = title, total, done
+        self._title, self._total, self.done = title, total, done
+        self._first, self._begun = done, time.monotonic()
         if self.live:
             self._bar = tqdm(
                 total=total,
@@ -64,7 +69,7 @@ class Progress:
 
     def show(self, done: int, text: str) -> None:
         """Move the bar to ``done`` and set the text beside it."""
-        self._shown = time.monotonic()
+        self.done, self._shown = done, time.monotonic()
         if self._bar is not None:
             self._bar.n = done
             self._bar.set_postfix_str(text, refresh=True)
@@ -73,9 +78,14 @@ class Progress:
 
     def step(self, text: str = "", count: int = 1) -> None:
         """Add to the count, and show it if that is due."""
-        self._done += count
+        self.done += count
         if self.due():
-            self.show(self._done, text)
+            self.show(self.done, text)
+
+    def seconds_left(self) -> float:
+        """Until all steps are done, at the speed so far."""
+        seconds = time.monotonic() - self._begun
+        return seconds / max(self.done - self._first, 1) * (self._total - self.done)
 
     def end(self) -> None:
         """Remove the bar."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -37,8 +38,7 @@ __all__ = ["ENGINES", "Summary", "embed"]
 ENGINES = ("local", "ray")
 _PACKAGES = ("vision-backbones", "torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
 _CORRUPT = Kind((".txt",), rb"[^\t\n]+(\t|\Z)")  # lines of key, tab, reason
-_BATCH = {"cpu": 16}
-_GPU_BATCH = 256
+_BATCH, _GPU_BATCH = 16, 256
 
 
 @dataclass
@@ -139,7 +139,7 @@ def embed(
             content,
             checkpoint.absolute(),
             device,
-            batch_size or (_BATCH["cpu"] if target.type == "cpu" else _GPU_BATCH),
+            batch_size or (_BATCH if target.type == "cpu" else _GPU_BATCH),
             _decoders(decoders, target, workers),
         )
         work.show_begin(network.name)
@@ -223,9 +223,6 @@ def _content(
     store: str,
     rows: int,
 ) -> dict[str, Any]:
-    dim = 1
-    for side in network.shape:
-        dim *= side
     return {
         "model": network.name,
         "weights": {
@@ -236,7 +233,7 @@ def _content(
         "preprocessing": network.preprocessing,
         "features": features,
         "shape": list(network.shape),
-        "dim": dim,
+        "dim": math.prod(network.shape),
         "dtype": store,
         "computed": dtype,
         "classes": network.classes,
@@ -306,8 +303,8 @@ class _Work:
         self._progress.end()
         self._before = self.rows + self._corrupt_count()
         self._new_corrupt = 0
-        self._parts_before = len(images.parts) - len(self.pending)
-        self._parts = self._parts_before
+        self._parts = len(images.parts) - len(self.pending)
+        self._first = self._at()
         self._begun = time.monotonic()
         self._write_corrupt()
 
@@ -345,7 +342,7 @@ class _Work:
         self._progress.say(
             f"{model}: {count} into {self.out}, {self.content['dim']} numbers each{done}"
         )
-        self._progress.begin("embed", total or len(self.images.parts), self._at())
+        self._progress.begin("embed", total or len(self.images.parts), self._first)
 
     def follow(self, events: Iterator[Event]) -> None:
         """Consume the engine's events until all parts are done."""
@@ -364,8 +361,9 @@ class _Work:
                     if lines := corrupt.pop(event.part):
                         self.corrupt[event.part] = lines
                         self._append(lines)
+                self._progress.done = self._at()
                 if self._progress.due():
-                    self._progress.show(self._at(), self._figures())
+                    self._progress.show(self._progress.done, self._figures())
         finally:
             close = getattr(events, "close", None)
             if close is not None:
@@ -389,13 +387,9 @@ class _Work:
     def _figures(self) -> str:
         seconds = time.monotonic() - self._begun
         seen = self.done + self._new_corrupt
-        if self.images.images is None:
-            done, left = self._parts - self._parts_before, len(self.images.parts) - self._parts
-        else:
-            done, left = seen, self.images.images - self._before - seen
         parts = [f"{seen / max(seconds, 1e-9):.0f} images/s"]
-        if done:
-            parts.append(f"{duration(seconds / done * left)} left")
+        if self._progress.done > self._first:
+            parts.append(f"{duration(self._progress.seconds_left())} left")
         if count := self._corrupt_count():
             parts.append(f"{count} corrupt")
         return "  ".join(parts)

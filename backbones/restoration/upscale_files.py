@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -141,8 +141,7 @@ def upscale_files(
     quality: int = 95,
     compare: bool = False,
     skip_existing: bool = False,
-    progress: Progress | None = None,
-    on_error: Callable[[str], object] | None = None,
+    progress: Progress,
 ) -> Report:
     """Restore pictures one after the other, continuing after errors (unreadable, unwritable, or too
     large for memory).
@@ -155,15 +154,13 @@ def upscale_files(
             on for formats other than PNG), a detail before and after.
         skip_existing: skip pictures whose result exists.
         progress: shows progress and the time left.
-        on_error: called for every picture that failed.
     """
     report = Report()
 
     def fail(path: Path, error: Exception) -> None:
         why = str(error) if str(path) in str(error) else f"{path}: {error}"
         report.failed.append((path, why))
-        if on_error is not None:
-            on_error(why)
+        sys.stderr.write(f"error: {one_line(why)}\n")
 
     planned: list[tuple[Job, int]] = []
     for job in jobs:
@@ -174,12 +171,18 @@ def upscale_files(
             planned.append((job, upscaler.tiles(*read_size(job.source))))
         except DataError as error:
             fail(job.source, error)
-    clock = _TileProgress(progress, sum(tiles for _, tiles in planned), len(planned))
-    for job, tiles in planned:
-        clock.next(job.source.name, tiles)
+    progress.begin("tiles", sum(tiles for _, tiles in planned))
+    for number, (job, tiles) in enumerate(planned, start=1):
+        until, at = progress.done + tiles, f"{job.source.name} ({number}/{len(planned)})"
+
+        def tick(until: int = until, at: str = at) -> None:
+            progress.done = min(progress.done + 1, until)
+            if progress.due():
+                progress.show(progress.done, f"{at}  {duration(progress.seconds_left())} left")
+
         try:
             before = read_picture(job.source)
-            after: Picture = upscaler(before, clock.tick)
+            after: Picture = upscaler(before, tick)
             job.target.parent.mkdir(parents=True, exist_ok=True)
             write_picture(job.target, after, quality)
             if compare:
@@ -188,44 +191,15 @@ def upscale_files(
             shortage = memory_shortage(error)
             if shortage is None and not isinstance(error, (MendableError, OSError)):
                 raise
-            clock.skip_rest()
+            progress.done = until
             fail(job.source, MemoryError(shortage) if shortage else error)
             continue
         report.written.append(job.target)
-        if progress is not None:
-            sizes = (f"{p.pixels.shape[1]}×{p.pixels.shape[0]}" for p in (before, after))
-            note = f" ({before.note})" if before.note else ""
-            progress.say(f"{one_line(str(job.target))}  {' → '.join(sizes)}{note}")
-    if progress is not None:
-        progress.end()
+        sizes = (f"{p.pixels.shape[1]}×{p.pixels.shape[0]}" for p in (before, after))
+        note = f" ({before.note})" if before.note else ""
+        progress.say(f"{one_line(str(job.target))}  {' → '.join(sizes)}{note}")
+    progress.end()
     return report
-
-
-class _TileProgress:
-    """Progress in tiles, and the time left."""
-
-    def __init__(self, progress: Progress | None, total: int, pictures: int) -> None:
-        self.progress, self.total, self.begun = progress, total, time.monotonic()
-        self.done = self.until = 0
-        self.number, self.pictures, self.name = 0, pictures, ""
-        if progress is not None and total:
-            progress.begin("tiles", total)
-
-    def next(self, name: str, tiles: int) -> None:
-        """Start the next picture."""
-        self.name, self.number, self.until = name, self.number + 1, self.until + tiles
-
-    def tick(self) -> None:
-        """Record a finished tile."""
-        self.done = min(self.done + 1, self.until)
-        if self.progress is not None and (self.progress.live or self.progress.due()):
-            left = (time.monotonic() - self.begun) / self.done * (self.total - self.done)
-            text = f"{self.name} ({self.number}/{self.pictures})  {duration(left)} left"
-            self.progress.show(self.done, text)
-
-    def skip_rest(self) -> None:
-        """Remove the remaining tiles of a failed picture."""
-        self.done = self.until
 
 
 def _comparison(target: Path) -> Path:
@@ -324,7 +298,6 @@ def run(options: argparse.Namespace) -> int:
             compare=options.compare,
             skip_existing=options.skip_existing,
             progress=progress,
-            on_error=_print_error,
         )
     except ValueError as error:
         raise DataError(str(error)) from error
@@ -345,7 +318,3 @@ def _parse_tile(text: str) -> int | str | None:
     if not re.fullmatch("[0-9]{1,9}", text):
         raise DataError(f"--tile must be a number of pixels, auto or none, not {shown(text)}")
     return int(text)
-
-
-def _print_error(message: str) -> None:
-    sys.stderr.write(f"error: {one_line(message)}\n")

@@ -15,6 +15,7 @@ from backbones.common.figures import (
     new_figure,
     quiet_about_glyphs,
     save_figure,
+    short,
 )
 
 __all__ = ["class_report", "confusion_matrix", "draw_confusion"]
@@ -86,10 +87,10 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
     for spine in axis.spines.values():
         spine.set_color(GRID)
     if count <= _NAMED:
-        short = [drawable(n if len(n) <= 18 else n[:17] + "…") for n in classes]
-        turned = max(len(name) for name in short) > 3
-        axis.set_xticks(range(count), short, rotation=90 if turned else 0)
-        axis.set_yticks(range(count), short)
+        names = [short(n, 18) for n in classes]
+        turned = max(map(len, names)) > 3
+        axis.set_xticks(range(count), names, rotation=90 if turned else 0)
+        axis.set_yticks(range(count), names)
     if count <= _NUMBERED:
         for row, column in zip(*np.nonzero(matrix), strict=True):
             dark = shares[row, column] > 30

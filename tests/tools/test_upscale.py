@@ -325,6 +325,7 @@ def test_progress_has_the_time_left(tmp_path):
     upscaler = upscale_files.Upscaler(model, tile=8, overlap=8)
     jobs = [upscale_files.Job(make(tmp_path / "a.png"), tmp_path / "out/a.png")]
     progress = Progress(stream=stream)
+    progress.pause = 0.0
     assert upscale_files.upscale_files(upscaler, jobs, progress=progress).written == [
         jobs[0].target
     ]
