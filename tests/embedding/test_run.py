@@ -394,14 +394,14 @@ def test_processes_that_die_are_replaced(
     monkeypatch.setattr(
         local,
         "_PROGRAM",
-        "import os, pathlib, backbones.embedding.shard_writer as t\n"
+        "import os, pathlib\n"
         "from backbones.embedding.worker import main\n"
-        "plain, mark = t.ShardWriter._finish, pathlib.Path('died')\n"
-        "def die_once(self):\n"
-        "    if self.path.name == 'part-00001.parquet' and not mark.exists():\n"
+        "plain, mark = os.replace, pathlib.Path('died')\n"
+        "def die_once(temporary, path):\n"
+        "    if path.name == 'part-00001.parquet' and not mark.exists():\n"
         "        mark.touch(); os.kill(os.getpid(), 9)\n"
-        "    plain(self)\n"
-        "t.ShardWriter._finish = die_once\n"
+        "    plain(temporary, path)\n"
+        "os.replace = die_once\n"
         "main()",
     )
     monkeypatch.chdir(tmp_path)
