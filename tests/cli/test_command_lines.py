@@ -27,9 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import backbones
-from backbones.cli import common, export, graphs, parity, summary, verify
+from backbones.cli import export, graphs, parity, summary, verify
 from backbones.cli.doctor import Finding
 from backbones.cli.main import COMMANDS, main
+from backbones.common import loaded
 from backbones.common.figures import new_figure, save_figure
 from backbones.common.files import save_weights, write_atomically
 from backbones.embedding import embed
@@ -305,8 +306,8 @@ def _leave_out_what_takes_long(patch: pytest.MonkeyPatch) -> None:
         with torch.device("meta"):
             return made(name, **kwargs)
 
-    patch.setattr(summary, "create", _errors_as(common.create, on_meta))
-    patch.setattr(verify, "create", _errors_as(common.create, on_meta))
+    patch.setattr(summary, "create", _errors_as(loaded.create, on_meta))
+    patch.setattr(verify, "create", _errors_as(loaded.create, on_meta))
     patch.setattr(summary, "describe", lambda *args: "a table\n")
     patch.setattr(verify, "_verify_code", lambda name: True)
     patch.setattr(export, "export", lambda *args: None)

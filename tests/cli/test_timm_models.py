@@ -247,7 +247,7 @@ def test_train_validate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert train(*words, "--model-args={}", "--name=run") == 0
     capsys.readouterr()
     teacher = ["--distill=ofa", "--teacher=shvit_s1", "--teacher-pretrained=true"]
-    assert train(*words, "--model-args={}", "--name=ofa", *teacher) == 1
+    assert train(*words, "--model-args={}", "--name=ofa", *teacher) == 2
     assert "ofa needs a student of this library, not ResNet" in capsys.readouterr().err
     words = ["validate", "--data", images, "--run", tmp_path / "run", "--output"]
     for more in ([], ["--fuse"]):

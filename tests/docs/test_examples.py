@@ -124,7 +124,8 @@ def check_command(command: str, words: list[str]) -> None:
 def check_options(script: Path, words: list[str]) -> None:
     """Each option stands in the script, or in a module of ours that it imports."""
     texts = {path: path.read_text() for path in with_imports(script)}
-    fields = "".join(text for path, text in texts.items() if path.name == "recipe.py")
+    declared = ("recipe.py", "loaded.py")
+    fields = "".join(text for path, text in texts.items() if path.name in declared)
     for word in words:
         if word.startswith("--"):
             name = word[2:].split("=")[0]
