@@ -1,6 +1,14 @@
-"""The smallest model of each of timm's modules, with the side of its images and, if any, depth."""
+"""The smallest model of each of timm's modules, with the side of its images; small networks."""
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
 
 SMALLEST = {
     "beit": ("beit_base_patch16_224", 224),
@@ -105,3 +113,43 @@ SMALLEST = {
 
 # Arguments of those that take minutes otherwise.
 ARGUMENTS = {name: {"depth": 2} for name in ("deepseek_vit", "gemma4_vit", "qwen3_vit")}
+
+
+def network(module: str, images: int = 1, **kwargs: Any) -> tuple[nn.Module, Tensor]:
+    """A model with norms and scales that change their input, and images for it."""
+    name, side = SMALLEST[module]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm: names that it has deprecated
+        model = timm.create_model(name, **ARGUMENTS.get(module, {}), **kwargs).eval()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert m.running_mean is not None and m.running_var is not None
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+            if m.weight is not None:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0, 0.1)
+    return model, torch.randn(images, 3, side, side)
+
+
+class Branching(nn.Module):
+    """A network whose course depends on values, so that it is not recorded as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = network("resnet")[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.body(x) if x.mean() > 0 else -self.body(x)
+        return result
+
+
+def vit_of_transformers() -> nn.Module:
+    """With two blocks, for images of 32 × 32."""
+    config = transformers.ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.ViTModel(config).eval()

@@ -212,12 +212,9 @@ def packed_linear_int8(
             other_stride=other_stride,
             by_image=scale is not None,
         )
-        tensors = {
-            **{"in": rows, "weight": weight, "weight_scale": dense(weight_scale), "bias": bias},
-            **{"in_range": in_range, "other": added, "other_scale": dense(other_scale)},
-            **{"scale": None if scale is None else scale.float().contiguous(), "out": out},
-        }
-        return problem, Addresses(TENSORS, tensors)
+        layer = _layer(weight, weight_scale, bias, in_range, scale)
+        combined = {"other": added, "other_scale": dense(other_scale)}
+        return problem, Addresses(TENSORS, {**layer, **combined, "in": rows, "out": out})
 
     return Call(out, arguments)
 
@@ -245,12 +242,8 @@ def packed_linear_energy_int8(
     def arguments() -> Any:
         rows, in_stride = with_rows(x)
         problem = linear_problem(x, len(bias), activation, in_stride=in_stride, by_image=True)
-        tensors = {
-            **{"in": rows, "weight": weight, "weight_scale": dense(weight_scale), "bias": bias},
-            **{"in_range": in_range, "out": out, "energy": energy},
-            "scale": None if scale is None else scale.float().contiguous(),
-        }
-        return problem, Addresses(TENSORS, tensors)
+        layer = _layer(weight, weight_scale, bias, in_range, scale)
+        return problem, Addresses(TENSORS, {**layer, "in": rows, "out": out, "energy": energy})
 
     return Call((out, energy), arguments)
 
@@ -286,18 +279,33 @@ def packed_mlp_int8(
     def arguments() -> Any:
         rows, in_stride = with_rows(x)
         other, other_stride = with_rows(residual)
-        first = {"weight": weight1, "weight_scale": dense(weight_scale1), "bias": bias1}
-        second = {"weight": weight2, "weight_scale": dense(weight_scale2), "bias": bias2}
+        first = _layer(weight1, weight_scale1, bias1, in_range1)
+        second = _layer(weight2, weight_scale2, bias2, in_range2)
         return (
             linear_problem(x, len(bias1), activation, in_stride=in_stride),
-            Addresses(TENSORS, {**first, "in": rows, "in_range": in_range1}),
+            Addresses(TENSORS, {**first, "in": rows}),
             linear_problem(
                 x, len(bias2), "none", added, in_features=len(bias1), other_stride=other_stride
             ),
-            Addresses(TENSORS, {**second, "in_range": in_range2, "other": other, "out": out}),
+            Addresses(TENSORS, {**second, "other": other, "out": out}),
         )
 
     return Call(out, arguments)
+
+
+def _layer(
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    in_range: Tensor | None,
+    scale: Tensor | None = None,
+) -> dict[str, Tensor | None]:
+    """The tensors of a layer by their names in problem.h."""
+    dense_scale = None if scale is None else scale.float().contiguous()
+    return {
+        **{"weight": weight, "weight_scale": dense(weight_scale), "bias": bias},
+        **{"in_range": in_range, "scale": dense_scale},
+    }
 
 
 def _output_shape(

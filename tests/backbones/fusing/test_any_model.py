@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torchvision
-import transformers
-from timm_models import ARGUMENTS, SMALLEST
+from timm_models import SMALLEST, Branching, network, vit_of_transformers
 from torch import Tensor, nn
 
 import backbones
@@ -23,24 +20,6 @@ QUICK = (
     *("hgnet", "levit", "maxxvit", "metaformer", "mobilenetv3", "mobilevit", "nfnet", "pvt_v2"),
     *("regnet", "repvit", "resnet", "vision_transformer", "xcit"),
 )
-
-
-def _network(module: str, **kwargs: Any) -> tuple[nn.Module, Tensor]:
-    """A model with norms that change their input, and an image for it."""
-    name, side = SMALLEST[module]
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of timm: names that it has deprecated
-        model = timm.create_model(name, **ARGUMENTS.get(module, {}), **kwargs).eval()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
-            assert m.running_mean is not None and m.running_var is not None
-            m.running_mean.normal_(0, 0.1)
-            m.running_var.uniform_(0.5, 1.5)
-            if m.weight is not None:
-                nn.init.uniform_(m.weight, 0.5, 1.5)
-                nn.init.normal_(m.bias, 0, 0.1)
-    return model, torch.randn(1, 3, side, side)
 
 
 def _leaves(result: Any) -> list[Tensor]:
@@ -70,13 +49,13 @@ def _check(model: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("module", QUICK)
 def test_outputs_are_equal(module: str) -> None:
-    _check(*_network(module))
+    _check(*network(module))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", SMALLEST)
 def test_outputs_are_equal_for_every_module_of_timm(module: str) -> None:
-    model, x = _network(module)
+    model, x = network(module)
     _check(model, x)
     half = backbones.fuse(copy.deepcopy(model), torch.bfloat16)
     with torch.no_grad():
@@ -89,7 +68,7 @@ def test_outputs_are_equal_for_every_module_of_timm(module: str) -> None:
 @pytest.mark.parametrize("module", ["resnet", "vision_transformer", "convnext"])
 @torch.no_grad()
 def test_methods_and_lists_of_maps_are_replayed(module: str) -> None:
-    model, x = _network(module)
+    model, x = network(module)
     fused: Any = backbones.fuse(copy.deepcopy(model))
     for call in (
         lambda m: m(x),
@@ -100,14 +79,14 @@ def test_methods_and_lists_of_maps_are_replayed(module: str) -> None:
         for _ in range(3):
             assert _error(call(fused), call(model)) <= 1e-5
     assert sum(type(p).__name__ == "Replay" for p in fused._records._programs.values()) == 4
-    maps, image = _network(module, features_only=True)
+    maps, image = network(module, features_only=True)
     _check(maps, image)
-    _check(*_network(module, num_classes=0))
+    _check(*network(module, num_classes=0))
 
 
 @torch.no_grad()
 def test_two_sizes_and_two_batches() -> None:
-    model, _ = _network("convnext")
+    model, _ = network("convnext")
     fused = backbones.fuse(copy.deepcopy(model))
     for shape in ((1, 3, 96, 128), (3, 3, 64, 33)):
         x = torch.randn(shape)
@@ -117,7 +96,7 @@ def test_two_sizes_and_two_batches() -> None:
 
 @torch.no_grad()
 def test_changed_weights_and_hooks_are_respected() -> None:
-    model, x = _network("resnet")
+    model, x = network("resnet")
     fused: Any = backbones.fuse(copy.deepcopy(model))
     for _ in range(3):
         fused(x)
@@ -137,7 +116,7 @@ def test_changed_weights_and_hooks_are_respected() -> None:
 
 
 def test_gradients_of_images() -> None:
-    model, x = _network("resnet")
+    model, x = network("resnet")
     fused = backbones.fuse(copy.deepcopy(model))
     gradients = []
     for m in (model, fused):
@@ -151,7 +130,7 @@ def test_gradients_of_images() -> None:
 
 @torch.no_grad()
 def test_copies_pickles_and_names() -> None:
-    model, x = _network("resnet")
+    model, x = network("resnet")
     fused: Any = backbones.fuse(copy.deepcopy(model))
     for _ in range(3):
         fused(x)
@@ -168,14 +147,6 @@ def test_copies_pickles_and_names() -> None:
 
 @torch.no_grad()
 def test_a_course_that_depends_on_values_is_left_as_it_is() -> None:
-    class Branching(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = _network("resnet")[0]
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x) if x.mean() > 0 else -self.body(x)
-
     model = Branching().eval()
     fused: Any = backbones.fuse(copy.deepcopy(model))
     for sign in (1, -1, 1, -1, 1, -1):
@@ -194,12 +165,7 @@ def test_classifiers_of_torchvision(name: str) -> None:
 
 @torch.no_grad()
 def test_a_backbone_of_transformers() -> None:
-    config = transformers.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        image_size=32, patch_size=8,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.ViTModel(config).eval()
+    model = vit_of_transformers()
     fused: Any = backbones.fuse(copy.deepcopy(model))
     x = torch.randn(2, 3, 32, 32)
     for _ in range(3):
@@ -208,8 +174,8 @@ def test_a_backbone_of_transformers() -> None:
     assert fused.is_replayed
 
 
-def test_autocast_tracing_and_export_see_the_plain_network() -> None:
-    model, x = _network("resnet")
+def test_autocast_tracing_and_export_see_the_plainnetwork() -> None:
+    model, x = network("resnet")
     fused = backbones.fuse(copy.deepcopy(model))
     with torch.no_grad():
         for _ in range(3):
@@ -223,7 +189,7 @@ def test_autocast_tracing_and_export_see_the_plain_network() -> None:
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
 @torch.no_grad()
 def test_scripts_and_containers() -> None:
-    model, x = _network("resnet")
+    model, x = network("resnet")
     script = torch.jit.trace(model, x)
     assert _error(backbones.fuse(script)(x), model(x)) <= 1e-5
     fused: Any = backbones.fuse(nn.Sequential(nn.Identity(), copy.deepcopy(model)).eval())
