@@ -18,8 +18,8 @@ from timm.data import create_transform, resolve_data_config
 from training_runs import make_images, train
 
 import backbones
-from backbones.cli.common import load
 from backbones.cli.main import main
+from backbones.common.loaded import load
 from backbones.core.tables import count_text
 from backbones.embedding import table
 from ops.cpu import policy
