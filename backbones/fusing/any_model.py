@@ -126,7 +126,13 @@ def _confirm(model: AnyModel, precision: Precision, images: Any) -> None:
         call(model, image)
         model(image)  # if the whole cannot be recorded, its parts are now
 
+    _forget(model)  # what was recorded before
     confirm(model, precision, run)
+    _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    """Drop what was recorded of a network and of those inside it."""
     for module in model.modules():
         if isinstance(module, AnyModel):
             module.forget()

@@ -167,12 +167,15 @@ def test_fusing_again() -> None:
     model, x = _small("vision_transformer")
     fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x)
     before, told = _run(fused, x), str(fused.precision)
+    quantized = fused.precision.quantized
     for again in (backbones.fuse(fused), backbones.fuse(fused, torch.int8)):
         assert torch.equal(_run(again, x), before) and str(again.precision) == told
     floats = backbones.fuse(copy.deepcopy(model), _MAPS)
     assert torch.equal(_run(backbones.fuse(fused, _MAPS), x), _run(floats, x))
     assert fused.precision is None
     assert not backbones.fuse(fused, torch.int8).precision.calibrated  # type: ignore[union-attr]
+    backbones.fuse(fused, torch.int8, calibrate=x, max_drop=1.0)
+    assert fused.precision.drop > 0 and fused.precision.quantized == quantized
 
 
 @_needs_int8
