@@ -51,7 +51,7 @@ def _small(module: str, images: int = 2) -> tuple[nn.Module, Tensor]:
     """A network with scales of layers that are far from 0, and images for it."""
     model, x = network(module, images)
     for name, parameter in model.named_parameters():
-        if name.endswith(("gamma", "grn.weight", "grn.bias")):
+        if name.endswith(("gamma", "gain", "grn.weight", "grn.bias")):
             nn.init.uniform_(parameter, 0.1, 1)
     return model, x
 
