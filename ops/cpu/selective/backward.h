@@ -155,21 +155,23 @@ static void differentiate(const Problem& p, const Channels& c, const ChannelGrad
       for (int64_t n = 0; n + 1 < chunks; n++) {
         const Span span = chunk_of(p, n);
         float* const state = states + (n * blocks + index) * of_states;
-        const Shared shared = source.load(b, span, s.u, s.step);
+        const Shared shared = source.share(span);
+        source.load(b, span, s.u, s.step);
         make_steps(p, of_block(p, b, c.bias), span.count, s.u, s.step, s.moved);
         std::copy_n(state, of_states, state + blocks * of_states);
-        advance<Source::PITCH>(p, kept.decay, s.step, s.moved, shared, span.count,
-                               state + blocks * of_states, s.out);
+        advance<Source::PITCH>(p, kept.decay, {s.u, s.step, s.moved, simd::zero(), s.out}, shared,
+                               span.count, state + blocks * of_states);
       }
     }
     for (int64_t n = chunks - 1; n >= 0; n--) {
       const Span span = chunk_of(p, n);
+      const Shared shared = source.share(span);
       std::fill_n(s.products, of_products, 0.f);
       for (int64_t index = 0; index < blocks; index++) {
         const Block b = block_of(p, source.group, begin + index);
         const Kept kept = Kept::at(p, places + index * Kept::size(p));
         const F bias = of_block(p, b, c.bias), own = of_block(p, b, c.own);
-        const Shared shared = source.load(b, span, s.u, s.step);
+        source.load(b, span, s.u, s.step);
         source.load_grad(b, span, s.grad);
         for (int i = 0; i < span.count; i++) {
           const F z = simd::load(s.step + i * W) + bias;

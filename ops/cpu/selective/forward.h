@@ -9,10 +9,17 @@
 
 namespace selective {
 
-// Advances S states by a chunk and adds what is seen of them to `out`.
-template <int S, int PITCH>
-static void advance_tile(const float* decay, const float* step, const float* moved, const Shared& shared,
-                    int count, float* state, float* out) {
+// What a chunk's tokens move into the states of a block, see make_steps, and read of them.
+struct Moves {
+  const float *u, *step, *moved;  // [CHUNK][W]
+  F own;                          // D
+  float* out;                     // [CHUNK][W]
+};
+
+// Advances S states by a chunk and adds what is seen of them to `out`, or to D u if they are ALL.
+template <bool ALL, int S, int PITCH>
+static void advance_tile(const float* decay, const Moves& m, const Shared& shared, int count,
+                         float* state) {
   F rate[S], h[S];
   VB_UNROLL
   for (int s = 0; s < S; s++) {
@@ -21,14 +28,14 @@ static void advance_tile(const float* decay, const float* step, const float* mov
   }
   const float *before = shared.before, *after = shared.after;
   for (int i = 0; i < count; i++) {
-    const F d = simd::load(step + i * W), x = simd::load(moved + i * W);
-    F sum = simd::load(out + i * W);
+    const F d = simd::load(m.step + i * W), x = simd::load(m.moved + i * W);
+    F sum = ALL ? m.own * simd::load(m.u + i * W) : simd::load(m.out + i * W);
     VB_UNROLL
     for (int s = 0; s < S; s++) {
       h[s] = simd::fma(simd::exp2(d * rate[s]), h[s], x * simd::set1(before[s * PITCH]));
       sum = simd::fma(h[s], simd::set1(after[s * PITCH]), sum);
     }
-    simd::store(out + i * W, sum);
+    simd::store(m.out + i * W, sum);
     before += shared.token;
     after += shared.token;
   }
@@ -38,55 +45,74 @@ static void advance_tile(const float* decay, const float* step, const float* mov
 
 // The same for all states.
 template <int PITCH>
-static void advance(const Problem& p, const float* decay, const float* step, const float* moved,
-                    const Shared& shared, int count, float* state, float* out) {
+static void advance(const Problem& p, const float* decay, const Moves& m, const Shared& shared,
+                    int count, float* state) {
+  if (p.states == 1) return advance_tile<true, 1, PITCH>(decay, m, shared, count, state);
+  for (int i = 0; i < count; i++) simd::store(m.out + i * W, m.own * simd::load(m.u + i * W));
   each_tile(p.states, [&](auto size, int64_t n) {
-    advance_tile<size.value, PITCH>(decay + n * W, step, moved, shared.from(n * PITCH), count,
-                                    state + n * W, out);
+    advance_tile<false, size.value, PITCH>(decay + n * W, m, shared.from(n * PITCH), count,
+                                           state + n * W);
   });
 }
 
-// A block of channels in the orders of a source, one after the other.
+// Neighbouring blocks of channels in the orders of a source, one after the other.
 template <class Source>
-static void scan(const Problem& p, const Channels& c, Source source, int64_t index) {
+static void scan(const Problem& p, const Channels& c, Source source, const Strip& strip) {
   static thread_local ScratchBuffer<float> buffer;
   const int64_t of_states = p.states * W, of_chunk = CHUNK * W;
-  float* const state = buffer.of(2 * of_states + 4 * of_chunk + Source::scratch(p));
-  float *const decay = state + of_states, *const u = decay + of_states;
+  float* const states = buffer.of(2 * strip.blocks * of_states + 4 * of_chunk + Source::scratch(p));
+  float* const decays = states + strip.blocks * of_states;
+  float* const u = decays + strip.blocks * of_states;
   float *const step = u + of_chunk, *const moved = step + of_chunk, *const out = moved + of_chunk;
   source.keep(out + of_chunk);
   for (int64_t order = 0; order < source.orders(); order++) {
     source.begin(order);
-    const Block b = block_of(p, source.group, index);
-    load_decays(p, c, b, decay);
-    const F bias = of_block(p, b, c.bias), own = of_block(p, b, c.own);
-    std::fill_n(state, of_states, 0.f);
+    std::fill_n(states, strip.blocks * of_states, 0.f);
+    for (int64_t k = 0; k < strip.blocks; k++) {
+      load_decays(p, c, block_of(p, source.group, strip.first + k), decays + k * of_states);
+    }
     for (int64_t n = 0; n * CHUNK < p.tokens; n++) {
       const Span span = chunk_of(p, n);
-      const Shared shared = source.load(b, span, u, step);
-      make_steps(p, bias, span.count, u, step, moved);
-      for (int i = 0; i < span.count; i++) simd::store(out + i * W, simd::load(u + i * W) * own);
-      advance<Source::PITCH>(p, decay, step, moved, shared, span.count, state, out);
-      source.give(b, span, out);
+      const Shared shared = source.share(span);
+      for (int64_t k = 0; k < strip.blocks; k++) {
+        const Block b = block_of(p, source.group, strip.first + k);
+        source.load(b, span, u, step);
+        make_steps(p, of_block(p, b, c.bias), span.count, u, step, moved);
+        advance<Source::PITCH>(p, decays + k * of_states,
+                               {u, step, moved, of_block(p, b, c.own), out}, shared, span.count,
+                               states + k * of_states);
+        source.give(b, span, strip, out);
+      }
     }
   }
-  source.end(index);
+  source.end(strip);
+}
+
+// Calls work(source, strip) for the strips of `sources` groups of blocks.
+template <class Source, class Work>
+static void each_strip(const Problem& p, int64_t sources, const Work& work) {
+  const int64_t blocks = blocks_of(p);
+  // As few as a strip's length and the threads allow.
+  const int64_t enough = (p.threads + sources - 1) / sources;
+  const int64_t least = (blocks + Source::STRIP - 1) / Source::STRIP;
+  const int64_t strips = std::clamp(enough, least, blocks);
+  parallel::for_each(sources * strips, p.threads, [&](int64_t item) {
+    const int64_t at = item % strips, first = at * blocks / strips;
+    work(item / strips, Strip{first, (at + 1) * blocks / strips - first});
+  });
 }
 
 template <class T>
 static void forward(const Problem& p, const Channels& c, const SequenceTensors& t) {
-  const int64_t blocks = blocks_of(p);
-  parallel::for_each(p.batch * p.groups * blocks, p.threads, [&](int64_t item) {
-    const int64_t group = item / blocks;
-    scan(p, c, Sequences<T>{p, t, group / p.groups, group % p.groups}, item % blocks);
+  each_strip<Sequences<T>>(p, p.batch * p.groups, [&](int64_t group, const Strip& strip) {
+    scan(p, c, Sequences<T>{p, t, group / p.groups, group % p.groups}, strip);
   });
 }
 
 template <class T>
 static void forward(const Problem& p, const Channels& c, const MapTensors& t) {
-  const int64_t blocks = blocks_of(p);
-  parallel::for_each(p.batch * blocks, p.threads, [&](int64_t item) {
-    scan(p, c, Map<T>{p, t, item / blocks}, item % blocks);
+  each_strip<Map<T>>(p, p.batch, [&](int64_t image, const Strip& strip) {
+    scan(p, c, Map<T>{p, t, image}, strip);
   });
 }
 

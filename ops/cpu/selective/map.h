@@ -58,6 +58,7 @@ static VB_INLINE void multiply(const float* numbers, int64_t pitch, int count, c
 template <class T>
 struct Map {
   static constexpr int PITCH = 1;
+  static constexpr int STRIP = 4;  // blocks that share a chunk's numbers, at most
   static constexpr bool DIRECT = std::is_same_v<T, float>;
   const Problem& p;
   const MapTensors& t;
@@ -71,12 +72,9 @@ struct Map {
   int64_t orders() const { return ORDERS; }
   void begin(int64_t order) { group = order; }
 
-  VB_INLINE Shared load(const Block& b, const Span& span, float* u, float* delta) {
+  // Finds the pixels of a chunk, for all that follows, too.
+  VB_INLINE Shared share(const Span& span) {
     find_pixels(p, group, span, pixels);
-    const T* const x = static_cast<const T*>(t.in) + image * p.tokens * p.dim + b.first;
-    for (int i = 0; i < span.count; i++) {
-      simd::store(u + i * W, simd::get(x + pixels[i] * p.dim, b.lanes));
-    }
     const int64_t count = numbers_of(p), step = pitch(p);
     const T* const in =
         static_cast<const T*>(t.projected) + (image * p.tokens * ORDERS + group) * count;
@@ -87,23 +85,29 @@ struct Map {
         simd::store(numbers + i * step + c, simd::get(from + c, lanes));
       }
     }
-    const float* const weight = t.weight + group * p.rank * p.dim + b.first;
-    multiply(numbers, step, span.count, weight, p.dim, p.rank, b.lanes, delta);
     return {numbers + p.rank, numbers + p.rank + p.states, step};
+  }
+  VB_INLINE void load(const Block& b, const Span& span, float* u, float* delta) {
+    const T* const x = static_cast<const T*>(t.in) + image * p.tokens * p.dim + b.first;
+    for (int i = 0; i < span.count; i++) {
+      simd::store(u + i * W, simd::get(x + pixels[i] * p.dim, b.lanes));
+    }
+    const float* const weight = t.weight + group * p.rank * p.dim + b.first;
+    multiply(numbers, pitch(p), span.count, weight, p.dim, p.rank, b.lanes, delta);
   }
 
   // Sums of all orders are in float32: DIRECTly in the result, or in a buffer until the end.
   T* out(int64_t channel) const {
     return static_cast<T*>(t.out) + image * p.tokens * p.dim + channel;
   }
-  VB_INLINE void give(const Block& b, const Span& span, const float* sums) {
+  VB_INLINE void give(const Block& b, const Span& span, const Strip& strip, const float* sums) {
     float* to;
     int64_t step = p.dim;
     if constexpr (DIRECT) {
       to = out(b.first);
     } else {
-      to = buffer().of(p.tokens * W);
-      step = W;
+      step = strip.blocks * W;
+      to = buffer().of(p.tokens * step) + b.first - strip.first * W;
     }
     for (int i = 0; i < span.count; i++) {
       const F sum = simd::load(sums + i * W);
@@ -111,12 +115,14 @@ struct Map {
       simd::put(at, group ? sum + simd::get(at, b.lanes) : sum, b.lanes);
     }
   }
-  void end(int64_t index) {
+  void end(const Strip& strip) {
     if constexpr (!DIRECT) {
-      const float* const from = buffer().of(p.tokens * W);
-      const Block b = block_of(p, group, index);
+      const float* from = buffer().of(p.tokens * strip.blocks * W);
       for (int64_t i = 0; i < p.tokens; i++) {
-        simd::put(out(b.first) + i * p.dim, simd::load(from + i * W), b.lanes);
+        for (int64_t k = 0; k < strip.blocks; k++, from += W) {
+          const Block b = block_of(p, group, strip.first + k);
+          simd::put(out(b.first) + i * p.dim, simd::load(from), b.lanes);
+        }
       }
     }
   }

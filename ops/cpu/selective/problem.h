@@ -38,6 +38,11 @@ struct Block {
   int lanes;
 };
 
+// Neighbouring blocks of a group.
+struct Strip {
+  int64_t first, blocks;
+};
+
 // Numbers of a token that all channels share: of its step, B and C.
 static VB_INLINE int64_t numbers_of(const Problem& p) { return p.rank + 2 * p.states; }
 

@@ -85,6 +85,7 @@ struct SequenceTensors {
 template <class T>
 struct Sequences {
   static constexpr int PITCH = CHUNK;
+  static constexpr int STRIP = 1;  // blocks that share a chunk's numbers
   const Problem& p;
   const SequenceTensors& t;
   int64_t image, group;
@@ -96,19 +97,20 @@ struct Sequences {
   void begin(int64_t) {}
   const T* row(const Rows& rows, int64_t at) const { return row_of<T>(rows, image, group, at); }
 
-  VB_INLINE Shared load(const Block& b, const Span& span, float* u, float* delta) {
+  Shared share(const Span&) const { return {shared, shared + p.states * CHUNK, 1}; }
+  // B and C last: what they wait for overlaps with what u and delta wait for.
+  VB_INLINE void load(const Block& b, const Span& span, float* u, float* delta) {
     gather(row(t.u, b.first) + span.first, t.u.row, b.lanes, span.count, u);
     gather(row(t.delta, b.first) + span.first, t.delta.row, b.lanes, span.count, delta);
     float* const after = shared + p.states * CHUNK;
     load_shared(row(t.before, 0) + span.first, t.before.row, p.states, span.count, shared);
     load_shared(row(t.after, 0) + span.first, t.after.row, p.states, span.count, after);
     fetch(b, span.first + CHUNK);
-    return {shared, after, 1};
   }
-  VB_INLINE void give(const Block& b, const Span& span, const float* sums) {
+  VB_INLINE void give(const Block& b, const Span& span, const Strip&, const float* sums) {
     scatter(sums, b.lanes, span.count, out(b) + span.first, p.tokens);
   }
-  void end(int64_t) {}
+  void end(const Strip&) {}
 
  private:
   T* out(const Block& b) const {
