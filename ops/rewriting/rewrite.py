@@ -18,7 +18,9 @@ from ops.rewriting.gates import add_gated, split_gated_linear
 from ops.rewriting.graph import Operator, OperatorGraph
 from ops.rewriting.lift import lift
 from ops.rewriting.response_norm import join_response_norm, join_squeeze
+from ops.rewriting.scales import join_response_scales, scale_shortcut
 from ops.rewriting.shortcuts import add_shortcut
+from ops.rewriting.softmax import join_softmax
 from ops.rewriting.views import join_permutations, sink_permutation
 
 __all__ = ["rewrite"]
@@ -37,7 +39,8 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     ),
     (add_gated,),
     (join_response_norm,),
-    (join_squeeze, join_feed_forward),
+    (join_response_scales, join_squeeze, join_feed_forward),
+    (scale_shortcut, join_softmax),
 )
 
 

@@ -26,6 +26,7 @@ UNCOUNTED = {
     *("bi_wkv_backward", "bi_wkv_forward", "gated_scan", "gated_scan_backward", "mixed_scan"),
     "normed_scan",
     *("nhwc_from_nchw", "layer_norm", "na_cpu_backward", "na_cpu_scatter", "rms_norm"),
+    *("biased_softmax", "response_scales"),
     *("map_scan", "map_scan_backward", "sequence_scan", "sequence_scan_backward"),
     "shifted_mixtures",
     *("nchw_from_nhwc", "window_means"),

@@ -208,6 +208,47 @@ def test_a_response_norm_takes_no_pass_of_its_own() -> None:
     _check(model, IMAGE, "ResponseFeedForward")
 
 
+def test_scales_of_a_response_norm_take_one_pass() -> None:
+    """Between other layers than two linear ones, as in OverLoCK."""
+
+    def forward(m: Any, x: Tensor, eps: float = 1e-6) -> Tensor:
+        y = m.conv(x)
+        norm = y.norm(p=2, dim=(2, 3), keepdim=True)
+        return m.fc(y * (1 + m.weight * (norm / (norm.mean(dim=1, keepdim=True) + eps))))
+
+    model = _Call(forward, conv=nn.Conv2d(16, 16, 3, padding=1, groups=16), fc=nn.Conv2d(16, 8, 1))
+    model.weight = nn.Parameter(torch.randn(1, 16, 1, 1))
+    _check(model, IMAGE, "FastDepthwiseConv2d", "ResponseScales", "FastLinear")
+    model.function = lambda m, x: 2 + m.weight * x.norm(p=2, dim=(2, 3), keepdim=True)
+    assert "ResponseScales" not in _names(_graph(model, IMAGE))
+
+
+def test_a_scaled_shortcut_is_added_by_the_linear_layer() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        shift, scale = (t.view(-1, 1, 1) for t in (m.shift, m.scale))
+        return torch.addcmul(shift, x, scale) + m.fc(x)
+
+    model = _Call(forward, fc=nn.Conv2d(16, 16, 1))
+    model.shift, model.scale = (nn.Parameter(torch.randn(16)) for _ in range(2))
+    _check(model, IMAGE, "FastLinear")
+    square = torch.randn(2, 16, 16, 16)
+    _check(model, square, "FastLinear")
+    model.function = lambda m, x: torch.addcmul(m.shift, x, m.scale) + m.fc(x)  # of the columns
+    _check(model, square, "addcmul", "FastLinear")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_table_is_added_by_the_softmax(dtype: torch.dtype) -> None:
+    model = _Call(lambda m, x: (x + m.table).softmax(dim=-1).to(dtype))
+    model.table = nn.Parameter(torch.randn(16, 9, 7))
+    _check(model, IMAGE, "BiasedSoftmax")
+    model.function = lambda m, x: (x + m.table).softmax(dim=-2)
+    _check(model, IMAGE, "add", "softmax")
+    model.table = nn.Parameter(torch.randn(7))
+    model.function = lambda m, x: (x + m.table).softmax(dim=-1)
+    _check(model, IMAGE, "add", "softmax")
+
+
 def test_several_results_and_other_values_are_returned() -> None:
     model = _Call(lambda m, x: {"maps": [m.conv(x), x * 2], "size": 3}, conv=nn.Conv2d(16, 8, 1))
     result = Program(_graph(model, IMAGE))(IMAGE)

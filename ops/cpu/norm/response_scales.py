@@ -1,0 +1,50 @@
+"""Scales of a global response norm on the CPU for inference (``response.h``).
+
+https://arxiv.org/abs/2301.00808
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import kernel
+from ops.cpu.call import Call
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.threads import VALUES, threads_for
+
+__all__ = ["response_scales"]
+
+
+@kernel("norm", "response_scales_forward")
+def response_scales(x: Tensor, weight: Tensor, eps: float) -> Call:
+    """``1 + weight * n / (mean(n) + eps)`` for the norm n of each channel. No gradients.
+
+    Args:
+        x: (B, H, W, dim), float32 or bfloat16; copied unless it is contiguous.
+        weight: (dim,) float32.
+        eps: added to the mean of the channels' norms.
+
+    Returns:
+        (B, dim) in the dtype of ``x``; sums are in float32.
+
+    Raises:
+        ValueError: other shapes, an empty map, or a weight in another dtype.
+    """
+    if x.ndim != 4 or not x.numel() or weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"x must be (B, H, W, dim) with pixels and weight (dim,), got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    require_dtype(torch.float32, weight=weight)
+
+    def arguments() -> dict[str, Any]:
+        batch, height, width, dim = x.shape
+        return {
+            **{"batch": batch, "pixels": height * width, "dim": dim},
+            "threads": threads_for(x.numel(), VALUES),
+        }
+
+    return Call(x.new_empty(x.shape[0], x.shape[3]), arguments)
