@@ -76,7 +76,7 @@ def scale_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
     layer, added = operator.function, operator.kwargs.get("residual")
     if not isinstance(layer, FastLinear) or layer.clips_sum or layer.activation != "none":
         return False
-    if "residual_scale" in operator.kwargs:
+    if "residual_scale" in operator.kwargs or not isinstance(added, Value):
         return False
     moved = graph.permuted(added, NHWC)
     affine = graph.made_by(added if moved is None else moved.args[0], _aten.addcmul.default)

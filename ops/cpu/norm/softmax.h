@@ -30,6 +30,16 @@ struct Tensors {
 
 constexpr float LOG2E = 1.44269504f;
 
+static VB_INLINE float largest(F v) {
+#if VB_AVX512
+  return _mm512_reduce_max_ps(v);
+#else
+  float lanes[W];
+  simd::store(lanes, v);
+  return *std::max_element(lanes, lanes + W);
+#endif
+}
+
 // `end` is zero in the lanes of the row's last vector, and -inf beyond. Stores of parts of vectors
 // are slow to load again, so that `kept` has whole ones.
 template <class B, class T>
@@ -43,12 +53,7 @@ static void of_row(int64_t length, const float* in, const B* bias, F end, float*
     simd::store(kept + c, x);
     above = simd::max(above, x);
   }
-  float lanes[W];
-  simd::store(lanes, above);
-  for (int n = W / 2; n > 0; n /= 2) {
-    for (int l = 0; l < n; l++) lanes[l] = std::max(lanes[l], lanes[l + n]);
-  }
-  const F most = simd::set1(lanes[0]), scale = simd::set1(LOG2E);
+  const F most = simd::set1(largest(above)), scale = simd::set1(LOG2E);
   const F ended = simd::exp2((tail - most) * scale);
   F sum = ended;
   for (int64_t c = 0; c < last; c += W) {
