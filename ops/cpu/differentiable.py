@@ -56,7 +56,7 @@ def differentiable(
 
     def call(*inputs: Any) -> Any:
         tensors = _tensors(inputs)
-        plain = is_plain_call(tensors) and needs_grad(tensors)
+        plain = needs_grad(tensors) and is_plain_call(tensors)
         return (with_gradients if plain else kernel)(*inputs)
 
     return call
