@@ -33,10 +33,13 @@ def _tracked() -> list[str]:
     if (ROOT / ".git").exists() and shutil.which("git"):
         listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         return [name for name in listed.split("\0")[:-1] if (ROOT / name).is_file()]
-    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    lines = (ROOT / ".gitignore").read_text().split()
+    ignored = [line.strip("/") for line in lines if not line.startswith("/")]
+    at_the_top = [line.strip("/") for line in lines if line.startswith("/")]
     found: list[str] = []
     for place, folders, files in os.walk(ROOT):
-        skip = shutil.ignore_patterns(".git", *ignored)(place, [*folders, *files])
+        here = at_the_top if Path(place) == ROOT else ()
+        skip = shutil.ignore_patterns(".git", *ignored, *here)(place, [*folders, *files])
         folders[:] = [name for name in folders if name not in skip]
         relative = Path(place).relative_to(ROOT)
         found += [str(relative / name) for name in files if name not in skip]

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops.neighborhood
-from ops.cpu import build, compiler, instruction_sets, policy
+from ops.cpu import build, instruction_sets, policy
+from ops.cpu.build import compiler
 from ops.cpu.gemm.linear import pack_weight, unsupported
 
 # By the names of ops.cpu.activations.ACTIVATIONS.
@@ -75,7 +76,7 @@ def using_threads(count: int) -> Iterator[None]:
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Discard loaded kernels until the end of the test, so that they are looked up again."""
-    monkeypatch.setattr(build, "_kernels", {})
+    monkeypatch.setattr(build.process, "states", {})
     monkeypatch.setattr(ops.neighborhood.functional, "_known_calls", {})
 
 
@@ -96,7 +97,7 @@ def _compile_anew(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
     monkeypatch.setenv("CXX", _compiler("-Og"))
     monkeypatch.setattr(instruction_sets, "COMMON_FLAGS", ["-std=c++17", "-Og", "-fPIC", "-shared"])
-    monkeypatch.setattr(build, "_compiled_with", lambda name: [])
+    monkeypatch.setattr(build.process, "compiled_with", lambda name: [name])
     monkeypatch.setattr(policy, "_PRODUCTS", frozenset())  # keep portable ones from torch
     forget_kernels(monkeypatch)
 

@@ -160,7 +160,8 @@ def become(instructions: str, model: str, scratch: Path) -> Emulator:
         model: qemu's name of the CPU.
         scratch: folder for the emulator's program.
     """
-    build._compiled_with = lambda name: []  # compile no other kernels along with one
+    libraries = build.process
+    libraries.compiled_with = lambda name: [name]  # compile no other kernels along with one
     native, emulator = cpu.load("replay"), Emulator(model, scratch)
     assert native is not None
 
@@ -175,9 +176,9 @@ def become(instructions: str, model: str, scratch: Path) -> Emulator:
     }
     for name, function in replaced.items():
         setattr(instruction_sets, name, function)
-    build._open = open_library
-    build._link_gemm = lambda library, gemm: None  # emulated_arm.cpp does
-    build._kernels.clear()
+    libraries.open = open_library
+    libraries.link_gemm = lambda caller, gemm: None  # emulated_arm.cpp does
+    libraries.states.clear()
     return emulator
 
 

@@ -82,23 +82,23 @@ class CompiledKernels(BuildHookInterface):
         except engine.compiler.NoCompilerError as error:
             self.app.display_warning(f"A wheel without compiled kernels: {error}")
             return []
-        folder = self._folder()
+        folder, sources = self._folder(), engine.sources.Sources()
 
         def library(isa: str, name: str) -> Path | str:
-            path = folder / f"{engine.libraries.stem(name, isa, machine)}.so"
+            path = folder / f"{sources.stem(name, isa, machine)}.so"
             if path.exists():
                 return path
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 built = Path(scratch, name)
                 try:
-                    engine.libraries.compile_into(built, name, isa, compilers, _OPTIONS)
+                    sources.compile(built, name, isa, compilers, _OPTIONS)
                 except engine.compiler.RefusedError as error:
                     return f"No {name} kernel for {isa}: {error}"
                 os.replace(built, path)
             return path
 
         sets = engine.instruction_sets.levels(machine)
-        pairs = [(isa, name) for isa in sets for name in engine.libraries.sources()]
+        pairs = [(isa, name) for isa in sets for name in sources.all()]
         self.app.display_info(f"Compiling C++ kernels for {', '.join(sets)}: some minutes")
         start = time.monotonic()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -151,15 +151,17 @@ def _find_compilers(engine: types.SimpleNamespace, machine: str) -> list[list[st
 @contextmanager
 def _engine(root: Path) -> Iterator[types.SimpleNamespace]:
     """Modules of ``ops.cpu``, without importing the packages, since torch is not available."""
-    names = ("compiler", "instruction_sets", "libraries", "settings")
+    names = ("build.compiler", "build.sources", "instruction_sets", "settings")
     before = {k: v for k, v in sys.modules.items() if k.partition(".")[0] == "ops"}
     for name in before:
         del sys.modules[name]
     try:
-        for package, folder in (("ops", root / "ops"), ("ops.cpu", root / "ops" / "cpu")):
+        for package in ("ops", "ops.cpu", "ops.cpu.build"):
             sys.modules[package] = types.ModuleType(package)
-            sys.modules[package].__path__ = [str(folder)]
-        modules = {name: importlib.import_module(f"ops.cpu.{name}") for name in names}
+            sys.modules[package].__path__ = [str(root.joinpath(*package.split(".")))]
+        modules = {
+            name.rpartition(".")[2]: importlib.import_module(f"ops.cpu.{name}") for name in names
+        }
         yield types.SimpleNamespace(**modules)
     finally:
         for name in [k for k in sys.modules if k.partition(".")[0] == "ops"]:

@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 
 from backbones.common.errors import CommandError
 from ops import cpu
-from ops.cpu.trust import shell_word
+from ops.cpu.build.folders import shell_word
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ops import cpu
-from ops.cpu import cache
-from ops.cpu.trust import Problem, shell_word
+from ops.cpu import build
+from ops.cpu.build.folders import Problem, shell_word
 
 __all__ = ["free_bytes", "kernel_cache_fix", "kernel_cache_problem", "suggest_folder"]
 
@@ -53,7 +53,7 @@ def _candidates() -> Iterator[str]:
 
 def kernel_cache_problem(folder: Path) -> Problem | None:
     """Why compiled kernels cannot be cached in ``folder``; None if they can."""
-    problem = cache.problem(folder) or cache.failure(folder)
+    problem = build.process.problem(folder)
     if problem is None and free_bytes(folder) is None:
         return Problem(f"{shell_word(folder)} cannot be written")
     return problem

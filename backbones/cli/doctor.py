@@ -29,8 +29,9 @@ from backbones.core.messages import first_line
 from backbones.core.requirements import installed_version, unmet
 from ops import cpu
 from ops.batch_norm import has_wrong_gradients
-from ops.cpu import build, cache, compiler, libraries, openmp
-from ops.cpu.trust import shell_word
+from ops.cpu import build
+from ops.cpu.build import compiler, folders, openmp
+from ops.cpu.build.folders import shell_word
 from ops.neighborhood import BACKENDS, NAParams
 
 __all__ = ["EXAMPLE", "Finding", "add_arguments", "examine", "run"]
@@ -219,7 +220,7 @@ def examine_compiler() -> list[Finding]:
     command: list[str] = []
     try:
         command = compiler.command()
-    except ValueError as error:
+    except compiler.CompilerError as error:
         findings.append(Finding("compiler", "warning", str(error), "unset CXX"))
     try:
         found = compiler.label(compiler.find_compilers(command)[0])
@@ -228,14 +229,16 @@ def examine_compiler() -> list[Finding]:
     if command and shutil.which(command[0]) is None:
         text = f"CXX names {command[0]!r}, which does not exist"
         findings.append(Finding("compiler", "warning", text, "unset CXX"))
-    names = sorted(build.sources())
+    names = sorted(build.process.sources.all())
     reasons = {name: cpu.unavailable_reason(name) for name in names}
     missing = sorted({reason for reason in reasons.values() if reason is not None})
     for reason in missing:
         without = ", ".join(name for name in names if reasons[name] == reason)
         if not cpu.is_switched_on():
             fix = "unset VISION_BACKBONES_NATIVE"
-        elif found is not None and all(kernel_cache_problem(folder) for folder in cache.folders()):
+        elif found is not None and all(
+            kernel_cache_problem(folder) for folder in folders.candidates()
+        ):
             fix = kernel_cache_fix()
         elif found is not None and command:
             fix = "unset CXX"
@@ -246,7 +249,7 @@ def examine_compiler() -> list[Finding]:
         text = f"not compiled: {without}; slower paths are used: {reason}"
         findings.append(Finding("compiler", "warning", text, fix))
     if not names:
-        text = f"the kernels' sources are missing next to {build.__file__!r}"
+        text = f"the kernels' sources are missing below {str(build.process.sources.root)!r}"
         fix = "pip install --force-reinstall --no-deps vision-backbones"
         findings.append(Finding("compiler", "warning", text, fix))
     elif not missing:
@@ -260,7 +263,7 @@ def _kernels(names: Sequence[str]) -> str:
     for name in names:
         kernel = cpu.status(name)
         folder = kernel.path.parent if kernel.path is not None else Path()
-        place = "the package" if folder == libraries.SHIPPED else shell_word(folder)
+        place = "the package" if folder == build.process.shipped else shell_word(folder)
         locations.setdefault(f"for {kernel.instruction_set} from {place}", []).append(name)
     kinds = (f"{len(those)} of {len(names)} kernels {kind}" for kind, those in locations.items())
     runtime = openmp.runtime()
@@ -343,7 +346,7 @@ def examine_caches() -> list[Finding]:
     folder = cpu.cache_dir()
     if (problem := kernel_cache_problem(folder)) is not None:
         instead = next(
-            (place for place in cache.folders() if kernel_cache_problem(place) is None), None
+            (place for place in folders.candidates() if kernel_cache_problem(place) is None), None
         )
         then = f"they are cached in {shell_word(instead)}" if instead else "slower paths are used"
         text = f"compiled kernels: {problem.reason}; {then}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.embedding.table import identity
-from ops.cpu.trust import is_own_file
+from ops.cpu.build.folders import is_own_file
 
 __all__ = ["is_own", "key_path", "seal"]
 

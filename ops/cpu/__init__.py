@@ -7,14 +7,14 @@ pure torch, and :func:`unavailable_reason` returns the reason.
 
 A wheel has a library for each kernel and instruction set in ``compiled``; the file names contain a
 digest of the sources. Missing libraries are compiled together, one kernel per CPU at a time, with a
-progress bar (:mod:`ops.cpu.batch`), or ahead of time by ``vision-backbones build``. They are kept
-in the user's cache. Libraries are loaded only if they are intact and only from folders that nobody
-but the user and root can change (:mod:`ops.cpu.trust`). If the cache is unusable (others can write
-to it, it is not writable, mounted noexec, or the disk is full), a private folder below
-``/var/tmp``, ``$XDG_RUNTIME_DIR`` or the temporary directory is used instead, and a warning is
-logged once (:mod:`ops.cpu.cache`).
+progress bar, or ahead of time by ``vision-backbones build``. They are kept in the user's cache.
+Libraries are loaded only if they are intact and only from folders that nobody but the user and root
+can change (:mod:`ops.cpu.build.folders`). If the cache is unusable (others can write to it, it is
+not writable, mounted noexec, or the disk is full), a private folder below ``/var/tmp`` or the
+temporary directory is used instead, and a warning is logged once. If that is unusable as well, so
+are the kernels.
 
-Kernels run on the threads of torch's OpenMP runtime (:mod:`ops.cpu.openmp`).
+Kernels run on the threads of torch's OpenMP runtime (:mod:`ops.cpu.build.openmp`).
 
 Environment variables:
 
@@ -25,13 +25,16 @@ Environment variables:
 - ``VISION_BACKBONES_CACHE_DIR``: the cache folder; compiled kernels are kept in its ``native``
   folder.
 - ``CXX``: the compiler, tried before ``c++``, ``g++`` and ``clang++``. Without any of these, the
-  package ``ziglang`` compiles if it is installed (``ops/cpu/zig.py``).
+  package ``ziglang`` compiles if it is installed (``ops/cpu/build/zig.py``).
 """
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 from ops.cpu.build import (
-    Kernel,
+    LibraryState,
     cache_dir,
     load,
     prepare,
@@ -42,7 +45,7 @@ from ops.cpu.instruction_sets import instruction_set, levels
 from ops.cpu.settings import SettingError, is_switched_on
 
 __all__ = [
-    "Kernel",
+    "LibraryState",
     "SettingError",
     "cache_dir",
     "instruction_set",
@@ -53,3 +56,10 @@ __all__ = [
     "status",
     "unavailable_reason",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Kernel":
+        warnings.warn("ops.cpu.Kernel is now LibraryState", DeprecationWarning, stacklevel=2)
+        return LibraryState
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

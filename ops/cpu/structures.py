@@ -5,33 +5,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["included", "parameters", "structure"]
+from ops.cpu.build.sources import SOURCES, included
 
-SOURCES = Path(__file__).parent  # the include path
+__all__ = ["parameters", "structure"]
 
 _OVER_LINES = re.DOTALL | re.MULTILINE
-_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _SCALARS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _DECLARATION = re.compile(r"^(?:const )?(\w+)\s*(.*)$")
 _PARAMETER = re.compile(r"(?:const )?([\w:]+)\*? (\w+)")
 _FIELD = re.compile(r"^(\*?)\s*(\w+)(?:\[(\w+)\])?$")
-
-
-def included(
-    source: Path, root: Path = SOURCES, read: Callable[[Path], str] = Path.read_text
-) -> list[Path]:
-    """``source`` and the headers that it includes from ``root``, directly and indirectly."""
-    found, pending = {source: None}, [source]  # a dictionary is ordered and fast to search
-    while pending:
-        for name in _INCLUDE.findall(read(pending.pop(0))):
-            if (path := root / name) not in found:
-                found[path] = None
-                pending.append(path)
-    return list(found)
 
 
 @functools.cache

@@ -21,7 +21,9 @@ from backbones.cli import doctor
 from backbones.cli.main import main
 from backbones.core import requirements
 from ops import cpu
-from ops.cpu import cache, libraries
+from ops.cpu import build
+from ops.cpu.build import folders
+from ops.cpu.build.sources import Sources
 
 
 def severities(findings: list[doctor.Finding]) -> list[str]:
@@ -133,11 +135,11 @@ def test_no_kernel_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernels_by_where_they_came_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernels = {
-        "gemm": cpu.Kernel(None, libraries.SHIPPED / "gemm.so", "avx2", None),
-        "norm": cpu.Kernel(None, tmp_path / "norm.so", "portable", None),
-        "stem": cpu.Kernel(None, libraries.SHIPPED / "stem.so", "avx2", None),
+        "gemm": cpu.LibraryState(None, build.process.shipped / "gemm.so", "avx2", None),
+        "norm": cpu.LibraryState(None, tmp_path / "norm.so", "portable", None),
+        "stem": cpu.LibraryState(None, build.process.shipped / "stem.so", "avx2", None),
     }
-    monkeypatch.setattr(doctor.build, "sources", lambda: dict.fromkeys(kernels))
+    monkeypatch.setattr(build.process.sources, "all", lambda: dict.fromkeys(kernels))
     monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
     monkeypatch.setattr(cpu, "status", kernels.__getitem__)
     monkeypatch.setattr(doctor.openmp, "runtime", lambda: Path("/lib/libgomp.so.1"))
@@ -167,7 +169,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_missing_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(libraries, "SOURCES", tmp_path)
+    monkeypatch.setattr(build.process, "sources", Sources(tmp_path))
     (finding,) = doctor.examine_compiler()
     assert finding.severity == "warning"
     assert finding.fix.startswith("pip install --force-reinstall")
@@ -177,7 +179,7 @@ def test_missing_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where kernels are kept if the cache will not do."""
     (tmp_path / "lasting").mkdir()
-    monkeypatch.setattr(cache, "_PERSISTENT", tmp_path / "lasting")
+    monkeypatch.setattr(folders, "_PERSISTENT", tmp_path / "lasting")
     return tmp_path / "lasting" / f"vision-backbones-{os.geteuid()}" / "native"
 
 
@@ -185,7 +187,7 @@ def test_kernels_without_a_usable_folder(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no folder can hold it: …")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file"))
-    monkeypatch.setattr(cache, "folders", lambda: iter([tmp_path / "file" / "native"]))
+    monkeypatch.setattr(folders, "candidates", lambda: [tmp_path / "file" / "native"])
     monkeypatch.chdir(tmp_path)
     (finding,) = doctor.examine_compiler()
     assert finding.fix.startswith("export VISION_BACKBONES_CACHE_DIR=")

@@ -56,7 +56,7 @@ def test_invalid_environment_variables(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(build, "_kernels", {})
+    monkeypatch.setattr(build.process, "states", {})
     monkeypatch.setenv(variable, value)
     assert guard(lambda: bool(build.load("gemm"))) == 2
     error = capsys.readouterr().err

@@ -52,8 +52,8 @@ def photo(height: int, width: int, channels: int = 3) -> np.ndarray:
 def test_is_timms(change: dict[str, Any], kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {**CONFIG, **change}
     if not kernel:
-        state = build.Kernel(None, None, "avx2", "none here")
-        monkeypatch.setitem(build._kernels, "resize", state)
+        state = build.LibraryState(None, None, "avx2", "none here")
+        monkeypatch.setitem(build.process.states, "resize", state)
     resize = Resizing(config)
     to_bytes = create_transform(**config, is_training=False, use_prefetcher=True)
     to_floats = create_transform(**config, is_training=False)

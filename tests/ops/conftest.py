@@ -5,52 +5,52 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from ops.cpu import batch, build, cache, compiler, libraries
+from ops.cpu import build
+from ops.cpu.build import compiler, folders
+from ops.cpu.build.libraries import Libraries
+from ops.cpu.build.sources import Sources
 
 # Without a compiler, zig's: what it keeps is built once rather than for each test's folder.
-os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache.cache_dir() / "zig"))
+os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(folders.user_cache() / "zig"))
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
 
 @pytest.fixture
-def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """A function after which nothing is known about libraries, as in a new process."""
+
+    def forget() -> None:
+        libraries = Libraries(Sources(tmp_path / "sources"), tmp_path / "shipped")
+        monkeypatch.setattr(build, "process", libraries)
+
+    return forget
+
+
+@pytest.fixture
+def sources(
+    new_process: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """The folder of ``small.cpp``, in place of the real kernels; nothing is compiled yet."""
+    before = os.umask(0o022)
     folder = tmp_path / "sources"
     (folder / "any").mkdir(parents=True)
     (folder / "any" / "small.cpp").write_text(SOURCE)
     for name in ("lasting", "temporary"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(libraries, "SOURCES", folder)
-    monkeypatch.setattr(cache, "_PERSISTENT", tmp_path / "lasting")
+    monkeypatch.setattr(folders, "_PERSISTENT", tmp_path / "lasting")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setattr(cache, "_temporary", [])
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("NATIVE", "NATIVE_ISA"):
-        monkeypatch.delenv(f"VISION_BACKBONES_{name}", raising=False)
-    for name in ("CXX", "XDG_RUNTIME_DIR"):
+    for name in ("VISION_BACKBONES_NATIVE", "VISION_BACKBONES_NATIVE_ISA", "CXX"):
         monkeypatch.delenv(name, raising=False)
-    start_anew(monkeypatch)
-    return folder
-
-
-def start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a new process: nothing is known."""
-    monkeypatch.setattr(build, "_kernels", {})
-    monkeypatch.setattr(batch, "_compiler_failure", None)
-    monkeypatch.setattr(batch, "_refused", {})
-    monkeypatch.setattr(build, "_logged", set())
-    monkeypatch.setattr(cache, "_refused", {})
-
-
-@pytest.fixture
-def new_process(monkeypatch: pytest.MonkeyPatch):
-    """A function after which everything is as in a new process."""
-    return lambda: start_anew(monkeypatch)
+    new_process()
+    yield folder
+    os.umask(before)
 
 
 @pytest.fixture(scope="session")
@@ -80,7 +80,7 @@ def compilations(
     """The commands that compiled so far; a copy stands for the compiler, which is slower."""
     done: list[list[str]] = []
 
-    def run(words: list[str], scratch: Path) -> None:
+    def run(words: list[str], scratch: Path, running: object = None) -> None:
         shutil.copyfile(compiled[42], words[-1])
         done.append(words)
 

@@ -17,7 +17,9 @@ import pytest
 from clones import ROOT, fresh_clone
 
 from ops import cpu
-from ops.cpu import libraries
+from ops.cpu import build
+
+_SOURCES = build.process.sources
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +35,8 @@ import json, os, sys, time
 import torch
 import backbones
 from ops import cpu
-from ops.cpu import libraries, openmp
+from ops.cpu import build
+from ops.cpu.build import openmp
 torch.set_num_threads(1)
 name, is_fused = sys.argv[1], sys.argv[2] == "fused"
 torch.manual_seed(0)
@@ -44,7 +47,7 @@ start = seconds()
 with torch.inference_mode():
     out = (backbones.fuse(model) if is_fused else model)(image)
 took = seconds() - start
-kernels = [cpu.status(name) for name in libraries.sources()] if is_fused else []
+kernels = [cpu.status(name) for name in build.process.sources.all()] if is_fused else []
 print(json.dumps({
     "place": backbones.__file__,
     "seconds": took,
@@ -123,9 +126,9 @@ def test_every_kernel_is_there_for_every_instruction_set(
     with zipfile.ZipFile(wheel) as content:
         names = {name for name in content.namelist() if name.endswith(".so")}
     expected = {
-        f"ops/cpu/compiled/{libraries.stem(name, isa, machine)}.so"
+        f"ops/cpu/compiled/{_SOURCES.stem(name, isa, machine)}.so"
         for isa in cpu.levels(machine)
-        for name in libraries.sources()
+        for name in _SOURCES.all()
     }
     assert names == expected
     assert wheel.stat().st_size <= _MOST_BYTES
@@ -154,14 +157,14 @@ def _code(library: Path) -> dict[str, bytes]:
         }
 
 
-@pytest.mark.parametrize("name", libraries.sources())
+@pytest.mark.parametrize("name", _SOURCES.all())
 def test_a_kernel_is_the_one_that_is_compiled_at_home(name: str, python: Path) -> None:
     """So it is as fast, where the same compiler made both."""
     home = cpu.status(name)
     (shipped,) = python.parents[1].glob(
         f"lib/python*/site-packages/ops/cpu/compiled/{name}-{home.instruction_set}-*"
     )
-    assert home.path is not None and home.path.parent != libraries.SHIPPED
+    assert home.path is not None and home.path.parent != build.process.shipped
     assert _code(shipped) == _code(home.path)
 
 

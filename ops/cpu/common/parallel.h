@@ -1,6 +1,6 @@
 // Distributes tasks over the threads of torch's OpenMP runtime. A library linked with a runtime
 // might load a different one, whose thread pool would compete with torch's. So kernels are not
-// linked with any, and ops/cpu/openmp.py passes torch's runtime to each library that it loads.
+// linked with any, and ops/cpu/build/openmp.py passes torch's runtime to each library that it loads.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -1,6 +1,6 @@
 // A vector `F` of `W` floats and the operations that kernels need, for AVX-512, AVX2, NEON and,
 // with the vector extensions of GCC and Clang, everything else. The instruction set is fixed at
-// compile time: `build.py` compiles a kernel once per instruction set and selects the library for
+// compile time: `build/` compiles a kernel once per instruction set and selects the library for
 // the CPU at run time.
 #pragma once
 #include <cmath>

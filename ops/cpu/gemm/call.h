@@ -1,5 +1,5 @@
 // Linear layers for other kernels. Their micro-kernels are large and slow to compile, so they are
-// only in the library of gemm.cpp; ops/cpu/build.py passes its function to each library that
+// only in the library of gemm.cpp; ops/cpu/build/libraries.py passes its function to each library that
 // includes this header.
 #pragma once
 #include <new>

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from emulated_arm import CPUS, WITH_BYTES, Emulator
 
-from ops.cpu import instruction_sets, libraries
+from ops.cpu import instruction_sets
+from ops.cpu.build.sources import SOURCES, Sources
 
 _emulated = pytest.mark.needs("arm_compiler", "emulator")
 _OPS = Path(__file__).parents[1]
@@ -114,8 +115,8 @@ def test_clang_compiles_them_for_macos(cpu: str, tmp_path: Path) -> None:
     # As the headers' functions are not all used by all kernels.
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
     flags = [f for f in instruction_sets.COMMON_FLAGS if f not in ("-O3", "-shared")]
-    include = f"-I{libraries.SOURCES}"
-    for name, source in libraries.sources().items():
+    include = f"-I{SOURCES}"
+    for name, source in Sources().all().items():
         words = [*zig, *flags, *warnings, include, "-c", str(source), "-o", f"{name}.o"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}"

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ops.cpu import instruction_sets, policy
+from ops.cpu.build.sources import Sources
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.gemm.linear import packed_linear
-from ops.cpu.libraries import sources
 
 ROOT = Path(__file__).parents[3]
 SETS = {machine: instruction_sets.levels(machine) for machine in ("x86_64", "aarch64")}
@@ -245,4 +245,4 @@ def test_without_vector_instructions_torch_multiplies(monkeypatch: pytest.Monkey
 
 
 def test_the_libraries_of_products_exist() -> None:
-    assert set(sources()) >= policy._PRODUCTS
+    assert set(Sources().all()) >= policy._PRODUCTS

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ops.cpu import compiler, instruction_sets
-from ops.cpu.libraries import SOURCES
+from ops.cpu import instruction_sets
+from ops.cpu.build import compiler
+from ops.cpu.build.sources import SOURCES
 
 _SOURCE = """
 #include "common/activation.h"

@@ -83,9 +83,9 @@ def test_onnx_with_any_number_of_tokens(bonus):
 
 
 def test_without_a_library(monkeypatch):
-    missing = build.Kernel(None, None, "portable", "no C++ compiler found")
+    missing = build.LibraryState(None, None, "portable", "no C++ compiler found")
     forget_kernels(monkeypatch)
-    monkeypatch.setitem(build._kernels, "gated_scan", missing)
+    monkeypatch.setitem(build.process.states, "gated_scan", missing)
     given = inputs(9, dtype=torch.float32)
     assert cpu.supports(*given.values()) == missing.reason
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):

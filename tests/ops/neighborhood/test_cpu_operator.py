@@ -46,9 +46,9 @@ def test_repeated_calls_are_the_first_ones():
 
 
 def test_without_a_library(monkeypatch):
-    missing = build.Kernel(None, None, "portable", "no C++ compiler found")
+    missing = build.LibraryState(None, None, "portable", "no C++ compiler found")
     forget_kernels(monkeypatch)
-    monkeypatch.setitem(build._kernels, "neighborhood", missing)
+    monkeypatch.setitem(build.process.states, "neighborhood", missing)
     query, key, value = normal_inputs(9, 9)
     params = NAParams((3, 3), (1, 1), (1, 1), (False, False), 1.0)
     assert cpu.supports(query, key, value, None, None, None, params) == missing.reason

@@ -99,9 +99,9 @@ def test_onnx(states, any_size):
 
 
 def test_without_a_library(monkeypatch):
-    missing = build.Kernel(None, None, "portable", "no C++ compiler found")
+    missing = build.LibraryState(None, None, "portable", "no C++ compiler found")
     forget_kernels(monkeypatch)
-    monkeypatch.setitem(build._kernels, "selective_scan", missing)
+    monkeypatch.setitem(build.process.states, "selective_scan", missing)
     given = selective_inputs(9, dtype=torch.float32)
     assert cpu.supports(given["u"], given["A"]) == missing.reason
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):

@@ -99,7 +99,8 @@ def test_tables_of_another_shape_are_refused() -> None:
 
 
 def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(build._kernels, "resize", build.Kernel(None, None, "avx2", "none here"))
+    missing = build.LibraryState(None, None, "avx2", "none here")
+    monkeypatch.setitem(build.process.states, "resize", missing)
     assert unsupported() == "none here"
     with pytest.raises(RuntimeError, match="the kernel resize is not available: none here"):
         resize_part(np.zeros((4, 4, 3), np.uint8), (2, 2), (0, 0, 2, 2), "bicubic")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from ops.cpu import compiler
+from ops.cpu.build import compiler
 
 
 def script(folder: Path, text: str) -> list[str]:
@@ -59,12 +54,6 @@ def test_failure_messages(said: str, kind: type[Exception], tmp_path: Path) -> N
         assert caught.value.strerror in said
     else:
         assert said in str(caught.value)
-
-
-def test_a_linker_killed_by_a_full_disk(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(compiler, "_LEAST_BYTES", 1 << 62)
-    with pytest.raises(OSError, match="No space left"):
-        compiler.run(script(tmp_path, "exit 1"), scratch(tmp_path))
 
 
 def test_unwritable_output_is_not_a_rejection(tmp_path: Path) -> None:
@@ -114,80 +103,3 @@ def _gone(file: Path) -> None:
     while is_alive(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-# The module alone, without torch: quicker.
-_RUN = """
-import importlib.util, sys, tempfile
-from pathlib import Path
-spec = importlib.util.spec_from_file_location("compiler", sys.argv[1])
-compiler = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(compiler)
-with compiler.unwinding_on_signals(), tempfile.TemporaryDirectory(dir=sys.argv[2]) as scratch:
-    compiler.run(sys.argv[3:], Path(scratch))
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_stops_the_compiler_and_cleans_up(number: int, tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    words = script(tmp_path, f"sleep 60 & echo $! > '{pid}.new'; mv '{pid}.new' '{pid}'; wait")
-    made = tmp_path / "made"
-    made.mkdir()
-    command = [sys.executable, "-c", _RUN, compiler.__file__, str(made), *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while not pid.exists():
-                assert time.monotonic() < deadline and process.poll() is None
-                time.sleep(0.01)
-            assert list(made.iterdir())
-            process.send_signal(number)
-            _, said = process.communicate(timeout=60)
-        finally:
-            process.kill()
-            if pid.exists():
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
-    # Whoever waits sees that it was the signal.
-    assert process.returncode == -number
-    assert number == signal.SIGINT or not said
-    assert not list(made.iterdir())
-    _gone(pid)
-
-
-def test_a_signal_that_comes_while_the_compiler_starts(
-    tmp_path: Path, monkeypatch, default_signals: None
-) -> None:
-    """It is known already, and is ended."""
-    started = []
-    real = compiler._start
-
-    def start(words: list[str], folder: Path) -> subprocess.Popen[str]:
-        started.append(real(words, folder))
-        signal.raise_signal(signal.SIGINT)
-        return started[0]
-
-    monkeypatch.setattr(compiler, "_start", start)
-    with pytest.raises(KeyboardInterrupt), compiler.unwinding_on_signals():
-        compiler.run(script(tmp_path, "exec sleep 60"), scratch(tmp_path))
-    assert started[0].returncode == -signal.SIGKILL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_the_programs_signal_handlers_are_kept(monkeypatch) -> None:
-    seen = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    try:
-        with compiler.unwinding_on_signals():
-            os.kill(os.getpid(), signal.SIGTERM)
-        assert seen == [signal.SIGTERM]
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with compiler.unwinding_on_signals():
-            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as inherited
-        with compiler.unwinding_on_signals():
-            os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -13,7 +13,7 @@ import pytest
 from fresh_python import run_code
 
 from ops import cpu
-from ops.cpu import openmp
+from ops.cpu.build import openmp
 
 _RUNTIME = re.compile(r"/lib(?:gomp|iomp5|omp)\b[^/]*$")
 # Neighborhood attention in two threads, after a sum of torch's in two.
@@ -23,7 +23,7 @@ torch.set_num_threads(2)
 torch.ones(1 << 22).sum()
 def tasks(): return len(os.listdir("/proc/self/task"))
 before = tasks()
-from ops.cpu import openmp
+from ops.cpu.build import openmp
 from ops.neighborhood import na2d
 x = torch.randn(1, 24, 24, 4, 32)
 torch.testing.assert_close(na2d(x, x, x, 7, backend="cpu"), na2d(x, x, x, 7, backend="reference"))

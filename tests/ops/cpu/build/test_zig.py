@@ -11,7 +11,8 @@ import pytest
 from backbones.cli import doctor
 from backbones.cli.main import main
 from ops import cpu
-from ops.cpu import compiler, instruction_sets
+from ops.cpu import instruction_sets
+from ops.cpu.build import compiler
 
 # What kernels use of C++'s library: allocations, exceptions from it and through it, destructors of
 # threads. Answers 42.

@@ -1,0 +1,159 @@
+"""Run the system's C++ compiler, or ziglang's, and say why it failed."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = [
+    "CompilerError",
+    "NoCompilerError",
+    "RefusedError",
+    "Running",
+    "command",
+    "end",
+    "find_compilers",
+    "label",
+    "run",
+]
+
+_log = logging.getLogger(__name__)
+
+_TIMEOUT_S = 300
+_ZIG_DRIVER = Path(__file__).with_name("zig.py")
+# Messages of compilers, assemblers and linkers for failures not caused by the source or options.
+_FULL = re.compile("No space left on device|Disk quota exceeded")
+_KILLED = re.compile("signal terminated|terminated with signal|[Oo]ut of memory|allocate memory")
+
+Running = set[subprocess.Popen[str]]
+
+
+class RefusedError(Exception):
+    """A compiler rejects a source or an option; the message is the compiler's."""
+
+
+class CompilerError(Exception):
+    """No source can be compiled here; the message says why."""
+
+
+class NoCompilerError(CompilerError):
+    """No compiler was found."""
+
+
+def command() -> list[str]:
+    """The words of ``CXX``.
+
+    Raises:
+        CompilerError: unbalanced quotes.
+    """
+    chosen = os.environ.get("CXX", "")
+    try:
+        return shlex.split(chosen)
+    except ValueError as error:
+        raise CompilerError(f"CXX={chosen!r} is not a command: {error}") from None
+
+
+def find_compilers(chosen: Sequence[str]) -> list[list[str]]:
+    """The commands to try, as argument lists; ``chosen`` comes first if it exists.
+
+    Where there is no other, it is the clang in the package ``ziglang``, if that is installed.
+
+    Raises:
+        NoCompilerError: there is none.
+    """
+    found: list[list[str]] = []
+    for words in (list(chosen), ["c++"], ["g++"], ["clang++"]):
+        executable = shutil.which(words[0]) if words else None
+        if executable and [executable, *words[1:]] not in found:
+            found.append([executable, *words[1:]])
+    found = found or _zig()
+    if not found:
+        text = "no C++ compiler found ($CXX, c++, g++, clang++ or the Python package ziglang)"
+        raise NoCompilerError(text)
+    return found
+
+
+def _zig() -> list[list[str]]:
+    package = importlib.util.find_spec("ziglang")
+    if sys.platform != "linux" or not sys.executable or package is None or not package.origin:
+        return []
+    zig = shutil.which(str(Path(package.origin).with_name("zig")))
+    return [[sys.executable, "-I", str(_ZIG_DRIVER), zig]] if zig else []
+
+
+def label(words: Sequence[str]) -> str:
+    """What to call the compiler that a command of :func:`find_compilers` runs."""
+    return words[3] if str(_ZIG_DRIVER) in words else words[0]
+
+
+def run(words: Sequence[str], scratch: Path, running: Running | None = None) -> None:
+    """Run a compiler and wait for it; its temporary files go to ``scratch``.
+
+    Args:
+        running: holds the process while it runs, so that another thread can :func:`end` it.
+
+    Raises:
+        RefusedError: it rejects the source or an option, or is not a compiler.
+        CompilerError: it was killed or timed out.
+        OSError: the disk is full, or ``scratch`` is not writable.
+    """
+    running = set() if running is None else running
+    try:
+        process = _start(words, scratch)
+    except OSError as error:
+        kind = CompilerError if error.errno in (errno.ENOMEM, errno.EAGAIN) else RefusedError
+        raise kind(f"{label(words)}: {error.strerror}") from None
+    with process:
+        running.add(process)
+        try:
+            stderr = process.communicate(timeout=_TIMEOUT_S)[1]
+        except subprocess.TimeoutExpired:
+            raise CompilerError(f"{label(words)} did not end within {_TIMEOUT_S} s") from None
+        finally:
+            running.discard(process)
+            end(process)
+    if process.returncode == 0:
+        return
+    _log.debug("%s\n%s", shlex.join(words), stderr)
+    if full := _FULL.search(stderr):
+        raise OSError(errno.ENOSPC, full.group(), str(scratch.parent))
+    (scratch / "probe").write_bytes(b"test")
+    lines = [line for line in stderr.splitlines() if "error" in line.lower()]
+    first = lines[0] if lines else stderr.strip()[:200]
+    killed = process.returncode < 0 or _KILLED.search(stderr)
+    kind = CompilerError if killed else RefusedError
+    raise kind(f"{label(words)} failed with status {process.returncode}: {first}")
+
+
+def _start(words: Sequence[str], scratch: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        # Untranslated, since the messages are matched above.
+        env={**os.environ, "LC_ALL": "C", "TMPDIR": str(scratch)},
+        # A process group, as the compiler proper and the linker are grandchildren.
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Kill a compiler that still runs, with its children."""
+    if process.poll() is None:
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)

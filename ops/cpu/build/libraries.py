@@ -1,0 +1,324 @@
+"""Find, compile on first use, and load the kernels' libraries."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+from ops.cpu import instruction_sets
+from ops.cpu.build import compiler, folders, openmp
+from ops.cpu.build.compiler import CompilerError, NoCompilerError, RefusedError
+from ops.cpu.build.sources import GEMM, SOURCES, SUFFIX, Sources
+from ops.cpu.settings import SWITCH, is_switched_on
+
+__all__ = ["SHIPPED", "Libraries", "LibraryState"]
+
+_log = logging.getLogger(__name__)
+
+# In wheels. Libraries in the package are as trustworthy as its Python code.
+SHIPPED = SOURCES / "compiled"
+# Used by plain layers but few models, so these are not compiled along with all the others.
+_OF_PLAIN_LAYERS = {"deformable", "neighborhood"}
+# Used by readers of images, which need no other kernel.
+_ALONE = {"resize"}
+
+
+@dataclass(frozen=True)
+class LibraryState:
+    """The state of a kernel's library in this process.
+
+    Attributes:
+        library: the loaded library, or ``None``.
+        path: its file, or ``None``.
+        instruction_set: the one it was compiled for; see :mod:`ops.cpu.instruction_sets`.
+        reason: why there is no library, or ``None``.
+    """
+
+    library: ctypes.CDLL | None
+    path: Path | None
+    instruction_set: str
+    reason: str | None
+
+
+class Libraries:
+    """The libraries of a process, and all that is remembered about them.
+
+    Args:
+        sources: of the kernels.
+        shipped: the folder of those that came with the package.
+    """
+
+    def __init__(self, sources: Sources | None = None, shipped: Path = SHIPPED) -> None:
+        self.sources, self.shipped = sources or Sources(), shipped
+        self.states: dict[str, LibraryState] = {}
+        self._unusable: dict[Path, str] = {}  # folders that nothing more is compiled into, and why
+        self._refused: dict[str, str] = {}  # libraries that no compiler could build, and why
+        self._compiler_problem = ""  # why compilers are no longer tried
+        self._said: set[str] = set()  # what is logged once rather than per kernel
+        self.forget_threads()
+
+    def forget_threads(self) -> None:
+        """After a fork: compilers, and a thread that holds the lock, belong to the parent."""
+        self._lock = threading.RLock()  # loading one kernel may load another
+        self._running: compiler.Running = set()
+
+    def status(self, name: str) -> LibraryState:
+        """See :func:`ops.cpu.build.status`."""
+        return self._status(name, self.compiled_with(name))
+
+    def prepare(self, isa: str) -> Path | None:
+        """See :func:`ops.cpu.build.prepare`."""
+        if not is_switched_on():
+            raise RuntimeError(_switched_off())
+        needed = [name for name in self.sources.all() if self._shipped(name, isa) is None]
+        problems: list[str] = []
+        for folder in folders.candidates() if needed else ():
+            try:
+                folders.require_private(folder)
+                if self._missing(needed, isa, folder):
+                    self._compile(needed, isa, folder)
+            except (RefusedError, CompilerError) as error:
+                raise RuntimeError(str(error)) from error
+            except OSError as error:
+                problems.append(self._mark_unusable(folder, error))
+                continue
+            if missing := self._missing(needed, isa, folder):
+                raise RuntimeError(f"no {isa} kernel was built from {', '.join(missing)}")
+            return folder
+        if needed:
+            raise RuntimeError(f"no folder can hold them: {'; '.join(problems)}")
+        return None
+
+    def problem(self, folder: Path) -> folders.Problem | None:
+        """Why nothing is compiled into ``folder``; None if it is, as far as is known."""
+        if folder in self._unusable:
+            return folders.Problem(self._unusable[folder])
+        return folders.problem(folder)
+
+    # ---- finding -------------------------------------------------------------------------------
+    def compiled_with(self, name: str) -> list[str]:
+        """The kernels compiled along with one: those of fused models, or those of plain layers."""
+        if name in _ALONE:
+            return [name]
+        is_plain = name in _OF_PLAIN_LAYERS
+        others = [n for n in self.sources.all() if n not in _ALONE]
+        return [n for n in others if n == GEMM or (n in _OF_PLAIN_LAYERS) == is_plain]
+
+    def _status(self, name: str, beside: Sequence[str]) -> LibraryState:
+        """The state; if it has to be compiled, so are those in ``beside``, likely needed soon."""
+        with self._lock:
+            if name not in self.states:
+                self.states[name] = self._find(name, beside)
+            return self.states[name]
+
+    def _find(self, name: str, beside: Sequence[str]) -> LibraryState:
+        known = self.sources.all()
+        if known and name not in known:  # else the sources are missing
+            raise ValueError(f"no kernel {name!r}; the kernels are {sorted(known)}")
+        sets, gemm = instruction_sets.candidates(), None
+        if not is_switched_on():
+            return self._unavailable(name, _switched_off(), logging.INFO)
+        if known and self.sources.reads_packed_weights(name):
+            gemm = self._status(GEMM, beside)
+            if gemm.library is None:
+                return gemm
+            sets = [gemm.instruction_set]  # weights are packed for gemm's vectors
+        reason, level, may_compile = "", logging.WARNING, True
+        for isa in sets:
+            try:
+                found = self._find_for(name, isa, beside if may_compile else ())
+            except RefusedError as error:
+                reason = str(error)  # an old compiler may not support a new CPU's instructions
+            except (CompilerError, OSError) as error:
+                # A plainer instruction set would not help, unless it is compiled already.
+                reason, may_compile = str(error), False
+                level = logging.INFO if isinstance(error, NoCompilerError) else level
+            else:
+                if found is not None:
+                    if gemm is not None and self.sources.calls_gemm(name):
+                        self.link_gemm(found.library, gemm.library)
+                    return found
+        return self._unavailable(name, reason, level)
+
+    def _unavailable(self, name: str, reason: str, level: int) -> LibraryState:
+        text = "No compiled %s kernel, the pure torch path is used: %s"
+        _log.log(level if self._is_first("failure") else logging.INFO, text, name, reason)
+        return LibraryState(None, None, instruction_sets.instruction_set(), reason)
+
+    def _find_for(self, name: str, isa: str, beside: Sequence[str]) -> LibraryState | None:
+        """The library from the package, else from the first folder that has it, else compiled.
+
+        Args:
+            beside: see :meth:`_status`; if it is empty, nothing is compiled.
+
+        Raises:
+            RefusedError: no compiler accepts the source for this instruction set.
+            CompilerError, OSError: it is unavailable for every instruction set.
+        """
+        stem, problems = self.sources.stem(name, isa), []
+        if (path := self._shipped(name, isa)) is not None:
+            with contextlib.suppress(OSError):  # of another system
+                return LibraryState(self.open(path), path, isa, None)
+        for folder in folders.candidates():
+            try:
+                folders.require_private(folder)
+                if (path := folders.find(folder, stem)) is None and beside:
+                    others = [other for other in beside if self._shipped(other, isa) is None]
+                    self._compile([name, *others], isa, folder)
+                    path = folders.find(folder, stem)
+                library = None if path is None else self.open(path)
+            except OSError as error:
+                problems.append(self._mark_unusable(folder, error))
+                continue
+            if library is not None:
+                if problems and self._is_first("cache"):
+                    text = "Compiled kernels are kept in %r, not in the cache: %s"
+                    _log.warning(text, str(folder), "; ".join(problems))
+                return LibraryState(library, path, isa, None)
+        if beside:
+            raise OSError(f"no folder can hold it: {'; '.join(problems)}")
+        return None
+
+    def _shipped(self, name: str, isa: str) -> Path | None:
+        """The library that came with the package, if it was built from the package's sources."""
+        path = self.shipped / f"{self.sources.stem(name, isa)}{SUFFIX}"
+        return path if path.is_file() else None
+
+    def open(self, path: Path) -> ctypes.CDLL:
+        """Load a library.
+
+        Raises:
+            OSError: it is another system's, or no code may be loaded from there.
+        """
+        library = ctypes.CDLL(str(path))
+        openmp.use_torch_threads(library)
+        return library
+
+    def link_gemm(self, caller: ctypes.CDLL | None, gemm: ctypes.CDLL | None) -> None:
+        """Let a kernel call the one of linear layers."""
+        assert caller is not None and gemm is not None
+        caller.linear_use(ctypes.cast(gemm.linear_forward, ctypes.c_void_p))
+
+    def _mark_unusable(self, folder: Path, error: OSError) -> str:
+        """Compile nothing more into ``folder``; returns why."""
+        place = f": {os.fsdecode(error.filename)!r}" if error.filename else ""
+        self._unusable[folder] = f"{error.strerror}{place}" if error.strerror else str(error)
+        return self._unusable[folder]
+
+    def _is_first(self, what: str) -> bool:
+        is_first = what not in self._said
+        self._said.add(what)
+        return is_first
+
+    # ---- compiling -----------------------------------------------------------------------------
+    def _missing(self, names: Sequence[str], isa: str, folder: Path) -> list[str]:
+        stems = {name: self.sources.stem(name, isa) for name in names}
+        return [name for name, stem in stems.items() if folders.find(folder, stem) is None]
+
+    def _compile(self, names: Sequence[str], isa: str, folder: Path) -> None:
+        """Compile the missing kernels among ``names`` into ``folder``.
+
+        Raises:
+            RefusedError: no compiler accepts the first one for this instruction set.
+            CompilerError: nothing can be compiled.
+            OSError: the folder cannot be written to, or could not before.
+        """
+        if folder in self._unusable:
+            raise OSError(self._unusable[folder])
+        first = self.sources.stem(names[0], isa)
+        if first not in self._refused:
+            if self._compiler_problem:
+                raise CompilerError(self._compiler_problem)
+            compilers = compiler.find_compilers(compiler.command())
+            with folders.locked(folder):
+                self._compile_all(self._missing(names, isa, folder), isa, folder, compilers)
+        if first in self._refused:
+            raise RefusedError(self._refused[first])
+
+    def _compile_all(
+        self, names: Sequence[str], isa: str, folder: Path, compilers: list[list[str]]
+    ) -> None:
+        """Compile kernels, one per CPU at a time, and show the progress on a terminal."""
+        if not names:  # another process has compiled them in the meantime
+            return
+        _log.warning(
+            "Compiling %d C++ kernels for %s, as none came with the package: once, then they are "
+            "kept in %r. Ahead of time: vision-backbones build; never: VISION_BACKBONES_NATIVE=0",
+            *(len(names), isa, str(folder)),
+        )
+        # Longest first, so that all threads finish at about the same time.
+        sizes = {n: sum(p.stat().st_size for p in self.sources.files(n)) for n in names}
+        order = sorted(names, key=lambda name: -sizes[name])
+        with _Bar(len(names)) as bar, ThreadPoolExecutor(_cpus()) as pool:
+            pending = {pool.submit(self._compile_one, n, isa, folder, compilers) for n in order}
+            try:
+                while pending:
+                    done, pending = wait(pending, 1.0, FIRST_COMPLETED)
+                    bar.show(len(names) - len(pending))
+                    for future in done:
+                        future.result()
+            except BaseException as error:  # such as Ctrl-C
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(self._running):
+                    compiler.end(process)
+                if isinstance(error, CompilerError):
+                    self._compiler_problem = str(error)
+                raise
+
+    def _compile_one(self, name: str, isa: str, folder: Path, compilers: list[list[str]]) -> None:
+        """Compile into a scratch folder and move the library into place atomically."""
+        stem = self.sources.stem(name, isa)
+        if stem in self._refused:
+            return
+        start = time.perf_counter()
+        try:
+            with folders.scratch(folder) as scratch:
+                built = scratch / name
+                used = self.sources.compile(built, name, isa, compilers, running=self._running)
+                path = folders.store(built, folder, stem)
+        except RefusedError as error:
+            self._refused[stem] = str(error)
+        else:
+            took = time.perf_counter() - start
+            text = "Compiled the %s kernel for %s in %.1f s with %s, kept in %r"
+            _log.info(text, name, isa, took, used, str(path))
+
+
+def _switched_off() -> str:
+    return f"switched off by {SWITCH}={os.environ[SWITCH]}"
+
+
+def _cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+class _Bar:
+    """A progress bar on standard error, if that is a terminal."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._start = count, time.monotonic()
+        self._is_drawn = sys.stderr is not None and sys.stderr.isatty()
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def show(self, done: int) -> None:
+        if self._is_drawn:
+            filled, took = 24 * done // self._count, time.monotonic() - self._start
+            bar = "#" * filled + "." * (24 - filled)
+            sys.stderr.write(f"\r[{bar}] {done}/{self._count}, {took:.0f} s")
+            sys.stderr.flush()
+
+    def __exit__(self, *error: object) -> None:
+        if self._is_drawn:
+            sys.stderr.write("\n")

@@ -1,0 +1,109 @@
+"""The kernels' sources, and how a library is compiled from them.
+
+The hook that compiles the libraries of wheels (``tools/wheel_hook.py``) runs without torch, so
+neither this module nor its imports may need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ops.cpu import instruction_sets
+from ops.cpu.build import compiler
+
+__all__ = ["GEMM", "SOURCES", "SUFFIX", "Sources", "included"]
+
+SOURCES = Path(__file__).parents[1]  # the include path
+SUFFIX = ".dll" if sys.platform == "win32" else ".so"
+GEMM = "gemm"  # the kernel of linear layers, called by others
+
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+
+
+def included(
+    source: Path, root: Path = SOURCES, read: Callable[[Path], str] = Path.read_text
+) -> list[Path]:
+    """``source`` and the headers that it includes from ``root``, directly and indirectly."""
+    found, pending = {source: None}, [source]  # a dictionary is ordered and fast to search
+    while pending:
+        for name in _INCLUDE.findall(read(pending.pop(0))):
+            if (path := root / name) not in found:
+                found[path] = None
+                pending.append(path)
+    return list(found)
+
+
+class Sources:
+    """The kernels below a folder: ``<op>/<kernel>.cpp`` and the headers that these include."""
+
+    def __init__(self, root: Path = SOURCES) -> None:
+        self.root = root
+
+    def all(self) -> dict[str, Path]:
+        """The source of each kernel by name."""
+        return {path.stem: path for path in sorted(self.root.glob("*/*.cpp"))}
+
+    def files(self, name: str) -> list[Path]:
+        """The source of a kernel and its headers."""
+        return included(self.all().get(name, self.root / f"{name}.cpp"), self.root)
+
+    def calls_gemm(self, name: str) -> bool:
+        """Whether a kernel calls the function of :data:`GEMM` for the same instruction set."""
+        return self.root / GEMM / "call.h" in self.files(name)
+
+    def reads_packed_weights(self, name: str) -> bool:
+        """Whether a kernel reads weights that :data:`GEMM` packed for its vectors."""
+        return name != GEMM and any(p.parent == self.root / GEMM for p in self.files(name))
+
+    def stem(self, name: str, isa: str, machine: str | None = None) -> str:
+        """The start of a library's file name: kernel, instruction set and a digest.
+
+        The digest covers sources, flags and platform, so outdated libraries are never loaded.
+
+        Args:
+            machine: the architecture; default :func:`ops.cpu.instruction_sets.machine`.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(self.files(name)):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        platform_name = f"{sys.platform}-{machine or instruction_sets.machine()}"
+        digest.update(repr([platform_name, instruction_sets.flags(isa)]).encode())
+        return f"{name}-{isa}-{digest.hexdigest()[:16]}"
+
+    def compile(
+        self,
+        built: Path,
+        name: str,
+        isa: str,
+        compilers: Sequence[Sequence[str]],
+        options: Sequence[str] = (),
+        running: compiler.Running | None = None,
+    ) -> str:
+        """Compile the library ``built`` with the first compiler that accepts it; return its path.
+
+        Args:
+            built: the output, in a folder that also holds the compiler's temporary files.
+            compilers: commands, see :func:`ops.cpu.build.compiler.find_compilers`; at least one.
+            options: additional compiler options.
+            running: see :func:`ops.cpu.build.compiler.run`.
+
+        Raises:
+            RefusedError, CompilerError, OSError: see :func:`ops.cpu.build.compiler.run`; the first
+                if no compiler accepts it.
+        """
+        source = self.all()[name]
+        flags = [*instruction_sets.flags(isa), *options, f"-I{self.root}", str(source)]
+        refused: compiler.RefusedError | None = None
+        for words in compilers:
+            try:
+                compiler.run([*words, *flags, "-o", str(built)], built.parent, running)
+            except compiler.RefusedError as error:
+                refused = error
+            else:
+                return compiler.label(words)
+        assert refused is not None
+        raise refused

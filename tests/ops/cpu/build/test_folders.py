@@ -1,0 +1,445 @@
+"""Where compiled libraries are kept, who else may change them, and what happens if others may."""
+
+from __future__ import annotations
+
+import _ctypes
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import pwd
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ops import cpu
+from ops.cpu.build import compiler, folders, openmp
+from ops.cpu.build.folders import is_own_file, problem, shell_word
+from ops.cpu.build.sources import Sources
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "above" / "folder"
+    made.mkdir(parents=True, mode=0o755)
+    made.parent.chmod(0o755)
+    return made
+
+
+def give_away(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``path`` is another user's afterwards; unless root runs the tests, all else is, too."""
+    if os.geteuid() == 0:
+        os.lchown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(folders.os, "geteuid", lambda: 12345)
+
+
+# ---- who may write -----------------------------------------------------------------------------
+def test_own_folders(folder: Path) -> None:
+    assert problem(folder) is None
+    assert problem(folder / "not" / "there") is None
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o757, 0o775, 0o1777])
+def test_a_writable_folder(folder: Path, mode: int) -> None:
+    folder.chmod(mode)
+    found = problem(folder)
+    assert found is not None
+    assert found.reason == f"others may write to {str(folder)!r} (mode {mode:o})"
+    subprocess.run(["sh", "-c", found.fix], check=True)
+    assert problem(folder) is None
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775])
+def test_a_writable_parent(folder: Path, mode: int) -> None:
+    folder.parent.chmod(mode)
+    found = problem(folder)
+    assert found is not None and repr(str(folder.parent)) in found.reason
+    # In a sticky one nobody can move what is another's.
+    folder.parent.chmod(mode | 0o1000)
+    assert problem(folder) is None
+    assert problem(folder.parent / "not there") is None
+
+
+@pytest.mark.parametrize("which", ["folder", "above"])
+def test_a_folder_of_another_user(folder: Path, which: str, monkeypatch) -> None:
+    give_away(folder if which == "folder" else folder.parent, monkeypatch)
+    found = problem(folder)
+    assert found is not None and "belongs to another user" in found.reason and not found.fix
+
+
+def test_links(folder: Path) -> None:
+    good, bad = folder / "good", folder / "bad"
+    good.mkdir()
+    bad.mkdir()
+    bad.chmod(0o777)
+    (folder / "link").symlink_to("good")
+    (folder / "around").symlink_to(Path("..") / folder.name / "good")
+    (folder / "whole").symlink_to(good)
+    assert all(problem(folder / name) is None for name in ("link", "around", "whole"))
+    (folder / "wrong").symlink_to(bad)
+    assert problem(folder / "wrong" / "below") is not None
+    # The folder that holds a link decides as much as the one it leads to.
+    (bad / "link").symlink_to(good)
+    assert problem(bad / "link") is not None
+
+
+def test_a_link_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In ``/tmp``, say, where anyone may make one."""
+    (folder.parent / "link").symlink_to(folder)
+    assert problem(folder.parent / "link") is None
+    give_away(folder.parent / "link", monkeypatch)
+    assert problem(folder.parent / "link") is not None
+
+
+def test_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / "file"
+    file.write_text("")
+    file.chmod(0o644)
+    (folder / "link").symlink_to(file)
+    assert is_own_file(file)
+    assert not is_own_file(folder / "link")
+    assert not is_own_file(folder)
+    for mode in (0o664, 0o646):
+        file.chmod(mode)
+        assert not is_own_file(file)
+    file.chmod(0o644)
+    give_away(file, monkeypatch)
+    assert not is_own_file(file)
+
+
+@pytest.mark.parametrize("name", [b"plain", b"two words", b"a\nb", b"it's \xff\\", "ä".encode()])
+def test_shell_quoting(name: bytes) -> None:
+    word = shell_word(Path(os.fsdecode(name)))
+    assert word.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
+    assert done.stdout == name
+
+
+# ---- libraries that must not be loaded ---------------------------------------------------------
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Without the announcements of compilations."""
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    return [line for line in said if not line.startswith("Compiling ")]
+
+
+@pytest.fixture
+def private(tmp_path: Path) -> Path:
+    """Where libraries lie if the cache will not do."""
+    return tmp_path / "lasting" / f"vision-backbones-{os.geteuid()}" / "native"
+
+
+def _cut_off(path: Path) -> bytes:
+    return path.read_bytes()[:4096]
+
+
+def _with_another_bit(path: Path) -> bytes:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    return bytes(data)
+
+
+@pytest.mark.parametrize("damage", [_cut_off, _with_another_bit, lambda path: b""])
+def test_a_damaged_library_is_rebuilt(damage, compilations, new_process) -> None:
+    assert cpu.load("small").answer() == 42
+    path = cpu.status("small").path
+    # In its place, not over it: this process runs what it loaded.
+    damaged = path.with_suffix(".damaged")
+    damaged.write_bytes(damage(path))
+    os.replace(damaged, path)
+    new_process()
+    assert cpu.load("small").answer() == 42
+    assert cpu.status("small").path == path
+    assert len(compilations) == 2
+    assert folders.find(path.parent, path.stem.rpartition("-")[0]) == path
+
+
+def test_a_replaced_library_is_rebuilt(compilations, compiled, new_process) -> None:
+    assert cpu.load("small").answer() == 42
+    path = cpu.status("small").path
+    path.unlink()
+    shutil.copyfile(compiled[13], path)
+    new_process()
+    assert cpu.load("small").answer() == 42
+    assert len(compilations) == 2
+
+
+def test_a_library_of_another_system_stays(sources, compilations, private, new_process) -> None:
+    """As in a home on machines of several kinds, each of which must not compile at every start."""
+    cache = cpu.cache_dir()
+    cache.mkdir(parents=True, mode=0o700)
+    (cache / "built").write_bytes(b"the code of another system")
+    stem = Sources(sources).stem("small", cpu.instruction_set())
+    foreign = folders.store(cache / "built", cache, stem)
+    for _ in range(2):
+        new_process()
+        assert cpu.load("small").answer() == 42
+        assert cpu.status("small").path.parent == private
+    assert len(compilations) == 1
+    assert foreign.exists()
+
+
+def test_a_planted_library_is_not_loaded(
+    sources, compilations, compiled, private, caplog, new_process
+) -> None:
+    cache = cpu.cache_dir()
+    cache.mkdir(parents=True)
+    cache.chmod(0o700)
+    cache.parent.chmod(0o700)
+    shutil.copyfile(compiled[13], cache / "built")
+    stem = Sources(sources).stem("small", cpu.instruction_set())
+    planted = folders.store(cache / "built", cache, stem)
+    assert cpu.load("small").answer() == 13  # as the user's own
+    cache.chmod(0o777)
+    for _ in range(2):
+        new_process()
+        caplog.clear()
+        assert cpu.load("small").answer() == 42
+        (line,) = _warnings(caplog)
+        assert f"others may write to {str(cache)!r} (mode 777)" in line
+        assert f"kept in {str(private)!r}" in line
+    assert len(compilations) == 1
+    assert planted.exists()
+    assert cpu.status("small").path.parent == private
+    for made in (private, private.parent):
+        assert stat.S_IMODE(made.stat().st_mode) == 0o700
+
+
+def test_a_world_writable_library_is_rebuilt(compilations, new_process) -> None:
+    assert cpu.load("small").answer() == 42
+    path = cpu.status("small").path
+    path.chmod(0o666)
+    new_process()
+    assert cpu.load("small").answer() == 42
+    assert len(compilations) == 2
+    assert not path.stat().st_mode & 0o022
+
+
+def test_plain_layers_where_both_folders_are_others(
+    compilations, compiled, sources, private, caplog
+) -> None:
+    """What lies there is not loaded, and nothing is compiled into it."""
+    stem = Sources(sources).stem("small", cpu.instruction_set())
+    for taken in (cpu.cache_dir(), private):
+        taken.mkdir(parents=True)
+        shutil.copyfile(compiled[13], taken / "built")
+        folders.store(taken / "built", taken, stem)
+        taken.chmod(0o777)
+    assert cpu.load("small") is None
+    (line,) = _warnings(caplog)
+    for taken in (cpu.cache_dir(), private):
+        assert f"others may write to {str(taken)!r}" in line
+    assert not compilations
+
+
+def test_a_private_folder_created_concurrently_by_another_user(
+    compilations, private, monkeypatch
+) -> None:
+    """Between the look at the place and the making of a folder."""
+    cpu.cache_dir().parent.write_text("")
+    real = folders._make
+
+    def make(place: Path) -> None:
+        real(place)
+        if place == private:
+            place.chmod(0o777)
+
+    monkeypatch.setattr(folders, "_make", make)
+    assert cpu.load("small") is None
+    assert not compilations
+
+
+# ---- folders that will not do ------------------------------------------------------------------
+def test_the_cache_works_with_any_umask(sources, new_process, caplog) -> None:
+    before = os.umask(0)
+    try:
+        assert cpu.load("small").answer() == 42
+    finally:
+        os.umask(before)
+    new_process()
+    assert cpu.load("small").answer() == 42
+    assert cpu.status("small").path.parent == cpu.cache_dir()
+    assert not _warnings(caplog)
+
+
+def _file(place: Path) -> None:
+    place.parent.mkdir()
+    place.write_text("")
+
+
+def _below_a_file(place: Path) -> None:
+    place.parent.write_text("")
+
+
+def _loop_of_links(place: Path) -> None:
+    place.parent.mkdir()
+    place.symlink_to(place)
+
+
+@pytest.mark.parametrize("make", [_file, _below_a_file, _loop_of_links])
+def test_a_cache_that_is_a_file(make, compilations, private, caplog) -> None:
+    make(cpu.cache_dir())
+    assert cpu.load("small").answer() == 42
+    assert cpu.status("small").path.parent == private
+    (line,) = _warnings(caplog)
+    assert str(cpu.cache_dir().parent) in line
+
+
+def test_a_linked_cache_is_created(compilations, tmp_path, caplog) -> None:
+    """As where ``~/.cache`` leads to a disk whose folders were cleared."""
+    (tmp_path / "cache").symlink_to(tmp_path / "disk" / "cache")
+    assert cpu.load("small").answer() == 42
+    assert list((tmp_path / "disk" / "cache" / "native").glob("*.so"))
+    assert not _warnings(caplog)
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.EDQUOT])
+def test_a_cache_that_cannot_be_written(
+    error, compilations, private, monkeypatch, caplog, new_process
+) -> None:
+    real = folders.tempfile.mkdtemp
+
+    def mkdtemp(**options) -> str:
+        if options["dir"] == cpu.cache_dir():
+            raise OSError(error, os.strerror(error), str(options["dir"]))
+        return real(**options)
+
+    monkeypatch.setattr(folders.tempfile, "mkdtemp", mkdtemp)
+    for _ in range(2):
+        new_process()
+        caplog.clear()
+        assert cpu.load("small").answer() == 42
+        assert cpu.status("small").path.parent == private
+        (line,) = _warnings(caplog)
+        assert f"{os.strerror(error)}: {str(cpu.cache_dir())!r}" in line
+    assert len(compilations) == 1
+
+
+def test_a_read_only_cache_is_used(compilations, monkeypatch, new_process, caplog) -> None:
+    assert cpu.load("small").answer() == 42
+    new_process()
+    monkeypatch.setattr(folders, "_make", None)  # nothing can be created
+    monkeypatch.setattr(folders.tempfile, "mkdtemp", None)
+    assert cpu.load("small").answer() == 42
+    assert cpu.status("small").path.parent == cpu.cache_dir()
+    assert not _warnings(caplog)
+
+
+def test_a_user_without_a_home(compilations, private, monkeypatch, caplog) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("VISION_BACKBONES_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert cpu.load("small").answer() == 42
+    assert cpu.status("small").path.parent == private
+    (line,) = _warnings(caplog)
+    assert "there is no home for '~/.cache/vision-backbones/native'" in line
+
+
+def test_a_mount_without_execution(compilations, private, monkeypatch, caplog, new_process) -> None:
+    real = ctypes.CDLL
+
+    def load(path: str) -> ctypes.CDLL:
+        if path.startswith(str(cpu.cache_dir())):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return real(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    for _ in range(2):
+        new_process()
+        caplog.clear()
+        assert cpu.load("small").answer() == 42
+        assert cpu.status("small").path.parent == private
+        (line,) = _warnings(caplog)
+        assert "failed to map segment" in line
+    assert len(compilations) == 2  # once in each folder
+
+
+def test_odd_names(sources, tmp_path, monkeypatch, new_process, caplog) -> None:
+    name = os.fsdecode("with spaces, 'quotes', ä\n and ".encode() + b"\xff [bytes] $HOME")
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / name))
+    with caplog.at_level(logging.INFO, logger="ops.cpu"):
+        first = cpu.load("small")
+    assert first.answer() == 42 and openmp.runtime() is not None
+    assert all(r.getMessage().isprintable() for r in caplog.records)
+    monkeypatch.setattr(compiler, "run", None)  # not called again
+    new_process()
+    second = cpu.load("small")
+    assert second.answer() == 42
+    for library in (first, second):  # scikit-learn cannot read the names of libraries like this
+        _ctypes.dlclose(library._handle)
+    assert cpu.status("small").path.parent == tmp_path / name / "native"
+
+
+def test_the_private_folder(sources, private, tmp_path, monkeypatch) -> None:
+    assert folders.candidates() == [cpu.cache_dir(), private]
+    monkeypatch.setattr(folders, "_PERSISTENT", tmp_path / "missing")
+    temporary = tmp_path / "temporary" / private.parent.name / "native"
+    assert folders.candidates() == [cpu.cache_dir(), temporary]
+
+
+def test_cache_dir(monkeypatch, tmp_path) -> None:
+    monkeypatch.delenv("VISION_BACKBONES_CACHE_DIR", raising=False)
+    if sys.platform not in ("darwin", "win32"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert cpu.cache_dir() == tmp_path / "vision-backbones" / "native"
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "mine"))
+    assert cpu.cache_dir() == tmp_path / "mine" / "native"
+
+
+# ---- beside other processes --------------------------------------------------------------------
+def test_a_lock_that_is_never_released(compilations, monkeypatch, caplog) -> None:
+    """As by a process that was stopped."""
+    monkeypatch.setattr(folders, "_PATIENCE_S", 0.2)
+    cpu.cache_dir().mkdir(parents=True, mode=0o700)
+    with (cpu.cache_dir() / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert cpu.load("small").answer() == 42
+    waiting, going_on = _warnings(caplog)
+    assert waiting == (
+        f"Waiting for another process that compiles kernels into {str(cpu.cache_dir())!r}"
+    )
+    assert going_on.endswith("is still locked: going on without the lock")
+
+
+def test_a_lock_is_released_despite_a_fork(tmp_path) -> None:
+    with folders.locked(tmp_path):
+        (descriptor,) = (
+            int(fd)
+            for fd in os.listdir("/proc/self/fd")
+            if os.path.realpath(f"/proc/self/fd/{fd}") == str(tmp_path / "lock")
+        )
+        fork = os.dup(descriptor)
+    try:
+        with (tmp_path / "lock").open() as other:
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(fork)
+
+
+def test_a_disk_without_locks(compilations, monkeypatch, caplog) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert cpu.load("small").answer() == 42
+    assert cpu.status("small").path.parent == cpu.cache_dir()
+    assert not _warnings(caplog)
+
+
+@pytest.mark.parametrize("age", [10.0, 2 * folders._STALE_S])
+def test_leftover_scratch_folders(age, compilations) -> None:
+    left = cpu.cache_dir() / f"{folders._SCRATCH_PREFIX}abc"
+    left.mkdir(parents=True, mode=0o700)
+    (left / "half.s").write_text("")
+    os.utime(left, (time.time() - age,) * 2)
+    assert cpu.load("small").answer() == 42
+    assert left.exists() == (age < folders._STALE_S)

@@ -1,0 +1,568 @@
+"""Libraries come with the package or are compiled once; without them, plain layers run."""
+
+from __future__ import annotations
+
+import errno
+import io
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from compiled_kernels import random
+from fresh_python import run_code
+
+from ops import cpu
+from ops.cpu import build, instruction_sets
+from ops.cpu.build import compiler, folders, libraries
+from ops.cpu.build.sources import SOURCES, Sources
+from ops.neighborhood import na2d
+
+_NAMES = ["a", "b", "c", "small"]
+_which = shutil.which
+
+
+@pytest.fixture
+def four(sources: Path) -> Path:
+    """Three more kernels."""
+    for name in _NAMES[:3]:
+        (sources / "any" / f"{name}.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    return sources
+
+
+def _kept() -> list[str]:
+    return sorted(path.name.partition("-")[0] for path in cpu.cache_dir().glob("*.so"))
+
+
+def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """Without the announcements of compilations."""
+    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    return [line for line in said if not line.startswith("Compiling ")]
+
+
+def _without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+
+
+# ---- compiled on first use ---------------------------------------------------------------------
+def test_builds_once_and_says_it(sources, monkeypatch, caplog, new_process):
+    with caplog.at_level(logging.INFO, logger="ops.cpu"):
+        assert cpu.load("small").answer() == 42
+    announced, done = (r.getMessage() for r in caplog.records)
+    assert announced.startswith(f"Compiling 1 C++ kernels for {cpu.instruction_set()}")
+    for word in ("none came with the package", str(cpu.cache_dir()), "vision-backbones build"):
+        assert word in announced
+    assert "Compiled the small kernel" in done
+    assert cpu.unavailable_reason("small") is None
+    # Nothing but the library and the lock is left behind.
+    assert sorted(p.suffix for p in cpu.cache_dir().iterdir()) == ["", ".so"]
+
+    caplog.clear()
+    new_process()
+    monkeypatch.setattr(compiler, "run", None)  # not called again
+    with caplog.at_level(logging.INFO, logger="ops.cpu"):
+        assert cpu.load("small").answer() == 42
+    assert not caplog.records
+
+
+def test_changed_sources_are_rebuilt(sources, new_process):
+    assert cpu.load("small").answer() == 42
+    new_process()
+    (sources / "value.h").write_text("#define VALUE 43\n")
+    (sources / "any" / "small.cpp").write_text(
+        '#include "value.h"\nextern "C" int answer() { return VALUE; }\n'
+    )
+    assert cpu.load("small").answer() == 43
+    new_process()
+    (sources / "value.h").write_text("#define VALUE 44\n")
+    assert cpu.load("small").answer() == 44
+    assert len(_kept()) == 3
+
+
+def test_the_first_kernel_compiles_the_others(four, compilations) -> None:
+    assert cpu.load("b").answer() == 42
+    assert _kept() == _NAMES
+    for name in _NAMES:
+        assert cpu.load(name).answer() == 42
+    assert len(compilations) == 4
+
+
+@pytest.mark.parametrize(("group", "first"), [("_OF_PLAIN_LAYERS", ["a", "b"]), ("_ALONE", ["a"])])
+def test_what_others_do_not_need_is_compiled_apart(
+    group, first, four, compilations, monkeypatch
+) -> None:
+    monkeypatch.setattr(libraries, group, {*first})
+    assert cpu.load("a").answer() == 42
+    assert _kept() == first
+    assert cpu.load("c").answer() == 42
+    assert _kept() == (_NAMES if first == ["a", "b"] else ["a", "b", "c", "small"])
+    assert len(compilations) == 4
+
+
+def test_kernels_that_are_compiled_apart_exist() -> None:
+    assert not (libraries._OF_PLAIN_LAYERS | libraries._ALONE).difference(Sources().all())
+
+
+def test_one_compilation_per_cpu(four, compilations, monkeypatch) -> None:
+    monkeypatch.setattr(libraries, "_cpus", lambda: 2)
+    at_work, most, lock, compile_ = 0, 0, threading.Lock(), compiler.run
+
+    def run(words, scratch, running) -> None:
+        nonlocal at_work, most
+        with lock:
+            at_work += 1
+            most = max(most, at_work)
+        time.sleep(0.05)
+        compile_(words, scratch)
+        with lock:
+            at_work -= 1
+
+    monkeypatch.setattr(compiler, "run", run)
+    assert cpu.load("a").answer() == 42
+    assert most == 2
+
+
+def test_progress_on_a_terminal(four, compilations, monkeypatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    cpu.load("a")
+    assert terminal.getvalue().endswith(f"\r[{'#' * 24}] 4/4, 0 s\n")
+    terminal.truncate(0)
+    cpu.load("b")
+    assert not terminal.getvalue().strip("\0")
+
+
+def test_concurrent_processes_build_once(tmp_path):
+    """All of them get the library, one of them compiles it."""
+    (tmp_path / "any").mkdir()
+    (tmp_path / "any" / "small.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    # What they import is imported once, before they fork.
+    code = (
+        "import logging, os; logging.basicConfig(level=logging.INFO)\n"
+        f"os.environ['VISION_BACKBONES_CACHE_DIR'] = {str(tmp_path / 'cache')!r}\n"
+        "from pathlib import Path; from ops.cpu import build\n"
+        f"build.process.sources.root = Path({str(tmp_path)!r})\n"
+        "for _ in range(3):\n"
+        "    if not os.fork():\n"
+        "        assert build.load('small').answer() == 42\n"
+        "        os._exit(0)\n"
+        "print([os.wait()[1] for _ in range(3)])\n"
+    )
+    said = run_code(code, tmp_path)
+    assert said.endswith("[0, 0, 0]\n"), said
+    assert said.count("Compiled the small kernel") == 1
+    assert len(list((tmp_path / "cache" / "native").glob("small-*.so"))) == 1
+
+
+def test_concurrent_threads_load_once(compilations):
+    threads = [threading.Thread(target=cpu.load, args=("small",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(compilations) == 1
+    assert cpu.load("small").answer() == 42
+
+
+def test_a_fork_does_not_wait_for_a_thread_of_its_parent(compilations):
+    taken = threading.Thread(target=build.process._lock.acquire)  # and never releases it
+    taken.start()
+    taken.join()
+    build.process.forget_threads()
+    assert cpu.load("small").answer() == 42
+
+
+# ---- a plainer instruction set -----------------------------------------------------------------
+def test_instruction_set(compilations, monkeypatch):
+    best = cpu.instruction_set()
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "Portable")
+    assert cpu.instruction_set() == "portable"
+    assert cpu.status("small").path.name.startswith("small-portable-")
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instruction_sets.levels()[0])
+    assert cpu.instruction_set() == best  # never more than the CPU has
+
+
+@pytest.mark.parametrize("word", ["sse2", "native", "0", "avx2,avx512", "-1", "\udcff", "x" * 9999])
+def test_invalid_instruction_set(word, sources, monkeypatch):
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", word)
+    said = re.escape(f"must be one of {cpu.levels()}, got {word!r}")
+    for use in (cpu.instruction_set, lambda: cpu.load("small")):
+        with pytest.raises(ValueError, match=f"VISION_BACKBONES_NATIVE_ISA {said}"):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("capability", "bfloat16", "tiles", "expected"),
+    [
+        ("AVX512", True, True, "amx"),
+        ("AVX512", True, False, "avx512bf16"),
+        ("AVX512", False, False, "avx512"),
+        ("AVX2", True, True, "avx2"),  # as ATEN_CPU_CAPABILITY wants it
+        ("DEFAULT", False, False, "portable"),
+    ],
+)
+def test_instruction_set_of_other_cpus(capability, bfloat16, tiles, expected, sources, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(instruction_sets, "_richest", instruction_sets._richest.__wrapped__)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert cpu.instruction_set() == expected
+
+
+def test_a_compiler_without_the_instruction_set(sources, monkeypatch, tmp_path):
+    chosen = tmp_path / "old c++"
+    chosen.write_text(
+        '#!/bin/sh\nfor a in "$@"; do\n'
+        '  [ "$a" = -mavx2 ] && { echo "error: no" >&2; exit 1; }\ndone\n'
+        f'exec {shlex.join(compiler.find_compilers([])[0])} "$@"\n'
+    )
+    chosen.chmod(0o755)
+    monkeypatch.setattr(compiler, "find_compilers", lambda words: [[str(chosen)]])
+    assert cpu.load("small").answer() == 42
+    assert cpu.status("small").instruction_set == "portable"
+
+
+def test_no_compiler_but_libraries_for_fewer_instructions(compilations, monkeypatch, new_process):
+    """As in an image whose kernels were compiled on an older machine."""
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
+    assert cpu.load("small").answer() == 42
+    new_process()
+    monkeypatch.delenv("VISION_BACKBONES_NATIVE_ISA")
+    _without_compiler(monkeypatch)
+    assert cpu.load("small").answer() == 42
+    assert cpu.status("small").instruction_set == "portable"
+
+
+@pytest.fixture
+def caller(sources):
+    """A kernel that calls the one of linear layers."""
+    (sources / "gemm").mkdir()
+    (sources / "gemm" / "gemm.cpp").write_text(
+        'extern "C" int linear_forward() { return 6; }\n#ifdef VB_OLD\n#error no\n#endif\n'
+    )
+    (sources / "gemm" / "call.h").write_text(
+        'static int (*gemm)();\nextern "C" void linear_use(int (*forward)()) { gemm = forward; }\n'
+    )
+    (sources / "any" / "caller.cpp").write_text(
+        '#include "gemm/call.h"\nextern "C" int answer() { return 7 * gemm(); }\n'
+    )
+    return sources
+
+
+@pytest.mark.parametrize("plain", [set(), {"caller"}])
+def test_kernels_are_linked_with_gemm(plain, caller, monkeypatch):
+    monkeypatch.setattr(libraries, "_OF_PLAIN_LAYERS", plain)
+    (caller / "any" / "small.cpp").unlink()
+    assert cpu.load("caller").answer() == 42
+    assert _kept() == ["caller", "gemm"]  # which were compiled at once
+
+
+def test_instruction_set_matches_the_called_kernel(caller, monkeypatch):
+    """As weights are packed for these."""
+    monkeypatch.setitem(instruction_sets.FLAGS, cpu.instruction_set(), ["-DVB_OLD"])
+    assert cpu.load("caller").answer() == 42
+    sets = {cpu.status(name).instruction_set for name in ("caller", "gemm")}
+    assert len(sets) == 1 and sets != {cpu.instruction_set()}
+    assert cpu.status("small").instruction_set == cpu.instruction_set()
+
+
+def test_instruction_set_matches_that_of_packed_weights(caller, monkeypatch):
+    (caller / "gemm" / "pack.h").write_text("")
+    (caller / "any" / "reader.cpp").write_text(
+        '#include "gemm/pack.h"\nextern "C" int answer() { return 42; }\n'
+    )
+    monkeypatch.setitem(instruction_sets.FLAGS, cpu.instruction_set(), ["-DVB_OLD"])
+    assert cpu.load("reader").answer() == 42
+    assert cpu.status("reader").instruction_set == cpu.status("gemm").instruction_set
+    assert cpu.status("reader").instruction_set != cpu.instruction_set()
+
+
+def test_kernels_are_missing_without_the_one_they_call(caller):
+    (caller / "gemm" / "gemm.cpp").write_text("this is not C++\n")
+    assert cpu.load("caller") is None
+    assert "gemm.cpp" in cpu.unavailable_reason("caller")
+    assert cpu.load("small").answer() == 42
+
+
+# ---- nothing can be compiled -------------------------------------------------------------------
+def test_no_compiler(sources, monkeypatch, caplog):
+    _without_compiler(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="ops.cpu"):
+        assert cpu.load("small") is None
+        assert cpu.load("small") is None
+    assert "no C++ compiler" in cpu.unavailable_reason("small")
+    assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.INFO
+    assert not cpu.cache_dir().exists()
+
+
+def test_cxx_does_not_exist(compilations, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    assert cpu.load("small").answer() == 42
+
+
+def test_cxx_with_unbalanced_quotes(compilations, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "g++ 'x")
+    assert cpu.load("small") is None
+    (line,) = _warnings(caplog)
+    assert line.endswith('CXX="g++ \'x" is not a command: No closing quotation')
+
+
+def test_a_failed_kernel_does_not_stop_the_others(four) -> None:
+    (four / "any" / "b.cpp").write_text("this is not C++\n")
+    assert cpu.load("a").answer() == 42
+    assert _kept() == ["a", "c", "small"]
+    assert cpu.load("c").answer() == 42
+    assert cpu.load("b") is None
+    assert "error" in cpu.unavailable_reason("b")
+
+
+def test_rejected_sources_are_not_retried(four, monkeypatch) -> None:
+    attempts = []
+
+    def refuse(words, scratch, running) -> None:
+        attempts.append(words)
+        raise compiler.RefusedError("error: no")
+
+    monkeypatch.setattr(compiler, "run", refuse)
+    monkeypatch.setattr(compiler, "find_compilers", lambda words: [["c++"]])
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
+    assert [cpu.load(name) for name in _NAMES] == [None] * 4
+    assert len(attempts) == 4
+
+
+def test_a_killed_compiler_is_not_tried_again(compilations, sources, monkeypatch, caplog):
+    """Neither for a plainer instruction set nor for kernels that come later."""
+    attempts = []
+
+    def killed(words, scratch, running):
+        attempts.append(words)
+        raise compiler.CompilerError("c++ failed with status -9: ")
+
+    monkeypatch.setattr(compiler, "run", killed)
+    assert cpu.load("small") is None
+    (sources / "any" / "other.cpp").write_text("")
+    assert cpu.load("other") is None
+    assert len(attempts) == 1
+    assert "status -9" in cpu.unavailable_reason("other")
+    assert len(_warnings(caplog)) == 1
+    assert not list(cpu.cache_dir().glob(f"{folders._SCRATCH_PREFIX}*"))
+
+
+def test_plain_layers_run_at_once_where_nothing_can_be_compiled(monkeypatch, sources, caplog):
+    for kernel in ("neighborhood", "other"):
+        (sources / "any" / f"{kernel}.cpp").write_text("")
+    attempts = []
+
+    def full(words, scratch, running):
+        attempts.append(words)
+        Path(words[-1]).write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device", str(scratch.parent))
+
+    monkeypatch.setattr(compiler, "run", full)
+    monkeypatch.setattr(libraries, "_cpus", lambda: 1)
+    x = random(1, 5, 6, 2, 4).float()
+    out = na2d(x, x, x, 3)
+    assert cpu.load("other") is None
+    torch.testing.assert_close(out, na2d(x, x, x, 3, backend="reference"))
+    (line,) = _warnings(caplog)
+    assert line.count("No space left") == 2  # in the cache and in the private folder
+    assert not list(sources.parent.glob(f"**/{folders._SCRATCH_PREFIX}*"))
+    assert not list(sources.parent.glob("**/*.so"))
+    before = len(attempts)
+    assert na2d(x, x, x, 3) is not None and len(attempts) == before
+
+
+def test_ctrl_c_ends_the_compilers(four, compilations, monkeypatch, tmp_path, default_signals):
+    """And in a notebook, one goes on."""
+    slow = tmp_path / "slow"
+    slow.write_text(f"#!/bin/sh\nsleep 60 & echo $! > '{tmp_path}/'$$; wait\n")
+    slow.chmod(0o755)
+    works, find = compiler.run, compiler.find_compilers
+    monkeypatch.undo()
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "cache"))
+    libraries_ = libraries.Libraries(Sources(four), tmp_path / "shipped")
+    monkeypatch.setattr(compiler, "find_compilers", lambda words: [[str(slow)]])
+
+    def interrupt() -> None:
+        while not [p for p in tmp_path.iterdir() if p.name.isdigit() and p.read_text()]:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        libraries_.status("a")
+    thread.join()
+    assert time.monotonic() - start < 30
+    assert [path.name for path in cpu.cache_dir().iterdir()] == ["lock"]
+    monkeypatch.setattr(compiler, "run", works)
+    monkeypatch.setattr(compiler, "find_compilers", find)
+    assert libraries_.status("a").library.answer() == 42
+
+
+@pytest.mark.parametrize("word", ["0", "false", "No", "OFF", " off "])
+def test_switched_off(word, sources, monkeypatch):
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", word)
+    assert cpu.load("small") is None
+    assert f"VISION_BACKBONES_NATIVE={word}" in cpu.unavailable_reason("small")
+    assert not cpu.cache_dir().exists()
+
+
+@pytest.mark.parametrize("word", ["1", "True", "YES", "on", ""])
+def test_switched_on(word, compilations, monkeypatch):
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", word)
+    assert cpu.load("small").answer() == 42
+
+
+def test_invalid_switch(sources, monkeypatch):
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
+    with pytest.raises(ValueError, match=r"VISION_BACKBONES_NATIVE must be .*'false'.*'maybe'"):
+        cpu.load("small")
+
+
+def test_missing_sources(sources, caplog):
+    (sources / "any" / "small.cpp").unlink()
+    assert cpu.load("small") is None
+    assert "small.cpp" in cpu.unavailable_reason("small")
+    assert len(_warnings(caplog)) == 1
+
+
+def test_unknown_kernel(sources):
+    with pytest.raises(ValueError, match="'other'.*small"):
+        cpu.load("other")
+
+
+# ---- ahead of time -----------------------------------------------------------------------------
+def test_prepare_compiles_all_and_loads_none(four, compilations, monkeypatch) -> None:
+    richest = cpu.levels()[0]  # which this CPU need not run
+    monkeypatch.setattr(libraries.ctypes, "CDLL", None)
+    assert cpu.prepare(richest) == cpu.cache_dir()
+    assert [p.name.split("-")[1] for p in cpu.cache_dir().glob("*.so")] == [richest] * 4
+    assert cpu.prepare(richest) == cpu.cache_dir()
+    assert len(compilations) == 4
+
+
+def test_prepare_says_why_not(four, monkeypatch) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "off")
+    with pytest.raises(RuntimeError, match="switched off by VISION_BACKBONES_NATIVE=off"):
+        cpu.prepare("portable")
+    monkeypatch.delenv("VISION_BACKBONES_NATIVE")
+    (four / "any" / "b.cpp").write_text("this is not C++\n")
+    with pytest.raises(RuntimeError, match="no portable kernel was built from b"):
+        cpu.prepare("portable")
+    _without_compiler(monkeypatch)
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        cpu.prepare("portable")
+
+
+def test_prepare_takes_the_private_folder_if_the_cache_is_read_only(
+    four, compilations, monkeypatch
+) -> None:
+    scratch = folders.scratch
+
+    def refuse(folder: Path):
+        if folder == cpu.cache_dir():
+            raise OSError(errno.EROFS, "Read-only file system", str(folder))
+        return scratch(folder)
+
+    monkeypatch.setattr(folders, "scratch", refuse)
+    folder = cpu.prepare("portable")
+    assert folder == folders.candidates()[1]
+    assert len(list(folder.glob("*.so"))) == 4
+    assert cpu.prepare("portable") == folder
+    assert len(compilations) == 4
+
+
+# ---- with the package --------------------------------------------------------------------------
+def _ship(library: Path, isa: str) -> Path:
+    process = build.process
+    process.shipped.mkdir(exist_ok=True)
+    path = process.shipped / f"{process.sources.stem('small', isa)}.so"
+    return Path(shutil.copyfile(library, path))
+
+
+def test_a_library_of_the_package_needs_no_compiler(sources, compiled, monkeypatch) -> None:
+    _without_compiler(monkeypatch)
+    path = _ship(compiled[42], cpu.instruction_set())
+    assert cpu.load("small").answer() == 42
+    state = cpu.status("small")
+    assert (state.path, state.instruction_set) == (path, cpu.instruction_set())
+    assert cpu.prepare(cpu.instruction_set()) is None
+    assert not cpu.cache_dir().exists()
+
+
+def test_the_richest_instructions_of_this_cpu_are_chosen(
+    sources, compiled, monkeypatch, new_process
+) -> None:
+    for isa in cpu.levels():
+        _ship(compiled[42], isa)
+    for isa in instruction_sets.candidates():
+        monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", isa)
+        new_process()
+        assert cpu.load("small").answer() == 42
+        assert cpu.status("small").instruction_set == isa
+
+
+def test_it_comes_before_what_was_compiled(compilations, compiled, new_process) -> None:
+    assert cpu.load("small").answer() == 42
+    new_process()
+    _ship(compiled[13], cpu.instruction_set())
+    assert cpu.load("small").answer() == 13
+
+
+@pytest.mark.parametrize("changed", ["source", "flags"])
+def test_a_stale_library_is_not_loaded(changed, sources, compiled, monkeypatch) -> None:
+    _without_compiler(monkeypatch)
+    _ship(compiled[13], cpu.instruction_set())
+    if changed == "source":
+        (sources / "any" / "small.cpp").write_text('extern "C" int answer() { return 7; }\n')
+    else:
+        monkeypatch.setattr(instruction_sets, "COMMON_FLAGS", ["-O1", "-fPIC", "-shared"])
+    assert cpu.load("small") is None
+
+
+def test_a_library_that_does_not_load_here_is_compiled(sources, compiled) -> None:
+    path = _ship(compiled[42], cpu.instruction_set())
+    path.write_bytes(b"the code of another system")
+    assert cpu.load("small").answer() == 42
+    assert cpu.status("small").path.parent == cpu.cache_dir()
+    assert path.exists()
+
+
+def test_switched_off_means_those_of_the_package_too(sources, compiled, monkeypatch) -> None:
+    _ship(compiled[42], cpu.instruction_set())
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
+    assert cpu.load("small") is None
+
+
+@pytest.mark.parametrize("name", sorted(Sources().all()))
+def test_glibc_symbols_match_the_wheel_tag(name: str) -> None:
+    """manylinux_2_28; what a newer one has in place of it is named by its version."""
+    path = cpu.status(name).path
+    assert path is not None
+    versions = re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes())
+    assert max(map(int, versions), default=0) <= 28
+
+
+def test_every_kernel_of_the_package_stands_alone():
+    """No header of torch or Python: one library serves every version of them."""
+    for source in [*SOURCES.rglob("*.cpp"), *SOURCES.rglob("*.h")]:
+        text = source.read_text()
+        assert "torch/" not in text and "Python.h" not in text and "ATen" not in text, source
+
+
+def test_the_old_name_of_the_state() -> None:
+    with pytest.warns(DeprecationWarning, match="LibraryState"):
+        assert cpu.Kernel is cpu.LibraryState
