@@ -141,7 +141,7 @@ static void forget_pages() {
 // Kernels are given the threads that they share, see ops/cpu/build/openmp.py.
 extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 
-// And the kernel of linear layers, which is loaded before those that call it, see ops/cpu/build.py.
+// And the kernel of linear layers, which is loaded before those that call it, see ops/cpu/build/libraries.py.
 static void* gemm = nullptr;
 
 static void* load(const char* path) {

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import registered
-from ops.cpu.dispatch import is_plain_call, needs_grad
+from ops.cpu.call.binding import registered
+from ops.cpu.call.dispatch import is_plain_call, needs_grad
 from ops.cpu.wkv.bi_wkv import bi_wkv_backward, bi_wkv_forward
 
 __all__ = ["attend", "supports"]

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
-from ops.cpu.binding import Kernel
+from ops.cpu.call.binding import Kernel
+from ops.cpu.call.dispatch import takes_kernels
 from ops.cpu.decisions import Decision, observe_decisions
-from ops.cpu.dispatch import takes_kernels
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.int8 import unsupported_int8
 from ops.cpu.gemm.linear import unsupported

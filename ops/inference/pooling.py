@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.dispatch import takes_kernels
+from ops.cpu.call.dispatch import takes_kernels
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.forms import stands_for
 

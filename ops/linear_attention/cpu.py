@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import registered
-from ops.cpu.dispatch import is_plain_call, needs_grad
+from ops.cpu.call.binding import registered
+from ops.cpu.call.dispatch import is_plain_call, needs_grad
 from ops.cpu.scan.gated_scan import gated_scan, gated_scan_backward
 
 __all__ = ["attend", "supports"]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import registered
 from ops.cpu.build import unavailable_reason
-from ops.cpu.dispatch import is_plain_call, needs_grad
+from ops.cpu.call.binding import registered
+from ops.cpu.call.dispatch import is_plain_call, needs_grad
 from ops.cpu.neighborhood.attention import na_cpu_backward, na_cpu_forward, na_cpu_output
 from ops.neighborhood._geometry import NAParams
 

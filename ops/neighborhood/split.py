@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ops.arguments import require_tensor
-from ops.cpu.dispatch import needs_grad, takes_kernels
+from ops.cpu.call.dispatch import needs_grad, takes_kernels
 from ops.neighborhood import reference, split_cpu, split_tiled, split_triton
 from ops.neighborhood._checks import check_rpb, resolve_params
 from ops.neighborhood._geometry import NAParams

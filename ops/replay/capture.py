@@ -1,7 +1,7 @@
 """Capture: records one call of a module, with the memory it uses, so that it can be replayed.
 
 A capture records the operators of torch that are called below autograd and, as an observer of
-:mod:`ops.cpu.binding`, the kernels with their tensors, but nothing that happens inside either.
+:mod:`ops.cpu.call.binding`, the kernels with their tensors, but nothing that happens inside either.
 Operators' schemas say what they modify. A capture distinguishes tensors allocated while it lasts,
 which a replay may place anywhere, from tensors that existed before, such as weights.
 """
@@ -21,8 +21,8 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.cpu.binding import Kernel, kernel_of, observed_by
-from ops.cpu.call import words_of
+from ops.cpu.call.binding import Kernel, kernel_of, observed_by
+from ops.cpu.call.c_arguments import words_of
 from ops.replay.graph import (
     Block,
     Buffer,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ops.cpu.build import load
-from ops.cpu.structures import structure
+from ops.cpu.call.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ops.cpu.build import status
-from ops.cpu.dispatch import is_plain_call, takes_kernels
+from ops.cpu.call.dispatch import is_plain_call, takes_kernels
 from ops.replay.capture import Capture
 from ops.replay.changes import TensorSnapshot
 from ops.replay.graph import NotCapturableError

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from ops.cpu.binding import Kernel
 from ops.cpu.build import status
+from ops.cpu.call.binding import Kernel
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.flops import function_flops, kernel_flops
 from ops.replay.capture import Capture, allocates

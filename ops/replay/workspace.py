@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ops.cpu.huge_pages import ask_for_huge_pages
+from ops.cpu.call.huge_pages import ask_for_huge_pages
 
 __all__ = ["Workspace", "workspace"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ops.cpu.binding import Kernel
+from ops.cpu.call.binding import Kernel
 from ops.cpu.decisions import Decision
 from ops.inference.packed_linear import Quantization
 from ops.replay.trace import Step

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ops.cpu.dispatch import is_plain_call
+from ops.cpu.call.dispatch import is_plain_call
 from ops.inference.layers import in_plain_form
 from ops.replay.module import Recorded
 from ops.rewriting.graph import OperatorGraph

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ops.cpu.binding import kernel_of
+from ops.cpu.call.binding import kernel_of
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.inference.layers import ActivatedLayer
 from ops.inference.packed_linear import quantization_of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.differentiable import differentiable
+from ops.cpu.call.differentiable import differentiable
 from ops.cpu.selective.selective_scan import (
     map_scan,
     map_scan_backward,

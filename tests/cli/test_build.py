@@ -70,7 +70,7 @@ def test_invalid_variables_are_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv(variable, value)
-    monkeypatch.setattr(build.process, "states", {})  # what this process has loaded is not looked for
+    monkeypatch.setattr(build.process, "states", {})  # nothing is loaded yet
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {variable} must be one of [")

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call, sizes_of
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.tensors import bias_of
 from ops.cpu.depthwise.conv import taps_first
-from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.tensors import bias_of
 from ops.cpu.threads import threads_for
 
 __all__ = ["PackedCascadedAttention", "cascaded_attention"]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ops.cpu.attention.grouped import attention_threads
 from ops.cpu.attention.linear import gated_out, gated_parts, unsupported_heads
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call
 
 __all__ = ["gated_attention", "unsupported"]
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call, sizes_of
-from ops.cpu.dispatch import require_dtype
-from ops.cpu.tensors import dense_channels
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.tensors import dense_channels
 
 __all__ = [
     "LINE",

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call, sizes_of
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = [

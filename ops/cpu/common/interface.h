@@ -1,5 +1,5 @@
 // The C interface of a library. Functions return 0, or 1 if they ran out of memory. The library
-// reports the sizes of its structures, which ops/cpu/binding.py compares with its own.
+// reports the sizes of its structures, which ops/cpu/call/binding.py compares with its own.
 #pragma once
 #include <cstdint>
 #include <exception>

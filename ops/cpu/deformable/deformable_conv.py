@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call, sizes_of
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.tensors import as_nhwc
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.gemm.plan import packed_size
-from ops.cpu.tensors import as_nhwc
+from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["deformable_conv2d", "pack_taps"]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from ops.cpu.activations import require_activation
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call
-from ops.cpu.dispatch import require_dtype
-from ops.cpu.tensors import as_nhwc, empty_nhwc
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.tensors import as_nhwc, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["depthwise_branches", "depthwise_conv2d", "taps_first", "unsupported"]

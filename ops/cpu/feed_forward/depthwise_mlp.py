@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.tensors import bias_of, dense
 from ops.cpu.depthwise.conv import taps_first
-from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.tensors import bias_of, dense
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedDepthwiseMlp", "depthwise_mlp"]

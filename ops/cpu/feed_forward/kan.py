@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call
 from ops.cpu.gemm.linear import no_products
-from ops.cpu.gemm.plan import packed_size
+from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["LARGEST_POWER", "PackedKAN", "kan_layer"]

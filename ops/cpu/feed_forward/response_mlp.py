@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.tensors import bias_of
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.tensors import bias_of
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedResponseMlp", "response_mlp"]

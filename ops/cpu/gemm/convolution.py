@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.activations import require_activation
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call, sizes_of
-from ops.cpu.dispatch import require_dtype
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.tensors import bias_of, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedConv2d", "packed_conv2d"]

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.cpu import policy
-from ops.cpu.binding import kernel
 from ops.cpu.build import load, unavailable_reason
-from ops.cpu.call import Addresses, Call
-from ops.cpu.dispatch import require_dtype
-from ops.cpu.gemm.plan import (
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Addresses, Call
+from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.tensors import dense
+from ops.cpu.gemm.problem import (
     TENSORS,
     check_scales,
     linear_problem,
@@ -28,7 +29,6 @@ from ops.cpu.gemm.plan import (
     packed_size,
     with_rows,
 )
-from ops.cpu.tensors import dense
 
 __all__ = [
     "LARGEST_BYTE",

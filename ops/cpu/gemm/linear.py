@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import kernel
 from ops.cpu.build import load, unavailable_reason
-from ops.cpu.call import Call, pack
-from ops.cpu.gemm.plan import check_scales, linear_problem, output_shape, packed_size, with_rows
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call, pack
+from ops.cpu.gemm.problem import check_scales, linear_problem, output_shape, packed_size, with_rows
 from ops.cpu.policy import multiplies
 
 __all__ = ["no_products", "pack_weight", "packed_linear", "packed_linear_energy", "unsupported"]
@@ -92,7 +92,7 @@ def packed_linear(
         bias: (out_features,) float32; its length sets the width of the result.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
         other: (B, ..., out_features), in the dtype of ``x``.
-        combination: one of :data:`ops.cpu.gemm.plan.COMBINATIONS`: the output ``+ other``,
+        combination: one of :data:`ops.cpu.gemm.problem.COMBINATIONS`: the output ``+ other``,
             ``* other`` or ``+ other * other_scale``. With ``add_clipped``, ReLU or ReLU6 is applied
             to the sum.
         scale: (B, in_features) float32, multiplied with the inputs.

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call
 from ops.cpu.gemm.linear import no_products
-from ops.cpu.gemm.plan import linear_problem, output_shape, with_rows
+from ops.cpu.gemm.problem import linear_problem, output_shape, with_rows
 
 __all__ = ["packed_mlp"]
 

@@ -18,14 +18,14 @@ using simd::F;
 using simd::round_up;
 using simd::W;
 
-// plan.py fills in these fields. Strides are between rows, in elements.
+// problem.py fills in these fields. Strides are between rows, in elements.
 struct Problem {
   int64_t rows, in_features, out_features, in_stride, out_stride, other_stride;
   int64_t image_rows;  // rows that share scales and energies
   int64_t activation, combination, bfloat16, threads;
 };
 
-// How the activated output is combined with `other`, in the order of COMBINATIONS in plan.py.
+// How the activated output is combined with `other`, in the order of COMBINATIONS in problem.py.
 // ADD_CLIPPED applies the activation, RELU or RELU6, to the sum instead.
 enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED, ADD_CLIPPED };
 

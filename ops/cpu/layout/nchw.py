@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call
-from ops.cpu.dispatch import require_dtype
-from ops.cpu.tensors import empty_nhwc
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.tensors import empty_nhwc
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["nchw_from_nhwc", "nhwc_from_nchw"]

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call
-from ops.cpu.tensors import dense, dense_channels
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.tensors import dense, dense_channels
 
 __all__ = [
     "na_cpu_backward",

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from ops.cpu.build import load, unavailable_reason
-from ops.cpu.call import require_same_bytes
-from ops.cpu.structures import structure
+from ops.cpu.call.c_arguments import require_same_bytes
+from ops.cpu.call.structures import structure
 
 __all__ = ["FILTERS", "MOST_SCALE", "look_up", "resize_part", "unsupported"]
 

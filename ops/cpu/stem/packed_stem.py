@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call, sizes_of
-from ops.cpu.dispatch import require_dtype
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.tensors import bias_of, empty_nhwc
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.gemm.plan import packed_size
+from ops.cpu.gemm.problem import packed_size
 from ops.cpu.policy import multiplies
-from ops.cpu.tensors import bias_of, empty_nhwc
 from ops.cpu.threads import threads_for
 
 __all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ops.cpu
 from ops.cpu import flops
-from ops.cpu.binding import Kernel
+from ops.cpu.call.binding import Kernel
 from ops.neighborhood import na2d, na2d_av, na2d_qk
 from ops.replay.trace import Trace, TracedCall
 

@@ -11,7 +11,8 @@ from compiled_kernels import using_threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops.cpu import binding, decisions
+from ops.cpu import decisions
+from ops.cpu.call import binding
 from ops.inference import layers
 from ops.replay.clock import clock
 from ops.replay.module import recorded_form

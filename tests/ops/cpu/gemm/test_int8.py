@@ -34,7 +34,7 @@ from ops.cpu.gemm.int8 import (
     unsupported_int8,
 )
 from ops.cpu.gemm.linear import packed_linear
-from ops.cpu.gemm.plan import COMBINATIONS
+from ops.cpu.gemm.problem import COMBINATIONS
 
 _CPU = torch.device("cpu")
 _HAS_BYTES = unsupported_int8(_CPU, torch.float32) is None

@@ -28,7 +28,7 @@ from ops.cpu.gemm.linear import (
     packed_linear_energy,
     unsupported,
 )
-from ops.cpu.gemm.plan import COMBINATIONS
+from ops.cpu.gemm.problem import COMBINATIONS
 
 _COMBINED = {
     "none": lambda x, *_: x,

@@ -1,4 +1,4 @@
-"""Plans: the arguments of calls whose layout is known, made without describing the call again."""
+"""Repeated calls: their arguments, made without describing the call again."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.call import Call, pack, words_of
+from ops.cpu.call.c_arguments import Call, pack, words_of
 
-__all__ = ["Plan", "Signature"]
+__all__ = ["RepeatedCall", "Signature"]
 
 
 class Signature:
@@ -45,7 +45,7 @@ class Signature:
         return tuple(parts)
 
 
-class Plan:
+class RepeatedCall:
     """Makes the C arguments of calls with a known layout without describing them again.
 
     Args:
@@ -71,7 +71,7 @@ class Plan:
     @classmethod
     def of(
         cls, tensors: Sequence[Tensor | None], call: Call, arguments: Sequence[Any]
-    ) -> Plan | None:
+    ) -> RepeatedCall | None:
         """None if tensors were copied or created for the call, which then has to be described."""
         results = call.results()
         if not arguments:

@@ -49,8 +49,8 @@ class Addresses(NamedTuple):
     """A structure of pointers and numbers.
 
     Attributes:
-        structure: see :func:`ops.cpu.structures.structure`; each field has 8 bytes or is itself
-            such a structure.
+        structure: see :func:`ops.cpu.call.structures.structure`; each field has 8 bytes or is
+            itself such a structure.
         fields: the values: a tensor (its address), a tensor with an offset in bytes, a number, the
             name of an activation, or the fields of a nested structure. Fields that are missing or
             None are zeros and null pointers.
@@ -98,7 +98,7 @@ def _number(value: Any) -> Any:
 
 
 def names_of(parameters: Mapping[str, Any]) -> set[str]:
-    """The names of parameters, see :func:`ops.cpu.structures.parameters`, and of their fields."""
+    """The names of parameters (:func:`ops.cpu.call.structures.parameters`) and of their fields."""
     kinds = [kind for kind in parameters.values() if kind is not None]
     return {*parameters, *(name for kind in kinds for name, _ in kind._fields_)}
 
@@ -107,7 +107,7 @@ def arguments_by_name(parameters: Mapping[str, Any], given: dict[str, Any]) -> l
     """The arguments of a C function in order.
 
     Args:
-        parameters: see :func:`ops.cpu.structures.parameters`.
+        parameters: see :func:`ops.cpu.call.structures.parameters`.
         given: values of parameters and of their structures' fields. A structure that is a
             parameter of its own name, or a list of structures, has fields of its own.
     """

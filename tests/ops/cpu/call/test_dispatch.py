@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.cpu.dispatch import is_plain_call
+from ops.cpu.call.dispatch import is_plain_call
 
 
 class _Mode(TorchDispatchMode):

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ops.cpu import policy
 from ops.cpu.build import status, unavailable_reason
-from ops.cpu.call import Call, arguments_by_name, names_of, pack, require_same_bytes
-from ops.cpu.dispatch import is_plain_call
-from ops.cpu.huge_pages import ask_for_huge_pages
-from ops.cpu.plan import Plan, Signature
-from ops.cpu.structures import parameters
+from ops.cpu.call.c_arguments import Call, arguments_by_name, names_of, pack, require_same_bytes
+from ops.cpu.call.dispatch import is_plain_call
+from ops.cpu.call.huge_pages import ask_for_huge_pages
+from ops.cpu.call.repeated import RepeatedCall, Signature
+from ops.cpu.call.structures import parameters
 
 __all__ = ["Kernel", "Observer", "kernel", "kernel_of", "observed_by", "registered"]
 
@@ -90,7 +90,7 @@ class Kernel:
     takes longer than computing a small map.
 
     Args:
-        describe: checks the arguments, see :class:`ops.cpu.call.Call`.
+        describe: checks the arguments, see :class:`ops.cpu.call.c_arguments.Call`.
         library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
         function: the C function; it returns 0, or 1 if it ran out of memory.
         returns: the return type in the schema.
@@ -130,7 +130,7 @@ class Kernel:
         # torch.library.register_fake would look up its caller's source: 10 ms per import.
         registered.impl(self.name, lambda *a: describe(*a).result, "Meta")
         self._dispatched = getattr(torch.ops.vision_backbones, self.name).default
-        self._plans: dict[Hashable, Plan | None] = {}
+        self._plans: dict[Hashable, RepeatedCall | None] = {}
         _kernels[self._dispatched] = self
 
     def __repr__(self) -> str:
@@ -189,7 +189,7 @@ class Kernel:
                 self._plans.clear()
             given = [id(t) for t in tensors if t is not None]
             if len({*given}) == len(given):  # else it is not known which argument a pointer is of
-                self._plans[layout] = Plan.of(tensors, call, arguments)
+                self._plans[layout] = RepeatedCall.of(tensors, call, arguments)
             return call.result
         if plan is None:
             return self._run_described(args)[0].result
@@ -252,7 +252,7 @@ class Kernel:
         names = ("in" if p.name == "x" else p.name for p in self._parameters)
         return of_function, known, [(i, n) for i, n in enumerate(names) if n in known]
 
-    def _run_planned(self, tensors: Sequence[Tensor | None], plan: Plan) -> Any:
+    def _run_planned(self, tensors: Sequence[Tensor | None], plan: RepeatedCall) -> Any:
         results = [torch.empty_strided(n, step, dtype=kind) for n, step, kind in plan.results]
         if self._large_results:
             ask_for_huge_pages(*results)

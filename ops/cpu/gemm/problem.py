@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ops.cpu.activations import require_activation
 from ops.cpu.build import status
-from ops.cpu.call import numbers
-from ops.cpu.dispatch import require_dtype
-from ops.cpu.structures import structure
+from ops.cpu.call.c_arguments import numbers
+from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.structures import structure
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = [

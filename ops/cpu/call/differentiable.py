@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Kernel, registered
-from ops.cpu.dispatch import is_plain_call, needs_grad
+from ops.cpu.call.binding import Kernel, registered
+from ops.cpu.call.dispatch import is_plain_call, needs_grad
 
 __all__ = ["differentiable"]
 

@@ -11,14 +11,14 @@ import torch
 from compiled_kernels import linear_layer, random, using_threads
 from torch import Tensor
 
-from ops.cpu import binding
-from ops.cpu.binding import Kernel, observed_by
-from ops.cpu.call import Addresses, Call, words_of
+from ops.cpu.call import binding
+from ops.cpu.call.binding import Kernel, observed_by
+from ops.cpu.call.c_arguments import Addresses, Call, words_of
+from ops.cpu.call.structures import structure
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.norm.layer_norm import layer_norm
-from ops.cpu.structures import structure
 
 
 class _Watch:
@@ -73,7 +73,7 @@ def test_planned_calls_equal_unplanned_ones(dtype: torch.dtype, monkeypatch) -> 
             assert out.stride() == outs[0].stride() and out.dtype == outs[0].dtype
         assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
         with monkeypatch.context() as patch:
-            patch.setattr(binding.Plan, "of", lambda *_: None)
+            patch.setattr(binding.RepeatedCall, "of", lambda *_: None)
             for kernel in (layer_norm, depthwise_conv2d, depthwise_branches, packed_linear):
                 kernel._plans.clear()
             assert torch.equal(call(maps[1]), outs[1])

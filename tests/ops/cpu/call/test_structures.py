@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ops import cpu
-from ops.cpu.structures import SOURCES, included, parameters, structure
+from ops.cpu.call.structures import SOURCES, included, parameters, structure
 
 _EXPORTS = [
     (source.stem, *names)
