@@ -1,6 +1,6 @@
 """Cascaded attention within small maps on the CPU in one pass, for inference.
 
-The kernel (``cascaded_attention.h``) computes everything between two projections. It is for maps so
+The kernel computes everything between two projections. It is for maps so
 small that torch's call overhead per head exceeds the compute time. All but the projections is
 computed in float32.
 """

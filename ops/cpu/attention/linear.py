@@ -1,6 +1,6 @@
 """Rank-augmented linear attention on the CPU in few passes, see :mod:`ops.attention`.
 
-The kernel (``linear_attention.h``) reads queries, keys, values and gates from the output of one
+The kernel (``linear_attention.cpp``) reads queries, keys, values and gates from the output of one
 projection, and computes in float32.
 """
 

@@ -1,6 +1,6 @@
 """Deformable convolution of channels-last maps on the CPU, for inference.
 
-The kernel (``deformable.h``) interpolates the inputs of some pixels at a time and applies a linear
+The kernel interpolates the inputs of some pixels at a time and applies a linear
 layer with packed weights while they are in the cache.
 """
 

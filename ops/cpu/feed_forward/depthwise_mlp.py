@@ -1,6 +1,6 @@
 """Feed-forwards on the CPU in one pass: norm, linear, depthwise convolution, linear, shortcut.
 
-The kernel (``depthwise_mlp.h``) computes the hidden map, the widest of a network, in pieces that
+The kernel (``depthwise_mlp.cpp``) computes the hidden map, the widest of a network, in pieces that
 stay in the cache. It also computes inverted bottlenecks.
 """
 

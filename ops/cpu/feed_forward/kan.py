@@ -1,6 +1,6 @@
 """Kolmogorov-Arnold layers on the CPU in one pass, for inference.
 
-The kernel (``kan.h``) computes the basis functions of some rows at a time and applies the linear
+The kernel (``kan.cpp``) computes the basis functions of some rows at a time and applies the linear
 layer while they are in the cache.
 """
 
@@ -18,7 +18,7 @@ from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["LARGEST_POWER", "PackedKAN", "kan_layer"]
 
-LARGEST_POWER = 30.0  # the largest exponent of two in a grid; half of FAR in kan.h
+LARGEST_POWER = 30.0  # the largest exponent of two in a grid; half of FAR in kan.cpp
 
 
 class PackedKAN(NamedTuple):

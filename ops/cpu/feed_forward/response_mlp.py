@@ -1,6 +1,6 @@
 """Feed-forwards with squeeze-and-excitation before and a response norm inside, in one pass.
 
-The kernel (``response_mlp.h``) avoids many small operators on vectors, whose call overhead exceeds
+The kernel avoids many small operators on vectors, whose call overhead exceeds
 their work, and multiplies channel scales into the map or the weight, whichever is smaller.
 """
 

@@ -1,6 +1,6 @@
 """Convert NHWC maps to NCHW and back on the CPU for inference, with a fused affine and shortcut.
 
-Some layers read a map in NCHW, while all others are channels-last. The kernel (``nchw.h``)
+Some layers read a map in NCHW, while all others are channels-last. The kernel (``nchw.cpp``)
 transposes tiles in registers. Torch takes several passes, which are slow for mixed layouts.
 """
 

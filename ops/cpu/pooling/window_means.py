@@ -1,6 +1,6 @@
 """Means of windows on the CPU for inference: pooling, squeeze layers, region descriptors.
 
-The kernel (``pooling.h``) reads NHWC in memory order; torch takes many times as long for it.
+The kernel (``pooling.cpp``) reads NHWC in memory order; torch takes many times as long for it.
 """
 
 from __future__ import annotations

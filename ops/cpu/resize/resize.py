@@ -1,7 +1,7 @@
 """Resize part of an 8-bit image on the CPU, equal to Pillow's resizing to the last bit.
 
 Evaluation resizes an image and keeps its centre. Pillow computes all pixels, with scalar code; the
-kernel (``resize.h``) computes those that are kept, with vectors. Pillow's algorithm is a sum of the
+kernel computes those that are kept, with vectors. Pillow's algorithm is a sum of the
 pixels within a filter's support, which grows with the scale, first along rows and then along
 columns. Weights are rounded to 22 fractional bits, and sums to 8-bit integers.
 """
@@ -21,7 +21,9 @@ from ops.cpu.call.structures import structure
 
 __all__ = ["FILTERS", "MOST_SCALE", "look_up", "resize_part", "unsupported"]
 
-_PROBLEM, _TENSORS = (structure("resize/resize.h", f"resize::{n}") for n in ("Problem", "Tensors"))
+_PROBLEM, _TENSORS = (
+    structure("resize/resize.cpp", f"resize::{n}") for n in ("Problem", "Tensors")
+)
 _PRECISION = 22
 
 

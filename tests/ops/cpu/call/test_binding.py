@@ -139,7 +139,7 @@ def test_observers_see_every_call_of_their_thread() -> None:
 def test_words_are_those_of_the_structure() -> None:
     tensors, layer = (
         structure(h, n)
-        for h, n in (("norm/norm.h", "norm::Tensors"), ("stem/stem.h", "stem::Layer"))
+        for h, n in (("norm/norm.h", "norm::Tensors"), ("stem/stem.cpp", "stem::Layer"))
     )
     x = torch.zeros(4)
     assert words_of(Addresses(tensors, {"in": x, "bias": (x, 8)})) == [(x, 0), 0, (x, 8), 0]
