@@ -6,6 +6,7 @@ others by its mark, ``@pytest.mark.needs("emulator")``.
 
 from __future__ import annotations
 
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ _PACKAGES: dict[str, tuple[str, Callable[[], Any]]] = {
     "browser": ("chromium chromium-driver", lambda: browser() and shutil.which(DRIVER)),
     "arm_compiler": ("g++-aarch64-linux-gnu", lambda: shutil.which(ARM_COMPILER)),
     "emulator": ("qemu-user", lambda: shutil.which(EMULATOR)),
+    # Which runs what the CPU can run.
+    "wine": ("wine", lambda: platform.machine() == "x86_64" and shutil.which("wine")),
     "libomp": ("libomp5", libomp),
 }
 

@@ -15,6 +15,7 @@ for need in "$@"; do
     emulator)
       unless aarch64-linux-gnu-g++ g++-aarch64-linux-gnu
       unless qemu-aarch64 qemu-user
+      unless wine wine
       ls /usr/lib/llvm-*/lib/libomp.so.5 >/dev/null 2>&1 || packages="$packages libomp5"
       ;;
     *)

@@ -6,7 +6,8 @@ CPU. The same applies with ``VISION_BACKBONES_NATIVE=0``. Without a compiler, th
 package ``ziglang``, which has one.
 
 ``VISION_BACKBONES_WHEEL_MACHINE=aarch64`` builds the wheel for that architecture, with the
-cross-compiler ``CXX``, by default ``aarch64-linux-gnu-g++``.
+cross-compiler ``CXX``, by default ``aarch64-linux-gnu-g++``; ``win_amd64`` and ``macosx_arm64``
+build those for Windows and macOS, with ``ziglang``.
 """
 
 from __future__ import annotations
@@ -22,12 +23,28 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _PLACE = "ops/cpu/compiled"
-_MACHINES = ("x86_64", "aarch64")
+
+
+class _Target(NamedTuple):
+    """What a wheel is for: ``sys.platform``, architecture, tag, and zig's name for it, if any."""
+
+    system: str
+    machine: str
+    tag: str
+    zig: str = ""
+
+
+_TARGETS = {
+    "x86_64": _Target("linux", "x86_64", "linux_x86_64"),
+    "aarch64": _Target("linux", "aarch64", "linux_aarch64"),
+    "win_amd64": _Target("win32", "x86_64", "win_amd64", "x86_64-windows-gnu"),
+    "macosx_arm64": _Target("darwin", "aarch64", "macosx_11_0_arm64", "aarch64-macos"),
+}
 _CHOSEN = "VISION_BACKBONES_WHEEL_MACHINE"
 # Strip symbols, which only debuggers need.
 _OPTIONS = ["-s"]
@@ -41,11 +58,11 @@ class CompiledKernels(BuildHookInterface):
     def dependencies(self) -> list[str]:
         """``ziglang`` if there is no compiler; for editable installs as well, which look alike."""
         with _engine(Path(self.root)) as engine:
-            machine = self._machine(engine)
-            if machine is None or not engine.settings.is_switched_on():
+            target = self._target(engine)
+            if target is None or not engine.settings.is_switched_on():
                 return []
             try:
-                _find_compilers(engine, machine)
+                _find_compilers(engine, target)
             except engine.compiler.NoCompilerError:
                 return ["ziglang>=0.17"]
             except FileNotFoundError:
@@ -57,35 +74,36 @@ class CompiledKernels(BuildHookInterface):
         if version == "editable":
             return
         with _engine(Path(self.root)) as engine:
-            machine = self._machine(engine)
-            made = self._compile(engine, machine) if machine is not None else []
-        if made:
+            target = self._target(engine)
+            made = [] if target is None else self._compile(engine, target)
+        if target is not None and made:
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-linux_{machine}"
+            build_data["tag"] = f"py3-none-{target.tag}"
             build_data["force_include"] |= {str(p): f"{_PLACE}/{p.name}" for p in made}
 
-    def _machine(self, engine: types.SimpleNamespace) -> str | None:
-        """The architecture to compile for; None if nothing is compiled."""
-        if Path(self.root, "PKG-INFO").exists():
+    def _target(self, engine: types.SimpleNamespace) -> _Target | None:
+        """What to compile for; None if nothing is compiled."""
+        if Path(self.root, "PKG-INFO").exists() or sys.platform != "linux":
             return None
-        machine: str = os.environ.get(_CHOSEN) or engine.instruction_sets.machine()
-        if _CHOSEN in os.environ and machine not in _MACHINES:
-            raise ValueError(f"{_CHOSEN} must be one of {_MACHINES}, got {machine!r}")
-        return machine if sys.platform == "linux" and machine in _MACHINES else None
+        chosen: str = os.environ.get(_CHOSEN) or engine.instruction_sets.machine()
+        if _CHOSEN in os.environ and chosen not in _TARGETS:
+            raise ValueError(f"{_CHOSEN} must be one of {tuple(_TARGETS)}, got {chosen!r}")
+        return _TARGETS.get(chosen)
 
-    def _compile(self, engine: types.SimpleNamespace, machine: str) -> list[Path]:
+    def _compile(self, engine: types.SimpleNamespace, target: _Target) -> list[Path]:
         """Compile the libraries, or reuse those cached in ``build`` for the same sources."""
         if not engine.settings.is_switched_on():
             return []
         try:
-            compilers = _find_compilers(engine, machine)
+            compilers = _find_compilers(engine, target)
         except engine.compiler.NoCompilerError as error:
             self.app.display_warning(f"A wheel without compiled kernels: {error}")
             return []
         folder, sources = self._folder(), engine.sources.Sources()
 
         def library(isa: str, name: str) -> Path | str:
-            path = folder / f"{sources.stem(name, isa, machine)}.so"
+            stem = sources.stem(name, isa, target.machine, target.system)
+            path = folder / f"{stem}{engine.sources.suffix(target.system)}"
             if path.exists():
                 return path
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -97,7 +115,7 @@ class CompiledKernels(BuildHookInterface):
                 os.replace(built, path)
             return path
 
-        sets = engine.instruction_sets.levels(machine)
+        sets = engine.instruction_sets.levels(target.machine)
         pairs = [(isa, name) for isa in sets for name in sources.all()]
         self.app.display_info(f"Compiling C++ kernels for {', '.join(sets)}: some minutes")
         start = time.monotonic()
@@ -129,13 +147,18 @@ class CompiledKernels(BuildHookInterface):
             self._scratch.cleanup()
 
 
-def _find_compilers(engine: types.SimpleNamespace, machine: str) -> list[list[str]]:
+def _find_compilers(engine: types.SimpleNamespace, target: _Target) -> list[list[str]]:
     """Compiler commands to try; for another architecture, only the cross-compiler.
 
     Raises:
         NoCompilerError: there is none for this machine.
         FileNotFoundError: there is no cross-compiler.
     """
+    machine = target.machine
+    if target.zig:
+        if found := engine.compiler.zig(target.zig):
+            return list(found)
+        raise engine.compiler.NoCompilerError(f"a wheel for {target.tag} needs ziglang")
     chosen = engine.compiler.command()
     if machine == engine.instruction_sets.machine():
         return engine.compiler.find_compilers(chosen)

@@ -19,6 +19,7 @@ __all__ = [
     "is_emulated",
     "levels",
     "machine",
+    "system",
 ]
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
@@ -52,6 +53,11 @@ def machine() -> str:
     """The architecture of this machine, under Linux's name."""
     name = platform.machine().lower()
     return _MACHINES.get(name, name)
+
+
+def system() -> str:
+    """The operating system, as in ``sys.platform``."""
+    return sys.platform
 
 
 def levels(architecture: str | None = None) -> list[str]:

@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ops.cpu import instruction_sets
+
 __all__ = [
     "CompilerError",
     "NoCompilerError",
@@ -25,6 +27,7 @@ __all__ = [
     "find_compilers",
     "label",
     "run",
+    "zig",
 ]
 
 _log = logging.getLogger(__name__)
@@ -72,23 +75,35 @@ def find_compilers(chosen: Sequence[str]) -> list[list[str]]:
         NoCompilerError: there is none.
     """
     found: list[list[str]] = []
-    for words in (list(chosen), ["c++"], ["g++"], ["clang++"]):
+    # On Windows, GCC misaligns vectors on the stack, and Visual Studio's clang has other options.
+    usual = [] if sys.platform == "win32" else [["c++"], ["g++"], ["clang++"]]
+    for words in (list(chosen), *usual):
         executable = shutil.which(words[0]) if words else None
         if executable and [executable, *words[1:]] not in found:
             found.append([executable, *words[1:]])
-    found = found or _zig()
+    found = found or zig()
     if not found:
         text = "no C++ compiler found ($CXX, c++, g++, clang++ or the Python package ziglang)"
         raise NoCompilerError(text)
     return found
 
 
-def _zig() -> list[list[str]]:
+def zig(target: str | None = None) -> list[list[str]]:
+    """The command of ziglang's clang, if that is installed.
+
+    Args:
+        target: one of zig's, such as ``"x86_64-windows-gnu"``; default: this system.
+    """
     package = importlib.util.find_spec("ziglang")
-    if sys.platform != "linux" or not sys.executable or package is None or not package.origin:
+    if not sys.executable or package is None or not package.origin:
         return []
-    zig = shutil.which(str(Path(package.origin).with_name("zig")))
-    return [[sys.executable, "-I", str(_ZIG_DRIVER), zig]] if zig else []
+    found = shutil.which(str(Path(package.origin).with_name("zig")))
+    # By default, zig compiles for this CPU and the newest glibc that it knows; torch needs 2.28.
+    systems = {"linux": "linux-gnu.2.28", "win32": "windows-gnu", "darwin": "macos"}
+    if found is None or sys.platform not in systems:
+        return []
+    target = target or f"{instruction_sets.machine()}-{systems[sys.platform]}"
+    return [[sys.executable, "-I", str(_ZIG_DRIVER), found, target]]
 
 
 def label(words: Sequence[str]) -> str:
@@ -153,7 +168,7 @@ def _start(words: Sequence[str], scratch: Path) -> subprocess.Popen[str]:
 def end(process: subprocess.Popen[str]) -> None:
     """Kill a compiler that still runs, with its children."""
     if process.poll() is None:
-        if sys.platform == "win32":
-            process.kill()
-        else:
+        if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()

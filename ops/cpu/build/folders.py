@@ -82,7 +82,7 @@ def candidates() -> list[Path]:
     """The user's cache, then the private folder that is used if the cache is not usable."""
     user = f"-{os.geteuid()}" if hasattr(os, "geteuid") else ""
     with contextlib.suppress(OSError):  # there may be no folder for temporary files
-        base = _PERSISTENT if _PERSISTENT.is_dir() else Path(tempfile.gettempdir())
+        base = _PERSISTENT if user and _PERSISTENT.is_dir() else Path(tempfile.gettempdir())
         return [user_cache(), base / f"vision-backbones{user}" / "native"]
     return [user_cache()]
 

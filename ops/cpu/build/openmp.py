@@ -2,8 +2,8 @@
 
 A second runtime in the process would create its own thread pool, and both would compete for the
 same cores. Which runtime is loaded varies: wheels bring a renamed ``libgomp``, conda and macOS use
-LLVM's, and ``LD_PRELOAD`` can select any. So kernels are not linked with OpenMP; each receives
-pointers to three functions that all these runtimes have.
+LLVM's, ``LD_PRELOAD`` can select any, and on Windows it is Intel's. So kernels are not linked with
+OpenMP; each receives pointers to functions that all these runtimes have.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import torch
 __all__ = ["runtime", "use_torch_threads"]
 
 # In the order of `parallel_use` in common/parallel.h.
-_FUNCTIONS = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
+_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+if sys.platform == "win32":
+    _FORK = ("__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num")
+    _FUNCTIONS = (*_FORK, *_FUNCTIONS[1:])
 
 
 def use_torch_threads(library: ctypes.CDLL) -> None:
@@ -49,9 +52,10 @@ def runtime() -> Path | None:
 def _functions() -> tuple[int, ...] | None:
     """The addresses of the functions that torch's parallel regions call."""
     # The loader resolves torch's symbols in the process first, where a preloaded runtime precedes
-    # torch's own; on macOS, only in torch's libraries.
+    # torch's own; on macOS, only in torch's libraries. Windows knows no symbols of a process.
     torch_itself = torch._C.__file__
-    for path in (torch_itself,) if sys.platform == "darwin" else (None, torch_itself):
+    places = {"darwin": (torch_itself,), "win32": ("libiomp5md.dll",)}
+    for path in places.get(sys.platform, (None, torch_itself)):
         try:
             library = ctypes.CDLL(path)
             found = (ctypes.cast(getattr(library, name), ctypes.c_void_p) for name in _FUNCTIONS)

@@ -15,18 +15,27 @@ from pathlib import Path
 from ops.cpu import instruction_sets
 from ops.cpu.build import compiler
 
-__all__ = ["GEMM", "SOURCES", "SUFFIX", "Sources", "included"]
+__all__ = ["GEMM", "SOURCES", "SUFFIX", "Sources", "included", "read", "suffix"]
 
 SOURCES = Path(__file__).parents[1]  # the include path
-SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 GEMM = "gemm"  # the kernel of linear layers, called by others
 
+
+def suffix(system: str) -> str:
+    """The suffix of libraries for a system, as in ``sys.platform``."""
+    return ".dll" if system == "win32" else ".so"
+
+
+SUFFIX = suffix(sys.platform)
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 
 
-def included(
-    source: Path, root: Path = SOURCES, read: Callable[[Path], str] = Path.read_text
-) -> list[Path]:
+def read(path: Path) -> str:
+    """The text of a source, whatever the system's encoding."""
+    return path.read_text(encoding="utf-8")
+
+
+def included(source: Path, root: Path = SOURCES, read: Callable[[Path], str] = read) -> list[Path]:
     """``source`` and the headers that it includes from ``root``, directly and indirectly."""
     found, pending = {source: None}, [source]  # a dictionary is ordered and fast to search
     while pending:
@@ -59,18 +68,23 @@ class Sources:
         """Whether a kernel reads weights that :data:`GEMM` packed for its vectors."""
         return name != GEMM and any(p.parent == self.root / GEMM for p in self.files(name))
 
-    def stem(self, name: str, isa: str, machine: str | None = None) -> str:
+    def stem(
+        self, name: str, isa: str, machine: str | None = None, system: str | None = None
+    ) -> str:
         """The start of a library's file name: kernel, instruction set and a digest.
 
         The digest covers sources, flags and platform, so outdated libraries are never loaded.
 
         Args:
             machine: the architecture; default :func:`ops.cpu.instruction_sets.machine`.
+            system: as in ``sys.platform``; default :func:`ops.cpu.instruction_sets.system`.
         """
         digest = hashlib.sha256()
         for path in sorted(self.files(name)):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-        platform_name = f"{sys.platform}-{machine or instruction_sets.machine()}"
+        platform_name = (
+            f"{system or instruction_sets.system()}-{machine or instruction_sets.machine()}"
+        )
         digest.update(repr([platform_name, instruction_sets.flags(isa)]).encode())
         return f"{name}-{isa}-{digest.hexdigest()[:16]}"
 

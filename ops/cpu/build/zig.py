@@ -1,15 +1,15 @@
-"""Compile a library with zig's clang: ``python zig.py ZIG OPTIONS -o LIBRARY``, g++'s options.
+"""Compile a library with zig's clang: ``python zig.py ZIG TARGET OPTIONS -o LIBRARY``.
 
-zig would build its own C++ library, for each set of processor options anew, which takes a minute.
-Kernels use libstdc++ instead, which torch needs as well. What zig builds for the linker, for five
-seconds, is kept in ``ZIG_GLOBAL_CACHE_DIR``, by default beside the folder of temporary files.
+The options are g++'s. zig builds its own C++ library, which takes minutes, so on Linux kernels use
+libstdc++ instead, which torch needs as well; elsewhere it is linked into them, always the same one,
+whatever the processor's options. What zig builds is kept in ``ZIG_GLOBAL_CACHE_DIR``, by default
+beside the folder of temporary files.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -25,24 +25,28 @@ _EXPORTS = "{ global: *; local: _Z*; };\n"
 _RENAMED = {"-march=armv8.2-a+bf16": "-mcpu=generic+v8_2a+bf16"}
 
 
-def main(zig: str, *options: str) -> int:
+def main(zig: str, target: str, *options: str) -> int:
     """Compile, then link; returns the exit status."""
     os.umask(os.umask(0) | 0o022)  # nobody else may write to the cache
     library, scratch = Path(options[-1]).absolute(), Path(os.environ["TMPDIR"]).absolute()
     folder, built = library.parent, library.name  # zig reads no line breaks in names of folders
-    missing, exports = f"{built}.h", f"{built}.map"
-    (folder / missing).write_text(_MISSING)
-    (folder / exports).write_text(_EXPORTS)
     environment = {
         "ZIG_GLOBAL_CACHE_DIR": str(scratch.parent / "zig"),
         **os.environ,
         "ZIG_LOCAL_CACHE_DIR": str(scratch / "zig"),
     }
-    # By default, zig compiles for this CPU and the newest glibc that it knows; torch needs 2.28.
-    start = [zig, "c++", "-target", f"{platform.machine()}-linux-gnu.2.28"]
+    start = [zig, "c++", "-target", target]
     compiled = [_RENAMED.get(word, word) for word in options[:-2] if word not in ("-shared", "-s")]
-    compiled += ["-fno-sanitize=undefined", "-include", missing]
-    linked = ["-shared", "-s", "-nostdlib++", f"-Wl,--version-script={exports}", _libstdcxx()]
+    compiled += ["-fno-sanitize=undefined"]
+    linked = ["-shared", "-s"]
+    if "-linux-" in target:
+        missing, exports = f"{built}.h", f"{built}.map"
+        (folder / missing).write_text(_MISSING)
+        (folder / exports).write_text(_EXPORTS)
+        compiled += ["-include", missing]
+        linked += ["-nostdlib++", f"-Wl,--version-script={exports}", _libstdcxx()]
+    if "-windows-" in target:
+        compiled.remove("-fPIC")
     for step in (
         [*start, *compiled, "-c", "-o", f"{built}.o"],
         [*start, "-O3", f"{built}.o", *linked, "-o", built],

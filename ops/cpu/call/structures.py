@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ops.cpu.build.sources import SOURCES, included
+from ops.cpu.build.sources import SOURCES, included, read
 
 __all__ = ["parameters", "structure"]
 
@@ -69,7 +69,7 @@ def parameters(library: str, function: str) -> dict[str, Any]:
 
 @functools.cache
 def _text(path: Path) -> str:
-    return path.read_text()
+    return read(path)
 
 
 def _fields_of(declaration: str, header: str, name: str, text: str) -> list[tuple[str, Any]]:

@@ -10,6 +10,34 @@
 
 namespace parallel {
 
+#if defined(_WIN32)
+// The functions that LLVM's code calls for `#pragma omp parallel`, of Intel's runtime, too.
+struct Place {  // in the source, for tools
+  int32_t reserved = 0, flags = 2, more[2] = {};
+  const char* text = ";unknown;unknown;0;0;;";
+};
+using Region = void (*)(int32_t* thread, int32_t* of_the_region, void* data);
+struct Runtime {
+  void (*fork)(Place*, int32_t arguments, Region, ...);
+  void (*limit)(Place*, int32_t thread, int32_t threads);  // of the next region
+  int32_t (*number)(Place*);
+  int (*thread)();   // this thread's number in the region
+  int (*threads)();  // in the region, possibly fewer than requested
+
+  void run(void (*region)(void*), void* data, unsigned threads, unsigned) const {
+    static Place place;
+    struct Call {
+      void (*region)(void*);
+      void* data;
+    } call{region, data};
+    limit(&place, number(&place), static_cast<int32_t>(threads));
+    fork(&place, 1, [](int32_t*, int32_t*, void* of) {
+      const Call& call = *static_cast<Call*>(of);
+      call.region(call.data);
+    }, &call);
+  }
+};
+#else
 // The functions that GCC's code calls for `#pragma omp parallel`; LLVM's and Intel's runtimes have
 // them, too.
 struct Runtime {
@@ -17,6 +45,7 @@ struct Runtime {
   int (*thread)();   // this thread's number in the region
   int (*threads)();  // in the region, possibly fewer than requested
 };
+#endif
 
 // Without a runtime, the calling thread does everything.
 static Runtime runtime;
@@ -24,7 +53,7 @@ static Runtime runtime;
 // Calls part(index, count) on each thread, on at most `threads` threads.
 template <class Part>
 static void in_threads(int64_t threads, const Part& part) {
-  if (threads <= 1 || !runtime.run) return part(0, 1);
+  if (threads <= 1 || !runtime.thread) return part(0, 1);
   runtime.run([](void* data) { (*static_cast<const Part*>(data))(runtime.thread(), runtime.threads()); },
               const_cast<void*>(static_cast<const void*>(&part)), static_cast<unsigned>(threads), 0);
 }
@@ -69,7 +98,16 @@ static void for_each_in_turn(int64_t tasks, int64_t threads, const Work& work) {
 
 }  // namespace parallel
 
+#if defined(_WIN32)
+extern "C" void parallel_use(decltype(parallel::Runtime::fork) fork,
+                             decltype(parallel::Runtime::limit) limit,
+                             decltype(parallel::Runtime::number) number, int (*thread)(),
+                             int (*threads)()) {
+  parallel::runtime = {fork, limit, number, thread, threads};
+}
+#else
 extern "C" void parallel_use(void (*run)(void (*)(void*), void*, unsigned, unsigned), int (*thread)(),
                              int (*threads)()) {
   parallel::runtime = {run, thread, threads};
 }
+#endif

@@ -16,6 +16,7 @@ from ops.cpu.activations import require_activation
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.tensors import bias_of, empty_nhwc
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 

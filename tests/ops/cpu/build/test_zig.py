@@ -72,9 +72,9 @@ def test_an_invalid_source(sources: Path, no_compiler: None) -> None:
 
 
 def test_it_is_the_last_to_be_asked(tmp_path: Path, no_compiler: None) -> None:
-    ((*words, zig),) = compiler.find_compilers([])
+    ((*words, zig, target),) = compiler.find_compilers([])
     assert words[0] == sys.executable and Path(zig).name == "zig"
-    assert compiler.label([*words, zig]) == zig
+    assert compiler.label([*words, zig, target]) == zig
     (tmp_path / "g++").touch(0o755)
     assert compiler.find_compilers([]) == [[str(tmp_path / "g++")]]
 

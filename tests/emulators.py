@@ -1,8 +1,8 @@
-"""Run the 64-bit ARM kernels on another CPU, with a cross-compiler and qemu.
+"""Run the kernels for another system on this one: for 64-bit ARM in qemu, for Windows in Wine.
 
-A process of emulated_arm.cpp runs in qemu for all calls. It fetches the pages of this process's
-memory that a kernel touches and sends modified ones back, so callers can use functions like those
-of any other library, with any arguments.
+A process of emulated_arm.cpp or emulated_windows.cpp runs in the emulator for all calls. It fetches
+the pages of this process's memory that a kernel touches and sends modified ones back, so callers
+can use functions like those of any other library, with any arguments.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shlex
 import struct
 import subprocess
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,32 +23,53 @@ from needed import ARM_COMPILER, EMULATOR
 
 from ops import cpu
 from ops.cpu import build, instruction_sets
+from ops.cpu.build import compiler
 
 _SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's folder of the cross-compiler's libraries
 # CPUs with exactly these of the instruction sets that kernels use: from 2015 and 2021.
 CPUS = {"neon": "cortex-a72", "neonbf16": "neoverse-v1"}
 WITH_BYTES = "neoverse-n1"  # a CPU for "neon" with products of bytes, from 2019
+WINDOWS = "windows"  # in place of a CPU: this one, under Wine
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
+_FOLDER = Path(__file__).parent
+_WARNINGS = ["-Wall", "-Wextra", "-Werror"]
 _PAGE = 4096
-# As in emulated_arm.cpp.
+# As in emulated.h.
 _LOAD, _CALL, _CAPABILITIES = range(3)
 _FETCH = 0
 _ARGUMENTS = 6
 
 
-class Emulator:
-    """A process on an emulated ARM CPU that runs functions on this process's memory."""
-
-    def __init__(self, model: str, scratch: Path) -> None:
+def emulate(model: str, scratch: Path) -> Emulator:
+    """Start an emulator of a CPU, or of :data:`WINDOWS`; its program goes to ``scratch``."""
+    environment = dict(os.environ)
+    if model == WINDOWS:
+        program = scratch / "emulated_windows.exe"
+        words = [*windows_compiler()[:1], "-m", "ziglang", "c++", "-target", "x86_64-windows-gnu"]
+        words += ["-O3", str(_FOLDER / "emulated_windows.cpp")]
+        command = ["wine", str(program)]
+        environment |= {"WINEPREFIX": str(scratch / "wine"), "WINEDEBUG": "-all", "DISPLAY": ""}
+    else:
         program = scratch / "emulated_arm"
-        flags = ["-std=c++17", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
-        subprocess.run([ARM_COMPILER, *flags, str(_SOURCE), "-o", str(program)], check=True)
+        words = [ARM_COMPILER, "-O1", "-fopenmp", str(_FOLDER / "emulated_arm.cpp")]
+        command = [EMULATOR, "-L", _SYSROOT, "-cpu", model, str(program)]
+        environment["OMP_WAIT_POLICY"] = "passive"
+    subprocess.run([*words, "-std=c++17", *_WARNINGS, "-o", str(program)], check=True)
+    return Emulator(command, environment)
+
+
+def windows_compiler() -> list[str]:
+    """The command of ziglang's clang for Windows."""
+    (words,) = compiler.zig("x86_64-windows-gnu")
+    return words
+
+
+class Emulator:
+    """A process on an emulated CPU or system that runs functions on this process's memory."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
-            [EMULATOR, "-L", _SYSROOT, "-cpu", model, str(program)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
         self._memory = os.open("/proc/self/mem", os.O_RDONLY)
         self._lock = threading.Lock()
@@ -156,28 +179,30 @@ def become(instructions: str, model: str, scratch: Path) -> Emulator:
     """Make this process compile kernels for such a CPU and run them in the emulator.
 
     Args:
-        instructions: one of :data:`CPUS`.
-        model: qemu's name of the CPU.
+        instructions: an instruction set.
+        model: qemu's name of the CPU, or :data:`WINDOWS`.
         scratch: folder for the emulator's program.
     """
     libraries = build.process
     libraries.compiled_with = lambda name: [name]  # compile no other kernels along with one
-    native, emulator = cpu.load("replay"), Emulator(model, scratch)
+    native, emulator = cpu.load("replay"), emulate(model, scratch)
     assert native is not None
 
     def open_library(path: Path) -> Any:
         library = Library(emulator, path)
         return _Replay(native, library) if path.name.startswith("replay-") else library
 
-    os.environ["CXX"] = ARM_COMPILER
-    replaced: dict[str, Callable[..., Any]] = {
-        "machine": lambda: "aarch64",
-        "_richest": lambda: instructions,
-    }
+    replaced: dict[str, Callable[..., Any]] = {"_richest": lambda: instructions}
+    if model == WINDOWS:
+        os.environ["CXX"] = shlex.join(windows_compiler())
+        replaced["system"] = lambda: "win32"
+    else:
+        os.environ["CXX"] = ARM_COMPILER
+        replaced["machine"] = lambda: "aarch64"
     for name, function in replaced.items():
         setattr(instruction_sets, name, function)
     libraries.open = open_library
-    libraries.link_gemm = lambda caller, gemm: None  # emulated_arm.cpp does
+    libraries.link_gemm = lambda caller, gemm: None  # the program does
     libraries.states.clear()
     return emulator
 
@@ -199,3 +224,76 @@ def too_new(path: Path) -> list[str]:
 
 def _text(text: str) -> bytes:
     return struct.pack("=Q", len(text.encode())) + text.encode()
+
+
+# ---- kernels' tests ------------------------------------------------------------------------------
+_OPS = _FOLDER / "ops"
+# Kernels by the files of their tests.
+KERNELS = {
+    "cpu/attention/test_cascaded.py": "cascaded_attention",
+    "cpu/attention/test_gated.py": "attention",
+    "cpu/attention/test_grouped.py": "attention",
+    "cpu/attention/test_linear.py": "linear_attention",
+    "cpu/deformable/test_deformable_conv.py": "deformable",
+    "cpu/depthwise/test_conv.py": "depthwise",
+    "cpu/feed_forward/test_depthwise_mlp.py": "depthwise_mlp",
+    "cpu/feed_forward/test_kan.py": "kan",
+    "cpu/feed_forward/test_response_mlp.py": "response_mlp",
+    "cpu/gemm/test_convolution.py": "gemm",
+    "cpu/gemm/test_int8.py": "gemm",
+    "cpu/gemm/test_linear.py": "gemm",
+    "cpu/gemm/test_mlp.py": "gemm",
+    "cpu/layout/test_nchw.py": "nchw",
+    "cpu/norm/test_layer_norm.py": "norm",
+    "cpu/norm/test_rms_norm.py": "norm",
+    "cpu/pooling/test_window_means.py": "pooling",
+    "cpu/resize/test_resize.py": "resize",
+    "cpu/scan/test_mixed_scan.py": "gated_scan",
+    "cpu/scan/test_normed_scan.py": "gated_scan",
+    "cpu/stem/test_packed_stem.py": "stem",
+    "cpu/wkv/test_bi_wkv.py": "wkv",
+    "cpu/wkv/test_shift.py": "wkv",
+    "neighborhood/test_cpu.py": "neighborhood",
+    "neighborhood/test_split_cpu.py": "neighborhood",
+    "selective_scan/test_backends.py": "selective_scan",
+    "replay/test_replay.py::test_pointwise_calls_equal_torchs_bitwise": "replay",
+}
+# What compiles for other CPUs, or takes minutes in an emulator.
+_LEFT_OUT = [
+    "instruction_sets",
+    "larger_than_the_caches",
+    "units_of_work",
+    "memory_does_not_grow",
+]
+_RUN = """
+import sys, pytest, emulators
+from pathlib import Path
+from ops import cpu
+instructions, model, scratch, kernel, *arguments = sys.argv[1:]
+emulator = emulators.become(instructions, model, Path(scratch))
+assert isinstance(cpu.load(kernel), emulators.Emulated), cpu.unavailable_reason(kernel)
+assert model == emulators.WINDOWS or not emulators.too_new(cpu.status(kernel).path)
+failed = pytest.main(arguments)
+emulator.close()
+sys.exit(failed)
+"""
+
+
+def run_tests(tests: str, instructions: str, model: str, scratch: Path) -> str:
+    """Run a file of :data:`KERNELS` with its kernel in an emulator; returns what pytest says.
+
+    Raises:
+        AssertionError: a test failed; the message ends with pytest's.
+    """
+    chosen = " and ".join(f"not {name}" for name in _LEFT_OUT)
+    options = ["-q", "-p", "no:cacheprovider", "-o", "timeout=800", "-k", chosen, str(_OPS / tests)]
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, instructions, model, str(scratch), KERNELS[tests], *options],
+        cwd=_FOLDER.parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [_FOLDER.parent, _FOLDER]))},
+        capture_output=True,
+        text=True,
+        timeout=840,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
