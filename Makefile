@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # Workers run whole files, so that fixtures are created once, and steal work only at the end.
 PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: venv train test test-slow test-gpu test-lowest test-newest wheel wheel-aarch64 docs check format
+.PHONY: venv train test test-slow test-gpu test-lowest test-newest wheel wheel-aarch64 wheel-windows wheel-macos docs check format
 
 venv: $(VENV)/train.stamp
 
@@ -85,6 +85,12 @@ wheel wheel-aarch64: $(VENV)/wheel.stamp
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(PLATFORM) \
 		--wheel-dir dist build/wheel/*.whl
 	$(BIN)/auditwheel show "$$(ls -t dist/*.whl | head -n 1)"
+
+# With zig, whose C++ library is part of the libraries. Those of macOS have only been compiled.
+wheel-windows: export VISION_BACKBONES_WHEEL_MACHINE := win_amd64
+wheel-macos: export VISION_BACKBONES_WHEEL_MACHINE := macosx_arm64
+wheel-windows wheel-macos: $(VENV)/wheel.stamp
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

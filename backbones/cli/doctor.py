@@ -242,10 +242,10 @@ def examine_compiler() -> list[Finding]:
             fix = kernel_cache_fix()
         elif found is not None and command:
             fix = "unset CXX"
-        elif sys.platform == "linux":
-            fix = "sudo apt-get install --reinstall g++" if found else "pip install ziglang"
+        elif found is not None and sys.platform == "linux":
+            fix = "sudo apt-get install --reinstall g++"
         else:
-            fix = "xcode-select --install"
+            fix = "pip install --force-reinstall ziglang" if found else "pip install ziglang"
         text = f"not compiled: {without}; slower paths are used: {reason}"
         findings.append(Finding("compiler", "warning", text, fix))
     if not names:

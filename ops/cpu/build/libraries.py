@@ -9,10 +9,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from ops.cpu import instruction_sets
 from ops.cpu.build import compiler, folders, openmp
@@ -30,6 +31,7 @@ SHIPPED = SOURCES / "compiled"
 _OF_PLAIN_LAYERS = {"deformable", "neighborhood"}
 # Used by readers of images, which need no other kernel.
 _ALONE = {"resize"}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,23 +82,20 @@ class Libraries:
         if not is_switched_on():
             raise RuntimeError(_switched_off())
         needed = [name for name in self.sources.all() if self._shipped(name, isa) is None]
-        problems: list[str] = []
-        for folder in folders.candidates() if needed else ():
-            try:
-                folders.require_private(folder)
-                if self._missing(needed, isa, folder):
-                    self._compile(needed, isa, folder)
-            except (RefusedError, CompilerError) as error:
-                raise RuntimeError(str(error)) from error
-            except OSError as error:
-                problems.append(self._mark_unusable(folder, error))
-                continue
+        if not needed:
+            return None
+
+        def compile_in(folder: Path) -> Path:
+            if self._missing(needed, isa, folder):
+                self._compile(needed, isa, folder)
             if missing := self._missing(needed, isa, folder):
-                raise RuntimeError(f"no {isa} kernel was built from {', '.join(missing)}")
+                raise CompilerError(f"no {isa} kernel was built from {', '.join(missing)}")
             return folder
-        if needed:
-            raise RuntimeError(f"no folder can hold them: {'; '.join(problems)}")
-        return None
+
+        try:
+            return self._first_folder(compile_in)[0]
+        except (RefusedError, CompilerError, OSError) as error:
+            raise RuntimeError(str(error)) from error
 
     def problem(self, folder: Path) -> folders.Problem | None:
         """Why nothing is compiled into ``folder``; None if it is, as far as is known."""
@@ -164,29 +163,51 @@ class Libraries:
             RefusedError: no compiler accepts the source for this instruction set.
             CompilerError, OSError: it is unavailable for every instruction set.
         """
-        stem, problems = self.sources.stem(name, isa), []
         if (path := self._shipped(name, isa)) is not None:
             with contextlib.suppress(OSError):  # of another system
                 return LibraryState(self.open(path), path, isa, None)
-        for folder in folders.candidates():
+        stem = self.sources.stem(name, isa)
+
+        def find_in(folder: Path) -> LibraryState | None:
+            if (path := folders.find(folder, stem)) is None and beside:
+                others = [other for other in beside if self._shipped(other, isa) is None]
+                self._compile([name, *others], isa, folder)
+                path = folders.find(folder, stem)
+            return None if path is None else LibraryState(self.open(path), path, isa, None)
+
+        try:
+            found, problems = self._first_folder(find_in)
+        except OSError:
+            if beside:
+                raise
+            return None
+        if found is not None and problems and self._is_first("cache"):
+            text = "Compiled kernels are kept in %r, not in the cache: %s"
+            _log.warning(text, str(found.path and found.path.parent), "; ".join(problems))
+        return found
+
+    def _first_folder(self, use: Callable[[Path], T | None]) -> tuple[T | None, list[str]]:
+        """The first result of ``use`` for a folder, and why those before it are unusable.
+
+        Raises:
+            OSError: all of them are.
+        """
+        problems: list[str] = []
+        for folder in (places := folders.candidates()):
             try:
                 folders.require_private(folder)
-                if (path := folders.find(folder, stem)) is None and beside:
-                    others = [other for other in beside if self._shipped(other, isa) is None]
-                    self._compile([name, *others], isa, folder)
-                    path = folders.find(folder, stem)
-                library = None if path is None else self.open(path)
+                result = use(folder)
             except OSError as error:
-                problems.append(self._mark_unusable(folder, error))
-                continue
-            if library is not None:
-                if problems and self._is_first("cache"):
-                    text = "Compiled kernels are kept in %r, not in the cache: %s"
-                    _log.warning(text, str(folder), "; ".join(problems))
-                return LibraryState(library, path, isa, None)
-        if beside:
+                place = f": {os.fsdecode(error.filename)!r}" if error.filename else ""
+                reason = f"{error.strerror}{place}" if error.strerror else str(error)
+                self._unusable[folder] = reason
+                problems.append(reason)
+            else:
+                if result is not None:
+                    return result, problems
+        if len(problems) == len(places):
             raise OSError(f"no folder can hold it: {'; '.join(problems)}")
-        return None
+        return None, problems
 
     def _shipped(self, name: str, isa: str) -> Path | None:
         """The library that came with the package, if it was built from the package's sources."""
@@ -207,12 +228,6 @@ class Libraries:
         """Let a kernel call the one of linear layers."""
         assert caller is not None and gemm is not None
         caller.linear_use(ctypes.cast(gemm.linear_forward, ctypes.c_void_p))
-
-    def _mark_unusable(self, folder: Path, error: OSError) -> str:
-        """Compile nothing more into ``folder``; returns why."""
-        place = f": {os.fsdecode(error.filename)!r}" if error.filename else ""
-        self._unusable[folder] = f"{error.strerror}{place}" if error.strerror else str(error)
-        return self._unusable[folder]
 
     def _is_first(self, what: str) -> bool:
         is_first = what not in self._said
@@ -258,20 +273,22 @@ class Libraries:
         # Longest first, so that all threads finish at about the same time.
         sizes = {n: sum(p.stat().st_size for p in self.sources.files(n)) for n in names}
         order = sorted(names, key=lambda name: -sizes[name])
-        with _Bar(len(names)) as bar, ThreadPoolExecutor(_cpus()) as pool:
-            pending = {pool.submit(self._compile_one, n, isa, folder, compilers) for n in order}
+        futures: list[Future[None]] = []
+        with ThreadPoolExecutor(_cpus()) as pool:
             try:
-                while pending:
-                    done, pending = wait(pending, 1.0, FIRST_COMPLETED)
-                    bar.show(len(names) - len(pending))
-                    for future in done:
-                        future.result()
+                for name in order:
+                    futures.append(pool.submit(self._compile_one, name, isa, folder, compilers))
+                for number, future in enumerate(as_completed(futures), 1):
+                    future.result()
+                    _show(number, len(names))
             except BaseException as error:  # such as Ctrl-C
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in list(self._running):
-                    compiler.end(process)
                 if isinstance(error, CompilerError):
                     self._compiler_problem = str(error)
+                pool.shutdown(wait=False, cancel_futures=True)
+                while not all(future.done() for future in futures):
+                    for process in list(self._running):
+                        compiler.end(process)
+                    time.sleep(0.01)
                 raise
 
     def _compile_one(self, name: str, isa: str, folder: Path, compilers: list[list[str]]) -> None:
@@ -302,23 +319,10 @@ def _cpus() -> int:
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 
 
-class _Bar:
-    """A progress bar on standard error, if that is a terminal."""
-
-    def __init__(self, count: int) -> None:
-        self._count, self._start = count, time.monotonic()
-        self._is_drawn = sys.stderr is not None and sys.stderr.isatty()
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def show(self, done: int) -> None:
-        if self._is_drawn:
-            filled, took = 24 * done // self._count, time.monotonic() - self._start
-            bar = "#" * filled + "." * (24 - filled)
-            sys.stderr.write(f"\r[{bar}] {done}/{self._count}, {took:.0f} s")
-            sys.stderr.flush()
-
-    def __exit__(self, *error: object) -> None:
-        if self._is_drawn:
-            sys.stderr.write("\n")
+def _show(done: int, count: int) -> None:
+    """Draw a progress bar on standard error, if that is a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        bar = "#" * (24 * done // count)
+        end = "\n" if done == count else ""
+        sys.stderr.write(f"\r[{bar:.<24}] {done}/{count}{end}")
+        sys.stderr.flush()
