@@ -32,7 +32,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_TIMEOUT_S = 300
+_TIMEOUT_S = 900  # zig may first compile its C++ library
 _ZIG_DRIVER = Path(__file__).with_name("zig.py")
 # Messages of compilers, assemblers and linkers for failures not caused by the source or options.
 _FULL = re.compile("No space left on device|Disk quota exceeded")
@@ -97,7 +97,8 @@ def zig(target: str | None = None) -> list[list[str]]:
     package = importlib.util.find_spec("ziglang")
     if not sys.executable or package is None or not package.origin:
         return []
-    found = shutil.which(str(Path(package.origin).with_name("zig")))
+    program = "zig.exe" if sys.platform == "win32" else "zig"
+    found = shutil.which(str(Path(package.origin).with_name(program)))
     # By default, zig compiles for this CPU and the newest glibc that it knows; torch needs 2.28.
     systems = {"linux": "linux-gnu.2.28", "win32": "windows-gnu", "darwin": "macos"}
     if found is None or sys.platform not in systems:

@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 _PERSISTENT = Path("/var/tmp")  # survives reboots and is writable by everyone
 _SCRATCH_PREFIX = "building-"
 _STALE_S = 3600.0  # longer than any compilation is allowed to take
-_PATIENCE_S = 600.0  # of waiting for another process that compiles
+_PATIENCE_S = 1200.0  # of waiting for another process that compiles
 
 
 class Problem(NamedTuple):

@@ -19,7 +19,7 @@ import torch
 __all__ = ["runtime", "use_torch_threads"]
 
 # In the order of `parallel_use` in common/parallel.h.
-_FUNCTIONS = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+_FUNCTIONS: tuple[str, ...] = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 if sys.platform == "win32":
     _FORK = ("__kmpc_fork_call", "__kmpc_push_num_threads", "__kmpc_global_thread_num")
     _FUNCTIONS = (*_FORK, *_FUNCTIONS[1:])
