@@ -18,6 +18,7 @@ from clones import ROOT, fresh_clone
 
 from ops import cpu
 from ops.cpu import build
+from ops.cpu.build.sources import suffix
 
 _SOURCES = build.process.sources
 
@@ -228,6 +229,37 @@ def test_the_source_distribution_ships_no_kernels(
     assert not (clone / "build" / "kernels").exists()
     with zipfile.ZipFile(made) as content:
         assert not [name for name in content.namelist() if name.endswith(".so")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "system", "machine", "tag"),
+    [
+        ("win_amd64", "win32", "x86_64", "win_amd64"),
+        ("macosx_arm64", "darwin", "aarch64", "macosx_11_0_arm64"),
+    ],
+)
+def test_wheels_for_other_systems(
+    chosen: str, system: str, machine: str, tag: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Of libraries that were compiled before, which would take minutes."""
+    clone = fresh_clone(tmp_path / "clone")
+    kernels = clone / "build" / "kernels"
+    kernels.mkdir(parents=True)
+    names = {
+        f"{_SOURCES.stem(name, isa, machine, system)}{suffix(system)}"
+        for isa in cpu.levels(machine)
+        for name in _SOURCES.all()
+    }
+    for name in names:
+        (kernels / name).write_bytes(b"")
+    monkeypatch.setenv("VISION_BACKBONES_WHEEL_MACHINE", chosen)
+    code = f"import hatchling.build; hatchling.build.build_wheel({str(tmp_path)!r})"
+    _run(sys.executable, "-c", code, cwd=clone)
+    (made,) = tmp_path.glob("*.whl")
+    assert made.name.endswith(f"-py3-none-{tag}.whl")
+    with zipfile.ZipFile(made) as content:
+        libraries = {n for n in content.namelist() if n.startswith("ops/cpu/compiled/")}
+    assert libraries == {f"ops/cpu/compiled/{name}" for name in names}
 
 
 def test_another_architecture_needs_a_cross_compiler(
