@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.dispatch import takes_kernels
+from ops.cpu.call.dispatch import takes_kernels
 from ops.cpu.norm.response_scales import response_scales
 from ops.inference.layers import FastLinear
 from ops.rewriting.graph import NHWC, Operator, OperatorGraph, Value

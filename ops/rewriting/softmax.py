@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.dispatch import takes_kernels
+from ops.cpu.call.dispatch import takes_kernels
 from ops.cpu.norm.biased_softmax import biased_softmax
 from ops.rewriting.graph import Operator, OperatorGraph
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import kernel
-from ops.cpu.call import Call
-from ops.cpu.dispatch import require_dtype
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["biased_softmax"]
