@@ -12,7 +12,8 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # Workers run whole files, so that fixtures are created once, and steal work only at the end.
 PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: venv train test test-slow test-gpu test-lowest test-newest wheel wheel-aarch64 wheel-windows wheel-macos docs check format
+.PHONY: venv train test test-slow test-gpu test-lowest test-newest wheel wheel-aarch64 wheel-windows wheel-macos \
+	pages docs check format
 
 venv: $(VENV)/train.stamp
 
@@ -91,6 +92,10 @@ wheel-windows: export VISION_BACKBONES_WHEEL_MACHINE := win_amd64
 wheel-macos: export VISION_BACKBONES_WHEEL_MACHINE := macosx_arm64
 wheel-windows wheel-macos: $(VENV)/wheel.stamp
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+# Fill the tables of the pages from the measurements in docs/.
+pages: $(VENV)/test.stamp
+	$(BIN)/python tools/build_pages.py
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -39,7 +39,7 @@ def make_pictures(folder: Path, count: int, side: int = 40) -> Path:
 
 
 def train(*arguments: str, pictures: bool = False) -> int:
-    """Run ``tools/train_sr.py`` in this process; draw the picture only if ``pictures`` is set."""
+    """Run ``tools/sr.py train`` in this process; draw the picture only if ``pictures`` is set."""
     with training_runs.unflushed():
         return restoration.main([*QUICK, *arguments]) if pictures else _train(*arguments)
 
@@ -52,7 +52,7 @@ def _train(*arguments: str) -> int:
 def start(
     *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
 ) -> training_runs.Run:
-    """Start ``tools/train_sr.py`` in a process of its own, which runs ``before`` first."""
+    """Start ``tools/sr.py train`` in a process of its own, which runs ``before`` first."""
     process = training_runs.Run(target=_run, args=(arguments, before, env or {}))
     process.start()
     return process

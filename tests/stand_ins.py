@@ -103,7 +103,7 @@ def _labels(path: Path) -> None:
 
 
 def _detector(config: str, path: Path) -> None:
-    """Write the output of ``tools/train_mm.py``."""
+    """Write the output of ``tools/mm.py train``."""
     with _openmmlab():
         from mmengine.config import Config
         from mmengine.registry import MODELS, init_default_scope

@@ -19,7 +19,7 @@ def test_a_clone_starts_fresh(
         monkeypatch.setattr("shutil.which", lambda name: None)
     clone = fresh_clone(tmp_path / "clone")
     clones._tracked.cache_clear()
-    for name in ("README.md", "tools/train_mm.py", "configs/det/_base_/quickstart.py"):
+    for name in ("README.md", "tools/mm.py", "configs/det/_base_/quickstart.py"):
         assert (clone / name).read_bytes() == (ROOT / name).read_bytes()
     assert not {"runs", ".git", ".venv"} & {path.name for path in clone.iterdir()}
     assert not list(clone.rglob("__pycache__"))

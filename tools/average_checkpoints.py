@@ -10,7 +10,6 @@ Floating-point tensors are averaged in float64; others (counters) are copied fro
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor
 
 from backbones.common.arguments import nonempty_path
-from backbones.common.errors import MendableError
+from backbones.common.console import Parser, guard
 from backbones.common.files import save_weights
 from backbones.common.outputs import Kind, add_overwrite, require_writable
 from backbones.core.checkpoint import CheckpointError, read_checkpoint
-from backbones.core.messages import joined_lines
 
 _AVERAGE = Kind((".safetensors",), rb".{8}\{\"__metadata__\":\{\"average_of\"")
 
@@ -62,26 +60,22 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from a command line and return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return guard(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    parser = Parser(description=__doc__)
     parser.add_argument("checkpoints", nargs="+", type=nonempty_path, metavar="FILE")
     parser.add_argument("--output", type=nonempty_path, required=True, help="a .safetensors file")
     add_overwrite(parser)
     options = parser.parse_args(argv)
-    try:
-        require_writable(
-            {"--output": (options.output, _AVERAGE)}, options.checkpoints, options.overwrite
-        )
-        with torch.inference_mode():
-            mean = average(options.checkpoints)
-        sources = ", ".join(path.name for path in options.checkpoints)
-        save_weights(options.output, mean, {"average_of": sources})
-    except (OSError, CheckpointError, MendableError) as error:
-        sys.stderr.write(f"error: {joined_lines(error)}\n")
-        return 1
+    written = {"--output": (options.output, _AVERAGE)}
+    require_writable(written, options.checkpoints, options.overwrite)
+    with torch.inference_mode():
+        mean = average(options.checkpoints)
+    sources = ", ".join(path.name for path in options.checkpoints)
+    save_weights(options.output, mean, {"average_of": sources})
     sys.stdout.write(f"the mean of {len(options.checkpoints)} checkpoints is {options.output}\n")
-    return 0
 
 
 if __name__ == "__main__":

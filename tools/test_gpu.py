@@ -21,14 +21,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from benchmark_na import Effort, describe, measure
-from measuring import machine, write
-from na_contenders import SETTINGS
+from benchmark_ops import Effort, describe, measure
+from contenders import SETTINGS
 
+from backbones.cli.reports import write_report
+from backbones.cli.timing import machine
 from backbones.common.arguments import nonempty_path
-
-__all__ = ["main"]
 
 ROOT = Path(__file__).parents[1]
 CONTENDERS = ("triton", "split", "tiled", "sdpa-mask", "flex", "natten", "natten-split")
@@ -48,6 +48,53 @@ SECONDS_OF_A_CASE = 60
 SECONDS_OF_A_ROW = 60
 
 
+# -- what runs within pytest: quick cases first, none after a deadline, counts in a file ----------
+
+_SECONDS, _OUTPUT = "TEST_GPU_SECONDS", "TEST_GPU_OUTPUT"
+_deadline = time.monotonic() + float(os.environ.get(_SECONDS, "inf"))
+_counts = {"collected": 0, "passed": 0}
+_failed: list[str] = []
+
+
+def pytest_sessionstart() -> None:
+    # Tiles are fixed where algorithms must be deterministic; autotuning would take hours.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    _counts["collected"] = len(items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+    if time.monotonic() < _deadline:
+        return None
+    item.session.shouldstop = "the time is over"
+    return True  # instead of running it
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.failed:
+        _failed.append(report.nodeid)
+    elif report.when == "call":
+        _counts["passed"] += 1
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.failed:
+        _failed.append(report.nodeid)
+
+
+def pytest_unconfigure() -> None:
+    left = max(0, _counts["collected"] - _counts["passed"] - len(_failed))
+    found = {"passed": _counts["passed"], "failed": _failed, "not_run": left}
+    Path(os.environ[_OUTPUT]).write_text(json.dumps(found))
+
+
+# -- what starts pytest ----------------------------------------------------------------------------
+
+
 def run_cases(file: Path, seconds: float) -> dict[str, Any]:
     """Run the cases of a file for ``seconds``, in a process of its own.
 
@@ -64,12 +111,12 @@ def run_cases(file: Path, seconds: float) -> dict[str, Any]:
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
             # What cuBLAS wants before it computes deterministically.
             "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-            "GPU_WATCH_SECONDS": str(seconds),
-            "GPU_WATCH_OUTPUT": str(output),
+            _SECONDS: str(seconds),
+            _OUTPUT: str(output),
         }
         try:
             subprocess.run(
-                [sys.executable, "-m", "pytest", str(file), "-p", "gpu_watch", *options],
+                [sys.executable, "-m", "pytest", str(file), "-p", "test_gpu", *options],
                 cwd=ROOT,
                 env=environment,
                 check=False,
@@ -83,7 +130,7 @@ def run_cases(file: Path, seconds: float) -> dict[str, Any]:
 
 
 def benchmark(deadline: float, device: torch.device) -> Iterator[dict[str, Any]]:
-    """The rows that there is time for, those of ``benchmark_na.py``."""
+    """The rows that there is time for, those of ``benchmark.py --op neighborhood``."""
     settings = {setting.name: setting for setting in SETTINGS}
     for name, dtype, backward in ROWS:
         if time.monotonic() + SECONDS_OF_A_ROW > deadline:
@@ -117,8 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"machine": None, "cases": {}, "benchmark": []}
 
     def save() -> None:
-        text = json.dumps(report, indent=1)
-        write(args.output, lambda path: path.write_text(text))
+        write_report(args.output, report)
 
     if torch.cuda.is_available():
         test(report, 60 * args.minutes, save)

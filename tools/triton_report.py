@@ -34,8 +34,6 @@ from ops.neighborhood._geometry import NAParams
 from ops.neighborhood.triton import launch, split_launch, tiles
 from ops.triton_devices import LAUNCH_OPTIONS
 
-__all__ = ["Need", "Start", "compile_start", "report", "starts"]
-
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Kernel sizes in the report, by rank.
 _KERNEL_SIZES = {1: (63,), 2: (7, 7), 3: (3, 7, 7)}
@@ -205,12 +203,8 @@ def report(needs: Sequence[Need]) -> str:
     """A Markdown table with one row per kernel."""
     columns = list(Need.__dataclass_fields__)
     rows = [[str(getattr(need, name)) for name in columns] for need in needs]
-    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    lines = [columns, ["-" * width for width in widths], *rows]
-    return "\n".join(
-        "| " + " | ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

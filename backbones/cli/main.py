@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import importlib.metadata
-import runpy
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from backbones.common.console import Parser, guard
 from backbones.common.errors import CommandError
@@ -17,8 +16,7 @@ from backbones.core.requirements import explanation
 __all__ = ["COMMANDS", "main", "run_command"]
 
 # Name → module and one line of help. A module defines ``EXAMPLE`` (the words after the command),
-# ``add_arguments`` (to an argparse parser) and ``run`` (parsed options → exit status). A ``.py``
-# file is a script in tools/, whose ``main`` (words → exit status) is called.
+# ``add_arguments`` (to an argparse parser) and ``run`` (parsed options → exit status).
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("backbones.cli.predict", "classify images and draw class activation maps"),
     "embed": ("backbones.cli.embed", "write features of many images to Parquet; resumable"),
@@ -30,13 +28,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("backbones.cli.verify", "identify a checkpoint and compare its outputs"),
     "doctor": ("backbones.cli.doctor", "find missing or conflicting software on this machine"),
     "build": ("backbones.cli.build", "compile the C++ kernels before their first use"),
-    "validate": ("validate.py", "measure the accuracy of checkpoints on a data set"),
+    "validate": ("backbones.cli.validate", "measure the accuracy of checkpoints on a data set"),
     "upscale": ("backbones.restoration.upscale_files", "enlarge or restore images"),
-    "benchmark": ("benchmark.py", "measure time and memory, also of other libraries"),
-}
-_EXAMPLES = {
-    "validate": "--data /path/to/images --model van_b0 --checkpoint van_b0.pth",
-    "benchmark": "--models unireplknet_a van_b0 --modes eager fused --threads 1 2",
+    "benchmark": ("backbones.cli.benchmark", "measure time and memory, also of other libraries"),
 }
 
 
@@ -63,8 +57,6 @@ def run_command(name: str, argv: Sequence[str]) -> int:
 
     def command() -> int:
         try:
-            if path.endswith(".py"):
-                return _run_script(name, program, argv)
             module = importlib.import_module(path)
         except ImportError as error:
             if (reason := explanation(error)) is None:
@@ -92,30 +84,6 @@ def _without_command(words: Sequence[str]) -> int:
     name = one_line(repr(words[0]))
     sys.stderr.write(f"error: no command {name}; did you mean {' or '.join(near)}?\n")
     return 2
-
-
-def _run_script(name: str, program: str, argv: Sequence[str]) -> int:
-    """Run a script of tools/, from the package or the checkout, in this process.
-
-    As a command, its help is shorter than that of the script, which begins with the docstring.
-    """
-    file, summary = COMMANDS[name]
-    here = Path(__file__).parent
-    path = next(
-        p for p in (here / "scripts" / file, here.parents[1] / "tools" / file) if p.is_file()
-    )
-    before = sys.argv, list(sys.path)
-    sys.path.insert(0, str(path.parent))
-    try:
-        script = runpy.run_path(str(path))
-        script["main"].__globals__["__doc__"] = _sentence(summary)
-        sys.argv = [program, *argv]  # where argparse finds the program's name
-        status = guard(lambda: script["main"](list(argv)))
-        if not status and {"-h", "--help"} & set(argv):
-            sys.stdout.write(f"\nexample:\n  {program} {_EXAMPLES[name]}\n")
-        return status
-    finally:
-        sys.argv, sys.path[:] = before
 
 
 def _sentence(summary: str) -> str:

@@ -31,7 +31,7 @@ def _classifiers_own() -> frozenset[str]:
 class RestorationRecipe(Recipe):
     """Every key of a restoration recipe, with its default: L1, Adam, as HAT was trained.
 
-    ``python tools/train_sr.py --help`` prints this list.
+    ``python tools/sr.py train --help`` prints this list.
     """
 
     refused: ClassVar[frozenset[str]] = _classifiers_own()

@@ -1,4 +1,4 @@
-"""The model of ``upscale`` and ``validate_sr``, from their command lines."""
+"""The model of ``upscale`` and ``sr.py validate``, from their command lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``validate_sr``: PSNR and SSIM over the folders of Set5, Set14, BSD100, Urban100, Manga109."""
+"""``sr.py validate``: PSNR and SSIM over the folders of Set5, Set14, BSD100, Urban100, Manga109."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run ``validate_sr`` and print a line for each data set; returns 0.
+    """Run ``sr.py validate`` and print a line for each data set; returns 0.
 
     Raises:
         TrainingError, backbones.CheckpointError: it could not be done; the message says why.

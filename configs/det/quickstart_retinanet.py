@@ -1,7 +1,7 @@
 """RetinaNet with a small VAN on coins and galaxies: a minute on a CPU; box AP50 above 0.6.
 
-    python tools/train_mm.py configs/det/quickstart_retinanet.py
-    python tools/infer_mm.py runs/mm/data/images/val/000.png --out runs/pictures \
+    python tools/mm.py train configs/det/quickstart_retinanet.py
+    python tools/mm.py infer runs/mm/data/images/val/000.png --out runs/pictures \
         --config configs/det/quickstart_retinanet.py \
         --checkpoint runs/mm/quickstart_retinanet/epoch_16.pth
 """

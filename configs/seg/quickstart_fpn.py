@@ -1,7 +1,7 @@
 """Semantic FPN with a small VAN on coins and galaxies: a minute on a CPU; mIoU above 80.
 
-    python tools/train_mm.py configs/seg/quickstart_fpn.py
-    python tools/infer_mm.py runs/mm/data/images/val/000.png --out runs/pictures \
+    python tools/mm.py train configs/seg/quickstart_fpn.py
+    python tools/mm.py infer runs/mm/data/images/val/000.png --out runs/pictures \
         --config configs/seg/quickstart_fpn.py --checkpoint runs/mm/quickstart_fpn/iter_160.pth
 """
 

@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import backbones
-from backbones.cli import export, graphs, parity, summary, verify
+from backbones.cli import benchmark, export, graphs, parity, summary, validate, verify
 from backbones.cli.doctor import Finding
 from backbones.cli.main import COMMANDS, main
 from backbones.common import loaded
@@ -336,16 +336,15 @@ def _errors_as(create: Callable[..., Any], instead: Callable[..., Any]) -> Calla
     return call
 
 
-def _without_measuring(globals: dict[str, Any]) -> None:
-    """In a script of tools/, once it is loaded."""
-    if "Validator" in globals:
-        row = {"checkpoint": "x", "top1": 50.0, "top5": 100.0, "images": 6}
-        globals["Validator"].measure = lambda self, candidate: {"model": candidate.name, **row}
-    if "Row" in globals:
-        globals["measure"] = lambda row, *args: {**row.key, "contenders": {}}
-        globals["table"] = lambda report: ""
-        globals["gc"] = SimpleNamespace(collect=lambda: 0)  # a second with all that tests import
-        globals["draw"] = lambda report, path: path.write_text("")
+def _without_measuring(patch: pytest.MonkeyPatch) -> None:
+    row = {"checkpoint": "x", "top1": 50.0, "top5": 100.0, "images": 6}
+    measured = lambda self, candidate: {"model": candidate.name, **row}  # noqa: E731
+    patch.setattr(validate.Validator, "measure", measured)
+    patch.setattr(benchmark, "measure", lambda row, *args: {**row.key, "contenders": {}})
+    patch.setattr(benchmark, "table", lambda report: "")
+    # A second with all that tests import.
+    patch.setattr(benchmark, "gc", SimpleNamespace(collect=lambda: 0))
+    patch.setattr(benchmark, "draw", lambda report, file: None)
 
 
 @st.composite
@@ -422,7 +421,6 @@ def _fits(option: Option) -> list[str]:
     [
         pytest.param(command, option, id=f"{command} {option.flag}")
         for command, options in OPTIONS.items()
-        if not COMMANDS[command][0].endswith(".py")  # their arguments: tests/tools
         for option in options
         if "" in option.bad
     ],
@@ -448,18 +446,7 @@ def test_no_path_may_be_empty(place: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_random_command_lines(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import runpy
-
-    loaded = runpy.run_path
-    kept: dict[str, dict[str, Any]] = {}
-
-    def run_path(path: str) -> dict[str, Any]:
-        if path not in kept:
-            kept[path] = loaded(path)
-            _without_measuring(kept[path]["main"].__globals__)
-        return kept[path]
-
-    monkeypatch.setattr(runpy, "run_path", run_path)
+    _without_measuring(monkeypatch)
     before = held(folder)
     seen = {0: 0, 1: 0, 2: 0}
     examples = MORE.get(command, EXAMPLES)

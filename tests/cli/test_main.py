@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import runpy
 import sys
 from pathlib import Path
@@ -14,10 +13,9 @@ from backbones.cli import main as command
 from backbones.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
-OWN = [name for name, (path, _) in COMMANDS.items() if not path.endswith(".py")]
 
 
-@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in OWN)])
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)])
 def test_help_is_short_and_has_an_example(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -66,10 +64,13 @@ def test_the_package_is_a_command(
         (["upscale", "", "--model", "hat_x2", "--out", "x"], "IN must be the name of"),
         (["upscale", "x", "--model", "hat_x2", "--out", ""], "--out must be the name"),
         (["validate", "--data", ""], "--data must be the name of a file or folder"),
+        (["validate", "--data", "digits", "--split", ""], "--split must be the name of a split"),
         (
             ["validate", "--data", "digits", "--threads", "0"],
             "--threads must be within 1 … 1024, not 0",
         ),
+        (["benchmark", "--models", "van_b9"], "unknown models van_b9; see backbones.list_models()"),
+        (["benchmark", "--compare", "no.json"], "--compare: there is no file no.json"),
         (["benchmark", "--threads", "0"], "--threads must be within 1 … 1024, not 0"),
         (["benchmark", "--against", ""], "--against: Empty module name"),
         (["verify", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
@@ -86,43 +87,6 @@ def test_user_errors_are_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert said in line
-
-
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(OWN)))
-def test_scripts_of_tools_are_commands_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    before = list(sys.argv), list(sys.path)
-    assert main([name, "--help"]) == 0
-    said = capsys.readouterr().out
-    assert f"usage: vision-backbones {name}" in said
-    *_, heading, example = said.splitlines()
-    assert heading == "example:"
-    assert example.startswith(f"  vision-backbones {name} --")
-    assert len(said.splitlines()) <= 60
-    assert "tools/" not in said
-    assert main([name, "--no-such-option"]) != 0
-    assert "example:" not in capsys.readouterr().out
-    assert (sys.argv, sys.path) == before
-
-
-def modules_beside(script: Path) -> set[Path]:
-    """A script of tools/ and what it imports from there, in the end."""
-    found, left = set(), [script]
-    while left:
-        path = left.pop()
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            beside = {path.with_name(f"{name}.py") for name in names}
-            left += [p for p in beside - found if p.is_file()]
-    return found
-
-
-@pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(OWN)))
-def test_the_wheel_has_what_scripts_need(name: str) -> None:
-    shipped = (ROOT / "pyproject.toml").read_text()
-    for path in modules_beside(ROOT / "tools" / COMMANDS[name][0]):
-        assert f'"tools/{path.name}" = "backbones/cli/scripts/{path.name}"' in shipped
 
 
 def test_the_guide_has_every_command() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 import backbones
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools" / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS, PAGES = ROOT / "tools" / "docs", ROOT / "docs" / "families"
 
 
 @pytest.fixture
@@ -20,15 +21,46 @@ def tools(monkeypatch):
     """The site's modules, importable as MkDocs' hooks import them."""
     monkeypatch.syspath_prepend(str(TOOLS))
     yield importlib.import_module
-    for name in ("block_diagrams", "family_blocks", "docstrings"):
+    for name in ("block_diagrams", "hooks", "zoo_page"):
         sys.modules.pop(name, None)
 
 
 def test_every_family_has_a_diagram_and_a_page(tools):
     families = set(backbones.list_families())
-    assert set(tools("family_blocks").BLOCKS) == families
-    pages = {page.stem for page in (TOOLS.parents[1] / "docs" / "families").glob("*.md")}
-    assert pages == families | {"index"}
+    assert {page.stem for page in PAGES.glob("*.md")} == families | {"index"}
+    for family in families:
+        (text,) = tools("hooks").BLOCK.findall((PAGES / f"{family}.md").read_text())
+        assert tools("block_diagrams").parse(text)
+
+
+DESCRIPTION = """
+Block
+  residual
+    norm LayerNorm
+    branches ×
+      arm
+      arm
+        conv 3×3 depthwise | batch norm
+        act SiLU
+  note the rest
+Other
+  mlp MLP
+"""
+
+
+def test_descriptions_are_parsed(tools):
+    blocks = tools("block_diagrams")
+    arm = [blocks.Box("3×3 depthwise", "conv", "batch norm"), blocks.Box("SiLU", "act")]
+    steps = [blocks.Box("LayerNorm", "norm"), blocks.Branches([[], arm], "×")]
+    first = [blocks.Residual(steps), blocks.Box("the rest", "note")]
+    wanted = [("Block", first), ("Other", [blocks.Box("MLP", "mlp")])]
+    assert blocks.parse(DESCRIPTION) == wanted
+
+
+@pytest.mark.parametrize("line", ["  convolution 3×3", "  conv", "  branches", "  residual x"])
+def test_a_line_that_is_no_step_is_named(tools, line):
+    with pytest.raises(ValueError, match=f"not a step of a diagram: '{line.strip()}'"):
+        tools("block_diagrams").parse(f"Block\n{line}\n")
 
 
 def boxes(element, x=0.0, y=0.0):
@@ -44,7 +76,8 @@ def boxes(element, x=0.0, y=0.0):
 
 @pytest.mark.parametrize("family", backbones.list_families())
 def test_boxes_lie_in_the_frame_and_apart(tools, family):
-    for title, steps in tools("family_blocks").BLOCKS[family]:
+    (text,) = tools("hooks").BLOCK.findall((PAGES / f"{family}.md").read_text())
+    for title, steps in tools("block_diagrams").parse(text):
         figure = ElementTree.fromstring(tools("block_diagrams").panel(title, steps))
         svg = figure.find("svg")
         found = list(boxes(svg))
@@ -64,7 +97,7 @@ def test_docstrings_become_markdown(tools):
         "====  =======\na     first\nb     second,\n      going on\n====  =======\n"
         "So:\n\n::\n\n    f(1)\n"
     )
-    assert tools("docstrings").to_markdown(text) == (
+    assert tools("hooks").to_markdown(text) == (
         "Two things:\n\n\n``f(x)``\n:   What f does,\n    in words.\n\n"
         "\n| | |\n|---|---|\n| a | first |\n| b | second, going on |\n\n"
         "So:\n\n\n    f(1)\n"

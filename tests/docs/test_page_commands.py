@@ -28,8 +28,9 @@ NOT_RUN = {
     r"pytest .*": "runs these tests",
     r"kubectl .*": "asks a cluster of Kubernetes",
     r"vision-backbones embed .* --engine ray --address auto": "needs that cluster",
-    r"python tools/benchmark_training\.py": "measures for minutes; its status is the measurement's",
-    r"(\w+=\S+ )?python tools/int8_(accuracy|peers)\.py .*": "trains or measures for minutes",
+    r"(\w+=\S+ )?python tools/accuracy\.py (?!parity).*": "trains or measures for minutes",
+    r"python tools/benchmark\.py .*": "measures for minutes",
+    r"vision-backbones benchmark .* docs/performance/.*": "measures for minutes",
 }
 # What stands in a page for something of the reader's.
 REPLACED = {
@@ -54,33 +55,33 @@ SHORTER = {
     r".* train_cls\.py .* --data .*": (
         f"{_SHORT} --cooldown-epochs 0 --batch-size 2 --accum-steps 1 --img-size 32"
     ),
-    r".* tools/train_sr\.py --config configs/sr/quickstart\.yaml": (
+    r".* tools/sr\.py train --config configs/sr/quickstart\.yaml": (
         "--epochs 1 --updates-per-epoch 2"
     ),
-    r".* tools/train_sr\.py .* --train-pictures .*": (
+    r".* tools/sr\.py train .* --train-pictures .*": (
         f"{_SHORT} --updates-per-epoch 1 --batch-size 1 --patch-size 16"
     ),
-    r".* tools/train_mm\.py configs/det/quickstart.*": f"{_SMALL_SET} train_cfg.max_epochs=1",
-    r".* tools/train_mm\.py configs/seg/quickstart.*": f"{_SMALL_SET} train_cfg.max_iters=2",
-    r".* tools/train_mm\.py configs/det/van/.*": (
+    r".* tools/mm\.py train configs/det/quickstart.*": f"{_SMALL_SET} train_cfg.max_epochs=1",
+    r".* tools/mm\.py train configs/seg/quickstart.*": f"{_SMALL_SET} train_cfg.max_iters=2",
+    r".* tools/mm\.py train configs/det/van/.*": (
         f"{_SHORT_MM} train_cfg.max_epochs=1 train_cfg.val_interval=2"
         " model.train_cfg.rcnn.sampler.num=8 model.train_cfg.rpn_proposal.max_per_img=8"
         " model.roi_head.bbox_head.fc_out_channels=32"
     ),
-    r".* tools/train_mm\.py configs/seg/van/.*": (
+    r".* tools/mm\.py train configs/seg/van/.*": (
         f"{_SHORT_MM} train_cfg.max_iters=1 train_cfg.val_interval=2"
         " train_dataloader.dataset.pipeline.3.crop_size=(64,64)"
         " model.data_preprocessor.size=(64,64) model.decode_head.channels=32"
         " model.auxiliary_head.channels=32"
     ),
-    r".* tools/test_mm\.py configs/det/van/.*": (
+    r".* tools/mm\.py test configs/det/van/.*": (
         "--cfg-options test_dataloader.num_workers=0 test_dataloader.persistent_workers=False"
         " test_dataloader.dataset.pipeline.1.scale=(64,64) model.test_cfg.rpn.max_per_img=8"
     ),
     r"vision-backbones export .*": "--size 64",
     r"vision-backbones upscale .* --tta.*": "--tile none",
     r"vision-backbones validate .* --corrupt": "brightness --severity 1 --workers 0",
-    r"python tools/parity\.py": "efficientvit",
+    r"python tools/accuracy\.py parity": "efficientvit",
     r"python -m pytest .*": "--collect-only --quiet --assert plain",
 }
 QUICK = re.compile(r"vision-backbones (doctor|summary|verify|predict .*van_b0\.pth)\b.*")
@@ -157,7 +158,7 @@ def test_command_runs(
     clone = fresh_clone(tmp_path / "clone")
     shelf.provide(words, clone)
     environment["TORCH_HOME"] = str(clone / DOWNLOADS)
-    workshop("_mm.py" in text).run(program, clone, _SECONDS, environment)
+    workshop("/mm.py" in text).run(program, clone, _SECONDS, environment)
     for option, value in zip(words, words[1:], strict=False):
         if option in _WRITES:
             assert (clone / value).exists(), f"{option} {value} was not written"

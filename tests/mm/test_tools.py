@@ -45,8 +45,9 @@ def segmented_once() -> Iterator[None]:
         yield
 
 
-def _tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("mm", ROOT / "tools" / "mm.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -62,10 +63,12 @@ def _pixels(path: Path) -> np.ndarray:
         return np.asarray(picture)
 
 
-def _inside(monkeypatch: pytest.MonkeyPatch, folder: Path, train: int, val: int) -> None:
+def _inside(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, folder: Path, train: int, val: int
+) -> None:
     """Work in a folder that has the set, as the configs expect."""
     monkeypatch.chdir(folder)
-    _tool("make_mm_quickstart").main(["--train", str(train), "--val", str(val)])
+    tool.main(["data", "--train", str(train), "--val", str(val)])
 
 
 @pytest.mark.parametrize("name", ["det/quickstart_retinanet", "seg/quickstart_fpn"])
@@ -129,8 +132,8 @@ def test_a_set_is_created_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not any(tmp_path.iterdir())
 
 
-def test_the_set(tmp_path: Path) -> None:
-    _tool("make_mm_quickstart").main(["--out", str(tmp_path), "--train", "6", "--val", "2"])
+def test_the_set(tool: ModuleType, tmp_path: Path) -> None:
+    tool.main(["data", "--out", str(tmp_path), "--train", "6", "--val", "2"])
     coco = json.loads((tmp_path / "train.json").read_text())
     assert len(coco["images"]) == 6 and len(coco["annotations"]) >= 12
     from pycocotools import mask as masks
@@ -158,7 +161,7 @@ def test_the_set(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", QUICKSTARTS)
 def test_train_resume_evaluate_draw(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "SIDE", 64)
@@ -180,13 +183,12 @@ def test_train_resume_evaluate_draw(
             *smaller,
         ]
 
-    train = _tool("train_mm")
-    first = train.main([_config(name), *options(ends[0], "first")])
+    first = tool.main(["train", _config(name), *options(ends[0], "first")])
     folder = tmp_path / "runs/mm" / Path(name).name
     assert Path(first.work_dir) == folder
     assert first.iter == 2 and (folder / last.format(ends[0])).is_file()
 
-    second = train.main([_config(name), "--resume", *options(ends[1], "second")])
+    second = tool.main(["train", _config(name), "--resume", *options(ends[1], "second")])
     assert second.iter == 4
     saved = torch.load(folder / last.format(ends[1]), weights_only=True)
     moments = saved["optimizer"]["state"][0]["step"]
@@ -199,7 +201,7 @@ def test_train_resume_evaluate_draw(
     if name.endswith("retinanet"):
         # After four steps no score is above the usual threshold.
         last_options.append("model.test_cfg.score_thr=0.0")
-    metrics = _tool("test_mm").main([_config(name), checkpoint, "--cfg-options", *last_options])
+    metrics = tool.main(["test", _config(name), checkpoint, "--cfg-options", *last_options])
     wanted = {"coco/bbox_mAP"} if detects else {"mIoU"}
     if "mask" in name:
         wanted.add("coco/segm_mAP")
@@ -213,37 +215,36 @@ def test_train_resume_evaluate_draw(
             f"_base_ = [{_config(name)!r}]\nmodel = dict(test_cfg=dict(score_thr=0.0))\n"
         )
         arguments[1] = str(low)
-    written = _tool("infer_mm").main([str(picture), *arguments, "--score-thr", "0"])
+    written = tool.main(["infer", str(picture), *arguments, "--score-thr", "0"])
     assert written == [Path("pictures/000.png")]
     assert not np.array_equal(_pixels(written[0])[..., :3], _pixels(picture))
 
 
-def test_infer_refuses(tmp_path: Path) -> None:
-    infer = _tool("infer_mm")
+def test_infer_refuses(tool: ModuleType, tmp_path: Path) -> None:
     end = ["--config", _config(QUICKSTARTS[0]), "--out", str(tmp_path)]
     with pytest.raises(FileNotFoundError, match="no file at missing.png"):
-        infer.main(["missing.png", *end, "--checkpoint", "missing.pth"])
+        tool.main(["infer", "missing.png", *end, "--checkpoint", "missing.pth"])
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.png").touch()
     (tmp_path / "c.pth").touch()
     pair = [str(tmp_path / folder / "x.png") for folder in ("a", "b")]
     with pytest.raises(ValueError, match="same name"):
-        infer.main([*pair, *end, "--checkpoint", str(tmp_path / "c.pth")])
+        tool.main(["infer", *pair, *end, "--checkpoint", str(tmp_path / "c.pth")])
     wrong = tmp_path / "wrong.py"
     wrong.write_text(f"_base_ = [{end[1]!r}]\nmodel = dict(neck=dict(in_channels=[1, 2, 3, 4]))\n")
     end[1] = str(wrong)
     with pytest.raises(ValueError, match=r"write in_channels=\[32, 64, 160, 256\]"):
-        infer.main([pair[0], *end, "--checkpoint", str(tmp_path / "c.pth")])
+        tool.main(["infer", pair[0], *end, "--checkpoint", str(tmp_path / "c.pth")])
 
 
-def test_nothing_that_is_read_is_overwritten(tmp_path: Path) -> None:
+def test_nothing_that_is_read_is_overwritten(tool: ModuleType, tmp_path: Path) -> None:
     image, weights = tmp_path / "a.png", tmp_path / "b.pth"
     Image.new("RGB", (8, 8)).save(image)
     weights.touch()
     words = ["--config", _config(QUICKSTARTS[0]), "--checkpoint", str(weights)]
     with pytest.raises(ValueError, match=r"a\.png would overwrite .*a\.png, an input"):
-        _tool("infer_mm").main([str(image), *words, "--out", str(tmp_path)])
+        tool.main(["infer", str(image), *words, "--out", str(tmp_path)])
     config = tmp_path / "mine.py"
     config.write_text("model = dict()\n")
     words = [str(config), "--work-dir", str(tmp_path)]
@@ -251,29 +252,30 @@ def test_nothing_that_is_read_is_overwritten(tmp_path: Path) -> None:
         load_config(shared_arguments("").parse_args(words))
 
 
-def test_a_set_replaces_nothing_unasked(tmp_path: Path) -> None:
+def test_a_set_replaces_nothing_unasked(tool: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "images" / "val").mkdir(parents=True)
     (tmp_path / "images" / "val" / "000.png").write_text("a photograph")
     words = ["--out", str(tmp_path), "--train", "2", "--val", "1"]
     with pytest.raises(ValueError, match="images/val/000.png exists and is not what"):
-        _tool("make_mm_quickstart").main(words)
+        tool.main(["data", *words])
     assert [p.name for p in tmp_path.iterdir()] == ["images"]
-    _tool("make_mm_quickstart").main([*words, "--overwrite"])
+    tool.main(["data", *words, "--overwrite"])
     assert (tmp_path / "images" / "val" / "000.png").stat().st_size > 100
 
 
-def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
+def test_missing_checkpoint_is_named(tool: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere.pth"):
-        _tool("test_mm").main([_config(QUICKSTARTS[0]), "nowhere.pth"])
+        tool.main(["test", _config(QUICKSTARTS[0]), "nowhere.pth"])
 
 
-def test_options_reach_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_the_config(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Config] = []
-    tool = _tool("train_mm")
     monkeypatch.setattr(tool, "get_device", lambda: "cuda")
     monkeypatch.setattr(tool.Runner, "from_cfg", lambda cfg: seen.append(cfg) or _NoRun())
     tool.main(
-        [_config("seg/van/upernet_van-b0_8xb2-160k_ade20k-512x512"), "--amp"]
+        ["train", _config("seg/van/upernet_van-b0_8xb2-160k_ade20k-512x512"), "--amp"]
         + ["--work-dir", str(tmp_path), "--resume", "x.pth"]
         + ["--cfg-options", "train_dataloader.batch_size=3"]
     )
@@ -285,7 +287,9 @@ def test_options_reach_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cfg.train_dataloader.batch_size == 3
     assert cfg.model.decode_head.norm_cfg.type == "BN"
     with pytest.raises(ValueError, match=r"write in_channels=\[32, 64, 160, 256\]"):
-        tool.main([cfg.filename, "--cfg-options", "model.decode_head.in_channels=[1,2,3,4]"])
+        tool.main(
+            ["train", cfg.filename, "--cfg-options", "model.decode_head.in_channels=[1,2,3,4]"]
+        )
 
 
 @pytest.mark.parametrize(
@@ -298,13 +302,12 @@ def test_options_reach_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_mixed_precision_on_a_cpu(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All convolutions of the training run in bfloat16, and it learns."""
     # Small images and few regions: not every CPU has products of bfloat16, and others take long.
     monkeypatch.setattr(quickstart, "SIDE", 64)
-    _inside(monkeypatch, tmp_path, train=4, val=1)
-    tool = _tool("train_mm")
+    _inside(tool, monkeypatch, tmp_path, train=4, val=1)
     monkeypatch.setattr(tool, "get_device", lambda: "cpu")
     seen: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
 
@@ -325,7 +328,7 @@ def test_mixed_precision_on_a_cpu(
     if not detects:
         options.append("model.data_preprocessor.size=(64,64)")
     with nn.modules.module.register_module_forward_hook(watch):
-        runner = tool.main([_config(name), "--amp", "--cfg-options", *options])
+        runner = tool.main(["train", _config(name), "--amp", "--cfg-options", *options])
     # The validation at the end is in float32, as with mmengine's wrapper.
     assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
     assert type(runner.optim_wrapper) is CPUAmpOptimWrapper
@@ -334,12 +337,12 @@ def test_mixed_precision_on_a_cpu(
     assert len(losses) == 12 and np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
 
 
-def test_launchers_that_need_cuda_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers_that_need_cuda_say_so(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("RANK", raising=False)
     for launcher in ("slurm", "pytorch"):
         with pytest.raises(ValueError, match=f"--launcher {launcher} needs CUDA.*under torchrun"):
-            _tool("train_mm").main([_config(QUICKSTARTS[0]), "--launcher", launcher])
+            tool.main(["train", _config(QUICKSTARTS[0]), "--launcher", launcher])
 
 
 def test_the_group_of_processes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,10 +368,12 @@ def test_the_group_of_processes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_on_a_cpu(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torchrun and gloo: each takes half of the images; one checkpoint, evaluated by both."""
-    _inside(monkeypatch, tmp_path, train=4, val=2)
-    said = _run_two(ROOT / "tools/train_mm.py")
+    _inside(tool, monkeypatch, tmp_path, train=4, val=2)
+    said = _run_two(ROOT / "tools/mm.py")
     assert "[1][2/2]" in said and "[1][4/4]" not in said
     assert "coco/bbox_mAP" in said
     saved = torch.load(tmp_path / "runs/mm/quickstart_retinanet/epoch_1.pth", weights_only=True)
@@ -378,7 +383,7 @@ def test_two_processes_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 _STUMBLE = """
 import os, sys
 sys.path.insert(0, {tools!r})
-import train_mm
+import mm
 from mmengine.runner import EpochBasedTrainLoop
 
 whole = EpochBasedTrainLoop.run_iter
@@ -389,14 +394,16 @@ def run_iter(loop, index, batch):
     whole(loop, index, batch)
 
 EpochBasedTrainLoop.run_iter = run_iter
-train_mm.main()
+mm.main()
 """
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_one_process_ends_both(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And is shown: the other one, which waits for the gradients, does not wait on."""
-    _inside(monkeypatch, tmp_path, train=4, val=2)
+    _inside(tool, monkeypatch, tmp_path, train=4, val=2)
     (tmp_path / "stumble.py").write_text(_STUMBLE.format(tools=str(ROOT / "tools")))
     with pytest.raises(AssertionError, match="ended with 1\n(.|\n)*this process stumbled"):
         _run_two(tmp_path / "stumble.py")
@@ -405,7 +412,13 @@ def test_an_error_of_one_process_ends_both(tmp_path: Path, monkeypatch: pytest.M
 def _run_two(script: Path) -> str:
     """Two processes train the first quickstart: what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(script), _config(QUICKSTARTS[0]), "--launcher=pytorch", "--cfg-options"]
+    command += [
+        str(script),
+        "train",
+        _config(QUICKSTARTS[0]),
+        "--launcher=pytorch",
+        "--cfg-options",
+    ]
     command += ["train_dataloader.batch_size=1", "train_cfg.max_epochs=1"]
     command += ["train_cfg.val_interval=1", "model.test_cfg.score_thr=0.0"]
     command += ["default_hooks.checkpoint.interval=1", "default_hooks.logger.interval=1"]
@@ -430,11 +443,16 @@ class _NoRun:
     ],
 )
 def test_quickstart_learns(
-    name: str, metric: str, floor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tool: ModuleType,
+    name: str,
+    metric: str,
+    floor: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _inside(monkeypatch, tmp_path, train=64, val=12)
-    runner: Any = _tool("train_mm").main(
-        [_config(name), "--cfg-options", f"experiment_name={tmp_path.name}"]
+    _inside(tool, monkeypatch, tmp_path, train=64, val=12)
+    runner: Any = tool.main(
+        ["train", _config(name), "--cfg-options", f"experiment_name={tmp_path.name}"]
     )
     losses, _ = runner.message_hub.get_scalar("train/loss").data
     assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])

@@ -1,4 +1,4 @@
-"""``tools/train_sr.py`` learns, and resumes bit for bit, also with two processes."""
+"""``tools/sr.py train`` learns, and resumes bit for bit, also with two processes."""
 
 from __future__ import annotations
 

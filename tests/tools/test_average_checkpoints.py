@@ -60,7 +60,7 @@ def test_another_architecture(other, tool, files, tmp_path, capsys):
         "--output",
         str(tmp_path / "x.safetensors"),
     ]
-    assert tool.main(words) == 1
+    assert tool.main(words) == 2
     assert "of another architecture" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
 
@@ -69,13 +69,13 @@ def test_another_architecture(other, tool, files, tmp_path, capsys):
 def test_non_finite_weights(value, tool, files, tmp_path, capsys):
     torch.save({"a.weight": torch.full((2, 3), value), "count": torch.tensor(1)}, files[1])
     words = [*map(str, files), "--output", str(tmp_path / "x.safetensors")]
-    assert tool.main(words) == 1
+    assert tool.main(words) == 2
     assert "b.pth: a.weight is not finite" in capsys.readouterr().err
     assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_output_with_a_misleading_suffix(tool, files, tmp_path, capsys):
-    assert tool.main([str(files[0]), "--output", str(tmp_path / "soup.pth")]) == 1
+    assert tool.main([str(files[0]), "--output", str(tmp_path / "soup.pth")]) == 2
     assert "must end in .safetensors" in capsys.readouterr().err
 
 
@@ -84,5 +84,5 @@ def test_a_missing_file_from_the_shell(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(PATH), *words])
     with pytest.raises(SystemExit) as leaving:
         runpy.run_path(str(PATH), run_name="__main__")
-    assert leaving.value.code == 1
+    assert leaving.value.code == 2
     assert capsys.readouterr().err.startswith("error: no checkpoint at")

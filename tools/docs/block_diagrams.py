@@ -1,6 +1,6 @@
 """Draw block diagrams as inline SVG: boxes from top to bottom, shortcuts and parallel branches.
 
-Diagrams are described by data (see ``family_blocks.py``). Their colours come from the page's style
+Diagrams are described in the pages, by :func:`parse`. Their colours come from the page's style
 sheet (``docs/assets/site.css``), so that the same drawing works in light and dark mode.
 """
 
@@ -18,11 +18,12 @@ ARM_SPACING = 14
 RADIUS = 9
 LETTER = 7.0
 DETAIL_LETTER = 6.1
+KINDS = ("norm", "conv", "attn", "mlp", "act", "plain", "note")
 
 
 @dataclass(frozen=True)
 class Box:
-    """One step. ``kind`` selects its colour: norm, conv, attn, mlp, act, plain; "note" has none."""
+    """One step. ``kind``, of :data:`KINDS`, selects its colour; "note" has none."""
 
     label: str
     kind: str = "plain"
@@ -86,6 +87,48 @@ class Drawing:
         )
         self.text(sign, y + 4.5, "sign" if len(sign) == 1 else "detail")
         return half
+
+
+def parse(text: str) -> list[tuple[str, list[Step]]]:
+    """The titled diagrams of a description, one line a step, indented by two within another:
+
+    - ``KIND label`` or ``KIND label | detail``: a :class:`Box`
+    - ``residual`` around indented steps
+    - ``branches JOIN`` with lines ``arm``, which may have indented steps
+
+    A line that is not indented is the title of a diagram.
+
+    Raises:
+        ValueError: a line is not one of these.
+    """
+    lines = [line for line in text.splitlines() if line.strip()]
+    diagrams: list[tuple[str, list[Step]]] = []
+    while lines:
+        title = lines.pop(0)
+        diagrams.append((title, _steps(lines, 1)))
+    return diagrams
+
+
+def _steps(lines: list[str], depth: int) -> list[Step]:
+    """Take the steps of a depth from the front of ``lines``."""
+    steps: list[Step] = []
+    while lines and lines[0].startswith("  " * depth):
+        line = lines.pop(0)[2 * depth :]
+        kind, _, rest = line.partition(" ")
+        if line == "residual":
+            steps.append(Residual(_steps(lines, depth + 1)))
+        elif kind == "branches" and rest:
+            arms = []
+            while lines and lines[0] == "  " * (depth + 1) + "arm":
+                del lines[0]
+                arms.append(_steps(lines, depth + 2))
+            steps.append(Branches(arms, rest))
+        elif kind in KINDS and rest:
+            label, _, detail = rest.partition(" | ")
+            steps.append(Box(label, kind, detail))
+        else:
+            raise ValueError(f"not a step of a diagram: {line!r}")
+    return steps
 
 
 def draw(step: Step) -> Drawing:

@@ -1,7 +1,7 @@
 """The table and the plots of the zoo page, and the tables of the families' pages.
 
 Nothing is measured here: figures of the originals come from ``tests/reference``, errors from
-``docs/parity.json``, latencies from ``docs/performance/zoo.json`` (``tools/zoo_latency.py``).
+``docs/parity.json``, latencies from ``docs/performance/zoo.json`` (``benchmark.py --op zoo``).
 Missing figures are shown as dashes.
 """
 
@@ -63,7 +63,7 @@ class Row:
 
 
 def latency_report(path: Path = LATENCY) -> dict[str, Any] | None:
-    """The report of ``tools/zoo_latency.py``; None if there is none."""
+    """The report of ``benchmark.py --op zoo``; None if there is none."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -116,7 +116,7 @@ def _milliseconds(measured: dict[str, Any] | None, form: str) -> float | None:
 def machine_line(report: dict[str, Any] | None) -> str:
     """A sentence on the machine that the latencies were measured on."""
     if report is None:
-        return "No latencies have been measured yet (`python tools/zoo_latency.py`)."
+        return "No latencies have been measured yet (`python tools/benchmark.py --op zoo`)."
     place = report["machine"]
     return (
         "Latencies are for one image of that size in float32 on one thread; both forms were "
@@ -186,17 +186,11 @@ def _table_row(row: Row) -> str:
     return f'<tr id="{row.name}">{"".join(cells)}</tr>'
 
 
+_NUMBERS = ("M params", "G MACs", "Reported top-1, %", "Parity error", "CPU, ms", "CPU fused, ms")
 HEADINGS = (
-    ("Variant", "text"),
-    ("Family", "text"),
-    ("M params", "number"),
-    ("G MACs", "number"),
-    ("Reported top-1, %", "number"),
-    ("Parity error", "number"),
-    ("CPU, ms", "number"),
-    ("CPU fused, ms", "number"),
-    ("Licence", "text"),
-    ("Weights", "text"),
+    *(("Variant", "text"), ("Family", "text")),
+    *((name, "number") for name in _NUMBERS),
+    *(("Licence", "text"), ("Weights", "text")),
 )
 
 

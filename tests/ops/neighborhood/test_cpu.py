@@ -237,7 +237,7 @@ def test_gradients_of_neighbouring_windows(size, window, dim):
 _MEMORY = """
 import torch
 from ops.neighborhood import na2d
-from tools.measuring import PeakMemory
+from backbones.cli.timing import PeakMemory
 
 def step(tensors, kernel_size, grad):
     out = na2d(*tensors, kernel_size, backend="cpu")

@@ -1,0 +1,407 @@
+"""``vision-backbones benchmark``: models plain, fused and compiled, and other implementations.
+
+All contenders of a row are measured alternately in one process, so that other load affects them
+equally; compare the ratios, which are taken within a turn. A turn repeats the call for
+``--turn-ms`` and counts the second half, since the first calls run with caches filled by another
+contender, unlike in production. After half of the turns, all models are created again in reverse
+order.
+
+    vision-backbones benchmark --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
+    vision-backbones benchmark --modes eager fused fused+bfloat16 --against birder ~/original.py
+    vision-backbones benchmark --models ravlt_t --sizes 224 384 512 768 1024 --modes fused
+    vision-backbones benchmark --compare runs/benchmark.json --output runs/benchmark_new
+
+A mode is one of eager, channels_last (eager with weights in that format), fused, compile,
+fused+compile, int8 (fused, with a range for each row of inputs) and int8_calibrated (with ranges
+from four random batches); all but the last two are in the row's dtype or, with ``+bfloat16``, in
+bfloat16. ``--against`` names a contender of :data:`backbones.cli.contenders.MODELS`, or an
+importable module or a Python file with a function ``create_model(name)``, which returns its model
+for our name, or None if it has none. The label in the report is the module's or file's name, here
+``original``:
+
+    import sys
+
+    sys.path.append("/where/the/authors/code/lies")
+
+    def create_model(name):
+        if name == "van_b0":
+            from models.van import van_b0
+            return van_b0()
+        return None
+
+Writes ``<output>.json`` after every row, and ``<output>.md`` and ``<output>.png`` at the end. Runs
+with the same ``--output`` extend the same report, so it can be measured in parts: a repeated row
+replaces the old one, and ``--resume`` measures only missing rows. ``--profile`` adds the time spent
+in kinds of operators by the plain and the fused model.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.util
+import itertools
+import logging
+import math
+import statistics
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import backbones
+from backbones.cli.benchmark_report import SETTING, comparison, describe, draw, row_key, table
+from backbones.cli.contenders import (
+    MODELS,
+    CannotRunError,
+    Create,
+    Runtime,
+    contender,
+    is_installed,
+    reason,
+)
+from backbones.cli.measure import count_macs
+from backbones.cli.op_kinds import time_by_kind
+from backbones.cli.reports import load_report, put_rows, read_report, write_report
+from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady
+from backbones.common.arguments import THREADS, nonempty_path, real, whole
+from backbones.common.errors import CommandError
+from backbones.common.files import write_atomically, write_text_atomically
+from backbones.common.outputs import FIGURE, REPORT, Kind, add_overwrite, require_writable
+from backbones.core.from_timm import PREFIX
+from backbones.core.inputs import require_size, size_of
+
+__all__ = ["EXAMPLE", "Row", "add_arguments", "measure", "run"]
+
+EXAMPLE = "--models unireplknet_a van_b0 --modes eager fused --threads 1 2"
+
+logger = logging.getLogger(__name__)
+
+FLOAT_MODES = ("eager", "channels_last", "fused", "compile", "fused+compile")
+INT8 = ("int8", "int8_calibrated")
+LOW_PRECISION = "+bfloat16"
+# What all others are compared with, beside the other libraries.
+BASES = ("eager", "channels_last", *INT8)
+DTYPES = ("float32", "bfloat16")
+DEFAULT_MODELS = (
+    *("efficientvit_m5", "shvit_s4", "inception_next_tiny", "unireplknet_a", "unireplknet_t"),
+    *("van_b0", "biformer_tiny", "litv2_s", "favit_b0", "ravlt_t", "medvitv2_tiny", "hat_s_x2"),
+)
+# Restoration works on tiles.
+DEFAULT_SIZE, DEFAULT_TILE = 224, 64
+CPU = torch.device("cpu")
+
+
+class Row:
+    """One model at one size, batch, number of threads, dtype and direction."""
+
+    def __init__(
+        self, model: str, size: int, batch: int, threads: int, dtype: str, direction: str
+    ) -> None:
+        self.model, self.size, self.batch = model, size, batch
+        self.threads, self.dtype, self.direction = threads, dtype, direction
+
+    @property
+    def key(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def images(self, batch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, 3, self.size, self.size, generator=generator)
+
+    def run(self, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
+        """The timed function: a forward pass, or a training step with plain gradient descent."""
+        if self.direction == "forward":
+            return functools.partial(_forward, model, images)
+        layers: list[Any] = list(model.modules())
+        for layer in layers:  # stochastic depth depends on the recipe, and defaults differ
+            if isinstance(getattr(layer, "drop_prob", None), float):
+                layer.drop_prob = 0.0
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-9)
+        return functools.partial(_step, model, images, optimizer)
+
+
+def _forward(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(images)
+
+
+def _step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    out = model(images)
+    out = out[0] if isinstance(out, tuple) else out
+    loss = out.float().square().mean()
+    loss.backward()
+    optimizer.step()
+    return loss
+
+
+def dtype_of(contender: str, row: Row) -> torch.dtype:
+    """The contender's dtype: the row's, unless its mode sets another."""
+    return torch.bfloat16 if contender.endswith(LOW_PRECISION) else getattr(torch, row.dtype)
+
+
+def _ours(name: str, mode: str, row: Row) -> nn.Module:
+    torch.manual_seed(0)
+    model = backbones.create_model(name).train(row.direction == "train")
+    dtype = dtype_of(mode, row)
+    if mode.startswith("fused"):
+        backbones.fuse(model, dtype)
+    if mode in INT8:
+        return _in_int8(model, mode, row)
+    model.to(dtype)
+    if mode.startswith("channels_last"):
+        model.to(memory_format=torch.channels_last)
+    return torch.compile(model) if "compile" in mode else model  # type: ignore[return-value]
+
+
+def _in_int8(model: nn.Module, mode: str, row: Row) -> nn.Module:
+    calibrate = (
+        [*random_batches(row.images(row.batch).shape)] if mode == "int8_calibrated" else None
+    )
+    fused: nn.Module = backbones.fuse(model, dtype=torch.int8, calibrate=calibrate)
+    return fused
+
+
+def random_batches(shape: Sequence[int]) -> Tensor:
+    """Four batches of a shape to calibrate with: the ranges do not change the time."""
+    return torch.randn((4, *shape), generator=torch.Generator().manual_seed(1))
+
+
+def _bytes_on_disk(model: Any) -> int | None:
+    """Of another runtime's file, or of our weights as they are saved."""
+    if isinstance(model, Runtime):
+        return model.bytes_on_disk
+    precision = getattr(model, "precision", None)
+    in_int8 = precision is not None and precision.quantized
+    state = model.int8_state_dict() if in_int8 else model.state_dict()
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def _theirs(create: Create, row: Row) -> nn.Module | None:
+    torch.manual_seed(0)
+    model = create(row.model)
+    if model is None:
+        return None
+    return model.train(row.direction == "train").to(getattr(torch, row.dtype))
+
+
+def measure(
+    row: Row,
+    modes: Sequence[str],
+    peers: dict[str, Create],
+    rounds: int,
+    seconds: float,
+    turn_seconds: float = 0.3,
+    profile: bool = False,
+    max_seconds: float = math.inf,
+) -> dict[str, Any]:
+    """Times of all contenders, alternately: ``rounds`` turns or ``seconds``, at least 2 per half.
+
+    A turn repeats the call for ``turn_seconds``, see :func:`backbones.cli.timing.steady`. What
+    takes more than ``max_seconds`` in its second call is left out.
+    """
+    torch.set_num_threads(row.threads)
+    images = row.images(row.batch)
+    makers: dict[str, Callable[[], nn.Module | None]] = {
+        mode: functools.partial(_ours, row.model, mode, row)
+        for mode in modes
+        if row.direction == "forward" or not mode.startswith("fused")
+    }
+    makers |= {label: functools.partial(_theirs, create, row) for label, create in peers.items()}
+    results: dict[str, dict[str, Any]] = {}
+    outputs: dict[str, Tensor] = {}
+    turns: dict[str, list[list[float]]] = {}
+    # Models created later get faster memory, by up to 3 %, so half of the turns use each order.
+    halves = ((list(makers), rounds - rounds // 2), (list(makers)[::-1], rounds // 2))
+    for order, part in halves[: min(rounds, 2)]:
+        runs: dict[str, Callable[[], Tensor]] = {}
+        for name in order:
+            if "skipped" in results.get(name, {}):
+                continue
+            try:
+                model = makers[name]()
+                if model is None:
+                    turns.pop(name, None)
+                    results.pop(name, None)
+                    continue
+                dtype = next(model.parameters()).dtype if name in INT8 else dtype_of(name, row)
+                run = row.run(model, images.to(dtype))
+                start = time.perf_counter()
+                outputs[name] = run().float()  # compiles, packs weights
+                warm_up = time.perf_counter() - start
+                start = time.perf_counter()
+                with PeakMemory(images.device) as memory:
+                    run()
+                if (taken := time.perf_counter() - start) > max_seconds:
+                    raise CannotRunError(f"a call takes {taken:.3g} s")
+            except (RuntimeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
+                results[name] = {"skipped": reason(error)}
+                turns.pop(name, None)
+            else:
+                runs[name] = run
+                results[name] = {"peak_bytes": memory.bytes, "warm_up_seconds": warm_up}
+                results[name]["bytes"] = _bytes_on_disk(model)
+        yardsticks = {str(dtype_of(name, row)).removeprefix("torch.") for name in runs}
+        runs |= {dtype: matmul(getattr(torch, dtype)) for dtype in sorted(yardsticks)}
+        deadline = time.perf_counter() + seconds / 2
+        for turn in range(part):
+            if turn >= 2 and time.perf_counter() > deadline:
+                break
+            for name, timed in runs.items():
+                turns.setdefault(name, []).append(steady(timed, images.device, turn_seconds))
+
+    height, width = images.shape[2:]
+    macs = count_macs(backbones.create_model(row.model), height, width)
+    medians = {name: list(map(statistics.median, of_name)) for name, of_name in turns.items()}
+    peaks = {dtype: matmul_flops() / statistics.median(medians.pop(dtype)) for dtype in yardsticks}
+    passes = 1 if row.direction == "forward" else 3
+    for name, of_name in medians.items():
+        peak = peaks[str(dtype_of(name, row)).removeprefix("torch.")]
+        flops = 2 * macs * row.batch * passes
+        results[name].update(_figures(sum(turns[name], []), row.batch, flops, peak))
+        results[name]["speedup_over"] = {
+            other: statistics.median(b / a for a, b in zip(of_name, medians[other], strict=True))
+            for other in medians
+            if other != name and (other in BASES or other in peers)
+        }
+        if name in modes and name != "eager" and "eager" in medians and row.direction == "forward":
+            exact = outputs["eager"]
+            difference = (outputs[name] - exact).abs().max() / exact.abs().max()
+            results[name]["difference_from_eager"] = difference.item()
+        if profile and name in ("eager", "fused", "fused" + LOW_PRECISION):
+            results[name]["time_by_kind"] = time_by_kind(runs[name])
+    gflops = {dtype: peak / 1e9 for dtype, peak in peaks.items()}
+    facts = {"macs": macs, "matmul_gflops": gflops, "orders": min(rounds, 2)}
+    packages = [word for label in peers for word in label.split("_") if is_installed(word)]
+    facts["versions"] = {package: version(package) for package in packages}
+    return {**row.key, **facts, "contenders": results}
+
+
+def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[str, Any]:
+    ordered = sorted(times)
+    median = statistics.median(times)
+
+    def percentile(share: float) -> float:
+        return 1e3 * ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
+
+    return {
+        "milliseconds": 1e3 * median,
+        "fastest": 1e3 * ordered[0],
+        "p90": percentile(0.9),
+        "p99": percentile(0.99),
+        "images_per_second": batch / median,
+        "gflops": flops / median / 1e9,
+        "fraction_of_matmul": flops / median / peak,
+        "calls": len(times),
+    }
+
+
+_TABLE = Kind((".md",), rb"[^\n]*; medians of interleaved runs\.\n")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``benchmark``."""
+    add = parser.add_argument
+    add("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
+    sizes = "default 224, for HAT 64, for timm's its own"
+    add("--sizes", nargs="+", type=whole(1, 65535), metavar="N", help=sizes)
+    add("--batches", nargs="+", type=whole(1), default=[1, 8], metavar="N")
+    add("--threads", nargs="+", type=THREADS, default=[1], metavar="N")
+    add("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
+    modes = [*FLOAT_MODES, *INT8, *(mode + LOW_PRECISION for mode in FLOAT_MODES)]
+    text = f"of {', '.join(FLOAT_MODES)} (each also with {LOW_PRECISION}), {', '.join(INT8)}"
+    add("--modes", nargs="+", default=["eager", "fused"], choices=modes, metavar="MODE", help=text)
+    add("--directions", nargs="+", default=["forward"], choices=["forward", "train"])
+    text = f"of {', '.join(MODELS)}, or a module or file with create_model(name)"
+    add("--against", nargs="*", default=["timm"], metavar="PACKAGE", help=text)
+    add("--rounds", type=whole(1), default=9, metavar="N", help="turns per contender")
+    add("--seconds", type=real(0), default=60, metavar="S", help="stop a row's turns after")
+    add("--turn-ms", type=real(0), default=300.0, metavar="MS", help="duration of a turn")
+    text = "leave out contenders whose calls take longer"
+    add("--max-seconds", type=real(0), default=math.inf, metavar="S", help=text)
+    add("--profile", action="store_true", help="also profile kinds of operators")
+    add("--resume", action="store_true", help="skip rows that the output already has")
+    add("--compare", type=nonempty_path, metavar="OLD.json", help="an earlier report")
+    add("--output", type=nonempty_path, default=Path("runs/benchmark"))
+    add_overwrite(parser)
+
+
+def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
+    """Run ``benchmark``; 0.
+
+    Args:
+        known: what ``--against`` may name, by label.
+    """
+    unknown = {name for name in options.models if not name.startswith(PREFIX)}
+    unknown -= set(backbones.list_models())
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise CommandError(f"unknown models {names}; see backbones.list_models()")
+    if options.compare is not None and not options.compare.is_file():
+        raise CommandError(f"--compare: there is no file {options.compare}")
+    kinds = {".json": REPORT, ".md": _TABLE, ".png": FIGURE}
+    files = {ending: options.output.with_suffix(ending) for ending in kinds}
+    written = {f"--output, {end}:": (file, kinds[end]) for end, file in files.items()}
+    require_writable(written, [options.compare], options.overwrite, makes_folders=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        sizes = {name: _sizes(name, options.sizes) for name in options.models}
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    old = None if options.compare is None else read_report(options.compare)
+    peers = dict(contender(name, known) for name in options.against)
+    report = load_report(files[".json"], here())
+    done = {row_key(row) for row in report["results"]} if options.resume else set()
+    for row in _rows(options, sizes):
+        if row_key(row.key) in done:
+            continue
+        turns = (options.rounds, options.seconds, options.turn_ms / 1e3)
+        found = measure(row, options.modes, peers, *turns, options.profile, options.max_seconds)
+        put_rows(report, [found], SETTING)
+        logger.info("%s", " ".join(f"{k} {v}" for k, v in row.key.items()))
+        for label, figures in found["contenders"].items():
+            logger.info("    %-18s %s", label, describe(figures))
+        write_report(files[".json"], report)
+        torch._dynamo.reset()
+        gc.collect()
+    write_text_atomically(files[".md"], table(report))
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.info("no picture without matplotlib: pip install matplotlib")
+    else:
+        write_atomically(files[".png"], functools.partial(draw, report))
+    for line in [] if old is None else comparison(old, report):
+        logger.info("%s", line)
+    return 0
+
+
+def _rows(options: Namespace, sizes: Mapping[str, Sequence[int]]) -> Iterator[Row]:
+    settings = (options.threads, options.dtypes, options.directions, options.batches)
+    for (threads, dtype, direction, batch), name in itertools.product(
+        itertools.product(*settings), options.models
+    ):
+        for size in sizes[name]:
+            yield Row(name, size, batch, threads, dtype, direction)
+
+
+def _sizes(name: str, sizes: Sequence[int] | None) -> Sequence[int]:
+    """The sizes to measure a model at: ``sizes``, or else its usual one.
+
+    Raises:
+        ValueError: timm has no such model, or it does not take one of the sizes.
+    """
+    if not name.startswith(PREFIX):
+        return sizes or [DEFAULT_TILE if name.startswith("hat") else DEFAULT_SIZE]
+    model = backbones.create_model(name)
+    require_size(model, *((size, size) for size in sizes or ()))
+    return sizes or [size_of(model)[0]]
+
+
+def here() -> dict[str, Any]:
+    """The machine; each row has its own number of threads."""
+    return {key: value for key, value in machine(CPU).items() if key != "threads"}

@@ -1,0 +1,119 @@
+"""Reports of measurements as JSON: one row a line, rounded to what was measured."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from backbones.common.errors import CommandError
+from backbones.common.files import write_text_atomically
+
+__all__ = ["load_report", "put_rows", "read_report", "rounded", "text_of", "write_report"]
+
+Report = dict[str, Any]
+
+# Significant digits of a measurement, and of what is compared with a target: ratios and scores.
+_DIGITS, _COMPARED_DIGITS = 4, 5
+_COMPARED = re.compile(
+    r"speedup_over|times_ours|times_longer|ratio$|fraction_of_matmul$|top1$|agreement$|psnr$"
+)
+
+
+def rounded(value: Any, digits: int = _DIGITS) -> Any:
+    """``value`` with its floats rounded to significant digits; NaN and infinities are None."""
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {
+            str(key): rounded(item, _COMPARED_DIGITS if _COMPARED.search(str(key)) else digits)
+            for key, item in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [rounded(item, digits) for item in value]
+    return value
+
+
+def text_of(report: Mapping[str, Any]) -> str:
+    """The text of a report's file: a line for each entry, and for each row of those that hold rows.
+
+    An entry holds rows if any of its items is a list or a mapping. Reading the text and writing it
+    again gives the same text.
+    """
+    entries = []
+    for key, value in rounded(report).items():
+        text = _rows(value) if _holds_rows(value) else _line(value)
+        entries.append(f"{_line(key)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
+
+
+def _holds_rows(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any(isinstance(item, dict | list) for item in items)
+
+
+def _rows(value: Any) -> str:
+    if isinstance(value, dict):
+        lines = [f"{_line(key)}: {_line(item)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(lines) + "\n}"
+    return "[\n" + ",\n".join(map(_line, value)) + "\n]"
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Write a report atomically as :func:`text_of` gives it, making missing folders.
+
+    Raises:
+        CheckpointFileError: the file cannot be written; an earlier one is unchanged.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, text_of(report))
+
+
+def read_report(path: Path) -> Report:
+    """A report that an earlier run wrote.
+
+    Raises:
+        CommandError: it is not a report.
+    """
+    try:
+        report: Report = json.loads(path.read_text(encoding="utf-8"))
+        report["machine"], report["results"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise CommandError(f"{path} is not a benchmark report: {error}") from error
+    return report
+
+
+def load_report(path: Path, machine: Mapping[str, Any]) -> Report:
+    """The report of earlier runs into ``path``, or an empty one.
+
+    Args:
+        machine: this one; what the report's lacks is not compared.
+
+    Raises:
+        CommandError: they ran on another machine or configuration, or it is not a report.
+    """
+    if not path.exists():
+        return {"machine": dict(machine), "results": []}
+    report = read_report(path)
+    there = report["machine"]
+    if any(there[key] != machine.get(key) for key in there):
+        raise CommandError(
+            f"{path} was measured on {there}, this is {dict(machine)}; choose another --output, or "
+            "delete it"
+        )
+    return report
+
+
+def put_rows(report: Report, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Put rows in the places of those with the same values of ``keys``, or else at the end."""
+    places = {tuple(row[key] for key in keys): place for place, row in enumerate(report["results"])}
+    for row in rows:
+        place = places.setdefault(tuple(row[key] for key in keys), len(report["results"]))
+        report["results"][place : place + 1] = [row]

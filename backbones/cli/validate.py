@@ -1,0 +1,415 @@
+"""``vision-backbones validate``: accuracy of classifiers, real labels, robustness, confusions.
+
+    vision-backbones validate --data /path/to/imagenet --model van_b0 'shvit_*' timm/resnet18
+    vision-backbones validate --data /path/to/images --model van_b0 --checkpoint best.safetensors
+    vision-backbones validate --data digits --run runs/quickstart --report report --corrupt
+
+ImageNet's protocol: resize so that the centre crop is ``crop_pct`` of the shorter side, with the
+size, interpolation and normalisation that each model's ``pretrained_cfg`` (or its run's
+``config.yaml``) states. ``--real-labels`` adds the accuracy on the reassessed labels
+(https://arxiv.org/abs/2006.07159), ``--corrupt`` that on ImageNet-C's corruptions at 5 severities
+(https://arxiv.org/abs/1903.12261). A row for each model is written to ``--output`` as soon as it is
+measured. If a model fails, its row has the error, the others continue, and the exit status is 1. It
+is 2 if nothing could be measured.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import sys
+import tempfile
+import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import backbones
+from backbones.common.arguments import THREADS, nonempty, nonempty_path, real, usable_device, whole
+from backbones.common.errors import CREATION_ERRORS, DataError, RecipeError
+from backbones.common.errors import MendableError as TrainingError
+from backbones.common.files import write_text_atomically
+from backbones.common.outputs import (
+    FIGURE,
+    Kind,
+    add_overwrite,
+    csv_of,
+    require_folder,
+    require_writable,
+)
+from backbones.common.processes import World
+from backbones.common.progress import Progress, duration
+from backbones.core.messages import first_line
+from backbones.data.corrupt import CorruptImages
+from backbones.data.sources import ImageSource
+from backbones.data.splits import Splits
+from backbones.training import build
+from backbones.training.accuracy import Predictions, predict_all, read_real_labels, real_accuracy
+from backbones.training.command_line import load_recipe
+from backbones.training.corruptions import (
+    ALEXNET_ERROR,
+    CORRUPTIONS,
+    Corruption,
+    mean_corruption_error,
+)
+from backbones.training.data import open_splits
+from backbones.training.loader import ValidationLoader
+from backbones.training.recipe import Recipe
+from backbones.training.report import class_report, confusion_matrix, draw_confusion
+from backbones.training.trained import load_trained
+
+__all__ = ["EXAMPLE", "Validator", "add_arguments", "find_candidates", "run"]
+
+EXAMPLE = "--data /path/to/images --model van_b0 --checkpoint van_b0.pth"
+
+FAILURES = (TrainingError, backbones.CheckpointError, OSError, MemoryError, *CREATION_ERRORS)
+"""Exceptions that count as a failure of one model; the others continue."""
+
+
+@dataclass
+class Candidate:
+    """A model to measure: name, weights (None: the published ones) and recipe."""
+
+    name: str
+    checkpoint: str | None
+    recipe: Recipe
+
+
+class Validator:
+    """Measures one model after the other on the same images.
+
+    Args:
+        options: the command line.
+    """
+
+    def __init__(self, options: Namespace) -> None:
+        self.options = options
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usable_device(default if options.device is None else options.device)
+        self.world = World(0, 1, device)
+        self.progress = Progress()
+        self.data_recipe = Recipe(
+            data=options.data,
+            data_dir=options.data_dir,
+            download=options.download,
+            class_map=options.class_map,
+            train_split=options.split,
+            val_split=options.split,
+            batch_size=options.batch_size,
+            workers=options.workers,
+        )
+        if options.data == "digits":  # a dataset with fixed splits
+            self.data_recipe.train_split = "train"
+        self.splits: Splits = open_splits(self.data_recipe)
+        self.real = None
+        if options.real_labels is not None:
+            self.real = read_real_labels(options.real_labels)
+        self.corruptions = (
+            list(options.corrupt or CORRUPTIONS) if options.corrupt is not None else []
+        )
+        self.severities = sorted(set(options.severity))
+        for name in self.corruptions:
+            for severity in self.severities:
+                Corruption(name, severity)  # report an unknown name before anything runs
+        self.corruption_rows: list[dict[str, Any]] = []
+
+    def measure(self, candidate: Candidate) -> dict[str, Any]:
+        """One row of the results.
+
+        Raises:
+            TrainingError, CheckpointError, OSError, RuntimeError: the model cannot be measured.
+        """
+        options, recipe = self.options, candidate.recipe
+        model = load_trained(
+            candidate.name,
+            candidate.checkpoint,
+            len(self.splits.classes),
+            recipe.in_chans,
+            recipe.model_args,
+        )
+        parameters = sum(p.numel() for p in model.parameters())
+        config = build.preprocessing(recipe, model)
+        if options.fuse:
+            backbones.fuse(model.eval())
+        model = model.eval().to(self.world.device)
+        predictions = self.predict(model, recipe, config, candidate.name, None)
+        if not math.isfinite(predictions.loss):
+            raise DataError("the model's output is not finite")
+        row = {
+            "model": candidate.name,
+            "checkpoint": candidate.checkpoint or "published",
+            "images": len(predictions.labels),
+            "top1": round(predictions.accuracy(1), 3),
+            "top5": round(predictions.accuracy(5), 3),
+            "loss": round(predictions.loss, 4),
+        }
+        if self.real is not None:
+            assert isinstance(self.splits.validation, ImageSource)
+            accuracy = real_accuracy(predictions, self.splits.validation, self.real)
+            row["real_top1"] = round(accuracy, 3)
+        if self.corruptions:
+            row |= self.measure_corruptions(model, recipe, config, candidate.name)
+        row |= {
+            "parameters_m": round(parameters / 1e6, 3),
+            "img_size": config["input_size"][-1],
+            "crop_pct": round(config["crop_pct"], 4),
+            "interpolation": config["interpolation"],
+            "images_per_second": round(len(predictions.labels) / max(predictions.seconds, 1e-9), 1),
+        }
+        if options.report is not None:
+            self.report(candidate, predictions)
+        return row
+
+    def predict(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        config: dict[str, Any],
+        title: str,
+        corruption: Callable[[Any], Any] | None,
+    ) -> Predictions:
+        """The predictions of ``model`` for the images, corrupted or clean."""
+        with tempfile.TemporaryDirectory() as folder:
+            corrupt = CorruptImages(Path(folder) / "corrupt.txt", self.options.max_corrupt)
+            recipe.batch_size, recipe.val_batch_size = self.options.batch_size, None
+            recipe.workers = self.options.workers
+            loader = ValidationLoader(
+                self.splits.validation,
+                self.splits.validation_size,
+                config,
+                recipe,
+                self.world,
+                corrupt,
+                corruption,
+            )
+            self.progress.begin(title, len(loader))
+
+            def show(done: int) -> None:
+                if self.progress.due():
+                    self.progress.show(done, "")
+
+            try:
+                predictions = predict_all(model, loader, self.options.amp, show)
+            finally:
+                loader.close()
+                self.progress.end()
+            if corrupt.count():
+                self.progress.say(f"{title}: {corrupt.count()} unreadable images skipped")
+        return predictions
+
+    def measure_corruptions(
+        self, model: nn.Module, recipe: Recipe, config: dict[str, Any], title: str
+    ) -> dict[str, float]:
+        """Accuracy under each corruption and severity, and the means of the errors."""
+        errors: dict[str, list[float]] = {}
+        for name in self.corruptions:
+            for severity in self.severities:
+                where = f"{title}, {name} {severity}"
+                corruption = Corruption(name, severity)
+                predictions = self.predict(model, recipe, config, where, corruption)
+                errors.setdefault(name, []).append(100 - predictions.accuracy(1))
+                entry: dict[str, Any] = {"model": title, "corruption": name, "severity": severity}
+                entry |= {"top1": round(predictions.accuracy(1), 3)}
+                self.corruption_rows.append(entry | {"error": round(errors[name][-1], 3)})
+            self.progress.say(f"{title}  {name:<18} error {np.mean(errors[name]):6.2f} %")
+            write_table(corruption_path(self.options.output), self.corruption_rows)
+        row = {"corruption_error": round(mean_corruption_error(errors), 3)}
+        whole = set(CORRUPTIONS) <= set(errors) and self.severities == [1, 2, 3, 4, 5]
+        if whole and len(self.splits.classes) == 1000:
+            own = {name: errors[name] for name in CORRUPTIONS}
+            row["mce"] = round(mean_corruption_error(own, ALEXNET_ERROR), 3)
+        return row
+
+    def report(self, candidate: Candidate, predictions: Predictions) -> None:
+        """Write ``NAME.classes.csv`` and ``NAME.confusion.png``."""
+        folder = self.options.report
+        folder.mkdir(parents=True, exist_ok=True)
+        classes = self.splits.classes
+        table, picture = report_paths(folder, candidate)
+        matrix = confusion_matrix(predictions.labels, predictions.top5[:, 0], len(classes))
+        write_table(table, class_report(matrix, classes))
+        top1, images = predictions.accuracy(1), len(predictions.labels)
+        title = f"{candidate.name}: {top1:.2f} % of {images} images right"
+        draw_confusion(picture, matrix, classes, title)
+        self.progress.say(f"{table.name} and {picture.name} are in {folder}")
+
+
+def corruption_path(output: Path) -> Path:
+    """``results.csv`` → ``results.corruptions.csv``."""
+    return output.with_suffix(".corruptions.csv")
+
+
+def report_paths(folder: Path, candidate: Candidate) -> tuple[Path, Path]:
+    """``NAME.classes.csv`` and ``NAME.confusion.png``."""
+    name = candidate.name.replace("/", "_")
+    return folder / f"{name}.classes.csv", folder / f"{name}.confusion.png"
+
+
+_REPORTED = (csv_of("class", "images"), FIGURE)
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as CSV, atomically; their keys may differ."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(path, text.getvalue())
+
+
+def find_candidates(options: Namespace) -> list[Candidate]:
+    """The models of the command line: names, patterns, lists in files, and runs.
+
+    Raises:
+        RecipeError: no models, or an unreadable list or run.
+    """
+    settings = {"img_size": options.img_size, "crop_pct": options.crop_pct}
+    settings |= {"interpolation": options.interpolation, "in_chans": options.in_chans}
+    settings |= {"model_args": options.model_args}
+    given = {key: value for key, value in settings.items() if value is not None}
+    found = []
+    for word in options.model:
+        names = backbones.list_models(word, pretrained=True) if set("*?[") & set(word) else [word]
+        if not names:
+            raise RecipeError(f"no model with published weights matches {word!r}")
+        found += [Candidate(name, options.checkpoint, load_recipe(None, given)) for name in names]
+    for path in options.list:
+        for line in _lines(path):
+            name, *rest = line.split(maxsplit=1)
+            found.append(Candidate(name, rest[0] if rest else None, load_recipe(None, given)))
+    for folder in options.run:
+        recipe = load_recipe(folder / "config.yaml", given, Recipe)
+        found.append(Candidate(recipe.model, str(folder / "best.safetensors"), recipe))
+    if not found:
+        raise RecipeError("no model: give --model NAME …, --list FILE or --run FOLDER")
+    if options.checkpoint and len(found) > 1:
+        raise RecipeError(f"--checkpoint requires one model, not {len(found)}: use --list")
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RecipeError(f"cannot read the list {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the list {path} is not UTF-8 text") from error
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``validate``."""
+    models = "(--model NAME … | --list FILE … | --run FOLDER …)"
+    parser.usage = f"{parser.prog} --data DATA {models} […]"
+    add = parser.add_argument
+    text = "as for train_cls.py; a single split suffices"
+    add("--data", required=True, type=nonempty, help=text)
+    text = "where medmnist/, torch/, hfds/, hfids/ keep files"
+    add("--data-dir", type=nonempty, metavar="DIR", help=text)
+    add("--download", action="store_true", help="let the source download its files")
+    add("--split", type=_split, default="validation", help="the split to measure")
+    text = "maps class names to numbers"
+    add("--class-map", type=nonempty, metavar="FILE", help=text)
+    text = "or patterns such as 'van_*'"
+    add("--model", nargs="+", default=[], metavar="NAME", help=text)
+    text = "weights of a single model (default: published)"
+    add("--checkpoint", type=nonempty, metavar="FILE", help=text)
+    several: dict[str, Any] = {"nargs": "+", "type": nonempty_path, "default": []}
+    add("--list", metavar="FILE", help="lines of NAME [CHECKPOINT]", **several)
+    add("--run", metavar="FOLDER", help="folder of a run of train_cls.py", **several)
+    add("--model-args", metavar="YAML", help="further keywords of create_model")
+    add("--in-chans", type=whole(1), metavar="N", help="channels of the input")
+    add("--img-size", type=whole(1, 65535), metavar="N", help="instead of the model's own")
+    text = "instead of the model's own"
+    add("--crop-pct", type=real(0, 1, above=True), metavar="X", help=text)
+    add("--interpolation", metavar="NAME", help="instead of the model's own")
+    add("--batch-size", type=whole(1), default=128, metavar="N")
+    add("--workers", type=whole(0, 256), default=4, metavar="N")
+    add("--device", help="default: a GPU if there is one")
+    add("--amp", choices=("bf16", "fp16"))
+    add("--threads", type=THREADS, metavar="N", help="CPU threads")
+    add("--fuse", action="store_true", help="fold norms and branches first")
+    text = "stop if a larger fraction cannot be decoded"
+    add("--max-corrupt", type=real(0, 1), default=0.001, metavar="X", help=text)
+    text = "ImageNet's ReaL labels; FILE defaults to timm's copy"
+    add("--real-labels", nargs="?", const="", metavar="FILE", help=text)
+    text = "corruptions to apply (no NAME: ImageNet-C's 15)"
+    add("--corrupt", nargs="*", metavar="NAME", help=text)
+    severities: dict[str, Any] = {"type": int, "default": [1, 2, 3, 4, 5]}
+    add("--severity", nargs="+", metavar="N", **severities)
+    output = Path("validation.csv")
+    add("--output", type=nonempty_path, default=output, metavar="CSV", help="a row for each model")
+    text = "folder for tables by class and confusion matrices"
+    add("--report", type=nonempty_path, metavar="FOLDER", help=text)
+    add_overwrite(parser)
+
+
+def _split(word: str) -> str:
+    """A type for names of splits."""
+    if not word:
+        raise ArgumentTypeError("must be the name of a split, not ''")
+    return word
+
+
+def _check_outputs(options: Namespace, candidates: Sequence[Candidate]) -> None:
+    outputs: dict[str, tuple[Path | None, Kind]] = {
+        "--output": (options.output, csv_of("model", "checkpoint"))
+    }
+    if options.corrupt is not None:
+        table = corruption_path(options.output), csv_of("model", "corruption")
+        outputs["the table of corruptions"] = table
+    if options.report is not None:
+        require_folder("--report", options.report)
+        for candidate in candidates:
+            for path, kind in zip(report_paths(options.report, candidate), _REPORTED, strict=True):
+                weights = candidate.checkpoint or "published"
+                outputs[f"{path.name} of {candidate.name}, {weights}"] = path, kind
+    inputs = [*options.list, options.class_map, options.real_labels or None, options.data]
+    inputs += [candidate.checkpoint for candidate in candidates]
+    require_writable(outputs, inputs, options.overwrite, makes_folders=True)
+
+
+def run(options: Namespace) -> int:
+    """Run ``validate``; 1 if any model failed.
+
+    Raises:
+        TrainingError, CommandError: nothing can be measured, or the results cannot be written.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    candidates = find_candidates(options)
+    _check_outputs(options, candidates)
+    validator = Validator(options)
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    for candidate in candidates:
+        begun = time.monotonic()
+        try:
+            row = validator.measure(candidate)
+            spent = duration(time.monotonic() - begun)
+            text = "  ".join(
+                f"{key} {row[key]:.2f} %" for key in ("top1", "top5", "real_top1") if key in row
+            )
+            text += "".join(
+                f"  {key} {row[key]:.2f}" for key in ("corruption_error", "mce") if key in row
+            )
+            validator.progress.say(f"{candidate.name}  {text}  ({row['images']} images, {spent})")
+        except FAILURES as error:
+            row = {"model": candidate.name, "checkpoint": candidate.checkpoint or "published"}
+            row["error"] = first_line(error)
+            failed.append(candidate.name)
+            sys.stderr.write(f"error: {candidate.name}: {row['error']}; continuing\n")
+        rows.append(row)
+        write_table(options.output, rows)
+    validator.progress.say(f"results are in {options.output}")
+    if failed:
+        sys.stderr.write(f"{len(failed)} of {len(candidates)} failed: {', '.join(failed)}\n")
+    return 1 if failed else 0

@@ -1,0 +1,325 @@
+"""Accuracy of trained models, real labels, corruptions, and lists that continue after errors."""
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from other_encodings import Stream
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from training_runs import MODEL_ARGS, TINY, make_images, train
+
+import backbones
+from backbones.cli.main import main
+from backbones.common.errors import DataError, RecipeError
+from backbones.data.sources import FileSource
+from backbones.training.accuracy import Predictions, read_real_labels, real_accuracy
+from backbones.training.corruptions import (
+    ALEXNET_ERROR,
+    CORRUPTIONS,
+    Corruption,
+    mean_corruption_error,
+)
+from backbones.training.report import class_report, confusion_matrix
+
+PICTURE = Path(__file__).parents[2] / "docs" / "learning.png"
+
+
+def read_table(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images, and a run that has learnt them."""
+    folder = tmp_path_factory.mktemp("validate")
+    images = make_images(folder / "images", {"train": 36, "val": 12})
+    words = (f"--data={images}", f"--output={folder}", "--name=run", "--epochs=4", *TINY)
+    assert train(*words, "--lr=3e-3", "--color-jitter=0") == 0
+    return folder
+
+
+@pytest.fixture
+def validate(folder, tmp_path, capsys):
+    def run(*words, data=True):
+        data = [f"--data={folder / 'images'}"] if data else []
+        output = tmp_path / "results.csv"
+        words = [*data, f"--output={output}", "--workers=0", "--batch-size=5", *words]
+        status = main(["validate", *words])
+        rows = read_table(output) if output.exists() else []
+        return status, rows, capsys.readouterr()
+
+    return run
+
+
+def test_a_run_gets_the_accuracy_that_its_training_saw(validate, folder):
+    status, rows, printed = validate("--run", str(folder / "run"))
+    assert status == 0
+    history = read_table(folder / "run" / "summary.csv")
+    best = max(history, key=lambda row: float(row["val_top1"]))
+    assert float(rows[0]["top1"]) == pytest.approx(float(best["val_top1"]), abs=1e-3)
+    assert (rows[0]["images"], rows[0]["img_size"], rows[0]["top5"]) == ("12", "32", "100.0")
+    assert "12 images" in printed.out
+
+
+def test_options_win_over_what_the_model_states(validate, folder):
+    words = ["--run", str(folder / "run"), "--img-size=64", "--crop-pct=1", "--fuse", "--amp=bf16"]
+    status, rows, _ = validate(*words, "--interpolation=nearest")
+    assert status == 0
+    assert [rows[0][k] for k in ("img_size", "crop_pct", "interpolation")] == [
+        "64",
+        "1.0",
+        "nearest",
+    ]
+
+
+def test_a_list_continues_after_an_error(validate, folder, tmp_path):
+    torch.save(
+        backbones.create_model("shvit_s1", num_classes=3, **MODEL_ARGS).state_dict(),
+        tmp_path / "s.pth",
+    )
+    torch.save({"head.fc.weight": torch.zeros(3, 3)}, tmp_path / "bad.pth")
+    listing = tmp_path / "models.txt"
+    listing.write_text(
+        f"# some\nshvit_s1 {tmp_path}/bad.pth\nshvit_s9 x.pth\n\nshvit_s1 {tmp_path}/s.pth\n"
+    )
+    status, rows, printed = validate("--list", str(listing), *TINY[1:], "--img-size=32")
+    assert status == 1
+    assert [bool(row["error"]) for row in rows] == [True, True, False]
+    assert "there is no checkpoint x.pth" in rows[1]["error"] and rows[2]["top1"]
+    assert "2 of 3 failed: shvit_s1, shvit_s9" in printed.err
+
+
+def test_weights_for_other_classes(validate, folder, tmp_path):
+    torch.save(
+        backbones.create_model("shvit_s1", num_classes=5).state_dict(), tmp_path / "five.pth"
+    )
+    status, rows, _ = validate("--model=shvit_s1", f"--checkpoint={tmp_path / 'five.pth'}")
+    assert status == 1 and "are not for 3 classes" in rows[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no model: give --model"),
+        (["--model", "nothing_*"], "no model with published weights matches 'nothing_*'"),
+        (["--model", "van_b0", "van_b1", "--checkpoint=x"], "requires one model, not 2"),
+        (["--run", "nowhere"], "cannot read the recipe"),
+        (["--list", "nowhere"], "cannot read the list nowhere"),
+        (["--model", "van_b0", "--split=holdout"], "no split 'holdout'"),
+        (["--model", "van_b0", "--corrupt", "rain"], "no corruption 'rain'"),
+        (["--model", "van_b0", "--severity", "9", "--corrupt"], "severity 9"),
+        (["--model", "van_b0", "--real-labels=nowhere"], "cannot read real labels nowhere"),
+        (["--model", "van_b0", f"--list={PICTURE}"], "is not UTF-8 text"),
+        (["--model", "van_b0", f"--real-labels={PICTURE}"], "cannot read real labels"),
+        (["--model", "van_b0", "--device=meta"], "--device meta cannot be used here"),
+        (["--model", "van_b0", "--threads=0"], "--threads must be within 1 … 1024, not 0"),
+        (["--model", "van_b0", "--threads=1e3"], "--threads must be a whole number, not '1e3'"),
+        (["--model", "van_b0", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
+        (["--model", "van_b0", "--workers=-1"], "--workers must be within 0 … 256, not -1"),
+        (["--model", "van_b0", "--img-size=0"], "--img-size must be within 1 … 65535, not 0"),
+        (
+            ["--model", "van_b0", "--crop-pct=50"],
+            "--crop-pct must be above 0 and at most 1, not 50.0",
+        ),
+        (["--model", "van_b0", "--crop-pct=nan"], "--crop-pct must be a number, not 'nan'"),
+        (["--model", "van_b0", "--max-corrupt=2"], "--max-corrupt must be within 0 … 1, not 2.0"),
+        (["--model", "van_b0", "--checkpoint="], "--checkpoint must be the name of a file"),
+        (["--model", "van_b0", "--output="], "--output must be the name of a file"),
+        (["--model", "van_b0", "--output=."], "--output . is a folder"),
+        (["--model", "van_b0", f"--output={PICTURE}/a.csv"], "is not a folder"),
+        (["--model", "van_b0", f"--report={PICTURE}"], "is not a folder"),
+        (["--list", "x"], "cannot read the list x"),
+        (["--model", "van_b0", "--severity=x"], "invalid int value: 'x'"),
+    ],
+)
+def test_unmeasurable_models(words, message, validate):
+    status, rows, printed = validate(*words)
+    assert (status, rows) == (2, [])
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda tensor: tensor.view(-1)[:1].fill_(torch.nan), "NaN or infinite"),
+        (lambda tensor: tensor.view(-1)[:1].fill_(torch.inf), "NaN or infinite"),
+        (lambda tensor: tensor.copy_(torch.full(tensor.shape, 3e38)), "is not finite"),
+    ],
+)
+def test_non_finite_weights_and_outputs(spoil, said, validate, folder, tmp_path):
+    tensors = load_file(folder / "run" / "best.safetensors")
+    names = [n for n, t in tensors.items() if n.startswith("head.") and t.is_floating_point()]
+    for name in names:
+        spoil(tensors[name])
+    save_file(tensors, tmp_path / "bad.safetensors")
+    (tmp_path / "list.txt").write_text(f"shvit_s1 {tmp_path / 'bad.safetensors'}\n")
+    words = [f"--list={tmp_path / 'list.txt'}", "--img-size=32", *TINY[1:]]
+    status, rows, printed = validate(*words)
+    assert status == 1
+    assert said in rows[0]["error"]
+    assert said != "NaN or infinite" or names[0] in rows[0]["error"]
+    assert "top1" not in rows[0]
+    assert "nan" not in (tmp_path / "results.csv").read_text().replace(str(tmp_path), "")
+    first, last = printed.err.splitlines()
+    assert first.startswith("error: shvit_s1: ")
+    assert last == "1 of 1 failed: shvit_s1"
+
+
+def test_a_full_disk_is_named(validate, folder, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    status, rows, printed = validate("--run", str(folder / "run"))
+    assert (status, rows) == (2, [])
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: cannot write {tmp_path / 'results.csv'}: ")
+    assert "No space left on device" in line
+    report = tmp_path / "report"
+    status, rows, printed = validate("--run", str(folder / "run"), f"--report={report}")
+    assert (status, rows) == (2, [])
+    assert str(report) in printed.err.splitlines()[0]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["report"]
+
+
+@pytest.mark.parametrize("arguments", ["{dims: 5}", "{dims: [-8, 8, 8]}", "{depths: [1]}"])
+def test_invalid_model_keywords(arguments, validate, folder):
+    checkpoint = folder / "run" / "best.safetensors"
+    words = ["--model=shvit_s1", f"--checkpoint={checkpoint}", f"--model-args={arguments}"]
+    status, rows, printed = validate(*words)
+    assert status == 1
+    assert rows[0]["error"]
+
+
+def test_undecodable_names(validate, folder, tmp_path, monkeypatch):
+    """Classes and images named on a system whose names are bytes; the output in cp1252."""
+    names = ["\udcff", "日", "$\\frac$"]
+    for number, name in enumerate(names):
+        source = sorted((folder / "images" / "val" / f"class{number}").iterdir())[0]
+        target = tmp_path / "images" / "val" / name
+        target.mkdir(parents=True)
+        shutil.copy(source, target / f"{name}.png")
+    stream = Stream("cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    report = tmp_path / "\udcffreport"
+    words = [f"--data={tmp_path / 'images'}", "--run", str(folder / "run"), f"--report={report}"]
+    status, rows, _ = validate(*words, data=False)
+    assert status == 0
+    assert "\\udcffreport" in stream.said().decode("cp1252")
+    classes = read_table(report / "shvit_s1.classes.csv")
+    assert [row["class"] for row in classes] == ["$\\frac$", "日", "\\udcff"]
+    assert (report / "shvit_s1.confusion.png").is_file()
+
+
+def test_the_report_by_class(validate, folder, tmp_path):
+    status, rows, _ = validate("--run", str(folder / "run"), f"--report={tmp_path / 'report'}")
+    assert status == 0
+    classes = read_table(tmp_path / "report" / "shvit_s1.classes.csv")
+    assert [row["class"] for row in classes] == ["class0", "class1", "class2"]
+    right = sum(float(row["recall"]) / 100 * int(row["images"]) for row in classes)
+    assert 100 * right / 12 == pytest.approx(float(rows[0]["top1"]), abs=0.05)
+    with Image.open(tmp_path / "report" / "shvit_s1.confusion.png") as picture:
+        assert min(picture.size) > 500
+
+
+def test_matrix_and_report_by_hand():
+    matrix = confusion_matrix(np.array([0, 0, 0, 1, 1]), np.array([0, 1, 1, 1, 1]), 3)
+    assert matrix.tolist() == [[1, 2, 0], [0, 2, 0], [0, 0, 0]]
+    first, second, third = class_report(matrix, ["cat", "dog", "fox"])
+    assert (first["recall"], first["precision"], first["f1"]) == (33.33, 100.0, 50.0)
+    assert (first["taken_for"], first["taken_for_images"]) == ("dog", 2)
+    assert (second["recall"], second["precision"], second["taken_for"]) == (100.0, 50.0, "")
+    assert (third["images"], third["recall"], third["f1"]) == (0, "", "")
+
+
+def imagenet_answers(first):
+    names = [(f"val/n01/ILSVRC2012_val_{number:08d}.JPEG", 0, 0) for number in (3, 1, 2, 4)]
+    source = FileSource(Path("val"), names, np.zeros(4, dtype=np.int64))
+    place = np.arange(4)
+    return Predictions(np.array(first)[:, None], np.zeros(4), place, 0.0, 1.0), source
+
+
+def test_real_labels_by_hand(tmp_path):
+    """Images 3, 1, 2, 4; image 2 has no real label and is left out."""
+    answers, source = imagenet_answers([7, 5, 9, 0])
+    real = [[1, 5], [], [7], [2]]
+    assert real_accuracy(answers, source, real) == pytest.approx(100 * 2 / 3)
+    source.files[1] = ("val/n01/cat.png", 0, 0)
+    with pytest.raises(DataError, match=r"got val/n01/cat\.png"):
+        real_accuracy(answers, source, real)
+
+
+def test_real_labels_from_a_file_or_from_timm(tmp_path):
+    path = tmp_path / "real.json"
+    path.write_text(json.dumps([[1], [2, 3]]))
+    assert read_real_labels(str(path)) == [[1], [2, 3]]
+    assert len(read_real_labels("")) == 50000
+    path.write_text("{}")
+    with pytest.raises(DataError, match="must be a list"):
+        read_real_labels(str(path))
+
+
+def test_real_labels_of_a_whole_set(validate, folder, tmp_path):
+    places = sorted((folder / "images" / "val").rglob("*.png"))
+    real = [[] for _ in range(50000)]
+    for number, path in enumerate(places, 1):
+        target = tmp_path / "real" / "val" / path.parent.name
+        target.mkdir(parents=True, exist_ok=True)
+        (target / f"ILSVRC2012_val_{number:08d}.JPEG").write_bytes(path.read_bytes())
+        real[number - 1] = [0, 1, 2]
+    (tmp_path / "real.json").write_text(json.dumps(real))
+    words = [f"--data={tmp_path / 'real'}", f"--real-labels={tmp_path / 'real.json'}"]
+    status, rows, _ = validate("--run", str(folder / "run"), *words, data=False)
+    assert status == 0 and rows[0]["real_top1"] == "100.0"
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_corruptions_increase_with_severity(name):
+    generator = np.random.default_rng(0)
+    smooth = generator.integers(60, 190, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(smooth).resize((64, 64), Image.Resampling.BICUBIC)
+    before = np.random.get_state()[1].copy()
+    spoilt = [Corruption(name, severity)(image) for severity in (1, 5)]
+    assert np.array_equal(np.random.get_state()[1], before)
+    far = [np.abs(np.asarray(s, dtype=float) - np.asarray(image)).mean() for s in spoilt]
+    assert {(s.size, s.mode) for s in spoilt} == {((64, 64), "RGB")}
+    # Frost blends with pieces of photographs, some of them darker than others.
+    assert 0 < far[0] < far[1] or (name == "frost" and min(far) > 10)
+    if name not in ("impulse_noise", "glass_blur"):
+        assert np.array_equal(spoilt[1], Corruption(name, 5)(image))
+
+
+def test_mean_corruption_error_by_hand():
+    errors = {"fog": [40.0, 60.0], "snow": [10.0, 30.0]}
+    assert mean_corruption_error(errors) == 35.0
+    assert mean_corruption_error(errors, {"fog": 100.0, "snow": 40.0}) == 50.0
+    assert mean_corruption_error({n: [e] for n, e in ALEXNET_ERROR.items()}, ALEXNET_ERROR) == 100.0
+
+
+def test_a_table_of_corruptions(validate, folder, tmp_path):
+    words = ["--run", str(folder / "run"), "--severity", "1", "5", "--corrupt"]
+    status, rows, _ = validate(*words, "contrast", "brightness")
+    table = read_table(tmp_path / "results.corruptions.csv")
+    assert status == 0
+    assert [(r["corruption"], r["severity"]) for r in table] == [
+        ("contrast", "1"),
+        ("contrast", "5"),
+        ("brightness", "1"),
+        ("brightness", "5"),
+    ]
+    mean = sum(float(row["error"]) for row in table) / 4
+    assert float(rows[0]["corruption_error"]) == pytest.approx(mean, abs=1e-3)
+    assert "mce" not in rows[0]  # AlexNet's errors are of ImageNet
+
+
+def test_images_too_small_to_corrupt():
+    with pytest.raises(RecipeError, match="of at least 32×32 pixels"):
+        Corruption("fog", 1)(Image.new("RGB", (16, 40)))

@@ -1,0 +1,312 @@
+"""What measures accuracy: figures, resuming, failing toolkits, trainings, command lines."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+from zoo import CLASSIFIERS, small
+
+import backbones
+from backbones.cli.benchmark import Row, measure
+from backbones.common.console import guard
+
+
+@pytest.fixture(scope="module")
+def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
+    return tools("accuracy")
+
+
+@pytest.fixture(scope="module")
+def contenders(tools: Callable[[str], ModuleType]) -> ModuleType:
+    return tools("contenders")
+
+
+def network(family: str = "shvit") -> Any:
+    return small(family, num_classes=10).eval()
+
+
+def digits(tool: ModuleType, count: int = 5) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, 3, 64, 64, generator=generator)
+    return tool.Digits(network(), images[:2], images, torch.arange(count))
+
+
+def test_agreement_and_top1(tool: ModuleType) -> None:
+    exact = torch.eye(4)
+    other = exact[[0, 1, 2, 0]]
+    found = tool.compare(other, exact, torch.tensor([0, 1, 3, 3]))
+    assert found["top1"] == 50 and found["agreement"] == 75
+    assert found["error"] == pytest.approx((2 / 4) ** 0.5)
+
+
+def test_batches_are_filled_up(tool: ModuleType) -> None:
+    shapes = []
+
+    def run(images: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(images.shape))
+        return images.flatten(1).sum(1, keepdim=True)
+
+    images = torch.arange(5.0).reshape(5, 1, 1, 1)
+    assert tool.predict(run, images, 2).flatten().tolist() == [0, 1, 2, 3, 4]
+    assert shapes == [(2, 1, 1, 1)] * 3
+
+
+def test_the_row_of_a_classifier(tool: ModuleType) -> None:
+    row = tool.of_digits(digits(tool))
+    assert (row["images"], row["calibration_images"]) == (5, 2)
+    assert list(row["forms"]) == ["float32", *tool.FORMS]
+    assert row["forms"]["float32"]["agreement"] == 100
+    assert row["forms"]["fused"]["error"] < 1e-4
+    for label in ("int8", "int8_calibrated"):
+        figures = row["forms"][label]
+        assert "reason" in figures or 0 < figures["quantized"] <= row["layers"]
+        assert figures["error"] < 0.2
+
+
+def test_the_row_of_a_restorer(tool: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pair = tuple(torch.rand(3, side, side, generator=generator) for side in (16, 32))
+    model = small("hat").eval()
+    row = tool.of_pictures(tool.Pictures(model, [pair[0].unsqueeze(0)], [pair]))
+    exact = row["forms"]["float32"]["psnr"]
+    assert row["forms"]["fused"]["psnr"] == pytest.approx(exact, abs=0.01)
+    assert row["forms"]["int8"]["psnr"] == pytest.approx(exact, abs=0.5)
+
+
+def test_a_form_that_fails_is_recorded(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: Any, images: Any) -> Any:
+        raise ValueError("not today\nnor tomorrow")
+
+    monkeypatch.setitem(tool.FORMS, "int8", fail)
+    forms = tool.of_digits(digits(tool))["forms"]
+    assert forms["int8"] == {"failed": "ValueError: not today"} and "top1" in forms["bfloat16"]
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    """A run of the smallest SHViT, untrained."""
+    folder = tmp_path / "runs" / "shvit_s1"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = backbones.create_model("shvit_s1", num_classes=10)
+    save_file(model.state_dict(), folder / "best.safetensors")
+    text = "model: shvit_s1\ndata: digits\nimg_size: 32\nworkers: 4\n"
+    (folder / "config.yaml").write_text(text)
+    return folder.parent
+
+
+def test_a_run_has_its_images(tool: ModuleType, run_folder: Path) -> None:
+    run = tool.digits_run(run_folder, "shvit_s1")
+    assert not run.model.training
+    assert run.calibration.shape == (64, 3, 32, 32)
+    assert run.images.shape == (355, 3, 32, 32) and run.labels.shape == (355,)
+    again = tool.digits_run(run_folder, "shvit_s1")
+    assert torch.equal(run.calibration, again.calibration)
+
+
+def test_accuracy_is_measured_once_per_model(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+
+    def measure(name: str, folder: Path) -> dict[str, Any]:
+        measured.append(name)
+        return {"model": name, "forms": {"float32": {"top1": 50.0}}}
+
+    monkeypatch.setattr(tool, "measure_model", measure)
+    monkeypatch.setattr(tool, "train", lambda name, folder: trained.append(name))
+    trained: list[str] = []
+    (tmp_path / "van_b0").mkdir()
+    (tmp_path / "van_b0" / "best.safetensors").touch()
+    command = ["--checkpoints", str(tmp_path), "--output", str(tmp_path / "out.json")]
+    tool.int8([*command, "--models", "van_b0", "vig_t"])
+    assert measured == ["van_b0"] and not trained
+    tool.int8([*command, "--models", "van_b0", "vig_t", "--train", "--resume"])
+    assert measured == ["van_b0", "vig_t"] and trained == ["vig_t"]
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert [row["model"] for row in report["results"]] == ["van_b0", "vig_t"]
+    assert report["machine"]["name"] and report["machine"]["instruction_set"]
+
+
+def test_contenders_that_fail_are_recorded(
+    tool: ModuleType, contenders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def works(model: Any, images: Any, folder: Path) -> Any:
+        calls.append(tuple(images[0].shape))
+        return (lambda threads: model), 123
+
+    def fails(model: Any, images: Any, folder: Path) -> Any:
+        calls.append("fails")
+        raise KeyError("no such operator")
+
+    toolkits = {"works": works, "fails": fails}
+    monkeypatch.setattr(tool, "TOOLKITS", toolkits)
+    monkeypatch.setattr(tool, "digits_run", lambda folder, name: digits(tool))
+    row = tool.of_agreement("shvit_s1", tmp_path, list(toolkits))
+    assert calls == [(1, 3, 64, 64), "fails"]
+    found = row["contenders"]
+    ours = ["float32", "fused", "fused+bfloat16", "int8", "int8_calibrated"]
+    assert list(found) == [*ours, "works", "fails"]
+    assert found["works"]["agreement"] > 99 and found["works"]["bytes"] == 123
+    assert found["fails"] == {"skipped": "KeyError: 'no such operator'"}
+    assert found["fused"]["error"] < 1e-4 < found["int8"]["error"] < 0.2
+
+    calls.clear()
+    shallow = functools.partial(backbones.create_model, depths=(1, 1, 1))
+    monkeypatch.setattr(backbones, "create_model", shallow)
+    monkeypatch.setattr("backbones.cli.timing.MATMUL_SIZE", 64)
+    for name, toolkit in toolkits.items():
+        monkeypatch.setitem(contenders.TOOLKITS, name, toolkit)
+    peers = {
+        name: functools.partial(contenders.Runtime, functools.partial(contenders._quantised, name))
+        for name in toolkits
+    }
+    place = Row("shvit_s1", 32, 2, 1, "float32", "forward")
+    speed = measure(place, ["fused"], peers, rounds=2, seconds=0, turn_seconds=0)["contenders"]
+    assert calls == [(2, 3, 32, 32), "fails"]  # quantised once, for both orders
+    assert speed["fails"]["skipped"] == "KeyError: 'no such operator'"
+    assert speed["works"]["bytes"] == 123 and "works" in speed["fused"]["speedup_over"]
+
+
+def test_toolkits_are_contenders_of_models(contenders: ModuleType) -> None:
+    assert contenders.TOOLKITS.keys() <= contenders.CONTENDERS["models"].keys()
+    assert contenders.TOOLKITS.keys() <= contenders.TITLES.keys()
+
+
+def test_rows_of_the_output_are_skipped(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def of_agreement(name: str, folder: Path, against: list[str]) -> dict[str, Any]:
+        measured.append(name)
+        return {"model": name, "contenders": {"fails": {"skipped": "no"}}}
+
+    monkeypatch.setattr(tool, "of_agreement", of_agreement)
+    for name in ("van_b0", "vig_t"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.safetensors").touch()
+    command = ["--checkpoints", str(tmp_path), "--output", str(tmp_path / "out.json"), "--resume"]
+    tool.agreement([*command, "--models", "van_b0"])
+    tool.agreement([*command, "--models", "van_b0", "vig_t", "shvit_s1"])
+    assert measured == ["van_b0", "vig_t"]
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["int8", "--checkpoints", "x", "--models", "resnet"], "unknown models resnet"),
+        (["agreement", "--checkpoints", "x", "--models", "resnet"], "unknown models resnet"),
+        (["agreement"], "arguments are required: --checkpoints"),
+        (["agreement", "--checkpoints", "x", "--against", "tvm"], "invalid choice: 'tvm'"),
+        (["parity", "resnet"], "unknown families ['resnet']"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        ([], "arguments are required: command"),
+    ],
+)
+def test_bad_arguments(
+    tool: ModuleType, words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guard(lambda: tool.main(words)) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_parity_of_a_family_is_measured_and_the_others_stay(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool.originals, "case_errors", lambda *case: (1e-7, [2e-7, 3e-7]))
+    path = tmp_path / "parity.json"
+    path.write_text('{"van_b0": {"output": 1.0}}')
+    tool.parity(["shvit", "--output", str(path)])
+    found = json.loads(path.read_text())
+    assert list(found) == ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4", "van_b0"]
+    assert found["van_b0"] == {"output": 1.0}
+    assert (found["shvit_s1"]["output"], found["shvit_s1"]["stages"]) == (1e-7, 3e-7)
+
+
+def test_the_smallest_variant_of_every_family_takes_part(tool: ModuleType) -> None:
+    variants = list(yaml.safe_load(tool.DIGITS.read_text())["variants"])
+    families = {m: f for f in backbones.list_families() for m in backbones.list_models(family=f)}
+    assert sorted(families[variant] for variant in variants) == CLASSIFIERS
+
+
+def test_results_of_another_recipe_do_not_stay(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "learning.json"
+    path.write_text('{"recipe": {"img_size": 1}, "results": {"van_b0": {}}}')
+    trained: list[str] = []
+
+    def train(model: str) -> dict[str, Any]:
+        trained.append(model)
+        return {"family": model.split("_")[0]}
+
+    monkeypatch.setattr(tool, "train_variant", train)
+    tool.learning(["shvit_s1", "van_b0", "--output", str(path)])
+    report = json.loads(path.read_text())
+    assert trained == list(report["results"]) == ["shvit_s1", "van_b0"]
+    tool.learning(["--output", str(path)])
+    assert len(trained) == len(set(trained)) == len(CLASSIFIERS)
+    report = json.loads(path.read_text())
+    assert not any("machine" in result for result in report["results"].values())
+    path.write_text(json.dumps({**report, "machine": "another"}))
+    tool.learning(["van_b0", "--output", str(path)])
+    results = json.loads(path.read_text())["results"]
+    assert "machine" in results["van_b0"] and "machine" not in results["shvit_s1"]
+
+
+def test_what_robustness_lacks_is_measured(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run_script(command: list[Any]) -> None:
+        words = [str(word) for word in command]
+        commands.append(words)
+        if "validate" in words:
+            table = Path(words[words.index("--output") + 1])
+            table.write_text("model,top1\nfavit_b0,90.0\n")
+            rows = [f"{noise},{60 + severity}" for noise in tool.NOISES for severity in (1, 3, 5)]
+            lines = "\n".join(["corruption,top1", *rows])
+            table.with_suffix(".corruptions.csv").write_text(lines)
+
+    monkeypatch.setattr(tool, "run_script", run_script)
+    path = tmp_path / "robustness.json"
+    kept = {"clean": 1.0}
+    path.write_text(json.dumps({"results": {"as published": {"0": kept}}}))
+    tool.robustness(["--output", str(path)])
+    results = json.loads(path.read_text())["results"]
+    assert results["as published"]["0"] == kept
+    assert results["with both"]["2"]["all noise"] == 63.0
+    assert [words[0] for words in commands] == ["train_cls.py", "-m"] * 5
+
+
+@pytest.mark.slow
+def test_a_training(tool: ModuleType) -> None:
+    result = tool.train_variant("shvit_s1")
+    assert result["family"] == "shvit" and len(result["history"]) == 4
+    assert result["history"][-1]["val_top1"] > 95
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", ["onnxruntime_static", "onnxruntime_dynamic"])
+def test_onnx_runtime_quantises(contenders: ModuleType, label: str, tmp_path: Path) -> None:
+    model = network("inception_next").fuse(channels_last=False)
+    images = list(torch.randn(4, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    start, size = contenders.TOOLKITS[label](model, images, tmp_path)
+    with torch.inference_mode():
+        exact, got = model(images[0]), start(1)(images[0])
+    assert (got - exact).norm() < 0.2 * exact.norm()
+    assert size < sum(p.nbytes for p in model.parameters())

@@ -1,0 +1,285 @@
+"""Benchmarks of operators measure what they say; contenders compute the same as our kernels."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from zoo import small
+
+import backbones
+from backbones.cli.contenders import CannotRunError, contender
+from backbones.common.errors import CommandError
+from ops.neighborhood import NeighborhoodAttention2D, install_as_natten
+from ops.selective_scan import selective_scan
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
+    return tools("benchmark_ops")
+
+
+@pytest.fixture(scope="module")
+def contenders(tools: Callable[[str], ModuleType]) -> ModuleType:
+    return tools("contenders")
+
+
+def test_writes_figures_and_a_picture(tool: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    setting = tool.Setting((9, 8), (3, 3), 8)
+    monkeypatch.setattr(tool, "SETTINGS", [setting])
+    output = tmp_path / "runs" / "na"
+    tool.neighborhood(
+        ["--batch", "1", "--dtype", "float32", "--rounds", "3", "--output", str(output)]
+        + ["--against", "tiled", "gather", "triton", "sdpa-mask", "--max-gib", "1e-4"]
+    )
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert [row["backward"] for row in report["results"]] == [False, True]
+    for row in report["results"]:
+        contenders = row["contenders"]
+        assert contenders["tiled"]["speedup_over_tiled"] == 1
+        assert contenders["tiled"]["milliseconds"] > 0
+        assert contenders["tiled"]["rounds"] == 3
+        assert "CUDA" in contenders["triton"]["skipped"]
+        assert "GiB" in contenders["gather"]["skipped"]
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.suffix for p in output.parent.iterdir()) == [".json", ".png"]
+
+
+def test_runs_in_pieces_add_up(tool: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    large, small = (tool.Setting((n, n), (3, 3), 4) for n in (6, 4))
+    monkeypatch.setattr(tool, "SETTINGS", [large, small])
+    measured = []
+
+    def measure(setting, batch, dtype, backward, *rest):
+        measured.append(setting.name)
+        row = {"setting": setting.name, "batch": batch, "dtype": "float32", "backward": backward}
+        # What is measured so far is in the file already.
+        known = json.loads(file.read_text())["results"] if file.exists() else []
+        return row | {"contenders": {}, "known": len(known)}
+
+    monkeypatch.setattr(tool, "measure", measure)
+    monkeypatch.setattr(tool, "draw_neighborhood", lambda report, file: None)
+    file = tmp_path / "na.json"
+    once = ["--batch", "1", "--dtype", "float32", "--output", str(tmp_path / "na")]
+    tool.neighborhood([*once, "--settings", small.name])
+    tool.neighborhood([*once, "--settings", large.name, "--direction", "both"])
+    tool.neighborhood([*once, "--resume"])
+    assert measured == [small.name] * 2 + [large.name] * 2
+    rows = json.loads(file.read_text())["results"]
+    assert [tool.row_key(row)[::3] for row in rows] == [
+        (large.name, False),
+        (large.name, True),
+        (small.name, False),
+        (small.name, True),
+    ]
+    assert [row["known"] for row in rows] == [3, 2, 0, 1]
+    tool.neighborhood([*once, "--settings", small.name])
+    assert len(json.loads(file.read_text())["results"]) == 4
+
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps(report | {"machine": {"name": "another"}}))
+    with pytest.raises(CommandError, match="another --output"):
+        tool.neighborhood(once)
+
+
+def test_slow_contenders_are_timed_once_and_the_slowest_skipped(tool: ModuleType) -> None:
+    setting, device = tool.Setting((6, 5), (3, 3), 4), torch.device("cpu")
+    names = ("tiled", "gather", "sdpa-mask")
+
+    def measure(effort, expected) -> dict:
+        return tool.measure(setting, 1, torch.float32, False, names, device, effort, expected)[
+            "contenders"
+        ]
+
+    contenders = measure(tool.Effort(rounds=4, seconds=0.0, turn_ms=0.0), {"gather": 21.4})
+    assert contenders["gather"] == {
+        "skipped": "about 21 s per call, extrapolated from a smaller batch"
+    }
+    assert contenders["sdpa-mask"]["rounds"] == 1
+    assert contenders["sdpa-mask"]["milliseconds"] > 0
+    contenders = measure(tool.Effort(rounds=4, seconds=9.0, turn_ms=1.0), {"gather": 1.0})
+    assert [contenders[name]["rounds"] for name in names] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("cpu", 3), ("tiled", 1)])
+def test_compilation_is_not_counted_as_call_time(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, rounds: int
+) -> None:
+    calls = iter([0.1])
+
+    def attend(query, key, value):
+        time.sleep(next(calls, 0.0))
+        return query
+
+    monkeypatch.setitem(tool.CONTENDERS["neighborhood"], name, lambda *args: attend)
+    setting, device = tool.Setting((4,), (3,), 4), torch.device("cpu")
+    effort = tool.Effort(rounds=3, seconds=0.05, turn_ms=0.0)
+    row = tool.measure(setting, 1, torch.float32, False, (name,), device, effort, {})
+    assert row["contenders"][name]["rounds"] == rounds
+
+
+def test_expects_what_smaller_batches_took(tool: ModuleType) -> None:
+    setting = tool.Setting((4,), (3,), 5)
+
+    def row(batch: int, **milliseconds: float) -> dict:
+        contenders = {name: {"milliseconds": ms} for name, ms in milliseconds.items()}
+        contenders["triton"] = {"skipped": "no GPU"}
+        return {
+            "setting": setting.name,
+            "batch": batch,
+            "dtype": "float32",
+            "backward": True,
+            "contenders": contenders,
+        }
+
+    report = {"results": [row(1, cpu=9.0), row(2, cpu=4.0, natten=3000.0), row(8, cpu=1.0)]}
+    expected = tool.expected_seconds(report, setting, 8, "float32", True)
+    assert expected == pytest.approx({"cpu": 0.016, "natten": 12.0})
+    assert tool.expected_seconds(report, setting, 8, "bfloat16", True) == {}
+
+
+def made(contenders: ModuleType, name: str, setting: object) -> Callable[..., torch.Tensor]:
+    return contenders.CONTENDERS["neighborhood"][name](setting, CPU)
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "dilation"),
+    [((11,), (4,), 2), ((8, 7), (3, 3), 2), ((3, 5, 4), (2, 3, 4), 1)],
+)
+def test_contenders_compute_the_same(contenders: ModuleType, size, kernel_size, dilation) -> None:
+    setting = contenders.Setting(size, kernel_size, 8, dilation)
+    tensors = torch.randn(3, 2, *size, contenders.NUM_HEADS, 8)
+    true = made(contenders, "gather", setting)(*tensors)
+    for name in ("tiled", "sdpa-mask", "split"):
+        torch.testing.assert_close(made(contenders, name, setting)(*tensors), true)
+
+
+def test_old_natten_is_measured_or_the_reason_given(contenders: ModuleType) -> None:
+    setting = contenders.Setting((9,), (3,), 8)
+    tensors = torch.randn(3, 1, 9, contenders.NUM_HEADS, 8)
+    with pytest.raises(CannotRunError, match=r"0\.15 to 0\.19"):
+        made(contenders, "natten-split", setting)(*tensors)
+    with install_as_natten():
+        out = made(contenders, "natten-split", setting)(*tensors)
+    assert torch.equal(out, made(contenders, "split", setting)(*tensors))
+
+
+def test_counts_operations(contenders: ModuleType) -> None:
+    setting = contenders.Setting((4,), (3,), 5)
+    assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * contenders.NUM_HEADS * 4 * 3 * 5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
+def test_flex_attention_is_compiled_for_every_setting(contenders: ModuleType) -> None:
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for size, kernel_size in (((12,), (5,)), ((8, 6), (3, 3)), ((4, 5, 6), (2, 3, 3))):
+            setting = contenders.Setting(size, kernel_size, 16)
+            tensors = torch.randn(3, 1, *size, contenders.NUM_HEADS, 16)
+            out = made(contenders, "flex", setting)(*tensors)
+            true = made(contenders, "gather", setting)(*tensors)
+            torch.testing.assert_close(out, true)
+
+
+def test_scans(
+    tools: Callable[[str], ModuleType],
+    tool: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = tools("tables_ops")
+    networks = {"vig_t": lambda: torch.ones(1), "deit_tiny": lambda: torch.ones(1)}
+    monkeypatch.setattr(tool, "TOKENS", (5, 9))
+    monkeypatch.setattr(tool, "networks", lambda: networks)
+    monkeypatch.setattr(tool, "steady", lambda run, *_: [run().numel() * 1e-6])
+    output = tmp_path / "scans.json"
+    monkeypatch.setitem(sys.modules, "fla", None)
+    tool.gated(["--output", str(output), "--rounds", "2"])
+    report = json.loads(output.read_text())
+    for found in report["scans"].values():
+        assert list(found) == ["cpu", "reference", "chunked"]
+        assert all(figures["difference"] < 1e-5 for figures in found.values())
+        assert all(figures["times_longer"] == 1 for figures in found.values())
+    text = page.scans(report)
+    assert "| 5 | 0.960 | 192000 | **1.00× (missed 20)** | 1.00× |" in text
+    assert "An image of 1024×1024 takes 0.0 s with fused `vig_t`" in page.scan_networks(report)
+    assert "(missed 3)" in page.scan_networks(report)
+
+
+def test_selective_scans(
+    tools: Callable[[str], ModuleType],
+    tool: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = tools("tables_ops")
+
+    def theirs(u, delta, A, B, C, D, **options):
+        return selective_scan(u, delta, A, B[:, None], C[:, None], D, **options)
+
+    stand_in = SimpleNamespace(mamba_selective_scan=theirs)
+    monkeypatch.setitem(sys.modules, "transformers.models.mamba.modeling_mamba", stand_in)
+    monkeypatch.setattr(tool, "SELECTIVE_TOKENS", (4, 9))
+    monkeypatch.setattr(tool, "CHANNELS", {1: 3, 2: 5})
+    monkeypatch.setattr(tool, "steady", lambda run, *_: [1e-3 * len(run().shape)])
+    byte, each = {"byte": 1.0, "exponential": 1e3}, {"logarithm": 2e3}
+    monkeypatch.setattr(tool, "rates", lambda rounds: {**byte, **each})
+    output = tmp_path / "selective_scans.json"
+    tool.selective(["--output", str(output), "--rounds", "1"])
+    report = json.loads(output.read_text())
+    assert [(row["states"], row["tokens"]) for row in report["scans"]] == [
+        *((1, 4), (1, 9), (2, 4), (2, 9))
+    ]
+    for row in report["scans"]:
+        found = row["contenders"]
+        assert {"cpu", "reference", "chunked", "transformers", "map"} <= found.keys()
+        assert all(found[name]["difference"] < 1e-5 for name in found.keys() - {"map"})
+    # 4 tokens of 4 · 3 channels: an exponential each for the step and its state, and a logarithm.
+    assert report["scans"][0]["bounds"] == {
+        "memory": 4 * (3 * 48 + 2 * 16) * 1e-6,
+        **{"exponentials": 48 * 4e3 * 1e-6},
+    }
+    text = page.selective(report)
+    assert "| 1 | 4 | 3.000 | 750000 | 6 % of exponentials | **1.00× (missed 20)** |" in text
+
+
+def test_natten_takes_the_place_of_our_layers(
+    contenders: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (label, create), made = contender("natten_0_17", contenders.CONTENDERS["models"]), []
+    assert label == "natten_0_17"
+
+    class Layer(NeighborhoodAttention2D):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            made.append(options)
+            super().__init__(*arguments, **options)
+
+    old = SimpleNamespace(__version__="0.17.3", NeighborhoodAttention2D=Layer)
+    monkeypatch.setitem(sys.modules, "natten", old)
+    models = {name: small(name) for name in ("nat", "vig")}
+    monkeypatch.setattr(backbones, "create_model", lambda name: copy.deepcopy(models[name]))
+    model = create("nat")
+    layers = [m for m in model.modules() if isinstance(m, NeighborhoodAttention2D)]
+    assert layers and all(type(layer) is Layer for layer in layers)
+    assert {options["rel_pos_bias"] for options in made} == {True}
+    assert create("vig") is None
+    old.__version__ = "0.21.0"
+    with pytest.raises(ImportError, match=r"NATTEN 0\.17 is wanted, 0\.21\.0 is installed"):
+        create("nat")
+
+
+def test_a_contender_that_is_not_installed_is_left_out(
+    contenders: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(CannotRunError, match="fla is not installed"):
+        contenders.CONTENDERS["gated"]["fla"]()

@@ -1,0 +1,45 @@
+"""Latencies are measured variant by variant, kept, and found by the zoo page."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import pytest
+
+from backbones.cli import benchmark as models
+
+
+def test_from_measurement_to_row(tools, tmp_path, monkeypatch):
+    output = tmp_path / "zoo.json"
+    zoo, zoo_page = tools("benchmark").zoo, tools("zoo_page")
+    monkeypatch.setattr(models, "measure", partial(models.measure, turn_seconds=0))
+    monkeypatch.setattr("backbones.cli.timing.MATMUL_SIZE", 64)
+    options = ["--rounds", "1", "--seconds", "0", "--output", str(output), "--models"]
+    zoo([*options, "shvit_s4"])
+    first = json.loads(output.read_text())["results"]
+    zoo([*options, "efficientvit_m0"])
+    report = zoo_page.latency_report(output)
+    assert [result["model"] for result in report["results"]] == ["efficientvit_m0", "shvit_s4"]
+    assert report["results"][1:] == first
+
+    rows = {row.name: row for row in zoo_page.rows(report)}
+    measured = {name for name, row in rows.items() if row.fused_ms is not None}
+    assert measured == {"efficientvit_m0", "shvit_s4"}
+    assert rows["shvit_s4"].latency_size == rows["shvit_s4"].top1_size == 256
+    for name in measured:
+        assert rows[name].latency_ms > 0 and rows[name].fused_ms > 0
+    assert report["machine"]["name"] in zoo_page.machine_line(report)
+
+
+def test_without_measurements_there_are_dashes(tools, tmp_path):
+    zoo_page = tools("zoo_page")
+    report = zoo_page.latency_report(tmp_path / "none.json")
+    assert report is None and "--op zoo" in zoo_page.machine_line(report)
+    assert all(row.latency_ms is None and row.fused_ms is None for row in zoo_page.rows(report))
+
+
+def test_an_unknown_pattern_is_named(tools, capsys):
+    with pytest.raises(SystemExit):
+        tools("benchmark").zoo(["--models", "vann*"])
+    assert "vann*" in capsys.readouterr().err

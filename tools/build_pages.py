@@ -1,0 +1,113 @@
+"""Fill the marked places of the pages in docs/ with tables and figures from the measurements.
+
+    python tools/build_pages.py                   # make pages; changes only what is out of date
+    python tools/build_pages.py --pictures        # also the pictures, from the same measurements
+    python tools/build_pages.py --rewrite         # all JSON in docs/ as the tools write it
+    python tools/build_pages.py --rewrite x.json  # a file of an older version, or written by hand
+
+A place begins with a comment that names one of :data:`TABLES`, the reports that it takes, relative
+to docs/, and options; it ends with ``<!-- end -->``. A ``table`` stands in lines of its own, and a
+``fact`` within a sentence:
+
+    <!-- table: models performance/zen5/models.json aims=no -->
+    <!-- end -->
+
+    measured on <!-- fact: machine performance/zen5/models.json --><!-- end -->.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pictures
+import tables_accuracy
+import tables_models
+import tables_ops
+
+from backbones.cli.reports import write_report
+from backbones.common.arguments import nonempty_path
+from backbones.common.console import Parser, guard
+from backbones.common.errors import CommandError
+from backbones.common.files import write_text_atomically
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+TABLES = tables_models.TABLES | tables_ops.TABLES | tables_accuracy.TABLES
+_PLACE = re.compile(r"<!-- (table|fact): (.*?) -->(.*?)<!-- end -->", re.DOTALL)
+
+
+def places(text: str) -> list[tuple[str, list[str], dict[str, str]]]:
+    """Each marked place of a page: the function's name, its reports and its options."""
+    found = []
+    for _, call, _ in _PLACE.findall(text):
+        name, *words = call.split()
+        options = dict(word.split("=", 1) for word in words if "=" in word)
+        found.append((name, [word for word in words if "=" not in word], options))
+    return found
+
+
+def filled(page: Path, docs: Path) -> str:
+    """The text of a page with its marked places filled from the reports in ``docs``.
+
+    Raises:
+        ValueError: a place is not closed, or names what is not there.
+    """
+    text = page.read_text(encoding="utf-8")
+    found = places(text)
+    marks = len(re.findall(r"<!-- (?:table|fact): ", text))
+    if not len(found) == marks == text.count("<!-- end -->"):
+        raise ValueError(f"{page}: {marks} places begin, {text.count('<!-- end -->')} end")
+    contents = iter([_content(page, docs, *place) for place in found])
+
+    def put(place: re.Match[str]) -> str:
+        kind, call, _ = place.groups()
+        gap = "\n\n" if kind == "table" else ""
+        return f"<!-- {kind}: {call} -->{gap}{next(contents)}{gap}<!-- end -->"
+
+    return _PLACE.sub(put, text)
+
+
+def _content(
+    page: Path, docs: Path, name: str, files: Sequence[str], options: dict[str, str]
+) -> str:
+    try:
+        reports = [read(docs / file) for file in files]
+        return TABLES[name](*reports, **options)
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ValueError(f"{page}: {name} {' '.join(files)}: {error!r}") from error
+
+
+def read(path: Path) -> Any:
+    """A report."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from a command line."""
+    parser = Parser(description=__doc__)
+    text = "write measurements anew instead (default: all of docs/)"
+    parser.add_argument("--rewrite", nargs="*", type=nonempty_path, metavar="JSON", help=text)
+    parser.add_argument("--pictures", action="store_true", help="draw the pictures, too")
+    options = parser.parse_args(arguments)
+    if options.rewrite is not None:
+        for path in options.rewrite or sorted(DOCS.rglob("*.json")):
+            write_report(path, read(path))
+        return
+    for page in sorted(DOCS.rglob("*.md")):
+        try:
+            text = filled(page, DOCS)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        if text != page.read_text(encoding="utf-8"):
+            write_text_atomically(page, text)
+            sys.stdout.write(f"filled {page.relative_to(DOCS.parent)}\n")
+    if options.pictures:
+        pictures.draw_all(DOCS)
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

@@ -1,0 +1,358 @@
+"""Tables of the performance pages: models, from the reports of ``benchmark``.
+
+A function of :data:`TABLES` takes reports and gives Markdown, see ``build_pages.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from contenders import TITLES
+
+Report = dict[str, Any]
+Row = dict[str, Any]
+
+FUSED, LOW, LAST, OURS, ORIGINAL = "fused", "fused+bfloat16", "channels_last", "eager", "original"
+# Target speedup of the fused model over the original, for batch 1 and batch 8.
+AIMS = {
+    "efficientvit_m5": {FUSED: (1.55, 1.75), LOW: (2.5, 4.4)},
+    "shvit_s4": {FUSED: (1.45, 1.65), LOW: (2.9, 5.4)},
+    "inception_next_tiny": {FUSED: (1.3, 1.45), LOW: (3.6, 6.2)},
+    "unireplknet_a": {FUSED: (2.3, 2.3), LOW: (3.0, 3.6)},
+    "unireplknet_t": {FUSED: (1.6, 1.8), LOW: (3.0, 4.4)},
+}
+for _fused, _low, _names in (
+    (1.8, 2.0, "van_b0"),
+    (1.6, 2.0, "biformer_tiny litv2_s ravlt_t hat_s_x2"),
+    (1.5, 2.0, "favit_b0"),
+    (2.0, 2.0, "medvitv2_tiny"),
+    (2.5, 4.0, "nat_mini dinat_mini dinat_s_tiny nat_isotropic_small"),
+    (2.0, None, "vig_t vig_h_t vrwkv_t vrwkv6_t"),
+    (2.5, None, "proxyless_cpu proxyless_gpu proxyless_mobile proxyless_mobile_14"),
+):
+    _aims = {FUSED: (_fused, _fused)} | ({} if _low is None else {LOW: (_low, _low)})
+    AIMS |= dict.fromkeys(_names.split(), _aims)
+AIM_BATCHES = (1, 8)
+NATTEN, NATTEN_AIM = "natten_0_17", 10.0
+# Fused models are compared with runtimes that compute in the same dtype.
+RUNTIMES = {FUSED: ("onnxruntime", "openvino"), LOW: ("openvino_bf16",)}
+# Smallest allowed speed of a fused model relative to its plain form. The gap to 1 is the difference
+# between two measurements of the same code.
+FLOOR = 0.97
+
+
+# -- shared by all tables --------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table; numbers stand right, from the column ``text_columns`` on."""
+    rules = ["---" if place < text_columns else "---:" for place in range(len(head))]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rules, *rows))
+
+
+def decimal(value: float, places: int) -> str:
+    """At most ``places`` decimals, of the four digits that are measured."""
+    return f"{value:.{max(0, min(places, 4 - len(str(int(abs(value))))))}f}"
+
+
+def judged(ratio: float | None, aim: float | None) -> str:
+    """A ratio, its target, and whether it was missed."""
+    if ratio is None:
+        return "–"
+    shown = f"{decimal(ratio, 2)}×"
+    if aim is None:
+        return shown
+    return f"**{shown} (missed {aim:g})**" if round(ratio, 2) < aim else f"{shown} ({aim:g})"
+
+
+def machine(report: Report) -> str:
+    """What a report was measured on."""
+    there = report["machine"]
+    kind = there.get("instruction_set") or there["cpu_capability"]
+    return f"{there['name']} ({kind}), torch {there['torch']}"
+
+
+def torch_version(report: Report) -> str:
+    """The version of torch that a report was measured with."""
+    return str(report["machine"]["torch"])
+
+
+def version(report: Report, package: str) -> str:
+    """That of a package which a report was measured with."""
+    (found,) = {row["versions"][package] for row in report["results"] if package in row["versions"]}
+    return str(found)
+
+
+def _name(row: Row) -> str:
+    return f"`{row['model']}`"
+
+
+def _ms(row: Row, name: str) -> str:
+    time = row["contenders"].get(name, {}).get("milliseconds")
+    return "–" if time is None else decimal(time, 1)
+
+
+def _ratio(row: Row, name: str, other: str) -> float | None:
+    found: float | None = row["contenders"].get(name, {}).get("speedup_over", {}).get(other)
+    return found
+
+
+def _base(row: Row) -> str:
+    return ORIGINAL if _ratio(row, FUSED, ORIGINAL) is not None else OURS
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    found = dict.fromkeys(name for row in rows for name in row["contenders"])
+    order = [ORIGINAL, "timm", "birder", OURS, LAST, "compile", FUSED, "fused+compile", LOW]
+    return [*(name for name in order if name in found), *(n for n in found if n not in order)]
+
+
+def titles(names: Sequence[str]) -> list[str]:
+    return [TITLES.get(name, name) for name in names]
+
+
+def plural(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+
+def models(report: Report, aims: str = "yes") -> str:
+    """All settings: times, then ratios with their targets and the fused model's figures."""
+    rows = [r for r in report["results"] if r["direction"] == "forward" and _has_usual_size(r)]
+    groups: dict[tuple[int, int, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["threads"], row["batch"], row["dtype"]), []).append(row)
+    parts = []
+    for (threads, batch, dtype), of_group in sorted(groups.items()):
+        parts.append(f"### Batch {batch}, {plural(threads)}, {dtype}")
+        parts += _of_setting(of_group, batch, AIMS if aims == "yes" else {})
+    return "\n\n".join(parts)
+
+
+def _has_usual_size(row: Row) -> bool:
+    return bool(row["size"] == (64 if row["model"].startswith("hat") else 224))
+
+
+def _of_setting(rows: Sequence[Row], batch: int, all_aims: dict[str, Any]) -> list[str]:
+    names = _names(rows)
+    times = [[_name(row), *(_ms(row, name) for name in names)] for row in rows]
+    place = AIM_BATCHES.index(batch) if batch in AIM_BATCHES else None
+    ahead, natten_aim = (1.0, NATTEN_AIM) if all_aims else (None, None)
+    compared = []
+    for row in rows:
+        aims, base = all_aims.get(row["model"], {}), _base(row)
+        cells = [_name(row), base]
+        for name in (FUSED, LOW):
+            aim = aims[name][place] if place is not None and name in aims else None
+            cells.append(judged(_ratio(row, name, base), aim))
+        cells += [judged(_ratio(row, FUSED, peer), ahead) for peer in ("timm", "birder")]
+        compared.append([*cells, *_figures(row)])
+        over_natten = [_ratio(row, name, NATTEN) for name in (FUSED, LOW)]
+        if over_natten[0] is not None:
+            ratios = [judged(ratio, natten_aim) for ratio in over_natten]
+            compared.append([cells[0], TITLES[NATTEN], *ratios, *["–"] * 7])
+    aim = " (aim)" if all_aims else ""
+    head = ["times faster", "than", f"fused{aim}", f"fused, bf16{aim}", "than timm", "than birder"]
+    head += ["p90, ms", "images/s", "G MACs", "GFLOP/s (of matmul)", "memory, MiB"]
+    return [table(["ms", *titles(names)], times), table(head, compared)]
+
+
+def _figures(row: Row) -> list[str]:
+    """Those of the fused model alone."""
+    fused = row["contenders"].get(FUSED, {})
+    if "milliseconds" not in fused:
+        return ["–"] * 5
+    peak = fused["peak_bytes"]
+    return [
+        *(decimal(fused[name], 1) for name in ("p90", "images_per_second")),
+        f"{row['macs'] / 1e9:.2f}",
+        f"{fused['gflops']:.0f} ({100 * fused['fraction_of_matmul']:.0f} %)",
+        "–" if peak is None else str(peak >> 20),
+    ]
+
+
+def training_steps(report: Report) -> str:
+    """Steps of plain gradient descent."""
+    rows = [row for row in report["results"] if row["direction"] == "train"]
+    names = _names(rows)
+    ours = [name for name in (OURS, LAST) if name in names]
+    head = ["ms", "batch", "threads", *titles(names)]
+    head += [f"{title}, times faster than the original" for title in titles(ours)]
+    return table(
+        head,
+        [
+            [_name(row), str(row["batch"]), str(row["threads"]), *(_ms(row, n) for n in names)]
+            + [judged(_ratio(row, name, ORIGINAL), 1.0) for name in ours]
+            for row in rows
+        ],
+    )
+
+
+def growth(report: Report) -> str:
+    """The fused model's time at several sizes, one image on one thread."""
+    models: dict[str, dict[int, Row]] = {}
+    for row in _usual(report):
+        models.setdefault(_name(row), {})[row["size"]] = row
+    several = {name: sizes for name, sizes in models.items() if len(sizes) > 1}
+    sizes = sorted({size for of_model in several.values() for size in of_model})
+    lines = []
+    for name, of_model in several.items():
+        grown = ["–", "–"]
+        if sizes[0] in of_model and sizes[-1] in of_model:
+            small, large = of_model[sizes[0]], of_model[sizes[-1]]
+            before, after = (r["contenders"][FUSED]["milliseconds"] for r in (small, large))
+            grown = [f"{after / before:.1f}×", f"{large['macs'] / small['macs']:.1f}×"]
+        cells = [_ms(of_model[size], FUSED) if size in of_model else "–" for size in sizes]
+        lines.append([name, *cells, *grown])
+    return table(["ms", *map(str, sizes), "time grows", "multiply-adds grow"], lines)
+
+
+def _usual(report: Report) -> list[Row]:
+    keys = ("batch", "threads", "dtype", "direction")
+    wanted = [1, 1, "float32", "forward"]
+    return [row for row in report["results"] if [row[key] for key in keys] == wanted]
+
+
+def shares(report: Report) -> str:
+    """Where one image's time goes, plain and fused."""
+    found = [
+        (f"{_name(row)}, {name}", row["contenders"][name]["time_by_kind"])
+        for row in filter(_has_usual_size, _usual(report))
+        for name in (OURS, FUSED)
+        if "time_by_kind" in row["contenders"].get(name, {})
+    ]
+    lines = [[name, *(f"{100 * s:.0f} %" for s in of_row.values())] for name, of_row in found]
+    return table(["share of time", *found[0][1]], lines)
+
+
+# -- comparisons -----------------------------------------------------------------------------------
+
+
+def compiled(report: Report) -> str:
+    """Beside ``torch.compile``."""
+    names = [OURS, "compile", FUSED, "fused+compile"]
+    rows = [
+        [_name(row), *(_ms(row, name) for name in names)]
+        + [judged(_ratio(row, FUSED, OURS), None), judged(_ratio(row, "compile", OURS), None)]
+        for row in report["results"]
+    ]
+    head = ["ms", *names, "fused, times faster than eager", "compile, times faster than eager"]
+    return table(head, rows)
+
+
+def runtimes(report: Report, plain: str = "") -> str:
+    """Beside other runtimes; ``plain``: forms that are listed without a ratio."""
+    pairs = [(ours, theirs) for ours, others in RUNTIMES.items() for theirs in others]
+    names = [*filter(None, plain.split(",")), FUSED, *RUNTIMES[FUSED], LOW, *RUNTIMES[LOW]]
+    rows = [
+        [_name(row), str(row["batch"]), str(row["threads"]), *(_ms(row, name) for name in names)]
+        + [judged(_ratio(row, ours, theirs), 1.0) for ours, theirs in pairs]
+        for row in report["results"]
+    ]
+    ratios = [f"{TITLES.get(ours, ours)}, than {TITLES[theirs]}" for ours, theirs in pairs]
+    return table(["ms", "batch", "threads", *titles(names), *ratios], rows)
+
+
+def lesser(report: Report) -> str:
+    """A machine restricted to fewer instructions."""
+    names = [ORIGINAL, OURS, FUSED, LOW]
+    rows = []
+    for row in report["results"]:
+        base = _base(row)
+        ratios = [judged(_ratio(row, name, base), None) for name in (FUSED, LOW)]
+        rows.append([_name(row), str(row["batch"]), *(_ms(row, n) for n in names), base, *ratios])
+    return table(["ms", "batch", *titles(names), "times faster than", *titles([FUSED, LOW])], rows)
+
+
+def natten(*reports: Report) -> str:
+    """Beside the kernels that NAT was published with: without and, second, with optimisation."""
+    rows = []
+    for report, options in zip(reports, ("–", "`-O3 -march=native`"), strict=False):
+        for row in report["results"]:
+            times = [_ms(row, name) for name in (FUSED, OURS, NATTEN)]
+            ratio = judged(_ratio(row, FUSED, NATTEN), NATTEN_AIM)
+            rows.append([_name(row), str(row["batch"]), options, *times, ratio])
+    title = TITLES[NATTEN].removeprefix("original ")
+    return table(
+        ["ms", "batch", "options", FUSED, "plain", title, "fused, times faster (aim)"], rows
+    )
+
+
+def bounds(report: Report) -> str:
+    """The speedup over plain that a fused model would have with all products at full rate."""
+    rows = []
+    for row in report["results"]:
+        plain, fused = (row["contenders"].get(name, {}) for name in (OURS, FUSED))
+        if "gflops" not in plain or "gflops" not in fused or row["threads"] > 1:
+            continue
+        peak = row["matmul_gflops"][row["dtype"]]
+        rates = [f"{rate:.0f}" for rate in (plain["gflops"], fused["gflops"], peak)]
+        reached = [f"{peak / plain['gflops']:.2f}×", f"{fused['speedup_over'][OURS]:.2f}×"]
+        rows.append([_name(row), str(row["batch"]), *rates, *reached])
+    head = ["GFLOP/s", "batch", "plain", "fused", "1024³ product", "at most", "reached"]
+    return table(head, rows)
+
+
+# -- never slower than plain -----------------------------------------------------------------------
+
+
+def _over_plain(row: Row) -> float | None:
+    """The fused model's speed relative to the faster plain form."""
+    return min(filter(None, (_ratio(row, FUSED, name) for name in (OURS, LAST))), default=None)
+
+
+def slower(report: Report) -> list[tuple[str, int, int, float]]:
+    """Model, batch, threads and ratio of all rows below the floor."""
+    return [
+        (row["model"], row["batch"], row["threads"], ratio)
+        for row in report["results"]
+        if (ratio := _over_plain(row)) is not None and ratio < FLOOR
+    ]
+
+
+def below_floor(report: Report) -> str:
+    """The rows below the floor in words."""
+    rows = [
+        f"`{model}` at batch {batch} with {plural(threads)} ({ratio:.3f})"
+        for model, batch, threads, ratio in slower(report)
+    ]
+    return f"Below {FLOOR}: {', '.join(rows) or 'none'}."
+
+
+def floor(report: Report) -> str:
+    """Fused models relative to plain ones, by model and setting."""
+    results = report["results"]
+    settings = sorted({(row["threads"], row["batch"]) for row in results})
+    found = {(_name(row), row["threads"], row["batch"]): _over_plain(row) for row in results}
+    rows = [
+        [model, *(_over_floor(found.get((model, *setting))) for setting in settings)]
+        for model in dict.fromkeys(map(_name, results))
+    ]
+    return table(["model", *(f"batch {b}, {plural(t)}" for t, b in settings)], rows)
+
+
+def _over_floor(ratio: float | None) -> str:
+    if ratio is None:
+        return "–"
+    return f"**{ratio:.2f}×**" if ratio < FLOOR else f"{ratio:.2f}×"
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "machine": machine,
+    "torch": torch_version,
+    "version": version,
+    "models": models,
+    "training_steps": training_steps,
+    "growth": growth,
+    "shares": shares,
+    "compiled": compiled,
+    "runtimes": runtimes,
+    "lesser": lesser,
+    "natten": natten,
+    "bounds": bounds,
+    "floor": floor,
+    "below_floor": below_floor,
+}
