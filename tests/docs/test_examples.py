@@ -113,9 +113,6 @@ def check_extras(words: list[str]) -> None:
 def check_command(command: str, words: list[str]) -> None:
     """The sub-command takes these words."""
     path, _ = COMMANDS[command]
-    if path.endswith(".py"):
-        check_options(ROOT / "tools" / path, words)
-        return
     parser = argparse.ArgumentParser(prog=command)
     importlib.import_module(path).add_arguments(parser)
     parser.parse_args(words)
@@ -155,11 +152,13 @@ def imports(path: Path, folder: Path) -> set[Path]:
 
 @functools.cache
 def imported_names(path: Path) -> set[str]:
-    """The modules that a file may import, some of which are names within a module."""
+    """The modules that a file may import, also by name; some are names within a module."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names.update((str(node.module), *(f"{node.module}.{a.name}" for a in node.names)))
+        elif isinstance(node, ast.Constant) and str(node.value).isidentifier():
+            names.add(str(node.value))
     return names

@@ -53,7 +53,7 @@ SHORTER = {
     ),
     r".* train_cls\.py --config configs/cls/bench_digits\.yaml .*": "--epochs 1 --img-size 32",
     r".* train_cls\.py .* --data .*": (
-        f"{_SHORT} --cooldown-epochs 0 --batch-size 2 --accum-steps 1 --img-size 32"
+        f"{_SHORT} --cooldown-epochs 0 --batch-size 2 --accum-steps 1 --img-size 32 --min-lr 0"
     ),
     r".* tools/sr\.py train --config configs/sr/quickstart\.yaml": (
         "--epochs 1 --updates-per-epoch 2"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops.cpu import decisions
-from ops.cpu.call.c_arguments import binding
+from ops.cpu.call import binding
 from ops.inference import layers
 from ops.replay.clock import clock
 from ops.replay.module import recorded_form

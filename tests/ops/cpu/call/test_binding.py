@@ -11,8 +11,9 @@ import torch
 from compiled_kernels import linear_layer, random, using_threads
 from torch import Tensor
 
+from ops.cpu.call import binding
 from ops.cpu.call.binding import Kernel, observed_by
-from ops.cpu.call.c_arguments import Addresses, Call, binding, words_of
+from ops.cpu.call.c_arguments import Addresses, Call, words_of
 from ops.cpu.call.structures import structure
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ops.cpu.call.c_arguments import huge_pages as memory
+from ops.cpu.call import huge_pages as memory
 
 MIB = 1 << 20
 
