@@ -28,7 +28,7 @@ from ops.cpu.build import compiler
 _SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's folder of the cross-compiler's libraries
 # CPUs with exactly these of the instruction sets that kernels use: from 2015 and 2021.
 CPUS = {"neon": "cortex-a72", "neonbf16": "neoverse-v1"}
-WITH_BYTES = "neoverse-n1"  # a CPU for "neon" with products of bytes, from 2019
+WITH_BYTES = "neoverse-n1"  # a CPU for "neon" with int8 products, from 2019
 WINDOWS = "windows"  # in place of a CPU: this one, under Wine
 
 _FOLDER = Path(__file__).parent

@@ -71,7 +71,7 @@ def _weights(name: str, path: Path, **arguments: Any) -> None:
     torch.save(backbones.create_model(name, **arguments).state_dict(), path)
 
 
-def _in_bytes(name: str, path: Path) -> None:
+def _in_int8(name: str, path: Path) -> None:
     """Write the output of ``vision-backbones export --int8``."""
     state = backbones.create_model(name).eval().fuse(torch.int8).int8_state_dict()
     save_weights(path, state, {"model": name})
@@ -176,7 +176,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     _VAN_B2: partial(_published, "van", "van_b2"),
     "convnext_atto.pth": partial(_weights, "timm/convnext_atto"),
     "biformer_base.pth": partial(_weights, "biformer_base", num_classes=CLASSES),
-    "van_b0-int8.safetensors": partial(_in_bytes, "van_b0"),
+    "van_b0-int8.safetensors": partial(_in_int8, "van_b0"),
     "HAT_SRx2.pth": partial(_weights, "hat_x2"),
     "HAT_SRx4.pth": partial(_weights, "hat_x4"),
     "runs/quickstart": _quickstart,

@@ -1,6 +1,6 @@
 """``vision-backbones export``: write a model as an ONNX or torch.export file and check it.
 
-The file is compared with the model, at three sizes if sizes are dynamic. A model in 8 bits can also
+The file is compared with the model, at three sizes if sizes are dynamic. A model in int8 can also
 be written as safetensors, for the library itself (``int8_export.py``).
 """
 

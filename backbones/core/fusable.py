@@ -89,11 +89,11 @@ class FusableBackbone(nn.Module):
         Modifies the model in place, puts it in eval mode and returns it; a second call with the
         same ``dtype`` has no effect. Afterwards ``train()`` raises.
 
-        With ``torch.int8``, linear layers and pointwise convolutions multiply bytes: weights with a
-        scale for each output, inputs with one for each row, or with fixed ones of a calibration.
+        With ``torch.int8``, linear layers and pointwise convolutions compute in int8: weights have
+        a scale for each output, inputs one for each row, or fixed ones of a calibration.
         Everything else, and layers whose blocks have a kernel of their own, computes as before.
         Parameters, maps and images are in bfloat16 where the CPU multiplies it, else in float32;
-        :attr:`precision` says which, and lists the layers. Where 8 bits are not faster (no
+        :attr:`precision` says which, and lists the layers. Where int8 is not faster (no
         AVX512-VNNI, AVX-VNNI, AMX or SDOT), the model stays in float32 and a warning says so, once.
 
         Args:
@@ -109,7 +109,7 @@ class FusableBackbone(nn.Module):
             max_drop: for ``torch.int8``: the largest relative error of the output,
                 ‖int8 − float‖ / ‖float‖, on the images of ``calibrate`` or on random ones. The most
                 sensitive layers stay in floats, which takes a run for each layer to find out.
-                Default: all layers in 8 bits.
+                Default: all layers in int8.
 
         Raises:
             ValueError: ``dtype`` is not floating-point or int8, another argument is invalid, or
@@ -158,24 +158,24 @@ class FusableBackbone(nn.Module):
 
     @property
     def precision(self) -> Precision | None:
-        """The layers that compute in 8 bits, after ``fuse(torch.int8)``; else None."""
+        """The layers that compute in int8, after ``fuse(torch.int8)``; else None."""
         return self._precision
 
     def int8_state_dict(self) -> dict[str, Tensor]:
-        """The state dict with bytes for the weights in 8 bits, about a quarter as large.
+        """The state dict with int8 weights for the layers in int8, about a quarter as large.
 
         :func:`backbones.load_checkpoint` and ``create_model(checkpoint_path=…)`` read it: the
-        model then has the same layers in 8 bits, with the same bytes and ranges, without being
+        model then has the same layers in int8, with the same numbers and ranges, without being
         calibrated again. See :mod:`backbones.core.int8_state` for the tensors.
 
-        Where the CPU does not multiply bytes, there are no such layers, and all weights are floats.
+        Where the CPU does not multiply int8, there are no such layers, and all weights are floats.
 
         Raises:
             RuntimeError: without ``fuse(torch.int8)``.
         """
         if self.precision is None:
             raise RuntimeError(
-                f"{type(self).__name__} has no layers in 8 bits: call fuse(dtype=torch.int8) first"
+                f"{type(self).__name__} has no layers in int8: call fuse(dtype=torch.int8) first"
             )
         return int8_state(self)
 

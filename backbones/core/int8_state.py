@@ -1,6 +1,6 @@
-"""State dicts with weights in 8 bits: models of ``fuse(torch.int8)`` in files.
+"""State dicts with weights in int8: models of ``fuse(torch.int8)`` in files.
 
-A layer in 8 bits has its weight as int8, ``<layer>.weight_scale`` (out_features,) in float32 and,
+A layer in int8 has its weight as int8, ``<layer>.weight_scale`` (out_features,) in float32 and,
 if it was calibrated, ``<layer>.input_range`` (2,) in float32, scale and zero.
 """
 
@@ -23,7 +23,7 @@ _SCALE, _RANGE = "weight_scale", "input_range"
 
 
 def int8_state(model: Any) -> dict[str, Tensor]:
-    """The state dict of a model after ``fuse(torch.int8)``, with bytes for the layers in 8 bits."""
+    """The state dict of a model after ``fuse(torch.int8)``, with weights in int8 where it is."""
     state: dict[str, Tensor] = dict(model.state_dict())
     layers = dict(model.named_modules())
     for name in model.precision.quantized:
@@ -38,7 +38,7 @@ def int8_state(model: Any) -> dict[str, Tensor]:
 def dequantized(
     tensors: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Quantization]]:
-    """The weights of :func:`int8_state` in float32, and how its layers in 8 bits compute.
+    """The weights of :func:`int8_state` in float32, and how its layers in int8 compute.
 
     Args:
         source: where they came from, for messages.
@@ -103,7 +103,7 @@ def _require_range(in_range: Tensor, name: str) -> None:
 
 
 def set_quantization(model: nn.Module, known: Mapping[str, Quantization]) -> None:
-    """Let these layers of a model compute in 8 bits, and no others, before ``fuse(torch.int8)``."""
+    """Let these layers of a model compute in int8, and no others, before ``fuse(torch.int8)``."""
     for name, module in model.named_modules():
         if quantization_of(module) is not None:
             del module.quantization

@@ -217,7 +217,7 @@ def _entry(
     dtype = policy.maps_of_int8()
     if in_features > LARGEST_INPUT:
         reason = f"more than {LARGEST_INPUT} inputs"
-    elif not policy.pays_in_bytes(in_features, out_features, dtype):
+    elif not policy.pays_in_int8(in_features, out_features, dtype):
         reason = f"so small that it is faster in {_name(dtype)}"
     elif _has_windows(layer) and not policy.windows_pay_in_int8(layer.in_channels, dtype):
         reason = f"a convolution with windows, which {_name(dtype)} computes as fast"

@@ -30,17 +30,17 @@ __all__ = [
     "convolves_windows",
     "copies_windows",
     "depthwise_by_kernel",
-    "depthwise_mlp_by_bytes",
+    "depthwise_mlp_in_int8",
     "few_rows",
     "left_to_torch",
-    "linear_by_bytes",
     "linear_by_kernel",
+    "linear_in_int8",
     "maps_of_int8",
     "multiplies",
-    "no_products_of_bytes",
+    "no_int8_products",
     "packs_linear",
-    "pays_in_bytes",
-    "response_mlp_by_bytes",
+    "pays_in_int8",
+    "response_mlp_in_int8",
     "rotated_attention_by_kernel",
     "single_head_by_kernel",
     "softmax_attention_by_kernel",
@@ -113,8 +113,8 @@ def by_tiles(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and instruction_set() == "amx"
 
 
-def no_products_of_bytes(has_instructions: bool) -> str | None:
-    """Why linear layers in 8 bits do not pay on this CPU, or None if they do.
+def no_int8_products(has_instructions: bool) -> str | None:
+    """Why linear layers in int8 does not pay on this CPU, or None if they do.
 
     At one image, SHViT-S4 and InceptionNeXt-T are 1.4 times as fast as in bfloat16 with AMX, 2.2
     and 2.5 times as fast as in float32 with AVX512-VNNI, and 2.2 and 2.7 times with AVX-VNNI. The
@@ -128,32 +128,32 @@ def no_products_of_bytes(has_instructions: bool) -> str | None:
     if has_instructions:
         return None
     isa = instruction_set()
-    return f"{isa} without dot products of bytes (VNNI, SDOT), so 8 bits do not pay here"
+    return f"{isa} without int8 dot products (VNNI, SDOT), so int8 does not pay here"
 
 
-@rule(yes="products of bytes", no="products of floats")
-def linear_by_bytes(has_products: bool, dtype: torch.dtype) -> Verdict:
+@rule(yes="int8 products", no="float products")
+def linear_in_int8(has_products: bool, dtype: torch.dtype) -> Verdict:
     """Layers that ``fuse(torch.int8)`` chose, unless they are on another CPU now."""
     if has_products:
         return Verdict(True, "chosen by fuse(int8)")
-    return Verdict(False, "this CPU does not multiply bytes")
+    return Verdict(False, "this CPU does not multiply int8")
 
 
-# Weights from which on a layer is faster in 8 bits than in the dtype of its maps.
-_FEWEST_IN_BYTES = 1 << 11
-_FEWEST_IN_BYTES_OF_TILES = 1 << 15
+# Weights from which on a layer is faster in int8 than in the dtype of its maps.
+_FEWEST_IN_INT8 = 1 << 11
+_FEWEST_IN_INT8_OF_TILES = 1 << 15
 
 
-@rule(yes="8 bits", no="floats")
-def pays_in_bytes(in_features: int, out_features: int, dtype: torch.dtype) -> Verdict:
+@rule(yes="int8", no="floats")
+def pays_in_int8(in_features: int, out_features: int, dtype: torch.dtype) -> Verdict:
     """Layers that ``fuse(torch.int8)`` may choose: with weights enough to pay for quantising rows.
 
     From 3136 rows, with AMX, bfloat16 takes 26 µs for 32 → 32 features, 154 for 128 → 128 and 524
-    for 256 → 256; 8 bits 81, 195 and 479. With VNNI, float32 takes 95, 800 and 3099, and 8 bits
+    for 256 → 256; int8 81, 195 and 479. With VNNI, float32 takes 95, 800 and 3099, and int8
     135, 402 and 1524. VAN-B0 and FaViT-B0 took 1.19 and 1.15 times as long as in bfloat16 with all
-    layers in 8 bits; with these, 1.00 and 1.04 times.
+    layers in int8; with these, 1.00 and 1.04 times.
     """
-    limit = _FEWEST_IN_BYTES_OF_TILES if by_tiles(dtype) else _FEWEST_IN_BYTES
+    limit = _FEWEST_IN_INT8_OF_TILES if by_tiles(dtype) else _FEWEST_IN_INT8
     if in_features * out_features < limit:
         return Verdict(False, "weights {in_features}·{out_features} < {limit}", limit)
     return Verdict(True, "weights {in_features}·{out_features} ≥ {limit}", limit)
@@ -161,7 +161,7 @@ def pays_in_bytes(in_features: int, out_features: int, dtype: torch.dtype) -> Ve
 
 @rule(yes="int8", no="floats")
 def windows_pay_in_int8(in_channels: int, dtype: torch.dtype) -> Verdict:
-    """Dense convolutions that ``fuse(torch.int8)`` may choose, besides :func:`pays_in_bytes`.
+    """Dense convolutions that ``fuse(torch.int8)`` may choose, besides :func:`pays_in_int8`.
 
     With AVX512-VNNI and BF16, those of ResNet-50 run at 325 to 415 GFLOP/s for one image, and in
     bfloat16 at 204 to 211; the first one, which copies windows of an image in three channels, takes
@@ -174,12 +174,12 @@ def windows_pay_in_int8(in_channels: int, dtype: torch.dtype) -> Verdict:
     return Verdict(True, "{in_channels} channels ≥ {limit}", _FEWEST_CHANNELS)
 
 
-# Channels from which on feed-forwards with a response norm multiply bytes.
+# Channels from which on feed-forwards with a response norm multiply int8.
 _FEWEST_OF_RESPONSE = 64
 
 
-@rule(yes="products of bytes", no="products of floats")
-def response_mlp_by_bytes(dim: int) -> Verdict:
+@rule(yes="int8 products", no="float products")
+def response_mlp_in_int8(dim: int) -> Verdict:
     """UniRepLKNet's feed-forwards, in which rows are scaled and quantised before each layer.
 
     For eight images, with AMX, those of UniRepLKNet-A take 8.9 ms with 40 channels, 4.3 with 80 and
@@ -190,13 +190,13 @@ def response_mlp_by_bytes(dim: int) -> Verdict:
     return Verdict(True, "{dim} channels ≥ {limit}", _FEWEST_OF_RESPONSE)
 
 
-# Channels from which on feed-forwards with a depthwise convolution multiply bytes.
+# Channels from which on feed-forwards with a depthwise convolution multiply int8.
 _FEWEST_OF_DEPTHWISE = 64
 _FEWEST_OF_DEPTHWISE_IN_TILES = 192
 
 
-@rule(yes="products of bytes", no="products of floats")
-def depthwise_mlp_by_bytes(dim: int, dtype: torch.dtype) -> Verdict:
+@rule(yes="int8 products", no="float products")
+def depthwise_mlp_in_int8(dim: int, dtype: torch.dtype) -> Verdict:
     """Feed-forwards with a depthwise convolution, whose kernel in floats never writes hidden rows.
 
     At eight images with AMX, VAN-B1 is 1.14 times as fast as in bfloat16 with this limit, 0.99 with
@@ -210,7 +210,7 @@ def depthwise_mlp_by_bytes(dim: int, dtype: torch.dtype) -> Verdict:
 
 
 def maps_of_int8() -> torch.dtype:
-    """The dtype of maps between layers in 8 bits: bfloat16 where torch multiplies it.
+    """The dtype of maps between layers in int8: bfloat16 where torch multiplies it.
 
     SHViT-S4 takes 6.2 ms with maps of float32 and 4.9 with bfloat16, with AMX.
     """

@@ -437,7 +437,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         dilation: Any = self.dilation
         if self.quantization is not None:
             has_products = unsupported_int8(x.device, x.dtype) is None
-            if policy.linear_by_bytes(has_products, x.dtype):
+            if policy.linear_in_int8(has_products, x.dtype):
                 return PackedConv2d(self, self.quantization.pack)
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None

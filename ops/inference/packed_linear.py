@@ -123,7 +123,7 @@ class PackedLinear:
         self._quantization: Quantization | None = None
         if quantization is not None:
             has_products = unsupported_int8(weight.device, weight.dtype) is None
-            if policy.linear_by_bytes(has_products, weight.dtype):
+            if policy.linear_in_int8(has_products, weight.dtype):
                 self._quantization = quantization
 
     def __call__(

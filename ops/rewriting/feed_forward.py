@@ -82,7 +82,7 @@ class FeedForward(FastLayer):
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
         fc1, conv = self.fc1, self.conv
         if is_quantized(fc1, self.fc2) and (
-            conv is None or policy.depthwise_mlp_by_bytes(x.shape[-1], x.dtype)
+            conv is None or policy.depthwise_mlp_in_int8(x.shape[-1], x.dtype)
         ):
             return None
         activation = "none" if fc1 is None else fc1.activation

@@ -72,11 +72,11 @@ class SqueezedResponseFeedForward(FastLayer):
 
     def derive(self, x: Tensor) -> PackedResponseMlp:
         fc1, fc2 = self.whole.fc1, self.whole.fc2
-        in_bytes: list[Any] = [None, None]
-        if is_quantized(fc1, fc2) and policy.response_mlp_by_bytes(fc1.in_features):
-            in_bytes = [layer.for_int8(x) for layer in (fc1, fc2)]
+        in_int8: list[Any] = [None, None]
+        if is_quantized(fc1, fc2) and policy.response_mlp_in_int8(fc1.in_features):
+            in_int8 = [layer.for_int8(x) for layer in (fc1, fc2)]
         response = self.whole.weight, self.whole.eps
-        return PackedResponseMlp(self.squeeze, self.excite, fc1, fc2, *response, in_bytes)
+        return PackedResponseMlp(self.squeeze, self.excite, fc1, fc2, *response, in_int8)
 
 
 class _Norm(NamedTuple):

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of 8 bits."""
+"""Fixtures of the tests in int8."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from ops.cpu import policy
 def small_layers_too() -> Iterator[None]:
     """Quantise those of small models, which stay in floats otherwise."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+        for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
             patch.setattr(policy, name, 1)
         yield

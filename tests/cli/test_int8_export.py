@@ -51,7 +51,7 @@ def photos(tmp_path: Path) -> Path:
 def test_the_file_stands_alone(
     trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has the recipe, and predicts as the checkpoint does in 8 bits with these ranges."""
+    """It has the recipe, and predicts as the checkpoint does in int8 with these ranges."""
     path = tmp_path / "elsewhere" / "model.safetensors"
     path.parent.mkdir()
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--size", "64", "--int8"]
@@ -119,7 +119,7 @@ def test_nothing_to_gain(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+    for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
         monkeypatch.setattr(policy, name, 1 << 40)
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out"]
     assert main([*words, str(tmp_path / "model.safetensors")]) == 2

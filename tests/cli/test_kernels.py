@@ -46,13 +46,13 @@ def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_eight_bits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+    for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
         monkeypatch.setattr(policy, name, 1)
     words = ["--size", "64", "--dtype", "int8"]
     if not_faster_in_int8(torch.device("cpu")) is None:
         said = _said(words, capsys)
         assert "packed_linear_int8" in said and " layers in int8 (a range for each" in said
-        assert "linear_by_bytes: chosen by fuse(int8), " in said
+        assert "linear_in_int8: chosen by fuse(int8), " in said
     without_kernels(monkeypatch)
     assert main(["summary", "van_b0", "--kernels", *words]) == 2
     assert "--dtype int8: switched off" in capsys.readouterr().err

@@ -97,7 +97,7 @@ def test_the_dtype_of_the_computation(
     photos: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Close to the unfused model; where the CPU does not multiply bytes, an error says so."""
+    """Close to the unfused model; where the CPU does not multiply int8, an error says so."""
     words = ["predict", str(photos / "0.png"), "--checkpoint", f"{run_folder}/best.safetensors"]
     found = []
     for more in ([], ["--dtype", dtype]):

@@ -193,7 +193,7 @@ def test_int8(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
 ) -> None:
     """A file of ``export --int8`` predicts what the model in int8 does, and so do options."""
-    for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+    for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
         monkeypatch.setattr(policy, name, 1)
     model, file = weights("test_convnext", tmp_path, num_classes=7)
     words, path = ["timm/test_convnext", "--checkpoint", file], tmp_path / "int8.safetensors"

@@ -4,7 +4,7 @@
 // cache.
 //
 // Gates and scales are per image and input of a layer. If an image has more pixels than the layer
-// has outputs, they are multiplied into the weights rather than the map, unless those are in 8 bits.
+// has outputs, they are multiplied into the weights rather than the map, unless those are in int8.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -31,7 +31,7 @@ struct Problem {
 
 // Maps are [images][pixels][dim], float or BFloat16 like the packed weights of the two layers
 // (gemm/pack.h). All others are float: `squeeze` [dim][squeezed], `excite` [squeezed][dim],
-// `response` [hidden] and biases. A layer with a `weight_scale` is one of 8 bits, see problem.h there.
+// `response` [hidden] and biases. A layer with a `weight_scale` is one in int8, see problem.h there.
 struct Tensors {
   const void* in;
   const float *squeeze, *squeeze_bias, *excite, *excite_bias;

@@ -41,8 +41,8 @@ class PackedResponseMlp:
         fc1, fc2: from ``dim`` to ``hidden`` and back; in float32 or bfloat16.
         response: ``hidden`` numbers, of any shape.
         eps: of the norm.
-        in_bytes: for ``fc1`` and ``fc2``, what :func:`ops.cpu.gemm.int8.packed_linear_int8` takes
-            of a layer in 8 bits: packed weight, its scales, bias and, or None, the range of inputs.
+        in_int8: for ``fc1`` and ``fc2``, what :func:`ops.cpu.gemm.int8.packed_linear_int8` takes
+            of a layer in int8: packed weight, its scales, bias and, or None, the range of inputs.
 
     Raises:
         RuntimeError: the kernel is not available here.
@@ -56,11 +56,11 @@ class PackedResponseMlp:
         fc2: nn.Linear,
         response: Tensor,
         eps: float,
-        in_bytes: Sequence[_Bytes | None] = (None, None),
+        in_int8: Sequence[_Bytes | None] = (None, None),
     ) -> None:
         self._eps = eps
         (weight1, bias1, *scales1), (weight2, bias2, *scales2) = (
-            _packed(layer, packed) for layer, packed in zip((fc1, fc2), in_bytes, strict=True)
+            _packed(layer, packed) for layer, packed in zip((fc1, fc2), in_int8, strict=True)
         )
         self._weights = [
             *(t for layer in (squeeze, excite) for t in (_inputs_first(layer), bias_of(layer))),
@@ -72,7 +72,7 @@ class PackedResponseMlp:
         """(B, H, W, dim) → (B, H, W, dim).
 
         Args:
-            x: in the dtype of the weights, or, if both are in 8 bits, float32 or bfloat16; copied
+            x: in the dtype of the weights, or, if both are in int8, float32 or bfloat16; copied
                 unless contiguous.
             shortcut: (B, H, W, dim).
 
@@ -84,12 +84,12 @@ class PackedResponseMlp:
 
 
 def _packed(
-    layer: nn.Linear, in_bytes: _Bytes | None
+    layer: nn.Linear, in_int8: _Bytes | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Packed weight, bias, and in 8 bits the scales of weights and the range of inputs."""
-    if in_bytes is None:
+    """Packed weight, bias, and in int8 the scales of weights and the range of inputs."""
+    if in_int8 is None:
         return pack_weight(layer.weight), bias_of(layer), None, None
-    weight, weight_scale, bias, in_range = in_bytes
+    weight, weight_scale, bias, in_range = in_int8
     return weight, bias, weight_scale, in_range
 
 

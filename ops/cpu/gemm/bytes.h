@@ -22,7 +22,7 @@ using simd::W;
 
 // Whether this CPU, which has the vectors of this library, has AVX512-VNNI, AVX-VNNI or, on ARM,
 // FEAT_DotProd.
-static bool has_products_of_bytes() {
+static bool has_int8_products() {
 #if VB_NEON && defined(__APPLE__)
   return true;  // all of Apple's have it
 #elif VB_NEON && defined(__linux__)

@@ -28,8 +28,8 @@ extern "C" void linear_pack(const void* weight, int64_t out_features, int64_t in
   }
 }
 
-// Whether this CPU multiplies bytes.
-extern "C" int linear_multiplies_bytes() { return linear::has_products_of_bytes(); }
+// Whether this CPU multiplies int8.
+extern "C" int linear_multiplies_bytes() { return linear::has_int8_products(); }
 
 extern "C" int64_t linear_packed_bytes(int64_t out_features, int64_t in_features) {
   return linear::packed_bytes(out_features, in_features);

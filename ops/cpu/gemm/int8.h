@@ -1,4 +1,4 @@
-// Linear layers in 8 bits: rows are quantised to bytes as they are copied, weights are signed bytes
+// Linear layers in int8: rows are quantised to bytes as they are copied, weights are signed bytes
 // with one scale per output. Products are summed exactly, in 32 bits.
 //
 // Four inputs of a lane are multiplied at once (AVX512-VNNI, AVX-VNNI, SDOT), or tiles of 64 inputs
@@ -291,7 +291,7 @@ VB_APART_BYTES static void multiply_bytes(const uint8_t* in, ptrdiff_t second, i
 
 // With many inputs, a part of them at a time, so that their weights stay in the L1 cache.
 template <int V, class T>
-static void run_panel_of_bytes(const Problem& p, const Rows<T>& rows, const Bytes& bytes,
+static void run_int8_panel(const Problem& p, const Rows<T>& rows, const Bytes& bytes,
                                const BytePanel& panel, const Block<T>& block, Prefetch& prefetch,
                                Unfinished<ByteEpilogue<T>>& unfinished) {
   static thread_local ScratchBuffer<float> buffer;
@@ -323,7 +323,7 @@ static void run_panel_of_bytes(const Problem& p, const Rows<T>& rows, const Byte
 }
 
 template <class T>
-static void run_tiles_of_bytes(const Problem& p, const Tensors& t, const Rows<T>& rows,
+static void run_int8_tiles(const Problem& p, const Tensors& t, const Rows<T>& rows,
                                const Bytes& bytes, Range panels) {
   const Tiles tiles;
   Unfinished<ByteEpilogue<T>> unfinished;
@@ -337,14 +337,14 @@ static void run_tiles_of_bytes(const Problem& p, const Tensors& t, const Rows<T>
                       blocks * (k / BYTE_INPUTS));
     const Block<T> block = block_at(p, t, rows, n);
     p.out_features - n > W
-        ? run_panel_of_bytes<2>(p, rows, bytes, panel, block, prefetch, unfinished)
-        : run_panel_of_bytes<1>(p, rows, bytes, panel, block, prefetch, unfinished);
+        ? run_int8_panel<2>(p, rows, bytes, panel, block, prefetch, unfinished)
+        : run_int8_panel<1>(p, rows, bytes, panel, block, prefetch, unfinished);
   }
   unfinished.finish();
 }
 #else
 template <class T>
-static void run_tiles_of_bytes(const Problem&, const Tensors&, const Rows<T>&, const Bytes&, Range) {
+static void run_int8_tiles(const Problem&, const Tensors&, const Rows<T>&, const Bytes&, Range) {
 }
 #endif
 
@@ -380,7 +380,7 @@ static void run_quantised(const Problem& p, const Tensors& t, const T* in, const
     }
   }
   const Bytes bytes{copied, pitch, round_up(p.in_features, GROUP), steps, steps + rows.count};
-  has_tiles() ? run_tiles_of_bytes<T>(p, t, rows, bytes, panels)
+  has_tiles() ? run_int8_tiles<T>(p, t, rows, bytes, panels)
               : run_bytes_in_registers<T>(p, t, rows, bytes, panels);
 }
 

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits on the CPU for inference, with fused epilogues.
+"""Linear layers in int8 on the CPU for inference, with fused epilogues.
 
 The kernel (``int8.h``) multiplies unsigned bytes of inputs by signed bytes of weights, with exact
 sums in 32 bits. Weights have a scale for each output. Rows of inputs have scale and zero of their
@@ -52,11 +52,11 @@ _LARGEST_WEIGHT = 127
 
 
 def _no_products(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernel does not multiply bytes on this CPU, or None."""
+    """Why the kernel does not multiply int8 on this CPU, or None."""
     library = load("gemm")
     if library is None:
         return unavailable_reason("gemm")
-    return policy.no_products_of_bytes(bool(library.linear_multiplies_bytes()))
+    return policy.no_int8_products(bool(library.linear_multiplies_bytes()))
 
 
 def unsupported_int8(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -66,7 +66,7 @@ def unsupported_int8(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def not_faster_in_int8(device: torch.device) -> str | None:
-    """Why 8 bits do not pay on a device, or None if they do."""
+    """Why int8 does not pay on a device, or None if they do."""
     return unsupported_int8(device, policy.maps_of_int8())
 
 
@@ -182,7 +182,7 @@ def packed_linear_int8(
     scale: Tensor | None = None,
     other_scale: Tensor | None = None,
 ) -> Call:
-    """:func:`ops.cpu.gemm.linear.packed_linear` in 8 bits. No gradients.
+    """:func:`ops.cpu.gemm.linear.packed_linear` in int8. No gradients.
 
     Args:
         x: (B, ..., in_features), float32 or bfloat16.
@@ -262,7 +262,7 @@ def packed_mlp_int8(
     activation: str = "none",
     residual: Tensor | None = None,
 ) -> Call:
-    """:func:`ops.cpu.gemm.mlp.packed_mlp` in 8 bits. No gradients.
+    """:func:`ops.cpu.gemm.mlp.packed_mlp` in int8. No gradients.
 
     Hidden rows are stored in the dtype of ``x`` and quantised while they are in the cache.
 

@@ -34,7 +34,7 @@ enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED, ADD_CLIPPED };
 // [images][out_features], which receives the sums of squared outputs; `other_scale` [out_features],
 // multiplied with `other` before it is added. T is float or BFloat16.
 //
-// With `weight_scale` [2][out_features], the weight is one of 8 bits (int8.h): the scales of outputs,
+// With `weight_scale` [2][out_features], the weight is one in int8 (int8.h): the scales of outputs,
 // and the negative sums of the scaled weights of each. Rows are quantised with the scale and zero of
 // `in_range` [2], or each with its own if that is null.
 struct Tensors {

@@ -1,4 +1,4 @@
-// The operands of linear layers in 8 bits: the packed layout of weights, and quantised rows.
+// The operands of linear layers in int8: the packed layout of weights, and quantised rows.
 #pragma once
 #include <limits>
 #include "gemm/bytes.h"

@@ -282,7 +282,7 @@ def test_corrupted_states_of_every_family(family: str) -> None:
     check()
 
 
-# -- in 8 bits -----------------------------------------------------------------------------------
+# -- in int8 -----------------------------------------------------------------------------------
 
 IMAGES = images(2, 3, 64, 64)
 _REASON = not_faster_in_int8(torch.device("cpu"))
@@ -290,8 +290,8 @@ _needs_bytes = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
 
 
 @pytest.fixture(scope="module")
-def in_bytes(small_layers_too: None) -> dict[str, Tensor]:
-    """The state of a model of which layers compute in 8 bits, with their ranges."""
+def in_int8(small_layers_too: None) -> dict[str, Tensor]:
+    """The state of a model of which layers compute in int8, with their ranges."""
     model = randomise(small("shvit")).eval().fuse(torch.int8, calibrate=IMAGES)
     return dict(model.int8_state_dict())
 
@@ -323,8 +323,8 @@ def load_in_bytes(source: Any, strict: bool = True) -> bool:
 @_needs_bytes
 @cases(400)
 @given(data=st.data())
-def test_files_in_8_bits(in_bytes: dict[str, Tensor], tmp_path_factory: Any, data: Any) -> None:
-    content = save(in_bytes)
+def test_files_in_8_bits(in_int8: dict[str, Tensor], tmp_path_factory: Any, data: Any) -> None:
+    content = save(in_int8)
     header = 8 + int.from_bytes(content[:8], "little")
     edit = data.draw(st.one_of(edits(0, header), edits(header, len(content))))
     path = tmp_path_factory.getbasetemp() / "spoilt-int8.safetensors"
@@ -335,18 +335,18 @@ def test_files_in_8_bits(in_bytes: dict[str, Tensor], tmp_path_factory: Any, dat
 @_needs_bytes
 @cases(300)
 @given(data=st.data())
-def test_states_in_8_bits(in_bytes: dict[str, Tensor], data: Any) -> None:
-    load_in_bytes(spoil_state(in_bytes, data.draw(state_edits(in_bytes))), data.draw(st.booleans()))
+def test_states_in_8_bits(in_int8: dict[str, Tensor], data: Any) -> None:
+    load_in_bytes(spoil_state(in_int8, data.draw(state_edits(in_int8))), data.draw(st.booleans()))
 
 
 @_needs_bytes
 @cases(300)
 @given(data=st.data())
-def test_numbers_in_8_bits(in_bytes: dict[str, Tensor], data: Any) -> None:
+def test_numbers_in_8_bits(in_int8: dict[str, Tensor], data: Any) -> None:
     """One number of a scale or a range becomes any other: taken where it is possible."""
-    names = sorted(k for k in in_bytes if k.endswith(("weight_scale", "input_range")))
+    names = sorted(k for k in in_int8 if k.endswith(("weight_scale", "input_range")))
     name = data.draw(st.sampled_from(names))
-    numbers = in_bytes[name].clone()
+    numbers = in_int8[name].clone()
     place = data.draw(st.integers(0, len(numbers) - 1))
     value = data.draw(
         st.one_of(st.floats(width=32), st.floats(-0.5, 0.5, width=32), st.integers(-3, 300))
@@ -357,4 +357,4 @@ def test_numbers_in_8_bits(in_bytes: dict[str, Tensor], data: Any) -> None:
         possible = numbers[1].item() in range(256)
     elif name.endswith("weight_scale") and possible:
         possible = numbers[place].item() <= torch.finfo(torch.float32).max / 127
-    assert load_in_bytes({**in_bytes, name: numbers}) == possible
+    assert load_in_bytes({**in_int8, name: numbers}) == possible

@@ -1,4 +1,4 @@
-"""Models in 8 bits through state dicts and files: the same bytes, without a second calibration."""
+"""Models in int8 through state dicts and files: the same bytes, without a second calibration."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_layers_left_in_floats_stay_there() -> None:
 
 @torch.inference_mode()
 def test_a_model_in_8_bits_takes_the_layers_of_the_file() -> None:
-    """Also where more of its own were in 8 bits."""
+    """Also where more of its own were in int8."""
     model = randomise(small("shvit")).eval().fuse(torch.int8, max_drop=0.001)
     target = _other_weights("shvit").fuse(torch.int8)
     assert len(target.precision.quantized) > len(model.precision.quantized)
@@ -125,7 +125,7 @@ def test_feature_maps(shvit: Any, state: dict[str, Tensor]) -> None:
         torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
 
 
-def test_a_cpu_without_products_of_bytes(
+def test_a_cpu_without_int8_products(
     shvit: Any, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It computes with the same weights in float32."""

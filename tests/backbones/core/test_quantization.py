@@ -64,7 +64,7 @@ def test_every_family(family: str) -> None:
 def test_small_layers_stay_in_floats(
     tiles: bool, fewest: int, shvit: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name = "_FEWEST_IN_BYTES_OF_TILES" if tiles else "_FEWEST_IN_BYTES"
+    name = "_FEWEST_IN_INT8_OF_TILES" if tiles else "_FEWEST_IN_INT8"
     monkeypatch.setattr(policy, name, fewest)
     monkeypatch.setattr(policy, "by_tiles", lambda dtype: tiles)
     layers = copy.deepcopy(shvit).fuse(torch.int8).precision.layers
@@ -113,7 +113,7 @@ def test_feed_forwards_with_a_response_norm() -> None:
 @_needs_bytes
 def test_feed_forwards_with_a_depthwise_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bytes from a number of channels on, in the kernel in floats below it."""
-    for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+    for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
         monkeypatch.setattr(policy, name, 1)
     for name in ("_FEWEST_OF_DEPTHWISE", "_FEWEST_OF_DEPTHWISE_IN_TILES"):
         monkeypatch.setattr(policy, name, 64)
@@ -281,7 +281,7 @@ def test_bad_batches(batches, message, shvit: nn.Module) -> None:
 
 @_needs_bytes
 def test_a_calibration_without_ranges(shvit: nn.Module) -> None:
-    """No layer would be in 8 bits, without a word."""
+    """No layer would be in int8, without a word."""
     broken = copy.deepcopy(shvit)
     with torch.no_grad():
         next(broken.parameters()).fill_(torch.nan)

@@ -36,11 +36,11 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
         for library in ("gemm", "depthwise"):
             yield "left_to_torch", library, dtype, policy.left_to_torch(library, dtype)
         cases: dict[Any, Any] = {
-            policy.linear_by_bytes: itertools.product((False, True), (dtype,)),
-            policy.pays_in_bytes: itertools.product((31, 32, 511, 512), (64,), (dtype,)),
+            policy.linear_in_int8: itertools.product((False, True), (dtype,)),
+            policy.pays_in_int8: itertools.product((31, 32, 511, 512), (64,), (dtype,)),
             policy.windows_pay_in_int8: itertools.product((3, 16), (dtype,)),
-            policy.response_mlp_by_bytes: [(63,), (64,)],
-            policy.depthwise_mlp_by_bytes: itertools.product((63, 64, 191, 192), (dtype,)),
+            policy.response_mlp_in_int8: [(63,), (64,)],
+            policy.depthwise_mlp_in_int8: itertools.product((63, 64, 191, 192), (dtype,)),
             policy.linear_by_kernel: itertools.product(
                 _ROWS, (32, 33), (64,), (dtype,), ("none", "gelu"), (False, True)
             ),

@@ -84,11 +84,11 @@ def test_groups_of_images_and_threads(dtype: torch.dtype, threads: int) -> None:
 
 @pytest.mark.skipif(
     unsupported_int8(torch.device("cpu"), torch.float32) is not None,
-    reason="this CPU does not multiply bytes",
+    reason="this CPU does not multiply int8",
 )
-@pytest.mark.parametrize("in_bytes", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("in_int8", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("dtype", list(LINEAR_DTYPES), ids=str)
-def test_layers_in_bytes(dtype: torch.dtype, in_bytes: tuple[bool, bool]) -> None:
+def test_layers_in_int8(dtype: torch.dtype, in_int8: tuple[bool, bool]) -> None:
     """Within the error of bytes, for small maps and large ones."""
     for size in ((4, 5), (30, 31)):
         parts = _parts(70, 18, 280, dtype)
@@ -96,7 +96,7 @@ def test_layers_in_bytes(dtype: torch.dtype, in_bytes: tuple[bool, bool]) -> Non
         layers = [parts[name] for name in ("squeeze", "excite", "fc1", "fc2")]
         packed = [
             (*pack_int8_weight(layer.weight), layer.bias.float(), None) if quantized else None
-            for layer, quantized in zip(layers[2:], in_bytes, strict=True)
+            for layer, quantized in zip(layers[2:], in_int8, strict=True)
         ]
         out = PackedResponseMlp(*layers, parts.response, EPS, packed)(x, shortcut)
         expected = _exact(parts, x, shortcut) - shortcut

@@ -1,4 +1,4 @@
-"""The linear kernel in 8 bits against its reference in plain torch; bad arguments."""
+"""The linear kernel in int8 against its reference in plain torch; bad arguments."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from ops.cpu.gemm.problem import COMBINATIONS
 
 _CPU = torch.device("cpu")
 _HAS_BYTES = unsupported_int8(_CPU, torch.float32) is None
-_needs_bytes = pytest.mark.skipif(not _HAS_BYTES, reason="this CPU does not multiply bytes")
+_needs_bytes = pytest.mark.skipif(not _HAS_BYTES, reason="this CPU does not multiply int8")
 # Sums are exact; they and the output are rounded.
 _ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 _DTYPES = list(_ROUNDED)
@@ -156,7 +156,7 @@ def test_sums_of_squares(dtype: torch.dtype, in_range: Tensor | None) -> None:
 
 
 @_needs_bytes
-def test_layers_may_be_of_floats_within_the_error_of_bytes() -> None:
+def test_layers_may_be_of_floats_within_the_error_of_int8() -> None:
     x, weight = random(1, 50, 192).float(), random(64, 192, seed=1).float()
     out = packed_linear_int8(x, *pack_int8_weight(weight), torch.zeros(64))
     exact = F.linear(x, weight)
@@ -249,14 +249,14 @@ def test_threads_change_nothing() -> None:
 
 @pytest.mark.parametrize("instructions", ["avx512", "avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
-    """They compute the same, or say that they do not multiply bytes."""
+    """They compute the same, or say that they do not multiply int8."""
     if not can_run(instructions):
         pytest.skip(f"this CPU has no {instructions}")
     compiled_for(instructions, monkeypatch)
     reason = unsupported_int8(_CPU, torch.float32)
     if reason is not None:
-        assert "8 bits do not pay here" in reason and instructions in reason
-        with pytest.raises(RuntimeError, match="8 bits do not pay here"):
+        assert "int8 does not pay here" in reason and instructions in reason
+        with pytest.raises(RuntimeError, match="int8 does not pay here"):
             pack_int8_weight(torch.ones(3, 5))
         return
     assert instructions != "portable"
@@ -289,9 +289,9 @@ def _assert_is_reference() -> None:
 
 
 def test_where_bytes_do_not_pay(monkeypatch) -> None:
-    assert policy.no_products_of_bytes(True) is None
+    assert policy.no_int8_products(True) is None
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
-    assert "portable" in (policy.no_products_of_bytes(False) or "")
+    assert "portable" in (policy.no_int8_products(False) or "")
     assert policy.maps_of_int8() == torch.float32
 
 
