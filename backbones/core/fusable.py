@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.core.fused import FusedBackbone, has_hooks, named_briefly
-from backbones.core.int8_state import int8_state
+from backbones.core.int8_state import Int8Model
 from backbones.core.precision import Precision
 from backbones.core.quantization import (
     check_quantization,
@@ -53,12 +53,10 @@ def check_fusing(
         raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
 
 
-class FusableBackbone(nn.Module):
+class FusableBackbone(Int8Model, nn.Module):
     """A network of ``stages`` with :meth:`fuse`."""
 
     stages: nn.Sequential
-
-    _precision: Precision | None = None
 
     def fuse(
         self: Model,
@@ -125,11 +123,11 @@ class FusableBackbone(nn.Module):
             fuse_children(self)
             quantized: Precision | None = None
             if dtype == torch.int8:
-                self._precision = quantized = quantize(self, calibrate, max_drop)
+                self.precision = quantized = quantize(self, calibrate, max_drop)
                 dtype = getattr(torch, quantized.dtype)
             elif dtype is not None:
                 unquantize(self)
-                self._precision = None
+                self.precision = None
             if dtype is not None:
                 round_filters(self, dtype)
                 self.to(dtype)
@@ -155,29 +153,6 @@ class FusableBackbone(nn.Module):
                 "from before fuse() into a new model, then fuse it"
             )
         return super().load_state_dict(state_dict, strict, assign)
-
-    @property
-    def precision(self) -> Precision | None:
-        """The layers that compute in int8, after ``fuse(torch.int8)``; else None."""
-        return self._precision
-
-    def int8_state_dict(self) -> dict[str, Tensor]:
-        """The state dict with int8 weights for the layers in int8, about a quarter as large.
-
-        :func:`backbones.load_checkpoint` and ``create_model(checkpoint_path=…)`` read it: the
-        model then has the same layers in int8, with the same numbers and ranges, without being
-        calibrated again. See :mod:`backbones.core.int8_state` for the tensors.
-
-        Where the CPU does not multiply int8, there are no such layers, and all weights are floats.
-
-        Raises:
-            RuntimeError: without ``fuse(torch.int8)``.
-        """
-        if self.precision is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no layers in int8: call fuse(dtype=torch.int8) first"
-            )
-        return int8_state(self)
 
     @property
     def fused(self) -> bool:

@@ -14,31 +14,56 @@ import torch
 from torch import Tensor, nn
 
 from backbones.core.checkpoint_files import CheckpointError
+from backbones.core.precision import Precision
 from ops.cpu.gemm.int8 import LARGEST_BYTE, LEAST_STEP, quantize_weight
 from ops.inference.packed_linear import Quantization, quantization_of
 
-__all__ = ["dequantized", "int8_state", "set_quantization"]
+__all__ = ["Int8Model", "dequantized", "set_quantization"]
 
 _SCALE, _RANGE = "weight_scale", "input_range"
 
 
-def int8_state(model: Any) -> dict[str, Tensor]:
-    """The state dict of a model after ``fuse(torch.int8)``, with weights in int8 where it is."""
-    state: dict[str, Tensor] = dict(model.state_dict())
-    layers = dict(model.named_modules())
-    for name in model.precision.quantized:
-        layer: Any = layers[name]
-        weight, state[f"{name}.{_SCALE}"] = quantize_weight(layer.weight.flatten(1))
-        state[f"{name}.weight"] = weight.view(layer.weight.shape)
-        if layer.quantization.in_range is not None:
-            state[f"{name}.{_RANGE}"] = torch.tensor(layer.quantization.in_range)
-    return state
+class Int8Model:
+    """Mixin of models that ``fuse(torch.int8)`` takes.
+
+    Attributes:
+        precision: the layers that compute in int8, after ``fuse(torch.int8)``; else None.
+    """
+
+    precision: Precision | None = None
+
+    def int8_state_dict(self) -> dict[str, Tensor]:
+        """The state dict with int8 weights for the layers in int8, about a quarter as large.
+
+        :func:`backbones.load_checkpoint` and ``create_model(checkpoint_path=…)`` read it: the
+        model then has the same layers in int8, with the same numbers and ranges, without being
+        calibrated again.
+
+        Where the CPU does not multiply int8, there are no such layers, and all weights are floats.
+
+        Raises:
+            RuntimeError: without ``fuse(torch.int8)``.
+        """
+        model: Any = self
+        if self.precision is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no layers in int8: call fuse(dtype=torch.int8) first"
+            )
+        state: dict[str, Tensor] = dict(model.state_dict())
+        layers = dict(model.named_modules())
+        for name in self.precision.quantized:
+            layer: Any = layers[name]
+            weight, state[f"{name}.{_SCALE}"] = quantize_weight(layer.weight.flatten(1))
+            state[f"{name}.weight"] = weight.view(layer.weight.shape)
+            if layer.quantization.in_range is not None:
+                state[f"{name}.{_RANGE}"] = torch.tensor(layer.quantization.in_range)
+        return state
 
 
 def dequantized(
     tensors: Mapping[str, Tensor], source: str
 ) -> tuple[dict[str, Tensor], dict[str, Quantization]]:
-    """The weights of :func:`int8_state` in float32, and how its layers in int8 compute.
+    """The weights of ``int8_state_dict()`` in float32, and how its layers in int8 compute.
 
     Args:
         source: where they came from, for messages.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from backbones.core.int8_state import int8_state
+from backbones.core.int8_state import Int8Model
 from backbones.core.precision import Precision
 from backbones.core.quantization import call, confirm, quantize, random_images, unquantize
 from ops.inference import conversion
@@ -27,26 +27,8 @@ _DEPTH = 2  # of the parts of a network that are prepared besides the whole
 _FEWEST_LAYERS = 2  # with weights, in such a part
 
 
-class AnyModel(Rewritten):
-    """A network that :func:`fuse_any` has prepared for inference.
-
-    Attributes:
-        precision: the layers that compute in int8, after ``fuse(torch.int8)``; else None.
-    """
-
-    precision: Precision | None = None
-
-    def int8_state_dict(self) -> dict[str, Tensor]:
-        """The state dict with int8 weights; see ``FusableBackbone.int8_state_dict``.
-
-        Raises:
-            RuntimeError: without ``fuse(torch.int8)``.
-        """
-        if self.precision is None:
-            raise RuntimeError(
-                f"{type(self).__name__} has no layers in int8: call fuse(dtype=torch.int8) first"
-            )
-        return int8_state(self)
+class AnyModel(Int8Model, Rewritten):
+    """A network that :func:`fuse_any` has prepared for inference."""
 
     def train(self, mode: bool = True) -> Any:
         """Like ``nn.Module.train``; raises, since replays compute what evaluation does."""

@@ -28,9 +28,6 @@ __all__ = ["Recorded", "recorded_form"]
 
 _log = logging.getLogger(__name__)
 
-# Packages whose layers only compute. Others may have side effects, such as counting calls, which a
-# replay would not reproduce.
-_KNOWN_PACKAGES = ("backbones.", "ops.", "timm.layers.", "torch.nn.modules.")
 _MOST_INPUTS = 16  # remembered combinations of shape, strides, dtype and threads
 _FEW_CHANGES = 2  # of a module, after which it is captured again at once
 _LONGEST_WAIT = 64  # calls before a module that keeps changing is captured again
@@ -44,10 +41,10 @@ class Recorded(nn.Module):
     The first call with an input of a given shape, strides and dtype runs eagerly, the second is
     captured, and later calls replay the graph for as long as no submodule, attribute, parameter or
     hook has changed. After a change, and whenever gradients, hooks inside, compilation, tracing,
-    profiling or autocast require it, the layers run eagerly. Results are bit-identical.
+    profiling or autocast require it, the layers run eagerly. Results are bit-identical; whatever
+    else a layer does, such as counting its calls, a replay leaves out.
     """
 
-    known_packages: ClassVar[tuple[str, ...]] = _KNOWN_PACKAGES
     eager_calls: ClassVar[int] = 1  # of a kind, before one is recorded
     _records: _Records | None = None
 
@@ -249,7 +246,7 @@ class _Snapshot:
     """Everything that a module refers to, for detecting changes.
 
     Raises:
-        NotCapturableError: hooks inside, layers of an unknown package, or no kernel.
+        NotCapturableError: hooks inside, or no kernel.
     """
 
     def __init__(self, module: Recorded) -> None:
@@ -263,8 +260,9 @@ class _Snapshot:
         # Through PyDLL, which holds the GIL.
         self._same_values = ctypes.PyDLL(str(status("replay").path)).replay_same_values
         modules = list(module.modules())
-        for inner in modules:
-            _require_known(inner, is_root=inner is module, known=module.known_packages)
+        for inner in modules[1:]:
+            if inner._forward_hooks or inner._forward_pre_hooks:
+                raise NotCapturableError(f"a {type(inner).__name__} has hooks")
         held = [d for m in modules for d in _dicts_of(m)]
         # An identity, as left behind by a folded layer, has no attribute that affects the result.
         counted = [vars(m) for m in modules if isinstance(m, nn.Identity)]
@@ -299,17 +297,6 @@ class _Snapshot:
         if not torch.is_grad_enabled():
             return False
         return x.requires_grad or any(t.requires_grad for t in self._tensors)
-
-
-def _require_known(module: nn.Module, *, is_root: bool, known: tuple[str, ...]) -> None:
-    kind = type(module)
-    is_known = f"{kind.__module__}.".startswith(known) and "forward" not in vars(module)
-    if not is_known and known != ("",):
-        raise NotCapturableError(
-            f"{kind.__module__}.{kind.__qualname__} is not known to be replayable"
-        )
-    if not is_root and (module._forward_hooks or module._forward_pre_hooks):
-        raise NotCapturableError(f"a {kind.__name__} has hooks")
 
 
 def _dicts_of(module: nn.Module) -> tuple[Any, ...]:

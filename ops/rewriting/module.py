@@ -53,7 +53,6 @@ class Rewritten(Recorded):
     network as it was, and so do all other calls.
     """
 
-    known_packages: ClassVar = ("",)  # all
     eager_calls: ClassVar = 0
 
     @classmethod
