@@ -187,21 +187,31 @@ class FastLayer(nn.Module):
         return state
 
 
+# Gets a layer, its __call__ and the arguments, and returns the result.
+Watcher = Callable[[Any, Callable[..., Tensor], Any, dict[str, Any]], Tensor]
+
+
 class _Thread(threading.local):
-    is_plain: bool = False  # see in_plain_form
+    watcher: Watcher | None = None
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def in_plain_form() -> Iterator[None]:
-    """Let linear layers, convolutions and norms compute as torch does, and pack no weights."""
-    before, _thread.is_plain = _thread.is_plain, True
+def in_plain_form(watcher: Watcher) -> Iterator[None]:
+    """Let linear layers, convolutions and norms of this thread compute as torch does.
+
+    They pack no weights.
+
+    Args:
+        watcher: gets each call of such a layer, and makes it.
+    """
+    before, _thread.watcher = _thread.watcher, watcher
     try:
         yield
     finally:
-        _thread.is_plain = before
+        _thread.watcher = before
 
 
 class ActivatedLayer(FastLayer):
@@ -211,8 +221,15 @@ class ActivatedLayer(FastLayer):
     quantization: Quantization | None = None  # of linear layers
     forward: Callable[..., Tensor]
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _thread.watcher is None:
+            return super().__call__(*args, **kwargs)
+        return _thread.watcher(self, super().__call__, args, kwargs)
+
     def derived(self, x: Tensor) -> Any:
-        return None if _thread.is_plain else super().derived(x)
+        if torch.compiler.is_compiling() or _thread.watcher is not None:
+            return None
+        return super().derived(x)
 
     def twin(self) -> Any:
         """A layer with the same weights that may get another activation."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ops.cpu.call.dispatch import is_plain_call
-from ops.inference.layers import in_plain_form
 from ops.replay.module import Recorded
 from ops.rewriting.graph import OperatorGraph
 from ops.rewriting.program import Program
@@ -69,7 +68,7 @@ class Rewritten(Recorded):
         return method(self, x) if _thread.is_recorded else self.eagerly(method, x)
 
     def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Program:
-        with _inside(is_recorded=True), in_plain_form():
+        with _inside(is_recorded=True):
             graph = record(self, call, x)
         rewrite(graph)
         if self._records is not None:

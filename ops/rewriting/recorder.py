@@ -8,8 +8,8 @@ once; in-place operators are recorded as those that return a new tensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ops.cpu.call.binding import kernel_of
 from ops.cpu.decisions import Decision, observe_decisions
-from ops.inference.layers import ActivatedLayer
+from ops.inference.layers import in_plain_form
 from ops.inference.packed_linear import quantization_of
 from ops.replay.graph import NotCapturableError
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
@@ -53,7 +53,7 @@ def record(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor) -> Opera
         for context in (torch.no_grad(), torch._C._AutoDispatchBelowAutograd()):
             contexts.enter_context(context)
         contexts.enter_context(observe_decisions(recorder.note_decision))
-        contexts.enter_context(recorder.layers_whole(module))
+        contexts.enter_context(in_plain_form(recorder.layer_called))
         contexts.enter_context(recorder)
         result = call(x)
     if recorder.failure is not None:
@@ -92,33 +92,25 @@ class _Recorder(TorchDispatchMode):
         self._wholes: dict[Value, Value] = {}  # of views: what they are views of
         self._begun: set[Value] = set()  # what operators have read
 
-    @contextmanager
-    def layers_whole(self, module: nn.Module) -> Iterator[None]:
-        """Record calls of the layers that rewrites know as one operator each."""
-        with ExitStack() as hooks:
-            for layer in module.modules():
-                if isinstance(layer, ActivatedLayer):
-                    before = layer.register_forward_pre_hook(self._enter_layer)
-                    after = layer.register_forward_hook(self._leave_layer, with_kwargs=True)
-                    hooks.callback(before.remove)
-                    hooks.callback(after.remove)
-            yield
-
-    def _enter_layer(self, *_: Any) -> None:
+    def layer_called(
+        self, layer: Any, run: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Record a call of a layer that rewrites know as one operator."""
         self._inside += 1
-
-    def _leave_layer(self, layer: Any, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
-        if self._inside == 1 and self.failure is None:
-            try:
+        try:
+            result = run(*args, **kwargs)
+            if self._inside == 1 and self.failure is None:
                 self._note_layer(layer, args, kwargs, result)
-            except NotCapturableError as error:
-                self.failure = error
-        self._inside -= 1
+        except NotCapturableError as error:
+            self.failure = error
+        finally:
+            self._inside -= 1
+        return result
 
     def _note_layer(self, layer: Any, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
         args, kwargs = pytree.tree_map_only(Tensor, self.value_of, (list(args), kwargs))
         given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value)]
-        path = self._paths[id(layer)]
+        path = self._paths.get(id(layer), "")
         on_last = on_last_axis(layer)
         if on_last is None:
             made = Operator(layer.twin(), args, kwargs, [Value.like(result)], path=path)

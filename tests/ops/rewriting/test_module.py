@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ops.inference import packed_linear
+from ops.inference.conversion import to_channels_last
 from ops.inference.layers import convert
 from ops.replay.module import recorded_form
 from ops.rewriting import module as rewritten
@@ -59,3 +63,21 @@ def test_shapes_that_never_come_twice_are_not_recorded(monkeypatch: pytest.Monke
     for _ in range(2):
         network(torch.randn(41, 16))
     assert recorded[-1] == 41
+
+
+def test_threads_may_record_at_once() -> None:
+    """Also layers that have their inference form, which each recording sees as one operator."""
+    plain, before = _Network().eval(), sys.getswitchinterval()
+    inputs = [torch.randn(2, 3 + i % 4, 16) for i in range(24)]
+    expected = [plain(x).detach() for x in inputs]
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(5):
+            model = nn.Sequential(_Network()).eval()
+            to_channels_last(model, always=True)
+            network = convert(model, recorded_form(nn.Sequential, Rewritten))
+            with ThreadPoolExecutor(4) as pool:
+                for out, right in zip(pool.map(network, inputs), expected, strict=True):
+                    torch.testing.assert_close(out, right)
+    finally:
+        sys.setswitchinterval(before)
