@@ -38,6 +38,7 @@ REPLACED = {
     "/path/to/imagenet": "images",
     "FAMILY": "efficientvit",
     "<family>": "efficientvit",
+    "FILE": "docs/performance/zoo.json",
 }
 _SHORT = "--epochs 1 --workers 0 --threads 1"
 _SHORT_MM = (
