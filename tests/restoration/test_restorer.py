@@ -34,7 +34,7 @@ def test_it_is_fused_on_a_cpu_unless_it_runs_in_two_dtypes(tmp_path: Path, amp: 
 
 def test_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a CPU that has instructions for them, without autocast."""
-    monkeypatch.setattr(policy, "_FEWEST_IN_BYTES_OF_TILES", 1)  # all layers are small
+    monkeypatch.setattr(policy, "_FEWEST_IN_INT8_OF_TILES", 1)  # all layers are small
     plain = backbones.create_model("hat_nano_x2").eval()
     save_file(plain.state_dict(), tmp_path / "nano.safetensors")
     parser = argparse.ArgumentParser()
