@@ -101,7 +101,7 @@ def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
     if not isinstance(layer, plain):
         raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
     layer.__class__ = plain
-    for name in ("_derived", "_made_from", "decisions", "_records", "_parts", "activation"):
+    for name in ("_derived", "_made_from", "decisions", "_records"):
         vars(layer).pop(name, None)
 
 
@@ -344,35 +344,22 @@ class FastLinear(ActivatedLayer, nn.Linear):
 
 @stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "pointwise")
 class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
-    """``activation(conv(x * scale)) + residual * residual_scale`` with a 1×1 window.
+    """``activation(conv(x))`` with a 1×1 window: (B, C, H, W) → (B, C', H, W)."""
 
-    (B, C, H, W) → (B, C', H, W); ``scale`` is (B, C), ``residual_scale`` (C',) in float32.
-    """
-
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None = None,
-        scale: Tensor | None = None,
-        residual_scale: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)
-        x = x.permute(0, 2, 3, 1)
-        if residual is not None:
-            residual = residual.permute(0, 2, 3, 1)
-        if packed is not None:
-            out = packed(x, self.activation, residual, scale, residual_scale)
-            return out.permute(0, 3, 1, 2)
-        out = super().forward(scaled(x, scale).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out = self._finish(out, scaled_residual(residual, residual_scale))
+        if packed is None:
+            return self._finish(super().forward(x))
+        out: Tensor = packed(x.permute(0, 2, 3, 1), self.activation)
         return out.permute(0, 3, 1, 2)
 
-    def on_last(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def on_last(self, x: Tensor) -> Tensor:
         """The same for channels in the last axis: (..., C) → (..., C')."""
         packed = self.derived(x)
         if packed is None:
-            return self._finish(F.linear(x, self.weight.flatten(1), self.bias), residual)
-        return packed(x, self.activation, residual)
+            return self._finish(F.linear(x, self.weight.flatten(1), self.bias))
+        out: Tensor = packed(x, self.activation)
+        return out
 
     def derive(self, x: Tensor) -> PackedLinear:
         return PackedLinear(self.weight.flatten(1), self.bias, self.quantization)

@@ -19,7 +19,6 @@ from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import (
     FastConv2d,
     FastLinear,
-    FastPointwiseConv2d,
     OneDNNWeight,
     activate,
     convert,
@@ -135,18 +134,15 @@ def test_scales_of_inputs_and_residuals(compiled: bool, dtype: torch.dtype, monk
     if not compiled:
         without_kernels(monkeypatch)
     torch.manual_seed(0)
-    conv = nn.Conv2d(40, 48, 1).requires_grad_(False).to(dtype)
-    layer = convert(conv, FastPointwiseConv2d)
+    layer = convert(nn.Linear(40, 48).requires_grad_(False).to(dtype), FastLinear)
     residual_scale = torch.randn(48)
     for size in ((1, 5, 7), (2, 40, 41), (0, 3, 3)):  # few rows, many and none
-        x, residual = (
-            torch.randn(size[0], *size[1:], dim).to(dtype).permute(0, 3, 1, 2) for dim in (40, 48)
-        )
+        x, residual = (torch.randn(size[0], *size[1:], dim).to(dtype) for dim in (40, 48))
         scale = torch.rand(size[0], 40).to(dtype)
         for by in (None, scale):
-            scaled = x.float() if by is None else x.float() * by.float()[:, :, None, None]
-            expected = F.conv2d(scaled, conv.weight.float(), conv.bias.float())
-            added = residual.float() * residual_scale.view(1, -1, 1, 1)
+            scaled = x.float() if by is None else x.float() * by.float()[:, None, None]
+            expected = F.linear(scaled, layer.weight.float(), layer.bias.float())
+            added = residual.float() * residual_scale
             for given in (x, x.clone().requires_grad_()):  # with a gradient, in layers of torch
                 out = layer(given, residual, by, residual_scale)
                 tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
