@@ -24,13 +24,13 @@ if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
 try:
     from backbones.core.base import StagedBackbone
     from backbones.core.checkpoint import CheckpointError, LoadReport, load_checkpoint
-    from backbones.core.explain import Explanation, explain
     from backbones.core.isotropic import IsotropicBackbone
     from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
     from backbones.core.stage import IsotropicStage, Stage
     from backbones.core.vit_adapter import ViTAdapter
+    from backbones.fusing.explain import Explanation, explain
 
-    # Importing a family registers its models here and with timm, and then its inference forms.
+    # Importing a family registers its models, here and with timm, and its inference forms.
     from backbones import (  # isort: skip
         biformer,
         dinat_s,
@@ -52,12 +52,6 @@ try:
         vig,
         vmamba,
         vrwkv,
-    )
-    from backbones import (  # noqa: F401  # isort: skip
-        litv2_inference,
-        medvitv2_inference,
-        vig_inference,
-        vrwkv_inference,
     )
 except ImportError as error:
     if (_reason := _explanation(error)) is None:

@@ -18,8 +18,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor
 
 from backbones.core.keywords import checked
-from backbones.core.registry import build_model, register
-from backbones.neighborhood import (
+from backbones.core.neighborhood import (
     PRESETS,
     NeighborhoodPyramid,
     Pattern,
@@ -28,6 +27,7 @@ from backbones.neighborhood import (
     renamed,
     token_stages,
 )
+from backbones.core.registry import build_model, register
 from ops.patch import PatchEmbed, PatchMerging
 
 __all__ = ["DiNATS"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +25,18 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked, several, whole
+from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import TokenStage
 from ops.attention.hilo import HiLoAttention
 from ops.autocast import autocasts, without_autocast
 from ops.batch_norm import BatchNorm2d
+from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
+from ops.inference.forms import stands_for
+from ops.inference.layers import FastConv2d
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
 from ops.patch import PatchEmbed
@@ -75,6 +79,25 @@ class DeformableConv2d(nn.Conv2d):
             # the pixels that caused the NaN, so the result is NaN.
             offset = offset.nan_to_num(0.0, math.inf, -math.inf)
         return deform_conv2d(taken, offset, weight, bias, stride=2).to(x.dtype)
+
+
+@stands_for(DeformableConv2d)
+class FastDeformableConv2d(FastConv2d, DeformableConv2d):
+    """Its inference form: sampling, linear map and activation in one kernel."""
+
+    kernels: ClassVar = (deformable_conv2d,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            return self._finish(DeformableConv2d.forward(self, x))
+        weight, bias = derived
+        out: Tensor = deformable_conv2d(x, self.offset(x), weight, bias, 2, 2, self.activation)
+        return out
+
+    def derive(self, x: Tensor) -> Any:
+        assert self.bias is not None
+        return pack_taps(self.weight), self.bias.detach().float()
 
 
 class DeformableMerging(nn.Module):

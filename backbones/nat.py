@@ -21,9 +21,9 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.keywords import checked, number, optional, widths
-from backbones.core.registry import build_model, register
-from backbones.neighborhood import (
+from backbones.common.checks import number, optional
+from backbones.core.keywords import checked, widths
+from backbones.core.neighborhood import (
     PRESETS,
     NeighborhoodPyramid,
     block_dilations,
@@ -32,6 +32,7 @@ from backbones.neighborhood import (
     renamed,
     token_stages,
 )
+from backbones.core.registry import build_model, register
 
 __all__ = ["NAT"]
 

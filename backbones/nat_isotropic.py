@@ -23,15 +23,16 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import one_or_several, optional, several, whole
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import KERNEL, checked, one_or_several, optional, several, whole
-from backbones.core.registry import build_model, register
-from backbones.core.stage import IsotropicStage
-from backbones.neighborhood import (
+from backbones.core.keywords import KERNEL, checked
+from backbones.core.neighborhood import (
     cfg,
     layer_norm,
     neighborhood,
 )
+from backbones.core.registry import build_model, register
+from backbones.core.stage import IsotropicStage
 from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import MapAttention, NeighborhoodBlock, resized_bias

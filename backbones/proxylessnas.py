@@ -18,8 +18,9 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked, several, whole
+from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage

@@ -25,16 +25,9 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import one_of, one_or_several, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import (
-    KERNEL,
-    POOLINGS,
-    checked,
-    one_of,
-    one_or_several,
-    several,
-    widths,
-)
+from backbones.core.keywords import KERNEL, POOLINGS, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage

@@ -22,8 +22,8 @@ from training_runs import TINY, make_images
 import backbones
 import train_cls
 from backbones.cli import parity
+from backbones.common.download import file_name
 from backbones.common.files import save_weights
-from backbones.core.download import file_name
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 3

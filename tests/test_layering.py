@@ -62,14 +62,15 @@ CLOSED_DOORS = {
     "ops.attention": ("ops.inference", "ops.replay"),
     "ops.neighborhood": ("ops.inference", "ops.replay"),
     "backbones": ("tools", "train_cls"),
-    "backbones.core": _rooms("cli", "common", "data", *FAMILIES) + _TOOLS,
-    "backbones.common": _rooms("cli", "data", *FAMILIES) + _TOOLS,
-    "backbones.data": _rooms("cli", *FAMILIES) + _TOOLS,
+    "backbones.common": _rooms("fusing", "core", "data", "cli", *FAMILIES) + _TOOLS,
+    "backbones.fusing": _rooms("core", "data", "cli", *FAMILIES) + _TOOLS,
+    "backbones.core": _rooms("data", "cli", *FAMILIES) + _TOOLS,
+    **{room: _rooms("data", "cli") + _TOOLS for room in _rooms(*FAMILIES)},
+    "backbones.data": _rooms("fusing", "core", "cli", *FAMILIES) + _TOOLS,
     **{
         room: (*_rooms("cli", *FAMILIES), *(other for other in _TOOLS if other != room))
         for room in _TOOLS
     },
-    **{room: (*_rooms("cli", "common", "data"), *_TOOLS) for room in _rooms(*FAMILIES)},
 }
 # The one way between two tools: restoration models are trained by the loop of training.
 _LOOP = {
@@ -100,10 +101,7 @@ def test_the_engine_knows_no_layers() -> None:
 
 
 def _family(name: str) -> str | None:
-    """The family of a module: ``<family>.py`` or ``<family>_<part>.py``."""
-    top = name.split(".")[1] if name.startswith("backbones.") else ""
-    named = [f for f in FAMILIES if f"{top}_".startswith(f"{f}_")]
-    return max(named, key=len, default=None)
+    return next((f for f in FAMILIES if _within(name, f"backbones.{f}")), None)
 
 
 def test_families_do_not_know_each_other() -> None:
@@ -139,7 +137,7 @@ import {}
 print(*sorted(sys.modules.keys() - before))
 """
 # Of tools and applications, which import what is slow to import.
-_ON_DEMAND = _rooms("cli", "common", "data") + _TOOLS
+_ON_DEMAND = _rooms("cli", "data") + _TOOLS
 
 
 def test_import_is_cheap(tmp_path: Path) -> None:

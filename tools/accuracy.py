@@ -45,9 +45,9 @@ from backbones.common.arguments import nonempty_path
 from backbones.common.console import Parser, guard
 from backbones.common.errors import CREATION_ERRORS, CommandError
 from backbones.common.errors import MendableError as TrainingError
+from backbones.common.messages import first_line
 from backbones.common.outputs import REPORT, require_writable
 from backbones.common.processes import World
-from backbones.core.messages import first_line
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
 from backbones.restoration.data import degrade_picture, find_pictures, load_truth

@@ -14,8 +14,8 @@ import torch
 
 from backbones.common.errors import CommandError
 from backbones.common.memory import available_memory, peak_bytes
+from backbones.common.messages import one_line, shown
 from backbones.core.inputs import channels_of, require_size, size_of
-from backbones.core.messages import one_line, shown
 
 __all__ = ["add_size_argument", "read_labels", "read_text", "two_sides"]
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import backbones
 from backbones.cli import graphs
 from backbones.common.errors import CommandError
-from backbones.core.messages import first_line
+from backbones.common.messages import first_line
 
 __all__ = [
     "MODELS",

@@ -25,7 +25,7 @@ from backbones.cli.cache_folders import (
     kernel_cache_problem,
     suggest_folder,
 )
-from backbones.core.messages import first_line
+from backbones.common.messages import first_line
 from backbones.core.requirements import installed_version, unmet
 from ops import cpu
 from ops.batch_norm import has_wrong_gradients

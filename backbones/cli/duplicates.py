@@ -15,9 +15,9 @@ from backbones.cli.results import (
     say_refused,
 )
 from backbones.common.arguments import nonempty_path, real
+from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text, json_text, write_if_asked
-from backbones.core.messages import one_line
-from backbones.core.tables import table
+from backbones.common.tables import table
 from backbones.embedding.duplicates import THRESHOLD, Member, find_duplicates
 from backbones.embedding.page import write_page
 from backbones.embedding.rows import count_rows

@@ -10,8 +10,8 @@ from argparse import ArgumentParser, Namespace
 
 from backbones.common.arguments import nonempty, nonempty_path, whole
 from backbones.common.dtypes import COMPUTED
+from backbones.common.messages import one_line
 from backbones.common.signals import exit_on_signals
-from backbones.core.messages import one_line
 from backbones.embedding.network import FEATURES
 from backbones.embedding.run import ENGINES, embed
 from backbones.embedding.table import CORRUPT

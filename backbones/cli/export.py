@@ -23,13 +23,13 @@ from backbones.cli.int8_export import INT8, export_int8
 from backbones.common.arguments import nonempty_path, real
 from backbones.common.errors import CommandError
 from backbones.common.files import replacing_together, require_disk_space
-from backbones.common.loaded import Loaded, load, preprocessing
 from backbones.common.memory import require_memory
 from backbones.common.outputs import ONNX, PT2, add_overwrite, require_writable
 from backbones.common.progress import show_elapsed
 from backbones.common.signals import exit_on_signals
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of, require_size
+from backbones.core.loaded import Loaded, load, preprocessing
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
 

@@ -13,7 +13,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from backbones.hat_blocks import ResidualGroup
+from backbones.hat.blocks import ResidualGroup
 
 __all__ = ["Placeholder", "SharedGroup", "extract_group", "inline_groups"]
 

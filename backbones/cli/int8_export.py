@@ -18,10 +18,10 @@ from backbones.cli.graphs import TOLERANCE, difference, noise
 from backbones.common.errors import CommandError
 from backbones.common.files import replacing_together, save_weights
 from backbones.common.keys import dump
-from backbones.common.loaded import Loaded, fuse
 from backbones.common.outputs import Kind
 from backbones.core.inputs import channels_of
-from backbones.core.precision import Precision
+from backbones.core.loaded import Loaded, fuse
+from backbones.fusing.precision import Precision
 
 __all__ = ["INT8", "export_int8"]
 
@@ -87,7 +87,7 @@ def _run(model: Any, image: Tensor) -> Tensor:
 
 
 def _metadata(loaded: Loaded) -> dict[str, str]:
-    """What :func:`backbones.common.loaded.load` reads."""
+    """What :func:`backbones.core.loaded.load` reads."""
     facts = {"model": loaded.name}
     if loaded.classes:
         facts["classes"] = json.dumps(loaded.classes)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from backbones.common.console import Parser, guard
 from backbones.common.errors import CommandError
-from backbones.core.messages import one_line
+from backbones.common.messages import one_line
 from backbones.core.requirements import explanation
 
 __all__ = ["COMMANDS", "main", "run_command"]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure
-from backbones.core.explain import BufferUse, Explanation
+from backbones.fusing.explain import BufferUse, Explanation
 
 __all__ = ["draw_memory"]
 

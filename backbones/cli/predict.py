@@ -26,7 +26,7 @@ from backbones.common.arguments import nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CommandError, memory_shortage
 from backbones.common.files import file_problem
-from backbones.common.loaded import Loaded, fuse, load, preprocessing
+from backbones.common.messages import first_line, one_line
 from backbones.common.outputs import (
     FIGURE,
     add_overwrite,
@@ -40,7 +40,7 @@ from backbones.common.progress import counting
 from backbones.common.resizing import Resizing
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
-from backbones.core.messages import first_line, one_line
+from backbones.core.loaded import Loaded, fuse, load, preprocessing
 
 __all__ = [
     "EXAMPLE",

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text
-from backbones.core.messages import one_line
-from backbones.core.tables import table
+from backbones.common.tables import table
 
 __all__ = ["CSV_HEAD", "Prediction", "as_csv", "as_entries", "as_table"]
 

@@ -17,9 +17,9 @@ from backbones.cli.results import (
 )
 from backbones.common.arguments import nonempty, nonempty_path, real, whole
 from backbones.common.errors import CommandError
+from backbones.common.messages import one_line
 from backbones.common.outputs import json_text, write_if_asked
-from backbones.core.messages import one_line
-from backbones.core.tables import table
+from backbones.common.tables import table
 from backbones.embedding.confusion import confusions, draw_confusion
 from backbones.embedding.page import Table, write_page
 from backbones.embedding.probe import MOST_ROWS, Method, Report, probe

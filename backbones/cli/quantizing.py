@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from backbones.cli.graphs import Run, outputs
 from backbones.cli.predict import find_images, read_pixels
 from backbones.common.errors import CommandError
-from backbones.common.loaded import Loaded, preprocessing
+from backbones.common.messages import first_line
 from backbones.common.resizing import Resizing
 from backbones.core.inputs import channels_of
-from backbones.core.messages import first_line
+from backbones.core.loaded import Loaded, preprocessing
 
 __all__ = ["Agreement", "agreement", "calibration_images", "check_options", "quantize"]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from backbones.common.arguments import nonempty, nonempty_path
 from backbones.common.errors import CommandError
+from backbones.common.messages import one_line
 from backbones.common.outputs import (
     FIGURE,
     HTML,
@@ -20,7 +21,6 @@ from backbones.common.outputs import (
     json_of,
     require_writable,
 )
-from backbones.core.messages import one_line
 from backbones.embedding.rows import count_rows
 from backbones.embedding.sources import image_files
 from backbones.embedding.table import METADATA, batches, metadata, shard_paths

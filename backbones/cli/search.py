@@ -20,9 +20,9 @@ from backbones.cli.results import (
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.errors import CommandError
 from backbones.common.images import DECODE_ERRORS
+from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text, json_text, write_if_asked
-from backbones.core.messages import one_line
-from backbones.core.tables import table
+from backbones.common.tables import table
 from backbones.embedding.page import write_page
 from backbones.embedding.query import embed_queries
 from backbones.embedding.rows import vectors_of

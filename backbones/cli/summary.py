@@ -18,10 +18,10 @@ from backbones.cli.measure import measure
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError
-from backbones.common.loaded import create, fuse
 from backbones.common.outputs import FIGURE, add_overwrite, require_writable
+from backbones.common.tables import count_text, table
 from backbones.core.base import StagedBackbone
-from backbones.core.tables import count_text, table
+from backbones.core.loaded import create, fuse
 
 __all__ = ["EXAMPLE", "add_arguments", "describe", "run"]
 

@@ -36,6 +36,7 @@ from backbones.common.arguments import THREADS, nonempty, nonempty_path, real, u
 from backbones.common.errors import CREATION_ERRORS, DataError, RecipeError
 from backbones.common.errors import MendableError as TrainingError
 from backbones.common.files import write_text_atomically
+from backbones.common.messages import first_line
 from backbones.common.outputs import (
     FIGURE,
     Kind,
@@ -46,7 +47,6 @@ from backbones.common.outputs import (
 )
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
-from backbones.core.messages import first_line
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
 from backbones.data.splits import Splits

@@ -24,16 +24,16 @@ from backbones.cli import parity
 from backbones.cli.common import add_size_argument, read_text, two_sides
 from backbones.cli.identify import closest, released_file
 from backbones.common.arguments import nonempty_path
+from backbones.common.checkpoint_files import sha256_of
 from backbones.common.errors import CommandError, memory_shortage
 from backbones.common.files import write_text_atomically
-from backbones.common.loaded import create, load
+from backbones.common.messages import one_line, shown
 from backbones.common.outputs import add_overwrite, json_of, json_text, require_writable
+from backbones.common.tables import count_text, table
 from backbones.core.checkpoint import read_checkpoint, strip_prefixes
-from backbones.core.checkpoint_files import sha256_of
-from backbones.core.messages import one_line, shown
+from backbones.core.loaded import create, load
 from backbones.core.outlines import outlines
 from backbones.core.registry import published_weights
-from backbones.core.tables import count_text, table
 
 __all__ = ["EXAMPLE", "add_arguments", "compare", "make_figures", "run"]
 

@@ -17,7 +17,7 @@ import torch
 
 from backbones.common.errors import CommandError
 from backbones.common.keys import Range
-from backbones.core.messages import first_line, shown
+from backbones.common.messages import first_line, shown
 
 __all__ = ["THREADS", "nonempty", "nonempty_path", "real", "usable_device", "whole"]
 

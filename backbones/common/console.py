@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn, TextIO
 
+from backbones.common.checkpoint_files import CheckpointError
 from backbones.common.errors import MendableError, memory_shortage
-from backbones.core.checkpoint_files import CheckpointError
-from backbones.core.messages import one_line
+from backbones.common.messages import one_line
 from ops.cpu import SettingError
 
 __all__ = ["Parser", "guard", "tolerate_any_text"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from backbones.common.errors import CommandError
-from backbones.core.messages import shown
+from backbones.common.messages import shown
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 

@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from backbones.core.messages import first_line
+from backbones.common.messages import first_line
 
 __all__ = [
     "BUILDING_ERRORS",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backbones.common.files import write_atomically
-from backbones.core.messages import one_line
+from backbones.common.messages import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from backbones.common.errors import CommandError, FileError
-from backbones.core.messages import first_line
+from backbones.common.messages import first_line
 
 __all__ = [
     "file_problem",

@@ -16,7 +16,7 @@ from typing import IO, Any, Generic, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
-from backbones.core.messages import one_line
+from backbones.common.messages import one_line
 
 __all__ = [
     "DECODERS",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from backbones.common.errors import RecipeError
-from backbones.core.messages import joined_lines, shown
+from backbones.common.messages import joined_lines, shown
 
 __all__ = [
     "Range",

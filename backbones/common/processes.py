@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from backbones.common.errors import RecipeError
-from backbones.core.messages import first_line, shown
+from backbones.common.messages import first_line, shown
 
 __all__ = ["Consensus", "World", "leave_processes", "world_of_processes"]
 

@@ -14,9 +14,10 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from backbones.core.fusable import FusableBackbone
-from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
+from backbones.common.checks import one_of
+from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked
 from backbones.core.stage import Stage, map_of
+from backbones.fusing.fusable import FusableBackbone
 from ops.arguments import require_tensor
 
 __all__ = ["StagedBackbone", "check_format"]

@@ -14,14 +14,14 @@ from timm.models import PretrainedCfg, load_state_dict_from_hf
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from backbones.common.checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointError, read_file
+from backbones.common.checks import flag
+from backbones.common.download import downloaded, is_url
+from backbones.common.messages import joined_lines, shown
 from backbones.core.base import StagedBackbone
-from backbones.core.checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointError, read_file
-from backbones.core.download import downloaded, is_url
-from backbones.core.int8_state import dequantized, set_quantization
-from backbones.core.keywords import flag
-from backbones.core.messages import joined_lines, shown
 from backbones.core.vit_adapter import ViTAdapter
 from backbones.fusing.any_model import fuse_any
+from backbones.fusing.int8_state import dequantized, set_quantization
 
 __all__ = [
     "HARMLESS",

@@ -10,8 +10,8 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
+from backbones.common.messages import first_line
 from backbones.core.base import StagedBackbone
-from backbones.core.messages import first_line
 
 __all__ = ["channels_of", "preprocessing_of", "require_size", "size_of"]
 

@@ -19,13 +19,14 @@ from timm.models import DefaultCfg, PretrainedCfg
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
+from backbones.common.checks import flag, several, text, whole
+from backbones.common.messages import shown
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
 from backbones.core.from_timm import PREFIX, create_timm_model
-from backbones.core.fusable import check_fusing
-from backbones.core.keywords import check, flag, several, text, whole
-from backbones.core.messages import shown
+from backbones.core.keywords import check
 from backbones.fusing.any_model import fuse_any
+from backbones.fusing.fusable import check_fusing
 from ops.attention.token_pooling import pool_tokens_before, token_attentions
 from ops.inference.heap import return_freed_memory
 from ops.replay.workspace import workspace
@@ -266,7 +267,7 @@ def fuse(
     """Optimise a model for inference: one of this library, or any other in eval mode.
 
     Modifies ``model`` in place and returns it. If backbones of this library are inside, they are
-    fused, see :meth:`backbones.core.fusable.FusableBackbone.fuse`; ``dtype`` converts only them.
+    fused, see :meth:`backbones.fusing.fusable.FusableBackbone.fuse`; ``dtype`` converts only them.
     Other networks, such as those of timm, torchvision and transformers, keep their layers and
     weights: on a CPU, their calls with one tensor are recorded as operators, rewritten to kernels
     of this library, and replayed (:mod:`ops.rewriting`). Outputs are equal up to rounding. Calls
@@ -275,7 +276,7 @@ def fuse(
 
     Args:
         dtype, channels_last, calibrate, max_drop: see
-            :meth:`backbones.core.fusable.FusableBackbone.fuse`.
+            :meth:`backbones.fusing.fusable.FusableBackbone.fuse`.
 
     Raises:
         TypeError: ``model`` is not a module, or ``dtype`` no torch.dtype.

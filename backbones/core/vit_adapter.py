@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from backbones.common.checks import one_of, whole
 from backbones.core.adapter_layers import (
     STRIDES,
     AdapterLayers,
@@ -28,7 +29,7 @@ from backbones.core.adapter_layers import (
     to_tokens,
 )
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import KEYWORDS, checked, one_of, whole
+from backbones.core.keywords import KEYWORDS, checked
 from backbones.core.published import renamed
 from ops.arguments import require_tensor
 from ops.attention.deformable import DeformableAttention

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from backbones.common.errors import DataError
-from backbones.core.messages import joined_lines, one_line
+from backbones.common.messages import joined_lines, one_line
 
 __all__ = ["CorruptImages"]
 

@@ -15,10 +15,10 @@ import numpy as np
 from timm.data import create_dataset
 from timm.data.readers import create_reader
 
+from backbones.common.download import fetch
 from backbones.common.errors import DataError
 from backbones.common.images import has_image_ending, list_below
-from backbones.core.download import fetch
-from backbones.core.messages import first_line, shown
+from backbones.common.messages import first_line, shown
 from backbones.data.sources import (
     ArraySource,
     File,

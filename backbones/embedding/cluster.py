@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from backbones.common.errors import MendableError
-from backbones.core.messages import first_line
+from backbones.common.messages import first_line
 from backbones.embedding.worker import Event, Job, Worker
 
 __all__ = ["require_ray", "run_on_cluster"]

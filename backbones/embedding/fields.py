@@ -9,7 +9,7 @@ from typing import Any
 
 from backbones.common.dtypes import COMPUTED
 from backbones.common.images import DECODERS
-from backbones.core.messages import shown
+from backbones.common.messages import shown
 
 __all__ = ["STORED", "problem"]
 

@@ -12,8 +12,8 @@ import torch
 from backbones.common.errors import MendableError
 from backbones.common.files import replacing
 from backbones.common.memory import available_memory
+from backbones.common.messages import first_line, one_line
 from backbones.common.progress import counting
-from backbones.core.messages import first_line, one_line
 from backbones.embedding.checksum import append_checksum, verify
 from backbones.embedding.rows import blocks, count_rows, unit
 from backbones.embedding.table import identity, metadata, shard_paths

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backbones.common.errors import MendableError
-from backbones.core.messages import first_line, one_line, shown
+from backbones.common.messages import first_line, one_line, shown
 from backbones.embedding.sources import reader_of
 from backbones.embedding.table import batches, metadata
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from backbones.common.dtypes import COMPUTED
 from backbones.common.errors import CommandError
-from backbones.common.loaded import Loaded, fuse, load, preprocessing
+from backbones.common.messages import shown
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
-from backbones.core.messages import shown
+from backbones.core.loaded import Loaded, fuse, load, preprocessing
 
 __all__ = ["FEATURES", "Features", "Network", "features_of"]
 
@@ -90,12 +90,12 @@ class Network:
 
     Attributes:
         name: of the model.
-        preprocessing: see :func:`backbones.common.loaded.preprocessing`.
+        preprocessing: see :func:`backbones.core.loaded.preprocessing`.
         names: of the classes, if known.
         shape: of an image's embedding.
 
     Raises:
-        CommandError, CheckpointError, FileNotFoundError: see :func:`backbones.common.loaded.load`;
+        CommandError, CheckpointError, FileNotFoundError: see :func:`backbones.core.loaded.load`;
             or the model lacks the requested features or classes.
     """
 

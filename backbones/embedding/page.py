@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from backbones.common.files import write_atomically
-from backbones.core.messages import one_line
+from backbones.common.messages import one_line
 from backbones.embedding.sheet import Row, Tile
 
 __all__ = ["Table", "write_page"]

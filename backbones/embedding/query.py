@@ -12,12 +12,12 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from backbones.common.checkpoint_files import sha256_of
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError, MendableError
 from backbones.common.files import file_problem
 from backbones.common.images import DECODE_ERRORS
-from backbones.core.checkpoint_files import sha256_of
-from backbones.core.messages import first_line
+from backbones.common.messages import first_line
 from backbones.embedding.network import Network
 from backbones.embedding.sources import Item
 from backbones.embedding.table import metadata

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backbones.core.messages import shown
+from backbones.common.messages import shown
 from backbones.embedding.table import batches, count_rows, metadata, require_pyarrow
 
 if TYPE_CHECKING:

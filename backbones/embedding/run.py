@@ -16,15 +16,15 @@ from typing import Any, TextIO
 import torch
 
 from backbones.common.arguments import usable_device
+from backbones.common.checkpoint_files import sha256_of
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError, FileError
 from backbones.common.files import write_problem
 from backbones.common.images import Skipped, installed_decoder
 from backbones.common.lock import FolderLock, LockedError
+from backbones.common.messages import one_line, shown
 from backbones.common.outputs import Kind, require_writable
 from backbones.common.progress import Progress, duration
-from backbones.core.checkpoint_files import sha256_of
-from backbones.core.messages import one_line, shown
 from backbones.embedding import table
 from backbones.embedding.cluster import require_ray, run_on_cluster
 from backbones.embedding.local import cores, run_here, run_in_processes

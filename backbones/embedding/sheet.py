@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from backbones.common.figures import INK, drawable, new_figure, save_figure
-from backbones.core.messages import one_line
+from backbones.common.messages import one_line
 
 __all__ = ["Row", "Tile", "draw_sheet", "short_key"]
 

@@ -23,7 +23,7 @@ from PIL import Image
 from backbones.common.errors import DataError, MendableError
 from backbones.common.files import file_problem
 from backbones.common.images import Skipped, list_below
-from backbones.core.messages import first_line, one_line, shown
+from backbones.common.messages import first_line, one_line, shown
 from backbones.data.sources import ImageSource
 from backbones.data.splits import list_tar, open_split
 from backbones.embedding.ownership import is_own

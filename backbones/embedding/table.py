@@ -28,7 +28,7 @@ import numpy as np
 
 from backbones.common.errors import MendableError
 from backbones.common.files import file_problem, write_atomically
-from backbones.core.messages import first_line, shown
+from backbones.common.messages import first_line, shown
 from backbones.embedding import checksum
 from backbones.embedding.fields import STORED, problem
 

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from backbones.common.checkpoint_files import sha256_of
 from backbones.common.errors import DataError, MendableError, memory_shortage
 from backbones.common.images import (
     DECODE_ERRORS,
@@ -36,9 +37,8 @@ from backbones.common.images import (
     open_pixels,
     require_wide,
 )
+from backbones.common.messages import first_line
 from backbones.common.resizing import Resizing
-from backbones.core.checkpoint_files import sha256_of
-from backbones.core.messages import first_line
 from backbones.embedding import table
 from backbones.embedding.network import Network
 from backbones.embedding.shard_writer import ShardWriter

@@ -12,9 +12,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from backbones.core.int8_state import Int8Model
-from backbones.core.precision import Precision
-from backbones.core.quantization import call, confirm, quantize, random_images, unquantize
+from backbones.fusing.int8_state import Int8Model
+from backbones.fusing.precision import Precision
+from backbones.fusing.quantization import call, confirm, quantize, random_images, unquantize
 from ops.inference import conversion
 from ops.inference.heap import keep_freed_memory
 from ops.inference.layers import convert, has_onednn
@@ -56,7 +56,7 @@ def fuse_any(
             the maps between layers in int8.
         channels_last: False: leave the layers alone. True: use the channels-last format on devices
             without kernels, too.
-        calibrate, max_drop: see :meth:`backbones.core.fusable.FusableBackbone.fuse`.
+        calibrate, max_drop: see :meth:`backbones.fusing.fusable.FusableBackbone.fuse`.
 
     Raises:
         ValueError: ``calibrate`` gives no images that the network takes, or ``max_drop`` needs

@@ -16,7 +16,7 @@ import backbones
 from backbones.common.arguments import THREADS, nonempty_path, usable_device
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CREATION_ERRORS, CommandError, DataError
-from backbones.core.messages import shown
+from backbones.common.messages import shown
 from backbones.core.outlines import outlines
 
 __all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]

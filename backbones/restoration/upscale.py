@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbones.common.errors import DataError
 from backbones.common.memory import available_memory, bytes_per_pixel, used_memory
-from backbones.core.messages import shown
+from backbones.common.messages import shown
 from backbones.restoration.pictures import Picture, PictureError, read_picture
 from backbones.restoration.resize import resize_bicubic
 from ops.tiling import tile_spans, tiled_strips

@@ -15,9 +15,9 @@ from pathlib import Path
 from backbones.common.arguments import nonempty_path
 from backbones.common.errors import DataError, MendableError, memory_shortage
 from backbones.common.images import has_image_ending
+from backbones.common.messages import one_line, shown
 from backbones.common.outputs import Kind, add_overwrite, require_folder, require_writable
 from backbones.common.progress import Progress, duration
-from backbones.core.messages import one_line, shown
 from backbones.restoration.data import to_tensor
 from backbones.restoration.panels import Panel, draw_panels, most_detailed_window
 from backbones.restoration.pictures import SUFFIXES, Picture, read_picture, read_size, write_picture

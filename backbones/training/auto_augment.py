@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from backbones.common.errors import RecipeError
 from backbones.common.keys import Range
-from backbones.core.messages import shown
+from backbones.common.messages import shown
 
 __all__ = ["check_policy"]
 

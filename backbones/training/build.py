@@ -14,8 +14,8 @@ from torch import nn
 
 import backbones
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
-from backbones.common.loaded import preprocessing_by as preprocessing
-from backbones.core.messages import first_line, joined_lines, shown
+from backbones.common.messages import first_line, joined_lines, shown
+from backbones.core.loaded import preprocessing_by as preprocessing
 from backbones.training.distillation import Distillation, build_teacher, labels_loss_of
 from backbones.training.diversity import DiverseAttention
 from backbones.training.recipe import Recipe

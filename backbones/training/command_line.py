@@ -18,7 +18,7 @@ from backbones.common.keys import (
     range_of,
     read_mapping,
 )
-from backbones.core.messages import shown
+from backbones.common.messages import shown
 from backbones.training.recipe import AnyRecipe, Recipe, check
 
 __all__ = ["load_recipe", "parse_command_line"]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from backbones.common.errors import RecipeError
 from backbones.common.lock import FolderLock, LockedError
+from backbones.common.messages import joined_lines
 from backbones.common.outputs import overwritten
-from backbones.core.messages import joined_lines
 from backbones.training.recipe import Recipe
 
 __all__ = ["RunFolder"]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.files import save_weights
 from backbones.common.memory import peak_memory
+from backbones.common.messages import first_line
 from backbones.common.processes import Consensus, World
 from backbones.common.progress import Progress
 from backbones.common.signals import StopRequest
-from backbones.core.messages import first_line
 from backbones.training import build, optimization, parallel
 from backbones.training.bad_steps import BadSteps, DivergedError
 from backbones.training.recipe import Recipe, check_learning_rate

@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
-from backbones.core.messages import first_line, shown
+from backbones.common.messages import first_line, shown
 from backbones.training.distillation import StudentWithExits
 from backbones.training.recipe import Recipe
 

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, TypeVar
 
 from backbones.common.errors import RecipeError
 from backbones.common.keys import Range, fields_of, key
-from backbones.common.loaded import NetworkKeys
-from backbones.core.messages import shown
+from backbones.common.messages import shown
+from backbones.core.loaded import NetworkKeys
 from backbones.training.auto_augment import check_policy
 
 __all__ = [

@@ -12,10 +12,10 @@ import torch
 
 from backbones.common.errors import FileError, RecipeError
 from backbones.common.files import write_problem, write_text_atomically
+from backbones.common.messages import first_line
 from backbones.common.outputs import csv_text
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
-from backbones.core.messages import first_line
 from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 

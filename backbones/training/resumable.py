@@ -16,9 +16,9 @@ from torch import nn
 from backbones.common.errors import FileError
 from backbones.common.generators import get_rng_state, set_rng_state
 from backbones.common.keys import fields_of
+from backbones.common.messages import joined_lines, shown
 from backbones.common.processes import World
 from backbones.common.progress import Progress
-from backbones.core.messages import joined_lines, shown
 from backbones.training import parallel, run_state
 from backbones.training.bad_steps import BadSteps
 from backbones.training.distillation import StudentWithExits

@@ -14,10 +14,10 @@ from backbones.common.console import guard
 from backbones.common.errors import DataError, MendableError, RecipeError, memory_shortage
 from backbones.common.files import write_problem, write_text_atomically
 from backbones.common.keys import dump
+from backbones.common.messages import first_line
 from backbones.common.processes import World, world_of_processes
 from backbones.common.progress import Progress
 from backbones.common.signals import StopRequest, stop_on_signals
-from backbones.core.messages import first_line
 from backbones.training.command_line import parse_command_line
 from backbones.training.folder import RunFolder
 from backbones.training.loop import TrainingLoop

@@ -12,9 +12,9 @@ from typing import IO, Any
 
 import torch
 
+from backbones.common.checkpoint_files import CheckpointError, read_file
 from backbones.common.errors import FileError
 from backbones.common.files import write_atomically
-from backbones.core.checkpoint_files import CheckpointError, read_file
 
 __all__ = [
     "READING_ERRORS",

@@ -11,8 +11,8 @@ from torch import nn
 
 import backbones
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
+from backbones.common.messages import joined_lines
 from backbones.core.checkpoint import read_checkpoint, require_finite
-from backbones.core.messages import joined_lines
 
 __all__ = ["load_trained", "reading_error"]
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from zoo import images
 
 import backbones
-from backbones import hat_blocks
 from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
+from backbones.hat import blocks
 from ops.attention.window import relative_position_index
 from ops.padding import reflect_pad_to_multiple
 from ops.tiling import run_tiled
@@ -190,9 +190,9 @@ def test_features_have_the_size_of_the_image() -> None:
 def test_tables_are_computed_once_per_group(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("relative_position_index", "overlap_position_index", "shift_masks"):
-        original = getattr(hat_blocks, name)
+        original = getattr(blocks, name)
         monkeypatch.setattr(
-            hat_blocks, name, lambda *args, _o=original, _n=name: calls.append(_n) or _o(*args)
+            blocks, name, lambda *args, _o=original, _n=name: calls.append(_n) or _o(*args)
         )
     tiny(depths=(3, 2))(images(1, 3, 8, 8))
     assert len(calls) == 3 * 2

@@ -14,7 +14,7 @@ from zoo import images, randomise
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, relative_error, summary_error
 from backbones.medvitv2 import MedViTV2
-from backbones.medvitv2_blocks import FoldedLocalBlock, GlobalBlock, LocalBlock
+from backbones.medvitv2.blocks import FoldedLocalBlock, GlobalBlock, LocalBlock
 
 SHALLOW = {"depths": (1, 2, 3, 1)}
 

@@ -23,7 +23,7 @@ from backbones.cli.parity import (
     tolerance,
 )
 from backbones.core.registry import published_weights
-from backbones.overlock_blocks import ContextMixing, window_offsets
+from backbones.overlock.blocks import ContextMixing, window_offsets
 
 TOLERANCE = tolerance("overlock")
 VARIANTS = ("overlock_xt", "overlock_t", "overlock_s", "overlock_b")

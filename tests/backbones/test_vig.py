@@ -18,8 +18,8 @@ from backbones.cli.parity import (
     summary_error,
     tolerance,
 )
-from backbones.vig_blocks import GatedLinearAttention, JoinedAttention
-from backbones.vig_inference import ViGAttention
+from backbones.vig.blocks import GatedLinearAttention, JoinedAttention
+from backbones.vig.inference import ViGAttention
 
 SHALLOW: dict[str, dict[str, Any]] = {
     "vig_t": {"dim": 64, "num_heads": 2, "depths": (1, 1, 1, 1)},

@@ -11,9 +11,9 @@ from compiled_kernels import without_kernels
 from zoo import images, outlines, randomise, small
 
 import backbones
-from backbones import vrwkv_blocks
 from backbones.cli.parity import checkpoint, image, reference, relative_error
-from backbones.vrwkv_blocks import Block, GatedScan, WKVAttention, shift
+from backbones.vrwkv import blocks
+from backbones.vrwkv.blocks import Block, GatedScan, WKVAttention, shift
 from ops.position import resize_position_table
 from ops.replay.replay import Replay
 
@@ -56,8 +56,8 @@ def test_the_gradient_of_the_image_against_float64(
         with monkeypatch.context() as patch:
             if dtype == torch.float64:
                 for name in ("bi_wkv", "gated_linear_attention"):
-                    scan = getattr(vrwkv_blocks, name)
-                    patch.setattr(vrwkv_blocks, name, partial(scan, backend="reference"))
+                    scan = getattr(blocks, name)
+                    patch.setattr(blocks, name, partial(scan, backend="reference"))
             model(taken).square().mean().backward()
         gradients.append(taken.grad)
     assert relative_error(gradients[1], gradients[0]) <= 1e-5

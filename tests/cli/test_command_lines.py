@@ -30,9 +30,9 @@ import backbones
 from backbones.cli import benchmark, export, graphs, parity, summary, validate, verify
 from backbones.cli.doctor import Finding
 from backbones.cli.main import COMMANDS, main
-from backbones.common import loaded
 from backbones.common.figures import new_figure, save_figure
 from backbones.common.files import save_weights, write_atomically
+from backbones.core import loaded
 from backbones.embedding import embed
 
 EXAMPLES = 130
@@ -326,7 +326,7 @@ def _draw(picture: bytes) -> Callable[..., None]:
 
 
 def _errors_as(create: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-    """:func:`backbones.common.loaded.create` with another way to make the model."""
+    """:func:`backbones.core.loaded.create` with another way to make the model."""
 
     def call(name: str, **kwargs: Any) -> Any:
         with pytest.MonkeyPatch.context() as patch:

@@ -23,8 +23,8 @@ from backbones.cli import common_operators, graphs, quantizing
 from backbones.cli.export import export
 from backbones.cli.main import main
 from backbones.common.errors import CommandError
-from backbones.common.loaded import Loaded
 from backbones.common.outputs import ONNX, PT2, require_writable
+from backbones.core.loaded import Loaded
 
 # From a single window, or less, to several at every stage; none divides by much.
 SHAPES = [(1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 226, 158), (1, 3, 33, 41)]

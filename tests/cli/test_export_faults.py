@@ -25,7 +25,7 @@ from backbones.cli.main import main
 from backbones.common import files
 from backbones.common.errors import FileError
 from backbones.common.files import replacing_together
-from backbones.common.loaded import Loaded
+from backbones.core.loaded import Loaded
 
 
 class Plain(nn.Module):

@@ -18,7 +18,7 @@ from PIL import Image
 import backbones
 from backbones.cli.predict import predict
 from backbones.common.files import save_weights
-from backbones.common.loaded import load
+from backbones.core.loaded import load
 from backbones.restoration.pictures import Picture, PictureError, read_picture, read_size
 from backbones.restoration.pictures import write_picture as write
 

@@ -15,7 +15,7 @@ import backbones
 from backbones.cli import verify
 from backbones.cli.main import main
 from backbones.common.files import save_weights
-from backbones.common.loaded import load
+from backbones.core.loaded import load
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 

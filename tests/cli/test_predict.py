@@ -26,8 +26,8 @@ from backbones.cli.main import main
 from backbones.cli.predict import predict, read_pixels
 from backbones.common.errors import CommandError
 from backbones.common.files import save_weights
-from backbones.common.loaded import load, preprocessing
 from backbones.core import checkpoint
+from backbones.core.loaded import load, preprocessing
 from backbones.restoration.pictures import read_picture, read_size
 from ops.cpu.gemm.int8 import not_faster_in_int8
 

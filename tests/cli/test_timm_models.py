@@ -19,8 +19,8 @@ from training_runs import make_images, train
 
 import backbones
 from backbones.cli.main import main
-from backbones.common.loaded import load
-from backbones.core.tables import count_text
+from backbones.common.tables import count_text
+from backbones.core.loaded import load
 from backbones.embedding import table
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8

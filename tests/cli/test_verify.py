@@ -12,8 +12,8 @@ import backbones
 from backbones.cli import identify, parity
 from backbones.cli.main import main
 from backbones.cli.verify import compare, make_figures
+from backbones.common.checkpoint_files import sha256_of
 from backbones.common.errors import CommandError
-from backbones.core.checkpoint_files import sha256_of
 
 
 @pytest.fixture(scope="module")

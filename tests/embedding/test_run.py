@@ -25,13 +25,13 @@ from zoo import SMALL
 import backbones
 from backbones.cli.main import main
 from backbones.common import images
+from backbones.common.checkpoint_files import sha256_of
 from backbones.common.errors import CommandError
 from backbones.common.files import save_weights
 from backbones.common.images import open_image
-from backbones.common.loaded import load as load_model
-from backbones.common.loaded import preprocessing
 from backbones.common.lock import FolderLock
-from backbones.core.checkpoint_files import sha256_of
+from backbones.core.loaded import load as load_model
+from backbones.core.loaded import preprocessing
 from backbones.embedding import embed, local, table, worker
 from backbones.embedding import run as run_module
 from backbones.embedding.network import Network

@@ -124,7 +124,9 @@ def test_errors_are_reported(weights, tmp_path, capsys, monkeypatch):
     assert main(["upscale", *words, "--model=hat_x4", "--checkpoint=/none.pth"]) == 2
     assert "there is no checkpoint /none.pth" in capsys.readouterr().err
     # Before anything of it is downloaded.
-    monkeypatch.setattr("backbones.core.download.urlopen", lambda *a, **k: pytest.fail("download"))
+    monkeypatch.setattr(
+        "backbones.common.download.urlopen", lambda *a, **k: pytest.fail("download")
+    )
     assert main(["upscale", *words, "--model=van_b0"]) == 2
     assert (
         "van_b0 does not output images: use one of list_models('hat*')" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from timm_models import Branching, network, vit_of_transformers
 from torch import Tensor, nn
 
 import backbones
-from backbones.core import quantization
+from backbones.fusing import quantization
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 

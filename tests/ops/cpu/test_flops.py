@@ -1,6 +1,6 @@
 """Counts of multiply-accumulates: of every kernel that has products, and of torch's functions.
 
-That they are those of whole models is tested in ``tests/backbones/core/test_explain.py``.
+That they are those of whole models is tested in ``tests/backbones/fusing/test_explain.py``.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compiled_kernels import compiled_for, random, using_threads
 
-from backbones.vrwkv_blocks import shift
+from backbones.vrwkv.blocks import shift
 from ops.cpu.wkv.shift import shifted_mixtures
 
 

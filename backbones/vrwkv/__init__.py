@@ -2,7 +2,7 @@
 
 Yuchen Duan et al., "Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like
 Architectures", https://arxiv.org/abs/2403.02308. ``vrwkv_*`` scan by bi-WKV, ``vrwkv6_*`` by gated
-linear attention; the parts are in :mod:`backbones.vrwkv_blocks`.
+linear attention; the parts are in :mod:`backbones.vrwkv.blocks`.
 
 Accepts any input size from 32×32, zero-padded to a multiple of 16; the position table is
 interpolated. The CUDA kernel that the published ``vrwkv_*`` were trained with deviates from the
@@ -28,12 +28,14 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import optional, several, whole
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import KEYWORDS, checked, optional, several, whole
+from backbones.core.keywords import KEYWORDS, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import IsotropicStage
-from backbones.vrwkv_blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
+from backbones.vrwkv.blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
+from backbones.vrwkv.inference import *  # noqa: F403  (registers the inference forms)
 from ops.init import init_trunc_normal
 from ops.position import PositionTable
 
@@ -73,7 +75,7 @@ class VRWKV(IsotropicBackbone):
         dim: of all blocks, a multiple of 4; of 64 with ``gated``.
         depths: blocks of each stage.
         mlp_ratio: width of the feed-forwards relative to ``dim``.
-        gated: VRWKV6, see :class:`backbones.vrwkv_blocks.GatedScan`.
+        gated: VRWKV6, see :class:`backbones.vrwkv.blocks.GatedScan`.
         segments: of the scan without ``gated``: the published kernel's 32 or 16; 0 for the paper's
             formula.
         post_norm: post-norm instead of pre-norm blocks.

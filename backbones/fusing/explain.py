@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbones.core.base import StagedBackbone
-from backbones.core.keywords import several, whole
-from backbones.core.messages import shown
-from backbones.core.precision import Precision
-from backbones.core.tables import table
+from backbones.common.checks import several, whole
+from backbones.common.messages import shown
+from backbones.common.tables import table
 from backbones.fusing.any_model import AnyModel
+from backbones.fusing.fusable import FusableBackbone
+from backbones.fusing.precision import Precision
 from ops.cpu.build import instruction_set
 from ops.inference.conversion import slow_in_nhwc
 from ops.replay.module import Recorded
@@ -267,12 +267,12 @@ def explain(
         found.calls,
         _memory_of(found),
         _obstacle(model, found),
-        model.precision if isinstance(model, StagedBackbone | AnyModel) else None,
+        model.precision if isinstance(model, FusableBackbone | AnyModel) else None,
     )
 
 
 def _is_fused(model: nn.Module) -> bool:
-    return model.fused if isinstance(model, StagedBackbone) else isinstance(model, Recorded)
+    return model.fused if isinstance(model, FusableBackbone) else isinstance(model, Recorded)
 
 
 def _image_shape(

@@ -19,7 +19,7 @@ from zoo import outlines, small
 
 import backbones
 from backbones import CheckpointError, load_checkpoint
-from backbones.core import download
+from backbones.common import download
 from backbones.core.checkpoint import load_pretrained
 from backbones.core.registry import published_weights
 

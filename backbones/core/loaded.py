@@ -14,13 +14,14 @@ from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo
 from torch import nn
 
-import backbones
+from backbones.common.checkpoint_files import CheckpointError
 from backbones.common.errors import CREATION_ERRORS, CommandError, RecipeError, memory_shortage
 from backbones.common.keys import Range, fields_of, key, made_of, parse_yaml, read_mapping
+from backbones.common.messages import first_line, one_line, shown
+from backbones.core import registry
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_tensors, read_checkpoint, strip_prefixes
 from backbones.core.inputs import preprocessing_of, size_of
-from backbones.core.messages import first_line, one_line, shown
 
 __all__ = [
     "Loaded",
@@ -91,8 +92,8 @@ def create(name: str, **kwargs: Any) -> Any:
         CommandError: no such model, or invalid arguments for it.
     """
     try:
-        return backbones.create_model(name, **kwargs).eval()
-    except backbones.CheckpointError:
+        return registry.create_model(name, **kwargs).eval()
+    except CheckpointError:
         raise
     except ValueError as error:
         raise CommandError(str(error)) from error
@@ -110,7 +111,7 @@ def fuse(model: Any, **options: Any) -> None:
         CommandError: the model cannot be fused so.
     """
     try:
-        backbones.fuse(model, **options)
+        registry.fuse(model, **options)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -226,7 +227,7 @@ def _metadata(checkpoint: Path) -> dict[str, str]:
         with safe_open(checkpoint, "pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise backbones.CheckpointError(
+        raise CheckpointError(
             f"{checkpoint} is not a complete safetensors file: {error}"
         ) from error
 
@@ -238,7 +239,7 @@ def _classes_in(metadata: dict[str, str], checkpoint: Path) -> list[str]:
         if not isinstance(names, list):
             raise TypeError(names)
     except (ValueError, TypeError, RecursionError) as error:
-        raise backbones.CheckpointError(
+        raise CheckpointError(
             f"{checkpoint}: its metadata has no list of names under 'classes'"
         ) from error
     return [one_line(str(name)) for name in names]
@@ -250,7 +251,7 @@ def _recipe_of(metadata: dict[str, str], checkpoint: Path) -> tuple[NetworkKeys 
         if "recipe" in metadata:
             return _network_keys(parse_yaml(metadata["recipe"])), False
     except (ValueError, TypeError) as error:
-        raise backbones.CheckpointError(
+        raise CheckpointError(
             f"{checkpoint}: its metadata has no recipe under 'recipe': {first_line(error)}"
         ) from error
     path = checkpoint.with_name("config.yaml")

@@ -17,7 +17,7 @@ from torch import Tensor
 from zoo import small
 
 from backbones import CheckpointError, load_checkpoint
-from backbones.core.checkpoint_files import DamagedFileError, read_file
+from backbones.common.checkpoint_files import DamagedFileError, read_file
 
 WEIGHTS = {"a.weight": torch.arange(1000.0), "b": torch.ones(3, 2, dtype=torch.bfloat16)}
 

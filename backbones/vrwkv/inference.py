@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backbones import vrwkv_blocks
+from backbones.vrwkv import blocks
 from ops.cpu.scan.gated_scan import normed_scan
 from ops.cpu.wkv.bi_wkv import bi_wkv_forward
 from ops.cpu.wkv.shift import shifted_mixtures
@@ -25,8 +25,8 @@ class _Scan(NamedTuple):
     per_token: dict[int, tuple[Tensor, Tensor]]
 
 
-@stands_for(vrwkv_blocks.WKVAttention)
-class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
+@stands_for(blocks.WKVAttention)
+class VRWKVAttention(FastLayer, blocks.WKVAttention):
     """One kernel for mixing, one for scan and gate."""
 
     kernels: ClassVar = (bi_wkv_forward,)
@@ -34,7 +34,7 @@ class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
-            return vrwkv_blocks.WKVAttention.forward(self, x)
+            return blocks.WKVAttention.forward(self, x)
         tokens = x.shape[1] * x.shape[2]
         if tokens not in derived.per_token:
             derived.per_token[tokens] = self.per_token(tokens)
@@ -69,8 +69,8 @@ class _GatedScan(NamedTuple):
     decay_up: PackedLinear
 
 
-@stands_for(vrwkv_blocks.GatedScan)
-class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
+@stands_for(blocks.GatedScan)
+class VRWKVGatedScan(FastLayer, blocks.GatedScan):
     """One kernel for scan and norm; layers apply activations, shares of mixtures, and the gate."""
 
     kernels: ClassVar = (normed_scan, shifted_mixtures)
@@ -78,7 +78,7 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
-            return vrwkv_blocks.GatedScan.forward(self, x)
+            return blocks.GatedScan.forward(self, x)
         shape = x.shape
         for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
@@ -125,8 +125,8 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
         )
 
 
-@stands_for(vrwkv_blocks.GatedSquaredMlp)
-class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
+@stands_for(blocks.GatedSquaredMlp)
+class VRWKVMlp(FastLayer, blocks.GatedSquaredMlp):
     """One kernel for mixing."""
 
     kernels: ClassVar = (shifted_mixtures,)
@@ -134,7 +134,7 @@ class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
-            return vrwkv_blocks.GatedSquaredMlp.forward(self, x)
+            return blocks.GatedSquaredMlp.forward(self, x)
         for_key, for_gate = shifted_mixtures(x, derived, self.groups).unbind()
         out = self.value(self.norm(torch.relu(self.key(for_key)).square()))
         return torch.sigmoid(self.receptance(for_gate)) * out

@@ -14,7 +14,7 @@ from torch import Tensor
 from zoo import FAMILIES, RESTORATION, images, randomise, small
 
 import backbones
-from backbones.core import quantization
+from backbones.fusing import quantization
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 

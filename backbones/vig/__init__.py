@@ -26,13 +26,15 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import whole
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import checked, whole
+from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import IsotropicStage, TokenStage
-from backbones.vig_blocks import Block, GatedLinearAttention
+from backbones.vig.blocks import Block, GatedLinearAttention
+from backbones.vig.inference import *  # noqa: F403  (registers the inference forms)
 from ops.init import init_trunc_normal
 from ops.norm import RMSNorm
 from ops.patch import ConvLayerNorm

@@ -33,7 +33,8 @@ from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
-from backbones.medvitv2_blocks import GlobalBlock, LocalBlock
+from backbones.medvitv2.blocks import GlobalBlock, LocalBlock
+from backbones.medvitv2.inference import *  # noqa: F403  (registers the inference forms)
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
 from ops.init import init_trunc_normal

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backbones.core.messages import first_line, joined_lines, one_line, shown
+from backbones.common.messages import first_line, joined_lines, one_line, shown
 
 
 def test_lines_end() -> None:

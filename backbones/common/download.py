@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import torch
 from tqdm import tqdm
 
-from backbones.core.checkpoint_files import CheckpointError, DamagedFileError
+from backbones.common.checkpoint_files import CheckpointError, DamagedFileError
 
 __all__ = ["downloaded", "fetch", "file_name", "is_url"]
 

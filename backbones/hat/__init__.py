@@ -23,11 +23,12 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked, whole
+from backbones.core.keywords import checked
 from backbones.core.published import renamed
 from backbones.core.registry import build_model, register
-from backbones.hat_blocks import HybridBlock, OverlapBlock, ResidualGroup
+from backbones.hat.blocks import HybridBlock, OverlapBlock, ResidualGroup
 from ops.init import init_trunc_normal
 from ops.padding import reflect_pad_to_multiple
 
@@ -92,7 +93,7 @@ class HAT(StagedBackbone):
         overlap_ratio: additional size of the key windows in a group's last block, relative to
             ``window_size``.
         compress_ratio, squeeze_factor: see
-            :class:`backbones.hat_blocks.ChannelAttentionConv`.
+            :class:`backbones.hat.blocks.ChannelAttentionConv`.
         mlp_ratio: width of the MLPs relative to ``dim``.
         upscale: 1 … 4; 1 restores an image at its size.
         in_chans: image channels. For three channels, the mean of RGB training images is subtracted.

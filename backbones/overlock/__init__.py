@@ -27,12 +27,13 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import KERNEL, checked, several, whole
+from backbones.core.keywords import KERNEL, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
-from backbones.overlock_blocks import Block, ChannelAffine, DynamicBlock, window_offsets
+from backbones.overlock.blocks import Block, ChannelAffine, DynamicBlock, window_offsets
 from ops.arguments import require_tensor
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvHead, ConvNorm

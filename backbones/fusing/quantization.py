@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from backbones.core.messages import first_line
-from backbones.core.precision import LayerPrecision, Precision
+from backbones.common.messages import first_line
+from backbones.fusing.precision import LayerPrecision, Precision
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import (
     LARGEST_BYTE,

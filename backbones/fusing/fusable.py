@@ -9,10 +9,10 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from backbones.core.fused import FusedBackbone, has_hooks, named_briefly
-from backbones.core.int8_state import Int8Model
-from backbones.core.precision import Precision
-from backbones.core.quantization import (
+from backbones.fusing.fused import FusedBackbone, has_hooks, named_briefly
+from backbones.fusing.int8_state import Int8Model
+from backbones.fusing.precision import Precision
+from backbones.fusing.quantization import (
     check_quantization,
     confirm,
     quantize,

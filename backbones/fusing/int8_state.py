@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.core.checkpoint_files import CheckpointError
-from backbones.core.precision import Precision
+from backbones.common.checkpoint_files import CheckpointError
+from backbones.fusing.precision import Precision
 from ops.cpu.gemm.int8 import LARGEST_BYTE, LEAST_STEP, quantize_weight
 from ops.inference.packed_linear import Quantization, quantization_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from backbones.core.tables import table
+from backbones.common.tables import table
 
 __all__ = ["LayerPrecision", "Precision"]
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from backbones import vig_blocks
+from backbones.vig import blocks
 from ops.cpu.scan.gated_scan import mixed_scan
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer
@@ -14,8 +14,8 @@ from ops.inference.layers import FastLayer
 __all__ = ["ViGAttention"]
 
 
-@stands_for(vig_blocks.JoinedAttention)
-class ViGAttention(FastLayer, vig_blocks.JoinedAttention):
+@stands_for(blocks.JoinedAttention)
+class ViGAttention(FastLayer, blocks.JoinedAttention):
     """One kernel from the input projections to the last projection."""
 
     kernels: ClassVar = (mixed_scan,)
@@ -23,7 +23,7 @@ class ViGAttention(FastLayer, vig_blocks.JoinedAttention):
     def forward(self, x: Tensor) -> Tensor:
         norms = self.derived(x)
         if norms is None:
-            return vig_blocks.JoinedAttention.forward(self, x)
+            return blocks.JoinedAttention.forward(self, x)
         x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         shape, x = x.shape, x.flatten(1, 2)
         joined = self.joined(x)
@@ -37,4 +37,4 @@ class ViGAttention(FastLayer, vig_blocks.JoinedAttention):
     def derive(self, x: Tensor) -> tuple[Any, ...] | None:
         weights = (norm.weight.detach().float() for norm in (self.norm, self.local_norm))
         act = "silu" if isinstance(self.out_act, nn.SiLU) else "none"
-        return (*weights, self.num_heads, vig_blocks.HEAD_NORM_EPS, act)
+        return (*weights, self.num_heads, blocks.HEAD_NORM_EPS, act)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from backbones import medvitv2_blocks
+from backbones.medvitv2 import blocks
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer
@@ -17,8 +17,8 @@ from ops.reparam import norm_affine
 __all__ = ["MedViTV2GlobalBlock", "MedViTV2LocalBlock"]
 
 
-@stands_for(medvitv2_blocks.FoldedLocalBlock)
-class MedViTV2LocalBlock(FastLayer, medvitv2_blocks.FoldedLocalBlock):
+@stands_for(blocks.FoldedLocalBlock)
+class MedViTV2LocalBlock(FastLayer, blocks.FoldedLocalBlock):
     """The norm converts to NCHW."""
 
     needs: ClassVar = {"norm1": nn.BatchNorm2d}
@@ -37,8 +37,8 @@ class MedViTV2LocalBlock(FastLayer, medvitv2_blocks.FoldedLocalBlock):
         return (_affine(self.norm1, x),)
 
 
-@stands_for(medvitv2_blocks.GlobalBlock)
-class MedViTV2GlobalBlock(FastLayer, medvitv2_blocks.GlobalBlock):
+@stands_for(blocks.GlobalBlock)
+class MedViTV2GlobalBlock(FastLayer, blocks.GlobalBlock):
     """The second norm converts to NCHW."""
 
     needs: ClassVar = {"norm2": nn.BatchNorm2d}
@@ -70,9 +70,9 @@ def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
 def _add_reinterpreted(
     layer: nn.Module, x: Tensor, norm: nn.BatchNorm2d, affine: Tensor | None
 ) -> Tensor:
-    """``x`` plus a layer applied to its norm, see :func:`medvitv2_blocks.apply_reinterpreted`."""
+    """``x`` plus a layer applied to its norm, see :func:`blocks.apply_reinterpreted`."""
     if affine is None:
-        return x + medvitv2_blocks.apply_reinterpreted(layer, norm(x))
+        return x + blocks.apply_reinterpreted(layer, norm(x))
     batch, dim, height, width = x.shape
     mixed = layer(nchw_from_nhwc(x, affine).view(batch, height, width, dim))
     return nhwc_from_nchw(mixed.reshape(x.shape), x)
