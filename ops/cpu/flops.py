@@ -136,8 +136,7 @@ def _split_neighborhood(given: _Given, result: Any) -> int | None:
 
 _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     **dict.fromkeys(("packed_linear", "packed_linear_energy"), _linear),
-    **dict.fromkeys(("packed_linear_int8", "packed_linear_energy_int8"), _linear),
-    **dict.fromkeys(("packed_mlp", "packed_mlp_int8", "depthwise_mlp"), _mlp),
+    **dict.fromkeys(("packed_mlp", "depthwise_mlp"), _mlp),
     "packed_conv2d": _convolution,
     "depthwise_conv2d": _depthwise,
     "depthwise_branches": _branches,

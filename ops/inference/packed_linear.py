@@ -15,14 +15,7 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
-from ops.cpu.gemm.int8 import (
-    pack_int8_weight,
-    packed_linear_energy_int8,
-    packed_linear_int8,
-    packed_mlp_int8,
-    quantize_weight,
-    unsupported_int8,
-)
+from ops.cpu.gemm.int8 import pack_int8_weight, quantize_weight, unsupported_int8
 from ops.cpu.gemm.linear import (
     pack_weight,
     packed_linear,
@@ -32,8 +25,8 @@ from ops.cpu.gemm.linear import (
 from ops.cpu.gemm.mlp import packed_mlp
 
 __all__ = [
-    "PackedInt8",
     "PackedLinear",
+    "PackedWeight",
     "Quantization",
     "by_onednn",
     "multiplied_weight",
@@ -68,13 +61,13 @@ class Quantization:
     origins: tuple[Quantization, ...] = ()
     is_used: bool = False
 
-    def pack(self, weight: Tensor, bias: Tensor | None) -> PackedInt8:
+    def pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
         """The arguments of a kernel in int8 that is about to compute the layer."""
         for one in (self, *self.origins):
             one.is_used = True
         wide = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
         in_range = None if self.in_range is None else wide.new_tensor(self.in_range)
-        return PackedInt8(*pack_int8_weight(weight), wide, in_range)
+        return PackedWeight(*pack_int8_weight(weight), wide, in_range)
 
 
 def quantization_of(module: nn.Module) -> Quantization | None:
@@ -91,13 +84,13 @@ def multiplied_weight(weight: Tensor, quantization: Quantization | None) -> Tens
     return (quantized * scale[:, None]).view(weight.shape)
 
 
-class PackedInt8(NamedTuple):
-    """The arguments of a kernel in int8, in their order."""
+class PackedWeight(NamedTuple):
+    """The arguments of a kernel for a layer; ``weight_scale`` and ``in_range`` in int8 only."""
 
     weight: Tensor
-    weight_scale: Tensor
+    weight_scale: Tensor | None
     bias: Tensor
-    in_range: Tensor | None
+    in_range: Tensor | None = None
 
 
 class PackedLinear:
@@ -117,9 +110,8 @@ class PackedLinear:
         self._weight = weight.detach().contiguous()
         self._bias = None if bias is None else bias.detach()
         self._has_kernel = unsupported(weight.device, weight.dtype, with_bfloat16=True) is None
-        self._for_kernel: tuple[Tensor, Tensor] | None = None
+        self._for_kernel: PackedWeight | None = None
         self._for_onednn: Tensor | None = None
-        self._for_int8: PackedInt8 | None = None
         self._quantization: Quantization | None = None
         if quantization is not None:
             has_products = unsupported_int8(weight.device, weight.dtype) is None
@@ -142,64 +134,73 @@ class PackedLinear:
         (B, ..., in_features) → (B, ..., out_features); ``scale`` is (B, in_features), and
         ``residual_scale``, if there is a residual, (out_features,) in float32.
         """
-        added, other_scale = _combined(residual, residual_scale)
-        if clips_sum:
-            added = "add_clipped"
-        out: Tensor
-        if self.is_int8 and x.ndim > 1:
-            out = packed_linear_int8(
-                x, *self.for_int8(), activation, residual, added, scale, other_scale
-            )
-            return out
-        if scale is None and residual_scale is None:
-            packed = self.packed_for(x, activation)
-        elif self._has_kernel:  # otherwise each scale takes a separate pass
-            packed = self._packed()
+        if self._is_by_kernel(x) and (scale is not None or residual_scale is not None):
+            packed: PackedWeight | None = self.packed()
         else:
-            packed = None
-            x, residual = scaled(x, scale), scaled_residual(residual, residual_scale)
-        if packed is None and clips_sum:
+            packed = self.packed_for(x, activation)
+        if packed is not None:
+            added, other_scale = _combined(residual, residual_scale)
+            added = "add_clipped" if clips_sum else added
+            return self._by_kernel(x, packed, activation, residual, added, scale, other_scale)
+        x, residual = scaled(x, scale), scaled_residual(residual, residual_scale)
+        if clips_sum:
             return activation_of(activation).plain(self._by_onednn(x, "none", residual))
-        if packed is None:
-            return self._by_onednn(x, activation, residual)
-        out = packed_linear(x, *packed, activation, residual, added, scale, other_scale)
-        return out
+        return self._by_onednn(x, activation, residual)
 
     def times(self, x: Tensor, activation: str, factor: Tensor) -> Tensor:
         """``activation(linear(x)) * factor``, (B, ..., in_features) → (B, ..., out_features)."""
-        if self.is_int8 and x.ndim > 1:
-            product: Tensor = packed_linear_int8(
-                x, *self.for_int8(), activation, factor, "multiply"
-            )
-            return product
         packed = self.packed_for(x, activation, has_factor=True)
         if packed is None:
             return self._by_onednn(x, activation, None).mul_(factor)
-        out: Tensor = packed_linear(x, *packed, activation, factor, "multiply")
+        return self._by_kernel(x, packed, activation, factor, "multiply")
+
+    @staticmethod
+    def _by_kernel(
+        x: Tensor,
+        packed: PackedWeight,
+        activation: str,
+        other: Tensor | None,
+        combination: str,
+        scale: Tensor | None = None,
+        other_scale: Tensor | None = None,
+    ) -> Tensor:
+        weight, weight_scale, bias, in_range = packed
+        combined = other, combination, scale, other_scale
+        out: Tensor = packed_linear(x, weight, bias, activation, *combined, weight_scale, in_range)
         return out
+
+    def _is_by_kernel(self, x: Tensor) -> bool:
+        """Whether our kernel takes ``x``."""
+        return (self.is_int8 or self._has_kernel) and x.ndim > 1
 
     def packed_for(
         self, x: Tensor, activation: str, has_factor: bool = False
-    ) -> tuple[Tensor, Tensor] | None:
+    ) -> PackedWeight | None:
         """Packed weight and bias for our kernel, if it is faster for inputs like ``x``."""
-        rows = x.numel() // max(1, x.shape[-1])
-        if not self._has_kernel or x.ndim < 2:
+        if not self._is_by_kernel(x):
             return None
+        rows = x.numel() // max(1, x.shape[-1])
         features = self._weight.shape[1], self._weight.shape[0]
-        own = policy.linear_by_kernel(rows, *features, x.dtype, activation, has_factor)
-        return self._packed() if own else None
+        own = self.is_int8 or policy.linear_by_kernel(
+            rows, *features, x.dtype, activation, has_factor
+        )
+        return self.packed() if own else None
 
     @property
     def is_int8(self) -> bool:
         """Whether it computes in int8."""
         return self._quantization is not None
 
-    def for_int8(self) -> PackedInt8:
-        """What a kernel computes a layer in int8 with, packed on first use."""
-        if self._for_int8 is None:
-            assert self._quantization is not None
-            self._for_int8 = self._quantization.pack(self._weight, self._bias)
-        return self._for_int8
+    def packed(self) -> PackedWeight:
+        """What our kernels compute the layer with, packed on first use."""
+        if self._for_kernel is None:
+            bias = self._bias
+            if self._quantization is not None:
+                self._for_kernel = self._quantization.pack(self._weight, bias)
+            else:
+                bias = self._weight.new_zeros(len(self._weight)) if bias is None else bias
+                self._for_kernel = PackedWeight(pack_weight(self._weight), None, bias.float())
+        return self._for_kernel
 
     def _by_onednn(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if self._for_onednn is None:
@@ -213,21 +214,11 @@ class PackedLinear:
         self, x: Tensor, activation: str, scale: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
         """The layer's output and the sums of its squares; None if our kernel is unavailable."""
-        if self.is_int8:
-            out, energy = packed_linear_energy_int8(x, *self.for_int8(), activation, scale)
-            return out, energy
-        if not self._has_kernel:
+        if not self._is_by_kernel(x):
             return None
-        out, energy = packed_linear_energy(x, *self._packed(), activation, scale)
-        return out, energy
-
-    def _packed(self) -> tuple[Tensor, Tensor]:
-        if self._for_kernel is None:
-            bias = self._bias
-            if bias is None:
-                bias = self._weight.new_zeros(len(self._weight))
-            self._for_kernel = pack_weight(self._weight), bias.float()
-        return self._for_kernel
+        weight, weight_scale, bias, in_range = self.packed()
+        both = packed_linear_energy(x, weight, bias, activation, scale, weight_scale, in_range)
+        return both[0], both[1]
 
 
 def _combined(residual: Tensor | None, scale: Tensor | None) -> tuple[str, Tensor | None]:
@@ -253,17 +244,15 @@ def packed_pair(
     """
     if not isinstance(first, PackedLinear) or not isinstance(second, PackedLinear) or x.ndim < 2:
         return None
-    out: Tensor
-    if first.is_int8 and second.is_int8:
-        (*of_first, range1), (*of_second, range2) = first.for_int8(), second.for_int8()
-        out = packed_mlp_int8(x, *of_first, *of_second, range1, range2, activation, residual)
-        return out
-    if first.is_int8 or second.is_int8:
+    if first.is_int8 != second.is_int8:
         return None
     packed = first.packed_for(x, activation), second.packed_for(x, "none")
     if packed[0] is None or packed[1] is None:
         return None
-    out = packed_mlp(x, *packed[0], *packed[1], activation, residual)
+    weight1, scale1, bias1, range1 = packed[0]
+    weight2, scale2, bias2, range2 = packed[1]
+    layers = weight1, bias1, weight2, bias2, activation, residual
+    out: Tensor = packed_mlp(x, *layers, scale1, scale2, range1, range2)
     return out
 
 

@@ -41,7 +41,7 @@ class PackedResponseMlp:
         fc1, fc2: from ``dim`` to ``hidden`` and back; in float32 or bfloat16.
         response: ``hidden`` numbers, of any shape.
         eps: of the norm.
-        in_int8: for ``fc1`` and ``fc2``, what :func:`ops.cpu.gemm.int8.packed_linear_int8` takes
+        in_int8: for ``fc1`` and ``fc2``, what :func:`ops.cpu.gemm.linear.packed_linear` takes
             of a layer in int8: packed weight, its scales, bias and, or None, the range of inputs.
 
     Raises:

@@ -33,7 +33,7 @@ class PackedConv2d:
         conv: without groups or dilation, zero-padded, in float32 or bfloat16.
         pack_int8: gives packed weight, its scales, bias and, or None, the range of inputs for a
             weight (out_features, in_features) and a bias, to compute in int8; see
-            :func:`ops.cpu.gemm.int8.packed_linear_int8`.
+            :func:`ops.cpu.gemm.linear.packed_linear`.
 
     Raises:
         ValueError: a convolution with groups, dilation or another padding mode.
@@ -90,7 +90,7 @@ def packed_conv2d(
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
         by_channel: read windows from NCHW, row by row; ``x`` is copied unless contiguous.
         weight_scale, in_range: of a weight in int8, see
-            :func:`ops.cpu.gemm.int8.packed_linear_int8`. Without a range, each window has its own.
+            :func:`ops.cpu.gemm.linear.packed_linear`. Without a range, each window has its own.
 
     Returns:
         (B, C', H', W'), channels-last.

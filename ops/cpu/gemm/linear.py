@@ -82,13 +82,15 @@ def packed_linear(
     combination: str = "none",
     scale: Tensor | None = None,
     other_scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    in_range: Tensor | None = None,
 ) -> Call:
     """``activation((x * scale) @ weight.T + bias)``, combined with ``other``. No gradients.
 
     Args:
-        x: (B, ..., in_features), float32 or bfloat16 like the weight. Rows with a constant stride
-            are not copied.
-        weight: see :func:`pack_weight`.
+        x: (B, ..., in_features), float32 or bfloat16. Rows with a constant stride are not copied.
+        weight: see :func:`pack_weight`, in the dtype of ``x``, or with ``weight_scale``
+            :func:`ops.cpu.gemm.int8.pack_int8_weight`.
         bias: (out_features,) float32; its length sets the width of the result.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
         other: (B, ..., out_features), in the dtype of ``x``.
@@ -97,14 +99,18 @@ def packed_linear(
             to the sum.
         scale: (B, in_features) float32, multiplied with the inputs.
         other_scale: (out_features,) float32, only for ``add_scaled``.
+        in_range: for int8, scale and zero of the inputs of all rows, (2,) float32; default: each
+            row's own.
 
     Returns:
         (B, ..., out_features), contiguous; sums are in float32.
 
     Raises:
         ValueError: mismatched shapes or dtypes, an unknown activation or combination.
+        RuntimeError: the kernel is not available here, or not in int8.
     """
-    shape = output_shape(x, weight, bias, activation, other, combination)
+    int8: Any = {"weight_scale": weight_scale, "in_range": in_range}
+    shape = output_shape(x, weight, bias, activation, other, combination, **int8)
     check_scales(x, bias, combination, scale, other_scale)
 
     def arguments() -> dict[str, Any]:
@@ -117,7 +123,13 @@ def packed_linear(
 
 @kernel("gemm", "linear_forward", returns="(Tensor, Tensor)", refuses=no_products)
 def packed_linear_energy(
-    x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", scale: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = "none",
+    scale: Tensor | None = None,
+    weight_scale: Tensor | None = None,
+    in_range: Tensor | None = None,
 ) -> Call:
     """As :func:`packed_linear`, also returning the sums of squares of the results per image.
 
@@ -127,7 +139,8 @@ def packed_linear_energy(
     Raises:
         ValueError, RuntimeError: see :func:`packed_linear`.
     """
-    shape = output_shape(x, weight, bias, activation)
+    int8: Any = {"weight_scale": weight_scale, "in_range": in_range}
+    shape = output_shape(x, weight, bias, activation, **int8)
     check_scales(x, bias, "none", scale, None)
     out = x.new_empty(shape)
     new = bias.new_zeros if 0 in shape else bias.new_empty

@@ -27,16 +27,22 @@ def packed_mlp(
     bias2: Tensor,
     activation: str = "none",
     residual: Tensor | None = None,
+    weight_scale1: Tensor | None = None,
+    weight_scale2: Tensor | None = None,
+    in_range1: Tensor | None = None,
+    in_range2: Tensor | None = None,
 ) -> Call:
     """``activation(x @ weight1.T + bias1) @ weight2.T + bias2 + residual``. No gradients.
 
     Args:
-        x: (B, ..., in_features), float32 or bfloat16 like the weights.
-        weight1, weight2: see :func:`ops.cpu.gemm.linear.pack_weight`.
+        x: (B, ..., in_features), float32 or bfloat16. With weights in int8, hidden rows are stored
+            in this dtype and quantised while they are in the cache.
+        weight1, weight2: see :func:`ops.cpu.gemm.linear.packed_linear`.
         bias1: (hidden,) float32.
         bias2: (out_features,) float32.
         activation: as for :func:`ops.cpu.gemm.linear.packed_linear`.
         residual: (B, ..., out_features), in the dtype of ``x``.
+        weight_scale1, weight_scale2, in_range1, in_range2: of the layers, for int8.
 
     Returns:
         (B, ..., out_features), contiguous.
@@ -45,21 +51,24 @@ def packed_mlp(
         ValueError, RuntimeError: see :func:`ops.cpu.gemm.linear.packed_linear`.
     """
     added = "none" if residual is None else "add"
-    hidden = output_shape(x, weight1, bias1, activation)
-    shape = output_shape(x, weight2, bias2, "none", residual, added, shape=hidden)
+    if weight1.dtype != weight2.dtype:
+        raise ValueError(f"weights must have one dtype, got {weight1.dtype} and {weight2.dtype}")
+    first: Any = {"weight_scale": weight_scale1, "in_range": in_range1}
+    second: Any = {"weight_scale": weight_scale2, "in_range": in_range2}
+    hidden = output_shape(x, weight1, bias1, activation, **first)
+    shape = output_shape(x, weight2, bias2, "none", residual, added, hidden, **second)
     out = x.new_empty(shape)
 
     def arguments() -> dict[str, Any]:
         rows, in_stride = with_rows(x)
         other, other_stride = with_rows(residual)
-        second = linear_problem(
-            x, len(bias2), "none", added, in_features=len(bias1), other_stride=other_stride
-        )
         return {
             "first": linear_problem(x, len(bias1), activation, in_stride=in_stride),
-            "before": {"in": rows, "weight": weight1, "bias": bias1},
-            "second": second,
-            "after": {"weight": weight2, "bias": bias2, "other": other, "out": out},
+            "before": {"in": rows, "weight": weight1, "bias": bias1, **first},
+            "second": linear_problem(
+                x, len(bias2), "none", added, in_features=len(bias1), other_stride=other_stride
+            ),
+            "after": {"weight": weight2, "bias": bias2, "other": other, "out": out, **second},
         }
 
     return Call(out, arguments)

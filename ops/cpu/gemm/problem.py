@@ -59,13 +59,13 @@ def output_shape(
     other: Tensor | None = None,
     combination: str = "none",
     shape: Sequence[int] | None = None,
-    weight_dtype: torch.dtype | None = None,
+    weight_scale: Tensor | None = None,
+    in_range: Tensor | None = None,
 ) -> tuple[int, ...]:
     """Check the arguments of :func:`ops.cpu.gemm.linear.packed_linear`; return the output shape.
 
     Args:
         shape: the shape of the input, if it differs from that of ``x``.
-        weight_dtype: of the packed weight, if it differs from that of ``x``.
 
     Raises:
         ValueError: mismatched shapes or dtypes, an unknown activation or combination.
@@ -78,9 +78,12 @@ def output_shape(
         )
     if combination == "add_clipped" and activation not in ("relu", "relu6"):
         raise ValueError(f"'add_clipped' takes the activations relu and relu6, got {activation!r}")
-    if weight_dtype is None and x.dtype != weight.dtype:
+    if weight.dtype == torch.int8:
+        _check_int8(bias, weight_scale, in_range)
+    elif x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and its weight {weight.dtype}; they must be the same")
-    require_dtype(weight_dtype or x.dtype, weight=weight)
+    elif weight_scale is not None or in_range is not None:
+        raise ValueError(f"weight_scale and in_range are for weights in int8, not {weight.dtype}")
     require_dtype(torch.float32, bias=bias)
     require_dtype(x.dtype, other=other)
     shape = x.shape if shape is None else shape
@@ -94,6 +97,15 @@ def output_shape(
     if other is not None and tuple(other.shape) != out_shape:
         raise ValueError(f"other must be {out_shape}, got {tuple(other.shape)}")
     return out_shape
+
+
+def _check_int8(bias: Tensor, weight_scale: Tensor | None, in_range: Tensor | None) -> None:
+    require_dtype(torch.float32, weight_scale=weight_scale, in_range=in_range)
+    if weight_scale is None or weight_scale.shape != (2, len(bias)):
+        given = None if weight_scale is None else tuple(weight_scale.shape)
+        raise ValueError(f"weight_scale must be {(2, len(bias))}, got {given}")
+    if in_range is not None and in_range.shape != (2,):
+        raise ValueError(f"in_range must be (2,), got {tuple(in_range.shape)}")
 
 
 def check_scales(

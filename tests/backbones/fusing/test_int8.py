@@ -29,11 +29,11 @@ pytestmark = pytest.mark.usefixtures("small_layers_too")
 
 # The models, and kernels that must compute in int8.
 KERNELS = {
-    "resnet": {"packed_conv2d", "packed_linear_int8"},
-    "vision_transformer": {"packed_mlp_int8", "packed_linear_int8"},
-    "convnext": {"packed_mlp_int8"},
-    "efficientnet": {"packed_conv2d", "packed_linear_int8"},
-    "mobilenetv3": {"packed_linear_int8"},
+    "resnet": {"packed_conv2d", "packed_linear"},
+    "vision_transformer": {"packed_mlp", "packed_linear"},
+    "convnext": {"packed_mlp"},
+    "efficientnet": {"packed_conv2d", "packed_linear"},
+    "mobilenetv3": {"packed_linear"},
 }
 SLOW = (
     *("beit", "byobnet", "edgenext", "fasternet", "fastvit", "ghostnet", "hgnet", "levit"),
