@@ -36,7 +36,7 @@ from ops.autocast import autocasts, without_autocast
 from ops.batch_norm import BatchNorm2d
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastConv2d
+from ops.inference.layers import FastLayer
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
 from ops.patch import PatchEmbed
@@ -82,17 +82,16 @@ class DeformableConv2d(nn.Conv2d):
 
 
 @stands_for(DeformableConv2d)
-class FastDeformableConv2d(FastConv2d, DeformableConv2d):
-    """Its inference form: sampling, linear map and activation in one kernel."""
+class FastDeformableConv2d(FastLayer, DeformableConv2d):
+    """Its inference form: sampling and linear map in one kernel."""
 
     kernels: ClassVar = (deformable_conv2d,)
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
-            return self._finish(DeformableConv2d.forward(self, x))
-        weight, bias = derived
-        out: Tensor = deformable_conv2d(x, self.offset(x), weight, bias, 2, 2, self.activation)
+            return DeformableConv2d.forward(self, x)
+        out: Tensor = deformable_conv2d(x, self.offset(x), *derived, 2, 2)
         return out
 
     def derive(self, x: Tensor) -> Any:

@@ -69,7 +69,7 @@ class FusableBackbone(Int8Model, nn.Module):
         """Optimise the model for inference: fold layers, then choose memory format and kernels.
 
         Norms, branches and scales are folded into adjacent layers. Then, on a CPU with oneDNN, the
-        layers get their inference forms (:mod:`ops.inference`), which use the channels-last format.
+        attention and scans get their inference forms (:mod:`ops.inference`).
         Names and state dict are those of the folded model; outputs are equal up to rounding. The
         model supports gradients with respect to images, but not to parameters. ``torch.compile``
         and ``torch.export`` see the plain form of the folded model. For each input layout, the
@@ -80,9 +80,9 @@ class FusableBackbone(Int8Model, nn.Module):
 
         Changes are detected if weights and buffers are modified by torch functions, get other
         memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if layers or hooks
-        change; a call that leaves out a hook raises an error, because a fused layer does not call
-        the module as a module. Writes that torch cannot see, such as
-        through NumPy or in place through ``.data``, take effect after the next call of ``fuse()``.
+        change. While modules inside have hooks, all layers run as torch computes them. Writes that
+        torch cannot see, such as through NumPy or in place through ``.data``, take effect after the
+        next call of ``fuse()``.
 
         Modifies the model in place, puts it in eval mode and returns it; a second call with the
         same ``dtype`` has no effect. Afterwards ``train()`` raises.

@@ -1,15 +1,14 @@
-"""Checks of fused models: unsupported images, and hooks that are not called."""
+"""Fused backbones of this library: checks of their images, and hooks inside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ops.inference.forms import plain_form
+from ops.inference.layers import plain_forms
 from ops.rewriting.module import Rewritten
 
 __all__ = ["FusedBackbone", "has_hooks", "named_briefly"]
@@ -18,13 +17,16 @@ __all__ = ["FusedBackbone", "has_hooks", "named_briefly"]
 class FusedBackbone(Rewritten):
     """Rejects inputs and modifications that a fused model's layers would silently get wrong."""
 
+    def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Any:
+        _require_images(x, self)
+        return super().program(x, call)
+
     def eagerly(self, method: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         """Check the images and the model, then call ``method``.
 
         Raises:
             TypeError: not a tensor.
             ValueError: an image of another shape, dtype or device than the layers take.
-            RuntimeError: a layer has hooks that this call did not call.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
             return method(self, x, *args, **kwargs)  # symbolic values
@@ -32,53 +34,16 @@ class FusedBackbone(Rewritten):
             _require_images(x, self)
             gradients = torch.is_grad_enabled() and x.requires_grad
             is_meta = x.is_meta
-        hooked = any(
-            has_hooks(module, gradients) for module in self.modules() if module is not self
-        )
-        if is_meta or not hooked:
+        if is_meta or not any(has_hooks(m, gradients) for m in self.modules() if m is not self):
             return method(self, x, *args, **kwargs)
-        with self._calling_hooks(gradients):
+        with plain_forms():
             return method(self, x, *args, **kwargs)
-
-    @contextmanager
-    def _calling_hooks(self, gradients: bool) -> Iterator[None]:
-        """Raise a RuntimeError if a fused layer has run without calling the hooks inside it."""
-        modules = dict(self.named_modules())
-        around: dict[str, str] = {}  # the fused layer that each module with hooks is in
-        for name, module in modules.items():
-            if not has_hooks(module, gradients):
-                continue
-            outer = [o for o in _outer_names(name) if plain_form(modules[o]) is not None]
-            if outer:
-                around[name] = outer[0]
-        called: set[str] = set()
-        with ExitStack() as hooks:
-            for name in {*around, *around.values()}:
-
-                def enter(*_: Any, name: str = name) -> None:
-                    called.add(name)
-
-                hooks.callback(modules[name].register_forward_pre_hook(enter).remove)
-            yield
-        silent = [name for name, form in around.items() if form in called and name not in called]
-        if silent:
-            form = around[silent[0]]
-            raise RuntimeError(
-                f"hooks of {named_briefly(silent)} are not called, since the fused {form} does not "
-                f"call it as a module; register them on {form}, or on a model without fuse()"
-            )
 
 
 def named_briefly(names: list[str]) -> str:
     """The first name, and how many others there are."""
     others = {0: "", 1: " and another module"}
     return names[0] + others.get(len(names) - 1, f" and {len(names) - 1} other modules")
-
-
-def _outer_names(name: str) -> list[str]:
-    """The names of the modules that a module is in, from the outermost one."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def has_hooks(module: nn.Module, gradients: bool = True) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,9 @@ from ops.reparam import norm_affine
 __all__ = ["MedViTV2GlobalBlock", "MedViTV2LocalBlock"]
 
 
-@stands_for(blocks.FoldedLocalBlock)
+@stands_for(blocks.FoldedLocalBlock, where=lambda block: isinstance(block.norm1, nn.BatchNorm2d))
 class MedViTV2LocalBlock(FastLayer, blocks.FoldedLocalBlock):
     """The norm converts to NCHW."""
-
-    needs: ClassVar = {"norm1": nn.BatchNorm2d}
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
@@ -37,11 +34,9 @@ class MedViTV2LocalBlock(FastLayer, blocks.FoldedLocalBlock):
         return (_affine(self.norm1, x),)
 
 
-@stands_for(blocks.GlobalBlock)
+@stands_for(blocks.GlobalBlock, where=lambda block: isinstance(block.norm2, nn.BatchNorm2d))
 class MedViTV2GlobalBlock(FastLayer, blocks.GlobalBlock):
     """The second norm converts to NCHW."""
-
-    needs: ClassVar = {"norm2": nn.BatchNorm2d}
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)

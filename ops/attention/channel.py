@@ -29,11 +29,7 @@ class EfficientChannelAttention(nn.Module):
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        means, weight = self.means(x), self.conv.weight
+        means, weight = x.mean((2, 3)), self.conv.weight
         dtype = torch.promote_types(x.dtype, torch.float32)
         gates = F.conv1d(means[:, None].to(dtype), weight.to(dtype), padding=weight.shape[2] // 2)
         return x * gates[:, 0, :, None, None].sigmoid().to(x.dtype)
-
-    def means(self, x: Tensor) -> Tensor:
-        """The mean of each channel: (B, C, H, W) → (B, C)."""
-        return x.mean((2, 3))

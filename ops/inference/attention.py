@@ -15,8 +15,6 @@ from ops.attention.bilevel import (
     nearest_regions,
 )
 from ops.attention.hilo import HiLoAttention
-from ops.attention.large_kernel import LargeKernelAttention
-from ops.attention.pooled import PooledAttention, pool_tokens
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
 from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
@@ -32,25 +30,13 @@ from ops.inference.packed_linear import PackedLinear
 __all__ = [
     "FastBiLevelRoutingAttention",
     "FastHiLoAttention",
-    "FastLargeKernelAttention",
-    "FastPooledAttention",
     "FastRankAugmentedAttention",
-    "attend_tokens",
     "axis_rotations",
 ]
 
 # Bytes of queries, keys, values and gates; larger batches are processed a few images at a time, so
 # that maps stay in cache and below the size that malloc returns to the system when freed.
 _PROJECTED_BYTES = 8 << 20
-
-
-@stands_for(LargeKernelAttention)
-class FastLargeKernelAttention(LargeKernelAttention):
-    """Overwrites the gate."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = self.pw(self.dw_dilated(self.dw(x)))
-        return gate.mul_(x) if runs_fast(x, self.pw.weight) else x * gate
 
 
 @stands_for(BiLevelRoutingAttention)
@@ -186,42 +172,6 @@ def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
     sin, cos = (t.chunk(2, dim=1)[axis] for t in rotary_table(*shape, head_dim, device=cpu))
     signs = sin.new_tensor([-1.0, 1.0]).repeat(head_dim // 4)
     return torch.cat((cos, sin * signs), dim=1)
-
-
-@stands_for(PooledAttention)
-class FastPooledAttention(PooledAttention):
-    """Without transposed copies of heads."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = pool_tokens(x, self.sr_ratio**2) if self.sr_ratio > 1 else x
-        pooled = self.norm(pooled.flatten(0, 1)).view(pooled.shape)
-        query, key, value = (
-            t.unflatten(2, (self.num_heads, -1))  # (B, N, heads, head_dim)
-            for t in (self.q(x), self.k(pooled), self.v(pooled))
-        )
-        return self.proj(attend_tokens(query, key, value, self.q.weight).flatten(2))
-
-
-def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
-    """softmax(query · keyᵀ / √head_dim) · value, by the faster kernel.
-
-    Args:
-        query: (B, N, heads, head_dim).
-        key: (B, M, heads, head_dim).
-        value: (B, M, heads, value_dim).
-        weight: of the layer, which may require gradients.
-
-    Returns:
-        (B, N, heads, value_dim).
-    """
-    own = runs_fast(query, weight)  # first: compilers do not see what comes after
-    own = own and grouped_attention.grouped_attention.unsupported(query.device, query.dtype) is None
-    if own and policy.softmax_attention_by_kernel(key.shape[1], query.dtype):
-        out = query.new_empty(*query.shape[:3], value.shape[3])
-        grouped_attention.attend(query, key, value, out)
-        return out
-    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    return softmax_attention(query, key, value).transpose(1, 2)
 
 
 @stands_for(RankAugmentedAttention)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops.attention.channel import EfficientChannelAttention
 from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.conv import InceptionDWConv2d
 from ops.cpu import policy
@@ -18,20 +17,16 @@ from ops.cpu.depthwise.conv import (
     taps_first,
     unsupported,
 )
-from ops.cpu.pooling.window_means import window_means
 from ops.inference.forms import stands_for
 from ops.inference.layers import (
     FastConv2d,
     FastLayer,
-    conv_kind,
     tensors_of,
 )
-from ops.inference.pooling import supported
 
 __all__ = [
     "FastDepthwiseConv2d",
     "FastDilatedDepthwiseConv2d",
-    "FastEfficientChannelAttention",
     "FastInceptionDWConv2d",
 ]
 
@@ -50,7 +45,6 @@ class PackedDepthwise:
         return out
 
 
-@stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "depthwise")
 class FastDepthwiseConv2d(FastConv2d):
     """Like :class:`FastConv2d`, with our own kernel where it is faster."""
 
@@ -72,8 +66,13 @@ class FastDepthwiseConv2d(FastConv2d):
 
 
 @stands_for(DilatedDepthwiseConv2d)
-class FastDilatedDepthwiseConv2d(FastDepthwiseConv2d, DilatedDepthwiseConv2d):
-    """With our kernel, which handles dilation directly."""
+class FastDilatedDepthwiseConv2d(DilatedDepthwiseConv2d):
+    """One convolution, since our kernel handles dilation directly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return DilatedDepthwiseConv2d.forward(self, x)
+        return nn.Conv2d.forward(self, x)
 
 
 @stands_for(InceptionDWConv2d)
@@ -92,19 +91,3 @@ class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
             return None
         weights, biases = self.sources()[::2], self.sources()[1::2]
         return [taps_first(w) for w in weights], [b.detach().float() for b in biases]
-
-
-@stands_for(EfficientChannelAttention)
-class FastEfficientChannelAttention(EfficientChannelAttention):
-    """Reads NHWC maps in memory order."""
-
-    def means(self, x: Tensor) -> Tensor:
-        return _channel_means(x)
-
-
-def _channel_means(x: Tensor) -> Tensor:
-    """(B, dim, H, W) → (B, dim)."""
-    pixels = x.permute(0, 2, 3, 1)
-    if supported(x):
-        return window_means(pixels, (x.shape[2], x.shape[3])).flatten(1)
-    return pixels.flatten(1, 2).mean(1)

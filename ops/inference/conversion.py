@@ -25,7 +25,6 @@ from ops.inference import (  # noqa: F401  (they register their forms)
     neighborhood,
     norm,
     pooling,
-    stem,
     window,
 )
 from ops.inference.forms import fast_form, plain_form
@@ -57,15 +56,11 @@ def to_channels_last(model: nn.Module, *, always: bool) -> bool:
     keep_freed_memory()
     if not always and slow_in_nhwc(model) is not None:
         return False
-    # Collect all modules before converting the first one; convert inner ones first, since others
-    # may need them.
-    forms = [(module, fast_form(module)) for module in model.modules()]
-    for module, fast in reversed(forms):
+    for module in model.modules():
+        fast = fast_form(module)
         # Blocks' forms pass more than a map to their attention; token pooling only applies to the
         # map.
-        if hasattr(module, "token_pooling"):
-            continue
-        if fast is not None and _has_kernels(fast, weight) and _meets_needs(module, fast):
+        if fast is not None and not hasattr(module, "token_pooling") and _has_kernels(fast, weight):
             layers.convert(module, fast)
     return True
 
@@ -95,16 +90,6 @@ def _has_kernels(fast: type[nn.Module], weight: Tensor) -> bool:
     """Whether this form can do more than check its input and run the plain form."""
     kernels = getattr(fast, "kernels", ())
     return not any(kernel.unsupported(weight.device, weight.dtype) for kernel in kernels)
-
-
-def _meets_needs(module: nn.Module, fast: type[nn.Module]) -> bool:
-    """Whether the layers inside have the forms that this one requires."""
-    for name, kinds in getattr(fast, "needs", {}).items():
-        part = getattr(module, name)
-        parts = part if isinstance(part, nn.Sequential | nn.ModuleList) else (part,)
-        if not all(isinstance(m, kinds) for m in parts):
-            return False
-    return True
 
 
 def restore_plain_forms(model: nn.Module) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBra
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, FastLinear, runs_fast, tensors_of
+from ops.inference.layers import FastLayer, runs_fast, tensors_of
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
@@ -85,12 +84,6 @@ class FastLocalBranch(FastLayer, LocalBranch):
 @stands_for(FactorizedAttention)
 class FastFactorizedAttention(FactorizedAttention):
     """Every branch writes its channels of a shared map."""
-
-    needs: ClassVar = {
-        "global_branch": FastGlobalBranch,
-        "local_branches": FastLocalBranch,
-        "proj": FastLinear,
-    }
 
     def forward(self, x: Tensor) -> Tensor:
         branches = (self.global_branch, *self.local_branches)

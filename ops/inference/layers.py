@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -26,10 +25,9 @@ from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.int8 import unsupported_int8
 from ops.cpu.gemm.linear import unsupported
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
-from ops.inference.forms import stands_for
 from ops.inference.packed_linear import (
-    PackedInt8,
     PackedLinear,
+    PackedWeight,
     Quantization,
     by_onednn,
     scaled,
@@ -42,15 +40,14 @@ __all__ = [
     "FastConv2d",
     "FastLayer",
     "FastLinear",
-    "FastPointwiseConv2d",
     "activate",
     "activation_kind",
     "can_activate",
     "conv_kind",
     "convert",
     "has_onednn",
-    "in_plain_form",
     "is_quantized",
+    "plain_forms",
     "revert",
     "runs_fast",
     "tensors_of",
@@ -105,10 +102,28 @@ def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
         vars(layer).pop(name, None)
 
 
+class _Thread(threading.local):
+    plain: bool = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def plain_forms() -> Iterator[None]:
+    """Let layers of this thread compute as their plain forms do, which call all modules inside."""
+    before, _thread.plain = _thread.plain, True
+    try:
+        yield
+    finally:
+        _thread.plain = before
+
+
 def runs_fast(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer with this weight can use its fast path for ``x``."""
     return (
-        takes_kernels((x, weight))
+        not _thread.plain
+        and takes_kernels((x, weight))
         and x.dtype == weight.dtype
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
@@ -138,7 +153,7 @@ class FastLayer(nn.Module):
 
     def derived(self, x: Tensor) -> Any:
         """The result of :meth:`derive`, or None if ``x`` requires the plain form."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _thread.plain:
             return None
         if self._derived is None and self._made_from is not None:
             return None  # the plain form is always right
@@ -187,56 +202,12 @@ class FastLayer(nn.Module):
         return state
 
 
-# Gets a layer, its __call__ and the arguments, and returns the result.
-Watcher = Callable[[Any, Callable[..., Tensor], Any, dict[str, Any]], Tensor]
-
-
-class _Thread(threading.local):
-    watcher: Watcher | None = None
-
-
-_thread = _Thread()
-
-
-@contextmanager
-def in_plain_form(watcher: Watcher) -> Iterator[None]:
-    """Let linear layers, convolutions and norms of this thread compute as torch does.
-
-    They pack no weights.
-
-    Args:
-        watcher: gets each call of such a layer, and makes it.
-    """
-    before, _thread.watcher = _thread.watcher, watcher
-    try:
-        yield
-    finally:
-        _thread.watcher = before
-
-
 class ActivatedLayer(FastLayer):
     """A layer that applies an activation to its output."""
 
     activation: str = "none"
     quantization: Quantization | None = None  # of linear layers
     forward: Callable[..., Tensor]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _thread.watcher is None:
-            return super().__call__(*args, **kwargs)
-        return _thread.watcher(self, super().__call__, args, kwargs)
-
-    def derived(self, x: Tensor) -> Any:
-        if torch.compiler.is_compiling() or _thread.watcher is not None:
-            return None
-        return super().derived(x)
-
-    def twin(self) -> Any:
-        """A layer with the same weights that may get another activation."""
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
-        other._made_from = None
-        return other
 
     def _finish(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = activation_of(self.activation).plain(x)
@@ -281,7 +252,6 @@ def is_quantized(*layers: Any) -> bool:
     return any(getattr(layer, "quantization", None) is not None for layer in layers)
 
 
-@stands_for(nn.Linear)
 class FastLinear(ActivatedLayer, nn.Linear):
     """``activation(linear(x * scale)) + residual * residual_scale``, or times ``factor``.
 
@@ -325,10 +295,10 @@ class FastLinear(ActivatedLayer, nn.Linear):
         out = self(x, scale=scale)
         return out, (out * out).flatten(1, -2).sum(1)
 
-    def for_int8(self, x: Tensor) -> PackedInt8 | None:
+    def for_int8(self, x: Tensor) -> PackedWeight | None:
         """For a kernel of a whole block: what it computes this layer with in int8, else None."""
         packed = self.derived(x) if self.quantization is not None else None
-        return packed.for_int8() if packed is not None and packed.is_int8 else None
+        return packed.packed() if packed is not None and packed.is_int8 else None
 
     def derive(self, x: Tensor) -> PackedLinear | None:
         has_kernel = unsupported(x.device, x.dtype, with_bfloat16=True) is None
@@ -340,29 +310,6 @@ class FastLinear(ActivatedLayer, nn.Linear):
         ):
             return PackedLinear(self.weight, self.bias, self.quantization)
         return None
-
-
-@stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "pointwise")
-class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
-    """``activation(conv(x))`` with a 1×1 window: (B, C, H, W) → (B, C', H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.derived(x)
-        if packed is None:
-            return self._finish(super().forward(x))
-        out: Tensor = packed(x.permute(0, 2, 3, 1), self.activation)
-        return out.permute(0, 3, 1, 2)
-
-    def on_last(self, x: Tensor) -> Tensor:
-        """The same for channels in the last axis: (..., C) → (..., C')."""
-        packed = self.derived(x)
-        if packed is None:
-            return self._finish(F.linear(x, self.weight.flatten(1), self.bias))
-        out: Tensor = packed(x, self.activation)
-        return out
-
-    def derive(self, x: Tensor) -> PackedLinear:
-        return PackedLinear(self.weight.flatten(1), self.bias, self.quantization)
 
 
 class OneDNNWeight:
@@ -396,7 +343,6 @@ class OneDNNWeight:
         return packed
 
 
-@stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "other")
 class FastConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W').
 

@@ -79,7 +79,8 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
         shares = tokens.chunk(len(layers), 2)
         outs: list[Tensor] = []
         for head, (share, layer) in enumerate(zip(shares, layers, strict=True)):
-            qkv = layer.qkv.on_last(share + outs[-1] if outs else share)
+            share = share + outs[-1] if outs else share
+            qkv = F.linear(share, layer.qkv.weight.flatten(1), layer.qkv.bias)
             query, key, value = qkv.split(layer.splits, dim=2)
             query = query.unflatten(1, (height, width)).permute(0, 3, 1, 2)
             query = layer.dwconv(query).permute(0, 2, 3, 1).flatten(1, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from timm.layers import LayerNorm2d, RmsNorm2d
+from timm.layers import RmsNorm2d
 from torch import Tensor, nn
 
 from ops.cpu.norm.layer_norm import layer_norm
@@ -13,7 +13,7 @@ from ops.inference.forms import stands_for
 from ops.inference.layers import ActivatedLayer, FastLayer
 from ops.norm import RMSNorm
 
-__all__ = ["FastLayerNorm", "FastLayerNorm2d", "FastRMSNorm", "FastRmsNorm2d"]
+__all__ = ["FastLayerNorm", "FastRMSNorm", "FastRmsNorm2d"]
 
 
 class _PackedNorm:
@@ -29,33 +29,17 @@ class _PackedNorm:
         return out
 
 
-@stands_for(nn.LayerNorm)
 class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
     """``activation(norm(x))``, (..., dim) → (..., dim)."""
 
     kernels: ClassVar = (layer_norm,)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self._packed(x)
+        packed = self.derived(x)
         return self._finish(super().forward(x)) if packed is None else packed(x, self.activation)
-
-    def _packed(self, x: Tensor) -> Any:
-        simple = self.bias is not None and len(self.normalized_shape) == 1
-        return self.derived(x) if simple else None
 
     def derive(self, x: Tensor) -> _PackedNorm:
         return _PackedNorm(self)
-
-
-@stands_for(LayerNorm2d)
-class FastLayerNorm2d(FastLayerNorm, LayerNorm2d):
-    """``activation(norm(x))``, (B, C, H, W) → (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self._packed(x)
-        if packed is None:
-            return self._finish(LayerNorm2d.forward(self, x))
-        return packed(x.permute(0, 2, 3, 1), self.activation).permute(0, 3, 1, 2)
 
 
 class _RMSNorm(FastLayer):
@@ -67,12 +51,11 @@ class _RMSNorm(FastLayer):
         return [] if self.weight is None else [self.weight]
 
     def derive(self, x: Tensor) -> tuple[Tensor, float] | None:
-        if self.weight is None or self.weight.ndim != 1 or self.eps is None:
+        if self.weight is None:
             return None
         return self.weight.detach().float(), self.eps
 
 
-@stands_for(RMSNorm)
 class FastRMSNorm(_RMSNorm, RMSNorm):
     """(..., dim) → (..., dim)."""
 

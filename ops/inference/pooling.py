@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from ops.cpu.call.dispatch import takes_kernels
 from ops.cpu.pooling.window_means import window_means
-from ops.inference.forms import stands_for
 
 __all__ = ["FastAdaptiveAvgPool2d", "supported"]
 
@@ -21,7 +20,6 @@ def supported(x: Tensor) -> bool:
     )
 
 
-@stands_for(nn.AdaptiveAvgPool2d)
 class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """Global pooling with our kernel: (B, C, H, W) → (B, C, 1, 1)."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS, activation_of
+from ops.cpu.call.binding import Kernel
 from ops.inference.layers import ActivatedLayer, FastLinear, activate, can_activate
 from ops.inference.packed_linear import multiplied_weight
 from ops.reparam import fold_scale_after
@@ -128,7 +129,7 @@ def _per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
 
 
 def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
-    """``activation(layer(x))``, also after a layer norm."""
+    """``activation(layer(x))``, also after a layer norm or a kernel that applies one."""
     kind = activation_kind(operator)
     if kind is None:
         return False
@@ -136,15 +137,20 @@ def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
     if made is None or graph.only_user(operator.args[0]) is not operator:
         return False
     layer = made.function
-    if not isinstance(layer, nn.Module) or not can_activate(layer):
-        return False
-    if "factor" in made.kwargs:
-        return False
-    if "residual" in made.kwargs:
-        if not isinstance(layer, FastLinear) or kind not in ("relu", "relu6"):
+    if isinstance(layer, Kernel):
+        at = layer.activation_index
+        if at is None or made.args[at:] != ["none"]:
             return False
+        made.args[at] = kind
+    elif not isinstance(layer, nn.Module) or not can_activate(layer) or "factor" in made.kwargs:
+        return False
+    elif "residual" not in made.kwargs:
+        activate(layer, kind)
+    elif isinstance(layer, FastLinear) and kind in ("relu", "relu6"):
         layer.clips_sum = True
-    activate(layer, kind)
+        activate(layer, kind)
+    else:
+        return False
     graph.change(made)
     graph.substitute(operator.result, operator.args[0])
     graph.remove(operator)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
-from ops.inference.forms import fast_form
-from ops.inference.layers import FastLinear, FastPointwiseConv2d, convert
-from ops.inference.norm import FastLayerNorm2d
+from ops.inference.conv import FastDepthwiseConv2d
+from ops.inference.layers import FastConv2d, FastLinear
+from ops.inference.norm import FastLayerNorm, FastRMSNorm
 from ops.inference.packed_linear import Quantization
 from ops.reparam import norm_affine
 
@@ -22,7 +22,7 @@ __all__ = [
     "convolution",
     "layer_norm",
     "linear",
-    "on_last_axis",
+    "rms_norm",
 ]
 
 
@@ -30,7 +30,7 @@ def linear(
     weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
 ) -> FastLinear:
     """A linear layer with this weight, (out_features, in_features), in its inference form."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer = FastLinear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     return _with(layer, weight, bias, quantization)
 
 
@@ -47,7 +47,8 @@ def convolution(
     """
     in_channels = weight.shape[1] * geometry["groups"]
     size: Any = tuple(weight.shape[2:])
-    layer = nn.Conv2d(
+    is_depthwise = geometry["groups"] == in_channels == len(weight)
+    layer = (FastDepthwiseConv2d if is_depthwise else FastConv2d)(
         in_channels, len(weight), size, bias=bias is not None, device="meta", **geometry
     )
     return _with(layer, weight, bias, quantization)
@@ -55,19 +56,7 @@ def convolution(
 
 def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> Any:
     """A layer norm over the last axis, in its inference form."""
-    return _with(nn.LayerNorm(len(weight), eps, device="meta"), weight, bias)
-
-
-def on_last_axis(layer: nn.Module) -> Any:
-    """A layer of the last axis that computes what one of NCHW maps does; None for others."""
-    if isinstance(layer, FastPointwiseConv2d):
-        made: Any = linear(layer.weight.flatten(1), layer.bias, layer.quantization)
-    elif isinstance(layer, FastLayerNorm2d):
-        made = layer_norm(layer.weight, layer.bias, layer.eps)
-    else:
-        return None
-    made.activation = layer.activation
-    return made
+    return _with(FastLayerNorm(len(weight), eps, device="meta"), weight, bias)
 
 
 def _with(
@@ -78,8 +67,12 @@ def _with(
         layer.register_parameter(name, kept)
     if quantization is not None:
         layer.quantization = quantization
-    form = fast_form(layer)
-    return layer.eval() if form is None else convert(layer.eval(), form)
+    return layer.eval()
+
+
+def rms_norm(weight: Tensor, eps: float | None) -> Any:
+    """A root mean square norm over the last axis, in its inference form."""
+    return _with(FastRMSNorm(len(weight), eps, device="meta"), weight, None)
 
 
 def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -101,8 +94,7 @@ class Attention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         own = grouped_attention.unsupported(query.device, query.dtype) is None
         if not own or not policy.softmax_attention_by_kernel(key.shape[2], query.dtype):
-            sdpa = torch.ops.aten.scaled_dot_product_attention.default
-            return sdpa(query, key, value, scale=self.scale)
+            return softmax_attention(query, key, value, self.scale)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         out = query.new_empty(*query.shape[:3], value.shape[3])
         attend(query, key, value, out, self.scale)

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops.inference.layers import convert
 from ops.inference.packed_linear import Quantization
 from ops.inference.pooling import FastAdaptiveAvgPool2d
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import Attention, convolution, layer_norm, linear
+from ops.rewriting.layers import Attention, convolution, layer_norm, linear, rms_norm
 
 __all__ = ["lift", "put_convolution"]
 
@@ -96,6 +95,14 @@ def _layer_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
     return True
 
 
+def _rms_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    weight = _constant(given["weight"])
+    if weight is None or weight.ndim != 1 or given["eps"] is None:
+        return False
+    graph.replace(operator, rms_norm(weight, given["eps"]), given["input"])
+    return True
+
+
 def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
     x, mean, var = given["input"], _constant(given["running_mean"]), _constant(given["running_var"])
     affine = [given["weight"], given["bias"]]
@@ -113,7 +120,7 @@ def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
 
 
 def _pool(graph: OperatorGraph, operator: Operator, x: Value, keepdim: bool) -> bool:
-    layer = convert(nn.AdaptiveAvgPool2d(1), FastAdaptiveAvgPool2d)
+    layer = FastAdaptiveAvgPool2d(1)
     if keepdim:
         graph.replace(operator, layer, x)
     else:
@@ -136,8 +143,16 @@ def _mean(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bo
 
 def _attention(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
     q, k, v = (given[name] for name in ("query", "key", "value"))
-    plain = given["attn_mask"] is None and not given["is_causal"] and not given["dropout_p"]
-    if not plain or len(q.shape) != 4 or q.shape[:2] != k.shape[:2]:
+    mask = given["attn_mask"]
+    # Zeros only let NaN through, as our kernel does.
+    masks = mask is not None and (mask.constant is None or bool(mask.constant.any()))
+    if (
+        masks
+        or given["is_causal"]
+        or given["dropout_p"]
+        or len(q.shape) != 4
+        or q.shape[:2] != k.shape[:2]
+    ):
         return False
     graph.replace(operator, Attention(given["scale"]), q, k, v)
     return True
@@ -186,6 +201,7 @@ _RULES: dict[Any, Any] = {
     _aten.linear.default: _linear,
     _aten.conv2d.default: _conv2d,
     _aten.layer_norm.default: _layer_norm,
+    _aten.rms_norm.default: _rms_norm,
     _aten.batch_norm.default: _batch_norm,
     _aten.adaptive_avg_pool2d.default: _adaptive_pool,
     _aten.mean.dim: _mean,

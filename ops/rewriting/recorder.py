@@ -20,11 +20,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ops.cpu.call.binding import kernel_of
 from ops.cpu.decisions import Decision, observe_decisions
-from ops.inference.layers import in_plain_form
 from ops.inference.packed_linear import quantization_of
 from ops.replay.graph import NotCapturableError
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import on_last_axis
+from ops.rewriting.graph import Operator, OperatorGraph, Value
 
 __all__ = ["record"]
 
@@ -53,7 +51,6 @@ def record(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor) -> Opera
         for context in (torch.no_grad(), torch._C._AutoDispatchBelowAutograd()):
             contexts.enter_context(context)
         contexts.enter_context(observe_decisions(recorder.note_decision))
-        contexts.enter_context(in_plain_form(recorder.layer_called))
         contexts.enter_context(recorder)
         result = call(x)
     if recorder.failure is not None:
@@ -87,55 +84,9 @@ class _Recorder(TorchDispatchMode):
         self._changes: dict[int, int] = {}
         self._values: Any = WeakIdKeyDictionary()  # of tensors: their value, and these changes
         self._remember(x, self.source)
-        self._inside = 0  # layers that are recorded whole
         self._decisions: dict[str, list[Decision]] = {}  # by path
         self._wholes: dict[Value, Value] = {}  # of views: what they are views of
         self._begun: set[Value] = set()  # what operators have read
-
-    def layer_called(
-        self, layer: Any, run: Callable[..., Tensor], args: Any, kwargs: dict[str, Any]
-    ) -> Tensor:
-        """Record a call of a layer that rewrites know as one operator."""
-        self._inside += 1
-        try:
-            result = run(*args, **kwargs)
-            if self._inside == 1 and self.failure is None:
-                self._note_layer(layer, args, kwargs, result)
-        except NotCapturableError as error:
-            self.failure = error
-        finally:
-            self._inside -= 1
-        return result
-
-    def _note_layer(self, layer: Any, args: Any, kwargs: dict[str, Any], result: Tensor) -> None:
-        args, kwargs = pytree.tree_map_only(Tensor, self.value_of, (list(args), kwargs))
-        given = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Value)]
-        path = self._paths.get(id(layer), "")
-        on_last = on_last_axis(layer)
-        if on_last is None:
-            made = Operator(layer.twin(), args, kwargs, [Value.like(result)], path=path)
-        else:
-            args, kwargs = pytree.tree_map_only(
-                Value, lambda value: self._pixels(value, path), (args, kwargs)
-            )
-            shape = torch.Size(result.shape[axis] for axis in NHWC)
-            inner = Value(shape, result.dtype)
-            self.operators.append(Operator(on_last, args, kwargs, [inner], path=path))
-            made = Operator(
-                _aten.permute.default, [inner, NCHW], {}, [Value.like(result)], path=path
-            )
-        self.operators.append(made)
-        self._remember(result, made.result)
-        self._begun |= {self._wholes.get(value, value) for value in given}
-
-    def _pixels(self, value: Value, path: str) -> Value:
-        """A map with channels last, or a vector as it is."""
-        if len(value.shape) != 4:
-            return value
-        moved = Value(torch.Size(value.shape[axis] for axis in NHWC), value.dtype)
-        permute = Operator(_aten.permute.default, [value, NHWC], {}, [moved], path=path)
-        self.operators.append(permute)
-        return moved
 
     def value_of(self, t: Tensor) -> Value:
         """The value of a tensor; one that no recorded operator returned is a constant."""
@@ -154,7 +105,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if self.failure is None and not self._inside:
+        if self.failure is None:
             try:
                 self._note(func, args, kwargs or {}, result)
             except NotCapturableError as error:

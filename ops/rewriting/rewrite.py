@@ -21,6 +21,7 @@ from ops.rewriting.response_norm import join_response_norm, join_squeeze
 from ops.rewriting.scales import join_response_scales, scale_shortcut
 from ops.rewriting.shortcuts import add_shortcut
 from ops.rewriting.softmax import join_softmax
+from ops.rewriting.stem import join_stem
 from ops.rewriting.views import join_permutations, sink_permutation
 
 __all__ = ["rewrite"]
@@ -40,7 +41,7 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (add_gated,),
     (join_response_norm,),
     (join_response_scales, join_squeeze, join_feed_forward),
-    (scale_shortcut, join_softmax),
+    (scale_shortcut, join_softmax, join_stem),
 )
 
 

@@ -89,6 +89,9 @@ class Kernel:
     There are no gradients. Plans are cached by the layout of the arguments, since describing a call
     takes longer than computing a small map.
 
+    Attributes:
+        activation_index: the place among its arguments of the activation that it applies, if any.
+
     Args:
         describe: checks the arguments, see :class:`ops.cpu.call.c_arguments.Call`.
         library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
@@ -120,6 +123,8 @@ class Kernel:
         self.name, self.library, self.function = describe.__name__, library, function
         self._describe, self._large_results, self._refuses = describe, large_results, refuses
         self._parameters = list(inspect.signature(describe).parameters.values())
+        names = [p.name for p in self._parameters]
+        self.activation_index = names.index("activation") if "activation" in names else None
         self._signature = Signature([_TYPES[p.annotation] for p in self._parameters])
         schema = ", ".join(
             f"{_TYPES[p.annotation]}{'(a!)' if p.name in mutates else ''} {p.name}"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from compiled_kernels import without_kernels
+from timm.layers import RmsNorm2d
 from torch import nn
 
+from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.cpu import policy
 from ops.inference import conversion
@@ -50,7 +52,7 @@ def test_layers_without_their_kernel_stay_plain(
 ) -> None:
     if not has_kernels:
         without_kernels(monkeypatch)
-    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)).eval()
+    model = nn.Sequential(RmsNorm2d(4), HiLoAttention(4, 2)).eval()
     assert conversion.to_channels_last(model, always=False)
-    assert (type(model[0]) is nn.LayerNorm) is not has_kernels
-    assert plain_form(model[1]) is nn.Linear  # which oneDNN computes otherwise
+    assert (type(model[0]) is RmsNorm2d) is not has_kernels
+    assert plain_form(model[1]) is HiLoAttention  # which looks for its kernels at each call

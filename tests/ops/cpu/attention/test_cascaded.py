@@ -17,7 +17,6 @@ from ops.attention.cascaded import CascadedGroupAttention
 from ops.attention.single_head import SingleHeadAttention
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.inference import layers, mobile
-from ops.inference.conv import FastDepthwiseConv2d
 from ops.reparam import fuse_children
 
 
@@ -164,17 +163,14 @@ def test_rejects_bad_arguments() -> None:
 
 
 def _fast(layer: nn.Module, form: type[nn.Module]) -> nn.Module:
-    """Folded, with inference forms of its convolutions."""
+    """Folded, in its inference form."""
     torch.manual_seed(1)
     for module in layer.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias)
     fuse_children(layer.eval())
-    for module in layer.requires_grad_(False).modules():
-        if isinstance(module, nn.Conv2d):
-            wide = module.groups > 1
-            layers.convert(module, FastDepthwiseConv2d if wide else layers.FastPointwiseConv2d)
+    layer.requires_grad_(False)
     return layers.convert(layer, form)
 
 

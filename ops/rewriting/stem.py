@@ -1,0 +1,117 @@
+"""Stems: an image's first convolutions, 3×3 of stride 2, run in one pass."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ops.cpu import policy
+from ops.cpu.stem.packed_stem import pack_layers, packed_stem
+from ops.inference.layers import FastConv2d, FastLayer, is_quantized, tensors_of
+from ops.inference.norm import FastLayerNorm
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+
+__all__ = ["Stem", "join_stem"]
+
+_permute = torch.ops.aten.permute.default
+
+
+class Stem(FastLayer):
+    """Convolutions with their activations, each with a layer norm or None, see :func:`packed_stem`.
+
+    (B, C, H, W) → (B, C', H', W').
+    """
+
+    def __init__(self, convs: list[Any], norms: list[Any]) -> None:
+        super().__init__()
+        self.convs, self.norms = nn.ModuleList(convs), nn.ModuleList(norms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.derived(x)
+        if packed is not None:
+            dtype, *arguments = packed
+            return packed_stem(x.to(dtype), *arguments).to(x.dtype)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = conv(x)
+            x = x if norm is None else norm(x.permute(NHWC)).permute(NCHW)
+        return x
+
+    def sources(self) -> list[Tensor]:
+        return tensors_of(*self.convs, *(norm for norm in self.norms if norm is not None))
+
+    def derive(self, x: Tensor) -> Any:
+        convs: Any = self.convs
+        dtype = policy.computed_in(x.dtype)
+        odd = any(conv.in_channels % 2 for conv in convs[1:])  # which have no pairs
+        if packed_stem.unsupported(x.device, dtype) or not policy.stem_by_kernel(odd, dtype):
+            return None
+        pairs: Any = list(zip(convs, self.norms, strict=True))
+        activations = [(conv if norm is None else norm).activation for conv, norm in pairs]
+        packed = dtype, *pack_layers(convs, dtype), activations
+        if not any(norm is not None for _, norm in pairs):
+            return packed
+        none = x.new_empty(0, dtype=torch.float32)
+        norms = [none if n is None else torch.stack((n.weight, n.bias)).float() for _, n in pairs]
+        return *packed, norms, [0.0 if n is None else n.eps for _, n in pairs]
+
+
+class _Layers(NamedTuple):
+    """What has been found of a stem, and the map that it gives."""
+
+    operators: list[Operator]
+    convs: list[nn.Module]
+    norms: list[nn.Module | None]
+    result: Value
+    is_nhwc: bool = False
+
+
+def join_stem(graph: OperatorGraph, operator: Operator) -> bool:
+    """At least two convolutions, each with a layer norm or without; the first reads the image."""
+    if not _is_usual(operator) or operator.args[0] is not graph.source:
+        return False
+    found = _Layers([operator], [operator.function], [None], operator.result)
+    while (longer := _continued(graph, found)) is not None:
+        found = longer
+    if len(found.convs) < 2:
+        return False
+    last, stem = found.operators[-1], Stem(found.convs, found.norms)
+    if found.is_nhwc:
+        batch, height, width, channels = found.result.shape
+        shape = batch, channels, height, width
+        value = graph.insert_before(last, stem, graph.source, shape=shape)
+        graph.replace(last, _permute, value, NHWC)
+    else:
+        graph.replace(last, stem, graph.source)
+    graph.remove_unused()
+    return True
+
+
+def _continued(graph: OperatorGraph, found: _Layers) -> _Layers | None:
+    """The stem with the norm or convolution that alone reads its map."""
+    user = None if found.is_nhwc else graph.only_user(found.result)
+    if user is None:
+        return None
+    if _is_usual(user):
+        convs, norms = [*found.convs, user.function], [*found.norms, None]
+        return _Layers([*found.operators, user], convs, norms, user.result)
+    before: Any = found.convs[-1]
+    norm = graph.only_user(user.result) if graph.permuted(user.result, NHWC) is user else None
+    if norm is None or not isinstance(norm.function, FastLayerNorm):
+        return None
+    if found.norms[-1] is not None or before.activation != "none":
+        return None
+    operators, norms = [*found.operators, user, norm], [*found.norms[:-1], norm.function]
+    after = graph.only_user(norm.result)
+    if after is None or graph.permuted(after.result, NCHW) is not after:
+        return _Layers(operators, found.convs, norms, norm.result, is_nhwc=True)
+    return _Layers([*operators, after], found.convs, norms, after.result)
+
+
+def _is_usual(operator: Operator) -> bool:
+    conv = operator.function
+    if type(conv) is not FastConv2d or conv.groups != 1 or is_quantized(conv) or operator.kwargs:
+        return False
+    shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    return shape == ((3, 3), (2, 2), (1, 1), (1, 1))
