@@ -22,15 +22,17 @@ __all__ = [
 
 
 class _Cascade(NamedTuple):
-    """The heads' layers for the kernel, if there is one, and tables of biases by a map's size."""
+    """The heads' layers for the kernel, and tables of biases by a map's size."""
 
-    packed: PackedCascadedAttention | None
+    packed: PackedCascadedAttention
     biases: dict[tuple[int, int], Tensor]
 
 
 @stands_for(CascadedGroupAttention)
 class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
-    """Uses NHWC; all heads in one pass, with bias tables cached by map size."""
+    """All heads in one pass over NHWC, with bias tables cached by map size."""
+
+    kernels: ClassVar = (cascaded_attention,)
 
     def sources(self) -> list[Tensor]:
         heads: Any = self.heads
@@ -39,8 +41,6 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
 
     def derive(self, x: Tensor) -> _Cascade:
         heads: Any = self.heads
-        if cascaded_attention.unsupported(x.device, x.dtype) is not None:
-            return _Cascade(None, {})
         projections, convs = ([getattr(h, n) for h in heads] for n in ("qkv", "dwconv"))
         return _Cascade(PackedCascadedAttention(projections, heads[0].splits[0], convs), {})
 
@@ -64,31 +64,12 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
 
     def _mix(self, x: Tensor, cascade: _Cascade) -> Tensor:
         """Everything except the projection: (N, h, w, dim) → (N, h, w, dim)."""
-        height, width = x.shape[1:3]
-        bias = cascade.biases.get((height, width))
-        if bias is None:
+        size = x.shape[1], x.shape[2]
+        if size not in cascade.biases:
             table = self.attention_biases.unflatten(1, (self.table_size, self.table_size))
-            bias = distance_bias(resize_distance_table(table, height, width))
-            if cascade.packed is not None:
-                bias = bias.float()
-            cascade.biases[height, width] = bias
-        if cascade.packed is not None:
-            return cascade.packed(x, bias)
-        tokens = x.flatten(1, 2)
-        layers: Any = self.heads
-        shares = tokens.chunk(len(layers), 2)
-        outs: list[Tensor] = []
-        for head, (share, layer) in enumerate(zip(shares, layers, strict=True)):
-            share = share + outs[-1] if outs else share
-            qkv = F.linear(share, layer.qkv.weight.flatten(1), layer.qkv.bias)
-            query, key, value = qkv.split(layer.splits, dim=2)
-            query = query.unflatten(1, (height, width)).permute(0, 3, 1, 2)
-            query = layer.dwconv(query).permute(0, 2, 3, 1).flatten(1, 2)
-            logits = torch.baddbmm(
-                bias[head], query, key.transpose(1, 2), alpha=query.shape[2] ** -0.5
-            )
-            outs.append(torch.bmm(logits.softmax(dim=-1), value))  # (N, hw, dim / heads)
-        return torch.cat(outs, dim=2).relu_().view(x.shape)
+            bias = distance_bias(resize_distance_table(table, *size)).float()
+            cascade.biases[size] = bias
+        return cascade.packed(x, cascade.biases[size])
 
 
 @stands_for(SingleHeadAttention)
