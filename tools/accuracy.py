@@ -48,6 +48,7 @@ from backbones.common.errors import MendableError as TrainingError
 from backbones.common.messages import first_line
 from backbones.common.outputs import REPORT, require_writable
 from backbones.common.processes import World
+from backbones.core.from_timm import PREFIX
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
 from backbones.restoration.data import degrade_picture, find_pictures, load_truth
@@ -121,7 +122,7 @@ def run_script(command: Sequence[Any]) -> None:
 
 def _family(model: str) -> str:
     families = {m: f for f in backbones.list_families() for m in backbones.list_models(family=f)}
-    return families[model]
+    return "timm" if model.startswith(PREFIX) else families[model]
 
 
 def digits_run(folder: Path, model: str) -> Digits:
@@ -308,7 +309,8 @@ def _options(command: Callable[..., Any], output: str, names: Sequence[str]) -> 
 
 def _begin(args: Any) -> tuple[dict[str, Any], list[str]]:
     """The report so far, and the models that are left to measure."""
-    unknown = set(args.models) - {RESTORER, *backbones.list_models()}
+    ours = {name for name in args.models if not name.startswith(PREFIX)}
+    unknown = ours - {RESTORER, *backbones.list_models()}
     if unknown:
         names = ", ".join(sorted(unknown))
         raise CommandError(f"unknown models {names}; see backbones.list_models()")

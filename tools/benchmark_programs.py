@@ -39,6 +39,7 @@ from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.common.processes import World
 from backbones.common.progress import Progress
 from backbones.common.signals import StopRequest
+from backbones.core.from_timm import PREFIX
 from backbones.data.corrupt import CorruptImages
 from backbones.embedding import embed
 from backbones.embedding.hnsw import open_graph
@@ -176,7 +177,15 @@ def rate_of_embed(photos: Path, checkpoint: Path, rows: int = 32, **options: Any
 
 def rate_of_script(photos: Path, name: str) -> float:
     """Images per second of the usual script, from its second batch on."""
-    words = [sys.executable, "-c", _SCRIPT, name, "", str(photos), str(cores())]
+    words = [
+        sys.executable,
+        "-c",
+        _SCRIPT,
+        name.removeprefix(PREFIX),
+        "",
+        str(photos),
+        str(cores()),
+    ]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
