@@ -390,11 +390,7 @@ def _rows(options: Namespace, sizes: Mapping[str, Sequence[int]]) -> Iterator[Ro
 
 
 def _sizes(name: str, sizes: Sequence[int] | None) -> Sequence[int]:
-    """The sizes to measure a model at: ``sizes``, or else its usual one.
-
-    Raises:
-        ValueError: timm has no such model, or it does not take one of the sizes.
-    """
+    """The sizes to measure a model at: ``sizes``, or else its usual one."""
     if not name.startswith(PREFIX):
         return sizes or [DEFAULT_TILE if name.startswith("hat") else DEFAULT_SIZE]
     model = backbones.create_model(name)

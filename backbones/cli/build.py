@@ -28,11 +28,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Run ``build``.
-
-    Raises:
-        CommandError: the kernels are unavailable; it says why.
-    """
+    """Run ``build``."""
     sets = options.isa or [cpu.instruction_set()]
     for isa in cpu.levels() if _ALL in sets else dict.fromkeys(sets):
         start = time.monotonic()

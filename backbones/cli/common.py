@@ -97,11 +97,7 @@ def read_labels(path: Path, count: int) -> list[str]:
 
 
 def read_text(path: Path, option: str) -> str:
-    """The text of a file that an option names.
-
-    Raises:
-        CommandError: it cannot be read, or is not text.
-    """
+    """The text of a file that an option names."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

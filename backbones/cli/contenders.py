@@ -191,11 +191,7 @@ MODELS: dict[str, Create] = {
 
 
 def contender(name: str, known: Mapping[str, Create] = MODELS) -> tuple[str, Create]:
-    """Label and factory of a value of ``--against``: a known one, a module, or a Python file.
-
-    Raises:
-        CommandError: no such module or file, or one without ``create_model``.
-    """
+    """Label and factory of a value of ``--against``: a known one, a module, or a Python file."""
     if name in known:
         return name, known[name]
     if name.endswith(".py"):

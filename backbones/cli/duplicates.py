@@ -7,13 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones.cli.results import (
-    add_outputs,
-    add_source,
-    check_outputs,
-    facts,
-    say_refused,
-)
+from backbones.cli.results import add_outputs, add_source, check_outputs, facts, say_refused
 from backbones.common.arguments import nonempty_path, real
 from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text, json_text, write_if_asked
@@ -39,13 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``duplicates``."""
     add = parser.add_argument
     add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
-    add(
-        "--threshold",
-        type=real(0, 1, above=True),
-        default=THRESHOLD,
-        metavar="C",
-        help=f"minimum cosine similarity ({THRESHOLD})",
-    )
+    text = f"minimum cosine similarity ({THRESHOLD})"
+    add("--threshold", type=real(0, 1, above=True), default=THRESHOLD, metavar="C", help=text)
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 200,000 rows")
     add_outputs(parser, _PICTURE, "contact sheet of the groups", "image in a group")
     add_source(parser)
@@ -81,29 +70,21 @@ def run(options: Namespace) -> int:
 
 def _as_table(groups: Sequence[Sequence[Member]]) -> str:
     rows = [
-        [
-            str(number) if not place else "",
-            f"{m.similarity:.3f}",
-            f"{m.height}×{m.width}",
-            one_line(m.key),
-        ]
+        ["" if place else str(number), f"{m.similarity:.3f}", _size(m), one_line(m.key)]
         for number, group in enumerate(groups, start=1)
         for place, m in enumerate(group)
     ]
     return table(("group", "similarity", "size", "image"), rows, last_left=True) if rows else ""
 
 
+def _size(member: Member) -> str:
+    return f"{member.height}×{member.width}"
+
+
 def _entries(groups: Sequence[Sequence[Member]]) -> list[list[dict[str, object]]]:
+    kept = ("key", "height", "width")
     return [
-        [
-            {
-                "key": m.key,
-                "height": m.height,
-                "width": m.width,
-                "similarity": round(m.similarity, 6),
-            }
-            for m in group
-        ]
+        [{**{k: getattr(m, k) for k in kept}, "similarity": round(m.similarity, 6)} for m in group]
         for group in groups
     ]
 
@@ -113,8 +94,7 @@ def _rows(find: Thumbnails, groups: Sequence[Sequence[Member]]) -> list[Row]:
     for number, group in enumerate(groups, start=1):
         left_out = f", {_TILES} of them shown" if len(group) > _TILES else ""
         tiles = [
-            Tile(find(m.key), f"{m.similarity:.3f}   {m.height}×{m.width}", m.key)
-            for m in group[:_TILES]
+            Tile(find(m.key), f"{m.similarity:.3f}   {_size(m)}", m.key) for m in group[:_TILES]
         ]
         rows.append(Row(f"group {number}: {len(group)} images{left_out}", tiles))
     return rows

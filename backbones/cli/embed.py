@@ -12,6 +12,7 @@ from backbones.common.arguments import nonempty, nonempty_path, whole
 from backbones.common.dtypes import COMPUTED
 from backbones.common.messages import one_line
 from backbones.common.signals import exit_on_signals
+from backbones.embedding.fields import STORED
 from backbones.embedding.network import FEATURES
 from backbones.embedding.run import ENGINES, embed
 from backbones.embedding.table import CORRUPT
@@ -26,31 +27,17 @@ _SHOWN = 5
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``embed``."""
     add = parser.add_argument
-    add(
-        "source",
-        type=nonempty,
-        metavar="SOURCE",
-        help="folder of images, .tar or .parquet files, one such file or a pattern of them, list "
-        "of paths (.txt), digits, medmnist/NAME, torch/NAME, hfds/NAME",
-    )
+    text = "folder of images, .tar or .parquet files, one such file or a pattern of them, list of "
+    text += "paths (.txt), digits, medmnist/NAME, torch/NAME, hfds/NAME"
+    add("source", type=nonempty, metavar="SOURCE", help=text)
     add("--model", help="model name; optional for checkpoints of train_cls.py")
     add("--checkpoint", type=nonempty_path, metavar="FILE", help="weights")
-    add(
-        "--out",
-        type=nonempty_path,
-        metavar="FOLDER",
-        required=True,
-        help="a new folder, or one to resume",
-    )
+    text = "a new folder, or one to resume"
+    add("--out", type=nonempty_path, metavar="FOLDER", required=True, help=text)
     add("--features", default="head", metavar="WHICH", help=f"{FEATURES} (head)")
     add("--classes", type=whole(0), default=0, metavar="N", help="also store the top N classes (0)")
     add("--dtype", default="float32", choices=COMPUTED, help="of the computation (float32)")
-    add(
-        "--store",
-        default="float32",
-        choices=("float32", "float16"),
-        help="dtype in the shards (float32)",
-    )
+    add("--store", default="float32", choices=STORED, help="dtype in the shards (float32)")
     add("--split", default="train", help="of digits, medmnist/, torch/, hfds/ (train)")
     add("--column", metavar="NAME", help="the image column of Parquet and hfds/")
     add("--rows", type=whole(1), default=1024, metavar="N", help="images per shard (1024)")
@@ -65,26 +52,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Run ``embed``; 1 if an image could not be decoded."""
     with exit_on_signals():
-        done = embed(
-            options.source,
-            options.out,
-            options.model,
-            options.checkpoint,
-            features=options.features,
-            classes=options.classes,
-            dtype=options.dtype,
-            store=options.store,
-            split=options.split,
-            column=options.column,
-            rows=options.rows,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            decoders=options.decoders,
-            device=options.device,
-            engine=options.engine,
-            address=options.address,
-            progress=sys.stderr,
-        )
+        done = embed(**vars(options), progress=sys.stderr)
     rate = f", {done.done / done.seconds:.0f} images/s" if done.done else ""
     sys.stdout.write(f"{done.rows} embeddings in {options.out}{rate}\n")
     if done.skipped:

@@ -40,36 +40,24 @@ EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``export``."""
-    parser.add_argument("model", help="name of the architecture")
-    parser.add_argument(
-        "--out", type=nonempty_path, required=True, metavar="FILE", help="file to write"
-    )
-    parser.add_argument("--format", choices=_FORMATS, help="default: by the suffix of --out")
-    parser.add_argument(
-        "--checkpoint", type=nonempty_path, metavar="FILE", help="default: untrained"
-    )
-    parser.add_argument("--pretrained", action="store_true", help="download the published weights")
-    parser.add_argument("--dynamic", action="store_true", help="dynamic batch and image size")
+    add = parser.add_argument
+    add("model", help="name of the architecture")
+    add("--out", type=nonempty_path, required=True, metavar="FILE", help="file to write")
+    add("--format", choices=_FORMATS, help="default: by the suffix of --out")
+    add("--checkpoint", type=nonempty_path, metavar="FILE", help="default: untrained")
+    add("--pretrained", action="store_true", help="download the published weights")
+    add("--dynamic", action="store_true", help="dynamic batch and image size")
     add_size_argument(parser, "size to trace at (default: the model's)")
-    parser.add_argument(
-        "--batch", type=int, default=1, metavar="N", help="batch size if not dynamic (1)"
-    )
-    parser.add_argument("--fused", action="store_true", help="fold norms and branches first")
-    parser.add_argument(
-        "--int8", action="store_true", help="quantise: ONNX (QDQ), or safetensors for ourselves"
-    )
-    parser.add_argument(
-        "--calibration", type=nonempty_path, metavar="FOLDER", help="images for --int8"
-    )
-    parser.add_argument(
-        "--calibration-images", type=int, default=64, metavar="N", help="their number (64)"
-    )
-    parser.add_argument(
-        "--max-drop",
-        type=real(0, above=True),
-        metavar="X",
-        help="safetensors: largest relative error of the output; sensitive layers stay in floats",
-    )
+    text = "batch size if not dynamic (1)"
+    add("--batch", type=int, default=1, metavar="N", help=text)
+    add("--fused", action="store_true", help="fold norms and branches first")
+    text = "quantise: ONNX (QDQ), or safetensors for ourselves"
+    add("--int8", action="store_true", help=text)
+    add("--calibration", type=nonempty_path, metavar="FOLDER", help="images for --int8")
+    text = "their number (64)"
+    add("--calibration-images", type=int, default=64, metavar="N", help=text)
+    text = "safetensors: largest relative error of the output; sensitive layers stay in floats"
+    add("--max-drop", type=real(0, above=True), metavar="X", help=text)
     add_overwrite(parser)
 
 

@@ -231,11 +231,7 @@ def program_runner(path: Path) -> Run:
 
 
 def onnx_runner(path: Path, threads: int = 1) -> Run:
-    """A function that runs an ONNX file in onnxruntime on the CPU: images (B, C, H, W) → output.
-
-    Raises:
-        CommandError: onnxruntime is missing or rejects the file.
-    """
+    """A function that runs an ONNX file in onnxruntime on the CPU: images (B, C, H, W) → output."""
     _require_packages("onnxruntime")
     import onnxruntime
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure
+from backbones.common.figures import INK, drawable, new_figure, save_figure, style_axis
 from backbones.fusing.explain import BufferUse, Explanation
 
 __all__ = ["draw_memory"]
@@ -31,26 +31,26 @@ def draw_memory(path: Path, explained: Explanation) -> None:
     assert memory is not None
     unit, scale = ("KiB", 2**10) if memory.nbytes < 2**20 else ("MiB", 2**20)
     parts = _parts(explained)
-    drawn = dict.fromkeys(parts[buffer.first] for buffer in sorted(memory.planned, key=_first))
+    ordered = sorted(memory.planned, key=lambda buffer: buffer.first)
+    drawn = dict.fromkeys(parts[buffer.first] for buffer in ordered)
     colors = {part: _COLORS[i % len(_COLORS)] for i, part in enumerate(drawn)}
     figure = new_figure(11, 5.2)
     figure.subplots_adjust(left=0.075, right=0.985, bottom=0.19, top=0.86)
     axis = figure.subplots()
     for buffer in memory.planned:
-        axis.add_patch(_rectangle(Rectangle, buffer, scale, colors[parts[buffer.first]]))
+        corner = (buffer.first, (buffer.offset or 0) / scale)
+        length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale
+        paint = {"facecolor": colors[parts[buffer.first]], "edgecolor": "white", "linewidth": 0.7}
+        axis.add_patch(Rectangle(corner, length, height, **paint))
     top = memory.nbytes / scale
     axis.axhline(top, color=_PEAK, linewidth=1.4)
-    axis.text(
-        len(parts),
-        1.012 * top,
-        f"workspace {top:.2f} {unit}",
-        ha="right",
-        va="bottom",
-        color=_PEAK,
-        fontsize=10,
-    )
+    place = {"ha": "right", "va": "bottom"}
+    label = f"workspace {top:.2f} {unit}"
+    axis.text(len(parts), 1.012 * top, label, color=_PEAK, fontsize=10, **place)
     _label_largest(axis, memory.planned, scale, top, len(parts))
-    _style(axis, len(parts), top, unit)
+    axis.set_xlim(0, len(parts))
+    axis.set_ylim(0, 1.08 * top)
+    style_axis(axis, f"offset in the workspace, {unit}", "call")
     figure.legend(
         handles=[Patch(color=color, label=drawable(part)) for part, color in colors.items()],
         loc="lower left",
@@ -96,16 +96,6 @@ def _parts(explained: Explanation) -> list[str]:
     return found
 
 
-def _first(buffer: BufferUse) -> int:
-    return buffer.first
-
-
-def _rectangle(kind: Any, buffer: BufferUse, scale: float, color: str) -> Any:
-    corner = (buffer.first, (buffer.offset or 0) / scale)
-    length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale
-    return kind(corner, length, height, facecolor=color, edgecolor="white", linewidth=0.7)
-
-
 def _label_largest(
     axis: Any, planned: list[BufferUse], scale: float, top: float, calls: int
 ) -> None:
@@ -114,26 +104,5 @@ def _label_largest(
         text = "×".join(map(str, buffer.shape))
         length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale
         if height > 0.045 * top and length > 0.0088 * calls * len(text):
-            axis.text(
-                buffer.first + length / 2,
-                (buffer.offset or 0) / scale + height / 2,
-                text,
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white",
-            )
-
-
-def _style(axis: Any, calls: int, top: float, unit: str) -> None:
-    axis.set_xlim(0, calls)
-    axis.set_ylim(0, 1.08 * top)
-    axis.set_xlabel("call", fontsize=11, color=INK)
-    axis.set_ylabel(f"offset in the workspace, {unit}", fontsize=11, color=INK)
-    axis.grid(color=GRID)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=INK, labelsize=10, length=0)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axis.spines[side].set_color(GRID)
+            x, y = buffer.first + length / 2, (buffer.offset or 0) / scale + height / 2
+            axis.text(x, y, text, ha="center", va="center", fontsize=8, color="white")

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from backbones.cli.cam import grad_cam
 from backbones.cli.common import read_labels
-from backbones.cli.predictions import CSV_HEAD, Prediction, as_csv, as_entries, as_table
+from backbones.cli.predictions import (
+    CSV_HEAD,
+    Prediction,
+    as_csv,
+    as_entries,
+    as_table,
+    draw_predictions,
+)
 from backbones.common import images
 from backbones.common.arguments import nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
@@ -69,12 +76,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--topk", type=whole(1), default=5, metavar="N", help="classes to show per image (5)")
     add("--csv", type=nonempty_path, metavar="FILE", help="write a row for each predicted class")
     add("--json", type=nonempty_path, metavar="FILE", help="write an entry for each image")
-    add(
-        "--cam",
-        type=nonempty_path,
-        metavar="PNG",
-        help=f"draw the first {_PICTURES} images with their Grad-CAM",
-    )
+    text = f"draw the first {_PICTURES} images with their Grad-CAM"
+    add("--cam", type=nonempty_path, metavar="PNG", help=text)
     add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
     add("--dtype", choices=COMPUTED, help="of the computation, after fuse() (default: unfused)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
@@ -132,8 +135,6 @@ def run(options: Namespace) -> int:
     write_if_asked(options.csv, as_csv(predictions, names))
     write_if_asked(options.json, json_text(as_entries(predictions, names)))
     if options.cam is not None:
-        from backbones.cli.cam_picture import draw_predictions
-
         shown = [prediction for prediction in predictions if prediction.image is not None]
         if shown:
             draw_predictions(options.cam, shown, names)
@@ -235,9 +236,6 @@ def read_pixels(path: Path, grey: bool = False) -> np.ndarray:
 
     With the fastest decoder whose pixels are those of
     :func:`backbones.common.images.open_image`.
-
-    Raises:
-        one of :data:`backbones.common.images.DECODE_ERRORS`: not a complete image, or not a file.
     """
     if (problem := file_problem(path)) is not None:
         raise OSError(problem)

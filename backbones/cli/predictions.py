@@ -1,4 +1,4 @@
-"""Predictions of images, as a table, CSV or JSON."""
+"""Predictions of images, as a table, CSV, JSON or a picture of their Grad-CAM."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from backbones.common.figures import INK, drawable, new_figure, save_figure, short
 from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text
 from backbones.common.tables import table
 
-__all__ = ["CSV_HEAD", "Prediction", "as_csv", "as_entries", "as_table"]
+__all__ = ["CSV_HEAD", "Prediction", "as_csv", "as_entries", "as_table", "draw_predictions"]
 
 CSV_HEAD = ("image", "place", "class", "name", "confidence", "error")
 """The columns of :func:`as_csv`."""
+_HEAT, _STRENGTH = "inferno", 0.6
 
 
 @dataclass
@@ -71,3 +75,40 @@ def as_entries(predictions: Sequence[Prediction], names: Sequence[str]) -> list[
         ranked = [{"class": n, "name": names[n], "confidence": round(c, 6)} for n, c in p.ranked()]
         entries.append({"image": str(p.path), "predictions": ranked})
     return entries
+
+
+def draw_predictions(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
+    """Draw each image next to a copy with its heat map, with the top predictions below.
+
+    Args:
+        path: of the PNG.
+        predictions: with ``image`` and ``heat``.
+        names: of the classes, by number.
+    """
+    from matplotlib import colormaps
+
+    columns = min(4, len(predictions))
+    rows = -(-len(predictions) // columns)
+    width, height = 3.1 * columns + 0.2, 2.25 * rows + 0.15
+    figure = new_figure(width, height)
+    edges = {"left": 0.1 / width, "right": 1 - 0.1 / width}
+    edges |= {"bottom": 0.5 / height, "top": 1 - 0.32 / height}
+    figure.subplots_adjust(**edges, wspace=0.06, hspace=0.5)
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, prediction in zip(axes, predictions, strict=False):
+        heat = prediction.heat[..., None]
+        colors = colormaps[_HEAT](heat[..., 0])[..., :3]
+        shown = prediction.image * (1 - _STRENGTH * heat) + colors * _STRENGTH * heat
+        gap = np.ones((len(heat), max(1, len(heat) // 40), 3))
+        axis.imshow(np.concatenate((prediction.image, gap, shown), axis=1))
+        name = prediction.path.name
+        title = drawable(name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}")
+        axis.set_title(title, fontsize=9, loc="left", pad=3, color="#56606e")
+        for i, (number, confidence) in enumerate(prediction.ranked()[:2]):
+            line = f"{short(names[number])}  {100 * confidence:.0f} %"
+            font = {"fontsize": 8.5} if i else {"fontsize": 10, "fontweight": "bold"}
+            place = {"transform": axis.transAxes, "va": "top"}
+            axis.text(0, -0.03 - 0.13 * i, line, color=INK, **place, **font)
+    save_figure(figure, path)

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backbones.cli.results import (
-    add_outputs,
-    add_source,
-    check_outputs,
-    facts,
-    say_refused,
-)
+from backbones.cli.results import add_outputs, add_source, check_outputs, facts, say_refused
 from backbones.common.arguments import nonempty, nonempty_path, real, whole
+from backbones.common.confusion import confusions, draw_confusions
 from backbones.common.errors import CommandError
 from backbones.common.messages import one_line
 from backbones.common.outputs import json_text, write_if_asked
 from backbones.common.tables import table
-from backbones.embedding.confusion import confusions, draw_confusion
 from backbones.embedding.page import Table, write_page
-from backbones.embedding.probe import MOST_ROWS, Method, Report, probe
+from backbones.embedding.probe import MOST_ROWS, Method, Mistake, Report, probe
 from backbones.embedding.sheet import Row, Tile
 from backbones.embedding.thumbnails import Thumbnails
 
@@ -39,45 +32,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``probe``."""
     add = parser.add_argument
     add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
-    add(
-        "--labels",
-        type=nonempty,
-        required=True,
-        metavar="WHICH",
-        help="a CSV, TSV or JSON file of keys and classes; folder: the name of an image's folder; "
-        "source: the labels of digits, medmnist/, torch/, hfds/",
-    )
+    which: dict[str, Any] = {"type": nonempty, "metavar": "WHICH"}
+    text = "a CSV, TSV or JSON file of keys and classes; folder: the name of an image's folder; "
+    text += "source: the labels of digits, medmnist/, torch/, hfds/"
+    add("--labels", required=True, help=text, **which)
     add("--test", type=nonempty_path, metavar="FOLDER", help="test on these embeddings")
-    add(
-        "--test-labels", type=nonempty, metavar="WHICH", help="labels of --test, if not in --labels"
-    )
-    add(
-        "--split",
-        type=nonempty,
-        metavar="WHICH",
-        help="a CSV, TSV or JSON file of keys and train/test; folder: train/, val/, test/ in keys",
-    )
-    add(
-        "--held-out",
-        type=real(0, 0.99, above=True),
-        default=0.2,
-        metavar="SHARE",
-        help="share to test on (0.2)",
-    )
+    add("--test-labels", help="labels of --test, if not in --labels", **which)
+    text = "a CSV, TSV or JSON file of keys and train/test; folder: train/, val/, test/ in keys"
+    add("--split", help=text, **which)
+    share = real(0, 0.99, above=True)
+    add("--held-out", type=share, default=0.2, metavar="SHARE", help="share to test on (0.2)")
     add("--neighbors", type=whole(1), default=5, metavar="N", help="k of the kNN classifier (5)")
-    add(
-        "--c",
-        type=real(0, above=True),
-        default=1.0,
-        help="inverse regularisation of the linear probe (1)",
-    )
-    add(
-        "--most-rows",
-        type=whole(2),
-        default=MOST_ROWS,
-        metavar="N",
-        help=f"limit of train and of test rows ({MOST_ROWS:,})",
-    )
+    text = "inverse regularisation of the linear probe (1)"
+    add("--c", type=real(0, above=True), default=1.0, help=text)
+    text = f"limit of train and of test rows ({MOST_ROWS:,})"
+    add("--most-rows", type=whole(2), default=MOST_ROWS, metavar="N", help=text)
     add("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="random seed (0)")
     add_outputs(parser, _PICTURE, "confusion matrix")
     add_source(parser)
@@ -90,29 +59,20 @@ def run(options: Namespace) -> int:
         raise CommandError("give either --test or --split")
     if options.test is None and options.test_labels is not None:
         raise CommandError("--test-labels are of the embeddings in --test FOLDER")
-    given = [options.labels, options.test_labels, options.split]
-    files = [Path(word) for word in given if word not in (None, "folder", "source")]
+    words = [options.labels, options.test_labels, options.split]
+    files = [Path(word) for word in words if word not in (None, "folder", "source")]
     path = check_outputs(options, _PICTURE, "rows", inputs=files)
-    report = probe(
-        folder,
-        options.labels,
-        options.test,
-        options.test_labels,
-        options.split,
-        options.held_out,
-        options.neighbors,
-        options.c,
-        options.most_rows,
-        options.seed,
-        options.source,
-    )
+    chosen = ("test", "test_labels", "split", "held_out", "neighbors", "c", "most_rows", "seed")
+    given = {name: getattr(options, name) for name in (*chosen, "source")}
+    report = probe(folder, options.labels, **given)
     data = _data(report)
     sys.stdout.write(f"{data}\n{table(_HEAD, _figures(report))}")
     for note in (*report.notes, *(f"{m.name}: {m.note}" for m in report.methods if m.note)):
         sys.stderr.write(f"note: {one_line(note)}\n")
     write_if_asked(options.json, json_text(_entries(report)))
     title = f"Probe of {folder}, {len(report.classes)} classes"
-    draw_confusion(path, report, title)
+    matrices = {method.name: method.confusion for method in report.methods}
+    draw_confusions(path, title, report.classes, matrices)
     if options.html is not None:
         images = Thumbnails(options.test or folder, options.source)
         write_page(
@@ -156,20 +116,17 @@ def _entries(report: Report) -> dict[str, Any]:
     methods = {
         method.name: {
             **{k: getattr(method, k) for k in ("accuracy", "low", "high", "per_class", "note")},
-            "confusions": confusions(method, report.classes),
-            "mistakes": [
-                {
-                    "key": m.key,
-                    "class": m.truth,
-                    "taken_for": m.answer,
-                    "confidence": round(m.confidence, 6),
-                }
-                for m in method.mistakes
-            ],
+            "confusions": confusions(method.confusion, report.classes),
+            "mistakes": list(map(_entry, method.mistakes)),
         }
         for method in report.methods
     }
     return {**counts, "classes": report.classes, "notes": report.notes, "methods": methods}
+
+
+def _entry(mistake: Mistake) -> dict[str, Any]:
+    told = {"key": mistake.key, "class": mistake.truth, "taken_for": mistake.answer}
+    return {**told, "confidence": round(mistake.confidence, 6)}
 
 
 def _group(method: Method, truth: str, answer: str) -> str:
@@ -178,7 +135,7 @@ def _group(method: Method, truth: str, answer: str) -> str:
 
 def _kinds(method: Method, report: Report) -> Table:
     """The most frequent confusions of a method."""
-    found = confusions(method, report.classes)[:_KINDS]
+    found = confusions(method.confusion, report.classes)[:_KINDS]
     return Table(
         (f"{method.name}: class", "taken for", "images"),
         [(truth, answer, str(count)) for truth, answer, count in found],
@@ -189,7 +146,7 @@ def _kinds(method: Method, report: Report) -> Table:
 def _rows(find: Thumbnails, report: Report) -> list[Row]:
     rows = []
     for method in report.methods:
-        shown: Sequence[Any] = method.mistakes[:_MISTAKES]
+        shown = method.mistakes[:_MISTAKES]
         if not shown:
             continue
         tiles = [

@@ -56,9 +56,6 @@ def check_options(int8: bool, folder: Path | None, count: int, fixed_ranges: boo
 
     Args:
         fixed_ranges: whether the format needs them, and so images.
-
-    Raises:
-        CommandError: int8 without images, images without int8, or a number below 1.
     """
     if int8 and folder is None and fixed_ranges:
         raise CommandError(f"--int8 needs --calibration FOLDER; {_WANTED}")
@@ -145,11 +142,7 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
 
 
 def agreement(model: nn.Module, run: Run, images: Sequence[Tensor]) -> Agreement:
-    """How the outputs of ``run`` compare with the model's on ``images``.
-
-    Raises:
-        CommandError: ``run`` fails, or returns another shape or NaN.
-    """
+    """How the outputs of ``run`` compare with the model's on ``images``."""
     same, signal, noise = 0, 0.0, 0.0
     classifies = True
     for image in images:

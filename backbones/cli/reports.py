@@ -67,21 +67,13 @@ def _line(value: Any) -> str:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report atomically as :func:`text_of` gives it, making missing folders.
-
-    Raises:
-        CheckpointFileError: the file cannot be written; an earlier one is unchanged.
-    """
+    """Write a report atomically as :func:`text_of` gives it, making missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, text_of(report))
 
 
 def read_report(path: Path) -> Report:
-    """A report that an earlier run wrote.
-
-    Raises:
-        CommandError: it is not a report.
-    """
+    """A report that an earlier run wrote."""
     try:
         report: Report = json.loads(path.read_text(encoding="utf-8"))
         report["machine"], report["results"]

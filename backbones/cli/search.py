@@ -10,13 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from backbones.cli.predict import find_images, say_skipped
-from backbones.cli.results import (
-    add_outputs,
-    add_source,
-    check_outputs,
-    facts,
-    say_refused,
-)
+from backbones.cli.results import add_outputs, add_source, check_outputs, facts, say_refused
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.errors import CommandError
 from backbones.common.images import DECODE_ERRORS
@@ -44,15 +38,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``search``."""
     add = parser.add_argument
     add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
-    add(
-        "--query",
-        type=nonempty_path,
-        nargs="+",
-        default=[],
-        metavar="IMAGE",
-        help="image files or folders",
-    )
-    add("--key", nargs="+", default=[], metavar="KEY", help="keys of images in FOLDER")
+    several = {"nargs": "+", "default": []}
+    add("--query", type=nonempty_path, metavar="IMAGE", help="image files or folders", **several)
+    add("--key", metavar="KEY", help="keys of images in FOLDER", **several)
     add("--top", type=whole(1), default=12, metavar="N", help="results per query (12)")
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 1,000,000 rows")
     add("--checkpoint", type=nonempty_path, metavar="FILE", help="the weights, if they have moved")

@@ -39,11 +39,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--runs", type=whole(0), help="timed runs (5; with --kernels 10); 0: no times")
     kernels = parser.add_argument_group("kernels of the model after fuse()")
     add = kernels.add_argument
-    add(
-        "--kernels",
-        action="store_true",
-        help="list every kernel call, why it was chosen, and its time",
-    )
+    text = "list every kernel call, why it was chosen, and its time"
+    add("--kernels", action="store_true", help=text)
     add("--plain", action="store_true", help="show the model before fuse()")
     add("--batch", type=whole(1), metavar="N", help="batch size (1)")
     add("--dtype", choices=_DTYPES, help="dtype of weights and images (float32)")

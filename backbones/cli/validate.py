@@ -33,6 +33,7 @@ from torch import nn
 
 import backbones
 from backbones.common.arguments import THREADS, nonempty, nonempty_path, real, usable_device, whole
+from backbones.common.confusion import class_report, confusion_matrix, draw_confusions
 from backbones.common.errors import CREATION_ERRORS, DataError, RecipeError
 from backbones.common.errors import MendableError as TrainingError
 from backbones.common.files import write_text_atomically
@@ -62,7 +63,6 @@ from backbones.training.corruptions import (
 from backbones.training.data import open_splits
 from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe
-from backbones.training.report import class_report, confusion_matrix, draw_confusion
 from backbones.training.trained import load_trained
 
 __all__ = ["EXAMPLE", "Validator", "add_arguments", "find_candidates", "run"]
@@ -121,11 +121,7 @@ class Validator:
         self.corruption_rows: list[dict[str, Any]] = []
 
     def measure(self, candidate: Candidate) -> dict[str, Any]:
-        """One row of the results.
-
-        Raises:
-            TrainingError, CheckpointError, OSError, RuntimeError: the model cannot be measured.
-        """
+        """One row of the results."""
         options, recipe = self.options, candidate.recipe
         model = load_trained(
             candidate.name,
@@ -235,9 +231,8 @@ class Validator:
         table, picture = report_paths(folder, candidate)
         matrix = confusion_matrix(predictions.labels, predictions.top5[:, 0], len(classes))
         write_table(table, class_report(matrix, classes))
-        top1, images = predictions.accuracy(1), len(predictions.labels)
-        title = f"{candidate.name}: {top1:.2f} % of {images} images right"
-        draw_confusion(picture, matrix, classes, title)
+        title = f"{candidate.name}, {len(predictions.labels)} images"
+        draw_confusions(picture, title, classes, {"right": matrix})
         self.progress.say(f"{table.name} and {picture.name} are in {folder}")
 
 
@@ -266,11 +261,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def find_candidates(options: Namespace) -> list[Candidate]:
-    """The models of the command line: names, patterns, lists in files, and runs.
-
-    Raises:
-        RecipeError: no models, or an unreadable list or run.
-    """
+    """The models of the command line: names, patterns, lists in files, and runs."""
     settings = {"img_size": options.img_size, "crop_pct": options.crop_pct}
     settings |= {"interpolation": options.interpolation, "in_chans": options.in_chans}
     settings |= {"model_args": options.model_args}
@@ -378,11 +369,7 @@ def _check_outputs(options: Namespace, candidates: Sequence[Candidate]) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Run ``validate``; 1 if any model failed.
-
-    Raises:
-        TrainingError, CommandError: nothing can be measured, or the results cannot be written.
-    """
+    """Run ``validate``; 1 if any model failed."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     candidates = find_candidates(options)

@@ -46,12 +46,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``verify``."""
     add = parser.add_argument
     add("model", nargs="?", help="model, or a checkpoint file (default: the checkpoint's model)")
-    add(
-        "--checkpoint",
-        type=nonempty_path,
-        metavar="FILE",
-        help="weights (default: test only the code)",
-    )
+    text = "weights (default: test only the code)"
+    add("--checkpoint", type=nonempty_path, metavar="FILE", help=text)
     saved = "save figures of every stage, to compare elsewhere"
     add("--save-figures", type=nonempty_path, metavar="JSON", help=saved)
     add("--figures", type=nonempty_path, metavar="JSON", help="compare with saved figures")
@@ -111,9 +107,6 @@ def make_figures(model: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Shape, mean, deviation, norm and first values of every stage's map and of the output.
 
     The image is deterministic, see :func:`backbones.cli.parity.image`.
-
-    Raises:
-        CommandError: the outputs are not finite.
     """
     shape, seed = (1, model.in_chans, *size), 0
     maps, output = _outputs(model, parity.image(shape, seed))
@@ -191,13 +184,8 @@ def _identify(path: Path) -> str | None:
     if match.differences > len(tensors) // 2:
         sys.stdout.write("release: none; it does not resemble any published model\n")
         return None
-    differences = _some(
-        {
-            "missing": match.missing,
-            "unexpected": match.unexpected,
-            "of another shape": match.reshaped,
-        }
-    )
+    kinds = {"missing": match.missing, "unexpected": match.unexpected}
+    differences = _some({**kinds, "of another shape": match.reshaped})
     sys.stdout.write(
         f"release: none; closest is the original's {match.variant}, with {differences}\n"
     )

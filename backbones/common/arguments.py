@@ -83,11 +83,7 @@ THREADS = whole(1, 1024)
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name, after creating and reading a tensor on it.
-
-    Raises:
-        CommandError: it does not exist, or cannot hold values.
-    """
+    """The device of that name, after creating and reading a tensor on it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about deprecated names

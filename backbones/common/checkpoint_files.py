@@ -119,12 +119,7 @@ def read_file(path: Path) -> Any:
 
 
 def check_archive(path: Path) -> None:
-    """Verify all checksums in a zip file, which torch's own reader does not.
-
-    Raises:
-        DamagedFileError: a wrong checksum, or an incomplete zip file.
-        OSError: it cannot be opened.
-    """
+    """Verify all checksums in a zip file, which torch's own reader does not."""
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:

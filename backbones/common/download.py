@@ -86,9 +86,6 @@ def fetch(url: str, path: Path, checksum: str = "") -> None:
 
     Args:
         checksum: prefix of the SHA-256 in hex.
-
-    Raises:
-        ConnectionError, CheckpointError, OSError: see :func:`downloaded`.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     digest = hashlib.sha256()

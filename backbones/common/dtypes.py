@@ -18,11 +18,7 @@ COMPUTED = {
 
 
 def check_dtype(computed: str, device: torch.device) -> None:
-    """Reject a dtype that the device does not support, or that is not faster than float32.
-
-    Raises:
-        CommandError: unsupported or unknown dtype.
-    """
+    """Reject a dtype that the device does not support, or that is not faster than float32."""
     if computed not in COMPUTED:
         raise CommandError(f"--dtype must be {', '.join(COMPUTED)}, not {shown(computed)}")
     if device.type != "cpu":

@@ -37,11 +37,11 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=110, facecolor="white")
 
 
-def style_axis(axis: Any, label: str) -> None:
-    """An axis over epochs with ``label`` at its side."""
+def style_axis(axis: Any, label: str, below: str = "epoch") -> None:
+    """An axis over whole numbers, with ``label`` at its side."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_xlabel("epoch", fontsize=11, color=INK)
+    axis.set_xlabel(below, fontsize=11, color=INK)
     axis.set_ylabel(label, fontsize=11, color=INK)
     axis.grid(color=GRID)
     axis.set_axisbelow(True)

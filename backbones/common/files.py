@@ -64,11 +64,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Save only weights, as safetensors.
-
-    Raises:
-        FileError: see :func:`write_atomically`.
-    """
+    """Save only weights, as safetensors."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     data = safetensors.torch.save(tensors, metadata)
     write_atomically(path, lambda file: file.write(data))
@@ -197,11 +193,7 @@ _KINDS = {
 
 
 def require_disk_space(folder: Path, size: int) -> None:
-    """Check that a disk has ``size`` bytes left.
-
-    Raises:
-        CommandError: it has not.
-    """
+    """Check that a disk has ``size`` bytes left."""
     free = shutil.disk_usage(folder).free
     if free < size:
         raise CommandError(

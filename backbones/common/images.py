@@ -112,9 +112,6 @@ def list_below(folder: str | Path) -> Listing[str]:
 
     Linked folders are not followed. Entries that aren't files (named pipes, broken links) are
     listed too; reading them fails with the reason.
-
-    Raises:
-        OSError: a folder cannot be listed.
     """
 
     def fail(error: OSError) -> None:
@@ -228,9 +225,6 @@ def open_pixels(
 
     Returns:
         (H, W, 3), or (H, W, 1) for greyscale, uint8.
-
-    Raises:
-        one of :data:`DECODE_ERRORS`: see :func:`open_image`.
     """
     if decoder == "simplejpeg":
         with opened(source) as image:
@@ -306,9 +300,6 @@ def require_wide(size: tuple[int, int], config: dict[str, Any]) -> None:
     Args:
         size: width and height of the image.
         config: preprocessing, as timm resolves it.
-
-    Raises:
-        ValueError: it would.
     """
     shorter, longer = sorted(size)
     side = max(config["input_size"][1:]) / config["crop_pct"]

@@ -130,11 +130,7 @@ def range_of(f: dataclasses.Field[Any]) -> Range | None:
 
 
 def check_ranges(recipe: Any) -> None:
-    """Reject the first value that is out of its key's range; None is in any.
-
-    Raises:
-        RecipeError: names the key, its value and the range.
-    """
+    """Reject the first value that is out of its key's range; None is in any."""
     for name, f in fields_of(type(recipe)).items():
         span, value = range_of(f), getattr(recipe, name)
         if span is not None and value is not None and not span.holds(value):
@@ -172,12 +168,7 @@ def inner_type(hint: Any) -> Any:
 
 
 def _as_type_of(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """``value`` as the type ``hint`` of a key. YAML 1.1 reads 1e-3 as a string; flags all are.
-
-    Raises:
-        RecipeError: another type, or none of the key's values; text with control characters, or
-            empty text if the default is not empty.
-    """
+    """``value`` as the type ``hint`` of a key. YAML 1.1 reads 1e-3 as a string; flags all are."""
     name, inner = f.name, inner_type(hint)
     if inner is not hint and (
         value is None or (isinstance(value, str) and value.lower() in ("none", "null"))

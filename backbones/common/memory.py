@@ -164,11 +164,7 @@ def peak_memory(device: torch.device) -> float:
 
 @torch.inference_mode()
 def require_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
-    """Check on the meta device that memory suffices for images of these shapes.
-
-    Raises:
-        CommandError: the live tensors are larger than the free memory.
-    """
+    """Check on the meta device that memory suffices for images of these shapes."""
     dtype = next(model.parameters()).dtype
     shadow = copy.deepcopy(model).to("meta").eval()
     free = available_memory(torch.device("cpu"))

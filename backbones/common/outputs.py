@@ -210,11 +210,7 @@ def _is_earlier(file: Path, kind: Kind) -> bool:
 
 
 def require_folder(option: str, folder: Path) -> None:
-    """Check that a folder is writable or can be created.
-
-    Raises:
-        CommandError: it is not.
-    """
+    """Check that a folder is writable or can be created."""
     there = next(p for p in (folder, *folder.parents) if os.path.lexists(p) or p == p.parent)
     if not there.is_dir():
         raise CommandError(f"{option}: {there} is not a folder")

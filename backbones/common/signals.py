@@ -38,11 +38,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 @contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP raise an exception, so that every ``finally`` runs.
-
-    Raises:
-        SystemExit: status 128 + signal, as in a shell.
-    """
+    """Make SIGTERM and SIGHUP raise SystemExit (128 + signal), so that every ``finally`` runs."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -358,9 +358,6 @@ def list_tar(
     Args:
         damage: gets a sentence where the archive breaks off; None makes an error of it.
         skipped: gets the names of the members that are no images, except for folders.
-
-    Raises:
-        DataError: it is no uncompressed tar file.
     """
     files = []
     try:

@@ -58,11 +58,7 @@ def sign(file: IO[bytes]) -> None:
 
 
 def footer_flaw(path: Path) -> str | None:
-    """Why the footer of a shard cannot be trusted; None if it can, or has no checksum.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Why the footer of a shard cannot be trusted; None if it can, or has no checksum."""
     return _examine(path, whole=False)
 
 
@@ -70,9 +66,6 @@ def flaw(path: Path) -> str | None:
     """Why a shard cannot be trusted; None if it can, or has no checksum.
 
     A file that was found intact is not read again by this process until it changes.
-
-    Raises:
-        OSError: it cannot be read.
     """
     found = os.stat(path)
     try:
@@ -123,11 +116,7 @@ def _footer_length(file: IO[bytes], size: int) -> int:
 
 
 def append_checksum(path: Path) -> None:
-    """Append the checksum of a file to it.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Append the checksum of a file to it."""
     with open(path, "r+b") as file:
         end = file.seek(0, os.SEEK_END)
         trailer = _TRAILER % _crc(file, end)
@@ -136,11 +125,7 @@ def append_checksum(path: Path) -> None:
 
 
 def verify(path: Path) -> bool:
-    """Whether a file ends in the checksum of what precedes it, see :func:`append_checksum`.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Whether a file ends in the checksum of what precedes it, see :func:`append_checksum`."""
     with open(path, "rb") as file:
         end = file.seek(0, os.SEEK_END) - _TRAILER_BYTES
         return end >= 0 and _read(file, end, _TRAILER_BYTES) == _TRAILER % _crc(file, end)

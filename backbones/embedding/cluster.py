@@ -38,11 +38,7 @@ _worker: tuple[Job, Worker] | None = None
 
 
 def require_ray() -> Any:
-    """Import ``ray``, an optional dependency.
-
-    Raises:
-        MendableError: it is not installed.
-    """
+    """Import ``ray``, an optional dependency."""
     try:
         import ray
     except ImportError:

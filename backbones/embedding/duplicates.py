@@ -73,9 +73,7 @@ def find_duplicates(
 
     Raises:
         ValueError: ``threshold`` out of range, or unknown ``index``.
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
         ThresholdError: nearly all pairs of many images reach the threshold.
-        GraphError: see :func:`backbones.embedding.hnsw.open_graph`.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")

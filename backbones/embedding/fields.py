@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from backbones.common.checks import Check, one_of, several, text, whole
 from backbones.common.dtypes import COMPUTED
 from backbones.common.images import DECODERS
 from backbones.common.messages import shown
 
-__all__ = ["STORED", "problem"]
+__all__ = ["STORED", "check_fields"]
 
 STORED = ("float32", "float16")
 """The dtypes of stored embeddings."""
@@ -19,93 +20,65 @@ STORED = ("float32", "float16")
 _MOST_DIM = 2**31 - 1  # of Arrow's lists of fixed size
 _MOST = 2**63 - 1
 
-# Each says what a value must be, or None if it is.
-_Check = Callable[[Any], "str | None"]
 
+def check_fields(content: Mapping[str, Any]) -> None:
+    """Check the fields of a ``metadata.json``; those without a rule are ignored.
 
-def problem(content: Mapping[str, Any]) -> str | None:
-    """The first field that cannot be so, with its value; None if there is none.
-
-    Args:
-        content: of the file; fields without a rule are ignored.
+    Raises:
+        TypeError, ValueError: for the first field that cannot be so; names it and its value.
     """
-    for key, check in _RULES.items():
-        if (found := _broken(key, content, check)) is not None:
-            return found
+    _check("", content, _RULES)
     for part, rules in _PARTS.items():
-        for key, check in rules.items():
-            if (found := _broken(key, content[part], check)) is not None:
-                return f"{part}: {found}"
+        _check(f"{part}.", content[part], rules)
     source = content["source"]
-    lacking = [key for key in _NEEDED.get(source["kind"], ()) if source.get(key) is None]
-    if lacking:
-        return f"source: {lacking[0]} is missing"
+    for key in _NEEDED.get(source["kind"], ()):
+        if source.get(key) is None:
+            raise ValueError(f"source.{key} is missing")
     if math.prod(content["shape"]) != content["dim"]:
-        return f"dim must be the product of shape, {content['shape']}, not {content['dim']}"
-    return None
+        raise ValueError(
+            f"dim must be the product of shape, {content['shape']}, not {content['dim']}"
+        )
 
 
-def _broken(key: str, content: Mapping[str, Any], check: _Check) -> str | None:
-    optional = key.endswith("?")
-    name = key.rstrip("?")
-    if name not in content or (optional and content[name] is None):
-        return None if optional else f"{name} is missing"
-    must = check(content[name])
-    return None if must is None else f"{name} must be {must}, not {shown(content[name])}"
+def _check(within: str, content: Mapping[str, Any], rules: Mapping[str, Check]) -> None:
+    for key, check in rules.items():
+        name, is_optional = key.rstrip("?"), key.endswith("?")
+        if name in content and not (is_optional and content[name] is None):
+            check(f"{within}{name}", content[name])
+        elif not is_optional:
+            raise ValueError(f"{within}{name} is missing")
 
 
-def _whole(low: int, high: int = _MOST) -> _Check:
-    def check(value: Any) -> str | None:
-        fits = type(value) is int and low <= value <= high
-        limit = f"from {low} to {high}" if high < _MOST else f"of at least {low}"
-        return None if fits else f"a whole number {limit}"
-
-    return check
-
-
-def _one_of(*values: str) -> _Check:
-    return lambda value: None if value in values else " or ".join(values)
-
-
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and _is_encodable(value) else "a text"
-
-
-def _path(value: Any) -> str | None:
-    return None if _text(value) is None and "\0" not in value else "a path"
-
-
-def _is_encodable(text: str) -> bool:
+def _text(name: str, value: Any) -> str:
     try:
-        os.fsencode(text)
+        os.fsencode(text(name, value))
     except UnicodeEncodeError:
-        return False
-    return True
+        raise ValueError(f"{name} must be text, got {shown(value)}") from None
+    return value
 
 
-def _texts(value: Any) -> str | None:
-    fits = isinstance(value, list) and all(_text(entry) is None for entry in value)
-    return None if fits else "a list of texts"
+def _path(name: str, value: Any) -> str:
+    if "\0" in _text(name, value):
+        raise ValueError(f"{name} must be a path, got {shown(value)}")
+    return value
 
 
-def _sides(value: Any) -> str | None:
-    side = _whole(1, _MOST_DIM)
-    fits = isinstance(value, list) and 0 < len(value) < 9 and not any(map(side, value))
-    return None if fits else "a list of whole numbers of at least 1"
+def _object(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be an object, got {shown(value)}")
+    return value
 
 
-def _object(value: Any) -> str | None:
-    return None if isinstance(value, dict) else "an object"
-
-
-_RULES: dict[str, _Check] = {
+# A field whose name ends in "?" may be missing or null.
+_RULES: dict[str, Check] = {
     **{"model": _text, "weights": _object, "preprocessing": _object, "features": _text},
-    **{"shape": _sides, "dim": _whole(1, _MOST_DIM), "dtype": _one_of(*STORED)},
-    **{"computed": _one_of(*COMPUTED), "classes": _whole(0, _MOST_DIM), "source": _object},
-    **{"images?": _whole(0), "shards": _whole(0), "rows": _whole(1)},
-    **{"names?": _texts, "decoder?": _one_of(*DECODERS), "versions?": _object, "seal?": _text},
+    **{"shape": several(whole(1, _MOST_DIM)), "dim": whole(1, _MOST_DIM), "dtype": one_of(*STORED)},
+    **{"computed": one_of(*COMPUTED), "classes": whole(0, _MOST_DIM), "source": _object},
+    **{"images?": whole(0, _MOST), "shards": whole(0, _MOST), "rows": whole(1, _MOST)},
+    **{"names?": several(_text, may_be_empty=True), "decoder?": one_of(*DECODERS)},
+    **{"versions?": _object, "seal?": _text},
 }
-_PARTS: dict[str, dict[str, _Check]] = {
+_PARTS: dict[str, dict[str, Check]] = {
     "weights": {"file": _text, "path?": _path, "sha256": _text},
     "source": {
         **{"kind": _text, "path": _path, "digest?": _text, "list?": _path},

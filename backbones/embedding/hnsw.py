@@ -58,7 +58,6 @@ def open_graph(folder: str | Path, progress: bool = False) -> Graph:
 
     Raises:
         GraphError: faiss is not installed, or there is not enough memory or disk space.
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
     try:
         import faiss

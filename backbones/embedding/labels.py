@@ -42,7 +42,6 @@ def labels_of(
 
     Raises:
         LabelError: the file cannot be read, or no image has a class.
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
     find = _finder(folder, labels, source)
     found: list[str | None] = []
@@ -72,7 +71,6 @@ def split_of(folder: str | Path, split: Mapping[str, str] | str | Path) -> list[
 
     Raises:
         LabelError: another value in a file, or no image is in a split.
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
     if split == "folder":
         found = [

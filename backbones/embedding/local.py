@@ -40,11 +40,7 @@ def cores() -> int:
 
 
 def run_here(job: Job, network: Network, parts: Iterable[Part]) -> Iterator[Event]:
-    """Embed in this process, with one thread.
-
-    Raises:
-        MendableError, OSError: see :class:`backbones.embedding.worker.Worker`.
-    """
+    """Embed in this process, with one thread."""
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damage that affects no pixel

@@ -57,9 +57,6 @@ def write_page(
         tables: shown above the images.
         picture: a PNG shown above the images.
         told: alternative text of the picture.
-
-    Raises:
-        CheckpointFileError: see :func:`backbones.common.files.write_atomically`.
     """
     parts = {
         "title": _text(title),

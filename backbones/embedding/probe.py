@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from backbones.common.confusion import confusion_matrix
 from backbones.common.errors import MendableError
 from backbones.embedding.labels import LabelError, labels_of, split_of
 from backbones.embedding.rows import blocks, unit
@@ -126,7 +127,6 @@ def probe(
         ValueError: a number out of range.
         LabelError: see :func:`backbones.embedding.labels.labels_of`; or there are fewer than two
             classes, or nothing is left to train on or to measure on.
-        TableError, FileNotFoundError: see :func:`backbones.embedding.table.batches`.
         MendableError: scikit-learn is not installed, or the tables are of different models.
     """
     _check(held_out, neighbors, c, most_rows)
@@ -297,9 +297,7 @@ class _Truth:
 
     def judge(self, name: str, found: np.ndarray, sure: np.ndarray, note: str = "") -> Method:
         """Evaluate predictions and their confidences."""
-        count = len(self.classes)
-        confusion = np.zeros((count, count), np.int64)
-        np.add.at(confusion, (self.numbers, found), 1)
+        confusion = confusion_matrix(self.numbers, found, len(self.classes))
         right = int(np.trace(confusion))
         sizes = confusion.sum(axis=1)
         shares = np.diag(confusion)[sizes > 0] / sizes[sizes > 0]

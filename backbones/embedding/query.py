@@ -57,7 +57,6 @@ def embed_queries(
     Raises:
         MendableError: the weights are missing or differ, or this version of the library
             preprocesses images differently from the table.
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
     """
     said = metadata(folder)
     network = Network(said["model"], _weights(folder, said, checkpoint), said["features"], 0)

@@ -59,9 +59,6 @@ def blocks(folder: str | Path, rows: int = 8192) -> Iterator[Block]:
 
     Args:
         rows: most rows per block.
-
-    Raises:
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
     dim, first = metadata(folder)["dim"], 0
     for batch in batches(folder, ["key", "embedding"], rows):
@@ -72,11 +69,7 @@ def blocks(folder: str | Path, rows: int = 8192) -> Iterator[Block]:
 def by_number(
     folder: str | Path, numbers: Collection[int], columns: Sequence[str]
 ) -> dict[int, dict[str, Any]]:
-    """Read some columns of the rows with the given numbers.
-
-    Raises:
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
-    """
+    """Read some columns of the rows with the given numbers."""
     wanted = np.unique(np.fromiter(numbers, np.int64))
     found: dict[int, dict[str, Any]] = {}
     first = 0
@@ -95,7 +88,6 @@ def vectors_of(folder: str | Path, keys: Sequence[str]) -> tuple[list[int], np.n
 
     Raises:
         ValueError: a key that is not in the table, or an embedding that is NaN or infinite.
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
     import pyarrow.compute
 

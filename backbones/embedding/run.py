@@ -248,11 +248,7 @@ def _content(
 
 
 def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write ``metadata.json``, or compare ``content`` with the existing file; return the file's.
-
-    Raises:
-        TableError: they differ, or the folder holds other files.
-    """
+    """Write ``metadata.json``, or compare ``content`` with the existing file; return the file's."""
     content = json.loads(json.dumps(content))
     if not (out / table.METADATA).exists():
         foreign = [p.name for p in out.iterdir() if p.name[0] != "." and p.name != table.SHARDS]

@@ -44,9 +44,6 @@ def choose_index(index: str, rows: int, exact_rows: int = EXACT_ROWS) -> str:
 
     Args:
         index: one of :data:`INDEXES`; ``"auto"`` chooses by ``rows``.
-
-    Raises:
-        ValueError: unknown ``index``.
     """
     if index not in INDEXES:
         raise ValueError(f"index must be {', '.join(INDEXES[:-1])} or {INDEXES[-1]}, got {index!r}")
@@ -76,8 +73,6 @@ def search(
 
     Raises:
         ValueError: ``vectors`` of another shape or not finite, or ``top`` below 1.
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
-        GraphError: see :func:`backbones.embedding.hnsw.open_graph`.
     """
     dim = metadata(folder)["dim"]
     if vectors.ndim != 2 or vectors.shape[1] != dim:

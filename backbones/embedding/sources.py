@@ -210,9 +210,6 @@ def reader(
 
     Args:
         places, listed: see :class:`Reader`.
-
-    Raises:
-        TableError: it is of an unknown kind.
     """
     kind = description["kind"]
     if kind not in _READERS:
@@ -234,7 +231,6 @@ def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
     Raises:
         ForeignError: the table is not the user's own, and ``source`` is empty, or it is another
             dataset than the table's.
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
     """
     content = metadata(folder)
     said = content["source"]
@@ -308,7 +304,6 @@ def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ())
         source: see :func:`reader_of`.
 
     Raises:
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
         OSError: the source or the image no longer exists or cannot be read, or the table may not
             say where it is, see :func:`reader_of`.
     """

@@ -30,7 +30,7 @@ from backbones.common.errors import MendableError
 from backbones.common.files import file_problem, write_atomically
 from backbones.common.messages import first_line, shown
 from backbones.embedding import checksum
-from backbones.embedding.fields import STORED, problem
+from backbones.embedding.fields import STORED, check_fields
 
 if TYPE_CHECKING:
     import pyarrow
@@ -93,11 +93,7 @@ class DamagedShardError(TableError):
 
 
 def require_pyarrow() -> Any:
-    """Import ``pyarrow``, an optional dependency.
-
-    Raises:
-        TableError: it is not installed.
-    """
+    """Import ``pyarrow``, an optional dependency."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -169,17 +165,15 @@ def metadata(folder: str | Path) -> dict[str, Any]:
     lacking = [key for key in _DECISIVE if key not in content]
     if lacking:
         raise TableError(f"{path} lacks {', '.join(lacking)}")
-    if (wrong := problem(content)) is not None:
-        raise TableError(f"{path} is damaged: {wrong}")
+    try:
+        check_fields(content)
+    except (TypeError, ValueError) as error:
+        raise TableError(f"{path} is damaged: {error}") from error
     return content
 
 
 def write_metadata(folder: Path, content: dict[str, Any]) -> None:
-    """Write ``metadata.json``; :func:`metadata` lists its fields. The format version is added.
-
-    Raises:
-        CheckpointFileError: it cannot be written.
-    """
+    """Write ``metadata.json``; :func:`metadata` lists its fields. The format version is added."""
     text = json.dumps({"format": _FORMAT, **content}, indent=1, ensure_ascii=False)
     data = text.encode(errors="backslashreplace") + b"\n"
     write_atomically(folder / METADATA, lambda file: file.write(data))
@@ -278,11 +272,7 @@ def batches(
 
 
 def count_rows(folder: str | Path) -> int:
-    """Count the rows of a complete table from its files' footers.
-
-    Raises:
-        FileNotFoundError, TableError: see :func:`batches`.
-    """
+    """Count the rows of a complete table from its files' footers."""
     content = metadata(folder)
     paths = shard_paths(folder)
     expected = schema(content["dim"], content["dtype"], bool(content["classes"]))
@@ -294,11 +284,7 @@ def count_rows(folder: str | Path) -> int:
 
 
 def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
-    """The keys, and the embeddings (n, dim) in float32, of a complete table.
-
-    Raises:
-        FileNotFoundError, TableError: see :func:`batches`.
-    """
+    """The keys, and the embeddings (n, dim) in float32, of a complete table."""
     keys = [key for batch in batches(folder, ["key"]) for key in batch.column("key").to_pylist()]
     vectors = np.empty((len(keys), metadata(folder)["dim"]), np.float32)
     row = 0
@@ -339,11 +325,7 @@ def corrupt_in(
 
 
 def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
-    """Write ``corrupt.txt``: key, tab and reason of each image that could not be decoded.
-
-    Raises:
-        CheckpointFileError: it cannot be written.
-    """
+    """Write ``corrupt.txt``: key, tab and reason of each image that could not be decoded."""
     text = "".join(f"{key}\t{reason}\n" for key, reason in corrupt)
     write_atomically(folder / CORRUPT, lambda file: file.write(text.encode()))
 

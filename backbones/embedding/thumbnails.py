@@ -28,9 +28,6 @@ class Thumbnails:
 
     Attributes:
         refused: why images were not even looked for, a sentence for the first one; "" if all were.
-
-    Raises:
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
     """
 
     def __init__(self, folder: str | Path, source: Sequence[str | Path] = ()) -> None:
@@ -55,11 +52,7 @@ class Thumbnails:
 
 
 def small(source: Path | IO[bytes] | Image.Image) -> Image.Image:
-    """Shrink an image to a longer side of at most :data:`SIDE`, in RGB.
-
-    Raises:
-        one of :data:`backbones.common.images.DECODE_ERRORS`: it cannot be read.
-    """
+    """Shrink an image to a longer side of at most :data:`SIDE`, in RGB."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damage that affects no pixel
         if isinstance(source, Image.Image):

@@ -107,9 +107,6 @@ class Images:
 
     Attributes:
         resize: from 8 bits of any size to the network's size.
-
-    Raises:
-        MendableError: the decoder is not installed.
     """
 
     def __init__(self, config: dict[str, Any], decoder: str | None = None) -> None:
@@ -124,11 +121,7 @@ class Images:
         self.resize = Resizing(config)
 
     def decode(self, item: Item) -> tuple[np.ndarray, tuple[int, int]]:
-        """Open and decode an image: (C, H, W) uint8, and its original height and width.
-
-        Raises:
-            one of :data:`backbones.common.images.DECODE_ERRORS`: it cannot be read.
-        """
+        """Open and decode an image: (C, H, W) uint8, and its original height and width."""
         source = item.open()
         if isinstance(source, Image.Image):
             pixels = np.asarray(as_8_bits(source, self.mode))
@@ -175,11 +168,7 @@ class Worker:
             self._pool.shutdown(cancel_futures=True)
 
     def __call__(self, number: int, part: Any) -> Iterator[Event]:
-        """Write shard ``number`` from the images of ``part``.
-
-        Raises:
-            CheckpointFileError: the shard cannot be written; no partial file is left.
-        """
+        """Write shard ``number`` from the images of ``part``."""
         path = table.shard_path(self.job.folder, number)
         corrupt: list[tuple[str, str]] = []
         with ShardWriter(path, self._schema, self._identity) as shard:
@@ -264,11 +253,7 @@ class Worker:
             corrupt.append((name, _reason(error)))
 
     def _require_source(self, error: Exception) -> None:
-        """Distinguish an unreachable source from a corrupt image.
-
-        Raises:
-            MendableError: the source is unreachable.
-        """
+        """Raise a MendableError for an unreachable source; return for a corrupt image."""
         root = self._reader.root
         if isinstance(error, OSError) and error.errno in _OUT_OF_REACH:
             raise MendableError(f"cannot read {root}: {error.strerror}") from error

@@ -60,7 +60,7 @@ def test_kernels_switched_off(
     [("VISION_BACKBONES_NATIVE", "maybe"), ("VISION_BACKBONES_NATIVE_ISA", "sse2")],
 )
 @pytest.mark.parametrize(
-    "words", [["build"], ["summary", "medvitv2_tiny", "--size", "32", "--runs", "1"]], ids=" ".join
+    "words", [["build"], ["summary", "shvit_s1", "--fused", "--runs", "0"]], ids=" ".join
 )
 def test_invalid_variables_are_one_line(
     words: list[str],

@@ -316,7 +316,7 @@ def _leave_out_what_takes_long(patch: pytest.MonkeyPatch) -> None:
     drawn = Path("figure").read_bytes()
     for command in ("search", "duplicates"):
         patch.setattr(f"backbones.cli.{command}.draw_sheet", _draw(drawn))
-    patch.setattr("backbones.cli.probe.draw_confusion", _draw(drawn))
+    patch.setattr("backbones.cli.probe.draw_confusions", _draw(drawn))
     patch.setattr("ops.cpu.prepare", lambda isa: Path("\udcff"))
     patch.setattr("backbones.cli.doctor.examine", lambda: [Finding("x", "ok", "─ ✓ \udcff")])
 

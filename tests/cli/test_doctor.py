@@ -294,7 +294,7 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
-@pytest.mark.parametrize("package", ["timm", "safetensors"])
+@pytest.mark.parametrize("package", ["safetensors", pytest.param("timm", marks=pytest.mark.slow)])
 def test_an_import_that_fails_says_what_to_install(package: str, tmp_path: Path) -> None:
     code = f"""
 import importlib.metadata, sys

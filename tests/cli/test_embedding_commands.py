@@ -285,20 +285,23 @@ def test_files_of_others_are_replaced_only_when_asked(
     files = {option: tmp_path / f"a.{ending}" for option, ending in endings.items()}
     words = [command, embedded.table, *WORDS[command], *(f"--{o}={p}" for o, p in files.items())]
     assert run(*words) == 0
-    assert run(*words) == 0
     results = contents(tmp_path)
     for option, file in files.items():
         if option == "out":
             Image.new("RGB", (4, 4)).save(file)
         else:
             file.write_text("key,class\n" if option == "csv" else '{"mine": 1}')
-        theirs = file.read_bytes()
+        theirs = contents(tmp_path)
         capsys.readouterr()
         assert run(*words) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert f"--{option} {file} exists and is not what" in line and "--overwrite" in line
-        assert file.read_bytes() == theirs
-        assert run(*words, "--overwrite") == 0
+        assert contents(tmp_path) == theirs
+        file.write_bytes(results[file])
+    for file in files.values():
+        file.write_bytes(b"mine")
+    assert run(*words, "--overwrite") == 0
+    assert run(*words) == 0
     assert contents(tmp_path).keys() == results.keys()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 from pathlib import Path
@@ -37,15 +36,6 @@ def errors(model: torch.nn.Module, run: graphs.Run, shapes: list) -> list[float]
     return [found.error for found in graphs.check(model, run, shapes)]
 
 
-@functools.lru_cache(maxsize=1)
-def traced(family: str, fused: bool) -> tuple[Any, Any]:
-    """A shallow model, and its program for dynamic sizes, which takes seconds."""
-    model = randomise(small(family, **TWO_STAGES if (family, fused) == QUICK else {})).eval()
-    if fused:
-        model.fuse(channels_last=False)
-    return model, graphs.trace(model, (1, 3, 96, 160), dynamic=True)
-
-
 @pytest.mark.parametrize(
     ("family", "fused"),
     [
@@ -60,29 +50,73 @@ def traced(family: str, fused: bool) -> tuple[Any, Any]:
     ],
 )
 def test_every_family_with_dynamic_sizes(family: str, fused: bool, tmp_path: Path) -> None:
-    model, program = traced(family, fused)
+    model = randomise(small(family, **TWO_STAGES if (family, fused) == QUICK else {})).eval()
+    if fused:
+        model.fuse(channels_last=False)
+    program = graphs.trace(model, (1, 3, 96, 160), dynamic=True)
     graphs.save_program(program, tmp_path / "model.pt2")
+    if (family, fused) == QUICK:  # it holds no images
+        weights = sum(t.nbytes for t in model.state_dict().values())
+        assert (tmp_path / "model.pt2").stat().st_size < 1.1 * weights + 1e6
+    require_writable({"--out": (tmp_path / "model.pt2", PT2)})  # an earlier result
     assert max(errors(model, graphs.program_runner(tmp_path / "model.pt2"), SHAPES)) < 1e-5
     graphs.save_onnx(program, tmp_path / "model.onnx")
     assert max(errors(model, graphs.onnx_runner(tmp_path / "model.onnx"), SHAPES)) < 1e-5
 
 
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = functools.partial(backbones.create_model, **TWO_STAGES)
+    monkeypatch.setattr(backbones, "create_model", create)
+
+
+@pytest.mark.parametrize(
+    ("more", "shapes", "place"),
+    [
+        (["--batch", "2"], ["2×3×64×64"], "images 2×3×64×64"),
+        pytest.param(
+            ["--dynamic"],
+            ["1×3×64×64", "3×3×32×32", "2×3×91×77"],
+            "any batch and size",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
 def test_the_command_writes_what_it_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: list[str],
+    shapes: list[str],
+    place: str,
+    shallow: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shallow = functools.partial(backbones.create_model, **TWO_STAGES)
-    monkeypatch.setattr(backbones, "create_model", shallow)
     path = tmp_path / "shvit.pt2"
-    words = ["export", "shvit_s1", "--size", "64", "--dynamic", "--fused", "--out", str(path)]
-    assert main(words) == 0
+    words = ["export", "shvit_s1", "--size", "64", "--fused", "--out", str(path)]
+    assert main([*words, *more]) == 0
     said = capsys.readouterr()
     note = "note: without --checkpoint or --pretrained, shvit_s1 is exported untrained\n"
     assert said.err == note
-    lines = said.out.splitlines()
-    assert lines[1].split()[0] == "1×3×64×64"
-    assert [line.split()[0] for line in lines[2:4]] == ["3×3×32×32", "2×3×91×77"]
-    assert "for any batch and size" in lines[4]
+    _, *compared, last = said.out.splitlines()
+    assert [line.split()[0] for line in compared] == shapes
+    assert f"shvit_s1 for {place}, " in last
     assert [p.name for p in tmp_path.iterdir()] == ["shvit.pt2"]
+
+
+def test_options_reach_the_tracing(
+    shallow: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def refuse(model: Any, shape: tuple[int, ...], dynamic: bool) -> None:
+        seen.append((model.fused, shape, dynamic))
+        raise CommandError("not now")
+
+    monkeypatch.setattr(graphs, "trace", refuse)
+    words = ["export", "shvit_s1", "--out", str(tmp_path / "x.pt2")]
+    for more in ([], ["--size", "64", "96", "--dynamic"], ["--size", "64", "--fused", "--batch=3"]):
+        assert main([*words, *more]) == 2
+    shapes = (1, 3, 224, 224), (1, 3, 64, 96), (3, 3, 64, 64)
+    assert seen == list(zip([False, False, True], shapes, [False, True, False], strict=True))
 
 
 def test_missing_packages_are_reported_first(
@@ -225,27 +259,14 @@ def test_calibration_images(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(CommandError, match="no readable images in .*; give a folder of"):
         quantizing.calibration_images(loaded, tmp_path, 3, (32, 48))
-    Image.new("RGB", (50, 40)).save(tmp_path / "grey.png")
+    for number in range(9):  # of which every third is taken, and the first cannot be read
+        Image.new("L", (50, 40), 20 * number).save(tmp_path / f"{number}.png")
+    (tmp_path / "0.png").write_bytes(b"no image")
+    (tmp_path / "broken.png").unlink()
     images = quantizing.calibration_images(loaded, tmp_path, 3, (32, 48))
-    assert [image.shape for image in images] == [(1, 3, 32, 48)]
-
-
-def test_a_program_file_holds_no_images(tmp_path: Path) -> None:
-    model, program = traced("shvit", True)
-    graphs.save_program(program, tmp_path / "m.pt2")
-    weights = sum(t.nbytes for t in model.state_dict().values())
-    assert (tmp_path / "m.pt2").stat().st_size < 1.1 * weights + 1e6
-    require_writable({"--out": (tmp_path / "m.pt2", PT2)})  # an earlier result
-
-
-def test_options_have_defaults() -> None:
-    from backbones.cli.export import add_arguments
-
-    parser = argparse.ArgumentParser()
-    add_arguments(parser)
-    options = parser.parse_args(["van_b0", "--out", "x.onnx"])
-    assert not (options.dynamic or options.int8 or options.fused)
-    assert options.batch == 1
+    assert [image.shape for image in images] == [(1, 3, 32, 48)] * 2
+    grey = [(image * 0.225 + 0.406)[0, 2, 0, 0].item() * 255 for image in images]
+    assert grey == pytest.approx([60, 120], abs=0.01)
 
 
 def test_deformable_convolutions_are_decomposed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
 _REASON = not_faster_in_int8(torch.device("cpu"))
-_needs_bytes = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
+_needs_int8 = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-@_needs_bytes
+@_needs_int8
 def test_the_file_stands_alone(
     trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,7 +84,7 @@ def test_the_file_stands_alone(
     assert "has weights in int8; export needs floats" in capsys.readouterr().err
 
 
-@_needs_bytes
+@_needs_int8
 def test_without_images(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(tmp_path / "model.safetensors")
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", path]
@@ -93,7 +93,7 @@ def test_without_images(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(words) == 0  # an earlier result is replaced
 
 
-@_needs_bytes
+@_needs_int8
 def test_a_file_that_does_not_load_is_not_written(
     trained: Path,
     tmp_path: Path,
@@ -112,7 +112,7 @@ def test_a_file_that_does_not_load_is_not_written(
     assert not path.exists()
 
 
-@_needs_bytes
+@_needs_int8
 def test_nothing_to_gain(
     trained: Path,
     tmp_path: Path,

@@ -11,6 +11,7 @@ from zoo import outlines, small
 
 import backbones
 from backbones.cli import parity
+from backbones.cli.main import main
 from backbones.cli.measure import count_macs, measure
 from backbones.cli.summary import describe
 
@@ -86,6 +87,14 @@ def test_attention_sees_everything() -> None:
     assert fields[0] == 15
     assert fields[1:5] == [math.inf] * 4
     assert fields[5] is None
+
+
+def test_a_fused_model_has_fewer_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    totals = []
+    for more in ([], ["--fused"]):
+        assert main(["summary", "shvit_s1", "--runs", "0", *more]) == 0
+        totals += [ln for ln in capsys.readouterr().out.splitlines() if ln.startswith("total")]
+    assert len(totals) == 2 and totals[0] != totals[1]
 
 
 def test_layout_of_the_table() -> None:

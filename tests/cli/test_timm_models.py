@@ -177,7 +177,9 @@ def test_sizes_that_timm_does_not_take(tmp_path: Path, capsys: pytest.CaptureFix
     assert "VisionTransformer takes no images of" in refusal(capsys, *words, "--dynamic")
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [TINY[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TINY[1:])]
+)
 def test_export(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command compares the file with the model."""
     _, file = weights(name, tmp_path)

@@ -35,13 +35,24 @@ def test_a_release(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sha256_of(published) in out
 
 
-def test_saved_figures(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_saved_figures(
+    published: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Right figures do not hide wrong code, nor right code wrong figures."""
+    errors = [0.0, 0.0, 0.0]
+    monkeypatch.setattr(parity, "case_errors", lambda *case: (0.0, errors))
     words = ["verify", "shvit_s1", "--checkpoint", str(published)]
     figures = tmp_path / "figures.json"
     assert main([*words, "--save-figures", str(figures), "--size", "64"]) == 0
-    assert main([*words, "--figures", str(figures)]) == 0
     content = json.loads(figures.read_text())
     assert content["input"] == [1, 3, 64, 64]
+    assert main([*words, "--figures", str(figures)]) == 0
+    errors[1] = 1.0
+    assert main([*words, "--figures", str(figures)]) == 1
+    errors[1] = 0.0
     content["stages"][1]["mean"] += 0.1
     figures.write_text(json.dumps(content))
     capsys.readouterr()

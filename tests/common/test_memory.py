@@ -36,6 +36,18 @@ def test_unknown_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert available_memory(torch.device("cpu"), unknown=sys.maxsize) == sys.maxsize
 
 
+@pytest.mark.parametrize(
+    ("limit", "free"), [("max", 4096), ("5000000", 4096), ("3000", 1000), ("100", 0)]
+)
+def test_free_memory_within_the_control_group(
+    limit: str, free: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"memory.max": f"{limit}\n", "memory.current": "2000\n"}
+    texts["meminfo"] = "MemTotal: 9 kB\nMemAvailable:   4 kB\n"
+    monkeypatch.setattr("pathlib.Path.read_text", lambda path: texts[path.name])
+    assert available_memory(torch.device("cpu")) == free
+
+
 @pytest.mark.parametrize("family", backbones.list_families())
 def test_sizes_beyond_memory(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that grants more than it has would end the process later, without a word."""

@@ -42,6 +42,16 @@ def test_elsewhere_there_are_lines_or_nothing(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_time_left_is_of_the_steps_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress(stream=io.StringIO())
+    progress.begin("rows", 30, done=10)
+    now[0] += 8
+    progress.step(count=4)
+    assert progress.seconds_left() == 32
+
+
 def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     with counting("rows", 30) as bar:

@@ -157,11 +157,12 @@ def test_labels_out_of_range(tmp_path):
 
 def test_a_class_map(folder, tmp_path):
     path = tmp_path / "classes.txt"
-    path.write_text("class2\nclass1\nclass0\n")
+    path.write_text("class2\n\nclass1\nclass0\n")
     splits = open_splits(Recipe(data=str(folder), class_map=str(path)))
-    assert splits.classes == ["class2", "class1", "class0"]
-    seen, label = colour(splits.train, 0)
-    assert label == 2 - seen
+    assert splits.classes == ["class2", "1", "class1", "class0"]
+    for index in range(splits.train_size):
+        seen, label = colour(splits.train, index)
+        assert label == [3, 2, 0][seen]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Given]:
         patch.chdir(folder)
         assert main(words(photos, folder / "table", checkpoint)) == 1
         search(folder / "table", np.ones((1, 32), np.float32), index="hnsw")
-        for name in ("search.draw_sheet", "duplicates.draw_sheet", "probe.draw_confusion"):
+        for name in ("search.draw_sheet", "duplicates.draw_sheet", "probe.draw_confusions"):
             patch.setattr(f"backbones.cli.{name}", lambda *args: None)
         yield Given(photos, checkpoint, folder / "table")
 

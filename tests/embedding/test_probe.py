@@ -8,11 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from embedding_tables import make_table
-from PIL import Image
 
+from backbones.common.confusion import confusions
 from backbones.common.errors import MendableError
-from backbones.embedding import probe as module
-from backbones.embedding.confusion import confusions, draw_confusion
 from backbones.embedding.labels import LabelError
 from backbones.embedding.probe import Report, probe
 
@@ -53,7 +51,7 @@ def test_separable_classes(easy: Path) -> None:
 def test_confusable_classes(hard: Path) -> None:
     report = probe(hard, "folder")
     for method in report.methods:
-        wrong = sum(count for _, _, count in confusions(method, report.classes))
+        wrong = sum(count for _, _, count in confusions(method.confusion, report.classes))
         assert 0 < wrong == len(method.mistakes) == report.test - np.trace(method.confusion)
         assert method.accuracy == pytest.approx(1 - wrong / report.test)
         assert method.low < method.accuracy < method.high
@@ -87,6 +85,18 @@ def test_neighbours_are_those_of_the_greatest_cosine(tmp_path: Path) -> None:
     assert nearest.accuracy == 1
 
 
+def test_dimensions_of_any_scale_count_for_the_linear_probe(tmp_path: Path) -> None:
+    """And with hardly any of its weights allowed, it answers with the most frequent class."""
+    vectors, keys = clouds([40, 20], 0.0, dim=2)
+    vectors[:, 0] = 1e-3 * vectors[:, 0]
+    vectors[:, 1] = np.random.default_rng(2).normal(size=60)
+    table = make_table(tmp_path / "table", vectors, keys)
+    (_, linear) = probe(table, "folder").methods
+    np.testing.assert_array_equal(linear.confusion, np.diag([8, 4]))
+    (_, linear) = probe(table, "folder", c=1e-6).methods
+    np.testing.assert_array_equal(linear.confusion, [[8, 0], [4, 0]])
+
+
 def test_a_second_table_to_measure_on(easy: Path, tmp_path: Path) -> None:
     vectors, keys = clouds([5, 5, 4], 0.1)
     keys = [f"val/{key}" for key in keys]
@@ -100,9 +110,16 @@ def test_a_second_table_to_measure_on(easy: Path, tmp_path: Path) -> None:
     assert report.notes == ["1 classes are held out alone and were left out, such as new"]
     assert [method.accuracy for method in report.methods] == [0, 0]
     assert {mistake.folder for mistake in report.methods[0].mistakes} == {str(other)}
-    changed = make_table(tmp_path / "changed", vectors, keys, model="van_b0")
-    with pytest.raises(MendableError, match="their model differ: shvit_s1, van_b0"):
-        probe(easy, "folder", test=changed)
+    weights = {"file": "x.pth", "sha256": "1" * 64}
+    for key, value in (
+        ("model", "van_b0"),
+        ("weights", weights),
+        ("features", "stage:1"),
+        ("preprocessing", {"crop_pct": 1.0}),
+    ):
+        changed = make_table(tmp_path / key, vectors, keys, **{key: value})
+        with pytest.raises(MendableError, match=f"cannot be compared, their {key} differ: "):
+            probe(easy, "folder", test=changed)
 
 
 def test_splits_of_the_user(tmp_path: Path) -> None:
@@ -189,17 +206,3 @@ def test_bad_input(easy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(MendableError, match="pip install scikit-learn"):
         probe(easy, "folder")
-
-
-@pytest.mark.parametrize("count", [3, 16, 60])
-def test_the_picture_of_few_and_of_many_classes(count: int, tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)
-    names = [f"a $name$ of some length\n{i}" for i in range(count)]
-    numbers = generator.integers(0, count, 500)
-    truth = module._Truth(names, numbers, [""] * 500, "")
-    right = truth.judge("right", numbers, np.ones(500))
-    wrong = truth.judge("wrong", generator.integers(0, count, 500), np.ones(500))
-    report = Report(500, 500, 1, 500, names, 0.1, [right, wrong])
-    draw_confusion(tmp_path / "a.png", report, "title")
-    with Image.open(tmp_path / "a.png") as picture:
-        assert picture.size[0] > 1300 and picture.size[1] > 800

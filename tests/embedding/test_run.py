@@ -116,14 +116,33 @@ def test_non_finite_features_are_corrupt(
 
     def overflowing(self: Network, images: Any) -> Any:
         found, *answers = plain(self, images)
-        return found * torch.tensor([1e6] + [1] * 9)[:, None], *answers
+        return found * torch.tensor([1, 1e6] + [1] * 8)[:, None], *answers
 
+    options: dict[str, Any] = {"checkpoint": checkpoint, "store": "float16", "batch_size": 10}
+    embed(photos, tmp_path / "whole", classes=2, **options)
     monkeypatch.setattr(Network, "__call__", overflowing)
-    done = embed(photos, tmp_path / "out", checkpoint=checkpoint, store="float16", batch_size=10)
+    done = embed(photos, tmp_path / "out", classes=2, **options)
     assert done.rows == 9
     ((key, reason),) = done.corrupt
-    assert key == "000.png"
+    assert key == "003.png"
     assert reason.endswith(", which float16 does not hold")
+    rows, whole = (
+        [row for batch in table.batches(tmp_path / name) for row in batch.to_pylist()]
+        for name in ("out", "whole")
+    )
+    assert rows == [row for row in whole if row["key"] != key]
+
+
+def test_the_dtype_of_the_computation(checkpoint: Path) -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        network = Network(None, checkpoint, "head", 0)
+        network.prepare(dtype, torch.device("cpu"))
+        found[dtype], _, _ = network(images)
+    exact, rounded = found.values()
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.05
 
 
 def test_unreadable_images(
