@@ -143,10 +143,7 @@ def _initializer(graph: Any, name: str, tensor: Any) -> Any:
     import onnx_ir
 
     value = onnx_ir.Value(
-        name=name,
-        shape=tensor.shape,
-        type=onnx_ir.TensorType(tensor.dtype),
-        const_value=tensor,
+        name=name, shape=tensor.shape, type=onnx_ir.TensorType(tensor.dtype), const_value=tensor
     )
     graph.register_initializer(value)
     return value

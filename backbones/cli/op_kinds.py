@@ -13,10 +13,7 @@ __all__ = ["KINDS", "PYTHON", "kind_of", "time_by_kind"]
 PRODUCTS, DEPTHWISE, CONVOLUTIONS = "matrix products", "depthwise conv", "other conv"
 ATTENTION, NORMS, ELEMENTWISE = "attention", "norms", "elementwise"
 MOVES, OTHERS, PYTHON = "moving data", "other operators", "outside operators"
-KINDS = (
-    *(PRODUCTS, DEPTHWISE, CONVOLUTIONS, ATTENTION, NORMS, ELEMENTWISE, MOVES, OTHERS),
-    PYTHON,
-)
+KINDS = (*(PRODUCTS, DEPTHWISE, CONVOLUTIONS, ATTENTION, NORMS, ELEMENTWISE, MOVES, OTHERS), PYTHON)
 
 # The first pattern that matches an operator's name (without library) decides; convolutions are
 # classified by the shape of their weight. Operators that only call others are expanded.

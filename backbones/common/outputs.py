@@ -169,12 +169,7 @@ def _key(file: str | Path) -> tuple[int, int] | None:
 
 
 def _require_kind(
-    option: str,
-    file: Path,
-    kind: Kind,
-    overwrite: bool | None,
-    makes_folders: bool,
-    streams: bool,
+    option: str, file: Path, kind: Kind, overwrite: bool | None, makes_folders: bool, streams: bool
 ) -> None:
     real = Path(os.path.realpath(file))
     place = (real if file.is_symlink() else file).parent

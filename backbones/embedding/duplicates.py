@@ -51,10 +51,7 @@ class Member:
 
 
 def find_duplicates(
-    folder: str | Path,
-    threshold: float = THRESHOLD,
-    index: str = "auto",
-    progress: bool = False,
+    folder: str | Path, threshold: float = THRESHOLD, index: str = "auto", progress: bool = False
 ) -> list[list[Member]]:
     """Find groups of near-duplicates, largest groups first.
 

@@ -158,10 +158,7 @@ def probe(
             notes.append(f"of {count} images to {what} {len(side.rows)} were chosen at random")
     (x, y, _), (x_test, y_test, keys) = (side.read(number_of) for side in (train, held))
     truth = _Truth(classes, y_test, keys, str(held.folder))
-    methods = [
-        _nearest(x, y, x_test, truth, neighbors),
-        _linear(x, y, x_test, truth, c, seed),
-    ]
+    methods = [_nearest(x, y, x_test, truth, neighbors), _linear(x, y, x_test, truth, c, seed)]
     chance = float((y_test == np.bincount(y).argmax()).mean())
     labelled = sum(label is not None for label in seen)
     return Report(len(seen), labelled, len(y), len(y_test), classes, chance, methods, notes)

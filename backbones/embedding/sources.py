@@ -202,9 +202,7 @@ def open_source(
 
 
 def reader(
-    description: dict[str, Any],
-    places: Sequence[Path] | None = None,
-    listed: Collection[Path] = (),
+    description: dict[str, Any], places: Sequence[Path] | None = None, listed: Collection[Path] = ()
 ) -> Reader:
     """Create the reader for a source's description.
 

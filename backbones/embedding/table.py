@@ -348,10 +348,7 @@ def _rows(
 
 @contextmanager
 def _opened(
-    path: Path,
-    of: str,
-    expected: pyarrow.Schema | None,
-    flaw: Callable[[Path], str | None],
+    path: Path, of: str, expected: pyarrow.Schema | None, flaw: Callable[[Path], str | None]
 ) -> Iterator[Any]:
     """Open a shard after verifying its checksum, its table and its columns."""
     pa = require_pyarrow()

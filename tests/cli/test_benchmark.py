@@ -183,8 +183,8 @@ def test_training_has_no_fused_mode() -> None:
 
 def test_a_training_step_drops_no_paths() -> None:
     model = _create_model("van_b0", depths=(2, 1, 1, 1), drop_path_rate=0.5).train()
-    row = Row("van_b0", 32, 1, 1, "float32", "train")
-    step = row.run(model, row.images(1))
+    row = Row("van_b0", 64, 2, 1, "float32", "train")
+    step = row.run(model, row.images(2))
     rates = [m.drop_prob for m in model.modules() if hasattr(m, "drop_prob")]
     assert rates and not any(rates) and step().item() > 0
 

@@ -32,14 +32,10 @@ def test_this_cpu_by_default(prepared: list[str], capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
-    [(["portable", "portable"], ["portable"]), (["all"], cpu.levels())],
+    ("words", "expected"), [(["portable", "portable"], ["portable"]), (["all"], cpu.levels())]
 )
 def test_selected_instruction_sets(
-    words: list[str],
-    expected: list[str],
-    prepared: list[str],
-    capsys: pytest.CaptureFixture[str],
+    words: list[str], expected: list[str], prepared: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["build", "--isa", *words]) == 0
     assert prepared == expected

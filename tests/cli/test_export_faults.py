@@ -53,12 +53,8 @@ class Plain(nn.Module):
             "--calibration-images must be 1 or more, got 0",
         ),
         ("shvit_s1 --size 0 --out x.pt2", "--size takes one side, or height and width"),
-        ("shvit_s1 --size 64 -5 --out x.pt2", "--size takes one side"),
-        ("shvit_s1 --size 64 64 64 --out x.pt2", "--size takes one side"),
-        ("shvit_s1 --size 100000000 --out x.pt2", "--size takes one side"),
         (f"shvit_s1 --size {10**30} --dynamic --out x.onnx", "--size takes one side"),
         ("shvit_s1 --size 64 --batch 9999999999 --out x.pt2", "reduce --size or --batch"),
-        ("shvit_s1 --batch 0 --out x.pt2", "--batch must be 1 or more, got 0"),
         ("shvit_s9 --out x.pt2", "unknown model 'shvit_s9'"),
         ("shvit_s1 --checkpoint no.pth --out x.pt2", "no checkpoint at no.pth"),
         ("shvit_s1 --out .", "--out . is a folder: name a file in it"),
@@ -144,10 +140,7 @@ def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.Monkey
 
     path = tmp_path / "x.onnx"
     monkeypatch.setattr("onnxruntime.quantization.shape_inference.quant_pre_process", full)
-    with (
-        pytest.raises(FileError, match="no space is left in"),
-        replacing_together(path) as scratch,
-    ):
+    with pytest.raises(FileError, match="no space is left in"), replacing_together(path) as scratch:
         quantizing.quantize(scratch, [torch.zeros(1, 3, 16, 16)])
     assert list(tmp_path.iterdir()) == []
 

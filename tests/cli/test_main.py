@@ -52,32 +52,21 @@ def test_the_package_is_a_command(
         (["summary", "van_b0", "--size", "100000"], "of 1 to 65535 pixels, got [100000]"),
         (["summary", "van_b0", "--size", "65535"], "--size 65535 65535: an image of that size"),
         (["summary", "van_b0", "--size", "x"], "argument --size: invalid int value: 'x'"),
-        (["summary", "van_b0", "--runs", "-1"], "--runs must be at least 0, not -1"),
         (["summary"], "the following arguments are required: model"),
         (["summary", "van_b0", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["predict", "no.png", "--model", "van_b0"], "no image at no.png"),
         (["predict", str(ROOT / "README.md")], "give --model NAME"),
         (["predict", ""], "IMAGE must be the name of a file or folder, not ''"),
-        (["predict", "x", "--labels", ""], "--labels must be the name of a file or folder"),
-        (["predict", "x", "--topk", "0"], "--topk must be at least 1, not 0"),
         (["predict", "x", "--device", "meta"], "--device meta cannot be used here"),
         (["upscale", "", "--model", "hat_x2", "--out", "x"], "IN must be the name of"),
-        (["upscale", "x", "--model", "hat_x2", "--out", ""], "--out must be the name"),
         (["validate", "--data", ""], "--data must be the name of a file or folder"),
         (["validate", "--data", "digits", "--split", ""], "--split must be the name of a split"),
-        (
-            ["validate", "--data", "digits", "--threads", "0"],
-            "--threads must be within 1 … 1024, not 0",
-        ),
         (["benchmark", "--models", "van_b9"], "unknown models van_b9; see backbones.list_models()"),
         (["benchmark", "--compare", "no.json"], "--compare: there is no file no.json"),
-        (["benchmark", "--threads", "0"], "--threads must be within 1 … 1024, not 0"),
         (["benchmark", "--against", ""], "--against: Empty module name"),
         (["verify", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
         (["verify", ""], "unknown model ''"),
         (["verify"], "give a MODEL"),
-        (["export", "van_b0", "--out", "no/such/x.onnx"], "there is no folder no/such"),
-        (["export", "van_b0", "--out", "x.pt2", "--int8"], "--int8 requires ONNX"),
     ],
 )
 def test_user_errors_are_one_line(
@@ -94,43 +83,17 @@ def test_the_guide_has_every_command() -> None:
     assert all(f"| `{name}` |" in guide for name in COMMANDS)
 
 
-def test_interrupting_is_quiet(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from backbones.cli import doctor
-
-    def interrupted(options: object) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(doctor, "run", interrupted)
-    assert main(["doctor"]) == 130
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 @pytest.mark.parametrize(
     "words", [["--help"], ["summary", "shvit_s1", "--runs", "0"], ["doctor"]], ids=" ".join
 )
-def test_output_in_other_encodings(
-    words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on Windows, where output that goes to a file is in cp1252."""
-    stream = Stream(encoding)
+def test_output_in_another_encoding(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every symbol has a replacement."""
+    stream = Stream("ascii")
     monkeypatch.setattr(sys, "stdout", stream)
     assert main(words) in (0, 1)
-    said = stream.said().decode(encoding)
+    said = stream.said().decode("ascii")
     assert said.endswith("\n")
     assert "\\u" not in said
-
-
-def test_output_to_a_full_disk(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with open("/dev/full", "w") as full:
-        monkeypatch.setattr(sys, "stdout", full)
-        assert main(["summary", "shvit_s1", "--runs", "0"]) == 2
-        monkeypatch.undo()
-    assert capsys.readouterr().err == "error: cannot write the output: No space left on device\n"
 
 
 def test_missing_packages_are_named(
@@ -141,14 +104,3 @@ def test_missing_packages_are_named(
     assert main(["summary", "van_b0"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: it needs x: ")
-
-
-def test_bugs_print_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    from backbones.cli import doctor
-
-    def wrong(options: object) -> int:
-        raise ValueError("not for users")
-
-    monkeypatch.setattr(doctor, "run", wrong)
-    with pytest.raises(ValueError, match="not for users"):
-        command.run_command("doctor", [])

@@ -23,12 +23,10 @@ from zoo import SMALL
 import backbones
 from backbones.cli.common import read_labels
 from backbones.cli.main import main
-from backbones.cli.predict import predict, read_pixels
-from backbones.common.errors import CommandError
+from backbones.cli.predict import predict
 from backbones.common.files import save_weights
 from backbones.core import checkpoint
 from backbones.core.loaded import load, preprocessing
-from backbones.restoration.pictures import read_picture, read_size
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
 # Three narrow stages of a block each, as a recipe has them.
@@ -102,10 +100,7 @@ def predicted(run_folder: Path, *words: str | Path) -> int:
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_the_dtype_of_the_computation(
-    dtype: str,
-    run_folder: Path,
-    photos: Path,
-    capsys: pytest.CaptureFixture[str],
+    dtype: str, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Close to the unfused model; where the CPU does not multiply int8, an error says so."""
     words = ["predict", str(photos / "0.png"), "--checkpoint", f"{run_folder}/best.safetensors"]
@@ -132,11 +127,7 @@ def test_the_dtype_of_the_computation(
     ],
 )
 def test_impossible_dtypes(
-    more: list[str],
-    said: str,
-    run_folder: Path,
-    photos: Path,
-    capsys: pytest.CaptureFixture[str],
+    more: list[str], said: str, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = f"{run_folder}/best.safetensors"
     assert main(["predict", str(photos), "--checkpoint", checkpoint, *more]) == 2
@@ -158,32 +149,6 @@ def test_unreadable_files_are_named_and_skipped(
     assert "folder.png" not in said.err
     assert predicted(run_folder, photos / "pipe.png") == 1
     assert "pipe.png: is a named pipe" in capsys.readouterr().err
-
-
-def answers_to(run_folder: Path, image: Path) -> np.ndarray:
-    (answer,) = predict(load(None, run_folder / "best.safetensors"), [image])
-    assert not answer.error
-    return np.array(answer.confidences)[np.argsort(answer.classes)]
-
-
-def test_sixteen_bits_are_the_same_image_as_eight(run_folder: Path, tmp_path: Path) -> None:
-    grey = np.random.RandomState(0).randint(0, 255, (40, 50)).astype(np.uint8)
-    Image.fromarray(grey).save(tmp_path / "8.png")
-    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
-    eight, sixteen = (answers_to(run_folder, tmp_path / f"{n}.png") for n in (8, 16))
-    np.testing.assert_array_equal(sixteen, eight)
-
-
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8, 0, 9, 99, 65535])
-def test_both_readers_apply_orientation(orientation: int, tmp_path: Path) -> None:
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (4, 6, 3)).astype(np.uint8))
-    exif = image.getexif()
-    exif[0x0112] = orientation
-    image.save(tmp_path / "a.png", exif=exif)
-    seen = read_pixels(tmp_path / "a.png")
-    assert seen.shape[:2] == ((6, 4) if orientation in (6, 8) else (4, 6))
-    np.testing.assert_array_equal(read_picture(tmp_path / "a.png").pixels, seen)
-    assert read_size(tmp_path / "a.png") == seen.shape[:2]
 
 
 def test_too_narrow_to_be_resized(
@@ -329,24 +294,19 @@ def test_devices_and_pipes_are_written_to(run_folder: Path, photos: Path, tmp_pa
     assert link.is_symlink()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize("place", [0, -1])
 def test_non_finite_weights(
-    value: float, place: int, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = load_file(run_folder / "best.safetensors")
-    name = [name for name, tensor in tensors.items() if tensor.is_floating_point()][place]
-    tensors[name].view(-1)[0] = value
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name].view(-1)[0] = np.nan
     save_weights(run_folder / "best.safetensors", tensors, {"model": "shvit_s1"})
     words = ["--csv", run_folder / "a.csv", "--json", run_folder / "a.json"]
     assert predicted(run_folder, photos / "0.png", *words) == 2
     said = capsys.readouterr()
     (line,) = said.err.splitlines()
-    assert "NaN or infinite" in line
-    assert name in line
-    assert said.out == ""
-    assert not (run_folder / "a.csv").exists()
-    assert not (run_folder / "a.json").exists()
+    assert "NaN or infinite" in line and name in line
+    assert said.out == "" and not [p for p in run_folder.iterdir() if p.name.startswith("a.")]
 
 
 def test_non_finite_predictions(
@@ -445,14 +405,9 @@ def test_names_of_classes_in_the_checkpoint(tmp_path: Path) -> None:
     assert load(None, tmp_path / "best.safetensors").classes == ["no", "yes"]
 
 
-def test_label_files(tmp_path: Path) -> None:
+def test_labels_of_imagenet(tmp_path: Path) -> None:
     (tmp_path / "l.json").write_text('{"0": ["n01", "cat"], "1": ["n02", "dog"]}')
     assert read_labels(tmp_path / "l.json", 2) == ["cat", "dog"]
-    with pytest.raises(CommandError, match="names 2 classes, but the model has 3"):
-        read_labels(tmp_path / "l.json", 3)
-    (tmp_path / "l.json").write_text("{")
-    with pytest.raises(CommandError, match="not a JSON list"):
-        read_labels(tmp_path / "l.json", 2)
 
 
 def test_models_without_classes_are_refused(

@@ -8,14 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from backbones.cli.reports import (
-    load_report,
-    put_rows,
-    read_report,
-    rounded,
-    text_of,
-    write_report,
-)
+from backbones.cli.reports import load_report, put_rows, read_report, rounded, text_of, write_report
 
 DOCS = Path(__file__).parents[2] / "docs"
 FILES = sorted(DOCS.rglob("*.json"))

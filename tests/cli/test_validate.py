@@ -120,23 +120,9 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
         (["--model", "van_b0", f"--list={PICTURE}"], "is not UTF-8 text"),
         (["--model", "van_b0", f"--real-labels={PICTURE}"], "cannot read real labels"),
         (["--model", "van_b0", "--device=meta"], "--device meta cannot be used here"),
-        (["--model", "van_b0", "--threads=0"], "--threads must be within 1 … 1024, not 0"),
-        (["--model", "van_b0", "--threads=1e3"], "--threads must be a whole number, not '1e3'"),
-        (["--model", "van_b0", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
-        (["--model", "van_b0", "--workers=-1"], "--workers must be within 0 … 256, not -1"),
-        (["--model", "van_b0", "--img-size=0"], "--img-size must be within 1 … 65535, not 0"),
-        (
-            ["--model", "van_b0", "--crop-pct=50"],
-            "--crop-pct must be above 0 and at most 1, not 50.0",
-        ),
-        (["--model", "van_b0", "--crop-pct=nan"], "--crop-pct must be a number, not 'nan'"),
-        (["--model", "van_b0", "--max-corrupt=2"], "--max-corrupt must be within 0 … 1, not 2.0"),
-        (["--model", "van_b0", "--checkpoint="], "--checkpoint must be the name of a file"),
-        (["--model", "van_b0", "--output="], "--output must be the name of a file"),
         (["--model", "van_b0", "--output=."], "--output . is a folder"),
         (["--model", "van_b0", f"--output={PICTURE}/a.csv"], "is not a folder"),
         (["--model", "van_b0", f"--report={PICTURE}"], "is not a folder"),
-        (["--list", "x"], "cannot read the list x"),
         (["--model", "van_b0", "--severity=x"], "invalid int value: 'x'"),
     ],
 )
@@ -277,12 +263,13 @@ def test_real_labels_of_a_whole_set(validate, folder, tmp_path):
 def test_corruptions_increase_with_severity(name):
     generator = np.random.default_rng(0)
     smooth = generator.integers(60, 190, (8, 8, 3), dtype=np.uint8)
-    image = Image.fromarray(smooth).resize((40, 40), Image.Resampling.BICUBIC)
+    side = 32 if name == "glass_blur" else 64  # that loops over pixels in Python
+    image = Image.fromarray(smooth).resize((side, side), Image.Resampling.BICUBIC)
     before = np.random.get_state()[1].copy()
     spoilt = [Corruption(name, severity)(image) for severity in (1, 5)]
     assert np.array_equal(np.random.get_state()[1], before)
     far = [np.abs(np.asarray(s, dtype=float) - np.asarray(image)).mean() for s in spoilt]
-    assert {(s.size, s.mode) for s in spoilt} == {((40, 40), "RGB")}
+    assert {(s.size, s.mode) for s in spoilt} == {((side, side), "RGB")}
     # Frost blends with pieces of photographs, some of them darker than others.
     assert 0 < far[0] < far[1] or (name == "frost" and min(far) > 10)
     if name not in ("impulse_noise", "glass_blur"):

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from backbones.common.confusion import (
-    class_report,
-    confusion_matrix,
-    confusions,
-    draw_confusions,
-)
+from backbones.common.confusion import class_report, confusion_matrix, confusions, draw_confusions
 
 
 def test_matrix_and_report_by_hand() -> None:

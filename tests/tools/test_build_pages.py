@@ -543,7 +543,7 @@ SPEED = {
                 "onnxruntime_static": timed(12.0, {}, 4_600_000),
                 "pt2e_x86": {"skipped": "ValueError: it has |\n more than one output"},
             },
-        },
+        }
     ],
 }
 AGREEMENT = {
@@ -560,7 +560,7 @@ AGREEMENT = {
                 "openvino_nncf": form(96.0, 97.0),
                 "pt2e_x86": {"skipped": "ValueError: it has |\n more than one output"},
             },
-        },
+        }
     ],
 }
 

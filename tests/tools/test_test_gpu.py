@@ -51,11 +51,7 @@ def test_wrong(i):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "seconds", "counts"),
-    [
-        (CASES, 60, (4, 1, 0)),
-        (CASES, 0, (0, 0, 5)),
-        ("import nothing_of_that_name", 60, (0, 1, 0)),
-    ],
+    [(CASES, 60, (4, 1, 0)), (CASES, 0, (0, 0, 5)), ("import nothing_of_that_name", 60, (0, 1, 0))],
     ids=["all", "late", "broken"],
 )
 def test_counts_cases(
