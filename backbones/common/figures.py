@@ -53,9 +53,9 @@ def style_axis(axis: Any, label: str, below: str = "epoch") -> None:
         axis.spines[side].set_color(GRID)
 
 
-def short(name: str, longest: int = 15) -> str:
+def short(name: str) -> str:
     """:func:`drawable`, cut off if it is long."""
-    return drawable(name if len(name) <= longest else f"{name[: longest - 1]}…")
+    return drawable(name if len(name) <= 15 else f"{name[:14]}…")
 
 
 def drawable(name: str) -> str:

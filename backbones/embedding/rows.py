@@ -54,14 +54,10 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(length > 0, length, 1)
 
 
-def blocks(folder: str | Path, rows: int = 8192) -> Iterator[Block]:
-    """All rows of a table, in order and in blocks, with the embeddings as stored.
-
-    Args:
-        rows: most rows per block.
-    """
+def blocks(folder: str | Path) -> Iterator[Block]:
+    """All rows of a table, in order and in blocks, with the embeddings as stored."""
     dim, first = metadata(folder)["dim"], 0
-    for batch in batches(folder, ["key", "embedding"], rows):
+    for batch in batches(folder, ["key", "embedding"]):
         yield Block(first, batch.column("key"), _array(batch, dim))
         first += len(batch)
 

@@ -15,6 +15,7 @@ from backbones.common.messages import one_line
 
 __all__ = ["Row", "Tile", "draw_sheet", "short_key"]
 
+_COLUMNS = 8  # most images of a line
 # In pixels.
 _SIDE, _GAP, _MARGIN = 150, 14, 16
 _TITLE, _CAPTION, _BELOW = 44, 30, 44
@@ -52,18 +53,17 @@ class Row:
     tiles: list[Tile] = field(default_factory=list)
 
 
-def draw_sheet(path: Path, title: str, rows: Sequence[Row], columns: int = 8) -> None:
+def draw_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
     """Draw rows of images with their captions, headings and names.
 
     Args:
         path: of the PNG.
         title: heading of the sheet.
         rows: each with at least one tile.
-        columns: images per line.
     """
     step = _SIDE + _GAP
-    lines = _lines(rows, columns)
-    columns = max(4, *(line[-1].column + min(len(line[-1].row.tiles), columns) for line in lines))
+    lines = _lines(rows)
+    columns = max(4, *(line[-1].column + min(len(line[-1].row.tiles), _COLUMNS) for line in lines))
     heights = [
         _CAPTION + -(-len(line[0].row.tiles) // columns) * (_SIDE + _BELOW) for line in lines
     ]
@@ -103,7 +103,7 @@ class _Place(NamedTuple):
     column: int
 
 
-def _lines(rows: Sequence[Row], columns: int) -> list[list[_Place]]:
+def _lines(rows: Sequence[Row]) -> list[list[_Place]]:
     """Pack short rows side by side, a column apart; a longer row gets lines of its own."""
     lines: list[list[_Place]] = []
     free = -1
@@ -111,8 +111,8 @@ def _lines(rows: Sequence[Row], columns: int) -> list[list[_Place]]:
         count = len(row.tiles)
         if count > free:
             lines.append([])
-            free = columns
-        lines[-1].append(_Place(row, columns - free))
+            free = _COLUMNS
+        lines[-1].append(_Place(row, _COLUMNS - free))
         free -= count + 1
     return lines
 

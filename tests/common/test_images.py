@@ -56,6 +56,13 @@ def test_modes_with_colours() -> None:
     assert as_8_bits(colours) is colours  # no copy in the loop of a training
 
 
+def test_floats_and_16_bits_are_rounded() -> None:
+    floats = np.array([[0, 0.9, 7.4, 7.6, 254.6]], np.float32) / 255
+    assert np.asarray(as_8_bits(Image.fromarray(floats), "L")).tolist() == [[0, 1, 7, 8, 255]]
+    whole = np.array([[0, 128, 129, 65406, 65407]], np.uint16)
+    assert np.asarray(as_8_bits(Image.fromarray(whole), "L")).tolist() == [[0, 0, 1, 254, 255]]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

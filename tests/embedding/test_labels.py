@@ -27,7 +27,8 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("a.csv", "x/0.png,cat\ny.png,7\n"),
         ("a.csv", "\ufeffkey,label\nx/0.png,cat\n\ny.png,7\n"),
-        ("a.csv", "width,class,path\r\n5,cat,x/0.png\r\n6,7,y.png\r\n"),
+        ("a.csv", "class,width,path\r\ncat,5,x/0.png\r\n7,6,y.png\r\n"),
+        ("a.csv", "file,width,label\nx/0.png,5,cat\ny.png,6,7\n"),
         ("a.csv", '"x/0.png", cat\ny.png,7\n'),
         ("a.tsv", "file\tnumber\nx/0.png\tcat\ny.png\t7\n"),
         ("a.txt", "x/0.png\tcat\ny.png\t7\n"),

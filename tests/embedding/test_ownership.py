@@ -242,9 +242,8 @@ def test_missing_datasets_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "pathmnist.npz is missing" in find.refused
 
 
-def test_the_key_is_the_users(home: Path) -> None:
-    content = {"source": {}, **dict.fromkeys(table._DECISIVE, 0), "weights": {"sha256": ""}}
-    content["source"] = {}
+def test_the_key_is_the_users(home: Path, tmp_path: Path) -> None:
+    content = table.metadata(foreign(tmp_path, "folder", tmp_path, "x"))
     sealed = ownership.seal(content)
     path = ownership.key_path()
     assert path == home / "vision-backbones" / "tables.key"
