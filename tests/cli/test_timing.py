@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
+import pytest
 import torch
 
 from backbones.cli import timing
@@ -19,14 +20,12 @@ def test_short_memory_peaks_are_measured() -> None:
         assert memory.bytes is None
 
 
-def test_what_counts_is_the_later_half_of_a_turn() -> None:
-    calls = []
+def test_what_counts_is_the_later_half_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, taken = [0.0], iter([0.5, 0.5, 0.25, 0.25, 9.0, 7.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def run() -> None:
-        calls.append(0.05 if len(calls) < 2 else 0.02)
-        time.sleep(calls[-1])
+        now[0] += next(taken)
 
-    times = timing.steady(run, torch.device("cpu"), 0.12)
-    assert len(calls) == 3 and len(times) == 2
-    assert times[0] >= 0.05 and times[1] >= 0.02
-    assert len(timing.steady(run, torch.device("cpu"), 0.0)) == 1
+    assert timing.steady(run, torch.device("cpu"), 1.5) == [0.25, 0.25]
+    assert timing.steady(run, torch.device("cpu"), 9.0) == [7.0]  # of at least two

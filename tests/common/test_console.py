@@ -16,7 +16,6 @@ from other_encodings import Stream
 from backbones import CheckpointError
 from backbones.common.console import Parser, guard, tolerate_any_text
 from backbones.common.errors import CommandError, DataError
-from ops.cpu import build
 
 TEXT = "─✓× 日 \udcff.png"
 
@@ -39,31 +38,6 @@ def test_any_text_can_be_written(
         getattr(sys, name).write(TEXT)
     assert stream.said() == expected
     assert stream.errors == "strict"
-
-
-@pytest.mark.parametrize(
-    ("variable", "said"),
-    [
-        ("VISION_BACKBONES_NATIVE", "must be one of ['1', 'true'"),
-        ("VISION_BACKBONES_NATIVE_ISA", "must be one of ['amx', "),
-    ],
-)
-@pytest.mark.parametrize("value", ["nonsense", "a\nb", "10"])
-def test_invalid_environment_variables(
-    variable: str,
-    said: str,
-    value: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(build.process, "states", {})
-    monkeypatch.setenv(variable, value)
-    assert guard(lambda: bool(build.load("gemm"))) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {variable} {said}")
-    assert len(error.splitlines()) == 1
-    with pytest.raises(ValueError, match="a bug"):
-        guard(raising(ValueError("a bug")))
 
 
 def raising(error: BaseException) -> Callable[[], int]:

@@ -19,7 +19,8 @@ class Terminal(io.StringIO):
 def test_elapsed_time_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     with show_elapsed("writing", interval=0.01):
-        time.sleep(0.1)
+        while not sys.stderr.getvalue():
+            time.sleep(0.01)
     shown = sys.stderr.getvalue()
     assert "\r\x1b[Kwriting, 0 s" in shown and shown.endswith("\r\x1b[K")
     monkeypatch.setattr(sys, "stderr", io.StringIO())

@@ -72,17 +72,16 @@ def test_impossible_fields(key: str, value: Any, folder: Path) -> None:
     assert key.split(".")[0] in said and "\n" not in said and len(said) < 500
 
 
-@pytest.mark.parametrize("dim", [0, -1, None, "320", 10**12])
 @pytest.mark.parametrize("command", ["search", "duplicates", "probe"])
 def test_commands_say_so_in_a_line(
-    command: str, dim: Any, folder: Path, capsys: pytest.CaptureFixture[str]
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit(folder, "dim", dim)
+    edit(folder, "dim", 0)
     more = {"search": ["--key", "00001.png"], "duplicates": [], "probe": ["--labels", "folder"]}
     assert main([command, str(folder), *more[command]]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {folder / 'metadata.json'} is damaged: dim must be ")
-    assert said.endswith(f" got {dim!r}\n") and said.count("\n") == 1
+    assert said.endswith(" got 0\n") and said.count("\n") == 1
 
 
 def test_shape_and_dim_agree(folder: Path) -> None:
