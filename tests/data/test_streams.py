@@ -4,6 +4,7 @@ import csv
 import io
 import tarfile
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from training_runs import (
 from backbones.common.errors import DataError
 from backbones.common.processes import World
 from backbones.data.corrupt import CorruptImages
+from backbones.data.streams import StreamImages, StreamSource
 from backbones.training.data import open_splits
 from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe
@@ -171,6 +173,26 @@ def test_hugging_face_streams(folder, tmp_path):
     ]
     assert train(*arguments) == 0
     assert (tmp_path / "run" / "summary.csv").read_text().splitlines()[1].startswith("0,3,")
+
+
+@pytest.mark.parametrize(("seed", "seen"), [(None, [10, 30]), (0, [10, 30, 30, 30])])
+def test_images_of_the_hub_that_cannot_be_read(seed, seen, tmp_path):
+    """In training, others take their place; in validation, nothing does."""
+
+    class Stream(list):
+        reader = SimpleNamespace(input_key="image", _lazy_init=lambda: None)
+        reader.ds = SimpleNamespace(cast_column=lambda *_: None)
+
+    def encode(value):
+        return {"bytes": encoded(Image.new("L", (4, 4), value), "png"), "path": None}
+
+    broken = {"bytes": b"no image", "path": "broken.png"}
+    stream = Stream((image, 1) for image in (encode(10), broken, encode(30), broken))
+    corrupt = CorruptImages(tmp_path / "corrupt.txt", 0.5)
+    source = StreamSource(list, 4, 3)
+    images = StreamImages(source, stream, lambda image: image.getpixel((0, 0)), "L", corrupt, seed)
+    assert list(images) == [(value, 1) for value in seen]
+    assert (tmp_path / "corrupt.txt").read_text().count("broken.png\t") == 2
 
 
 def test_a_stream_of_unknown_length(tmp_path):
