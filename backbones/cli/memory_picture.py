@@ -40,11 +40,12 @@ def draw_memory(path: Path, explained: Explanation) -> None:
     for buffer in memory.planned:
         corner = (buffer.first, (buffer.offset or 0) / scale)
         length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale
-        paint = {"facecolor": colors[parts[buffer.first]], "edgecolor": "white", "linewidth": 0.7}
+        color = colors[parts[buffer.first]]
+        paint: dict[str, Any] = {"facecolor": color, "edgecolor": "white", "linewidth": 0.7}
         axis.add_patch(Rectangle(corner, length, height, **paint))
     top = memory.nbytes / scale
     axis.axhline(top, color=_PEAK, linewidth=1.4)
-    place = {"ha": "right", "va": "bottom"}
+    place: dict[str, Any] = {"ha": "right", "va": "bottom"}
     label = f"workspace {top:.2f} {unit}"
     axis.text(len(parts), 1.012 * top, label, color=_PEAK, fontsize=10, **place)
     _label_largest(axis, memory.planned, scale, top, len(parts))

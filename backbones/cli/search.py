@@ -6,6 +6,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``search``."""
     add = parser.add_argument
     add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
-    several = {"nargs": "+", "default": []}
+    several: dict[str, Any] = {"nargs": "+", "default": []}
     add("--query", type=nonempty_path, metavar="IMAGE", help="image files or folders", **several)
     add("--key", metavar="KEY", help="keys of images in FOLDER", **several)
     add("--top", type=whole(1), default=12, metavar="N", help="results per query (12)")

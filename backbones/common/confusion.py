@@ -85,7 +85,7 @@ def draw_confusions(
     below = _BELOW if count <= _NAMES and max(map(len, classes)) > 2 else 0.7
     width, height = len(matrices) * panel + 0.3, 0.95 + _SIDE + below + bars
     figure = new_figure(width, height)
-    place = {"x": 0.15 / width, "y": 1 - 0.12 / height, "va": "top"}
+    place: dict[str, Any] = {"x": 0.15 / width, "y": 1 - 0.12 / height, "va": "top"}
     figure.text(s=drawable(title), fontsize=13, color=INK, fontweight="bold", **place)
 
     def add(left: float, bottom: float, wide: float, high: float) -> Any:
