@@ -144,10 +144,9 @@ class Trainer(TrainingLoop):
             with self.autocast():
                 logits = model(images).float()  # (B, classes)
             meter.add(validation_loss(logits, labels), logits, labels)
-            if self.val_loader.equal_batches and number % 10 == 0:
-                signal = self.world.max(torch.tensor(self.stop.signal, device=self.device))
-                if signal:
-                    return {}, int(signal)
+            may_ask = self.val_loader.equal_batches and number % 10 == 0
+            if may_ask and (signal := self.stop_signal()):
+                return {}, signal
             if self.progress.live and self.progress.due():
                 self.progress.show(number + 1, "")
         figures = meter.read(self.world)

@@ -19,6 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -51,6 +52,12 @@ _context.set_forkserver_preload(["training_warm_up"])
 
 
 _started: list[Run] = []
+
+
+def a_few(families: Sequence[str]) -> list[Any]:
+    """Values of a test of every family: those of other kinds of blocks run always."""
+    kinds = {"efficientvit", "inception_next", "shvit", "van", "vrwkv"}
+    return [f if f in kinds else pytest.param(f, marks=pytest.mark.slow) for f in families]
 
 
 def end_all() -> None:

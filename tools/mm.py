@@ -87,13 +87,7 @@ def test(argv: Sequence[str]) -> dict[str, float]:
 
 
 def infer(argv: Sequence[str]) -> list[Path]:
-    """Draw predictions, a picture for each image under its name; returns the written pictures.
-
-    Raises:
-        FileNotFoundError: an image or the checkpoint does not exist.
-        ValueError: two images with the same name, a picture that would replace an image, or
-            incompatible parts of the model.
-    """
+    """Draw predictions, a picture for each image under its name; returns the written pictures."""
     parser = _of(Parser(description="Draw predictions, a picture for each image."), "infer")
     add = parser.add_argument
     add("images", nargs="+", type=nonempty_path, metavar="IMAGE")

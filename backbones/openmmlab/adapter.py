@@ -216,15 +216,11 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
             if parameter.requires_grad:
                 plain = parameter.ndim <= 1 or name.endswith(".bias") or name in spared
                 groups.setdefault((scales.get(name, 1.0), plain), []).append(parameter)
-        for (scale, plain), members in sorted(groups.items(), key=_order):
+        for (scale, plain), members in sorted(groups.items(), key=lambda item: item[0]):
             group: dict[str, Any] = {"params": members, "lr": self.base_lr * scale}
             if plain:
                 group["weight_decay"] = 0.0
             params.append(group)
-
-
-def _order(item: tuple[tuple[float, bool], list[nn.Parameter]]) -> tuple[float, bool]:
-    return item[0]
 
 
 def _layer_scales(module: nn.Module, rate: float) -> tuple[dict[str, float], set[str]]:

@@ -52,9 +52,6 @@ def write_set(folder: Path, train: int, val: int) -> None:
 
     Args:
         train, val: numbers of images.
-
-    Raises:
-        ValueError: a number of images below 1.
     """
     counts = {"train": train, "val": val}
     for split, count in counts.items():

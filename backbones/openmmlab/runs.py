@@ -36,13 +36,7 @@ def shared_arguments(description: str) -> argparse.ArgumentParser:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config with overrides, work folder, and norms that the available devices support.
-
-    Raises:
-        FileNotFoundError: no such config.
-        ValueError: a config in the work folder, incompatible parts of the model, or a launcher that
-            needs CUDA.
-    """
+    """The config with overrides, work folder, and norms that the available devices support."""
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
         cfg.merge_from_dict(args.cfg_options)
@@ -78,10 +72,6 @@ def provide_data(cfg: Config, files: Iterable[Path] | None = None) -> None:
 
     Args:
         files: the files to be read, if not the whole data set.
-
-    Raises:
-        FileNotFoundError: a required package is missing.
-        ValueError: a number of images below 1.
     """
     data = cfg.get("quickstart_data")
     if data is None:

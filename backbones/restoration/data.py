@@ -31,16 +31,9 @@ Pair = tuple[Tensor, Tensor]
 
 
 def find_pictures(what: str, training: bool) -> list[Path]:
-    """The files of a folder (recursively), of a glob, or of ``photographs``.
-
-    Raises:
-        DataError: there are none.
-    """
+    """The files of a folder (recursively), of a glob, or of ``photographs``."""
     if what == "photographs":
-        try:
-            return find_photographs(TRAINING if training else VALIDATION)
-        except FileNotFoundError as error:
-            raise DataError(str(error)) from error
+        return find_photographs(TRAINING if training else VALIDATION)
     key = "train_pictures" if training else "val_pictures"
     if not what:
         raise DataError(f"no pictures: give --{key.replace('_', '-')} a folder or a glob")
@@ -65,11 +58,7 @@ def to_tensor(pixels: np.ndarray, channels: int) -> Tensor:
 
 
 def load_truth(path: Path, channels: int, scale: int) -> Tensor:
-    """A picture as (channels, H, W) in 0 … 1, cropped to multiples of ``scale``.
-
-    Raises:
-        PictureError: it cannot be read, or is smaller than ``scale``.
-    """
+    """A picture as (channels, H, W) in 0 … 1, cropped to multiples of ``scale``."""
     truth = to_tensor(read_picture(path).pixels, channels)
     height, width = (side - side % scale for side in truth.shape[1:])
     if not height or not width:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from backbones.common.errors import DataError
+
 __all__ = ["TRAINING", "VALIDATION", "find_photographs"]
 
 TRAINING = (
@@ -17,16 +19,12 @@ _OF_SKLEARN = ("china.jpg", "flower.jpg")
 
 
 def find_photographs(names: tuple[str, ...]) -> list[Path]:
-    """The files of :data:`TRAINING` or :data:`VALIDATION`.
-
-    Raises:
-        FileNotFoundError: a package is missing, or lacks one of them.
-    """
+    """The files of :data:`TRAINING` or :data:`VALIDATION`."""
     try:
         import skimage.data
         import sklearn.datasets
     except ImportError as error:
-        raise FileNotFoundError(
+        raise DataError(
             f"the photographs need {error.name}: pip install scikit-image scikit-learn"
         ) from None
     of_skimage = Path(str(skimage.data.__file__)).parent
@@ -34,5 +32,5 @@ def find_photographs(names: tuple[str, ...]) -> list[Path]:
     paths = [(of_sklearn if n in _OF_SKLEARN else of_skimage) / n for n in names]
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"this version of the package does not include {path.name}")
+            raise DataError(f"this version of the package does not include {path.name}")
     return paths

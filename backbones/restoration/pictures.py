@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,11 +77,7 @@ class Picture:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of the upright picture, from the file's header.
-
-    Raises:
-        PictureError: not a picture.
-    """
+    """Height and width of the upright picture, from the file's header."""
     with _opened(path) as image:
         width, height = image.size
         turned = orientation_of(image) in (5, 6, 7, 8)
@@ -92,11 +88,8 @@ def read_picture(path: Path) -> Picture:
     """Read PNG, JPEG, WebP, TIFF, or any other format that Pillow decodes by itself (not EPS).
 
     Palettes, CMYK and others become RGB, without their colour profile; EXIF orientation is applied.
-    16 bits are kept (PNG; colour TIFF if ``tifffile`` is installed). Of several frames, the first
-    is used, and :attr:`Picture.note` says so.
-
-    Raises:
-        PictureError: missing, damaged, or of an unsupported kind.
+    16 bits are kept; colour TIFF of 16 bits needs ``tifffile``. Of several frames, the first is
+    used, and :attr:`Picture.note` says so.
     """
     with _opened(path) as image:
         image.load()
@@ -135,15 +128,11 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
     """Write a picture atomically, in the format of the file's suffix.
 
-    16 bits are kept in PNG and TIFF, alpha in PNG, WebP and TIFF, and EXIF data in all formats
-    except BMP and 16-bit TIFF.
+    16 bits are kept in PNG and TIFF (which needs ``tifffile``), alpha in PNG, WebP and TIFF, and
+    EXIF data in all formats except BMP and 16-bit TIFF.
 
     Args:
         quality: of JPEG and WebP, 1 … 100.
-
-    Raises:
-        PictureError: an unsupported suffix, a format that does not support the picture, or a
-            failed write.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -267,10 +256,7 @@ def _read_16_bits(path: Path, kind: str) -> np.ndarray:
             whole.verify()  # wrong checksums crash the decoder of torchvision 0.29
         tensor = decode_image(read_file(str(path)), ImageReadMode.UNCHANGED)
         return tensor.permute(1, 2, 0).numpy()
-    try:
-        import tifffile
-    except ImportError:
-        raise PictureError(f"{path} is a colour TIFF of 16 bits: pip install tifffile") from None
+    tifffile = _tifffile(f"{path}, a colour TIFF of 16 bits,")
     try:
         array = tifffile.imread(path, key=0)
     except tifffile.TiffFileError as error:
@@ -320,42 +306,25 @@ def _crc(name: bytes, data: bytes) -> int:
 
 
 def _tiff_16(picture: Picture) -> bytes:
-    """A little-endian TIFF of 16 bits in one deflated strip (TIFF 6.0)."""
     if picture.is_grey and picture.alpha is not None:  # hardly any reader knows this kind
         picture = replace(picture, pixels=np.repeat(picture.pixels, 3, 2), icc=None)
-    array = _planes(picture).astype("<u2")
-    height, width, channels = array.shape
-    strip = zlib.compress(array.tobytes(), 6)
-    # Tag, type (3: 16 bits, 4: 32 bits, 7: bytes) and values, in the order of the tags.
-    entries: list[tuple[int, int, Sequence[int] | bytes]] = [
-        (256, 4, [width]),
-        (257, 4, [height]),
-        (258, 3, [16] * channels),
-        (259, 3, [8]),
-        (262, 3, [1 if picture.is_grey else 2]),
-        (273, 4, [8]),
-        (277, 3, [channels]),
-        (278, 4, [height]),
-        (279, 4, [len(strip)]),
-        (284, 3, [1]),
-    ]
-    if picture.alpha is not None:
-        entries.append((338, 3, [2]))
-    if picture.icc:
-        entries.append((34675, 7, picture.icc))
-    body = strip + b"\0" * (len(strip) % 2)
-    directory_at = 8 + len(body)
-    extra_at = directory_at + 2 + 12 * len(entries) + 4
-    directory, extra = struct.pack("<H", len(entries)), b""
-    for tag, kind, values in entries:
-        data = (
-            bytes(values) if kind == 7 else struct.pack(f"<{len(values)}{'_HI'[kind - 2]}", *values)
-        )
-        count = len(values)
-        if len(data) > 4:
-            place = struct.pack("<I", extra_at + len(extra))
-            extra += data + b"\0" * (len(data) % 2)
-        else:
-            place = data.ljust(4, b"\0")
-        directory += struct.pack("<HHI", tag, kind, count) + place
-    return b"II*\0" + struct.pack("<I", directory_at) + body + directory + b"\0" * 4 + extra
+    data = io.BytesIO()
+    _tifffile("a TIFF of 16 bits").imwrite(
+        data,
+        np.squeeze(_planes(picture), 2) if picture.is_grey else _planes(picture),
+        photometric="minisblack" if picture.is_grey else "rgb",
+        extrasamples=None if picture.alpha is None else ["unassalpha"],
+        compression="zlib",
+        iccprofile=picture.icc,
+        metadata=None,
+        software=False,
+    )
+    return data.getvalue()
+
+
+def _tifffile(kind: str) -> Any:
+    try:
+        import tifffile
+    except ImportError:
+        raise PictureError(f"{kind} needs pip install tifffile") from None
+    return tifffile

@@ -92,11 +92,7 @@ class RestorationRecipe(Recipe):
     )
 
     def __post_init__(self) -> None:
-        """Reject contradictory keys.
-
-        Raises:
-            RecipeError: naming the key.
-        """
+        """Reject contradictory keys."""
         check_ranges(self)
         wrong: list[tuple[str, Any, str]] = []
         if not self.sigma:

@@ -51,10 +51,6 @@ def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
 
     On a CPU it is fused, except with autocast, since fused layers have a single dtype. Sets
     PyTorch's number of threads if given.
-
-    Raises:
-        DataError, CheckpointError: see :func:`load_restorer`.
-        CommandError: an unusable device or dtype.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -76,10 +72,6 @@ def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}
 
     Args:
         arguments: further keywords of :func:`backbones.create_model`, as YAML.
-
-    Raises:
-        DataError: another kind of model, or invalid keywords.
-        CheckpointError: no weights, or those of another model.
     """
     keywords = _keywords(arguments)
     if checkpoint is not None and not Path(checkpoint).is_file():
@@ -117,11 +109,7 @@ def _keywords(arguments: str) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> int:
-    """``800M`` or ``1.5G`` in bytes; a plain number is in MiB.
-
-    Raises:
-        DataError: anything else.
-    """
+    """``800M`` or ``1.5G`` in bytes; a plain number is in MiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
     unit = " KMGT".index(match[2].upper() or "M") if match is not None else 0
     size = float(match[1]) * 1024**unit if match is not None else 0

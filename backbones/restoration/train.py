@@ -51,11 +51,7 @@ _SMALL = 32
 
 
 def build_restorer(recipe: RestorationRecipe) -> Any:
-    """The network of the recipe.
-
-    Raises:
-        RecipeError: an unknown model, a classifier, or a scale that does not match the task.
-    """
+    """The network of the recipe."""
     if not recipe.model:
         raise RecipeError("no model: give --model one of backbones.list_models('hat*')")
     arguments = {"in_chans": recipe.in_chans, "drop_path_rate": recipe.drop_path}
@@ -169,8 +165,7 @@ class RestorationTrainer(TrainingLoop):
                     before = resize_bicubic(degraded, size=(truth.shape[1], truth.shape[2]))
                     values[3:] = quality(before, truth, self.scale).values()
                 sums += torch.tensor(values, dtype=torch.float64, device=self.device)
-            signal = int(self.world.max(torch.tensor(self.stop.signal, device=self.device)))
-            if signal:
+            if signal := self.stop_signal():
                 return {}, signal
             if self.progress.live and self.progress.due():
                 self.progress.show(number + 1, "")
@@ -182,11 +177,7 @@ class RestorationTrainer(TrainingLoop):
         return {"psnr_y": psnr, "ssim_y": ssim}, 0
 
     def pair(self, number: int) -> Pair:
-        """Input and ground truth of a validation picture, as (C, H, W).
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """Input and ground truth of a validation picture, as (C, H, W)."""
         try:
             truth = load_truth(self.val_paths[number], self.recipe.in_chans, self.scale)
         except PictureError as error:
@@ -231,12 +222,9 @@ class RestorationTrainer(TrainingLoop):
         if best.exists():
             model.load_state_dict(safetensors.torch.load_file(best))
         self.draw_comparison(model.eval(), self.folder / "comparison.png")
-        self.progress.say(f"best {self.best:.2f} dB after {self.spent()}{self.gain()}")
+        spent = duration(time.monotonic() - self.begun)
+        self.progress.say(f"best {self.best:.2f} dB after {spent}{self.gain()}")
         say_results(self.progress, self.folder, _RESULTS)
-
-    def spent(self) -> str:
-        """The training time of this process."""
-        return duration(time.monotonic() - self.begun)
 
     def gain(self) -> str:
         """The improvement over the input, or over bicubic."""

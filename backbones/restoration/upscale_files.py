@@ -85,11 +85,6 @@ def plan_jobs(
         compare: whether comparisons will be written.
         read: other files that must not be replaced.
         overwrite: replace existing files that are no pictures, too.
-
-    Raises:
-        DataError: no pictures, two results of the same name, or an invalid suffix.
-        CommandError: ``out`` cannot be written to, or a result would replace a picture or a file of
-            another kind.
     """
     if not _is_part_of_a_name(suffix):
         raise DataError(f"--suffix must be part of a file's name, not {shown(suffix)}")
@@ -260,11 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run ``upscale``; returns 0, or 1 if a picture failed.
-
-    Raises:
-        MendableError, backbones.CheckpointError: nothing could be done; the message says why.
-    """
+    """Run ``upscale``; returns 0, or 1 if a picture failed."""
     if not 1 <= options.quality <= 100:
         raise DataError(f"--quality must be in 1 … 100, not {shown(options.quality)}")
     model, memory = restorer_of(options)

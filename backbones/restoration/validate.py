@@ -52,9 +52,6 @@ def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
     scale 4), or in the folder itself; low-resolution pictures are in ``LR``, ``LR/X4``,
     ``LRbicx4``, ``LR_bicubic/X4``, ``X4`` or ``image_SRF_4``. They are matched by name, ignoring
     ``x4``, ``_SRF_4``, ``_HR`` and ``_LR`` at the end.
-
-    Raises:
-        DataError: no pictures, or a missing low-resolution picture.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
@@ -87,9 +84,6 @@ def validate(
 
     Missing low-resolution pictures are made bicubically from the ground truth, as in the papers
     (see :mod:`backbones.restoration.resize`), and rounded to 8 bits.
-
-    Raises:
-        DataError: see :func:`find_pairs`; an unreadable picture, or a pair of mismatching sizes.
     """
     scale, scores = upscaler.scale, []
     for truth_path, input_path in find_pairs(folder, scale):
@@ -163,11 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run ``sr.py validate`` and print a line for each data set; returns 0.
-
-    Raises:
-        TrainingError, backbones.CheckpointError: it could not be done; the message says why.
-    """
+    """Run ``sr.py validate`` and print a line for each data set; returns 0."""
     columns = [field.name for field in fields(Score)]
     require_writable(
         {"--csv": (options.csv, csv_of(*columns))},

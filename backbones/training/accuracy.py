@@ -79,11 +79,7 @@ def predict_all(
 
 
 def read_real_labels(path: str) -> list[list[int]]:
-    """The acceptable classes of each of ImageNet's validation images; timm's copy for "".
-
-    Raises:
-        DataError: no such file, or no list of lists of numbers.
-    """
+    """The acceptable classes of each of ImageNet's validation images; timm's copy for ""."""
     try:
         if path:
             text = Path(path).read_text(encoding="utf-8")
@@ -99,11 +95,7 @@ def read_real_labels(path: str) -> list[list[int]]:
 
 
 def real_accuracy(predictions: Predictions, source: ImageSource, real: list[list[int]]) -> float:
-    """Top-1 accuracy in percent on the images that have reassessed labels.
-
-    Raises:
-        DataError: the images are not named as ImageNet's validation images are.
-    """
+    """Top-1 accuracy in percent on the images that have reassessed labels."""
     right = []
     for index, predicted in zip(
         predictions.indices.tolist(), predictions.top5[:, 0].tolist(), strict=True

@@ -38,11 +38,7 @@ _SETS = ("tweights", "t3a", "t3aw")
 
 
 def check_policy(text: str) -> None:
-    """Reject a policy that timm would misinterpret, partly ignore, or take forever to apply.
-
-    Raises:
-        RecipeError: names the invalid part and what is allowed.
-    """
+    """Reject a policy that timm would misinterpret, partly ignore, or take forever to apply."""
     name, *sections = text.split("-")
     if name not in _SECTIONS:
         raise RecipeError(f"aa must be a policy of {', '.join(_SECTIONS)}, not {shown(text)}")

@@ -38,11 +38,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Any:
-    """The recipe's model, with its initial weights if ``weights`` is true.
-
-    Raises:
-        RecipeError: unknown model or weights, or invalid arguments.
-    """
+    """The recipe's model, with its initial weights if ``weights`` is true."""
     if not recipe.model:
         raise RecipeError("no model: give --model one of backbones.list_models()")
     try:
@@ -156,8 +152,7 @@ def build_loss(recipe: Recipe) -> Loss:
     """The training loss: logits (B, classes) and labels, hard or soft → scalar."""
     if recipe.bce_loss:
         return BinaryCrossEntropy(
-            # Mixed labels are already smoothed.
-            smoothing=0.0 if recipe.mixes_images else recipe.smoothing,
+            smoothing=recipe.smoothing,  # of hard labels; mixed ones are smoothed already
             target_threshold=recipe.bce_target_thresh,
             sum_classes=recipe.bce_sum,
         )
@@ -200,9 +195,6 @@ def build_objective(
         num_classes, config: of the student, see :func:`preprocessing`.
         multi_label: targets are (B, classes) of 0 and 1.
         device: of the batches.
-
-    Raises:
-        RecipeError: options that multi-label data does not support, or an unknown teacher.
     """
     if multi_label:
         if recipe.mixes_images or recipe.distill is not None:

@@ -47,9 +47,6 @@ class Corruption:
     Args:
         name: one of :data:`CORRUPTIONS`, or speckle_noise, gaussian_blur, spatter, saturate.
         severity: 1 … 5.
-
-    Raises:
-        RecipeError: imagecorruptions is not installed, or has no such corruption.
     """
 
     def __init__(self, name: str, severity: int) -> None:

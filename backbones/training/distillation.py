@@ -161,9 +161,6 @@ class StudentWithExits(nn.Module):
     Args:
         student: a backbone of this library, with a classifier.
         stages: indices of the stages with an exit; negative ones count from the end.
-
-    Raises:
-        RecipeError: there is no such stage, or the student is of timm.
     """
 
     def __init__(self, student: Any, stages: Sequence[int] | None = None) -> None:
@@ -294,9 +291,6 @@ def build_teacher(recipe: Recipe, num_classes: int, config: dict[str, Any]) -> T
             ``teacher_img_size``.
         num_classes: of the student.
         config: ``mean`` and ``std`` of the student's images.
-
-    Raises:
-        RecipeError: no such model or weights, or weights for other classes.
     """
     network = load_trained(
         recipe.teacher or "",

@@ -54,9 +54,6 @@ class DiverseAttention:
     Args:
         objective: network, images and targets → loss and logits.
         share: weight of the layers' mean similarity; 1 in the paper.
-
-    Raises:
-        RecipeError: when called with a network without attention.
     """
 
     def __init__(self, objective: Callable[..., tuple[Tensor, Any]], share: float) -> None:

@@ -38,10 +38,6 @@ class RunFolder:
     Attributes:
         path: the folder.
         lock_problem: why it could not be locked; "" if it is.
-
-    Raises:
-        RecipeError: another process uses it; the named run already exists; another program's files
-            have the names of ours; the recipe reads one of its results; or it cannot be created.
     """
 
     def __init__(self, recipe: Recipe, options: Namespace) -> None:

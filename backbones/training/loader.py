@@ -42,9 +42,6 @@ class TrainLoader:
         recipe: augmentation, batch size, workers.
         world: this process among all.
         corrupt: records unreadable images.
-
-    Raises:
-        DataError: fewer images than one batch per process.
     """
 
     def __init__(

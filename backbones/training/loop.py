@@ -107,11 +107,7 @@ class TrainingLoop(Resumable):
         random_seed(recipe.seed, world.rank)
 
     def dry_run(self, batch: Any) -> None:
-        """Compute the loss of a batch, to detect networks that don't support the image size.
-
-        Raises:
-            RecipeError: names the network and its error.
-        """
+        """Compute the loss of a batch, to detect networks that don't support the image size."""
         self.net.train()
         self.guard.keep()
         try:
@@ -316,11 +312,7 @@ class TrainingLoop(Resumable):
         raise self.bad_steps.error(everyone, self.folder, self.world.is_main, left)
 
     def check_figures(self, figures: dict[str, float], model: nn.Module) -> None:
-        """Stop without saving if a validation shows that the weights have diverged.
-
-        Raises:
-            DivergedError: a metric is NaN, the loss is infinite, or a weight is not finite.
-        """
+        """Stop without saving if a validation shows that the weights have diverged."""
         wrong = [
             f"{key} {value}"
             for key, value in figures.items()
@@ -334,6 +326,10 @@ class TrainingLoop(Resumable):
                 f"the validation after {self.updates} updates found {', '.join(wrong)}; {left}. A "
                 "lower lr or clip_grad may help"
             )
+
+    def stop_signal(self) -> int:
+        """The signal that any process has received, or 0; a collective call."""
+        return int(self.world.max(torch.tensor(self.stop.signal, device=self.device)))
 
     def is_save_due(self) -> bool:
         """Whether the checkpoint within the epoch is due after this update."""

@@ -41,12 +41,7 @@ def learning_rate(recipe: Recipe, world_size: int) -> float:
 
 
 def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Any of timm's optimizers.
-
-    Raises:
-        RecipeError: an unknown optimizer or argument, a pattern of ``lr_factors`` that matches no
-            parameter, or a factor that is not a number > 0.
-    """
+    """Any of timm's optimizers."""
     try:
         _try_optimizer(recipe, lr, next(model.parameters()).device)
         optimizer = _create_optimizer(recipe, model, lr, recipe.layer_decay)
@@ -133,9 +128,6 @@ def build_scheduler(
     """Any of timm's schedulers, and its number of epochs.
 
     It is stepped with every update, "plateau" with every epoch; "none" gives None.
-
-    Raises:
-        RecipeError: an invalid schedule, or one with a negative or non-finite learning rate.
     """
     try:
         scheduler, epochs = create_scheduler_v2(

@@ -38,11 +38,7 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
 
 
 def shard(network: nn.Module, world: World) -> nn.Module:
-    """Shard the weights block by block; modifies ``network`` in place and returns it.
-
-    Raises:
-        RecipeError: torchrun did not start this process.
-    """
+    """Shard the weights block by block; modifies ``network`` in place and returns it."""
     if not dist.is_initialized():
         raise RecipeError("fsdp needs torchrun: torchrun --nproc-per-node N train_cls.py …")
     mesh = init_device_mesh(world.device.type, (world.size,))

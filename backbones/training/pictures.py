@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure, short, style_axis
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["Prediction", "draw_curves", "draw_predictions", "pick_predictions"]
 

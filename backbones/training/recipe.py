@@ -300,11 +300,7 @@ def differences(recipe: Recipe, earlier: Mapping[str, Any]) -> list[str]:
 
 
 def check(recipe: Recipe) -> None:
-    """Reject contradictory keys.
-
-    Raises:
-        RecipeError: names the key, its value and what is allowed.
-    """
+    """Reject contradictory keys."""
     for name in ("mean", "std"):
         value = getattr(recipe, name)
         good = value is None or len(value) == recipe.in_chans
@@ -329,9 +325,6 @@ def check_learning_rate(recipe: Recipe, lr: float) -> None:
 
     Args:
         lr: the recipe's learning rate, after scaling.
-
-    Raises:
-        RecipeError: names both learning rates.
     """
     if recipe.sched in _FALLING_TO_MIN_LR and recipe.min_lr > lr:
         raise RecipeError(
@@ -345,9 +338,6 @@ def check_sizes(recipe: Recipe, sizes: Iterable[int]) -> None:
 
     Args:
         sizes: sides of the training images.
-
-    Raises:
-        RecipeError: names the smallest size.
     """
     if recipe.cutmix_minmax is None:
         return

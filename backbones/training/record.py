@@ -98,9 +98,6 @@ class RunLog:
             ``summary.csv`` (a row an epoch) go there.
         recipe: whether to report to TensorBoard and W&B, too.
         active: if False, all methods do nothing.
-
-    Raises:
-        RecipeError: TensorBoard or W&B is requested, but not installed.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, active: bool) -> None:
@@ -111,11 +108,7 @@ class RunLog:
         self._reporter = _wandb_module() if active and recipe.wandb else None
 
     def open(self) -> None:
-        """Start reporting to TensorBoard and W&B.
-
-        Raises:
-            RecipeError: W&B rejects the run.
-        """
+        """Start reporting to TensorBoard and W&B."""
         if self._writer is not None:
             self._board = self._writer(str(self.folder))
         if self._reporter is not None:
@@ -149,11 +142,7 @@ class RunLog:
         self.summarize(history)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append one entry; it needs the key ``update``.
-
-        Raises:
-            FileError: the file cannot be written.
-        """
+        """Append one entry; it needs the key ``update``."""
         if not self.active:
             return
         entry = {key: _rounded(value) for key, value in entry.items()}

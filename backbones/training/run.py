@@ -111,11 +111,7 @@ def _train(
 def _folder_of(
     recipe: Recipe, options: Namespace, world: World
 ) -> Iterator[tuple[Path, RunFolder | None]]:
-    """The run's folder, which the main process creates and locks.
-
-    Raises:
-        RecipeError: it is unavailable; raised in every process.
-    """
+    """The run's folder, which the main process locks; its RecipeError is raised in all."""
     folder, problem = None, ""
     if world.is_main:
         try:

@@ -51,9 +51,6 @@ def save_state(path: Path, state: dict[str, Any], validated: bool = False) -> No
 
     Args:
         validated: also link it as :func:`validated_path`, if the file system supports hard links.
-
-    Raises:
-        FileError: see :func:`write_atomically`.
     """
 
     def write(file: IO[bytes]) -> None:
@@ -73,11 +70,7 @@ def save_state(path: Path, state: dict[str, Any], validated: bool = False) -> No
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a file of :func:`save_state` onto the CPU, after verifying its checksums.
-
-    Raises:
-        FileError: missing, truncated, corrupt, or not a training checkpoint.
-    """
+    """Read a file of :func:`save_state` onto the CPU, after verifying its checksums."""
     try:
         state = read_file(path)
     except FileNotFoundError:
@@ -95,9 +88,6 @@ def load_latest(path: Path) -> tuple[dict[str, Any], Path, str] | None:
     Returns:
         State, its file, and a sentence on what was wrong ("" if nothing); None if neither file
         exists.
-
-    Raises:
-        FileError: files exist, but none can be read.
     """
     candidates = [p for p in (path, previous_path(path)) if p.exists()]
     if not candidates:

@@ -39,9 +39,6 @@ def load_trained(
         checkpoint: file of the weights; None for the published ones.
         num_classes, in_chans: required classes and image channels.
         arguments: further keywords of ``create_model``.
-
-    Raises:
-        RecipeError: no such model or weights, or weights for other classes.
     """
     options = {"num_classes": num_classes, "in_chans": in_chans, **(arguments or {})}
     published = checkpoint is None

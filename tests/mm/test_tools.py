@@ -132,6 +132,19 @@ def test_a_set_is_created_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not any(tmp_path.iterdir())
 
 
+def test_validation_pictures_share_no_pixels_with_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    columns = np.broadcast_to(np.arange(255, -1, -0.5)[None, :, None], (160, 512, 3))
+    picture = columns.astype(np.uint8), np.ones((160, 512), int)
+    for name in ("label_coins", "label_galaxies"):
+        monkeypatch.setattr(quickstart, name, lambda: picture)
+    quickstart.write_set(tmp_path, 4, 4)
+    splits = [tmp_path.glob(f"images/{split}/*.png") for split in ("train", "val")]
+    train, val = (np.stack([_pixels(path) for path in paths]) for paths in splits)
+    assert train.min() > val.max()
+
+
 def test_the_set(tool: ModuleType, tmp_path: Path) -> None:
     tool.main(["data", "--out", str(tmp_path), "--train", "6", "--val", "2"])
     coco = json.loads((tmp_path / "train.json").read_text())
@@ -286,6 +299,9 @@ def test_options_reach_the_config(
     assert cfg.work_dir == str(tmp_path)
     assert cfg.train_dataloader.batch_size == 3
     assert cfg.model.decode_head.norm_cfg.type == "BN"
+    (tmp_path / "x.pth").touch()
+    assert tool.main(["test", cfg.filename, str(tmp_path / "x.pth")]) == {"mIoU": 1.0}
+    assert seen[1].load_from == str(tmp_path / "x.pth")
     with pytest.raises(ValueError, match=r"write in_channels=\[32, 64, 160, 256\]"):
         tool.main(
             ["train", cfg.filename, "--cfg-options", "model.decode_head.in_channels=[1,2,3,4]"]
@@ -428,8 +444,12 @@ def _run_two(script: Path) -> str:
 
 
 class _NoRun:
-    def train(self) -> None:
-        """Instead of mmengine's runner."""
+    """Instead of mmengine's runner."""
+
+    def train(self) -> None: ...
+
+    def test(self) -> dict[str, float]:
+        return {"mIoU": 1.0}
 
 
 @pytest.mark.slow

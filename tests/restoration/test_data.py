@@ -83,6 +83,9 @@ def test_batches_follow_from_seed_epoch_and_place(tmp_path: Path) -> None:
     assert len(loader.names(3, 1)) == 2 and set(loader.names(3, 1)) <= set(map(str, paths))
     used = [name for update in range(3) for name in loader.names(0, update)]
     assert len(used) == 6
+    for path in paths:
+        path.unlink()
+    assert torch.equal(next(iter(loader.epoch(3)))[1], batches[0][1])  # of what it has kept
 
 
 def test_unreadable_pictures_are_replaced(tmp_path: Path) -> None:
@@ -107,8 +110,12 @@ def test_validation_is_the_same_every_time() -> None:
     jpeg = RestorationRecipe(task="jpeg")
     errors = [(degrade_picture(jpeg, truth, 1, n)[0] - truth).abs().mean() for n in range(4)]
     assert errors == sorted(errors, reverse=True)  # qualities 10, 20, 30, 40
-    real = degrade_picture(RestorationRecipe(task="real"), truth, 2, 0)
-    assert real[0].shape == (3, 12, 12) and not torch.equal(real[1], truth)  # sharpened
+    sharp, plain = (
+        degrade_picture(RestorationRecipe(task="real", usm=usm), truth, 2, 0)
+        for usm in (True, False)
+    )
+    assert sharp[0].shape == (3, 12, 12) and torch.equal(sharp[0], plain[0])
+    assert not torch.equal(sharp[1], truth) and plain[1] is truth
 
 
 def test_photographs_are_inside_the_packages() -> None:

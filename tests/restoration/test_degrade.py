@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,38 @@ def test_kernels() -> None:
         assert kernel.sum().item() == pytest.approx(1, abs=1e-6)
         torch.testing.assert_close(kernel, kernel.flip(0, 1))
     assert degrade.sinc_kernel(21, math.pi / 3).min() < 0  # it rings
+
+
+class Fixed:
+    """Draws of a generator: the lowest of a range, except for the size of kernels."""
+
+    def __init__(self, half: int) -> None:
+        self.half, self.ranges = half, []
+
+    def integers(self, low: int, high: int) -> int:
+        return self.half if high == 11 else low
+
+    def random(self) -> float:
+        return 0.0
+
+    def uniform(self, low: float, high: float) -> float:
+        self.ranges.append((low, high))
+        return low
+
+    def choice(self, options: Any, p: Any = None) -> Any:
+        return 0 if options == 3 else options[0]
+
+    def standard_normal(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        return np.full(shape, 0.01, dtype)
+
+
+@pytest.mark.parametrize(("half", "cutoff"), [(3, math.pi / 3), (6, math.pi / 5)])
+def test_small_sinc_kernels_cut_off_higher(half: int, cutoff: float) -> None:
+    """Of 7 and of 13 pixels."""
+    draws = Fixed(half)
+    degrade.real_world(smooth(), 2, draws)  # type: ignore[arg-type]
+    sinc = [low for low, high in draws.ranges if high == math.pi]
+    assert sinc == [cutoff, cutoff, math.pi / 3]  # both passes, and the last one whatever its size
 
 
 def test_a_kernel_of_one_point_changes_nothing() -> None:

@@ -16,11 +16,13 @@ import yaml
 from gradient_law import FORMATS, Case, alone, assert_same, gradients
 from PIL import Image
 from restoration_runs import TINY, make_pictures, start, start_two, train
+from torch import nn
 from training_runs import final_state, kill, kill_at_call, same
 from zoo import images, randomise, small
 
 import backbones
 from backbones.common.errors import RecipeError
+from backbones.hat import HAT
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.train import RestorationTrainer, build_restorer
 from backbones.training.command_line import load_recipe
@@ -151,6 +153,22 @@ def test_other_tasks(task, pictures, tmp_path):
     assert train(*pictures, f"--output={tmp_path}", "--name=run", *more) == 0
     row = final_state(tmp_path / "run")["history"][0]
     assert 5 < row["val_psnr_y"] < 60
+
+
+def test_validation_in_tiles(pictures, tmp_path):
+    """Of 20×22 pixels: nine tiles of three pictures for the weights and for their average."""
+    arguments = (*pictures, f"--output={tmp_path}", "--epochs=1", "--updates-per-epoch=1")
+    counts = []
+    for words in ((), ("--val-tile=8",)):
+        calls = []
+
+        def count(module, *_, calls=calls):
+            calls.append(isinstance(module, HAT) and not module.training)
+
+        with nn.modules.module.register_module_forward_hook(count):
+            assert train(*arguments, f"--name={len(words)}", *words) == 0
+        counts.append(sum(calls))
+    assert counts == [2 * 3, 2 * 3 * 9]
 
 
 def test_errors_are_reported(pictures, tmp_path, capsys):

@@ -72,7 +72,14 @@ def test_validated_weights_are_kept(poison, arguments, tmp_path, capsys):
     assert not (tmp_path / "run" / "diverged.pt").exists()
 
 
-@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_bad_last_step_does_not_matter_to_validated_weights(poison, arguments, tmp_path):
+    poison({5})
+    assert train(*arguments, "--epochs=1") == 0
+    last, validated = (load_state(tmp_path / "run" / f"last{n}.pt") for n in ("", ".validated"))
+    assert last["updates"] == validated["updates"] == 6 and last["skipped"] == 1
+
+
+@pytest.mark.parametrize("opt", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_a_diverged_run_resumes_with_a_lower_rate(opt, arguments, tmp_path, capsys):
     """Norms keep the training loss finite for a while, whatever size the weights have."""
     folder, run = tmp_path / "run", (*arguments, "--save-every-steps=1", "--max-bad-steps=3")

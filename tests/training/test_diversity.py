@@ -47,26 +47,29 @@ def test_similarity_is_the_formula() -> None:
 class _Attention(nn.Module):
     """Attention with a mask and a scale, by torch's function or by hand."""
 
-    def __init__(self, by_hand: bool) -> None:
+    def __init__(self, by_hand: bool, mask: Tensor) -> None:
         super().__init__()
-        self.by_hand = by_hand
+        self.by_hand, self.mask = by_hand, mask
         self.qkv = nn.Linear(8, 24)
         self.classify = nn.Linear(8, 2)
-        self.weights: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        mask = torch.linspace(-3, 3, 36).view(6, 6)
         if self.by_hand:
-            out = (q @ k.transpose(2, 3) * 0.7 + mask).softmax(-1) @ v
+            added = self.mask if self.mask.is_floating_point() else self.mask.float().log()
+            out = (q @ k.transpose(2, 3) * 0.7 + added).softmax(-1) @ v
         else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, scale=0.7)
+            out = F.scaled_dot_product_attention(q, k, v, self.mask, scale=0.7)
         return self.classify(out.transpose(1, 2).flatten(2).mean(1))
 
 
-def test_fused_and_plain_attention_are_seen() -> None:
+SLOPE = torch.linspace(-3, 3, 36).view(6, 6)
+
+
+@pytest.mark.parametrize("mask", [SLOPE, SLOPE > -2.5], ids=["added", "boolean"])
+def test_fused_and_plain_attention_are_seen(mask: Tensor) -> None:
     torch.manual_seed(0)
-    fused, by_hand = _Attention(False), _Attention(True)
+    fused, by_hand = _Attention(False, mask), _Attention(True, mask)
     by_hand.load_state_dict(fused.state_dict())
     x = 3 * torch.randn(2, 6, 8)
     losses = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import signal
 import socket
@@ -55,9 +54,6 @@ def test_overwriting_removes_only_what_a_run_left(arguments, tmp_path):
     "words",
     [
         ("--data=nowhere",),
-        ("--model=shvit_s9",),
-        ("--model-args={dimm: 3}",),
-        ("--opt=adamx",),
         ("--sched=wsd", "--decay-epochs=99"),
         ("--resume=nowhere.pt",),
         ("--tensorboard",),
@@ -160,6 +156,8 @@ def test_a_killed_run_releases_its_folder(arguments, tmp_path):
     with pytest.raises(LockedError, match=f"process {process.pid} on "):
         FolderLock(tmp_path / "run")
     kill(process)  # the loader process lives on for a while
+    # And leaves its lock file, which is no lock.
+    assert (tmp_path / "run" / LOCK_NAME).exists()
     FolderLock(tmp_path / "run").release()
 
 
@@ -179,7 +177,7 @@ def test_a_child_process_does_not_hold_the_lock(tmp_path):
     os.close(writing)
 
 
-@pytest.mark.parametrize("text", ["", "no", "[]", '{"pid": "x"}', '{"pid": 1, "since": 1e300}'])
+@pytest.mark.parametrize("text", ["", '{"pid": "x"}', '{"pid": 1, "since": 1e300}'])
 def test_an_unknown_lock_holder(text, tmp_path):
     lock = FolderLock(tmp_path)
     (tmp_path / LOCK_NAME).write_text(text)
@@ -199,12 +197,6 @@ def test_a_full_disk_leaves_a_lock_without_a_name(tmp_path, monkeypatch):
         FolderLock(tmp_path)
     lock.release()
     assert not list(tmp_path.iterdir())
-
-
-def test_a_leftover_lock_file_is_ignored(tmp_path):
-    facts = {"pid": 1, "host": "elsewhere", "since": 0.0}
-    (tmp_path / LOCK_NAME).write_text(json.dumps(facts))
-    FolderLock(tmp_path).release()
 
 
 def test_a_file_system_without_locks(arguments, tmp_path, monkeypatch, capsys):

@@ -16,11 +16,8 @@ from backbones.data.batches import _start_worker
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import TrainSampler, ValidationSampler
 from backbones.training.data import open_splits
-from backbones.training.loader import (
-    TrainLoader,
-    ValidationLoader,
-    _train_transform,
-)
+from backbones.training.loader import TrainLoader, ValidationLoader
+from backbones.training.posterize import allow_zero_bits
 from backbones.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -133,7 +130,8 @@ def test_validation_images_are_timms(crop_mode, make, folder, monkeypatch):
 @pytest.mark.parametrize("aa", ["rand-m10-inc1", "rand-m10", "original", "augmix-m10", "3a"])
 def test_augmentation_at_its_highest_magnitude(aa):
     """Pillow 13 refuses to posterize to 0 bits, which one image in a thousand is to be."""
-    transform = _train_transform(16, CONFIG, Recipe(aa=aa))
+    transform = create_transform(16, is_training=True, auto_augment=aa, use_prefetcher=True)
+    allow_zero_bits(transform)
     steps = [step for step in transform.transforms if hasattr(step, "ops")]
     steps = [op for step in steps for op in step.ops]
     image = Image.new("RGB", (20, 20), (200, 100, 50))
@@ -162,18 +160,28 @@ def test_16_bits_are_scaled(source, make, tmp_path):
 
 
 @pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original", "3a"])
-def test_grey_images_are_augmented_too(aa):
-    config = {**CONFIG, "mean": (0.5,), "std": (0.25,)}
-    transform = _train_transform(16, config, Recipe(aa=aa, in_chans=1, grayscale_prob=0.5))
-    image = Image.new("L", (20, 20), 100)
-    for _ in range(20):
-        assert transform(image).shape == (1, 16, 16)
+def test_grey_images_are_augmented_too(aa, make, monkeypatch):
+    for key, value in {"mean": (0.5,), "std": (0.25,), "input_size": (1, 32, 32)}.items():
+        monkeypatch.setitem(CONFIG, key, value)
+    for images, _ in make(aa=aa, in_chans=1, grayscale_prob=0.5).epoch(0):
+        assert images.shape == (4, 1, 32, 32)
 
 
 def test_image_sizes_that_grow(make):
     loader = make(img_size_schedule={0: 16, 2: 24, 4: 32})
     sizes = [next(iter(loader.epoch(epoch)))[0].shape[-1] for epoch in range(5)]
     assert sizes == [16, 16, 24, 24, 32]
+
+
+def test_flips(make):
+    """Whole images, so that only the flips are left of the augmentation."""
+    still = {"scale": (1.0, 1.0), "ratio": (0.9, 0.9), "color_jitter": 0.0, "hflip": 0.0}
+    still["train_interpolation"] = "bilinear"
+    images = next(iter(make(**still).epoch(0)))[0]
+    for keys, axis in (({"hflip": 1.0}, 3), ({"vflip": 1.0}, 2)):
+        flipped = next(iter(make(**{**still, **keys}).epoch(0)))[0]
+        torch.testing.assert_close(flipped, images.flip(axis), atol=0.02, rtol=0)
+        assert not torch.allclose(flipped, images, atol=0.02, rtol=0)
 
 
 def test_too_few_images(make):

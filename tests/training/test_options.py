@@ -19,7 +19,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_pre_hook
-from training_runs import final_state, make_images, same, train
+from training_runs import a_few, final_state, make_images, same, train
 from zoo import FAMILIES, outlines, small
 
 import backbones
@@ -30,7 +30,6 @@ from backbones.training.command_line import load_recipe
 from backbones.training.recipe import Recipe
 from backbones.training.run_state import load_state
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
 FOLDER = Path(__file__).parents[2] / "configs" / "cls"
 LOSSES = (
     *(nn.CrossEntropyLoss, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy),
@@ -464,7 +463,7 @@ def test_a_run_says_which_memory_format_it_took(images, tmp_path):
         assert last is (name == "open")
 
 
-@every_family
+@pytest.mark.parametrize("family", a_few(FAMILIES))
 def test_gradients_of_tiny_maps_in_channels_last(family):
     """oneDNN leaves some unwritten in bfloat16; freed memory is full of NaN here."""
     model = small(family).train().to(memory_format=torch.channels_last)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from training_runs import make_images, same, train
+from training_runs import a_few, make_images, same, train
 from zoo import CLASSIFIERS, small
 
 from backbones.common.errors import RecipeError
@@ -22,7 +22,7 @@ def group():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize("family", a_few(CLASSIFIERS))
 def test_every_family_can_be_sharded(family, group):
     model, images = small(family, num_classes=3).eval(), torch.randn(2, 3, 64, 64)
     logits = model(images)
@@ -59,6 +59,15 @@ def test_states_are_sharded_and_gathered(name, group):
             optimizer.step()
         states.append([parallel.full_state(part.state_dict()) for part in (model, optimizer)])
     assert same([dict(states[0][0]), states[0][1]], [dict(states[1][0]), states[1][1]])
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+@pytest.mark.parametrize("value", [float("nan"), 1e13])
+def test_weights_and_statistics_are_bounded(name, value):
+    norm = torch.nn.BatchNorm2d(3)
+    assert parallel.is_bounded(norm, ALONE)
+    getattr(norm, name).data[1] = value
+    assert not parallel.is_bounded(norm, ALONE)
 
 
 def test_weights_of_another_model_are_refused(group):

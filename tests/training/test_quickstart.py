@@ -1,7 +1,6 @@
 """``make train``."""
 
 import csv
-import io
 import json
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from training_runs import MODEL_ARGS, TINY, make_images, train
 import backbones
 import train_cls
 from backbones.cli.main import main
-from backbones.common.progress import Progress, duration
 from backbones.training.data import open_splits
 from backbones.training.recipe import Recipe
 from backbones.training.record import RESULTS
@@ -74,28 +72,6 @@ def test_a_second_run_does_not_replace_the_first(tmp_path):
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["shvit_s1", "shvit_s1-2"]
     summaries = [(tmp_path / "runs" / n / "summary.csv") for n in ("shvit_s1", "shvit_s1-2")]
     assert [len(path.read_text().splitlines()) for path in summaries] == [2, 3]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
-def test_progress_on_a_terminal_and_in_a_file(kind):
-    stream = kind()
-    progress = Progress(stream=stream, seconds_between_lines=0.0)
-    progress.begin("epoch 1/2", 20)
-    progress.show(5, "loss 1.000  accuracy 50.0 %  100 images/s  1:15 left")
-    progress.end()
-    text = stream.getvalue()
-    assert "5/20" in text and "1:15 left" in text and "epoch 1/2" in text
-    assert ("25%" in text) == (kind is Terminal)
-    assert ("\r" in text) == (kind is Terminal)
-
-
-def test_durations():
-    assert [duration(s) for s in (5, 75.4, 7384)] == ["0:05", "1:15", "2:03:04"]
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import io
 import pickle
 import random
-import resource
 import zipfile
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from backbones.common.errors import FileError
-from backbones.common.files import save_weights, write_atomically
 from backbones.common.generators import get_rng_state, set_rng_state
 from backbones.training.run_state import load_latest, load_state, previous_path, save_state
 
@@ -83,27 +81,6 @@ def test_a_pickle_with_code_is_rejected(path):
     path.write_bytes(pickle.dumps({"model": Malicious()}))
     with pytest.raises(FileError, match="bare pickle.*it was not executed"):
         load_state(path)
-
-
-def test_a_full_disk_leaves_the_old_file(path):
-    save_state(path, STATE)
-    before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        with pytest.raises(FileError, match=r"cannot write .*last\.pt: `ulimit -f` or .*unchanged"):
-            save_state(path, STATE)
-        with pytest.raises(FileError, match="best"):
-            save_weights(path.with_name("best.safetensors"), STATE["model"], {})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert path.read_bytes() == before
-    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
-
-
-def test_missing_folder(tmp_path):
-    with pytest.raises(FileError, match="cannot write"):
-        write_atomically(tmp_path / "no" / "file", lambda file: file.write(b""))
 
 
 def test_a_file_system_without_links(path, monkeypatch):

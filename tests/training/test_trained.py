@@ -29,6 +29,15 @@ def test_not_a_weights_file(name, tmp_path):
         load_trained(name, str(path), 10)
 
 
+def test_published_weights_of_other_classes(monkeypatch):
+    network = torch.nn.Linear(2, 2)
+    network.pretrained_cfg = {"num_classes": 1000}
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: network)
+    assert load_trained("resnet10t", None, 1000) is network
+    with pytest.raises(RecipeError, match="published weights have 1000 classes, not 10"):
+        load_trained("resnet10t", None, 10)
+
+
 @pytest.mark.parametrize("name", ["van_b0", "resnet10t"])
 def test_non_finite_weights(name, tmp_path):
     path = str(tmp_path / "a.pth")
