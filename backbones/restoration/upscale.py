@@ -205,8 +205,15 @@ class Upscaler:
         side, row = self.tile_side(height, width, picture.bits // 8), 0
         cut = side < max(height, width)
         overlap = self.overlap if cut else 0
+
+        def network(tile: Tensor) -> Tensor:
+            out = self._network(tile)
+            if on_tile is not None:
+                on_tile()
+            return out
+
         strips = tiled_strips(
-            _WithCallback(self._network, on_tile),
+            network,
             x,
             tile_size=side,
             overlap=overlap,
@@ -253,21 +260,6 @@ class Upscaler:
 
 
 _INTEGERS = ("uint8", "uint16")
-
-
-class _WithCallback:
-    """A network with a callback after each call."""
-
-    def __init__(
-        self, network: Callable[[Tensor], Tensor], after: Callable[[], object] | None
-    ) -> None:
-        self.network, self.after = network, after
-
-    def __call__(self, x: Tensor) -> Tensor:
-        out = self.network(x)
-        if self.after is not None:
-            self.after()
-        return out
 
 
 def upscale(

@@ -59,7 +59,9 @@ def tensors(outs: Any) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS), ids=lambda p: Path(p).stem.split("_fpn_")[0])
-@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(
+    "memory_format", ["contiguous", pytest.param("channels_last", marks=pytest.mark.slow)]
+)
 def test_alone_as_in_a_batch(path: str, memory_format: str) -> None:
     model = build(path, memory_format)
     names = ("decode_head", "auxiliary_head", "bbox_head", "rpn_head")

@@ -36,6 +36,9 @@ QUICKSTARTS = [
 ]
 
 
+QUICK = {"det/quickstart_mask-rcnn", "seg/quickstart_upernet"}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def segmented_once() -> Iterator[None]:
     """The pictures that every set is cut from take a second to segment."""
@@ -172,7 +175,9 @@ def test_the_set(tool: ModuleType, tmp_path: Path) -> None:
         assert (drawn & shown).sum() / (drawn | shown).sum() > 0.9
 
 
-@pytest.mark.parametrize("name", QUICKSTARTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(q, marks=[] if q in QUICK else pytest.mark.slow) for q in QUICKSTARTS]
+)
 def test_train_resume_evaluate_draw(
     tool: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,7 +317,7 @@ def test_options_reach_the_config(
     "name",
     [
         pytest.param("det/quickstart_retinanet", marks=pytest.mark.slow),
-        "det/quickstart_mask-rcnn",
+        pytest.param("det/quickstart_mask-rcnn", marks=pytest.mark.slow),
         pytest.param("seg/quickstart_fpn", marks=pytest.mark.slow),
         "seg/quickstart_upernet",
     ],

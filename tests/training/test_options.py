@@ -311,10 +311,11 @@ OPTIONS = {
         rates(*(5e-4 * (1 + math.cos(math.pi * n / 6)) for n in range(6))),
     ),
     "plateau": (
-        "--sched=plateau --patience-epochs=1 --warmup-epochs=0 --min-lr=0 --lr=1e-12 --epochs=4",
-        # The score stays, so that the first epoch is the best.
+        "--sched=plateau --patience-epochs=2 --warmup-epochs=0 --min-lr=0 --lr=1e-6 --epochs=4",
+        # The score stays, so that the first epoch is the best, and the third one after it too bad.
         lambda r, _: (
-            [row["lr"] for row in r.rows] == pytest.approx([1e-12] * 3 + [1e-13])
+            [row["lr"] for row in r.rows] == [1e-6] * 4
+            and r.state["optimizer"]["param_groups"][0]["lr"] == pytest.approx(1e-7)
             and best_epoch(r) == 1
         ),
     ),
