@@ -20,6 +20,7 @@ from backbones.restoration.data import (
     load_truth,
     to_tensor,
 )
+from backbones.restoration.degrade import compress
 from backbones.restoration.metrics import quantize
 from backbones.restoration.photographs import TRAINING, VALIDATION
 from backbones.restoration.recipe import RestorationRecipe
@@ -66,6 +67,18 @@ def test_flips_and_turns_are_the_same_for_both(tmp_path: Path) -> None:
         )
         seen.add(truth.numpy().tobytes())
     assert len(seen) == 8
+
+
+def test_every_quality_comes(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    recipe = RestorationRecipe(patch_size=8, task="jpeg", quality=(20, 22))
+    patches = Patches([], recipe, 1, corrupt(tmp_path))
+    pairs = [patches.cut(pixels, np.random.default_rng(seed)) for seed in range(20)]
+    found = [
+        {q for q in range(18, 25) if torch.equal(degraded, compress(truth, q))}
+        for degraded, truth in pairs
+    ]
+    assert all(found) and set.union(*found) >= {20, 21, 22} and not set.union(*found) & {18, 24}
 
 
 def test_batches_follow_from_seed_epoch_and_place(tmp_path: Path) -> None:

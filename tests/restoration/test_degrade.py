@@ -61,16 +61,18 @@ def test_kernels() -> None:
 
 
 class Fixed:
-    """Draws of a generator: the lowest of a range, except for the size of kernels."""
+    """A generator of always the same draws: the lowest of a range, except for kernels' sizes."""
 
-    def __init__(self, half: int) -> None:
-        self.half, self.ranges = half, []
+    def __init__(self, share: float, half: int = 3) -> None:
+        self.share, self.half = share, half
+        self.ranges: list[tuple[float, float]] = []
+        self.shapes: list[tuple[int, ...]] = []
 
     def integers(self, low: int, high: int) -> int:
         return self.half if high == 11 else low
 
     def random(self) -> float:
-        return 0.0
+        return self.share
 
     def uniform(self, low: float, high: float) -> float:
         self.ranges.append((low, high))
@@ -80,16 +82,30 @@ class Fixed:
         return 0 if options == 3 else options[0]
 
     def standard_normal(self, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        return np.full(shape, 0.01, dtype)
+        self.shapes.append(shape)
+        return np.zeros(shape, dtype)
+
+    def poisson(self, expected: np.ndarray) -> np.ndarray:
+        self.shapes.append(expected.shape)
+        return expected + 1
 
 
 @pytest.mark.parametrize(("half", "cutoff"), [(3, math.pi / 3), (6, math.pi / 5)])
 def test_small_sinc_kernels_cut_off_higher(half: int, cutoff: float) -> None:
     """Of 7 and of 13 pixels."""
-    draws = Fixed(half)
-    degrade.real_world(smooth(), 2, draws)  # type: ignore[arg-type]
+    draws: Any = Fixed(0.0, half)
+    degrade.real_world(smooth(), 2, draws)
     sinc = [low for low, high in draws.ranges if high == math.pi]
     assert sinc == [cutoff, cutoff, math.pi / 3]  # both passes, and the last one whatever its size
+
+
+@pytest.mark.parametrize(("share", "channels"), [(0.3, 1), (0.45, 3), (0.6, 3)])
+def test_noise_is_grey_in_two_of_five(share: float, channels: int) -> None:
+    draws: Any = Fixed(share)
+    out = degrade.real_world(torch.full((3, 16, 16), 0.5), 1, draws)
+    assert [shape[0] for shape in draws.shapes] == [channels] * 2
+    # Gaussian noise of 0, or in half of all pictures a photon too many at the lowest scale.
+    assert out.mean().item() == pytest.approx(0.5 if share < 0.5 else 0.55, abs=0.01)
 
 
 def test_a_kernel_of_one_point_changes_nothing() -> None:

@@ -92,6 +92,15 @@ def test_the_picture_is_right(weights, tmp_path):
         assert picture.size[0] > 2 * 320
 
 
+def test_quality(weights, tmp_path):
+    source, sizes = make(tmp_path / "a.jpg", size=(40, 30)), []
+    for percent in (10, 95):
+        out = tmp_path / str(percent)
+        assert upscale(weights, source, "--out", out, f"--quality={percent}") == 0
+        sizes.append((out / "a_x2.jpg").stat().st_size)
+    assert 2 * sizes[0] < sizes[1]
+
+
 def test_a_full_disk_leaves_nothing_half_written(weights, tmp_path, monkeypatch, capsys):
     source = make(tmp_path / "a.png")
     monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "full")))

@@ -16,6 +16,7 @@ from backbones.common.errors import RecipeError
 from backbones.training.build import LabelLoss, build_objective
 from backbones.training.distillation import (
     Distillation,
+    Exit,
     StudentWithExits,
     Teacher,
     build_teacher,
@@ -146,6 +147,12 @@ def test_every_family_can_have_exits(family):
     torch.testing.assert_close(network(images)[0], student(images))
 
 
+def test_an_exit_has_the_resolution_of_the_last_stage():
+    x = torch.randn(2, 4, 8, 12)
+    sizes = [Exit(4, 16, halvings, 3).project(x).shape[1:] for halvings in (0, 1, 2)]
+    assert sizes == [(16, 8, 12), (16, 4, 6), (16, 2, 3)]
+
+
 def test_missing_stages():
     with pytest.raises(RecipeError, match="ofa_stages must name some of the stages 0 … 3, not"):
         StudentWithExits(small("van"), (4,))
@@ -213,7 +220,10 @@ OWN = [f"--teacher={_NAME}", f"--teacher-args={json.dumps(_ARGUMENTS)}"]
 def test_teachers_of_timm_and_their_size(teachers):
     path = str(teachers / "timm.pth")
     teacher = build_teacher(Recipe(teacher="test_vit", teacher_checkpoint=path), 3, CONFIG)
-    assert teacher.img_size == timm.create_model("test_vit").pretrained_cfg["input_size"][-1]
+    own = timm.create_model("test_vit").pretrained_cfg
+    assert teacher.img_size == own["input_size"][-1] and own["std"] != CONFIG["std"]
+    deviations = torch.tensor(CONFIG["std"]) / torch.tensor(own["std"])
+    torch.testing.assert_close(teacher.scale.flatten(), deviations)
     recipe = Recipe(teacher="test_vit", teacher_checkpoint=path, teacher_img_size=24)
     assert build_teacher(recipe, 3, CONFIG).img_size == 24
     weights = torch.load(path, weights_only=True)
