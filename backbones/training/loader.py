@@ -168,9 +168,7 @@ class ValidationLoader:
     ) -> None:
         self.source, self.config, self.recipe, self.world = source, config, recipe, world
         self.corrupt = corrupt
-        self.batch_size = recipe.batch_size
-        if recipe.val_batch_size is not None:
-            self.batch_size = recipe.val_batch_size
+        self.batch_size = recipe.val_batch_size or recipe.batch_size
         self.batches = -(-size // (self.batch_size * world.size))
         self._current: SizedBatches | None = None
         self.equal_batches = isinstance(source, ImageSource) or world.size == 1

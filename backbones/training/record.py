@@ -104,8 +104,11 @@ class RunLog:
         self.folder, self.active, self.recipe = folder, active, recipe
         self._board: Any = None
         self._wandb: Any = None
-        self._writer = _tensorboard_writer() if active and recipe.tensorboard else None
-        self._reporter = _wandb_module() if active and recipe.wandb else None
+        self._writer = self._reporter = None
+        if active and recipe.tensorboard:
+            self._writer = _module("torch.utils.tensorboard", "tensorboard").SummaryWriter
+        if active and recipe.wandb:
+            self._reporter = _module("wandb", "wandb")
 
     def open(self) -> None:
         """Start reporting to TensorBoard and W&B."""
@@ -215,19 +218,11 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _tensorboard_writer() -> Any:
+def _module(name: str, package: str) -> Any:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        return importlib.import_module(name)
     except ImportError:
-        raise RecipeError("tensorboard: true needs pip install tensorboard") from None
-    return SummaryWriter
-
-
-def _wandb_module() -> Any:
-    try:
-        return importlib.import_module("wandb")
-    except ImportError:
-        raise RecipeError("wandb needs pip install wandb") from None
+        raise RecipeError(f"{package} needs pip install {package}") from None
 
 
 def _start_wandb(wandb: Any, folder: Path, recipe: Recipe) -> Any:

@@ -27,7 +27,7 @@ from backbones.training.run_state import load_state, save_state
 
 # Everything random is on: dropout, drop path, erasing, mixing, an averaged model.
 RECIPE = [
-    *("--epochs=3", "--save-every-steps=1", "--log-every=2", "--clip-grad=1.0", "--drop=0.1"),
+    *("--epochs=2", "--save-every-steps=1", "--log-every=2", "--clip-grad=1.0", "--drop=0.1"),
     *("--mixup=0.2", "--cutmix=1.0", "--reprob=0.3", "--drop-path=0.1", "--aa=rand-m5-inc1"),
     *("--ema", "--ema-decay=0.9"),
 ]
@@ -59,7 +59,7 @@ def test_killed_at_random_moments(images, undisturbed, tmp_path):
     last, delays, kills = tmp_path / "run" / "last.pt", random.Random(0), 0
     while True:
         before = last.stat().st_mtime_ns if last.exists() else 0
-        # However fast the machine, a process gets through two of the 21 saves, all of which but the
+        # However fast the machine, a process gets through two of the 14 saves, all of which but the
         # first link the file before.
         pause = partial(kill_at_call, "link", 2 if before else 1, signal.SIGSTOP)
         process = start(*arguments, before=pause)
@@ -71,7 +71,7 @@ def test_killed_at_random_moments(images, undisturbed, tmp_path):
         kill(process)
         kills += 1
     assert process.exitcode == 0
-    assert kills >= 10
+    assert kills >= 6
     assert same(final_state(tmp_path / "run"), undisturbed[0])
 
 
@@ -175,7 +175,7 @@ def test_an_epoch_that_was_saved_and_not_recorded(images, undisturbed, tmp_path)
     assert same(finish(tmp_path, images), undisturbed[0])
     assert without_clocks(metrics.read_text()) == without_clocks(undisturbed[1])
     epochs = [line.split(",")[0] for line in summary.read_text().splitlines()]
-    assert epochs == ["epoch", "0", "1", "2"]
+    assert epochs == ["epoch", "0", "1"]
 
 
 def test_a_corrupt_checkpoint_falls_back(images, undisturbed, tmp_path, capsys):
