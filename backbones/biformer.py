@@ -28,8 +28,9 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import flag, optional, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked, widths
+from backbones.core.keywords import BLOCKS, CHANNELS, WINDOW, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
@@ -125,7 +126,17 @@ class BiFormer(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked("dims", "mlp_ratios", "topks", dims=widths(2))
+    @checked(
+        "dims",
+        "mlp_ratios",
+        "topks",
+        dims=widths(2),
+        topks=several(optional(BLOCKS)),
+        n_win=WINDOW,
+        head_dim=CHANNELS,
+        swin_layout=flag,
+        nchw=flag,
+    )
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

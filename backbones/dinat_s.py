@@ -19,6 +19,7 @@ from torch import Tensor
 
 from backbones.core.keywords import checked
 from backbones.core.neighborhood import (
+    DILATIONS,
     PRESETS,
     NeighborhoodPyramid,
     Pattern,
@@ -63,7 +64,7 @@ class DiNATS(NeighborhoodPyramid):
             name of dilations.
     """
 
-    @checked("dims", "num_heads")
+    @checked("dims", "num_heads", dilations=DILATIONS)
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),

@@ -18,9 +18,9 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import several, whole
+from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked
+from backbones.core.keywords import CHANNELS, KERNEL, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
@@ -124,7 +124,7 @@ class ECAResNet(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked("dims", "attn_kernel_sizes")
+    @checked("dims", "attn_kernel_sizes", attn_kernel_sizes=several(KERNEL), bottleneck=flag)
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -187,7 +187,7 @@ class ECAMobileNetV2(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked(dims=several(several(whole(1, 1 << 16))))
+    @checked(dims=several(several(CHANNELS)), head_hidden_dim=CHANNELS)
     def __init__(
         self,
         stem_dim: int = 32,

@@ -19,8 +19,9 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_pa
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked
+from backbones.core.keywords import WINDOW, checked
 from backbones.core.published import imagenet_cfg, renamed, renamed_stage
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
@@ -95,7 +96,7 @@ class FaViT(StagedBackbone):
         drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
     """
 
-    @checked("dims", "num_heads", "mlp_ratios", "sr_ratios")
+    @checked("dims", "num_heads", "mlp_ratios", "sr_ratios", sr_ratios=several(WINDOW))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

@@ -27,7 +27,7 @@ from torchvision.ops import deform_conv2d
 
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked
+from backbones.core.keywords import SHARE, WINDOW, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import TokenStage
@@ -177,7 +177,14 @@ class LITv2(StagedBackbone):
             With ``num_classes=0``, there is then no final norm, as in the paper's dense networks.
     """
 
-    @checked("dims", "num_heads", "window_sizes", num_heads=several(whole(0, 1024)))
+    @checked(
+        "dims",
+        "num_heads",
+        "window_sizes",
+        num_heads=several(whole(0, 1024)),
+        window_sizes=several(WINDOW),
+        alpha=SHARE,
+    )
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),

@@ -21,9 +21,10 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import number, optional
-from backbones.core.keywords import checked, widths
+from backbones.common.checks import optional
+from backbones.core.keywords import SCALE, checked, widths
 from backbones.core.neighborhood import (
+    DILATIONS,
     PRESETS,
     NeighborhoodPyramid,
     block_dilations,
@@ -82,7 +83,7 @@ class NAT(NeighborhoodPyramid):
 
     first_conv = "stem.conv1"
 
-    @checked("dims", "num_heads", dims=widths(2), layer_scale=optional(number(-1e6, 1e6)))
+    @checked("dims", "num_heads", dims=widths(2), dilations=DILATIONS, layer_scale=optional(SCALE))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from backbones.common.checks import one_or_several, optional, several, whole
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import KERNEL, checked
+from backbones.core.keywords import BLOCKS, KERNEL, WINDOW, checked
 from backbones.core.neighborhood import (
     cfg,
     layer_norm,
@@ -62,10 +62,11 @@ class NATIsotropic(IsotropicBackbone):
     """
 
     @checked(
-        depths=several(whole(1, 1024), count=4),
+        depths=several(BLOCKS, count=4),
         num_heads=whole(1, 1024),
         kernel_size=optional(KERNEL),
-        dilations=one_or_several(whole(1, 1024)),
+        dilations=one_or_several(WINDOW),
+        map_size=WINDOW,
     )
     def __init__(
         self,

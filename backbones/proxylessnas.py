@@ -18,9 +18,9 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import several, whole
+from backbones.common.checks import number, several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked
+from backbones.core.keywords import CHANNELS, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
@@ -28,10 +28,6 @@ from ops.conv import ConvNorm
 from ops.mobile import MBConv, MixHead
 
 __all__ = ["ProxylessNAS"]
-
-
-_BLOCK_DIMS = several(several(whole(1, 1 << 16)))
-_BLOCK_KERNELS = several(several(whole(0, 63)))
 
 
 class ProxylessNAS(StagedBackbone):
@@ -57,7 +53,13 @@ class ProxylessNAS(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked(dims=_BLOCK_DIMS, kernel_sizes=_BLOCK_KERNELS)
+    @checked(
+        dims=several(several(CHANNELS)),
+        kernel_sizes=several(several(whole(0, 63))),
+        expansions=several(several(whole(0, 64))),
+        head_hidden_dim=CHANNELS,
+        norm_eps=number(0, 1, open_below=True),
+    )
     def __init__(
         self,
         stem_dim: int = 32,

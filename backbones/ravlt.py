@@ -19,8 +19,9 @@ from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked, widths
+from backbones.core.keywords import CHANNELS, SCALE, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
@@ -132,7 +133,16 @@ class RAVLT(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked("dims", "num_heads", "layer_scales", "linear", dims=widths(2))
+    @checked(
+        "dims",
+        "num_heads",
+        "layer_scales",
+        "linear",
+        dims=widths(2),
+        layer_scales=several(SCALE),
+        linear=several(flag),
+        head_hidden_dim=CHANNELS,
+    )
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

@@ -17,8 +17,9 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import flag, several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked, widths
+from backbones.core.keywords import CHANNELS, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
@@ -70,7 +71,14 @@ class SHViT(StagedBackbone):
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
 
-    @checked("dims", "attn_dims", dims=widths(8))
+    @checked(
+        "dims",
+        "attn_dims",
+        dims=widths(8),
+        attn_dims=several(whole(0, 1 << 16)),
+        qk_dim=CHANNELS,
+        distilled=flag,
+    )
     def __init__(
         self,
         dims: Sequence[int] = (128, 224, 320),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from backbones.common.checks import one_of, one_or_several, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import KERNEL, POOLINGS, checked, widths
+from backbones.core.keywords import KERNEL, POOLINGS, SCALE, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
@@ -157,6 +157,7 @@ class UniRepLKNet(StagedBackbone):
         dims=widths(2),
         kernel_sizes=several(one_or_several(KERNEL)),
         global_pool=one_of(*poolings),
+        head_init_scale=SCALE,
     )
     def __init__(
         self,

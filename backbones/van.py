@@ -22,6 +22,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import number
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed, renamed_stage
@@ -137,7 +138,7 @@ class VAN(StagedBackbone):
         norm_eps: of the norm after each stage; the paper's dense networks use 1e-5.
     """
 
-    @checked("dims", "mlp_ratios")
+    @checked("dims", "mlp_ratios", norm_eps=number(0, 1, open_below=True))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 320, 512),

@@ -21,8 +21,9 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, calculate_dr
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
+from backbones.common.checks import flag, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked, widths
+from backbones.core.keywords import RATIO, check_widths, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import TokenStage
@@ -144,7 +145,7 @@ class VMamba(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked("dims", dims=widths(2))
+    @checked("dims", dims=widths(2), scan_ratio=RATIO, num_states=whole(1, 256), vanilla=flag)
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),
@@ -162,6 +163,7 @@ class VMamba(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
+        check_widths("scan_ratio", dims, scan_ratio)
         rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         half = dims[0] // 2
         if vanilla:

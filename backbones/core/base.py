@@ -15,7 +15,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from backbones.common.checks import one_of
-from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked
+from backbones.core.keywords import FEATURES, KEYWORDS, POOLINGS, checked
 from backbones.core.stage import Stage, map_of
 from backbones.fusing.fusable import FusableBackbone
 from ops.arguments import require_tensor
@@ -236,7 +236,7 @@ class StagedBackbone(FusableBackbone):
         count = self.count_features()
         if indices is None:
             return list(range(count))
-        indices = KEYWORDS["out_indices"]("indices", indices)
+        indices = FEATURES("indices", indices)
         if isinstance(indices, int):
             taken = list(range(count - indices, count))
         else:
@@ -290,7 +290,7 @@ class StagedBackbone(FusableBackbone):
             num_classes: ≥ 0.
             global_pool: new pooling (``"avg"``, ``"max"``, …, ``""`` for none); default: unchanged.
         """
-        num_classes = check("num_classes", num_classes)
+        num_classes = KEYWORDS["num_classes"]("num_classes", num_classes)
         self._check_pooling(num_classes, global_pool)
         self.head.reset(num_classes, global_pool)
         weight = next(self.parameters())

@@ -1,4 +1,4 @@
-"""Checks of constructor arguments, in one table for the keywords of all families."""
+"""Checks of constructor arguments: those that most families have, and ranges for a family's own."""
 
 from __future__ import annotations
 
@@ -16,20 +16,39 @@ from backbones.common.checks import (
     number,
     one_of,
     one_or_several,
-    optional,
     several,
-    text,
     whole,
 )
 
-__all__ = ["KERNEL", "KEYWORDS", "POOLINGS", "check", "checked"]
+__all__ = [
+    "BLOCKS",
+    "CHANNELS",
+    "FEATURES",
+    "KERNEL",
+    "KEYWORDS",
+    "POOLINGS",
+    "RATIO",
+    "SCALE",
+    "SHARE",
+    "WINDOW",
+    "check_widths",
+    "checked",
+    "widths",
+]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _MOST_CHANNELS = 1 << 16
-_MOST_CLASSES = 10**8
-_LARGEST_WINDOW = 1024
+
+BLOCKS = whole(1, 1024)
+CHANNELS = whole(1, _MOST_CHANNELS)
+FEATURES = one_or_several(whole(-64, 64))  # indices of feature maps, or how many of the last
+KERNEL = whole(1, 1024, odd=True)
+RATIO = number(0, 1024, open_below=True)
+SCALE = number(-1e6, 1e6)
+SHARE = number(0, 1)
+WINDOW = whole(1, 1024)
 
 POOLINGS = (
     *("", "avg", "max", "avgmax", "catavgmax"),
@@ -42,118 +61,62 @@ def widths(least: int) -> Check:
     return several(whole(least, _MOST_CHANNELS))
 
 
-_channels = whole(1, _MOST_CHANNELS)
-_some_channels = whole(0, _MOST_CHANNELS)
-_count = whole(1, 1024)
-_window = whole(1, _LARGEST_WINDOW)
-KERNEL = whole(1, _LARGEST_WINDOW, odd=True)
-_share = number(0, 1)
-_ratio = number(0, 1024, open_below=True)
-_scale = number(-1e6, 1e6)
-_stages = whole(0, 63)
-
+# Of every constructor that has the keyword, unless it declares a check of its own.
 KEYWORDS: Mapping[str, Check] = {
-    "act": flag,
-    "alpha": _share,
-    "attn_dims": several(_some_channels),
-    "aux_head": flag,
-    "attn_kernel_sizes": several(KERNEL),
-    "band_kernel_size": KERNEL,
-    "bottleneck": flag,
-    "branch_ratio": _share,
-    "compress_ratio": _channels,
-    "depths": several(_count),
-    "dilation": one_or_several(_window),
-    "dilations": either(text, str, second=one_or_several(one_or_several(_window))),
-    "dim": _channels,
-    "dims": several(_channels),
-    "distilled": flag,
-    "drop_path_rate": _share,
-    "drop_rate": _share,
-    "expansions": several(several(whole(0, 64))),
-    "focus_depths": several(_count, count=2),
-    "gated": flag,
+    "depths": several(BLOCKS),
+    "dim": CHANNELS,
+    "dims": several(CHANNELS),
+    "drop_path_rate": SHARE,
+    "drop_rate": SHARE,
     "global_pool": one_of(*POOLINGS),
-    "head_dim": _channels,
-    "head_hidden_dim": _channels,
-    "head_init_scale": _scale,
-    "head_width": _channels,
-    "img_range": number(0, 1e6, open_below=True),
-    "img_size": whole(1, 1 << 20),
-    "in_chans": _channels,
+    "in_chans": CHANNELS,
     "kernel_size": KERNEL,
-    "kernel_sizes": several(KERNEL),
-    "key_norm": flag,
-    "layer_scale": _scale,
-    "layer_scales": several(_scale),
-    "linear": several(flag),
-    "map_size": _window,
-    "mean_of_directions": flag,
-    "mix_ratio": _share,
-    "mlp_ratio": _ratio,
-    "mlp_ratios": several(_ratio),
-    "n_win": _window,
-    "nchw": flag,
-    "norm_eps": number(0, 1, open_below=True),
-    "num_classes": whole(0, _MOST_CLASSES),
-    "num_heads": several(_channels),
-    "num_states": whole(1, 256),
-    "out_indices": one_or_several(whole(-64, 64)),
-    "out_norms": either(flag, bool, np.bool_, second=several(_stages, may_be_empty=True)),
-    "overlap_ratio": _share,
-    "overview_feature": flag,
-    "post_norm": flag,
-    "proj_drop_rate": _share,
+    "layer_scale": SCALE,
+    "mlp_ratio": RATIO,
+    "mlp_ratios": several(RATIO),
+    "num_classes": whole(0, 10**8),
+    "num_heads": several(CHANNELS),
+    "out_norms": either(flag, bool, np.bool_, second=several(whole(0, 63), may_be_empty=True)),
+    "proj_drop_rate": SHARE,
     "pyramid": flag,
-    "qk_dim": _channels,
-    "residual": flag,
-    "scan_ratio": _ratio,
-    "segments": whole(0, 1 << 20),
-    "squeeze_factor": _channels,
-    "sr_ratios": several(_window),
-    "stem_dim": _channels,
-    "stem_dims": several(_channels, count=3),
+    "stem_dim": CHANNELS,
     "stem_features": flag,
-    "swin_layout": flag,
-    "token_pooling": whole(0, 64),
-    "topks": several(optional(_count)),
-    "upscale": one_of(1, 2, 3, 4),
-    "vanilla": flag,
-    "window_size": _window,
-    "window_sizes": several(_window),
+    "window_size": WINDOW,
 }
 
 
-def check(name: str, value: Any) -> Any:
-    """Check an argument's value by its entry in :data:`KEYWORDS`, and return it.
-
-    Raises:
-        TypeError, ValueError: the value is not allowed.
-    """
-    return KEYWORDS[name](name, value)
-
-
 def checked(*each_stage: str, **own: Check) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorates a constructor: checks its arguments by :data:`KEYWORDS` before it runs.
+    """Decorates a constructor: checks its arguments before it runs.
 
     Args:
         each_stage: arguments that must have as many values as ``depths``.
-        own: checks for this constructor, which take precedence over the table.
+        own: checks of the constructor's own keywords, and of those that it has in another form
+            than :data:`KEYWORDS` says.
+
+    Raises:
+        TypeError: when decorating, a parameter has no check, or a check has no parameter.
     """
-    checks = {**KEYWORDS, **own}
 
     def decorate(constructor: Callable[P, T]) -> Callable[P, T]:
         signature = inspect.signature(constructor)
+        names = [name for name in signature.parameters if name != "self"]
+        checks = {**KEYWORDS, **own}
+        if unmatched := (set(names) - checks.keys()) | (own.keys() - set(names)):
+            raise TypeError(
+                f"{constructor.__qualname__} has no check, or no parameter, {sorted(unmatched)}"
+            )
 
         @functools.wraps(constructor)
         def construct(*args: P.args, **kwargs: P.kwargs) -> T:
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
             values = bound.arguments
-            for name in values.keys() & checks.keys():
+            for name in names:
                 values[name] = checks[name](name, values[name])
             _check_stages(values, each_stage)
-            _check_widths(values)
+            for name in values.keys() & {"mlp_ratio", "mlp_ratios"}:
+                dims = values["dims"] if "dims" in values else (values["dim"],)
+                check_widths(name, dims, values[name])
             return constructor(*bound.args, **bound.kwargs)
 
         return construct
@@ -170,10 +133,9 @@ def _check_stages(values: Mapping[str, Any], each_stage: Sequence[str]) -> None:
             )
 
 
-def _check_widths(values: Mapping[str, Any]) -> None:
-    dims = values.get("dims") or (values.get("dim"),)
-    for name in values.keys() & {"mlp_ratio", "mlp_ratios", "scan_ratio"}:
-        ratios = values[name] if name == "mlp_ratios" else (values[name],) * len(dims)
-        for dim, ratio in zip(dims, ratios, strict=True):
-            if int(dim * ratio) < 1:
-                raise ValueError(f"{name} {values[name]} gives less than one channel for {dim}")
+def check_widths(name: str, dims: Sequence[int], ratios: float | Sequence[float]) -> None:
+    """Raise a ValueError where a ratio, or that of a stage, leaves no channel of its width."""
+    each = ratios if isinstance(ratios, Sequence) else (ratios,) * len(dims)
+    for dim, ratio in zip(dims, each, strict=True):
+        if int(dim * ratio) < 1:
+            raise ValueError(f"{name} {ratios} gives less than one channel for {dim}")

@@ -15,14 +15,17 @@ import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from backbones.common.checks import either, one_or_several, text
 from backbones.core import published
 from backbones.core.base import StagedBackbone
+from backbones.core.keywords import WINDOW
 from backbones.core.stage import TokenStage
 from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import NeighborhoodBlock, resized_bias
 
 __all__ = [
+    "DILATIONS",
     "PRESETS",
     "NeighborhoodPyramid",
     "Pattern",
@@ -128,6 +131,7 @@ Pattern = tuple[tuple[int, ...], ...]
 
 # Published dilations by stage. A pattern is repeated or truncated to the stage's depth.
 _LARGE = (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5)
+DILATIONS = either(text, str, second=one_or_several(one_or_several(WINDOW)))
 PRESETS: Mapping[str, Pattern] = {
     "imagenet": ((1, 8), (1, 4), (1, 2), (1,)),
     "imagenet-384": ((1, 13), (1, 6), (1, 3), (1,)),

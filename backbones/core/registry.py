@@ -24,7 +24,7 @@ from backbones.common.messages import shown
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
 from backbones.core.from_timm import PREFIX, create_timm_model
-from backbones.core.keywords import check
+from backbones.core.keywords import FEATURES
 from backbones.fusing.any_model import fuse_any
 from backbones.fusing.fusable import check_fusing
 from ops.attention.token_pooling import pool_tokens_before, token_attentions
@@ -211,12 +211,12 @@ def build_model(
     cache_dir = options.pop("cache_dir", None)
     # Stored in timm's hub files; timm reads it from the model afterwards.
     saved_with: Any = options.pop("pretrained_model_args", {})
-    token_pooling = check("token_pooling", options.pop("token_pooling", 0))
+    token_pooling = whole(0, 64)("token_pooling", options.pop("token_pooling", 0))
     cfg = _resolve_cfg(
         name, options.pop("pretrained_cfg", None), options.pop("pretrained_cfg_overlay", None)
     )
     if out_indices is not None:
-        out_indices = check("out_indices", out_indices)
+        out_indices = FEATURES("out_indices", out_indices)
         if not features_only:
             raise TypeError("out_indices requires features_only=True")
     _check_keywords(model_class, name, options)

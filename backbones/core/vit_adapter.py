@@ -29,12 +29,27 @@ from backbones.core.adapter_layers import (
     to_tokens,
 )
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import KEYWORDS, checked
+from backbones.core.keywords import RATIO, checked
 from backbones.core.published import renamed
 from ops.arguments import require_tensor
 from ops.attention.deformable import DeformableAttention
 
 __all__ = ["ViTAdapter"]
+
+
+def _plain_network(name: str, network: Any) -> IsotropicBackbone:
+    if not isinstance(network, IsotropicBackbone):
+        raise TypeError(
+            "ViTAdapter needs a single-resolution backbone of this library, not wrapped by "
+            f"features_only, got {type(network).__name__}"
+        )
+    if network.pyramid is not None:
+        raise ValueError("ViTAdapter makes its own pyramid; create the network with pyramid=False")
+    if network.fused:
+        raise ValueError("wrap the network before fuse(), got a fused one")
+    if (stride := network.feature_info[0]["reduction"]) != 16:
+        raise ValueError(f"ViTAdapter needs a network of stride 16, got {stride}")
+    return network
 
 
 class ViTAdapter(nn.Module):
@@ -76,10 +91,11 @@ class ViTAdapter(nn.Module):
     """
 
     @checked(
+        network=_plain_network,
         num_heads=whole(1, 1024),
         points=whole(1, 64),
-        value_ratio=KEYWORDS["mlp_ratio"],
-        ffn_ratio=KEYWORDS["mlp_ratio"],
+        value_ratio=RATIO,
+        ffn_ratio=RATIO,
         add_tokens=one_of("last", "each", "none"),
     )
     def __init__(
@@ -95,7 +111,6 @@ class ViTAdapter(nn.Module):
         add_tokens: str = "last",
     ) -> None:
         super().__init__()
-        _check_network(network)
         if add_tokens == "each" and len(network.stages) != len(STRIDES):
             raise ValueError(
                 f"add_tokens='each' needs a network of four stages, got {len(network.stages)}"
@@ -224,20 +239,6 @@ _RENAMES = (
     *((rf"^spm\.fc{i + 1}\.", f"adapter.prior.projections.{i}.") for i in range(4)),
     *((rf"^norm{i + 1}\.", f"adapter.norms.{i}.") for i in range(4)),
 )
-
-
-def _check_network(network: Any) -> None:
-    if not isinstance(network, IsotropicBackbone):
-        raise TypeError(
-            "ViTAdapter needs a single-resolution backbone of this library, not wrapped by "
-            f"features_only, got {type(network).__name__}"
-        )
-    if network.pyramid is not None:
-        raise ValueError("ViTAdapter makes its own pyramid; create the network with pyramid=False")
-    if network.fused:
-        raise ValueError("wrap the network before fuse(), got a fused one")
-    if (stride := network.feature_info[0]["reduction"]) != 16:
-        raise ValueError(f"ViTAdapter needs a network of stride 16, got {stride}")
 
 
 def _resized(tokens: Tensor, size: Sequence[int]) -> Tensor:

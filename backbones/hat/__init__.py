@@ -23,9 +23,9 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import whole
+from backbones.common.checks import flag, number, one_of, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import checked
+from backbones.core.keywords import CHANNELS, SHARE, checked
 from backbones.core.published import renamed
 from backbones.core.registry import build_model, register
 from backbones.hat.blocks import HybridBlock, OverlapBlock, ResidualGroup
@@ -114,7 +114,17 @@ class HAT(StagedBackbone):
 
     stem: Stem
 
-    @checked("num_heads", window_size=whole(1, 64))
+    @checked(
+        "num_heads",
+        window_size=whole(1, 64),
+        overlap_ratio=SHARE,
+        compress_ratio=CHANNELS,
+        squeeze_factor=CHANNELS,
+        upscale=one_of(1, 2, 3, 4),
+        img_range=number(0, 1e6, open_below=True),
+        head_width=CHANNELS,
+        residual=flag,
+    )
     def __init__(
         self,
         dim: int = 180,

@@ -27,9 +27,9 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import several, whole
+from backbones.common.checks import flag, several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import KERNEL, checked
+from backbones.core.keywords import BLOCKS, CHANNELS, KERNEL, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
@@ -185,9 +185,12 @@ class OverLoCK(StagedBackbone):
 
     @checked(
         dims=several(whole(4, 1 << 16), count=4),
-        depths=several(whole(1, 1024), count=4),
+        depths=several(BLOCKS, count=4),
+        focus_depths=several(BLOCKS, count=2),
+        num_heads=several(CHANNELS, count=2),
         kernel_sizes=several(KERNEL, count=4),
-        num_heads=several(whole(1, 1 << 16), count=2),
+        aux_head=flag,
+        overview_feature=flag,
     )
     def __init__(
         self,

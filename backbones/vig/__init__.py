@@ -26,7 +26,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import whole
+from backbones.common.checks import flag, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
@@ -87,7 +87,7 @@ class ViG(IsotropicBackbone):
 
     first_conv = "stem.conv1"
 
-    @checked(num_heads=whole(1, 1024))
+    @checked(num_heads=whole(1, 1024), act=flag, mean_of_directions=flag)
     def __init__(
         self,
         dim: int = 384,

@@ -28,9 +28,9 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import optional, several, whole
+from backbones.common.checks import flag, optional, several, whole
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import KEYWORDS, checked
+from backbones.core.keywords import BLOCKS, CHANNELS, SCALE, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import IsotropicStage
@@ -95,9 +95,14 @@ class VRWKV(IsotropicBackbone):
     """
 
     @checked(
-        depths=several(whole(1, 1024), count=4),
-        layer_scale=optional(KEYWORDS["layer_scale"]),
-        head_hidden_dim=optional(KEYWORDS["head_hidden_dim"]),
+        depths=several(BLOCKS, count=4),
+        gated=flag,
+        segments=whole(0, 1 << 20),
+        post_norm=flag,
+        key_norm=flag,
+        layer_scale=optional(SCALE),
+        img_size=whole(1, 1 << 20),
+        head_hidden_dim=optional(CHANNELS),
     )
     def __init__(
         self,

@@ -13,7 +13,8 @@ import torch
 from zoo import CLASSIFIERS, FAMILIES, SMALL, outlines, small
 
 import backbones
-from backbones.core.keywords import KEYWORDS, POOLINGS
+from backbones.common.checks import flag
+from backbones.core.keywords import POOLINGS, checked
 
 # No keyword of any family can be one of these.
 NEVER: list[Any] = [
@@ -53,9 +54,13 @@ def _refused(family: str, keyword: str, value: Any) -> str:
     return str(raised.value)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_keyword_has_its_check(family: str) -> None:
-    assert _keywords(family).keys() <= KEYWORDS.keys()
+def test_a_parameter_without_check_is_named() -> None:
+    def constructor(self: Any, depths: Any, colour: Any) -> None: ...
+
+    with pytest.raises(TypeError, match=r"no check, or no parameter, \['colour'\]"):
+        checked()(constructor)
+    with pytest.raises(TypeError, match=r"no check, or no parameter, \['color', 'colour'\]"):
+        checked(color=flag)(constructor)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
