@@ -32,7 +32,7 @@ from backbones.common.checks import flag, optional, several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, WINDOW, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.softmax import softmax_attention
@@ -261,27 +261,16 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-
-@register
-def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-T, 13.1 M parameters; its drop path is the training command's default."""
-    variant = dict(dims=(64, 128, 256, 512), depths=(2, 2, 8, 2), drop_path_rate=0.1)
-    return build_model(BiFormer, "biformer_tiny", pretrained, variant, kwargs)
-
-
-@register
-def biformer_small(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-S, 25.5 M parameters."""
-    variant = dict(dims=(64, 128, 256, 512), depths=(4, 4, 18, 4), drop_path_rate=0.15)
-    return build_model(BiFormer, "biformer_small", pretrained, variant, kwargs)
-
-
-@register
-def biformer_base(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer-B, 56.8 M parameters; its drop path is the training command's default."""
-    variant = dict(dims=(96, 192, 384, 768), depths=(4, 4, 18, 4), drop_path_rate=0.1)
-    return build_model(BiFormer, "biformer_base", pretrained, variant, kwargs)
-
+# BiFormer-T, 13.1 M parameters; its drop path is the training command's default
+biformer_tiny = variant(BiFormer, dims=(64, 128, 256, 512), depths=(2, 2, 8, 2), drop_path_rate=0.1)
+# BiFormer-S, 25.5 M parameters
+biformer_small = variant(
+    BiFormer, dims=(64, 128, 256, 512), depths=(4, 4, 18, 4), drop_path_rate=0.15
+)
+# BiFormer-B, 56.8 M parameters; its drop path is the training command's default
+biformer_base = variant(
+    BiFormer, dims=(96, 192, 384, 768), depths=(4, 4, 18, 4), drop_path_rate=0.1
+)
 
 _STL: dict[str, Any] = dict(
     dims=(96, 192, 384, 768),
@@ -290,15 +279,9 @@ _STL: dict[str, Any] = dict(
     swin_layout=True,
     drop_path_rate=0.1,
 )
+# BiFormer in Swin-T's layout, 28.4 M parameters
+biformer_stl = variant(BiFormer, **_STL)
+# BiFormer in Swin-T's layout, the authors' second implementation, 28.4 M parameters
+biformer_stl_nchw = variant(BiFormer, **_STL, nchw=True)
 
-
-@register
-def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer in Swin-T's layout, 28.4 M parameters."""
-    return build_model(BiFormer, "biformer_stl", pretrained, _STL, kwargs)
-
-
-@register
-def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer in Swin-T's layout, the authors' second implementation, 28.4 M parameters."""
-    return build_model(BiFormer, "biformer_stl_nchw", pretrained, {**_STL, "nchw": True}, kwargs)
+register_variants(__name__)

@@ -28,7 +28,7 @@ from backbones.core.neighborhood import (
     renamed,
     token_stages,
 )
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from ops.patch import PatchEmbed, PatchMerging
 
 __all__ = ["DiNATS"]
@@ -134,50 +134,25 @@ _LARGE: dict[str, Any] = dict(
     dims=(192, 384, 768, 1536),
     depths=(2, 2, 18, 2),
     num_heads=(6, 12, 24, 48),
-    drop_path_rate=0.35,
 )
 
+# DiNAT_s-Tiny, 28.3 M parameters
+dinat_s_tiny = variant(DiNATS, drop_path_rate=0.2)
+# DiNAT_s-Small, 49.6 M parameters
+dinat_s_small = variant(DiNATS, depths=(2, 2, 18, 2), drop_path_rate=0.3)
+# DiNAT_s-Base, 87.8 M parameters
+dinat_s_base = variant(
+    DiNATS,
+    dims=(128, 256, 512, 1024),
+    depths=(2, 2, 18, 2),
+    num_heads=(4, 8, 16, 32),
+    drop_path_rate=0.5,
+)
+# DiNAT_s-Large, 196.5 M parameters
+dinat_s_large = variant(DiNATS, **_LARGE, drop_path_rate=0.35)
+# DiNAT_s-Large for images of 384×384, more dilated; 196.5 M parameters
+dinat_s_large_384 = variant(DiNATS, **_LARGE, dilations="imagenet-384", drop_path_rate=0.35)
+# DiNAT_s-Large with the classes of ImageNet-22k, 228.6 M parameters
+dinat_s_large_21k = variant(DiNATS, **_LARGE, drop_path_rate=0.2)
 
-@register
-def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> DiNATS:
-    """DiNAT_s-Tiny, 28.3 M parameters."""
-    return build_model(DiNATS, "dinat_s_tiny", pretrained, {"drop_path_rate": 0.2}, kwargs)
-
-
-@register
-def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> DiNATS:
-    """DiNAT_s-Small, 49.6 M parameters."""
-    variant: dict[str, Any] = dict(depths=(2, 2, 18, 2), drop_path_rate=0.3)
-    return build_model(DiNATS, "dinat_s_small", pretrained, variant, kwargs)
-
-
-@register
-def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> DiNATS:
-    """DiNAT_s-Base, 87.8 M parameters."""
-    variant: dict[str, Any] = dict(
-        dims=(128, 256, 512, 1024),
-        depths=(2, 2, 18, 2),
-        num_heads=(4, 8, 16, 32),
-        drop_path_rate=0.5,
-    )
-    return build_model(DiNATS, "dinat_s_base", pretrained, variant, kwargs)
-
-
-@register
-def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> DiNATS:
-    """DiNAT_s-Large, 196.5 M parameters."""
-    return build_model(DiNATS, "dinat_s_large", pretrained, _LARGE, kwargs)
-
-
-@register
-def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> DiNATS:
-    """DiNAT_s-Large for images of 384×384, more dilated; 196.5 M parameters."""
-    variant = {**_LARGE, "dilations": "imagenet-384"}
-    return build_model(DiNATS, "dinat_s_large_384", pretrained, variant, kwargs)
-
-
-@register
-def dinat_s_large_21k(pretrained: bool = False, **kwargs: Any) -> DiNATS:
-    """DiNAT_s-Large with the classes of ImageNet-22k, 228.6 M parameters."""
-    variant = {**_LARGE, "drop_path_rate": 0.2}
-    return build_model(DiNATS, "dinat_s_large_21k", pretrained, variant, kwargs)
+register_variants(__name__)

@@ -22,7 +22,7 @@ from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, KERNEL, checked
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.attention.channel import EfficientChannelAttention
 from ops.conv import ConvNorm
@@ -259,42 +259,17 @@ default_cfgs = generate_default_cfgs(
 )
 _WIDE: dict[str, Any] = dict(dims=(256, 512, 1024, 2048), bottleneck=True)
 
+# ECA-ResNet-18, 11.7 M parameters: the class's defaults
+eca_resnet18 = variant(ECAResNet)
+# ECA-ResNet-34, 21.8 M parameters
+eca_resnet34 = variant(ECAResNet, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 3, 5, 7))
+# ECA-ResNet-50, 25.6 M parameters
+eca_resnet50 = variant(ECAResNet, **_WIDE, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 5, 5, 7))
+# ECA-ResNet-101, 44.5 M parameters
+eca_resnet101 = variant(ECAResNet, **_WIDE, depths=(3, 4, 23, 3), attn_kernel_sizes=(3, 3, 5, 7))
+# ECA-ResNet-152, 60.2 M parameters
+eca_resnet152 = variant(ECAResNet, **_WIDE, depths=(3, 8, 36, 3), attn_kernel_sizes=(3, 3, 5, 7))
+# ECA-MobileNetV2, 3.5 M parameters
+eca_mobilenet_v2 = variant(ECAMobileNetV2)
 
-@register
-def eca_resnet18(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
-    """ECA-ResNet-18, 11.7 M parameters: the class's defaults."""
-    return build_model(ECAResNet, "eca_resnet18", pretrained, {}, kwargs)
-
-
-@register
-def eca_resnet34(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
-    """ECA-ResNet-34, 21.8 M parameters."""
-    variant = dict(depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 3, 5, 7))
-    return build_model(ECAResNet, "eca_resnet34", pretrained, variant, kwargs)
-
-
-@register
-def eca_resnet50(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
-    """ECA-ResNet-50, 25.6 M parameters."""
-    variant = dict(**_WIDE, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 5, 5, 7))
-    return build_model(ECAResNet, "eca_resnet50", pretrained, variant, kwargs)
-
-
-@register
-def eca_resnet101(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
-    """ECA-ResNet-101, 44.5 M parameters."""
-    variant = dict(**_WIDE, depths=(3, 4, 23, 3), attn_kernel_sizes=(3, 3, 5, 7))
-    return build_model(ECAResNet, "eca_resnet101", pretrained, variant, kwargs)
-
-
-@register
-def eca_resnet152(pretrained: bool = False, **kwargs: Any) -> ECAResNet:
-    """ECA-ResNet-152, 60.2 M parameters."""
-    variant = dict(**_WIDE, depths=(3, 8, 36, 3), attn_kernel_sizes=(3, 3, 5, 7))
-    return build_model(ECAResNet, "eca_resnet152", pretrained, variant, kwargs)
-
-
-@register
-def eca_mobilenet_v2(pretrained: bool = False, **kwargs: Any) -> ECAMobileNetV2:
-    """ECA-MobileNetV2, 3.5 M parameters."""
-    return build_model(ECAMobileNetV2, "eca_mobilenet_v2", pretrained, {}, kwargs)
+register_variants(__name__)

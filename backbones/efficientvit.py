@@ -26,7 +26,7 @@ from backbones.common.checks import flag, several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, KERNEL, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
 from ops.conv import ConvResidual
@@ -228,44 +228,21 @@ default_cfgs = generate_default_cfgs(
     {f"efficientvit_m{i}.in1k": _cfg(f"efficientvit_m{i}") for i in range(6)}
 )
 
+# EfficientViT-M0, 2.3 M parameters
+efficientvit_m0 = variant(
+    EfficientViT, dims=(64, 128, 192), num_heads=(4, 4, 4), kernel_sizes=(5, 5, 5, 5)
+)
+# EfficientViT-M1, 3.0 M parameters
+efficientvit_m1 = variant(EfficientViT, dims=(128, 144, 192), num_heads=(2, 3, 3))
+# EfficientViT-M2, 4.2 M parameters
+efficientvit_m2 = variant(EfficientViT, dims=(128, 192, 224), num_heads=(4, 3, 2))
+# EfficientViT-M3, 6.9 M parameters
+efficientvit_m3 = variant(
+    EfficientViT, dims=(128, 240, 320), num_heads=(4, 3, 4), kernel_sizes=(5, 5, 5, 5)
+)
+# EfficientViT-M4, 8.8 M parameters
+efficientvit_m4 = variant(EfficientViT, dims=(128, 256, 384), num_heads=(4, 4, 4))
+# EfficientViT-M5, 12.5 M parameters
+efficientvit_m5 = variant(EfficientViT, dims=(192, 288, 384), depths=(1, 3, 4), num_heads=(3, 3, 4))
 
-@register
-def efficientvit_m0(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
-    """EfficientViT-M0, 2.3 M parameters."""
-    variant = dict(dims=(64, 128, 192), num_heads=(4, 4, 4), kernel_sizes=(5, 5, 5, 5))
-    return build_model(EfficientViT, "efficientvit_m0", pretrained, variant, kwargs)
-
-
-@register
-def efficientvit_m1(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
-    """EfficientViT-M1, 3.0 M parameters."""
-    variant = dict(dims=(128, 144, 192), num_heads=(2, 3, 3))
-    return build_model(EfficientViT, "efficientvit_m1", pretrained, variant, kwargs)
-
-
-@register
-def efficientvit_m2(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
-    """EfficientViT-M2, 4.2 M parameters."""
-    variant = dict(dims=(128, 192, 224), num_heads=(4, 3, 2))
-    return build_model(EfficientViT, "efficientvit_m2", pretrained, variant, kwargs)
-
-
-@register
-def efficientvit_m3(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
-    """EfficientViT-M3, 6.9 M parameters."""
-    variant = dict(dims=(128, 240, 320), num_heads=(4, 3, 4), kernel_sizes=(5, 5, 5, 5))
-    return build_model(EfficientViT, "efficientvit_m3", pretrained, variant, kwargs)
-
-
-@register
-def efficientvit_m4(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
-    """EfficientViT-M4, 8.8 M parameters."""
-    variant = dict(dims=(128, 256, 384), num_heads=(4, 4, 4))
-    return build_model(EfficientViT, "efficientvit_m4", pretrained, variant, kwargs)
-
-
-@register
-def efficientvit_m5(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
-    """EfficientViT-M5, 12.5 M parameters."""
-    variant = dict(dims=(192, 288, 384), depths=(1, 3, 4), num_heads=(3, 3, 4))
-    return build_model(EfficientViT, "efficientvit_m5", pretrained, variant, kwargs)
+register_variants(__name__)

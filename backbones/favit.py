@@ -23,7 +23,7 @@ from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import WINDOW, checked
 from backbones.core.published import imagenet_cfg, renamed, renamed_stage
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.attention.factorized import FactorizedAttention
 from ops.init import init_fan_out
@@ -194,30 +194,13 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# FaViT-B0, 3.4 M parameters
+favit_b0 = variant(FaViT, dims=(32, 64, 128, 256), depths=(2, 2, 6, 2), drop_path_rate=0.1)
+# FaViT-B1, 13.0 M parameters
+favit_b1 = variant(FaViT, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), drop_path_rate=0.1)
+# FaViT-B2, 24.9 M parameters
+favit_b2 = variant(FaViT, dims=(64, 128, 256, 512), depths=(2, 3, 18, 3), drop_path_rate=0.1)
+# FaViT-B3, 48.7 M parameters
+favit_b3 = variant(FaViT, dims=(96, 192, 384, 768), depths=(2, 3, 14, 3), drop_path_rate=0.1)
 
-@register
-def favit_b0(pretrained: bool = False, **kwargs: Any) -> FaViT:
-    """FaViT-B0, 3.4 M parameters."""
-    variant = {"dims": (32, 64, 128, 256), "depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
-    return build_model(FaViT, "favit_b0", pretrained, variant, kwargs)
-
-
-@register
-def favit_b1(pretrained: bool = False, **kwargs: Any) -> FaViT:
-    """FaViT-B1, 13.0 M parameters."""
-    variant = {"dims": (64, 128, 256, 512), "depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
-    return build_model(FaViT, "favit_b1", pretrained, variant, kwargs)
-
-
-@register
-def favit_b2(pretrained: bool = False, **kwargs: Any) -> FaViT:
-    """FaViT-B2, 24.9 M parameters."""
-    variant = {"dims": (64, 128, 256, 512), "depths": (2, 3, 18, 3), "drop_path_rate": 0.1}
-    return build_model(FaViT, "favit_b2", pretrained, variant, kwargs)
-
-
-@register
-def favit_b3(pretrained: bool = False, **kwargs: Any) -> FaViT:
-    """FaViT-B3, 48.7 M parameters."""
-    variant = {"dims": (96, 192, 384, 768), "depths": (2, 3, 14, 3), "drop_path_rate": 0.1}
-    return build_model(FaViT, "favit_b3", pretrained, variant, kwargs)
+register_variants(__name__)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import KERNEL, SHARE, checked
 from backbones.core.published import imagenet_cfg
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm, InceptionDWConv2d, NormConv
@@ -218,45 +218,34 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# InceptionNeXt-A, 4.2 M parameters
+inception_next_atto = variant(
+    InceptionNeXt,
+    dims=(40, 80, 160, 320),
+    depths=(2, 2, 6, 2),
+    band_kernel_size=9,
+    branch_ratio=0.25,
+    drop_path_rate=0.1,
+)
+# InceptionNeXt-T, 28.1 M parameters
+inception_next_tiny = variant(
+    InceptionNeXt, dims=(96, 192, 384, 768), depths=(3, 3, 9, 3), drop_path_rate=0.1
+)
+# InceptionNeXt-S, 49.4 M parameters
+inception_next_small = variant(
+    InceptionNeXt, dims=(96, 192, 384, 768), depths=(3, 3, 27, 3), drop_path_rate=0.3
+)
+# InceptionNeXt-B, 86.7 M parameters
+inception_next_base = variant(
+    InceptionNeXt, dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3), drop_path_rate=0.4
+)
+# InceptionNeXt-B fine-tuned at 384×384, 86.7 M parameters
+inception_next_base_384 = variant(
+    InceptionNeXt,
+    dims=(128, 256, 512, 1024),
+    depths=(3, 3, 27, 3),
+    drop_path_rate=0.7,
+    drop_rate=0.5,
+)
 
-@register
-def inception_next_atto(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
-    """InceptionNeXt-A, 4.2 M parameters."""
-    variant = dict(
-        dims=(40, 80, 160, 320),
-        depths=(2, 2, 6, 2),
-        band_kernel_size=9,
-        branch_ratio=0.25,
-        drop_path_rate=0.1,
-    )
-    return build_model(InceptionNeXt, "inception_next_atto", pretrained, variant, kwargs)
-
-
-@register
-def inception_next_tiny(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
-    """InceptionNeXt-T, 28.1 M parameters."""
-    variant = dict(dims=(96, 192, 384, 768), depths=(3, 3, 9, 3), drop_path_rate=0.1)
-    return build_model(InceptionNeXt, "inception_next_tiny", pretrained, variant, kwargs)
-
-
-@register
-def inception_next_small(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
-    """InceptionNeXt-S, 49.4 M parameters."""
-    variant = dict(dims=(96, 192, 384, 768), depths=(3, 3, 27, 3), drop_path_rate=0.3)
-    return build_model(InceptionNeXt, "inception_next_small", pretrained, variant, kwargs)
-
-
-@register
-def inception_next_base(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
-    """InceptionNeXt-B, 86.7 M parameters."""
-    variant = dict(dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3), drop_path_rate=0.4)
-    return build_model(InceptionNeXt, "inception_next_base", pretrained, variant, kwargs)
-
-
-@register
-def inception_next_base_384(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
-    """InceptionNeXt-B fine-tuned at 384×384, 86.7 M parameters."""
-    variant = dict(
-        dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3), drop_path_rate=0.7, drop_rate=0.5
-    )
-    return build_model(InceptionNeXt, "inception_next_base_384", pretrained, variant, kwargs)
+register_variants(__name__)

@@ -29,7 +29,7 @@ from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, WINDOW, checked
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import TokenStage
 from ops.attention.hilo import HiLoAttention
 from ops.autocast import autocasts, without_autocast
@@ -297,79 +297,27 @@ default_cfgs = generate_default_cfgs(
 
 _BASE = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
 
+# LITv2-S, 27.8 M parameters
+litv2_s = variant(LITv2, alpha=0.9, drop_path_rate=0.2)
+# LITv2-M, 48.8 M parameters
+litv2_m = variant(LITv2, depths=(2, 2, 18, 2), alpha=0.9, drop_path_rate=0.3)
+# LITv2-B, 86.5 M parameters
+litv2_b = variant(LITv2, **_BASE, alpha=0.9, drop_path_rate=0.5)
+# LITv2-B fine-tuned at 384×384, 86.5 M parameters
+litv2_b_384 = variant(LITv2, **_BASE, alpha=0.9, drop_path_rate=0.5)
+# LITv2-S with alpha 0.0: no heads attend to averages, 28.1 M parameters
+litv2_s_alpha_0_0 = variant(LITv2, alpha=0.0, drop_path_rate=0.2)
+# LITv2-S with alpha 0.2: 27.8 M parameters
+litv2_s_alpha_0_2 = variant(LITv2, alpha=0.2, drop_path_rate=0.2)
+# LITv2-S with alpha 0.4: 27.7 M parameters
+litv2_s_alpha_0_4 = variant(LITv2, alpha=0.4, drop_path_rate=0.2)
+# LITv2-S with alpha 0.5: 27.6 M parameters
+litv2_s_alpha_0_5 = variant(LITv2, alpha=0.5, drop_path_rate=0.2)
+# LITv2-S with alpha 0.7: 27.7 M parameters
+litv2_s_alpha_0_7 = variant(LITv2, alpha=0.7, drop_path_rate=0.2)
+# LITv2-S with alpha 0.9: the paper's choice, trained again, 27.8 M parameters
+litv2_s_alpha_0_9 = variant(LITv2, alpha=0.9, drop_path_rate=0.2)
+# LITv2-S with alpha 1.0: all heads attend to averages, 28.1 M parameters
+litv2_s_alpha_1_0 = variant(LITv2, alpha=1.0, drop_path_rate=0.2)
 
-@register
-def litv2_s(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S, 27.8 M parameters."""
-    variant = {"alpha": 0.9, "drop_path_rate": 0.2}
-    return build_model(LITv2, "litv2_s", pretrained, variant, kwargs)
-
-
-@register
-def litv2_m(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-M, 48.8 M parameters."""
-    variant = {"depths": (2, 2, 18, 2), "alpha": 0.9, "drop_path_rate": 0.3}
-    return build_model(LITv2, "litv2_m", pretrained, variant, kwargs)
-
-
-@register
-def litv2_b(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-B, 86.5 M parameters."""
-    variant = {**_BASE, "alpha": 0.9, "drop_path_rate": 0.5}
-    return build_model(LITv2, "litv2_b", pretrained, variant, kwargs)
-
-
-@register
-def litv2_b_384(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-B fine-tuned at 384×384, 86.5 M parameters."""
-    variant = {**_BASE, "alpha": 0.9, "drop_path_rate": 0.5}
-    return build_model(LITv2, "litv2_b_384", pretrained, variant, kwargs)
-
-
-@register
-def litv2_s_alpha_0_0(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 0.0: no heads attend to averages, 28.1 M parameters."""
-    variant = {"alpha": 0.0, "drop_path_rate": 0.2}
-    return build_model(LITv2, "litv2_s_alpha_0_0", pretrained, variant, kwargs)
-
-
-@register
-def litv2_s_alpha_0_2(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 0.2: 27.8 M parameters."""
-    variant = {"alpha": 0.2, "drop_path_rate": 0.2}
-    return build_model(LITv2, "litv2_s_alpha_0_2", pretrained, variant, kwargs)
-
-
-@register
-def litv2_s_alpha_0_4(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 0.4: 27.7 M parameters."""
-    variant = {"alpha": 0.4, "drop_path_rate": 0.2}
-    return build_model(LITv2, "litv2_s_alpha_0_4", pretrained, variant, kwargs)
-
-
-@register
-def litv2_s_alpha_0_5(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 0.5: 27.6 M parameters."""
-    variant = {"alpha": 0.5, "drop_path_rate": 0.2}
-    return build_model(LITv2, "litv2_s_alpha_0_5", pretrained, variant, kwargs)
-
-
-@register
-def litv2_s_alpha_0_7(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 0.7: 27.7 M parameters."""
-    variant = {"alpha": 0.7, "drop_path_rate": 0.2}
-    return build_model(LITv2, "litv2_s_alpha_0_7", pretrained, variant, kwargs)
-
-
-@register
-def litv2_s_alpha_0_9(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 0.9: the paper's choice, trained again, 27.8 M parameters."""
-    variant = {"alpha": 0.9, "drop_path_rate": 0.2}
-    return build_model(LITv2, "litv2_s_alpha_0_9", pretrained, variant, kwargs)
-
-
-@register
-def litv2_s_alpha_1_0(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 1.0: all heads attend to averages, 28.1 M parameters."""
-    variant = {"alpha": 1.0, "drop_path_rate": 0.2}
-    return build_model(LITv2, "litv2_s_alpha_1_0", pretrained, variant, kwargs)
+register_variants(__name__)

@@ -33,7 +33,7 @@ from backbones.core.neighborhood import (
     renamed,
     token_stages,
 )
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 
 __all__ = ["NAT"]
 
@@ -227,88 +227,37 @@ _LARGE: dict[str, Any] = dict(
     depths=(3, 4, 18, 5),
     num_heads=(6, 12, 24, 48),
     mlp_ratio=2,
-    dilations="imagenet",
-    drop_path_rate=0.35,
 )
 
+# NAT-Mini, 20.0 M parameters
+nat_mini = variant(NAT, **_MINI)
+# NAT-Tiny, 27.9 M parameters
+nat_tiny = variant(NAT, **_TINY)
+# NAT-Small, 50.7 M parameters
+nat_small = variant(NAT, **_SMALL, layer_scale=1e-5)
+# NAT-Base, 89.8 M parameters
+nat_base = variant(NAT, **_BASE)
+# DiNAT-Mini, 20.0 M parameters
+dinat_mini = variant(NAT, **_MINI, dilations="imagenet")
+# DiNAT-Tiny, 27.9 M parameters
+dinat_tiny = variant(NAT, **_TINY, dilations="imagenet")
+# DiNAT-Small, 50.7 M parameters; unlike NAT-Small it has no layer scale
+dinat_small = variant(NAT, **_SMALL, dilations="imagenet")
+# DiNAT-Base, 89.8 M parameters
+dinat_base = variant(NAT, **_BASE, dilations="imagenet")
+# DiNAT-Large, 200.9 M parameters
+dinat_large = variant(NAT, **_LARGE, dilations="imagenet", drop_path_rate=0.35)
+# DiNAT-Large for images of 384×384, more dilated; 200.9 M parameters
+dinat_large_384 = variant(NAT, **_LARGE, dilations="imagenet-384", drop_path_rate=0.35)
+# DiNAT-Large for images of 384×384 with windows of 11×11, 201.1 M parameters
+dinat_large_384_11x11 = variant(
+    NAT, **_LARGE, kernel_size=11, dilations="imagenet", drop_path_rate=0.35
+)
+# DiNAT-Large with the classes of ImageNet-22k, 233.0 M parameters
+dinat_large_21k = variant(NAT, **_LARGE, dilations="imagenet", drop_path_rate=0.2)
+# DiNAT-Large with windows of 11×11 and the classes of ImageNet-22k, 233.2 M parameters
+dinat_large_21k_11x11 = variant(
+    NAT, **_LARGE, kernel_size=11, dilations="imagenet", drop_path_rate=0.2
+)
 
-@register
-def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT-Mini, 20.0 M parameters."""
-    return build_model(NAT, "nat_mini", pretrained, _MINI, kwargs)
-
-
-@register
-def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT-Tiny, 27.9 M parameters."""
-    return build_model(NAT, "nat_tiny", pretrained, _TINY, kwargs)
-
-
-@register
-def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT-Small, 50.7 M parameters."""
-    return build_model(NAT, "nat_small", pretrained, {**_SMALL, "layer_scale": 1e-5}, kwargs)
-
-
-@register
-def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """NAT-Base, 89.8 M parameters."""
-    return build_model(NAT, "nat_base", pretrained, _BASE, kwargs)
-
-
-@register
-def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Mini, 20.0 M parameters."""
-    return build_model(NAT, "dinat_mini", pretrained, {**_MINI, "dilations": "imagenet"}, kwargs)
-
-
-@register
-def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Tiny, 27.9 M parameters."""
-    return build_model(NAT, "dinat_tiny", pretrained, {**_TINY, "dilations": "imagenet"}, kwargs)
-
-
-@register
-def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Small, 50.7 M parameters; unlike NAT-Small it has no layer scale."""
-    return build_model(NAT, "dinat_small", pretrained, {**_SMALL, "dilations": "imagenet"}, kwargs)
-
-
-@register
-def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Base, 89.8 M parameters."""
-    return build_model(NAT, "dinat_base", pretrained, {**_BASE, "dilations": "imagenet"}, kwargs)
-
-
-@register
-def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Large, 200.9 M parameters."""
-    return build_model(NAT, "dinat_large", pretrained, _LARGE, kwargs)
-
-
-@register
-def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Large for images of 384×384, more dilated; 200.9 M parameters."""
-    variant = {**_LARGE, "dilations": "imagenet-384"}
-    return build_model(NAT, "dinat_large_384", pretrained, variant, kwargs)
-
-
-@register
-def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Large for images of 384×384 with windows of 11×11, 201.1 M parameters."""
-    variant = {**_LARGE, "kernel_size": 11}
-    return build_model(NAT, "dinat_large_384_11x11", pretrained, variant, kwargs)
-
-
-@register
-def dinat_large_21k(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Large with the classes of ImageNet-22k, 233.0 M parameters."""
-    variant = {**_LARGE, "drop_path_rate": 0.2}
-    return build_model(NAT, "dinat_large_21k", pretrained, variant, kwargs)
-
-
-@register
-def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
-    """DiNAT-Large with windows of 11×11 and the classes of ImageNet-22k, 233.2 M parameters."""
-    variant = {**_LARGE, "kernel_size": 11, "drop_path_rate": 0.2}
-    return build_model(NAT, "dinat_large_21k_11x11", pretrained, variant, kwargs)
+register_variants(__name__)

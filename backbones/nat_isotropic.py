@@ -31,7 +31,7 @@ from backbones.core.neighborhood import (
     layer_norm,
     neighborhood,
 )
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage
 from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
@@ -150,42 +150,17 @@ default_cfgs = generate_default_cfgs(
 _SMALL: dict[str, Any] = dict(dim=384, num_heads=12, drop_path_rate=0.1)
 _BASE: dict[str, Any] = dict(dim=768, num_heads=24, drop_path_rate=0.4)
 
+# Isotropic NAT-Small, 22.0 M parameters
+nat_isotropic_small = variant(NATIsotropic, **_SMALL)
+# Isotropic NAT-Base, 86.5 M parameters
+nat_isotropic_base = variant(NATIsotropic, **_BASE)
+# Isotropic DiNAT-Small, 22.0 M parameters
+dinat_isotropic_small = variant(NATIsotropic, **_SMALL, dilations=(1, 2))
+# Isotropic DiNAT-Base, 86.5 M parameters
+dinat_isotropic_base = variant(NATIsotropic, **_BASE, dilations=(1, 2))
+# ViT-rpb-Small, 22.1 M parameters: a vision transformer with a position bias
+vitrpb_small = variant(NATIsotropic, **_SMALL, kernel_size=None)
+# ViT-rpb-Base, 86.6 M parameters: a vision transformer with a position bias
+vitrpb_base = variant(NATIsotropic, **_BASE, kernel_size=None)
 
-@register
-def nat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
-    """Isotropic NAT-Small, 22.0 M parameters."""
-    return build_model(NATIsotropic, "nat_isotropic_small", pretrained, _SMALL, kwargs)
-
-
-@register
-def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
-    """Isotropic NAT-Base, 86.5 M parameters."""
-    return build_model(NATIsotropic, "nat_isotropic_base", pretrained, _BASE, kwargs)
-
-
-@register
-def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
-    """Isotropic DiNAT-Small, 22.0 M parameters."""
-    variant = {**_SMALL, "dilations": (1, 2)}
-    return build_model(NATIsotropic, "dinat_isotropic_small", pretrained, variant, kwargs)
-
-
-@register
-def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
-    """Isotropic DiNAT-Base, 86.5 M parameters."""
-    variant = {**_BASE, "dilations": (1, 2)}
-    return build_model(NATIsotropic, "dinat_isotropic_base", pretrained, variant, kwargs)
-
-
-@register
-def vitrpb_small(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
-    """ViT-rpb-Small, 22.1 M parameters: a vision transformer with a position bias."""
-    variant = {**_SMALL, "kernel_size": None}
-    return build_model(NATIsotropic, "vitrpb_small", pretrained, variant, kwargs)
-
-
-@register
-def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
-    """ViT-rpb-Base, 86.6 M parameters: a vision transformer with a position bias."""
-    variant = {**_BASE, "kernel_size": None}
-    return build_model(NATIsotropic, "vitrpb_base", pretrained, variant, kwargs)
+register_variants(__name__)

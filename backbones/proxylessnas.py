@@ -22,7 +22,7 @@ from backbones.common.checks import number, several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, checked
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.conv import ConvNorm
 from ops.mobile import MBConv, MixHead
@@ -200,45 +200,32 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# ProxylessNAS-CPU, 4.4 M parameters
+proxyless_cpu = variant(
+    ProxylessNAS,
+    stem_dim=40,
+    dims=((24,), (32,) * 4, (48,) * 4, (88,) * 4 + (104,) * 4, (216,) * 4 + (360,)),
+    kernel_sizes=((3,), (3, 3, 3, 3), (3, 3, 3, 5), (3, 0, 0, 3, 5, 3, 3, 3), (5, 5, 5, 3, 5)),
+    expansions=((1,), (6, 3, 3, 3), (6, 3, 3, 3), (6, 0, 0, 3, 6, 3, 3, 3), (6, 3, 3, 3, 6)),
+    head_hidden_dim=1432,
+)
+# ProxylessNAS-GPU, 7.1 M parameters: few blocks with large kernels
+proxyless_gpu = variant(
+    ProxylessNAS,
+    stem_dim=40,
+    dims=((24,), (32,) * 4, (56,) * 4, (112,) * 4 + (128,) * 4, (256,) * 4 + (432,)),
+    kernel_sizes=((3,), (5, 0, 0, 0), (7, 0, 0, 3), (7, 0, 0, 5, 5, 0, 3, 5), (7, 7, 7, 5, 7)),
+    expansions=((1,), (3, 0, 0, 0), (3, 0, 0, 3), (6, 0, 0, 3, 6, 0, 3, 3), (6, 6, 6, 6, 6)),
+    head_hidden_dim=1728,
+)
+# ProxylessNAS-Mobile, 4.1 M parameters: the class's defaults
+proxyless_mobile = variant(ProxylessNAS)
+# ProxylessNAS-Mobile, 1.4 times as wide, 6.9 M parameters
+proxyless_mobile_14 = variant(
+    ProxylessNAS,
+    stem_dim=48,
+    dims=((24,), (40,) * 4, (56,) * 4, (112,) * 4 + (136,) * 4, (256,) * 4 + (448,)),
+    head_hidden_dim=1792,
+)
 
-@register
-def proxyless_cpu(pretrained: bool = False, **kwargs: Any) -> ProxylessNAS:
-    """ProxylessNAS-CPU, 4.4 M parameters."""
-    variant = dict(
-        stem_dim=40,
-        dims=((24,), (32,) * 4, (48,) * 4, (88,) * 4 + (104,) * 4, (216,) * 4 + (360,)),
-        kernel_sizes=((3,), (3, 3, 3, 3), (3, 3, 3, 5), (3, 0, 0, 3, 5, 3, 3, 3), (5, 5, 5, 3, 5)),
-        expansions=((1,), (6, 3, 3, 3), (6, 3, 3, 3), (6, 0, 0, 3, 6, 3, 3, 3), (6, 3, 3, 3, 6)),
-        head_hidden_dim=1432,
-    )
-    return build_model(ProxylessNAS, "proxyless_cpu", pretrained, variant, kwargs)
-
-
-@register
-def proxyless_gpu(pretrained: bool = False, **kwargs: Any) -> ProxylessNAS:
-    """ProxylessNAS-GPU, 7.1 M parameters: few blocks with large kernels."""
-    variant = dict(
-        stem_dim=40,
-        dims=((24,), (32,) * 4, (56,) * 4, (112,) * 4 + (128,) * 4, (256,) * 4 + (432,)),
-        kernel_sizes=((3,), (5, 0, 0, 0), (7, 0, 0, 3), (7, 0, 0, 5, 5, 0, 3, 5), (7, 7, 7, 5, 7)),
-        expansions=((1,), (3, 0, 0, 0), (3, 0, 0, 3), (6, 0, 0, 3, 6, 0, 3, 3), (6, 6, 6, 6, 6)),
-        head_hidden_dim=1728,
-    )
-    return build_model(ProxylessNAS, "proxyless_gpu", pretrained, variant, kwargs)
-
-
-@register
-def proxyless_mobile(pretrained: bool = False, **kwargs: Any) -> ProxylessNAS:
-    """ProxylessNAS-Mobile, 4.1 M parameters: the class's defaults."""
-    return build_model(ProxylessNAS, "proxyless_mobile", pretrained, {}, kwargs)
-
-
-@register
-def proxyless_mobile_14(pretrained: bool = False, **kwargs: Any) -> ProxylessNAS:
-    """ProxylessNAS-Mobile, 1.4 times as wide, 6.9 M parameters."""
-    variant = dict(
-        stem_dim=48,
-        dims=((24,), (40,) * 4, (56,) * 4, (112,) * 4 + (136,) * 4, (256,) * 4 + (448,)),
-        head_hidden_dim=1792,
-    )
-    return build_model(ProxylessNAS, "proxyless_mobile_14", pretrained, variant, kwargs)
+register_variants(__name__)

@@ -23,7 +23,7 @@ from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SCALE, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
 from ops.conv import ConvHead, ConvNorm
@@ -271,52 +271,35 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# RAVLT-T, 14.9 M parameters
+ravlt_t = variant(
+    RAVLT, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), drop_path_rate=0.1
+)
+# RAVLT-S, 25.6 M parameters
+ravlt_s = variant(
+    RAVLT,
+    dims=(64, 128, 320, 512),
+    depths=(3, 5, 9, 3),
+    num_heads=(1, 2, 5, 8),
+    drop_path_rate=0.15,
+)
+# RAVLT-B, 48.2 M parameters
+ravlt_b = variant(
+    RAVLT,
+    dims=(96, 192, 384, 512),
+    depths=(4, 6, 12, 6),
+    num_heads=(1, 2, 6, 8),
+    layer_scales=(1, 1, 1e-6, 1e-6),
+    drop_path_rate=0.4,
+)
+# RAVLT-L, 95.2 M parameters
+ravlt_l = variant(
+    RAVLT,
+    dims=(96, 192, 448, 640),
+    depths=(4, 7, 19, 8),
+    num_heads=(1, 2, 7, 10),
+    layer_scales=(1e-6, 1e-6, 1e-6, 1e-6),
+    drop_path_rate=0.55,
+)
 
-@register
-def ravlt_t(pretrained: bool = False, **kwargs: Any) -> RAVLT:
-    """RAVLT-T, 14.9 M parameters."""
-    variant = dict(
-        dims=(64, 128, 256, 512),
-        depths=(2, 2, 6, 2),
-        num_heads=(1, 2, 4, 8),
-        drop_path_rate=0.1,
-    )
-    return build_model(RAVLT, "ravlt_t", pretrained, variant, kwargs)
-
-
-@register
-def ravlt_s(pretrained: bool = False, **kwargs: Any) -> RAVLT:
-    """RAVLT-S, 25.6 M parameters."""
-    variant = dict(
-        dims=(64, 128, 320, 512),
-        depths=(3, 5, 9, 3),
-        num_heads=(1, 2, 5, 8),
-        drop_path_rate=0.15,
-    )
-    return build_model(RAVLT, "ravlt_s", pretrained, variant, kwargs)
-
-
-@register
-def ravlt_b(pretrained: bool = False, **kwargs: Any) -> RAVLT:
-    """RAVLT-B, 48.2 M parameters."""
-    variant = dict(
-        dims=(96, 192, 384, 512),
-        depths=(4, 6, 12, 6),
-        num_heads=(1, 2, 6, 8),
-        layer_scales=(1, 1, 1e-6, 1e-6),
-        drop_path_rate=0.4,
-    )
-    return build_model(RAVLT, "ravlt_b", pretrained, variant, kwargs)
-
-
-@register
-def ravlt_l(pretrained: bool = False, **kwargs: Any) -> RAVLT:
-    """RAVLT-L, 95.2 M parameters."""
-    variant = dict(
-        dims=(96, 192, 448, 640),
-        depths=(4, 7, 19, 8),
-        num_heads=(1, 2, 7, 10),
-        layer_scales=(1e-6, 1e-6, 1e-6, 1e-6),
-        drop_path_rate=0.55,
-    )
-    return build_model(RAVLT, "ravlt_l", pretrained, variant, kwargs)
+register_variants(__name__)

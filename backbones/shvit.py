@@ -21,7 +21,7 @@ from backbones.common.checks import flag, several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.attention.single_head import SingleHeadAttention
 from ops.conv import ConvResidual
@@ -188,30 +188,13 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# SHViT-S1, 6.3 M parameters
+shvit_s1 = variant(SHViT, dims=(128, 224, 320), depths=(2, 4, 5), attn_dims=(0, 48, 68))
+# SHViT-S2, 11.5 M parameters
+shvit_s2 = variant(SHViT, dims=(128, 308, 448), depths=(2, 4, 5), attn_dims=(0, 66, 96))
+# SHViT-S3, 14.2 M parameters
+shvit_s3 = variant(SHViT, dims=(192, 352, 448), depths=(3, 5, 5), attn_dims=(0, 75, 96))
+# SHViT-S4, 16.6 M parameters, for 256×256
+shvit_s4 = variant(SHViT, dims=(224, 336, 448), depths=(4, 7, 6), attn_dims=(0, 72, 96))
 
-@register
-def shvit_s1(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """SHViT-S1, 6.3 M parameters."""
-    variant = dict(dims=(128, 224, 320), depths=(2, 4, 5), attn_dims=(0, 48, 68))
-    return build_model(SHViT, "shvit_s1", pretrained, variant, kwargs)
-
-
-@register
-def shvit_s2(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """SHViT-S2, 11.5 M parameters."""
-    variant = dict(dims=(128, 308, 448), depths=(2, 4, 5), attn_dims=(0, 66, 96))
-    return build_model(SHViT, "shvit_s2", pretrained, variant, kwargs)
-
-
-@register
-def shvit_s3(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """SHViT-S3, 14.2 M parameters."""
-    variant = dict(dims=(192, 352, 448), depths=(3, 5, 5), attn_dims=(0, 75, 96))
-    return build_model(SHViT, "shvit_s3", pretrained, variant, kwargs)
-
-
-@register
-def shvit_s4(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """SHViT-S4, 16.6 M parameters, for 256×256."""
-    variant = dict(dims=(224, 336, 448), depths=(4, 7, 6), attn_dims=(0, 72, 96))
-    return build_model(SHViT, "shvit_s4", pretrained, variant, kwargs)
+register_variants(__name__)

@@ -29,7 +29,7 @@ from backbones.common.checks import one_of, one_or_several, several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import KERNEL, POOLINGS, SCALE, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_trunc_normal
@@ -292,92 +292,53 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# UniRepLKNet-A, 4.6 M parameters (4.4 M fused)
+unireplknet_a = variant(
+    UniRepLKNet, dims=(40, 80, 160, 320), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13)
+)
+# UniRepLKNet-F, 6.5 M parameters (6.2 M fused)
+unireplknet_f = variant(
+    UniRepLKNet, dims=(48, 96, 192, 384), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13)
+)
+# UniRepLKNet-P, 11.1 M parameters (10.7 M fused)
+unireplknet_p = variant(
+    UniRepLKNet,
+    dims=(64, 128, 256, 512),
+    depths=(2, 2, 6, 2),
+    kernel_sizes=(3, 13, 13, 13),
+    drop_path_rate=0.1,
+)
+# UniRepLKNet-N, 18.8 M parameters (18.3 M fused)
+unireplknet_n = variant(
+    UniRepLKNet,
+    dims=(80, 160, 320, 640),
+    depths=(2, 2, 8, 2),
+    kernel_sizes=(3, 13, 13, 13),
+    drop_path_rate=0.1,
+)
+# UniRepLKNet-T, 31.7 M parameters (31.0 M fused)
+unireplknet_t = variant(
+    UniRepLKNet,
+    dims=(80, 160, 320, 640),
+    depths=(3, 3, 18, 3),
+    kernel_sizes=(3, 13, (13, 3), 13),
+    drop_path_rate=0.2,
+)
+# UniRepLKNet-S, 56.5 M parameters (55.6 M fused)
+unireplknet_s = variant(UniRepLKNet, dims=(96, 192, 384, 768), drop_path_rate=0.4)
+# UniRepLKNet-B, 99.1 M parameters; 384×384, stochastic depth of the fine-tuning
+unireplknet_b = variant(UniRepLKNet, dims=(128, 256, 512, 1024), drop_path_rate=0.2)
+# UniRepLKNet-B for video: Kinetics-400, 16 frames as one image (ops.frames.frames_to_image),
+# kernels of 11 in stage 4; the authors published no weights
+unireplknet_b_k400 = variant(
+    UniRepLKNet,
+    dims=(128, 256, 512, 1024),
+    kernel_sizes=(3, 13, (13, 3, 3), 11),
+    drop_path_rate=0.4,
+)
+# UniRepLKNet-L, 220.1 M parameters; 384×384, stochastic depth of the fine-tuning
+unireplknet_l = variant(UniRepLKNet, dims=(192, 384, 768, 1536), drop_path_rate=0.3)
+# UniRepLKNet-XL, 388.7 M parameters; 384×384, stochastic depth of the fine-tuning
+unireplknet_xl = variant(UniRepLKNet, dims=(256, 512, 1024, 2048), drop_path_rate=0.3)
 
-@register
-def unireplknet_a(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-A, 4.6 M parameters (4.4 M fused)."""
-    variant = dict(dims=(40, 80, 160, 320), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13))
-    return build_model(UniRepLKNet, "unireplknet_a", pretrained, variant, kwargs)
-
-
-@register
-def unireplknet_f(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-F, 6.5 M parameters (6.2 M fused)."""
-    variant = dict(dims=(48, 96, 192, 384), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13))
-    return build_model(UniRepLKNet, "unireplknet_f", pretrained, variant, kwargs)
-
-
-@register
-def unireplknet_p(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-P, 11.1 M parameters (10.7 M fused)."""
-    variant = dict(
-        dims=(64, 128, 256, 512),
-        depths=(2, 2, 6, 2),
-        kernel_sizes=(3, 13, 13, 13),
-        drop_path_rate=0.1,
-    )
-    return build_model(UniRepLKNet, "unireplknet_p", pretrained, variant, kwargs)
-
-
-@register
-def unireplknet_n(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-N, 18.8 M parameters (18.3 M fused)."""
-    variant = dict(
-        dims=(80, 160, 320, 640),
-        depths=(2, 2, 8, 2),
-        kernel_sizes=(3, 13, 13, 13),
-        drop_path_rate=0.1,
-    )
-    return build_model(UniRepLKNet, "unireplknet_n", pretrained, variant, kwargs)
-
-
-@register
-def unireplknet_t(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-T, 31.7 M parameters (31.0 M fused)."""
-    variant = dict(
-        dims=(80, 160, 320, 640),
-        depths=(3, 3, 18, 3),
-        kernel_sizes=(3, 13, (13, 3), 13),
-        drop_path_rate=0.2,
-    )
-    return build_model(UniRepLKNet, "unireplknet_t", pretrained, variant, kwargs)
-
-
-@register
-def unireplknet_s(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-S, 56.5 M parameters (55.6 M fused)."""
-    variant = dict(dims=(96, 192, 384, 768), drop_path_rate=0.4)
-    return build_model(UniRepLKNet, "unireplknet_s", pretrained, variant, kwargs)
-
-
-@register
-def unireplknet_b(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-B, 99.1 M parameters; 384×384, stochastic depth of the fine-tuning."""
-    variant = dict(dims=(128, 256, 512, 1024), drop_path_rate=0.2)
-    return build_model(UniRepLKNet, "unireplknet_b", pretrained, variant, kwargs)
-
-
-@register
-def unireplknet_b_k400(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-B for video: Kinetics-400, 16 frames as one image, kernels of 11 in stage 4.
-
-    :func:`ops.frames.frames_to_image` creates the image. The authors published no weights.
-    """
-    variant = dict(
-        dims=(128, 256, 512, 1024), kernel_sizes=(3, 13, (13, 3, 3), 11), drop_path_rate=0.4
-    )
-    return build_model(UniRepLKNet, "unireplknet_b_k400", pretrained, variant, kwargs)
-
-
-@register
-def unireplknet_l(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-L, 220.1 M parameters; 384×384, stochastic depth of the fine-tuning."""
-    variant = dict(dims=(192, 384, 768, 1536), drop_path_rate=0.3)
-    return build_model(UniRepLKNet, "unireplknet_l", pretrained, variant, kwargs)
-
-
-@register
-def unireplknet_xl(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-XL, 388.7 M parameters; 384×384, stochastic depth of the fine-tuning."""
-    variant = dict(dims=(256, 512, 1024, 2048), drop_path_rate=0.3)
-    return build_model(UniRepLKNet, "unireplknet_xl", pretrained, variant, kwargs)
+register_variants(__name__)

@@ -26,7 +26,7 @@ from backbones.common.checks import number
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed, renamed_stage
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.batch_norm import BatchNorm2d
@@ -240,51 +240,19 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# VAN-B0 (Tiny), 4.1 M parameters
+van_b0 = variant(VAN, dims=(32, 64, 160, 256), depths=(3, 3, 5, 2), drop_path_rate=0.1)
+# VAN-B1 (Small), 13.9 M parameters
+van_b1 = variant(VAN, dims=(64, 128, 320, 512), depths=(2, 2, 4, 2), drop_path_rate=0.1)
+# VAN-B2 (Base), 26.6 M parameters
+van_b2 = variant(VAN, dims=(64, 128, 320, 512), depths=(3, 3, 12, 3), drop_path_rate=0.1)
+# VAN-B3 (Large), 44.8 M parameters
+van_b3 = variant(VAN, dims=(64, 128, 320, 512), depths=(3, 5, 27, 3), drop_path_rate=0.2)
+# VAN-B4, 60.3 M parameters
+van_b4 = variant(VAN, dims=(64, 128, 320, 512), depths=(3, 6, 40, 3), drop_path_rate=0.2)
+# VAN-B5, 90.0 M parameters
+van_b5 = variant(VAN, dims=(96, 192, 480, 768), depths=(3, 3, 24, 3), drop_path_rate=0.2)
+# VAN-B6, 199.8 M parameters; 384 wide in stage 3
+van_b6 = variant(VAN, dims=(96, 192, 384, 768), depths=(6, 6, 90, 6), drop_path_rate=0.3)
 
-@register
-def van_b0(pretrained: bool = False, **kwargs: Any) -> VAN:
-    """VAN-B0 (Tiny), 4.1 M parameters."""
-    variant = dict(dims=(32, 64, 160, 256), depths=(3, 3, 5, 2), drop_path_rate=0.1)
-    return build_model(VAN, "van_b0", pretrained, variant, kwargs)
-
-
-@register
-def van_b1(pretrained: bool = False, **kwargs: Any) -> VAN:
-    """VAN-B1 (Small), 13.9 M parameters."""
-    variant = dict(dims=(64, 128, 320, 512), depths=(2, 2, 4, 2), drop_path_rate=0.1)
-    return build_model(VAN, "van_b1", pretrained, variant, kwargs)
-
-
-@register
-def van_b2(pretrained: bool = False, **kwargs: Any) -> VAN:
-    """VAN-B2 (Base), 26.6 M parameters."""
-    variant = dict(dims=(64, 128, 320, 512), depths=(3, 3, 12, 3), drop_path_rate=0.1)
-    return build_model(VAN, "van_b2", pretrained, variant, kwargs)
-
-
-@register
-def van_b3(pretrained: bool = False, **kwargs: Any) -> VAN:
-    """VAN-B3 (Large), 44.8 M parameters."""
-    variant = dict(dims=(64, 128, 320, 512), depths=(3, 5, 27, 3), drop_path_rate=0.2)
-    return build_model(VAN, "van_b3", pretrained, variant, kwargs)
-
-
-@register
-def van_b4(pretrained: bool = False, **kwargs: Any) -> VAN:
-    """VAN-B4, 60.3 M parameters."""
-    variant = dict(dims=(64, 128, 320, 512), depths=(3, 6, 40, 3), drop_path_rate=0.2)
-    return build_model(VAN, "van_b4", pretrained, variant, kwargs)
-
-
-@register
-def van_b5(pretrained: bool = False, **kwargs: Any) -> VAN:
-    """VAN-B5, 90.0 M parameters."""
-    variant = dict(dims=(96, 192, 480, 768), depths=(3, 3, 24, 3), drop_path_rate=0.2)
-    return build_model(VAN, "van_b5", pretrained, variant, kwargs)
-
-
-@register
-def van_b6(pretrained: bool = False, **kwargs: Any) -> VAN:
-    """VAN-B6, 199.8 M parameters; 384 wide in stage 3."""
-    variant = dict(dims=(96, 192, 384, 768), depths=(6, 6, 90, 6), drop_path_rate=0.3)
-    return build_model(VAN, "van_b6", pretrained, variant, kwargs)
+register_variants(__name__)

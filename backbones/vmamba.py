@@ -25,7 +25,7 @@ from backbones.common.checks import flag, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import RATIO, check_widths, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import TokenStage
 from ops.init import init_linear
 from ops.patch import ConvLayerNorm, PatchMerging
@@ -272,65 +272,27 @@ default_cfgs = generate_default_cfgs(
 _BASE = (128, 256, 512, 1024)
 _VANILLA: dict[str, Any] = dict(scan_ratio=2, num_states=16, vanilla=True)
 
+# VMamba-T with 8 blocks in stage 3, 30.2 M parameters
+vmamba_tiny_s1l8 = variant(VMamba, drop_path_rate=0.2)
+# VMamba-S with 20 blocks in stage 3, 49.0 M parameters
+vmamba_small_s1l20 = variant(VMamba, depths=(2, 2, 20, 2), drop_path_rate=0.3)
+# VMamba-B with 20 blocks in stage 3, 86.6 M parameters
+vmamba_base_s1l20 = variant(VMamba, dims=_BASE, depths=(2, 2, 20, 2), drop_path_rate=0.5)
+# VMamba-T with twice as many channels scanned, 5 blocks in stage 3, 30.7 M parameters
+vmamba_tiny_s2l5 = variant(VMamba, depths=(2, 2, 5, 2), scan_ratio=2, drop_path_rate=0.2)
+# VMamba-S with twice as many channels scanned, 15 blocks in stage 3, 50.1 M parameters
+vmamba_small_s2l15 = variant(VMamba, depths=(2, 2, 15, 2), scan_ratio=2, drop_path_rate=0.3)
+# VMamba-B with twice as many channels scanned, 15 blocks in stage 3, 88.6 M parameters
+vmamba_base_s2l15 = variant(
+    VMamba, dims=_BASE, depths=(2, 2, 15, 2), scan_ratio=2, drop_path_rate=0.6
+)
+# VMamba-T of the first version, 22.9 M parameters
+vanilla_vmamba_tiny = variant(VMamba, depths=(2, 2, 9, 2), **_VANILLA, drop_path_rate=0.2)
+# VMamba-S of the first version, 44.4 M parameters
+vanilla_vmamba_small = variant(VMamba, depths=(2, 2, 27, 2), **_VANILLA, drop_path_rate=0.3)
+# VMamba-B of the first version, 76.3 M parameters
+vanilla_vmamba_base = variant(
+    VMamba, dims=_BASE, depths=(2, 2, 27, 2), **_VANILLA, drop_path_rate=0.6
+)
 
-@register
-def vmamba_tiny_s1l8(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """VMamba-T with 8 blocks in stage 3, 30.2 M parameters."""
-    variant = dict(drop_path_rate=0.2)
-    return build_model(VMamba, "vmamba_tiny_s1l8", pretrained, variant, kwargs)
-
-
-@register
-def vmamba_small_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """VMamba-S with 20 blocks in stage 3, 49.0 M parameters."""
-    variant = dict(depths=(2, 2, 20, 2), drop_path_rate=0.3)
-    return build_model(VMamba, "vmamba_small_s1l20", pretrained, variant, kwargs)
-
-
-@register
-def vmamba_base_s1l20(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """VMamba-B with 20 blocks in stage 3, 86.6 M parameters."""
-    variant = dict(dims=_BASE, depths=(2, 2, 20, 2), drop_path_rate=0.5)
-    return build_model(VMamba, "vmamba_base_s1l20", pretrained, variant, kwargs)
-
-
-@register
-def vmamba_tiny_s2l5(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """VMamba-T with twice as many channels scanned, 5 blocks in stage 3, 30.7 M parameters."""
-    variant = dict(depths=(2, 2, 5, 2), scan_ratio=2, drop_path_rate=0.2)
-    return build_model(VMamba, "vmamba_tiny_s2l5", pretrained, variant, kwargs)
-
-
-@register
-def vmamba_small_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """VMamba-S with twice as many channels scanned, 15 blocks in stage 3, 50.1 M parameters."""
-    variant = dict(depths=(2, 2, 15, 2), scan_ratio=2, drop_path_rate=0.3)
-    return build_model(VMamba, "vmamba_small_s2l15", pretrained, variant, kwargs)
-
-
-@register
-def vmamba_base_s2l15(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """VMamba-B with twice as many channels scanned, 15 blocks in stage 3, 88.6 M parameters."""
-    variant = dict(dims=_BASE, depths=(2, 2, 15, 2), scan_ratio=2, drop_path_rate=0.6)
-    return build_model(VMamba, "vmamba_base_s2l15", pretrained, variant, kwargs)
-
-
-@register
-def vanilla_vmamba_tiny(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """VMamba-T of the first version, 22.9 M parameters."""
-    variant = dict(depths=(2, 2, 9, 2), **_VANILLA, drop_path_rate=0.2)
-    return build_model(VMamba, "vanilla_vmamba_tiny", pretrained, variant, kwargs)
-
-
-@register
-def vanilla_vmamba_small(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """VMamba-S of the first version, 44.4 M parameters."""
-    variant = dict(depths=(2, 2, 27, 2), **_VANILLA, drop_path_rate=0.3)
-    return build_model(VMamba, "vanilla_vmamba_small", pretrained, variant, kwargs)
-
-
-@register
-def vanilla_vmamba_base(pretrained: bool = False, **kwargs: Any) -> VMamba:
-    """VMamba-B of the first version, 76.3 M parameters."""
-    variant = dict(dims=_BASE, depths=(2, 2, 27, 2), **_VANILLA, drop_path_rate=0.6)
-    return build_model(VMamba, "vanilla_vmamba_base", pretrained, variant, kwargs)
+register_variants(__name__)

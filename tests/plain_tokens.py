@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from timm.layers import ClassifierHead, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones import IsotropicBackbone, IsotropicStage
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from ops.position import PositionTable
 
 
@@ -68,11 +67,9 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def plain_tokens(pretrained: bool = False, **kwargs: Any) -> PlainTokens:
-    """Entrypoint, registered by :func:`register_plain_tokens`."""
-    return build_model(PlainTokens, "plain_tokens", pretrained, {}, kwargs)
+plain_tokens = variant(PlainTokens)  # registered by register_plain_tokens
 
 
 def register_plain_tokens() -> None:
     """Register the network with us, and the network and its pyramid with timm."""
-    register(plain_tokens)
+    register_variants(__name__)

@@ -7,11 +7,12 @@ import fnmatch
 import functools
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, TypeVar
+from types import FunctionType
+from typing import Any, Literal, TypeVar, cast
 
 import timm.models
 import torch
@@ -39,8 +40,11 @@ __all__ = [
     "list_families",
     "list_models",
     "register",
+    "register_variants",
+    "variant",
 ]
 
+Model = TypeVar("Model", bound=StagedBackbone)
 Entrypoint = TypeVar("Entrypoint", bound=Callable[..., nn.Module])
 
 
@@ -54,21 +58,49 @@ class _Entry:
 
 
 _entries: dict[str, _Entry] = {}
+_unnamed: dict[FunctionType, type[StagedBackbone]] = {}
 
 
-def register(entrypoint: Entrypoint) -> Entrypoint:
-    """Register a model under its function's name, with the ``default_cfgs`` of its module.
+def variant(model_class: type[Model], **arguments: Any) -> Callable[..., Model]:
+    """An entrypoint of a model: ``model_class(**arguments)``, and what :func:`create_model` takes.
 
-    The name is also registered with timm, unless timm has a model of that name. A model that can
-    return maps of its stem (``stem_features``) or derive a pyramid from one map (``pyramid``) is
-    registered with timm a second time, as ``<name>_pyramid`` with that option on, for libraries
-    that create encoders through timm and need a pyramid from stride 2 or 4.
+    A family's module assigns it to the variant's name, and :func:`register_variants` registers it.
+    """
+
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> Any:
+        return build_model(model_class, entrypoint.__name__, pretrained, arguments, kwargs)
+
+    entrypoint.__doc__ = "{}({}).".format(
+        model_class.__name__, ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    )
+    _unnamed[cast(FunctionType, entrypoint)] = model_class
+    return entrypoint
+
+
+def register_variants(module: str) -> None:
+    """Register each :func:`variant` of a module by the name that it has there.
+
+    ``default_cfgs`` of the module describes them. The names are also registered with timm, unless
+    timm has a model of that name. A model that can return maps of its stem (``stem_features``) or
+    derive a pyramid from one map (``pyramid``) is registered with timm a second time, as
+    ``<name>_pyramid`` with that option on, for libraries that create encoders through timm and need
+    a pyramid from stride 2 or 4.
+
+    Args:
+        module: ``__name__`` of the module that calls this, below its variants.
 
     Raises:
-        ValueError: the name is taken, or ``default_cfgs`` has no entry for it.
+        ValueError: a name is taken, or ``default_cfgs`` has no entry for it.
     """
-    name = entrypoint.__name__
-    module = sys.modules[entrypoint.__module__]
+    for name, value in list(vars(sys.modules[module]).items()):
+        if isinstance(value, FunctionType) and value in _unnamed:
+            value.__name__ = value.__qualname__ = name
+            value.__module__ = module
+            _register(value, _unnamed.pop(value))
+
+
+def _register(entrypoint: Callable[..., nn.Module], model_class: type[nn.Module]) -> None:
+    name, module = entrypoint.__name__, sys.modules[entrypoint.__module__]
     if name in _entries:
         raise ValueError(f"a model named {name!r} is already registered ({_entries[name].family})")
     cfgs = getattr(module, "default_cfgs", {}).get(name)
@@ -77,22 +109,12 @@ def register(entrypoint: Entrypoint) -> Entrypoint:
     _entries[name] = _Entry(entrypoint, module.__name__.rsplit(".", 1)[-1], cfgs)
     if not timm.models.is_model(name):
         timm.models.register_model(entrypoint)
-    if keyword := _pyramid_keyword(entrypoint, module):
-        pyramid = _with_pyramid(entrypoint, keyword)
-        module.default_cfgs[pyramid.__name__] = cfgs
-        setattr(module, pyramid.__name__, pyramid)
-        timm.models.register_model(pyramid)
-    return entrypoint
-
-
-def _pyramid_keyword(entrypoint: Callable[..., nn.Module], module: ModuleType) -> str | None:
-    """The keyword that enables a pyramid in the class that the entrypoint returns, if any."""
-    returned = entrypoint.__annotations__.get("return")
-    model_class = getattr(module, returned, None) if isinstance(returned, str) else returned
-    if not (isinstance(model_class, type) and issubclass(model_class, StagedBackbone)):
-        return None
-    keywords = inspect.signature(model_class).parameters
-    return next((name for name in ("stem_features", "pyramid") if name in keywords), None)
+    for keyword in ("stem_features", "pyramid"):
+        if keyword in inspect.signature(model_class).parameters:
+            pyramid = _with_pyramid(entrypoint, keyword)
+            module.default_cfgs[pyramid.__name__] = cfgs
+            setattr(module, pyramid.__name__, pyramid)
+            timm.models.register_model(pyramid)
 
 
 def _with_pyramid(entrypoint: Callable[..., nn.Module], keyword: str) -> Callable[..., nn.Module]:
@@ -107,6 +129,21 @@ def _with_pyramid(entrypoint: Callable[..., nn.Module], keyword: str) -> Callabl
 
     pyramid.__name__ = pyramid.__qualname__ = f"{entrypoint.__name__}_pyramid"
     return pyramid
+
+
+def register(entrypoint: Entrypoint) -> Entrypoint:
+    """Register a function that calls :func:`build_model`; use :func:`variant` instead.
+
+    Raises:
+        ValueError: the name is taken, or ``default_cfgs`` has no entry for it.
+    """
+    text = "register(): assign variant(…) to the name, and call register_variants(__name__)"
+    warnings.warn(text, DeprecationWarning, stacklevel=2)
+    returned = entrypoint.__annotations__.get("return")
+    module = sys.modules[entrypoint.__module__]
+    model_class = getattr(module, returned, None) if isinstance(returned, str) else returned
+    _register(entrypoint, model_class if isinstance(model_class, type) else nn.Module)
+    return entrypoint
 
 
 def list_models(

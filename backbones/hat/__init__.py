@@ -27,7 +27,7 @@ from backbones.common.checks import flag, number, one_of, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SHARE, checked
 from backbones.core.published import renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.hat.blocks import HybridBlock, OverlapBlock, ResidualGroup
 from ops.init import init_trunc_normal
 from ops.padding import reflect_pad_to_multiple
@@ -346,62 +346,25 @@ _SMALL = {"dim": 144, "compress_ratio": 24, "squeeze_factor": 24, "drop_path_rat
 _BASE = {"dim": 180, "drop_path_rate": 0.1}
 _LARGE = {"depths": (6,) * 12, "num_heads": (6,) * 12, **_BASE}
 
+# Our own small HAT for trying things out, ×2, 0.2 M parameters
+hat_nano_x2 = variant(HAT, **_NANO, upscale=2)
+# HAT-S for 2 times larger images, 9.5 M parameters
+hat_s_x2 = variant(HAT, **_SMALL, upscale=2)
+# HAT-S for 3 times larger images, 9.7 M parameters
+hat_s_x3 = variant(HAT, **_SMALL, upscale=3)
+# HAT-S for 4 times larger images, 9.6 M parameters
+hat_s_x4 = variant(HAT, **_SMALL, upscale=4)
+# HAT for 2 times larger images, 20.6 M parameters
+hat_x2 = variant(HAT, **_BASE, upscale=2)
+# HAT for 3 times larger images, 20.8 M parameters
+hat_x3 = variant(HAT, **_BASE, upscale=3)
+# HAT for 4 times larger images, 20.8 M parameters
+hat_x4 = variant(HAT, **_BASE, upscale=4)
+# HAT-L for 2 times larger images, 40.7 M parameters
+hat_l_x2 = variant(HAT, **_LARGE, upscale=2)
+# HAT-L for 3 times larger images, 40.9 M parameters
+hat_l_x3 = variant(HAT, **_LARGE, upscale=3)
+# HAT-L for 4 times larger images, 40.8 M parameters
+hat_l_x4 = variant(HAT, **_LARGE, upscale=4)
 
-@register
-def hat_nano_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """Our own small HAT for trying things out, ×2, 0.2 M parameters."""
-    return build_model(HAT, "hat_nano_x2", pretrained, {**_NANO, "upscale": 2}, kwargs)
-
-
-@register
-def hat_s_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-S for 2 times larger images, 9.5 M parameters."""
-    return build_model(HAT, "hat_s_x2", pretrained, {**_SMALL, "upscale": 2}, kwargs)
-
-
-@register
-def hat_s_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-S for 3 times larger images, 9.7 M parameters."""
-    return build_model(HAT, "hat_s_x3", pretrained, {**_SMALL, "upscale": 3}, kwargs)
-
-
-@register
-def hat_s_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-S for 4 times larger images, 9.6 M parameters."""
-    return build_model(HAT, "hat_s_x4", pretrained, {**_SMALL, "upscale": 4}, kwargs)
-
-
-@register
-def hat_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT for 2 times larger images, 20.6 M parameters."""
-    return build_model(HAT, "hat_x2", pretrained, {**_BASE, "upscale": 2}, kwargs)
-
-
-@register
-def hat_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT for 3 times larger images, 20.8 M parameters."""
-    return build_model(HAT, "hat_x3", pretrained, {**_BASE, "upscale": 3}, kwargs)
-
-
-@register
-def hat_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT for 4 times larger images, 20.8 M parameters."""
-    return build_model(HAT, "hat_x4", pretrained, {**_BASE, "upscale": 4}, kwargs)
-
-
-@register
-def hat_l_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-L for 2 times larger images, 40.7 M parameters."""
-    return build_model(HAT, "hat_l_x2", pretrained, {**_LARGE, "upscale": 2}, kwargs)
-
-
-@register
-def hat_l_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-L for 3 times larger images, 40.9 M parameters."""
-    return build_model(HAT, "hat_l_x3", pretrained, {**_LARGE, "upscale": 3}, kwargs)
-
-
-@register
-def hat_l_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """HAT-L for 4 times larger images, 40.8 M parameters."""
-    return build_model(HAT, "hat_l_x4", pretrained, {**_LARGE, "upscale": 4}, kwargs)
+register_variants(__name__)

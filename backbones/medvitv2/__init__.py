@@ -32,7 +32,7 @@ from backbones.common.checks import one_or_several, several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SHARE, WINDOW, checked
 from backbones.core.published import imagenet_cfg
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.medvitv2.blocks import GlobalBlock, LocalBlock
 from backbones.medvitv2.inference import *  # noqa: F403  (registers the inference forms)
@@ -274,30 +274,17 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# MedViTV2-Tiny, 11.7 M parameters
+medvitv2_tiny = variant(MedViTV2, dims=(64, 128, 192, 384), depths=(2, 2, 6, 1), drop_path_rate=0.1)
+# MedViTV2-Small, 30.1 M parameters
+medvitv2_small = variant(
+    MedViTV2, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), drop_path_rate=0.1
+)
+# MedViTV2-Base, 67.0 M parameters
+medvitv2_base = variant(MedViTV2, dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), drop_path_rate=0.2)
+# MedViTV2-Large, 118.3 M parameters
+medvitv2_large = variant(
+    MedViTV2, dims=(96, 256, 512, 1024), depths=(2, 2, 6, 2), drop_path_rate=0.2
+)
 
-@register
-def medvitv2_tiny(pretrained: bool = False, **kwargs: Any) -> MedViTV2:
-    """MedViTV2-Tiny, 11.7 M parameters."""
-    variant = {"dims": (64, 128, 192, 384), "depths": (2, 2, 6, 1), "drop_path_rate": 0.1}
-    return build_model(MedViTV2, "medvitv2_tiny", pretrained, variant, kwargs)
-
-
-@register
-def medvitv2_small(pretrained: bool = False, **kwargs: Any) -> MedViTV2:
-    """MedViTV2-Small, 30.1 M parameters."""
-    variant = {"dims": (64, 128, 256, 512), "depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
-    return build_model(MedViTV2, "medvitv2_small", pretrained, variant, kwargs)
-
-
-@register
-def medvitv2_base(pretrained: bool = False, **kwargs: Any) -> MedViTV2:
-    """MedViTV2-Base, 67.0 M parameters."""
-    variant = {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "drop_path_rate": 0.2}
-    return build_model(MedViTV2, "medvitv2_base", pretrained, variant, kwargs)
-
-
-@register
-def medvitv2_large(pretrained: bool = False, **kwargs: Any) -> MedViTV2:
-    """MedViTV2-Large, 118.3 M parameters."""
-    variant = {"dims": (96, 256, 512, 1024), "depths": (2, 2, 6, 2), "drop_path_rate": 0.2}
-    return build_model(MedViTV2, "medvitv2_large", pretrained, variant, kwargs)
+register_variants(__name__)

@@ -31,7 +31,7 @@ from backbones.common.checks import flag, several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, KERNEL, checked
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.overlock.blocks import Block, ChannelAffine, DynamicBlock, window_offsets
 from ops.arguments import require_tensor
@@ -444,54 +444,41 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# OverLoCK-XT, 17.0 M parameters (16.4 M merged), and 0.3 M of the auxiliary head
+overlock_xt = variant(
+    OverLoCK,
+    dims=(56, 112, 256, 336),
+    depths=(2, 2, 3, 2),
+    focus_depths=(6, 2),
+    num_heads=(8, 12),
+    drop_path_rate=0.1,
+)
+# OverLoCK-T, 34.5 M parameters (33.4 M merged), and 0.5 M of the auxiliary head
+overlock_t = variant(
+    OverLoCK,
+    dims=(64, 128, 256, 512),
+    depths=(4, 4, 6, 2),
+    focus_depths=(12, 2),
+    num_heads=(8, 16),
+    drop_path_rate=0.15,
+)
+# OverLoCK-S, 57.8 M parameters (56.2 M merged), and 0.5 M of the auxiliary head
+overlock_s = variant(
+    OverLoCK,
+    dims=(64, 128, 320, 512),
+    depths=(6, 6, 8, 3),
+    focus_depths=(16, 3),
+    num_heads=(16, 32),
+    drop_path_rate=0.4,
+)
+# OverLoCK-B, 97.4 M parameters (94.9 M merged), and 0.6 M of the auxiliary head
+overlock_b = variant(
+    OverLoCK,
+    dims=(80, 160, 384, 576),
+    depths=(8, 8, 10, 4),
+    focus_depths=(20, 4),
+    num_heads=(12, 18),
+    drop_path_rate=0.5,
+)
 
-@register
-def overlock_xt(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-XT, 17.0 M parameters (16.4 M merged), and 0.3 M of the auxiliary head."""
-    variant = dict(
-        dims=(56, 112, 256, 336),
-        depths=(2, 2, 3, 2),
-        focus_depths=(6, 2),
-        num_heads=(8, 12),
-        drop_path_rate=0.1,
-    )
-    return build_model(OverLoCK, "overlock_xt", pretrained, variant, kwargs)
-
-
-@register
-def overlock_t(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-T, 34.5 M parameters (33.4 M merged), and 0.5 M of the auxiliary head."""
-    variant = dict(
-        dims=(64, 128, 256, 512),
-        depths=(4, 4, 6, 2),
-        focus_depths=(12, 2),
-        num_heads=(8, 16),
-        drop_path_rate=0.15,
-    )
-    return build_model(OverLoCK, "overlock_t", pretrained, variant, kwargs)
-
-
-@register
-def overlock_s(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-S, 57.8 M parameters (56.2 M merged), and 0.5 M of the auxiliary head."""
-    variant = dict(
-        dims=(64, 128, 320, 512),
-        depths=(6, 6, 8, 3),
-        focus_depths=(16, 3),
-        num_heads=(16, 32),
-        drop_path_rate=0.4,
-    )
-    return build_model(OverLoCK, "overlock_s", pretrained, variant, kwargs)
-
-
-@register
-def overlock_b(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
-    """OverLoCK-B, 97.4 M parameters (94.9 M merged), and 0.6 M of the auxiliary head."""
-    variant = dict(
-        dims=(80, 160, 384, 576),
-        depths=(8, 8, 10, 4),
-        focus_depths=(20, 4),
-        num_heads=(12, 18),
-        drop_path_rate=0.5,
-    )
-    return build_model(OverLoCK, "overlock_b", pretrained, variant, kwargs)
+register_variants(__name__)

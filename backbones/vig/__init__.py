@@ -31,7 +31,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, TokenStage
 from backbones.vig.blocks import Block, GatedLinearAttention
 from backbones.vig.inference import *  # noqa: F403  (registers the inference forms)
@@ -310,49 +310,23 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# ViG-T, 5.8 M parameters; the only one with activations in its attention
+vig_t = variant(ViG, dim=192, num_heads=3, act=True)
+# ViG-S, 22.6 M parameters
+vig_s = variant(ViG, dim=384, num_heads=6, drop_path_rate=0.2)
+# ViG-B, 89.0 M parameters
+vig_b = variant(ViG, dim=768, num_heads=12, drop_path_rate=0.5)
+# ViG-H-T, 28.6 M parameters
+vig_h_t = variant(HierarchicalViG, drop_path_rate=0.2)
+# ViG-H-S, 50.1 M parameters
+vig_h_s = variant(HierarchicalViG, depths=(2, 2, 17, 2), drop_path_rate=0.3)
+# ViG-H-B, 88.9 M parameters
+vig_h_b = variant(
+    HierarchicalViG,
+    dims=(128, 256, 512, 1024),
+    depths=(2, 2, 17, 2),
+    num_heads=(4, 8, 16, 32),
+    drop_path_rate=0.6,
+)
 
-@register
-def vig_t(pretrained: bool = False, **kwargs: Any) -> ViG:
-    """ViG-T, 5.8 M parameters; the only one with activations in its attention."""
-    variant = {"dim": 192, "num_heads": 3, "act": True}
-    return build_model(ViG, "vig_t", pretrained, variant, kwargs)
-
-
-@register
-def vig_s(pretrained: bool = False, **kwargs: Any) -> ViG:
-    """ViG-S, 22.6 M parameters."""
-    variant = {"dim": 384, "num_heads": 6, "drop_path_rate": 0.2}
-    return build_model(ViG, "vig_s", pretrained, variant, kwargs)
-
-
-@register
-def vig_b(pretrained: bool = False, **kwargs: Any) -> ViG:
-    """ViG-B, 89.0 M parameters."""
-    variant = {"dim": 768, "num_heads": 12, "drop_path_rate": 0.5}
-    return build_model(ViG, "vig_b", pretrained, variant, kwargs)
-
-
-@register
-def vig_h_t(pretrained: bool = False, **kwargs: Any) -> HierarchicalViG:
-    """ViG-H-T, 28.6 M parameters."""
-    variant = {"drop_path_rate": 0.2}
-    return build_model(HierarchicalViG, "vig_h_t", pretrained, variant, kwargs)
-
-
-@register
-def vig_h_s(pretrained: bool = False, **kwargs: Any) -> HierarchicalViG:
-    """ViG-H-S, 50.1 M parameters."""
-    variant = {"depths": (2, 2, 17, 2), "drop_path_rate": 0.3}
-    return build_model(HierarchicalViG, "vig_h_s", pretrained, variant, kwargs)
-
-
-@register
-def vig_h_b(pretrained: bool = False, **kwargs: Any) -> HierarchicalViG:
-    """ViG-H-B, 88.9 M parameters."""
-    variant = {
-        "dims": (128, 256, 512, 1024),
-        "depths": (2, 2, 17, 2),
-        "num_heads": (4, 8, 16, 32),
-        "drop_path_rate": 0.6,
-    }
-    return build_model(HierarchicalViG, "vig_h_b", pretrained, variant, kwargs)
+register_variants(__name__)

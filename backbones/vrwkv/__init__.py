@@ -32,7 +32,7 @@ from backbones.common.checks import flag, optional, several, whole
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, SCALE, checked
 from backbones.core.published import imagenet_cfg, renamed
-from backbones.core.registry import build_model, register
+from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage
 from backbones.vrwkv.blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
 from backbones.vrwkv.inference import *  # noqa: F403  (registers the inference forms)
@@ -243,59 +243,30 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+# VRWKV-T, 6.2 M parameters
+vrwkv_t = variant(VRWKV, dim=192)
+# VRWKV-S, 23.8 M parameters
+vrwkv_s = variant(VRWKV, dim=384, post_norm=True, layer_scale=1.0, drop_path_rate=0.3)
+# VRWKV-B, 93.6 M parameters
+vrwkv_b = variant(VRWKV, dim=768, post_norm=True, layer_scale=1e-5, drop_path_rate=0.5)
+# VRWKV-L for 384×384, 334.9 M parameters; its position table is of 192×192
+vrwkv_l = variant(
+    VRWKV,
+    dim=1024,
+    depths=(6, 6, 6, 6),
+    segments=16,
+    post_norm=True,
+    key_norm=True,
+    layer_scale=1e-5,
+    img_size=192,
+    head_hidden_dim=3072,
+    drop_path_rate=0.1,
+)
+# VRWKV6-T, 7.6 M parameters
+vrwkv6_t = variant(VRWKV, dim=192, gated=True)
+# VRWKV6-S, 27.7 M parameters
+vrwkv6_s = variant(VRWKV, dim=384, gated=True, post_norm=True, layer_scale=1e-5, drop_path_rate=0.3)
+# VRWKV6-B, 104.9 M parameters
+vrwkv6_b = variant(VRWKV, dim=768, gated=True, post_norm=True, layer_scale=1e-5, drop_path_rate=0.5)
 
-@register
-def vrwkv_t(pretrained: bool = False, **kwargs: Any) -> VRWKV:
-    """VRWKV-T, 6.2 M parameters."""
-    return build_model(VRWKV, "vrwkv_t", pretrained, {"dim": 192}, kwargs)
-
-
-@register
-def vrwkv_s(pretrained: bool = False, **kwargs: Any) -> VRWKV:
-    """VRWKV-S, 23.8 M parameters."""
-    variant = dict(dim=384, post_norm=True, layer_scale=1.0, drop_path_rate=0.3)
-    return build_model(VRWKV, "vrwkv_s", pretrained, variant, kwargs)
-
-
-@register
-def vrwkv_b(pretrained: bool = False, **kwargs: Any) -> VRWKV:
-    """VRWKV-B, 93.6 M parameters."""
-    variant = dict(dim=768, post_norm=True, layer_scale=1e-5, drop_path_rate=0.5)
-    return build_model(VRWKV, "vrwkv_b", pretrained, variant, kwargs)
-
-
-@register
-def vrwkv_l(pretrained: bool = False, **kwargs: Any) -> VRWKV:
-    """VRWKV-L for 384×384, 334.9 M parameters; its position table is of 192×192."""
-    variant = dict(
-        dim=1024,
-        depths=(6, 6, 6, 6),
-        segments=16,
-        post_norm=True,
-        key_norm=True,
-        layer_scale=1e-5,
-        img_size=192,
-        head_hidden_dim=3072,
-        drop_path_rate=0.1,
-    )
-    return build_model(VRWKV, "vrwkv_l", pretrained, variant, kwargs)
-
-
-@register
-def vrwkv6_t(pretrained: bool = False, **kwargs: Any) -> VRWKV:
-    """VRWKV6-T, 7.6 M parameters."""
-    return build_model(VRWKV, "vrwkv6_t", pretrained, dict(dim=192, gated=True), kwargs)
-
-
-@register
-def vrwkv6_s(pretrained: bool = False, **kwargs: Any) -> VRWKV:
-    """VRWKV6-S, 27.7 M parameters."""
-    variant = dict(dim=384, gated=True, post_norm=True, layer_scale=1e-5, drop_path_rate=0.3)
-    return build_model(VRWKV, "vrwkv6_s", pretrained, variant, kwargs)
-
-
-@register
-def vrwkv6_b(pretrained: bool = False, **kwargs: Any) -> VRWKV:
-    """VRWKV6-B, 104.9 M parameters."""
-    variant = dict(dim=768, gated=True, post_norm=True, layer_scale=1e-5, drop_path_rate=0.5)
-    return build_model(VRWKV, "vrwkv6_b", pretrained, variant, kwargs)
+register_variants(__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import pytest
 import timm
@@ -13,7 +14,9 @@ from zoo import outlines
 
 import backbones
 from backbones import IsotropicBackbone
-from backbones.core.registry import register
+from backbones.core import registry
+from backbones.core.registry import register, register_variants, variant
+from backbones.van import VAN
 
 TIMMS_OWN = [
     *(f"efficientvit_m{i}" for i in range(6)),
@@ -111,20 +114,56 @@ def _family(name: str) -> str:
     return next(f for f in backbones.list_families() if name in backbones.list_models(family=f))
 
 
-def test_duplicates_and_missing_cfgs_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+def _newcomer(monkeypatch: pytest.MonkeyPatch, **variants: Any) -> types.ModuleType:
+    """A module with these names and cfgs of two."""
     module = types.ModuleType("newcomer")
-    module.default_cfgs = generate_default_cfgs({"van_b0.x": {}})
+    module.default_cfgs = generate_default_cfgs({"van_b0.x": {}, "van_b98.x": {"num_classes": 7}})
+    vars(module).update(variants)
     monkeypatch.setitem(sys.modules, "newcomer", module)
+    monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+    monkeypatch.setattr(timm.models, "register_model", lambda entrypoint: entrypoint)
+    return module
 
-    def van_b0() -> None: ...
 
-    def van_b99() -> None: ...
+def test_variants_are_registered_by_the_names_they_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = _newcomer(monkeypatch, van_b98=variant(VAN, dims=(8,) * 4, depths=[1, 1, 1, 1]))
+    module.van_also = module.van_b98
+    register_variants("newcomer")
+    assert module.van_b98.__doc__ == "VAN(dims=(8, 8, 8, 8), depths=[1, 1, 1, 1])."
+    assert (module.van_b98.__name__, module.van_b98.__module__) == ("van_b98", "newcomer")
+    assert backbones.list_models(family="newcomer") == ["van_b98"]
+    with outlines():
+        model = backbones.create_model("van_b98", dims=(8, 8, 8, 16))
+    assert isinstance(model, VAN)
+    assert (model.num_classes, model.num_features, len(model.stages[2].blocks)) == (7, 16, 1)
+    register_variants("newcomer")  # nothing is left to register
 
-    van_b0.__module__ = van_b99.__module__ = "newcomer"
-    with pytest.raises(ValueError, match="'van_b0' is already registered"):
-        register(van_b0)
-    with pytest.raises(ValueError, match="newcomer has no entry for 'van_b99'"):
-        register(van_b99)
+
+def test_a_function_is_registered_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def van_b98(pretrained: bool = False, **kwargs: Any) -> VAN:
+        return registry.build_model(VAN, "van_b98", pretrained, {"depths": (1, 1, 1, 1)}, kwargs)
+
+    _newcomer(monkeypatch)
+    van_b98.__module__ = "newcomer"
+    with pytest.warns(DeprecationWarning, match=r"register_variants\(__name__\)"):
+        assert register(van_b98) is van_b98
+    with outlines():
+        assert len(backbones.create_model("van_b98").stages[2].blocks) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("van_b0", r"'van_b0' is already registered \(van\)"),
+        ("van_b99", "newcomer has no entry for 'van_b99'"),
+    ],
+)
+def test_duplicates_and_missing_cfgs_raise(
+    monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
+    _newcomer(monkeypatch, **{name: variant(VAN)})
+    with pytest.raises(ValueError, match=said):
+        register_variants("newcomer")
 
 
 def test_fuse_takes_backbones_inside_other_modules() -> None:
