@@ -31,7 +31,7 @@ try:
     from backbones.fusing.explain import Explanation, explain
 
     # Importing a family registers its models, here and with timm, and its inference forms.
-    from backbones import (  # isort: skip
+    from backbones import (  # noqa: F401  # isort: skip
         biformer,
         dinat_s,
         ecanet,
@@ -69,31 +69,12 @@ __all__ = [
     "Stage",
     "StagedBackbone",
     "ViTAdapter",
-    "biformer",
     "create_model",
-    "dinat_s",
-    "ecanet",
-    "efficientvit",
     "empty_cache",
     "explain",
-    "favit",
     "fuse",
-    "hat",
-    "inception_next",
     "list_families",
     "list_models",
-    "litv2",
     "load_checkpoint",
-    "medvitv2",
-    "nat",
-    "nat_isotropic",
-    "overlock",
-    "proxylessnas",
-    "ravlt",
-    "shvit",
-    "unireplknet",
-    "van",
-    "vig",
-    "vmamba",
-    "vrwkv",
+    *list_families(),
 ]

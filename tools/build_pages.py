@@ -1,4 +1,4 @@
-"""Fill the marked places of the pages in docs/ with tables and figures from the measurements.
+"""Fill the marked places of README and docs/ from the measurements, and NOTICE from the families.
 
     python tools/build_pages.py                   # make pages; changes only what is out of date
     python tools/build_pages.py --pictures        # also the pictures, from the same measurements
@@ -26,6 +26,7 @@ from typing import Any
 
 import pictures
 import tables_accuracy
+import tables_families
 import tables_models
 import tables_ops
 
@@ -36,7 +37,7 @@ from backbones.common.errors import CommandError
 from backbones.common.files import write_text_atomically
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-TABLES = tables_models.TABLES | tables_ops.TABLES | tables_accuracy.TABLES
+TABLES = tables_models.TABLES | tables_ops.TABLES | tables_accuracy.TABLES | tables_families.TABLES
 _PLACE = re.compile(r"<!-- (table|fact): (.*?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -86,6 +87,10 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def _with_families(notice: Path) -> str:
+    return tables_families.notice(notice.read_text(encoding="utf-8"))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run from a command line."""
     parser = Parser(description=__doc__)
@@ -97,9 +102,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path in options.rewrite or sorted(DOCS.rglob("*.json")):
             write_report(path, read(path))
         return
-    for page in sorted(DOCS.rglob("*.md")):
+    notice = DOCS.parent / "NOTICE"
+    for page in (DOCS.parent / "README.md", notice, *sorted(DOCS.rglob("*.md"))):
         try:
-            text = filled(page, DOCS)
+            text = _with_families(page) if page == notice else filled(page, DOCS)
         except ValueError as error:
             raise CommandError(str(error)) from error
         if text != page.read_text(encoding="utf-8"):

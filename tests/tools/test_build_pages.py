@@ -28,7 +28,8 @@ def builder(tools: Tools) -> ModuleType:
 
 
 def test_the_committed_pages_are_filled(builder: ModuleType) -> None:
-    pages = [page for page in DOCS.rglob("*.md") if builder.places(page.read_text())]
+    pages = [DOCS.parent / "README.md"]
+    pages += [page for page in DOCS.rglob("*.md") if builder.places(page.read_text())]
     assert {page.name for page in pages} >= {"performance.md", "learning.md", "parity.md"}
     for page in pages:
         assert builder.filled(page, DOCS) == page.read_text(), f"make pages: {page}"
@@ -88,6 +89,10 @@ def test_places_that_cannot_be_filled_are_named(
 def test_the_command_fills_and_rewrites(
     builder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name, text in (("README.md", "Nothing to fill.\n"), ("NOTICE", "Model\n\nOthers.\n")):
+        (tmp_path / name).write_text(text)
+    tmp_path /= "docs"
+    tmp_path.mkdir()
     monkeypatch.setattr(builder, "DOCS", tmp_path)
     report = {
         "machine": {"name": "x", "cpu_capability": "y", "torch": "2"},

@@ -52,6 +52,14 @@ GENERATED = {
 }
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List the families' pages, under their titles."""
+    (section,) = (entry["Families"] for entry in config.nav or () if "Families" in entry)
+    pages = sorted((Path(config.docs_dir) / "families").glob("*.md"))
+    section += [f"families/{page.name}" for page in pages if page.stem != "index"]
+    return config
+
+
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add plotly.js from its Python package."""
     script = resources.files("plotly") / "package_data" / "plotly.min.js"
