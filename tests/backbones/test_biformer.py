@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from published import assert_maps, dense_weights, load_published, load_whole
+from torch import nn
 from zoo import images, randomise
 
 import backbones
@@ -15,21 +14,11 @@ from backbones.cli.parity import (
     image,
     reference,
     relative_error,
-    summary_error,
     tolerance,
 )
 
 TOLERANCE = tolerance("biformer")
 SHALLOW = {"depths": (1, 1, 1, 1)}
-
-
-def dense_form(variant: str, **kwargs: Any) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
-    """Model, checkpoint and figures of the paper's dense networks' backbone."""
-    figures = reference("biformer", variant)
-    rows = [row for row in figures["state_dict"] if row[0] not in figures["dense_missing"]]
-    tensors = checkpoint(figures, rows + figures["dense_extra"])
-    model = backbones.create_model(variant, out_norms=True, num_classes=0, **kwargs)
-    return model.eval(), tensors, figures
 
 
 @pytest.mark.parametrize(
@@ -47,41 +36,36 @@ def dense_form(variant: str, **kwargs: Any) -> tuple[Any, dict[str, Tensor], dic
 @torch.no_grad()
 def test_dense_networks(variant: str, number: int) -> None:
     """Output norms, padded maps and (case 2) ``n_win=8``."""
-    case = reference("biformer", variant)["cases"][number]
+    figures = reference("biformer", variant)
+    case = figures["cases"][number]
     kwargs = {key: value for key, value in case.get("kwargs", {}).items() if key == "n_win"}
-    model, tensors, _ = dense_form(variant, **kwargs)
-    report = backbones.load_checkpoint(model, {f"backbone.{k}": v for k, v in tensors.items()})
-    assert not (report.missing or report.unexpected or report.resized)
-    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
-    for value, expected in zip(maps, case["features"], strict=True):
-        assert summary_error(value, expected) <= TOLERANCE
+    model = backbones.create_model(variant, out_norms=True, num_classes=0, **kwargs).eval()
+    load_whole(model, dense_weights(figures))
+    assert_maps(model, case, TOLERANCE)
 
 
 @torch.no_grad()
 def test_n_win_of_a_classifier() -> None:
-    figures = reference("biformer", "biformer_tiny")
+    model, figures = load_published("biformer", "biformer_tiny", n_win=8)
     case = figures["cases"][2]
     assert case["kwargs"] == {"auto_pad": True, "n_win": 8}
-    model = backbones.create_model("biformer_tiny", n_win=8).eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
     logits = model(image(case["input"], case["seed"]))
     assert relative_error(logits, case["logits"]) <= TOLERANCE
 
 
 @torch.no_grad()
 def test_second_form_at_an_awkward_size() -> None:
-    figures = reference("biformer", "biformer_stl_nchw")
+    model, figures = load_published("biformer", "biformer_stl_nchw")
     case = figures["cases"][2]
     assert case["input"] == [1, 3, 250, 330]
-    model = backbones.create_model("biformer_stl_nchw").eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
     logits = model(image(case["input"], case["seed"]))
     assert relative_error(logits, case["logits"]) <= TOLERANCE
 
 
 def test_classifiers_weights_serve_dense_networks() -> None:
-    model, _, figures = dense_form("biformer_tiny")
-    report = backbones.load_checkpoint(model, checkpoint(figures))
+    model = backbones.create_model("biformer_tiny", out_norms=True, num_classes=0)
+    weights = checkpoint(reference("biformer", "biformer_tiny"))
+    report = backbones.load_checkpoint(model, weights)
     assert all(name.startswith("out_norms.") for name in report.reinitialised)
     assert all(name.startswith(("norm.", "head.fc.")) for name in report.ignored)
 

@@ -37,7 +37,7 @@ from zoo import (
 import backbones
 from backbones.cli.parity import reference, variants
 
-SIZES = [(32, 32), (64, 64), (96, 160), (224, 224), (225, 223)]
+SIZES = [(32, 32), (96, 160), (225, 223)]
 PUBLISHED = {variant: reference(family, variant) for family, variant in variants()}
 # Published stochastic depth, where the figures state it.
 DROP_PATH = {
@@ -163,9 +163,17 @@ def test_published_drop_path_is_the_default(outline: nn.Module) -> None:
     rates = [m.drop_prob for m in outline.modules() if type(m).__name__ == "DropPath"]
     published = DROP_PATH[outline.default_cfg["architecture"]]
     assert max(rates, default=0.0) == pytest.approx(published)
+    assert rates == sorted(rates) and len(set(rates)) > (published > 0)
 
 
 # -- one small model a family --------------------------------------------------------------------
+
+
+def _rows(family: str, side: int, stride: int) -> int:
+    """Of a map at a stride: all but two families keep the last rows of odd sides."""
+    if family == "litv2":  # whose stem does
+        return 4 * math.ceil(side / 4) // stride
+    return side // stride if family == "inception_next" else math.ceil(side / stride)
 
 
 @every_family
@@ -178,9 +186,7 @@ def test_any_size(family: str, size: tuple[int, int]) -> None:
     last, maps = model.forward_intermediates(images(1, 3, *size))
     for info, feature in zip(model.feature_info, maps, strict=True):
         assert feature.isfinite().all()
-        for rows, full in zip(feature.shape[2:], size, strict=True):
-            # A family that floors does so at every stride.
-            assert rows in (full // info["reduction"], math.ceil(full / info["reduction"]))
+        assert feature.shape[2:] == tuple(_rows(family, side, info["reduction"]) for side in size)
     out = model.forward_head(last) if model.num_classes else model(images(1, 3, *size))
     assert out.isfinite().all()
 
@@ -223,14 +229,23 @@ def test_gradients_agree_with_float64(family: str) -> None:
 @every_family
 def test_grad_checkpointing_changes_nothing(family: str) -> None:
     outputs = []
+    calls = [0, 0]
+
+    def count(*call: Any) -> None:
+        calls[enable] += 1
+
     for enable in (False, True):
         model = randomise(small(family)).eval()
         model.set_grad_checkpointing(enable)
+        for block in (block for stage in model.stages for block in stage.blocks):
+            if list(block.parameters()):  # of an identity, nothing is kept
+                block.register_forward_pre_hook(count)
         x = _picture(family).requires_grad_()
         out = model(x)
         out.square().mean().backward()
         outputs.append((out.detach(), x.grad))
     torch.testing.assert_close(outputs[0], outputs[1])
+    assert calls[True] == 2 * calls[False] > 0  # every block is recomputed
 
 
 @every_family
@@ -342,7 +357,7 @@ def test_strides_and_batches(family: str) -> None:
 
 
 @every_classifier
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, "meta", "fused"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "meta", "fused"], ids=str)
 @torch.no_grad()
 def test_new_classifiers_are_like_the_model(family: str, dtype: Any) -> None:
     """In its dtype, on its device, in its mode, and after fuse()."""
@@ -360,19 +375,27 @@ def test_new_classifiers_are_like_the_model(family: str, dtype: Any) -> None:
 
 @every_family
 @torch.no_grad()
-def test_dropout_in_mlps(family: str) -> None:
-    """Where there is an option, it has its effect in training, and in training only."""
-    if "proj_drop_rate" not in inspect.signature(type(small(family))).parameters:
-        with pytest.raises(TypeError, match="proj_drop_rate"):
-            small(family, proj_drop_rate=0.5)
-        return
-    model, x = small(family, proj_drop_rate=0.5, drop_path_rate=0.0), _picture(family)
-    model = randomise(model).train()
-    x = torch.cat([x, x.flip(2)])  # batch norms need more than one value
-    assert not torch.allclose(model(x), model(x), rtol=1e-2)
-    plain = randomise(small(family, drop_path_rate=0.0)).train()
-    torch.testing.assert_close(plain(x), plain(x))
-    assert torch.equal(model.eval()(x), model(x))
+def test_dropout(family: str) -> None:
+    """Each rate that the family has takes effect in training, and in training only."""
+    x = _picture(family)
+    x = torch.cat([x, x.flip(2)] * 2)  # of so many, not all draw alike
+    options = {"drop_rate", "drop_path_rate", "proj_drop_rate"}
+    own = options & set(inspect.signature(type(small(family))).parameters)
+    for option in ("", *own):
+        model = randomise(small(family, **{name: 0.5 * (name == option) for name in own})).train()
+        first, second = (_logits(model(x)) for _ in range(2))
+        assert torch.allclose(first, second, rtol=1e-2) is not bool(option), option
+    model = small(family, **dict.fromkeys(own, 0.5)).eval()
+    assert torch.equal(model(x), model(x))
+    for option in options - own:
+        with pytest.raises(TypeError, match=option):
+            small(family, **{option: 0.5})
+
+
+def _logits(out: Any) -> Tensor:
+    """Those of the classifier, where an auxiliary one trains with it."""
+    logits: Tensor = out[0] if isinstance(out, tuple) else out
+    return logits
 
 
 @every_family
@@ -470,6 +493,7 @@ TRACED: dict[str, dict[str, Any]] = {
         "window_sizes": (1, 2, 1),
     },
     "medvitv2": {"depths": (1, 2, 1, 1)},
+    "overlock": {"focus_depths": (1, 1), "kernel_sizes": (5, 5, 5, 5)},
     "nat": {"dims": (64, 96), "num_heads": (2, 3), "depths": (2, 1), "dilations": ((1, 2), 1)},
     "proxylessnas": {
         "dims": ((24,), (32, 32, 32), (48,)),

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import load_published
 from torch import nn
 from zoo import outlines, small
 
@@ -61,10 +62,8 @@ def test_a_file_with_other_kernel_sizes() -> None:
 
 @pytest.mark.slow
 def test_published_gradients() -> None:
-    figures = reference("ecanet", "eca_resnet34")
+    model, figures = load_published("ecanet", "eca_resnet34")
     case = figures["cases"][0]
-    model = backbones.create_model("eca_resnet34").eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
     x = image(case["input"], case["seed"]).double().requires_grad_()
     model.double()(x).square().mean().backward()
     assert x.grad.norm().item() == pytest.approx(case["grad"]["l2"], rel=1e-5)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from published import assert_maps, load_whole
 from torch import Tensor, nn
 from zoo import randomise
 
@@ -47,15 +48,10 @@ def dense_form(variant: str) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
 def test_dense_checkpoints(variant: str) -> None:
     model, tensors, dense = dense_form(variant)
     assert sum(p.numel() for p in model.parameters()) == dense["params"]
-    report = backbones.load_checkpoint(model, tensors)
-    assert not (report.missing or report.unexpected or report.resized)
+    load_whole(model, tensors)
     cases = dense["cases"] if variant == SMALL else dense["cases"][:1]
     for case in cases:
-        maps = model.forward_intermediates(
-            image(case["input"], case["seed"]), intermediates_only=True
-        )
-        for value, expected in zip(maps, case["features"], strict=True):
-            assert summary_error(value, expected) <= TOLERANCE
+        assert_maps(model, case, TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -6,25 +6,22 @@ import math
 
 import pytest
 import torch
+from published import assert_maps, load_published
 from torch import Tensor, nn
 from zoo import images
 
 import backbones
-from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
+from backbones.cli.parity import checkpoint, reference, summary_error, tolerance
 
 
 @torch.no_grad()
 def test_features_are_normalised_stage_outputs() -> None:
-    figures = reference("favit", "favit_b0")
-    model = backbones.create_model("favit_b0").eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
+    model, figures = load_published("favit", "favit_b0")
     raw: list[Tensor] = []
     for stage in model.stages:
         stage.blocks[-1].register_forward_hook(lambda _module, _inputs, out: raw.append(out))
     case = figures["cases"][2]  # sides that divide by nothing
-    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
-    for value, expected in zip(maps, case["features"], strict=True):
-        assert summary_error(value, expected) <= tolerance("favit")
+    assert_maps(model, case, tolerance("favit"))
     for value, expected in zip(raw, case["stage_outputs"], strict=True):
         assert summary_error(value.permute(0, 3, 1, 2), expected) <= tolerance("favit")
 

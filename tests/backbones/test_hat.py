@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from published import load_published
 from torch import Tensor, nn
 from zoo import images
 
 import backbones
-from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
+from backbones.cli.parity import image, summary_error, tolerance
 from backbones.hat import blocks
 from ops.attention.window import relative_position_index
 from ops.padding import reflect_pad_to_multiple
@@ -34,13 +35,12 @@ def tiny(name: str = "hat_s_x2", **kwargs: Any) -> Any:
     return backbones.create_model(name, **{**TINY, **kwargs}).eval()
 
 
+@pytest.mark.slow  # tests/ops/test_tiling.py has quick ones of tiles
 @torch.no_grad()
 def test_tiles_as_published() -> None:
     """Tiles of 32 that read 16 around them; the image is padded from 40×56 to 48×64."""
-    figures = reference("hat", "hat_s_x2")
+    model, figures = load_published("hat", "hat_s_x2")
     case = figures["tile_case"]
-    model = backbones.create_model("hat_s_x2").eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
     x = image(case["input"], case["seed"])
     tile = case["tile"]
     tiled = run_tiled(
@@ -58,10 +58,8 @@ def test_tiles_as_published() -> None:
 @torch.no_grad()
 def test_body(number: int) -> None:
     """Figures of the padded image, before it is cropped."""
-    figures = reference("hat", "hat_s_x2")
+    model, figures = load_published("hat", "hat_s_x2")
     case = figures["cases"][number]
-    model = backbones.create_model("hat_s_x2").eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
     x = reflect_pad_to_multiple(image(case["input"], case["seed"]), 16)
     assert list(x.shape) == case.get("padded_to", case["input"])
     last, maps = model.forward_intermediates(x)

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from published import assert_maps, dense_weights, load_whole
+from torch import nn
 from zoo import images, randomise, small
 
 import backbones
-from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
+from backbones.cli.parity import reference, tolerance
 from backbones.litv2 import DeformableConv2d, DeformableMerging
 from ops.mlp import DWMlp
 
@@ -22,13 +23,6 @@ SMALL: dict[str, Any] = {
     "num_heads": (0, 0, 4, 6),
     "depths": (1, 1, 1, 1),
 }
-
-
-def dense_checkpoint(figures: dict[str, Any], norms: tuple[int, ...]) -> dict[str, Tensor]:
-    """The names of the dense code, inside a detector, with the output norms of these stages."""
-    rows = [row for row in figures["state_dict"] if row[0] not in figures["dense_missing"]]
-    rows += [row for row in figures["dense_extra"] if int(row[0][4]) in norms]
-    return {f"backbone.{key}": tensor for key, tensor in checkpoint(figures, rows).items()}
 
 
 @pytest.mark.parametrize(
@@ -48,11 +42,8 @@ def test_segmenters(variant: str, number: int) -> None:
     figures = reference("litv2", variant)
     case = figures["cases"][number]
     model = backbones.create_model(variant, out_norms=True, num_classes=0).eval()
-    report = backbones.load_checkpoint(model, dense_checkpoint(figures, (0, 1, 2, 3)))
-    assert not (report.missing or report.unexpected or report.resized)
-    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
-    for value, expected in zip(maps, case["features"], strict=True):
-        assert summary_error(value, expected) <= TOLERANCE
+    load_whole(model, dense_weights(figures))
+    assert_maps(model, case, TOLERANCE)
 
 
 @torch.no_grad()
@@ -60,12 +51,9 @@ def test_detectors_leave_the_first_map_alone() -> None:
     figures = reference("litv2", "litv2_s")
     case = figures["cases"][0]
     model = backbones.create_model("litv2_s", out_norms=(1, 2, 3), num_classes=0).eval()
-    report = backbones.load_checkpoint(model, dense_checkpoint(figures, (1, 2, 3)))
-    assert not (report.missing or report.unexpected or report.resized)
-    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
+    load_whole(model, dense_weights(figures, norms=(1, 2, 3)))
     expected = [case["stage_outputs"][0], *case["features"][1:]]
-    for value, figure in zip(maps, expected, strict=True):
-        assert summary_error(value, figure) <= TOLERANCE
+    assert_maps(model, case, TOLERANCE, expected)
 
 
 def test_classifiers_need_their_norm() -> None:
@@ -137,17 +125,6 @@ def test_initial_weights() -> None:
         elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
             assert module.eps == 1e-5, name
     assert not model.no_weight_decay()
-
-
-@pytest.mark.parametrize("size", [(29, 29), (33, 70), (30, 101)])
-@torch.no_grad()
-def test_sides_are_halved_downwards(size: tuple[int, int]) -> None:
-    model = randomise(backbones.create_model("litv2_s", **SMALL)).eval()
-    x = images(2, 3, *size)
-    maps = model.forward_intermediates(x, intermediates_only=True)
-    for i, value in enumerate(maps):
-        assert value.shape[2:] == tuple(math.ceil(side / 4) // 2**i for side in size)
-    torch.testing.assert_close(model(x)[1:], model(x[1:]), rtol=1e-4, atol=1e-4)
 
 
 def test_too_small_images_are_rejected() -> None:

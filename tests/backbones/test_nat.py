@@ -8,15 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from published import assert_maps, dense_weights, load_whole
 from torch import Tensor, nn
 from zoo import images, outlines, randomise, small
 
 import backbones
 from backbones.cli.parity import (
-    checkpoint,
-    image,
     reference,
-    summary_error,
     tolerance,
     variants,
 )
@@ -38,13 +36,6 @@ SHALLOW: dict[str, Any] = {
     "depths": (2, 1, 1, 1),
     "num_classes": 10,
 }
-
-
-def dense_checkpoint(figures: dict[str, Any]) -> dict[str, Tensor]:
-    """The names of the dense code, inside a detector."""
-    rows = [row for row in figures["state_dict"] if row[0] not in figures["dense_missing"]]
-    tensors = checkpoint(figures, rows + figures["dense_extra"])
-    return {f"backbone.{key}": tensor for key, tensor in tensors.items()}
 
 
 def dilations_of(model: Any) -> list[list[int]]:
@@ -138,18 +129,10 @@ def test_dense_networks(family: str, variant: str, number: int) -> None:
         out_norms=True,
         num_classes=0,
     ).eval()
-    report = backbones.load_checkpoint(model, dense_checkpoint(figures))
-    assert not (report.missing or report.unexpected or report.resized or report.reinitialised)
-    x = image(case["input"], case["seed"])
-    for value, expected in zip(
-        model.forward_intermediates(x, intermediates_only=True), case["features"], strict=True
-    ):
-        assert summary_error(value, expected) <= tolerance(family)
+    load_whole(model, dense_weights(figures))
+    assert_maps(model, case, tolerance(family))
     model.out_norms.clear()
-    for value, expected in zip(
-        model.forward_intermediates(x, intermediates_only=True), case["stage_outputs"], strict=True
-    ):
-        assert summary_error(value, expected) <= tolerance(family)
+    assert_maps(model, case, tolerance(family), case["stage_outputs"])
 
 
 @pytest.mark.parametrize(
@@ -165,10 +148,8 @@ def test_normalised_maps(family: str, variant: str) -> None:
     figures = reference(family, variant)
     case = figures["cases"][1]
     model = backbones.create_model(variant, out_norms=True, num_classes=0).eval()
-    backbones.load_checkpoint(model, dense_checkpoint(figures))
-    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
-    for value, expected in zip(maps, case["features"], strict=True):
-        assert summary_error(value, expected) <= tolerance(family)
+    load_whole(model, dense_weights(figures))
+    assert_maps(model, case, tolerance(family))
 
 
 @pytest.mark.parametrize("family", ["nat", "dinat_s"])
@@ -323,16 +304,6 @@ def test_initial_weights() -> None:
     assert block.attn.rpb.std().item() == pytest.approx(0.02, rel=0.2)
     assert torch.equal(block.ls1.gamma, torch.full((32,), 1e-5))
     assert not any("gamma" in name for name in NAT(**SHALLOW).state_dict())
-
-
-@pytest.mark.parametrize("family", ["nat", "dinat_s"])
-@torch.no_grad()
-def test_odd_images_keep_their_last_rows(family: str) -> None:
-    model = small(family).eval()
-    for size in ((1, 1), (33, 65), (97, 41)):
-        maps = model.forward_intermediates(images(1, 3, *size), intermediates_only=True)
-        for i, value in enumerate(maps):
-            assert value.shape[2:] == tuple(-(-side // 2 ** (i + 2)) for side in size)
 
 
 def test_gradients_through_padding() -> None:

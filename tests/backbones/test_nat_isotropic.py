@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from published import assert_maps, load_published
 from torch import Tensor, nn
 from zoo import images, outlines, randomise, small
 
 import backbones
-from backbones.cli.parity import checkpoint, image, reference, summary_error, variants
+from backbones.cli.parity import checkpoint, reference, variants
 from backbones.nat_isotropic import NATIsotropic
 from ops.neighborhood.block import MapAttention
 
@@ -28,13 +29,9 @@ SHALLOW: dict[str, Any] = {"dim": 16, "depths": (1, 1, 1, 1), "num_heads": 2, "n
 )
 @torch.no_grad()
 def test_every_block(variant: str) -> None:
-    figures = reference("nat_isotropic", variant)
-    model = backbones.create_model(variant).eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
+    model, figures = load_published("nat_isotropic", variant)
     case = figures["cases"][1]
-    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
-    for value, expected in zip(maps, case["block_outputs"], strict=True):
-        assert summary_error(value, expected) <= 1e-5
+    assert_maps(model, case, 1e-5, case["block_outputs"])
 
 
 def dilations_of(model: Any) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from published import assert_maps, load_published, load_whole
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from zoo import SMALL, images, outlines, randomise, small
@@ -74,15 +75,14 @@ def merged_by_the_original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in merged.items() if not gone.search(name)}
 
 
-@every_variant
+@pytest.mark.slow  # test_parity.py has a quick one
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_outputs_in_float64(variant: str) -> None:
     """Of float32, most of the error is the rounding of small maps, which are enlarged."""
-    figures = reference("overlock", variant)
-    model = backbones.create_model(variant).eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
+    model, figures = load_published("overlock", variant)
     model.double()
-    for case in figures["cases"][-1:] if variant == QUICK else figures["cases"]:
+    for case in figures["cases"]:
         last, maps = model.forward_intermediates(image(case["input"], case["seed"]).double())
         assert relative_error(model.forward_head(last), case["logits"]) <= 5e-6
         for value, expected in zip(maps, case["stage_outputs"], strict=True):
@@ -107,7 +107,8 @@ def test_merged_checkpoints(variant: str) -> None:
         backbones.load_checkpoint(model, tensors)
 
 
-@every_variant
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_merging(variant: str) -> None:
     """As the original does it, and with fuse()."""
@@ -149,9 +150,7 @@ def test_a_merged_checkpoint_can_be_trained_further() -> None:
 @every_variant
 @torch.no_grad()
 def test_overview_and_auxiliary_head(variant: str) -> None:
-    figures = reference("overlock", variant)
-    model = backbones.create_model(variant).eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
+    model, figures = load_published("overlock", variant)
     overview = model.stages[2].blocks[model.stages[2].base_depth]
     for case in figures["cases"]:
         seen: list[Tensor] = []
@@ -166,11 +165,10 @@ def test_overview_and_auxiliary_head(variant: str) -> None:
         assert isinstance(logits, Tensor)
 
 
+@pytest.mark.slow
 def test_gradient_of_an_image() -> None:
-    figures = reference("overlock", QUICK)
+    model, figures = load_published("overlock", QUICK)
     case = figures["cases"][0]
-    model = backbones.create_model(QUICK).eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
     x = image(case["input"], case["seed"]).requires_grad_()
     loss = model(x).square().mean()
     (gradient,) = torch.autograd.grad(loss, x)
@@ -192,29 +190,17 @@ def dense_form(variant: str, detects: bool) -> tuple[Any, dict[str, Tensor]]:
 
 
 @every_variant
-@pytest.mark.parametrize("detects", [False, True])
+@pytest.mark.parametrize("detects", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_dense_checkpoints(variant: str, detects: bool) -> None:
     model, tensors = dense_form(variant, detects)
-    wrapped = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
-    report = backbones.load_checkpoint(model, {"state_dict": wrapped})
-    assert not (report.missing or report.unexpected or report.reinitialised)
-    cases = reference("overlock", variant)["cases"]
-    expected = [
-        case["features"][:3] + [case["features_detection_last"]] if detects else case["features"]
-        for case in cases
-    ]
-
-    def check(scale: float) -> None:
-        for case, figures in zip(cases, expected, strict=True):
-            x = image(case["input"], case["seed"])
-            maps = model.forward_intermediates(x, intermediates_only=True)
-            for value, each in zip(maps, figures, strict=True):
-                assert summary_error(value, each) <= scale * TOLERANCE
-
-    check(1)
-    model.fuse()
-    check(2)
+    load_whole(model, {"state_dict": {f"backbone.{name}": t for name, t in tensors.items()}})
+    for scale in (1, 2):
+        for case in reference("overlock", variant)["cases"]:
+            last = case["features_detection_last" if detects else "features"]
+            expected = [*case["features"][:3], last if detects else last[3]]
+            assert_maps(model, case, scale * TOLERANCE, expected)
+        model.fuse()
 
 
 @torch.no_grad()
@@ -418,7 +404,9 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> N
         small("overlock", **arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.int8, marks=pytest.mark.slow)]
+)
 @torch.no_grad()
 def test_lower_precision(dtype: torch.dtype) -> None:
     figures = reference("overlock", QUICK)

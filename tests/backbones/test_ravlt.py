@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from published import assert_maps, dense_weights, load_whole
 from timm.optim import param_groups_weight_decay
-from torch import Tensor, nn
+from torch import nn
 from zoo import images, randomise
 
 import backbones
-from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
+from backbones.cli.parity import checkpoint, reference, tolerance
 
 TOLERANCE = tolerance("ravlt")
 SHALLOW = {"depths": (1, 1, 1, 1)}
 VARIANTS = [f"ravlt_{size}" for size in "tsbl"]
-
-
-def dense_form(variant: str) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
-    """Model, checkpoint and figures of the paper's dense networks' backbone."""
-    figures = reference("ravlt", variant)
-    rows = [row for row in figures["state_dict"] if row[0] not in figures["dense_missing"]]
-    tensors = checkpoint(figures, rows + figures["dense_extra"])
-    model = backbones.create_model(variant, out_norms=True, num_classes=0)
-    return model.eval(), tensors, figures
 
 
 @pytest.mark.parametrize(
@@ -33,14 +23,11 @@ def dense_form(variant: str) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
 )
 @torch.no_grad()
 def test_dense_networks(variant: str) -> None:
-    model, tensors, figures = dense_form(variant)
-    report = backbones.load_checkpoint(model, {f"backbone.{k}": v for k, v in tensors.items()})
-    assert not (report.missing or report.unexpected or report.resized)
+    figures = reference("ravlt", variant)
+    model = backbones.create_model(variant, out_norms=True, num_classes=0).eval()
+    load_whole(model, dense_weights(figures))
     for case in figures["dense_cases"]:
-        x = image(case["input"], case["seed"])
-        maps = model.forward_intermediates(x, intermediates_only=True)
-        for value, expected in zip(maps, case["features"], strict=True):
-            assert summary_error(value, expected) <= TOLERANCE
+        assert_maps(model, case, TOLERANCE)
 
 
 @torch.no_grad()
@@ -59,8 +46,9 @@ def test_stored_angles_are_optional() -> None:
 
 
 def test_classifiers_weights_serve_dense_networks() -> None:
-    model, _, figures = dense_form("ravlt_t")
-    report = backbones.load_checkpoint(model, checkpoint(figures), strict=False)
+    model = backbones.create_model("ravlt_t", out_norms=True, num_classes=0)
+    weights = checkpoint(reference("ravlt", "ravlt_t"))
+    report = backbones.load_checkpoint(model, weights, strict=False)
     assert all(name.startswith("out_norms.") for name in report.missing)
     assert all(name.startswith("head.proj.") for name in report.unexpected)
     for norm in model.out_norms.values():
@@ -78,19 +66,6 @@ def test_dense_network_becomes_a_classifier() -> None:
     model.reset_classifier(5, "avg")
     assert model(images(1, 3, 64, 64)).shape == (1, 5)
     assert backbones.create_model("ravlt_t", num_classes=0, **SHALLOW).head_hidden_size == 1024
-
-
-@pytest.mark.parametrize("size", [(97, 131), (33, 50), (5, 3), (1, 1)])
-@torch.no_grad()
-def test_sizes_round_up_stage_by_stage(size: tuple[int, int]) -> None:
-    model = randomise(backbones.create_model("ravlt_t", **SHALLOW)).eval()
-    maps = model.forward_intermediates(images(1, 3, *size), intermediates_only=True)
-    rows, columns = size
-    for stage, value in enumerate(maps):
-        for _ in range(1 if stage else 2):
-            rows, columns = -(-rows // 2), -(-columns // 2)
-        assert value.shape[2:] == (rows, columns)
-        assert value.isfinite().all()
 
 
 @pytest.mark.parametrize(

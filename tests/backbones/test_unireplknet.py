@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from published import assert_maps, dense_weights, load_published, load_whole
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from zoo import images, outlines, randomise
@@ -16,7 +15,6 @@ from backbones.cli.parity import (
     image,
     reference,
     relative_error,
-    summary_error,
     tolerance,
 )
 from ops.frames import frames_to_image
@@ -98,45 +96,23 @@ def test_merged_checkpoints(variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_merging_a_loaded_model(variant: str) -> None:
-    figures = reference("unireplknet", variant)
-    model = backbones.create_model(variant).eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
+    model, figures = load_published("unireplknet", variant)
     case = figures["cases"][-1]
     logits = model.fuse()(image(case["input"], case["seed"]))
     assert relative_error(logits, case["logits"]) <= TOLERANCE
 
 
-def dense_form(variant: str) -> tuple[Any, dict[str, Tensor]]:
-    """Model and checkpoint of the paper's dense networks."""
-    figures = reference("unireplknet", variant)
-    missing = figures["dense"]["rows_missing"]
-    rows = [row for row in figures["state_dict"] if row[0] not in missing]
-    model = backbones.create_model(variant, num_classes=0, out_norms=True).eval()
-    assert sum(p.numel() for p in model.parameters()) == figures["dense"]["params"]
-    return model, checkpoint(figures, rows + figures["dense_extra"])
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_dense_checkpoints(variant: str) -> None:
-    model, tensors = dense_form(variant)
-    # As detectors save them.
-    wrapped = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
-    report = backbones.load_checkpoint(model, {"state_dict": wrapped})
-    assert not (report.missing or report.unexpected)
-    case = reference("unireplknet", variant)["cases"][-1]
-    x = image(case["input"], case["seed"])
-    for value, expected in zip(
-        model.forward_intermediates(x, intermediates_only=True), case["features"], strict=True
-    ):
-        assert summary_error(value, expected) <= TOLERANCE
+    figures = reference("unireplknet", variant)
+    model = backbones.create_model(variant, num_classes=0, out_norms=True).eval()
+    assert sum(p.numel() for p in model.parameters()) == figures["dense"]["params"]
+    load_whole(model, {"state_dict": dense_weights(figures)})
+    case = figures["cases"][-1]
+    assert_maps(model, case, TOLERANCE)
     # The original's merging fails here.
-    for value, expected in zip(
-        model.fuse().forward_intermediates(x, intermediates_only=True),
-        case["features"],
-        strict=True,
-    ):
-        assert summary_error(value, expected) <= 10 * TOLERANCE
+    assert_maps(model.fuse(), case, 10 * TOLERANCE)
 
 
 @pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
@@ -236,9 +212,7 @@ def test_bad_kernels_are_refused(kernel_sizes: tuple[int, ...]) -> None:
 @torch.no_grad()
 def test_videos_are_read_as_the_original_reads_them() -> None:
     """Its figures are those of 16 frames that its engine made an image of."""
-    figures = reference("unireplknet", "unireplknet_b_k400")
-    model = backbones.create_model("unireplknet_b_k400").eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
+    model, figures = load_published("unireplknet", "unireplknet_b_k400")
     for case in figures["cases"]:
         # Its memory is the video's: the figures' own image, of which the video was made.
         video = image(case["input"], case["seed"]).reshape(case["video"])

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import assert_maps, load_published
 from zoo import images, randomise
 
 import backbones
@@ -15,7 +16,6 @@ from backbones.cli.parity import (
     image,
     reference,
     relative_error,
-    summary_error,
     tolerance,
 )
 from backbones.vig.blocks import GatedLinearAttention, JoinedAttention
@@ -43,10 +43,8 @@ def shallow(name: str, **kwargs: Any) -> Any:
 @torch.no_grad()
 def test_mean_of_directions(variant: str, number: int) -> None:
     """As training computes it; the published evaluation halves it once more."""
-    figures = reference("vig", variant)
+    model, figures = load_published("vig", variant, mean_of_directions=True, drop_path_rate=0.0)
     case = figures["cases"][number]
-    model = backbones.create_model(variant, mean_of_directions=True, drop_path_rate=0.0).eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
     x = image(case["input"], case["seed"])
     assert relative_error(model(x), case["logits_mean_of_directions"]) <= 1e-5
     assert relative_error(model(x), case["logits"]) > 1e-3
@@ -79,9 +77,7 @@ def test_maps_of_the_dense_copy() -> None:
     report = backbones.load_checkpoint(model, {"state_dict": state}, strict=False)
     assert report.missing == ["norm.weight", "norm.bias"] and not report.unexpected
     case = figures["cases"][1]
-    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
-    for value, expected in zip(maps, case["features"], strict=True):
-        assert summary_error(value, expected) <= tolerance("vig")
+    assert_maps(model, case, tolerance("vig"))
 
 
 @each_kind

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from published import assert_maps, load_published
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from zoo import outlines, small
@@ -19,7 +20,6 @@ from backbones.cli.parity import (
     image,
     reference,
     relative_error,
-    summary_error,
 )
 from backbones.vmamba import SelectiveScan2d
 
@@ -80,9 +80,7 @@ def test_dense_copy() -> None:
     detector = {f"backbone.{name}": tensor for name, tensor in weights.items()}
     report = backbones.load_checkpoint(model, detector, strict=False)
     assert set(report.missing) == {"norm.weight", "norm.bias"} and not report.unexpected
-    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
-    for feature, expected in zip(maps, case["features"], strict=True):
-        assert summary_error(feature, expected) <= 1e-5
+    assert_maps(model, case, 1e-5)
 
 
 @pytest.mark.slow
@@ -96,10 +94,8 @@ def test_logits_of_the_first_version(name: str, number: int) -> None:
 
 @pytest.mark.slow
 def test_published_gradient() -> None:
-    figures = reference("vmamba", "vmamba_tiny_s1l8")
+    model, figures = load_published("vmamba", "vmamba_tiny_s1l8")
     case = figures["cases"][1]
-    model = backbones.create_model("vmamba_tiny_s1l8").eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
     x = image(case["input"], case["seed"]).requires_grad_()
     model(x).square().mean().backward()
     assert x.grad.norm().item() == pytest.approx(case["grad"]["l2"], rel=1e-6)

@@ -354,3 +354,14 @@ def test_names_are_printed_on_one_line() -> None:
     with pytest.raises(CheckpointError, match=r"1 unexpected \(a ba b") as raised:
         load_checkpoint(small("van"), state)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 250
+
+
+def test_of_a_hub_folder_with_two_files_the_safetensors_are_read(tmp_path: Path) -> None:
+    wanted, other = small("van", num_classes=3), small("van", num_classes=3)
+    torch.nn.init.constant_(wanted.head.fc.bias, 1.5)
+    save_file(wanted.state_dict(), tmp_path / "model.safetensors")
+    torch.save(other.state_dict(), tmp_path / "pytorch_model.bin")
+    cfg = {"file": str(tmp_path), "num_classes": 3, "input_size": (3, 64, 64)}
+    assert small("van", pretrained=True, pretrained_cfg=cfg).head.fc.bias.tolist() == [1.5] * 3
+    (tmp_path / "model.safetensors").unlink()
+    assert small("van", pretrained=True, pretrained_cfg=cfg).head.fc.bias.tolist() == [0.0] * 3
