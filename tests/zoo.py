@@ -104,6 +104,8 @@ RESTORATION = {"hat"}
 CLASSIFIERS = [family for family in FAMILIES if family not in RESTORATION]
 # Families whose first stage has stride 16, and which can expose their stem.
 STRIDE_16 = [family for family in FAMILIES if family in ("efficientvit", "shvit")]
+# Families that drop the last rows of an image whose side is no multiple of a stride.
+ROUNDED_DOWN = {"inception_next"}
 # Families with stride 16 throughout, which build a pyramid from their last map.
 ISOTROPIC = [family for family in FAMILIES if family in ("nat_isotropic", "vrwkv")]
 

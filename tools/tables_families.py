@@ -31,8 +31,9 @@ def families(report: dict[str, Any]) -> str:
     for family in sorted(backbones.list_families(), key=lambda f: _title(f).casefold()):
         names = _variants(family)
         papers = [f"[{id}](https://arxiv.org/abs/{id})" for _, _, id in _citations(family)]
-        error = max(report[name]["output"] for name in names if name in report)
-        cells = [_title(family), _short(names), f"{error:.1e}".replace("e-0", "e-")]
+        errors = [report[name]["output"] for name in names if name in report]
+        worst = f"{max(errors):.1e}".replace("e-0", "e-") if errors else "–"
+        cells = [_title(family), _short(names), worst]
         cells += [_marked(_original(family)["licence"]), ", ".join(papers)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

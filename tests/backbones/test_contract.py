@@ -26,6 +26,7 @@ from zoo import (
     FAMILIES,
     ISOTROPIC,
     RESTORATION,
+    ROUNDED_DOWN,
     SMALL,
     STRIDE_16,
     images,
@@ -170,10 +171,10 @@ def test_published_drop_path_is_the_default(outline: nn.Module) -> None:
 
 
 def _rows(family: str, side: int, stride: int) -> int:
-    """Of a map at a stride: all but two families keep the last rows of odd sides."""
-    if family == "litv2":  # whose stem does
+    """Of a map at a stride."""
+    if family == "litv2":  # whose stem keeps the last rows
         return 4 * math.ceil(side / 4) // stride
-    return side // stride if family == "inception_next" else math.ceil(side / stride)
+    return side // stride if family in ROUNDED_DOWN else math.ceil(side / stride)
 
 
 @every_family
