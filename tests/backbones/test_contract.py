@@ -494,7 +494,7 @@ TRACED: dict[str, dict[str, Any]] = {
         "window_sizes": (1, 2, 1),
     },
     "medvitv2": {"depths": (1, 2, 1, 1)},
-    "overlock": {"focus_depths": (1, 1), "kernel_sizes": (5, 5, 5, 5)},
+    "overlock": {"focus_depths": (1, 1), "kernel_sizes": (7, 7, 7, 7)},
     "nat": {"dims": (64, 96), "num_heads": (2, 3), "depths": (2, 1), "dilations": ((1, 2), 1)},
     "proxylessnas": {
         "dims": ((24,), (32, 32, 32), (48,)),

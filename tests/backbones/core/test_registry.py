@@ -86,6 +86,8 @@ def test_tags_and_overlays() -> None:
         overlay = {"crop_pct": 1.0, "num_classes": 3}
         model = backbones.create_model("van_b0", pretrained_cfg_overlay=overlay)
         assert (model.pretrained_cfg["crop_pct"], model.num_classes) == (1.0, 3)
+        tagged = backbones.create_model("van_b0.in1k", pretrained_cfg_overlay=overlay)
+        assert (tagged.default_cfg["tag"], tagged.num_classes) == ("in1k", 3)
         assert backbones.create_model("van_b0", num_classes=None).num_classes == 1000
     config = timm.data.resolve_model_data_config(model)
     assert (config["crop_pct"], config["mean"]) == (1.0, (0.5, 0.5, 0.5))

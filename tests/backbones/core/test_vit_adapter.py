@@ -401,3 +401,9 @@ def test_two_stages_have_two_interactions() -> None:
     assert len(attentions) == 6
     assert isinstance(adapter.network.norm, nn.Identity)
     assert isinstance(adapter.network.head, nn.Identity)
+
+
+def test_extractors_have_the_stochastic_depth_that_is_asked_for() -> None:
+    layers = [m for m in _adapter("plain", drop_path_rate=0.25).adapter.modules()]
+    rates = {m.drop_prob for m in layers if type(m).__name__ == "DropPath"}
+    assert rates == {0.25}
