@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.cpu.call.dispatch import is_plain_call
+from ops.cpu.call.dispatch import is_plain_call, takes_kernels
 
 
 class _Mode(TorchDispatchMode):
@@ -16,10 +17,15 @@ class _Mode(TorchDispatchMode):
 def test_only_plain_calls_use_kernels() -> None:
     x = torch.zeros(2, 3)
     assert is_plain_call((x, None, torch.nn.Parameter(x)))
-    assert not is_plain_call((x, x.to("meta")))
-    assert not is_plain_call((torch.zeros(2, dtype=torch.complex64).conj(),))
-    with _Mode():
-        assert not is_plain_call((x,))
-    with torch.autograd.profiler.profile():
-        assert not is_plain_call((x,))
+    for others in ((x, x.to("meta")), (torch.zeros(2, dtype=torch.complex64).conj(),)):
+        assert not is_plain_call(others) and not takes_kernels(others)
+    with forward_ad.dual_level():
+        assert not is_plain_call((x,)) and not takes_kernels((x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_plain_call((x,)) and not takes_kernels((x,))
+    # Those that only watch see kernels as operators.
+    for watching in (_Mode(), torch.autograd.profiler.profile()):
+        with watching:
+            assert not is_plain_call((x,)) and takes_kernels((x,))
     assert torch.vmap(lambda row: row * (not is_plain_call((row,))))(x + 1).all()
+    assert torch.vmap(lambda row: row * (not takes_kernels((row,))))(x + 1).all()
