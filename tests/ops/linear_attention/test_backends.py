@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import compiled_for, using_threads
 from scan_inputs import cast, difference, inputs
 
-from ops import cpu
 from ops.linear_attention import chunked, gated_linear_attention
 
 EXACT = {"chunked": torch.float64, "cpu": torch.float32}
@@ -155,35 +153,6 @@ def test_strides_and_scale(backend):
         moved = {name: t if t is None else layout(t) for name, t in given.items()}
         out = gated_linear_attention(**moved, scale=0.25, backend=backend)
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_threads_change_nothing():
-    given = inputs(40, 32, 100, bonus=True, batch=1, heads=2, dtype=torch.float32)
-    tensors = [t.requires_grad_() for t in given.values()]
-    outs, gradients = [], []
-    for threads in (1, 2, 5):
-        with using_threads(threads):
-            outs.append(gated_linear_attention(*tensors, backend="cpu"))
-            gradients.append(torch.autograd.grad(outs[-1].square().sum(), tensors))
-    assert all(torch.equal(out, outs[0]) for out in outs)
-    for others in gradients[1:]:
-        assert all(map(torch.equal, others, gradients[0]))
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions, monkeypatch):
-    compiled_for(instructions, monkeypatch)
-    given = inputs(21, 12, 21, bonus=True)
-    expected = gated_linear_attention(**given, backend="reference")
-    single = {name: t.float().requires_grad_() for name, t in given.items()}
-    out = gated_linear_attention(**single, backend="cpu")
-    assert difference(out, expected) < TOLERANCE[torch.float32]
-    exact = [t.requires_grad_() for t in given.values()]
-    expected = gated_linear_attention(*exact).square().sum()
-    gradients = torch.autograd.grad(out.square().sum(), list(single.values()))
-    for gradient, of in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
-        assert difference(gradient, of) < 2 * TOLERANCE[torch.float32]
-    assert cpu.status("gated_scan").instruction_set == instructions
 
 
 @pytest.mark.parametrize("axis", range(4))

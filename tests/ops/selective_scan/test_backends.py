@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import compiled_for, using_threads
 from scan_inputs import cast, difference, gradients_of, map_inputs, selective_inputs
 
-from ops import cpu
 from ops.selective_scan import (
     chunked,
     cross_merge,
@@ -341,32 +339,6 @@ def test_a_map_that_is_not_dense():
     moved = {n: t.movedim(-1, 0).contiguous().movedim(0, -1) for n, t in given.items()}
     out = cross_selective_scan(**moved, **STEPS, backend="cpu")
     assert torch.equal(out, expected)
-
-
-def test_threads_change_nothing():
-    given = selective_inputs(40, 300, 3, 1, dtype=torch.float32)
-    of_map = map_inputs(5, 7, 300, dtype=torch.float32)
-    for function, tensors in ((selective_scan, given), (cross_selective_scan, of_map)):
-        found = []
-        for threads in (1, 2, 5):
-            with using_threads(threads):
-                found.append(gradients_of(function, tensors, torch.float32, **STEPS, backend="cpu"))
-        for others in found[1:]:
-            assert all(map(torch.equal, others.values(), found[0].values()))
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions, monkeypatch):
-    compiled_for(instructions, monkeypatch)
-    for states in (1, 13):
-        assert_close(selective_scan, selective_inputs(21, 22, states), "cpu", 2, **STEPS)
-        given = map_inputs(5, 4, 140, states)
-        assert_close(cross_selective_scan, given, "cpu", 2, **STEPS)
-    given = map_inputs(5, 4, 21, dtype=torch.bfloat16)
-    expected = cross_selective_scan(**cast(given, torch.float64), **STEPS, backend="reference")
-    out = cross_selective_scan(**given, **STEPS, backend="cpu")
-    assert difference(out, expected) < 2**-7
-    assert cpu.status("selective_scan").instruction_set == instructions
 
 
 def test_rejects_bad_maps():

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from compiled_kernels import compiled_for, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ops import cpu
 from ops.attention.cascaded import CascadedGroupAttention
 from ops.attention.single_head import SingleHeadAttention
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
@@ -119,25 +117,6 @@ def test_a_map_of_many_tiles_and_dispatched_calls() -> None:
     with torch.profiler.profile() as profiler:
         assert torch.equal(packed(x), out)
     assert "vision_backbones::cascaded_attention" in {e.name for e in profiler.events()}
-
-
-def test_threads_change_nothing() -> None:
-    parts = _Heads(3, 24, 16, (3, 3, 5), False)
-    packed, x = parts.packed(), torch.randn(5, 7, 7, 72)
-    outs = []
-    for threads in (1, 2, 3):
-        with using_threads(threads):
-            outs.append(packed(x))
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    parts = _Heads(2, 21, 13, (3, 5), True)
-    x, table = torch.randn(2, 5, 7, 45), torch.randn(2, 35, 35)
-    _assert_near(parts.packed()(x, table), parts.exact(x, table))
-    assert cpu.status("cascaded_attention").instruction_set == instructions
 
 
 def test_large_logits() -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import compiled_for, using_threads
+from compiled_kernels import using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import apply_rot_embed
 from torch import Tensor
 
-from ops import cpu
 from ops.attention.rank_augmented import rotary_table
 from ops.cpu.attention.gated import gated_attention, unsupported
 from ops.inference.attention import axis_rotations
@@ -62,15 +61,6 @@ def test_threads_and_maps_of_many_tokens(threads: int) -> None:
         out = _attend(qkvo, bias, 2)
         assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
         assert torch.equal(_attend(qkvo, bias, 2), out)
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    qkvo, bias = _inputs(2, (7, 9), 64)
-    expected = _by_steps(qkvo, bias, 2)
-    assert (_attend(qkvo, bias, 2) - expected).abs().max() <= 4e-6 * expected.abs().max()
-    assert cpu.status("attention").instruction_set == instructions
 
 
 def test_rejects_bad_arguments() -> None:

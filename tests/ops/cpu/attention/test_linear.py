@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled_kernels import compiled_for, using_threads
+from compiled_kernels import using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops import cpu
 from ops.attention.rank_augmented import rank_augmented_linear_attention, rotary_table
 from ops.cpu.attention.linear import rank_augmented_attention, unsupported
 from ops.inference.attention import axis_rotations
@@ -65,16 +64,6 @@ def test_threads(batch: int) -> None:
             out = _attend(qkvo, bias, 2)
             assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
             assert torch.equal(_attend(qkvo, bias, 2), out)
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    qkvo, bias = _random(2, (7, 9), 64)
-    expected = _exact(qkvo, bias, 2)
-    out = _attend(qkvo, bias, 2)
-    assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
-    assert cpu.status("linear_attention").instruction_set == instructions
 
 
 def test_large_numbers() -> None:

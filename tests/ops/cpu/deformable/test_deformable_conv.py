@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import LINEAR_DTYPES, compiled_for, using_threads
+from compiled_kernels import LINEAR_DTYPES, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from ops import cpu
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 
 
@@ -65,16 +64,6 @@ def test_pieces_and_threads(threads: int) -> None:
     with using_threads(threads):
         out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    x, offset, weight, bias = _problem(1, (9, 12), (21, 19), 2, 2)
-    expected = deform_conv2d(x, offset, weight, bias, stride=2)
-    out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
-    assert cpu.status("deformable").instruction_set == instructions
 
 
 def test_extreme_offsets_read_zeros() -> None:

@@ -7,17 +7,14 @@ import torch
 import torch.nn.functional as F
 from compiled_kernels import (
     PLAIN_ACTIVATIONS,
-    compiled_for,
     random,
     steepness,
     using_threads,
-    without_kernels,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops import cpu
 from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.depthwise.conv import (
     depthwise_branches,
@@ -115,22 +112,6 @@ def test_squares_of_large_maps(channels: int) -> None:
         assert _relative(out, expected) < 2e-6
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
-    compiled_for(instructions, monkeypatch)
-    cases = (((17, 14), 7, 1, 3), ((9, 15), 3, 2, 1), ((11, 9), 5, 2, 1), ((7, 13), 7, 1, 1))
-    for size, kernel, stride, dilation in cases:
-        x, weight, bias = random(2, 20, *size), random(20, 1, kernel, kernel), random(20)
-        padding = dilation * (kernel // 2)
-        expected = F.gelu(F.conv2d(x, weight, bias, stride, padding, dilation, 20))
-        arguments = ((stride,) * 2, (padding,) * 2, (dilation,) * 2, "gelu")
-        out = depthwise_conv2d(x.float(), taps_first(weight), bias.float(), *arguments)
-        assert _relative(out, expected) < 2e-6
-        half = depthwise_conv2d(x.bfloat16(), taps_first(weight), bias.float(), *arguments)
-        assert half.dtype == torch.bfloat16 and _relative(half, expected) < 2e-2
-    assert cpu.status("depthwise").instruction_set == instructions
-
-
 def test_bfloat16_rounds_only_at_the_end() -> None:
     x, weight = random(1, 24, 20, 20).bfloat16(), random(24, 1, 13, 13)
     expected = F.conv2d(x.double(), weight, None, 1, 6, 1, 24)
@@ -144,15 +125,6 @@ def test_channel_slices_are_read_in_place() -> None:
     expected = F.conv2d(x.double(), weight, None, 1, 2, 1, 16)
     out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (2, 2))
     assert _relative(out, expected) < 2e-6
-
-
-def test_threads_change_nothing() -> None:
-    x, weight = random(2, 48, 40, 40).float(), random(48, 1, 7, 7)
-    outs = []
-    for threads in (1, 2):
-        with using_threads(threads):
-            outs.append(depthwise_conv2d(x, taps_first(weight), None, (1, 1), (3, 3)))
-    assert torch.equal(*outs)
 
 
 def test_nan_and_infinity_pass() -> None:
@@ -202,10 +174,6 @@ def test_mismatched_branches_are_rejected() -> None:
             depthwise_branches(x, kernels, biases)
 
 
-def test_empty_batches() -> None:
-    assert depthwise_conv2d(torch.empty(0, 4, 8, 8), torch.ones(3, 3, 4)).shape == (0, 4, 6, 6)
-
-
 @pytest.mark.parametrize(
     ("shape", "taps", "activation", "message"),
     [
@@ -233,20 +201,3 @@ def test_unsupported_says_why() -> None:
     assert "cuda" in unsupported((1, 1), torch.device("cuda"), torch.float32)
     assert "float64" in unsupported((1, 1), cpu, torch.float64)
     assert "strides" in unsupported((3, 3), cpu, torch.float32)
-
-
-def test_without_the_kernel(monkeypatch) -> None:
-    without_kernels(monkeypatch)
-    assert "VISION_BACKBONES_NATIVE=0" in unsupported((1, 1), torch.device("cpu"), torch.float32)
-    with pytest.raises(RuntimeError, match="switched off"):
-        depthwise_conv2d(torch.zeros(1, 4, 8, 8), torch.zeros(3, 3, 4))
-
-
-def test_compiles_and_has_a_fake() -> None:
-    x, taps = torch.zeros(1, 16, 8, 8), torch.zeros(3, 3, 16)
-    arguments = (x, taps, None, [1, 1], [1, 1], [1, 1], "relu")
-    torch.library.opcheck(torch.ops.vision_backbones.depthwise_conv2d.default, arguments)
-    torch.library.opcheck(
-        torch.ops.vision_backbones.depthwise_branches.default,
-        (x, [taps[:, :, :4]], [taps[0, 0, :4]]),
-    )

@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import LINEAR_DTYPES, PLAIN_ACTIVATIONS, compiled_for, using_threads
+from compiled_kernels import LINEAR_DTYPES, PLAIN_ACTIVATIONS, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ops import cpu
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp
 
 
@@ -213,22 +212,6 @@ def test_convolutions_that_the_kernel_takes() -> None:
         conv(padding_mode="reflect"),
     ):
         assert not PackedDepthwiseMlp.takes(other)
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    parts = _parts(21, 140, 19)
-    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "silu", "gelu")
-    x = torch.randn(2, 9, 12, 21)
-    expected = _exact(parts, x, ("silu", "gelu"), True, True)
-    assert (packed(x, None, parts["norm"]) - expected).abs().max() <= 2e-6 * expected.abs().max()
-    for side, stride, has_first in ((5, 2, True), (7, 1, True), (5, 1, False)):
-        parts = _parts(21, 21 if not has_first else 140, 19, True, side, stride)
-        expected = _exact(parts, x, ("relu6", "relu6"), False, True, has_first)
-        error = (_bottleneck(parts, has_first)(x) - expected).abs().max()
-        assert error <= 2e-6 * (1 + expected.abs().max())
-    assert cpu.status("depthwise_mlp").instruction_set == instructions
 
 
 def test_infinity_stays_within_the_window() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled_kernels import LINEAR_DTYPES, compiled_for, random, using_threads
+from compiled_kernels import LINEAR_DTYPES, random, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops import cpu
 from ops.cpu.feed_forward.kan import kan_layer
 from ops.inference.kan import FastKANLayer, pack_kan
 from ops.inference.layers import convert
@@ -69,16 +68,6 @@ def test_threads_change_nothing(rows: int) -> None:
         with using_threads(threads):
             outs.append(kan_layer(x, *packed))
     torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-5)
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    layer, exact = _layer(21, 19, 5)
-    x = random(9, 21)
-    out = kan_layer(x.float(), *pack_kan(layer))
-    torch.testing.assert_close(out.double(), exact(x), rtol=1e-5, atol=1e-5)
-    assert cpu.status("kan").instruction_set == instructions
 
 
 def _fast(**arguments: float) -> tuple[FastKANLayer, Tensor, Tensor]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled_kernels import LINEAR_DTYPES, compiled_for, random, without_kernels
+from compiled_kernels import LINEAR_DTYPES, random, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ops import cpu
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.cpu.gemm.int8 import pack_int8_weight, unsupported_int8
 
@@ -109,14 +108,6 @@ def test_means_of_large_maps_are_exact() -> None:
     _check(_parts(5, 3, 7), x / 100)
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    _check(_parts(21, 6, 140), random(2, 9, 12, 21).float())
-    _check(_parts(21, 6, 140), random(2, 13, 12, 21).float())
-    assert cpu.status("response_mlp").instruction_set == instructions
-
-
 def test_any_memory_format_and_empty_maps() -> None:
     parts = _parts(6, 2, 9)
     x, shortcut = random(2, 6, 5, 7).float(), random(2, 6, 5, 7, seed=1).float()
@@ -125,17 +116,6 @@ def test_any_memory_format_and_empty_maps() -> None:
     assert (apart - expected).abs().max() <= 1e-5
     empty = torch.zeros(0, 5, 7, 6)
     assert _packed(_parts(6, 2, 9))(empty, empty).shape == (0, 5, 7, 6)
-
-
-def test_runs_as_an_operator() -> None:
-    packed, x = _packed(_parts(6, 2, 9)), random(1, 5, 7, 6).float()
-    with torch.profiler.profile() as profiler:
-        out = packed(x, x)
-    assert "vision_backbones::response_mlp" in [event.name for event in profiler.events()]
-    assert torch.equal(out, packed(x, x))
-    operator = torch.ops.vision_backbones.response_mlp.default
-    arguments = (x, x, packed._weights, EPS, *packed._scales)
-    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_bad_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from compiled_kernels import (
     LINEAR_DTYPES,
     PLAIN_ACTIVATIONS,
-    compiled_for,
     random,
     using_threads,
     without_kernels,
@@ -135,15 +134,6 @@ def test_scales_of_int8_are_checked() -> None:
             packed_conv2d(x, weight, packed._bias, packed._geometry, weight_scale=scales)
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    conv = _conv(20, 40, kernel_size=3, stride=2, padding=1)
-    _agrees(random(2, 20, 37, 50).float(), conv, "relu", 1e-6)
-    patches = _conv(3, 40, kernel_size=16, stride=16, padding=5)
-    _agrees(random(2, 3, 37, 50).float(), patches, "relu", 1e-6)
-
-
 def test_many_strips_and_threads() -> None:
     conv = _conv(64, 40, kernel_size=3, stride=2, padding=1)
     patches = _conv(3, 40, kernel_size=9, stride=8, padding=1)
@@ -155,16 +145,6 @@ def test_many_strips_and_threads() -> None:
         torch.testing.assert_close(outs[0], layer(x), rtol=1e-5, atol=1e-5)
         assert torch.equal(*outs)
     assert PackedConv2d(conv)(random(0, 64, 61, 90).float()).shape == (0, 40, 31, 45)
-
-
-def test_through_the_dispatcher() -> None:
-    packed = PackedConv2d(_conv(16, 24, kernel_size=2, stride=2))
-    x = random(2, 16, 9, 8).float()
-    with torch.profiler.profile():
-        profiled = packed(x, "relu")
-    assert torch.equal(profiled, packed(x, "relu"))
-    arguments = (x, packed._weight, packed._bias, packed._geometry, "relu", False, None, None)
-    torch.library.opcheck(torch.ops.vision_backbones.packed_conv2d.default, arguments)
 
 
 @pytest.mark.parametrize("tiles", [False, True])

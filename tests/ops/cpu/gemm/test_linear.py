@@ -14,8 +14,6 @@ from compiled_kernels import (
     linear_layer,
     random,
     steepness,
-    using_threads,
-    without_kernels,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +24,6 @@ from ops.cpu.gemm.linear import (
     pack_weight,
     packed_linear,
     packed_linear_energy,
-    unsupported,
 )
 from ops.cpu.gemm.problem import COMBINATIONS
 
@@ -148,17 +145,6 @@ def test_activations_of_extreme_values(activation: str) -> None:
     assert ((out - expected).abs() / expected.abs().clamp(min=1)).max() < 1e-6
 
 
-def test_threads_change_nothing() -> None:
-    _, _, packed = linear_layer(128, 300)
-    for rows in (60, 900):  # shared out by panels, and by rows
-        x, outs = random(2, rows, 128).float(), []
-        for threads in (1, 2):
-            with using_threads(threads):
-                outs.append((packed_linear(x, *packed), *packed_linear_energy(x, *packed)))
-        for one, two in zip(*outs, strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-4)
-
-
 def test_nan_and_infinity_pass() -> None:
     x = torch.zeros(1, 5, 16)
     x[0, 1, 3], x[0, 2, 3] = float("nan"), float("inf")
@@ -168,15 +154,6 @@ def test_nan_and_infinity_pass() -> None:
         assert out[0, 1].isnan().all() and out[0, 3:].eq(0).all()
     assert packed_linear(x, *packed)[0, 2].isinf().all()
     assert packed_linear(x, *packed, "relu6")[0, 2].eq(6).all()
-
-
-def test_empty_inputs() -> None:
-    assert packed_linear(
-        torch.empty(0, 4), pack_weight(torch.ones(3, 4)), torch.zeros(3)
-    ).shape == (
-        0,
-        3,
-    )
 
 
 @pytest.mark.parametrize(
@@ -213,30 +190,3 @@ def test_rejects_bad_arguments(arguments, message) -> None:
 def test_only_matrices_are_packed(shape) -> None:
     with pytest.raises(ValueError, match=r"weight must be .out_features, in_features., got"):
         pack_weight(torch.zeros(shape))
-
-
-def test_unsupported_says_why() -> None:
-    cpu = torch.device("cpu")
-    assert unsupported(cpu, torch.float32) is None
-    assert "cuda" in unsupported(torch.device("cuda"), torch.float32)
-    assert "bfloat16" in unsupported(cpu, torch.bfloat16)
-    assert "float64" in unsupported(cpu, torch.float64, with_bfloat16=True)
-
-
-def test_without_the_kernel(monkeypatch) -> None:
-    without_kernels(monkeypatch)
-    assert "VISION_BACKBONES_NATIVE=0" in unsupported(torch.device("cpu"), torch.float32)
-    with pytest.raises(RuntimeError, match="switched off"):
-        packed_linear(torch.zeros(1, 4), torch.zeros(64), torch.zeros(3))
-
-
-def test_compiles_and_has_a_fake() -> None:
-    packed = pack_weight(torch.ones(20, 16)), torch.zeros(20)
-    x, other, scale = torch.zeros(2, 3, 16), torch.zeros(2, 3, 20), torch.ones(2, 16)
-    ops = torch.ops.vision_backbones
-    for arguments in (
-        ("relu", other, "add", scale, None),
-        ("none", other, "add_scaled", None, torch.ones(20)),
-    ):
-        torch.library.opcheck(ops.packed_linear.default, (x, *packed, *arguments))
-    torch.library.opcheck(ops.packed_linear_energy.default, (x, *packed, "relu", scale))

@@ -55,11 +55,3 @@ def test_rejects_bad_arguments() -> None:
         with pytest.raises(ValueError, match=message):
             packed_mlp(*arguments)
     assert packed_mlp(x[:0], *packed, *back).shape == (0, 3, 8)
-
-
-def test_compiles_and_has_a_fake() -> None:
-    x, packed = torch.zeros(2, 3, 16), (pack_weight(torch.ones(20, 16)), torch.zeros(20))
-    back = pack_weight(torch.ones(16, 20)), torch.zeros(16)
-    op = torch.ops.vision_backbones.packed_mlp.default
-    for residual in (None, x):
-        torch.library.opcheck(op, (x, *packed, *back, "relu", residual))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled_kernels import compiled_for, random, using_threads, without_kernels
+from compiled_kernels import random, using_threads, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -41,23 +41,6 @@ def test_split_and_joined(dtype, batch, size, channels, channels_last, threads) 
     assert joined.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
-        x, affine = random(2, 75, 9, 11).to(dtype), random(2, 75).float()
-        planes = nchw_from_nhwc(x, affine)
-        torch.testing.assert_close(
-            planes.double(), _split(x, affine), rtol=tolerance, atol=tolerance
-        )
-        assert torch.equal(nhwc_from_nchw(planes, x), planes + x)
-
-
-def test_empty_tensors() -> None:
-    x = torch.zeros(0, 5, 3, 4)
-    assert nchw_from_nhwc(x, torch.ones(2, 5)).shape == nhwc_from_nchw(x, x).shape == x.shape
-
-
 def test_rejects_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(1, 8, 3, 4).float()
     with pytest.raises(ValueError, match=r"affine must be \(2, 8\), got \(2, 7\)"):
@@ -74,9 +57,3 @@ def test_rejects_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     without_kernels(monkeypatch)
     with pytest.raises(RuntimeError, match="the kernel nhwc_from_nchw is not available"):
         nhwc_from_nchw(x, x)
-
-
-def test_the_dispatcher_sees_one_operator() -> None:
-    x, affine = random(2, 24, 5, 3).float(), random(2, 24).float()
-    torch.library.opcheck(torch.ops.vision_backbones.nchw_from_nhwc.default, (x, affine))
-    torch.library.opcheck(torch.ops.vision_backbones.nhwc_from_nchw.default, (x, x))

@@ -7,12 +7,11 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, using_threads, without_kernels
+from compiled_kernels import PLAIN_ACTIVATIONS, random, using_threads, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ops import cpu
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.inference.layers import convert
 from ops.inference.norm import FastLayerNorm
@@ -52,17 +51,6 @@ def test_threads_and_strides_change_nothing(size: tuple[int, ...]) -> None:
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    for dim in (5, 21, 90):
-        x, weight, bias = random(9, dim), random(dim, seed=1), random(dim, seed=2)
-        expected = F.silu(F.layer_norm(x, (dim,), weight, bias, 1e-6))
-        out = layer_norm(x.float(), weight.float(), bias.float(), 1e-6, "silu")
-        assert (out - expected).abs().max() < 5e-6 * expected.abs().max()
-    assert cpu.status("norm").instruction_set == instructions
-
-
 def test_nan_stays_within_its_pixel() -> None:
     x = random(4, 20).float()
     x[1, 3], x[2, 3] = float("nan"), float("inf")
@@ -82,26 +70,6 @@ def test_rejects_bad_arguments() -> None:
     with pytest.raises(RuntimeError, match="not torch.float64"):
         layer_norm(x.double(), ones, ones, 1e-6)
     assert "meta" in str(layer_norm.unsupported(torch.device("meta"), torch.float32))
-
-
-def test_without_the_kernel(monkeypatch) -> None:
-    without_kernels(monkeypatch)
-    with pytest.raises(RuntimeError, match="switched off"):
-        layer_norm(torch.zeros(2, 3), torch.ones(3), torch.ones(3), 1e-6)
-
-
-def test_compiles_and_has_a_fake() -> None:
-    arguments = (torch.randn(2, 3, 20), torch.ones(20), torch.zeros(20), 1e-6, "gelu")
-    torch.library.opcheck(torch.ops.vision_backbones.layer_norm.default, arguments)
-
-
-def test_repeated_calls_are_planned_once() -> None:
-    x, weight, bias = random(2, 9, 20).float(), torch.randn(20), torch.randn(20)
-    for image in (x, -x, x.transpose(0, 1), -x.transpose(0, 1), x[:0]):
-        expected = F.layer_norm(image, (20,), weight, bias, 1e-6)
-        torch.testing.assert_close(layer_norm(image, weight, bias, 1e-6), expected)
-    with pytest.raises(ValueError, match=r"bias \(dim,\)"):
-        layer_norm(x, weight, bias[:3], 1e-6)
 
 
 def _random_affine(norm: nn.LayerNorm) -> nn.LayerNorm:

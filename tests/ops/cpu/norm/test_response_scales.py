@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled_kernels import compiled_for, random, using_threads
+from compiled_kernels import random
 
 from ops.cpu.norm.response_scales import response_scales
 
@@ -29,24 +29,6 @@ def test_of_a_map_of_zeros():
     assert torch.equal(
         response_scales(torch.zeros(1, 2, 2, 5), torch.ones(5), 1e-6), torch.ones(1, 5)
     )
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions, monkeypatch):
-    compiled_for(instructions, monkeypatch)
-    x, weight = random(2, 18, 15, 21), random(21, seed=1)
-    out = response_scales(x.float(), weight.float(), 1e-6)
-    torch.testing.assert_close(out.double(), _expected(x, weight, 1e-6), rtol=1e-6, atol=1e-6)
-
-
-def test_threads_and_strides_change_nothing():
-    x, weight = random(2, 30, 37, 27).float()[..., 3:], random(24, seed=1).float()
-    outs = []
-    for threads in (1, 3, 7):
-        with using_threads(threads):
-            outs.append(response_scales(x, weight, 1e-6))
-    torch.testing.assert_close(outs[0].double(), _expected(x, weight, 1e-6), rtol=1e-6, atol=1e-6)
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import compiled_for, random, using_threads, without_kernels
+from compiled_kernels import random, using_threads, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -46,13 +46,6 @@ def test_is_the_mean(dtype, batch, size, channels, window_size, layout) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    x = random(2, 9, 11, 75).float()
-    torch.testing.assert_close(window_means(x, (4, 5)).double(), _plain(x, (4, 5)))
-
-
 def test_means_of_many_pixels_keep_their_digits() -> None:
     x = 1 + random(1, 512, 512, 64).float() * 1e-3
     outs = []
@@ -84,14 +77,6 @@ def test_fallback_to_torch() -> None:
     torch.testing.assert_close(mapped[0], F.adaptive_avg_pool2d(x.float(), 1))
     two = convert(nn.AdaptiveAvgPool2d(2), FastAdaptiveAvgPool2d)
     assert torch.equal(two(x.float()), F.adaptive_avg_pool2d(x.float(), 2))
-
-
-def test_through_the_dispatcher() -> None:
-    x = random(2, 9, 8, 20).float()
-    with torch.profiler.profile():
-        profiled = window_means(x, (3, 8))
-    assert torch.equal(profiled, window_means(x, (3, 8)))
-    torch.library.opcheck(torch.ops.vision_backbones.window_means.default, (x, [3, 8]))
 
 
 def test_rejects_bad_arguments(monkeypatch) -> None:

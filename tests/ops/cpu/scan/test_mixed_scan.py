@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import compiled_for
 from torch import Tensor
 
 from ops.cpu.scan.gated_scan import mixed_scan
@@ -59,12 +58,6 @@ def test_extreme_logits(logit):
     scanned = kept.cumsum(0) + kept.cumsum(0).flip(0)
     expected = torch.tensor(logit).sigmoid() * scanned / (scanned.square() + 1e-6).sqrt()
     torch.testing.assert_close(out[0, :, 0].double(), expected, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions, monkeypatch):
-    compiled_for(instructions, monkeypatch)
-    assert error(torch.float32, "silu", 20, 36, 2) < 3e-6
 
 
 def test_refuses_what_does_not_fit() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import compiled_for
 from torch import Tensor
 
 from ops.cpu.scan.gated_scan import normed_scan
@@ -62,24 +61,6 @@ def test_nan_stays() -> None:
     given = arguments(torch.float32, 20, 1, 4, 8)
     given[3][0, 7] = torch.nan
     assert normed_scan(*given, 1e-3)[0, 8:].isnan().all()
-
-
-def test_strided_inputs() -> None:
-    given = arguments(torch.float32, 20, 2, 8, 8)
-    joined = torch.cat(given[:4], -1)
-    strided = [*joined.split(8, -1), *given[4:]]
-    assert torch.equal(normed_scan(*strided, 1e-3), normed_scan(*given, 1e-3))
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    assert error(torch.float32, 20, 2, 10, 21) < 1e-5
-
-
-def test_through_the_dispatcher() -> None:
-    operator = torch.ops.vision_backbones.normed_scan.default
-    torch.library.opcheck(operator, (*arguments(torch.float32, 9, 2, 4, 6), 1e-3))
 
 
 def test_refuses_what_does_not_fit() -> None:

@@ -8,11 +8,9 @@ import pytest
 import torch
 from compiled_kernels import (
     PLAIN_ACTIVATIONS,
-    compiled_for,
     conv_row,
     random,
     using_threads,
-    without_kernels,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,35 +148,6 @@ def test_pairs_of_channels() -> None:
         packed_stem(random(1, 3, 20, 20).bfloat16(), *packed, ["none", "none"])
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    _agrees(random(2, 3, 37, 50).float(), conv_row(3, 20, 40), ["relu", "none"])
-
-
-def test_changing_sizes_and_threads() -> None:
-    convs = conv_row(3, 24, 48, 96)
-    for size in ((64, 64), (33, 129), (128, 64)):
-        _agrees(random(2, 3, *size).float(), convs, ["relu", "relu", "none"])
-    x = random(1, 3, 64, 80).float().contiguous(memory_format=torch.channels_last)
-    before = torch.get_num_threads()
-    outs = []
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            outs.append(packed_stem(x, *pack_layers(convs), ["relu"] * 3))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*outs)
-
-
-def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_kernels(monkeypatch)
-    with pytest.raises(RuntimeError, match="not available"):
-        x = random(1, 3, 32, 32).float()
-        packed_stem(x, [torch.zeros(16 * 27)], [torch.zeros(16)], ["none"])
-
-
 def test_rejects_bad_arguments() -> None:
     assert packed_stem.unsupported(torch.device("cpu"), torch.float16) is not None
     convs = conv_row(3, 8, 16)
@@ -201,12 +170,3 @@ def test_rejects_bad_arguments() -> None:
     norms = [torch.zeros(0), torch.zeros(2, 8)]
     with pytest.raises(ValueError, match=r"must be \(2, 16\), got \(2, 8\)"):
         packed_stem(x, weights, biases, ["none", "none"], norms, [0.0, 1e-6])
-
-
-def test_the_dispatcher_sees_one_operator() -> None:
-    convs = conv_row(3, 8, 16)
-    packed = (*pack_layers(convs), ["relu", "none"], [torch.ones(2, 8), torch.zeros(0)], [0.1, 0])
-    arguments = (random(2, 3, 17, 20).float(), *packed, [3, 2, 1])
-    operator = torch.ops.vision_backbones.packed_stem.default
-    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-    assert torch.equal(operator(*arguments), packed_stem(*arguments))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled_kernels import compiled_for, random, using_threads
+from compiled_kernels import random
 
 from backbones.vrwkv.blocks import shift
 from ops.cpu.wkv.shift import shifted_mixtures
@@ -23,27 +23,6 @@ def test_mixtures(size: tuple[int, ...], dim: int, groups: int, dtype: torch.dty
         assert out.dtype == dtype and out.is_contiguous()
         bound = 1e-6 if dtype == torch.float32 else 2**-7
         torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound)
-
-
-@pytest.mark.parametrize("isa", ["avx2", "portable"])
-def test_other_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, shares = random(2, 5, 4, 40).float(), random(3, 40, seed=1).float()
-    expected = shifted_mixtures(x, shares)
-    compiled_for(isa, monkeypatch)
-    torch.testing.assert_close(shifted_mixtures(x, shares), expected, rtol=1e-6, atol=1e-6)
-
-
-def test_threads_and_strides() -> None:
-    x, shares = random(2, 40, 30, 64).float(), random(2, 64, seed=1).float()
-    expected = shifted_mixtures(x, shares)
-    turned = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
-    with using_threads(2):
-        assert torch.equal(shifted_mixtures(turned, shares), expected)
-
-
-def test_opcheck() -> None:
-    x, shares = random(2, 3, 3, 8).float(), random(2, 8, seed=1).float()
-    torch.library.opcheck(torch.ops.vision_backbones.shifted_mixtures, (x, shares, 1))
 
 
 def test_rejects_bad_arguments() -> None:
