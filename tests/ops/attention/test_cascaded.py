@@ -90,6 +90,8 @@ def test_table_is_resized_only_if_needed() -> None:
     resized = resize_distance_table(table, 7, 5)
     assert resized.shape == (1, 7, 5)
     assert (resized.diff(dim=1) > 0).all() and (resized.diff(dim=2) > 0).all()
+    steps = torch.tensor([0.0, 0, 1, 1]).expand(1, 4, 4)
+    assert resize_distance_table(steps, 8, 8).max() > 1, "bicubically, beyond the entries"
     constant = resize_distance_table(torch.full((2, 4, 4), 3.0), 7, 7)
     torch.testing.assert_close(constant, torch.full((2, 7, 7), 3.0))
 

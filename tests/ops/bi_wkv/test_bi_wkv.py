@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -139,28 +138,6 @@ def test_half_precision_is_computed_in_float32(segments: int | None, backend: st
         assert (got - want).abs().max() <= 2e-2 * want.abs().max()
 
 
-def test_autocast_keeps_float32_inside() -> None:
-    half = [t.detach() for t in inputs(50, dtype=torch.bfloat16)]
-    with torch.autocast("cpu", torch.bfloat16):
-        out = bi_wkv(half[0], half[1], half[2].float(), half[3].float(), 32)
-    expected = bi_wkv(half[0], half[1], half[2].float(), half[3].float(), 32)
-    assert torch.equal(out, expected)
-
-
-@pytest.mark.parametrize("segments", [pytest.param(None, marks=pytest.mark.slow), 4])
-@pytest.mark.parametrize("backend", FAST)
-def test_compiles_into_one_graph(segments: int | None, backend: str) -> None:
-    tokens = inputs(7, dtype=torch.float32)
-
-    def run(*t: Tensor) -> Tensor:
-        return bi_wkv(*t, segments, backend).square()
-
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
-    out, expected = compiled(*tokens), run(*tokens)
-    torch.testing.assert_close(out, expected)
-    torch.testing.assert_close(gradients(out, tokens), gradients(expected, tokens))
-
-
 class Layer(torch.nn.Module):
     def __init__(self, segments: int | None) -> None:
         super().__init__()
@@ -168,29 +145,6 @@ class Layer(torch.nn.Module):
 
     def forward(self, *tokens: Tensor) -> Tensor:
         return bi_wkv(*tokens, self.segments)
-
-
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-@pytest.mark.parametrize(
-    ("segments", "any_size"), [pytest.param(None, False, marks=pytest.mark.slow), (4, True)]
-)
-def test_onnx(segments: int | None, any_size: bool) -> None:
-    tokens = [t.detach() for t in inputs(10, dtype=torch.float32)]
-    axis = {1: torch.export.Dim.DYNAMIC}
-    program = torch.onnx.export(
-        Layer(segments).eval(),
-        tuple(tokens),
-        dynamo=True,
-        dynamic_shapes=((axis, axis, None, None),) if any_size else None,
-        verbose=False,
-    )
-    session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
-    if any_size:
-        tokens = [t.detach() for t in inputs(23, dtype=torch.float32)]
-    fed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tokens, strict=True)}
-    (out,) = session.run(None, fed)
-    expected = Layer(segments)(*tokens)
-    torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("segments", [32])

@@ -181,6 +181,10 @@ def test_rejects_bad_arguments():
     assert "log_gate must be torch.float32" in message(log_gate=given["log_gate"].double())
     assert "log_gate_back is on meta" in message(log_gate_back=given["log_gate"].to("meta"))
     assert "floating-point" in message(query=given["query"].int())
+    half = cast(given, torch.bfloat16)
+    for name in ("key", "value"):
+        said = message(**{**half, name: given[name]})
+        assert f"{name} must be torch.bfloat16 beside a query of torch.bfloat16" in said
     assert "one of reference, chunked, cpu, triton" in message(backend="gpu")
     for name in ("query", "key", "value", "log_gate"):
         with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):

@@ -220,6 +220,7 @@ def test_rejects_bad_arguments():
     assert "A must be (8, 1) beside u" in message(A=given["A"][:4])
     assert "C must be (2, 2, 1, 9)" in message(C=given["C"][..., :4])
     assert "groups that divide 8 channels, got 3" in message(B=torch.zeros(2, 3, 1, 9))
+    assert "got 0" in message(B=torch.zeros(2, 0, 1, 9))
     assert "D must be (8,)" in message(D=given["D"][:2])
     assert "delta_bias must be torch.float32 beside" in message(delta_bias=given["D"].double())
     assert "delta is on meta, u on cpu" in message(delta=given["delta"].to("meta"))
