@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from timm_models import SMALLEST, Branching, network, vit_of_transformers
 from torch import Tensor, nn
@@ -113,6 +115,69 @@ def test_changed_weights_and_hooks_are_respected() -> None:
     for _ in range(70):
         fused(x)
     assert fused.is_replayed and len(seen) == 1
+
+
+class _Steps(nn.Module):
+    """Layers and what follows them, which only looks like what is rewritten."""
+
+    def __init__(self, steps: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.wide = nn.Linear(16, 16), nn.Linear(16, 32)
+        self.conv, self.gate = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+        self.scale = nn.Parameter(torch.randn(16))
+        self.steps = steps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.steps(self, x)
+
+
+def _gated(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x.permute(0, 3, 1, 2))
+    return x.permute(0, 3, 1, 2).add(y * m.gate(y.mean((2, 3), True)).sigmoid(), alpha=2)
+
+
+def _split(m: Any, x: Tensor) -> Tensor:
+    first, second = F.gelu(m.wide(x)).chunk(2, -1)
+    return F.silu(first) * second
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        lambda m, x: m.fc(x).add(x, alpha=2),
+        lambda m, x: torch.add(x, m.fc(x), alpha=-0.5),
+        lambda m, x: m.fc(x).add(m.scale, alpha=3),
+        lambda m, x: m.fc(x).add(x, alpha=2).add(x),
+        lambda m, x: F.gelu(m.fc(x)) + x * m.scale,
+        lambda m, x: F.gelu(m.fc(x)) * m.scale + x,
+        _gated,
+        _split,
+    ],
+)
+@torch.no_grad()
+def test_steps_with_factors_and_two_activations(steps: Callable[[Any, Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    _check(_Steps(steps).eval(), torch.randn(2, 6, 5, 16))
+
+
+@torch.no_grad()
+def test_tied_weights_of_inference_mode_stay_tied() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
+        model[2].weight = model[0].weight
+    fused: Any = backbones.fuse(model)
+    assert fused[0].weight is fused[2].weight and not fused[0].weight.is_inference()
+    x, before = torch.randn(3, 8), [fused(torch.ones(3, 8)) for _ in range(3)][-1]
+    fused[0].weight.mul_(2)
+    assert not torch.equal(fused(torch.ones(3, 8)), before)
+    wanted = F.linear(F.gelu(fused[0](x)), fused[0].weight, fused[2].bias)
+    torch.testing.assert_close(fused(x), wanted)
+
+
+def test_networks_that_were_training_are_evaluated() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8)).train()
+    fused, x = backbones.fuse(model), torch.randn(4, 8)
+    assert not fused.training and torch.equal(fused(x), fused(x))
 
 
 def test_gradients_of_images() -> None:

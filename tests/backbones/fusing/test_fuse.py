@@ -237,20 +237,6 @@ def test_meta_models_fold() -> None:
     assert model.fuse()(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 1000)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dtype": torch.int32}, "floating-point.*got torch.int32"),
-        ({"channels_last": "always"}, "'auto', got 'always'"),
-    ],
-)
-def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
-    model = small("shvit")
-    with pytest.raises(ValueError, match=message):
-        model.fuse(**arguments)
-    assert not model.fused
-
-
 def test_autocast_keeps_working() -> None:
     model = small("shvit").eval().fuse()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -91,6 +91,11 @@ def test_neighborhood_attention() -> None:
         if call.kernel.startswith("na_cpu")
     ]
     assert call.flops == 2 * 9 * 7 * 2 * 15 * (8 + 8)
+    more = torch.randn(1, 5, 2, 8)
+    given = {"additional_keys": more, "additional_values": more}
+    calls = _traced(lambda: na2d(query, query, query, (3, 5), **given))
+    counts = [c.flops for c in calls if c.kernel.startswith("na_cpu")]
+    assert counts == [2 * 9 * 7 * 2 * (15 + 5) * (8 + 8)]
     causal = _traced(lambda: na2d(query, query, query, (3, 5), is_causal=True))
     assert [c.flops for c in causal if c.kernel.startswith("na_cpu")] == [None]
 

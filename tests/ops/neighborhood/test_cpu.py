@@ -12,24 +12,15 @@ from neighborhood_oracle import (
     Case,
     Limits,
     assert_exact,
-    brute_force,
-    make_inputs,
     normal_inputs,
     random_case,
 )
 
-from ops.cpu import build
-from ops.neighborhood import cpu, na1d, na2d, na3d
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood import na1d, na2d, na3d
 
 LIMITS = Limits(dims=(1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 48, 64, 80, 127, 128))
 # Maps wide enough for every way of fetching keys: whole vectors, permuted ones, gathered ones.
 WIDE = Limits(max_size={1: 200, 2: 26, 3: 9}, dims=(1, 7, 16, 20, 32))
-
-
-def test_the_kernel_compiles():
-    """The machines that run these tests have a compiler; elsewhere the tiled backend steps in."""
-    assert build.unavailable_reason("neighborhood") is None
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -267,46 +258,12 @@ def test_memory_does_not_grow_with_the_window(tmp_path):
     assert wide < narrow + 0.1
 
 
-def test_keys_that_no_query_sees_have_no_gradient():
-    query, key, value = (t.requires_grad_() for t in normal_inputs(10))
-    # Queries 0-3, 4-7 and 8-9 share the windows 1-3, 5-7 and 7-9.
-    out = na1d(query, key, value, 3, stride=3, is_causal=False, backend="cpu")
-    seen = {j for i in range(10) for j in _window_of(i)}
-    out.sum().backward()
-    for j in range(10):
-        assert bool(value.grad[:, j].abs().sum() > 0) == (j in seen)
-
-
-def _window_of(i):
-    leader = min(i // 3 * 3 + 1, 9)
-    start = min(max(leader - 1, 0), 7)
-    return range(start, start + 3)
-
-
 def test_bias_of_offsets_that_never_occur_has_no_gradient():
     query, key, value = normal_inputs(9, 12)
     rpb = torch.randn(2, 5, 5, requires_grad=True)
     na2d(query, key, value, 3, is_causal=True, rpb=rpb, backend="cpu").square().sum().backward()
     assert torch.count_nonzero(rpb.grad[:, 3:]) == torch.count_nonzero(rpb.grad[:, :, 3:]) == 0
     assert torch.count_nonzero(rpb.grad[:, :3, :3]) == 2 * 9
-
-
-def test_huge_logits():
-    query, key, value = normal_inputs(20, 20)
-    case = Case((20, 20), (5, 5), dim=16, value_dim=16, scale=1e4, **_PLAIN)
-    out, lse = na2d(query, key, value, 5, scale=1e4, return_lse=True, backend="cpu")
-    true_inputs = make_inputs(case)
-    true_inputs.query, true_inputs.key, true_inputs.value = (
-        t.double().flatten(0, 0) for t in (query, key, value)
-    )
-    object.__setattr__(case, "batch", 2)
-    object.__setattr__(case, "heads", 2)
-    object.__setattr__(case, "kv_heads", 2)
-    true_out, true_lse = brute_force(case, true_inputs)
-    assert torch.isfinite(out).all()
-    torch.testing.assert_close(lse.double(), true_lse, rtol=1e-6, atol=1e-1)
-    # A softmax of logits in the ten thousands is a maximum; rounding decides only near ties.
-    assert (out.double() - true_out).abs().median() < 1e-6
 
 
 @pytest.mark.parametrize("window", [4, 5])
@@ -320,15 +277,6 @@ def test_nan_spreads_to_the_queries_that_see_it_only(dtype, window):
     first = 8 if window == 5 else 9
     assert nan[0, first:13, 0, 0].all() and nan[1, first + 10 : 23, 1].all()
     assert nan.sum() == window + window * out.shape[-1]
-
-
-def test_empty_batch():
-    query, key, value = (t[:0].requires_grad_() for t in normal_inputs(8, 8))
-    params = NAParams((3, 3), (1, 1), (1, 1), (False, False), 1.0)
-    out, lse = cpu.attend(query, key, value, None, None, None, params)
-    assert out.shape == query.shape and lse.shape == query.shape[:-1]
-    out.sum().backward()
-    assert query.grad.shape == query.shape
 
 
 def test_expanded_and_transposed_views():

@@ -84,22 +84,6 @@ def test_opcheck(rank, optional):
     )
 
 
-def test_compile_forward_and_backward():
-    query, key, value = (t.requires_grad_() for t in normal_inputs(12, 10))
-    rpb = torch.randn(2, 5, 5, requires_grad=True)
-    tensors = (query, key, value, rpb)
-
-    def loss(query, key, value, rpb):
-        out, lse = na2d(query * 2, key, value, 3, rpb=rpb, return_lse=True, backend="cpu")
-        return out.square().sum() + lse.sum()
-
-    expected = torch.autograd.grad(loss(*tensors), tensors)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    got = torch.autograd.grad(compiled(*tensors), tensors)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
-
-
 def test_export_with_a_dynamic_batch():
     class Attention(torch.nn.Module):
         def forward(self, query, key, value):

@@ -79,19 +79,6 @@ def test_every_query_lies_in_one_tile(seed: int) -> None:
         assert tiles.visible.any(1).all(), "a query that sees no key"
 
 
-def test_few_masks() -> None:
-    # A border on either side and one inside, along each of two axes.
-    plan = _tiles.tiles_of_map(
-        (56, 56), (7, 7), (1, 1), (1, 1), (False, False), torch.device("cpu")
-    )
-    assert len(plan) == 9
-    windows = _tiles.tiles_of_map(
-        (56, 56), (7, 7), (7, 7), (1, 1), (False, False), torch.device("cpu")
-    )
-    assert len(windows) == 1
-    assert windows[0].all_visible
-
-
 def _operator_arguments(case: Case, dtype: torch.dtype = torch.float32) -> tuple:
     inputs = make_inputs(case, dtype).map(lambda t: t.detach().requires_grad_())
     return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import re
@@ -104,43 +103,6 @@ def test_what_others_do_not_need_is_compiled_apart(
     assert cpu.load("c").answer() == 42
     assert _kept() == (_NAMES if first == ["a", "b"] else ["a", "b", "c", "small"])
     assert len(compilations) == 4
-
-
-def test_kernels_that_are_compiled_apart_exist() -> None:
-    assert not (libraries._OF_PLAIN_LAYERS | libraries._ALONE).difference(Sources().all())
-
-
-def test_one_compilation_per_cpu(four, compilations, monkeypatch) -> None:
-    monkeypatch.setattr(libraries, "_cpus", lambda: 2)
-    at_work, most, lock, compile_ = 0, 0, threading.Lock(), compiler.run
-
-    def run(words, scratch, running) -> None:
-        nonlocal at_work, most
-        with lock:
-            at_work += 1
-            most = max(most, at_work)
-        time.sleep(0.05)
-        compile_(words, scratch)
-        with lock:
-            at_work -= 1
-
-    monkeypatch.setattr(compiler, "run", run)
-    assert cpu.load("a").answer() == 42
-    assert most == 2
-
-
-def test_progress_on_a_terminal(four, compilations, monkeypatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    cpu.load("a")
-    assert terminal.getvalue().endswith(f"\r[{'#' * 18}......] 3/4\r[{'#' * 24}] 4/4\n")
-    terminal.truncate(0)
-    cpu.load("b")
-    assert not terminal.getvalue().strip("\0")
 
 
 def test_concurrent_processes_build_once(tmp_path):

@@ -44,7 +44,12 @@ def no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
 
 
-@pytest.mark.parametrize("isa", instruction_sets.candidates())
+_RICHEST, *_OTHERS = instruction_sets.candidates()
+
+
+@pytest.mark.parametrize(
+    "isa", [_RICHEST, *(pytest.param(isa, marks=pytest.mark.slow) for isa in _OTHERS)]
+)
 def test_it_compiles(isa: str, sources: Path, no_compiler: None, monkeypatch) -> None:
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", isa)
     (sources / "any" / "small.cpp").write_text(_LIBRARY)

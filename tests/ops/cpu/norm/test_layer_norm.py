@@ -81,7 +81,7 @@ def _random_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layer_of_tokens(dtype: torch.dtype, monkeypatch) -> None:
-    norm = _random_affine(nn.LayerNorm(20))
+    norm = _random_affine(nn.LayerNorm(20, 0.5))
     norm, x = norm.to(dtype), torch.randn(2, 9, 20).to(dtype)
     fast = convert(copy.deepcopy(norm), FastLayerNorm)
     expected = norm(x)
