@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -68,9 +69,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 @pytest.fixture(scope="session")
-def with_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of kernels with emulated tiles, each of which is compiled once."""
-    return tmp_path_factory.mktemp("with_tiles")
+def with_tiles() -> Path:
+    """The folder of kernels with emulated tiles, each of which is compiled once, for all runs."""
+    header = Path(__file__).parents[1] / "emulated_tiles.h"
+    digest = hashlib.sha256(header.read_bytes()).hexdigest()[:12]
+    return folders.user_cache().with_name(f"emulated-tiles-{digest}")
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def test_spread() -> None:
     assert torch.equal(norm.weight, torch.ones(3))
 
 
+@pytest.mark.slow
 def test_no_draw_falls_on_a_far_cut() -> None:
     torch.manual_seed(0)
     weights = torch.empty(50_000_000)

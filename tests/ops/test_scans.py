@@ -67,8 +67,18 @@ def _single(name: str, tokens: int = 33) -> dict[str, Tensor]:
     return {n: t.float() for n, t in found.items() if t is not None}
 
 
-@EVERY
-@pytest.mark.parametrize("backend", ["cpu", "chunked"])
+# Those with loops over chunks take longest.
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        *((name, "cpu") for name in SCANS),
+        *((name, "chunked") for name in ("gated_linear_attention", "selective_scan")),
+        *(
+            pytest.param(name, "chunked", marks=pytest.mark.slow)
+            for name in ("bi_wkv", "bi_wkv in segments", "cross_selective_scan")
+        ),
+    ],
+)
 def test_compiles_into_one_graph(name: str, backend: str) -> None:
     scan = SCANS[name]
     tensors = {n: t.requires_grad_() for n, t in _single(name, 9).items()}
@@ -129,7 +139,7 @@ def test_states_that_triton_does_not_hold() -> None:
     assert "256 states per channel, got 300" in selective_scan.triton.supports(u, rate)
 
 
-@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("optional", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_operators(optional: bool) -> None:
     operators = torch.ops.vision_backbones
     cases: dict[str, tuple[list[Any], tuple[Any, ...]]] = {
@@ -179,10 +189,8 @@ ANY_SIZE = {
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow) if name in ("bi_wkv", "selective_scan") else name
-        for name in SCANS
-    ],
+    ["gated_linear_attention"]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in SCANS if n != "gated_linear_attention"],
 )
 @torch.no_grad()
 def test_onnx(name: str) -> None:

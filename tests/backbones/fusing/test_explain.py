@@ -15,6 +15,7 @@ from zoo import FAMILIES, images, small
 
 import backbones
 from backbones.cli.measure import count_macs
+from backbones.fusing.explain import BufferUse, MemoryUse
 from ops.replay.trace import TracedCall
 
 # Fused models that compute a little less, or more, than the plain ones: branches that become one
@@ -117,6 +118,14 @@ def test_memory_plan() -> None:
     images_, result = memory.buffers[0], memory.buffers[-1]
     assert images_.first == -1 and images_.offset is None and images_.shape == (1, 3, 64, 64)
     assert result.last == len(found.calls) and result.offset is None
+
+
+def test_peak_of_buffers() -> None:
+    """Of those in the workspace that a call reads or writes, the last call included."""
+    uses = ((0, 1, 0, 64), (1, 2, 64, 32), (2, 3, 0, 48), (0, 3, None, 999))
+    buffers = [BufferUse(first, last, at, size, ()) for first, last, at, size in uses]
+    assert MemoryUse(100, buffers).peak == 96
+    assert MemoryUse(100, buffers).reuse == (64 + 32 + 48) / 100
 
 
 def test_text_and_json() -> None:

@@ -81,7 +81,7 @@ def test_outputs_and_gradients(tokens: int, segments: int | None, backend: str) 
 
 @pytest.mark.parametrize("segments", [None, 3])
 def test_gradcheck(segments: int | None) -> None:
-    tokens = inputs(18, batch=1, dim=2)
+    tokens = inputs(10, batch=1, dim=2)
     assert torch.autograd.gradcheck(lambda *t: bi_wkv(*t, segments), tokens)
     assert torch.autograd.gradgradcheck(lambda *t: bi_wkv(*t, segments), inputs(5, batch=1, dim=1))
 

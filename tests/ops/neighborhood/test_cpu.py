@@ -235,7 +235,7 @@ def step(tensors, kernel_size, grad):
     return out, *torch.autograd.grad(out, tensors, grad)
 
 torch.set_num_threads(1)
-tiny, large = (torch.randn(3, 1, n, n, 4, 32).unbind() for n in (8, 128))
+tiny, large = (torch.randn(3, 1, n, n, 4, 32).unbind() for n in (8, 96))
 for t in (*tiny, *large):
     t.requires_grad_()
 grad = torch.randn_like(large[0])

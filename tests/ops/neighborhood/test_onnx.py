@@ -65,6 +65,7 @@ def test_layers_with_dynamic_batch_and_map(layer: nn.Module, sizes: list[tuple[i
         torch.testing.assert_close(run(x), layer(x), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_window_that_depends_on_the_map() -> None:
     class Wide(nn.Module):
         """Dilated as far as the map allows."""

@@ -116,7 +116,7 @@ def test_lse_merges_with_additional_keys(backend: str | None, case: Case, extra:
 
 
 @every_backend
-@some_examples
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(case=cases())
 def test_repeated_runs_and_threads_change_nothing(backend: str | None, case: Case) -> None:
     inputs = make_inputs(case, DTYPE[backend]).map(lambda t: t.requires_grad_()).present()
@@ -128,7 +128,7 @@ def test_repeated_runs_and_threads_change_nothing(backend: str | None, case: Cas
         return [out, lse, *grads]
 
     first = run(1)
-    for threads in (1, 2, 3):
+    for threads in (1, 3):
         assert all(a.equal(b) for a, b in zip(first, run(threads), strict=True)), threads
 
 

@@ -51,7 +51,9 @@ class _Attention(torch.nn.Module):
         )
 
 
-@pytest.mark.parametrize(("rank", "strict"), [(1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("rank", "strict"), [pytest.param(1, True, marks=pytest.mark.slow), (2, False)]
+)
 def test_export_with_dynamic_sizes(rank: int, strict: bool) -> None:
     module = _Attention(rank)
     axes = {0: Dim("batch"), **{i + 1: Dim(f"n{i}", min=6) for i in range(rank)}}

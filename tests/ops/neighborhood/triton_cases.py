@@ -95,13 +95,13 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_cases_are_exact(seed):
     check(small(seed))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8, 520)[PART::PARTS])
+@pytest.mark.parametrize("seed", range(4, 520)[PART::PARTS])
 def test_many_random_cases_are_exact(seed):
     check(small(seed))
 
@@ -154,7 +154,11 @@ def test_lse_of_unusual_scores(kind):
     oracle.assert_lse_of_unusual_scores(kind, "triton", DEVICE)
 
 
-@pytest.mark.parametrize("case", WIDE, ids=lambda case: f"{case.rank}d-{case.kernel_size}")
+@pytest.mark.parametrize(
+    "case",
+    [WIDE[0], WIDE[2], *(pytest.param(c, marks=pytest.mark.slow) for c in WIDE[1:2] + WIDE[3:])],
+    ids=lambda case: f"{case.rank}d-{case.kernel_size}",
+)
 def test_blocks_without_a_mask(case):
     check(case)
 

@@ -31,7 +31,7 @@ def _relative(value: Tensor, expected: Tensor) -> float:
 pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     batch=st.integers(1, 2),
     channels=st.sampled_from([1, 3, 8, 16, 24, 40]),

@@ -45,7 +45,7 @@ def _agrees(x: Tensor, conv: nn.Conv2d, activation: str, tolerance: float) -> No
     assert (out - expected).abs().max() < 4 * tolerance * (1 + expected.abs().max())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
     batch=st.integers(1, 3),

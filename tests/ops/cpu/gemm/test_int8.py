@@ -65,7 +65,7 @@ class _Layer:
 
 
 @_needs_bytes
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     dtype=st.sampled_from(_DTYPES),
     batch=st.integers(1, 3),

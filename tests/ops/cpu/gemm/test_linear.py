@@ -35,7 +35,7 @@ _COMBINED = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
     batch=st.integers(1, 3),

@@ -23,7 +23,7 @@ def _plain(x: Tensor, window_size: tuple[int, int]) -> Tensor:
     return means.permute(0, 2, 3, 1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     batch=st.integers(1, 3),
@@ -47,7 +47,7 @@ def test_is_the_mean(dtype, batch, size, channels, window_size, layout) -> None:
 
 
 def test_means_of_many_pixels_keep_their_digits() -> None:
-    x = 1 + random(1, 512, 512, 64).float() * 1e-3
+    x = 1 + random(1, 512, 512, 16).float() * 1e-3
     outs = []
     for threads in (1, 2):
         with using_threads(threads):

@@ -45,7 +45,7 @@ def _agrees(
     assert (out - expected).abs().max() < tolerance * (1 + expected.abs().max())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     batch=st.integers(1, 3),
     size=st.tuples(st.integers(1, 40), st.integers(1, 70)),
@@ -78,7 +78,7 @@ def test_bfloat16_equals_the_layers(batch, size, image_channels, channels, activ
             packed_stem(x, *pack_layers(convs, x.dtype), activations)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     side=st.integers(1, 9),
