@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from compiled_kernels import conv_row, random
 from torch import Tensor, nn
 
+import ops.cpu
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.cpu.attention.gated import gated_attention
 from ops.cpu.attention.linear import rank_augmented_attention
@@ -49,6 +52,15 @@ from ops.inference.kan import pack_kan
 from ops.kan import KANLayer
 
 Arguments = dict[str, Any]
+
+
+def every_kernel() -> list[Kernel]:
+    """All kernels of the library."""
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(ops.cpu.__path__, "ops.cpu.")
+    ]
+    return [k for module in modules for k in vars(module).values() if isinstance(k, Kernel)]
 
 
 def _f(*shape: int, seed: int = 0) -> Tensor:

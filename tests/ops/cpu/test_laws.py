@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compiled_kernels import compiled_for, using_threads, without_kernels
-from kernel_calls import CALLS
+from kernel_calls import CALLS, every_kernel
 from torch import Tensor
 
 from ops import cpu
@@ -44,6 +44,14 @@ def _assert_near(found: list[Tensor], expected: list[Tensor], bound: float) -> N
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == b.dtype and a.shape == b.shape
         assert (a.double() - b).abs().max() <= bound * b.abs().max()
+
+
+def test_every_kernel_has_a_call() -> None:
+    """But for those whose tests go through the functions of attention."""
+    called = {make()[0].name for make in CALLS.values()}
+    missing = {kernel.name for kernel in every_kernel()} - called
+    others = ("na_cpu", "grouped_attention", "packed_linear_int8", "packed_linear_energy_int8")
+    assert not {n for n in missing if not n.startswith((*others, "packed_mlp_int8"))}
 
 
 @pytest.mark.parametrize("isa", PLAINER)
