@@ -69,8 +69,10 @@ def test_export_with_dynamic_sizes(rank: int, strict: bool) -> None:
             torch.testing.assert_close(got, true)
 
 
-def test_export_of_a_layer_without_a_least_size() -> None:
-    layer = NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True).eval()
+@pytest.mark.parametrize("small_maps", ["refuse", "shrink"])
+def test_export_of_a_layer_without_a_least_size(small_maps: str) -> None:
+    options = {"is_causal": (True, False), "rel_pos_bias": True, "small_maps": small_maps}
+    layer = NeighborhoodAttention2D(8, 2, 3, **options).eval()
     dynamic = dict.fromkeys(range(3), Dim.DYNAMIC)
     program = torch.export.export(layer, (torch.randn(2, 5, 6, 8),), dynamic_shapes=(dynamic,))
     x = torch.randn(3, 4, 11, 8)

@@ -15,7 +15,9 @@ def _expected(x, weight, eps):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 17), (1, 20, 19, 200), (3, 16, 32, 129)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 3, 5, 17), (1, 20, 19, 200), (3, 16, 32, 129), (2, 30, 37, 21)]
+)
 def test_is_the_scale(shape, dtype):
     x, weight = random(*shape).to(dtype), random(shape[3], seed=1)
     out = response_scales(x, weight.float(), 1e-3)
