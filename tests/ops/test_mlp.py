@@ -21,4 +21,3 @@ def test_definition() -> None:
     )
     expected = mlp.fc2(F.gelu(near + mlp.dwconv.bias))
     torch.testing.assert_close(mlp(x), expected)
-

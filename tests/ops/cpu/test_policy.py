@@ -1,4 +1,4 @@
-"""Decisions: those of an emulated plainer CPU, reasons that are true, and some that users rely on."""
+"""Decisions: those of an emulated plainer CPU, true reasons, and some that users rely on."""
 
 from __future__ import annotations
 
