@@ -24,9 +24,6 @@ from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.cpu.gemm.convolution import PackedConv2d, packed_conv2d
 from ops.cpu.gemm.int8 import (
     pack_int8_weight,
-    packed_linear_energy_int8,
-    packed_linear_int8,
-    packed_mlp_int8,
     unsupported_int8,
 )
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
@@ -296,16 +293,16 @@ CALLS: dict[str, _Call] = {
 if unsupported_int8(torch.device("cpu"), torch.float32) is None:
     CALLS |= {
         "packed_linear_int8": lambda: _of(
-            *(packed_linear_int8, "x", "other", "scale"), x=_f(2, 90, 37), **_int8(43, 37),
+            *(packed_linear, "x", "other", "scale"), x=_f(2, 90, 37), **_int8(43, 37),
             in_range=torch.tensor((0.02, 120.0)), activation="relu", other=_f(2, 90, 43),
             combination="add", scale=_f(2, 37),
         ),
         "packed_linear_energy_int8": lambda: _of(
-            *(packed_linear_energy_int8, "x", "scale"), x=_f(2, 90, 37), **_int8(43, 37),
+            *(packed_linear_energy, "x", "scale"), x=_f(2, 90, 37), **_int8(43, 37),
             activation="gelu", scale=_f(2, 37),
         ),
         "packed_mlp_int8": lambda: _of(
-            *(packed_mlp_int8, "x", "residual"), x=_f(2, 90, 24), **_numbered(1, _int8(70, 24)),
+            *(packed_mlp, "x", "residual"), x=_f(2, 90, 24), **_numbered(1, _int8(70, 24)),
             **_numbered(2, _int8(19, 70)), activation="gelu", residual=_f(2, 90, 19),
         ),
     }  # fmt: skip

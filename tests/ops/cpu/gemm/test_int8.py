@@ -24,15 +24,13 @@ from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.gemm.int8 import (
     LARGEST_INPUT,
     pack_int8_weight,
-    packed_linear_energy_int8,
-    packed_linear_int8,
-    packed_mlp_int8,
     quantize_rows,
     quantize_weight,
     reference,
     unsupported_int8,
 )
-from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.gemm.linear import packed_linear, packed_linear_energy
+from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.gemm.problem import COMBINATIONS
 
 _CPU = torch.device("cpu")
@@ -42,6 +40,21 @@ _needs_bytes = pytest.mark.skipif(not _HAS_BYTES, reason="this CPU does not mult
 _ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 _DTYPES = list(_ROUNDED)
 _IN_RANGE = torch.tensor((0.02, 120.0))
+
+
+def _linear(x, weight, weight_scale, bias, in_range=None, activation="none", *other, **scales):
+    int8 = {"weight_scale": weight_scale, "in_range": in_range}
+    return packed_linear(x, weight, bias, activation, *other, **scales, **int8)
+
+
+def _energy(x, weight, weight_scale, bias, in_range, activation, scale):
+    return packed_linear_energy(x, weight, bias, activation, scale, weight_scale, in_range)
+
+
+def _mlp(x, weight1, scale1, bias1, weight2, scale2, bias2, *ranges_and_more):
+    range1, range2, activation, residual = ranges_and_more
+    ends = activation, residual, scale1, scale2, range1, range2
+    return packed_mlp(x, weight1, bias1, weight2, bias2, *ends)
 
 
 class _Layer:
@@ -100,9 +113,7 @@ def test_is_the_reference(
     if other is not None and not clips_sum:
         times = 1 if other_scale is None else other_scale
         expected = expected * other if combination == "multiply" else expected + other * times
-    out = packed_linear_int8(
-        x, *layer.packed, in_range, activation, other, combination, scale, other_scale
-    )
+    out = _linear(x, *layer.packed, in_range, activation, other, combination, scale, other_scale)
     bound = layer.bound(scaled, in_range)
     bound = bound * steepness(activation, layer.expected(scaled, in_range).abs())
     bound = bound * (1 if other is None else 1 + other.abs().max())
@@ -116,7 +127,7 @@ def test_is_the_reference(
 @pytest.mark.parametrize("rows", [13, 600, 5000])
 def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
     layer, x = _Layer(300, 70), random(1, rows, 300).to(dtype)
-    error = (packed_linear_int8(x, *layer.packed) - layer.expected(x)).abs()
+    error = (_linear(x, *layer.packed) - layer.expected(x)).abs()
     assert (error <= _ROUNDED[dtype] * layer.bound(x)).all()
 
 
@@ -131,10 +142,10 @@ def test_both_layers_in_one_pass(dtype, threads, dims, ranges) -> None:
     x = random(2, 31, 43, dim + 3).to(dtype)[..., :dim]
     residual = random(2, 31, 43, out_dim + 1, seed=3).to(dtype)[..., 1:]
     first, second = _Layer(dim, hidden), _Layer(hidden, out_dim, seed=7)
-    between = packed_linear_int8(x, *first.packed, ranges[0], "gelu")
-    expected = packed_linear_int8(between, *second.packed, ranges[1], "none", residual, "add")
+    between = _linear(x, *first.packed, ranges[0], "gelu")
+    expected = _linear(between, *second.packed, ranges[1], "none", residual, "add")
     with using_threads(threads):
-        out = packed_mlp_int8(x, *first.packed, *second.packed, *ranges, "gelu", residual)
+        out = _mlp(x, *first.packed, *second.packed, *ranges, "gelu", residual)
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
@@ -147,17 +158,17 @@ def test_sums_of_squares(dtype: torch.dtype, in_range: Tensor | None) -> None:
     scale = random(3, 70, seed=4).float()
     for threads in (1, 2):
         with using_threads(threads):
-            out, energy = packed_linear_energy_int8(x, *layer.packed, in_range, "gelu", scale)
-        expected = packed_linear_int8(x, *layer.packed, in_range, "gelu", scale=scale)
+            out, energy = _energy(x, *layer.packed, in_range, "gelu", scale)
+        expected = _linear(x, *layer.packed, in_range, "gelu", scale=scale)
         assert torch.equal(out, expected)
-        squares = packed_linear_int8(x.float(), *layer.packed, in_range, "gelu", scale=scale)
+        squares = _linear(x.float(), *layer.packed, in_range, "gelu", scale=scale)
         torch.testing.assert_close(energy, squares.square().sum((1, 2)), rtol=1e-5, atol=1e-5)
 
 
 @_needs_bytes
 def test_layers_may_be_of_floats_within_the_error_of_int8() -> None:
     x, weight = random(1, 50, 192).float(), random(64, 192, seed=1).float()
-    out = packed_linear_int8(x, *pack_int8_weight(weight), torch.zeros(64))
+    out = _linear(x, *pack_int8_weight(weight), torch.zeros(64))
     exact = F.linear(x, weight)
     assert (out - exact).norm() < 0.015 * exact.norm()
 
@@ -183,7 +194,7 @@ def test_rows_of_zeros_constants_and_large_values(dtype: torch.dtype) -> None:
     rows[0, 1], rows[0, 2], rows[0, 3] = 2.5, -1e-3, 1e-42
     rows[0, 4, 0], rows[0, 4, 1] = 1e30, -1e30
     rows[0, 5, :2] = torch.tensor((largest, -largest))
-    out = packed_linear_int8(rows, *layer.packed)
+    out = _linear(rows, *layer.packed)
     torch.testing.assert_close(out[0, 0].float(), layer.bias, rtol=2**-8, atol=0)
     error = (out - layer.expected(rows)).abs()[:, :5]
     assert (error <= _ROUNDED[dtype] * layer.bound(rows)[:, :5]).all()
@@ -197,9 +208,9 @@ def test_rows_of_zeros_constants_and_large_values(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("place", [0, 63, 64, 69])
 def test_rows_with_nan_or_infinity_are_nan(dtype, value, place, in_range) -> None:
     layer, x = _Layer(70, 40), random(1, 20, 70).to(dtype)
-    clean = packed_linear_int8(x, *layer.packed, in_range)
+    clean = _linear(x, *layer.packed, in_range)
     x[0, 7, place] = value
-    out = packed_linear_int8(x, *layer.packed, in_range)
+    out = _linear(x, *layer.packed, in_range)
     others = [row for row in range(20) if row != 7]
     assert out[0, 7].isnan().all() and torch.equal(out[0, others], clean[0, others])
 
@@ -211,7 +222,7 @@ def test_every_nan_of_bfloat16_gives_nan(bits: int, in_range: Tensor | None) -> 
     """Also those with a sign."""
     layer, x = _Layer(70, 40), random(1, 20, 70).bfloat16()
     x.view(torch.int16)[0, 7, 33] = bits
-    out = packed_linear_int8(x, *layer.packed, in_range)
+    out = _linear(x, *layer.packed, in_range)
     assert out[0, 7].isnan().all() and not out[0, 8].isnan().any()
 
 
@@ -223,15 +234,15 @@ def test_ranges_of_bfloat16_are_those_of_float32(value: float) -> None:
         layer, x = _Layer(in_features, 20), random(1, 40, in_features).bfloat16()
         x[0, :20] = x[0, :20].abs() if value >= 0 else -x[0, :20].abs()
         x[0, 10:30, in_features // 2] = value
-        out = packed_linear_int8(x.float(), *layer.packed)
-        assert torch.equal(packed_linear_int8(x, *layer.packed), out.bfloat16())
+        out = _linear(x.float(), *layer.packed)
+        assert torch.equal(_linear(x, *layer.packed), out.bfloat16())
 
 
 @_needs_bytes
 def test_values_outside_of_the_range_are_clipped() -> None:
     packed = (*pack_int8_weight(torch.ones(3, 1)), torch.zeros(3))
     x = torch.tensor((-1e30, -50.0, 50.0, 1e30)).view(1, 4, 1)
-    out = packed_linear_int8(x, *packed, torch.tensor((0.1, 100.0)))
+    out = _linear(x, *packed, torch.tensor((0.1, 100.0)))
     torch.testing.assert_close(out[0, :, 0], torch.tensor((-10.0, -10.0, 15.5, 15.5)))
 
 
@@ -271,7 +282,7 @@ def _assert_is_reference() -> None:
             x = random(2, rows, in_features + 3).to(dtype)[..., 1 : 1 + in_features]
             layer = _Layer(in_features, out_features)
             for in_range in (None, _IN_RANGE):
-                out = packed_linear_int8(x, *layer.packed, in_range, "relu")
+                out = _linear(x, *layer.packed, in_range, "relu")
                 error = (out - layer.expected(x, in_range).relu()).abs()
                 assert (error <= _ROUNDED[dtype] * layer.bound(x, in_range)).all()
 
@@ -290,7 +301,8 @@ def test_where_bytes_do_not_pay(monkeypatch) -> None:
         ({"activation": "softplus"}, "activation must be one of"),
         ({"combination": "add"}, "combination must be one of"),
         ({"x": torch.zeros(2, 99)}, "got .2, 99."),
-        ({"weight": torch.zeros(1024)}, "weight must be torch.int8, got torch.float32"),
+        ({"weight": torch.zeros(1024)}, "weight_scale and in_range are for weights in int8"),
+        ({"weight_scale": None}, r"weight_scale must be .2, 3., got None"),
         ({"weight_scale": torch.zeros(3)}, r"weight_scale must be .2, 3., got .3,."),
         ({"in_range": torch.zeros(3)}, r"in_range must be .2,., got .3,."),
         ({"in_range": torch.zeros(2).double()}, "in_range must be torch.float32"),
@@ -302,14 +314,7 @@ def test_rejects_bad_arguments(arguments, message) -> None:
     weight, weight_scale = pack_int8_weight(torch.zeros(3, 5))
     given_ = {"x": torch.zeros(2, 5), "weight": weight, "weight_scale": weight_scale}
     with pytest.raises(ValueError, match=message):
-        packed_linear_int8(**{**given_, "bias": torch.zeros(3), **arguments})
-
-
-@_needs_bytes
-def test_kernels_of_floats_refuse_bytes() -> None:
-    weight, _ = pack_int8_weight(torch.zeros(3, 5))
-    with pytest.raises(ValueError, match="x is torch.float32 and its weight torch.int8"):
-        packed_linear(torch.zeros(2, 5), weight, torch.zeros(3))
+        _linear(**{**given_, "bias": torch.zeros(3), **arguments})
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 5, 1, 1), (1, LARGEST_INPUT + 1)])

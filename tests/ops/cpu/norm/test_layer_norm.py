@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import PLAIN_ACTIVATIONS, random, using_threads, without_kernels
+from compiled_kernels import PLAIN_ACTIVATIONS, random, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
