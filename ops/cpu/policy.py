@@ -299,8 +299,9 @@ _FEWEST_CHANNELS = 16
 _MOST_OVERLAPPING = 4
 # From this many taps on, and for oblong or dilated windows, our kernel is faster.
 _LARGE_WINDOW = 49
-# Also for maps of up to this many values, as oneDNN has a larger call overhead.
-_SMALL_MAP = 1 << 17
+# Also for maps of up to this many values: within a network, a call of oneDNN takes 0.1 to 0.3 ms more
+# than when repeated by itself.
+_SMALL_MAP = 1 << 19
 _VECTOR = 16  # floats, at most
 
 
@@ -371,6 +372,10 @@ def depthwise_by_kernel(
     oneDNN would copy a slice of the channels, which our kernel reads in place; in bfloat16, oneDNN
     handles whole vectors only. Without known vector instructions, our 3×3 takes three times as long
     as oneDNN's.
+
+    With a limit of 524288 values rather than 131072, one image of EfficientNet-B0 takes 12.4 instead
+    of 13.4 ms (Zen 4), MobileNetV3-L 6.8 instead of 7.4; in bfloat16 8.6 instead of 9.7, and 4.4
+    instead of 4.8.
     """
     rows, columns = kernel_size
     if values <= _SMALL_MAP:
