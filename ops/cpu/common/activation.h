@@ -19,27 +19,46 @@ enum Kind : int64_t {
 static VB_INLINE F positive(F x) { return simd::max(simd::zero(), x); }  // NaN stays NaN
 static VB_INLINE F negative(F x) { return simd::zero() - positive(simd::zero() - x); }
 
-// GELU is x Φ(x) = max(x, 0) - |x| Φ(-|x|).
+// x / (1 + exp(-x)), computed with an exponent that is never positive.
+static VB_INLINE F silu(F x) {
+  const F up = positive(x), down = negative(x);
+  const F power = simd::exp2((down - up) * simd::set1(1.44269504f));
+  return simd::fma(down, power, up) / (simd::set1(1.f) + power);
+}
+
 #if VB_AVX512
-// AVX-512 looks up one of 32 numbers in one instruction: Φ(-x) is split into 32 pieces around
-// multiples of 1 / SCALE, each interpolated by a polynomial at Chebyshev nodes. The error is below
-// 2e-7 with four terms and below 1e-5 with three, which suffice for results rounded to bfloat16.
-// The last piece ends at zero.
-template <int TERMS>
+// GELU is x Φ(x) = max(x, 0) - |x| Φ(-|x|), and SiLU the same with the logistic function σ. AVX-512
+// looks up one of 32 numbers in one instruction: these tails are split into 32 pieces around
+// multiples of 1 / SCALE, each interpolated by a polynomial at Chebyshev nodes. The last piece ends
+// at zero.
+struct Normal {
+  static constexpr double SCALE = 6.0;
+  static double value(double x) { return 0.5 * std::erfc(x * std::sqrt(0.5)); }
+};
+struct Logistic {
+  static constexpr double SCALE = 1.75;
+  static double value(double x) { return 1.0 / (1.0 + std::exp(x)); }
+};
+
+// With CENTRED, polynomials are around the middle of pieces, which takes two more instructions, and
+// keeps the terms of distant ones from cancelling.
+template <class Curve, int TERMS, bool CENTRED>
 struct Tail {
   static constexpr int PIECES = 2 * W;
-  static constexpr double SCALE = 6.0, END = (PIECES - 0.5) / SCALE;
+  static constexpr double SCALE = Curve::SCALE, END = (PIECES - 0.5) / SCALE;
   float terms[TERMS][PIECES];
 
   Tail() {
     for (int piece = 0; piece < PIECES; piece++) {
       const double begin = std::max(0.0, (piece - 0.5) / SCALE), end = (piece + 0.5) / SCALE;
+      const double origin = CENTRED ? piece / SCALE : 0.0;
       double node[TERMS], c[TERMS];  // divided differences, then Newton's form to powers
       for (int i = 0; i < TERMS; i++) {
         const double share = 0.5 - 0.5 * std::cos(std::acos(-1.0) * (2 * i + 1) / (2 * TERMS));
-        node[i] = begin + share * (end - begin);
-        c[i] = value(node[i]);
-        if (piece == PIECES - 1) c[i] -= share * value(end);
+        const double place = begin + share * (end - begin);
+        node[i] = place - origin;
+        c[i] = Curve::value(place);
+        if (piece == PIECES - 1) c[i] -= share * Curve::value(end);
       }
       for (int order = 1; order < TERMS; order++) {
         for (int i = TERMS - 1; i >= order; i--) {
@@ -52,36 +71,51 @@ struct Tail {
       for (int i = 0; i < TERMS; i++) terms[i][piece] = static_cast<float>(c[i]);
     }
   }
-
- private:
-  static double value(double x) { return 0.5 * std::erfc(x * std::sqrt(0.5)); }
 };
 
-template <int TERMS>
-static VB_INLINE void gelu(F* x, int count) {
-  static const Tail<TERMS> tail;
+template <class Curve, int TERMS, bool CENTRED = false>
+static VB_INLINE void subtract_tail(F* x, int count) {
+  using Table = Tail<Curve, TERMS, CENTRED>;
+  static const Table tail;
   F low[TERMS], high[TERMS];
   for (int i = 0; i < TERMS; i++) {
     low[i] = simd::load(tail.terms[i]);
     high[i] = simd::load(tail.terms[i] + W);
   }
   constexpr int SMALLER_MAGNITUDE = 0b1010;  // of two numbers; the other one if one is NaN
-  const F end = simd::set1(static_cast<float>(Tail<TERMS>::END * (1 - 0x1p-20)));
-  const F scale = simd::set1(static_cast<float>(Tail<TERMS>::SCALE));
+  const F end = simd::set1(static_cast<float>(Table::END * (1 - 0x1p-20)));
+  const F scale = simd::set1(static_cast<float>(Table::SCALE));
+  const F width = simd::set1(static_cast<float>(1 / Table::SCALE));
   const F rounding = simd::set1(0x1.8p23f);  // leaves integers in the low bits
   for (int i = 0; i < count; i++) {
     const F place = _mm512_range_ps(x[i], end, SMALLER_MAGNITUDE);
-    const __m512i piece = _mm512_castps_si512(simd::fma(place, scale, rounding));
+    const F rounded = simd::fma(place, scale, rounding);
+    const __m512i piece = _mm512_castps_si512(rounded);
+    const F at = CENTRED ? _mm512_fnmadd_ps(rounded - rounding, width, place) : place;
     F sum = _mm512_permutex2var_ps(low[TERMS - 1], piece, high[TERMS - 1]);
     for (int term = TERMS - 2; term >= 0; term--) {
-      sum = simd::fma(sum, place, _mm512_permutex2var_ps(low[term], piece, high[term]));
+      sum = simd::fma(sum, at, _mm512_permutex2var_ps(low[term], piece, high[term]));
     }
     x[i] = _mm512_fnmadd_ps(place, sum, positive(x[i]));
   }
 }
 
+// The error is below 2e-7 for floats, and below 1e-5 for results rounded to bfloat16.
+template <class T>
+static VB_INLINE void gelu(F* x, int count) {
+  subtract_tail<Normal, std::is_same_v<T, float> ? 4 : 3>(x, count);
+}
+
+// Below 3e-7, and 6e-6.
+template <class T>
+static VB_INLINE void silu(F* x, int count) {
+  constexpr bool wide = std::is_same_v<T, float>;
+  subtract_tail<Logistic, wide ? 5 : 4, wide>(x, count);
+}
+
 #else
-// Φ by formula 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions", within 8e-8.
+// x Φ(x) = max(x, 0) - |x| Φ(-|x|), with Φ by formula 7.1.26 of Abramowitz and Stegun, "Handbook of
+// Mathematical Functions", within 8e-8.
 static VB_INLINE F gelu(F x) {
   const F magnitude = positive(x) - negative(x), one = simd::set1(1.f);
   const F t = one / simd::fma(magnitude, simd::set1(0.3275911f * 0.70710678f), one);
@@ -93,18 +127,16 @@ static VB_INLINE F gelu(F x) {
   return positive(x) - magnitude * (half * t) * power;
 }
 
-template <int TERMS>
+template <class T>
 static VB_INLINE void gelu(F* x, int count) {
   for (int i = 0; i < count; i++) x[i] = gelu(x[i]);
 }
-#endif
 
-// x / (1 + exp(-x)), computed with an exponent that is never positive.
-static VB_INLINE F silu(F x) {
-  const F up = positive(x), down = negative(x);
-  const F power = simd::exp2((down - up) * simd::set1(1.44269504f));
-  return simd::fma(down, power, up) / (simd::set1(1.f) + power);
+template <class T>
+static VB_INLINE void silu(F* x, int count) {
+  for (int i = 0; i < count; i++) x[i] = silu(x[i]);
 }
+#endif
 
 // exp(scale * x), at most 2^126; NaN stays NaN.
 static VB_INLINE F limited_exp(F x, float scale) {
@@ -153,10 +185,10 @@ static __attribute__((noinline)) void apply(F* x, int count, int64_t kind) {
       for (int i = 0; i < count; i++) x[i] = positive(x[i]);
       break;
     case GELU:
-      gelu<std::is_same_v<T, float> ? 4 : 3>(x, count);
+      gelu<T>(x, count);
       break;
     case SILU:
-      for (int i = 0; i < count; i++) x[i] = silu(x[i]);
+      silu<T>(x, count);
       break;
     case HARDSWISH:
       for (int i = 0; i < count; i++) x[i] = hardswish(x[i]);
