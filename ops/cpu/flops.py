@@ -53,6 +53,11 @@ def _mlp(given: _Given, result: Any) -> int:
     return int(expanded + pixels * hidden * (window + out_features))
 
 
+def _expansion(given: _Given, result: Any) -> int:
+    window = math.prod(given["taps"].shape[:2])
+    return int(given["x"].numel() * len(given["bias1"]) + result[0].numel() * window)
+
+
 def _convolution(given: _Given, result: Any) -> int:
     return int(result.numel() * math.prod(given["geometry"][:3]))
 
@@ -137,6 +142,7 @@ def _split_neighborhood(given: _Given, result: Any) -> int | None:
 _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     **dict.fromkeys(("packed_linear", "packed_linear_energy"), _linear),
     **dict.fromkeys(("packed_mlp", "depthwise_mlp"), _mlp),
+    "depthwise_expansion": _expansion,
     "packed_conv2d": _convolution,
     "depthwise_conv2d": _depthwise,
     "depthwise_branches": _branches,

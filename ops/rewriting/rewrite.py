@@ -13,6 +13,7 @@ from ops.rewriting.epilogues import (
     multiply_by_map,
     square_relu,
 )
+from ops.rewriting.expansion import join_expansion
 from ops.rewriting.feed_forward import join_feed_forward
 from ops.rewriting.gates import add_gated, split_gated_linear
 from ops.rewriting.graph import Operator, OperatorGraph
@@ -41,6 +42,8 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (add_gated,),
     (join_response_norm,),
     (join_response_scales, join_squeeze, join_feed_forward),
+    (join_expansion,),
+    (join_permutations,),
     (scale_shortcut, join_softmax, join_stem),
 )
 

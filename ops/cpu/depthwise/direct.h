@@ -25,6 +25,7 @@ struct DirectRun {
   ptrdiff_t out_pixel;
   int lanes;
   int64_t activation;
+  float* total;  // whose vector grows by the outputs, or null
 };
 
 // R outputs of a K×K window with column stride SX.
@@ -63,6 +64,12 @@ static void convolve_run(const DirectRun<T>& s) {
     for (int r = 0; r < R; r++) sum[r] = activation::clip(sum[r], limit);
   } else if (s.activation != activation::NONE) {
     activation::apply<T>(sum, R, s.activation);
+  }
+  if (WHOLE && s.total) {
+    F total = sum[0];
+    VB_UNROLL
+    for (int r = 1; r < R; r++) total = total + sum[r];
+    simd::store(s.total, simd::load(s.total) + total);
   }
   VB_UNROLL
   for (int r = 0; r < R; r++) {
@@ -111,6 +118,9 @@ struct Part {
   // Channels per pass over the rows. With a cache line of them, the next output row finds its
   // inputs in the L1 cache; with all of them, rows are read in memory order.
   int64_t pass;
+  // The sums of the outputs of each vector, [vectors][W], to which those of this part are added; or
+  // null.
+  float* totals;
 };
 
 // The values in a cache line.
@@ -124,7 +134,7 @@ static void convolve_part(const Part<T>& p, Range rows, Range columns) {
   const int64_t margin = p.kernel / 2, width = length(columns);
   const int64_t runs = (width + RUN_PIXELS - 1) / RUN_PIXELS;
   DirectRun<T> s{nullptr, p.in_row, p.in_pixel, {}, {}, nullptr, p.weight_stride, nullptr,
-           nullptr, p.out_pixel, static_cast<int>(std::min<int64_t>(W, p.channels)), p.activation};
+           nullptr, p.out_pixel, static_cast<int>(std::min<int64_t>(W, p.channels)), p.activation, nullptr};
   for (int64_t c = 0; c < p.channels; c += p.pass) {
     for (int64_t y = rows.begin; y < rows.end; y++) {
       const int64_t top = y * p.stride[0] - margin;
@@ -144,6 +154,7 @@ static void convolve_part(const Part<T>& p, Range rows, Range columns) {
           s.weight = p.weight + channel;
           s.bias = p.bias ? p.bias + channel : nullptr;
           s.out = out + channel;
+          s.total = p.totals ? p.totals + v : nullptr;
           convolve_run(s);
         }
       }
@@ -184,7 +195,8 @@ static void convolve_rows(const Problem& p, const Tensors& t, int64_t image, Ran
                      p.kernel[0],
                      {p.stride[0], p.stride[1]},
                      p.activation,
-                     p.kernel[0] == 3 ? p.channels : LINE_VALUES<T>};
+                     p.kernel[0] == 3 ? p.channels : LINE_VALUES<T>,
+                     nullptr};
   const Range columns{0, p.out_size[1]};
   p.channels >= W ? convolve_part<true>(part, rows, columns)
                   : convolve_part<false>(part, rows, columns);

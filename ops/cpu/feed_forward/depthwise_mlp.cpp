@@ -2,7 +2,8 @@
 // the norm before and the shortcut after; also an inverted bottleneck, with windows of 3×3 to 7×7
 // and strides of 1 or 2. The hidden map is many times larger than input and output. It is computed
 // in strips of rows, split into blocks of columns if wide. If the whole map is a single strip, it is
-// computed in chunks of channels. So it never leaves the L2 cache.
+// computed in chunks of channels. So it never leaves the L2 cache. Without the second linear layer,
+// the result is the map after the convolution, and the means of its channels.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -37,8 +38,9 @@ struct Problem {
 // Maps are [batch][height][width][features]. Null if unused: `norm_weight` and `norm_bias`
 // [in_features], `weight1` and `bias1` (then the input is the hidden map), `taps`
 // [kernel²][taps_stride] with `conv_bias`, both for whole vectors of channels, and `other`, which is
-// added to the result. In `weight2`, each span of inputs is packed separately. Void pointers are to
-// float or BFloat16.
+// added to the result. In `weight2`, each span of inputs is packed separately. If that is null, the
+// result is the map after the convolution, whose chunks have W channels or more, and `means` [batch]
+// [hidden] are those of its channels. Void pointers are to float or BFloat16.
 struct Tensors {
   const void *in, *norm_weight, *norm_bias, *weight1;
   const float *bias1, *taps, *conv_bias;
@@ -46,6 +48,7 @@ struct Tensors {
   const float* bias2;
   const void* other;
   void* out;
+  void* means;
 };
 
 // Values of the hidden map per step. The L2 cache of a core holds the map before and after the
@@ -79,6 +82,7 @@ struct Task {
   int64_t image;
   Range rows, columns;
   Scratch<T>& s;
+  float* totals;  // of the channels of the result, see depthwise::Part; or null
 
   int64_t margin() const { return p.kernel / 2; }
   int64_t out_width() const { return (p.width - 1) / p.stride + 1; }
@@ -125,7 +129,9 @@ struct Task {
       const Range fresh{std::max(seen.begin, had.end), seen.end};
       const bool expands = t.weight1 && length(fresh) > 0;  // one before may have seen all rows
       const T* in = expands ? input(fresh) : nullptr;
-      T* mixed = t.taps ? s.mixed.of(length(strip) * length(columns) * pitch(p.span)) : nullptr;
+      T* mixed = t.taps && t.weight2
+                     ? s.mixed.of(length(strip) * length(columns) * pitch(p.span))
+                     : nullptr;
       for (int64_t c = 0; c < chunks; c++) {
         T* map = nullptr;
         if (t.weight1) {
@@ -133,6 +139,10 @@ struct Task {
           const int64_t kept = fresh.begin - seen.begin;
           if (kept) std::memmove(map, map + (seen.begin - had.begin) * row, kept * row * sizeof(T));
           if (expands) expand(c, in, length(fresh), map + kept * row);
+        }
+        if (!t.weight2) {
+          mix(c, map, seen, strip, nullptr);
+          continue;
         }
         const int64_t begin = c * p.chunk / p.span * p.span, end = c * p.chunk + channels(c);
         if (t.taps) mix(c, map, seen, strip, mixed + c * p.chunk - begin);
@@ -186,8 +196,8 @@ struct Task {
     }
   }
 
-  // Convolves into a map of a span of channels. The hidden map and the taps are padded to whole
-  // vectors; of the input, which may be the hidden map, the last vectors may overlap.
+  // Convolves into a map of a span of channels, or into the result if `out` is null. The hidden map and the taps are padded to whole
+  // vectors; of the input, which may be the hidden map, and the result the last vectors may overlap.
   void mix(int64_t c, const T* map, Range seen, Range strip, T* out) const {
     const Range seen_columns = this->seen(columns, p.width);
     const int64_t channel = c * p.chunk, step = map ? pitch(p.chunk) : p.in_features;
@@ -206,8 +216,16 @@ struct Task {
                             p.kernel,
                             {p.stride, p.stride},
                             p.conv_activation,
-                            map ? depthwise::LINE_VALUES<T> : channels(c)};
+                            map ? depthwise::LINE_VALUES<T> : channels(c),
+                            totals ? totals + channel : nullptr};
     if (!map) part.in = in_at(seen.begin, seen_columns.begin) + channel;
+    if (!out) {
+      const int64_t row = image * out_height() + strip.begin;
+      part.out = static_cast<T*>(t.out) + (row * out_width() + columns.begin) * p.hidden + channel;
+      part.out_row = out_width() * p.hidden;
+      part.out_pixel = p.hidden;
+      part.channels = channels(c);
+    }
     depthwise::convolve_part<true>(part, strip, columns);
   }
 
@@ -236,14 +254,30 @@ struct Task {
   }
 };
 
+// The mean of a channel, from the totals of the parts of an image. The last vector of an incomplete
+// one ends with the last channel.
+static float mean_of(const Problem& p, const float* totals, int64_t shares, int64_t pitch,
+                     int64_t channel, int64_t pixels) {
+  const int64_t rest = p.hidden % simd::W;
+  const int64_t place = channel + (channel >= p.hidden - rest ? simd::W - rest : 0);
+  float sum = 0.f;
+  for (int64_t i = 0; i < shares; i++) sum += totals[i * pitch + place];
+  return sum / static_cast<float>(pixels);
+}
+
 template <class T>
 static void forward_of(const Problem& p, const Tensors& t) {
   const int64_t height = (p.height - 1) / p.stride + 1, width = (p.width - 1) / p.stride + 1;
   const int64_t shares =
       std::max<int64_t>(1, std::min(height, (p.threads + p.batch - 1) / p.batch));
+  static thread_local ScratchBuffer<float> buffer;
+  const int64_t pitch = simd::round_up(p.hidden, simd::W);
+  float* const totals = t.means ? buffer.of(p.batch * shares * pitch) : nullptr;
+  if (totals) std::fill_n(totals, p.batch * shares * pitch, 0.f);
   const auto work = [&](int64_t index) {
     static thread_local Scratch<T> s;
-    Task<T> task{p, t, index / shares, linear::share(height, index % shares, shares), {0, width}, s};
+    Task<T> task{p, t, index / shares, linear::share(height, index % shares, shares), {0, width}, s,
+                 totals ? totals + index * pitch : nullptr};
     const int64_t blocks = task.blocks();
     for (int64_t i = 0; i < blocks; i++) {
       task.columns = linear::share(width, i, blocks);
@@ -251,6 +285,13 @@ static void forward_of(const Problem& p, const Tensors& t) {
     }
   };
   parallel::for_each(p.batch * shares, p.threads, work);
+  for (int64_t image = 0; t.means && image < p.batch; image++) {
+    for (int64_t c = 0; c < p.hidden; c++) {
+      const float mean =
+          mean_of(p, totals + image * shares * pitch, shares, pitch, c, height * width);
+      simd::assign(static_cast<T*>(t.means) + image * p.hidden + c, mean);
+    }
+  }
 }
 
 static void forward(const Problem& p, const Tensors& t) {

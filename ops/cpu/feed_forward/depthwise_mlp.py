@@ -1,7 +1,8 @@
 """Feed-forwards on the CPU in one pass: norm, linear, depthwise convolution, linear, shortcut.
 
 The kernel (``depthwise_mlp.cpp``) computes the hidden map, the widest of a network, in pieces that
-stay in the cache. It also computes inverted bottlenecks.
+stay in the cache. It also computes inverted bottlenecks, and the part of one before its
+squeeze-and-excitation.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.cpu.call.binding import kernel
-from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import bias_of, dense
 from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["PackedDepthwiseMlp", "depthwise_mlp"]
+__all__ = ["PackedDepthwiseMlp", "PackedExpansion", "depthwise_expansion", "depthwise_mlp"]
 
 # float32 hidden channels per step of the convolution (chunk) and of the second layer (span). Both
 # are multiples of the packed panels' width, and the span is a multiple of the chunk.
@@ -125,6 +126,49 @@ class PackedDepthwiseMlp:
         return out
 
 
+class PackedExpansion:
+    """``conv_activation(conv(activation(fc1(x))))`` and the means of its channels.
+
+    Args:
+        fc1: from ``in_features`` to ``hidden``, 16 or more; it may be a 1×1 convolution.
+        conv: depthwise, of ``hidden`` channels, see :meth:`PackedDepthwiseMlp.takes`. Both layers
+            are in float32 or bfloat16.
+        activation, conv_activation: from :data:`ops.cpu.activations.ACTIVATIONS`.
+
+    Raises:
+        ValueError: fewer than 16 channels.
+        RuntimeError: the kernel is not available here.
+    """
+
+    def __init__(
+        self,
+        fc1: nn.Linear | nn.Conv2d,
+        conv: nn.Conv2d,
+        activation: str = "none",
+        conv_activation: str = "none",
+    ) -> None:
+        if conv.in_channels < _LINE:
+            raise ValueError(f"conv must have {_LINE} channels or more, got {conv.in_channels}")
+        padding = (0, _padded(conv.in_channels) - conv.in_channels)
+        weight1 = fc1.weight.detach().flatten(1)
+        self._in_features = weight1.shape[1]
+        first = pack_weight(weight1), bias_of(fc1)
+        taps = F.pad(taps_first(conv.weight), padding), F.pad(bias_of(conv), padding)
+        self._weights = (*first, *taps, conv.stride[0])
+        self._activations = activation, conv_activation
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, in_features) → (B, ⌈H / stride⌉, ⌈W / stride⌉, hidden) and (B, hidden).
+
+        Raises:
+            ValueError: wrong dtype or shape.
+        """
+        if x.shape[-1] != self._in_features:
+            raise ValueError(f"x must have {self._in_features} features, got {x.shape[-1]}")
+        out, means = depthwise_expansion(x, *self._weights, *self._activations)
+        return out, means
+
+
 def _padded(hidden: int) -> int:
     """Channels between taps: an odd number of cache lines, so that they use all sets of a cache."""
     return (-(-hidden // _LINE) | 1) * _LINE
@@ -133,6 +177,47 @@ def _padded(hidden: int) -> int:
 def _span(hidden: int, dtype: torch.dtype) -> int:
     """Inputs of the second layer per step: all if partial sums would be rounded."""
     return _SPAN if dtype == torch.float32 else hidden
+
+
+def _chunk(hidden: int) -> int:
+    """Channels per step of an expansion; in the last one there is at least a vector of them."""
+    return next(n for n in range(_CHUNK, 0, -_LINE * 2) if not 0 < hidden % n < _LINE)
+
+
+@kernel("depthwise_mlp", "depthwise_mlp_forward", returns="(Tensor, Tensor)", refuses=no_products)
+def depthwise_expansion(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    taps: Tensor,
+    conv_bias: Tensor,
+    stride: int,
+    activation: str,
+    conv_activation: str,
+) -> Call:
+    """See :class:`PackedExpansion`, which packs the weights."""
+    require_dtype(weight1.dtype, x=x)
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x must be (B, H, W, in_features) with pixels, got {tuple(x.shape)}")
+    hidden = len(bias1)
+    out = x.new_empty(len(x), *(-(-n // stride) for n in x.shape[1:3]), hidden)
+    means = x.new_empty(len(x), hidden)
+
+    def arguments() -> Any:
+        macs = hidden * x.numel() + out.numel() * len(taps) ** 2
+        return {
+            **sizes_of(x, "batch height width in_features"),
+            **{"hidden": hidden, "out_features": hidden, "chunk": _chunk(hidden), "span": hidden},
+            **{
+                "kernel": len(taps),
+                "taps_stride": taps.shape[2],
+                "threads": threads_for(macs, MACS),
+            },
+            **{"eps": 0.0, "norm_weight": None, "norm_bias": None, "weight2": None},
+            **{"bias2": None, "other": None, "out": out, "means": means},
+        }
+
+    return Call((out, means), arguments)
 
 
 @kernel("depthwise_mlp", "depthwise_mlp_forward", refuses=no_products)
@@ -179,6 +264,7 @@ def depthwise_mlp(
             "chunk": _CHUNK if taps is not None and x.dtype == torch.float32 else span,
             "threads": threads_for(pixels * hidden * (in_features + out_features), MACS),
             "other": dense(residual),
+            "means": None,
         }
 
     return Call(out, arguments)

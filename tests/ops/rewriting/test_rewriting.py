@@ -166,6 +166,34 @@ def test_an_inverted_bottleneck_is_one_layer() -> None:
     _check(_Call(forward, conv=conv, **layers, **norms), IMAGE, "FeedForward")
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_an_expansion_with_squeeze_and_excitation_is_one_layer(stride: int) -> None:
+    """https://arxiv.org/abs/1905.02244"""
+
+    def block(m: Any, x: Tensor) -> Tensor:
+        hidden = F.hardswish(m.bn2(m.dw(F.hardswish(m.bn1(m.pw(x))))))
+        gates = F.hardsigmoid(m.excite(F.relu(m.squeeze(hidden.mean((2, 3), keepdim=True)))))
+        out: Tensor = m.out(hidden * gates)
+        return out
+
+    parts = {"pw": nn.Conv2d(6, 24, 1), "dw": nn.Conv2d(24, 24, 5, stride, 2, groups=24)}
+    gates = {"squeeze": nn.Conv2d(24, 8, 1), "excite": nn.Conv2d(8, 24, 1)}
+    norms = {"bn1": nn.BatchNorm2d(24), "bn2": nn.BatchNorm2d(24)}
+    model = _Call(block, **parts, **gates, **norms, out=nn.Conv2d(24, 6, 1))
+    _check(model, torch.randn(2, 6, 9, 7), "Expansion", *["FastLinear"] * 3)
+
+
+def test_an_expansion_read_before_the_convolution_stays() -> None:
+    def block(m: Any, x: Tensor) -> Tensor:
+        hidden = m.pw(x)
+        out: Tensor = m.dw(hidden)
+        return out * out.mean((2, 3), keepdim=True) + hidden
+
+    layers = {"pw": nn.Conv2d(6, 24, 1), "dw": nn.Conv2d(24, 24, 3, padding=1, groups=24)}
+    graph = _graph(_Call(block, **layers), torch.randn(2, 6, 9, 7))
+    assert "Expansion" not in _names(graph)
+
+
 def test_gates_scale_the_inputs_of_the_next_layer() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         gates = m.rise(F.silu(m.sink(x.mean((2, 3), keepdim=True)))).sigmoid()
