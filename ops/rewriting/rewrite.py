@@ -24,6 +24,7 @@ from ops.rewriting.shortcuts import add_shortcut
 from ops.rewriting.softmax import join_softmax
 from ops.rewriting.stem import join_stem
 from ops.rewriting.views import join_permutations, sink_permutation
+from ops.rewriting.windows import join_windows
 
 __all__ = ["rewrite"]
 
@@ -33,6 +34,7 @@ Rewrite = Callable[[OperatorGraph, Operator], bool]
 # Folding comes before epilogues, since a layer with an activation cannot be folded any more.
 _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (lift,),
+    (join_windows,),
     (join_permutations, fold_norm, merge_branches, fold_scale),
     (join_permutations, sink_permutation, fold_norm, fold_scale),
     (

@@ -1,0 +1,338 @@
+"""Attention in windows reads and writes the tokens of a map where they are.
+
+Partitions, shifts and their inverses only change the order of tokens. Linear layers give the same
+for any order, so both surround attention without copies. https://arxiv.org/abs/2103.14030
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ops.cpu import policy
+from ops.cpu.attention.grouped import LINE, grouped_attention
+from ops.cpu.call.dispatch import takes_kernels
+from ops.inference.layers import FastLinear
+from ops.rewriting.graph import Operator, OperatorGraph, Value
+
+__all__ = ["WindowedAttention", "join_windows"]
+
+_aten = torch.ops.aten
+_VIEWS = {
+    *(_aten.reshape.default, _aten.view.default, _aten.flatten.using_ints, _aten.unflatten.int),
+    *(_aten.permute.default, _aten.transpose.int, _aten.roll.default, _aten.contiguous.default),
+    *(_aten.unbind.int, _aten.select.int, _aten.chunk.default, _aten.split.Tensor),
+    *(_aten.squeeze.dim, _aten.unsqueeze.default),
+}
+_MOST_INDICES = 1 << 25  # of a map whose order is followed: 128 MiB
+
+
+class _Part(NamedTuple):
+    """Where queries, keys or values are in a token: the first channel, and from head to head."""
+
+    start: int
+    step: int
+
+
+class WindowedAttention(nn.Module):
+    """softmax(scale · query · keyᵀ + bias) · value in windows, (B, ..., in) → (B, ..., dim).
+
+    Args:
+        rows: (windows, N), the tokens of each window; each token is in one of them.
+        bias: (heads, N, N), added to the scores of all windows.
+        masks: (windows, N, N), added to those of all heads.
+        parts: of queries, keys and values among the inputs.
+        head_dim: of each head.
+        scale: of the logits.
+    """
+
+    rows: Tensor
+    terms: Tensor
+    lines: Tensor
+    kinds: Tensor
+
+    def __init__(
+        self,
+        rows: Tensor,
+        bias: Tensor,
+        masks: Tensor,
+        parts: tuple[_Part, _Part, _Part],
+        head_dim: int,
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.parts, self.head_dim, self.scale = parts, head_dim, scale
+        kinds, of_window = masks.float().unique(dim=0, return_inverse=True)
+        both = (bias.float()[:, None] + kinds) / scale  # (heads, kinds, N, N)
+        heads, count, tokens, _ = both.shape
+        blocks = -(-tokens // LINE)
+        padded = both.new_zeros(heads, count, blocks * LINE, tokens)
+        padded[:, :, :tokens] = both
+        terms = padded.unflatten(2, (blocks, LINE)).transpose(3, 4).reshape(heads, -1, LINE)
+        lines = torch.arange(terms.shape[1], dtype=torch.int32).view(count, blocks, tokens)
+        self.register_buffer("rows", rows.int().contiguous())
+        self.register_buffer("terms", terms.contiguous())
+        self.register_buffer("lines", lines)
+        self.register_buffer("kinds", of_window.int())
+
+    def extra_repr(self) -> str:
+        return f"parts={self.parts}, head_dim={self.head_dim}, scale={self.scale}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(1, -2).contiguous()
+        query, key, value = (self._heads(tokens, part) for part in self.parts)
+        out = query.new_empty(query.shape)
+        if takes_kernels((x,)) and grouped_attention.unsupported(x.device, x.dtype) is None:
+            terms = self.terms, self.lines, self.kinds
+            grouped_attention(query, key, value, out, self.rows, None, None, *terms, self.scale)
+        else:
+            self._attend(query, key, value, out)
+        return out.view(*x.shape[:-1], -1)
+
+    def _heads(self, x: Tensor, part: _Part) -> Tensor:
+        """(B, N, in) → (B, N, heads, head_dim)."""
+        batch, tokens, width = x.shape
+        size = batch, tokens, len(self.terms), self.head_dim
+        stride = tokens * width, width, part.step, 1
+        return x.as_strided(size, stride, x.storage_offset() + part.start)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+        """Without our kernel: writes to ``out``."""
+        rows = self.rows.long()
+        q, k, v = (t[:, rows].transpose(2, 3) for t in (query, key, value))
+        terms = self.terms[:, self.lines[self.kinds].long()]  # (heads, windows, blocks, N, LINE)
+        bias = terms.transpose(3, 4).flatten(2, 3)[:, :, : rows.shape[1]].transpose(0, 1)
+        scores = (q.float() @ k.float().transpose(3, 4) + bias) * self.scale
+        out[:, rows] = (scores.softmax(-1).to(v.dtype) @ v).transpose(2, 3)
+
+
+class _Scores(NamedTuple):
+    """``scale · product + bias + masks``, before the softmax."""
+
+    product: Operator
+    scale: float
+    bias: Tensor  # (heads, N, N)
+    masks: Tensor  # (windows, N, N), or one for all windows
+
+
+def join_windows(graph: OperatorGraph, operator: Operator) -> bool:
+    """``unpartition(linear(attention(linear(partition(x)))))`` with terms added to scores."""
+    if operator.function is not _aten.softmax.int:
+        return False
+    mixed = graph.only_user(operator.result)
+    scores = _scores(graph, operator)
+    if scores is None or mixed is None or mixed.function is not _aten.matmul.default:
+        return False
+    if mixed.args[0] is not operator.result or mixed.kwargs:
+        return False
+    query, key = scores.product.args
+    found = [_source(graph, value) for value in (query, key, mixed.args[1])]
+    if any(source is not found[0][0] for source, _, _ in found):
+        return False
+    first = graph.made_by(found[0][0], FastLinear)
+    if first is None or first.kwargs or first.function.activation != "none":
+        return False
+    x, steps, factor = _source(graph, first.args[0])
+    if factor != 1 or first.result.shape.numel() > _MOST_INDICES or len(x.shape) < 3:
+        return False
+    rows = _rows(x, steps)
+    if rows is None or rows.shape[-1] != scores.bias.shape[-1]:
+        return False
+    parts = [_part(first.result, steps, i == 1) for i, (_, steps, _) in enumerate(found)]
+    projected = _projection(graph, mixed)
+    if projected is None or any(part is None for part in parts):
+        return False
+    final = _final(graph, projected.result, rows)
+    windows = _in_one_image(rows, x)
+    if final is None or windows is None or len(scores.masks) not in (1, len(windows)):
+        return False
+    heads, head_dim = mixed.result.shape[1], mixed.result.shape[3]
+    if heads != len(scores.bias) or query.shape[3] != head_dim:
+        return False
+    if not policy.softmax_attention_by_kernel(rows.shape[-1], x.dtype):
+        return False
+    scale = scores.scale * math.prod(factor for _, _, factor in found)
+    of_parts: Any = tuple(parts)
+    masks = scores.masks.expand(len(windows), -1, -1)
+    attention = WindowedAttention(windows, scores.bias, masks, of_parts, head_dim, scale)
+    pixels, layer = x.shape[:-1], projected.function
+    inputs = first.function.out_features
+    value = graph.insert_before(projected, first.function, x, shape=(*pixels, inputs))
+    width = heads * head_dim
+    value = graph.insert_before(projected, attention, value, shape=(*pixels, width))
+    value = graph.insert_before(projected, layer, value, shape=(*pixels, layer.out_features))
+    if value.shape != final.shape:
+        value = graph.insert_before(projected, _aten.reshape.default, value, list(final.shape))
+    graph.substitute(final, value)
+    graph.remove_unused()
+    return True
+
+
+def _scores(graph: OperatorGraph, operator: Operator) -> _Scores | None:
+    """What a softmax over the last axis is of."""
+    given = [*operator.args[1:], *operator.kwargs.values()]
+    if given not in ([-1], [len(operator.result.shape) - 1]):
+        return None
+    value, constants = operator.args[0], []
+    while True:
+        made = value.producer
+        if made is None or graph.only_user(value) is None:
+            return None
+        if made.function is _aten.reshape.default:
+            value = made.args[0]
+        elif made.function is _aten.add.Tensor and not made.kwargs:
+            value, table = made.args
+            if not isinstance(table, Value) or table.constant is None:
+                return None
+            constants.append(table.constant)
+        else:
+            break
+    scale = 1.0
+    if made.function is _aten.mul.Tensor and isinstance(made.args[1], int | float):
+        scale, made = float(made.args[1]), graph.made_by(made.args[0], _aten.matmul.default)
+    if made is None or made.function is not _aten.matmul.default or len(value.shape) != 4:
+        return None
+    if not constants:
+        return None
+    groups, heads, tokens, keys = value.shape
+    bias, masks = None, None
+    for table in constants:
+        if table.shape[-2:] != (tokens, keys) or tokens != keys:
+            return None
+        outer = table.shape[:-2]
+        if outer.numel() == heads and outer[-1:] == (heads,) and bias is None:
+            bias = table.reshape(heads, tokens, keys)
+        elif outer[-1:] == (1,) and groups % outer.numel() == 0 and masks is None:
+            masks = table.reshape(-1, tokens, keys)
+        else:
+            return None
+    dense: Any = bias if bias is not None else masks
+    bias = dense.new_zeros(heads, tokens, keys) if bias is None else bias
+    masks = dense.new_zeros(1, tokens, keys) if masks is None else masks
+    return _Scores(made, scale, bias, masks)
+
+
+_Steps = list[tuple[Operator, int]]
+
+
+def _source(graph: OperatorGraph, value: Value) -> tuple[Value, _Steps, float]:
+    """The value that views lead back to, the views in order, and the numbers multiplied by."""
+    steps: _Steps = []
+    factor = 1.0
+    while True:
+        made = value.producer
+        if made is None:
+            break
+        if made.function is _aten.mul.Tensor and isinstance(made.args[1], int | float):
+            factor *= made.args[1]
+        elif made.function in _VIEWS:
+            steps.append((made, made.results.index(value)))
+        else:
+            break
+        value = made.args[0]
+    return value, steps[::-1], factor
+
+
+def _followed(steps: _Steps, index: Tensor) -> Tensor:
+    """Views of a tensor."""
+    for operator, result in steps:
+        made = operator.function(index, *operator.args[1:], **operator.kwargs)
+        index = made[result] if operator.returns_list else made
+    return index
+
+
+def _indices(value: Value) -> Tensor:
+    numbers = torch.arange(value.shape.numel(), dtype=torch.int32, device="cpu")
+    return numbers.view(value.shape)
+
+
+def _rows(x: Value, steps: _Steps) -> Tensor | None:
+    """The tokens of ``x`` in the order that views give, (groups, N); None if they are not whole."""
+    channels = x.shape[-1]
+    index = _followed(steps, _indices(x))
+    if index.ndim < 3 or index.shape[-1] != channels:
+        return None
+    starts = index[..., :1]
+    whole = torch.equal(index, starts + torch.arange(channels, dtype=torch.int32, device="cpu"))
+    if not whole or (starts % channels).any():
+        return None
+    return (starts[..., 0] // channels).flatten(0, -2)
+
+
+def _in_one_image(rows: Tensor, x: Value) -> Tensor | None:
+    """The rows of the windows of the first image if those of others are the same, else None."""
+    batch, tokens = x.shape[0], x.shape[1:-1].numel()
+    if batch == 0 or len(rows) % batch:
+        return None
+    of_images = rows.unflatten(0, (batch, -1))
+    offsets = tokens * torch.arange(batch, dtype=rows.dtype, device="cpu")
+    first = of_images[0]
+    same = torch.equal(of_images, first + offsets[:, None, None])
+    once = torch.equal(first.flatten().sort().values, torch.arange(tokens, device="cpu"))
+    return first if same and once else None
+
+
+def _part(inputs: Value, steps: _Steps, is_key: bool) -> _Part | None:
+    """Where (groups, heads, N, head_dim), of keys transposed, are in (..., N, in)."""
+    index = _followed(steps, _indices(inputs))
+    if index.ndim != 4:
+        return None
+    index = index.transpose(2, 3) if is_key else index
+    groups, heads, tokens, head_dim = index.shape
+    width = inputs.shape[-1]
+    if groups * tokens * width != inputs.shape.numel():
+        return None
+    start = int(index[0, 0, 0, 0])
+    step = int(index[0, 1, 0, 0]) - start if heads > 1 else head_dim
+
+    def along(count: int, stride: int, axis: int) -> Tensor:
+        numbers = stride * torch.arange(count, dtype=torch.int32, device="cpu")
+        return numbers.view([-1 if i == axis else 1 for i in range(4)])
+
+    expected = start + along(groups, tokens * width, 0) + along(heads, step, 1)
+    expected = expected + along(tokens, width, 2) + along(head_dim, 1, 3)
+    return _Part(start, step) if torch.equal(index, expected) else None
+
+
+def _projection(graph: OperatorGraph, mixed: Operator) -> Operator | None:
+    """The linear layer that reads the heads (groups, heads, N, head_dim) as (..., N, dim)."""
+    if len(mixed.result.shape) != 4 or mixed.result.shape.numel() > _MOST_INDICES:
+        return None
+    value, steps = mixed.result, []
+    while True:
+        user = graph.only_user(value)
+        if user is None:
+            return None
+        if user.function not in _VIEWS or len(user.results) != 1:
+            break
+        steps.append((user, 0))
+        value = user.result
+    layer = user.function
+    if not isinstance(layer, FastLinear) or user.kwargs or layer.activation != "none":
+        return None
+    index = _indices(mixed.result)
+    wanted = index.transpose(1, 2).flatten(2).flatten(0, 1)
+    given = _followed(steps, index).flatten(0, -2)
+    return user if given.shape == wanted.shape and torch.equal(given, wanted) else None
+
+
+def _final(graph: OperatorGraph, value: Value, rows: Tensor) -> Value | None:
+    """The last view of a layer's results in windows in which tokens are in their first order."""
+    numbers = torch.arange(rows.numel(), dtype=torch.int32, device="cpu")
+    wanted = torch.empty_like(numbers)
+    wanted[rows.flatten().long()] = numbers
+    channels = value.shape[-1]
+    if value.shape.numel() > _MOST_INDICES:
+        return None
+    index, final = _indices(value), None
+    while True:
+        starts = index[..., 0].flatten()
+        if index.shape[-1] == channels and torch.equal(starts, wanted * channels):
+            final = value
+        user = graph.only_user(value)
+        if user is None or user.function not in _VIEWS or len(user.results) != 1:
+            return final
+        index, value = _followed([(user, 0)], index), user.result
