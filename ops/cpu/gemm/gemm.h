@@ -40,6 +40,19 @@ static void copy_row(const T* in, const float* scale, int64_t count, int64_t pad
   std::fill(out + count, out + padded, Input<T>{});
 }
 
+// The scales of an image's inputs, or null.
+static const float* scales_of(const Problem& p, const Tensors& t, int64_t image) {
+  static thread_local ScratchBuffer<float> buffer;
+  const int64_t first = image * p.in_features;
+  if (!t.scale) return nullptr;
+  if (!p.half_scale) return static_cast<const float*>(t.scale) + first;
+  float* const wide = buffer.of(p.in_features);
+  for (int64_t k = 0; k < p.in_features; k++) {
+    wide[k] = simd::to_float(static_cast<const BFloat16*>(t.scale)[first + k]);
+  }
+  return wide;
+}
+
 // Rows `range` of one image, or of all images if there are no scales or energies.
 template <class T>
 static void run_rows(const Problem& p, const Tensors& t, Range range, Range panels) {
@@ -49,6 +62,7 @@ static void run_rows(const Problem& p, const Tensors& t, Range range, Range pane
   const int64_t pitch = padded_inputs(in, p.in_features);
   const int64_t fitting = std::max(MIN_CHUNK, CHUNK_BYTES / (pitch * int64_t{sizeof(Input<T>)}));
   const int64_t count = range.end - range.begin, chunks = (count + fitting - 1) / fitting;
+  const float* const scale = scales_of(p, t, image);
   for (int64_t i = 0; i < chunks; i++) {
     const Range chunk = share(count, i, chunks);
     const int64_t first = range.begin + chunk.begin;
@@ -57,7 +71,6 @@ static void run_rows(const Problem& p, const Tensors& t, Range range, Range pane
                  static_cast<T*>(t.out) + first * p.out_stride, nullptr, chunk.end - chunk.begin};
     if (t.other) rows.other = static_cast<const T*>(t.other) + first * p.other_stride;
     if (t.energy) rows.energy = t.energy + image * p.out_features;
-    const float* const scale = t.scale ? t.scale + image * p.in_features : nullptr;
     if (t.weight_scale) {
       run_quantised(p, t, begin, scale, rows, panels);
       continue;

@@ -97,7 +97,7 @@ def packed_linear(
         combination: one of :data:`ops.cpu.gemm.problem.COMBINATIONS`: the output ``+ other``,
             ``* other`` or ``+ other * other_scale``. With ``add_clipped``, ReLU or ReLU6 is applied
             to the sum.
-        scale: (B, in_features) float32, multiplied with the inputs.
+        scale: (B, in_features), float32 or in the dtype of ``x``, multiplied with the inputs.
         other_scale: (out_features,) float32, only for ``add_scaled``.
         in_range: for int8, scale and zero of the inputs of all rows, (2,) float32; default: each
             row's own.
@@ -172,6 +172,7 @@ def _inputs(
         in_stride=in_stride,
         other_stride=other_stride,
         by_image=by_image or scale is not None,
+        half_scale=scale is not None and scale.dtype == torch.bfloat16,
     )
-    dense_scale = None if scale is None else scale.float().contiguous()
+    dense_scale = None if scale is None else scale.contiguous()
     return {"problem": problem, "in": rows, "scale": dense_scale}

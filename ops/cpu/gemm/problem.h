@@ -23,6 +23,7 @@ struct Problem {
   int64_t rows, in_features, out_features, in_stride, out_stride, other_stride;
   int64_t image_rows;  // rows that share scales and energies
   int64_t activation, combination, bfloat16, threads;
+  int64_t half_scale;  // whether `scale` is in bfloat16
 };
 
 // How the activated output is combined with `other`, in the order of COMBINATIONS in problem.py.
@@ -30,9 +31,9 @@ struct Problem {
 enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED, ADD_CLIPPED };
 
 // `weight` is packed by `pack`, `bias` is [out_features]. Null if unused: `other`
-// [rows][out_features]; `scale` [images][in_features], multiplied with the inputs; `energy`
-// [images][out_features], which receives the sums of squared outputs; `other_scale` [out_features],
-// multiplied with `other` before it is added. T is float or BFloat16.
+// [rows][out_features]; `scale` [images][in_features], float or BFloat16, multiplied with the inputs;
+// `energy` [images][out_features], which receives the sums of squared outputs; `other_scale`
+// [out_features], multiplied with `other` before it is added. T is float or BFloat16.
 //
 // With `weight_scale` [2][out_features], the weight is one in int8 (int8.h): the scales of outputs,
 // and the negative sums of the scaled weights of each. Rows are quantised with the scale and zero of
@@ -42,7 +43,7 @@ struct Tensors {
   const void* weight;
   const float* bias;
   const void* other;
-  const float* scale;
+  const void* scale;
   void* out;
   float* energy;
   const float* other_scale;

@@ -118,6 +118,8 @@ def check_scales(
     """
     if scale is not None and scale.shape != (x.shape[0], x.shape[-1]):
         raise ValueError(f"scale must be {(x.shape[0], x.shape[-1])}, got {tuple(scale.shape)}")
+    if scale is not None and scale.dtype not in (torch.float32, x.dtype):
+        raise ValueError(f"scale must be in float32 or {x.dtype}, got {scale.dtype}")
     require_dtype(torch.float32, other_scale=other_scale)
     shape = None if other_scale is None else tuple(other_scale.shape)
     wanted = tuple(bias.shape) if combination == "add_scaled" else None
@@ -159,6 +161,7 @@ def linear_problem(
     in_stride: int = 0,
     other_stride: int = 0,
     by_image: bool = False,
+    half_scale: bool = False,
 ) -> Any:
     """The sizes of a layer applied to ``x``, (B, ..., in_features), or to as many other rows.
 
@@ -166,6 +169,7 @@ def linear_problem(
         in_features: the width of the rows, if it differs from that of ``x``.
         in_stride, other_stride: row strides; default those of contiguous tensors.
         by_image: whether scales or sums of squares are per image.
+        half_scale: whether scales are in bfloat16.
     """
     rows, in_features = math.prod(x.shape[:-1]), in_features or x.shape[-1]
     sizes = {
@@ -174,7 +178,7 @@ def linear_problem(
         "other_stride": other_stride or out_features,
         "image_rows": rows // max(1, len(x)) if by_image else 0,
         **{"activation": activation, "combination": COMBINATIONS.index(combination)},
-        "bfloat16": x.dtype == torch.bfloat16,
+        **{"bfloat16": x.dtype == torch.bfloat16, "half_scale": half_scale},
         "threads": threads_for(rows * in_features * out_features, MACS),
     }
     return numbers(_PROBLEM, sizes)

@@ -45,10 +45,10 @@ _COMBINED = {
     cut=st.booleans(),
     activation=st.sampled_from(ACTIVATIONS),
     combination=st.sampled_from(COMBINATIONS),
-    has_scale=st.booleans(),
+    scale_dtype=st.sampled_from([None, torch.float32, "that of x"]),
 )
 def test_is_the_linear_layer(
-    dtype, batch, size, in_features, out_features, cut, activation, combination, has_scale
+    dtype, batch, size, in_features, out_features, cut, activation, combination, scale_dtype
 ) -> None:
     x = random(batch, *size, in_features + 5).to(dtype)
     x = x[..., 2 : 2 + in_features] if cut else x[..., :in_features].contiguous()
@@ -56,7 +56,8 @@ def test_is_the_linear_layer(
     other = None
     if combination != "none":
         other = random(batch, *size, out_features, seed=3).to(dtype)
-    scale = random(batch, in_features, seed=4).float() if has_scale else None
+    of_scale = dtype if scale_dtype == "that of x" else scale_dtype
+    scale = None if of_scale is None else random(batch, in_features, seed=4).to(of_scale)
     other_scale = random(out_features, seed=5).float() if combination == "add_scaled" else None
     scaled = x.double() if scale is None else x.double() * scale[:, None, None]
     if cpu.load("gemm").linear_multiplies_bfloat16():
@@ -177,6 +178,7 @@ def test_nan_and_infinity_pass() -> None:
             "other_scale must be None with 'add', got .3,.",
         ),
         ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
+        ({"scale": torch.zeros(2, 5).half()}, "scale must be in float32 or .*, got torch.float16"),
         ({"x": torch.zeros(2, 5).bfloat16()}, "x is torch.bfloat16 and its weight torch.float32"),
     ],
 )
