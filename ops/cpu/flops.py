@@ -62,6 +62,11 @@ def _convolution(given: _Given, result: Any) -> int:
     return int(result.numel() * math.prod(given["geometry"][:3]))
 
 
+def _winograd(given: _Given, result: Any) -> int:
+    """As many as without transforms."""
+    return int(result.numel() * given["x"].shape[1] * 9)
+
+
 def _depthwise(given: _Given, result: Any) -> int:
     return int(result.numel() * math.prod(given["taps"].shape[:2]))
 
@@ -144,6 +149,7 @@ _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     **dict.fromkeys(("packed_mlp", "depthwise_mlp"), _mlp),
     "depthwise_expansion": _expansion,
     "packed_conv2d": _convolution,
+    "winograd_conv2d": _winograd,
     "depthwise_conv2d": _depthwise,
     "depthwise_branches": _branches,
     "packed_stem": _stem,

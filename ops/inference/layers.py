@@ -25,6 +25,7 @@ from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.int8 import unsupported_int8
 from ops.cpu.gemm.linear import unsupported
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
+from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
 from ops.inference.packed_linear import (
     PackedLinear,
     PackedWeight,
@@ -379,9 +380,10 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         """Derived data for our kernel and for oneDNN; None for one that is never used."""
         own = self.for_kernel(x)
-        return own, None if isinstance(own, PackedConv2d) else self.for_onednn(x)
+        alone = isinstance(own, PackedConv2d | WinogradConv2d)
+        return own, None if alone else self.for_onednn(x)
 
-    def for_kernel(self, x: Tensor) -> PackedConv2d | NCHWConv2d | None:
+    def for_kernel(self, x: Tensor) -> PackedConv2d | NCHWConv2d | WinogradConv2d | None:
         """The convolution by one of our kernels, if one is ever faster."""
         stride: Any = self.stride
         dilation: Any = self.dilation
@@ -389,6 +391,11 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
             has_products = unsupported_int8(x.device, x.dtype) is None
             if policy.linear_in_int8(has_products, x.dtype):
                 return PackedConv2d(self, self.quantization.pack)
+        available = winograd_conv2d.unsupported(x.device, x.dtype) is None
+        channels = self.in_channels, self.out_channels
+        applies = available and WinogradConv2d.takes(self)
+        if applies and policy.winograd_by_kernel(*channels, x.dtype):
+            return WinogradConv2d(self)
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
         if policy.copies_windows(self.in_channels, stride, x.dtype):

@@ -1,0 +1,109 @@
+"""Dense 3×3 convolutions on the CPU for inference, by Winograd's minimal filtering.
+
+The kernel (``winograd.cpp``) multiplies 4/9 as much as other convolutions, in float32. A NaN or an
+infinity reaches all outputs of the 2×2 pixels of which one sees it.
+https://arxiv.org/abs/1509.09308
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops.cpu.activations import require_activation
+from ops.cpu.call.binding import kernel
+from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.tensors import as_nhwc, bias_of, empty_nhwc
+from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.gemm.problem import packed_size
+from ops.cpu.threads import MACS, threads_for
+
+__all__ = ["WinogradConv2d", "winograd_conv2d"]
+
+_SIDE, _POINTS = 3, 16
+_TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+class WinogradConv2d:
+    """``activation(conv(x))``.
+
+    Args:
+        conv: see :meth:`takes`, in float32.
+
+    Raises:
+        ValueError: another convolution or dtype.
+        RuntimeError: the kernel is not available here.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        if not self.takes(conv) or conv.weight.dtype != torch.float32:
+            raise ValueError(
+                "conv must be a 3×3 in float32 without stride, groups and dilation, padded with "
+                f"zeros, got {conv} in {conv.weight.dtype}"
+            )
+        transform = torch.tensor(_TRANSFORM, dtype=torch.float64)
+        weight = transform @ conv.weight.detach().double() @ transform.t()  # (out, in, 4, 4)
+        points = weight.float().flatten(2).unbind(2)
+        self._weight = torch.cat([pack_weight(point) for point in points])
+        self._bias, self._padding = bias_of(conv), list(conv.padding)
+
+    @staticmethod
+    def takes(conv: nn.Conv2d) -> bool:
+        """Whether ``conv`` is a 3×3 without stride, groups and dilation, padded with zeros."""
+        simple = conv.stride == conv.dilation == (1, 1) and conv.groups == 1
+        zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+        return simple and zeros and conv.kernel_size == (_SIDE, _SIDE)
+
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """(B, C, H, W) → (B, C', H', W'), channels-last; see :func:`winograd_conv2d`."""
+        out: Tensor = winograd_conv2d(x, self._weight, self._bias, self._padding, activation)
+        return out
+
+
+@kernel("winograd", "winograd_forward", refuses=no_products)
+def winograd_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, padding: Sequence[int], activation: str = "none"
+) -> Call:
+    """A 3×3 convolution and an activation. No gradients.
+
+    Args:
+        x: (B, C, H, W) float32; copied unless channels-last.
+        weight: the packed weights of the 16 points, see :class:`WinogradConv2d`.
+        bias: (C',) float32.
+        padding: zeros on both sides of rows and columns.
+        activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
+
+    Returns:
+        (B, C', H', W'), channels-last.
+
+    Raises:
+        ValueError: wrong dtype or number of channels, a map smaller than the window, or an unknown
+            activation.
+    """
+    require_activation(activation)
+    require_dtype(torch.float32, x=x, weight=weight, bias=bias)
+    channels = 0 if x.ndim != 4 else x.shape[1]
+    if weight.numel() != _POINTS * packed_size(len(bias), channels, torch.float32):
+        raise ValueError(
+            f"x must be (B, C, H, W) with the channels of the weight, got {tuple(x.shape)}"
+        )
+    size = [n + 2 * p - _SIDE + 1 for n, p in zip(x.shape[2:], padding, strict=True)]
+    if min(size) < 1:
+        raise ValueError(
+            f"a map of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than 3×3"
+        )
+    out = empty_nhwc(x, (len(x), len(bias), *size))
+
+    def arguments() -> dict[str, Any]:
+        return {
+            **sizes_of(x, "batch channels height width"),
+            **{"out_height": size[0], "out_width": size[1], "out_channels": len(bias)},
+            "threads": threads_for(out.numel() * channels * _SIDE**2, MACS),
+            "in": as_nhwc(x).contiguous(memory_format=torch.channels_last),
+        }
+
+    return Call(out, arguments)

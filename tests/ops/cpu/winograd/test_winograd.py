@@ -1,0 +1,103 @@
+"""Dense 3×3 convolutions by Winograd's filtering, against float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, using_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ops.cpu import policy
+from ops.cpu.winograd.winograd import WinogradConv2d
+from ops.inference.layers import FastConv2d, activate, convert
+
+
+def _conv(channels: int, out_channels: int, padding: tuple[int, int] = (1, 1)) -> nn.Conv2d:
+    torch.manual_seed(0)
+    return nn.Conv2d(channels, out_channels, 3, padding=padding).requires_grad_(False)
+
+
+def _check(conv: nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
+    out = WinogradConv2d(conv)(x, activation)
+    wide = copy.deepcopy(conv).double()
+    exact = PLAIN_ACTIVATIONS[activation](wide(x.double()))
+    assert out.dtype == torch.float32
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    limit = 2e-6 * (1 + wide(x.double()).abs().max())
+    assert (out - exact).abs().max() <= limit
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(3, 19), st.integers(3, 21)),
+    channels=st.tuples(st.integers(1, 50), st.integers(1, 50)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    activation=st.sampled_from(["none", "relu", "relu6", "silu", "gelu"]),
+    is_nchw=st.booleans(),
+)
+def test_equals_the_convolution(batch, size, channels, padding, activation, is_nchw) -> None:
+    x = torch.randn(batch, channels[0], *size)
+    x = x if is_nchw else x.to(memory_format=torch.channels_last)
+    _check(_conv(*channels, padding), x, activation)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(8, 64, 28, 27), (1, 96, 57, 40), (2, 320, 7, 7)])
+def test_blocks_and_threads(shape: tuple[int, ...], threads: int) -> None:
+    x, conv = torch.randn(shape), _conv(shape[1], 48)
+    with using_threads(threads):
+        assert torch.equal(_check(conv, x), _check(conv, x))
+
+
+def test_a_map_of_one_pixel() -> None:
+    _check(_conv(20, 17), torch.randn(2, 20, 1, 1))
+
+
+def test_convolutions_without_bias() -> None:
+    conv = _conv(20, 17)
+    conv.bias = None
+    _check(conv, torch.randn(2, 20, 5, 4), "relu")
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    _check(_conv(37, 21), torch.randn(2, 37, 9, 12), "silu")
+
+
+def test_no_images() -> None:
+    assert WinogradConv2d(_conv(4, 6))(torch.zeros(0, 4, 5, 5)).shape == (0, 6, 5, 5)
+
+
+def test_bad_inputs_are_refused() -> None:
+    packed = WinogradConv2d(_conv(16, 16, (0, 0)))
+    with pytest.raises(ValueError, match=r"channels of the weight, got \(1, 40, 5, 5\)"):
+        packed(torch.zeros(1, 40, 5, 5))
+    with pytest.raises(ValueError, match=r"\(2, 5\) with padding \(0, 0\) is smaller than 3×3"):
+        packed(torch.zeros(1, 16, 2, 5))
+    with pytest.raises(ValueError, match="bfloat16"):
+        packed(torch.zeros(1, 16, 5, 5, dtype=torch.bfloat16))
+    others = (
+        *(nn.Conv2d(4, 4, 5), nn.Conv2d(4, 4, 3, 2), nn.Conv2d(4, 4, 3, groups=2)),
+        *(nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same")),
+        *(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3).bfloat16()),
+    )
+    for conv in others:
+        with pytest.raises(ValueError, match="conv must be a 3×3 in float32 without stride"):
+            WinogradConv2d(conv)
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_the_inference_form_asks_the_policy(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "winograd_by_kernel", lambda *_: pays)
+    plain = _conv(32, 40)
+    layer, x = convert(copy.deepcopy(plain), FastConv2d), torch.randn(2, 32, 9, 10)
+    activate(layer, "relu")
+    torch.testing.assert_close(layer(x), plain(x).relu(), rtol=1e-5, atol=1e-5)
+    assert isinstance(layer.derived(x)[0], WinogradConv2d) == pays
