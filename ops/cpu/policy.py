@@ -342,10 +342,8 @@ def convolves_windows(
 def winograd_by_kernel(in_channels: int, out_channels: int, dtype: torch.dtype) -> Verdict:
     """Dense 3×3 convolutions without stride, whose windows are transformed for fewer products.
 
-    From 64 to 512 channels on a Zen 4, those of ResNet-50 take 1.2, 1.2, 1.2 and 1.8 ms, and by
-    oneDNN 2.3, 2.2, 2.1 and 2.0; a map of 112×112 with 32 channels 1.7 and 2.4. With AVX2 only, 128
-    and 256 channels take 1.3 and 1.2 ms, by oneDNN 2.3 and 2.2, and 32 channels the same. With
-    fewer, transforms take longer than products.
+    On a Zen 4, one of ResNet-50 with 128 channels takes 1.2 ms, by oneDNN 2.1; with AVX2 only, 1.3
+    and 2.3. With fewer channels than the limit, transforms take longer than products.
     """
     if dtype != torch.float32:
         return Verdict(False, "sums of few bits")

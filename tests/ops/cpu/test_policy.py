@@ -55,6 +55,7 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
             policy.convolves_windows: product((_ONE, _TWO), (_ONE, _TWO), (1, 4), of_dtype),
             policy.copies_windows: product((3, 16), ((4, 4), (8, 8)), of_dtype),
             policy.conv_by_kernel: product((3, 16), yes_no, of_dtype),
+            policy.winograd_by_kernel: product((31, 32), (31, 32), of_dtype),
             policy.depthwise_by_kernel: product(
                 (*_COUNTS[-12:], sys.maxsize), (16, 17), sides, (_ONE, (0, 0)), (_ONE, _TWO),
                 yes_no, of_dtype,
@@ -162,6 +163,9 @@ _MANY = 10**6  # rows, values or tokens, more than any limit
          (_MANY, 48, (3, 3), _ONE, _ONE, True, HALF), True, "padding"),
         ("avx512bf16", policy.depthwise_by_kernel,
          (_MANY, 56, (3, 3), _ONE, _ONE, True, HALF), False, "values"),
+        ("avx2", policy.winograd_by_kernel, (64, 31, FLOAT), False, "64 → 31 channels, one <"),
+        ("avx2", policy.winograd_by_kernel, (32, 32, FLOAT), True, ""),
+        ("avx512", policy.winograd_by_kernel, (64, 64, HALF), False, "few bits"),
         ("avx512", policy.window_attention_by_kernel, (7, FLOAT), True, "7², not in tiles"),
         ("amx", policy.window_attention_by_kernel, (40, HALF), False, "40² >"),
         ("portable", policy.single_head_by_kernel, (_MANY,), False, "tokens"),
