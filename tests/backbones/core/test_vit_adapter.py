@@ -404,6 +404,6 @@ def test_two_stages_have_two_interactions() -> None:
 
 
 def test_extractors_have_the_stochastic_depth_that_is_asked_for() -> None:
-    layers = list(_adapter("plain", drop_path_rate=0.25).adapter.modules())
+    layers = _adapter(drop_path_rate=0.25).adapter.modules()
     rates = {m.drop_prob for m in layers if type(m).__name__ == "DropPath"}
     assert rates == {0.25}
