@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
 .PHONY: venv train test test-slow test-gpu test-lowest test-newest wheel wheel-aarch64 wheel-windows wheel-macos \
-	pages docs check format
+	pages docs check format release
 
 venv: $(VENV)/train.stamp
 
@@ -108,3 +108,7 @@ check: $(VENV)/test.stamp
 format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# See .ci/release for its steps. DRY_RUN=1 prints those that take minutes instead of running them.
+release:
+	@DRY_RUN='$(DRY_RUN)' .ci/release '$(VERSION)'

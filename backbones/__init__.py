@@ -58,7 +58,7 @@ except ImportError as error:
         raise
     raise ImportError(_reason) from error
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "CheckpointError",

@@ -1,15 +1,15 @@
-"""Fill the marked places of README and docs/ from the measurements, and NOTICE from the families.
+"""Fill the marked places of README, CHANGELOG and docs/ with measurements, and NOTICE's rows.
 
     python tools/build_pages.py                   # make pages; changes only what is out of date
     python tools/build_pages.py --pictures        # also the pictures, from the same measurements
     python tools/build_pages.py --rewrite         # all JSON in docs/ as the tools write it
     python tools/build_pages.py --rewrite x.json  # a file of an older version, or written by hand
 
-A place begins with a comment that names one of :data:`TABLES`, the reports that it takes, relative
-to docs/, and options; it ends with ``<!-- end -->``. A ``table`` stands in lines of its own, and a
-``fact`` within a sentence:
+A place begins with a comment that names one of :data:`TABLES`, its reports, relative to docs/, and
+options, or one of :data:`CLAIMS`, which read what they need; it ends with ``<!-- end -->``. A
+``table`` stands in lines of its own, and a ``fact`` within a sentence:
 
-    <!-- table: models performance/zen5/models.json aims=no -->
+    <!-- table: aims performance/zen5/models.json -->
     <!-- end -->
 
     measured on <!-- fact: machine performance/zen5/models.json --><!-- end -->.
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pictures
+import speeds
 import tables_accuracy
 import tables_families
 import tables_models
@@ -37,8 +38,15 @@ from backbones.common.errors import CommandError
 from backbones.common.files import write_text_atomically
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-TABLES = tables_models.TABLES | tables_ops.TABLES | tables_accuracy.TABLES | tables_families.TABLES
+CLAIMS = speeds.CLAIMS
+TABLES = tables_models.TABLES | tables_ops.TABLES | tables_accuracy.TABLES
 _PLACE = re.compile(r"<!-- (table|fact): (.*?) -->(.*?)<!-- end -->", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    """The pages that may have marked places."""
+    at_the_top = (DOCS.parent / name for name in ("README.md", "CHANGELOG.md"))
+    return [*filter(Path.is_file, at_the_top), *sorted(DOCS.rglob("*.md"))]
 
 
 def places(text: str) -> list[tuple[str, list[str], dict[str, str]]]:
@@ -76,15 +84,20 @@ def _content(
     page: Path, docs: Path, name: str, files: Sequence[str], options: dict[str, str]
 ) -> str:
     try:
-        reports = [read(docs / file) for file in files]
-        return TABLES[name](*reports, **options)
+        if name in CLAIMS:
+            return CLAIMS[name](docs, *files, **options)
+        return TABLES[name](*(read(docs / file, docs) for file in files), **options)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{page}: {name} {' '.join(files)}: {error!r}") from error
 
 
-def read(path: Path) -> Any:
-    """A report."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read(path: Path, docs: Path | None = None) -> Any:
+    """A report. Below ``docs``, its machine has the name and restriction of ``cpus.json``."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    file = path.relative_to(docs).as_posix() if docs else ""
+    if docs and file.startswith("performance/") and "machine" in report:
+        speeds.name_machine(report, file, docs)
+    return report
 
 
 def _with_families(notice: Path) -> str:
@@ -103,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_report(path, read(path))
         return
     notice = DOCS.parent / "NOTICE"
-    for page in (DOCS.parent / "README.md", notice, *sorted(DOCS.rglob("*.md"))):
+    for page in (*pages(), notice):
         try:
             text = _with_families(page) if page == notice else filled(page, DOCS)
         except ValueError as error:

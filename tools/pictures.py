@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import speeds
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -18,17 +20,12 @@ from backbones.common.files import write_atomically
 
 Report = dict[str, Any]
 
-SPEED = [f"performance/zen5/{name}.json" for name in ("models", "runtimes")]
-_PLACE = {"batch": 1, "threads": 1, "dtype": "float32", "direction": "forward"}
-# Contenders at the top of the README: label, colour, marker, and vertical offset, since the
-# original, timm and birder often take the same time.
-_OTHERS = {
-    "original": ("the original", "#3b3f46", "o", 0.0),
-    "natten_0_17": ("the original (NATTEN 0.17.3)", "#3b3f46", "D", 0.0),
-    "timm": ("timm", "#2f6fde", "o", -0.2),
-    "birder": ("birder", "#d9822b", "o", 0.2),
-    "onnxruntime": ("ONNX Runtime", "#8e4ec6", "s", 0.0),
-    "openvino": ("OpenVINO", "#1b998b", "s", 0.0),
+# Whom the picture of README compares with: a column of the page Speed, and its colour.
+_RIVALS = {
+    "eager": "#3b3f46",
+    "compile": "#d9822b",
+    "ONNX Runtime": "#8e4ec6",
+    "OpenVINO": "#1b998b",
 }
 
 
@@ -39,72 +36,49 @@ def draw_all(docs: Path) -> None:
         report: Report = json.loads((docs / name).read_text(encoding="utf-8"))
         return report
 
-    speed = list(map(read, SPEED))
-    write_atomically(docs / "assets" / "speed.png", partial(draw_speed, speed))
+    found = {m["name"]: speeds.usual(docs, m["key"]) for m in speeds.cpus(docs)["machines"]}
+    write_atomically(docs / "assets" / "speed.png", partial(draw_speed, found))
     draw_learning(read("learning.json"), docs / "learning.png")
     for path in docs.glob("performance/**/neighborhood_attention.json"):
         report = read(str(path.relative_to(docs)))
         write_atomically(path.with_suffix(".png"), partial(draw_neighborhood, report))
 
 
-def speedups(reports: Iterable[Report]) -> dict[str, dict[str, float]]:
-    """For each model, the time of each other contender relative to the fused model.
-
-    Ratios are taken within one report, whose contenders were measured alternately.
-    """
-    found: dict[str, dict[str, float]] = {}
-    smallest: dict[str, int] = {}
-    for report in reports:
-        for row in report["results"]:
-            times = {
-                name: figures["milliseconds"]
-                for name, figures in row["contenders"].items()
-                if "milliseconds" in figures
-            }
-            if {k: row[k] for k in _PLACE} != _PLACE or not times.keys() & _OTHERS.keys():
-                continue
-            if row["size"] > smallest.setdefault(row["model"], row["size"]):
-                continue
-            ratios = {n: t / times["fused"] for n, t in times.items() if n in _OTHERS}
-            found.setdefault(row["model"], {}).update(ratios)
-    return found
-
-
-def draw_speed(reports: list[Report], file: IO[bytes]) -> None:
-    """A line for each model and a marker for each contender: one image, one thread, float32."""
-    rows = speedups(reports)
-    figure = Figure(figsize=(8.6, 0.6 + 0.36 * len(rows)), layout="constrained")
+def draw_speed(found: Mapping[str, Sequence[speeds.Speeds]], file: IO[bytes]) -> None:
+    """A row for each CPU and contender: a mark for each model, and a bar at the median."""
+    rows = [
+        (cpu, rival, values)
+        for cpu, models in found.items()
+        for rival in _RIVALS
+        if (values := [each.ratios[rival] for each in models if rival in each.ratios])
+    ]
+    figure = Figure(figsize=(8.6, 0.9 + 0.32 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    for place, ratios in enumerate(rows.values()):
-        axis.plot([1, max(ratios.values())], [place, place], color="#dfe3e8", lw=5, zorder=1)
-        for name, ratio in ratios.items():
-            _, colour, mark, offset = _OTHERS[name]
-            style = {"color": colour, "ms": 6, "mec": "white", "mew": 0.8, "zorder": 3}
-            axis.plot(ratio, place + offset, mark, **style)
-        slowest = max(ratios.values())
-        text = f"{slowest:.0f}×" if slowest >= 10 else f"{slowest:.1f}×"
-        beside = {"textcoords": "offset points", "va": "center", "fontsize": 8.5}
-        axis.annotate(text, (slowest, place), (7, 0), color="#3b3f46", **beside)
-    axis.axvline(1, color="#c0392b", lw=1.4, zorder=2)
+    for place, (_, rival, values) in enumerate(rows):
+        colour = _RIVALS[rival]
+        axis.plot(values, [place] * len(values), "o", color=colour, ms=5, alpha=0.35, mew=0)
+        middle = statistics.median(values)
+        axis.plot([middle] * 2, [place - 0.3, place + 0.3], color=colour, lw=3)
+        beside = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
+        text = f"{middle:.2f}×"
+        axis.annotate(text, (max(values), place), (7, 0), **beside)
+    names = [cpu for cpu, _, _ in rows]
+    for place, name in enumerate(names[1:], 1):
+        if name != names[place - 1]:
+            axis.axhline(place - 0.5, color="#dfe3e8", lw=1)
+    axis.axvline(1, color="#c0392b", lw=1.4, zorder=0)
     axis.set(xscale="log", ylim=(len(rows) - 0.4, -0.6))
-    axis.set_xlim(0.9, 1.35 * max(max(r.values()) for r in rows.values()))
-    axis.set_xticks([1, 1.5, 2, 3, 5, 10, 20, 40], minor=False)
+    axis.set_xticks([0.8, 1, 1.5, 2, 3, 5, 8, 12], minor=False)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}×"))
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.tick_params(axis="both", which="both", length=0, labelsize=9)
-    axis.set_yticks(range(len(rows)), rows)
+    axis.tick_params(axis="both", which="both", length=0, labelsize=8.5)
+    labels = [f"{cpu}: {rival} ({len(values)})" for cpu, rival, values in rows]
+    axis.set_yticks(range(len(rows)), labels)
     axis.grid(axis="x", color="#eef0f3")
     axis.set_axisbelow(True)
     axis.spines[:].set_visible(False)
-    machine = reports[0]["machine"]["name"]
-    text = "time relative to our fused model (1×): one image, one thread, float32"
-    axis.set_xlabel(f"{text}, {machine} (Zen 5)", fontsize=8.5, color="#56606e")
-    used = [name for name in _OTHERS if any(name in ratios for ratios in rows.values())]
-    for name in used:
-        label, colour, mark, _ = _OTHERS[name]
-        axis.plot([], [], mark, color=colour, ms=7, mec="white", label=label)
-    close = {"frameon": False, "handletextpad": 0.1, "columnspacing": 1.2}
-    figure.legend(loc="outside upper center", ncols=len(used), fontsize=8.5, **close)
+    text = "times as long as our fused model (1×): one image, one thread, float32; bars: medians"
+    axis.set_xlabel(text, fontsize=8.5, color="#56606e")
     figure.savefig(file, format="png", dpi=160)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from contenders import TITLES
-from tables_models import Report, decimal, judged, plural, table, titles
+from tables_models import Report, table, titles
 
 from backbones.cli import parity as originals
 
@@ -104,45 +104,6 @@ def int8_restoration(*reports: Report) -> str:
 def _toolkits(rows: Sequence[Row]) -> list[str]:
     found = {name for row in rows for name in row["contenders"]}
     return [name for name in TITLES if name in found and name not in (*TIMED, "bfloat16")]
-
-
-def int8_speed(report: Report) -> str:
-    """Times of our forms and of the toolkits, by setting."""
-    parts = []
-    results = report["results"]
-    for batch, threads in sorted({(row["batch"], row["threads"]) for row in results}):
-        rows = [row for row in results if (row["batch"], row["threads"]) == (batch, threads)]
-        toolkits = _toolkits(rows)
-        names = [*TIMED, *toolkits]
-        cells = []
-        for row in rows:
-            times = {
-                name: figures["milliseconds"]
-                for name, figures in row["contenders"].items()
-                if "milliseconds" in figures
-            }
-            shown = [decimal(times[name], 2) if name in times else "–" for name in names]
-            cells.append([f"`{row['model']}`", *shown, *_ratios(row, times, toolkits)])
-        ahead = [f"int8 faster than {title}" for title in titles(TIMED[:2])]
-        head = ["ms", *titles(names), *ahead, "than the fastest toolkit (aim)"]
-        parts.append(f"### Batch {batch}, {plural(threads)}")
-        parts.append(table(head, cells))
-    return "\n\n".join(parts)
-
-
-def _ratios(row: Row, times: dict[str, float], toolkits: Sequence[str]) -> list[str]:
-    """The faster of our forms in int8 over our others, and over the fastest toolkit."""
-    ours = min((name for name in INT8 if name in times), key=times.__getitem__, default=None)
-    theirs = min((name for name in toolkits if name in times), key=times.__getitem__, default=None)
-    if ours is None:
-        return ["–"] * 3
-    contenders = row["contenders"]
-    ratios = [
-        judged(1 / contenders[name]["speedup_over"][ours], None) if name in times else "–"
-        for name in TIMED[:2]
-    ]
-    over = contenders[ours]["speedup_over"]
-    return [*ratios, "–" if theirs is None else judged(over[theirs], 1.0)]
 
 
 def int8_predictions(report: Report) -> str:
@@ -283,7 +244,7 @@ def _weights(weights: list[dict[str, Any]]) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
-        *(int8_accuracy, int8_met, int8_errors, int8_restoration, int8_speed, int8_predictions),
+        *(int8_accuracy, int8_met, int8_errors, int8_restoration, int8_predictions),
         *(int8_sizes, failures, learning, trained_with, robustness, parity, parity_cpus),
     )
 }

@@ -1,8 +1,7 @@
-"""The rows of the families in README's table of models and in NOTICE, from what a family declares.
+"""The rows of the families in NOTICE, from what a family declares.
 
-A row takes its name from the title of the family's page, variants and paper from ``default_cfgs``,
-the citation from the module's docstring, source and licence from the figures of the original, and
-the parity from docs/parity.json.
+A row takes its name from the title of the family's page, the citation from the module's docstring,
+and source and licence from the figures of the original.
 """
 
 from __future__ import annotations
@@ -15,28 +14,11 @@ from typing import Any
 import backbones
 from backbones.cli import parity
 
-__all__ = ["TABLES", "families", "notice"]
+__all__ = ["notice"]
 
 ROOT = Path(__file__).resolve().parent.parent
 _CITATION = re.compile(r'([^.:]+(?: et al\.)?), "([^"]+)",\s+https://arxiv\.org/abs/(\d+\.\d+)')
 _HEAD = "Model"  # the first word of NOTICE's table, which ends at an empty line
-
-
-def families(report: dict[str, Any]) -> str:
-    """README's table; ``report`` holds the errors of each variant, see docs/parity.md."""
-    lines = [
-        "| Family | Variants | Parity¹ | Licence of the original | Paper |",
-        "|---|---|---|---|---|",
-    ]
-    for family in sorted(backbones.list_families(), key=lambda f: _title(f).casefold()):
-        names = _variants(family)
-        papers = [f"[{id}](https://arxiv.org/abs/{id})" for _, _, id in _citations(family)]
-        errors = [report[name]["output"] for name in names if name in report]
-        worst = f"{max(errors):.1e}".replace("e-0", "e-") if errors else "–"
-        cells = [_title(family), _short(names), worst]
-        cells += [_marked(_original(family)["licence"]), ", ".join(papers)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def notice(text: str) -> str:
@@ -51,11 +33,6 @@ def notice(text: str) -> str:
             row = f"{_title(family)}: {_last_names(authors)}, {title}, arXiv:{paper}. {source}"
             rows.append(textwrap.fill(row, 100, subsequent_indent="  ", break_on_hyphens=False))
     return head + "\n".join(rows) + "\n\n" + rest.partition("\n\n")[2]
-
-
-def _variants(family: str) -> list[str]:
-    ours = set(backbones.list_models(family=family))
-    return [name for name in getattr(backbones, family).default_cfgs if name in ours]
 
 
 def _original(family: str) -> dict[str, Any]:
@@ -80,23 +57,3 @@ def _last_names(authors: str) -> str:
     if authors.endswith(" et al."):
         return f"{authors.removesuffix(' et al.').split()[-1]} et al."
     return ", ".join(name.split()[-1] for name in re.split(r", | and ", authors))
-
-
-def _short(names: list[str]) -> str:
-    """``a_x``, ``a_y`` as ```a_x/y```."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        stem, _, end = name.rpartition("_")
-        groups.setdefault(stem, []).append(end)
-    return ", ".join(f"`{stem}_{'/'.join(ends)}`" for stem, ends in groups.items())
-
-
-def _marked(licence: str) -> str:
-    """The licence's name, with a mark for a remark that NOTICE has."""
-    if licence.startswith(("none", "no ")):
-        return "none stated³"
-    name = re.sub(r" \(.*", "", licence)
-    return name if name == licence else f"{name}²"
-
-
-TABLES = {"families": families}

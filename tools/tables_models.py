@@ -5,6 +5,7 @@ A function of :data:`TABLES` takes reports and gives Markdown, see ``build_pages
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,8 +36,6 @@ for _fused, _low, _names in (
     AIMS |= dict.fromkeys(_names.split(), _aims)
 AIM_BATCHES = (1, 8)
 NATTEN, NATTEN_AIM = "natten_0_17", 10.0
-# Fused models are compared with runtimes that compute in the same dtype.
-RUNTIMES = {FUSED: ("onnxruntime", "openvino"), LOW: ("openvino_bf16",)}
 # Smallest allowed speed of a fused model relative to its plain form. The gap to 1 is the difference
 # between two measurements of the same code.
 FLOOR = 0.97
@@ -70,6 +69,8 @@ def machine(report: Report) -> str:
     """What a report was measured on."""
     there = report["machine"]
     kind = there.get("instruction_set") or there["cpu_capability"]
+    restricted = there.get("restricted")
+    kind = f"restricted to {restricted}" if restricted else kind
     return f"{there['name']} ({kind}), torch {there['torch']}"
 
 
@@ -119,59 +120,29 @@ def plural(count: int) -> str:
 # -- models ----------------------------------------------------------------------------------------
 
 
-def models(report: Report, aims: str = "yes") -> str:
-    """All settings: times, then ratios with their targets and the fused model's figures."""
-    rows = [r for r in report["results"] if r["direction"] == "forward" and _has_usual_size(r)]
-    groups: dict[tuple[int, int, str], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["threads"], row["batch"], row["dtype"]), []).append(row)
-    parts = []
-    for (threads, batch, dtype), of_group in sorted(groups.items()):
-        parts.append(f"### Batch {batch}, {plural(threads)}, {dtype}")
-        parts += _of_setting(of_group, batch, AIMS if aims == "yes" else {})
-    return "\n\n".join(parts)
-
-
 def _has_usual_size(row: Row) -> bool:
     return bool(row["size"] == (64 if row["model"].startswith("hat") else 224))
 
 
-def _of_setting(rows: Sequence[Row], batch: int, all_aims: dict[str, Any]) -> list[str]:
-    names = _names(rows)
-    times = [[_name(row), *(_ms(row, name) for name in names)] for row in rows]
-    place = AIM_BATCHES.index(batch) if batch in AIM_BATCHES else None
-    ahead, natten_aim = (1.0, NATTEN_AIM) if all_aims else (None, None)
-    compared = []
-    for row in rows:
-        aims, base = all_aims.get(row["model"], {}), _base(row)
-        cells = [_name(row), base]
+def aims(report: Report) -> str:
+    """The fused model's speed over the original or, without one, over plain, and the targets."""
+    rows = []
+    for row in report["results"]:
+        known = AIMS.get(row["model"])
+        is_usual = row["direction"] == "forward" and _has_usual_size(row)
+        if known is None or not is_usual or row["batch"] not in AIM_BATCHES:
+            continue
+        place, base = AIM_BATCHES.index(row["batch"]), _base(row)
+        cells = [_name(row), str(row["batch"]), str(row["threads"]), base]
         for name in (FUSED, LOW):
-            aim = aims[name][place] if place is not None and name in aims else None
+            aim = known[name][place] if name in known else None
             cells.append(judged(_ratio(row, name, base), aim))
-        cells += [judged(_ratio(row, FUSED, peer), ahead) for peer in ("timm", "birder")]
-        compared.append([*cells, *_figures(row)])
-        over_natten = [_ratio(row, name, NATTEN) for name in (FUSED, LOW)]
-        if over_natten[0] is not None:
-            ratios = [judged(ratio, natten_aim) for ratio in over_natten]
-            compared.append([cells[0], TITLES[NATTEN], *ratios, *["–"] * 7])
-    aim = " (aim)" if all_aims else ""
-    head = ["times faster", "than", f"fused{aim}", f"fused, bf16{aim}", "than timm", "than birder"]
-    head += ["p90, ms", "images/s", "G MACs", "GFLOP/s (of matmul)", "memory, MiB"]
-    return [table(["ms", *titles(names)], times), table(head, compared)]
-
-
-def _figures(row: Row) -> list[str]:
-    """Those of the fused model alone."""
-    fused = row["contenders"].get(FUSED, {})
-    if "milliseconds" not in fused:
-        return ["–"] * 5
-    peak = fused["peak_bytes"]
-    return [
-        *(decimal(fused[name], 1) for name in ("p90", "images_per_second")),
-        f"{row['macs'] / 1e9:.2f}",
-        f"{fused['gflops']:.0f} ({100 * fused['fraction_of_matmul']:.0f} %)",
-        "–" if peak is None else str(peak >> 20),
-    ]
+        fused = row["contenders"].get(FUSED, {})
+        reached = fused.get("fraction_of_matmul")
+        share = "–" if reached is None else f"{fused['gflops']:.0f} ({100 * reached:.0f} %)"
+        rows.append([*cells, share])
+    head = ["model", "images", "threads", "over", "float32 (target)", "bfloat16 (target)"]
+    return table([*head, "GFLOP/s (of matmul)"], sorted(rows))
 
 
 def training_steps(report: Report) -> str:
@@ -231,42 +202,6 @@ def shares(report: Report) -> str:
 # -- comparisons -----------------------------------------------------------------------------------
 
 
-def compiled(report: Report) -> str:
-    """Beside ``torch.compile``."""
-    names = [OURS, "compile", FUSED, "fused+compile"]
-    rows = [
-        [_name(row), *(_ms(row, name) for name in names)]
-        + [judged(_ratio(row, FUSED, OURS), None), judged(_ratio(row, "compile", OURS), None)]
-        for row in report["results"]
-    ]
-    head = ["ms", *names, "fused, times faster than eager", "compile, times faster than eager"]
-    return table(head, rows)
-
-
-def runtimes(report: Report, plain: str = "") -> str:
-    """Beside other runtimes; ``plain``: forms that are listed without a ratio."""
-    pairs = [(ours, theirs) for ours, others in RUNTIMES.items() for theirs in others]
-    names = [*filter(None, plain.split(",")), FUSED, *RUNTIMES[FUSED], LOW, *RUNTIMES[LOW]]
-    rows = [
-        [_name(row), str(row["batch"]), str(row["threads"]), *(_ms(row, name) for name in names)]
-        + [judged(_ratio(row, ours, theirs), 1.0) for ours, theirs in pairs]
-        for row in report["results"]
-    ]
-    ratios = [f"{TITLES.get(ours, ours)}, than {TITLES[theirs]}" for ours, theirs in pairs]
-    return table(["ms", "batch", "threads", *titles(names), *ratios], rows)
-
-
-def lesser(report: Report) -> str:
-    """A machine restricted to fewer instructions."""
-    names = [ORIGINAL, OURS, FUSED, LOW]
-    rows = []
-    for row in report["results"]:
-        base = _base(row)
-        ratios = [judged(_ratio(row, name, base), None) for name in (FUSED, LOW)]
-        rows.append([_name(row), str(row["batch"]), *(_ms(row, n) for n in names), base, *ratios])
-    return table(["ms", "batch", *titles(names), "times faster than", *titles([FUSED, LOW])], rows)
-
-
 def natten(*reports: Report) -> str:
     """Beside the kernels that NAT was published with: without and, second, with optimisation."""
     rows = []
@@ -279,6 +214,26 @@ def natten(*reports: Report) -> str:
     return table(
         ["ms", "batch", "options", FUSED, "plain", title, "fused, times faster (aim)"], rows
     )
+
+
+def releases(before: Report, now: Report) -> str:
+    """How many times faster than plain, in an earlier release and now; one image, one thread."""
+    current = {(row["model"], row["size"]): row for row in _usual(now)}
+    lines = []
+    for row in before["results"]:
+        new = current[row["model"], row["size"]]
+        if decimal(new["contenders"][FUSED]["milliseconds"], 2) == decimal(row["milliseconds"], 2):
+            continue  # not measured since
+        cells = [_name(row)]
+        for name in (FUSED, LOW):
+            ratios = (row["speedup_over_eager"][name], _ratio(new, name, OURS))
+            cells += [judged(ratio, None) for ratio in ratios]
+        lines.append(cells)
+    head = [
+        before["machine"]["name"],
+        *(f"{kind}, {v}" for kind in ("float32", "bfloat16") for v in (before["version"], "now")),
+    ]
+    return table(head, lines)
 
 
 def bounds(report: Report) -> str:
@@ -304,55 +259,30 @@ def _over_plain(row: Row) -> float | None:
     return min(filter(None, (_ratio(row, FUSED, name) for name in (OURS, LAST))), default=None)
 
 
-def slower(report: Report) -> list[tuple[str, int, int, float]]:
-    """Model, batch, threads and ratio of all rows below the floor."""
-    return [
-        (row["model"], row["batch"], row["threads"], ratio)
-        for row in report["results"]
-        if (ratio := _over_plain(row)) is not None and ratio < FLOOR
-    ]
-
-
-def below_floor(report: Report) -> str:
-    """The rows below the floor in words."""
-    rows = [
-        f"`{model}` at batch {batch} with {plural(threads)} ({ratio:.3f})"
-        for model, batch, threads, ratio in slower(report)
-    ]
-    return f"Below {FLOOR}: {', '.join(rows) or 'none'}."
-
-
-def floor(report: Report) -> str:
-    """Fused models relative to plain ones, by model and setting."""
-    results = report["results"]
-    settings = sorted({(row["threads"], row["batch"]) for row in results})
-    found = {(_name(row), row["threads"], row["batch"]): _over_plain(row) for row in results}
-    rows = [
-        [model, *(_over_floor(found.get((model, *setting))) for setting in settings)]
-        for model in dict.fromkeys(map(_name, results))
-    ]
-    return table(["model", *(f"batch {b}, {plural(t)}" for t, b in settings)], rows)
-
-
-def _over_floor(ratio: float | None) -> str:
-    if ratio is None:
-        return "–"
-    return f"**{ratio:.2f}×**" if ratio < FLOOR else f"{ratio:.2f}×"
+def floors(*reports: Report) -> str:
+    """A line for each environment: how many settings there are, the slowest, and the misses."""
+    rows = []
+    for report in reports:
+        found = {
+            f"`{row['model']}`, {row['batch']} images, {plural(row['threads'])}": ratio
+            for row in report["results"]
+            if (ratio := _over_plain(row)) is not None
+        }
+        slowest = min(found, key=found.__getitem__)
+        below = [sum(ratio < limit for ratio in found.values()) for limit in (1, FLOOR)]
+        cells = [str(len(found)), *map(str, below), f"{found[slowest]:.3f}× ({slowest})"]
+        median = f"{statistics.median(found.values()):.2f}×"
+        rows.append([report["machine"]["restricted"], *cells, median])
+    head = ["kernels", "settings", "below 1", f"below {FLOOR}", "slowest", "median"]
+    return table(head, rows)
 
 
 TABLES: dict[str, Callable[..., str]] = {
     "machine": machine,
     "torch": torch_version,
     "version": version,
-    "models": models,
-    "training_steps": training_steps,
-    "growth": growth,
-    "shares": shares,
-    "compiled": compiled,
-    "runtimes": runtimes,
-    "lesser": lesser,
-    "natten": natten,
-    "bounds": bounds,
-    "floor": floor,
-    "below_floor": below_floor,
+    **{
+        function.__name__: function
+        for function in (aims, training_steps, growth, shares, natten, releases, bounds, floors)
+    },
 }

@@ -6,10 +6,15 @@ equally; compare the ratios, which are taken within a turn. A turn repeats the c
 contender, unlike in production. After half of the turns, all models are created again in reverse
 order.
 
+    vision-backbones benchmark van_b0
     vision-backbones benchmark --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
     vision-backbones benchmark --modes eager fused fused+bfloat16 --against birder ~/original.py
     vision-backbones benchmark --models ravlt_t --sizes 224 384 512 768 1024 --modes fused
     vision-backbones benchmark --compare runs/benchmark.json --output runs/benchmark_new
+
+With the name of a model, the row of the page "Speed" is measured on this machine: eager in both
+memory formats, compiled, those of ONNX Runtime and OpenVINO that are installed, and fused in
+float32, bfloat16 and int8.
 
 A mode is one of eager, channels_last (eager with weights in that format), fused, compile,
 fused+compile, int8 (fused, with a range for each row of inputs) and int8_calibrated (with ranges
@@ -55,7 +60,15 @@ import torch
 from torch import Tensor, nn
 
 import backbones
-from backbones.cli.benchmark_report import SETTING, comparison, describe, draw, row_key, table
+from backbones.cli.benchmark_report import (
+    SETTING,
+    comparison,
+    describe,
+    draw,
+    row_key,
+    speed_lines,
+    table,
+)
 from backbones.cli.contenders import (
     MODELS,
     CannotRunError,
@@ -67,6 +80,7 @@ from backbones.cli.contenders import (
 )
 from backbones.cli.measure import count_macs
 from backbones.cli.op_kinds import time_by_kind
+from backbones.cli.provenance import provenance
 from backbones.cli.reports import load_report, put_rows, read_report, write_report
 from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady
 from backbones.common.arguments import THREADS, nonempty_path, real, whole
@@ -280,7 +294,7 @@ def measure(
     facts = {"macs": macs, "matmul_gflops": gflops, "orders": min(rounds, 2)}
     packages = [word for label in peers for word in label.split("_") if is_installed(word)]
     facts["versions"] = {package: version(package) for package in packages}
-    return {**row.key, **facts, "contenders": results}
+    return {**row.key, **facts, **provenance(), "contenders": results}
 
 
 def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[str, Any]:
@@ -308,18 +322,20 @@ _TABLE = Kind((".md",), rb"[^\n]*; medians of interleaved runs\.\n")
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``benchmark``."""
     add = parser.add_argument
-    add("--models", nargs="+", default=list(DEFAULT_MODELS), metavar="NAME")
+    add("model", nargs="?", metavar="MODEL", help="measure its row of the page Speed")
+    add("--models", nargs="+", metavar="NAME", help="several, with --modes and --against")
     sizes = "default 224, for HAT 64, for timm's its own"
     add("--sizes", nargs="+", type=whole(1, 65535), metavar="N", help=sizes)
-    add("--batches", nargs="+", type=whole(1), default=[1, 8], metavar="N")
+    text = "default 1 and 8, of MODEL 1"
+    add("--batches", nargs="+", type=whole(1), metavar="N", help=text)
     add("--threads", nargs="+", type=THREADS, default=[1], metavar="N")
     add("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
     modes = [*FLOAT_MODES, *INT8, *(mode + LOW_PRECISION for mode in FLOAT_MODES)]
     text = f"of {', '.join(FLOAT_MODES)} (each also with {LOW_PRECISION}), {', '.join(INT8)}"
-    add("--modes", nargs="+", default=["eager", "fused"], choices=modes, metavar="MODE", help=text)
+    add("--modes", nargs="+", choices=modes, metavar="MODE", help=text)
     add("--directions", nargs="+", default=["forward"], choices=["forward", "train"])
     text = f"of {', '.join(MODELS)}, or a module or file with create_model(name)"
-    add("--against", nargs="*", default=["timm"], metavar="PACKAGE", help=text)
+    add("--against", nargs="*", metavar="PACKAGE", help=text)
     add("--rounds", type=whole(1), default=9, metavar="N", help="turns per contender")
     add("--seconds", type=real(0), default=60, metavar="S", help="stop a row's turns after")
     add("--turn-ms", type=real(0), default=300.0, metavar="MS", help="duration of a turn")
@@ -338,6 +354,7 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     Args:
         known: what ``--against`` may name, by label.
     """
+    _set_defaults(options)
     unknown = {name for name in options.models if not name.startswith(PREFIX)}
     unknown -= set(backbones.list_models())
     if unknown:
@@ -370,6 +387,7 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
         write_report(files[".json"], report)
         torch._dynamo.reset()
         gc.collect()
+    logger.info("\n%s\n", "\n".join(speed_lines(report)))
     write_text_atomically(files[".md"], table(report))
     if importlib.util.find_spec("matplotlib") is None:
         logger.info("no picture without matplotlib: pip install matplotlib")
@@ -378,6 +396,32 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     for line in [] if old is None else comparison(old, report):
         logger.info("%s", line)
     return 0
+
+
+# The row of one model.
+_ROW_MODES = ("eager", "channels_last", "compile", "fused", "fused+bfloat16", "int8")
+_ROW_PEERS = ("onnxruntime", "openvino", "openvino_bf16")
+
+
+def _set_defaults(options: Namespace) -> None:
+    """Fill in what was not given, which depends on whether one model was named.
+
+    Raises:
+        CommandError: a model and ``--models`` were given.
+    """
+    one = options.model is not None
+    if one and options.models:
+        raise CommandError(f"--models lists models; {options.model!r} before it is one too many")
+    peers = [name for name in _ROW_PEERS if is_installed(name.split("_")[0])]
+    defaults: dict[str, tuple[list[Any], list[Any]]] = {
+        "models": ([options.model], list(DEFAULT_MODELS)),
+        "batches": ([1], [1, 8]),
+        "modes": ([*_ROW_MODES], ["eager", "fused"]),
+        "against": (peers, ["timm"]),
+    }
+    for name, (of_one, of_many) in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, of_one if one else of_many)
 
 
 def _rows(options: Namespace, sizes: Mapping[str, Sequence[int]]) -> Iterator[Row]:

@@ -307,7 +307,9 @@ def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> l
             findings.append(Finding("openmmlab", "error", text, fix))
     mmcv = versions.get("mmcv") or versions.get("mmcv-lite")
     if "mmdet" in versions and mmcv is not None and _above(mmcv, (2, 2)):
-        text = f"mmdet {versions['mmdet']} refuses mmcv {mmcv}: it must be older than 2.2.0"
+        text = (
+            f"mmdet {versions['mmdet']} does not accept mmcv {mmcv}: install one older than 2.2.0"
+        )
         fix = "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0"
         findings.append(Finding("openmmlab", "error", text, fix))
     if "mmengine" in versions and not has_pkg_resources:

@@ -72,7 +72,7 @@ def _run_kernels(options: Namespace) -> int:
     if options.plain and (options.fused or options.plot is not None):
         other = "--fused" if options.fused else "--plot"
         raise CommandError(
-            f"--plain and {other} exclude each other: only fused models have a memory plan"
+            f"--plain and {other} are mutually exclusive: only fused models have a memory plan"
         )
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--plot draws with matplotlib: pip install matplotlib")

@@ -100,6 +100,8 @@ def check_targets(targets: list[str]) -> None:
     """The Makefile has them."""
     makefile = (ROOT / "Makefile").read_text()
     for target in targets:
+        if "=" in target:  # a variable
+            continue
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make has no {target}"
 
 

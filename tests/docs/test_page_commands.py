@@ -31,6 +31,7 @@ NOT_RUN = {
     r"(\w+=\S+ )?python tools/accuracy\.py (?!parity).*": "trains or measures for minutes",
     r"python tools/benchmark\.py .*": "measures for minutes",
     r"vision-backbones benchmark .* docs/performance/.*": "measures for minutes",
+    r"vision-backbones benchmark (MODEL|van_b0)": "measures for a minute",
 }
 # What stands in a page for something of the reader's.
 REPLACED = {

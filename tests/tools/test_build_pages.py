@@ -28,19 +28,18 @@ def builder(tools: Tools) -> ModuleType:
 
 
 def test_the_committed_pages_are_filled(builder: ModuleType) -> None:
-    pages = [DOCS.parent / "README.md"]
-    pages += [page for page in DOCS.rglob("*.md") if builder.places(page.read_text())]
-    assert {page.name for page in pages} >= {"performance.md", "learning.md", "parity.md"}
+    pages = [page for page in builder.pages() if builder.places(page.read_text())]
+    assert {page.name for page in pages} >= {"CHANGELOG.md", "learning.md", "parity.md"}
     for page in pages:
         assert builder.filled(page, DOCS) == page.read_text(), f"make pages: {page}"
 
 
 def test_every_measurement_is_on_a_page(builder: ModuleType) -> None:
-    """But for the zoo's, which the site puts into its table."""
-    pages = [page.read_text() for page in DOCS.rglob("*.md")]
+    pages = [page.read_text() for page in builder.pages()]
     shown = {file for text in pages for _, files, _ in builder.places(text) for file in files}
+    merged = set(builder.speeds.reports(DOCS))  # the table of the page Speed
     there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.json")}
-    assert there - shown == {"performance/zoo.json", "performance/int8/figures.json"}
+    assert there - shown - merged == {"performance/cpus.json"}
 
 
 def test_places_are_filled_and_prose_stays(builder: ModuleType, tmp_path: Path) -> None:
@@ -66,8 +65,8 @@ def test_places_are_filled_and_prose_stays(builder: ModuleType, tmp_path: Path) 
     ("text", "said"),
     [
         ("<!-- table: nonsense a.json --><!-- end -->", "nonsense a.json: KeyError"),
-        ("<!-- table: models no.json --><!-- end -->", "models no.json: FileNotFoundError"),
-        ("<!-- table: models a.json aim=no --><!-- end -->", "models a.json: TypeError"),
+        ("<!-- table: growth no.json --><!-- end -->", "growth no.json: FileNotFoundError"),
+        ("<!-- table: growth a.json aim=no --><!-- end -->", "growth a.json: TypeError"),
         ("<!-- table: models a.json -->", "1 places begin, 0 end"),
         (
             "<!-- fact: machine a.json --> <!-- fact: machine a.json --><!-- end -->",
@@ -143,38 +142,61 @@ def models(tools: Tools) -> ModuleType:
     return tools("tables_models")
 
 
-def test_models_and_their_aims(models: ModuleType) -> None:
-    report = _report(_row(), _row(size=448))
-    text = models.models(report)
-    assert "### Batch 1, 1 thread, float32" in text
-    assert "| `shvit_s4` | 8.0 | 2.0 | 1.0 |" in text and "4.0 | 1.0 |" not in text
-    assert "| `shvit_s4` | original | **1.44× (missed 1.45)** | 2.90× (2.9) | " in text
-    assert "| **0.50× (missed 1)** | – | 4.0 | 10.0 | 0.50 | 50 (50 %) | 3 |" in text
-    assert "NATTEN" not in text
-    contenders = report["results"][0]["contenders"]
-    contenders["fused"]["speedup_over"]["natten_0_17"] = 21.5
-    contenders["fused+bfloat16"]["speedup_over"]["natten_0_17"] = 9.9
-    wanted = "| `shvit_s4` | original on NATTEN 0.17.3 | 21.50× (10) | **9.90× (missed 10)** | – |"
-    assert wanted in models.models(report)
-    without = models.models(report, aims="no")
-    assert "| times faster | than | fused | fused, bf16 | than timm |" in without
-    assert "| `shvit_s4` | original | 1.44× | 2.90× | 0.50× |" in without
-    assert "missed" not in without
+def test_aims_and_misses(models: ModuleType) -> None:
+    rows = [_row(), _row(size=448), _row("unknown"), _row(batch=8, threads=2), _row(batch=4)]
+    lines = models.aims(_report(*rows)).splitlines()[2:]
+    assert lines == [
+        "| `shvit_s4` | 1 | 1 | original | **1.44× (missed 1.45)** | 2.90× (2.9) | 50 (50 %) |",
+        "| `shvit_s4` | 8 | 2 | original | **1.44× (missed 1.65)** | **2.90× (missed 5.4)** "
+        "| 50 (50 %) |",
+    ]
+    row = _row()
+    for figures in row["contenders"].values():
+        figures["speedup_over"].pop("original", None)
+    assert "| `shvit_s4` | 1 | 1 | eager | 4.00× (1.45) | – |" in models.aims(_report(row))
 
 
-def test_settings_stand_apart_and_in_order(models: ModuleType) -> None:
-    rows = [_row(batch=8), _row(batch=1, threads=2), _row(), _row(direction="train")]
-    titles = [line for line in models.models(_report(*rows)).splitlines() if line[:1] == "#"]
-    wanted = ["Batch 1, 1 thread", "Batch 8, 1 thread", "Batch 1, 2 threads"]
-    assert titles == [f"### {title}, float32" for title in wanted]
+def test_a_release_before_and_now(models: ModuleType) -> None:
+    row = _row()
+    row["contenders"]["fused+bfloat16"]["speedup_over"]["eager"] = 8.0
+    before = {"model": "shvit_s4", "size": 224, "milliseconds": 3.0}
+    before["speedup_over_eager"] = {"fused": 2.5, "fused+bfloat16": 5.0}
+    old = {"version": "0.1.0", "machine": _MACHINE, "results": [before]}
+    text = models.releases(old, _report(row))
+    assert text.splitlines()[2:] == ["| `shvit_s4` | 2.50× | 4.00× | 5.00× | 8.00× |"]
+    before["milliseconds"] = 2.0  # the same row as now
+    assert not models.releases(old, _report(row)).splitlines()[2:]
 
 
-def test_bounds_are_those_of_one_thread(models: ModuleType) -> None:
+def test_growth_and_shares(models: ModuleType) -> None:
+    report = _report(_row(), _row(size=448), _row("van_b0"), _row(size=448, threads=2))
+    assert models.growth(report).splitlines()[2:] == ["| `shvit_s4` | 2.0 | 4.0 | 2.0× | 4.0× |"]
+    lines = models.shares(report).splitlines()
+    assert lines[0] == "| share of time | norms | attention |"
+    assert lines[2:4] == [
+        "| `shvit_s4`, eager | 25 % | 75 % |",
+        "| `shvit_s4`, fused | 25 % | 75 % |",
+    ]
+    assert len(lines) == 6  # at the usual size alone
+
+
+def test_training_steps(models: ModuleType) -> None:
+    row = _row(direction="train", batch=4)
+    row["contenders"] = {"original": _timed(20.0), "eager": _timed(21.0, original=0.95)}
+    text = models.training_steps(_report(_row(), row))
+    assert text.splitlines()[2:] == ["| `shvit_s4` | 4 | 1 | 20.0 | 21.0 | **0.95× (missed 1)** |"]
+
+
+def test_bounds_and_natten(models: ModuleType) -> None:
     row = _row("nat_mini", batch=8)
-    row["contenders"]["fused"] = {**_timed(1.25, eager=1.6), "gflops": 80.0}
-    assert models.bounds(_report(row, _row(threads=2))).splitlines()[2:] == [
+    row["contenders"]["fused"] = {**_timed(1.25, eager=1.6, natten_0_17=46.0), "gflops": 80.0}
+    row["contenders"]["natten_0_17"] = _timed(57.5)
+    report = _report(row, _row(threads=2))
+    assert models.bounds(report).splitlines()[2:] == [
         "| `nat_mini` | 8 | 50 | 80 | 90 | 1.80× | 1.60× |"
     ]
+    text = models.natten(_report(), _report(row))
+    assert "| `nat_mini` | 8 | `-O3 -march=native` | 1.2 | 8.0 | 57.5 | 46.00× (10) |" in text
 
 
 def test_no_digit_that_was_not_measured_is_shown(models: ModuleType) -> None:
@@ -187,7 +209,7 @@ def test_no_digit_that_was_not_measured_is_shown(models: ModuleType) -> None:
 
 def _floors(*rows: tuple[str, int, int, dict[str, float]]) -> dict[str, Any]:
     return {
-        "machine": {"name": "a CPU", "torch": "2.13.0"},
+        "machine": {"name": "a CPU", "torch": "2.13.0", "restricted": "none"},
         "results": [
             {
                 "model": model,
@@ -207,15 +229,9 @@ def test_the_faster_plain_form_counts(models: ModuleType) -> None:
         ("van_b0", 8, 1, {"eager": 1.2, "channels_last": 1.4}),
         ("shvit_s1", 1, 1, {"eager": 0.97, "channels_last": 1.0, "timm": 0.5}),
         ("shvit_s1", 8, 1, {}),
-        ("hat_s_x2", 1, 1, {"eager": 1.0, "channels_last": 1.0}),
     )
-    assert models.slower(measured) == [("van_b0", 1, 1, 0.96)]
-    lines = models.floor(measured).splitlines()
-    assert lines[0] == "| model | batch 1, 1 thread | batch 8, 1 thread |"
-    assert lines[2:4] == ["| `van_b0` | **0.96×** | 1.20× |", "| `shvit_s1` | 0.97× | – |"]
-    said = "Below 0.97: `van_b0` at batch 1 with 1 thread (0.960)."
-    assert models.below_floor(measured) == said
-    assert models.below_floor(_floors()) == "Below 0.97: none."
+    (line,) = models.floors(measured).splitlines()[2:]
+    assert line == "| none | 3 | 2 | 1 | 0.960× (`van_b0`, 1 images, 1 thread) | 0.97× |"
 
 
 # --- operators
@@ -382,6 +398,26 @@ ACCURACY = {
 }
 
 
+SPEED = {
+    "machine": MACHINE,
+    "results": [
+        {
+            "model": "shvit_s4",
+            "size": 224,
+            "batch": 1,
+            "threads": 1,
+            "contenders": {
+                "fused": timed(16.0, {"int8": 0.25, "int8_calibrated": 0.3}, 16_000_000),
+                "fused+bfloat16": timed(6.0, {"int8": 0.66, "int8_calibrated": 0.8}, 8_000_000),
+                "int8": timed(4.0, {"openvino_nncf": 0.9, "onnxruntime_static": 3.0}),
+                "int8_calibrated": timed(4.5, {"openvino_nncf": 0.8, "onnxruntime_static": 2.5}),
+                "openvino_nncf": timed(3.6, {}, 4_500_000),
+                "onnxruntime_static": timed(12.0, {}, 4_600_000),
+                "pt2e_x86": {"skipped": "ValueError: it has |\n more than one output"},
+            },
+        },
+    ],
+}
 AGREEMENT = {
     "machine": MACHINE,
     "results": [
@@ -439,7 +475,9 @@ def test_restoration_by_instruction_set(accuracy: ModuleType) -> None:
     )
 
 
-def test_other_toolkits_have_no_target(accuracy: ModuleType) -> None:
+def test_other_toolkits(accuracy: ModuleType) -> None:
+    (sizes,) = rows(accuracy.int8_sizes(SPEED), "| `shvit_s4` |")
+    assert sizes == ["`shvit_s4`", "16.0", "8.0", "4.0", "4.5", "4.6", "–"]
     (agreement,) = rows(accuracy.int8_predictions(AGREEMENT), "| `shvit_s1` |")
     assert agreement[1:] == ["98.00", "–", "+0.50 (99.2)", "–", "−2.00 (97.0)", "–"]
     (failure,) = accuracy.failures(AGREEMENT).splitlines()

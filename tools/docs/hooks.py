@@ -25,8 +25,11 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import speed_page  # noqa: E402
+import speeds  # noqa: E402
 import zoo_page  # noqa: E402
 from block_diagrams import diagram, parse  # noqa: E402
 
@@ -39,13 +42,20 @@ TERM = re.compile(r"^``.*``$")
 
 
 @functools.cache
+def _speeds() -> list[speeds.Speeds]:
+    return speeds.measured(speed_page.DOCS)
+
+
+@functools.cache
 def _rows() -> list[zoo_page.Row]:
-    return zoo_page.rows(zoo_page.latency_report())
+    return zoo_page.rows(_speeds())
 
 
 # Functions of the name of the page's file, which for a family's page is the family.
 GENERATED = {
-    "machine": lambda page: zoo_page.machine_line(zoo_page.latency_report()),
+    "machine": lambda page: zoo_page.machine_line(_speeds()),
+    "cpus": lambda page: speed_page.look_up(),
+    "speed": lambda page: speed_page.table(_speeds()),
     "zoo": lambda page: zoo_page.zoo(_rows()),
     "families": lambda page: zoo_page.families_table(_rows()),
     "variants": lambda page: zoo_page.variants_table(_rows(), page),

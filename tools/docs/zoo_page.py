@@ -1,7 +1,7 @@
 """The table and the plots of the zoo page, and the tables of the families' pages.
 
 Nothing is measured here: figures of the originals come from ``tests/reference``, errors from
-``docs/parity.json``, latencies from ``docs/performance/zoo.json`` (``benchmark.py --op zoo``).
+``docs/parity.json``, latencies from the page Speed (``tools/speeds.py``).
 Missing figures are shown as dashes.
 """
 
@@ -11,20 +11,23 @@ import html
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+DOCS = ROOT / "docs"
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+import speeds  # noqa: E402
+from speeds import Speeds  # noqa: E402
 
 import backbones  # noqa: E402
 from backbones.cli import parity  # noqa: E402
 from backbones.core.registry import published_weights  # noqa: E402
 
-PARITY = ROOT / "docs" / "parity.json"
-LATENCY = ROOT / "docs" / "performance" / "zoo.json"
+PARITY = DOCS / "parity.json"
 DIRECT = (".pth", ".tar", ".pt")
 DASH = "–"
 
@@ -39,7 +42,8 @@ class Row:
         claim: the reported result in words, if it is not a plain top-1.
         plot_macs_g: MACs at ``top1_size``: ``macs_g`` if the sizes agree, else the authors' figure.
         error: greatest relative difference between its output and the original's.
-        latency_ms, fused_ms: of one image of ``latency_size`` pixels, before and after ``fuse()``.
+        latency_ms, fused_ms: of one image of ``latency_size`` pixels: eager in the better memory
+            format, and after ``fuse()``.
         pretrained: the weights that ``pretrained=True`` downloads; None if there are none.
         url: of these weights, or else the first place where the authors published any.
     """
@@ -62,23 +66,31 @@ class Row:
     url: str | None
 
 
-def latency_report(path: Path = LATENCY) -> dict[str, Any] | None:
-    """The report of ``benchmark.py --op zoo``; None if there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
+def latencies(measured: Sequence[Speeds]) -> list[Speeds]:
+    """One image on one thread of the CPU that most of the variants were measured on."""
+    names = {name for _, name in parity.variants()}
+    usual = [m for m in measured if m.model in names and (m.isa, m.batch, m.threads) == ("", 1, 1)]
+    models: dict[str, set[str]] = {}
+    for each in usual:
+        models.setdefault(each.cpu, set()).add(each.model)
+    chosen = max(models, key=lambda cpu: len(models[cpu]), default=None)
+    return [each for each in usual if each.cpu == chosen]
 
 
-def rows(report: dict[str, Any] | None) -> list[Row]:
-    """All variants, sorted by family and size; ``report`` contains the latencies."""
+def rows(measured: Sequence[Speeds]) -> list[Row]:
+    """All variants, sorted by family and size, with the speeds that the page Speed shows."""
     errors = json.loads(PARITY.read_text())
-    measured = {result["model"]: result for result in (report or {"results": []})["results"]}
+    by_model: dict[str, dict[int, Speeds]] = {}
+    for each in latencies(measured):
+        by_model.setdefault(each.model, {})[each.size] = each
     found = [
-        _row(family, name, errors.get(name, {}).get("output"), measured.get(name))
+        _row(family, name, errors.get(name, {}).get("output"), by_model.get(name, {}))
         for family, name in parity.variants()
     ]
     return sorted(found, key=lambda row: (row.family, row.params_m, row.name))
 
 
-def _row(family: str, name: str, error: float | None, measured: dict[str, Any] | None) -> Row:
+def _row(family: str, name: str, error: float | None, measured: dict[int, Speeds]) -> Row:
     figures = parity.reference(family, name)
     tag, cfg = next(iter(published_weights(name).items()))
     macs_g, macs_size = figures["macs"] / 1e9, figures["cases"][0]["input"][-1]
@@ -86,6 +98,7 @@ def _row(family: str, name: str, error: float | None, measured: dict[str, Any] |
     if top1 is not None and "in22k" in tag:
         claim = "from ImageNet-22k"
     top1_size = cfg.input_size[-1]
+    speed = measured.get(top1_size) or (measured[min(measured)] if measured else None)
     published = [each["url"] for each in figures["weights"] if each.get("url")]
     published.sort(key=lambda url: not url.endswith(DIRECT))
     return Row(
@@ -99,29 +112,26 @@ def _row(family: str, name: str, error: float | None, measured: dict[str, Any] |
         claim=claim,
         plot_macs_g=macs_g if macs_size == top1_size else claimed_macs_g,
         error=error,
-        latency_ms=_milliseconds(measured, "eager"),
-        fused_ms=_milliseconds(measured, "fused"),
-        latency_size=measured["size"] if measured else None,
+        latency_ms=speed and speed.cells["eager"].milliseconds,
+        fused_ms=speed and speed.cells["float32"].milliseconds,
+        latency_size=speed and speed.size,
         licence=_licence(figures["licence"]),
         pretrained=tag if cfg.has_weights else None,
         url=cfg.url if cfg.has_weights else next(iter(published), None),
     )
 
 
-def _milliseconds(measured: dict[str, Any] | None, form: str) -> float | None:
-    """Median time of one form; None if not measured."""
-    return measured["contenders"][form].get("milliseconds") if measured else None
-
-
-def machine_line(report: dict[str, Any] | None) -> str:
-    """A sentence on the machine that the latencies were measured on."""
-    if report is None:
+def machine_line(measured: Sequence[Speeds]) -> str:
+    """A sentence on the CPU that the latencies were measured on."""
+    found = latencies(measured)
+    if not found:
         return "No latencies have been measured yet (`python tools/benchmark.py --op zoo`)."
-    place = report["machine"]
+    names = {machine["key"]: machine["name"] for machine in speeds.cpus(DOCS)["machines"]}
+    dates = sorted(each.row.get("date", "") for each in found)
     return (
-        "Latencies are for one image of that size in float32 on one thread; both forms were "
-        f"measured alternately in one process on {place['name']} ({place['cpu_capability']}) "
-        f"with torch {place['torch']}, and medians are shown."
+        "Latencies are for one image of that size in float32 on one thread of "
+        f"{names[found[0].cpu]}, measured from {dates[0]} to {dates[-1]}; both forms took turns in "
+        "one process, and medians are shown. [Speed](speed.md) has other CPUs and settings."
     )
 
 

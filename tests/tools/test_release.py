@@ -1,0 +1,234 @@
+"""`make release`, and the files of a release: workflows, forms, metadata, changelog."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from clones import ROOT, fresh_clone
+
+import backbones
+
+_WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+_TREE = ("CHANGELOG.md", "pyproject.toml", "backbones/__init__.py", ".ci/release")
+
+
+def _git(folder: Path, *words: str) -> str:
+    run = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A repository with what a release reads and changes."""
+    for name in _TREE:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / ".ci" / "release").chmod(0o755)
+    _git(tmp_path, "init", "--quiet", "--initial-branch", "main")
+    _git(tmp_path, "config", "user.name", "Somebody")
+    _git(tmp_path, "config", "user.email", "somebody@example.org")
+    _git(tmp_path, "add", ".")
+    _git(tmp_path, "commit", "--quiet", "--message", "Begin")
+    return tmp_path
+
+
+def _release(tree: Path, version: str, dry: str = "1") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [tree / ".ci" / "release", version],
+        env={**os.environ, "DRY_RUN": dry},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_a_dry_run_names_all_steps_and_changes_nothing(tree: Path) -> None:
+    before = _git(tree, "rev-parse", "HEAD")
+    run = _release(tree, "0.2.0")
+    assert run.returncode == 0, run.stderr
+    steps = [line[2:] for line in run.stdout.splitlines() if line.startswith("+ ")]
+    order = (
+        *(".ci/run", "make test-slow", "make wheel wheel-aarch64", "hatchling build -t sdist"),
+        *("venv", "pip' install", "import backbones", "twine check", "sha256sum", "make docs"),
+        "mike deploy --update-aliases 0.2.0 latest",
+    )
+    places = [next(i for i, step in enumerate(steps) if text in step) for text in order]
+    assert places == sorted(places)
+    assert "Start 0.3.0" in run.stdout and "Release 0.2.0" in run.stdout
+    # The changelog's entries are the notes.
+    text = (ROOT / "CHANGELOG.md").read_text()
+    section = text.split("## [Unreleased]\n", 1)[1].split("\n## [", 1)[0]
+    entries = [line for line in section.splitlines() if line.startswith("- ")]
+    assert [line for line in run.stdout.splitlines() if line.startswith("- ")] == entries
+    assert "### Moved and breaking" in run.stdout and "<!--" not in run.stdout
+    assert _git(tree, "rev-parse", "HEAD") == before
+    assert not _git(tree, "tag") and not _git(tree, "status", "--porcelain")
+
+
+@pytest.mark.parametrize("version", ["", "0.2", "v0.2.0", "0.2.0.dev0", "00.2.0", "0.1.9"])
+def test_other_versions_are_rejected(tree: Path, version: str) -> None:
+    run = _release(tree, version)
+    assert run.returncode == 1 and f"{version}" in run.stderr and not run.stdout
+
+
+def test_changes_and_tags_are_rejected(tree: Path) -> None:
+    (tree / "new").touch()
+    run = _release(tree, "0.2.0")
+    assert run.returncode == 1 and "?? new" in run.stderr
+    (tree / "new").unlink()
+    _git(tree, "tag", "v0.2.0")
+    run = _release(tree, "0.2.0")
+    assert run.returncode == 1 and "the tag v0.2.0 exists" in run.stderr
+
+
+def test_a_changelog_without_news_is_rejected(tree: Path) -> None:
+    text = (tree / "CHANGELOG.md").read_text()
+    start, end = text.index("## [Unreleased]\n"), text.index("\n## [0.")
+    (tree / "CHANGELOG.md").write_text(f"{text[:start]}## [Unreleased]\n{text[end:]}")
+    _git(tree, "commit", "--quiet", "--all", "--message", "Empty it")
+    run = _release(tree, "0.2.0")
+    assert run.returncode == 1 and "lists nothing" in run.stderr
+
+
+def test_a_real_release_needs_the_repository_as_origin(tree: Path) -> None:
+    _git(tree, "remote", "add", "origin", "https://example.org/else.git")
+    run = _release(tree, "0.2.0", dry="")
+    assert run.returncode == 1 and "example.org/else" in run.stderr and not run.stdout
+
+
+def test_a_release_comes_back_as_two_commits_and_a_tag(tree: Path) -> None:
+    """With programs that stand for those of the long steps."""
+    programs = {
+        "make": 'test "$1" != wheel || '
+        "{ mkdir -p dist; touch dist/x-$(uname -m).whl dist/x-aarch64.whl; }",
+        "python3": 'mkdir -p "$3/bin"; printf "#!/bin/sh\\n" >"$3/bin/pip"; cp "$3/bin/pip" '
+        '"$3/bin/python"; chmod +x "$3"/bin/*',
+    }
+    own = tree.parent / f"{tree.name}-programs"
+    own.mkdir()
+    for name, text in programs.items():
+        (own / name).write_text(f"#!/bin/sh\n{text}\n")
+        (own / name).chmod(0o755)
+    (tree / ".ci" / "run").write_text("#!/bin/sh\n")
+    (tree / ".venv" / "bin").mkdir(parents=True)
+    (tree / ".venv" / "bin" / "python").write_text(
+        '#!/bin/sh\ntest "$2" != hatchling || { mkdir -p dist; touch dist/x.tar.gz; }\n'
+    )
+    (tree / ".venv" / "bin" / "mike").write_text("#!/bin/sh\ngit branch gh-pages\n")
+    for path in (tree / ".ci" / "run", *(tree / ".venv" / "bin").iterdir()):
+        path.chmod(0o755)
+    _git(tree, "add", "--force", ".")
+    _git(tree, "commit", "--quiet", "--message", "Stand-ins")
+    _git(tree, "remote", "add", "origin", f"{_urls()['Repository']}.git")
+    before = _git(tree, "rev-parse", "HEAD").strip()
+    run = subprocess.run(
+        [tree / ".ci" / "release", "0.2.0"],
+        env={**os.environ, "DRY_RUN": "", "PATH": f"{own}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    subjects = _git(tree, "log", "--format=%s", f"{before}..HEAD").splitlines()
+    assert subjects == ["Start 0.3.0", "Release 0.2.0"]
+    assert '__version__ = "0.3.0.dev0"' in (tree / "backbones" / "__init__.py").read_text()
+    assert '__version__ = "0.2.0"' in _git(tree, "show", "v0.2.0:backbones/__init__.py")
+    log = _git(tree, "show", "v0.2.0:CHANGELOG.md")
+    repository = _urls()["Repository"]
+    assert f"[Unreleased]: {repository}/compare/v0.2.0...HEAD" in log
+    assert re.search(rf"^\[0\.2\.0\]: {repository}/compare/[0-9a-f]+\.\.\.v0\.2\.0$", log, re.M)
+    assert re.search(r"^## \[Unreleased\]\n\n## \[0\.2\.0\] - \d{4}-\d\d-\d\d$", log, re.M)
+    kept = {path.name for path in (tree / "dist" / "0.2.0").iterdir()}
+    assert {"SHA256SUMS", "notes.md", "x.tar.gz"} < kept
+    assert "git push origin main gh-pages v0.2.0" in run.stdout
+
+
+def _urls() -> dict[str, str]:
+    section = (ROOT / "pyproject.toml").read_text().split("[project.urls]\n", 1)[1]
+    return dict(re.findall(r'^(\w+) = "(.*)"$', section.split("\n\n", 1)[0], re.M))
+
+
+def test_addresses_agree() -> None:
+    repository = _urls()["Repository"]
+    assert all(_urls()[name].startswith(repository) for name in ("Changelog", "Issues"))
+    for name in (
+        "CHANGELOG.md",
+        "CITATION.cff",
+        "SECURITY.md",
+        ".github/ISSUE_TEMPLATE/config.yml",
+    ):
+        found = re.findall(
+            r"https://github\.com/[\w-]+/vision-backbones", (ROOT / name).read_text()
+        )
+        assert set(found) == {repository}, name
+
+
+def test_the_version_stands_once() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev0)?", backbones.__version__)
+    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    for name in ("pyproject.toml", "README.md", "mkdocs.yml", "CITATION.cff", "Makefile"):
+        lines = (ROOT / name).read_text().splitlines()
+        assert not [line for line in lines if f'"{backbones.__version__}"' in line], name
+
+
+def test_versions_of_the_changelog_have_links() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    headings = re.findall(r"^## \[(.+?)\]", text, re.M)
+    assert headings[0] == "Unreleased"
+    assert headings == re.findall(r"^\[(.+?)\]: https://", text, re.M)
+
+
+@pytest.mark.parametrize(
+    ("schema", "files"),
+    [
+        ("github-workflows", _WORKFLOWS),
+        (
+            "github-issue-forms",
+            [ROOT / f".github/ISSUE_TEMPLATE/{n}.yml" for n in ("fault", "slow", "model")],
+        ),
+        ("github-issue-config", [ROOT / ".github/ISSUE_TEMPLATE/config.yml"]),
+        ("citation-file-format", [ROOT / "CITATION.cff"]),
+    ],
+)
+def test_files_follow_their_schemas(schema: str, files: list[Path]) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", f"vendor.{schema}"]
+    run = subprocess.run([*command, *files], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("path", _WORKFLOWS, ids=lambda path: path.stem)
+def test_workflows_run_what_the_tree_has(path: Path, tmp_path: Path) -> None:
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    targets = set(re.findall(r"^([\w-]+)(?: [\w-]+)*:", (ROOT / "Makefile").read_text(), re.M))
+    for name, job in jobs.items():
+        needed = job.get("needs", [])
+        assert set([needed] if isinstance(needed, str) else needed) <= jobs.keys(), name
+        if "uses" in job:
+            assert (ROOT / job["uses"]).is_file()
+        for step in job.get("steps", ()):
+            script = step.get("run", "")
+            for target in re.findall(r"\bmake ([\w-]+)", script):
+                assert any(known.startswith(target) for known in targets), target
+            for file in re.findall(r"(?:^|\s)(\.ci/\w+|tools/\S+|backbones/\S+)", script):
+                assert (ROOT / file).exists(), file
+            # Values of an event stand in variables, never in a script.
+            assert "github.event" not in script and "github.ref_name" not in script
+
+
+def test_only_one_job_may_publish() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
+    holders = [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})]
+    assert holders == ["publish"] and set(jobs["publish"]["needs"]) == {"wheels", "check"}
+    assert "password" not in (ROOT / ".github/workflows/release.yml").read_text().split("jobs:")[1]
+
+
+def test_a_clone_has_what_a_release_needs(tmp_path: Path) -> None:
+    clone = fresh_clone(tmp_path / "clone")
+    assert os.access(clone / ".ci" / "release", os.X_OK)

@@ -1,0 +1,131 @@
+"""All reports become one row for each CPU and setting, and pages claim what these say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from backbones.cli.benchmark_report import Cell, rivals, speed, speed_lines
+from backbones.cli.provenance import kernels, provenance
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def _row(date: str = "2026-01-02", **contenders: Any) -> dict[str, Any]:
+    place = {"model": "van_b0", "size": 224, "batch": 1, "threads": 1, "direction": "forward"}
+    timed = {
+        name: {"milliseconds": figure, "speedup_over": {}}
+        if isinstance(figure, float)
+        else {"skipped": figure}
+        for name, figure in contenders.items()
+    }
+    return {**place, "dtype": "float32", "macs": 1, "date": date, "contenders": timed}
+
+
+@pytest.fixture(scope="module")
+def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
+    return tools("speeds")
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    machines = [
+        {"key": "a", "name": "CPU A", "models": "", "instruction_set": "avx512", "reports": ""},
+        {"key": "b", "name": "CPU B", "models": "", "instruction_set": "avx2", "reports": "b/"},
+    ]
+    known = {"machines": machines, "files": {}, "restricted": {"b/few.json": "portable"}}
+    _write(tmp_path / "performance" / "cpus.json", known)
+    return tmp_path
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report))
+
+
+def _report(*rows: dict[str, Any], **machine: str) -> dict[str, Any]:
+    return {"machine": {"name": "x", "torch": "2.13", **machine}, "results": list(rows)}
+
+
+def test_the_newest_row_counts_and_earlier_ones_fill_gaps(tool: ModuleType, docs: Path) -> None:
+    old = _row("2026-01-01", eager=9.0, fused=3.0, openvino=2.7, onnxruntime="cannot")
+    _write(docs / "performance" / "old.json", _report(old))
+    _write(docs / "performance" / "new.json", _report(_row(eager=8.0, fused=2.0)))
+    (found,) = tool.measured(docs)
+    assert found.row["date"] == "2026-01-02" and found.is_older
+    assert found.cells["float32"] == Cell("fused", 2.0)
+    assert found.cells["OpenVINO"] == Cell("openvino", 2.7)
+    assert found.others == {"OpenVINO": "2026-01-01", "ONNX Runtime": "2026-01-01"}
+    assert found.cells["ONNX Runtime"] == Cell("onnxruntime", None, "cannot")
+    assert found.cells["compile"] == Cell()  # not measured, unlike failed
+    # A loss of an earlier row is not forgotten, and ratios are of one row.
+    assert found.over["float32"] == (pytest.approx(0.9), "openvino")
+    assert found.ratios == {"eager": 4.0, "OpenVINO": pytest.approx(0.9)}
+
+
+def test_cpus_and_restrictions_stand_apart(tool: ModuleType, docs: Path) -> None:
+    row = _row(eager=2.0, fused=1.0)
+    for name, machine in {"a": {}, "c": {"instruction_set": "avx2"}}.items():
+        _write(docs / "performance" / f"{name}.json", _report(row, **machine))
+    for name in ("b/few", "b/all"):
+        _write(docs / "performance" / f"{name}.json", _report(row))
+    places = [(each.cpu, each.isa) for each in tool.measured(docs)]
+    assert places == [("a", ""), ("a", "avx2"), ("b", ""), ("b", "portable")]
+
+
+def test_contenders_are_compared_within_their_dtype() -> None:
+    row = _row(
+        **{"eager": 4.0, "channels_last": 3.0, "fused": 1.0, "fused+bfloat16": 0.5, "int8": 0.4},
+        **{
+            "openvino_bf16": 0.6,
+            "openvino_nncf": 0.3,
+            "pt2e_x86": "cannot",
+            "compile_freezing": 2.0,
+        },
+        **{"natten_0_17": 0.1, "fused+compile": 0.1},
+    )
+    row["contenders"]["fused"]["speedup_over"] = {"channels_last": 3.5}
+    assert rivals(row, "float32") == {"eager": 4.0, "channels_last": 3.5, "compile_freezing": 2.0}
+    assert rivals(row, "bfloat16") == {"openvino_bf16": pytest.approx(1.2)}
+    assert rivals(row, "int8") == {"openvino_nncf": pytest.approx(0.75)}
+    assert speed(row)["eager"] == Cell("channels_last", 3.0)
+    assert speed(row)["compile"] == Cell("compile_freezing", 2.0)
+    assert rivals(_row(eager=1.0), "float32") == {}
+
+
+def test_the_command_prints_the_same_row() -> None:
+    row = _row(eager=4.0, fused=2.0, openvino=1.0, onnxruntime="cannot")
+    *_, line = speed_lines({"results": [{**row, "direction": "train"}, row]})
+    assert line == (
+        "| van_b0 | 224 | 1 | 1 | 4.00 ms | – | failed | 1.00 ms | 2.00 ms | – | – "
+        "| float32 0.50× openvino |"
+    )
+
+
+def test_rows_say_when_and_with_which_kernels_they_were_measured(tool: ModuleType) -> None:
+    found = provenance()
+    assert found["kernels"] == kernels() and len(found["date"]) == 10
+    assert not tool.is_older({"kernels": kernels()}, kernels())
+    assert tool.is_older({}, kernels())
+
+
+def test_every_committed_row_has_a_date_and_a_commit(tool: ModuleType) -> None:
+    for name, report in tool.reports(DOCS).items():
+        for row in report["results"]:
+            assert {"date", "commit"} <= row.keys(), name
+
+
+def test_medians_and_losses(tool: ModuleType, docs: Path) -> None:
+    slow = {**_row(eager=2.0, fused=1.0, openvino=0.5), "model": "shvit_s4"}
+    rows = [_row(eager=4.0, fused=1.0), slow, {**_row(eager=9.0, fused=1.0), "batch": 8}]
+    _write(docs / "performance" / "a.json", _report(*rows))
+    _write(docs / "performance" / "b" / "a.json", _report(_row(eager=3.0, fused=2.0)))
+    assert tool.four_cpus(docs).splitlines()[2:] == [
+        "| CPU A |  | 3.00× (2) | not measured | 0.50× (1) | `shvit_s4` | 2026-01-02 |",
+        "| CPU B |  | 1.50× (1) | not measured | not measured | none | 2026-01-02 |",
+    ]
