@@ -24,6 +24,7 @@ from ops.padding import reflect_pad_to_multiple
 
 __all__ = [
     "FOLDER",
+    "IN_FLOAT64",
     "TOLERANCE",
     "case_errors",
     "checkpoint",
@@ -43,12 +44,16 @@ FOLDER = next(
     for base in (Path(__file__).parent, Path(__file__).parents[2] / "tests")
     if (folder := base / "reference").is_dir() or base.name == "tests"
 )
-# ViG-H's recorded outputs, the first VMamba's maps and ours of OverLoCK are that far from float64.
+# ViG-H's recorded outputs and ours of OverLoCK are that far from float64.
 TOLERANCE = {
     **{"litv2": 1e-4, "medvitv2": 1e-4, "efficientvit": 1e-4},
     **{"overlock": 2e-5, "vig": 2e-5, "vrwkv_l": 1e-4},
-    **{"vanilla_vmamba_tiny": 2e-5, "vanilla_vmamba_small": 4e-5, "vanilla_vmamba_base": 4e-5},
+    **{"vanilla_vmamba_tiny": 1.3e-5, "vanilla_vmamba_small": 2.1e-5},
+    "vanilla_vmamba_base": 2.1e-5,
 }
+# In float32, their figures are that far from float64 and so are ours, each in another way. Compared
+# in float64, only the figures' distance is left.
+IN_FLOAT64 = ("vanilla_vmamba_tiny", "vanilla_vmamba_small", "vanilla_vmamba_base")
 
 
 def variants() -> list[tuple[str, str]]:
@@ -154,7 +159,8 @@ def summary_error(value: Tensor, figures: dict[str, Any]) -> float:
 
 @torch.no_grad()
 def case_errors(family: str, variant: str, number: int) -> tuple[float, list[float]]:
-    """Load the synthetic checkpoint into a new model and run one case.
+    """Load the synthetic checkpoint into a new model and run one case, in float32 but for
+    :data:`IN_FLOAT64`.
 
     Returns:
         The relative error of the output (logits, or the image), and that of each stage's map.
@@ -167,6 +173,8 @@ def case_errors(family: str, variant: str, number: int) -> tuple[float, list[flo
     assert not (report.missing or report.unexpected or report.resized or report.reinitialised)
 
     x = image(case["input"], case["seed"])
+    if variant in IN_FLOAT64:
+        model, x = model.double(), x.double()
     if "image" in case:
         # These maps were measured on the padded image; ours have the size of the image.
         padded = reflect_pad_to_multiple(x, model.window_size)
