@@ -7,26 +7,12 @@ from pathlib import Path
 import pytest
 from emulators import windows_compiler
 from fresh_python import run_code
+from without_unix import WITHOUT_UNIX
 
 from ops.cpu import instruction_sets
 from ops.cpu.build import compiler
 from ops.cpu.build.sources import Sources, suffix
 
-_WITHOUT_UNIX = """
-import os, signal, sys
-for name in ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"):
-    sys.modules[name] = None
-starts = ("fork", "sched_", "wait", "posix_", "spawn", "set", "P_")
-gone = {name for name in dir(os) if name.startswith(starts)} - {"waitpid", "waitstatus_to_exitcode"}
-gone |= {"chown", "fchmod", "fchown", "geteuid", "getgid", "getegid", "getpgid", "getuid", "killpg"}
-gone |= {"lchown", "mkfifo", "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "register_at_fork"}
-gone |= {"statvfs", "sysconf", "uname"}
-for name in gone & {*dir(os)}:
-    delattr(os, name)
-kept = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM", "SIG_DFL", "SIG_IGN"}
-for name in {name for name in dir(signal) if name.startswith("SIG")} - kept:
-    delattr(signal, name)
-"""
 _FUSED = """
 import torch
 import backbones
@@ -54,13 +40,13 @@ assert folders.candidates()[1].name == "native"
 
 
 def test_a_fused_model_without_what_windows_lacks(tmp_path: Path) -> None:
-    run_code(_WITHOUT_UNIX + _FUSED, tmp_path)
+    run_code(WITHOUT_UNIX + _FUSED, tmp_path)
 
 
 def test_compiling_without_what_windows_lacks(tmp_path: Path) -> None:
     (tmp_path / "any").mkdir()
     (tmp_path / "any" / "small.cpp").write_text('extern "C" int answer() { return 42; }\n')
-    run_code(_WITHOUT_UNIX + _COMPILED, tmp_path, tmp_path)
+    run_code(WITHOUT_UNIX + _COMPILED, tmp_path, tmp_path)
 
 
 def test_libraries_of_systems_differ() -> None:
