@@ -43,9 +43,11 @@ class VRWKVAttention(FastLayer, blocks.WKVAttention):
         key, value = self.key(for_key).flatten(1, 2), self.value(for_value).flatten(1, 2)
         if isinstance(self.norm, nn.Identity):
             gate = self.receptance(for_gate).flatten(1, 2)
-            out = bi_wkv_forward(key, value, decay, first, self.segments, gate).view(x.shape)
+            out = bi_wkv_forward(key, value, decay, first, gate, self.segments).view(x.shape)
         else:
-            out = self.norm(bi_wkv_forward(key, value, decay, first, self.segments)).view(x.shape)
+            out = self.norm(bi_wkv_forward(key, value, decay, first, None, self.segments)).view(
+                x.shape
+            )
             out = torch.sigmoid(self.receptance(for_gate)) * out
         return self.proj(out)
 

@@ -5,13 +5,9 @@ https://arxiv.org/abs/2403.02308
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from ops.cpu.call.binding import registered
-from ops.cpu.call.dispatch import is_plain_call, needs_grad
+from ops.cpu.call.differentiable import differentiable
 from ops.cpu.wkv.bi_wkv import bi_wkv_backward, bi_wkv_forward
 
 __all__ = ["attend", "supports"]
@@ -35,34 +31,27 @@ def attend(
     Raises:
         RuntimeError: the kernel is unavailable (check with :func:`supports`).
     """
-    inputs = (key, value, decay, first, segments or 0, None)
-    if is_plain_call(inputs[:4]) and needs_grad(inputs[:4]):
-        return _forward_autograd(*inputs)
-    out: Tensor = bi_wkv_forward(*inputs)
+    out: Tensor = _bi_wkv(key, value, decay, first, None, segments or 0)
     return out
 
 
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            out: Tensor = bi_wkv_forward(*inputs)
-        ctx.save_for_backward(*inputs[:4])
-        ctx.segments = inputs[4]
-        return out
+def _gradients(
+    grad_out: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    first: Tensor,
+    gate: Tensor | None,
+    segments: int,
+) -> list[Tensor | None]:
+    of_gate = None
+    if gate is not None:
+        share = gate.sigmoid()
+        scanned = bi_wkv_forward(key, value, decay, first, None, segments)
+        of_gate = grad_out * scanned * share * (1 - share)
+        grad_out = grad_out * share
+    grads = bi_wkv_backward(grad_out, key, value, decay, first, segments)
+    return [*grads[:2], *(g.sum(0) for g in grads[2:]), of_gate]
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        grads = bi_wkv_backward(grad_out, *ctx.saved_tensors, ctx.segments)
-        return (*grads[:2], grads[2].sum(0), grads[3].sum(0), None, None)
 
-
-@torch.library.impl(registered, "bi_wkv_forward", "AutogradCPU")
-def _forward_autograd(*inputs: Any) -> Any:
-    *scan, gate = inputs
-    if needs_grad((*scan[:4], gate)):
-        out = _Differentiable.apply(*scan, None)
-        return out if gate is None else out * gate.sigmoid()
-    with torch._C._AutoDispatchBelowAutograd():
-        return bi_wkv_forward(*inputs)
+_bi_wkv = differentiable(bi_wkv_forward, _gradients)

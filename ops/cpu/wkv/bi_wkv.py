@@ -21,16 +21,15 @@ def bi_wkv_forward(
     value: Tensor,
     decay: Tensor,
     first: Tensor,
+    gate: Tensor | None,
     segments: int,
-    gate: Tensor | None = None,
 ) -> Call:
-    """The scan, multiplied by the sigmoid of an optional gate. No gradients.
+    """The scan, multiplied by the sigmoid of an optional gate.
 
     Args:
-        key, value: (B, T, C), float32 or bfloat16.
+        key, value, gate: (B, T, C), float32 or bfloat16.
         decay, first: (C,) float32.
         segments: see :func:`ops.bi_wkv.bi_wkv`; 0 for none.
-        gate: (B, T, C).
 
     Returns:
         (B, T, C), contiguous; sums are in float32.
