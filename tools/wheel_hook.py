@@ -43,7 +43,7 @@ _TARGETS = {
     "x86_64": _Target("linux", "x86_64", "linux_x86_64"),
     "aarch64": _Target("linux", "aarch64", "linux_aarch64"),
     "win_amd64": _Target("win32", "x86_64", "win_amd64", "x86_64-windows-gnu"),
-    "macosx_arm64": _Target("darwin", "aarch64", "macosx_11_0_arm64", "aarch64-macos"),
+    "macosx_arm64": _Target("darwin", "aarch64", "macosx_11_0_arm64", "aarch64-macos.11.0"),
 }
 _CHOSEN = "VISION_BACKBONES_WHEEL_MACHINE"
 # Strip symbols, which only debuggers need.

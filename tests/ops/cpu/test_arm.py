@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from emulators import CPUS, KERNELS, WITH_BYTES, emulate, run_tests
 
 from ops.cpu import instruction_sets
+from ops.cpu.build import compiler
 from ops.cpu.build.sources import SOURCES, Sources
 
 _emulated = pytest.mark.needs("arm_compiler", "emulator")
@@ -52,3 +55,23 @@ def test_clang_compiles_them_for_macos(cpu: str, tmp_path: Path) -> None:
         words = [*zig, *flags, *warnings, include, "-c", str(source), "-o", f"{name}.o"]
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # zig first compiles its C++ library
+def test_a_library_for_macos_is_signed_and_needs_only_the_system(tmp_path: Path) -> None:
+    """A processor of Apple's runs no code without a signature, which the linker adds."""
+    built = tmp_path / "wkv.so"
+    Sources().compile(built, "wkv", "neon", compiler.zig("aarch64-macos.11.0"), ["-s"])
+    library = built.read_bytes()
+    assert library[:4] == b"\xcf\xfa\xed\xfe"  # 64-bit Mach-O
+    (count,), at = struct.unpack_from("<I", library, 16), 32
+    commands: dict[int, bytes] = {}
+    for _ in range(count):
+        kind, size = struct.unpack_from("<2I", library, at)
+        commands[kind] = commands.get(kind, b"") + library[at : at + size]
+        at += size
+    needed, signature, version = commands[0x0C], commands[0x1D], commands[0x32]
+    assert re.findall(rb"[\w./]+\.dylib", needed) == [b"/usr/lib/libSystem.B.dylib"]
+    assert len(signature) == 16
+    assert struct.unpack_from("<I", version, 12) == (11 << 16,)  # as the wheel's tag says
