@@ -398,6 +398,10 @@ ACCURACY = {
 }
 
 
+def timed(milliseconds: float, over: dict[str, float], size: int = 4_000_000) -> dict[str, Any]:
+    return {"milliseconds": milliseconds, "speedup_over": over, "bytes": size}
+
+
 SPEED = {
     "machine": MACHINE,
     "results": [
