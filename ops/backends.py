@@ -1,4 +1,4 @@
-"""Backends of an op: modules with ``supports``, which says why not, and ``attend``."""
+"""Backends of an op: modules with ``unavailable``, which says why not, and ``attend``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def backend_named(name: str, backends: Mapping[str, ModuleType], *call: Any) -> 
     Args:
         name: the caller's argument ``backend``.
         backends: all of the op by name.
-        call: the arguments of ``supports``.
+        call: the arguments of ``unavailable``.
 
     Raises:
         ValueError: an unknown name.
@@ -23,7 +23,7 @@ def backend_named(name: str, backends: Mapping[str, ModuleType], *call: Any) -> 
     """
     if name not in backends:
         raise ValueError(f"backend must be one of {', '.join(backends)} or None, got {name!r}")
-    reason = backends[name].supports(*call)
+    reason = backends[name].unavailable(*call)
     if reason is not None:
         raise NotImplementedError(f"backend {name!r} cannot do this call: {reason}")
     return backends[name]

@@ -23,8 +23,8 @@ from ops.cpu.feed_forward.kan import kan_layer
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.cpu.gemm.convolution import PackedConv2d, packed_conv2d
 from ops.cpu.gemm.int8 import (
+    int8_unavailable,
     pack_int8_weight,
-    unsupported_int8,
 )
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
@@ -290,7 +290,7 @@ CALLS: dict[str, _Call] = {
 }  # fmt: skip
 
 # Kernels that only some CPUs have.
-if unsupported_int8(torch.device("cpu"), torch.float32) is None:
+if int8_unavailable(torch.device("cpu"), torch.float32) is None:
     CALLS |= {
         "packed_linear_int8": lambda: _of(
             *(packed_linear, "x", "other", "scale"), x=_f(2, 90, 37), **_int8(43, 37),

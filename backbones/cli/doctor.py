@@ -278,7 +278,7 @@ def examine_attention() -> list[Finding]:
     params = NAParams((7, 7), (1, 1), (1, 1), (False, False), 32**-0.5, False)
     findings = []
     for name, backend in BACKENDS.items():
-        reason = backend.supports(query, query, query, None, None, None, params)
+        reason = backend.unavailable(query, query, query, None, None, None, params)
         if reason is None:
             findings.append(Finding("attention", "ok", f"{name}: usable on {device}"))
             continue

@@ -12,7 +12,7 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from ops.cpu.resize.resize import MOST_SCALE, look_up, resize_part, unsupported
+from ops.cpu.resize.resize import MOST_SCALE, look_up, resize_part, unavailable
 
 __all__ = ["Resizing"]
 
@@ -36,7 +36,7 @@ class Resizing:
         mean, std = (torch.tensor(config[key]).view(-1, 1) for key in ("mean", "std"))
         # In timm's order, so that the values are its own to the last bit.
         self._tables = torch.arange(256.0).div_(255).sub(mean).div_(std).numpy()
-        self._is_fast = unsupported() is None
+        self._is_fast = unavailable() is None
         self._steps = _steps(self._transform) if self._is_fast and _matches_pillow() else None
 
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ def _tensors_of(norm: nn.BatchNorm2d) -> list[Tensor]:
 
 def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
     """Scale and shift (2, C) in float32, or None where there is no kernel for them."""
-    if nchw_from_nhwc.unsupported(x.device, x.dtype) is not None:
+    if nchw_from_nhwc.unavailable(x.device, x.dtype) is not None:
         return None
     return torch.stack([t.detach() for t in norm_affine(copy.deepcopy(norm).float())])
 

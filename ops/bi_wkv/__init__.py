@@ -1,7 +1,7 @@
 """Bi-WKV, Vision-RWKV's bidirectional scan: its formula, or what the published kernel computes.
 
-https://arxiv.org/abs/2403.02308. Each backend is a module with two functions: ``supports``, which
-returns ``None`` or the reason why it does not support a call, and ``attend``, which is
+https://arxiv.org/abs/2403.02308. Each backend is a module with two functions: ``unavailable``,
+which returns ``None`` or the reason why it does not support a call, and ``attend``, which is
 differentiable.
 """
 
@@ -111,8 +111,8 @@ def _best(inputs: Inputs) -> ModuleType:
         # The exported graph must not contain loops that depend on the number of tokens.
         return reference
     if not torch.compiler.is_exporting():
-        if inputs[0].device.type == "cuda" and triton.supports(*inputs) is None:
+        if inputs[0].device.type == "cuda" and triton.unavailable(*inputs) is None:
             return triton
-        if cpu.supports(*inputs) is None:
+        if cpu.unavailable(*inputs) is None:
             return cpu
     return chunked

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 _CHUNK = 16
 
 Sums = tuple[Tensor, Tensor]
 
 
-def supports(
+def unavailable(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
     """Supports every call with a known number of tokens."""

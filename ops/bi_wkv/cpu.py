@@ -10,17 +10,17 @@ from torch import Tensor
 from ops.cpu.call.differentiable import differentiable
 from ops.cpu.wkv.bi_wkv import bi_wkv_backward, bi_wkv_forward
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 
-def supports(
+def unavailable(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
     """``None`` if this kernel supports the call, else the reason.
 
     The first call may compile the kernel, which takes a few seconds.
     """
-    return bi_wkv_forward.unsupported(key.device, key.dtype)
+    return bi_wkv_forward.unavailable(key.device, key.dtype)
 
 
 def attend(
@@ -29,7 +29,7 @@ def attend(
     """See :func:`ops.bi_wkv.bi_wkv`; all tensors are float32.
 
     Raises:
-        RuntimeError: the kernel is unavailable (check with :func:`supports`).
+        RuntimeError: the kernel is unavailable (check with :func:`unavailable`).
     """
     out: Tensor = _bi_wkv(key, value, decay, first, None, segments or 0)
     return out

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 
-def supports(
+def unavailable(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
     """Supports every call."""

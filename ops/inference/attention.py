@@ -24,7 +24,7 @@ from ops.cpu.attention import linear as linear_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, runs_fast, tensors_of
+from ops.inference.layers import FastLayer, fast_path_applies, tensors_of
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
@@ -61,7 +61,7 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
         height, width, dim = query.shape[1:]
         whole = height % region_size[0] == width % region_size[1] == 0
         regions = height * width // (region_size[0] * region_size[1])
-        fast = whole and self.topk < regions and runs_fast(query, self.qkv.weight)
+        fast = whole and self.topk < regions and fast_path_applies(query, self.qkv.weight)
         if not fast or _unsupported(query) is not None:
             return bilevel_routing_attention(
                 query, key, value, self.num_heads, region_size, self.topk
@@ -80,8 +80,8 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
 
 def _unsupported(x: Tensor) -> str | None:
     """``None`` if the kernels for attention to regions and region means are available, else why."""
-    reason = grouped_attention.grouped_attention.unsupported(x.device, x.dtype)
-    return reason or window_means.unsupported(x.device, x.dtype)
+    reason = grouped_attention.grouped_attention.unavailable(x.device, x.dtype)
+    return reason or window_means.unavailable(x.device, x.dtype)
 
 
 @functools.lru_cache(maxsize=32)
@@ -179,13 +179,13 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
     """Uses our kernels if available; otherwise rotates by complex products."""
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        if not runs_fast(x, self.qkvo.weight) or x.dtype == torch.float64:
+        if not fast_path_applies(x, self.qkvo.weight) or x.dtype == torch.float64:
             return super().forward(x, rotary)
         height, width, dim = x.shape[1:]
         head_dim = dim // self.num_heads
         kernel = linear_attention if self.linear else gated_attention
         fast = self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
-        if fast and kernel.unsupported(x.device, x.dtype, head_dim) is None:
+        if fast and kernel.unavailable(x.device, x.dtype, head_dim) is None:
             return self._attend_in_chunks(x)
         *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
         rotations = _rotations(height, width, head_dim)

@@ -15,7 +15,7 @@ from ops.cpu.depthwise.conv import (
     depthwise_branches,
     depthwise_conv2d,
     taps_first,
-    unsupported,
+    unavailable,
 )
 from ops.inference.forms import stands_for
 from ops.inference.layers import (
@@ -48,11 +48,11 @@ class PackedDepthwise:
 class FastDepthwiseConv2d(FastConv2d):
     """Like :class:`FastConv2d`, with our own kernel where it is faster."""
 
-    def suits_kernel(self, x: Tensor) -> bool:
+    def pays(self, x: Tensor) -> bool:
         return self._by_kernel(x, x.numel())
 
     def derive(self, x: Tensor) -> tuple[Any, Any]:
-        if unsupported(self.stride, x.device, x.dtype) is not None:
+        if unavailable(self.stride, x.device, x.dtype) is not None:
             return None, self.for_onednn(x)
         return PackedDepthwise(self), None if self._by_kernel(x) else self.for_onednn(x)
 
@@ -87,7 +87,7 @@ class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
         return tensors_of(self.dwconv_hw, self.dwconv_w, self.dwconv_h)
 
     def derive(self, x: Tensor) -> Any:
-        if unsupported((1, 1), x.device, x.dtype) is not None:
+        if unavailable((1, 1), x.device, x.dtype) is not None:
             return None
         weights, biases = self.sources()[::2], self.sources()[1::2]
         return [taps_first(w) for w in weights], [b.detach().float() for b in biases]

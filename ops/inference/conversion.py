@@ -83,13 +83,13 @@ def slow_in_nhwc(model: nn.Module) -> str | None:
     if not any(isinstance(module, DilatedDepthwiseConv2d) for module in model.modules()):
         return None
     weight = next(model.parameters())
-    return depthwise_conv2d.unsupported(weight.device, weight.dtype)
+    return depthwise_conv2d.unavailable(weight.device, weight.dtype)
 
 
 def _has_kernels(fast: type[nn.Module], weight: Tensor) -> bool:
     """Whether this form can do more than check its input and run the plain form."""
     kernels = getattr(fast, "kernels", ())
-    return not any(kernel.unsupported(weight.device, weight.dtype) for kernel in kernels)
+    return not any(kernel.unavailable(weight.device, weight.dtype) for kernel in kernels)
 
 
 def restore_plain_forms(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBra
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, runs_fast, tensors_of
+from ops.inference.layers import FastLayer, fast_path_applies, tensors_of
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
@@ -88,7 +88,8 @@ class FastFactorizedAttention(FactorizedAttention):
     def forward(self, x: Tensor) -> Tensor:
         branches = (self.global_branch, *self.local_branches)
         fast = (
-            runs_fast(x, self.q.weight) and grouped_attention.unsupported(x.device, x.dtype) is None
+            fast_path_applies(x, self.q.weight)
+            and grouped_attention.unavailable(x.device, x.dtype) is None
         )
         if not fast or min(x.shape[1:3]) < self.global_branch.sr_ratio or x.shape[0] == 0:
             return super().forward(x)

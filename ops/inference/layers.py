@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
 from ops.cpu.call.binding import Kernel
-from ops.cpu.call.dispatch import takes_kernels
+from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.gemm.convolution import PackedConv2d
-from ops.cpu.gemm.int8 import unsupported_int8
-from ops.cpu.gemm.linear import unsupported
+from ops.cpu.gemm.int8 import int8_unavailable
+from ops.cpu.gemm.linear import unavailable
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
 from ops.inference.packed_linear import (
@@ -46,11 +46,11 @@ __all__ = [
     "can_activate",
     "conv_kind",
     "convert",
+    "fast_path_applies",
     "has_onednn",
     "is_quantized",
     "plain_forms",
     "revert",
-    "runs_fast",
     "tensors_of",
 ]
 
@@ -120,11 +120,11 @@ def plain_forms() -> Iterator[None]:
         _thread.plain = before
 
 
-def runs_fast(x: Tensor, weight: Tensor) -> bool:
+def fast_path_applies(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer with this weight can use its fast path for ``x``."""
     return (
         not _thread.plain
-        and takes_kernels((x, weight))
+        and kernels_apply((x, weight))
         and x.dtype == weight.dtype
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
@@ -159,17 +159,17 @@ class FastLayer(nn.Module):
         if self._derived is None and self._made_from is not None:
             return None  # the plain form is always right
         sources = self.sources()
-        if not runs_fast(x, sources[0]):
+        if not fast_path_applies(x, sources[0]):
             return None
         if self._made_from is None or not self._made_from.matches(sources):
-            if not has_onednn(x.dtype) or not takes_kernels(sources):
+            if not has_onednn(x.dtype) or not kernels_apply(sources):
                 return None
             made_from = TensorSnapshot(sources)
             decisions: list[Decision] = []
             # On the input's device, whatever the default device is, and seen by no recording.
             decided = observe_decisions(decisions.append)
             with torch.no_grad(), x.device, _disable_current_modes(), decided:
-                missing = any(k.unsupported(x.device, x.dtype) is not None for k in self.kernels)
+                missing = any(k.unavailable(x.device, x.dtype) is not None for k in self.kernels)
                 self._derived = None if missing else self.derive(x)
             self._made_from, self.decisions = made_from, decisions
         return self._derived
@@ -302,7 +302,7 @@ class FastLinear(ActivatedLayer, nn.Linear):
         return packed.packed() if packed is not None and packed.is_int8 else None
 
     def derive(self, x: Tensor) -> PackedLinear | None:
-        has_kernel = unsupported(x.device, x.dtype, with_bfloat16=True) is None
+        has_kernel = unavailable(x.device, x.dtype, with_bfloat16=True) is None
         shape = self.in_features, self.out_features, self.bias is not None
         if (
             has_kernel
@@ -353,11 +353,11 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         own, packed = self.derived(x) or (None, None)
-        if own is not None and (packed is None or self.suits_kernel(x)):
+        if own is not None and (packed is None or self.pays(x)):
             return own(x, self.activation)
         return self._by_onednn(x, packed)
 
-    def suits_kernel(self, x: Tensor) -> bool:
+    def pays(self, x: Tensor) -> bool:
         """Whether our kernel is faster than oneDNN's, where :meth:`derive` gives both."""
         return policy.conv_by_kernel(self.in_channels, x.is_contiguous(), x.dtype)
 
@@ -388,10 +388,10 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         stride: Any = self.stride
         dilation: Any = self.dilation
         if self.quantization is not None:
-            has_products = unsupported_int8(x.device, x.dtype) is None
+            has_products = int8_unavailable(x.device, x.dtype) is None
             if policy.linear_in_int8(has_products, x.dtype):
                 return PackedConv2d(self, self.quantization.pack)
-        available = winograd_conv2d.unsupported(x.device, x.dtype) is None
+        available = winograd_conv2d.unavailable(x.device, x.dtype) is None
         channels = self.in_channels, self.out_channels
         applies = available and WinogradConv2d.takes(self)
         if applies and policy.winograd_by_kernel(*channels, x.dtype):
@@ -399,9 +399,9 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
         if policy.copies_windows(self.in_channels, stride, x.dtype):
-            reason = unsupported(x.device, x.dtype, with_bfloat16=True)
+            reason = unavailable(x.device, x.dtype, with_bfloat16=True)
             return PackedConv2d(self) if reason is None else None
-        own = NCHWConv2d.takes(self) and packed_stem.unsupported(x.device, x.dtype) is None
+        own = NCHWConv2d.applies(self) and packed_stem.unavailable(x.device, x.dtype) is None
         return NCHWConv2d(self) if own else None
 
     def for_onednn(self, x: Tensor) -> OneDNNWeight:

@@ -13,7 +13,7 @@ from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, runs_fast, tensors_of
+from ops.inference.layers import FastLayer, fast_path_applies, tensors_of
 
 __all__ = [
     "FastCascadedGroupAttention",
@@ -87,7 +87,7 @@ class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         weight: Any = self.qkv.weight
-        if not runs_fast(x, weight):
+        if not fast_path_applies(x, weight):
             return super().forward(x)
         batch, _, height, width = x.shape
         packed = self.derived(x)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
-from ops.cpu.gemm.int8 import pack_int8_weight, quantize_weight, unsupported_int8
+from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight, quantize_weight
 from ops.cpu.gemm.linear import (
     pack_weight,
     packed_linear,
     packed_linear_energy,
-    unsupported,
+    unavailable,
 )
 from ops.cpu.gemm.mlp import packed_mlp
 
@@ -109,12 +109,12 @@ class PackedLinear:
     ) -> None:
         self._weight = weight.detach().contiguous()
         self._bias = None if bias is None else bias.detach()
-        self._has_kernel = unsupported(weight.device, weight.dtype, with_bfloat16=True) is None
+        self._has_kernel = unavailable(weight.device, weight.dtype, with_bfloat16=True) is None
         self._for_kernel: PackedWeight | None = None
         self._for_onednn: Tensor | None = None
         self._quantization: Quantization | None = None
         if quantization is not None:
-            has_products = unsupported_int8(weight.device, weight.dtype) is None
+            has_products = int8_unavailable(weight.device, weight.dtype) is None
             if policy.linear_in_int8(has_products, weight.dtype):
                 self._quantization = quantization
 

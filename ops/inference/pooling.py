@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.call.dispatch import takes_kernels
+from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.pooling.window_means import window_means
 
 __all__ = ["FastAdaptiveAvgPool2d", "supported"]
@@ -14,9 +14,9 @@ __all__ = ["FastAdaptiveAvgPool2d", "supported"]
 def supported(x: Tensor) -> bool:
     """Whether :func:`window_means` can replace torch's functions on ``x``, in any layout."""
     return (
-        takes_kernels((x,))
+        kernels_apply((x,))
         and not (torch.is_grad_enabled() and x.requires_grad)
-        and window_means.unsupported(x.device, x.dtype) is None
+        and window_means.unavailable(x.device, x.dtype) is None
     )
 
 

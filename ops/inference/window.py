@@ -69,7 +69,7 @@ class _InPlaceAttention(FastLayer):
         side = self._key_size()
         if not policy.window_attention_by_kernel(side, x.dtype):
             return None
-        if grouped_attention.grouped_attention.unsupported(x.device, x.dtype) is not None:
+        if grouped_attention.grouped_attention.unavailable(x.device, x.dtype) is not None:
             return None
         entries, _ = self._lines()
         bias = self.relative_position_bias_table.float().t()

@@ -4,7 +4,7 @@ https://arxiv.org/abs/2312.06635; both directions: https://arxiv.org/abs/2405.18
 https://arxiv.org/abs/2404.05892. The function checks its arguments and calls the first backend in
 order of preference that supports the call. Each backend is a module with two functions:
 
-``supports(query, key, value, log_gate, log_gate_back, bonus) -> str | None``
+``unavailable(query, key, value, log_gate, log_gate_back, bonus) -> str | None``
     ``None`` if it supports the call, else the reason, for the error message of an explicit
     ``backend=``.
 ``attend(query, key, value, log_gate, log_gate_back, bonus, scale) -> out``
@@ -147,9 +147,9 @@ def _best_backend(tensors: Tensors) -> ModuleType:
     if torch.compiler.is_exporting():
         return chunked
     device = tensors[0].device.type
-    if device == "cuda" and triton.supports(*tensors) is None:
+    if device == "cuda" and triton.unavailable(*tensors) is None:
         return triton
-    if device == "cpu" and cpu.supports(*tensors) is None:
+    if device == "cpu" and cpu.unavailable(*tensors) is None:
         return cpu
     kept = tensors[0].dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
     if device == "meta" and kept:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CHUNK", "attend", "supports"]
+__all__ = ["CHUNK", "attend", "unavailable"]
 
 CHUNK = 16  # tokens
 
 
-def supports(*tensors: Tensor | None) -> str | None:
+def unavailable(*tensors: Tensor | None) -> str | None:
     """``None``: this backend supports every call."""
     return None
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from ops.cpu.call.differentiable import differentiable
 from ops.cpu.scan.gated_scan import gated_scan, gated_scan_backward
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 
-def supports(query: Tensor, *tensors: Tensor | None) -> str | None:
+def unavailable(query: Tensor, *tensors: Tensor | None) -> str | None:
     """``None`` if this kernel supports the call, else the reason.
 
     The first call may compile the kernel, which takes a few seconds.
     """
-    return gated_scan.unsupported(query.device, query.dtype)
+    return gated_scan.unavailable(query.device, query.dtype)
 
 
 def attend(
@@ -36,7 +36,7 @@ def attend(
     Results do not depend on the number of threads, ``torch.get_num_threads()``.
 
     Raises:
-        RuntimeError: the kernel is unavailable (check with :func:`supports`).
+        RuntimeError: the kernel is unavailable (check with :func:`unavailable`).
     """
     back = None if log_gate_back is None else log_gate_back.float()
     bonus = None if bonus is None else bonus.float()

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 
-def supports(*tensors: Tensor | None) -> str | None:
+def unavailable(*tensors: Tensor | None) -> str | None:
     """``None``: this backend supports every call."""
     return None
 

@@ -17,12 +17,12 @@ from ops.cpu.call.dispatch import is_plain_call, needs_grad
 from ops.cpu.neighborhood.attention import na_cpu_backward, na_cpu_forward, na_cpu_output
 from ops.neighborhood._geometry import NAParams
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 _MAX_DIM = 512
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
+def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
     """``None`` if this kernel supports the call, else the reason.
 
     The first call may compile the kernel, which takes a few seconds.
@@ -49,7 +49,7 @@ def attend(*call: Any) -> tuple[Tensor, Tensor | None]:
     about 2 MFLOP) use one thread.
 
     Raises:
-        RuntimeError: the kernel is unavailable (check with :func:`supports`).
+        RuntimeError: the kernel is unavailable (check with :func:`unavailable`).
     """
     params: NAParams
     *tensors, params = call

@@ -3,7 +3,7 @@
 https://arxiv.org/abs/2204.07143. They check their arguments and call the first backend in order of
 preference that supports the call. Each backend is a module with two functions:
 
-``supports(query, key, value, additional_keys, additional_values, rpb, params) -> str | None``
+``unavailable(query, key, value, additional_keys, additional_values, rpb, params) -> str | None``
     ``None`` if it supports the call, else the reason, for the error message of an explicit
     ``backend=``. Cheap: depends on shapes, dtypes and devices, never on values.
 ``attend(query, key, value, additional_keys, additional_values, rpb, params) -> (out, lse)``
@@ -291,11 +291,11 @@ def _best_backend(tensors: Tensors, params: NAParams) -> ModuleType:
         # The only backend whose graph is the same for every size of the map.
         return reference
     if device == "cuda":
-        if natten.is_fused(*tensors[:3]) and natten.supports(*tensors, params) is None:
+        if natten.is_fused(*tensors[:3]) and natten.unavailable(*tensors, params) is None:
             return natten
-        if triton.supports(*tensors, params) is None:
+        if triton.unavailable(*tensors, params) is None:
             return triton
-    if device == "cpu" and cpu.supports(*tensors, params) is None:
+    if device == "cpu" and cpu.unavailable(*tensors, params) is None:
         return cpu
     return tiled
 

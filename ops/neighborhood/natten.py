@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ops.neighborhood._geometry import NAParams
 
-__all__ = ["attend", "is_fused", "supports"]
+__all__ = ["attend", "is_fused", "unavailable"]
 
 
 def is_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -25,7 +25,7 @@ def is_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return kernel is not None and not kernel.startswith("flex")
 
 
-def supports(
+def unavailable(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -21,10 +21,10 @@ from ops.neighborhood._geometry import (
     group_of,
 )
 
-__all__ = ["attend", "mix", "scores", "supports", "windows"]
+__all__ = ["attend", "mix", "scores", "unavailable", "windows"]
 
 
-def supports(*call: Any) -> str | None:
+def unavailable(*call: Any) -> str | None:
     """``None``: this backend supports every call."""
     return None
 

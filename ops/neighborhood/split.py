@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ops.arguments import require_tensor
-from ops.cpu.call.dispatch import needs_grad, takes_kernels
+from ops.cpu.call.dispatch import kernels_apply, needs_grad
 from ops.neighborhood import reference, split_cpu, split_tiled, split_triton
 from ops.neighborhood._checks import check_rpb, resolve_params
 from ops.neighborhood._geometry import NAParams
@@ -351,7 +351,7 @@ class _Operator:
 
     def __call__(self, *args: Any) -> Tensor:
         tensors = [arg for arg in args[:3] if isinstance(arg, Tensor)]
-        if not takes_kernels(tensors):
+        if not kernels_apply(tensors):
             out: Tensor = self._dispatched(*args)
         elif needs_grad(tensors):
             out = self._differentiable.apply(*args)
@@ -400,7 +400,7 @@ def _bias_gradient(grad: Tensor, rpb: Tensor, window: Window) -> Tensor:
 def _backend(tensor: Tensor) -> ModuleType:
     """The module with the operators for queries or values like ``tensor``."""
     backend = split_cpu if tensor.device.type == "cpu" else split_triton
-    return backend if tensor.numel() and backend.supports(tensor) is None else split_tiled
+    return backend if tensor.numel() and backend.unavailable(tensor) is None else split_tiled
 
 
 def _of_operators(params: NAParams) -> Window:

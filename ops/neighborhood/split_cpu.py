@@ -12,14 +12,14 @@ from ops.cpu.neighborhood.attention import na_cpu_mix, na_cpu_scatter, na_cpu_sc
 from ops.neighborhood import cpu
 from ops.neighborhood.split_tiled import Window
 
-__all__ = ["mix", "scatter", "scores", "supports"]
+__all__ = ["mix", "scatter", "scores", "unavailable"]
 
 
-def supports(tensor: Tensor) -> str | None:
+def unavailable(tensor: Tensor) -> str | None:
     """``None`` if the kernels take queries or values like ``tensor``, else the reason."""
     if tensor.dtype == torch.float16:
         tensor = tensor[:0].float()
-    return cpu.supports(tensor, tensor, tensor)
+    return cpu.unavailable(tensor, tensor, tensor)
 
 
 def scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, window: Window) -> Tensor:

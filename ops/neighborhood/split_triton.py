@@ -10,13 +10,13 @@ from torch import Tensor
 from ops.neighborhood import triton
 from ops.neighborhood.split_tiled import Window
 
-__all__ = ["mix", "scatter", "scores", "supports"]
+__all__ = ["mix", "scatter", "scores", "unavailable"]
 
 
-def supports(tensor: Tensor) -> str | None:
+def unavailable(tensor: Tensor) -> str | None:
     """``None`` if the kernels take queries or values like ``tensor``, else the reason."""
     heads_last = tensor.movedim(1, -2)
-    return triton.supports(heads_last, heads_last, heads_last)
+    return triton.unavailable(heads_last, heads_last, heads_last)
 
 
 # The launcher is imported on first use, since triton is optional.

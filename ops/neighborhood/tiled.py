@@ -20,13 +20,13 @@ from torch import Tensor
 from ops.neighborhood._geometry import INPUTS, PARAMS, NAParams
 from ops.neighborhood._tiles import Tiles, tiles_of_map
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 # Maximum number of elements of a step's temporary tensors, to fit into the caches.
 _STEP = 1 << 20
 
 
-def supports(*call: Any) -> str | None:
+def unavailable(*call: Any) -> str | None:
     """``None``: this backend supports every call."""
     return None
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ops.cpu.build import status
-from ops.cpu.call.dispatch import is_plain_call, takes_kernels
+from ops.cpu.call.dispatch import is_plain_call, kernels_apply
 from ops.replay.capture import Capture
 from ops.replay.changes import TensorSnapshot
 from ops.replay.graph import NotCapturableError
-from ops.replay.replay import Replay, unsupported
+from ops.replay.replay import Replay, unavailable
 
 __all__ = ["Recorded", "recorded_form"]
 
@@ -250,7 +250,7 @@ class _Snapshot:
     """
 
     def __init__(self, module: Recorded) -> None:
-        reason = unsupported()
+        reason = unavailable()
         if reason is not None:
             raise NotCapturableError(reason)
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
@@ -284,7 +284,7 @@ class _Snapshot:
             _words(map(id, values)),
         )
         self._tensors = list(itertools.chain(module.parameters(), module.buffers()))
-        if not takes_kernels(self._tensors):
+        if not kernels_apply(self._tensors):
             raise NotCapturableError("its parameters and buffers are not plain CPU tensors")
         self._tensor_snapshot = TensorSnapshot(self._tensors)
 

@@ -30,7 +30,7 @@ from ops.replay.lowering import lowered
 from ops.replay.memory_plan import plan_memory
 from ops.replay.workspace import workspace
 
-__all__ = ["Replay", "TimedReplay", "unsupported"]
+__all__ = ["Replay", "TimedReplay", "unavailable"]
 
 _KERNEL = "replay"
 _VALUE, _PLACE, _BLOCK = range(3)  # as in ops/cpu/replay/replay.cpp
@@ -42,7 +42,7 @@ _Tensors = list[Any]  # of buffers, during a replay
 _Step = Callable[[_Tensors, Any], None]
 
 
-def unsupported() -> str | None:
+def unavailable() -> str | None:
     """None if graphs can be replayed here, else the reason."""
     return unavailable_reason(_KERNEL)
 
@@ -67,7 +67,7 @@ class Replay:
     def __init__(self, graph: Graph) -> None:
         library = load(_KERNEL)
         if library is None:
-            raise NotCapturableError(f"there is no kernel: {unsupported()}")
+            raise NotCapturableError(f"there is no kernel: {unavailable()}")
         self._run = library.replay_run
         library.replay_scratch_bytes.restype = ctypes.c_int64
         self._scratch_bytes = library.replay_scratch_bytes()

@@ -65,7 +65,7 @@ def join_expansion(graph: OperatorGraph, operator: Operator) -> bool:
     conv = operator.function
     if not isinstance(conv, FastDepthwiseConv2d):
         return False
-    if not PackedDepthwiseMlp.takes(conv, is_first=True):
+    if not PackedDepthwiseMlp.applies(conv, is_first=True):
         return False
     map_ = operator.result
     pools = [user for user in map_.users if _averages(user.function)]

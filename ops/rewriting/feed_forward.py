@@ -47,7 +47,7 @@ class FeedForward(FastLayer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         packed = self.derived(x)
-        if packed is not None and packed.shares_out(x):
+        if packed is not None and packed.pays(x):
             out: Tensor = packed(x, residual, self.norm)
             return out
         x = x if self.norm is None else self.norm(x)
@@ -108,7 +108,7 @@ def join_feed_forward(graph: OperatorGraph, operator: Operator) -> bool:
     conv = _convolution(graph, operator.args[0])
     first = graph.made_by(conv.source, FastLinear)
     if first is None or graph.only_user(conv.source) is None or first.kwargs:
-        if conv.layer is None or not PackedDepthwiseMlp.takes(conv.layer, is_first=True):
+        if conv.layer is None or not PackedDepthwiseMlp.applies(conv.layer, is_first=True):
             return False
         made = FeedForward(None, fc2, conv.layer)
         graph.replace(operator, made, conv.source, absorbed=conv.operators, **operator.kwargs)
@@ -135,7 +135,7 @@ def _convolution(graph: OperatorGraph, value: Value) -> _Step:
     """The depthwise convolution that gives a map, and the map it reads, with channels last."""
     after = graph.made_by(value, _permute)
     conv = None if after is None else graph.made_by(after.args[0], FastDepthwiseConv2d)
-    if after is None or conv is None or not PackedDepthwiseMlp.takes(conv.function):
+    if after is None or conv is None or not PackedDepthwiseMlp.applies(conv.function):
         return _Step(None, value, [])
     if graph.only_user(value) is None or graph.only_user(conv.result) is None:
         return _Step(None, value, [])

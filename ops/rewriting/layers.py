@@ -92,7 +92,7 @@ class Attention(nn.Module):
         return f"scale={self.scale}"
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        own = grouped_attention.unsupported(query.device, query.dtype) is None
+        own = grouped_attention.unavailable(query.device, query.dtype) is None
         if not own or not policy.softmax_attention_by_kernel(key.shape[2], query.dtype):
             return softmax_attention(query, key, value, self.scale)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))

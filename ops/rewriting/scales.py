@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.call.dispatch import takes_kernels
+from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.norm.response_scales import response_scales
 from ops.inference.layers import FastLinear
 from ops.rewriting.graph import NHWC, Operator, OperatorGraph, Value
@@ -36,7 +36,7 @@ class ResponseScales(nn.Module):
         return f"eps={self.eps}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if takes_kernels((x,)) and response_scales.unsupported(x.device, x.dtype) is None:
+        if kernels_apply((x,)) and response_scales.unavailable(x.device, x.dtype) is None:
             out: Tensor = response_scales(x, self.weight, self.eps)
             return out
         norm = x.float().flatten(1, 2).norm(dim=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.call.dispatch import takes_kernels
+from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.norm.biased_softmax import biased_softmax
 from ops.rewriting.graph import Operator, OperatorGraph
 
@@ -28,7 +28,7 @@ class BiasedSoftmax(nn.Module):
         return f"dtype={self.dtype}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if takes_kernels((x,)) and biased_softmax.unsupported(x.device, x.dtype) is None:
+        if kernels_apply((x,)) and biased_softmax.unavailable(x.device, x.dtype) is None:
             out: Tensor = biased_softmax(x, self.bias, self.dtype == torch.bfloat16)
             return out
         return (x + self.bias).softmax(-1).to(self.dtype)

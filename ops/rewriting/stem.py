@@ -45,7 +45,7 @@ class Stem(FastLayer):
         convs: Any = self.convs
         dtype = policy.computed_in(x.dtype)
         odd = any(conv.in_channels % 2 for conv in convs[1:])  # which have no pairs
-        if packed_stem.unsupported(x.device, dtype) or not policy.stem_by_kernel(odd, dtype):
+        if packed_stem.unavailable(x.device, dtype) or not policy.stem_by_kernel(odd, dtype):
             return None
         pairs: Any = list(zip(convs, self.norms, strict=True))
         activations = [(conv if norm is None else norm).activation for conv, norm in pairs]

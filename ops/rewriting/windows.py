@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.attention.grouped import LINE, grouped_attention
-from ops.cpu.call.dispatch import takes_kernels
+from ops.cpu.call.dispatch import kernels_apply
 from ops.inference.layers import FastLinear
 from ops.rewriting.graph import Operator, OperatorGraph, Value
 
@@ -85,7 +85,7 @@ class WindowedAttention(nn.Module):
         tokens = x.flatten(1, -2).contiguous()
         query, key, value = (self._heads(tokens, part) for part in self.parts)
         out = query.new_empty(query.shape)
-        if takes_kernels((x,)) and grouped_attention.unsupported(x.device, x.dtype) is None:
+        if kernels_apply((x,)) and grouped_attention.unavailable(x.device, x.dtype) is None:
             terms = self.terms, self.lines, self.kinds
             grouped_attention(query, key, value, out, self.rows, None, None, *terms, self.scale)
         else:

@@ -10,7 +10,7 @@ NHWC map instead, which neither copies the map into four sequences nor expands t
 The functions check their arguments and call the first backend in order of preference that supports
 the call. Each backend is a module with these functions:
 
-``supports(u, A) -> str | None``
+``unavailable(u, A) -> str | None``
     ``None`` if it supports the call, else the reason, for the error message of an explicit
     ``backend=``.
 ``scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> out``
@@ -209,9 +209,9 @@ def _best(x: Tensor, A: Tensor) -> ModuleType:
     if torch.compiler.is_exporting():
         return chunked
     device = x.device.type
-    if device == "cuda" and triton.supports(x, A) is None:
+    if device == "cuda" and triton.unavailable(x, A) is None:
         return triton
-    if device == "cpu" and cpu.supports(x, A) is None:
+    if device == "cpu" and cpu.unavailable(x, A) is None:
         return cpu
     kept = x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
     if device == "meta" and kept:

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CHUNK", "scan", "supports"]
+__all__ = ["CHUNK", "scan", "unavailable"]
 
 CHUNK = 16  # tokens
 _LEVELS = 2  # of chunks, where the number of tokens is not known
 
 
-def supports(u: Tensor, A: Tensor) -> str | None:
+def unavailable(u: Tensor, A: Tensor) -> str | None:
     """``None``: this backend supports every call."""
     return None
 

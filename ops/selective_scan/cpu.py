@@ -21,16 +21,16 @@ from ops.cpu.selective.selective_scan import (
     sequence_scan_backward,
 )
 
-__all__ = ["cross", "scan", "supports"]
+__all__ = ["cross", "scan", "unavailable"]
 
 
-def supports(u: Tensor, A: Tensor) -> str | None:
+def unavailable(u: Tensor, A: Tensor) -> str | None:
     """``None`` if the kernels support the call, else the reason.
 
     The first call may compile the kernels, which takes a few seconds.
     """
     dtype = torch.float32 if u.dtype == torch.float16 else u.dtype
-    return sequence_scan.unsupported(u.device, dtype)
+    return sequence_scan.unavailable(u.device, dtype)
 
 
 def scan(
@@ -48,7 +48,7 @@ def scan(
     Results do not depend on the number of threads, ``torch.get_num_threads()``.
 
     Raises:
-        RuntimeError: the kernel is unavailable (check with :func:`supports`).
+        RuntimeError: the kernel is unavailable (check with :func:`unavailable`).
     """
     dtype, (u, delta, B, C) = u.dtype, _of_one_dtype(u, delta, B, C)
     parameters = (t if t is None else t.float() for t in (D, delta_bias))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["scan", "supports"]
+__all__ = ["scan", "unavailable"]
 
 
-def supports(u: Tensor, A: Tensor) -> str | None:
+def unavailable(u: Tensor, A: Tensor) -> str | None:
     """``None``: this backend supports every call."""
     return None
 

@@ -56,7 +56,7 @@ def test_fused_feed_forwards_take_one_pass(monkeypatch) -> None:
     x = torch.randn(2, 3, 64, 96)
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
     assert len(calls) == sum(len(stage.blocks) for stage in plain.stages)
-    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: False)
+    monkeypatch.setattr(PackedDepthwiseMlp, "pays", lambda self, x: False)
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
     assert len(calls) == sum(len(stage.blocks) for stage in plain.stages)
 

@@ -134,9 +134,9 @@ def test_without_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_states_that_triton_does_not_hold() -> None:
     wide = torch.zeros(1, 1, 1, 257)
-    assert "got 257" in linear_attention.triton.supports(wide, wide, wide)
+    assert "got 257" in linear_attention.triton.unavailable(wide, wide, wide)
     u, rate = torch.zeros(1, 8, 4), torch.zeros(8, 300)
-    assert "256 states per channel, got 300" in selective_scan.triton.supports(u, rate)
+    assert "256 states per channel, got 300" in selective_scan.triton.unavailable(u, rate)
 
 
 @pytest.mark.parametrize("optional", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ops.triton_devices import device_problem
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 
-def supports(
+def unavailable(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
     """``None`` if the kernels support the call, else the reason."""

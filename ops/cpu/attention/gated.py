@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from ops.cpu.attention.grouped import attention_threads
-from ops.cpu.attention.linear import gated_out, gated_parts, unsupported_heads
+from ops.cpu.attention.linear import gated_out, gated_parts, heads_unavailable
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
 
-__all__ = ["gated_attention", "unsupported"]
+__all__ = ["gated_attention", "unavailable"]
 
 
-def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """``None`` if the kernel accepts such tensors, else the reason.
 
     The first call on a machine compiles the kernel, which takes a few seconds.
     """
-    return unsupported_heads(head_dim) or gated_attention.unsupported(device, dtype)
+    return heads_unavailable(head_dim) or gated_attention.unavailable(device, dtype)
 
 
 @kernel("attention", "attention_forward")

@@ -18,24 +18,24 @@ from ops.cpu.threads import VALUES, threads_for
 __all__ = [
     "gated_out",
     "gated_parts",
+    "heads_unavailable",
     "rank_augmented_attention",
-    "unsupported",
-    "unsupported_heads",
+    "unavailable",
 ]
 
 _EPS = 1e-6
 _WHOLE = 32  # divides head_dim: two vectors of the widest instruction set
 
 
-def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """``None`` if the kernel accepts such tensors, else the reason.
 
     The first call on a machine compiles the kernel, which takes a few seconds.
     """
-    return unsupported_heads(head_dim) or rank_augmented_attention.unsupported(device, dtype)
+    return heads_unavailable(head_dim) or rank_augmented_attention.unavailable(device, dtype)
 
 
-def unsupported_heads(head_dim: int) -> str | None:
+def heads_unavailable(head_dim: int) -> str | None:
     """``None`` if kernels can rotate heads of ``head_dim`` channels, else the reason."""
     if head_dim % _WHOLE:
         return f"the kernel takes head dims that {_WHOLE} divides, not {head_dim}"
@@ -49,7 +49,7 @@ def gated_out(
 
     Raises:
         ValueError: mismatched shapes or dtypes.
-        RuntimeError: a head_dim that :func:`unsupported_heads` rejects.
+        RuntimeError: a head_dim that :func:`heads_unavailable` rejects.
     """
     dim = bias.shape[-1]
     expected = (*bias.shape[:-1], 4 * dim)
@@ -60,7 +60,7 @@ def gated_out(
             f"bias must be {qkvo.dtype} and {num_heads} heads divide its {dim} channels, "
             f"got {bias.dtype}"
         )
-    reason = unsupported_heads(dim // num_heads)
+    reason = heads_unavailable(dim // num_heads)
     if reason is not None:
         raise RuntimeError(reason)
     tables = {"row_table": row_table, "column_table": column_table}
@@ -92,7 +92,7 @@ def rank_augmented_attention(
         row_table, column_table: (H, head_dim) and (W, head_dim) in float32: the cosines of the
             rotation angles of channel pairs per row and column, then their sines, negated for even
             channels.
-        num_heads: divides dim; :func:`unsupported` must accept the resulting head_dim.
+        num_heads: divides dim; :func:`unavailable` must accept the resulting head_dim.
 
     Returns:
         (B, H, W, dim), contiguous.

@@ -104,7 +104,7 @@ class Kernel:
 
     Raises:
         ValueError: the description rejects the arguments.
-        RuntimeError: the library is not available here (check :meth:`unsupported` first).
+        RuntimeError: the library is not available here (check :meth:`unavailable` first).
         MemoryError: the scratch buffers cannot be allocated.
     """
 
@@ -150,15 +150,16 @@ class Kernel:
         return self._run_plain(args, tensors)
 
     @torch.compiler.assume_constant_result
-    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def unavailable(
+        self, device: torch.device, dtype: torch.dtype, *, even_if_slower: bool = False
+    ) -> str | None:
         """``None`` if the kernel computes such tensors, else the reason.
 
         The first call on a machine compiles the library, which takes a few seconds.
         """
-        return policy.left_to_torch(self.library, dtype) or self.refusal(device, dtype)
-
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the kernel cannot run on such tensors, even if torch would be faster."""
+        reason = None if even_if_slower else policy.left_to_torch(self.library, dtype)
+        if reason is not None:
+            return reason
         if device.type != "cpu":
             return f"the kernel runs on the CPU, the tensors are on {device.type}"
         if dtype not in (torch.float32, torch.bfloat16):
@@ -205,7 +206,7 @@ class Kernel:
     ) -> tuple[Call, Sequence[Any]]:
         call = self._describe(*args)
         first = next(t for t in self._signature.tensors(args) if t is not None)
-        reason = self.refusal(first.device, first.dtype)
+        reason = self.unavailable(first.device, first.dtype, even_if_slower=True)
         if reason is not None:
             raise RuntimeError(f"the kernel {self.name} is not available: {reason}")
         function = self._function()

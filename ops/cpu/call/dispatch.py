@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["is_plain_call", "needs_grad", "require_dtype", "takes_kernels"]
+__all__ = ["is_plain_call", "kernels_apply", "needs_grad", "require_dtype"]
 
 
 def _key_set(*names: str) -> int:
@@ -33,7 +33,7 @@ def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
 
     The round trip through the dispatcher and back into Python takes as long as some kernels on a
     small map. The profiler and other modes need it, as does everything for which
-    :func:`takes_kernels` is false.
+    :func:`kernels_apply` is false.
     """
     if _is_transformed() or torch.autograd._profiler_enabled():
         return False
@@ -41,7 +41,7 @@ def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
     return modes | _PLAIN_MODE == _PLAIN_MODE and _are_plain(tensors)
 
 
-def takes_kernels(tensors: Sequence[Tensor | None]) -> bool:
+def kernels_apply(tensors: Sequence[Tensor | None]) -> bool:
     """Whether kernels may replace torch's functions on these CPU tensors.
 
     Observers such as the profiler and modes that count see kernels as operators. Compilers,

@@ -21,7 +21,7 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import as_nhwc, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["depthwise_branches", "depthwise_conv2d", "taps_first", "unsupported"]
+__all__ = ["depthwise_branches", "depthwise_conv2d", "taps_first", "unavailable"]
 
 
 def taps_first(weight: Tensor) -> Tensor:
@@ -36,14 +36,14 @@ def taps_first(weight: Tensor) -> Tensor:
     return weight.detach().squeeze(1).permute(1, 2, 0).to(torch.float32).contiguous()
 
 
-def unsupported(stride: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:
+def unavailable(stride: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:
     """``None`` if the kernel accepts such a convolution, else the reason.
 
     The first call on a machine compiles the kernel, which takes a few seconds.
     """
     if not 1 <= stride[1] <= 2:
         return f"the kernel takes strides of 1 and 2, not {stride[1]}"
-    return depthwise_conv2d.unsupported(device, dtype)
+    return depthwise_conv2d.unavailable(device, dtype)
 
 
 @kernel("depthwise", "depthwise_forward")

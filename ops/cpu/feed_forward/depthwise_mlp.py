@@ -40,7 +40,7 @@ class PackedDepthwiseMlp:
     Args:
         fc1: from ``in_features`` to ``hidden``; it and ``fc2`` may be 1×1 convolutions. None if
             ``conv`` comes first, with at least 16 channels and no norm before it.
-        conv: depthwise, of ``hidden`` channels, see :meth:`takes`; None for none.
+        conv: depthwise, of ``hidden`` channels, see :meth:`applies`; None for none.
         fc2: from ``hidden`` to ``out_features``. All layers are in float32 or bfloat16.
         activation, conv_activation: from :data:`ops.cpu.activations.ACTIVATIONS`.
 
@@ -77,7 +77,7 @@ class PackedDepthwiseMlp:
         self._activations = (activation, conv_activation)
 
     @staticmethod
-    def takes(conv: nn.Conv2d, is_first: bool = False) -> bool:
+    def applies(conv: nn.Conv2d, is_first: bool = False) -> bool:
         """Whether ``conv`` is depthwise with a window of 3×3, 5×5 or 7×7 and strides of 1 or 2.
 
         The padding must be half of the window, with zeros. As the first layer, it needs at least
@@ -91,7 +91,7 @@ class PackedDepthwiseMlp:
         enough = not is_first or conv.in_channels >= _LINE
         return square and padded and depthwise and window and enough
 
-    def shares_out(self, x: Tensor) -> bool:
+    def pays(self, x: Tensor) -> bool:
         """Whether there is enough work for all threads; each needs several rows of the map."""
         if x.ndim != 4:
             return torch.get_num_threads() <= x.shape[0]

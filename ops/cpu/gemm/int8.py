@@ -22,12 +22,12 @@ __all__ = [
     "LARGEST_BYTE",
     "LARGEST_INPUT",
     "LEAST_STEP",
+    "int8_unavailable",
     "not_faster_in_int8",
     "pack_int8_weight",
     "quantize_rows",
     "quantize_weight",
     "reference",
-    "unsupported_int8",
 ]
 
 LARGEST_INPUT = 1 << 16  # features, whose sums fit into 32 bits
@@ -36,9 +36,11 @@ LEAST_STEP = torch.finfo(torch.float32).tiny  # a smaller scale counts as 0
 _LARGEST_WEIGHT = 127
 
 
-def unsupported_int8(device: torch.device, dtype: torch.dtype) -> str | None:
+def int8_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """``None`` if the kernel takes maps of this dtype on this CPU, else the reason."""
-    reason = packed_linear.refusal(device, dtype) or packed_linear.unsupported(device, dtype)
+    reason = packed_linear.unavailable(
+        device, dtype, even_if_slower=True
+    ) or packed_linear.unavailable(device, dtype)
     library = load("gemm")
     if reason is not None or library is None:
         return reason or unavailable_reason("gemm")
@@ -47,7 +49,7 @@ def unsupported_int8(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def not_faster_in_int8(device: torch.device) -> str | None:
     """Why int8 does not pay on a device, or None if they do."""
-    return unsupported_int8(device, policy.maps_of_int8())
+    return int8_unavailable(device, policy.maps_of_int8())
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,7 +137,7 @@ def pack_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
             f"weight must be (out_features, in_features ≤ {LARGEST_INPUT}), "
             f"got {tuple(weight.shape)}"
         )
-    library, reason = load("gemm"), unsupported_int8(weight.device, torch.float32)
+    library, reason = load("gemm"), int8_unavailable(weight.device, torch.float32)
     if library is None or reason is not None:
         raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
     quantized, scale = quantize_weight(weight)

@@ -18,7 +18,7 @@ from ops.cpu.call.c_arguments import Call, pack
 from ops.cpu.gemm.problem import check_scales, linear_problem, output_shape, packed_size, with_rows
 from ops.cpu.policy import multiplies
 
-__all__ = ["no_products", "pack_weight", "packed_linear", "packed_linear_energy", "unsupported"]
+__all__ = ["no_products", "pack_weight", "packed_linear", "packed_linear_energy", "unavailable"]
 
 
 def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -30,7 +30,7 @@ def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
     return unavailable_reason("gemm")
 
 
-def unsupported(
+def unavailable(
     device: torch.device, dtype: torch.dtype, *, with_bfloat16: bool = False
 ) -> str | None:
     """``None`` if the kernel accepts such tensors, else the reason.
@@ -43,7 +43,7 @@ def unsupported(
     """
     if dtype == torch.bfloat16 and not with_bfloat16:
         return f"the kernel takes float32, not {dtype}"
-    return packed_linear.unsupported(device, dtype)
+    return packed_linear.unavailable(device, dtype)
 
 
 def pack_weight(weight: Tensor) -> Tensor:
@@ -61,7 +61,10 @@ def pack_weight(weight: Tensor) -> Tensor:
     """
     if weight.ndim != 2:
         raise ValueError(f"weight must be (out_features, in_features), got {tuple(weight.shape)}")
-    library, reason = load("gemm"), packed_linear.refusal(weight.device, weight.dtype)
+    library, reason = (
+        load("gemm"),
+        packed_linear.unavailable(weight.device, weight.dtype, even_if_slower=True),
+    )
     if library is None or reason is not None:
         raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
     out_features, in_features = weight.shape

@@ -19,7 +19,7 @@ from ops.cpu.build import load, unavailable_reason
 from ops.cpu.call.c_arguments import require_same_bytes
 from ops.cpu.call.structures import structure
 
-__all__ = ["FILTERS", "MOST_SCALE", "look_up", "resize_part", "unsupported"]
+__all__ = ["FILTERS", "MOST_SCALE", "look_up", "resize_part", "unavailable"]
 
 _PROBLEM, _TENSORS = (
     structure("resize/resize.cpp", f"resize::{n}") for n in ("Problem", "Tensors")
@@ -48,7 +48,7 @@ MOST_SCALE = 400
 """The most times that an image can be shrunk: sums of the weights' low halves fit 31 bits."""
 
 
-def unsupported() -> str | None:
+def unavailable() -> str | None:
     """``None`` if the kernel is available, else the reason; the first call may compile it."""
     return unavailable_reason("resize")
 
@@ -70,7 +70,7 @@ def resize_part(
     Raises:
         ValueError: an array of another kind, an empty or outlying part, an unknown filter, or an
             image that is shrunk more than :data:`MOST_SCALE` times.
-        RuntimeError: the kernel is not available here (check :func:`unsupported` first).
+        RuntimeError: the kernel is not available here (check :func:`unavailable` first).
         MemoryError: the scratch buffers cannot be allocated.
     """
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or not pixels.size:
@@ -105,7 +105,7 @@ def look_up(images: np.ndarray, tables: np.ndarray) -> np.ndarray:
 
     Raises:
         ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here (check :func:`unsupported` first).
+        RuntimeError: the kernel is not available here (check :func:`unavailable` first).
     """
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(
@@ -157,7 +157,7 @@ def _call(function: str, *arguments: Any) -> None:
     """Call the C function; arrays are passed by address."""
     library = load("resize")
     if library is None:
-        raise RuntimeError(f"the kernel resize is not available: {unsupported()}")
+        raise RuntimeError(f"the kernel resize is not available: {unavailable()}")
     packed: list[Any] = []
     for argument in arguments:
         if isinstance(argument, np.ndarray):

@@ -177,7 +177,7 @@ class NCHWConv2d:
     """``activation(conv(x))`` of an image in NCHW.
 
     Args:
-        conv: a convolution that :meth:`takes` accepts, in float32 or bfloat16.
+        conv: a convolution that :meth:`applies` accepts, in float32 or bfloat16.
 
     Raises:
         ValueError: an unsupported convolution.
@@ -185,7 +185,7 @@ class NCHWConv2d:
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        if not self.takes(conv):
+        if not self.applies(conv):
             raise ValueError(
                 "a convolution of NCHW must have square windows 2 or 4 apart, zeros around, no "
                 f"groups and no dilation, got {conv}"
@@ -200,7 +200,7 @@ class NCHWConv2d:
         return out
 
     @staticmethod
-    def takes(conv: nn.Conv2d) -> bool:
+    def applies(conv: nn.Conv2d) -> bool:
         """Whether the window is square, the stride 2 or 4, and any padding zeros."""
         if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
             return False

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ops.triton_devices import device_problem
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 _MAX_DIM = 256
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
+def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
     """None if the kernels support this call, else the reason."""
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"

@@ -24,12 +24,12 @@ from torch import Tensor
 from ops.neighborhood._geometry import INPUTS, PARAMS, NAParams
 from ops.triton_devices import device_problem
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "unavailable"]
 
 _MAX_HEAD_DIM = 256
 
 
-def supports(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
+def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
     """None if the kernels support this call, else the reason."""
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"

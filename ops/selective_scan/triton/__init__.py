@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ops.triton_devices import device_problem
 
-__all__ = ["scan", "supports"]
+__all__ = ["scan", "unavailable"]
 
 _MOST_STATES = 256
 
 
-def supports(u: Tensor, A: Tensor) -> str | None:
+def unavailable(u: Tensor, A: Tensor) -> str | None:
     """``None`` if the kernels support the call, else the reason."""
     if u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels compute in float32, float16 or bfloat16, got {u.dtype}"

@@ -137,8 +137,10 @@ def test_other_dtypes_are_refused(name: str) -> None:
             with pytest.raises((ValueError, RuntimeError), match=r"torch\.|float"):
                 kernel(**changed)
     first = given[batched[0]]
-    assert "float64" in (kernel.refusal(first.device, torch.float64) or "")
-    assert "meta" in (kernel.refusal(torch.device("meta"), first.dtype) or "")
+    assert "float64" in (kernel.unavailable(first.device, torch.float64, even_if_slower=True) or "")
+    assert "meta" in (
+        kernel.unavailable(torch.device("meta"), first.dtype, even_if_slower=True) or ""
+    )
 
 
 # The others check shapes in the class or the function that calls them, or take fewer channels.
@@ -159,7 +161,7 @@ def test_without_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, batched, given = CALLS[name]()
     without_kernels(monkeypatch)
     device, dtype = given[batched[0]].device, given[batched[0]].dtype
-    assert "VISION_BACKBONES_NATIVE=0" in (kernel.unsupported(device, dtype) or "")
+    assert "VISION_BACKBONES_NATIVE=0" in (kernel.unavailable(device, dtype) or "")
     # Threads that no call before had.
     with using_threads(5), pytest.raises(RuntimeError, match="not available: switched off"):
         kernel(**given)

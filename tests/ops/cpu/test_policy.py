@@ -214,9 +214,9 @@ def test_without_vector_instructions_torch_multiplies(monkeypatch: pytest.Monkey
     """But for dtypes that torch would not multiply, and the kernels can still be called."""
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
     cpu = torch.device("cpu")
-    assert "torch is faster" in packed_linear.unsupported(cpu, FLOAT)
-    assert packed_linear.refusal(cpu, FLOAT) is None
-    assert depthwise_conv2d.unsupported(cpu, FLOAT) is None
-    assert (packed_linear.unsupported(cpu, HALF) is None) is not policy.multiplies(HALF)
+    assert "torch is faster" in packed_linear.unavailable(cpu, FLOAT)
+    assert packed_linear.unavailable(cpu, FLOAT, even_if_slower=True) is None
+    assert depthwise_conv2d.unavailable(cpu, FLOAT) is None
+    assert (packed_linear.unavailable(cpu, HALF) is None) is not policy.multiplies(HALF)
     monkeypatch.delenv("VISION_BACKBONES_NATIVE_ISA")
     assert policy.left_to_torch("gemm", FLOAT) is None

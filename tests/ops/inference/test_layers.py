@@ -68,7 +68,7 @@ def test_activations_and_factors(by: str, activation: str, monkeypatch) -> None:
     """Each is right, and can be captured."""
     if by != "our kernel":
         for module in ("layers", "packed_linear"):
-            monkeypatch.setattr(f"ops.inference.{module}.unsupported", lambda *_, **__: "no")
+            monkeypatch.setattr(f"ops.inference.{module}.unavailable", lambda *_, **__: "no")
         monkeypatch.setattr("ops.cpu.policy.packs_linear", lambda *_: by == "oneDNN")
     layer, x, factor = _linear(), torch.randn(2, 5, 24), torch.randn(2, 5, 40)
     expected = PLAIN_ACTIVATIONS[activation](F.linear(x, layer.weight, layer.bias))

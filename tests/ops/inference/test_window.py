@@ -129,7 +129,7 @@ def test_windows_too_large_for_tables_are_plain(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_without_the_kernel_it_is_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_attention, "unsupported", lambda *_: "for the test")
+    monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "for the test")
     for layer in (_windows(2, 6, 4, 2), _overlapping(2, 6, 4)):
         fast, x = _fast(layer), _map(layer, 1, 2, 2)
         assert _error(fast(x), layer(x)) <= 1e-6

@@ -119,9 +119,9 @@ def test_takes_sequences_of_any_kind() -> None:
 def test_backend_order_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     params = NAParams((3,), (1,), (1,), (False,), 0.5)
     call = (*_tensors(1, 8, 2, 4), None, None, None)
-    monkeypatch.setattr(cpu, "supports", lambda *_: None)
+    monkeypatch.setattr(cpu, "unavailable", lambda *_: None)
     assert _best_backend(call, params) is cpu
-    monkeypatch.setattr(cpu, "supports", lambda *_: "no compiler")
+    monkeypatch.setattr(cpu, "unavailable", lambda *_: "no compiler")
     assert _best_backend(call, params) is tiled
 
 
@@ -129,15 +129,15 @@ def test_backend_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     params = NAParams((3,), (1,), (1,), (False,), 0.5)
     call = (SimpleNamespace(device=torch.device("cuda")), None, None, None, None, None)
     monkeypatch.setattr(natten, "is_fused", lambda *_: True)
-    monkeypatch.setattr(natten, "supports", lambda *_: None)
-    monkeypatch.setattr(triton, "supports", lambda *_: None)
+    monkeypatch.setattr(natten, "unavailable", lambda *_: None)
+    monkeypatch.setattr(triton, "unavailable", lambda *_: None)
     assert _best_backend(call, params) is natten
-    monkeypatch.setattr(natten, "supports", lambda *_: "no bias")
+    monkeypatch.setattr(natten, "unavailable", lambda *_: "no bias")
     assert _best_backend(call, params) is triton
-    monkeypatch.setattr(natten, "supports", lambda *_: None)
+    monkeypatch.setattr(natten, "unavailable", lambda *_: None)
     monkeypatch.setattr(natten, "is_fused", lambda *_: False)
     assert _best_backend(call, params) is triton
-    monkeypatch.setattr(triton, "supports", lambda *_: "too old")
+    monkeypatch.setattr(triton, "unavailable", lambda *_: "too old")
     assert _best_backend(call, params) is tiled
 
 

@@ -12,12 +12,12 @@ from ops.neighborhood import cpu, na1d, na2d
 from ops.neighborhood._geometry import NAParams
 
 
-def test_supports():
+def test_where_it_is_available():
     query, key, value = normal_inputs(9, 9)
     params = NAParams((3, 3), (1, 1), (1, 1), (False, False), 1.0)
 
     def reason(*tensors):
-        return cpu.supports(*tensors, None, None, None, params)
+        return cpu.unavailable(*tensors, None, None, None, params)
 
     assert reason(query, key, value) is None
     assert "float64" in reason(query.double(), key.double(), value.double())
@@ -51,7 +51,7 @@ def test_without_a_library(monkeypatch):
     monkeypatch.setitem(build.process.states, "neighborhood", missing)
     query, key, value = normal_inputs(9, 9)
     params = NAParams((3, 3), (1, 1), (1, 1), (False, False), 1.0)
-    assert cpu.supports(query, key, value, None, None, None, params) == missing.reason
+    assert cpu.unavailable(query, key, value, None, None, None, params) == missing.reason
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
         cpu.attend(query, key, value, None, None, None, params)
     assert na2d(query, key, value, 3).shape == query.shape  # another backend does it

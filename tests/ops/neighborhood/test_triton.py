@@ -39,10 +39,10 @@ def test_kernels_in_many_cases(part, tmp_path):
 
 
 def call(**changes) -> str | None:
-    """What `supports` says about a small call, changed as told."""
+    """What `unavailable` says about a small call, changed as told."""
     query = torch.zeros(1, 8, 1, changes.pop("dim", 8), **changes)
     params = NAParams((3,), (1,), (1,), (False,), 1.0)
-    return triton.supports(query, query, query, None, None, None, params)
+    return triton.unavailable(query, query, query, None, None, None, params)
 
 
 def test_unsupported_says_why(monkeypatch):

@@ -384,7 +384,7 @@ def test_threads_can_share_a_replay() -> None:
 
 
 def test_without_the_kernel_the_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ops.replay.module.unsupported", lambda: "no compiler")
+    monkeypatch.setattr("ops.replay.module.unavailable", lambda: "no compiler")
     block = _recorded()
     for seed in range(4):
         assert torch.equal(block(_input(seed)), block.compute(_input(seed)))

@@ -49,14 +49,14 @@ def test_fallback_to_layers_one_by_one(
     made = _made(has_conv=has_conv, has_norm=has_norm)
     expected = _expected(made, X)
     calls: list[Tensor] = []
-    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: calls.append(x) is None)
+    monkeypatch.setattr(PackedDepthwiseMlp, "pays", lambda self, x: calls.append(x) is None)
     torch.testing.assert_close(made(X, X), expected)
     assert calls
-    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: False)
+    monkeypatch.setattr(PackedDepthwiseMlp, "pays", lambda self, x: False)
     torch.testing.assert_close(made(X, X), expected)
     exact = copy.deepcopy(made).double()(X.double(), X.double())
     torch.testing.assert_close(exact.float(), expected)
-    monkeypatch.setattr(depthwise_mlp, "unsupported", lambda *_: "switched off")
+    monkeypatch.setattr(depthwise_mlp, "unavailable", lambda *_: "switched off")
     torch.testing.assert_close(copy.deepcopy(made)(X, X), expected)
     grown = X.clone().requires_grad_()
     made(grown, grown).sum().backward()
@@ -75,7 +75,7 @@ def test_bfloat16_in_one_pass() -> None:
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_large_maps_in_pieces(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depthwise_mlp, "unsupported", lambda *_: "switched off")
+    monkeypatch.setattr(depthwise_mlp, "unavailable", lambda *_: "switched off")
     monkeypatch.setattr(feed_forward, "packed_pair", lambda *_: None)
     monkeypatch.setattr(feed_forward, "_CHUNK_BYTES", 1 << 12)
     monkeypatch.setattr(feed_forward, "_CHUNK_ROWS", 7)

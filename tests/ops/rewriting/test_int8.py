@@ -12,13 +12,13 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
 from ops.cpu import policy
-from ops.cpu.gemm.int8 import quantize_weight, unsupported_int8
+from ops.cpu.gemm.int8 import int8_unavailable, quantize_weight
 from ops.inference.packed_linear import Quantization
 from ops.rewriting.program import Program
 from ops.rewriting.recorder import record
 from ops.rewriting.rewrite import rewrite
 
-_REASON = unsupported_int8(torch.device("cpu"), torch.float32)
+_REASON = int8_unavailable(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
 
 IMAGE = torch.randn(2, 16, 9, 7, generator=torch.Generator().manual_seed(0))

@@ -72,7 +72,7 @@ def test_without_the_kernel(shift: int, monkeypatch: pytest.MonkeyPatch) -> None
     expected = copy.deepcopy(model)(x)
     to_channels_last(model, always=True)
     graph = _rewritten(model, x)
-    monkeypatch.setattr(grouped_attention, "unsupported", lambda *_: "switched off")
+    monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "switched off")
     assert len(_attention(graph)) == 1
     torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
 

@@ -75,7 +75,7 @@ def _dtypes() -> list[torch.dtype]:
     return [
         dtype
         for dtype in _BOUNDS
-        if cascaded_attention.unsupported(torch.device("cpu"), dtype) is None
+        if cascaded_attention.unavailable(torch.device("cpu"), dtype) is None
     ]
 
 
@@ -138,7 +138,7 @@ def test_rejects_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"table must be \(2, 9, 9\), got \(2, 9, 8\)"):
         packed(x, torch.zeros(2, 9, 8))
     assert packed(x[:0]).shape == (0, 3, 3, 16)
-    assert "float64" in (cascaded_attention.unsupported(x.device, torch.float64) or "")
+    assert "float64" in (cascaded_attention.unavailable(x.device, torch.float64) or "")
 
 
 def _fast(layer: nn.Module, form: type[nn.Module]) -> nn.Module:
@@ -161,7 +161,7 @@ def test_layers_of_the_networks(
     dtype: torch.dtype, has_kernel: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_kernel:
-        monkeypatch.setattr(mobile.cascaded_attention, "unsupported", lambda *_: "not wanted")
+        monkeypatch.setattr(mobile.cascaded_attention, "unavailable", lambda *_: "not wanted")
     cascade = CascadedGroupAttention(48, 3, window_size=7, kernel_sizes=(5, 3, 3))
     nn.init.normal_(cascade.attention_biases)
     x = torch.randn(2, 48, *size).to(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ from timm.layers import apply_rot_embed
 from torch import Tensor
 
 from ops.attention.rank_augmented import rotary_table
-from ops.cpu.attention.gated import gated_attention, unsupported
+from ops.cpu.attention.gated import gated_attention, unavailable
 from ops.inference.attention import axis_rotations
 
 
@@ -65,7 +65,7 @@ def test_threads_and_maps_of_many_tokens(threads: int) -> None:
 
 def test_rejects_bad_arguments() -> None:
     qkvo, bias = _inputs(1, (3, 3), 48)
-    assert "32 divides, not 48" in (unsupported(qkvo.device, qkvo.dtype, 48) or "")
+    assert "32 divides, not 48" in (unavailable(qkvo.device, qkvo.dtype, 48) or "")
     with pytest.raises(RuntimeError, match="32 divides, not 48"):
         _attend(qkvo, bias, 1)
     with pytest.raises(ValueError, match=r"qkvo must be contiguous and \(1, 3, 3, 128\)"):

@@ -136,6 +136,6 @@ def test_rejects_bad_arguments() -> None:
     rows = torch.zeros(2, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"rows must share out 6 tokens.*\(2, 2\)"):
         attend_regions(x, x, x, rows, torch.zeros(1, 2, 1, dtype=torch.int64), 1.0)
-    assert "float64" in (grouped_attention.unsupported(x.device, torch.float64) or "")
+    assert "float64" in (grouped_attention.unavailable(x.device, torch.float64) or "")
     empty = x[:0]
     attend(empty, empty, empty, empty)

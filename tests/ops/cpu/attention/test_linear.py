@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops.attention.rank_augmented import rank_augmented_linear_attention, rotary_table
-from ops.cpu.attention.linear import rank_augmented_attention, unsupported
+from ops.cpu.attention.linear import rank_augmented_attention, unavailable
 from ops.inference.attention import axis_rotations
 
 
@@ -76,7 +76,7 @@ def test_large_numbers() -> None:
 
 def test_rejects_bad_arguments() -> None:
     qkvo, bias = _random(1, (3, 3), 48)
-    reason = unsupported(qkvo.device, qkvo.dtype, 48)
+    reason = unavailable(qkvo.device, qkvo.dtype, 48)
     assert reason == "the kernel takes head dims that 32 divides, not 48"
     with pytest.raises(RuntimeError, match="32 divides, not 48"):
         _attend(qkvo, bias, 1)
@@ -89,4 +89,4 @@ def test_rejects_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"column_table must be \(3, 32\).* got \(4, 32\)"):
         qkvo, bias = _random(1, (3, 3), 32)
         rank_augmented_attention(qkvo, bias, axis_rotations(3, 32, 0), axis_rotations(4, 32, 1), 1)
-    assert "float64" in (unsupported(qkvo.device, torch.float64, 32) or "")
+    assert "float64" in (unavailable(qkvo.device, torch.float64, 32) or "")

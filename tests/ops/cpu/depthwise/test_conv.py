@@ -20,7 +20,7 @@ from ops.cpu.depthwise.conv import (
     depthwise_branches,
     depthwise_conv2d,
     taps_first,
-    unsupported,
+    unavailable,
 )
 
 
@@ -197,7 +197,7 @@ def test_taps_and_bias_of_another_dtype_are_refused() -> None:
 
 def test_unsupported_says_why() -> None:
     cpu = torch.device("cpu")
-    assert unsupported((1, 1), cpu, torch.float32) is None
-    assert "cuda" in unsupported((1, 1), torch.device("cuda"), torch.float32)
-    assert "float64" in unsupported((1, 1), cpu, torch.float64)
-    assert "strides" in unsupported((3, 3), cpu, torch.float32)
+    assert unavailable((1, 1), cpu, torch.float32) is None
+    assert "cuda" in unavailable((1, 1), torch.device("cuda"), torch.float32)
+    assert "float64" in unavailable((1, 1), cpu, torch.float64)
+    assert "strides" in unavailable((3, 3), cpu, torch.float32)

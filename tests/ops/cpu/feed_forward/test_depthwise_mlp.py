@@ -198,8 +198,8 @@ def test_convolutions_that_the_kernel_takes() -> None:
     def conv(side: Any = 5, stride: Any = 1, padding: Any = 2, **others: Any) -> nn.Conv2d:
         return nn.Conv2d(8, 8, side, stride, padding, **{"groups": 8, **others})
 
-    assert PackedDepthwiseMlp.takes(conv()) and PackedDepthwiseMlp.takes(conv(7, 2, 3))
-    assert not PackedDepthwiseMlp.takes(conv(), is_first=True)  # too few channels
+    assert PackedDepthwiseMlp.applies(conv()) and PackedDepthwiseMlp.applies(conv(7, 2, 3))
+    assert not PackedDepthwiseMlp.applies(conv(), is_first=True)  # too few channels
     for other in (
         conv(9, padding=4),
         conv((3, 5), padding=(1, 2)),
@@ -211,7 +211,7 @@ def test_convolutions_that_the_kernel_takes() -> None:
         conv(groups=4),
         conv(padding_mode="reflect"),
     ):
-        assert not PackedDepthwiseMlp.takes(other)
+        assert not PackedDepthwiseMlp.applies(other)
 
 
 def test_infinity_stays_within_the_window() -> None:
@@ -264,10 +264,10 @@ def test_more_threads_than_rows() -> None:
     parts = _parts(8, 16, 8)
     packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
     with using_threads(2):
-        assert packed.shares_out(torch.zeros(1, 7, 7, 8))
-        assert not packed.shares_out(torch.zeros(1, 4, 4, 8))
-        assert packed.shares_out(torch.zeros(2, 4, 4, 8))
+        assert packed.pays(torch.zeros(1, 7, 7, 8))
+        assert not packed.pays(torch.zeros(1, 4, 4, 8))
+        assert packed.pays(torch.zeros(2, 4, 4, 8))
         # Larger windows share more rows of the hidden map.
         larger = _bottleneck(_parts(8, 16, 8, side=7))
-        assert larger.shares_out(torch.zeros(1, 14, 14, 8))
-        assert not larger.shares_out(torch.zeros(1, 7, 7, 8))
+        assert larger.pays(torch.zeros(1, 14, 14, 8))
+        assert not larger.pays(torch.zeros(1, 7, 7, 8))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
-from ops.cpu.gemm.int8 import pack_int8_weight, unsupported_int8
+from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight
 
 EPS = 1e-6
 
@@ -82,7 +82,7 @@ def test_groups_of_images_and_threads(dtype: torch.dtype, threads: int) -> None:
 
 
 @pytest.mark.skipif(
-    unsupported_int8(torch.device("cpu"), torch.float32) is not None,
+    int8_unavailable(torch.device("cpu"), torch.float32) is not None,
     reason="this CPU does not multiply int8",
 )
 @pytest.mark.parametrize("in_int8", [(True, True), (True, False), (False, True)], ids=str)
@@ -133,4 +133,4 @@ def test_bad_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     without_kernels(monkeypatch)
     with pytest.raises(RuntimeError, match="not available: switched off"):
         packed(x, x)
-    assert "switched off" in (response_mlp.unsupported(x.device, x.dtype) or "")
+    assert "switched off" in (response_mlp.unavailable(x.device, x.dtype) or "")

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.gemm.convolution import PackedConv2d, packed_conv2d
-from ops.cpu.gemm.int8 import quantize_weight, reference, unsupported_int8
+from ops.cpu.gemm.int8 import int8_unavailable, quantize_weight, reference
 from ops.inference.layers import FastConv2d, convert
 from ops.inference.packed_linear import Quantization
 
-_REASON = unsupported_int8(torch.device("cpu"), torch.float32)
+_REASON = int8_unavailable(torch.device("cpu"), torch.float32)
 
 _pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
 

@@ -23,18 +23,18 @@ from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.gemm.int8 import (
     LARGEST_INPUT,
+    int8_unavailable,
     pack_int8_weight,
     quantize_rows,
     quantize_weight,
     reference,
-    unsupported_int8,
 )
 from ops.cpu.gemm.linear import packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.gemm.problem import COMBINATIONS
 
 _CPU = torch.device("cpu")
-_HAS_BYTES = unsupported_int8(_CPU, torch.float32) is None
+_HAS_BYTES = int8_unavailable(_CPU, torch.float32) is None
 _needs_bytes = pytest.mark.skipif(not _HAS_BYTES, reason="this CPU does not multiply int8")
 # Sums are exact; they and the output are rounded.
 _ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
@@ -252,7 +252,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
     if not can_run(instructions):
         pytest.skip(f"this CPU has no {instructions}")
     compiled_for(instructions, monkeypatch)
-    reason = unsupported_int8(_CPU, torch.float32)
+    reason = int8_unavailable(_CPU, torch.float32)
     if reason is not None:
         assert "int8 does not pay here" in reason and instructions in reason
         with pytest.raises(RuntimeError, match="int8 does not pay here"):

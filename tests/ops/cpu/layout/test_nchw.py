@@ -53,7 +53,7 @@ def test_rejects_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         nhwc_from_nchw(x.bfloat16(), x)
     with pytest.raises(ValueError, match=r"nchw must be \(1, 8, 3, 4\), got \(1, 8, 4, 3\)"):
         nhwc_from_nchw(x.transpose(2, 3), x)
-    assert "float64" in str(nchw_from_nhwc.unsupported(torch.device("cpu"), torch.float64))
+    assert "float64" in str(nchw_from_nhwc.unavailable(torch.device("cpu"), torch.float64))
     without_kernels(monkeypatch)
     with pytest.raises(RuntimeError, match="the kernel nhwc_from_nchw is not available"):
         nhwc_from_nchw(x, x)

@@ -69,7 +69,7 @@ def test_rejects_bad_arguments() -> None:
         layer_norm(x.bfloat16(), ones, ones.bfloat16(), 1e-6)
     with pytest.raises(RuntimeError, match="not torch.float64"):
         layer_norm(x.double(), ones, ones, 1e-6)
-    assert "meta" in str(layer_norm.unsupported(torch.device("meta"), torch.float32))
+    assert "meta" in str(layer_norm.unavailable(torch.device("meta"), torch.float32))
 
 
 def _random_affine(norm: nn.LayerNorm) -> nn.LayerNorm:

@@ -91,7 +91,7 @@ def test_rejects_bad_arguments(monkeypatch) -> None:
     assert window_means(torch.zeros(0, 4, 4, 3), (2, 2)).shape == (0, 2, 2, 3)
     without_kernels(monkeypatch)
     assert "VISION_BACKBONES_NATIVE" in str(
-        window_means.unsupported(torch.device("cpu"), torch.float32)
+        window_means.unavailable(torch.device("cpu"), torch.float32)
     )
     assert not supported(torch.zeros(1, 2, 2, 3))
     with pytest.raises(RuntimeError, match="kernel"):

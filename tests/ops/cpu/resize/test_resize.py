@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ops.cpu import build
-from ops.cpu.resize.resize import MOST_SCALE, look_up, resize_part, unsupported
+from ops.cpu.resize.resize import MOST_SCALE, look_up, resize_part, unavailable
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 SIDES = st.integers(1, 90)
 
 
 def test_is_available() -> None:
-    assert unsupported() is None
+    assert unavailable() is None
 
 
 def pillows(pixels: np.ndarray, size: tuple[int, int], filter: str) -> np.ndarray:
@@ -101,6 +101,6 @@ def test_tables_of_another_shape_are_refused() -> None:
 def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = build.LibraryState(None, None, "avx2", "none here")
     monkeypatch.setitem(build.process.states, "resize", missing)
-    assert unsupported() == "none here"
+    assert unavailable() == "none here"
     with pytest.raises(RuntimeError, match="the kernel resize is not available: none here"):
         resize_part(np.zeros((4, 4, 3), np.uint8), (2, 2), (0, 0, 2, 2), "bicubic")

@@ -71,7 +71,7 @@ def test_bfloat16_equals_the_layers(batch, size, image_channels, channels, activ
     convs = [conv.bfloat16() for conv in conv_row(image_channels, *channels)]
     x = random(batch, image_channels, *size).bfloat16()
     activations = [activation] * len(convs)
-    if packed_stem.unsupported(x.device, x.dtype) is None:
+    if packed_stem.unavailable(x.device, x.dtype) is None:
         _agrees(x, convs, activations, tolerance=0.02)
     else:
         with pytest.raises(RuntimeError, match="bfloat16"):
@@ -94,7 +94,7 @@ def test_any_window_of_the_image(dtype, side, stride, padding, more, channels, l
     convs = [nn.Conv2d(*channels, side, stride, padding), *conv_row(*[channels[1]] * layers)]
     fitting = max(1, side - 2 * padding)
     x = random(2, channels[0], *(fitting + n for n in more)).to(dtype)
-    if packed_stem.unsupported(x.device, dtype) is None:
+    if packed_stem.unavailable(x.device, dtype) is None:
         convs = [conv.to(dtype) for conv in convs]
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
         _agrees(x, convs, ["relu"] * layers, (side, stride, padding), tolerance)
@@ -149,7 +149,7 @@ def test_pairs_of_channels() -> None:
 
 
 def test_rejects_bad_arguments() -> None:
-    assert packed_stem.unsupported(torch.device("cpu"), torch.float16) is not None
+    assert packed_stem.unavailable(torch.device("cpu"), torch.float16) is not None
     convs = conv_row(3, 8, 16)
     weights, biases = pack_layers(convs)
     x = random(1, 3, 8, 8).float()
