@@ -18,7 +18,12 @@ from ops.cpu.attention.linear import rank_augmented_attention
 from ops.cpu.call.binding import Kernel, observed_by
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d
-from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
+from ops.cpu.feed_forward.depthwise_mlp import (
+    PackedDepthwiseMlp,
+    PackedExpansion,
+    depthwise_expansion,
+    depthwise_mlp,
+)
 from ops.cpu.feed_forward.kan import kan_layer
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.cpu.gemm.convolution import PackedConv2d, packed_conv2d
@@ -42,6 +47,7 @@ from ops.cpu.selective.selective_scan import (
     sequence_scan_backward,
 )
 from ops.cpu.stem.packed_stem import pack_layers, packed_stem
+from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
 from ops.cpu.wkv.bi_wkv import bi_wkv_backward, bi_wkv_forward
 from ops.cpu.wkv.shift import shifted_mixtures
 from ops.inference.attention import axis_rotations
@@ -142,6 +148,18 @@ def _depthwise_mlp() -> Arguments:
     conv = nn.Conv2d(140, 140, 3, padding=1, groups=140)
     packed = PackedDepthwiseMlp(nn.Linear(21, 140), conv, nn.Linear(140, 19), "silu", "gelu")
     return _given_by(packed, _f(2, 19, 22, 21), _f(2, 19, 22, 19), nn.LayerNorm(21))
+
+
+def _depthwise_expansion() -> Arguments:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(140, 140, 5, 2, padding=2, groups=140)
+    return _given_by(PackedExpansion(nn.Linear(21, 140), conv, "silu", "gelu"), _f(2, 19, 22, 21))
+
+
+def _winograd() -> Arguments:
+    torch.manual_seed(0)
+    packed = WinogradConv2d(nn.Conv2d(37, 43, 3, padding=1))
+    return _given_by(packed, _nhwc(_f(2, 37, 19, 21)), "gelu")
 
 
 def _response_mlp() -> Arguments:
@@ -247,6 +265,8 @@ CALLS: dict[str, _Call] = {
     "cascaded_attention": lambda: _of(cascaded_attention, "x", **_cascaded()),
     "kan_layer": lambda: _of(kan_layer, "x", **_kan()),
     "depthwise_mlp": lambda: _of(depthwise_mlp, "x", "residual", **_depthwise_mlp()),
+    "depthwise_expansion": lambda: _of(depthwise_expansion, "x", **_depthwise_expansion()),
+    "winograd_conv2d": lambda: _of(winograd_conv2d, "x", **_winograd()),
     "response_mlp": lambda: _of(response_mlp, "x", "shortcut", **_response_mlp()),
     "deformable_conv2d": lambda: _of(
         *(deformable_conv2d, "x", "offset"), x=_f(2, 21, 19, 32), offset=2 * _f(2, 8, 9, 16),

@@ -1,1 +1,1 @@
-"""The floor that data, training, restoration, embedding and the commands stand on."""
+"""The floor that everything stands on: files, errors, messages, progress, memory, images."""

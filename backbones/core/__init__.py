@@ -1,1 +1,1 @@
-"""What all families share: registry, base class, checkpoints, fusing, and the words of messages."""
+"""What all families share: registry, base classes, checkpoints."""

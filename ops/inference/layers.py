@@ -393,7 +393,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
                 return PackedConv2d(self, self.quantization.pack)
         available = winograd_conv2d.unavailable(x.device, x.dtype) is None
         channels = self.in_channels, self.out_channels
-        applies = available and WinogradConv2d.takes(self)
+        applies = available and WinogradConv2d.applies(self)
         if applies and policy.winograd_by_kernel(*channels, x.dtype):
             return WinogradConv2d(self)
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):

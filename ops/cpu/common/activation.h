@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include "common/libm.h"
 #include "common/simd.h"
 
 namespace activation {

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.tensors import dense
 from ops.cpu.gemm.linear import no_products
 from ops.cpu.gemm.problem import linear_problem, output_shape, with_rows
 
@@ -62,13 +63,16 @@ def packed_mlp(
     def arguments() -> dict[str, Any]:
         rows, in_stride = with_rows(x)
         other, other_stride = with_rows(residual)
+        before = {"weight": weight1, "bias": bias1, **first}
+        after = {"weight": weight2, "bias": bias2, **second}
+        before, after = ({n: dense(t) for n, t in layer.items()} for layer in (before, after))
         return {
             "first": linear_problem(x, len(bias1), activation, in_stride=in_stride),
-            "before": {"in": rows, "weight": weight1, "bias": bias1, **first},
+            "before": {"in": rows, **before},
             "second": linear_problem(
                 x, len(bias2), "none", added, in_features=len(bias1), other_stride=other_stride
             ),
-            "after": {"weight": weight2, "bias": bias2, "other": other, "out": out, **second},
+            "after": {**after, "other": other, "out": out},
         }
 
     return Call(out, arguments)

@@ -119,7 +119,7 @@ def check_scales(
     if scale is not None and scale.shape != (x.shape[0], x.shape[-1]):
         raise ValueError(f"scale must be {(x.shape[0], x.shape[-1])}, got {tuple(scale.shape)}")
     if scale is not None and scale.dtype not in (torch.float32, x.dtype):
-        raise ValueError(f"scale must be in float32 or {x.dtype}, got {scale.dtype}")
+        raise ValueError(f"scale must be torch.float32 or {x.dtype}, got {scale.dtype}")
     require_dtype(torch.float32, other_scale=other_scale)
     shape = None if other_scale is None else tuple(other_scale.shape)
     wanted = tuple(bias.shape) if combination == "add_scaled" else None

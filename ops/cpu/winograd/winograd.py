@@ -32,7 +32,7 @@ class WinogradConv2d:
     """``activation(conv(x))``.
 
     Args:
-        conv: see :meth:`takes`, in float32.
+        conv: see :meth:`applies`, in float32.
 
     Raises:
         ValueError: another convolution or dtype.
@@ -40,7 +40,7 @@ class WinogradConv2d:
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        if not self.takes(conv) or conv.weight.dtype != torch.float32:
+        if not self.applies(conv) or conv.weight.dtype != torch.float32:
             raise ValueError(
                 "conv must be a 3×3 in float32 without stride, groups and dilation, padded with "
                 f"zeros, got {conv} in {conv.weight.dtype}"
@@ -52,7 +52,7 @@ class WinogradConv2d:
         self._bias, self._padding = bias_of(conv), list(conv.padding)
 
     @staticmethod
-    def takes(conv: nn.Conv2d) -> bool:
+    def applies(conv: nn.Conv2d) -> bool:
         """Whether ``conv`` is a 3×3 without stride, groups and dilation, padded with zeros."""
         simple = conv.stride == conv.dilation == (1, 1) and conv.groups == 1
         zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)

@@ -178,7 +178,10 @@ def test_nan_and_infinity_pass() -> None:
             "other_scale must be None with 'add', got .3,.",
         ),
         ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
-        ({"scale": torch.zeros(2, 5).half()}, "scale must be in float32 or .*, got torch.float16"),
+        (
+            {"scale": torch.zeros(2, 5).half()},
+            "scale must be torch.float32 or .*, got torch.float16",
+        ),
         ({"x": torch.zeros(2, 5).bfloat16()}, "x is torch.bfloat16 and its weight torch.float32"),
     ],
 )
