@@ -326,12 +326,13 @@ def int8_gain(docs: Path) -> str:
         if found:
             slower = sum(value < 1 for value in found)
             parts.append(
-                f"On {machine['name']}, int8 is {statistics.median(found):.2f} times as fast as "
-                f"bfloat16 (median of {len(found)} settings) and slower in {slower} of them"
+                f"on {machine['name']}, int8 is {statistics.median(found):.2f} times as fast as "
+                f"bfloat16 (median of {len(found)} settings), slower in {slower or 'none'} of them"
             )
         else:
             missing.append(machine["name"])
-    return f"{'; '.join(parts)}. Not measured on: {'; '.join(missing) or 'none'}"
+    said = "; ".join(parts)
+    return f"{said[:1].upper()}{said[1:]}. Not measured on: {'; '.join(missing) or 'none'}"
 
 
 CLAIMS: dict[str, Callable[..., str]] = {

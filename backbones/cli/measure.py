@@ -57,7 +57,7 @@ def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
         height, width: of the image.
         runs: forward passes to take median times over; 0 for no times.
     """
-    shadow = copy.deepcopy(model).to("meta").eval()
+    shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     dtype = next(model.parameters()).dtype
     images = torch.empty(1, channels_of(model), height, width, dtype=dtype, device="meta")
     parts: list[Part] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 from zoo import outlines, small
@@ -48,6 +49,13 @@ def test_macs_of_neighborhood_attention_are_those_of_its_window() -> None:
     model.stages[0].blocks[0].attn = nn.Identity()
     tokens, dim = 16 * 16, attn.embed_dim
     assert before - count_macs(model, 64, 64) == tokens * (4 * dim * dim + 2 * 49 * dim)
+
+
+def test_macs_of_a_query_that_is_a_parameter() -> None:
+    """As in the attention pooling of SigLIP: a view of a parameter is the input of a layer."""
+    arguments = {"global_pool": "map", "class_token": False, "img_size": 32, "depth": 1}
+    model = timm.create_model("vit_tiny_patch16_224", **arguments)
+    assert count_macs(model, 32, 32) > 0
 
 
 def test_shapes_and_shares() -> None:

@@ -283,21 +283,22 @@ def test_all_pages(browser, address, site, watch, idle_search, scheme, step):
     pages = sorted(page.relative_to(site).as_posix() for page in site.rglob("*.html"))
     assert len(pages) > 25
     (search,) = (path.relative_to(site).as_posix() for path in site.glob("**/workers/search.*.js"))
+    seen = """
+        return [
+            document.body.dataset.mdColorScheme,
+            document.documentElement.scrollWidth <= innerWidth,
+            [...document.images].filter((i) => i.complete && !i.naturalWidth)
+                .map((i) => i.src),
+            window.workers,
+        ]
+    """
+    wanted = {"light": "default", "dark": "slate"}[scheme]
     for page in pages[::step]:
         if page == "404.html":
             continue
         browser.get(f"{address}/{page}")
-        seen = """
-            return [
-                document.body.dataset.mdColorScheme,
-                document.documentElement.scrollWidth <= innerWidth,
-                [...document.images].filter((i) => i.complete && !i.naturalWidth)
-                    .map((i) => i.src),
-                window.workers,
-            ]
-        """
-        background, fits, missing, workers = browser.execute_script(seen)
-        assert background == {"light": "default", "dark": "slate"}[scheme], page
+        WebDriverWait(browser, 10).until(lambda b: b.execute_script(seen)[0] == wanted, page)
+        _, fits, missing, workers = browser.execute_script(seen)
         assert fits, page
         assert not missing, page
         (worker,) = workers  # which the test of the search runs
