@@ -34,7 +34,7 @@ def look_up() -> str:
         if not key:
             result = '<td class="remark">not measured</td>'
         else:
-            shown = f"on {names[key]}, restricted to {isa}" if isa else "yes"
+            shown = f"on {names[key]}" + (f", restricted to {isa}" if isa else "")
             value = html.escape(f"{key}/{isa}")
             button = f'<button type="button" class="md-button" data-cpu="{value}">show</button>'
             result = f"<td>{html.escape(shown)} {button}</td>"
