@@ -238,6 +238,8 @@ class Capture:
 
 def _differs(operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the results of an operator differ from call to call, or their sizes do."""
+    if operator is _aten.index.Tensor:
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))  # masks
     if torch.Tag.nondeterministic_seeded not in operator.tags:
         return bool(torch.Tag.dynamic_output_shape in operator.tags)
     names = [argument.name for argument in operator._schema.arguments]

@@ -132,7 +132,7 @@ def test_keywords_of_calls_have_their_effect(
         assert torch.equal(out, expected) and out.stride() == expected.stride()
 
 
-_SECOND = torch.tensor([1])
+_SECOND, _ORDER = torch.tensor([1]), torch.tensor([2, 0, 0])
 
 
 @pytest.mark.parametrize(
@@ -144,6 +144,7 @@ _SECOND = torch.tensor([1])
         lambda x: torch.linalg.norm(x, dim=1) + torch.ones(3).cumsum(0),
         lambda x: _with_first_row(torch.empty_like(x), x),
         lambda x: torch.sub(x, x.flip(0), out=torch.empty(3, 8)),
+        lambda x: x[:, _ORDER],
     ],
 )
 def test_operators_are_known_by_their_schemas(function: Callable[[Tensor], Tensor]) -> None:
@@ -369,6 +370,7 @@ def test_only_new_memory_can_be_a_result() -> None:
         (lambda x: x.view(torch.int32), "another dtype"),
         (lambda x: x[:0].clone(), "does not follow from the input"),
         (lambda x: torch.dropout(x, 0.5, True), "dropout.default cannot be replayed"),
+        (lambda x: x[x > 0], "index.Tensor cannot be replayed"),
     ],
 )
 def test_operations_that_cannot_be_replayed(
