@@ -244,8 +244,9 @@ def _differs(operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
         return bool(torch.Tag.dynamic_output_shape in operator.tags)
     names = [argument.name for argument in operator._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    # Attention, whose dropout is off by default.
-    return "dropout_p" not in names or given.get("dropout_p", 0.0) > 0
+    # Attention and LSTMs, whose dropout is off.
+    rates = [given.get(name, 0.0) for name in ("dropout_p", "dropout") if name in names]
+    return not rates or rates[0] > 0
 
 
 def _modified(operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:

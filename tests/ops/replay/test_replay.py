@@ -133,6 +133,7 @@ def test_keywords_of_calls_have_their_effect(
 
 
 _SECOND, _ORDER = torch.tensor([1]), torch.tensor([2, 0, 0])
+_LSTM = torch.nn.LSTM(8, 4, bidirectional=True).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +146,7 @@ _SECOND, _ORDER = torch.tensor([1]), torch.tensor([2, 0, 0])
         lambda x: _with_first_row(torch.empty_like(x), x),
         lambda x: torch.sub(x, x.flip(0), out=torch.empty(3, 8)),
         lambda x: x[:, _ORDER],
+        lambda x: _LSTM(x)[0],
     ],
 )
 def test_operators_are_known_by_their_schemas(function: Callable[[Tensor], Tensor]) -> None:
