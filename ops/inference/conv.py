@@ -70,7 +70,7 @@ class FastDilatedDepthwiseConv2d(DilatedDepthwiseConv2d):
     """One convolution, since our kernel handles dilation directly."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # so the call is not recorded, and torch computes it
             return DilatedDepthwiseConv2d.forward(self, x)
         return nn.Conv2d.forward(self, x)
 

@@ -42,7 +42,6 @@ __all__ = [
     "FastLayer",
     "FastLinear",
     "activate",
-    "activation_kind",
     "can_activate",
     "conv_kind",
     "convert",
@@ -217,14 +216,6 @@ class ActivatedLayer(FastLayer):
     def extra_repr(self) -> str:
         shown = f"{super().extra_repr()}, activation={self.activation}"
         return shown if self.quantization is None else f"{shown}, int8={self.quantization.in_range}"
-
-
-def activation_kind(act: nn.Module) -> str | None:
-    """The name of a supported activation, else None."""
-    if isinstance(act, nn.GELU):
-        return "gelu" if act.approximate == "none" else None
-    kinds = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.ReLU6: "relu6"}
-    return kinds.get(type(act))
 
 
 def can_activate(layer: nn.Module) -> bool:

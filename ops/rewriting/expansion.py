@@ -6,7 +6,7 @@ the whole map. https://arxiv.org/abs/1905.02244
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ops.cpu.feed_forward.depthwise_mlp import (
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
 from ops.inference.pooling import FastAdaptiveAvgPool2d
-from ops.rewriting.graph import NCHW, Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 
 __all__ = ["Expansion", "join_expansion"]
 
@@ -46,18 +46,13 @@ class Expansion(FastLayer):
             both: tuple[Tensor, Tensor] = packed(x)
             return both
         out = self.conv(self.fc1(x).permute(NCHW))
-        return out.permute(0, 2, 3, 1), self.pool(out).flatten(1)
+        return out.permute(NHWC), self.pool(out).flatten(1)
 
     def sources(self) -> list[Tensor]:
         return tensors_of(self.fc1, self.conv)
 
     def derive(self, x: Tensor) -> PackedExpansion:
         return PackedExpansion(self.fc1, self.conv, self.fc1.activation, self.conv.activation)
-
-
-def _averages(function: Any) -> bool:
-    """Whether it gives the means of a map's channels."""
-    return isinstance(function, FastAdaptiveAvgPool2d) and function.output_size in (1, (1, 1))
 
 
 def join_expansion(graph: OperatorGraph, operator: Operator) -> bool:
@@ -68,7 +63,7 @@ def join_expansion(graph: OperatorGraph, operator: Operator) -> bool:
     if not PackedDepthwiseMlp.applies(conv, is_first=True):
         return False
     map_ = operator.result
-    pools = [user for user in map_.users if _averages(user.function)]
+    pools = [user for user in map_.users if isinstance(user.function, FastAdaptiveAvgPool2d)]
     moved = graph.permuted(operator.args[0], NCHW)
     if moved is None or not pools:
         return False
