@@ -48,7 +48,7 @@ from backbones.embedding.network import Network
 from backbones.embedding.rows import unit
 from backbones.embedding.search import search
 from backbones.embedding.shard_writer import ShardWriter
-from backbones.embedding.table import identity, schema, shard_path, write_metadata
+from backbones.embedding.table import identity, load, schema, shard_path, write_metadata
 from backbones.embedding.worker import Images
 from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
 from backbones.training import build, optimization
@@ -67,14 +67,15 @@ MODELS = ("shvit_s1", "van_b0", "unireplknet_a")
 IMAGES, SIZE = 512, (500, 375)
 _SCRIPT = """
 import json, sys, time
-import timm, torch
+import numpy as np, timm, torch
 import backbones  # registers what timm lacks
 from pathlib import Path
 from PIL import Image
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
-name, checkpoint, folder, processes = sys.argv[1:]
+name, checkpoint, folder, batch, processes, first = sys.argv[1:]
 model = timm.create_model(name).eval()
-model.load_state_dict(torch.load(checkpoint)) if checkpoint else None
+model.load_state_dict(load_file(checkpoint))
 transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
 class Photos(Dataset):
     def __init__(self): self.paths = sorted(Path(folder).rglob("*.jpg"))
@@ -83,9 +84,9 @@ class Photos(Dataset):
         with Image.open(self.paths[i]) as image: return transform(image.convert("RGB"))
 done, begun = 0, None
 with torch.inference_mode():
-    for images in DataLoader(Photos(), batch_size=64, num_workers=int(processes)):
-        model.forward_head(model.forward_features(images), pre_logits=True).numpy()
-        if begun is None: begun = time.perf_counter()
+    for images in DataLoader(Photos(), int(batch), num_workers=int(processes)):
+        features = model.forward_head(model.forward_features(images), pre_logits=True).numpy()
+        if begun is None: np.save(first, features); begun = time.perf_counter()
         else: done += len(images)
 print(json.dumps(done / (time.perf_counter() - begun)))
 """
@@ -175,19 +176,29 @@ def rate_of_embed(photos: Path, checkpoint: Path, rows: int = 32, **options: Any
     return rows * (len(times) - begun) / ((times[-1] - times[begun - 1]) * 1e-9)
 
 
-def rate_of_script(photos: Path, name: str) -> float:
-    """Images per second of the usual script, from its second batch on."""
-    words = [
-        sys.executable,
-        "-c",
-        _SCRIPT,
-        name.removeprefix(PREFIX),
-        "",
-        str(photos),
-        str(cores()),
-    ]
+def rate_of_script(photos: Path, name: str, checkpoint: Path) -> float:
+    """Images per second of the usual script, from its second batch on.
+
+    The features of the first batch are saved beside the weights, as ``features.npy``.
+    """
+    batch = min(64, len([*photos.rglob("*.jpg")]) // 4)
+    given = name.removeprefix(PREFIX), checkpoint, photos, batch, cores()
+    words = [sys.executable, "-c", _SCRIPT, *map(str, given), str(checkpoint.parent / "features")]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def least_cosine(photos: Path, checkpoint: Path, dtype: str) -> float:
+    """Between embeddings of ``embed`` and the script's of the first images."""
+    script = np.load(checkpoint.parent / "features.npy")
+    with tempfile.TemporaryDirectory() as place:
+        few = Path(place) / "few"
+        few.mkdir()
+        for path in sorted(photos.rglob("*.jpg"))[: len(script)]:
+            os.link(path, few / path.name)
+        embed(few, Path(place) / "out", checkpoint=checkpoint, dtype=dtype)
+        _, ours = load(Path(place) / "out")
+    return float((unit(ours) * unit(script)).sum(1).min())
 
 
 def in_turns(rounds: int, *ways: Callable[[], float]) -> list[list[float]]:
@@ -196,21 +207,32 @@ def in_turns(rounds: int, *ways: Callable[[], float]) -> list[list[float]]:
     return [list(column) for column in zip(*figures, strict=True)]
 
 
-def measure_speed(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
-    once, photos = (make_photos(folder / str(copies), copies=copies) for copies in (1, 4))
+def _rows(count: int) -> int:
+    """Of a shard, so that four copies of so many images make 64 shards or more."""
+    return max(1, min(32, count // 16))
+
+
+def measure_speed(
+    folder: Path, rounds: int, models: Sequence[str], count: int
+) -> Iterator[dict[str, Any]]:
+    once, photos = (make_photos(folder / str(copies), copies, count=count) for copies in (1, 4))
     for name in models:
         checkpoint = make_checkpoint(folder / name, name)
         dtypes = ["float32", *(["bfloat16"] if policy.multiplies(torch.bfloat16) else [])]
         *ours, script = in_turns(
             rounds,
-            *(partial(rate_of_embed, photos, checkpoint, dtype=dtype) for dtype in dtypes),
-            partial(rate_of_script, once, name),
+            *(
+                partial(rate_of_embed, photos, checkpoint, _rows(count), dtype=dtype)
+                for dtype in dtypes
+            ),
+            partial(rate_of_script, once, name, checkpoint),
         )
         dim = backbones.create_model(name).head_hidden_size
         result = {"part": "speed", "model": name, "dim": dim, "cores": cores()}
         for dtype, rates in zip(dtypes, ours, strict=True):
             ratio = statistics.median(a / b for a, b in zip(rates, script, strict=True))
-            yield {**result, "dtype": dtype, "embed": rates, "script": script, "ratio": ratio}
+            row = {**result, "dtype": dtype, "embed": rates, "script": script, "ratio": ratio}
+            yield {**row, "cosine": least_cosine(once, checkpoint, dtype)}
 
 
 def measure_ray(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -250,18 +272,18 @@ def rate_of_pipeline(
 
 
 def measure_pipelines(
-    folder: Path, rounds: int, models: Sequence[str], pythons: dict[str, str]
+    folder: Path, rounds: int, models: Sequence[str], count: int, pythons: dict[str, str]
 ) -> Iterator[dict[str, Any]]:
-    photos = {copies: make_photos(folder / str(copies), copies=copies) for copies in (1, 2, 4)}
-    few, many = ((photos[copies], copies * IMAGES) for copies in (1, 2))
+    photos = {n: make_photos(folder / str(n), copies=n, count=count) for n in (1, 2, 4)}
+    few, many = ((photos[copies], copies * count) for copies in (1, 2))
     wanted = [(package, name) for package in pythons if pythons[package] for name in models]
     for package, name in wanted:
         checkpoint = make_checkpoint(folder / name, name)
         ours, theirs = in_turns(
             rounds,
-            lambda checkpoint=checkpoint: rate_of_embed(photos[4], checkpoint),
+            lambda checkpoint=checkpoint: rate_of_embed(photos[4], checkpoint, _rows(count)),
             lambda package=package, name=name: rate_of_pipeline(
-                package, pythons[package], name, few, many
+                package, pythons[package], name.removeprefix(PREFIX), few, many
             ),
         )
         ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
@@ -407,7 +429,6 @@ def _searched(table: Path, queries: np.ndarray, index: str) -> tuple[list[set[in
 # Parts whose results for other models are kept.
 _BY_MODEL = ("speed", "pipelines")
 PARTS = {
-    "speed": measure_speed,
     "ray": measure_ray,
     "memory": measure_memory,
     "decoding": measure_decoding,
@@ -419,14 +440,15 @@ def embedding(arguments: Sequence[str]) -> None:
     """`vision-backbones embed` beside the usual hand-written script, other packages, and its parts.
 
     The script runs timm's model in float32 behind a DataLoader with one process per core. Both
-    embed the same 512 JPEGs of 500×375 pixels, alternately, on the same cores: the script once, and
+    embed the same JPEGs of 500×375 pixels, alternately, on the same cores: the script once, and
     `embed`, which is faster, several times over. Startup is excluded.
     """
     parser = Parser(prog="benchmark.py --op embed", description=embedding.__doc__)
     add = parser.add_argument
-    add("parts", nargs="+", choices=[*PARTS, "pipelines"], help="what to measure anew")
+    add("parts", nargs="+", choices=[*_BY_MODEL, *PARTS], help="what to measure anew")
     add("--models", nargs="+", default=MODELS, metavar="NAME")
     add("--rounds", type=whole(1), default=3, help="of which the medians count")
+    add("--images", type=whole(32), default=IMAGES, help="of `speed` and `pipelines`; default 512")
     add("--output", type=nonempty_path, default=REPORTS / "embed.json")
     packages = list(CONTENDERS["embed"])
     for package in packages:
@@ -437,9 +459,13 @@ def embedding(arguments: Sequence[str]) -> None:
     written = {"--output": (args.output, REPORT)}
     require_writable(written, overwrite=args.overwrite, makes_folders=True)
     pythons = {name: getattr(args, name.replace("-", "_")) for name in packages}
-    measure: dict[str, Any] = {**PARTS, "pipelines": partial(measure_pipelines, pythons=pythons)}
+    measure: dict[str, Any] = {
+        **PARTS,
+        "speed": partial(measure_speed, count=args.images),
+        "pipelines": partial(measure_pipelines, count=args.images, pythons=pythons),
+    }
     if "pipelines" in args.parts and not any(pythons.values()):
-        parser.error("pipelines needs --birder PYTHON or --clip-retrieval PYTHON")
+        parser.error(f"pipelines needs a PYTHON for one of {', '.join(packages)}")
     report = load_report(args.output, {**machine(torch.device("cpu")), "threads": cores()})
     for part in args.parts:
         if part not in _BY_MODEL:

@@ -17,10 +17,15 @@ latter two run in ``torch.compile`` with frozen weights. Everything else is left
 
     pip install nncf openvino onnx onnxscript onnxruntime torchao
 
+On AMD CPUs, ``zentorch`` is another backend of ``torch.compile``, of the same version as torch:
+
+    pip install zentorch
+
 What extracts features runs in an environment of its own, as its requirements conflict with ours:
 
     python -m venv b && b/bin/pip install birder
     python -m venv c && c/bin/pip install clip-retrieval 'setuptools<81'
+    python -m venv d && d/bin/pip install open_clip_torch transformers
 """
 
 from __future__ import annotations
@@ -28,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import importlib.util
 import io
 import logging
@@ -227,13 +233,26 @@ def torchao(model: nn.Module, images: Images, folder: Path) -> Prepared:
     return functools.partial(_compiled, model), file.getbuffer().nbytes
 
 
+def frozen(backend: str, name: str, shape: tuple[int, ...]) -> Prepared:
+    """Our plain model by one of ``torch.compile``'s backends, with frozen weights."""
+    torch.manual_seed(0)
+    model = backbones.create_model(name).eval().requires_grad_(False)
+    size = sum(t.nbytes for t in model.state_dict().values())
+    return functools.partial(_compiled, model, backend=backend), size
+
+
+def _by_zentorch(name: str, shape: tuple[int, ...]) -> Prepared:
+    importlib.import_module("zentorch")  # registers its backend
+    return frozen("zentorch", name, shape)
+
+
 @torch.no_grad()
-def _compiled(model: nn.Module, threads: int) -> Run:
+def _compiled(model: nn.Module, threads: int, backend: str = "inductor") -> Run:
     """Compiled at the first call, for torch's current number of threads."""
     import torch._inductor.config as config
 
     torch._dynamo.reset()  # its code is for one number of threads
-    compiled = torch.compile(model, dynamic=False)
+    compiled = torch.compile(model, dynamic=False, backend=backend)
 
     @torch.no_grad()  # freezing requires it
     def run(images: Tensor) -> Tensor:
@@ -521,6 +540,65 @@ if __name__ == "__main__":
     )
     print(f"took {time.perf_counter() - begun} s", flush=True)
 """
+_OPEN_CLIP = """
+import sys, time
+from pathlib import Path
+import open_clip, torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+NAMES = {"vit_base_patch16_siglip_224": "ViT-B-16-SigLIP"}
+
+class Photos(Dataset):
+    def __init__(self, folder, transform):
+        self.paths, self.transform = sorted(Path(folder).rglob("*.jpg")), transform
+    def __len__(self):
+        return len(self.paths)
+    def __getitem__(self, i):
+        with Image.open(self.paths[i]) as image:
+            return self.transform(image.convert("RGB"))
+
+if __name__ == "__main__":
+    name, folder, processes = sys.argv[1:]
+    model, _, transform = open_clip.create_model_and_transforms(NAMES[name])
+    begun = time.perf_counter()
+    with torch.inference_mode():
+        for images in DataLoader(Photos(folder, transform), 64, num_workers=int(processes)):
+            model.eval().encode_image(images, normalize=True).numpy()
+    print(f"took {time.perf_counter() - begun} s", flush=True)
+"""
+_TRANSFORMERS = """
+import sys, time
+from pathlib import Path
+import transformers
+
+configs = {
+    "vit_small_patch14_dinov2": lambda: transformers.Dinov2Config(
+        hidden_size=384, num_attention_heads=6, image_size=518
+    ),
+    "vit_base_patch16_siglip_224": lambda: transformers.SiglipVisionConfig(image_size=224),
+    "convnext_tiny": transformers.ConvNextConfig,
+}
+processors = {
+    "vit_small_patch14_dinov2": ("BitImageProcessor", {"size": {"shortest_edge": 518}}, 518),
+    "vit_base_patch16_siglip_224": ("SiglipImageProcessor", {}, 224),
+    "convnext_tiny": ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}}, 224),
+}
+name, folder, processes = sys.argv[1:]
+kind, options, side = processors[name]
+if kind == "BitImageProcessor":
+    options["crop_size"] = {"height": side, "width": side}
+processor = getattr(transformers, kind)(**options)
+model = transformers.AutoModel.from_config(configs[name]()).eval()
+extract = transformers.pipeline(
+    "image-feature-extraction", model=model, image_processor=processor, batch_size=16
+)
+paths = [str(path) for path in sorted(Path(folder).rglob("*.jpg"))]
+begun = time.perf_counter()
+for vector in extract((path for path in paths), pool=False, return_tensors=True):
+    pass
+print(f"took {time.perf_counter() - begun} s", flush=True)
+"""
 
 # -- the list --------------------------------------------------------------------------------------
 
@@ -529,6 +607,8 @@ CONTENDERS: Mapping[str, dict[str, Any]] = {
     "models": {
         **MODELS,
         "natten_0_17": on_natten_0_17,
+        "compile_freezing": functools.partial(Runtime, functools.partial(frozen, "inductor")),
+        "zentorch": functools.partial(Runtime, _by_zentorch),
         **{
             label: functools.partial(Runtime, functools.partial(_quantised, label))
             for label in TOOLKITS
@@ -556,7 +636,10 @@ CONTENDERS: Mapping[str, dict[str, Any]] = {
         "mambapy": functools.partial(_selective_by_mamba, use_mambapy=True),
     },
     # A program, of the model's name, a folder of images and the number of processes.
-    "embed": {"birder": _BIRDER, "clip-retrieval": _CLIP_RETRIEVAL},
+    "embed": {
+        **{"birder": _BIRDER, "clip-retrieval": _CLIP_RETRIEVAL},
+        **{"open-clip": _OPEN_CLIP, "transformers": _TRANSFORMERS},
+    },
 }
 # Of the forms of our own models and of the contenders; those that are not here keep their labels.
 TITLES = {
@@ -565,6 +648,7 @@ TITLES = {
     "fused+bfloat16": "fused, bf16",
     "int8_calibrated": "int8, calibrated",
     "natten_0_17": "original on NATTEN 0.17.3",
+    "compile_freezing": "compile, frozen",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
     "openvino_bf16": "OpenVINO, bf16",

@@ -230,8 +230,11 @@ _SAME = {None: "–", True: "yes", False: "no"}
 # Headings and cells by part.
 _EMBED: dict[str, tuple[Sequence[str], Callable[[Row], Sequence[str]]]] = {
     "speed": (
-        ("model", "dtype", "embed, images/s", "script, images/s", "ratio"),
-        lambda r: (_model(r), r["dtype"], *_medians(r, "embed", "script"), f"{r['ratio']:.2f}"),
+        ("model", "dtype", "embed, images/s", "script, images/s", "ratio", "least cosine"),
+        lambda r: (
+            *(_model(r), r["dtype"], *_medians(r, "embed", "script"), f"{r['ratio']:.2f}"),
+            f"{r['cosine']:.5f}" if "cosine" in r else "·",
+        ),
     ),
     "decoding": (
         ("step", "ms an image", "same pixels"),
