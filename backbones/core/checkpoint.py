@@ -20,7 +20,7 @@ from backbones.common.download import downloaded, is_url
 from backbones.common.messages import joined_lines, shown
 from backbones.core.base import StagedBackbone
 from backbones.core.vit_adapter import ViTAdapter
-from backbones.fusing.any_model import fuse_any
+from backbones.fusing.fuse import fuse_network
 from backbones.fusing.int8_state import dequantized, set_quantization
 
 __all__ = [
@@ -143,7 +143,7 @@ def load_tensors(
         report = _load_plainly(model, tensors, LoadReport(name, ignored=ignored))
         if in_int8:
             set_quantization(model, in_int8)
-            fuse_any(model, torch.int8, "auto")
+            fuse_network(model, torch.int8)
         return report
     pruned = isinstance(model, FeatureGetterNet)
     backbone = _backbone_of(model)

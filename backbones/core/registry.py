@@ -26,8 +26,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
 from backbones.core.from_timm import PREFIX, create_timm_model
 from backbones.core.keywords import FEATURES
-from backbones.fusing.any_model import fuse_any
-from backbones.fusing.fusable import check_fusing
+from backbones.fusing.fuse import fuse_network
 from ops.attention.token_pooling import pool_tokens_before, token_attentions
 from ops.inference.heap import return_freed_memory
 from ops.replay.workspace import workspace
@@ -306,10 +305,10 @@ def fuse(
     Modifies ``model`` in place and returns it. If backbones of this library are inside, they are
     fused, see :meth:`backbones.fusing.fusable.FusableBackbone.fuse`; ``dtype`` converts only them.
     Other networks, such as those of timm, torchvision and transformers, keep their layers and
-    weights: on a CPU, their calls with one tensor are recorded as operators, rewritten to kernels
-    of this library, and replayed (:mod:`ops.rewriting`). Outputs are equal up to rounding. Calls
-    that need gradients, hooks inside, tracing or autocast, or whose course depends on values, run
-    as before.
+    weights, which no longer require gradients: on a CPU, their calls with one tensor are recorded
+    as operators, rewritten to kernels of this library, and replayed (:mod:`ops.rewriting`). Outputs
+    are equal up to rounding. Calls that need gradients of images, hooks inside, tracing or
+    autocast, or whose course depends on values, run as before.
 
     Args:
         dtype, channels_last, calibrate, max_drop: see
@@ -323,8 +322,7 @@ def fuse(
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     backbones = [m for m in model.modules() if isinstance(m, StagedBackbone)]
     if not backbones:
-        check_fusing(dtype, channels_last, calibrate, max_drop)
-        return fuse_any(model, dtype, channels_last, calibrate, max_drop)
+        fuse_network(model, dtype, channels_last, calibrate, max_drop)
     for backbone in backbones:
         backbone.fuse(dtype, channels_last, calibrate=calibrate, max_drop=max_drop)
     return model

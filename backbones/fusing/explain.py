@@ -13,8 +13,8 @@ from torch import nn
 from backbones.common.checks import several, whole
 from backbones.common.messages import shown
 from backbones.common.tables import table
-from backbones.fusing.any_model import AnyModel
 from backbones.fusing.fusable import FusableBackbone
+from backbones.fusing.int8_state import Int8Model
 from backbones.fusing.precision import Precision
 from ops.cpu.build import instruction_set
 from ops.inference.conversion import slow_in_nhwc
@@ -267,7 +267,7 @@ def explain(
         found.calls,
         _memory_of(found),
         _obstacle(model, found),
-        model.precision if isinstance(model, FusableBackbone | AnyModel) else None,
+        model.precision if isinstance(model, Int8Model) else None,
     )
 
 

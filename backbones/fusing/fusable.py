@@ -2,55 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from backbones.fusing.fused import FusedBackbone, has_hooks, named_briefly
+from backbones.fusing.fuse import fuse_network
+from backbones.fusing.fused import require_evaluation
 from backbones.fusing.int8_state import Int8Model
-from backbones.fusing.precision import Precision
-from backbones.fusing.quantization import (
-    check_quantization,
-    confirm,
-    quantize,
-    random_images,
-    unquantize,
-)
-from ops.inference import conversion
-from ops.inference.layers import convert
-from ops.reparam import fuse_children
-from ops.replay.module import recorded_form
-from ops.rounding import round_filters
 
-__all__ = ["FusableBackbone", "check_fusing"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["FusableBackbone"]
 
 Model = TypeVar("Model", bound="FusableBackbone")
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that models run in
-
-
-def check_fusing(
-    dtype: Any, channels_last: Any, calibrate: Any = None, max_drop: float | None = None
-) -> None:
-    """Check the arguments of :meth:`FusableBackbone.fuse`.
-
-    Raises:
-        TypeError, ValueError: see there.
-    """
-    if dtype is not None and dtype not in (*_DTYPES, torch.int8):
-        kind = TypeError if not isinstance(dtype, torch.dtype) else ValueError
-        raise kind(
-            f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, or "
-            f"torch.int8; got {dtype!r}"
-        )
-    check_quantization(dtype, channels_last, calibrate, max_drop)
-    if not isinstance(channels_last, bool) and channels_last != "auto":
-        raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
 
 
 class FusableBackbone(Int8Model, nn.Module):
@@ -114,32 +78,7 @@ class FusableBackbone(Int8Model, nn.Module):
                 ``calibrate`` or ``max_drop`` are given for another dtype.
             TypeError: ``dtype`` is not a torch.dtype, for example a string.
         """
-        check_fusing(dtype, channels_last, calibrate, max_drop)
-        with torch.inference_mode(False):
-            self.eval()
-            hooked = {name: m for name, m in self.named_modules() if has_hooks(m)}
-            conversion.leave_inference_mode(self)
-            conversion.restore_plain_forms(self)
-            fuse_children(self)
-            quantized: Precision | None = None
-            if dtype == torch.int8:
-                self.precision = quantized = quantize(self, calibrate, max_drop)
-                dtype = getattr(torch, quantized.dtype)
-            elif dtype is not None:
-                unquantize(self)
-                self.precision = None
-            if dtype is not None:
-                round_filters(self, dtype)
-                self.to(dtype)
-            if channels_last is not False and conversion.to_channels_last(
-                self, always=channels_last is True
-            ):
-                whole: Any = convert(self, recorded_form(type(self), FusedBackbone))
-                if quantized is not None and quantized.quantized:
-                    images: Any = random_images(self)
-                    confirm(whole, quantized, lambda: whole(images[:1]))
-                    whole.forget()
-            _warn_of_lost_hooks(hooked, set(self.modules()))
+        fuse_network(self, dtype, channels_last, calibrate, max_drop, is_backbone=True)
         return self
 
     def load_state_dict(
@@ -161,17 +100,5 @@ class FusableBackbone(Int8Model, nn.Module):
 
     def train(self: Model, mode: bool = True) -> Model:
         """Like ``nn.Module.train``; raises for a fused model, whose norms are folded."""
-        if mode and self.fused:
-            raise RuntimeError(
-                f"{type(self).__name__} has been fused for inference and cannot be trained; "
-                "create the model again, or keep a copy.deepcopy from before fuse()"
-            )
+        require_evaluation(self, mode and self.fused)
         return super().train(mode)
-
-
-def _warn_of_lost_hooks(hooked: Mapping[str, nn.Module], kept: set[nn.Module]) -> None:
-    if lost := [name for name, module in hooked.items() if module not in kept]:
-        _log.warning(
-            "the hooks of %s are gone: fuse() has folded it into its neighbours",
-            named_briefly(lost),
-        )

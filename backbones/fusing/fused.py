@@ -1,4 +1,4 @@
-"""Fused backbones of this library: checks of their images, and hooks inside them."""
+"""Classes of fused networks: they replay calls, and say what they cannot do."""
 
 from __future__ import annotations
 
@@ -8,10 +8,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones.fusing.int8_state import Int8Model
 from ops.inference.layers import plain_forms
 from ops.rewriting.module import Rewritten
 
-__all__ = ["FusedBackbone", "has_hooks", "named_briefly"]
+__all__ = ["FusedBackbone", "FusedNetwork", "has_hooks", "named_briefly", "require_evaluation"]
+
+
+class FusedNetwork(Int8Model, Rewritten):
+    """A fused network of another package: its layers are as they were."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Like ``nn.Module.train``; raises, since replays compute what evaluation does."""
+        require_evaluation(self, mode)
+        return super().train(mode)
+
+
+def require_evaluation(model: nn.Module, mode: bool) -> None:
+    """Raise a RuntimeError if a fused model is to be trained."""
+    if mode:
+        raise RuntimeError(
+            f"{type(model).__name__} has been fused for inference and cannot be trained; "
+            "create the model again, or keep a copy.deepcopy from before fuse()"
+        )
 
 
 class FusedBackbone(Rewritten):

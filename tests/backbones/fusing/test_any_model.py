@@ -193,6 +193,14 @@ def test_gradients_of_images() -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_calls_outside_no_grad_are_replayed() -> None:
+    model, x = network("resnet")
+    fused: Any = backbones.fuse(model)
+    for _ in range(2):
+        assert not fused(x).requires_grad
+    assert fused.is_replayed and not any(p.requires_grad for p in fused.parameters())
+
+
 @torch.no_grad()
 def test_copies_pickles_and_names() -> None:
     model, x = network("resnet")
