@@ -27,6 +27,7 @@ from torch import nn
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
 from backbones.common.signals import StopRequest
+from backbones.core.loaded import preprocessing_by
 from backbones.data.corrupt import CorruptImages
 from backbones.training import build, distillation, pictures
 from backbones.training.data import open_splits
@@ -57,7 +58,7 @@ class Trainer(TrainingLoop):
         self.score_key = "auc" if self.multi_label else "top1"
 
         model = build.build_model(recipe, self.num_classes).to(self.device)
-        self.config = build.preprocessing(recipe, model)
+        self.config = preprocessing_by(recipe, model)
         sizes = [self.config["input_size"][-1], *recipe.img_size_schedule.values()]
         check_sizes(recipe, sizes)
         network = distillation.add_exits(recipe, model).to(self.device)

@@ -49,13 +49,13 @@ from backbones.common.messages import first_line
 from backbones.common.outputs import REPORT, require_writable
 from backbones.common.processes import World
 from backbones.core.from_timm import PREFIX
+from backbones.core.loaded import preprocessing_by
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
 from backbones.restoration.data import degrade_picture, find_pictures, load_truth
 from backbones.restoration.metrics import quality
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.restorer import load_restorer
-from backbones.training import build
 from backbones.training.command_line import load_recipe
 from backbones.training.data import open_splits
 from backbones.training.loader import ValidationLoader
@@ -135,7 +135,7 @@ def digits_run(folder: Path, model: str) -> Digits:
     splits = open_splits(recipe)
     weights = str(folder / model / "best.safetensors")
     network = load_trained(model, weights, len(splits.classes), recipe.in_chans, recipe.model_args)
-    config = build.preprocessing(recipe, network)
+    config = preprocessing_by(recipe, network)
     assert isinstance(splits.train, ImageSource) and isinstance(splits.validation, ImageSource)
     calibration, _ = _preprocessed(splits.train, CALIBRATION, config, recipe)
     images, labels = _preprocessed(splits.validation, splits.validation_size, config, recipe)

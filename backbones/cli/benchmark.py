@@ -90,8 +90,6 @@ from backbones.common.outputs import FIGURE, REPORT, Kind, add_overwrite, requir
 from backbones.core.from_timm import PREFIX
 from backbones.core.inputs import require_size, size_of
 
-__all__ = ["EXAMPLE", "Row", "add_arguments", "measure", "run"]
-
 EXAMPLE = "--models unireplknet_a van_b0 --modes eager fused --threads 1 2"
 
 logger = logging.getLogger(__name__)

@@ -6,24 +6,6 @@ import math
 from collections.abc import Iterable
 from typing import IO, Any, NamedTuple
 
-__all__ = [
-    "DTYPES",
-    "PLAIN",
-    "SETTING",
-    "Cell",
-    "comparison",
-    "contenders_of",
-    "describe",
-    "draw",
-    "is_older",
-    "rivals",
-    "row_key",
-    "scaling",
-    "speed",
-    "speed_lines",
-    "table",
-]
-
 # The settings of a row.
 SETTING = ("model", "size", "batch", "threads", "dtype", "direction")
 

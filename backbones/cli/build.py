@@ -10,8 +10,6 @@ from backbones.common.errors import CommandError
 from ops import cpu
 from ops.cpu.build.folders import shell_word
 
-__all__ = ["EXAMPLE", "add_arguments", "run"]
-
 EXAMPLE = "--isa avx2 avx512bf16"
 _ALL = "all"
 

@@ -13,8 +13,6 @@ from ops import cpu
 from ops.cpu import build
 from ops.cpu.build.folders import Problem, shell_word
 
-__all__ = ["free_bytes", "kernel_cache_fix", "kernel_cache_problem", "suggest_folder"]
-
 _KERNELS = "VISION_BACKBONES_CACHE_DIR"
 
 

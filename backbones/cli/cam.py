@@ -15,8 +15,6 @@ from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.base import StagedBackbone
 from backbones.core.stage import map_of, with_map
 
-__all__ = ["grad_cam", "upsample_heat"]
-
 # Coarser maps don't localise anything.
 _LEAST_SIDE = 4
 

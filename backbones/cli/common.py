@@ -17,8 +17,6 @@ from backbones.common.memory import available_memory, peak_bytes
 from backbones.common.messages import one_line, shown
 from backbones.core.inputs import channels_of, require_size, size_of
 
-__all__ = ["add_size_argument", "read_labels", "read_text", "two_sides"]
-
 
 def add_size_argument(parser: ArgumentParser, help: str) -> None:
     """``--size S`` or ``--size H W``; see :func:`two_sides`."""

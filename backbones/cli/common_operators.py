@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["sampled_deform_conv2d", "with_common_operators"]
-
 
 def with_common_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The same program in operators that more runtimes support than DeformConv.

@@ -26,23 +26,6 @@ from backbones.cli import graphs
 from backbones.common.errors import CommandError
 from backbones.common.messages import first_line
 
-__all__ = [
-    "MODELS",
-    "CannotRunError",
-    "Create",
-    "Prepared",
-    "Run",
-    "Runtime",
-    "contender",
-    "create_birder",
-    "create_timm",
-    "is_installed",
-    "openvino_core",
-    "openvino_runner",
-    "reason",
-    "scratch_folder",
-]
-
 BIRDER_NAMES = {
     **{f"efficientvit_m{i}": f"efficientvit_msft_m{i}" for i in range(6)},
     **{f"inception_next_{a}": f"inception_next_{a[0]}" for a in ("atto", "tiny", "small", "base")},

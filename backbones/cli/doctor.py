@@ -34,8 +34,6 @@ from ops.cpu.build import compiler, folders, openmp
 from ops.cpu.build.folders import shell_word
 from ops.neighborhood import BACKENDS, NAParams
 
-__all__ = ["EXAMPLE", "Finding", "add_arguments", "examine", "run"]
-
 EXAMPLE = ""
 
 _MARKS = {"ok": "✓", "note": "·", "warning": "!", "error": "✗"}

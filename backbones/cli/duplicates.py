@@ -14,12 +14,10 @@ from backbones.common.outputs import csv_text, json_text, write_if_asked
 from backbones.common.tables import table
 from backbones.embedding.duplicates import THRESHOLD, Member, find_duplicates
 from backbones.embedding.page import write_page
-from backbones.embedding.rows import count_rows
 from backbones.embedding.search import INDEXES
 from backbones.embedding.sheet import Row, Tile, draw_sheet
+from backbones.embedding.table import count_rows
 from backbones.embedding.thumbnails import Thumbnails
-
-__all__ = ["EXAMPLE", "add_arguments", "run"]
 
 EXAMPLE = "features/ --threshold 0.98 --csv duplicates.csv"
 

@@ -17,8 +17,6 @@ from backbones.embedding.network import FEATURES
 from backbones.embedding.run import ENGINES, embed
 from backbones.embedding.table import CORRUPT
 
-__all__ = ["EXAMPLE", "add_arguments", "run"]
-
 EXAMPLE = "photos/ --model van_b0 --checkpoint van_b0.pth --out features/"
 
 _SHOWN = 5

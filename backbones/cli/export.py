@@ -31,8 +31,6 @@ from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of, require_size
 from backbones.core.loaded import Loaded, load, preprocessing
 
-__all__ = ["EXAMPLE", "add_arguments", "export", "run"]
-
 _FORMATS = {"onnx": ONNX, "pt2": PT2, "safetensors": INT8}
 
 EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"

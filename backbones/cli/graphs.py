@@ -24,22 +24,6 @@ from backbones.cli.common_operators import with_common_operators
 from backbones.cli.hat_export import SharedGroup, extract_group, inline_groups
 from backbones.common.errors import CommandError
 
-__all__ = [
-    "TOLERANCE",
-    "Check",
-    "check",
-    "check_shapes",
-    "difference",
-    "noise",
-    "onnx_runner",
-    "outputs",
-    "program_runner",
-    "require_onnx",
-    "save_onnx",
-    "save_program",
-    "trace",
-]
-
 Run = Callable[[Tensor], Tensor]
 
 # Maximum error, relative to the maximum output. Different summation orders cost about 1e-6; real

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from backbones.hat.blocks import ResidualGroup
 
-__all__ = ["Placeholder", "SharedGroup", "extract_group", "inline_groups"]
-
 _DOMAIN, _OPERATOR = "backbones", "Group"
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from backbones.cli.parity import reference, variants
 
-__all__ = ["Match", "closest", "released_file", "signature"]
-
 Signature = dict[str, tuple[int, ...]]
 
 

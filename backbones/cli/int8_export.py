@@ -23,8 +23,6 @@ from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse
 from backbones.fusing.precision import Precision
 
-__all__ = ["INT8", "export_int8"]
-
 INT8 = Kind((".safetensors",), rb".{8}\{.*\.weight_scale\"")
 """The files of :func:`export_int8`."""
 

@@ -13,8 +13,6 @@ from backbones.common.errors import CommandError
 from backbones.common.messages import one_line
 from backbones.core.requirements import explanation
 
-__all__ = ["COMMANDS", "main", "run_command"]
-
 # Name → module and one line of help. A module defines ``EXAMPLE`` (the words after the command),
 # ``add_arguments`` (to an argparse parser) and ``run`` (parsed options → exit status).
 COMMANDS: dict[str, tuple[str, str]] = {

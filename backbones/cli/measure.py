@@ -21,8 +21,6 @@ from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from ops.neighborhood import NeighborhoodAttention2D
 
-__all__ = ["Part", "count_macs", "measure", "time_shares"]
-
 
 @dataclass
 class Part:

@@ -8,8 +8,6 @@ from typing import Any
 from backbones.common.figures import INK, drawable, new_figure, save_figure, style_axis
 from backbones.fusing.explain import BufferUse, Explanation
 
-__all__ = ["draw_memory"]
-
 _PEAK = "#c62828"
 # Of successive parts of the network.
 _COLORS = (

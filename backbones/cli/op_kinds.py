@@ -8,8 +8,6 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["KINDS", "PYTHON", "kind_of", "time_by_kind"]
-
 PRODUCTS, DEPTHWISE, CONVOLUTIONS = "matrix products", "depthwise conv", "other conv"
 ATTENTION, NORMS, ELEMENTWISE = "attention", "norms", "elementwise"
 MOVES, OTHERS, PYTHON = "moving data", "other operators", "outside operators"

@@ -22,22 +22,6 @@ from torch import Tensor
 import backbones
 from ops.padding import reflect_pad_to_multiple
 
-__all__ = [
-    "FOLDER",
-    "IN_FLOAT64",
-    "TOLERANCE",
-    "case_errors",
-    "checkpoint",
-    "image",
-    "reference",
-    "relative_error",
-    "summary",
-    "summary_error",
-    "tolerance",
-    "uniform",
-    "variants",
-]
-
 # In the package in a wheel, with the tests in a checkout.
 FOLDER = next(
     folder

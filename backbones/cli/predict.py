@@ -49,17 +49,6 @@ from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, load, preprocessing
 
-__all__ = [
-    "EXAMPLE",
-    "add_arguments",
-    "find_images",
-    "predict",
-    "preprocessing",
-    "read_pixels",
-    "run",
-    "say_skipped",
-]
-
 EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png"
 
 _PICTURES = 24

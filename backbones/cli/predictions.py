@@ -14,8 +14,6 @@ from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text
 from backbones.common.tables import table
 
-__all__ = ["CSV_HEAD", "Prediction", "as_csv", "as_entries", "as_table", "draw_predictions"]
-
 CSV_HEAD = ("image", "place", "class", "name", "confidence", "error")
 """The columns of :func:`as_csv`."""
 _HEAT, _STRENGTH = "inferno", 0.6

@@ -19,8 +19,6 @@ from backbones.embedding.probe import MOST_ROWS, Method, Mistake, Report, probe
 from backbones.embedding.sheet import Row, Tile
 from backbones.embedding.thumbnails import Thumbnails
 
-__all__ = ["EXAMPLE", "add_arguments", "run"]
-
 EXAMPLE = "features/ --labels labels.csv --html probe.html"
 
 _PICTURE = "confusion.png"

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from ops.cpu.build.sources import SOURCES
 
-__all__ = ["kernels", "provenance"]
-
 
 @functools.cache
 def kernels() -> str:

@@ -24,8 +24,6 @@ from backbones.common.resizing import Resizing
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, preprocessing
 
-__all__ = ["Agreement", "agreement", "calibration_images", "check_options", "quantize"]
-
 _WANTED = "give a folder of images like those that the model will see"
 # The expensive operators; norms, softmax and sums stay in float.
 _QUANTIZED = ["Conv", "MatMul", "Gemm"]

@@ -31,8 +31,6 @@ from ops.large_kernel import DilatedReparamConv2d
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.patch import PatchMerging
 
-__all__ = ["ReceptiveField", "Step", "follow", "step_of"]
-
 
 class Step(NamedTuple):
     """The spatial extent of a layer.

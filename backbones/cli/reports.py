@@ -12,8 +12,6 @@ from typing import Any
 from backbones.common.errors import CommandError
 from backbones.common.files import write_text_atomically
 
-__all__ = ["load_report", "put_rows", "read_report", "rounded", "text_of", "write_report"]
-
 Report = dict[str, Any]
 
 # Significant digits of a measurement, and of what is compared with a target: ratios and scores.

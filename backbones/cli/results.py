@@ -21,12 +21,9 @@ from backbones.common.outputs import (
     json_of,
     require_writable,
 )
-from backbones.embedding.rows import count_rows
 from backbones.embedding.sources import image_files
-from backbones.embedding.table import METADATA, batches, metadata, shard_paths
+from backbones.embedding.table import METADATA, batches, count_rows, metadata, shard_paths
 from backbones.embedding.thumbnails import Thumbnails
-
-__all__ = ["add_outputs", "add_source", "check_outputs", "facts", "say_refused"]
 
 
 def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:

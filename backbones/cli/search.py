@@ -25,8 +25,6 @@ from backbones.embedding.search import INDEXES, Match, search
 from backbones.embedding.sheet import Row, Tile, draw_sheet
 from backbones.embedding.thumbnails import Thumbnails, small
 
-__all__ = ["EXAMPLE", "add_arguments", "run"]
-
 EXAMPLE = "features/ --query photo.jpg --out similar.png"
 
 _PICTURE = "search.png"

@@ -23,8 +23,6 @@ from backbones.common.tables import count_text, table
 from backbones.core.base import StagedBackbone
 from backbones.core.loaded import create, fuse
 
-__all__ = ["EXAMPLE", "add_arguments", "describe", "run"]
-
 EXAMPLE = "van_b0 --size 224\n  vision-backbones summary van_b0 --kernels --plot memory.png"
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}

@@ -17,17 +17,6 @@ from ops.cpu.instruction_sets import instruction_set
 from ops.inference.heap import return_freed_memory
 from ops.replay.workspace import workspace
 
-__all__ = [
-    "MATMUL_SIZE",
-    "PeakMemory",
-    "machine",
-    "matmul",
-    "matmul_flops",
-    "processor_name",
-    "steady",
-    "stopwatch",
-]
-
 # The machine's reference: a product of two square matrices of this size.
 MATMUL_SIZE = 1024
 

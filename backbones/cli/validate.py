@@ -48,10 +48,10 @@ from backbones.common.outputs import (
 )
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
+from backbones.core.loaded import preprocessing_by
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
 from backbones.data.splits import Splits
-from backbones.training import build
 from backbones.training.accuracy import Predictions, predict_all, read_real_labels, real_accuracy
 from backbones.training.command_line import load_recipe
 from backbones.training.corruptions import (
@@ -64,8 +64,6 @@ from backbones.training.data import open_splits
 from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
-
-__all__ = ["EXAMPLE", "Validator", "add_arguments", "find_candidates", "run"]
 
 EXAMPLE = "--data /path/to/images --model van_b0 --checkpoint van_b0.pth"
 
@@ -131,7 +129,7 @@ class Validator:
             recipe.model_args,
         )
         parameters = sum(p.numel() for p in model.parameters())
-        config = build.preprocessing(recipe, model)
+        config = preprocessing_by(recipe, model)
         if options.fuse:
             backbones.fuse(model.eval())
         model = model.eval().to(self.world.device)

@@ -35,8 +35,6 @@ from backbones.core.loaded import create, load
 from backbones.core.outlines import outlines
 from backbones.core.registry import published_weights
 
-__all__ = ["EXAMPLE", "add_arguments", "compare", "make_figures", "run"]
-
 EXAMPLE = "van_b0 --checkpoint van_tiny_754.pth.tar"
 
 _SHOWN = 3

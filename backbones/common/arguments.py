@@ -19,8 +19,6 @@ from backbones.common.errors import CommandError
 from backbones.common.keys import Range
 from backbones.common.messages import first_line, shown
 
-__all__ = ["THREADS", "nonempty", "nonempty_path", "real", "usable_device", "whole"]
-
 
 def nonempty(word: str) -> str:
     """A type for names of files or folders; an empty name would mean the current folder."""

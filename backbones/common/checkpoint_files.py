@@ -16,16 +16,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-__all__ = [
-    "HARMLESS",
-    "LOG_BUFFER",
-    "CheckpointError",
-    "DamagedFileError",
-    "check_archive",
-    "read_file",
-    "sha256_of",
-]
-
 _ZIP = b"PK\x03\x04"
 # Files of torch.save from 0.2 until 1.6 begin with this number, pickled.
 _MAGIC = 0x1950A86A20F9469CFC6C

@@ -15,19 +15,6 @@ import numpy as np
 
 from backbones.common.messages import shown
 
-__all__ = [
-    "Check",
-    "either",
-    "flag",
-    "number",
-    "one_of",
-    "one_or_several",
-    "optional",
-    "several",
-    "text",
-    "whole",
-]
-
 Check = Callable[[str, Any], Any]
 
 

@@ -10,8 +10,6 @@ import numpy as np
 
 from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure
 
-__all__ = ["class_report", "confusion_matrix", "confusions", "draw_confusions"]
-
 # With more classes than the first, cells carry no figures; with more than the second, a chart of
 # the accuracy by class, without names, replaces the matrix.
 _FIGURES, _NAMES = 14, 40

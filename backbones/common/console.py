@@ -17,8 +17,6 @@ from backbones.common.errors import MendableError, memory_shortage
 from backbones.common.messages import one_line
 from ops.cpu import SettingError
 
-__all__ = ["Parser", "guard", "tolerate_any_text"]
-
 _HANDLER = "backbones.spelled_out"
 # Replacements for symbols that an encoding lacks; other characters are escaped.
 _REPLACEMENTS = {

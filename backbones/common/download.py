@@ -18,8 +18,6 @@ from tqdm import tqdm
 
 from backbones.common.checkpoint_files import CheckpointError, DamagedFileError
 
-__all__ = ["downloaded", "fetch", "file_name", "is_url"]
-
 # Timeout in seconds for the server's response and between chunks.
 TIMEOUT = 30.0
 _CHUNK = 1 << 17

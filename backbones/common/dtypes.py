@@ -9,8 +9,6 @@ from backbones.common.messages import shown
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
-__all__ = ["COMPUTED", "check_dtype"]
-
 COMPUTED = {
     **{"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16},
     "int8": torch.int8,

@@ -8,17 +8,6 @@ import torch
 
 from backbones.common.messages import first_line
 
-__all__ = [
-    "BUILDING_ERRORS",
-    "CREATION_ERRORS",
-    "CommandError",
-    "DataError",
-    "FileError",
-    "MendableError",
-    "RecipeError",
-    "memory_shortage",
-]
-
 CREATION_ERRORS = (
     *(TypeError, ValueError, ArithmeticError, AssertionError),
     *(AttributeError, LookupError, RuntimeError),

@@ -15,17 +15,6 @@ from backbones.common.messages import one_line
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = [
-    "GRID",
-    "INK",
-    "drawable",
-    "new_figure",
-    "quiet_about_glyphs",
-    "save_figure",
-    "short",
-    "style_axis",
-]
-
 INK, GRID = "#222b38", "#e4e8ee"
 
 

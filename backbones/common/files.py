@@ -18,19 +18,6 @@ import torch
 from backbones.common.errors import CommandError, FileError
 from backbones.common.messages import first_line
 
-__all__ = [
-    "file_problem",
-    "replacing",
-    "replacing_together",
-    "require_disk_space",
-    "save_weights",
-    "sync_folder",
-    "write_atomically",
-    "write_problem",
-    "write_text_atomically",
-    "writing",
-]
-
 # Where there may be no more or no larger files.
 _FULL_DISK = {
     errno.ENOSPC: "no space is left in {}",

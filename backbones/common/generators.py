@@ -11,8 +11,6 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-__all__ = ["get_rng_state", "mix_seed", "seeded", "set_rng_state"]
-
 
 def get_rng_state(cuda: bool = True) -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, in types allowed by weights_only."""

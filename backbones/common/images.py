@@ -18,24 +18,6 @@ from PIL import ExifTags, Image, UnidentifiedImageError, features
 
 from backbones.common.messages import one_line
 
-__all__ = [
-    "DECODERS",
-    "DECODE_ERRORS",
-    "Listing",
-    "Skipped",
-    "as_8_bits",
-    "has_image_ending",
-    "image_endings",
-    "installed_decoder",
-    "list_below",
-    "open_image",
-    "open_pixels",
-    "opened",
-    "orientation_of",
-    "require_wide",
-    "upright",
-]
-
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
     *(Image.DecompressionBombError, struct.error, zlib.error),

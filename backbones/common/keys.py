@@ -18,21 +18,6 @@ import yaml
 from backbones.common.errors import RecipeError
 from backbones.common.messages import joined_lines, shown
 
-__all__ = [
-    "Range",
-    "again",
-    "check_ranges",
-    "dump",
-    "fields_of",
-    "inner_type",
-    "key",
-    "made_of",
-    "nearest",
-    "parse_yaml",
-    "range_of",
-    "read_mapping",
-]
-
 # -- declarations ----------------------------------------------------------------------------------
 
 

@@ -10,8 +10,6 @@ import socket
 import time
 from pathlib import Path
 
-__all__ = ["LOCK_NAME", "FolderLock", "LockedError"]
-
 LOCK_NAME = ".lock"
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 _held: set[int] = set()

@@ -17,16 +17,6 @@ from torch.utils._pytree import tree_leaves
 
 from backbones.common.errors import CommandError
 
-__all__ = [
-    "available_memory",
-    "bytes_per_pixel",
-    "live_bytes",
-    "peak_bytes",
-    "peak_memory",
-    "require_memory",
-    "used_memory",
-]
-
 # Measured: workspaces of kernels and, above all, freed tensors below 32 MiB that the allocator
 # keeps almost double the live memory.
 _MARGIN = 2.0

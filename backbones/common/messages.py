@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import reprlib
 
-__all__ = ["first_line", "joined_lines", "one_line", "shown"]
-
 _LONGEST = 1500  # a message
 _LONGEST_SHOWN = 200  # a value in it
 _REPR = reprlib.Repr()  # YAML's references let a short file hold a huge value

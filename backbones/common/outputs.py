@@ -18,24 +18,6 @@ from backbones.common.errors import CommandError
 from backbones.common.files import write_text_atomically
 from backbones.common.images import has_image_ending
 
-__all__ = [
-    "FIGURE",
-    "HTML",
-    "ONNX",
-    "PT2",
-    "REPORT",
-    "Kind",
-    "add_overwrite",
-    "csv_of",
-    "csv_text",
-    "json_of",
-    "json_text",
-    "overwritten",
-    "require_folder",
-    "require_writable",
-    "write_if_asked",
-]
-
 
 @dataclass(frozen=True)
 class Kind:

@@ -14,8 +14,6 @@ import torch.distributed as dist
 from backbones.common.errors import RecipeError
 from backbones.common.messages import first_line, shown
 
-__all__ = ["Consensus", "World", "leave_processes", "world_of_processes"]
-
 _kept_groups: list[Any] = []
 
 

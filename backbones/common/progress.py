@@ -11,8 +11,6 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-__all__ = ["Progress", "counting", "duration", "show_elapsed"]
-
 _BAR = "{desc} {percentage:3.0f}% {bar} {n}/{total}  {postfix}"
 _CLEAR_LINE = "\r\x1b[K"
 

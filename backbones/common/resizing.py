@@ -14,8 +14,6 @@ from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 from ops.cpu.resize.resize import MOST_SCALE, look_up, resize_part, unavailable
 
-__all__ = ["Resizing"]
-
 _FILTERS = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 

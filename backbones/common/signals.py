@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["StopRequest", "exit_on_signals", "handle_signals", "stop_on_signals"]
-
 
 class StopRequest:
     """The received signal.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["count_text", "table"]
-
 
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, last_left: bool = False

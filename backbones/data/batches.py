@@ -16,8 +16,6 @@ from torch.utils.data import DataLoader
 
 from backbones.common.errors import DataError
 
-__all__ = ["SizedBatches", "loader_options"]
-
 _GRACE_SECONDS = 20
 
 

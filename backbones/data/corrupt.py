@@ -7,8 +7,6 @@ from pathlib import Path
 from backbones.common.errors import DataError
 from backbones.common.messages import joined_lines, one_line
 
-__all__ = ["CorruptImages"]
-
 _MOST_IN_A_ROW = 1000
 
 

@@ -10,8 +10,6 @@ from torch.utils.data import Sampler
 from backbones.common.generators import mix_seed
 from backbones.common.processes import World
 
-__all__ = ["NO_LABEL", "Key", "TrainSampler", "ValidationSampler"]
-
 NO_LABEL = -1
 """Label of positions that are not counted: padding and unreadable images."""
 

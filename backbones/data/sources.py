@@ -12,16 +12,6 @@ from PIL import Image
 
 from backbones.common.images import opened
 
-__all__ = [
-    "ArraySource",
-    "File",
-    "FileSource",
-    "ImageSource",
-    "ReaderSource",
-    "TorchvisionSource",
-    "decode",
-]
-
 File = tuple[str, int, int]  # name; offset and length within an archive
 
 

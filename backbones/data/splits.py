@@ -29,8 +29,6 @@ from backbones.data.sources import (
 )
 from backbones.data.streams import StreamSource, missing_shards
 
-__all__ = ["Splits", "list_tar", "open_split", "open_splits"]
-
 _MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz"
 # Exceptions of timm, torchvision and datasets for unknown names, splits or files.
 _READER_ERRORS = (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError)

@@ -22,8 +22,6 @@ from backbones.common.processes import World
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import decode
 
-__all__ = ["StreamImages", "StreamSource", "missing_shards"]
-
 
 @dataclass(frozen=True)
 class StreamSource:

@@ -17,16 +17,6 @@ from typing import IO
 
 from backbones.common.files import file_problem
 
-__all__ = [
-    "CHECKSUM_KEY",
-    "PLACEHOLDER",
-    "append_checksum",
-    "flaw",
-    "footer_flaw",
-    "sign",
-    "verify",
-]
-
 CHECKSUM_KEY, PLACEHOLDER = b"backbones.checksum", b"00000000 00000000"
 """What a shard's writer adds to the footer's metadata, for :func:`sign` to fill in."""
 

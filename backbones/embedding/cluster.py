@@ -26,8 +26,6 @@ from backbones.common.errors import MendableError
 from backbones.common.messages import first_line
 from backbones.embedding.worker import Event, Job, Worker
 
-__all__ = ["require_ray", "run_on_cluster"]
-
 # Tasks submitted at a time: two for each of 2000 cores. More would only take memory.
 _MOST_TASKS = 4000
 # Give up on a part after its process or its machine was lost so often.

@@ -11,9 +11,9 @@ import numpy as np
 from backbones.common.errors import MendableError
 from backbones.common.progress import counting
 from backbones.embedding.hnsw import open_graph
-from backbones.embedding.rows import blocks, by_number, count_rows, unit
+from backbones.embedding.rows import blocks, by_number, unit
 from backbones.embedding.search import choose_index
-from backbones.embedding.table import metadata
+from backbones.embedding.table import count_rows, metadata
 
 __all__ = ["EXACT_ROWS", "THRESHOLD", "Member", "ThresholdError", "find_duplicates"]
 

@@ -12,8 +12,6 @@ from backbones.common.dtypes import COMPUTED
 from backbones.common.images import DECODERS
 from backbones.common.messages import shown
 
-__all__ = ["STORED", "check_fields"]
-
 STORED = ("float32", "float16")
 """The dtypes of stored embeddings."""
 

@@ -15,10 +15,8 @@ from backbones.common.memory import available_memory
 from backbones.common.messages import first_line, one_line
 from backbones.common.progress import counting
 from backbones.embedding.checksum import append_checksum, verify
-from backbones.embedding.rows import blocks, count_rows, unit
-from backbones.embedding.table import identity, metadata, shard_paths
-
-__all__ = ["Graph", "GraphError", "open_graph"]
+from backbones.embedding.rows import blocks, unit
+from backbones.embedding.table import count_rows, identity, metadata, shard_paths
 
 # Links per node (M), and the candidates considered when building (efConstruction) and searching
 # (efSearch).

@@ -23,8 +23,6 @@ from backbones.common.errors import MendableError
 from backbones.embedding.network import Network
 from backbones.embedding.worker import Event, Job, Worker
 
-__all__ = ["cores", "run_here", "run_in_processes"]
-
 Part = tuple[int, Any]
 
 _PROGRAM = "from backbones.embedding.worker import main; main()"

@@ -18,8 +18,6 @@ from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, load, preprocessing
 
-__all__ = ["FEATURES", "Features", "Network", "features_of"]
-
 FEATURES = "head, stage:N or stage:N:map"
 _WORDS = re.compile(r"head|stage:(-?\d+)(:map)?")
 

@@ -21,8 +21,6 @@ from typing import Any
 from backbones.embedding.table import identity
 from ops.cpu.build.folders import is_own_file
 
-__all__ = ["is_own", "key_path", "seal"]
-
 _BYTES = 32
 
 

@@ -16,8 +16,6 @@ from backbones.common.files import write_atomically
 from backbones.common.messages import one_line
 from backbones.embedding.sheet import Row, Tile
 
-__all__ = ["Table", "write_page"]
-
 # Images below this many pixels are stored losslessly and enlarged without smoothing.
 _TINY = 64
 

@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backbones.common.messages import shown
-from backbones.embedding.table import batches, count_rows, metadata, require_pyarrow
+from backbones.embedding.table import batches, metadata, require_pyarrow
 
 if TYPE_CHECKING:
     import pyarrow
-
-__all__ = ["Block", "blocks", "by_number", "count_rows", "unit", "vectors_of"]
 
 
 @dataclass

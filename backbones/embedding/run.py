@@ -33,8 +33,6 @@ from backbones.embedding.ownership import is_own, seal
 from backbones.embedding.sources import Source, open_source, reader
 from backbones.embedding.worker import Event, Job
 
-__all__ = ["ENGINES", "Summary", "embed"]
-
 ENGINES = ("local", "ray")
 _PACKAGES = ("vision-backbones", "torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
 _CORRUPT = Kind((".txt",), rb"[^\t\n]+(\t|\Z)")  # lines of key, tab, reason

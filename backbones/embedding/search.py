@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from backbones.embedding.hnsw import open_graph
-from backbones.embedding.rows import blocks, by_number, count_rows, unit
-from backbones.embedding.table import metadata
+from backbones.embedding.rows import blocks, by_number, unit
+from backbones.embedding.table import count_rows, metadata
 
 __all__ = ["EXACT_ROWS", "INDEXES", "Match", "choose_index", "search"]
 

@@ -18,8 +18,6 @@ from backbones.embedding.table import CORRUPT_KEY, IDENTITY_KEY, require_pyarrow
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["ShardWriter"]
-
 _GROUP = 1 << 25  # bytes of embeddings per row group
 
 

@@ -13,8 +13,6 @@ from PIL import Image, ImageDraw
 from backbones.common.figures import INK, drawable, new_figure, save_figure
 from backbones.common.messages import one_line
 
-__all__ = ["Row", "Tile", "draw_sheet", "short_key"]
-
 _COLUMNS = 8  # most images of a line
 # In pixels.
 _SIDE, _GAP, _MARGIN = 150, 14, 16

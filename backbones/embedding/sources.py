@@ -29,19 +29,6 @@ from backbones.data.splits import list_tar, open_split
 from backbones.embedding.ownership import is_own
 from backbones.embedding.table import TableError, metadata, require_pyarrow
 
-__all__ = [
-    "ForeignError",
-    "Item",
-    "OutsideError",
-    "Reader",
-    "Source",
-    "image_bytes",
-    "image_files",
-    "open_source",
-    "reader",
-    "reader_of",
-]
-
 _IN_FOLDER = ("medmnist", "torch", "torchvision")
 _TRAINING = (*_IN_FOLDER, "digits", "hfds")
 # How the reasons begin for which a file could not be opened; the first come from _regular.

@@ -35,29 +35,6 @@ from backbones.embedding.fields import STORED, check_fields
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = [
-    "CORRUPT",
-    "CORRUPT_KEY",
-    "IDENTITY_KEY",
-    "METADATA",
-    "SHARDS",
-    "DamagedShardError",
-    "TableError",
-    "batches",
-    "corrupt_in",
-    "count_rows",
-    "differences",
-    "identity",
-    "load",
-    "metadata",
-    "require_pyarrow",
-    "schema",
-    "shard_path",
-    "shard_paths",
-    "write_corrupt",
-    "write_metadata",
-]
-
 METADATA, SHARDS, CORRUPT = "metadata.json", "shards", "corrupt.txt"
 _SHARD_NAME = re.compile(r"part-(\d{5,18})\.parquet")
 _FORMAT = 1

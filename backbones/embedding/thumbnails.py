@@ -13,8 +13,6 @@ from backbones.common.errors import DataError
 from backbones.common.images import DECODE_ERRORS, as_8_bits, open_image
 from backbones.embedding.sources import ForeignError, OutsideError, Reader, reader_of
 
-__all__ = ["SIDE", "Thumbnails", "small"]
-
 SIDE = 200
 """The longer side of a thumbnail in pixels; smaller images keep their size."""
 

@@ -44,8 +44,6 @@ from backbones.embedding.network import Network
 from backbones.embedding.shard_writer import ShardWriter
 from backbones.embedding.sources import Item, reader
 
-__all__ = ["Event", "Images", "Job", "Worker"]
-
 # Errors for unreachable network disks and for too many open files.
 _OUT_OF_REACH = {
     getattr(errno, name)

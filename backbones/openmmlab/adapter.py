@@ -27,15 +27,6 @@ from backbones.core.registry import create_model, list_models, published_weights
 from backbones.core.vit_adapter import ViTAdapter
 from backbones.openmmlab import mmcv_ops
 
-__all__ = [
-    "CPUAmpOptimWrapper",
-    "LayerDecayConstructor",
-    "VisionBackbone",
-    "allow_mmengine_checkpoints",
-    "check_channels",
-    "without_sync_norm",
-]
-
 
 @MODELS.register_module()
 class VisionBackbone(BaseModule):

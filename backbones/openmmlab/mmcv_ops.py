@@ -18,8 +18,6 @@ import torchvision.ops
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["install"]
-
 _NAME = "mmcv._ext"
 
 

@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from ops.pyramid import SimplePyramid
 
-__all__ = ["SimpleFPN", "TransposedFPN"]
-
 
 @MODELS.register_module()
 class SimpleFPN(BaseModule):

@@ -25,8 +25,6 @@ from PIL import Image
 from scipy import ndimage
 from skimage import color, data, filters, measure, morphology, segmentation
 
-__all__ = ["make_once", "write_set"]
-
 CLASSES = ("coin", "galaxy")
 SIDE = 128
 # Columns left of this fraction of the width are for training.

@@ -18,8 +18,6 @@ from backbones.common.outputs import overwritten
 from backbones.common.processes import leave_processes
 from backbones.openmmlab import check_channels, without_sync_norm
 
-__all__ = ["load_config", "processes", "provide_data", "shared_arguments"]
-
 
 def shared_arguments(description: str) -> argparse.ArgumentParser:
     """The common arguments of training and testing."""

@@ -25,8 +25,6 @@ from backbones.restoration.pictures import PictureError, read_picture
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 
-__all__ = ["PatchLoader", "Patches", "degrade_picture", "find_pictures", "load_truth", "to_tensor"]
-
 Pair = tuple[Tensor, Tensor]
 
 

@@ -19,19 +19,6 @@ from torch import Tensor
 
 from backbones.restoration.resize import resize_bicubic
 
-__all__ = [
-    "FIRST_PASS",
-    "SECOND_PASS",
-    "Pass",
-    "add_noise",
-    "blur",
-    "compress",
-    "gaussian_kernel",
-    "real_world",
-    "sharpen",
-    "sinc_kernel",
-]
-
 
 def add_noise(image: Tensor, sigma: float, generator: np.random.Generator) -> Tensor:
     """Add Gaussian noise; the result is neither rounded nor clipped.

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["luma", "psnr", "quality", "quantize", "ssim"]
-
 
 def quantize(image: Tensor) -> Tensor:
     """Round values in 0 … 1 to 8 bits."""

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from backbones.common.files import write_atomically
 
-__all__ = ["Panel", "draw_panels", "most_detailed_window"]
-
 _INK, _FAINT, _PAPER = "#222b38", "#5c6675", "#ffffff"
 _MARGIN, _TITLE = 14, 40
 _LEAST_WIDTH = 320  # of a panel; smaller details are enlarged by an integer factor

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from backbones.common.errors import DataError
 
-__all__ = ["TRAINING", "VALIDATION", "find_photographs"]
-
 TRAINING = (
     *("coffee.png", "rocket.jpg", "camera.png", "brick.png", "grass.png", "gravel.png"),
     *("coins.png", "moon.png", "hubble_deep_field.jpg", "retina.jpg", "ihc.png"),

@@ -20,8 +20,6 @@ from backbones.common.errors import DataError
 from backbones.common.files import file_problem, write_atomically
 from backbones.common.images import DECODE_ERRORS, opened, orientation_of, upright
 
-__all__ = ["SUFFIXES", "Picture", "PictureError", "read_picture", "read_size", "write_picture"]
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 """Suffixes of the files that pictures are written to."""
 _16_BIT_SUFFIXES = (".png", ".tif", ".tiff")

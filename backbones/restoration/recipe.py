@@ -10,8 +10,6 @@ from backbones.common.errors import RecipeError
 from backbones.common.keys import Range, again, check_ranges, key
 from backbones.training.recipe import Recipe
 
-__all__ = ["RestorationRecipe"]
-
 _GROUPS = ("optimizer", "schedule", "ema", "run")
 _KEYS = (
     *("model", "pretrained", "checkpoint", "in_chans", "drop_path", "model_args"),

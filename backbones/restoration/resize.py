@@ -12,8 +12,6 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["axis_weights", "cubic", "resize_bicubic"]
-
 
 def cubic(x: Tensor) -> Tensor:
     """Keys' kernel: 1 at 0, 0 at the other integers and beyond 2."""

@@ -19,8 +19,6 @@ from backbones.common.errors import CREATION_ERRORS, CommandError, DataError
 from backbones.common.messages import shown
 from backbones.core.outlines import outlines
 
-__all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]
-
 _DTYPES = ("float32", "bfloat16", "int8")
 
 

@@ -37,8 +37,6 @@ from backbones.training.record import RESULTS, epoch_line, say_results
 from backbones.training.run import run_from_command_line
 from ops.tiling import run_tiled
 
-__all__ = ["RestorationTrainer", "build_restorer", "main"]
-
 _RESULTS = {
     **{name: RESULTS[name] for name in ("best.safetensors", "last.pt", "summary.csv")},
     **{name: RESULTS[name] for name in ("metrics.jsonl", "config.yaml", "bad_batches.txt")},

@@ -25,16 +25,6 @@ from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
 
-__all__ = [
-    "EXAMPLE",
-    "Job",
-    "Report",
-    "add_arguments",
-    "plan_jobs",
-    "run",
-    "upscale_files",
-]
-
 EXAMPLE = "photos/ --model hat_x4 --checkpoint HAT_SRx4.pth --out enlarged"
 
 

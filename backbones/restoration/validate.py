@@ -24,8 +24,6 @@ from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
 
-__all__ = ["EXAMPLE", "Score", "add_arguments", "find_pairs", "main", "run", "validate"]
-
 EXAMPLE = "Set5 Urban100 --model hat_x4 --checkpoint HAT_SRx4.pth --csv scores.csv"
 _TRUTHS = ("HR", "GT", "GTmod12", "GTmod{}", "original", "image_SRF_{}")
 _INPUTS = ("LR", "LR/X{}", "LRbicx{}", "LR_bicubic/X{}", "X{}", "image_SRF_{}")

@@ -19,8 +19,6 @@ from backbones.data.sources import ImageSource
 from backbones.training.loader import ValidationLoader
 from backbones.training.multilabel import validation_loss
 
-__all__ = ["Predictions", "predict_all", "read_real_labels", "real_accuracy"]
-
 _IMAGENET_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 

@@ -9,8 +9,6 @@ from backbones.common.errors import RecipeError
 from backbones.common.keys import Range
 from backbones.common.messages import shown
 
-__all__ = ["check_policy"]
-
 _FLAG = Range(low=0, high=1)
 _MAGNITUDE, _NOISE = Range(low=0, high=30), Range(low=0, high=1000)
 _FIXED = ("original", "originalr", "v0", "v0r", "3a")

@@ -8,8 +8,6 @@ from pathlib import Path
 from backbones.common.errors import MendableError
 from backbones.common.files import write_text_atomically
 
-__all__ = ["BadSteps", "DivergedError"]
-
 
 class DivergedError(MendableError, RuntimeError):
     """Loss or weights are not finite: too many times in a row, or in a validation."""

@@ -15,24 +15,10 @@ from torch import nn
 import backbones
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.messages import first_line, joined_lines, shown
-from backbones.core.loaded import preprocessing_by as preprocessing
 from backbones.training.distillation import Distillation, build_teacher, labels_loss_of
 from backbones.training.diversity import DiverseAttention
 from backbones.training.recipe import Recipe
 from backbones.training.trained import reading_error
-
-__all__ = [
-    "BatchAugmentation",
-    "LabelLoss",
-    "RunningStatsGuard",
-    "build_loss",
-    "build_model",
-    "build_objective",
-    "model_error",
-    "preprocessing",
-    "resolve_memory_format",
-    "resolved_recipe",
-]
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -192,7 +178,7 @@ def build_objective(
 
     Args:
         recipe: loss and teacher.
-        num_classes, config: of the student, see :func:`preprocessing`.
+        num_classes, config: of the student, as timm resolves it.
         multi_label: targets are (B, classes) of 0 and 1.
         device: of the batches.
     """

@@ -21,8 +21,6 @@ from backbones.common.keys import (
 from backbones.common.messages import shown
 from backbones.training.recipe import AnyRecipe, Recipe, check
 
-__all__ = ["load_recipe", "parse_command_line"]
-
 
 def load_recipe(
     path: str | Path | None = None,

@@ -10,8 +10,6 @@ from PIL import Image
 
 from backbones.common.errors import RecipeError
 
-__all__ = ["ALEXNET_ERROR", "CORRUPTIONS", "Corruption", "mean_corruption_error"]
-
 ALEXNET_ERROR = {
     "gaussian_noise": 88.6428,
     "shot_noise": 89.4468,

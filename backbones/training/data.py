@@ -6,8 +6,6 @@ from backbones.data import splits
 from backbones.data.splits import Splits
 from backbones.training.recipe import Recipe
 
-__all__ = ["open_splits"]
-
 _KEYS = (
     *("train_split", "val_split", "data_dir", "class_map", "input_key", "target_key", "download"),
     *("num_classes", "num_samples", "val_num_samples", "batch_size", "seed"),

@@ -22,19 +22,6 @@ from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
 from ops.batch_norm import BatchNorm2d
 
-__all__ = [
-    "Distillation",
-    "Exit",
-    "StudentWithExits",
-    "Teacher",
-    "add_exits",
-    "build_teacher",
-    "hard_label_loss",
-    "labels_loss_of",
-    "ofa_loss",
-    "soft_label_loss",
-]
-
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -18,8 +18,6 @@ from torch.overrides import TorchFunctionMode
 
 from backbones.common.errors import RecipeError
 
-__all__ = ["DiverseAttention", "attention_similarity"]
-
 _SOFTMAX = (Tensor.softmax, torch.softmax, F.softmax)
 
 

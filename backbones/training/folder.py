@@ -13,8 +13,6 @@ from backbones.common.messages import joined_lines
 from backbones.common.outputs import overwritten
 from backbones.training.recipe import Recipe
 
-__all__ = ["RunFolder"]
-
 # All files of runs, of classifiers and of restoration models, except the recipe.
 _RESULTS = (
     *("best.safetensors", "last.pt", "last.prev.pt", "last.validated.pt", "diverged.pt"),

@@ -26,8 +26,6 @@ from backbones.data.streams import StreamImages, StreamSource
 from backbones.training.posterize import allow_zero_bits
 from backbones.training.recipe import Recipe
 
-__all__ = ["TrainLoader", "ValidationLoader"]
-
 
 class TrainLoader:
     """Shuffled, augmented training batches, by epoch.

@@ -28,8 +28,6 @@ from backbones.training.recipe import Recipe, check_learning_rate
 from backbones.training.record import RunLog
 from backbones.training.resumable import Resumable
 
-__all__ = ["TrainingLoop"]
-
 
 class TrainingLoop(Resumable):
     """The state of a run and its loop; subclasses implement the task.

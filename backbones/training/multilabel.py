@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["mean_auc", "validation_loss"]
-
 
 def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of a validation batch, summed over its images.

@@ -16,14 +16,6 @@ from backbones.common.messages import first_line, shown
 from backbones.training.distillation import StudentWithExits
 from backbones.training.recipe import Recipe
 
-__all__ = [
-    "add_exits_to_optimizer",
-    "build_optimizer",
-    "build_scheduler",
-    "images_per_update",
-    "learning_rate",
-]
-
 _MOST_EPOCHS = 10**6
 
 

@@ -23,9 +23,6 @@ from backbones.common.errors import RecipeError
 from backbones.common.processes import World
 from backbones.core.base import StagedBackbone
 
-__all__ = ["full_state", "is_bounded", "load_state", "replicate", "shard", "synchronized_gradients"]
-
-
 _LARGEST = 1e12
 
 

@@ -13,8 +13,6 @@ from torch import nn
 
 from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure, short, style_axis
 
-__all__ = ["Prediction", "draw_curves", "draw_predictions", "pick_predictions"]
-
 _TRAIN, _VALIDATION, _AVERAGE = "#8a94a6", "#1f5fbf", "#d9822b"
 _RIGHT, _WRONG = "#2e7d4f", "#c62828"
 

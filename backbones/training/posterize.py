@@ -10,8 +10,6 @@ from typing import Any
 from PIL import Image, ImageOps
 from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
 
-__all__ = ["allow_zero_bits"]
-
 
 def allow_zero_bits(transform: Any) -> None:
     """Let every posterizing operation in a timm transform (a ``Compose``) accept 0 bits."""

@@ -13,17 +13,6 @@ from backbones.common.messages import shown
 from backbones.core.loaded import NetworkKeys
 from backbones.training.auto_augment import check_policy
 
-__all__ = [
-    "FIELDS",
-    "AnyRecipe",
-    "Recipe",
-    "check",
-    "check_learning_rate",
-    "check_sizes",
-    "differences",
-]
-
-
 _GROUPS = (
     *("model", "data", "preprocessing", "augmentation", "loss", "distillation"),
     *("optimizer", "schedule", "ema", "speed", "run"),

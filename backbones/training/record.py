@@ -19,8 +19,6 @@ from backbones.common.progress import Progress, duration
 from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 
-__all__ = ["RESULTS", "Meter", "RunLog", "describe_epoch", "epoch_line", "say_results"]
-
 RESULTS = {
     "best.safetensors": "the weights of the best epoch",
     "last.pt": "the state for --resume; weights under `model`",

@@ -24,8 +24,6 @@ from backbones.training.distillation import StudentWithExits
 from backbones.training.optimization import images_per_update, learning_rate
 from backbones.training.recipe import Recipe, differences
 
-__all__ = ["Resumable"]
-
 _COUNTERS = ("epoch", "step", "updates", "skipped", "history", "best", "seconds", "waited")
 # Keys that determine the tensors and the optimizer's groups.
 _STRUCTURE = (

@@ -23,8 +23,6 @@ from backbones.training.folder import RunFolder
 from backbones.training.loop import TrainingLoop
 from backbones.training.recipe import AnyRecipe, Recipe
 
-__all__ = ["run_from_command_line"]
-
 
 def run_from_command_line(
     build_trainer: Callable[[AnyRecipe, Path, World, StopRequest, Progress], TrainingLoop],

@@ -16,16 +16,6 @@ from backbones.common.checkpoint_files import CheckpointError, read_file
 from backbones.common.errors import FileError
 from backbones.common.files import write_atomically
 
-__all__ = [
-    "READING_ERRORS",
-    "load_latest",
-    "load_state",
-    "previous_path",
-    "save_state",
-    "validated_path",
-]
-
-
 READING_ERRORS = (
     *(AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, OverflowError),
     *(RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error),

@@ -14,8 +14,6 @@ from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.messages import joined_lines
 from backbones.core.checkpoint import read_checkpoint, require_finite
 
-__all__ = ["load_trained", "reading_error"]
-
 
 def reading_error(error: BaseException, file: object) -> str:
     """The message of a failed read of a checkpoint, without advice to load it unsafely."""
