@@ -10,7 +10,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from ops.cpu.build import folders
+from ops.cpu.build.folders import user_cache as cache_dir
 from ops.cpu.build.libraries import Libraries, LibraryState
 from ops.cpu.instruction_sets import instruction_set
 
@@ -55,20 +55,5 @@ def status(name: str) -> LibraryState:
 
 
 def prepare(isa: str) -> Path | None:
-    """Compile all kernels for an instruction set, not necessarily this CPU's, without loading them.
-
-    Returns:
-        The folder that holds them; None if they came with the package.
-
-    Raises:
-        RuntimeError: they cannot be built; the message says why.
-    """
+    """See :meth:`Libraries.prepare`."""
     return process.prepare(isa)
-
-
-def cache_dir() -> Path:
-    """The preferred folder of compiled kernels; it may be missing or unusable.
-
-    If it is unusable, a private folder of this machine is used instead.
-    """
-    return folders.user_cache()

@@ -9,26 +9,12 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ops.cpu import instruction_sets
-
-__all__ = [
-    "CompilerError",
-    "NoCompilerError",
-    "RefusedError",
-    "Running",
-    "command",
-    "end",
-    "find_compilers",
-    "label",
-    "run",
-    "zig",
-]
 
 _log = logging.getLogger(__name__)
 
@@ -37,8 +23,6 @@ _ZIG_DRIVER = Path(__file__).with_name("zig.py")
 # Messages of compilers, assemblers and linkers for failures not caused by the source or options.
 _FULL = re.compile("No space left on device|Disk quota exceeded")
 _KILLED = re.compile("signal terminated|terminated with signal|[Oo]ut of memory|allocate memory")
-
-Running = set[subprocess.Popen[str]]
 
 
 class RefusedError(Exception):
@@ -54,11 +38,7 @@ class NoCompilerError(CompilerError):
 
 
 def command() -> list[str]:
-    """The words of ``CXX``.
-
-    Raises:
-        CompilerError: unbalanced quotes.
-    """
+    """The words of ``CXX``; CompilerError if its quotes are unbalanced."""
     chosen = os.environ.get("CXX", "")
     try:
         return shlex.split(chosen)
@@ -67,9 +47,7 @@ def command() -> list[str]:
 
 
 def find_compilers(chosen: Sequence[str]) -> list[list[str]]:
-    """The commands to try, as argument lists; ``chosen`` comes first if it exists.
-
-    Where there is no other, it is the clang in the package ``ziglang``, if that is installed.
+    """The commands to try: ``chosen`` first if it exists; ziglang's clang if there is no other.
 
     Raises:
         NoCompilerError: there is none.
@@ -112,64 +90,38 @@ def label(words: Sequence[str]) -> str:
     return words[3] if str(_ZIG_DRIVER) in words else words[0]
 
 
-def run(words: Sequence[str], scratch: Path, running: Running | None = None) -> None:
+def run(words: Sequence[str], scratch: Path) -> None:
     """Run a compiler and wait for it; its temporary files go to ``scratch``.
-
-    Args:
-        running: holds the process while it runs, so that another thread can :func:`end` it.
 
     Raises:
         RefusedError: it rejects the source or an option, or is not a compiler.
         CompilerError: it was killed or timed out.
-        OSError: the disk is full, or ``scratch`` is not writable.
+        OSError: the disk is full.
     """
-    running = set() if running is None else running
+    # Untranslated, since the messages are matched below.
+    environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(scratch)}
     try:
-        process = _start(words, scratch)
+        done = subprocess.run(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            env=environment,
+            timeout=_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise CompilerError(f"{label(words)} did not end within {_TIMEOUT_S} s") from None
     except OSError as error:
-        kind = CompilerError if error.errno in (errno.ENOMEM, errno.EAGAIN) else RefusedError
-        raise kind(f"{label(words)}: {error.strerror}") from None
-    with process:
-        running.add(process)
-        try:
-            stderr = process.communicate(timeout=_TIMEOUT_S)[1]
-        except subprocess.TimeoutExpired:
-            raise CompilerError(f"{label(words)} did not end within {_TIMEOUT_S} s") from None
-        finally:
-            running.discard(process)
-            end(process)
-    if process.returncode == 0:
+        raise RefusedError(f"{label(words)}: {error.strerror}") from None
+    if done.returncode == 0:
         return
-    _log.debug("%s\n%s", shlex.join(words), stderr)
-    if full := _FULL.search(stderr):
+    _log.debug("%s\n%s", shlex.join(words), done.stderr)
+    if full := _FULL.search(done.stderr):
         raise OSError(errno.ENOSPC, full.group(), str(scratch.parent))
-    (scratch / "probe").write_bytes(b"test")
-    lines = [line for line in stderr.splitlines() if "error" in line.lower()]
-    first = lines[0] if lines else stderr.strip()[:200]
-    killed = process.returncode < 0 or _KILLED.search(stderr)
+    lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+    first = lines[0] if lines else done.stderr.strip()[:200]
+    killed = done.returncode < 0 or _KILLED.search(done.stderr)
     kind = CompilerError if killed else RefusedError
-    raise kind(f"{label(words)} failed with status {process.returncode}: {first}")
-
-
-def _start(words: Sequence[str], scratch: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        # Untranslated, since the messages are matched above.
-        env={**os.environ, "LC_ALL": "C", "TMPDIR": str(scratch)},
-        # A process group, as the compiler proper and the linker are grandchildren.
-        start_new_session=True,
-    )
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """Kill a compiler that still runs, with its children."""
-    if process.poll() is None:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        else:
-            process.kill()
+    raise kind(f"{label(words)} failed with status {done.returncode}: {first}")

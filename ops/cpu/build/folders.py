@@ -26,26 +26,9 @@ from typing import IO, Any, NamedTuple
 
 from ops.cpu.build.sources import SUFFIX
 
-fcntl: Any = None  # of Unix
-msvcrt: Any = None  # of Windows
-with contextlib.suppress(ImportError):
+fcntl: Any = None
+with contextlib.suppress(ImportError):  # Windows
     import fcntl
-with contextlib.suppress(ImportError):
-    import msvcrt
-
-__all__ = [
-    "Problem",
-    "candidates",
-    "find",
-    "is_own_file",
-    "locked",
-    "problem",
-    "require_private",
-    "scratch",
-    "shell_word",
-    "store",
-    "user_cache",
-]
 
 _log = logging.getLogger(__name__)
 
@@ -135,14 +118,8 @@ def _permission_problem(path: Path) -> Problem | None:
 
 
 def shell_word(path: Path) -> str:
-    """``path`` quoted for a shell, on one line, in printable characters."""
-    if str(path).isprintable():
-        return shlex.quote(str(path))
-    escaped = (
-        chr(byte) if 32 <= byte < 127 and byte not in b"'\\" else f"\\x{byte:02x}"
-        for byte in os.fsencode(path)
-    )
-    return f"$'{''.join(escaped)}'"
+    """``path`` on one line, quoted for a shell; names that are not printable as in Python."""
+    return shlex.quote(str(path)) if str(path).isprintable() else repr(str(path))
 
 
 # ---- libraries ---------------------------------------------------------------------------------
@@ -203,20 +180,13 @@ def locked(folder: Path) -> Iterator[None]:
     _make(Path(os.path.realpath(folder)))  # a link may point to a folder that doesn't exist yet
     require_private(folder)  # another user may have been faster
     with (folder / "lock").open("a") as file:
-        start, waits = time.monotonic(), False
-        while not _try_lock(file):
-            if not waits:
-                text = "Waiting for another process that compiles kernels into %r"
-                _log.warning(text, str(folder))
-            waits = True
-            if time.monotonic() - start > _PATIENCE_S:
-                _log.warning("%r is still locked: going on without the lock", str(folder))
-                break
-            time.sleep(0.05)
+        if fcntl is not None:
+            _wait_for(file, folder)
         try:
             yield
-        finally:
-            _unlock(file)  # closing is not enough if a process was forked in the meantime
+        finally:  # closing is not enough if a process was forked in the meantime
+            with contextlib.suppress(OSError, AttributeError):
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _make(folder: Path) -> None:
@@ -227,23 +197,17 @@ def _make(folder: Path) -> None:
             folder.mkdir(0o700)
 
 
-def _try_lock(file: IO[str]) -> bool:
-    """Whether to go on: the file is locked now, or cannot be."""
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        elif msvcrt is not None:
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # no locks on this disk
-        pass
-    return True
-
-
-def _unlock(file: IO[str]) -> None:
-    with contextlib.suppress(OSError):
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_UN)
-        elif msvcrt is not None:
-            msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+def _wait_for(file: IO[str], folder: Path) -> None:
+    begun, waits = time.monotonic(), False
+    while time.monotonic() - begun < _PATIENCE_S:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not waits:
+                text = "Waiting for another process that compiles kernels into %r"
+                _log.warning(text, str(folder))
+            waits = True
+            time.sleep(0.05)
+        except OSError:  # no locks on this disk
+            return
+    _log.warning("%r is still locked: going on without the lock", str(folder))

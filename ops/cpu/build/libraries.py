@@ -10,8 +10,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,8 +21,6 @@ from ops.cpu.build import compiler, folders, openmp
 from ops.cpu.build.compiler import CompilerError, NoCompilerError, RefusedError
 from ops.cpu.build.sources import GEMM, SOURCES, SUFFIX, Sources
 from ops.cpu.settings import SWITCH, is_switched_on
-
-__all__ = ["SHIPPED", "Libraries", "LibraryState"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,31 +68,34 @@ class Libraries:
         self.forget_threads()
 
     def forget_threads(self) -> None:
-        """After a fork: compilers, and a thread that holds the lock, belong to the parent."""
+        """After a fork: a thread that holds the lock belongs to the parent."""
         self._lock = threading.RLock()  # loading one kernel may load another
-        self._running: compiler.Running = set()
 
     def status(self, name: str) -> LibraryState:
         """See :func:`ops.cpu.build.status`."""
         return self._status(name, self.compiled_with(name))
 
     def prepare(self, isa: str) -> Path | None:
-        """See :func:`ops.cpu.build.prepare`."""
+        """Compile all kernels for an instruction set, maybe another CPU's, without loading them.
+
+        Returns:
+            The folder that holds them; None if they came with the package.
+
+        Raises:
+            RuntimeError: they cannot be built; the message says why.
+        """
         if not is_switched_on():
             raise RuntimeError(_switched_off())
         needed = [name for name in self.sources.all() if self._shipped(name, isa) is None]
-        if not needed:
-            return None
 
         def compile_in(folder: Path) -> Path:
-            if self._missing(needed, isa, folder):
-                self._compile(needed, isa, folder)
+            self._compile(needed, isa, folder)
             if missing := self._missing(needed, isa, folder):
                 raise CompilerError(f"no {isa} kernel was built from {', '.join(missing)}")
             return folder
 
         try:
-            return self._first_folder(compile_in)[0]
+            return self._in_first_folder(compile_in) if needed else None
         except (RefusedError, CompilerError, OSError) as error:
             raise RuntimeError(str(error)) from error
 
@@ -131,21 +133,19 @@ class Libraries:
             if gemm.library is None:
                 return gemm
             sets = [gemm.instruction_set]  # weights are packed for gemm's vectors
-        reason, level, may_compile = "", logging.WARNING, True
+        reason, level = "", logging.WARNING
         for isa in sets:
             try:
-                found = self._find_for(name, isa, beside if may_compile else ())
+                found = self._find_for(name, isa, beside)
             except RefusedError as error:
                 reason = str(error)  # an old compiler may not support a new CPU's instructions
-            except (CompilerError, OSError) as error:
-                # A plainer instruction set would not help, unless it is compiled already.
-                reason, may_compile = str(error), False
+            except (CompilerError, OSError) as error:  # a plainer set would not help
                 level = logging.INFO if isinstance(error, NoCompilerError) else level
+                return self._unavailable(name, str(error), level)
             else:
-                if found is not None:
-                    if gemm is not None and self.sources.calls_gemm(name):
-                        self.link_gemm(found.library, gemm.library)
-                    return found
+                if gemm is not None and self.sources.calls_gemm(name):
+                    self.link_gemm(found.library, gemm.library)
+                return found
         return self._unavailable(name, reason, level)
 
     def _unavailable(self, name: str, reason: str, level: int) -> LibraryState:
@@ -153,11 +153,8 @@ class Libraries:
         _log.log(level if self._is_first("failure") else logging.INFO, text, name, reason)
         return LibraryState(None, None, instruction_sets.instruction_set(), reason)
 
-    def _find_for(self, name: str, isa: str, beside: Sequence[str]) -> LibraryState | None:
-        """The library from the package, else from the first folder that has it, else compiled.
-
-        Args:
-            beside: see :meth:`_status`; if it is empty, nothing is compiled.
+    def _find_for(self, name: str, isa: str, beside: Sequence[str]) -> LibraryState:
+        """The library from the package, else from the first usable folder, else compiled.
 
         Raises:
             RefusedError: no compiler accepts the source for this instruction set.
@@ -168,46 +165,34 @@ class Libraries:
                 return LibraryState(self.open(path), path, isa, None)
         stem = self.sources.stem(name, isa)
 
-        def find_in(folder: Path) -> LibraryState | None:
-            if (path := folders.find(folder, stem)) is None and beside:
+        def find_in(folder: Path) -> LibraryState:
+            if (path := folders.find(folder, stem)) is None:
                 others = [other for other in beside if self._shipped(other, isa) is None]
                 self._compile([name, *others], isa, folder)
                 path = folders.find(folder, stem)
-            return None if path is None else LibraryState(self.open(path), path, isa, None)
+            if path is None:
+                raise OSError(f"{stem} is gone from {str(folder)!r}")
+            return LibraryState(self.open(path), path, isa, None)
 
-        try:
-            found, problems = self._first_folder(find_in)
-        except OSError:
-            if beside:
-                raise
-            return None
-        if found is not None and problems and self._is_first("cache"):
-            text = "Compiled kernels are kept in %r, not in the cache: %s"
-            _log.warning(text, str(found.path and found.path.parent), "; ".join(problems))
-        return found
+        return self._in_first_folder(find_in)
 
-    def _first_folder(self, use: Callable[[Path], T | None]) -> tuple[T | None, list[str]]:
-        """The first result of ``use`` for a folder, and why those before it are unusable.
-
-        Raises:
-            OSError: all of them are.
-        """
+    def _in_first_folder(self, use: Callable[[Path], T]) -> T:
+        """The result of ``use`` for the first folder that is usable; OSError if none is."""
         problems: list[str] = []
-        for folder in (places := folders.candidates()):
+        for folder in folders.candidates():
             try:
                 folders.require_private(folder)
                 result = use(folder)
             except OSError as error:
                 place = f": {os.fsdecode(error.filename)!r}" if error.filename else ""
-                reason = f"{error.strerror}{place}" if error.strerror else str(error)
-                self._unusable[folder] = reason
-                problems.append(reason)
+                self._unusable[folder] = f"{error.strerror or error}{place}"
+                problems.append(self._unusable[folder])
             else:
-                if result is not None:
-                    return result, problems
-        if len(problems) == len(places):
-            raise OSError(f"no folder can hold it: {'; '.join(problems)}")
-        return None, problems
+                if problems and self._is_first("cache"):
+                    text = "Compiled kernels are kept in %r, not in the cache: %s"
+                    _log.warning(text, str(folder), "; ".join(problems))
+                return result
+        raise OSError(f"no folder can hold it: {'; '.join(problems)}")
 
     def _shipped(self, name: str, isa: str) -> Path | None:
         """The library that came with the package, if it was built from the package's sources."""
@@ -215,11 +200,7 @@ class Libraries:
         return path if path.is_file() else None
 
     def open(self, path: Path) -> ctypes.CDLL:
-        """Load a library.
-
-        Raises:
-            OSError: it is another system's, or no code may be loaded from there.
-        """
+        """Load a library; OSError if it is another system's, or the folder's mount is noexec."""
         library = ctypes.CDLL(str(path))
         openmp.use_torch_threads(library)
         return library
@@ -250,7 +231,7 @@ class Libraries:
         if folder in self._unusable:
             raise OSError(self._unusable[folder])
         first = self.sources.stem(names[0], isa)
-        if first not in self._refused:
+        if first not in self._refused and self._missing(names, isa, folder):
             if self._compiler_problem:
                 raise CompilerError(self._compiler_problem)
             compilers = compiler.find_compilers(compiler.command())
@@ -273,37 +254,27 @@ class Libraries:
         # Longest first, so that all threads finish at about the same time.
         sizes = {n: sum(p.stat().st_size for p in self.sources.files(n)) for n in names}
         order = sorted(names, key=lambda name: -sizes[name])
-        futures: list[Future[None]] = []
+        # After an error or Ctrl-C, which a terminal sends to compilers, too, no more are started.
         with ThreadPoolExecutor(_cpus()) as pool:
-            try:
-                for name in order:
-                    futures.append(pool.submit(self._compile_one, name, isa, folder, compilers))
-                for number, future in enumerate(as_completed(futures), 1):
-                    future.result()
-                    _show(number, len(names))
-            except BaseException as error:  # such as Ctrl-C
-                if isinstance(error, CompilerError):
-                    self._compiler_problem = str(error)
-                pool.shutdown(wait=False, cancel_futures=True)
-                while not all(future.done() for future in futures):
-                    for process in list(self._running):
-                        compiler.end(process)
-                    time.sleep(0.01)
-                raise
+            run = partial(self._compile_one, isa=isa, folder=folder, compilers=compilers)
+            for number, _ in enumerate(pool.map(run, order), 1):
+                _show(number, len(names))
 
     def _compile_one(self, name: str, isa: str, folder: Path, compilers: list[list[str]]) -> None:
         """Compile into a scratch folder and move the library into place atomically."""
-        stem = self.sources.stem(name, isa)
-        if stem in self._refused:
+        if (stem := self.sources.stem(name, isa)) in self._refused:
             return
         start = time.perf_counter()
         try:
             with folders.scratch(folder) as scratch:
                 built = scratch / name
-                used = self.sources.compile(built, name, isa, compilers, running=self._running)
+                used = self.sources.compile(built, name, isa, compilers)
                 path = folders.store(built, folder, stem)
         except RefusedError as error:
             self._refused[stem] = str(error)
+        except CompilerError as error:
+            self._compiler_problem = str(error)
+            raise
         else:
             took = time.perf_counter() - start
             text = "Compiled the %s kernel for %s in %.1f s with %s, kept in %r"
@@ -323,6 +294,5 @@ def _show(done: int, count: int) -> None:
     """Draw a progress bar on standard error, if that is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
         bar = "#" * (24 * done // count)
-        end = "\n" if done == count else ""
-        sys.stderr.write(f"\r[{bar:.<24}] {done}/{count}{end}")
+        sys.stderr.write(f"\r[{bar:.<24}] {done}/{count}" + "\n" * (done == count))
         sys.stderr.flush()

@@ -15,8 +15,6 @@ from pathlib import Path
 from ops.cpu import instruction_sets
 from ops.cpu.build import compiler
 
-__all__ = ["GEMM", "SOURCES", "SUFFIX", "Sources", "included", "read", "suffix"]
-
 SOURCES = Path(__file__).parents[1]  # the include path
 GEMM = "gemm"  # the kernel of linear layers, called by others
 
@@ -76,16 +74,14 @@ class Sources:
         The digest covers sources, flags and platform, so outdated libraries are never loaded.
 
         Args:
-            machine: the architecture; default :func:`ops.cpu.instruction_sets.machine`.
-            system: as in ``sys.platform``; default :func:`ops.cpu.instruction_sets.system`.
+            machine: the architecture; None for this one.
+            system: as in ``sys.platform``; None for this one.
         """
         digest = hashlib.sha256()
         for path in sorted(self.files(name)):
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-        platform_name = (
-            f"{system or instruction_sets.system()}-{machine or instruction_sets.machine()}"
-        )
-        digest.update(repr([platform_name, instruction_sets.flags(isa)]).encode())
+        system, machine = system or instruction_sets.system(), machine or instruction_sets.machine()
+        digest.update(repr([f"{system}-{machine}", instruction_sets.flags(isa)]).encode())
         return f"{name}-{isa}-{digest.hexdigest()[:16]}"
 
     def compile(
@@ -95,29 +91,24 @@ class Sources:
         isa: str,
         compilers: Sequence[Sequence[str]],
         options: Sequence[str] = (),
-        running: compiler.Running | None = None,
     ) -> str:
         """Compile the library ``built`` with the first compiler that accepts it; return its path.
 
         Args:
             built: the output, in a folder that also holds the compiler's temporary files.
-            compilers: commands, see :func:`ops.cpu.build.compiler.find_compilers`; at least one.
+            compilers: of :func:`ops.cpu.build.compiler.find_compilers`.
             options: additional compiler options.
-            running: see :func:`ops.cpu.build.compiler.run`.
 
         Raises:
-            RefusedError, CompilerError, OSError: see :func:`ops.cpu.build.compiler.run`; the first
-                if no compiler accepts it.
+            RefusedError, CompilerError, OSError: see :func:`ops.cpu.build.compiler.run`.
         """
-        source = self.all()[name]
-        flags = [*instruction_sets.flags(isa), *options, f"-I{self.root}", str(source)]
-        refused: compiler.RefusedError | None = None
-        for words in compilers:
+        flags = [*instruction_sets.flags(isa), *options, f"-I{self.root}", str(self.all()[name])]
+        for number, words in enumerate(compilers, 1):
             try:
-                compiler.run([*words, *flags, "-o", str(built)], built.parent, running)
-            except compiler.RefusedError as error:
-                refused = error
+                compiler.run([*words, *flags, "-o", str(built)], built.parent)
+            except compiler.RefusedError:
+                if number == len(compilers):
+                    raise
             else:
                 return compiler.label(words)
-        assert refused is not None
-        raise refused
+        raise compiler.NoCompilerError("no compiler was given")

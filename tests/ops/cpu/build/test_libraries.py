@@ -8,9 +8,7 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -195,17 +193,6 @@ def test_a_compiler_without_the_instruction_set(sources, monkeypatch, tmp_path):
     assert cpu.status("small").instruction_set == "portable"
 
 
-def test_no_compiler_but_libraries_for_fewer_instructions(compilations, monkeypatch, new_process):
-    """As in an image whose kernels were compiled on an older machine."""
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
-    assert cpu.load("small").answer() == 42
-    new_process()
-    monkeypatch.delenv("VISION_BACKBONES_NATIVE_ISA")
-    _without_compiler(monkeypatch)
-    assert cpu.load("small").answer() == 42
-    assert cpu.status("small").instruction_set == "portable"
-
-
 @pytest.fixture
 def caller(sources):
     """A kernel that calls the one of linear layers."""
@@ -292,7 +279,7 @@ def test_a_failed_kernel_does_not_stop_the_others(four) -> None:
 def test_rejected_sources_are_not_retried(four, monkeypatch) -> None:
     attempts = []
 
-    def refuse(words, scratch, running) -> None:
+    def refuse(words, scratch) -> None:
         attempts.append(words)
         raise compiler.RefusedError("error: no")
 
@@ -307,7 +294,7 @@ def test_a_killed_compiler_is_not_tried_again(compilations, sources, monkeypatch
     """Neither for a plainer instruction set nor for kernels that come later."""
     attempts = []
 
-    def killed(words, scratch, running):
+    def killed(words, scratch):
         attempts.append(words)
         raise compiler.CompilerError("c++ failed with status -9: ")
 
@@ -326,7 +313,7 @@ def test_plain_layers_run_at_once_where_nothing_can_be_compiled(monkeypatch, sou
         (sources / "any" / f"{kernel}.cpp").write_text("")
     attempts = []
 
-    def full(words, scratch, running):
+    def full(words, scratch):
         attempts.append(words)
         Path(words[-1]).write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device", str(scratch.parent))
@@ -343,35 +330,6 @@ def test_plain_layers_run_at_once_where_nothing_can_be_compiled(monkeypatch, sou
     assert not list(sources.parent.glob("**/*.so"))
     before = len(attempts)
     assert na2d(x, x, x, 3) is not None and len(attempts) == before
-
-
-def test_ctrl_c_ends_the_compilers(four, compilations, monkeypatch, tmp_path, default_signals):
-    """And in a notebook, one goes on."""
-    slow = tmp_path / "slow"
-    slow.write_text(f"#!/bin/sh\nsleep 60 & echo $! > '{tmp_path}/'$$; wait\n")
-    slow.chmod(0o755)
-    works, find = compiler.run, compiler.find_compilers
-    monkeypatch.undo()
-    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "cache"))
-    libraries_ = libraries.Libraries(Sources(four), tmp_path / "shipped")
-    monkeypatch.setattr(compiler, "find_compilers", lambda words: [[str(slow)]])
-
-    def interrupt() -> None:
-        while not [p for p in tmp_path.iterdir() if p.name.isdigit() and p.read_text()]:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        libraries_.status("a")
-    thread.join()
-    assert time.monotonic() - start < 30
-    assert [path.name for path in cpu.cache_dir().iterdir()] == ["lock"]
-    monkeypatch.setattr(compiler, "run", works)
-    monkeypatch.setattr(compiler, "find_compilers", find)
-    assert libraries_.status("a").library.answer() == 42
 
 
 @pytest.mark.parametrize("word", ["0", "false", "No", "OFF", " off "])
