@@ -431,6 +431,15 @@ def train_variant(model: str) -> dict[str, Any]:
     }
 
 
+def _earlier(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _here() -> str:
+    return f"torch {torch.__version__} on {processor_name()}, one thread"
+
+
 def learning(arguments: Sequence[str]) -> None:
     """Train the smallest variant of each family on scikit-learn's digits."""
     parser = Parser(prog="accuracy.py learning", description=learning.__doc__)
@@ -441,10 +450,10 @@ def learning(arguments: Sequence[str]) -> None:
     recipe = yaml.safe_load(DIGITS.read_text(encoding="utf-8"))
     models = list(recipe.pop("variants"))
     path = options.output
-    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"results": {}}
+    report = _earlier(path) or {"results": {}}
     if report.get("recipe") != recipe:
         report = {"results": {}}  # the recipe changed: discard all results
-    here = f"torch {torch.__version__} on {processor_name()}, one thread"
+    here = _here()
     report.setdefault("machine", here)
     report["recipe"] = recipe
     for model in options.models or [m for m in models if m not in report["results"]]:
@@ -497,10 +506,8 @@ def robustness(arguments: Sequence[str]) -> None:
     parser = Parser(prog="accuracy.py robustness", description=robustness.__doc__)
     parser.add_argument("--output", type=nonempty_path, default=DOCS / "robustness.json")
     path = parser.parse_args(arguments).output
-    report: dict[str, Any] = {"model": MODEL, "depths": DEPTHS, "results": {}}
-    if path.exists():
-        report = json.loads(path.read_text(encoding="utf-8"))
-    report["machine"] = f"torch {torch.__version__} on {processor_name()}, one thread"
+    report = _earlier(path) or {"model": MODEL, "depths": DEPTHS, "results": {}}
+    report["machine"] = _here()
     for seed in SEEDS:
         for kind in KINDS:
             results = report["results"].setdefault(kind, {})
@@ -534,7 +541,7 @@ def parity(arguments: Sequence[str]) -> None:
     if unknown := set(options.families) - known:
         parser.error(f"unknown families {sorted(unknown)}; there are {sorted(known)}")
     path = options.output
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = _earlier(path)
     for family, variant in originals.variants():
         if not options.families or family in options.families:
             results[variant] = measure_parity(family, variant)

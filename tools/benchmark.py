@@ -31,11 +31,10 @@ from contenders import CONTENDERS
 import backbones
 from backbones.cli import benchmark as models
 from backbones.cli.benchmark_report import describe
-from backbones.cli.reports import load_report, put_rows, write_report
+from backbones.cli.reports import load_report, parsed, put_rows, write_report
 from backbones.cli.timing import machine
-from backbones.common.arguments import nonempty_path, real, whole
+from backbones.common.arguments import real, whole
 from backbones.common.console import Parser, guard
-from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.core.registry import published_weights
 
 logger = logging.getLogger(__name__)
@@ -63,11 +62,7 @@ def zoo(arguments: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=whole(1), default=15, help="turns of both forms")
     text = "stop a variant's turns after"
     parser.add_argument("--seconds", type=real(0), default=60, help=text)
-    parser.add_argument("--output", type=nonempty_path, default=ZOO)
-    add_overwrite(parser)
-    args = parser.parse_args(arguments)
-    written = {"--output": (args.output, REPORT)}
-    require_writable(written, overwrite=args.overwrite, makes_folders=True)
+    args = parsed(parser, arguments, ZOO)
     names = backbones.list_models(args.models or "")
     for pattern in args.models or ():
         if not fnmatch.filter(names, pattern):

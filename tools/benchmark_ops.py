@@ -16,18 +16,18 @@ import numpy as np
 import timm
 import torch
 from contenders import CONTENDERS, NUM_HEADS, SETTINGS, Attention, Setting, needed_gib
-from pictures import draw_neighborhood
+from tables_ops import draw_neighborhood
 from torch import Tensor
 
 import backbones
 from backbones.cli import timing
 from backbones.cli.contenders import CannotRunError
-from backbones.cli.reports import load_report, put_rows, write_report
+from backbones.cli.reports import load_report, parsed, put_rows, write_report
 from backbones.cli.timing import PeakMemory, machine, steady, stopwatch
-from backbones.common.arguments import nonempty_path, whole
+from backbones.common.arguments import whole
 from backbones.common.console import Parser
 from backbones.common.files import write_atomically
-from backbones.common.outputs import FIGURE, REPORT, add_overwrite, require_writable
+from backbones.common.outputs import FIGURE, require_writable
 from ops.selective_scan import cross_selective_scan
 
 logger = logging.getLogger(__name__)
@@ -158,19 +158,12 @@ def expected_seconds(
     report: Mapping[str, Any], setting: Setting, batch: int, dtype: str, backward: bool
 ) -> dict[str, float]:
     """Seconds per call by contender, extrapolated from the largest smaller batch."""
-    smaller = [
-        row
-        for row in report["results"]
-        if row_key(row) == (setting.name, row["batch"], dtype, backward) and row["batch"] < batch
-    ]
-    if not smaller:
-        return {}
-    row = max(smaller, key=lambda row: row["batch"])
-    return {
-        name: result["milliseconds"] / 1e3 * batch / row["batch"]
-        for name, result in row["contenders"].items()
-        if "milliseconds" in result
-    }
+    found: dict[str, float] = {}
+    for row in sorted(report["results"], key=lambda row: row["batch"]):
+        if row["batch"] < batch and row_key(row) == (setting.name, row["batch"], dtype, backward):
+            timed = {n: r for n, r in row["contenders"].items() if "milliseconds" in r}
+            found = {n: r["milliseconds"] / 1e3 * batch / row["batch"] for n, r in timed.items()}
+    return found
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -212,14 +205,12 @@ def neighborhood(arguments: Sequence[str]) -> None:
     add("--max-seconds", type=float, default=effort.max_seconds, help=text)
     add("--max-gib", type=float, default=effort.max_gib, help="skip those that need more memory")
     add("--resume", action="store_true", help="skip rows that the output already has")
-    add("--output", type=nonempty_path, default=Path("runs/neighborhood.json"))
-    add_overwrite(parser)
-    args = parser.parse_args(arguments)
+    args = parsed(parser, arguments, Path("runs/neighborhood.json"))
     if args.threads:
         torch.set_num_threads(args.threads)
-    device, output = torch.device(args.device), args.output.with_suffix(".json")
-    written = {"--output": (output, REPORT), "the picture": (output.with_suffix(".png"), FIGURE)}
-    require_writable(written, overwrite=args.overwrite, makes_folders=True)
+    device, output = torch.device(args.device), args.output
+    drawn = {"the picture": (output.with_suffix(".png"), FIGURE)}
+    require_writable(drawn, overwrite=args.overwrite, makes_folders=True)
     report = load_report(output, machine(device))
     effort = Effort(args.rounds, args.seconds, args.turn_ms, args.max_seconds, args.max_gib)
     done = {row_key(row) for row in report["results"]} if args.resume else set()
@@ -382,14 +373,8 @@ def _scan_options(op: str, arguments: Sequence[str], description: str) -> Any:
     known = list(CONTENDERS[op])
     parser.add_argument("--against", nargs="+", default=known, choices=known, help="default all")
     parser.add_argument("--rounds", type=whole(1), default=7, help="turns of every contender")
-    parser.add_argument("--output", type=nonempty_path, default=Path(f"runs/{op}.json"))
-    add_overwrite(parser)
-    options = parser.parse_args(arguments)
-    options.output = options.output.with_suffix(".json")
-    written = {"--output": (options.output, REPORT)}
-    require_writable(written, overwrite=options.overwrite, makes_folders=True)
     torch.set_num_threads(1)
-    return options
+    return parsed(parser, arguments, Path(f"runs/{op}.json"))
 
 
 @torch.inference_mode()

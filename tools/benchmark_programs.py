@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -16,7 +17,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,12 @@ from timm.data import create_dataset, create_loader, create_transform
 from torch import Tensor, nn
 
 import backbones
-from backbones.cli.reports import load_report, put_rows, write_report
+from backbones.cli.reports import load_report, parsed, put_rows, write_report
 from backbones.cli.timing import machine
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.console import Parser
 from backbones.common.files import save_weights
 from backbones.common.images import installed_decoder, open_image, open_pixels
-from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.common.processes import World
 from backbones.common.progress import Progress
 from backbones.common.signals import StopRequest
@@ -202,9 +201,18 @@ def least_cosine(photos: Path, checkpoint: Path, dtype: str) -> float:
 
 
 def in_turns(rounds: int, *ways: Callable[[], float]) -> list[list[float]]:
-    """Run the functions alternately; return the figures of each, by round."""
-    figures = [[way() for way in ways] for _ in range(rounds)]
+    """Run the functions alternately, in both orders; return the figures of each, by round."""
+    figures = []
+    for number in range(rounds):
+        order = range(len(ways))[:: 1 if number % 2 else -1]
+        found = {place: ways[place]() for place in order}
+        figures.append([found[place] for place in range(len(ways))])
     return [list(column) for column in zip(*figures, strict=True)]
+
+
+def ratio(figures: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios of adjacent turns."""
+    return statistics.median(a / b for a, b in zip(figures, others, strict=True))
 
 
 def _rows(count: int) -> int:
@@ -230,9 +238,9 @@ def measure_speed(
         dim = backbones.create_model(name).head_hidden_size
         result = {"part": "speed", "model": name, "dim": dim, "cores": cores()}
         for dtype, rates in zip(dtypes, ours, strict=True):
-            ratio = statistics.median(a / b for a, b in zip(rates, script, strict=True))
-            row = {**result, "dtype": dtype, "embed": rates, "script": script, "ratio": ratio}
-            yield {**row, "cosine": least_cosine(once, checkpoint, dtype)}
+            row = {**result, "dtype": dtype, "embed": rates, "script": script}
+            row |= {"ratio": ratio(rates, script), "cosine": least_cosine(once, checkpoint, dtype)}
+            yield row
 
 
 def measure_ray(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -245,8 +253,8 @@ def measure_ray(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[di
         lambda: rate_of_embed(photos, checkpoint, rows=128),
         lambda: rate_of_embed(photos, checkpoint, rows=128, engine="ray"),
     )
-    overhead = statistics.median(a / b for a, b in zip(local, ray, strict=True)) - 1
-    yield {"part": "ray", "model": name, "local": local, "ray": ray, "overhead": overhead}
+    row = {"part": "ray", "model": name, "local": local, "ray": ray}
+    yield {**row, "overhead": ratio(local, ray) - 1}
 
 
 def rate_of_pipeline(
@@ -286,9 +294,8 @@ def measure_pipelines(
                 package, pythons[package], name.removeprefix(PREFIX), few, many
             ),
         )
-        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
         result = {"part": "pipelines", "model": f"{package}, {name}", "embed": ours}
-        yield {**result, "theirs": theirs, "ratio": ratio}
+        yield {**result, "theirs": theirs, "ratio": ratio(ours, theirs)}
 
 
 def measure_memory(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -454,10 +461,7 @@ def embedding(arguments: Sequence[str]) -> None:
     for package in packages:
         text = "Python of an environment that has it, for `pipelines`"
         add(f"--{package}", metavar="PYTHON", help=text)
-    add_overwrite(parser)
-    args = parser.parse_args(arguments)
-    written = {"--output": (args.output, REPORT)}
-    require_writable(written, overwrite=args.overwrite, makes_folders=True)
+    args = parsed(parser, arguments, REPORTS / "embed.json")
     pythons = {name: getattr(args, name.replace("-", "_")) for name in packages}
     measure: dict[str, Any] = {
         **PARTS,
@@ -548,26 +552,22 @@ def compare_loaders(options: Namespace, world: World, folder: Path) -> dict[str,
     ours, timms = our_loader(recipe, folder, world), timms_loader(recipe, folder, world)
     read_all(ours.epoch(0))  # start processes, fill the file cache
     read_all(iter(timms))
-    turns = []
-    for turn in range(options.turns):
-        contenders: list[tuple[str, Callable[[], float]]] = [
-            ("ours", lambda turn=turn: read_all(ours.epoch(turn + 1))),  # type: ignore[misc]
-            ("timm", lambda: read_all(iter(timms))),
-        ]
-        seconds = {n: measure() for n, measure in (contenders if turn % 2 else contenders[::-1])}
-        turns.append(seconds)
+    epochs = itertools.count(1)
+    of_ours, of_timms = in_turns(
+        options.turns,
+        lambda: read_all(ours.epoch(next(epochs))),
+        lambda: read_all(iter(timms)),
+    )
     ours.close()
-    images = ours.batches * options.batch_size
+    images, found = ours.batches * options.batch_size, ratio(of_timms, of_ours)
     return {
-        "workers": options.workers,
-        "aa": options.aa,
-        "batch_size": options.batch_size,
+        **{key: getattr(options, key) for key in ("workers", "aa", "batch_size")},
         "images": images,
-        "ours_images_per_second": images / statistics.median(t["ours"] for t in turns),
-        "timm_images_per_second": images / statistics.median(t["timm"] for t in turns),
-        "ratio": statistics.median(t["timm"] / t["ours"] for t in turns),
+        "ours_images_per_second": images / statistics.median(of_ours),
+        "timm_images_per_second": images / statistics.median(of_timms),
+        "ratio": found,
         "aim": f"ratio >= {LOADER_AIM}",
-        "met": statistics.median(t["timm"] / t["ours"] for t in turns) >= LOADER_AIM,
+        "met": found >= LOADER_AIM,
     }
 
 
@@ -594,7 +594,7 @@ def compare_steps(options: Namespace, world: World, folder: Path) -> dict[str, A
     images, labels = images.to(world.device), torch.arange(len(images)) % 10
     labels = labels.to(world.device)
     # An epoch of the real loop, with precomputed batches.
-    trainer.batches = lambda: repeat((images, labels))  # type: ignore[method-assign]
+    trainer.batches = lambda: itertools.repeat((images, labels))  # type: ignore[method-assign]
     trainer.updates_per_epoch = options.steps
 
     network = build.build_model(recipe, 10).to(world.device).train()
@@ -622,23 +622,17 @@ def compare_steps(options: Namespace, world: World, folder: Path) -> dict[str, A
 
     for loop in (ours, bare):
         seconds(loop)
-    turns = []
-    for turn in range(options.turns * 4):
-        first, second = (ours, bare) if turn % 2 else (bare, ours)
-        spent = {first.__name__: seconds(first)}
-        spent[second.__name__] = seconds(second)
-        turns.append(spent)
+    spent = in_turns(options.turns * 4, partial(seconds, ours), partial(seconds, bare))
     trainer.close()
-    ratio = statistics.median(t["ours"] / t["bare"] for t in turns)
+    found = ratio(*spent)
+    ours_ms, bare_ms = (1e3 * statistics.median(times) / options.steps for times in spent)
     return {
         "model": options.model,
         "img_size": options.step_size,
         "batch_size": options.step_batch_size,
-        "ours_ms": 1e3 * statistics.median(t["ours"] for t in turns) / options.steps,
-        "bare_ms": 1e3 * statistics.median(t["bare"] for t in turns) / options.steps,
-        "ratio": ratio,
+        **{"ours_ms": ours_ms, "bare_ms": bare_ms, "ratio": found},
         "aim": f"ratio <= {STEP_AIM}",
-        "met": ratio <= STEP_AIM,
+        "met": found <= STEP_AIM,
     }
 
 
@@ -654,7 +648,6 @@ def training(arguments: Sequence[str]) -> int:
     """
     parser = Parser(prog="benchmark.py --op training", description=training.__doc__)
     add = parser.add_argument
-    add("--output", type=nonempty_path, help="a JSON file")
     add("--images", type=whole(1), default=512, help="JPEG files of 500×375")
     add("--batch-size", type=whole(1), default=32, help="of the loaders")
     add("--workers", type=whole(0), default=1, help="loader processes")
@@ -666,9 +659,7 @@ def training(arguments: Sequence[str]) -> int:
     add("--turns", type=whole(1), default=7)
     add("--threads", type=whole(1), default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add_overwrite(parser)
-    options = parser.parse_args(arguments)
-    require_writable({"--output": (options.output, REPORT)}, overwrite=options.overwrite)
+    options = parsed(parser, arguments, Path("runs/training.json"))
     torch.set_num_threads(options.threads)
     world = World(0, 1, torch.device(options.device))
     with tempfile.TemporaryDirectory() as name:
@@ -682,8 +673,7 @@ def training(arguments: Sequence[str]) -> int:
     for part in ("loader", "step"):
         figures = {k: round(v, 3) if isinstance(v, float) else v for k, v in report[part].items()}
         logger.info("%s: %s", part, figures)
-    if options.output is not None:
-        write_report(options.output, report)
+    write_report(options.output, report)
     return 0 if report["loader"]["met"] and report["step"]["met"] else 1
 
 
@@ -758,11 +748,7 @@ def cold_start(arguments: Sequence[str]) -> None:
     text = "checkout to import; default: this one (none for wheel)"
     add("--tree", type=nonempty_path, help=text)
     add("--rounds", type=whole(1), default=1, help="processes to take the median over")
-    add("--output", type=nonempty_path, default=REPORTS / "cold_start.json")
-    add_overwrite(parser)
-    args = parser.parse_args(arguments)
-    written = {"--output": (args.output, REPORT)}
-    require_writable(written, overwrite=args.overwrite, makes_folders=True)
+    args = parsed(parser, arguments, REPORTS / "cold_start.json")
     report = load_report(args.output, {**machine(torch.device("cpu")), "threads": 1})
     tree = args.tree or (None if args.way == "wheel" else ROOT)
     rows = measure_start(args.way, args.models, args.python, tree, args.rounds)

@@ -21,12 +21,11 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pictures
 import speeds
-import tables_accuracy
 import tables_families
 import tables_models
 import tables_ops
@@ -35,11 +34,11 @@ from backbones.cli.reports import write_report
 from backbones.common.arguments import nonempty_path
 from backbones.common.console import Parser, guard
 from backbones.common.errors import CommandError
-from backbones.common.files import write_text_atomically
+from backbones.common.files import write_atomically, write_text_atomically
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-CLAIMS = speeds.CLAIMS
-TABLES = tables_models.TABLES | tables_ops.TABLES | tables_accuracy.TABLES
+CLAIMS = speeds.CLAIMS | tables_families.CLAIMS
+TABLES = tables_models.TABLES | tables_ops.TABLES | tables_families.TABLES
 _PLACE = re.compile(r"<!-- (table|fact): (.*?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -100,8 +99,15 @@ def read(path: Path, docs: Path | None = None) -> Any:
     return report
 
 
-def _with_families(notice: Path) -> str:
-    return tables_families.notice(notice.read_text(encoding="utf-8"))
+def draw_all(docs: Path) -> None:
+    """Draw those of the README, of learning and of neighborhood attention."""
+
+    found = {m["name"]: speeds.usual(docs, m["key"]) for m in speeds.cpus(docs)["machines"]}
+    write_atomically(docs / "assets" / "speed.png", partial(speeds.draw_speed, found))
+    tables_models.draw_learning(read(docs / "learning.json"), docs / "learning.png")
+    for path in docs.glob("performance/**/neighborhood_attention.json"):
+        report = read(path)
+        write_atomically(path.with_suffix(".png"), partial(tables_ops.draw_neighborhood, report))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -118,14 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     notice = DOCS.parent / "NOTICE"
     for page in (*pages(), notice):
         try:
-            text = _with_families(page) if page == notice else filled(page, DOCS)
+            before = page.read_text(encoding="utf-8")
+            text = tables_families.notice(before) if page == notice else filled(page, DOCS)
         except ValueError as error:
             raise CommandError(str(error)) from error
-        if text != page.read_text(encoding="utf-8"):
+        if text != before:
             write_text_atomically(page, text)
             sys.stdout.write(f"filled {page.relative_to(DOCS.parent)}\n")
     if options.pictures:
-        pictures.draw_all(DOCS)
+        draw_all(DOCS)
 
 
 if __name__ == "__main__":

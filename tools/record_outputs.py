@@ -25,9 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import backbones
 from backbones.common.arguments import nonempty_path
+from backbones.common.files import write_atomically
 from backbones.common.outputs import Kind, add_overwrite, require_writable
-
-__all__ = ["KernelCalls", "differences", "kernel_outputs", "main", "model_outputs"]
 
 logger = logging.getLogger("record_outputs")
 
@@ -155,9 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.tests:
         now |= kernel_outputs(tuple(args.tests))
     if args.action == "record":
-        scratch = args.file.with_name(f".{args.file.name}.tmp")
-        torch.save(now, scratch)
-        scratch.replace(args.file)
+        write_atomically(args.file, lambda file: torch.save(now, file))
         logger.info("%d outputs are in %s", len(now), args.file)
         return 0
     before = torch.load(args.file, weights_only=True)

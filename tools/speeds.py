@@ -8,20 +8,19 @@ instructions than it has.
 from __future__ import annotations
 
 import json
-import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from tables_models import table
 
 import backbones
-from backbones.cli import parity
 from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell, is_older, rivals, speed
 from backbones.cli.provenance import kernels
-from backbones.core.registry import published_weights
 
 Report = dict[str, Any]
 
@@ -158,12 +157,6 @@ def median(values: Iterable[float | None]) -> tuple[float | None, int]:
 
 # -- claims of the pages ---------------------------------------------------------------------------
 
-# Of our names, those that timm has, too.
-TIMM_NAMES = frozenset(
-    [f"efficientvit_m{i}" for i in range(6)]
-    + [f"shvit_s{i}" for i in range(1, 5)]
-    + [f"inception_next_{size}" for size in ("atto", "tiny", "small", "base")]
-)
 _RIVALS = ("eager", "compile", "OpenVINO")
 
 
@@ -203,115 +196,6 @@ def four_cpus(docs: Path) -> str:
     return table(head, rows, 2)
 
 
-def families(docs: Path) -> str:
-    """How many families there are, in words."""
-    numbers = [
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-    ]
-    numbers += ["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"]
-    numbers += ["eighteen", "nineteen", "twenty"]
-    count = len(backbones.list_families())
-    return numbers[count].capitalize() if count < len(numbers) else str(count)
-
-
-# What the authors say of families' licences beyond a name: code, weights.
-_LICENCES = {
-    "ecanet": ("MIT", "none stated"),
-    "favit": ("none stated", "none published"),
-    "proxylessnas": ("MIT", "none stated"),
-    "ravlt": ("none stated", "MIT"),
-    "van": ("Apache-2.0 ¹", "Apache-2.0 ¹"),
-}
-
-
-def readme_models(docs: Path) -> str:
-    """A line for each family: figures as published, timm, downloads, licences, parity."""
-    errors = json.loads((docs / "parity.json").read_text(encoding="utf-8"))
-    rows = []
-    for family in backbones.list_families():
-        names = [name for found, name in parity.variants() if found == family]
-        figures = [parity.reference(family, name) for name in names]
-        top1 = [top for each in figures if (top := _top1(each["reported"])) is not None]
-        size = _span([each["params"] / 1e6 for each in figures], 1)
-        with_weights = sum(
-            bool(next(iter(published_weights(name).values())).has_weights) for name in names
-        )
-        owned = sum(name in TIMM_NAMES for name in names)
-        code = figures[0]["licence"].partition(" (")[0]
-        published = any(each["weights"] for each in figures)
-        code, weights = _LICENCES.get(family, (code, code if published else "none published"))
-        worst = max(errors[name]["output"] for name in names)
-        title = _title(docs, family)
-        rows.append(
-            [
-                f"[{title}](docs/families/{family}.md)",
-                f"{len(names)}, `{names[0]}` …",
-                _span(top1, 1) if top1 else "–",
-                size,
-                f"{owned} of {len(names)}" if owned else "no",
-                f"{with_weights} of {len(names)}",
-                *(code, weights, f"{worst:.0e}".replace("e-0", "e-")),
-            ]
-        )
-    head = ["Family", "Variants", "Top-1, %", "M params", "In timm", "Downloads", "Code", "Weights"]
-    return table([*head, "Parity ²"], rows, 9)
-
-
-def _title(docs: Path, family: str) -> str:
-    """The heading of a family's page."""
-    page = (docs / "families" / f"{family}.md").read_text(encoding="utf-8")
-    return re.search(r"^# (.+)$", page, re.MULTILINE)[1]  # type: ignore[index]
-
-
-def _span(values: list[float], digits: int) -> str:
-    low, high = (f"{value:.{digits}f}" for value in (min(values), max(values)))
-    return low if low == high else f"{low} – {high}"
-
-
-def _top1(reported: dict[str, Any]) -> float | None:
-    """ImageNet top-1 as published, fine-tuned if there is no other."""
-    for each in (reported, *(v for v in reported.values() if isinstance(v, dict))):
-        if each.get("top1") is not None:
-            return float(each["top1"])
-    return None
-
-
-def counts(docs: Path) -> str:
-    """How many variants there are, and which have no weights to download."""
-    names = [name for _, name in parity.variants()]
-    without: dict[str, list[str]] = {}
-    for family, name in parity.variants():
-        if not next(iter(published_weights(name).values())).has_weights:
-            without.setdefault(family, []).append(name)
-    sizes = {family: sum(found == family for found, _ in parity.variants()) for family in without}
-    parts = [
-        f"all of {_title(docs, family)}"
-        if len(found) == sizes[family]
-        else ", ".join(f"`{name}`" for name in found)
-        for family, found in without.items()
-    ]
-    missing = sum(map(len, without.values()))
-    return f"{missing} of {len(names)} variants have none: {', '.join(parts)}"
-
-
-def worst_parity(docs: Path) -> str:
-    """The greatest errors of an output and of a stage's map, and whose they are."""
-    errors = json.loads((docs / "parity.json").read_text(encoding="utf-8"))
-    worst = {key: max(errors, key=lambda name: errors[name][key]) for key in ("output", "stages")}
-    shown = [f"{errors[name][key]:.1e} (`{name}`)" for key, name in worst.items()]
-    return f"{shown[0]} for outputs and {shown[1]} for maps of stages"
-
-
 def int8_gain(docs: Path) -> str:
     """How much faster int8 is than bfloat16, and where it was measured, in a sentence."""
     parts, missing = [], []
@@ -335,7 +219,53 @@ def int8_gain(docs: Path) -> str:
     return f"{said[:1].upper()}{said[1:]}. Not measured on: {'; '.join(missing) or 'none'}"
 
 
+# Whom the picture of README compares with: a column of the page Speed, and its colour.
+_COLOURS = {
+    "eager": "#3b3f46",
+    "compile": "#d9822b",
+    "ONNX Runtime": "#8e4ec6",
+    "OpenVINO": "#1b998b",
+}
+
+
+def draw_speed(found: Mapping[str, Sequence[Speeds]], file: IO[bytes]) -> None:
+    """A row for each CPU and contender: a mark for each model, and a bar at the median."""
+    rows = [
+        (cpu, rival, values)
+        for cpu, models in found.items()
+        for rival in _COLOURS
+        if (values := [each.ratios[rival] for each in models if rival in each.ratios])
+    ]
+    figure = Figure(figsize=(8.6, 0.9 + 0.32 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for place, (_, rival, values) in enumerate(rows):
+        colour = _COLOURS[rival]
+        axis.plot(values, [place] * len(values), "o", color=colour, ms=5, alpha=0.35, mew=0)
+        middle = statistics.median(values)
+        axis.plot([middle] * 2, [place - 0.3, place + 0.3], color=colour, lw=3)
+        beside = {"textcoords": "offset points", "va": "center", "fontsize": 8, "color": colour}
+        text = f"{middle:.2f}×"
+        axis.annotate(text, (max(values), place), (7, 0), **beside)
+    names = [cpu for cpu, _, _ in rows]
+    for place, name in enumerate(names[1:], 1):
+        if name != names[place - 1]:
+            axis.axhline(place - 0.5, color="#dfe3e8", lw=1)
+    axis.axvline(1, color="#c0392b", lw=1.4, zorder=0)
+    axis.set(xscale="log", ylim=(len(rows) - 0.4, -0.6))
+    axis.set_xticks([0.8, 1, 1.5, 2, 3, 5, 8, 12], minor=False)
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}×"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.tick_params(axis="both", which="both", length=0, labelsize=8.5)
+    labels = [f"{cpu}: {rival} ({len(values)})" for cpu, rival, values in rows]
+    axis.set_yticks(range(len(rows)), labels)
+    axis.grid(axis="x", color="#eef0f3")
+    axis.set_axisbelow(True)
+    axis.spines[:].set_visible(False)
+    text = "times as long as our fused model (1×): one image, one thread, float32; bars: medians"
+    axis.set_xlabel(text, fontsize=8.5, color="#56606e")
+    figure.savefig(file, format="png", dpi=160)
+
+
 CLAIMS: dict[str, Callable[..., str]] = {
-    function.__name__: function
-    for function in (four_cpus, families, readme_models, counts, worst_parity, int8_gain)
+    function.__name__: function for function in (four_cpus, int8_gain)
 }

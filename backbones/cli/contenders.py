@@ -50,12 +50,15 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}"
 
 
+def is_timms(name: str) -> bool:
+    """Whether timm itself has a model of that name, even if we have one, too."""
+    known = timm.models.is_model(name)
+    return known and timm.models.model_entrypoint(name).__module__.startswith("timm.")
+
+
 def create_timm(name: str) -> nn.Module | None:
-    """timm's own model of that name, even if we registered one, too."""
-    model_class = timm.models.model_entrypoint(name) if timm.models.is_model(name) else None
-    if model_class is None or not model_class.__module__.startswith("timm."):
-        return None
-    model: nn.Module = timm.create_model(name)
+    """timm's own model of that name."""
+    model: nn.Module | None = timm.create_model(name) if is_timms(name) else None
     return model
 
 

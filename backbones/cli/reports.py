@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from backbones.common.arguments import nonempty_path
 from backbones.common.errors import CommandError
 from backbones.common.files import write_text_atomically
+from backbones.common.outputs import REPORT, add_overwrite, require_writable
 
 Report = dict[str, Any]
 
@@ -68,6 +71,17 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Write a report atomically as :func:`text_of` gives it, making missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, text_of(report))
+
+
+def parsed(parser: ArgumentParser, arguments: Sequence[str], output: Path) -> Namespace:
+    """The options of a benchmark, of which ``--output``, by default ``output``, may be extended."""
+    parser.add_argument("--output", type=nonempty_path, default=output, help="a JSON file")
+    add_overwrite(parser)
+    options = parser.parse_args(arguments)
+    options.output = options.output.with_suffix(".json")
+    written = {"--output": (options.output, REPORT)}
+    require_writable(written, overwrite=options.overwrite, makes_folders=True)
+    return options
 
 
 def read_report(path: Path) -> Report:

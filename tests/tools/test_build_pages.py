@@ -318,7 +318,7 @@ def test_the_index_of_embed(ops: ModuleType) -> None:
 
 @pytest.fixture(scope="module")
 def accuracy(tools: Tools) -> ModuleType:
-    return tools("tables_accuracy")
+    return tools("tables_models")
 
 
 # Validation accuracy in %, where it is not 90; chance is 10. The 4×4 tokens of this one are padded

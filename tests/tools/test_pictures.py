@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("pictures")
+    return tools("build_pages")
 
 
 def test_the_pictures_are_drawn(tool: ModuleType, tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from mkdocs.structure.pages import Page
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import speed_page  # noqa: E402
 import speeds  # noqa: E402
 import zoo_page  # noqa: E402
 from block_diagrams import diagram, parse  # noqa: E402
@@ -43,7 +42,7 @@ TERM = re.compile(r"^``.*``$")
 
 @functools.cache
 def _speeds() -> list[speeds.Speeds]:
-    return speeds.measured(speed_page.DOCS)
+    return speeds.measured(zoo_page.DOCS)
 
 
 @functools.cache
@@ -54,8 +53,8 @@ def _rows() -> list[zoo_page.Row]:
 # Functions of the name of the page's file, which for a family's page is the family.
 GENERATED = {
     "machine": lambda page: zoo_page.machine_line(_speeds()),
-    "cpus": lambda page: speed_page.look_up(),
-    "speed": lambda page: speed_page.table(_speeds()),
+    "cpus": lambda page: zoo_page.look_up(),
+    "speed": lambda page: zoo_page.speed_table(_speeds()),
     "zoo": lambda page: zoo_page.zoo(_rows()),
     "families": lambda page: zoo_page.families_table(_rows()),
     "variants": lambda page: zoo_page.variants_table(_rows(), page),

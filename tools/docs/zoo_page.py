@@ -1,4 +1,4 @@
-"""The table and the plots of the zoo page, and the tables of the families' pages.
+"""What the pages Zoo and Speed and the families' pages show, in HTML and Markdown.
 
 Nothing is measured here: figures of the originals come from ``tests/reference``, errors from
 ``docs/parity.json``, latencies from the page Speed (``tools/speeds.py``).
@@ -21,14 +21,16 @@ DOCS = ROOT / "docs"
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 import speeds  # noqa: E402
+from contenders import TITLES  # noqa: E402
 from speeds import Speeds  # noqa: E402
+from tables_families import DIRECT, claim, licence, links  # noqa: E402
 
 import backbones  # noqa: E402
 from backbones.cli import parity  # noqa: E402
+from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell  # noqa: E402
 from backbones.core.registry import published_weights  # noqa: E402
 
 PARITY = DOCS / "parity.json"
-DIRECT = (".pth", ".tar", ".pt")
 DASH = "–"
 
 
@@ -94,13 +96,12 @@ def _row(family: str, name: str, error: float | None, measured: dict[int, Speeds
     figures = parity.reference(family, name)
     tag, cfg = next(iter(published_weights(name).items()))
     macs_g, macs_size = figures["macs"] / 1e9, figures["cases"][0]["input"][-1]
-    top1, claim, claimed_macs_g = _claim(figures["reported"])
+    top1, remark, claimed_macs_g = claim(figures["reported"])
     if top1 is not None and "in22k" in tag:
-        claim = "from ImageNet-22k"
+        remark = "from ImageNet-22k"
     top1_size = cfg.input_size[-1]
     speed = measured.get(top1_size) or (measured[min(measured)] if measured else None)
-    published = [each["url"] for each in figures["weights"] if each.get("url")]
-    published.sort(key=lambda url: not url.endswith(DIRECT))
+    named = not figures["licence"].startswith(("none", "no "))
     return Row(
         name=name,
         family=family,
@@ -109,15 +110,15 @@ def _row(family: str, name: str, error: float | None, measured: dict[int, Speeds
         macs_size=macs_size,
         top1=top1,
         top1_size=top1_size,
-        claim=claim,
+        claim=remark,
         plot_macs_g=macs_g if macs_size == top1_size else claimed_macs_g,
         error=error,
         latency_ms=speed and speed.cells["eager"].milliseconds,
         fused_ms=speed and speed.cells["float32"].milliseconds,
         latency_size=speed and speed.size,
-        licence=_licence(figures["licence"]),
+        licence=licence(figures) if named else "none stated",
         pretrained=tag if cfg.has_weights else None,
-        url=cfg.url if cfg.has_weights else next(iter(published), None),
+        url=cfg.url if cfg.has_weights else next(iter(links(figures)), None),
     )
 
 
@@ -133,23 +134,6 @@ def machine_line(measured: Sequence[Speeds]) -> str:
         f"{names[found[0].cpu]}, measured from {dates[0]} to {dates[-1]}; both forms took turns in "
         "one process, and medians are shown. [Speed](speed.md) has other CPUs and settings."
     )
-
-
-def _claim(reported: dict[str, Any]) -> tuple[float | None, str, float | None]:
-    """ImageNet top-1, a remark, and the G MACs reported with it."""
-    if reported.get("top1") is not None:
-        return reported["top1"], "", reported.get("flops_g")
-    for how, figures in reported.items():
-        if isinstance(figures, dict) and "top1" in figures:
-            return figures["top1"], how.replace("_", " "), figures.get("flops_g")
-    for dataset, accuracy in reported.get("medmnist_acc", {}).items():
-        return None, f"{accuracy} ({dataset})", None
-    return None, "", None
-
-
-def _licence(text: str) -> str:
-    """The licence's name, without the remarks, which the family's page has."""
-    return "none stated" if text.startswith(("none", "no ")) else re.sub(r" \(.*", "", text)
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -204,8 +188,11 @@ HEADINGS = (
 )
 
 
-def _options(values: list[str]) -> str:
-    return "".join(f'<option value="{v}">{v}</option>' for v in values)
+def _options(values: Sequence[Any], chosen: Any = None) -> str:
+    return "".join(
+        f"<option{' selected' if value == chosen else ''}>{html.escape(str(value))}</option>"
+        for value in values
+    )
 
 
 def zoo(data: list[Row]) -> str:
@@ -218,34 +205,29 @@ def zoo(data: list[Row]) -> str:
     )
     # A script element would end at the first "</", even inside a string.
     figures = json.dumps([asdict(row) for row in data]).replace("</", "<\\/")
-    parts = [
-        '<div class="zoo-plots">',
-        '<div class="zoo-plot" id="zoo-macs" role="img" aria-label="Accuracy against MACs"></div>',
-        '<div class="zoo-plot" id="zoo-latency" role="img" '
-        'aria-label="Accuracy against CPU latency"></div>',
-        "</div>",
-        '<form class="zoo-filters" id="zoo-filters">',
-        '<label>Name <input type="search" name="name" placeholder="van_b" autocomplete="off">'
-        "</label>",
-        f'<label>Family <select name="family"><option value="">all</option>{_options(families)}'
-        "</select></label>",
-        f'<label>Licence <select name="licence"><option value="">all</option>{_options(licences)}'
-        "</select></label>",
-        '<label>At most <input type="number" name="params" min="0" step="any"> M params</label>',
-        '<label>At most <input type="number" name="macs" min="0" step="any"> G MACs</label>',
-        '<label><input type="checkbox" name="pretrained"> <code>pretrained=True</code></label>',
-        '<button type="reset" class="md-button">Clear</button>',
-        '<output id="zoo-count" aria-live="polite"></output>',
-        "</form>",
-        '<div class="zoo-scroll"><table class="zoo" id="zoo-table">',
-        f"<thead><tr>{headings}</tr></thead>",
-        f"<tbody>{''.join(_table_row(row) for row in data)}</tbody>",
-        "</table></div>",
-        f'<script type="application/json" id="zoo-data">{figures}</script>',
-        '<script src="assets/plotly.min.js" defer></script>',
-        '<script src="assets/zoo.js" defer></script>',
-    ]
-    return "\n".join(parts)
+    everything = '<option value="">all</option>'
+    return f"""\
+<div class="zoo-plots">
+<div class="zoo-plot" id="zoo-macs" role="img" aria-label="Accuracy against MACs"></div>
+<div class="zoo-plot" id="zoo-latency" role="img" aria-label="Accuracy against CPU latency"></div>
+</div>
+<form class="zoo-filters" id="zoo-filters">
+<label>Name <input type="search" name="name" placeholder="van_b" autocomplete="off"></label>
+<label>Family <select name="family">{everything}{_options(families)}</select></label>
+<label>Licence <select name="licence">{everything}{_options(licences)}</select></label>
+<label>At most <input type="number" name="params" min="0" step="any"> M params</label>
+<label>At most <input type="number" name="macs" min="0" step="any"> G MACs</label>
+<label><input type="checkbox" name="pretrained"> <code>pretrained=True</code></label>
+<button type="reset" class="md-button">Clear</button>
+<output id="zoo-count" aria-live="polite"></output>
+</form>
+<div class="zoo-scroll"><table class="zoo" id="zoo-table">
+<thead><tr>{headings}</tr></thead>
+<tbody>{"".join(_table_row(row) for row in data)}</tbody>
+</table></div>
+<script type="application/json" id="zoo-data">{figures}</script>
+<script src="assets/plotly.min.js" defer></script>
+<script src="assets/zoo.js" defer></script>"""
 
 
 def variants_table(data: list[Row], family: str) -> str:
@@ -296,3 +278,133 @@ def families_table(data: list[Row]) -> str:
             f"| {min(sizes):.1f}\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}{max(sizes):.1f} |"
         )
     return "\n".join(lines)
+
+
+# -- the page Speed --------------------------------------------------------------------------------
+
+
+def look_up() -> str:
+    """The processors and what was measured of each."""
+    known = speeds.cpus(DOCS)
+    names = {machine["key"]: machine["name"] for machine in known["machines"]}
+    rows = []
+    for each in known["processors"]:
+        key, _, isa = each["measured"].partition("/")
+        if not key:
+            result = '<td class="remark">not measured</td>'
+        else:
+            shown = f"on {names[key]}" + (f", restricted to {isa}" if isa else "")
+            value = html.escape(f"{key}/{isa}")
+            button = f'<button type="button" class="md-button" data-cpu="{value}">show</button>'
+            result = f"<td>{html.escape(shown)} {button}</td>"
+        pattern = html.escape(each["pattern"])
+        rows.append(
+            f'<tr data-pattern="{pattern}"><td>{html.escape(each["name"])}<br>'
+            f'<span class="remark">{html.escape(each["code"])}</span></td>'
+            f'<td class="like">{html.escape(each["like"])}</td>'
+            f"<td><code>{each['instruction_set']}</code></td>{result}</tr>"
+        )
+    head = "".join(f"<th>{t}</th>" for t in ("CPU", "For example", "Instruction set", "Measured"))
+    return (
+        '<form id="cpu-form" class="zoo-filters"><label>Your CPU <input type="search" name="cpu" '
+        'placeholder="EPYC 9654, Core i7-12700, m7g" autocomplete="off"></label> '
+        '<output id="cpu-count"></output></form>\n'
+        '<div class="zoo-scroll"><table class="zoo" id="cpu-table">\n'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(rows) + "\n</tbody></table></div>"
+    )
+
+
+def _layers() -> dict[tuple[str, str], str]:
+    """By instruction set and model, how many layers are in int8, "n of m"."""
+    found = {}
+    for path in sorted((DOCS / "performance").glob("int8_accuracy*.json")):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for row in report["results"]:
+            counts = [f["quantized"] for f in row["forms"].values() if f.get("quantized")]
+            if counts:
+                place = (report["machine"]["instruction_set"], row["model"])
+                found[place] = f"{max(counts)} of {row['layers']}"
+    return found
+
+
+def _speed_cell(cell: Cell, other: str | None) -> list[Any] | None:
+    """Time, contender, reason of a failure, and the date if it is another row's."""
+    if cell == Cell():
+        return None
+    return [cell.milliseconds, TITLES.get(cell.name, cell.name), cell.failed, other]
+
+
+def entries(measured: Sequence[Speeds]) -> list[dict[str, Any]]:
+    """What the script shows, a mapping for each setting."""
+    known = speeds.cpus(DOCS)
+    isas = {machine["key"]: machine["instruction_set"] for machine in known["machines"]}
+    published = {row.name: row for row in rows([])}
+    layers = _layers()
+    found = []
+    for each in measured:
+        row = published.get(each.model)
+        fused = each.row["contenders"].get("fused", {})
+        is_timm = each.model.startswith("timm/")
+        peak = fused.get("peak_bytes")
+        found.append(
+            {
+                "cpu": f"{each.cpu}/{each.isa}",
+                "model": each.model,
+                "family": row.family if row else "timm" if is_timm else "training only",
+                "size": each.size,
+                "batch": each.batch,
+                "threads": each.threads,
+                "top1": row.top1 if row and each.size == row.top1_size else None,
+                "params": row and row.params_m,
+                "cells": {
+                    n: _speed_cell(each.cells[n], each.others.get(n)) for n in (*PLAIN, *DTYPES)
+                },
+                "layers": layers.get((each.isa or isas[each.cpu], each.model)),
+                "over": {d: [r, TITLES.get(n, n)] for d, (r, n) in each.over.items()},
+                "images": fused.get("images_per_second"),
+                "memory": None if peak is None else peak / 2**20,
+                "date": each.row.get("date"),
+                "commit": each.row.get("commit"),
+                "older": each.is_older,
+                "versions": {"torch": each.torch, **each.row.get("versions", {})},
+            }
+        )
+    return found
+
+
+def speed_table(measured: Sequence[Speeds]) -> str:
+    """The filters, the empty table, and the data that the script fills it from."""
+    rows = entries(measured)
+    known = speeds.cpus(DOCS)
+    names = {machine["key"]: machine["name"] for machine in known["machines"]}
+    places = sorted({row["cpu"] for row in rows}, key=lambda cpu: (cpu.partition("/")[2], cpu))
+
+    def name(place: str) -> str:
+        key, _, isa = place.partition("/")
+        kind = {"": "", "none": ", without our kernels"}.get(isa, f", restricted to {isa}")
+        return names[key] + kind
+
+    cpus = "".join(f'<option value="{p}">{html.escape(name(p))}</option>' for p in places)
+    numbers = {key: sorted({row[key] for row in rows}) for key in ("batch", "threads")}
+    families = sorted({row["family"] for row in rows})
+    everything = '<option value="">all</option>'
+    data = json.dumps(rows, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
+    columns = json.dumps({"plain": list(PLAIN), "dtypes": list(DTYPES)})
+    return f"""\
+<form id="speed-filters" class="zoo-filters">
+<label>CPU <select name="cpu">{everything}{cpus}</select></label>
+<label>Model <input type="search" name="model" placeholder="van_b" autocomplete="off"></label>
+<label>Family <select name="family">{everything}{_options(families)}</select></label>
+<label>Images <select name="batch">{everything}{_options(numbers["batch"], 1)}</select></label>
+<label>Threads <select name="threads">{everything}{_options(numbers["threads"], 1)}</select></label>
+<label>dtype <select name="dtype">{everything}{_options(DTYPES)}</select></label>
+<label><input type="checkbox" name="losses"> only losses</label>
+<button type="reset" class="md-button">Reset</button>
+<output id="speed-count"></output>
+</form>
+<div class="zoo-scroll"><table class="zoo speed" id="speed-table">
+<thead></thead><tbody></tbody></table></div>
+<noscript>The table needs JavaScript; its figures are in <code>docs/performance</code>.</noscript>
+<script type="application/json" id="speed-columns">{columns}</script>
+<script type="application/json" id="speed-data">{data}</script>
+<script src="assets/speed.js"></script>"""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ops import triton_devices
 from ops.neighborhood import na1d, triton
 from ops.neighborhood._geometry import NAParams
 
+TESTS = Path(__file__).parents[2]
 CASES = Path(__file__).with_name("triton_cases.py")
 SPLIT_CASES = Path(__file__).with_name("split_triton_cases.py")
 # The slow cases are shared by as many processes, so that they can run beside each other.
@@ -74,12 +77,10 @@ def test_forced_backend_names_the_reason(monkeypatch):
         na1d(query, query, query, 3, backend="triton")
 
 
-def report(folder: Path, *options: str) -> list[dict[str, str]]:
-    """Rows of the table that the report writes."""
-    said = run_program("-m", "tools.triton_report", *options, folder=folder)
-    rows = [line.strip("|").split("|") for line in said.splitlines() if line.startswith("|")]
-    names, _, *cells = [[cell.strip() for cell in row] for row in rows]
-    return [dict(zip(names, row, strict=True)) for row in cells]
+def report(folder: Path, *options: str) -> list[dict[str, Any]]:
+    """The lines that the report writes."""
+    said = run_program(str(TESTS / "triton_report.py"), *options, folder=folder)
+    return [json.loads(line) for line in said.splitlines() if line.startswith("{")]
 
 
 def test_compiles_ahead_of_time(tmp_path):

@@ -1,10 +1,10 @@
 """Compile the Triton kernels of neighborhood attention and report the resources that they need.
 
 No GPU is needed. For every kernel that a call would launch, with all tiles that autotuning would
-try, the table gives the registers per thread, the bytes that are spilled, and the shared memory per
-program::
+try, a line of JSON gives the registers per thread, the bytes that are spilled, and the shared
+memory per program::
 
-    python -m tools.triton_report --arch 80 90 --dtype float32 bfloat16 --head-dim 32 64 128
+    python tests/triton_report.py --arch 80 90 --dtype float32 bfloat16 --head-dim 32 64 128
 
 Spills and shared memory are of one program; a thread has at most 255 registers.
 """
@@ -12,11 +12,13 @@ Spills and shared memory are of one program; a thread has at most 255 registers.
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -47,23 +49,6 @@ class Start:
     kernel: Any
     arguments: dict[str, Any]
     config: triton.Config
-
-
-@dataclass(frozen=True)
-class Need:
-    """A compiled kernel's registers per thread, and its spilled and shared bytes per program."""
-
-    kernel: str
-    arch: int
-    dtype: str
-    head_dim: int
-    rank: int
-    tile: str
-    warps: int
-    stages: int
-    registers: int
-    spilled: int
-    shared: int
 
 
 def starts(
@@ -111,7 +96,7 @@ def starts(
             yield Start(kernel, arguments, chosen)
 
 
-def compile_start(start: Start, arch: int) -> Need:
+def compile_start(start: Start, arch: int) -> dict[str, Any]:
     """Compile for ``sm_<arch>`` with Triton's own ptxas."""
     function = start.kernel
     constants = {**start.arguments, **start.config.kwargs}
@@ -138,7 +123,7 @@ def compile_start(start: Start, arch: int) -> Need:
     # The kernel for delta takes no query, but its output has the same rank and dtype.
     query = start.arguments["q_ptr" if "q_ptr" in start.arguments else "out_ptr"]
     tile = "x".join(map(str, start.config.kwargs.values())).replace(" ", "")
-    return Need(
+    return dict(
         kernel=function.__name__,
         arch=arch,
         dtype=str(query.dtype).removeprefix("torch."),
@@ -199,16 +184,8 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
     return int(registers[1]), sum(map(int, spilled))
 
 
-def report(needs: Sequence[Need]) -> str:
-    """A Markdown table with one row per kernel."""
-    columns = list(Need.__dataclass_fields__)
-    rows = [[str(getattr(need, name)) for name in columns] for need in needs]
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report to standard output; returns 1 if a kernel exceeds a GPU's resources."""
+def main() -> None:
+    """Write the report to standard output."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="default: 80 90")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
@@ -217,26 +194,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--extra", action="store_true", help="with additional keys and values")
     parser.add_argument("--rpb", action="store_true", help="with a relative position bias")
     parser.add_argument("--first", action="store_true", help="only the tiles taken untuned")
-    parser.add_argument("--shared-limit", type=int, default=100, help="KiB a program, default 100")
-    options = parser.parse_args(arguments)
-    needs = [
-        compile_start(start, arch)
-        for arch in options.arch
-        for dtype in options.dtype
-        for head_dim in options.head_dim
-        for rank in options.rank
-        for start in starts(
-            rank,
-            head_dim,
-            getattr(torch, dtype),
-            extra=options.extra,
-            rpb=options.rpb,
-            first=options.first,
-        )
-    ]
-    sys.stdout.write(report(needs) + "\n")
-    return int(any(need.shared > options.shared_limit * 1024 for need in needs))
+    options = parser.parse_args()
+    which = {"extra": options.extra, "rpb": options.rpb, "first": options.first}
+    for arch, dtype, head_dim, rank in itertools.product(
+        options.arch, options.dtype, options.head_dim, options.rank
+    ):
+        for start in starts(rank, head_dim, getattr(torch, dtype), **which):
+            sys.stdout.write(json.dumps(compile_start(start, arch)) + "\n")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
