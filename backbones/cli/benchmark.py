@@ -402,11 +402,7 @@ _ROW_PEERS = ("onnxruntime", "openvino", "openvino_bf16")
 
 
 def _set_defaults(options: Namespace) -> None:
-    """Fill in what was not given, which depends on whether one model was named.
-
-    Raises:
-        CommandError: a model and ``--models`` were given.
-    """
+    """Fill in what was not given, which depends on whether one model was named."""
     one = options.model is not None
     if one and options.models:
         raise CommandError(f"--models lists models; {options.model!r} before it is one too many")

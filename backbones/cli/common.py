@@ -32,10 +32,6 @@ def two_sides(
         model: unfused.
         batch: number of images.
         runs: whether the model will run, so that memory must suffice.
-
-    Raises:
-        CommandError: not one or two numbers in 1 … 65535, images too large for memory, or of a
-            size that the model does not take.
     """
     if size is None:
         return size_of(model)
@@ -68,11 +64,7 @@ _SMALL = 512 * 512
 
 
 def read_labels(path: Path, count: int) -> list[str]:
-    """Class names from a text file with one per line, or JSON (a list, or a dict by index).
-
-    Raises:
-        CommandError: the file cannot be read, is neither, or doesn't have ``count`` names.
-    """
+    """Class names from a text file with one per line, or JSON (a list, or a dict by index)."""
     text = read_text(path, "--labels")
     if path.suffix == ".json":
         try:

@@ -147,9 +147,6 @@ def export(
         size: of the images to trace with.
         batch: batch size; ignored if ``dynamic``, like the size.
         images: (1, C, H, W) each, for int8 calibration; None for no int8.
-
-    Raises:
-        CommandError: the export or the comparison failed; ``path`` is unchanged.
     """
     model, name = loaded.model, loaded.name
     shape = (batch, channels_of(model), *size)

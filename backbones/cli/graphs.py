@@ -44,9 +44,6 @@ def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export
     Args:
         shape: (B, C, H, W) of the images.
         dynamic: whether batch, height and width are dynamic.
-
-    Raises:
-        CommandError: an operation cannot be traced; it says which.
     """
     return _trace(_frozen(model), shape, dynamic)
 
@@ -164,9 +161,6 @@ def save_onnx(
 
     Args:
         program, group: of :func:`trace_for_onnx`, or only the program of :func:`trace`.
-
-    Raises:
-        CommandError: ONNX does not support an operation, or onnx is not installed.
     """
     _require_packages("onnx", "onnxscript")
     made = _onnx(program, input_names=["image"], output_names=["output"])
@@ -271,11 +265,7 @@ class Check:
 
 @torch.inference_mode()
 def check(model: nn.Module, run: Run, shapes: Sequence[Sequence[int]]) -> Iterator[Check]:
-    """Compare the outputs of ``run`` and ``model`` for each shape.
-
-    Raises:
-        CommandError: ``run`` fails, or returns another shape.
-    """
+    """Compare the outputs of ``run`` and ``model`` for each shape."""
     for number, shape in enumerate(shapes):
         images = noise(shape, number)
         expected, got = outputs(model, run, images)
@@ -293,11 +283,7 @@ def noise(shape: Sequence[int], seed: int) -> Tensor:
 
 @torch.inference_mode()
 def outputs(model: nn.Module, run: Run, images: Tensor) -> tuple[Tensor, Tensor]:
-    """The outputs of ``model`` and ``run``, in float64.
-
-    Raises:
-        CommandError: ``run`` fails, or returns another shape; or the model's output is not finite.
-    """
+    """The outputs of ``model`` and ``run``, in float64."""
     expected = model(images).double()
     if not expected.isfinite().all():
         raise CommandError(f"at {tuple(images.shape)} the model's output is not finite")

@@ -43,10 +43,6 @@ def export_int8(
         size: of the image to compare the file with the model on.
         images: (1, C, H, W) each, to calibrate with; None for ranges of each row.
         max_drop: see ``fuse()``.
-
-    Raises:
-        CommandError: the model does not take the images, no layer is in int8, or the file differs
-            from the model; ``path`` is unchanged.
     """
     exact, model = copy.deepcopy(loaded.model), loaded.model
     batches = None if images is None else torch.cat(list(images)).split(_BATCH)

@@ -150,9 +150,6 @@ def predict(
         topk: number of classes per image, clipped to the model's classes.
         pictures: number of readable images to return with their pixels and Grad-CAM.
         progress: show a progress bar if standard error is a terminal.
-
-    Raises:
-        CommandError: the model's output for an image is not finite.
     """
     config = preprocessing(loaded)
     resize = Resizing(config)
@@ -192,10 +189,6 @@ def find_images(places: Sequence[Path]) -> images.Listing[Path]:
 
     Returns:
         images, and the other files in the folders.
-
-    Raises:
-        CommandError: a folder without images.
-        FileNotFoundError: a path that does not exist.
     """
     found: images.Listing[Path] = images.Listing([], [])
     for place in places:

@@ -69,9 +69,6 @@ def calibration_images(
     """``count`` images (1, C, H, W), preprocessed.
 
     They are sampled evenly from the folder; unreadable ones are skipped.
-
-    Raises:
-        CommandError: no image in the folder can be read.
     """
     channels = channels_of(loaded.model)
     config = {**preprocessing(loaded), "input_size": (channels, *size)}

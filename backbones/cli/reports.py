@@ -99,9 +99,6 @@ def load_report(path: Path, machine: Mapping[str, Any]) -> Report:
 
     Args:
         machine: this one; what the report's lacks is not compared.
-
-    Raises:
-        CommandError: they ran on another machine or configuration, or it is not a report.
     """
     if not path.exists():
         return {"machine": dict(machine), "results": []}

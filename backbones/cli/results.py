@@ -52,10 +52,6 @@ def check_outputs(
         key: the first of the JSON file.
         columns: of the CSV file.
         inputs: files that the command reads besides the tables.
-
-    Raises:
-        CommandError, FileNotFoundError, TableError: there is no table, matplotlib is missing, or a
-            file cannot be written.
     """
     tables = [options.folder, *filter(None, [getattr(options, "test", None)])]
     for folder in tables:

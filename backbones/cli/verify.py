@@ -120,11 +120,7 @@ def make_figures(model: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
-    """Relative error of every stage and of the output against :func:`make_figures`.
-
-    Raises:
-        CommandError: the figures are invalid or have other shapes.
-    """
+    """Relative error of every stage and of the output against :func:`make_figures`."""
     try:
         shape, seed = figures["input"], figures["seed"]
         if math.prod(shape) > _LARGEST_INPUT:

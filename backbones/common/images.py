@@ -250,9 +250,6 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
     Args:
         image: decoded.
         mode: ``RGB``, or ``L`` for greyscale.
-
-    Raises:
-        ValueError: floating-point values outside 0 … 1, or integers outside 16 bits.
     """
     if image.mode == mode:
         return image

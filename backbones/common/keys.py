@@ -128,11 +128,7 @@ _Kind = TypeVar("_Kind")
 
 
 def made_of(kind: type[_Kind], values: Mapping[str, Any]) -> _Kind:
-    """A recipe of plain values, as from YAML or a command line, in the range of their keys.
-
-    Raises:
-        RecipeError: a value of another type, out of range, or none of those allowed.
-    """
+    """A recipe of plain values, as from YAML or a command line, in the range of their keys."""
     fields, hints = fields_of(kind), typing.get_type_hints(kind)
     recipe = kind(**{k: _as_type_of(fields[k], hints[k], v) for k, v in values.items()})
     check_ranges(recipe)
@@ -282,11 +278,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        RecipeError: missing, or not a YAML mapping in UTF-8.
-    """
+    """The mapping in a YAML file."""
     try:
         with open(path, "rb") as file:
             data = file.read(_MOST_BYTES + 1)

@@ -28,10 +28,6 @@ class FolderLock:
     Attributes:
         problem: why there is no lock, if the system or file system does not support it; "" if
             there is.
-
-    Raises:
-        LockedError: another process holds it.
-        OSError: the folder cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -96,10 +96,6 @@ def require_writable(
         overwrite: the value of ``--overwrite``; None if the command has no such option.
         makes_folders: whether missing folders will be created.
         streams: whether devices and pipes may be outputs.
-
-    Raises:
-        CommandError: an output breaks the rule, is also another output, is a folder, or lies in one
-            that cannot be written to.
     """
     given = {option: (file, kind) for option, (file, kind) in outputs.items() if file is not None}
     options: dict[str, str] = {}

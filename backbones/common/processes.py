@@ -92,9 +92,6 @@ def world_of_processes(device: str | None) -> Iterator[World]:
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1``, …; None for a GPU if there is one.
-
-    Raises:
-        RecipeError: the device is unavailable, or the other processes cannot be reached.
     """
     size = _world_size()
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")

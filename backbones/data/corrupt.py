@@ -47,12 +47,7 @@ class CorruptImages:
         return len(self._names)
 
     def check(self, size: int) -> None:
-        """Stop the run if there are too many.
-
-        Raises:
-            DataError: more than ``allowed`` of ``size`` images are corrupt, all of them are, or too
-                many in a row.
-        """
+        """Stop the run if there are too many."""
         count = self.count()
         if count >= size:
             problem = f"none of the {size} images can be read"

@@ -129,9 +129,6 @@ def open_split(
     Args:
         column: of the images (``hfds``).
         folder: where the data set's files are.
-
-    Raises:
-        DataError: there is no such data, or no image in it.
     """
     source, _ = _open(_Place(data, folder, input_key=column), split)
     if not len(source):

@@ -68,11 +68,7 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         self.mode, self.corrupt, self.seed, self.share = mode, corrupt, seed, share
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
-        """Augmented images and their classes.
-
-        Raises:
-            DataError: too many corrupt images, a label outside the classes, or too few shards.
-        """
+        """Augmented images and their classes."""
         reader = self.stream.reader
         try:
             if hasattr(reader, "split_info"):

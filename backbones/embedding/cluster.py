@@ -53,9 +53,6 @@ def run_on_cluster(
 
     Args:
         address: of the cluster, as for ``ray.init``; None starts one on this machine.
-
-    Raises:
-        MendableError: Ray is not installed or unreachable, or a worker cannot continue.
     """
     ray = require_ray()
     started = not ray.is_initialized()

@@ -20,11 +20,7 @@ _MOST = 2**63 - 1
 
 
 def check_fields(content: Mapping[str, Any]) -> None:
-    """Check the fields of a ``metadata.json``; those without a rule are ignored.
-
-    Raises:
-        TypeError, ValueError: for the first field that cannot be so; names it and its value.
-    """
+    """Check the fields of a ``metadata.json``; those without a rule are ignored."""
     _check("", content, _RULES)
     for part, rules in _PARTS.items():
         _check(f"{part}.", content[part], rules)

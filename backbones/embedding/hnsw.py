@@ -53,9 +53,6 @@ def open_graph(folder: str | Path, progress: bool = False) -> Graph:
     Args:
         progress: say on standard error that a damaged graph is replaced, and show a bar while it
             is built, if that is a terminal.
-
-    Raises:
-        GraphError: faiss is not installed, or there is not enough memory or disk space.
     """
     try:
         import faiss

@@ -56,10 +56,6 @@ def run_in_processes(job: Job, devices: list[str], parts: Iterable[Part]) -> Ite
     """Embed with one process for each of ``devices``; idle processes get the next part.
 
     A process that dies is replaced, and its part is embedded again.
-
-    Raises:
-        MendableError: a process cannot continue for a reason that the user can fix, or three
-            processes died while embedding the same part.
     """
     pending = collections.deque(parts)
     events: queue.Queue[tuple[_Process, Event | int]] = queue.Queue()

@@ -39,12 +39,7 @@ class Features:
 
 
 def features_of(words: str, model: Any, name: str) -> Features:
-    """Parse the value of ``--features`` for ``model``.
-
-    Raises:
-        CommandError: an unknown value, a stage that the model lacks, or a model without classifier
-            features.
-    """
+    """Parse the value of ``--features`` for ``model``."""
     found = _WORDS.fullmatch(words)
     if found is None:
         raise CommandError(f"--features must be {FEATURES}, not {shown(words)}")
@@ -91,10 +86,6 @@ class Network:
         preprocessing: see :func:`backbones.core.loaded.preprocessing`.
         names: of the classes, if known.
         shape: of an image's embedding.
-
-    Raises:
-        CommandError, CheckpointError, FileNotFoundError: see :func:`backbones.core.loaded.load`;
-            or the model lacks the requested features or classes.
     """
 
     def __init__(self, model: str | None, checkpoint: Path, features: str, classes: int) -> None:

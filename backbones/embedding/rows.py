@@ -78,11 +78,7 @@ def by_number(
 
 
 def vectors_of(folder: str | Path, keys: Sequence[str]) -> tuple[list[int], np.ndarray]:
-    """Row numbers and embeddings (n, dim) of n keys of the table.
-
-    Raises:
-        ValueError: a key that is not in the table, or an embedding that is NaN or infinite.
-    """
+    """Row numbers and embeddings (n, dim) of n keys of the table."""
     import pyarrow.compute
 
     wanted = pyarrow.array(keys, pyarrow.string())

@@ -31,9 +31,6 @@ class ShardWriter:
         path: of the shard; its folder must exist.
         schema: from :func:`backbones.embedding.table.schema`.
         identity: from :func:`backbones.embedding.table.identity`.
-
-    Raises:
-        FileError: the file cannot be written; raised by the block or its calls.
     """
 
     def __init__(self, path: Path, schema: pyarrow.Schema, identity: str) -> None:

@@ -77,9 +77,6 @@ class Reader(abc.ABC):
 
         Args:
             name: as it is on disk, or as in a key, see :func:`_text`.
-
-        Raises:
-            OutsideError: it may not be read.
         """
         path = _on_disk(self.root, name)
         if self._places is None or path in self._listed:

@@ -86,9 +86,6 @@ def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.S
         dim: length of an embedding.
         dtype: ``"float32"`` or ``"float16"``.
         classes: include the columns ``classes`` and ``scores``.
-
-    Raises:
-        ValueError: another ``dtype``, or ``dim`` below 1.
     """
     pa = require_pyarrow()
     if dtype not in STORED:

@@ -136,12 +136,7 @@ class Images:
 
 
 class Worker:
-    """Embeds parts and writes their shards.
-
-    Raises:
-        CommandError, CheckpointError, OSError: the model cannot be created here.
-        DataError: the weights differ from those in ``metadata.json``.
-    """
+    """Embeds parts and writes their shards."""
 
     def __init__(self, job: Job, network: Network | None = None) -> None:
         said = job.content

@@ -19,11 +19,7 @@ def quantize(image: Tensor) -> Tensor:
 
 
 def luma(image: Tensor) -> Tensor:
-    """(…, 3, H, W) in 0 … 1 → (…, 1, H, W) in 16/255 … 235/255; one channel stays as it is.
-
-    Raises:
-        ValueError: neither one channel nor three.
-    """
+    """(…, 3, H, W) in 0 … 1 → (…, 1, H, W) in 16/255 … 235/255; one channel stays as it is."""
     if image.shape[-3] == 1:
         return image
     if image.shape[-3] != 3:
@@ -43,9 +39,6 @@ def ssim(image: Tensor, truth: Tensor) -> float:
     """Mean structural similarity of values in 0 … 1: Gaussian windows of 11×11, σ 1.5.
 
     Only windows inside the image count.
-
-    Raises:
-        ValueError: different shapes, or a side below 11.
     """
     _same_shape(image, truth)
     if min(image.shape[-2:]) < 11:

@@ -65,10 +65,6 @@ def resize_bicubic(
 
     Returns:
         (…, H', W').
-
-    Raises:
-        ValueError: neither or both of ``scale`` and ``size``, an empty side, or a window that
-            exceeds the result.
     """
     if (scale is None) == (size is None):
         raise ValueError(f"give either scale or size, got {scale} and {size}")

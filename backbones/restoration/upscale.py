@@ -123,9 +123,6 @@ class Upscaler:
 
         Args:
             depth: bytes of a value in the file, 1 or 2.
-
-        Raises:
-            DataError: ``max_memory`` is too low for the smallest tile.
         """
         whole = max(height, width)
         if self.tile != "auto":

@@ -65,9 +65,6 @@ def parse_command_line(
     Every key is a flag: ``batch_size`` is ``--batch-size`` (or ``--batch_size``), a true/false key
     is ``--ema`` or ``--no-ema``, ``null`` is ``none``, a list takes several words, and a mapping
     is quoted YAML. Additional options are ``--config FILE`` and ``--print-config``.
-
-    Raises:
-        RecipeError: as in :func:`load_recipe`; unknown options, or missing values.
     """
     parser = _Parser(
         description=description,
