@@ -30,17 +30,14 @@ What extracts features runs in an environment of its own, as its requirements co
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import importlib
 import importlib.util
 import io
-import logging
 import math
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -63,6 +60,7 @@ from backbones.cli.contenders import (
     openvino_runner,
     scratch_folder,
 )
+from backbones.common.console import silence
 from ops import neighborhood
 from ops.linear_attention import gated_linear_attention
 from ops.neighborhood import NeighborhoodAttention2D, na1d, na2d, na3d
@@ -128,13 +126,13 @@ Images = Sequence[Tensor]
 
 def nncf(model: nn.Module, images: Images, folder: Path) -> Prepared:
     """OpenVINO with NNCF's post-training quantisation; transformers' scheme if there is softmax."""
-    with _quiet():
+    with silence():
         import nncf as toolkit
         import openvino
 
     network = openvino_core().read_model(str(_onnx(model, images, folder)))
     attends = any(node.get_type_name() == "Softmax" for node in network.get_ops())
-    with _quiet():
+    with silence():
         quantized = toolkit.quantize(
             network,
             toolkit.Dataset([image.numpy() for image in images]),
@@ -156,7 +154,7 @@ def onnx_static(model: nn.Module, images: Images, folder: Path) -> Prepared:
 
     source, prepared = _onnx(model, images, folder), folder / "prepared.onnx"
     path, feed = folder / "static.onnx", iter([{"image": image.numpy()} for image in images])
-    with _quiet():
+    with silence():
         shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         quantize_static(
             str(prepared),
@@ -175,7 +173,7 @@ def onnx_dynamic(model: nn.Module, images: Images, folder: Path) -> Prepared:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     path = folder / "dynamic.onnx"
-    with _quiet():
+    with silence():
         source = str(_onnx(model, images, folder))
         quantize_dynamic(source, str(path), per_channel=True, weight_type=QuantType.QUInt8)
     return functools.partial(graphs.onnx_runner, path), path.stat().st_size
@@ -196,7 +194,7 @@ def pt2e(model: nn.Module, images: Images, folder: Path) -> Prepared:
     exported by dynamo (strict), which in turn cannot trace all models.
     """
     file = io.BytesIO()
-    with _quiet(), torch.no_grad():
+    with silence(), torch.no_grad():
         try:
             graph = _pt2e_graph(model, images, strict=True)
         except Exception:  # of many kinds
@@ -220,14 +218,14 @@ def _pt2e_graph(model: nn.Module, images: Images, strict: bool) -> nn.Module:
 
 def torchao(model: nn.Module, images: Images, folder: Path) -> Prepared:
     """torchao's linear layers with dynamic activations, run by inductor. It takes no images."""
-    with _quiet():
+    with silence():
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     model = copy.deepcopy(model)
     if not any(isinstance(layer, nn.Linear) for layer in model.modules()):
         raise ValueError("torchao quantises nn.Linear, of which this model has none")
     file = io.BytesIO()
-    with _quiet():
+    with silence():
         quantize_(model, Int8DynamicActivationInt8WeightConfig())
         torch.save(model.state_dict(), file)
     return functools.partial(_compiled, model), file.getbuffer().nbytes
@@ -256,23 +254,10 @@ def _compiled(model: nn.Module, threads: int, backend: str = "inductor") -> Run:
 
     @torch.no_grad()  # freezing requires it
     def run(images: Tensor) -> Tensor:
-        with config.patch(freezing=True), _quiet():
+        with config.patch(freezing=True), silence():
             return compiled(images)
 
     return run
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the toolkits' warnings and progress bars; what fails raises."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 # Each takes a folded float32 model, calibration images of the shape it will run at, and a folder

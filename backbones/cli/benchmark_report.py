@@ -157,18 +157,7 @@ def table(report: dict[str, Any]) -> str:
                 f"{figures['images_per_second']:.1f} | {100 * figures['fraction_of_matmul']:.0f} % "
                 f"| {memory} | {over} |"
             )
-    return "\n".join([*lines, *scaling(report)]) + "\n"
-
-
-def scaling(report: dict[str, Any]) -> list[str]:
-    """Growth of time with pixels, for models measured at several sizes."""
-    lines = []
-    for key, sizes in _by_size(report).items():
-        (first, start), *_, (last, end) = sorted(sizes.items())
-        power = math.log(end / start) / (2 * math.log(last / first))
-        label = ", ".join(map(str, key))
-        lines.append(f"- {label}: from {first} to {last} time grows as pixels to the {power:.2f}")
-    return ["", "Growth with resolution:", "", *lines] if lines else []
+    return "\n".join(lines) + "\n"
 
 
 def _by_size(report: dict[str, Any]) -> dict[tuple[Any, ...], dict[int, float]]:

@@ -37,11 +37,15 @@ from ops.neighborhood import BACKENDS, NAParams
 EXAMPLE = ""
 
 _MARKS = {"ok": "✓", "note": "·", "warning": "!", "error": "✗"}
-_PLAIN_MARKS = {"✓": "+", "·": "-", "✗": "x", "→": "->"}
 _PACKAGES = (
     *("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "triton", "natten"),
     *("mmengine", "onedl-mmengine", "mmcv", "mmcv-lite", "onedl-mmcv", "mmdet", "mmsegmentation"),
     *("onnx", "onnxscript", "onnxruntime"),
+)
+# Of OpenMMLab's packages, those that own the same folder.
+_SAME_FOLDER = (
+    *(("mmengine", "onedl-mmengine"), ("mmcv", "mmcv-lite"), ("mmcv", "onedl-mmcv")),
+    ("mmcv-lite", "onedl-mmcv"),
 )
 _SCARCE_BYTES = 1_000_000_000
 
@@ -75,7 +79,7 @@ def run(options: Namespace) -> int:
     if options.json:
         sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
     else:
-        sys.stdout.write(_encodable(_report(findings), sys.stdout.encoding or "utf-8"))
+        sys.stdout.write(_report(findings))
     return int(any(finding.severity == "error" for finding in findings))
 
 
@@ -90,16 +94,6 @@ def examine() -> list[Finding]:
         findings += examine_compiler() + examine_attention()
     findings += examine_mm(versions, importlib.util.find_spec("pkg_resources") is not None)
     return findings + examine_export(versions) + examine_caches()
-
-
-def _encodable(text: str, encoding: str) -> str:
-    """``text`` with characters that ``encoding`` lacks replaced or escaped."""
-    for mark, plain in _PLAIN_MARKS.items():
-        try:
-            mark.encode(encoding)
-        except UnicodeEncodeError:
-            text = text.replace(mark, plain)
-    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
@@ -168,36 +162,34 @@ def examine_gpu() -> list[Finding]:
     """Whether torch can use the GPU, if there is one."""
     present = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
     reinstall = "pip install --force-reinstall torch torchvision"
-    build = torch.version.cuda
+    build, severity, fix = torch.version.cuda, "note", ""
     if torch.version.hip is not None:
-        return [
-            Finding("gpu", "note", f"torch for ROCm {torch.version.hip}; the kernels are CUDA's")
-        ]
-    if build is None:
+        text = f"torch for ROCm {torch.version.hip}; the kernels are CUDA's"
+    elif build is None:
+        text = f"none, and torch {torch.__version__} is for the CPU"
         if present:
             text = f"there is an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA"
-            return [Finding("gpu", "error", text, reinstall)]
-        return [Finding("gpu", "note", f"none, and torch {torch.__version__} is for the CPU")]
-    if not torch.cuda.is_available():
+            severity, fix = "error", reinstall
+    elif not torch.cuda.is_available():
+        text = f"none; torch is for CUDA {build}"
         if present:
             text = (
                 f"torch for CUDA {build} cannot use the GPU: its driver is too old or not running"
             )
-            return [
-                Finding("gpu", "error", text, "nvidia-smi  # its driver must be as new as CUDA")
-            ]
-        return [Finding("gpu", "note", f"none; torch is for CUDA {build}")]
-    findings = []
-    for number in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(number)
-        text = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, CUDA {build}"
-        known = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
-        if known and not any(name.startswith(f"sm_{major}") for name in known):
-            text += f": this torch was built for {', '.join(known)} only"
-            findings.append(Finding("gpu", "error", text, reinstall))
-        else:
-            findings.append(Finding("gpu", "ok", text))
-    return findings
+            severity, fix = "error", "nvidia-smi  # its driver must be as new as CUDA"
+    else:
+        return [_examine_gpu(n, build, reinstall) for n in range(torch.cuda.device_count())]
+    return [Finding("gpu", severity, text, fix)]
+
+
+def _examine_gpu(number: int, build: str, reinstall: str) -> Finding:
+    major, minor = torch.cuda.get_device_capability(number)
+    text = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, CUDA {build}"
+    known = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+    if known and not any(name.startswith(f"sm_{major}") for name in known):
+        text += f": this torch was built for {', '.join(known)} only"
+        return Finding("gpu", "error", text, reinstall)
+    return Finding("gpu", "ok", text)
 
 
 def examine_gradients() -> list[Finding]:
@@ -290,42 +282,34 @@ def examine_attention() -> list[Finding]:
 
 def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> list[Finding]:
     """Whether OpenMMLab's packages are compatible."""
-    findings = []
-    pairs = (
-        ("mmengine", "onedl-mmengine"),
-        ("mmcv", "mmcv-lite"),
-        ("mmcv", "onedl-mmcv"),
-        ("mmcv-lite", "onedl-mmcv"),
-    )
-    for kept, other in pairs:
+    found: list[tuple[str, str]] = []
+    lite = "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0"
+    for kept, other in _SAME_FOLDER:
         if kept in versions and other in versions:
             # Both own the same folder: removing one takes files of the other away.
             text = f"{kept} and {other} install into the same folder and break each other"
             fix = f"pip uninstall -y {kept} {other} && pip install {kept}=={versions[kept]}"
-            findings.append(Finding("openmmlab", "error", text, fix))
+            found.append((text, fix))
     mmcv = versions.get("mmcv") or versions.get("mmcv-lite")
     if "mmdet" in versions and mmcv is not None and _above(mmcv, (2, 2)):
-        text = (
-            f"mmdet {versions['mmdet']} does not accept mmcv {mmcv}: install one older than 2.2.0"
-        )
-        fix = "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0"
-        findings.append(Finding("openmmlab", "error", text, fix))
+        text = f"mmdet {versions['mmdet']} does not accept mmcv {mmcv}: install one before 2.2.0"
+        found.append((text, lite))
     if "mmengine" in versions and not has_pkg_resources:
         text = f"mmengine {versions['mmengine']} needs pkg_resources, which newer setuptools lack"
-        findings.append(Finding("openmmlab", "error", text, "pip install 'setuptools<81'"))
+        found.append((text, "pip install 'setuptools<81'"))
     if "mmcv" in versions and _has_no_extension():
-        text = f"mmcv {versions['mmcv']} has no compiled operators (mmcv._ext)"
-        fix = "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0"
-        findings.append(Finding("openmmlab", "error", text, fix))
-    elif "mmcv-lite" in versions:
+        found.append((f"mmcv {versions['mmcv']} has no compiled operators (mmcv._ext)", lite))
+    errors = [Finding("openmmlab", "error", *each) for each in found]
+    notes = []
+    if "mmcv-lite" in versions:
         text = "mmcv-lite has no operators; torchvision's are used where available"
-        findings.append(Finding("openmmlab", "note", text))
-    if any(finding.severity == "error" for finding in findings):
-        return findings
+        notes = [Finding("openmmlab", "note", text)]
+    if errors:
+        return errors + notes
     mm = [name for name in _PACKAGES if name.startswith(("mm", "onedl")) and name in versions]
     if mm:
         shown = ", ".join(f"{name} {versions[name]}" for name in mm)
-        return [Finding("openmmlab", "ok", shown), *findings]
+        return [Finding("openmmlab", "ok", shown), *notes]
     text = "not installed: mmdet and mmseg need it"
     return [Finding("openmmlab", "note", text, "pip install 'vision-backbones[mm]'")]
 

@@ -25,7 +25,6 @@ from backbones.common.errors import CommandError
 from backbones.common.files import replacing_together, require_disk_space
 from backbones.common.memory import require_memory
 from backbones.common.outputs import ONNX, PT2, add_overwrite, require_writable
-from backbones.common.progress import show_elapsed
 from backbones.common.signals import exit_on_signals
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of, require_size
@@ -182,14 +181,11 @@ def _write(
     model, name = loaded.model, loaded.name
     _say(f"{name}: tracing at {_sizes(shape)}")
     if format == "pt2":
-        with show_elapsed(f"{name}: tracing"):
-            graphs.save_program(graphs.trace(model, shape, dynamic), path)
+        graphs.save_program(graphs.trace(model, shape, dynamic), path)
         return graphs.program_runner(path)
-    with show_elapsed(f"{name}: tracing"):
-        program, group = graphs.trace_for_onnx(model, shape, dynamic)
+    program, group = graphs.trace_for_onnx(model, shape, dynamic)
     _say(f"{name}: writing ONNX")
-    with show_elapsed(f"{name}: writing ONNX"):
-        graphs.save_onnx(program, path, _metadata(loaded), group)
+    graphs.save_onnx(program, path, _metadata(loaded), group)
     _say(f"{name}: comparing with the model")
     return graphs.onnx_runner(path)
 
@@ -198,8 +194,8 @@ def _quantize(
     model: Any, path: Path, shapes: Sequence[tuple[int, ...]], images: Sequence[Tensor]
 ) -> None:
     """Quantise the file and compare it with the model, on the images and at each size."""
-    with show_elapsed("quantising"):
-        quantizing.quantize(path, images)
+    _say("quantising")
+    quantizing.quantize(path, images)
     runner = graphs.onnx_runner(path)
     agreement = quantizing.agreement(model, runner, images)
     _say(f"  {agreement.text(len(images))}")

@@ -8,9 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import io
-import logging
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 
 from backbones.cli.common_operators import with_common_operators
 from backbones.cli.hat_export import SharedGroup, extract_group, inline_groups
+from backbones.common.console import silence
 from backbones.common.errors import CommandError
 
 Run = Callable[[Tensor], Tensor]
@@ -109,7 +108,7 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.expo
 
     dynamic = axes is not None
     try:
-        with _silence(), symbolic_config.patch(backed_size_oblivious=dynamic), torch.no_grad():
+        with silence(), symbolic_config.patch(backed_size_oblivious=dynamic), torch.no_grad():
             program = _export_with_assertions(module, inputs, axes)
     except Exception as error:  # torch raises many kinds, some of them private
         raise CommandError(f"cannot be exported: {_reason(error)}") from error
@@ -142,7 +141,7 @@ def _export_with_assertions(
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a ``.pt2`` file, for ``torch.export.load`` and AOTInductor."""
     file = io.BytesIO()  # torch's own writer hides I/O errors
-    with _silence():
+    with silence():
         torch.export.save(program, file)
     # Path.write_bytes would keep a view in a traceback, of which Python 3.13 complains.
     with file.getbuffer() as view, path.open("wb") as out:
@@ -176,7 +175,7 @@ def save_onnx(
 def _onnx(program: torch.export.ExportedProgram, **names: Any) -> Any:
     """torch.onnx's translation of a graph."""
     try:
-        with _silence(), _linear_time(), torch.no_grad():
+        with silence(), _linear_time(), torch.no_grad():
             return torch.onnx.export(
                 with_common_operators(program), (), dynamo=True, verbose=False, **names
             )
@@ -203,7 +202,7 @@ def _linear_time() -> Iterator[None]:
 
 def program_runner(path: Path) -> Run:
     """A function that runs a ``.pt2`` file: images (B, C, H, W) → the model's output."""
-    with _silence():
+    with silence():
         module = torch.export.load(path).module()
     return module
 
@@ -361,16 +360,3 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Silence the exporters' warnings and logs; problems are raised as exceptions."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -5,19 +5,19 @@ https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 from torch import Tensor, nn
 
 from backbones.cli.graphs import Run, outputs
 from backbones.cli.predict import find_images, read_pixels
+from backbones.common.console import silence
 from backbones.common.errors import CommandError
 from backbones.common.messages import first_line
 from backbones.common.resizing import Resizing
@@ -93,44 +93,30 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
 
     Weights become per-channel int8, activations uint8 with ranges calibrated on the images.
     """
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = iter(images)
-
-        def get_next(self) -> dict[str, Any] | None:
-            image = next(self.left, None)
-            return None if image is None else {"image": image.numpy()}
 
     prepared = path.with_name(f".prepared.{path.name}")
     quantized = path.with_name(f".int8.{path.name}")
-    before, folder = logging.root.manager.disable, tempfile.tempdir
-    logging.disable(logging.WARNING)
-    tempfile.tempdir = str(path.parent)  # for onnxruntime's temporary files
+    feed = iter([{"image": image.numpy()} for image in images])
+    folder, tempfile.tempdir = tempfile.tempdir, str(path.parent)  # for onnxruntime's own files
     try:
-        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
-        quantize_static(
-            str(prepared),
-            str(quantized),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=_QUANTIZED,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )
+        with silence():
+            quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared),
+                str(quantized),
+                SimpleNamespace(get_next=lambda: next(feed, None)),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=_QUANTIZED,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                extra_options={"MatMulConstBOnly": True},
+            )
     except Exception as error:  # onnxruntime's have no public base
         raise CommandError(f"cannot be quantised: {first_line(error)}") from error
     finally:
-        logging.disable(before)
         tempfile.tempdir = folder
         prepared.unlink(missing_ok=True)
     os.replace(quantized, path)

@@ -15,8 +15,6 @@ is 2 if nothing could be measured.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import sys
 import tempfile
@@ -32,6 +30,7 @@ import torch
 from torch import nn
 
 import backbones
+from backbones.cli.common import read_text
 from backbones.common.arguments import THREADS, nonempty, nonempty_path, real, usable_device, whole
 from backbones.common.confusion import class_report, confusion_matrix, draw_confusions
 from backbones.common.errors import CREATION_ERRORS, DataError, RecipeError
@@ -43,6 +42,7 @@ from backbones.common.outputs import (
     Kind,
     add_overwrite,
     csv_of,
+    csv_of_rows,
     require_folder,
     require_writable,
 )
@@ -250,12 +250,8 @@ _REPORTED = (csv_of("class", "images"), FIGURE)
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows as CSV, atomically; their keys may differ."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="")
-    writer.writeheader()
-    writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, text.getvalue())
+    write_text_atomically(path, csv_of_rows(rows))
 
 
 def find_candidates(options: Namespace) -> list[Candidate]:
@@ -271,7 +267,8 @@ def find_candidates(options: Namespace) -> list[Candidate]:
             raise RecipeError(f"no model with published weights matches {word!r}")
         found += [Candidate(name, options.checkpoint, load_recipe(None, given)) for name in names]
     for path in options.list:
-        for line in _lines(path):
+        lines = map(str.strip, read_text(path, "--list").splitlines())
+        for line in (line for line in lines if line and not line.startswith("#")):
             name, *rest = line.split(maxsplit=1)
             found.append(Candidate(name, rest[0] if rest else None, load_recipe(None, given)))
     for folder in options.run:
@@ -282,16 +279,6 @@ def find_candidates(options: Namespace) -> list[Candidate]:
     if options.checkpoint and len(found) > 1:
         raise RecipeError(f"--checkpoint requires one model, not {len(found)}: use --list")
     return found
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise RecipeError(f"cannot read the list {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"the list {path} is not UTF-8 text") from error
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def add_arguments(parser: ArgumentParser) -> None:

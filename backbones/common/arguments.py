@@ -80,7 +80,7 @@ THREADS = whole(1, 1024)
 """The type of ``--threads``; PyTorch itself has no upper limit."""
 
 
-def usable_device(name: str) -> torch.device:
+def usable_device(name: str, option: str = "--device") -> torch.device:
     """The device of that name, after creating and reading a tensor on it."""
     try:
         with warnings.catch_warnings():
@@ -89,5 +89,5 @@ def usable_device(name: str) -> torch.device:
             torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, ImportError, ValueError, TypeError) as error:
         reason = first_line(error).partition(". ")[0]
-        raise CommandError(f"--device {name} cannot be used here: {reason}") from error
+        raise CommandError(f"{option} {name} cannot be used here: {reason}") from error
     return device

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import codecs
 import errno
+import io
+import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any, NoReturn, TextIO
 
 from backbones.common.checkpoint_files import CheckpointError
@@ -74,6 +77,19 @@ def _status(command: Callable[[], int | None]) -> int:
         if shortage is None:
             raise
         return _fail(shortage)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Silence libraries' warnings, logs and prints; what fails raises."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 @contextmanager

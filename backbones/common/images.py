@@ -36,17 +36,8 @@ _FORMATS = (
 )
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-# The same, of arrays.
-_ARRAY_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+# Of pixels (H, W, …), by EXIF orientation.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
     4: lambda a: a[::-1],
@@ -182,7 +173,8 @@ def open_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Image.Image
     with opened(source) as image:
         image.load()
         turn = _TURNS.get(orientation_of(image))
-        return as_8_bits(image if turn is None else image.transpose(turn), mode)
+        converted = as_8_bits(image, mode)
+        return converted if turn is None else Image.fromarray(turn(np.asarray(converted)))
 
 
 def installed_decoder() -> str:
@@ -289,7 +281,7 @@ def require_wide(size: tuple[int, int], config: dict[str, Any]) -> None:
 
 def upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:
     """Pixels (H, W, …) with an EXIF orientation applied; values other than 1 … 8 are ignored."""
-    turn = _ARRAY_TURNS.get(orientation)
+    turn = _TURNS.get(orientation)
     return pixels if turn is None else turn(pixels)
 
 

@@ -90,7 +90,7 @@ def peak_bytes(network: nn.Module, shape: Sequence[int]) -> float:
 
     Args:
         network: with plain layers; fused ones work in tiles.
-        shape: (B, C, H, W), float32.
+        shape: (B, C, H, W), of images in the network's dtype.
 
     Returns:
         Bytes; infinity if a tensor would exceed the address space.
@@ -98,7 +98,8 @@ def peak_bytes(network: nn.Module, shape: Sequence[int]) -> float:
     shadow = copy.deepcopy(network).to("meta").eval()
     try:
         with torch.inference_mode():
-            return live_bytes(shadow, torch.empty(*shape, device="meta"))
+            dtype = next(shadow.parameters()).dtype
+            return live_bytes(shadow, torch.empty(*shape, dtype=dtype, device="meta"))
     except RuntimeError as error:
         if "calculation overflowed" in str(error):
             return math.inf
@@ -152,16 +153,13 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
-@torch.inference_mode()
 def require_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
     """Check on the meta device that memory suffices for images of these shapes."""
-    dtype = next(model.parameters()).dtype
-    shadow = copy.deepcopy(model).to("meta").eval()
     free = available_memory(torch.device("cpu"))
     for shape in shapes:
-        needed = math.prod(shape) * dtype.itemsize
+        needed: float = math.prod(shape) * next(model.parameters()).dtype.itemsize
         if needed <= free:  # the meta device does not count to infinity
-            needed += live_bytes(shadow, torch.empty(*shape, dtype=dtype, device="meta"))
+            needed += peak_bytes(model, shape)
         if needed > free:
             raise CommandError(
                 f"images of {'×'.join(map(str, shape))} need more than {needed / 1e9:.3g} GB of "

@@ -49,6 +49,12 @@ def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
+def csv_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Text of CSV with a column for each key; rows need not have all."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return csv_text(columns, ([row.get(key, "") for key in columns] for row in rows))
+
+
 def json_text(content: Any) -> str:
     """Text of JSON."""
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from backbones.common.arguments import usable_device
 from backbones.common.errors import RecipeError
 from backbones.common.messages import first_line, shown
 
@@ -97,7 +98,9 @@ def world_of_processes(device: str | None) -> Iterator[World]:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and size > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    target = _usable(name)
+    target = usable_device(name, "device")
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
     if "WORLD_SIZE" not in os.environ:
         yield World(0, 1, target)
         return
@@ -126,15 +129,3 @@ def _world_size() -> int:
     if not text.isdecimal() or int(text) < 1:
         raise RecipeError(f"WORLD_SIZE must be the number of processes, not {shown(text)}")
     return int(text)
-
-
-def _usable(name: str) -> torch.device:
-    """The device of that name, after creating a tensor on it; a GPU becomes the current device."""
-    try:
-        target = torch.device(name)
-        torch.zeros(1, device=target).item()  # which the device "meta" cannot
-    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
-        raise RecipeError(f"device {name} cannot be used here: {first_line(error)}") from error
-    if target.type == "cuda":
-        torch.cuda.set_device(target)
-    return target

@@ -1,10 +1,9 @@
-"""What a command is at: a bar for counted steps, the seconds of a long one."""
+"""What a command is at: a bar for counted steps."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -12,7 +11,6 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 _BAR = "{desc} {percentage:3.0f}% {bar} {n}/{total}  {postfix}"
-_CLEAR_LINE = "\r\x1b[K"
 
 
 class Progress:
@@ -101,34 +99,6 @@ def counting(title: str, total: int, shown: bool = True) -> Iterator[Progress]:
         yield progress
     finally:
         progress.end()
-
-
-@contextlib.contextmanager
-def show_elapsed(step: str, interval: float = 1.0) -> Iterator[None]:
-    """Show a step's elapsed seconds if standard error is a terminal, and clear the line at the end.
-
-    Args:
-        interval: seconds between updates.
-    """
-    if not sys.stderr.isatty():
-        yield
-        return
-    stream, start, done = sys.stderr, time.monotonic(), threading.Event()
-
-    def tick() -> None:
-        while not done.wait(interval):
-            stream.write(f"{_CLEAR_LINE}{step}, {time.monotonic() - start:.0f} s")
-            stream.flush()
-
-    thread = threading.Thread(target=tick, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        stream.write(_CLEAR_LINE)
-        stream.flush()
 
 
 def duration(seconds: float) -> str:

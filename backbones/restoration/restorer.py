@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 
 import backbones
 from backbones.common.arguments import THREADS, nonempty_path, usable_device
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CREATION_ERRORS, CommandError, DataError
+from backbones.common.keys import parse_yaml
 from backbones.common.messages import shown
 from backbones.core.outlines import outlines
 
@@ -24,24 +24,19 @@ _DTYPES = ("float32", "bfloat16", "int8")
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for the model."""
-    parser.add_argument("--model", required=True, help="one of backbones.list_models('hat*')")
-    parser.add_argument("--checkpoint", type=nonempty_path, metavar="FILE", help="its weights")
-    parser.add_argument(
-        "--model-args",
-        default="{}",
-        metavar="YAML",
-        help="further keywords, such as '{upscale: 1}'",
-    )
-    parser.add_argument(
-        "--max-memory", metavar="SIZE", help="such as 2G or 800M (default: half of what is free)"
-    )
-    parser.add_argument("--tta", action="store_true", help="average over 8 flips and rotations")
-    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, help="of the computation on a CPU, instead of --amp (float32)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=THREADS, help="CPU threads")
+    add = parser.add_argument
+    add("--model", required=True, help="one of backbones.list_models('hat*')")
+    add("--checkpoint", type=nonempty_path, metavar="FILE", help="its weights")
+    text = "further keywords, such as '{upscale: 1}'"
+    add("--model-args", default="{}", metavar="YAML", help=text)
+    text = "such as 2G or 800M (default: half of what is free)"
+    add("--max-memory", metavar="SIZE", help=text)
+    add("--tta", action="store_true", help="average over 8 flips and rotations")
+    add("--amp", action="store_true", help="autocast to bfloat16")
+    text = "of the computation on a CPU, instead of --amp (float32)"
+    add("--dtype", choices=_DTYPES, help=text)
+    add("--device", help="cpu, cuda, … (default: a GPU if there is one)")
+    add("--threads", type=THREADS, help="CPU threads")
 
 
 def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
@@ -97,10 +92,9 @@ def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}
 
 def _keywords(arguments: str) -> dict[str, Any]:
     try:
-        keywords = yaml.safe_load(arguments)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"--model-args {shown(arguments)} is not YAML: {reason}") from error
+        keywords = parse_yaml(arguments)
+    except ValueError as error:
+        raise DataError(f"--model-args {shown(arguments)} is not YAML: {error}") from error
     if keywords is not None and not isinstance(keywords, dict):
         raise DataError(f"--model-args must be such as '{{upscale: 1}}', not {shown(arguments)}")
     return {str(key): value for key, value in (keywords or {}).items()}

@@ -216,31 +216,20 @@ def _is_part_of_a_name(text: str) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument(
-        "inputs", nargs="+", type=nonempty_path, metavar="IN", help="picture, folder, or glob"
-    )
+    add = parser.add_argument
+    add("inputs", nargs="+", type=nonempty_path, metavar="IN", help="picture, folder, or glob")
     add_model_arguments(parser)
-    parser.add_argument(
-        "--out", required=True, type=nonempty_path, metavar="DIR", help="folder for the results"
-    )
-    parser.add_argument(
-        "--tile", default="auto", help="side in pixels, auto, or none (default: auto)"
-    )
-    parser.add_argument(
-        "--overlap", type=int, default=32, help="margin around tiles in pixels (default: 32)"
-    )
-    parser.add_argument("--compare", action="store_true", help="also write a comparison picture")
-    parser.add_argument("--suffix", help="suffix of the results' names (default: _x4, …)")
+    text = "folder for the results"
+    add("--out", required=True, type=nonempty_path, metavar="DIR", help=text)
+    add("--tile", default="auto", help="side in pixels, auto, or none (default: auto)")
+    text = "margin around tiles in pixels (default: 32)"
+    add("--overlap", type=int, default=32, help=text)
+    add("--compare", action="store_true", help="also write a comparison picture")
+    add("--suffix", help="suffix of the results' names (default: _x4, …)")
     endings = [s[1:] for s in SUFFIXES]
-    parser.add_argument(
-        "--format", choices=endings, help="format of the results (default: the input's)"
-    )
-    parser.add_argument(
-        "--quality", type=int, default=95, help="quality of JPEG and WebP (default: 95)"
-    )
-    parser.add_argument(
-        "--skip-existing", action="store_true", help="skip pictures whose result exists"
-    )
+    add("--format", choices=endings, help="format of the results (default: the input's)")
+    add("--quality", type=int, default=95, help="quality of JPEG and WebP (default: 95)")
+    add("--skip-existing", action="store_true", help="skip pictures whose result exists")
     add_overwrite(parser)
 
 

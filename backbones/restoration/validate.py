@@ -146,11 +146,10 @@ def _to_picture(image: Tensor) -> Picture:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument(
-        "folders", nargs="+", type=nonempty_path, metavar="FOLDER", help="folders, one per data set"
-    )
+    add, text = parser.add_argument, "folders, one per data set"
+    add("folders", nargs="+", type=nonempty_path, metavar="FOLDER", help=text)
     add_model_arguments(parser)
-    parser.add_argument("--csv", type=nonempty_path, metavar="FILE", help="a row for each picture")
+    add("--csv", type=nonempty_path, metavar="FILE", help="a row for each picture")
     add_overwrite(parser)
 
 

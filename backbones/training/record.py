@@ -13,7 +13,7 @@ import torch
 from backbones.common.errors import FileError, RecipeError
 from backbones.common.files import write_problem, write_text_atomically
 from backbones.common.messages import first_line
-from backbones.common.outputs import csv_text
+from backbones.common.outputs import csv_of_rows
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
 from backbones.training.multilabel import mean_auc
@@ -164,9 +164,8 @@ class RunLog:
         """Rewrite ``summary.csv``: one row for each epoch."""
         if not self.active or not history:
             return
-        columns = list(dict.fromkeys(key for row in history for key in row))
-        rows = ([_rounded(row.get(key, "")) for key in columns] for row in history)
-        write_text_atomically(self.folder / "summary.csv", csv_text(columns, rows))
+        rows = [{key: _rounded(value) for key, value in row.items()} for row in history]
+        write_text_atomically(self.folder / "summary.csv", csv_of_rows(rows))
 
     def close(self) -> None:
         """Flush the loggers."""

@@ -112,7 +112,7 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
         (["--model", "nothing_*"], "no model with published weights matches 'nothing_*'"),
         (["--model", "van_b0", "van_b1", "--checkpoint=x"], "requires one model, not 2"),
         (["--run", "nowhere"], "cannot read the recipe"),
-        (["--list", "nowhere"], "cannot read the list nowhere"),
+        (["--list", "nowhere"], "cannot read --list nowhere"),
         (["--model", "van_b0", "--split=holdout"], "no split 'holdout'"),
         (["--model", "van_b0", "--corrupt", "rain"], "no corruption 'rain'"),
         (["--model", "van_b0", "--severity", "9", "--corrupt"], "severity 9"),

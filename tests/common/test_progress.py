@@ -8,25 +8,12 @@ import time
 
 import pytest
 
-from backbones.common.progress import Progress, counting, show_elapsed
+from backbones.common.progress import Progress, counting
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-def test_elapsed_time_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with show_elapsed("writing", interval=0.01):
-        while not sys.stderr.getvalue():
-            time.sleep(0.01)
-    shown = sys.stderr.getvalue()
-    assert "\r\x1b[Kwriting, 0 s" in shown and shown.endswith("\r\x1b[K")
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with show_elapsed("writing", interval=0.01):
-        time.sleep(0.02)
-    assert not sys.stderr.getvalue()
 
 
 def test_elsewhere_there_are_lines_or_nothing(capsys: pytest.CaptureFixture[str]) -> None:
