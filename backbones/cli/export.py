@@ -183,9 +183,9 @@ def _write(
     if format == "pt2":
         graphs.save_program(graphs.trace(model, shape, dynamic), path)
         return graphs.program_runner(path)
-    program, group = graphs.trace_for_onnx(model, shape, dynamic)
+    program = graphs.trace(model, shape, dynamic)
     _say(f"{name}: writing ONNX")
-    graphs.save_onnx(program, path, _metadata(loaded), group)
+    graphs.save_onnx(program, path, _metadata(loaded))
     _say(f"{name}: comparing with the model")
     return graphs.onnx_runner(path)
 

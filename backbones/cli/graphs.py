@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from backbones.cli.common_operators import with_common_operators
-from backbones.cli.hat_export import SharedGroup, extract_group, inline_groups
 from backbones.common.console import silence
 from backbones.common.errors import CommandError
 
@@ -44,37 +43,7 @@ def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export
         shape: (B, C, H, W) of the images.
         dynamic: whether batch, height and width are dynamic.
     """
-    return _trace(_frozen(model), shape, dynamic)
-
-
-@dataclass(frozen=True)
-class TracedGroup:
-    """The graph that HAT's groups share.
-
-    Attributes:
-        program: takes a map and the weights of a group.
-        weights: of each group.
-    """
-
-    program: torch.export.ExportedProgram
-    weights: Sequence[dict[str, Tensor]]
-
-
-def trace_for_onnx(
-    model: nn.Module, shape: Sequence[int], dynamic: bool
-) -> tuple[torch.export.ExportedProgram, TracedGroup | None]:
-    """Like :func:`trace`, for :func:`save_onnx`: identical groups are traced once."""
-    frozen = _frozen(model)
-    group = extract_group(frozen)
-    program = _trace(frozen, shape, dynamic)
-    return program, None if group is None else _trace_group(group, shape, dynamic)
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-def _trace(frozen: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export.ExportedProgram:
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
     parameter = next(frozen.parameters())
     images = torch.zeros(
         *((_TRACED_BATCH, shape[1], *_TRACED_SIZE) if dynamic else shape),
@@ -83,21 +52,6 @@ def _trace(frozen: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.expo
     )
     axes = torch.export.Dim.DYNAMIC
     return _export(frozen, (images,), ({0: axes, 2: axes, 3: axes},) if dynamic else None)
-
-
-def _trace_group(group: SharedGroup, shape: Sequence[int], dynamic: bool) -> TracedGroup:
-    """``shape`` is of the images."""
-    weights, window = group.weights[0], group.window_size
-    batch, sides = (_TRACED_BATCH, _TRACED_SIZE) if dynamic else (shape[0], shape[2:])
-    height, width = (math.ceil(side / window) * window for side in sides)
-    parameter = next(iter(weights.values()))
-    x = torch.zeros(batch, group.dim, height, width, dtype=parameter.dtype, device=parameter.device)
-    axes: Any = None
-    if dynamic:
-        rows, columns = (torch.export.Dim(name, min=1) for name in ("rows", "columns"))
-        of_map = {0: torch.export.Dim.DYNAMIC, 2: window * rows, 3: window * columns}
-        axes = (of_map, dict.fromkeys(weights, {}))
-    return TracedGroup(_export(group, (x, weights), axes), group.weights)
 
 
 def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.export.ExportedProgram:
@@ -152,35 +106,32 @@ def save_onnx(
     program: torch.export.ExportedProgram,
     path: Path,
     metadata: dict[str, str] | None = None,
-    group: TracedGroup | None = None,
 ) -> None:
     """Write an ONNX file with the input ``image`` and the output ``output``.
 
-    Weights of more than 1.9 GB are stored in ``<path>.data``.
-
-    Args:
-        program, group: of :func:`trace_for_onnx`, or only the program of :func:`trace`.
+    Weights of more than 1.9 GB are stored in ``<path>.data``. Equal constants are stored once.
     """
     _require_packages("onnx", "onnxscript")
-    made = _onnx(program, input_names=["image"], output_names=["output"])
-    tensors = list(program.state_dict.values())
-    if group is not None:
-        inline_groups(made.model, _onnx(group.program).model, group.weights)
-        tensors += [tensor for weights in group.weights for tensor in weights.values()]
-    _name_axes(made.model)
-    made.model.metadata_props.update(metadata or {})
-    made.save(path, external_data=sum(t.nbytes for t in tensors) > _LARGEST_FILE)
+    from onnx_ir.passes.common import DeduplicateInitializersPass
 
-
-def _onnx(program: torch.export.ExportedProgram, **names: Any) -> Any:
-    """torch.onnx's translation of a graph."""
     try:
         with silence(), _linear_time(), torch.no_grad():
-            return torch.onnx.export(
-                with_common_operators(program), (), dynamo=True, verbose=False, **names
+            made: Any = torch.onnx.export(
+                with_common_operators(program),
+                (),
+                dynamo=True,
+                verbose=False,
+                input_names=["image"],
+                output_names=["output"],
             )
     except Exception as error:  # torch.onnx raises many kinds, some of them private
         raise CommandError(f"cannot be written as ONNX: {_reason(error)}") from error
+    DeduplicateInitializersPass()(made.model)
+    _name_axes(made.model)
+    made.model.metadata_props.update(metadata or {})
+    made.save(
+        path, external_data=sum(t.nbytes for t in program.state_dict.values()) > _LARGEST_FILE
+    )
 
 
 @contextlib.contextmanager
