@@ -49,7 +49,7 @@ from backbones.embedding.search import search
 from backbones.embedding.shard_writer import ShardWriter
 from backbones.embedding.table import identity, load, schema, shard_path, write_metadata
 from backbones.embedding.worker import Images
-from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
+from backbones.restoration.data import TRAINING, VALIDATION, find_photographs
 from backbones.training import build, optimization
 from backbones.training.data import open_splits
 from backbones.training.loader import TrainLoader

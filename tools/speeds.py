@@ -20,7 +20,7 @@ from tables_models import table
 
 import backbones
 from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell, is_older, rivals, speed
-from backbones.cli.provenance import kernels
+from backbones.cli.reports import kernels
 
 Report = dict[str, Any]
 

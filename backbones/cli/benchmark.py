@@ -80,8 +80,7 @@ from backbones.cli.contenders import (
 )
 from backbones.cli.measure import count_macs
 from backbones.cli.op_kinds import time_by_kind
-from backbones.cli.provenance import provenance
-from backbones.cli.reports import load_report, put_rows, read_report, write_report
+from backbones.cli.reports import load_report, provenance, put_rows, read_report, write_report
 from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady
 from backbones.common.arguments import THREADS, nonempty_path, real, whole
 from backbones.common.errors import CommandError

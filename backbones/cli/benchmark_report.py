@@ -100,7 +100,7 @@ def is_older(row: dict[str, Any], now: str) -> bool:
     """Whether kernels have changed since a row was measured.
 
     Args:
-        now: the digest of today's sources, :func:`backbones.cli.provenance.kernels`.
+        now: the digest of today's sources, :func:`backbones.cli.reports.kernels`.
     """
     return bool(row.get("kernels") != now)
 

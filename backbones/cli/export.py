@@ -1,7 +1,7 @@
 """``vision-backbones export``: write a model as an ONNX or torch.export file and check it.
 
 The file is compared with the model, at three sizes if sizes are dynamic. A model in int8 can also
-be written as safetensors, for the library itself (``int8_export.py``).
+be written as safetensors, for the library itself (``quantizing.py``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from backbones.cli import graphs, quantizing
 from backbones.cli.common import add_size_argument, two_sides
-from backbones.cli.int8_export import INT8, export_int8
 from backbones.common.arguments import nonempty_path, real
 from backbones.common.errors import CommandError
 from backbones.common.files import replacing_together, require_disk_space
@@ -30,7 +29,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of, require_size
 from backbones.core.loaded import Loaded, load, preprocessing
 
-_FORMATS = {"onnx": ONNX, "pt2": PT2, "safetensors": INT8}
+_FORMATS = {"onnx": ONNX, "pt2": PT2, "safetensors": quantizing.INT8}
 
 EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 
@@ -124,7 +123,7 @@ def _run(options: Namespace) -> int:
             f"note: without --checkpoint or --pretrained, {loaded.name} is exported untrained\n"
         )
     if ours:
-        export_int8(loaded, options.out, size, images, options.max_drop)
+        quantizing.export_int8(loaded, options.out, size, images, options.max_drop)
     else:
         export(loaded, options.out, format, size, options.batch, options.dynamic, images)
     return 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,7 +31,6 @@ from backbones.common import images
 from backbones.common.arguments import nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CommandError, memory_shortage
-from backbones.common.files import file_problem
 from backbones.common.messages import first_line, one_line
 from backbones.common.outputs import (
     FIGURE,
@@ -153,7 +151,7 @@ def predict(
     """
     config = preprocessing(loaded)
     resize = Resizing(config)
-    grey = config["input_size"][0] == 1
+    mode = "L" if config["input_size"][0] == 1 else "RGB"
     shown = progress and len(paths) > batch_size
     with counting("images", len(paths), shown) as bar:
         for start in range(0, len(paths), batch_size):
@@ -162,7 +160,7 @@ def predict(
             for path in paths[start : start + batch_size]:
                 prediction = Prediction(path, [], [])
                 try:
-                    pixels = read_pixels(path, grey)
+                    pixels = images.read_pixels(path, mode)
                     images.require_wide((pixels.shape[1], pixels.shape[0]), config)
                     readable.append(resize(pixels))
                 except images.DECODE_ERRORS as error:
@@ -211,19 +209,6 @@ def say_skipped(files: Sequence[Path]) -> None:
     skipped.add(list(map(str, files)))
     if skipped:
         sys.stderr.write(f"{skipped}\n")
-
-
-def read_pixels(path: Path, grey: bool = False) -> np.ndarray:
-    """Decode an upright image: (H, W, 3), or (H, W, 1) for greyscale, uint8.
-
-    With the fastest decoder whose pixels are those of
-    :func:`backbones.common.images.open_image`.
-    """
-    if (problem := file_problem(path)) is not None:
-        raise OSError(problem)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about damage that doesn't affect pixels
-        return images.open_pixels(path, "L" if grey else "RGB", images.installed_decoder())
 
 
 def _classify(

@@ -1,10 +1,15 @@
-"""Reports of measurements as JSON: one row a line, rounded to what was measured."""
+"""Reports of measurements as JSON: one row a line, rounded, with date, commit and kernels."""
 
 from __future__ import annotations
 
+import datetime
+import functools
+import hashlib
 import json
 import math
 import re
+import shutil
+import subprocess
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +19,7 @@ from backbones.common.arguments import nonempty_path
 from backbones.common.errors import CommandError
 from backbones.common.files import write_text_atomically
 from backbones.common.outputs import REPORT, add_overwrite, require_writable
+from ops.cpu.build.sources import SOURCES
 
 Report = dict[str, Any]
 
@@ -118,3 +124,30 @@ def put_rows(report: Report, rows: Sequence[Mapping[str, Any]], keys: Sequence[s
     for row in rows:
         place = places.setdefault(tuple(row[key] for key in keys), len(report["results"]))
         report["results"][place : place + 1] = [row]
+
+
+@functools.cache
+def kernels() -> str:
+    """A digest of the sources of all kernels. A row with another one is of older kernels."""
+    digest = hashlib.sha256()
+    for path in sorted(SOURCES.glob("*/*")):
+        if path.suffix in (".cpp", ".h"):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
+
+
+def provenance() -> dict[str, str]:
+    """``date`` and ``kernels``, and ``commit`` if the library lies in a checkout."""
+    found = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
+    if commit := _commit(SOURCES.parents[1]):
+        found["commit"] = commit
+    return {**found, "kernels": kernels()}
+
+
+def _commit(root: Path) -> str | None:
+    """The commit of a checkout, marked if files were changed since; None outside of one."""
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    words = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    run = subprocess.run(words, cwd=root, capture_output=True, text=True, timeout=60)
+    return run.stdout.strip() or None

@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import IO, Any, Generic, TypeVar
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError, features
 
+from backbones.common.files import file_problem
 from backbones.common.messages import one_line
 
 DECODE_ERRORS = (
@@ -209,6 +211,15 @@ def open_pixels(
             source.seek(0)
     pixels = np.asarray(open_image(source, mode))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def read_pixels(path: Path, mode: str = "RGB") -> np.ndarray:
+    """:func:`open_pixels` of a file with the fastest decoder; OSError if it is no regular file."""
+    if (problem := file_problem(path)) is not None:
+        raise OSError(problem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damage that doesn't affect pixels
+        return open_pixels(path, mode, installed_decoder())
 
 
 def _by_simplejpeg(image: Image.Image, mode: str) -> np.ndarray | None:

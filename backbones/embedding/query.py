@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +14,9 @@ from backbones.common.checkpoint_files import sha256_of
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError, MendableError
 from backbones.common.files import file_problem
-from backbones.common.images import DECODE_ERRORS
+from backbones.common.images import DECODE_ERRORS, read_pixels
 from backbones.common.messages import first_line
 from backbones.embedding.network import Network
-from backbones.embedding.sources import Item
 from backbones.embedding.table import metadata
 from backbones.embedding.worker import Images
 
@@ -81,7 +78,7 @@ def embed_queries(
         decoded = []
         for path in map(Path, paths[start : start + _BATCH]):
             try:
-                decoded.append(_decode(images, path))
+                decoded.append(images.fit(read_pixels(path, images.mode)))
                 queries.paths.append(path)
             except DECODE_ERRORS as error:
                 queries.unreadable.append((path, first_line(error)))
@@ -92,19 +89,6 @@ def embed_queries(
             vectors.append(found[:count].flatten(1).numpy())
     queries.vectors = np.concatenate(vectors)
     return queries
-
-
-def _decode(images: Images, path: Path) -> np.ndarray:
-    if (problem := file_problem(path)) is not None:
-        raise OSError(problem)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about damage that affects no pixel
-        pixels, _ = images.decode(Item(str(path), partial(_open, path)))
-    return pixels
-
-
-def _open(path: Path) -> IO[bytes]:
-    return open(path, "rb")
 
 
 def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | None) -> Path:

@@ -126,9 +126,12 @@ class Images:
         else:
             with source:
                 pixels = open_pixels(source, self.mode, self.decoder)
-        height, width = pixels.shape[:2]
-        require_wide((width, height), self.config)
-        return self.resize(pixels), (height, width)
+        return self.fit(pixels), (pixels.shape[0], pixels.shape[1])
+
+    def fit(self, pixels: np.ndarray) -> np.ndarray:
+        """Resize and crop (H, W, C) to the network's size, (C, height, width)."""
+        require_wide((pixels.shape[1], pixels.shape[0]), self.config)
+        return self.resize(pixels)
 
     def normalise(self, images: Sequence[np.ndarray]) -> Tensor:
         """Make a batch (B, C, H, W) for the network, bit-identical to timm's transform."""

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform
+from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
@@ -23,7 +24,6 @@ from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler
 from backbones.data.sources import ImageSource
 from backbones.data.streams import StreamImages, StreamSource
-from backbones.training.posterize import allow_zero_bits
 from backbones.training.recipe import Recipe
 
 
@@ -301,3 +301,28 @@ def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> Pr
 def _options(recipe: Recipe, world: World, persistent: bool = True) -> dict[str, Any]:
     options = loader_options(recipe.workers, recipe.pin_memory, world.device, persistent)
     return {**options, "collate_fn": fast_collate}
+
+
+def allow_zero_bits(transform: Any) -> None:
+    """Let every posterizing operation in a timm transform (a ``Compose``) accept 0 bits.
+
+    RandAugment uses them at its highest magnitude, and Pillow 13 rejects them. The published recipes
+    were trained with versions that returned a black image, as is done here.
+    """
+    for step in getattr(transform, "transforms", []):
+        if isinstance(step, (RandAugment, AugMixAugment)):
+            operations = list(step.ops)
+        elif isinstance(step, AutoAugment):
+            operations = [op for policy in step.policy for op in policy]
+        else:
+            continue
+        for operation in operations:
+            if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Like timm's operation of this name; further keywords are ignored, as there."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -23,10 +23,9 @@ from backbones.common.processes import Consensus, World
 from backbones.common.progress import Progress
 from backbones.common.signals import StopRequest
 from backbones.training import build, optimization, parallel
-from backbones.training.bad_steps import BadSteps, DivergedError
 from backbones.training.recipe import Recipe, check_learning_rate
 from backbones.training.record import RunLog
-from backbones.training.resumable import Resumable
+from backbones.training.resumable import BadSteps, DivergedError, Resumable
 
 
 class TrainingLoop(Resumable):

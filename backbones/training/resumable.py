@@ -1,4 +1,4 @@
-"""Saving and resuming of runs: the contents of ``last.pt``, and checks when it is loaded."""
+"""Saving and resuming of runs: the contents of ``last.pt``, checks, and what a bad loss leaves."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import dataclasses
 import os
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from backbones.common.errors import FileError
+from backbones.common.errors import FileError, MendableError
+from backbones.common.files import write_text_atomically
 from backbones.common.generators import get_rng_state, set_rng_state
 from backbones.common.keys import fields_of
 from backbones.common.messages import joined_lines, shown
 from backbones.common.processes import World
 from backbones.common.progress import Progress
 from backbones.training import parallel, run_state
-from backbones.training.bad_steps import BadSteps
 from backbones.training.distillation import StudentWithExits
 from backbones.training.optimization import images_per_update, learning_rate
 from backbones.training.recipe import Recipe, differences
@@ -40,6 +41,49 @@ _SETTINGS = {
 }
 # The plateau scheduler's own state; the rest comes from the recipe.
 _PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
+
+class DivergedError(MendableError, RuntimeError):
+    """Loss or weights are not finite: too many times in a row, or in a validation."""
+
+
+class BadSteps:
+    """Count of skipped updates.
+
+    Args:
+        allowed: number of consecutive bad updates that end the run.
+
+    Attributes:
+        in_a_row: epoch and step of the current consecutive bad updates.
+    """
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self.in_a_row: list[tuple[int, int]] = []
+
+    def note(self, bad: bool, epoch: int, step: int) -> bool:
+        """Record an update; returns whether there were too many bad ones in a row."""
+        if not bad:
+            self.in_a_row.clear()
+            return False
+        self.in_a_row.append((epoch, step))
+        return len(self.in_a_row) >= self.allowed
+
+    def error(self, images: Sequence[str], folder: Path, write: bool, left: str) -> DivergedError:
+        """The error to raise; writes the names of the ``images`` to a file in ``folder``.
+
+        Args:
+            left: description of the remaining checkpoints.
+        """
+        path = folder / "bad_batches.txt"
+        if write:
+            write_text_atomically(path, "".join(f"{name}\n" for name in images))
+        first = ", ".join(images[:3])
+        return DivergedError(
+            f"the loss was not finite in {len(self.in_a_row)} updates in a row; their "
+            f"{len(images)} images ({first}, …) are listed in {path}; {left}. A lower lr or "
+            "clip_grad may help"
+        )
 
 
 class Resumable(ABC):

@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo import FAMILIES, randomise, small
 
 import backbones
-from backbones.cli import common_operators, graphs, quantizing
+from backbones.cli import graphs, quantizing
 from backbones.cli.export import export
 from backbones.cli.main import main
 from backbones.common.errors import CommandError
@@ -313,7 +313,7 @@ def test_sampled_deformable_convolution(stride, pad, dilation) -> None:
     shape = torch.nn.functional.conv2d(x, weight, None, stride, pad, dilation).shape[2:]
     offset = 3 * torch.randn(2, 12, *shape)
     expected = torchvision.ops.deform_conv2d(x, offset, weight, bias, stride, pad, dilation)
-    sampled = common_operators.sampled_deform_conv2d(
+    sampled = graphs.sampled_deform_conv2d(
         x, weight, offset, x, bias, *stride, *pad, *dilation, 1, 1, False
     )
     torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
@@ -323,4 +323,4 @@ def test_sampled_deformable_convolution(stride, pad, dilation) -> None:
 def test_pooling_for_older_translations(size: tuple[int, int]) -> None:
     x = torch.randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
     expected = torch.nn.functional.adaptive_avg_pool2d(x, size)
-    torch.testing.assert_close(common_operators._mean_pool(x, size), expected)
+    torch.testing.assert_close(graphs._mean_pool(x, size), expected)

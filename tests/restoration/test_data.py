@@ -13,6 +13,8 @@ from backbones.common.errors import DataError
 from backbones.common.processes import World
 from backbones.data.corrupt import CorruptImages
 from backbones.restoration.data import (
+    TRAINING,
+    VALIDATION,
     Patches,
     PatchLoader,
     degrade_picture,
@@ -22,7 +24,6 @@ from backbones.restoration.data import (
 )
 from backbones.restoration.degrade import compress
 from backbones.restoration.metrics import quantize
-from backbones.restoration.photographs import TRAINING, VALIDATION
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from backbones.cli.benchmark_report import Cell, rivals, speed, speed_lines
-from backbones.cli.provenance import kernels, provenance
+from backbones.cli.reports import kernels, provenance
 
 DOCS = Path(__file__).parents[2] / "docs"
 

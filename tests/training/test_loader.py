@@ -16,8 +16,7 @@ from backbones.data.batches import _start_worker
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import TrainSampler, ValidationSampler
 from backbones.training.data import open_splits
-from backbones.training.loader import TrainLoader, ValidationLoader
-from backbones.training.posterize import allow_zero_bits
+from backbones.training.loader import TrainLoader, ValidationLoader, allow_zero_bits
 from backbones.training.recipe import Recipe
 
 CPU = torch.device("cpu")
