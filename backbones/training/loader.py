@@ -306,8 +306,8 @@ def _options(recipe: Recipe, world: World, persistent: bool = True) -> dict[str,
 def allow_zero_bits(transform: Any) -> None:
     """Let every posterizing operation in a timm transform (a ``Compose``) accept 0 bits.
 
-    RandAugment uses them at its highest magnitude, and Pillow 13 rejects them. The published recipes
-    were trained with versions that returned a black image, as is done here.
+    RandAugment uses them at its highest magnitude, and Pillow 13 rejects them. The published
+    recipes were trained with versions that returned a black image, as is done here.
     """
     for step in getattr(transform, "transforms", []):
         if isinstance(step, (RandAugment, AugMixAugment)):
