@@ -24,6 +24,7 @@ import speeds  # noqa: E402
 from contenders import TITLES  # noqa: E402
 from speeds import Speeds  # noqa: E402
 from tables_families import DIRECT, claim, licence, links  # noqa: E402
+from tables_models import table  # noqa: E402
 
 import backbones  # noqa: E402
 from backbones.cli import parity  # noqa: E402
@@ -31,7 +32,7 @@ from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell  # noqa: E402
 from backbones.core.registry import published_weights  # noqa: E402
 
 PARITY = DOCS / "parity.json"
-DASH = "–"
+DASH, _SPACE = "–", "\N{NO-BREAK SPACE}"
 
 
 @dataclass(frozen=True)
@@ -232,27 +233,17 @@ def zoo(data: list[Row]) -> str:
 
 def variants_table(data: list[Row], family: str) -> str:
     """The variants of one family as a Markdown table, smallest first."""
-    lines = [
-        "| Variant | M params | G MACs | Reported top-1, % | Weights |",
-        "|---|---:|---:|---:|---|",
-    ]
-    for row in data:
-        if row.family == family:
-            top1 = row.claim if row.top1 is None and row.claim else _number(row.top1, 1)
-            if row.top1 is not None:
-                top1 += f"\N{NO-BREAK SPACE}at\N{NO-BREAK SPACE}{row.top1_size}²"
-                top1 += f", {row.claim}" if row.claim else ""
-            cells = (
-                f"`{row.name}`",
-                _number(row.params_m, 2),
-                f"{_number(row.macs_g, 2)}\N{NO-BREAK SPACE}at\N{NO-BREAK SPACE}{row.macs_size}²",
-                top1,
-                _weights(row),
-            )
-            lines.append("| " + " | ".join(cells) + " |")
-    if any(row.top1 is not None or row.claim for row in data if row.family == family):
-        lines += ["", _sources(family)]
-    return "\n".join(lines)
+    cells, has_claims = [], False
+    for row in (row for row in data if row.family == family):
+        top1 = row.claim if row.top1 is None and row.claim else _number(row.top1, 1)
+        if row.top1 is not None:
+            top1 += f"{_SPACE}at{_SPACE}{row.top1_size}²" + (f", {row.claim}" if row.claim else "")
+        macs = f"{_number(row.macs_g, 2)}{_SPACE}at{_SPACE}{row.macs_size}²"
+        cells.append([f"`{row.name}`", _number(row.params_m, 2), macs, top1, _weights(row)])
+        has_claims = has_claims or row.top1 is not None or bool(row.claim)
+    head = ["Variant", "M params", "G MACs", "Reported top-1, %", "Weights"]
+    text = table(head, cells).replace("---: |\n", "--- |\n", 1)
+    return f"{text}\n\n{_sources(family)}" if has_claims else text
 
 
 def _sources(family: str) -> str:
@@ -267,17 +258,15 @@ def _sources(family: str) -> str:
 
 def families_table(data: list[Row]) -> str:
     """All families with the idea stated in their module's docstring."""
-    lines = ["| Family | Idea | Variants | M params |", "|---|---|---:|---|"]
+    cells = []
     for family in backbones.list_families():
         sizes = [row.params_m for row in data if row.family == family]
         module = getattr(backbones, family)
         name, opening = min(module.__all__, key=len), (module.__doc__ or "").split("\n")[0]
         idea = opening.rstrip(".").split(": ", 1)[1]
-        lines.append(
-            f"| [{name}]({family}.md) | {idea[0].upper()}{idea[1:]} | {len(sizes)} "
-            f"| {min(sizes):.1f}\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}{max(sizes):.1f} |"
-        )
-    return "\n".join(lines)
+        span = f"{min(sizes):.1f}{_SPACE}…{_SPACE}{max(sizes):.1f}"
+        cells.append([f"[{name}]({family}.md)", idea[0].upper() + idea[1:], str(len(sizes)), span])
+    return table(["Family", "Idea", "Variants", "M params"], cells, 2)
 
 
 # -- the page Speed --------------------------------------------------------------------------------
