@@ -17,17 +17,6 @@ from ops.attention.deformable import DeformableAttention, pixel_centres
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_fan_out
 
-__all__ = [
-    "STRIDES",
-    "AdapterLayers",
-    "Extractor",
-    "Injector",
-    "Interaction",
-    "SpatialPrior",
-    "to_maps",
-    "to_tokens",
-]
-
 STRIDES = (4, 8, 16, 32)
 Sizes = Sequence[tuple[int, int]]
 

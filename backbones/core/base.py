@@ -20,8 +20,6 @@ from backbones.core.stage import Stage, map_of
 from backbones.fusing.fusable import FusableBackbone
 from ops.arguments import require_tensor
 
-__all__ = ["StagedBackbone", "check_format"]
-
 
 class StagedBackbone(FusableBackbone):
     """Stem → stages → norm → head.

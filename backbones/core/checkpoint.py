@@ -14,7 +14,7 @@ from timm.models import PretrainedCfg, load_state_dict_from_hf
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from backbones.common.checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointError, read_file
+from backbones.common.checkpoint_files import CheckpointError, read_file
 from backbones.common.checks import flag
 from backbones.common.download import downloaded, is_url
 from backbones.common.messages import joined_lines, shown
@@ -22,19 +22,6 @@ from backbones.core.base import StagedBackbone
 from backbones.core.vit_adapter import ViTAdapter
 from backbones.fusing.fuse import fuse_network
 from backbones.fusing.int8_state import dequantized, set_quantization
-
-__all__ = [
-    "HARMLESS",
-    "LOG_BUFFER",
-    "CheckpointError",
-    "LoadReport",
-    "load_checkpoint",
-    "load_pretrained",
-    "load_tensors",
-    "not_finite",
-    "read_checkpoint",
-    "require_finite",
-]
 
 _logger = logging.getLogger(__name__)
 

@@ -11,8 +11,6 @@ from torch import nn
 
 from backbones.core.checkpoint import load_checkpoint
 
-__all__ = ["PREFIX", "create_timm_model"]
-
 PREFIX = "timm/"
 
 

@@ -13,8 +13,6 @@ from torch import nn
 from backbones.common.messages import first_line
 from backbones.core.base import StagedBackbone
 
-__all__ = ["channels_of", "preprocessing_of", "require_size", "size_of"]
-
 
 def channels_of(model: Any) -> int:
     """The number of channels of its images."""

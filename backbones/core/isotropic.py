@@ -20,8 +20,6 @@ from ops.arguments import require_tensor
 from ops.position import resize_position_table
 from ops.pyramid import SimplePyramid
 
-__all__ = ["IsotropicBackbone"]
-
 
 class IsotropicBackbone(StagedBackbone):
     """Stem → groups of blocks of the same width and stride → norm → head.

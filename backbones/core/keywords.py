@@ -20,22 +20,6 @@ from backbones.common.checks import (
     whole,
 )
 
-__all__ = [
-    "BLOCKS",
-    "CHANNELS",
-    "FEATURES",
-    "KERNEL",
-    "KEYWORDS",
-    "POOLINGS",
-    "RATIO",
-    "SCALE",
-    "SHARE",
-    "WINDOW",
-    "check_widths",
-    "checked",
-    "widths",
-]
-
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -23,17 +23,6 @@ from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_tensors, read_checkpoint, strip_prefixes
 from backbones.core.inputs import preprocessing_of, size_of
 
-__all__ = [
-    "Loaded",
-    "NetworkKeys",
-    "create",
-    "fuse",
-    "load",
-    "preprocessing",
-    "preprocessing_by",
-    "quiet",
-]
-
 
 @dataclass
 class NetworkKeys:

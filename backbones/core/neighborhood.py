@@ -24,19 +24,6 @@ from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import NeighborhoodBlock, resized_bias
 
-__all__ = [
-    "DILATIONS",
-    "PRESETS",
-    "NeighborhoodPyramid",
-    "Pattern",
-    "block_dilations",
-    "cfg",
-    "layer_norm",
-    "neighborhood",
-    "renamed",
-    "token_stages",
-]
-
 
 class NeighborhoodPyramid(StagedBackbone):
     """The common part of NAT, DiNAT and DiNAT_s.

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["outlines"]
-
 _SKIPPED = frozenset(
     (
         *("kaiming_uniform_", "kaiming_normal_", "trunc_normal_", "constant_", "ones_", "zeros_"),

@@ -8,8 +8,6 @@ from typing import Any
 
 from backbones.core.base import StagedBackbone
 
-__all__ = ["imagenet_cfg", "renamed", "renamed_stage"]
-
 
 def imagenet_cfg(model_class: type[StagedBackbone]) -> dict[str, Any]:
     """The usual entries of a cfg for ImageNet-1k at 224×224; a family's own follow them."""

@@ -31,18 +31,6 @@ from ops.attention.token_pooling import pool_tokens_before, token_attentions
 from ops.inference.heap import return_freed_memory
 from ops.replay.workspace import workspace
 
-__all__ = [
-    "build_model",
-    "create_model",
-    "empty_cache",
-    "fuse",
-    "list_families",
-    "list_models",
-    "register",
-    "register_variants",
-    "variant",
-]
-
 Model = TypeVar("Model", bound=StagedBackbone)
 Entrypoint = TypeVar("Entrypoint", bound=Callable[..., nn.Module])
 

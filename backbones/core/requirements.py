@@ -6,8 +6,6 @@ import importlib.metadata
 import shlex
 from dataclasses import dataclass
 
-__all__ = ["Unmet", "explanation", "installed_version", "unmet"]
-
 
 @dataclass(frozen=True)
 class Unmet:

@@ -15,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ops.reparam import fuse_children
 
-__all__ = ["IsotropicStage", "Stage", "TokenStage", "map_of", "with_map"]
-
 
 class Stage(nn.Module):
     """One resolution of a backbone: downsample, blocks, norm. Input and output are NCHW.

@@ -34,8 +34,6 @@ from backbones.core.published import renamed
 from ops.arguments import require_tensor
 from ops.attention.deformable import DeformableAttention
 
-__all__ = ["ViTAdapter"]
-
 
 def _plain_network(name: str, network: Any) -> IsotropicBackbone:
     if not isinstance(network, IsotropicBackbone):

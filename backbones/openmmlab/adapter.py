@@ -21,7 +21,8 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from backbones.core.checkpoint import HARMLESS, LOG_BUFFER, load_checkpoint, load_pretrained
+from backbones.common.checkpoint_files import HARMLESS, LOG_BUFFER
+from backbones.core.checkpoint import load_checkpoint, load_pretrained
 from backbones.core.outlines import outlines
 from backbones.core.registry import create_model, list_models, published_weights
 from backbones.core.vit_adapter import ViTAdapter
