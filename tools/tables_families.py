@@ -62,7 +62,7 @@ def links(figures: Row) -> list[str]:
 
 def licence(figures: Row) -> str:
     """The name of a licence without remarks, which the family's page has."""
-    return re.sub(r" \([^)]*\)", "", figures["licence"])
+    return str(figures["licence"]).partition(" (")[0]
 
 
 def _title(docs: Path, family: str) -> str:
@@ -106,7 +106,7 @@ def _parity_row(family: str, variant: str, errors: Row) -> str:
         *(f"{errors[key]:.1e}" for key in ("output", "stages")),
         reported,
         f"[{len(published)}]({published[0]})" if published else "none published",
-        licence(figures),
+        re.sub(r" \([^)]*\)", "", figures["licence"]),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -142,7 +142,7 @@ def readme_models(docs: Path) -> str:
         figures = [originals.reference(family, name) for name in names]
         top1 = [top for each in figures if (top := claim(each["reported"])[0]) is not None]
         owned = sum(map(is_timms, names))
-        code = figures[0]["licence"].partition(" (")[0]
+        code = licence(figures[0])
         published = any(each["weights"] for each in figures)
         code, weights = _LICENCES.get(family, (code, code if published else "none published"))
         worst = max(errors[name]["output"] for name in names)
