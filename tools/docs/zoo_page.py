@@ -190,10 +190,8 @@ HEADINGS = (
 
 
 def _options(values: Sequence[Any], chosen: Any = None) -> str:
-    return "".join(
-        f"<option{' selected' if value == chosen else ''}>{html.escape(str(value))}</option>"
-        for value in values
-    )
+    texts = [(html.escape(str(value)), " selected" * (value == chosen)) for value in values]
+    return "".join(f'<option value="{text}"{mark}>{text}</option>' for text, mark in texts)
 
 
 def zoo(data: list[Row]) -> str:
