@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,8 +18,7 @@ import torch
 from backbones.common.arguments import usable_device
 from backbones.common.checkpoint_files import sha256_of
 from backbones.common.dtypes import check_dtype
-from backbones.common.errors import CommandError, FileError
-from backbones.common.files import write_problem
+from backbones.common.errors import CommandError
 from backbones.common.images import Skipped, installed_decoder
 from backbones.common.lock import FolderLock, LockedError
 from backbones.common.messages import one_line, shown
@@ -324,9 +323,10 @@ class _Work:
     def _corrupt_count(self) -> int:
         return sum(map(len, self.corrupt.values()))
 
-    def _write_corrupt(self) -> None:
+    def _write_corrupt(self) -> list[tuple[str, str]]:
         ordered = [entry for number in sorted(self.corrupt) for entry in self.corrupt[number]]
         table.write_corrupt(self.out, ordered)
+        return ordered
 
     def show_begin(self, model: str) -> None:
         """Show what is about to be computed."""
@@ -354,7 +354,6 @@ class _Work:
                     self._parts += 1
                     if lines := corrupt.pop(event.part):
                         self.corrupt[event.part] = lines
-                        self._append(lines)
                 self._progress.done = self._at()
                 if self._progress.due():
                     self._progress.show(self._progress.done, self._figures())
@@ -363,15 +362,6 @@ class _Work:
             if close is not None:
                 close()  # ends the processes
             self._progress.end()
-
-    def _append(self, lines: Sequence[tuple[str, str]]) -> None:
-        try:
-            with open(self.out / table.CORRUPT, "a", encoding="utf-8") as file:
-                file.writelines(f"{key}\t{reason}\n" for key, reason in lines)
-        except OSError as error:
-            raise FileError(
-                f"cannot write {self.out / table.CORRUPT}: {write_problem(error, self.out)}"
-            ) from error
 
     def _at(self) -> int:
         if self.images.images is None:
@@ -390,6 +380,4 @@ class _Work:
 
     def finish(self) -> tuple[int, list[tuple[str, str]]]:
         """Rows of the whole table, and its corrupt images in the order of the source."""
-        self._write_corrupt()
-        ordered = [entry for number in sorted(self.corrupt) for entry in self.corrupt[number]]
-        return self.rows + self.done, ordered
+        return self.rows + self.done, self._write_corrupt()
