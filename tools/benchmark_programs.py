@@ -492,18 +492,6 @@ CONFIG = {
 }
 
 
-def write_images(folder: Path, count: int) -> None:
-    """``folder/train/CLASS/N.jpg`` and a validation image of each of two classes: soft noise."""
-    generator = np.random.default_rng(0)
-    for number in range(count + 2):
-        split = "train" if number < count else "validation"
-        place = folder / split / f"class{number % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        coarse = generator.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        image = Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)
-        image.save(place / f"{number:05}.jpg", quality=90)
-
-
 def our_loader(recipe: Recipe, folder: Path, world: World) -> TrainLoader:
     """train_cls.py's."""
     splits = open_splits(recipe)
@@ -544,7 +532,8 @@ def read_all(batches: Iterator[Any]) -> float:
 
 def compare_loaders(options: Namespace, world: World, folder: Path) -> dict[str, Any]:
     """Measure both loaders alternately."""
-    write_images(folder, options.images)
+    for split, count in (("train", options.images // 2), ("validation", 1)):
+        make_photos(folder / split, copies=2, count=count)  # a class each
     recipe = Recipe(
         data=str(folder), batch_size=options.batch_size, workers=options.workers, aa=options.aa
     )
