@@ -16,6 +16,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from contenders import CONTENDERS
 from PIL import Image
 from timm.data import create_dataset, create_loader, create_transform
 from torch import Tensor, nn
+from torchvision.io import decode_jpeg
 
 import backbones
 from backbones.cli.reports import load_report, parsed, put_rows, write_report
@@ -360,9 +362,7 @@ def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterat
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
-            for number in range(
-                min(len(files), size)
-            ):  # caches and memory as the last one left them
+            for number in range(min(len(files), size)):  # caches are as the last one left them
                 way(number)
             begun = time.process_time()
             for number in range(len(files)):
@@ -381,26 +381,20 @@ def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterat
 
 def _decoders() -> dict[str, Callable[[bytes], Any]]:
     """The installed JPEG decoders."""
-    found: dict[str, Callable[[bytes], Any]] = {}
-    from torchvision.io import decode_jpeg
-
-    def by_torchvision(data: bytes) -> Any:
-        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0)
-
-    found["torchvision.io.decode_jpeg"] = by_torchvision
-    try:
+    found: dict[str, Callable[[bytes], Any]] = {"torchvision.io.decode_jpeg": _by_torchvision}
+    with suppress(ImportError):
         import simplejpeg
 
         found["simplejpeg"] = simplejpeg.decode_jpeg
-    except ImportError:
-        pass
-    try:
+    with suppress(ImportError, OSError):
         import pyvips
 
         found["pyvips"] = lambda data: pyvips.Image.new_from_buffer(data, "").numpy()
-    except (ImportError, OSError):
-        pass
     return found
+
+
+def _by_torchvision(data: bytes) -> Any:
+    return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0)
 
 
 def measure_index(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -456,7 +450,6 @@ def embedding(arguments: Sequence[str]) -> None:
     add("--models", nargs="+", default=MODELS, metavar="NAME")
     add("--rounds", type=whole(1), default=3, help="of which the medians count")
     add("--images", type=whole(32), default=IMAGES, help="of `speed` and `pipelines`; default 512")
-    add("--output", type=nonempty_path, default=REPORTS / "embed.json")
     packages = list(CONTENDERS["embed"])
     for package in packages:
         text = "Python of an environment that has it, for `pipelines`"
@@ -534,10 +527,8 @@ def compare_loaders(options: Namespace, world: World, folder: Path) -> dict[str,
     """Measure both loaders alternately."""
     for split, count in (("train", options.images // 2), ("validation", 1)):
         make_photos(folder / split, copies=2, count=count)  # a class each
-    recipe = Recipe(
-        data=str(folder), batch_size=options.batch_size, workers=options.workers, aa=options.aa
-    )
-    recipe.train_interpolation = "bicubic"
+    given = {key: getattr(options, key) for key in ("batch_size", "workers", "aa")}
+    recipe = Recipe(data=str(folder), train_interpolation="bicubic", **given)
     ours, timms = our_loader(recipe, folder, world), timms_loader(recipe, folder, world)
     read_all(ours.epoch(0))  # start processes, fill the file cache
     read_all(iter(timms))
@@ -550,7 +541,7 @@ def compare_loaders(options: Namespace, world: World, folder: Path) -> dict[str,
     ours.close()
     images, found = ours.batches * options.batch_size, ratio(of_timms, of_ours)
     return {
-        **{key: getattr(options, key) for key in ("workers", "aa", "batch_size")},
+        **given,
         "images": images,
         "ours_images_per_second": images / statistics.median(of_ours),
         "timm_images_per_second": images / statistics.median(of_timms),

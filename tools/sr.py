@@ -25,8 +25,7 @@ _COMMANDS = {
         """Train a restoration model.
 
 Every key of the recipe is a flag; --print-config prints the resolved recipe. Results go to
-OUTPUT/NAME/: best.safetensors, last.pt (the state for resuming), summary.csv, metrics.jsonl,
-comparison.png, config.yaml. --resume auto continues after a crash.
+OUTPUT/NAME/; --resume auto continues after a crash.
 """,
     ),
     "validate": (
