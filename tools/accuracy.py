@@ -290,11 +290,8 @@ def _in_dtype(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 def measure_model(name: str, folder: Path) -> dict[str, Any]:
     """The row of a model, from its run in ``folder``."""
-    of = (
-        of_pictures(pictures_run(folder))
-        if name == RESTORER
-        else of_digits(digits_run(folder, name))
-    )
+    restores = name == RESTORER
+    of = of_pictures(pictures_run(folder)) if restores else of_digits(digits_run(folder, name))
     return {"model": name, "family": _family(name), **of}
 
 
@@ -321,6 +318,13 @@ def _begin(args: Any) -> tuple[dict[str, Any], list[str]]:
     return report, [name for name in args.models if name not in done]
 
 
+def _keep(path: Path, report: dict[str, Any], row: dict[str, Any], shown: dict[str, Any]) -> None:
+    put_rows(report, [row], ("model",))
+    write_report(path, report)
+    for label, figures in shown.items():
+        logger.info("%-20s %-20s %s", row["model"], label, figures)
+
+
 def _has_run(args: Any, name: str) -> bool:
     return bool((args.checkpoints / name / "best.safetensors").is_file())
 
@@ -344,10 +348,7 @@ def int8(arguments: Sequence[str]) -> None:
             row = measure_model(name, args.checkpoints)
         except TrainingError as error:
             raise CommandError(f"{args.checkpoints / name}: {error}") from error
-        put_rows(report, [row], ("model",))
-        write_report(args.output, report)
-        for label, figures in row["forms"].items():
-            logger.info("%-20s %-16s %s", name, label, figures)
+        _keep(args.output, report, row, row["forms"])
     if missing:
         logger.info("no run of %s in %s: add --train", ", ".join(missing), args.checkpoints)
 
@@ -368,10 +369,7 @@ def agreement(arguments: Sequence[str]) -> None:
             logger.info("no run of %s in %s", name, args.checkpoints)
             continue
         row = of_agreement(name, args.checkpoints, args.against)
-        put_rows(report, [row], ("model",))
-        write_report(args.output, report)
-        for label, figures in row["contenders"].items():
-            logger.info("%-20s %-20s %s", name, label, figures)
+        _keep(args.output, report, row, row["contenders"])
 
 
 def of_agreement(name: str, checkpoints: Path, toolkits: Sequence[str]) -> dict[str, Any]:
