@@ -32,6 +32,8 @@ _TIMES_ROUNDING = 4
 
 # Protobuf's limit is 2 GiB; larger weights are stored in a separate file.
 _LARGEST_FILE = 1_900_000_000
+# Elements of a constant that is compared with others: HAT's positions are 256 × 576.
+_LARGEST_TABLE = 1 << 18
 # Dynamic sizes while tracing: several windows per map at every stage, with different prime sides.
 _TRACED_BATCH, _TRACED_SIZE = 3, (739, 997)
 
@@ -112,7 +114,7 @@ def save_onnx(
     Weights of more than 1.9 GB are stored in ``<path>.data``. Equal constants are stored once.
     """
     _require_packages("onnx", "onnxscript")
-    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+    from onnx_ir.passes.common import DeduplicateInitializersPass
 
     try:
         with silence(), _linear_time(), torch.no_grad():
@@ -126,7 +128,7 @@ def save_onnx(
             )
     except Exception as error:  # torch.onnx raises many kinds, some of them private
         raise CommandError(f"cannot be written as ONNX: {_reason(error)}") from error
-    DeduplicateHashedInitializersPass()(made.model)
+    DeduplicateInitializersPass(_LARGEST_TABLE)(made.model)
     _name_axes(made.model)
     made.model.metadata_props.update(metadata or {})
     made.save(
