@@ -257,8 +257,12 @@ class Libraries:
         # After an error or Ctrl-C, which a terminal sends to compilers, too, no more are started.
         with ThreadPoolExecutor(_cpus()) as pool:
             run = partial(self._compile_one, isa=isa, folder=folder, compilers=compilers)
-            for number, _ in enumerate(pool.map(run, order), 1):
-                _show(number, len(names))
+            try:
+                for number, _ in enumerate(pool.map(run, order), 1):
+                    _show(number, len(names))
+            except CompilerError as error:
+                self._compiler_problem = str(error)
+                raise
 
     def _compile_one(self, name: str, isa: str, folder: Path, compilers: list[list[str]]) -> None:
         """Compile into a scratch folder and move the library into place atomically."""
@@ -272,9 +276,6 @@ class Libraries:
                 path = folders.store(built, folder, stem)
         except RefusedError as error:
             self._refused[stem] = str(error)
-        except CompilerError as error:
-            self._compiler_problem = str(error)
-            raise
         else:
             took = time.perf_counter() - start
             text = "Compiled the %s kernel for %s in %.1f s with %s, kept in %r"

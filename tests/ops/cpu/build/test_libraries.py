@@ -331,6 +331,20 @@ def test_plain_layers_run_at_once_where_nothing_can_be_compiled(monkeypatch, sou
     assert na2d(x, x, x, 3) is not None and len(attempts) == before
 
 
+def test_ctrl_c_leaves_nothing_and_is_not_remembered(four, compilations, monkeypatch) -> None:
+    """In a terminal, it ends the compilers, too; in a notebook, one goes on."""
+
+    def interrupted(words, scratch) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compiler, "run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cpu.load("a")
+    assert [path.name for path in cpu.cache_dir().iterdir()] == ["lock"]
+    assert cpu.load("a").answer() == 42
+
+
 @pytest.mark.parametrize("word", ["0", "false", "No", "OFF", " off "])
 def test_switched_off(word, sources, monkeypatch):
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", word)
