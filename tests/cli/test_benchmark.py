@@ -77,9 +77,9 @@ def test_rows(report: Path) -> None:
     assert 2 < large / small < 4  # without the head four times as much
 
 
-def test_table_picture_and_growth(report: Path) -> None:
+def test_table_and_picture(report: Path) -> None:
     text = report.with_suffix(".md").read_text()
-    assert text.count("| shvit_s1 |") == 10 and "time grows as pixels to the" in text
+    assert text.count("| shvit_s1 |") == 10
     assert report.with_suffix(".png").read_bytes()[1:4] == b"PNG"
     assert sorted(p.name for p in report.parent.iterdir() if p.name != "__pycache__") == [
         "original.py",
