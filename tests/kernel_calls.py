@@ -18,6 +18,7 @@ from ops.cpu.attention.linear import rank_augmented_attention
 from ops.cpu.call.binding import Kernel, observed_by
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d
+from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.feed_forward.depthwise_mlp import (
     PackedDepthwiseMlp,
     PackedExpansion,
@@ -156,10 +157,16 @@ def _depthwise_expansion() -> Arguments:
     return _given_by(PackedExpansion(nn.Linear(21, 140), conv, "silu", "gelu"), _f(2, 19, 22, 21))
 
 
-def _winograd() -> Arguments:
+def _winograd(channels: int, out_channels: int, groups: int) -> Arguments:
     torch.manual_seed(0)
-    packed = WinogradConv2d(nn.Conv2d(37, 43, 3, padding=1))
-    return _given_by(packed, _nhwc(_f(2, 37, 19, 21)), "gelu")
+    packed = WinogradConv2d(nn.Conv2d(channels, out_channels, 3, padding=1, groups=groups))
+    return _given_by(packed, _nhwc(_f(2, channels, 19, 21)), "gelu")
+
+
+def _direct() -> Arguments:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(63, 129, 3, stride=2, padding=1, groups=3)
+    return _given_by(DirectConv2d(conv.requires_grad_(False)), _nhwc(_f(2, 63, 19, 21)), "gelu")
 
 
 def _response_mlp() -> Arguments:
@@ -266,7 +273,9 @@ CALLS: dict[str, _Call] = {
     "kan_layer": lambda: _of(kan_layer, "x", **_kan()),
     "depthwise_mlp": lambda: _of(depthwise_mlp, "x", "residual", **_depthwise_mlp()),
     "depthwise_expansion": lambda: _of(depthwise_expansion, "x", **_depthwise_expansion()),
-    "winograd_conv2d": lambda: _of(winograd_conv2d, "x", **_winograd()),
+    "winograd_conv2d": lambda: _of(winograd_conv2d, "x", **_winograd(37, 43, 1)),
+    "winograd_conv2d groups": lambda: _of(winograd_conv2d, "x", **_winograd(63, 129, 3)),
+    "direct_conv2d": lambda: _of(direct_conv2d, "x", **_direct()),
     "response_mlp": lambda: _of(response_mlp, "x", "shortcut", **_response_mlp()),
     "deformable_conv2d": lambda: _of(
         *(deformable_conv2d, "x", "offset"), x=_f(2, 21, 19, 32), offset=2 * _f(2, 8, 9, 16),

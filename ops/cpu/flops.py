@@ -62,9 +62,14 @@ def _convolution(given: _Given, result: Any) -> int:
     return int(result.numel() * math.prod(given["geometry"][:3]))
 
 
+def _direct(given: _Given, result: Any) -> int:
+    rows, columns, *_, groups = given["geometry"]
+    return int(result.numel() * (given["x"].shape[1] // groups) * rows * columns)
+
+
 def _winograd(given: _Given, result: Any) -> int:
     """As many as without transforms."""
-    return int(result.numel() * given["x"].shape[1] * 9)
+    return int(result.numel() * (given["x"].shape[1] // given["groups"]) * 9)
 
 
 def _depthwise(given: _Given, result: Any) -> int:
@@ -150,6 +155,7 @@ _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     "depthwise_expansion": _expansion,
     "packed_conv2d": _convolution,
     "winograd_conv2d": _winograd,
+    "direct_conv2d": _direct,
     "depthwise_conv2d": _depthwise,
     "depthwise_branches": _branches,
     "packed_stem": _stem,

@@ -21,6 +21,7 @@ from ops.cpu.activations import activation_of
 from ops.cpu.call.binding import Kernel
 from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.decisions import Decision, observe_decisions
+from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.int8 import int8_unavailable
 from ops.cpu.gemm.linear import unavailable
@@ -371,10 +372,12 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         """Derived data for our kernel and for oneDNN; None for one that is never used."""
         own = self.for_kernel(x)
-        alone = isinstance(own, PackedConv2d | WinogradConv2d)
+        alone = isinstance(own, PackedConv2d | WinogradConv2d | DirectConv2d)
         return own, None if alone else self.for_onednn(x)
 
-    def for_kernel(self, x: Tensor) -> PackedConv2d | NCHWConv2d | WinogradConv2d | None:
+    def for_kernel(
+        self, x: Tensor
+    ) -> PackedConv2d | NCHWConv2d | WinogradConv2d | DirectConv2d | None:
         """The convolution by one of our kernels, if one is ever faster."""
         stride: Any = self.stride
         dilation: Any = self.dilation
@@ -383,10 +386,14 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
             if policy.linear_in_int8(has_products, x.dtype):
                 return PackedConv2d(self, self.quantization.pack)
         available = winograd_conv2d.unavailable(x.device, x.dtype) is None
-        channels = self.in_channels, self.out_channels
+        groups = self.in_channels // self.groups, self.out_channels // self.groups, self.groups
         applies = available and WinogradConv2d.applies(self)
-        if applies and policy.winograd_by_kernel(*channels, x.dtype):
+        if applies and policy.winograd_by_kernel(*groups, x.dtype):
             return WinogradConv2d(self)
+        available = direct_conv2d.unavailable(x.device, x.dtype) is None
+        applies = available and DirectConv2d.applies(self)
+        if applies and policy.direct_by_kernel(*groups, x.dtype):
+            return DirectConv2d(self)
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
         if policy.copies_windows(self.in_channels, stride, x.dtype):

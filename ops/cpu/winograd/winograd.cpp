@@ -1,7 +1,7 @@
-// Dense 3×3 convolutions with stride 1 by Winograd's minimal filtering, F(2×2, 3×3): windows of 4×4
+// Convolutions of 3×3 with stride 1 by Winograd's minimal filtering, F(2×2, 3×3): windows of 4×4
 // pixels are transformed, multiplied with transformed weights in 16 products of matrices, and
 // transformed back to 2×2 outputs, with 4/9 of the multiplications (Lavin and Gray 2015). Some
-// windows at a time, so that what lies between stays in the L2 cache.
+// windows and groups of channels at a time, so that what lies between stays in the L2 cache.
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include "common/interface.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
+#include "common/prefetch.h"
 #include "common/range.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -23,12 +24,12 @@ using simd::W;
 struct Problem {
   int64_t batch, height, width, channels;
   int64_t out_height, out_width, out_channels;
-  int64_t padding[2];
+  int64_t padding[2], groups;
   int64_t activation, threads;
 };
 
-// Maps are [batch][height][width][channels]; `weight` is [POINTS][packed_size], each packed by
-// pack.h, of the transformed weight [out_channels][channels].
+// Maps are [batch][height][width][channels]; `weight` is [groups][POINTS][packed_size], each packed
+// by pack.h, of the transformed weight [outputs of a group][inputs of a group].
 struct Tensors {
   const float *in, *weight, *bias;
   float* out;
@@ -37,6 +38,10 @@ struct Tensors {
 constexpr int SIDE = 4, STEP = 2, POINTS = SIDE * SIDE;
 // Of transformed inputs and outputs per block, and the fewest windows for which weights are read.
 constexpr int64_t BLOCK_FLOATS = 128 * 1024, FEWEST = 48;
+// Of the groups that are computed together.
+constexpr int64_t GROUP_CHANNELS = 48;
+// Weights of the next product that are fetched before each product.
+constexpr int64_t FETCHED = 1024;
 
 // Bᵀ x for a row or column of a window.
 static VB_INLINE void transform_in(F (&x)[SIDE]) {
@@ -51,13 +56,15 @@ static int64_t pitch_of(int64_t channels) {
   return ((channels + line - 1) / line | 1) * line;
 }
 
-// A block of windows, counted over the rows of all images.
+// A block of windows, counted over the rows of all images, of some groups.
 struct Task {
   const Problem& p;
   const Tensors& t;
-  Range windows;
+  Range windows, groups;
   float *in, *out;  // [POINTS][windows][pitch]
 
+  int64_t inputs() const { return p.channels / p.groups; }
+  int64_t outputs() const { return p.out_channels / p.groups; }
   int64_t columns() const { return (p.out_width + STEP - 1) / STEP; }
   int64_t rows() const { return (p.out_height + STEP - 1) / STEP; }
 
@@ -71,10 +78,12 @@ struct Task {
   }
 
   void read() const {
-    const int64_t pitch = pitch_of(p.channels), plane = length(windows) * pitch;
+    const int64_t channels = length(groups) * inputs();
+    const int64_t pitch = pitch_of(channels), plane = length(windows) * pitch;
     each([&](int64_t image, int64_t y, int64_t x, int64_t index) {
       const int64_t top = y - p.padding[0], left = x - p.padding[1];
-      const float* const map = t.in + image * p.height * p.width * p.channels;
+      const float* const map =
+          t.in + image * p.height * p.width * p.channels + groups.begin * inputs();
       const float* pixel[SIDE][SIDE];  // null outside the map
       for (int64_t r = 0; r < SIDE; r++) {
         for (int64_t c = 0; c < SIDE; c++) {
@@ -85,8 +94,8 @@ struct Task {
         }
       }
       float* const to = in + index * pitch;
-      for (int64_t channel = 0; channel < p.channels; channel += W) {
-        const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - channel));
+      for (int64_t channel = 0; channel < channels; channel += W) {
+        const int lanes = static_cast<int>(std::min<int64_t>(W, channels - channel));
         F row[SIDE][SIDE];
         VB_UNROLL
         for (int r = 0; r < SIDE; r++) {
@@ -110,33 +119,40 @@ struct Task {
   }
 
   void multiply() const {
-    const int64_t count = length(windows), size = linear::padded(p.out_channels) * p.channels;
-    linear::Problem layer = linear::layer_of<float>(count, p.channels, p.out_channels);
-    layer.in_stride = pitch_of(p.channels);
-    layer.out_stride = pitch_of(p.out_channels);
+    const int64_t count = length(windows), size = linear::padded(outputs()) * inputs();
+    linear::Problem layer = linear::layer_of<float>(count, inputs(), outputs());
+    layer.in_stride = pitch_of(length(groups) * inputs());
+    layer.out_stride = pitch_of(length(groups) * outputs());
     static thread_local ScratchBuffer<float> buffer;
-    float* const zeros = buffer.of(p.out_channels);
-    std::fill_n(zeros, p.out_channels, 0.f);
-    for (int64_t point = 0; point < POINTS; point++) {
-      linear::Tensors tensors{};
-      tensors.in = in + point * count * layer.in_stride;
-      tensors.weight = t.weight + point * size;
-      tensors.bias = zeros;
-      tensors.out = out + point * count * layer.out_stride;
-      linear::forward(layer, tensors);
+    float* const zeros = buffer.of(outputs());
+    std::fill_n(zeros, outputs(), 0.f);
+    for (int64_t group = groups.begin; group < groups.end; group++) {
+      for (int64_t point = 0; point < POINTS; point++) {
+        linear::Tensors tensors{};
+        const int64_t index = group - groups.begin;
+        tensors.in = in + point * count * layer.in_stride + index * inputs();
+        tensors.weight = t.weight + (group * POINTS + point) * size;
+        tensors.bias = zeros;
+        tensors.out = out + point * count * layer.out_stride + index * outputs();
+        // Products fetch the rest of their weights themselves.
+        memory::fetch<memory::READ>(t.weight + (group * POINTS + point + 1) * size,
+                                    std::min(size, FETCHED));
+        linear::forward(layer, tensors);
+      }
     }
   }
 
   void write() const {
-    const int64_t pitch = pitch_of(p.out_channels), plane = length(windows) * pitch;
+    const int64_t channels = length(groups) * outputs(), skipped = groups.begin * outputs();
+    const int64_t pitch = pitch_of(channels), plane = length(windows) * pitch;
     each([&](int64_t image, int64_t y, int64_t x, int64_t index) {
       const int64_t pixel = (image * p.out_height + y) * p.out_width + x;
       const int64_t down = std::min<int64_t>(STEP, p.out_height - y);
       const int64_t across = std::min<int64_t>(STEP, p.out_width - x);
       const float* const from = out + index * pitch;
-      for (int64_t channel = 0; channel < p.out_channels; channel += W) {
-        const int lanes = static_cast<int>(std::min<int64_t>(W, p.out_channels - channel));
-        const F bias = simd::get(t.bias + channel, lanes);
+      for (int64_t channel = 0; channel < channels; channel += W) {
+        const int lanes = static_cast<int>(std::min<int64_t>(W, channels - channel));
+        const F bias = simd::get(t.bias + skipped + channel, lanes);
         F row[STEP][SIDE], sum[STEP * STEP];
         VB_UNROLL
         for (int c = 0; c < SIDE; c++) {
@@ -161,8 +177,8 @@ struct Task {
         }
         for (int64_t r = 0; r < down; r++) {
           for (int64_t c = 0; c < across; c++) {
-            simd::put(t.out + (pixel + r * p.out_width + c) * p.out_channels + channel,
-                      sum[r * STEP + c], lanes);
+            float* const place = t.out + (pixel + r * p.out_width + c) * p.out_channels;
+            simd::put(place + skipped + channel, sum[r * STEP + c], lanes);
           }
         }
       }
@@ -173,16 +189,19 @@ struct Task {
 static void forward(const Problem& p, const Tensors& t) {
   const int64_t of_image = ((p.out_height + 1) / STEP) * ((p.out_width + 1) / STEP);
   const int64_t all = p.batch * of_image;
-  const int64_t floats = POINTS * std::max(pitch_of(p.channels), pitch_of(p.out_channels));
-  const int64_t fitting = std::max(FEWEST, BLOCK_FLOATS / floats);
+  const int64_t inputs = p.channels / p.groups, outputs = p.out_channels / p.groups;
+  const int64_t together = std::clamp<int64_t>(GROUP_CHANNELS / inputs, 1, p.groups);
+  const int64_t parts = (p.groups + together - 1) / together;
+  const int64_t in_pitch = pitch_of(together * inputs), out_pitch = pitch_of(together * outputs);
+  const int64_t fitting = std::max(FEWEST, BLOCK_FLOATS / (POINTS * std::max(in_pitch, out_pitch)));
   const int64_t wanted = std::max((all + fitting - 1) / fitting, p.threads);
   const int64_t blocks = std::min(all, wanted), most = (all + blocks - 1) / blocks;
-  parallel::for_each(blocks, p.threads, [&](int64_t index) {
+  parallel::for_each(blocks * parts, p.threads, [&](int64_t index) {
     static thread_local ScratchBuffer<float> in, out;
     // Whole vectors are stored.
-    const Task task{p, t, share(all, index, blocks),
-                    in.of(POINTS * most * pitch_of(p.channels)),
-                    out.of(POINTS * most * pitch_of(p.out_channels))};
+    const Task task{p, t, share(all, index / parts, blocks),
+                    share(p.groups, index % parts, parts), in.of(POINTS * most * in_pitch),
+                    out.of(POINTS * most * out_pitch)};
     task.read();
     task.multiply();
     task.write();

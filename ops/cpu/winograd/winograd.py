@@ -1,4 +1,4 @@
-"""Dense 3×3 convolutions on the CPU for inference, by Winograd's minimal filtering.
+"""3×3 convolutions on the CPU for inference, by Winograd's minimal filtering.
 
 The kernel (``winograd.cpp``) multiplies 4/9 as much as other convolutions, in float32. A NaN or an
 infinity reaches all outputs of the 2×2 pixels of which one sees it.
@@ -42,40 +42,48 @@ class WinogradConv2d:
     def __init__(self, conv: nn.Conv2d) -> None:
         if not self.applies(conv) or conv.weight.dtype != torch.float32:
             raise ValueError(
-                "conv must be a 3×3 in float32 without stride, groups and dilation, padded with "
+                "conv must be a 3×3 in float32 without stride and dilation, padded with "
                 f"zeros, got {conv} in {conv.weight.dtype}"
             )
         transform = torch.tensor(_TRANSFORM, dtype=torch.float64)
         weight = transform @ conv.weight.detach().double() @ transform.t()  # (out, in, 4, 4)
-        points = weight.float().flatten(2).unbind(2)
+        groups = weight.float().flatten(2).chunk(conv.groups)
+        points = [point for group in groups for point in group.unbind(2)]
         self._weight = torch.cat([pack_weight(point) for point in points])
-        self._bias, self._padding = bias_of(conv), list(conv.padding)
+        self._bias, self._padding, self._groups = bias_of(conv), list(conv.padding), conv.groups
 
     @staticmethod
     def applies(conv: nn.Conv2d) -> bool:
-        """Whether ``conv`` is a 3×3 without stride, groups and dilation, padded with zeros."""
-        simple = conv.stride == conv.dilation == (1, 1) and conv.groups == 1
+        """Whether ``conv`` is a 3×3 without stride and dilation, padded with zeros."""
+        simple = conv.stride == conv.dilation == (1, 1)
         zeros = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
         return simple and zeros and conv.kernel_size == (_SIDE, _SIDE)
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """(B, C, H, W) → (B, C', H', W'), channels-last; see :func:`winograd_conv2d`."""
-        out: Tensor = winograd_conv2d(x, self._weight, self._bias, self._padding, activation)
+        packed = self._weight, self._bias, self._padding
+        out: Tensor = winograd_conv2d(x, *packed, activation, self._groups)
         return out
 
 
 @kernel("winograd", "winograd_forward", refuses=no_products)
 def winograd_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor, padding: Sequence[int], activation: str = "none"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    padding: Sequence[int],
+    activation: str = "none",
+    groups: int = 1,
 ) -> Call:
     """A 3×3 convolution and an activation. No gradients.
 
     Args:
         x: (B, C, H, W) float32; copied unless channels-last.
-        weight: the packed weights of the 16 points, see :class:`WinogradConv2d`.
+        weight: the packed weights of the 16 points of each group, see :class:`WinogradConv2d`.
         bias: (C',) float32.
         padding: zeros on both sides of rows and columns.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
+        groups: of channels.
 
     Returns:
         (B, C', H', W'), channels-last.
@@ -87,7 +95,8 @@ def winograd_conv2d(
     require_activation(activation)
     require_dtype(torch.float32, x=x, weight=weight, bias=bias)
     channels = 0 if x.ndim != 4 else x.shape[1]
-    if weight.numel() != _POINTS * packed_size(len(bias), channels, torch.float32):
+    sizes = len(bias) // groups, channels // groups
+    if channels % groups or weight.numel() != _POINTS * groups * packed_size(*sizes, x.dtype):
         raise ValueError(
             f"x must be (B, C, H, W) with the channels of the weight, got {tuple(x.shape)}"
         )
@@ -102,7 +111,7 @@ def winograd_conv2d(
         return {
             **sizes_of(x, "batch channels height width"),
             **{"out_height": size[0], "out_width": size[1], "out_channels": len(bias)},
-            "threads": threads_for(out.numel() * channels * _SIDE**2, MACS),
+            "threads": threads_for(out.numel() * sizes[1] * _SIDE**2, MACS),
             "in": as_nhwc(x).contiguous(memory_format=torch.channels_last),
         }
 

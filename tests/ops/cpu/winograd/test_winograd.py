@@ -16,9 +16,12 @@ from ops.cpu.winograd.winograd import WinogradConv2d
 from ops.inference.layers import FastConv2d, activate, convert
 
 
-def _conv(channels: int, out_channels: int, padding: tuple[int, int] = (1, 1)) -> nn.Conv2d:
+def _conv(
+    channels: int, out_channels: int, padding: tuple[int, int] = (1, 1), groups: int = 1
+) -> nn.Conv2d:
     torch.manual_seed(0)
-    return nn.Conv2d(channels, out_channels, 3, padding=padding).requires_grad_(False)
+    conv = nn.Conv2d(channels, out_channels, 3, padding=padding, groups=groups)
+    return conv.requires_grad_(False)
 
 
 def _check(conv: nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
@@ -39,18 +42,23 @@ def _check(conv: nn.Conv2d, x: Tensor, activation: str = "none") -> Tensor:
     channels=st.tuples(st.integers(1, 50), st.integers(1, 50)),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     activation=st.sampled_from(["none", "relu", "relu6", "silu", "gelu"]),
+    groups=st.integers(1, 7),
     is_nchw=st.booleans(),
 )
-def test_equals_the_convolution(batch, size, channels, padding, activation, is_nchw) -> None:
-    x = torch.randn(batch, channels[0], *size)
+def test_equals_the_convolution(
+    batch, size, channels, padding, activation, groups, is_nchw
+) -> None:
+    of_all = [count * groups for count in channels]
+    x = torch.randn(batch, of_all[0], *size)
     x = x if is_nchw else x.to(memory_format=torch.channels_last)
-    _check(_conv(*channels, padding), x, activation)
+    _check(_conv(*of_all, padding, groups), x, activation)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("shape", [(8, 64, 28, 27), (1, 96, 57, 40), (2, 320, 7, 7)])
-def test_blocks_and_threads(shape: tuple[int, ...], threads: int) -> None:
-    x, conv = torch.randn(shape), _conv(shape[1], 48)
+def test_blocks_and_threads(shape: tuple[int, ...], groups: int, threads: int) -> None:
+    x, conv = torch.randn(shape), _conv(shape[1], 48, groups=groups)
     with using_threads(threads):
         assert torch.equal(_check(conv, x), _check(conv, x))
 
@@ -84,7 +92,7 @@ def test_bad_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="bfloat16"):
         packed(torch.zeros(1, 16, 5, 5, dtype=torch.bfloat16))
     others = (
-        *(nn.Conv2d(4, 4, 5), nn.Conv2d(4, 4, 3, 2), nn.Conv2d(4, 4, 3, groups=2)),
+        *(nn.Conv2d(4, 4, 5), nn.Conv2d(4, 4, 3, 2)),
         *(nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same")),
         *(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3).bfloat16()),
     )
