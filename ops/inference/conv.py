@@ -28,6 +28,7 @@ __all__ = [
     "FastDepthwiseConv2d",
     "FastDilatedDepthwiseConv2d",
     "FastInceptionDWConv2d",
+    "FastMultipliedConv2d",
 ]
 
 
@@ -63,6 +64,21 @@ class FastDepthwiseConv2d(FastConv2d):
         return policy.depthwise_by_kernel(
             values, x.shape[1], self.kernel_size, padding, self.dilation, is_nhwc, x.dtype
         )
+
+
+class FastMultipliedConv2d(FastConv2d):
+    """A depthwise convolution with several outputs a channel, by our kernel where it is available.
+
+    oneDNN's take up to ten times as long.
+    """
+
+    def pays(self, x: Tensor) -> bool:
+        return True
+
+    def derive(self, x: Tensor) -> tuple[Any, Any]:
+        if unavailable(self.stride, x.device, x.dtype) is not None:
+            return None, self.for_onednn(x)
+        return PackedDepthwise(self), None
 
 
 @stands_for(DilatedDepthwiseConv2d)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
-from ops.inference.conv import FastDepthwiseConv2d
+from ops.inference.conv import FastDepthwiseConv2d, FastMultipliedConv2d
 from ops.inference.layers import FastConv2d, FastLinear
 from ops.inference.norm import FastLayerNorm, FastRMSNorm
 from ops.inference.packed_linear import Quantization
@@ -47,10 +47,12 @@ def convolution(
     """
     in_channels = weight.shape[1] * geometry["groups"]
     size: Any = tuple(weight.shape[2:])
-    is_depthwise = geometry["groups"] == in_channels == len(weight)
-    layer = (FastDepthwiseConv2d if is_depthwise else FastConv2d)(
-        in_channels, len(weight), size, bias=bias is not None, device="meta", **geometry
-    )
+    kind: type[FastConv2d] = FastConv2d
+    if geometry["groups"] == in_channels == len(weight):
+        kind = FastDepthwiseConv2d
+    elif geometry["groups"] == in_channels > 1:
+        kind = FastMultipliedConv2d
+    layer = kind(in_channels, len(weight), size, bias=bias is not None, device="meta", **geometry)
     return _with(layer, weight, bias, quantization)
 
 

@@ -179,7 +179,7 @@ struct Task {
     float* to = s.queries.data();
     if (side) {
       const depthwise::Problem problem{
-          1, p.qk_dim, {p.height, p.width}, {p.height, p.width}, {side, side}, {1, 1},
+          1, p.qk_dim, 1, {p.height, p.width}, {p.height, p.width}, {side, side}, {1, 1},
           {side / 2, side / 2}, {1, 1}, {0, p.width * features, features},
           {0, p.width * qk_pitch, qk_pitch}, activation::NONE, 0, 1};
       depthwise::forward_any<float>(problem, {query, taps, t.taps_bias + head * p.qk_dim, to});

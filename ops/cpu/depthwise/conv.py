@@ -28,10 +28,10 @@ def taps_first(weight: Tensor) -> Tensor:
     """Reorder the weight of a depthwise convolution for the kernel.
 
     Args:
-        weight: (C, 1, kh, kw).
+        weight: (C', 1, kh, kw).
 
     Returns:
-        (kh, kw, C), contiguous, float32.
+        (kh, kw, C'), contiguous, float32.
     """
     return weight.detach().squeeze(1).permute(1, 2, 0).to(torch.float32).contiguous()
 
@@ -56,30 +56,30 @@ def depthwise_conv2d(
     dilation: Sequence[int] = (1, 1),
     activation: str = "none",
 ) -> Call:
-    """Convolve each channel with its own window, then apply an activation. No gradients.
+    """Convolve each channel with windows of its own, then apply an activation. No gradients.
 
     Args:
         x: (B, C, H, W), float32 or bfloat16; copied unless channels-last.
-        taps: (kh, kw, C) float32, see :func:`taps_first`.
-        bias: (C,) float32.
+        taps: (kh, kw, C') float32, see :func:`taps_first`; C' is C or a multiple of it.
+        bias: (C',) float32.
         stride: of rows and columns; the column stride must be 1 or 2.
         padding: zeros on both sides of rows and columns.
         dilation: of rows and columns.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
 
     Returns:
-        (B, C, H', W'), channels-last, in the dtype of ``x``; sums are in float32.
+        (B, C', H', W'), channels-last, in the dtype of ``x``; sums are in float32.
 
     Raises:
         ValueError: mismatched shapes or dtypes, or an unknown activation.
     """
-    if x.ndim != 4 or taps.ndim != 3 or taps.shape[2] != x.shape[1]:
+    if x.ndim != 4 or taps.ndim != 3 or not x.shape[1] or taps.shape[2] % x.shape[1]:
         raise ValueError(
-            "x must be (B, C, H, W) and taps (kh, kw, C), got "
+            "x must be (B, C, H, W) and taps (kh, kw, C) or of a multiple of C, got "
             f"{tuple(x.shape)} and {tuple(taps.shape)}"
         )
-    if bias is not None and bias.shape != x.shape[1:2]:
-        raise ValueError(f"bias must be ({x.shape[1]},), got {tuple(bias.shape)}")
+    if bias is not None and bias.shape != taps.shape[2:]:
+        raise ValueError(f"bias must be ({taps.shape[2]},), got {tuple(bias.shape)}")
     require_dtype(torch.float32, taps=taps, bias=bias)
     require_activation(activation)
     if not 1 <= stride[1] <= 2:
@@ -94,11 +94,12 @@ def depthwise_conv2d(
                 f"a window of {taps.shape[0]}×{taps.shape[1]} with dilation {tuple(dilation)}"
             )
         size.append(free // stride[axis] + 1)
-    out = empty_nhwc(x, (x.shape[0], x.shape[1], *size))
+    out = empty_nhwc(x, (x.shape[0], taps.shape[2], *size))
 
     def arguments() -> dict[str, Any]:
         pixels = as_nhwc(x)
-        return {**_sizes(pixels, out, taps), "in": pixels, "weight": taps.contiguous()}
+        sizes = {**_sizes(pixels, out, taps), "multiplier": taps.shape[2] // x.shape[1]}
+        return {**sizes, "in": pixels, "weight": taps.contiguous()}
 
     return Call(out, arguments)
 
@@ -128,7 +129,8 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
 
     def arguments() -> dict[str, Any]:
         pixels, step = as_nhwc(x), x.element_size()
-        of_all = {"bfloat16": x.dtype == torch.bfloat16, "stride": (1, 1), "dilation": (1, 1)}
+        of_all: dict[str, Any] = {"bfloat16": x.dtype == torch.bfloat16, "multiplier": 1}
+        of_all |= {"stride": (1, 1), "dilation": (1, 1)}
         problems, tensors = [], []
         for start, t, bias in zip(starts, taps, biases, strict=True):
             padding = [side // 2 for side in t.shape[:2]]

@@ -22,7 +22,8 @@ using simd::W;
 
 // conv.py fills in these fields. Axes are (rows, columns).
 struct Problem {
-  int64_t batch, channels;
+  int64_t batch, channels;  // of the output
+  int64_t multiplier;       // outputs of an input channel, next to each other
   int64_t size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
   int64_t in_stride[3], out_stride[3];  // for image, row and pixel, in elements
   int64_t activation, bfloat16, threads;
@@ -146,8 +147,8 @@ struct Task {
   T* out;
 };
 
-// Copies the input rows of a task into a strip with zeros left and right. Returns the first row,
-// and in `count` the number of rows.
+// Copies the input rows of a task into a strip with zeros left and right, each channel as often as
+// there are outputs of it. Returns the first row, and in `count` the number of rows.
 template <class T>
 static int64_t fill(const Task<T>& task, int64_t width, ScratchBuffer<float>& buffer,
                     int64_t* count) {
@@ -157,6 +158,10 @@ static int64_t fill(const Task<T>& task, int64_t width, ScratchBuffer<float>& bu
   const int64_t end = std::min(p.size[0], reach + (p.kernel[0] - 1) * p.dilation[0] + 1);
   *count = std::max<int64_t>(0, end - first);
   float* const strip = buffer.of(*count * width * W);
+  const int64_t skipped = task.channel % p.multiplier;
+  int32_t source[W];
+  for (int l = 0; l < W; l++) source[l] = static_cast<int32_t>((skipped + l) / p.multiplier);
+  const int inputs = source[task.lanes - 1] + 1;
   const int64_t inside = std::max<int64_t>(0, std::min(p.size[1], width - p.padding[1]));
   for (int64_t y = 0; y < *count; y++) {
     const T* in = task.in + (first + y) * p.in_stride[1];
@@ -165,7 +170,8 @@ static int64_t fill(const Task<T>& task, int64_t width, ScratchBuffer<float>& bu
     const int64_t left = std::min(p.padding[1], width);
     out = std::fill_n(out, left * W, 0.f);
     for (int64_t x = 0; x < inside; x++, in += p.in_stride[2], out += W) {
-      simd::store(out, simd::get(in, task.lanes));
+      const F pixel = simd::get(in, inputs);
+      simd::store(out, p.multiplier == 1 ? pixel : simd::permute(pixel, source));
     }
     std::fill(out, end_of_row, 0.f);
   }
@@ -255,7 +261,8 @@ static void convolve_band(const Problem& p, const Tensors& tensors, const float*
                      lanes,
                      first,
                      end,
-                     static_cast<const T*>(tensors.in) + image * p.in_stride[0] + channel,
+                     static_cast<const T*>(tensors.in) + image * p.in_stride[0] +
+                         channel / p.multiplier,
                      static_cast<T*>(tensors.out) + image * p.out_stride[0] + channel};
   convolve(task, packed + channel * p.kernel[0] * p.kernel[1], bias, strip);
 }

@@ -166,6 +166,7 @@ static bool is_direct(const Problem& p) {
   const auto both = [](const int64_t (&n)[2], int64_t value) {
     return n[0] == value && n[1] == value;
   };
+  if (p.multiplier != 1) return false;
   const int64_t side = p.kernel[0];
   if (!both(p.kernel, side) || !both(p.padding, side / 2) || !both(p.dilation, 1)) return false;
   if (p.stride[1] > 2) return false;

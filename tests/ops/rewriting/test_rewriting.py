@@ -110,6 +110,14 @@ def test_parallel_branches_become_one_convolution(groups: int) -> None:
     _check(_Call(forward, three=three, one=one, **norms), IMAGE, kind)
 
 
+@pytest.mark.parametrize("stride", [2, 3])
+def test_several_outputs_of_each_channel(stride: int) -> None:
+    """By our kernel, or by oneDNN with a stride that the kernel does not take."""
+    conv = nn.Conv2d(16, 48, 7, stride, padding=3, groups=16)
+    model = _Call(lambda m, x: F.relu(m.norm(m.conv(x))), conv=conv, norm=nn.BatchNorm2d(48))
+    _check(model, IMAGE, "FastMultipliedConv2d")
+
+
 def test_branches_of_another_sign_and_the_map_itself() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return x + m.scale * (m.conv(x) - (m.norm(x) + 0))

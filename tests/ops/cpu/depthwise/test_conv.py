@@ -35,6 +35,7 @@ pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
 @given(
     batch=st.integers(1, 2),
     channels=st.sampled_from([1, 3, 8, 16, 24, 40]),
+    multiplier=st.sampled_from([1, 1, 2, 3, 5]),
     size=st.tuples(st.integers(1, 33), st.integers(1, 33)),
     kernel=st.tuples(*[st.sampled_from([1, 2, 3, 5, 7, 11, 13])] * 2),
     stride=pair,
@@ -44,14 +45,15 @@ pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
     has_bias=st.booleans(),
 )
 def test_is_the_convolution(
-    batch, channels, size, kernel, stride, dilation, padding, activation, has_bias
+    batch, channels, multiplier, size, kernel, stride, dilation, padding, activation, has_bias
 ) -> None:
     padding = tuple(
         max(p, -(-(d * (k - 1) + 1 - n) // 2))  # so that the window fits
         for p, d, k, n in zip(padding, dilation, kernel, size, strict=True)
     )
     x = random(batch, channels, *size)
-    weight, bias = random(channels, 1, *kernel, seed=1), random(channels, seed=2)
+    outputs = channels * multiplier
+    weight, bias = random(outputs, 1, *kernel, seed=1), random(outputs, seed=2)
     bias = bias if has_bias else None
     expected = F.conv2d(x, weight, bias, stride, padding, dilation, channels)
     out = depthwise_conv2d(
