@@ -258,7 +258,8 @@ class _Snapshot:
                 "a free-threaded Python could change the module during the check"
             )
         # Through PyDLL, which holds the GIL.
-        self._same_values = ctypes.PyDLL(str(status("replay").path)).replay_same_values
+        library = ctypes.PyDLL(str(status("replay").path))
+        self._same_values, self._prefetch = library.replay_same_values, library.replay_prefetch
         modules = list(module.modules())
         for inner in modules[1:]:
             if inner._forward_hooks or inner._forward_pre_hooks:
@@ -287,9 +288,14 @@ class _Snapshot:
         if not kernels_apply(self._tensors):
             raise NotCapturableError("its parameters and buffers are not plain CPU tensors")
         self._tensor_snapshot = TensorSnapshot(self._tensors)
+        lines = tuple(itertools.chain.from_iterable(map(_lines_of, self._tensors)))
+        self._lines = ctypes.c_int64(len(lines)), _words(lines)
 
     def is_valid(self) -> bool:
         """Whether nothing has changed."""
+        # A call of a network leaves the caches full of weights. Fetched one after the other, what
+        # tells changes of tensors took 4 % of the time of a MobileNetV3 in bfloat16.
+        self._prefetch(*self._lines)
         return bool(self._same_values(*self._arguments)) and self._tensor_snapshot.unchanged()
 
     def needs_gradients(self, x: Tensor) -> bool:
@@ -297,6 +303,17 @@ class _Snapshot:
         if not torch.is_grad_enabled():
             return False
         return x.requires_grad or any(t.requires_grad for t in self._tensors)
+
+
+_IMPL_BYTES, _STORAGE_BYTES = 208, 128  # of torch's tensors and storages, about
+
+
+def _lines_of(tensor: Tensor) -> Iterable[int]:
+    """The addresses of the cache lines that hold a tensor's version and place."""
+    impl, storage = tensor._cdata, tensor.untyped_storage()._cdata
+    yield id(tensor)
+    yield from range(impl, impl + _IMPL_BYTES, 64)
+    yield from range(storage, storage + _STORAGE_BYTES, 64)
 
 
 def _dicts_of(module: nn.Module) -> tuple[Any, ...]:

@@ -99,4 +99,9 @@ int replay_same_values(intptr_t (*size)(void*), int (*next)(void*, intptr_t*, vo
   return 1;
 }
 
+// Prefetches cache lines. What has moved is fetched in vain.
+void replay_prefetch(int64_t count, void* const* lines) {
+  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(lines[i], 0, 2);
+}
+
 }  // extern "C"
