@@ -77,7 +77,7 @@ def rms_norm(weight: Tensor, eps: float | None) -> Any:
     return _with(FastRMSNorm(len(weight), eps, device="meta"), weight, None)
 
 
-def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def affine_of(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) of a batch norm, in float32 or wider."""
     wide = copy.deepcopy(norm)
     return norm_affine(wide.float() if norm.running_mean.itemsize < 4 else wide)  # type: ignore[union-attr]

@@ -107,9 +107,10 @@ def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
     x, mean, var = given["input"], _constant(given["running_mean"]), _constant(given["running_var"])
     affine = [given["weight"], given["bias"]]
     varies = any(isinstance(a, Value) and a.constant is None for a in affine)
-    if given["training"] or mean is None or var is None or varies or len(x.shape) != 4:
+    kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}.get(len(x.shape))
+    if given["training"] or mean is None or var is None or varies or kind is None:
         return False
-    norm = nn.BatchNorm2d(len(mean), given["eps"], device="meta")
+    norm = kind(len(mean), given["eps"], device="meta")
     norm.running_mean, norm.running_var = mean, var
     for name, value in zip(("weight", "bias"), affine, strict=True):
         kept = _constant(value)

@@ -10,6 +10,7 @@
 #include "common/parallel.h"
 #include "common/range.h"
 #include "gemm/registers.h"
+#include "gemm/windows.h"
 
 namespace direct {
 
@@ -94,13 +95,6 @@ static Run<I, T> run_of(int64_t pixels, bool wide, [[maybe_unused]] int lanes) {
   return run_of<I, T, false>(pixels, wide);
 }
 
-// The output pixels along an axis whose windows do not reach beyond the map.
-static Range inner(int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t padding) {
-  const int64_t begin = std::min(out, (padding + stride - 1) / stride);
-  const int64_t room = in + padding - kernel;
-  return {begin, std::max(begin, room < 0 ? 0 : std::min(out, room / stride + 1))};
-}
-
 // Some rows of an image, for one panel of a group's outputs.
 template <class I, class T>
 struct Task {
@@ -144,8 +138,10 @@ struct Task {
   }
 
   void run_rows(Range rows) const {
-    const Range whole = inner(p.height, p.out_height, p.kernel[0], p.stride[0], p.padding[0]);
-    const Range across = inner(p.width, p.out_width, p.kernel[1], p.stride[1], p.padding[1]);
+    const Range whole =
+        inner_pixels(p.height, p.out_height, p.kernel[0], p.stride[0], p.padding[0]);
+    const Range across =
+        inner_pixels(p.width, p.out_width, p.kernel[1], p.stride[1], p.padding[1]);
     const int64_t begin = std::clamp(whole.begin, rows.begin, rows.end);
     const Range down{begin, std::clamp(whole.end, begin, rows.end)};
     for (int64_t y = rows.begin; y < rows.end; y++) {

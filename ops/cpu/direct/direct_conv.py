@@ -18,9 +18,9 @@ from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import bias_of, empty_nhwc
-from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.gemm.convolution import convolved_size
+from ops.cpu.gemm.linear import no_pairs, pack_weight
 from ops.cpu.gemm.problem import packed_size
-from ops.cpu.policy import multiplies
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["DirectConv2d", "direct_conv2d"]
@@ -66,13 +66,7 @@ class DirectConv2d:
         return out
 
 
-def _no_pairs(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype == torch.bfloat16 and not multiplies(dtype):
-        return "the kernel takes bfloat16 only where the CPU multiplies it"
-    return no_products(device, dtype)
-
-
-@kernel("direct", "direct_forward", refuses=_no_pairs)
+@kernel("direct", "direct_forward", refuses=no_pairs)
 def direct_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], activation: str = "none"
 ) -> Call:
@@ -105,15 +99,7 @@ def direct_conv2d(
             "x must be (B, C, H, W) of float32 or bfloat16, with the channels and dtype of the "
             f"weight, got {tuple(x.shape)} of {x.dtype}"
         )
-    size = [
-        (n + 2 * p - k) // s + 1
-        for n, k, s, p in zip(x.shape[2:], kernel_size, stride, padding, strict=True)
-    ]
-    if min(size) < 1:
-        raise ValueError(
-            f"a map of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than the "
-            f"window of {tuple(kernel_size)}"
-        )
+    size = convolved_size(x, kernel_size, stride, padding)
     out = empty_nhwc(x, (len(x), len(bias), *size))
 
     def arguments() -> dict[str, Any]:

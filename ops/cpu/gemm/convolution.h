@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include "gemm/gemm.h"
+#include "gemm/windows.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 
@@ -64,14 +65,6 @@ static void copy_inner_windows(const Problem& p, const T* image, int64_t y, line
       simd::copy(in + i * step, length, out + i * pitch);
     }
   }
-}
-
-// The output pixels along an axis whose windows do not reach beyond the map.
-static linear::Range inner_pixels(int64_t in, int64_t out, int64_t kernel, int64_t stride,
-                                  int64_t padding) {
-  const int64_t begin = std::min(out, (padding + stride - 1) / stride);
-  const int64_t room = in + padding - kernel;
-  return {begin, std::max(begin, room < 0 ? 0 : std::min(out, room / stride + 1))};
 }
 
 // The windows of output pixels `range`, counted over all images.

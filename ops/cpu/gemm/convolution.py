@@ -20,10 +20,30 @@ from ops.cpu.call.tensors import bias_of, empty_nhwc
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["PackedConv2d", "packed_conv2d"]
+__all__ = ["PackedConv2d", "convolved_size", "packed_conv2d"]
 
 _FEW_CHANNELS = 4  # of images
 _SHORTEST_RUN = 32  # bytes, of a window's row that is worth copying by itself
+
+
+def convolved_size(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> list[int]:
+    """Rows and columns of a convolution of ``x``, (B, C, H, W).
+
+    Raises:
+        ValueError: a map smaller than the window.
+    """
+    size = [
+        (n + 2 * p - k) // s + 1
+        for n, k, s, p in zip(x.shape[2:], kernel_size, stride, padding, strict=True)
+    ]
+    if min(size) < 1:
+        raise ValueError(
+            f"a map of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than the "
+            f"window of {tuple(kernel_size)}"
+        )
+    return size
 
 
 class PackedConv2d:
@@ -115,15 +135,7 @@ def packed_conv2d(
     require_dtype(torch.float32, weight_scale=weight_scale, in_range=in_range)
     require_activation(activation)
     kernel_size, stride, padding = sides[:2], sides[2:4], sides[4:]
-    size = [
-        (n + 2 * p - k) // s + 1
-        for n, k, s, p in zip(x.shape[2:], kernel_size, stride, padding, strict=True)
-    ]
-    if min(size) < 1:
-        raise ValueError(
-            f"a map of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than the "
-            f"window of {tuple(kernel_size)}"
-        )
+    size = convolved_size(x, kernel_size, stride, padding)
     out = empty_nhwc(x, (len(x), len(bias), *size))
 
     def arguments() -> Any:

@@ -18,7 +18,14 @@ from ops.cpu.call.c_arguments import Call, pack
 from ops.cpu.gemm.problem import check_scales, linear_problem, output_shape, packed_size, with_rows
 from ops.cpu.policy import multiplies
 
-__all__ = ["no_products", "pack_weight", "packed_linear", "packed_linear_energy", "unavailable"]
+__all__ = [
+    "no_pairs",
+    "no_products",
+    "pack_weight",
+    "packed_linear",
+    "packed_linear_energy",
+    "unavailable",
+]
 
 
 def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -28,6 +35,13 @@ def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
     if half and library is not None and not library.linear_multiplies_bfloat16():
         return "torch multiplies bfloat16 on this CPU, the kernel would multiply float32"
     return unavailable_reason("gemm")
+
+
+def no_pairs(device: torch.device, dtype: torch.dtype) -> str | None:
+    """``None`` if kernels multiply ``dtype`` without converting it to float32, else the reason."""
+    if dtype == torch.bfloat16 and not multiplies(dtype):
+        return "the kernel takes bfloat16 only where the CPU multiplies it"
+    return no_products(device, dtype)
 
 
 def unavailable(

@@ -18,9 +18,8 @@ from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import bias_of, empty_nhwc
-from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.gemm.linear import no_pairs, pack_weight
 from ops.cpu.gemm.problem import packed_size
-from ops.cpu.policy import multiplies
 from ops.cpu.threads import threads_for
 
 __all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]
@@ -28,12 +27,6 @@ __all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]
 _PIXELS = 512  # of an image, per thread
 _STRIDES = (2, 4)  # of windows in NCHW
 _USUAL = (3, 2, 1)  # side, stride and padding of the window
-
-
-def _no_vectors(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype == torch.bfloat16 and not multiplies(dtype):
-        return "the kernel takes bfloat16 only where the CPU multiplies it"
-    return no_products(device, dtype)
 
 
 def pack_layers(
@@ -64,7 +57,7 @@ def pack_layers(
     return weights, biases
 
 
-@kernel("stem", "stem_forward", refuses=_no_vectors)
+@kernel("stem", "stem_forward", refuses=no_pairs)
 def packed_stem(
     x: Tensor,
     weights: Sequence[Tensor],

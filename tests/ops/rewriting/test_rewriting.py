@@ -31,7 +31,7 @@ class _Call(nn.Module):
         for name, layer in layers.items():
             self.add_module(name, layer)
         for m in self.modules():
-            if isinstance(m, nn.BatchNorm2d):
+            if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
                 nn.init.uniform_(m.weight, 0.5, 1.5)
                 nn.init.normal_(m.bias)
                 assert m.running_mean is not None and m.running_var is not None
@@ -108,6 +108,18 @@ def test_parallel_branches_become_one_convolution(groups: int) -> None:
     one = nn.Conv2d(16, 16, 1, groups=groups, bias=False)
     kind = "FastConv2d" if groups == 1 else "FastDepthwiseConv2d"
     _check(_Call(forward, three=three, one=one, **norms), IMAGE, kind)
+
+
+def test_a_norm_of_vectors_becomes_part_of_the_linear_layer_after_it() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.relu(m.fc(m.norm(x.mean((2, 3)))))
+
+    norm = nn.BatchNorm1d(16)
+    model = _Call(forward, norm=norm, fc=nn.Linear(16, 9))
+    _check(model, IMAGE, "FastAdaptiveAvgPool2d", "FastLinear")
+    both = _Call(lambda m, x: m.fc(y := m.norm(x.mean((2, 3)))) + y, norm=norm)
+    both.fc = nn.Linear(16, 16)
+    assert "BatchNorm1d" in _names(_graph(both, IMAGE))
 
 
 @pytest.mark.parametrize("stride", [2, 3])
