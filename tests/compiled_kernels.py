@@ -54,6 +54,15 @@ def can_run(instructions: str) -> bool:
     return instructions in instruction_sets.candidates()
 
 
+def conv_layer(
+    in_channels: int, out_channels: int, dtype: torch.dtype = torch.float32, **geometry
+) -> nn.Conv2d:
+    """A convolution with the same random weight in every call."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(in_channels, out_channels, **geometry).to(dtype)
+    return conv.requires_grad_(False)
+
+
 def linear_layer(
     in_features: int, out_features: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ from compiled_kernels import (
     LINEAR_DTYPES,
     PLAIN_ACTIVATIONS,
     compiled_for,
+    conv_layer,
     random,
     using_threads,
     without_kernels,
@@ -26,14 +27,6 @@ from ops.inference.layers import FastConv2d, activate, convert
 DTYPES = {dtype: bound for dtype, bound in LINEAR_DTYPES.items() if policy.multiplies(dtype)}
 
 _pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
-
-
-def _conv(
-    in_channels: int, out_channels: int, dtype: torch.dtype = torch.float32, **geometry
-) -> nn.Conv2d:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(in_channels, out_channels, **geometry).to(dtype)
-    return conv.requires_grad_(False)
 
 
 def _agrees(x: Tensor, conv: nn.Conv2d, activation: str = "none") -> Tensor:
@@ -69,13 +62,13 @@ def test_is_the_convolution(
     x = random(batch, of_all[0], *size).to(dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    _agrees(x, _conv(*of_all, dtype, groups=groups, **geometry), activation)
+    _agrees(x, conv_layer(*of_all, dtype, groups=groups, **geometry), activation)
 
 
 @pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 def test_bands_and_threads(dtype: torch.dtype) -> None:
     """A map larger than the cache is read in bands of rows."""
-    conv = _conv(72, 120, dtype, kernel_size=3, stride=2, padding=1, groups=3)
+    conv = conv_layer(72, 120, dtype, kernel_size=3, stride=2, padding=1, groups=3)
     x = random(2, 72, 61, 90).to(dtype)
     outs = []
     for threads in (1, 2):
@@ -87,17 +80,17 @@ def test_bands_and_threads(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled_for(instructions, monkeypatch)
-    conv = _conv(48, 72, kernel_size=3, stride=(1, 2), padding=1, groups=2)
+    conv = conv_layer(48, 72, kernel_size=3, stride=(1, 2), padding=1, groups=2)
     _agrees(random(2, 48, 9, 12).float(), conv, "silu")
 
 
 def test_no_images() -> None:
-    conv = _conv(48, 72, kernel_size=3, stride=2, groups=3)
+    conv = conv_layer(48, 72, kernel_size=3, stride=2, groups=3)
     assert DirectConv2d(conv)(torch.zeros(0, 48, 7, 5)).shape == (0, 72, 3, 2)
 
 
 def test_rejects_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = DirectConv2d(_conv(16, 8, kernel_size=3, groups=2))
+    packed = DirectConv2d(conv_layer(16, 8, kernel_size=3, groups=2))
     for x in (torch.zeros(1, 8, 5, 5), torch.zeros(1, 17, 5, 5), torch.zeros(16, 5, 5)):
         with pytest.raises(ValueError, match="with the channels and dtype of the weight, got"):
             packed(x)
@@ -109,12 +102,11 @@ def test_rejects_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="got 'softplus'"):
         packed(torch.zeros(1, 16, 5, 5), "softplus")
     others = (
-        *(_conv(16, 8, kernel_size=3, dilation=2), _conv(16, 8, kernel_size=3, padding="same")),
-        *(
-            _conv(16, 8, kernel_size=3).double(),
-            _conv(6, 4, torch.bfloat16, kernel_size=3, groups=2),
-        ),
-        _conv(16, 8, kernel_size=3, padding=1, padding_mode="reflect"),
+        conv_layer(16, 8, kernel_size=3, dilation=2),
+        conv_layer(16, 8, kernel_size=3, padding="same"),
+        conv_layer(16, 8, kernel_size=3, padding=1, padding_mode="reflect"),
+        conv_layer(16, 8, kernel_size=3).double(),
+        conv_layer(6, 4, torch.bfloat16, kernel_size=3, groups=2),
     )
     for conv in others:
         with pytest.raises(ValueError, match="without dilation, padded with zeros, got"):
@@ -127,7 +119,7 @@ def test_rejects_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("pays", [True, False])
 def test_the_inference_form_asks_the_policy(pays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "direct_by_kernel", lambda *_: pays)
-    plain = _conv(48, 72, kernel_size=3, stride=2, padding=1, groups=2)
+    plain = conv_layer(48, 72, kernel_size=3, stride=2, padding=1, groups=2)
     layer, x = convert(copy.deepcopy(plain), FastConv2d), torch.randn(2, 48, 9, 10)
     activate(layer, "relu")
     torch.testing.assert_close(layer(x), plain(x).relu(), rtol=1e-5, atol=1e-5)

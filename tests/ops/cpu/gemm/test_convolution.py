@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from compiled_kernels import (
     LINEAR_DTYPES,
     PLAIN_ACTIVATIONS,
+    conv_layer,
     random,
     using_threads,
     without_kernels,
@@ -27,14 +28,6 @@ from ops.inference.packed_linear import Quantization
 _REASON = int8_unavailable(torch.device("cpu"), torch.float32)
 
 _pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
-
-
-def _conv(
-    in_channels: int, out_channels: int, dtype: torch.dtype = torch.float32, **geometry
-) -> nn.Conv2d:
-    torch.manual_seed(0)
-    conv = nn.Conv2d(in_channels, out_channels, **geometry).to(dtype)
-    return conv.requires_grad_(False)
 
 
 def _agrees(x: Tensor, conv: nn.Conv2d, activation: str, tolerance: float) -> None:
@@ -66,7 +59,7 @@ def test_is_the_convolution(
     x = random(batch, channels[0], *size).to(dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    _agrees(x, _conv(*channels, dtype, **geometry), activation, LINEAR_DTYPES[dtype])
+    _agrees(x, conv_layer(*channels, dtype, **geometry), activation, LINEAR_DTYPES[dtype])
 
 
 @settings(max_examples=60, deadline=None)
@@ -87,7 +80,7 @@ def test_wide_windows_of_images(
     x = random(batch, channels[0], *size).to(dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
-    conv = _conv(*channels, dtype, kernel_size=kernel_size, stride=stride, padding=padding)
+    conv = conv_layer(*channels, dtype, kernel_size=kernel_size, stride=stride, padding=padding)
     assert PackedConv2d(conv)._by_channel == (kernel_size[1] * dtype.itemsize >= 32)
     _agrees(x, conv, "relu", LINEAR_DTYPES[dtype])
 
@@ -105,7 +98,7 @@ def test_wide_windows_of_images(
     ],
 )
 def test_in_int8_windows_are_rows(channels, geometry, dtype, in_range) -> None:
-    conv = _conv(*channels, **geometry)
+    conv = conv_layer(*channels, **geometry)
     x = random(2, channels[0], 21, 30).to(dtype)
     x[1, 0, 3, 4] = 50  # other rows have other ranges
     given_ = None if in_range is None else torch.tensor(in_range)
@@ -125,7 +118,7 @@ def test_in_int8_windows_are_rows(channels, geometry, dtype, in_range) -> None:
 
 @pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
 def test_scales_of_int8_are_checked() -> None:
-    packed = PackedConv2d(_conv(16, 24, kernel_size=3), Quantization().pack)
+    packed = PackedConv2d(conv_layer(16, 24, kernel_size=3), Quantization().pack)
     x, scale = random(1, 16, 9, 8).float(), packed._scales[0]
     for weight, scales in ((packed._weight.float(), scale), (packed._weight, torch.zeros(2, 5))):
         with pytest.raises(
@@ -135,8 +128,8 @@ def test_scales_of_int8_are_checked() -> None:
 
 
 def test_many_strips_and_threads() -> None:
-    conv = _conv(64, 40, kernel_size=3, stride=2, padding=1)
-    patches = _conv(3, 40, kernel_size=9, stride=8, padding=1)
+    conv = conv_layer(64, 40, kernel_size=3, stride=2, padding=1)
+    patches = conv_layer(3, 40, kernel_size=9, stride=8, padding=1)
     for layer, x in ((conv, random(3, 64, 61, 90)), (patches, random(2, 3, 250, 251))):
         x, outs = x.float(), []
         for threads in (1, 2):
@@ -154,10 +147,10 @@ def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None
     calls = []
     call = PackedConv2d.__call__
     monkeypatch.setattr(PackedConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
-    strided = convert(_conv(16, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
-    dense = convert(_conv(16, 32, kernel_size=3, padding=1), FastConv2d)
-    thin = convert(_conv(3, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
-    far = convert(_conv(3, 32, kernel_size=8, stride=8), FastConv2d)
+    strided = convert(conv_layer(16, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
+    dense = convert(conv_layer(16, 32, kernel_size=3, padding=1), FastConv2d)
+    thin = convert(conv_layer(3, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
+    far = convert(conv_layer(3, 32, kernel_size=8, stride=8), FastConv2d)
     for layer, side in ((strided, 80), (strided, 200), (dense, 40), (far, 40), (thin, 40)):
         x = random(1, layer.in_channels, side, side).float()
         expected = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
@@ -167,7 +160,7 @@ def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None
 
 
 def test_rejects_bad_arguments(monkeypatch) -> None:
-    packed = PackedConv2d(_conv(16, 8, kernel_size=3))
+    packed = PackedConv2d(conv_layer(16, 8, kernel_size=3))
     with pytest.raises(ValueError, match=r"\(B, 16, H, W\) of torch.float32, got \(1, 8, 5, 5\)"):
         packed(torch.zeros(1, 8, 5, 5))
     with pytest.raises(ValueError, match="of torch.float64"):
@@ -177,9 +170,9 @@ def test_rejects_bad_arguments(monkeypatch) -> None:
     with pytest.raises(ValueError, match="got 'softplus'"):
         packed(torch.zeros(1, 16, 5, 5), "softplus")
     with pytest.raises(ValueError, match="no groups and no dilation"):
-        PackedConv2d(_conv(16, 8, kernel_size=3, groups=2))
+        PackedConv2d(conv_layer(16, 8, kernel_size=3, groups=2))
     with pytest.raises(ValueError, match="number of zeros"):
-        PackedConv2d(_conv(16, 8, kernel_size=3, padding=1, padding_mode="circular"))
+        PackedConv2d(conv_layer(16, 8, kernel_size=3, padding=1, padding_mode="circular"))
     without_kernels(monkeypatch)
     with pytest.raises(RuntimeError, match="VISION_BACKBONES_NATIVE"):
         packed(torch.zeros(1, 16, 5, 5))
