@@ -72,9 +72,6 @@ class FastMultipliedConv2d(FastConv2d):
     oneDNN's take up to ten times as long.
     """
 
-    def pays(self, x: Tensor) -> bool:
-        return True
-
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         if unavailable(self.stride, x.device, x.dtype) is not None:
             return None, self.for_onednn(x)
