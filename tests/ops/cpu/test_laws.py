@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,37 @@ def test_other_dtypes_are_refused(name: str) -> None:
     assert "meta" in (
         kernel.unavailable(torch.device("meta"), first.dtype, even_if_slower=True) or ""
     )
+
+
+# Classes pack the weights of these, and check layers and activations when they do.
+OF_CLASSES = ("packed_conv2d", "cascaded_attention", "kan_layer", "depthwise_mlp",
+              "depthwise_expansion", "deformable_conv2d")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n not in OF_CLASSES])
+def test_other_dtypes_of_weights_are_refused(name: str) -> None:
+    """Or converted: a kernel gets an address and takes what lies there for float32."""
+    kernel, batched, given = CALLS[name]()
+    expected = _outputs(kernel(**given))
+    for argument, value in given.items():
+        if argument in batched or not isinstance(value, Tensor) or value.dtype != torch.float32:
+            continue
+        for dtype in (torch.float64, torch.bfloat16):
+            try:
+                found = _outputs(kernel(**{**given, argument: value.to(dtype)}))
+            except (ValueError, RuntimeError) as error:
+                assert re.search(r"torch\.|float", str(error)), argument
+            else:
+                _assert_near(found, expected, 2**-6)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CALLS if n not in OF_CLASSES and "activation" in CALLS[n]()[2]]
+)
+def test_other_activations_are_refused(name: str) -> None:
+    kernel, _, given = CALLS[name]()
+    with pytest.raises(ValueError, match=r"one of .*got 'softplus'|or .*got 'softplus'"):
+        kernel(**{**given, "activation": "softplus"})
 
 
 # The others check shapes in the class or the function that calls them, or take fewer channels.

@@ -163,19 +163,6 @@ def test_blocks_without_a_mask(case):
     check(case)
 
 
-def arguments_of(case: oracle.Case, kernel) -> dict:
-    """What the launcher would give `kernel` for this case."""
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            launch, "run", lambda kernel, grid, given, config: seen.append((kernel, given))
-        )
-        inputs = oracle.make_inputs(case, torch.float32)
-        run(case, inputs, lambda *given: launch.forward(*given))
-    (found,) = (given for started, given in seen if started is kernel)
-    return found
-
-
 def run(case: oracle.Case, inputs: oracle.Inputs, attend=backend.attend) -> tuple[Tensor, Tensor]:
     scale = case.dim**-0.5 if case.scale is None else case.scale
     params = NAParams(case.kernel_size, case.stride, case.dilation, case.is_causal, scale)
@@ -188,13 +175,6 @@ def run(case: oracle.Case, inputs: oracle.Inputs, attend=backend.attend) -> tupl
         inputs.rpb,
         params,
     )
-
-
-@pytest.mark.parametrize("case", WIDE, ids=lambda case: f"{case.rank}d-{case.kernel_size}")
-def test_wide_windows_compile_the_branch_without_a_mask(case):
-    arguments = arguments_of(case, launch._forward)
-    (rule,) = launch._forward.values.values()
-    assert rule({**arguments, **tiles.configs(case.rank)[-1].kwargs})
 
 
 @pytest.mark.slow
@@ -215,12 +195,6 @@ def test_every_tile_that_tuning_tries_is_exact(rank, index, monkeypatch):
             has_rpb=rpb,
         )
         check(case)
-
-
-def test_wide_windows_compile_the_branch_of_the_keys_too():
-    arguments = arguments_of(WIDE[2], launch._forward)
-    (rule,) = launch._grad_key_value.values.values()
-    assert rule({**arguments, **tiles.configs(2)[-1].kwargs})
 
 
 def loss(out: Tensor, lse: Tensor) -> Tensor:
@@ -332,14 +306,3 @@ def test_compiles_into_one_graph():
     got = torch.autograd.grad(compiled(), list(inputs.present().values()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_fixed_tiles_under_deterministic_algorithms(monkeypatch):
-    """Nothing is measured then, and the tiles fit in shared memory."""
-    arguments = arguments_of(PLAIN, launch._forward)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert launch._fixed(arguments) is None
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert launch._fixed(arguments) in tiles.fitting(2, arguments)
-    wide = {**arguments, "PADDED_DIM": 256, "PADDED_VALUE_DIM": 256}
-    assert tiles.fitting(2, wide)[0].kwargs == tiles.configs(2)[-1].kwargs

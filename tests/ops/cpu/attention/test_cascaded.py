@@ -127,20 +127,6 @@ def test_large_logits() -> None:
     torch.testing.assert_close(parts.packed()(x, table), expected, rtol=1e-4, atol=1e-2)
 
 
-def test_rejects_bad_arguments() -> None:
-    packed = _Heads(2, 8, 4, (), False).packed()
-    x = torch.zeros(1, 3, 3, 16)
-    for wrong in (x[..., :15], x[0], x.bfloat16()):
-        with pytest.raises(ValueError, match=r"x must be \(N, H, W, dim\) of torch.float32.*2 × 8"):
-            packed(wrong)
-    with pytest.raises(ValueError, match=r"table must be torch.float32, got torch.bfloat16"):
-        packed(x, torch.zeros(2, 9, 9).bfloat16())
-    with pytest.raises(ValueError, match=r"table must be \(2, 9, 9\), got \(2, 9, 8\)"):
-        packed(x, torch.zeros(2, 9, 8))
-    assert packed(x[:0]).shape == (0, 3, 3, 16)
-    assert "float64" in (cascaded_attention.unavailable(x.device, torch.float64) or "")
-
-
 def _fast(layer: nn.Module, form: type[nn.Module]) -> nn.Module:
     """Folded, in its inference form."""
     torch.manual_seed(1)

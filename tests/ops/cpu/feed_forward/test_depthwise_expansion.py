@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from compiled_kernels import LINEAR_DTYPES, PLAIN_ACTIVATIONS, compiled_for, using_threads
+from compiled_kernels import LINEAR_DTYPES, PLAIN_ACTIVATIONS, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -63,29 +63,3 @@ def test_strips_blocks_and_threads(
     with using_threads(threads):
         first, second = (_check(layers, x, ("silu", "silu")) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    for side, stride in ((3, 1), (5, 2)):
-        _check(_layers(8, 45, side, stride), torch.randn(2, 9, 7, 8), ("hardswish", "silu"))
-
-
-def test_no_images() -> None:
-    fc, conv = _layers(8, 16, 3, 1)
-    out, means = PackedExpansion(fc, conv)(torch.zeros(0, 5, 4, 8))
-    assert (out.shape, means.shape) == ((0, 5, 4, 16), (0, 16))
-
-
-def test_bad_inputs_are_refused() -> None:
-    fc, conv = _layers(8, 16, 3, 1)
-    packed = PackedExpansion(fc, conv)
-    with pytest.raises(ValueError, match=r"pixels, got \(1, 0, 4, 8\)"):
-        packed(torch.zeros(1, 0, 4, 8))
-    with pytest.raises(ValueError, match="x must have 8 features, got 9"):
-        packed(torch.zeros(1, 3, 4, 9))
-    with pytest.raises(ValueError, match="float64"):
-        packed(torch.zeros(1, 3, 4, 8, dtype=torch.float64))
-    with pytest.raises(ValueError, match="16 channels or more, got 15"):
-        PackedExpansion(*_layers(8, 15, 3, 1))

@@ -214,52 +214,6 @@ def test_convolutions_that_the_kernel_takes() -> None:
         assert not PackedDepthwiseMlp.applies(other)
 
 
-def test_infinity_stays_within_the_window() -> None:
-    parts = _parts(8, 16, 8)
-    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "relu")
-    x = torch.zeros(1, 7, 7, 8)
-    x[0, 0, 6, 2] = float("nan")
-    lost = packed(x).isnan().any(-1)[0]
-    assert lost[:2, 5:].all() and lost.sum() == 4
-
-
-def test_bad_inputs_are_refused() -> None:
-    parts = _parts(5, 7, 5)
-    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
-    x = torch.zeros(1, 3, 3, 5)
-    for image, norm, message in (
-        (x[..., :4], None, "float32 with 5 features"),
-        (x.double(), None, "float32 with 5 features, got torch.float64"),
-        (x[0], None, r"\(B, H, W, 5\), got \(3, 3, 5\)"),
-        (x, nn.LayerNorm(4), "weight and bias of 5 features"),
-        (x, nn.LayerNorm(5).double(), "the norm's weight must be torch.float32"),
-        (x, nn.LayerNorm(5, elementwise_affine=False), "weight and bias of 5 features"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            packed(image, None, norm)
-
-
-def test_bad_residuals_are_refused() -> None:
-    parts = _parts(8, 16, 8)
-    packed = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"])
-    for residual, message in (
-        (torch.zeros(1, 3, 9), r"must be \(1, 3, 8\), got \(1, 3, 9\)"),
-        (torch.zeros(1, 3, 8).bfloat16(), "residual must be torch.float32, got torch.bfloat16"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            packed(torch.zeros(1, 3, 8), residual)
-    assert packed(torch.zeros(0, 3, 8)).shape == (0, 3, 8)
-
-
-def test_a_first_convolution_needs_channels_and_no_norm() -> None:
-    parts = _parts(16, 16, 8)
-    packed = _bottleneck(parts, has_first=False)
-    with pytest.raises(ValueError, match="no norm precede it"):
-        packed(torch.zeros(1, 4, 4, 16), None, parts["norm"])
-    with pytest.raises(ValueError, match="16 features or more, got 8"):
-        _bottleneck(_parts(8, 8, 8), has_first=False)(torch.zeros(1, 4, 4, 8))
-
-
 def test_more_threads_than_rows() -> None:
     parts = _parts(8, 16, 8)
     packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])

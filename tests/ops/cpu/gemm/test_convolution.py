@@ -12,14 +12,13 @@ from compiled_kernels import (
     PLAIN_ACTIVATIONS,
     random,
     using_threads,
-    without_kernels,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.gemm.convolution import PackedConv2d, packed_conv2d
+from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.int8 import int8_unavailable, quantize_weight, reference
 from ops.inference.layers import FastConv2d, convert
 from ops.inference.packed_linear import Quantization
@@ -123,17 +122,6 @@ def test_in_int8_windows_are_rows(channels, geometry, dtype, in_range) -> None:
         assert (out - expected).abs().max() < LINEAR_DTYPES[dtype] * 4 * (1 + expected.max())
 
 
-@pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
-def test_scales_of_int8_are_checked() -> None:
-    packed = PackedConv2d(_conv(16, 24, kernel_size=3), Quantization().pack)
-    x, scale = random(1, 16, 9, 8).float(), packed._scales[0]
-    for weight, scales in ((packed._weight.float(), scale), (packed._weight, torch.zeros(2, 5))):
-        with pytest.raises(
-            ValueError, match=r"weight_scale must be \(2, 24\) for a weight in int8"
-        ):
-            packed_conv2d(x, weight, packed._bias, packed._geometry, weight_scale=scales)
-
-
 def test_many_strips_and_threads() -> None:
     conv = _conv(64, 40, kernel_size=3, stride=2, padding=1)
     patches = _conv(3, 40, kernel_size=9, stride=8, padding=1)
@@ -164,22 +152,3 @@ def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
     own = [(1, 16, 80, 80), (1, 16, 200, 200), (1, 3, 40, 40), (1, 3, 40, 40)]
     assert calls == own[: 4 if tiles else 3]
-
-
-def test_rejects_bad_arguments(monkeypatch) -> None:
-    packed = PackedConv2d(_conv(16, 8, kernel_size=3))
-    with pytest.raises(ValueError, match=r"\(B, 16, H, W\) of torch.float32, got \(1, 8, 5, 5\)"):
-        packed(torch.zeros(1, 8, 5, 5))
-    with pytest.raises(ValueError, match="of torch.float64"):
-        packed(torch.zeros(1, 16, 5, 5, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"map of \(2, 5\).*smaller than the window of \(3, 3\)"):
-        packed(torch.zeros(1, 16, 2, 5))
-    with pytest.raises(ValueError, match="got 'softplus'"):
-        packed(torch.zeros(1, 16, 5, 5), "softplus")
-    with pytest.raises(ValueError, match="no groups and no dilation"):
-        PackedConv2d(_conv(16, 8, kernel_size=3, groups=2))
-    with pytest.raises(ValueError, match="number of zeros"):
-        PackedConv2d(_conv(16, 8, kernel_size=3, padding=1, padding_mode="circular"))
-    without_kernels(monkeypatch)
-    with pytest.raises(RuntimeError, match="VISION_BACKBONES_NATIVE"):
-        packed(torch.zeros(1, 16, 5, 5))

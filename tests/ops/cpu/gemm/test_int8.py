@@ -22,7 +22,6 @@ from ops import cpu
 from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.gemm.int8 import (
-    LARGEST_INPUT,
     int8_unavailable,
     pack_int8_weight,
     quantize_rows,
@@ -292,35 +291,6 @@ def test_where_bytes_do_not_pay(monkeypatch) -> None:
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
     assert "portable" in (policy.no_int8_products(False) or "")
     assert policy.maps_of_int8() == torch.float32
-
-
-@_needs_bytes
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"activation": "softplus"}, "activation must be one of"),
-        ({"combination": "add"}, "combination must be one of"),
-        ({"x": torch.zeros(2, 99)}, "got .2, 99."),
-        ({"weight": torch.zeros(1024)}, "weight_scale and in_range are for weights in int8"),
-        ({"weight_scale": None}, r"weight_scale must be .2, 3., got None"),
-        ({"weight_scale": torch.zeros(3)}, r"weight_scale must be .2, 3., got .3,."),
-        ({"in_range": torch.zeros(3)}, r"in_range must be .2,., got .3,."),
-        ({"in_range": torch.zeros(2).double()}, "in_range must be torch.float32"),
-        ({"other": torch.zeros(2, 4), "combination": "add"}, r"other must be .2, 3., got .2, 4."),
-        ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
-    ],
-)
-def test_rejects_bad_arguments(arguments, message) -> None:
-    weight, weight_scale = pack_int8_weight(torch.zeros(3, 5))
-    given_ = {"x": torch.zeros(2, 5), "weight": weight, "weight_scale": weight_scale}
-    with pytest.raises(ValueError, match=message):
-        _linear(**{**given_, "bias": torch.zeros(3), **arguments})
-
-
-@pytest.mark.parametrize("shape", [(3,), (3, 5, 1, 1), (1, LARGEST_INPUT + 1)])
-def test_only_matrices_are_packed(shape) -> None:
-    with pytest.raises(ValueError, match="weight must be .out_features, in_features ≤ 65536., got"):
-        pack_int8_weight(torch.zeros(shape))
 
 
 def test_weights_with_nan_give_nan() -> None:

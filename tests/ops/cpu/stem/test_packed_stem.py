@@ -140,33 +140,3 @@ def test_tiles_multiply_copied_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, x = convert(nn.Conv2d(3, 32, 4, 4), FastConv2d), random(1, 3, 16, 16)
     assert isinstance(fast.for_kernel(x.float()), NCHWConv2d)
     assert isinstance(fast.bfloat16().for_kernel(x.bfloat16()), PackedConv2d)
-
-
-def test_pairs_of_channels() -> None:
-    packed = pack_layers(conv_row(3, 15, 32))
-    with pytest.raises(ValueError, match="must have even channels, got 15"):
-        packed_stem(random(1, 3, 20, 20).bfloat16(), *packed, ["none", "none"])
-
-
-def test_rejects_bad_arguments() -> None:
-    assert packed_stem.unavailable(torch.device("cpu"), torch.float16) is not None
-    convs = conv_row(3, 8, 16)
-    weights, biases = pack_layers(convs)
-    x = random(1, 3, 8, 8).float()
-    with pytest.raises(ValueError, match="float32"):
-        packed_stem(x.double(), weights, biases, ["none", "none"])
-    with pytest.raises(ValueError, match="an activation for each"):
-        packed_stem(x, weights, biases, ["none"])
-    with pytest.raises(ValueError, match="'softplus'"):
-        packed_stem(x, weights, biases, ["none", "softplus"])
-    with pytest.raises(ValueError, match="7 to 8 channels"):
-        packed_stem(random(1, 7, 8, 8).float(), weights, biases, ["none", "none"])
-    with pytest.raises(ValueError, match="an eps for each of 2 layers, or none, got 1 and 0"):
-        packed_stem(x, weights, biases, ["none", "none"], [torch.zeros(2, 8)])
-    with pytest.raises(ValueError, match="must be torch.float32, got torch.bfloat16"):
-        packed_stem(x, weights, [b.bfloat16() for b in biases], ["none", "none"])
-    with pytest.raises(ValueError, match=r"a stride of \(2, 4\).*got \(3, 3, 1\)"):
-        packed_stem(x, weights, biases, ["none", "none"], window=(3, 3, 1))
-    norms = [torch.zeros(0), torch.zeros(2, 8)]
-    with pytest.raises(ValueError, match=r"must be \(2, 16\), got \(2, 8\)"):
-        packed_stem(x, weights, biases, ["none", "none"], norms, [0.0, 1e-6])
