@@ -69,20 +69,6 @@ def test_fused_layer_keeps_the_output(kernel_size: int) -> None:
     torch.testing.assert_close(layer.state_dict(), before)
 
 
-def test_float32_gradients_are_those_of_float64() -> None:
-    torch.manual_seed(0)
-    layer = randomise(DilatedReparamConv2d(4, 13)).train()
-    x = torch.randn(2, 4, 9, 8, dtype=torch.float64)
-
-    def gradients(dtype: torch.dtype) -> list[Tensor]:
-        module, leaf = layer.to(dtype), x.to(dtype, copy=True).requires_grad_()
-        loss = module(leaf).square().mean()
-        return [g.double() for g in torch.autograd.grad(loss, [leaf, *module.parameters()])]
-
-    for single, double in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
-        assert (single - double).abs().max() <= 1e-4 * double.abs().max()
-
-
 @pytest.mark.parametrize(
     ("kernel_size", "branches", "message"),
     [

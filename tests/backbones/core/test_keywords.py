@@ -12,7 +12,6 @@ import pytest
 import torch
 from zoo import CLASSIFIERS, FAMILIES, SMALL, outlines, small
 
-import backbones
 from backbones.common.checks import flag
 from backbones.core.keywords import POOLINGS, checked
 
@@ -184,23 +183,6 @@ def test_other_arguments_of_one_family() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             small(family, **arguments)
-
-
-def test_names_that_are_no_text() -> None:
-    for call in (
-        lambda: backbones.create_model(None),
-        lambda: backbones.create_model(3),
-        lambda: backbones.list_models(3),
-        lambda: backbones.list_models([None]),
-        lambda: backbones.list_models(family=3),
-    ):
-        with pytest.raises(TypeError, match=r"must be a (string|sequence), got (None|3)"):
-            call()
-
-
-def test_fuse_takes_a_dtype() -> None:
-    with pytest.raises(TypeError, match="dtype must be a floating-point one.*got 'bf16'"):
-        small("van").fuse(dtype="bf16")
 
 
 def test_indices_of_maps() -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from plain_tokens import PlainTokens
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from zoo import images, randomise, small
 
 import backbones
 from backbones import ViTAdapter
-from ops.attention.deformable import DeformableAttention, deformable_attention, pixel_centres
+from ops.attention.deformable import deformable_attention, pixel_centres
 
 NETWORKS: dict[str, Any] = {
     "nat_isotropic": lambda: small("nat_isotropic"),
@@ -257,17 +257,6 @@ def test_has_as_many_parameters_as_published(
     assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == millions
 
 
-@torch.no_grad()
-def test_without_tokens_only_the_branch_is_returned() -> None:
-    adapter = _adapter(add_tokens="none").eval()
-    x = images(1, 3, 64, 64)
-    branch = adapter.adapter
-    finest, *_ = branch.prior(x)
-    seen: list[Tensor] = []
-    branch.up.register_forward_hook(lambda *a: seen.append(a[2]))
-    torch.testing.assert_close(adapter(x)[0], branch.norms[0](finest + seen[0]))
-
-
 # -- training --------------------------------------------------------------------------------------
 
 
@@ -392,15 +381,6 @@ def test_arguments_are_checked() -> None:
     for shape in ((3, 64, 64), (1, 4, 64, 64)):
         with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got"):
             _adapter()(torch.zeros(shape))
-
-
-def test_two_stages_have_two_interactions() -> None:
-    adapter = ViTAdapter(PlainTokens(depths=(1, 2)), num_heads=2, stem_dim=8)
-    attentions = [m for m in adapter.modules() if isinstance(m, DeformableAttention)]
-    assert [len(i.extra_extractors) for i in adapter.adapter.interactions] == [0, 2]
-    assert len(attentions) == 6
-    assert isinstance(adapter.network.norm, nn.Identity)
-    assert isinstance(adapter.network.head, nn.Identity)
 
 
 def test_extractors_have_the_stochastic_depth_that_is_asked_for() -> None:

@@ -15,7 +15,6 @@ from zoo import FAMILIES, images, small
 
 import backbones
 from backbones.cli.measure import count_macs
-from backbones.fusing.explain import BufferUse, MemoryUse
 from ops.replay.trace import TracedCall
 
 # Fused models that compute a little less, or more, than the plain ones: branches that become one
@@ -76,23 +75,6 @@ def test_calls_match_the_layers() -> None:
     assert all("depthwise_by_kernel" in call.rule for call in depthwise)
 
 
-def test_torch_functions_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a rule leaves to oneDNN and torch, and what follows from it."""
-    monkeypatch.setattr("ops.cpu.policy.few_rows", lambda: 8)
-    monkeypatch.setattr("ops.cpu.policy._NARROW", 8)
-    monkeypatch.setattr("ops.cpu.policy._MOST_TOKENS", 4)
-    found = backbones.explain(small("shvit").eval().fuse(), 192, repeats=1)
-    kernels = {(call.library, call.kernel) for call in found.calls}
-    assert {("oneDNN", "linear"), ("torch", "bmm"), ("torch", "softmax")} <= kernels
-    attention = [call for call in found.calls if call.layer == "stages.1.blocks.0.mixer.fn"]
-    assert [call.kernel for call in attention] == ["mul", "bmm", "softmax", "bmm", "cat", "relu"]
-    assert {call.rule.split(",")[0] for call in attention} == {
-        "single_head_by_kernel: tokens 36 > 4"
-    }
-    linear = next(call for call in found.calls if call.library == "oneDNN")
-    assert linear.flops and "linear_by_kernel: rows" in linear.rule and "→ oneDNN" in linear.rule
-
-
 def test_rows_add_up_to_the_total() -> None:
     with using_threads(1):  # whose time on the CPU is taken, whatever else the machine does
         found = backbones.explain(small("ravlt").eval().fuse(), 64, repeats=5)
@@ -118,14 +100,6 @@ def test_memory_plan() -> None:
     images_, result = memory.buffers[0], memory.buffers[-1]
     assert images_.first == -1 and images_.offset is None and images_.shape == (1, 3, 64, 64)
     assert result.last == len(found.calls) and result.offset is None
-
-
-def test_peak_of_buffers() -> None:
-    """Of those in the workspace that a call reads or writes, the last call included."""
-    uses = ((0, 1, 0, 64), (1, 2, 64, 32), (2, 3, 0, 48), (0, 3, None, 999))
-    buffers = [BufferUse(first, last, at, size, ()) for first, last, at, size in uses]
-    assert MemoryUse(100, buffers).peak == 96
-    assert MemoryUse(100, buffers).reuse == (64 + 32 + 48) / 100
 
 
 def test_text_and_json() -> None:

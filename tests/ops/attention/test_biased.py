@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ops.attention import biased
-from ops.attention.biased import attend_in_turn, worth_a_turn
+from ops.attention.biased import attend_in_turn
 from ops.attention.window import shift_masks, window_attention
 
 
@@ -45,15 +45,3 @@ def test_windows_find_their_masks(
         out = window_attention(*inputs, masks)
         results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
     torch.testing.assert_close(*results)
-
-
-def test_used_only_where_faster() -> None:
-    q, k, v, bias = tensors(*[(2, 2, 256, 4)] * 3, (2, 256, 256), dtype=torch.float32)
-    assert worth_a_turn(q, k, v, bias)
-    assert not worth_a_turn(q, k, v, bias.detach())
-    assert not worth_a_turn(q, k, v.double(), bias)
-    assert not worth_a_turn(q, k, v, bias[:, :64, :64])
-    with torch.no_grad():
-        assert not worth_a_turn(q, k, v, bias)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not worth_a_turn(q, k, v, bias)

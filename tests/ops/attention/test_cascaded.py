@@ -120,20 +120,6 @@ def test_a_small_map_is_one_window_on_an_interpolated_table() -> None:
     torch.testing.assert_close(layer(x), layer.proj(mixed.relu()))
 
 
-def test_float32_gradients_are_those_of_float64() -> None:
-    torch.manual_seed(0)
-    layer = randomised(CascadedGroupAttention(8, 2, qk_dim=4, window_size=4, table_size=3))
-    x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
-
-    def gradients(dtype: torch.dtype) -> list[Tensor]:
-        module, leaf = layer.to(dtype), x.to(dtype, copy=True).requires_grad_()
-        loss = module(leaf).square().mean()
-        return [g.double() for g in torch.autograd.grad(loss, [leaf, *module.parameters()])]
-
-    for single, double in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
-        assert (single - double).abs().max() <= 1e-4 * double.abs().max()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -65,26 +64,6 @@ def test_fusion_is_its_definition(
     x = torch.randn(1, height, width, 4 * num_heads, dtype=torch.float64)
     tokens = cross_window_fusion(x, num_heads, window_size, dilation)
     torch.testing.assert_close(tokens, naive_fusion(x, num_heads, window_size, dilation))
-
-
-def test_average_mixes_channels() -> None:
-    """Three windows of two channels: the two averages are of runs of three entries."""
-    x = torch.tensor([[[[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]]]])
-    tokens = cross_window_fusion(x, num_heads=1, window_size=1)
-    torch.testing.assert_close(tokens.flatten(), torch.tensor([11 / 3, 52 / 3]))
-
-
-def test_reflection_equals_torchs_where_supported() -> None:
-    x = torch.randn(2, 9, 8, 6)
-    padded = F.pad(x.permute(0, 3, 1, 2), (0, 6, 0, 5), mode="reflect").permute(0, 2, 3, 1)
-    expected = cross_window_fusion(padded, 2, 4, 2)
-    torch.testing.assert_close(cross_window_fusion(x, 2, 4, 2), expected)
-
-
-def test_one_window_is_read_as_it_is() -> None:
-    x = torch.randn(2, 7, 7, 6)
-    tokens = cross_window_fusion(x, 3)
-    torch.testing.assert_close(tokens, x.flatten(1, 2).unflatten(2, (3, 2)).transpose(1, 2))
 
 
 def naive_attention(layer: FactorizedAttention, x: Tensor) -> Tensor:

@@ -59,13 +59,6 @@ def test_reference_is_the_closed_form(segments: int | None) -> None:
         torch.testing.assert_close(out[0, t, 0], by_hand(tokens, t, segments))
 
 
-def test_one_token_is_its_value() -> None:
-    key, value, decay, first = inputs(1)
-    for backend in ("reference", *FAST):
-        out = bi_wkv(*(t.float() for t in (key, value, decay, first)), backend=backend)
-        torch.testing.assert_close(out, value.float())
-
-
 @pytest.mark.parametrize("tokens", LENGTHS)
 @BOTH_FORMS
 @pytest.mark.parametrize("backend", FAST)

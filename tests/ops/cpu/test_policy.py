@@ -96,13 +96,6 @@ def test_every_decision_is_that_of_the_plainer_cpu(
     assert plainer[SETS[machine][0]] != plainer["portable"]
 
 
-def test_bfloat16_without_any_of_our_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU of another family, where oneDNN knows what it multiplies."""
-    _use(monkeypatch, "portable")
-    monkeypatch.setattr(policy, "_has_bfloat16", lambda: True)
-    assert policy.multiplies(HALF)
-
-
 _COMPARISON = re.compile(r"([\d.·²]+) ?(?:channels )?([<>≤≥]) (\d+|∞)")
 _HOLDS = {"<": operator.lt, ">": operator.gt, "≤": operator.le, "≥": operator.ge}
 
@@ -185,12 +178,6 @@ def test_decisions(
     assert decision.instruction_set == cpu
 
 
-def test_windows_are_copied_where_both_strides_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    _use(monkeypatch, "avx512")
-    strides = ((2, 2), (2, 16), (16, 2), (16, 16))
-    assert [policy.copies_windows(3, s, FLOAT) for s in strides] == [False, False, False, True]
-
-
 def test_observers_nest() -> None:
     outer: list[Decision] = []
     inner: list[Decision] = []
@@ -201,13 +188,6 @@ def test_observers_nest() -> None:
     policy.single_head_by_kernel(3)
     assert [a.arguments["tokens"] for a in inner] == [1]
     assert [a.arguments["tokens"] for a in outer] == [2]
-
-
-def test_only_policy_checks_the_hardware() -> None:
-    """But for ``instruction_sets``, which finds the richest, and ``policy``."""
-    asks = re.compile(r"get_cpu_capability|_is_(amx|avx|mkldnn|vnni|arm)|cpuinfo|get_capabilities")
-    asking = {p.stem for p in ROOT.glob("ops/**/*.py") if asks.search(p.read_text())}
-    assert asking == {"instruction_sets", "policy"}
 
 
 def test_without_vector_instructions_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:

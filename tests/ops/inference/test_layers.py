@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,14 +10,10 @@ import torch.nn.functional as F
 from compiled_kernels import PLAIN_ACTIVATIONS, using_threads, without_kernels
 from torch import Tensor, nn
 
-from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
-from ops.inference import conv
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import (
-    FastConv2d,
     FastLinear,
-    OneDNNWeight,
     activate,
     convert,
 )
@@ -82,52 +76,6 @@ def test_activations_and_factors(by: str, activation: str, monkeypatch) -> None:
     torch.testing.assert_close(out, expected * factor, rtol=1e-5, atol=1e-5)
 
 
-@torch.inference_mode()
-def test_no_call_changes_the_layout_of_a_weight(capfd) -> None:
-    """OneDNN has one for each number of images; to change it took ten times as long as the call."""
-    layer = nn.Conv2d(192, 384, 2, 2).requires_grad_(False).bfloat16()
-    layer = convert(layer.to(memory_format=torch.channels_last), FastConv2d)
-    packed = layer.for_onednn(layer.weight)
-    for batch in (1, 8, 1, 8):
-        x = torch.randn(batch, 28, 28, 192).bfloat16().permute(0, 3, 1, 2)
-        layer._by_onednn(x, packed)
-        capfd.readouterr()
-        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-            out = layer._by_onednn(x, packed)
-        text = capfd.readouterr().out
-        assert "exec,cpu,convolution" in text and "exec,cpu,reorder" not in text
-        exact = F.conv2d(x.float(), layer.weight.float(), layer.bias.float(), 2)
-        assert (out - exact).norm() < 0.01 * exact.norm()
-
-
-@torch.inference_mode()
-def test_layouts_of_many_shapes_are_forgotten(monkeypatch) -> None:
-    monkeypatch.setattr("ops.inference.layers._MOST_SHAPES", 2)
-    layer = convert(nn.Conv2d(8, 16, 3).requires_grad_(False), FastConv2d)
-    for batch in (3, 1, 2, 0, 3, 1):
-        x = torch.randn(batch, 8, 9, 9)
-        torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias))
-        assert len(layer._derived[1]._packed) <= 2
-
-
-def test_threads_may_forget_each_others_layouts(monkeypatch) -> None:
-    monkeypatch.setattr("ops.inference.layers._MOST_SHAPES", 2)
-    conv = nn.Conv2d(8, 16, 3).requires_grad_(False)
-    weight = OneDNNWeight(conv, torch.float32)
-
-    def pack(thread: int) -> None:
-        for i in range(400):
-            assert weight.for_shape(torch.Size((1 + (i * (thread + 1)) % 7, 8, 5, 5))).numel()
-
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(pack, range(4)))
-    finally:
-        sys.setswitchinterval(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_scales_of_inputs_and_residuals(compiled: bool, dtype: torch.dtype, monkeypatch) -> None:
@@ -177,45 +125,7 @@ def test_alternating_depthwise_convolutions(dtype: torch.dtype) -> None:
             plain = nn.Sequential(plain, nn.ReLU())
 
 
-@torch.no_grad()
-def test_depthwise_convolutions_of_small_and_large_maps(monkeypatch) -> None:
-    """By our kernel or by oneDNN, whatever the first map was."""
-    plain = nn.Conv2d(32, 32, 5, padding=2, groups=32)
-    layer, x = convert(copy.deepcopy(plain), FastDepthwiseConv2d), torch.randn(1, 32, 9, 7)
-    x = x.to(memory_format=torch.channels_last)
-    calls = []
-    call = conv.PackedDepthwise.__call__
-    monkeypatch.setattr(conv.PackedDepthwise, "__call__", lambda *a: calls.append(a) or call(*a))
-    for most, count in ((x.numel(), 1), (x.numel() - 1, 1), (x.numel(), 2)):
-        monkeypatch.setattr(policy, "_SMALL_MAP", most)
-        torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-5)
-        assert len(calls) == count
-
-
 def test_transforms_go_through_torch() -> None:
     layer, x = _linear(), torch.randn(6, 3, 24)
     plain = F.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(torch.vmap(layer)(x), plain, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="its products are by MKL")
-@pytest.mark.parametrize(
-    ("features", "bias", "activation", "packed"),
-    [((24, 40), False, "none", False), ((24, 40), True, "none", True)]
-    + [((24, 40), False, "gelu", True), ((512, 513), False, "none", True)],
-)
-def test_small_layers_without_a_kernel_are_left_to_torch(
-    features: tuple[int, int], bias: bool, activation: str, packed: bool, monkeypatch
-) -> None:
-    without_kernels(monkeypatch)
-    layer = convert(nn.Linear(*features, bias=bias).requires_grad_(False), FastLinear)
-    activate(layer, activation)
-    x = torch.randn(2, 5, features[0])
-    layer(x)
-    assert (layer.derived(x) is not None) == packed
-    assert layer.decisions[-1].outcome == ("packed weights" if packed else "torch")
-    with torch.no_grad():
-        layer.weight.mul_(2)
-    expected = F.linear(x, layer.weight, layer.bias)
-    expected = F.gelu(expected) if activation == "gelu" else expected
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)

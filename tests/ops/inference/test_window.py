@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import compiled_for, using_threads
+from compiled_kernels import compiled_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ops import cpu
 from ops.attention.window import OverlappingWindowAttention, WindowAttention
-from ops.cpu import policy
 from ops.cpu.attention.grouped import ScoreTerms, attend_windows, grouped_attention
-from ops.inference import window
 from ops.inference.layers import FastLinear, convert
 from ops.inference.window import FastOverlappingWindowAttention, FastWindowAttention
 
@@ -101,16 +99,6 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
     assert cpu.status("attention").instruction_set == instructions
 
 
-def test_threads_change_nothing() -> None:
-    layer = _windows(3, 16, 16, 8)
-    fast, x = _fast(layer), _map(layer, 1, 3, 3)
-    outs = []
-    for threads in (1, 2, 3):
-        with using_threads(threads):
-            outs.append(fast(x))
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-
-
 def test_another_default_device_does_not_matter() -> None:
     """For the tables that are kept from the first call on."""
     for layer in (_windows(2, 3, 5, 1), _overlapping(2, 3, 10)):
@@ -118,14 +106,6 @@ def test_another_default_device_does_not_matter() -> None:
         with torch.device("meta"):
             out = fast(x)
         assert _error(out, layer(x)) <= 1e-5
-
-
-def test_windows_too_large_for_tables_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "_LARGEST_WINDOW", 7)
-    monkeypatch.setattr(window, "_distinct_lines", None)
-    for layer in (_windows(1, 4, 9, 2), _overlapping(1, 4, 6)):
-        x = _map(layer, 1, 2, 1)
-        assert _error(_fast(layer)(x), layer(x)) <= 1e-6
 
 
 def test_without_the_kernel_it_is_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:

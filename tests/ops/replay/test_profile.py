@@ -17,7 +17,6 @@ from ops.inference import layers
 from ops.replay.clock import clock
 from ops.replay.module import recorded_form
 from ops.replay.profile import profile
-from ops.replay.replay import TimedReplay
 from ops.replay.trace import Trace
 
 
@@ -103,24 +102,6 @@ def test_times_of_replays() -> None:
     assert found.graph is not None and found.plan is not None
     assert all(call.seconds > 0 for call in found.calls) and found.seconds > 0
     assert network._records is None
-
-
-@torch.no_grad()
-def test_a_timed_replay_gives_what_a_replay_gives() -> None:
-    network, x = _Replayed(), torch.randn(2, 8, 4)
-    expected = network(x)
-    with Trace(x, network) as trace:
-        out = network(x)
-    replay = TimedReplay(trace.finish(out))
-    assert torch.equal(replay(x), expected)
-    seconds = replay.seconds(x)
-    assert len(seconds) == len(trace.traced) and min(seconds) > 0
-
-
-def test_times_of_layers() -> None:
-    found = profile(_Network(), torch.randn(2, 8, 4), repeats=3)
-    assert _calls(found.calls) == CALLS and found.graph is None
-    assert sum(call.seconds for call in found.calls) < 10 * found.seconds
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -34,12 +34,6 @@ def test_concurrent_calls_have_separate_memory(own: Workspace) -> None:
     assert own.nbytes == 200
 
 
-def test_a_larger_block_replaces_a_smaller_one(own: Workspace) -> None:
-    for nbytes in (100, 300, 200, 500, 400):
-        _address(own, nbytes)
-    assert own.nbytes == 500
-
-
 @pytest.mark.parametrize("needed", [1, 499])
 def test_oversized_blocks_are_eventually_freed(own: Workspace, needed: int) -> None:
     _address(own, 1000)
@@ -49,27 +43,6 @@ def test_oversized_blocks_are_eventually_freed(own: Workspace, needed: int) -> N
     for _ in range(2):
         _address(own, needed)
     assert own.nbytes == needed
-
-
-def test_occasionally_needed_blocks_stay(own: Workspace) -> None:
-    for _ in range(3):
-        for nbytes in (1000, *[10] * 15):
-            _address(own, nbytes)
-    assert own.nbytes == 1000
-
-
-def test_blocks_of_past_concurrent_calls_are_freed(own: Workspace) -> None:
-    with own.borrow(100), own.borrow(100), own.borrow(100):
-        pass
-    for _ in range(20):
-        _address(own, 100)
-    assert own.nbytes == 100
-
-
-def test_the_smallest_sufficient_block_is_used(own: Workspace) -> None:
-    with own.borrow(1000) as large, own.borrow(100) as small:
-        addresses = large.data_ptr(), small.data_ptr()
-    assert (_address(own, 101), _address(own, 100)) == addresses
 
 
 def test_a_stuck_lock_blocks_nobody(own: Workspace) -> None:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ops.cpu.attention.grouped import attend
@@ -512,23 +511,7 @@ def test_the_block_of_unireplknet_is_two_layers(squeezes: bool) -> None:
     _check(model, IMAGE, "FastDepthwiseConv2d", last)
 
 
-def test_padding_by_nothing() -> None:
-    _check(
-        _Call(lambda m, x: m.fc(F.pad(x, (0, 0, 0, 0))), fc=nn.Linear(16, 8)), TOKENS, "FastLinear"
-    )
-
-
 # -- networks whose layers have their forms already ----------------------------------------------
-
-
-def test_paths_of_layers() -> None:
-    def forward(m: Any, x: Tensor) -> Tensor:
-        return x + m.project(F.relu(m.conv(m.norm(x))))
-
-    layers = {"norm": LayerNorm2d(16), "project": nn.Conv2d(24, 16, 1)}
-    model = _Call(forward, conv=nn.Conv2d(16, 24, 3, padding=1), **layers)
-    graph = _check(model, IMAGE, "FastLayerNorm", "FastConv2d", "FastLinear")
-    assert [o.path for o in graph.operators if o.module is not None] == ["norm", "conv", "project"]
 
 
 def test_kernels_that_write_to_parts_of_a_map() -> None:

@@ -334,14 +334,6 @@ def test_a_map_in_half_precision(backend, dtype):
     assert difference(out, expected) < torch.finfo(dtype).eps
 
 
-def test_a_map_that_is_not_dense():
-    given = map_inputs(4, 5, 20, dtype=torch.float32)
-    expected = cross_selective_scan(**given, **STEPS, backend="cpu")
-    moved = {n: t.movedim(-1, 0).contiguous().movedim(0, -1) for n, t in given.items()}
-    out = cross_selective_scan(**moved, **STEPS, backend="cpu")
-    assert torch.equal(out, expected)
-
-
 def test_rejects_bad_maps():
     given = map_inputs(3, 4, dtype=torch.float32)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ops.cpu.call.binding import Kernel, observed_by
 from ops.cpu.call.c_arguments import require_same_bytes
-from ops.cpu.call.structures import parameters, structure
+from ops.cpu.call.structures import structure
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
@@ -89,22 +89,6 @@ def test_a_tensor_given_twice_says_nothing_about_the_next_call() -> None:
         torch.testing.assert_close(out, expected)
 
 
-def test_observers_see_every_call_of_their_thread() -> None:
-    x, weight, bias, eps = _norm(2, 8)
-    layer_norm(x, weight, bias, eps)
-    with observed_by(_Watch()) as outer, observed_by(_Watch()) as inner:
-        expected = layer_norm(x, weight, bias, eps)
-        layer_norm(x[:0], weight, bias, eps)  # calls nothing
-    ((called, (problem, addresses)),) = inner.calls
-    assert called is layer_norm and problem.pixels == 2 and not outer.calls
-    assert addresses.fields["in"] is x
-    ((returned, given, result),) = inner.returns
-    assert returned is layer_norm and result is expected and not outer.returns
-    assert given["x"] is x and given["eps"] == eps and given["activation"] == "none"
-    layer_norm(x, weight, bias, eps)
-    assert len(inner.calls) == 1
-
-
 def test_a_library_with_other_structures_is_refused() -> None:
     class Library:
         @staticmethod
@@ -115,14 +99,6 @@ def test_a_library_with_other_structures_is_refused() -> None:
     said = f"norm::Problem has 7 bytes in the library and {ctypes.sizeof(problem)} here"
     with pytest.raises(RuntimeError, match=said):
         require_same_bytes(Library(), problem)  # type: ignore[arg-type]
-
-
-def test_what_no_header_declares_is_named() -> None:
-    for header, name in (("norm/norm.h", "norm::Missing"), ("norm/norm.h", "other::Problem")):
-        with pytest.raises(ValueError, match=f"norm.h declares no structure {name}"):
-            structure(header, name)
-    with pytest.raises(ValueError, match=r"norm.cpp declares no function norm_backward"):
-        parameters("norm", "norm_backward")
 
 
 _WITHOUT_MEMORY = """

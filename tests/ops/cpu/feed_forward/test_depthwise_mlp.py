@@ -212,16 +212,3 @@ def test_convolutions_that_the_kernel_takes() -> None:
         conv(padding_mode="reflect"),
     ):
         assert not PackedDepthwiseMlp.applies(other)
-
-
-def test_more_threads_than_rows() -> None:
-    parts = _parts(8, 16, 8)
-    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
-    with using_threads(2):
-        assert packed.pays(torch.zeros(1, 7, 7, 8))
-        assert not packed.pays(torch.zeros(1, 4, 4, 8))
-        assert packed.pays(torch.zeros(2, 4, 4, 8))
-        # Larger windows share more rows of the hidden map.
-        larger = _bottleneck(_parts(8, 16, 8, side=7))
-        assert larger.pays(torch.zeros(1, 14, 14, 8))
-        assert not larger.pays(torch.zeros(1, 7, 7, 8))

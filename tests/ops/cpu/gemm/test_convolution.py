@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.int8 import int8_unavailable, quantize_weight, reference
-from ops.inference.layers import FastConv2d, convert
 from ops.inference.packed_linear import Quantization
 
 _REASON = int8_unavailable(torch.device("cpu"), torch.float32)
@@ -133,22 +132,3 @@ def test_many_strips_and_threads() -> None:
         torch.testing.assert_close(outs[0], layer(x), rtol=1e-5, atol=1e-5)
         assert torch.equal(*outs)
     assert PackedConv2d(conv)(random(0, 64, 61, 90).float()).shape == (0, 40, 31, 45)
-
-
-@pytest.mark.parametrize("tiles", [False, True])
-def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None:
-    """Where there are channels enough or windows far apart; with tiles, those of images, too."""
-    monkeypatch.setattr("ops.cpu.policy.by_tiles", lambda dtype: tiles)
-    calls = []
-    call = PackedConv2d.__call__
-    monkeypatch.setattr(PackedConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
-    strided = convert(_conv(16, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
-    dense = convert(_conv(16, 32, kernel_size=3, padding=1), FastConv2d)
-    thin = convert(_conv(3, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
-    far = convert(_conv(3, 32, kernel_size=8, stride=8), FastConv2d)
-    for layer, side in ((strided, 80), (strided, 200), (dense, 40), (far, 40), (thin, 40)):
-        x = random(1, layer.in_channels, side, side).float()
-        expected = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
-        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    own = [(1, 16, 80, 80), (1, 16, 200, 200), (1, 3, 40, 40), (1, 3, 40, 40)]
-    assert calls == own[: 4 if tiles else 3]

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops import cpu
-from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.gemm.int8 import (
     int8_unavailable,
@@ -284,13 +283,6 @@ def _assert_is_reference() -> None:
                 out = _linear(x, *layer.packed, in_range, "relu")
                 error = (out - layer.expected(x, in_range).relu()).abs()
                 assert (error <= _ROUNDED[dtype] * layer.bound(x, in_range)).all()
-
-
-def test_where_bytes_do_not_pay(monkeypatch) -> None:
-    assert policy.no_int8_products(True) is None
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
-    assert "portable" in (policy.no_int8_products(False) or "")
-    assert policy.maps_of_int8() == torch.float32
 
 
 def test_weights_with_nan_give_nan() -> None:

@@ -1,4 +1,4 @@
-"""Kernels of norms and of a softmax with a table, and the layers that call them, against float64."""
+"""Kernels of norms and of a softmax with a table, and layers that call them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels of scans and of the mixtures before them, with what is fused into them, against float64."""
+"""Kernels of scans and of the mixtures before them, with what is fused into them."""
 
 from __future__ import annotations
 

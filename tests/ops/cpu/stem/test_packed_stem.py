@@ -16,11 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.gemm.convolution import PackedConv2d
-from ops.cpu.stem.packed_stem import NCHWConv2d, pack_layers, packed_stem
-from ops.inference.layers import FastConv2d, convert
+from ops.cpu.stem.packed_stem import pack_layers, packed_stem
 
 
 def _plain(x: Tensor, convs: list[nn.Conv2d], activations: list[str]) -> Tensor:
@@ -107,36 +104,3 @@ def test_large_images_are_processed_in_strips(height: int, threads: int) -> None
     convs = conv_row(3, 128, 16, 8)
     with using_threads(threads):
         _agrees(random(2, 3, height, 2051).float(), convs, ["relu"] * 3)
-
-
-def test_images_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the first layer of a network, where its windows lie 2 or 4 apart."""
-    calls = []
-    call = NCHWConv2d.__call__
-    monkeypatch.setattr(NCHWConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
-    torch.manual_seed(0)
-    by_kernel = [nn.Conv2d(3, 32, 4, 4), nn.Conv2d(3, 20, 7, 4, 3), nn.Conv2d(2, 8, 3, 2, 1)]
-    others = [
-        nn.Conv2d(3, 32, 3, 1, 1),
-        nn.Conv2d(3, 32, 3, 3),
-        nn.Conv2d(3, 32, (3, 5), 2),
-        nn.Conv2d(4, 32, 3, 2, dilation=2),
-    ]
-    for layer in by_kernel + others:
-        x = random(2, layer.in_channels, 37, 50).float()
-        fast = convert(copy.deepcopy(layer), FastConv2d)
-        for image in (x, x.to(memory_format=torch.channels_last)):
-            with torch.no_grad():
-                torch.testing.assert_close(fast(image), layer(image), rtol=1e-5, atol=1e-5)
-    assert [shape[1] for shape in calls] == [3, 3, 2]
-    with pytest.raises(ValueError, match=r"image of \(2, 50\) with padding 0.*window of 4×4"):
-        NCHWConv2d(by_kernel[0])(torch.zeros(1, 3, 2, 50), "none")
-    with pytest.raises(ValueError, match=r"square windows 2 or 4 apart.*stride=\(3, 3\)"):
-        NCHWConv2d(others[1])
-
-
-def test_tiles_multiply_copied_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policy, "instruction_set", lambda: "amx")
-    fast, x = convert(nn.Conv2d(3, 32, 4, 4), FastConv2d), random(1, 3, 16, 16)
-    assert isinstance(fast.for_kernel(x.float()), NCHWConv2d)
-    assert isinstance(fast.bfloat16().for_kernel(x.bfloat16()), PackedConv2d)
