@@ -250,7 +250,7 @@ KERNELS = {
     "neighborhood/test_cpu.py": "neighborhood",
     "neighborhood/test_exact.py": "neighborhood",
     "neighborhood/test_split.py": "neighborhood",
-    "selective_scan/test_backends.py": "selective_scan",
+    "test_orders.py": "selective_scan",
     "replay/test_replay.py::test_pointwise_calls_equal_torchs_bitwise": "replay",
 }
 # What compiles for other CPUs, or takes minutes in an emulator.

@@ -1,4 +1,4 @@
-"""Inference forms of attention layers against the plain layers."""
+"""Inference forms of attention, in place, against the plain layers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from compiled_kernels import compiled_for
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from ops import cpu
 from ops.attention.hilo import HiLoAttention
 from ops.attention.rank_augmented import RankAugmentedAttention
+from ops.attention.window import OverlappingWindowAttention, WindowAttention
+from ops.cpu.attention.grouped import ScoreTerms, attend_windows, grouped_attention
 from ops.inference import attention
 from ops.inference.attention import FastHiLoAttention, FastRankAugmentedAttention
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastLinear, convert
+from ops.inference.window import FastOverlappingWindowAttention, FastWindowAttention
 
 
 def _fast(layer: nn.Module, form: type[nn.Module]) -> Any:
@@ -80,3 +87,123 @@ def test_rank_augmented(dim: int, size: tuple[int, int], linear: bool) -> None:
         assert _error(fast(x), exact) <= 1e-5
         half = copy.deepcopy(fast).bfloat16()(x.bfloat16())
         assert _error(half.double(), exact) <= 0.02
+
+
+# ---- windows -------------------------------------------------------------------------------------
+def _windows(heads: int, head_dim: int, window_size: int, shift_size: int) -> WindowAttention:
+    return _trained(WindowAttention(heads * head_dim, window_size, heads, shift_size))
+
+
+def _overlapping(heads: int, head_dim: int, window_size: int) -> OverlappingWindowAttention:
+    return _trained(OverlappingWindowAttention(heads * head_dim, window_size, heads, 1.0))
+
+
+def _trained(layer: Any) -> Any:
+    """Biases that matter beside the scores."""
+    nn.init.normal_(layer.relative_position_bias_table)
+    return layer.eval().requires_grad_(False)
+
+
+def _fast_windows(layer: nn.Module) -> Any:
+    fast = copy.deepcopy(layer)
+    for part in (fast.qkv, fast.proj):
+        convert(part, FastLinear)
+    overlaps = isinstance(layer, OverlappingWindowAttention)
+    return convert(fast, FastOverlappingWindowAttention if overlaps else FastWindowAttention)
+
+
+def _map(layer: Any, batch: int, rows: int, columns: int) -> Tensor:
+    side = layer.window_size
+    return torch.randn(batch, rows * side, columns * side, layer.qkv.in_features)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 20),
+    window_size=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 16]),
+    shift=st.integers(0, 15),
+    size=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 3)),
+    overlaps=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_is_the_layer(heads, head_dim, window_size, shift, size, overlaps, dtype) -> None:
+    torch.manual_seed(0)
+    if overlaps:
+        layer = _overlapping(heads, head_dim, window_size + window_size % 2)
+    else:
+        layer = _windows(heads, head_dim, window_size, shift % window_size)
+    x = _map(layer, *size)
+    layer, x = layer.to(dtype), x.to(dtype)
+    exact = copy.deepcopy(layer).double()(x.double())
+    out = _fast_windows(layer)(x)
+    assert out.dtype == dtype
+    assert _error(out.double(), exact) <= (5e-6 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("layer", [_windows(2, 6, 4, 2), _overlapping(2, 6, 4)])
+def test_later_loaded_weights_are_used(layer: nn.Module) -> None:
+    other = copy.deepcopy(layer)
+    for parameter in other.parameters():
+        parameter.normal_()
+    fast, x = _fast_windows(layer), _map(layer, 1, 2, 3)
+    assert _error(fast(x), layer(x)) <= 1e-5
+    fast.load_state_dict(other.state_dict())
+    assert _error(fast(x), other(x)) <= 1e-5
+    assert _error(fast.double()(x.double()), other.double()(x.double())) <= 1e-12
+    wanted = x.double().requires_grad_()
+    assert fast(wanted).requires_grad
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    for layer in (_windows(2, 9, 7, 3), _overlapping(2, 9, 6)):
+        for dtype, bound in ((torch.float32, 5e-6), (torch.bfloat16, 0.02)):
+            x = _map(layer, 1, 2, 2).to(dtype)
+            exact = copy.deepcopy(layer).to(dtype).double()(x.double())
+            assert _error(_fast_windows(layer).to(dtype)(x).double(), exact) <= bound
+    assert cpu.status("attention").instruction_set == instructions
+
+
+def test_another_default_device_does_not_matter() -> None:
+    """For the tables that are kept from the first call on."""
+    for layer in (_windows(2, 3, 5, 1), _overlapping(2, 3, 10)):
+        fast, x = _fast_windows(layer), _map(layer, 1, 2, 1)
+        with torch.device("meta"):
+            out = fast(x)
+        assert _error(out, layer(x)) <= 1e-5
+
+
+def test_without_the_kernel_it_is_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "for the test")
+    for layer in (_windows(2, 6, 4, 2), _overlapping(2, 6, 4)):
+        fast, x = _fast_windows(layer), _map(layer, 1, 2, 2)
+        assert _error(fast(x), layer(x)) <= 1e-6
+
+
+def test_rejects_bad_arguments() -> None:
+    x = torch.zeros(1, 8, 2, 4)
+    rows = torch.arange(8, dtype=torch.int32).view(2, 4)
+    values, lines = torch.zeros(2, 3, 16), torch.zeros(1, 1, 4, dtype=torch.int32)
+
+    def attend(**changed: Any) -> None:
+        given = {"values": values, "lines": lines, "kinds": None, "key_rows": rows, **changed}
+        key_rows = given.pop("key_rows")
+        attend_windows(x, x, x, rows, key_rows, ScoreTerms(**given), torch.empty_like(x))
+
+    attend()
+    for changed in (
+        {"values": values[:1]},
+        {"values": values[..., :8]},
+        {"values": values[0, 0]},
+        {"lines": lines[..., :3]},
+        {"kinds": torch.zeros(3, dtype=torch.int32)},
+        {"key_rows": rows[:1]},
+    ):
+        with pytest.raises(ValueError, match=r"terms and lines of \(2, lines, 16\)"):
+            attend(**changed)
+    with pytest.raises(ValueError, match=r"rows must share out 8 tokens.*\(1, 4\)"):
+        attend_windows(x, x, x, rows[:1], rows[:1], ScoreTerms(values, lines, None), x)
+    with pytest.raises(ValueError, match="lines must be torch.int32, got torch.int64"):
+        attend(lines=lines.long())

@@ -32,8 +32,8 @@ from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.gemm.problem import COMBINATIONS
 
 _CPU = torch.device("cpu")
-_HAS_BYTES = int8_unavailable(_CPU, torch.float32) is None
-_needs_bytes = pytest.mark.skipif(not _HAS_BYTES, reason="this CPU does not multiply int8")
+_HAS_INT8 = int8_unavailable(_CPU, torch.float32) is None
+_needs_int8 = pytest.mark.skipif(not _HAS_INT8, reason="this CPU does not multiply int8")
 # Sums are exact; they and the output are rounded.
 _ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 _DTYPES = list(_ROUNDED)
@@ -75,7 +75,7 @@ class _Layer:
         return (sums * scale * weight_scale).nan_to_num() + self.bias.abs() + 1
 
 
-@_needs_bytes
+@_needs_int8
 @settings(max_examples=120, deadline=None)
 @given(
     dtype=st.sampled_from(_DTYPES),
@@ -120,7 +120,7 @@ def test_is_the_reference(
     assert ((out - expected).abs() <= 2 * _ROUNDED[dtype] * bound).all()
 
 
-@_needs_bytes
+@_needs_int8
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [13, 600, 5000])
 def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
@@ -129,7 +129,7 @@ def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
     assert (error <= _ROUNDED[dtype] * layer.bound(x)).all()
 
 
-@_needs_bytes
+@_needs_int8
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dims", [(24, 70, 24), (64, 1500, 40)])
@@ -147,7 +147,7 @@ def test_both_layers_in_one_pass(dtype, threads, dims, ranges) -> None:
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
-@_needs_bytes
+@_needs_int8
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 @pytest.mark.parametrize("in_range", [None, _IN_RANGE], ids=["own", "given"])
 def test_sums_of_squares(dtype: torch.dtype, in_range: Tensor | None) -> None:
@@ -163,7 +163,7 @@ def test_sums_of_squares(dtype: torch.dtype, in_range: Tensor | None) -> None:
         torch.testing.assert_close(energy, squares.square().sum((1, 2)), rtol=1e-5, atol=1e-5)
 
 
-@_needs_bytes
+@_needs_int8
 def test_layers_may_be_of_floats_within_the_error_of_int8() -> None:
     x, weight = random(1, 50, 192).float(), random(64, 192, seed=1).float()
     out = _linear(x, *pack_int8_weight(weight), torch.zeros(64))
@@ -183,7 +183,7 @@ def test_rounding_of_rows(in_range: Tensor | None) -> None:
         assert scale[4] == 0 and quantized[5].eq(255).all()
 
 
-@_needs_bytes
+@_needs_int8
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 def test_rows_of_zeros_constants_and_large_values(dtype: torch.dtype) -> None:
     layer = _Layer(70, 40)
@@ -199,7 +199,7 @@ def test_rows_of_zeros_constants_and_large_values(dtype: torch.dtype) -> None:
     assert not out.isnan().any()
 
 
-@_needs_bytes
+@_needs_int8
 @pytest.mark.parametrize("in_range", [None, _IN_RANGE], ids=["own", "given"])
 @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -213,7 +213,7 @@ def test_rows_with_nan_or_infinity_are_nan(dtype, value, place, in_range) -> Non
     assert out[0, 7].isnan().all() and torch.equal(out[0, others], clean[0, others])
 
 
-@_needs_bytes
+@_needs_int8
 @pytest.mark.parametrize("in_range", [None, _IN_RANGE], ids=["own", "given"])
 @pytest.mark.parametrize("bits", [0x7F81, 0x7FFF, -0x7F, -1], ids=hex)
 def test_every_nan_of_bfloat16_gives_nan(bits: int, in_range: Tensor | None) -> None:
@@ -224,7 +224,7 @@ def test_every_nan_of_bfloat16_gives_nan(bits: int, in_range: Tensor | None) -> 
     assert out[0, 7].isnan().all() and not out[0, 8].isnan().any()
 
 
-@_needs_bytes
+@_needs_int8
 @pytest.mark.parametrize("value", [-3.0, 0.0, -0.0, 3.0])
 def test_ranges_of_bfloat16_are_those_of_float32(value: float) -> None:
     """Rows with one sign, with zeros of both signs, and with each number of values."""
@@ -236,7 +236,7 @@ def test_ranges_of_bfloat16_are_those_of_float32(value: float) -> None:
         assert torch.equal(_linear(x, *layer.packed), out.bfloat16())
 
 
-@_needs_bytes
+@_needs_int8
 def test_values_outside_of_the_range_are_clipped() -> None:
     packed = (*pack_int8_weight(torch.ones(3, 1)), torch.zeros(3))
     x = torch.tensor((-1e30, -50.0, 50.0, 1e30)).view(1, 4, 1)

@@ -1,9 +1,11 @@
-"""The binding: arguments, errors, calls that are repeated, observers."""
+"""Calls of kernels: arguments, errors, what is remembered, who bypasses torch, huge pages."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +13,13 @@ import torch
 from compiled_kernels import linear_layer, random
 from fresh_python import run_code
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.cpu.call.binding import Kernel, observed_by
 from ops.cpu.call.c_arguments import require_same_bytes
+from ops.cpu.call.dispatch import is_plain_call, kernels_apply
+from ops.cpu.call.huge_pages import ask_for_huge_pages
 from ops.cpu.call.structures import structure
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
@@ -123,3 +129,55 @@ def test_without_memory_for_scratch_buffers(tmp_path) -> None:
     shape, *errors, again = run_code(_WITHOUT_MEMORY, tmp_path).splitlines()
     assert errors == ["no memory for the scratch buffers of window_means"] * 2
     assert shape == again
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_only_plain_calls_use_kernels() -> None:
+    x = torch.zeros(2, 3)
+    assert is_plain_call((x, None, torch.nn.Parameter(x)))
+    for others in ((x, x.to("meta")), (torch.zeros(2, dtype=torch.complex64).conj(),)):
+        assert not is_plain_call(others) and not kernels_apply(others)
+    with forward_ad.dual_level():
+        assert not is_plain_call((x,)) and not kernels_apply((x,))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_plain_call((x,)) and not kernels_apply((x,))
+    # Those that only watch see kernels as operators.
+    for watching in (_Mode(), torch.autograd.profiler.profile()):
+        with watching:
+            assert not is_plain_call((x,)) and kernels_apply((x,))
+    assert torch.vmap(lambda row: row * (not is_plain_call((row,))))(x + 1).all()
+    assert torch.vmap(lambda row: row * (not kernels_apply((row,))))(x + 1).all()
+
+
+MIB = 1 << 20
+SMAPS = Path("/proc/self/smaps")
+
+
+def _advised(address: int) -> bool:
+    """Whether the mapping around the address may have huge pages."""
+    inside = False
+    for line in SMAPS.read_text(errors="replace").splitlines():
+        head = line.split(maxsplit=1)[0]
+        if "-" in head and not head.endswith(":"):
+            low, high = (int(x, 16) for x in head.split("-"))
+            inside = low <= address < high
+        elif inside and head == "VmFlags:":
+            return "hg" in line.split()
+    raise AssertionError(f"no mapping around {address:#x}")
+
+
+@pytest.mark.parametrize("skipped", [0, 1023])
+def test_the_system_is_asked_for_those_of_large_tensors(skipped: int) -> None:
+    tensor = torch.empty(48 * MIB, dtype=torch.uint8)[skipped:]
+    small = torch.empty(4 * MIB - 1, dtype=torch.uint8)
+    ask_for_huge_pages(small, tensor, torch.empty(0))
+    if os.path.exists("/sys/kernel/mm/transparent_hugepage") and SMAPS.exists():
+        end = tensor.data_ptr() + tensor.nbytes
+        for address in (tensor.data_ptr() + 8192, end - 8192):
+            assert _advised(address)
+        assert not _advised(small.data_ptr() + small.nbytes // 2)
+    assert tensor.fill_(3).eq(3).all()

@@ -1,22 +1,27 @@
-"""Arguments of every family: refused by their names, or they make a model that works."""
+"""Arguments of the package and of every family: refused by their names, or a model that works."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from junk import NEVER, complaints
+from torch import nn
 from zoo import CLASSIFIERS, FAMILIES, SMALL, outlines, small
 
+import backbones
 from backbones.common.checks import flag
 from backbones.core.keywords import POOLINGS, checked
+from backbones.restoration.upscale import Upscaler, upscale
 
 # No keyword of any family can be one of these.
-NEVER: list[Any] = [
+IMPOSSIBLE: list[Any] = [
     *("3", b"3", 1j, object(), int, {}, {1: 2}, {1, 2}, iter((1, 2))),
     *(float("nan"), float("inf"), -float("inf"), 10**30, -(10**30)),
 ]
@@ -66,7 +71,7 @@ def test_a_parameter_without_check_is_named() -> None:
 def test_values_that_nothing_can_be(family: str) -> None:
     model_class, arguments = _class(family), SMALL[family][1]
     for keyword, default in _keywords(family).items():
-        for value in _variants(default, NEVER):
+        for value in _variants(default, IMPOSSIBLE):
             with outlines(), pytest.raises((TypeError, ValueError)) as raised:
                 model_class(**{**arguments, keyword: value})
             message = str(raised.value)
@@ -197,3 +202,99 @@ def test_numbers_of_numpy_and_lists() -> None:
         model = small("van", num_classes=np.int64(5), depths=[1, 1, 1, 1], dims=np.full(4, 16))
     assert type(model.num_classes) is int
     assert model(torch.zeros(1, 3, 64, 64, device="meta")).shape == (1, 5)
+
+
+# ---- of the package's functions ------------------------------------------------------------------
+VAN = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}
+
+
+def _van() -> Any:
+    return backbones.create_model("van_b0", **VAN)
+
+
+def _load(source: Any, strict: Any) -> Any:
+    return backbones.load_checkpoint(_van(), source, strict)
+
+
+def _fuse(dtype: Any, channels_last: Any) -> Any:
+    return backbones.fuse(_van(), dtype, channels_last)
+
+
+class _Restorer(nn.Conv2d):
+    upscale, window_size, in_chans = 1, 8, 3
+
+    def __init__(self) -> None:
+        super().__init__(3, 3, 1)
+
+
+def _create(**arguments: Any) -> Any:
+    with outlines():
+        return backbones.create_model(**VAN, **arguments)
+
+
+def _upscale(picture: Any, **options: Any) -> Any:
+    return upscale(_Restorer(), picture, **options)
+
+
+_CFG = {"pretrained_cfg": None, "pretrained_cfg_overlay": None}
+# By name: the function, and arguments that it takes.
+GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "create_model": (
+        _create,
+        {"name": "van_b0", "features_only": True, "checkpoint_path": None, **_CFG},
+    ),
+    "empty_cache": (backbones.empty_cache, {}),
+    "explain": (
+        backbones.explain,
+        {"model": _van().eval(), "input_size": 32, "batch_size": 1, "repeats": 1},
+    ),
+    "fuse": (backbones.fuse, {"model": _van()}),
+    "fuse, how": (_fuse, {"dtype": torch.float32, "channels_last": True}),
+    "list_families": (backbones.list_families, {}),
+    "list_models": (
+        backbones.list_models,
+        {"filter": "van*", "pretrained": True, "family": "van"},
+    ),
+    "load_checkpoint": (
+        backbones.load_checkpoint,
+        {"model": _van(), "source": _van().state_dict()},
+    ),
+    "load_checkpoint, how": (_load, {"source": _van().state_dict(), "strict": True}),
+    "upscale": (
+        _upscale,
+        {
+            **{"picture": np.zeros((8, 8, 3), np.uint8), "tile": 8, "overlap": 8},
+            **{"tta": False, "amp": False, "max_memory": 1 << 34},
+        },
+    ),
+    "Upscaler": (Upscaler, {"model": _Restorer()}),
+}
+
+
+def test_every_function_is_here() -> None:
+    functions = {
+        name
+        for name in backbones.__all__
+        if callable(value := getattr(backbones, name)) and not isinstance(value, type)
+    }
+    assert {name.partition(",")[0] for name in GOOD} >= functions
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_function(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = complaints(*GOOD[name])
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "fused"])
+def test_not_an_image(family: str) -> None:
+    if family == "fused":
+        model = _van().fuse()
+    else:
+        with outlines():
+            model = small(family).eval()
+    for call in (model, model.forward_features, model.forward_intermediates):
+        for value in (None, 3, "x", [], *NEVER):
+            with pytest.raises(TypeError):
+                call(value)

@@ -1,0 +1,285 @@
+"""Attention whose definition takes a line or two: against it, or against torch and timm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import EcaModule
+from torch import Tensor, nn
+
+from ops.attention import biased
+from ops.attention.biased import attend_in_turn
+from ops.attention.channel import EfficientChannelAttention
+from ops.attention.large_kernel import DilatedDepthwiseConv2d, LargeKernelAttention
+from ops.attention.pooled import PooledAttention, pool_tokens
+from ops.attention.single_head import SingleHeadAttention, single_head_attention
+from ops.attention.softmax import softmax_attention
+from ops.attention.window import shift_masks, window_attention
+
+
+# ---- one head ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 2)])
+def test_definition_and_gradients(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v = torch.randn(2, 7, *size, dtype=torch.float64, requires_grad=True)
+    scores = torch.einsum("bcm,bcn->bmn", q.flatten(2), k.flatten(2)) / 2
+    expected = torch.einsum("bmn,bcn->bcm", scores.softmax(-1), v.flatten(2)).view(v.shape)
+    value = single_head_attention(q, k, v)
+    torch.testing.assert_close(value, expected)
+    weight = torch.randn_like(value)
+    ours = torch.autograd.grad((value * weight).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    torch.testing.assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_the_rest_of_the_channels_pass_to_the_projection() -> None:
+    layer = SingleHeadAttention(10, 3, qk_dim=2).eval()
+    layer.proj = torch.nn.Identity()
+    x = torch.randn(1, 10, 4, 4)
+    assert torch.equal(layer(x)[:, 3:], x[:, 3:].relu())
+
+
+def test_errors() -> None:
+    for attn_dim in (0, 11):
+        with pytest.raises(ValueError, match=f"got {attn_dim}"):
+            SingleHeadAttention(10, attn_dim)
+
+
+# ---- channels ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 2, 1, 1)])
+def test_as_timm(kernel_size: int, shape: tuple[int, ...]) -> None:
+    layer, timms = EfficientChannelAttention(kernel_size), EcaModule(kernel_size=kernel_size)
+    layer.load_state_dict(timms.state_dict())
+    x = torch.randn(shape)
+    for taken in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(layer(taken), timms(x))
+
+
+def test_no_images() -> None:
+    assert EfficientChannelAttention()(torch.zeros(0, 4, 5, 5)).shape == (0, 4, 5, 5)
+
+
+def test_gates_in_half_precision() -> None:
+    """Only the means and the gates are rounded."""
+    layer = EfficientChannelAttention().bfloat16()
+    x = torch.randn(2, 32, 6, 6).bfloat16()
+    exact = layer.double()(x.double())
+    error = (layer.bfloat16()(x).double() - exact).abs()
+    assert (error <= exact.abs() * 2**-6 + 1e-3).all()
+
+
+def test_even_kernels_are_refused() -> None:
+    with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
+        EfficientChannelAttention(4)
+
+
+# ---- pooled keys ---------------------------------------------------------------------------------
+@given(tokens=st.integers(1, 20), length=st.integers(1, 20))
+def test_pool_drops_the_remainder(tokens: int, length: int) -> None:
+    x = torch.randn(2, tokens, 3, dtype=torch.float64)
+    run = min(length, tokens)
+    expected = [x[:, i : i + run].mean(1) for i in range(0, tokens - run + 1, run)]
+    torch.testing.assert_close(pool_tokens(x, length), torch.stack(expected, dim=1))
+
+
+def naive(layer: PooledAttention, x: Tensor) -> Tensor:
+    """One image, one head, one query at a time."""
+    pooled = x
+    if layer.sr_ratio > 1:
+        pooled = torch.nn.functional.avg_pool1d(x.transpose(1, 2), layer.sr_ratio**2)
+        pooled = layer.norm(pooled).transpose(1, 2)
+    query, key, value = layer.q(x), layer.k(pooled), layer.v(pooled)
+    width = x.shape[2] // layer.num_heads
+    images = []
+    for b in range(len(x)):
+        heads = []
+        for h in range(layer.num_heads):
+            share = slice(h * width, (h + 1) * width)
+            keys, values = key[b, :, share], value[b, :, share]
+            rows = [(keys @ q * width**-0.5).softmax(0) @ values for q in query[b, :, share]]
+            heads.append(torch.stack(rows))
+        images.append(torch.cat(heads, dim=1))
+    return layer.proj(torch.stack(images))
+
+
+def randomised(layer: nn.Module) -> nn.Module:
+    """Every branch counts."""
+    with torch.no_grad():
+        for tensor in layer.parameters():
+            tensor.normal_(0, 0.5)
+        for module in layer.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return layer.double()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("sr_ratio", "tokens"), [(1, 7), (2, 15)])
+def test_layer_is_its_definition_with_its_gradients(
+    sr_ratio: int, tokens: int, training: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = randomised(PooledAttention(8, 2, sr_ratio)).train(training)
+    x = torch.randn(2, tokens, 8, dtype=torch.float64, requires_grad=True)
+    scale = torch.randn_like(x)
+    tensors = [x, *layer.parameters()]
+    ours, theirs = layer(x), naive(layer, x)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad((ours * scale).sum(), tensors),
+        torch.autograd.grad((theirs * scale).sum(), tensors),
+    )
+
+
+@pytest.mark.parametrize("sr_ratio", [1, 2])
+def test_norms_fold_away(sr_ratio: int) -> None:
+    torch.manual_seed(0)
+    layer = randomised(PooledAttention(8, 2, sr_ratio)).eval()
+    norm = randomised(nn.BatchNorm2d(8)).eval()
+    x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
+    expected = layer(norm(x).flatten(2).transpose(1, 2))
+    key = layer.k
+    weight = key.weight.clone()
+    layer.fold_norm(norm)
+    assert layer.fuse().fuse() is layer
+    assert isinstance(layer.norm, nn.Identity)
+    torch.testing.assert_close(layer(x.flatten(2).transpose(1, 2)), expected)
+    assert torch.equal(key.weight, weight)
+
+
+def test_errors_pooled() -> None:
+    with pytest.raises(ValueError, match="got 0"):
+        pool_tokens(torch.zeros(1, 4, 2), 0)
+    with pytest.raises(ValueError, match="got 3 heads for 8 channels"):
+        PooledAttention(8, 3)
+
+
+# ---- large kernels -------------------------------------------------------------------------------
+@settings(deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 31), st.integers(1, 31)),
+    kernel_size=st.sampled_from([3, 5, 7]),
+    dilation=st.integers(1, 4),
+)
+def test_phases_make_the_same_map_and_gradients(size, kernel_size, dilation) -> None:
+    layer = DilatedDepthwiseConv2d(3, kernel_size, dilation).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    wanted = F.conv2d(x, layer.weight, layer.bias, 1, layer.padding, dilation, groups=3)
+    out, into = layer(x), torch.randn_like(wanted)
+    torch.testing.assert_close(out, wanted)
+    wrt = (x, layer.weight, layer.bias)
+    grads = torch.autograd.grad(out, wrt, into)
+    torch.testing.assert_close(grads, torch.autograd.grad(wanted, wrt, into))
+
+
+@torch.no_grad()
+def test_reach_is_23_pixels() -> None:
+    layer = LargeKernelAttention(2)
+    base = torch.ones(1, 2, 41, 41)
+    moved = base.clone()
+    moved[:, :, 20, 20] += 1
+    changed = (layer(moved) != layer(base)).any(1)[0].nonzero()
+    assert changed.min(0).values.tolist() == [9, 9]
+    assert changed.max(0).values.tolist() == [31, 31]
+
+
+@torch.no_grad()
+def test_it_gates_its_input() -> None:
+    layer = LargeKernelAttention(3).double()
+    x = torch.randn(1, 3, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x) / x, layer.pw(layer.dw_dilated(layer.dw(x))))
+    layer.pw.weight.zero_()
+    layer.pw.bias.fill_(1)
+    assert torch.equal(layer(x), x)
+
+
+# ---- window by window ----------------------------------------------------------------------------
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def test_gradients_and_theirs() -> None:
+    inputs = tensors((3, 2, 4, 3), (3, 2, 5, 3), (3, 2, 5, 3), (2, 4, 5))
+    mask = torch.tensor([0.0, 1.0, -2.0, 0.0, 3.0], dtype=torch.float64).expand(4, 5)
+
+    def attend(*inputs: Tensor) -> Tensor:
+        return attend_in_turn(*inputs, masks=(mask, None, mask))
+
+    q, k, v, bias = inputs
+    masks = torch.stack((mask, torch.zeros_like(mask), mask)).unsqueeze(1)
+    wanted = (q @ k.transpose(2, 3) / 3**0.5 + bias + masks).softmax(-1) @ v
+    torch.testing.assert_close(attend(*inputs), wanted)
+    assert torch.autograd.gradcheck(attend, inputs)
+    assert torch.autograd.gradgradcheck(attend, inputs)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 3), (3, 1), (2, 3)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_windows_find_their_masks(
+    rows: int, columns: int, shifted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = (2, rows, columns, 4, 2, 3)
+    inputs = tensors(window, window, window, (2, 4, 4))
+    masks = shift_masks(2, 1, torch.float64) if shifted else None
+    results = []
+    for limit in (0, 1 << 40):
+        monkeypatch.setattr(biased, "_SCORE_BYTES", limit)
+        out = window_attention(*inputs, masks)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
+# ---- NaN propagates ------------------------------------------------------------------------------
+KEYS = (1, 2, 4, 7, 8, 15, 16, 17, 49)
+
+
+def tensors_softmax(keys: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(keys)
+    return [
+        torch.randn(2, 3, n, 8, generator=generator).to(dtype).requires_grad_()
+        for n in (5, keys, keys)
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_nan_propagates(which: str, dtype: torch.dtype, keys: int) -> None:
+    """Where the formula has it; torch loses it if there are few keys."""
+    query, key, value = tensors_softmax(keys, dtype)
+    {"query": query, "key": key, "value": value}[which][0, 0, 0, 0] = float("nan")
+    weights = (query @ key.transpose(2, 3) / 8**0.5).softmax(3)
+    assert torch.equal(softmax_attention(query, key, value).isnan(), (weights @ value).isnan())
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("keys", KEYS)
+def test_otherwise_as_in_torch(keys: int, scale: float | None) -> None:
+    inputs = tensors_softmax(keys)
+    out = softmax_attention(*inputs, scale=scale)
+    expected = F.scaled_dot_product_attention(*inputs, scale=scale)
+    torch.testing.assert_close(out, expected)
+    found, wanted = (torch.autograd.grad(o.square().sum(), inputs) for o in (out, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_compiles_with_a_symbolic_number_of_keys() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return softmax_attention(query, key, value)
+
+    keys = torch.export.Dim("keys", min=1, max=99)
+    exported = torch.export.export(
+        Attention(), tuple(tensors_softmax(5)), dynamic_shapes=({}, {2: keys}, {2: keys})
+    )
+    inputs = tensors_softmax(40)
+    torch.testing.assert_close(exported.module()(*inputs), softmax_attention(*inputs))
