@@ -131,7 +131,8 @@ def test_is_the_reference(name: str, given: dict[str, Any], factor: float, backe
 @every_backend
 def test_steps_without_softplus(backend: str) -> None:
     given = selective_inputs(20)
-    _check("selective_scan", {**given, "delta": given["delta"].exp()}, backend, 2, D=None)
+    given["delta"] = given["delta"].exp()
+    _check("selective_scan", given, backend, 2, delta_softplus=False)
 
 
 @every_backend
@@ -372,6 +373,10 @@ def test_half_precision(name: str, backend: str, dtype: torch.dtype) -> None:
         SCANS[name].function, given, torch.float64, **SCANS[name].options, backend="reference"
     )
     leaves = {n: t.requires_grad_() for n, t in given.items()}
+    if (name, backend, dtype) == ("gated_linear_attention", "cpu", torch.float16):
+        with pytest.raises(NotImplementedError, match="float32 and bfloat16, not torch.float16"):
+            _run(name, leaves, backend)
+        return
     out = _run(name, leaves, backend)
     assert out.dtype == dtype
     assert difference(out, exact["out"]) < torch.finfo(dtype).eps / 2  # as the output is rounded
