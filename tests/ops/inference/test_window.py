@@ -1,4 +1,4 @@
-"""Inference forms of attention, in place, against the plain layers."""
+"""Window attention in place against the plain layers, which copy windows."""
 
 from __future__ import annotations
 
@@ -13,83 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ops import cpu
-from ops.attention.hilo import HiLoAttention
-from ops.attention.rank_augmented import RankAugmentedAttention
 from ops.attention.window import OverlappingWindowAttention, WindowAttention
 from ops.cpu.attention.grouped import ScoreTerms, attend_windows, grouped_attention
-from ops.inference import attention
-from ops.inference.attention import FastHiLoAttention, FastRankAugmentedAttention
-from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastLinear, convert
 from ops.inference.window import FastOverlappingWindowAttention, FastWindowAttention
-
-
-def _fast(layer: nn.Module, form: type[nn.Module]) -> Any:
-    fast = copy.deepcopy(layer).eval().requires_grad_(False)
-    for part in fast.modules():
-        if type(part) is nn.Linear:
-            convert(part, FastLinear)
-        elif type(part) is nn.Conv2d:
-            convert(part, FastDepthwiseConv2d)
-    return convert(fast, form)
 
 
 def _error(out: Tensor, expected: Tensor) -> float:
     return float((out - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("size", [(14, 14), (6, 9), (1, 1)])
-@pytest.mark.parametrize(
-    ("window_size", "alpha"), [(2, 0.5), (2, 0.9), (3, 0.0), (2, 1.0), (1, 0.5)]
-)
-def test_hilo(window_size: int, alpha: float, size: tuple[int, int]) -> None:
-    """Padded or not, with both kinds of heads or one; weights that are loaded later count."""
-    torch.manual_seed(0)
-    layer, other = (HiLoAttention(48, 6, window_size, alpha).eval() for _ in range(2))
-    fast = _fast(layer, FastHiLoAttention)
-    x = torch.randn(3, *size, 48)
-    with torch.no_grad():
-        assert _error(fast(x), layer(x)) <= 1e-5
-        assert _error(fast(x), layer(x)) <= 1e-5
-        fast.load_state_dict(other.state_dict())
-        assert _error(fast(x), other(x)) <= 1e-5
-        exact = copy.deepcopy(other).double()(x.double())
-        half = copy.deepcopy(fast).bfloat16()(x.bfloat16())
-        assert _error(half.double(), exact) <= 0.02
-        assert _error(copy.deepcopy(fast).double()(x.double()), exact) <= 1e-6
-
-
-@pytest.mark.parametrize("images", [1, 2, 5])
-def test_rank_augmented_by_images(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some images at a time, whatever their number, give what the batch gives."""
-    torch.manual_seed(0)
-    layer = RankAugmentedAttention(64, 2).eval()
-    fast = _fast(layer, FastRankAugmentedAttention)
-    x = torch.randn(5, 6, 7, 64)
-    monkeypatch.setattr(attention, "_PROJECTED_BYTES", images * 4 * x[0].numel() * x.itemsize)
-    with torch.no_grad():
-        assert _error(fast(x), layer(x)) <= 1e-5
-        assert _error(fast(x), layer(x)) <= 1e-5
-        assert fast(x[:0]).shape == x[:0].shape
-
-
-@pytest.mark.parametrize("linear", [True, False])
-@pytest.mark.parametrize("size", [(5, 4), (17, 16)])
-@pytest.mark.parametrize("dim", [64, 24])
-def test_rank_augmented(dim: int, size: tuple[int, int], linear: bool) -> None:
-    """Heads that the kernels take and heads that they refuse, few tokens and many."""
-    torch.manual_seed(0)
-    layer = RankAugmentedAttention(dim, 2, linear=linear).eval()
-    fast = _fast(layer, FastRankAugmentedAttention)
-    x = torch.randn(2, *size, dim)
-    with torch.no_grad():
-        exact = copy.deepcopy(layer).double()(x.double())
-        assert _error(fast(x), exact) <= 1e-5
-        half = copy.deepcopy(fast).bfloat16()(x.bfloat16())
-        assert _error(half.double(), exact) <= 0.02
-
-
-# ---- windows -------------------------------------------------------------------------------------
 def _windows(heads: int, head_dim: int, window_size: int, shift_size: int) -> WindowAttention:
     return _trained(WindowAttention(heads * head_dim, window_size, heads, shift_size))
 
@@ -104,7 +37,7 @@ def _trained(layer: Any) -> Any:
     return layer.eval().requires_grad_(False)
 
 
-def _fast_windows(layer: nn.Module) -> Any:
+def _fast(layer: nn.Module) -> Any:
     fast = copy.deepcopy(layer)
     for part in (fast.qkv, fast.proj):
         convert(part, FastLinear)
@@ -136,7 +69,7 @@ def test_is_the_layer(heads, head_dim, window_size, shift, size, overlaps, dtype
     x = _map(layer, *size)
     layer, x = layer.to(dtype), x.to(dtype)
     exact = copy.deepcopy(layer).double()(x.double())
-    out = _fast_windows(layer)(x)
+    out = _fast(layer)(x)
     assert out.dtype == dtype
     assert _error(out.double(), exact) <= (5e-6 if dtype == torch.float32 else 0.02)
 
@@ -146,7 +79,7 @@ def test_later_loaded_weights_are_used(layer: nn.Module) -> None:
     other = copy.deepcopy(layer)
     for parameter in other.parameters():
         parameter.normal_()
-    fast, x = _fast_windows(layer), _map(layer, 1, 2, 3)
+    fast, x = _fast(layer), _map(layer, 1, 2, 3)
     assert _error(fast(x), layer(x)) <= 1e-5
     fast.load_state_dict(other.state_dict())
     assert _error(fast(x), other(x)) <= 1e-5
@@ -162,14 +95,14 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
         for dtype, bound in ((torch.float32, 5e-6), (torch.bfloat16, 0.02)):
             x = _map(layer, 1, 2, 2).to(dtype)
             exact = copy.deepcopy(layer).to(dtype).double()(x.double())
-            assert _error(_fast_windows(layer).to(dtype)(x).double(), exact) <= bound
+            assert _error(_fast(layer).to(dtype)(x).double(), exact) <= bound
     assert cpu.status("attention").instruction_set == instructions
 
 
 def test_another_default_device_does_not_matter() -> None:
     """For the tables that are kept from the first call on."""
     for layer in (_windows(2, 3, 5, 1), _overlapping(2, 3, 10)):
-        fast, x = _fast_windows(layer), _map(layer, 1, 2, 1)
+        fast, x = _fast(layer), _map(layer, 1, 2, 1)
         with torch.device("meta"):
             out = fast(x)
         assert _error(out, layer(x)) <= 1e-5
@@ -178,7 +111,7 @@ def test_another_default_device_does_not_matter() -> None:
 def test_without_the_kernel_it_is_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "for the test")
     for layer in (_windows(2, 6, 4, 2), _overlapping(2, 6, 4)):
-        fast, x = _fast_windows(layer), _map(layer, 1, 2, 2)
+        fast, x = _fast(layer), _map(layer, 1, 2, 2)
         assert _error(fast(x), layer(x)) <= 1e-6
 
 
