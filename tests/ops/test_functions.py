@@ -22,7 +22,6 @@ from ops.reparam import (
     fold_norm_before,
     fold_scale_after,
     fuse_children,
-    norm_affine,
 )
 from ops.rounding import round_filters, round_keeping_sums
 from ops.tiling import Tile, run_tiled, tile_spans
@@ -49,20 +48,6 @@ def test_rows_put_scan_lines_side_by_side() -> None:
             row, place = divmod(8 * frame + line, 4)
             part = image[:, :, row, 6 * place : 6 * place + 6]
             assert torch.equal(part, video[:, :, frame, line])
-
-
-@pytest.mark.parametrize(
-    ("shape", "layout", "message"),
-    [
-        ((1, 3, 15, 8, 8), "rows", "a square, such as 16, got 15"),
-        ((1, 3, 0, 8, 8), "rows", "a square, such as 16, got 0"),
-        ((1, 3, 8, 8), "rows", r"\(B, C, T, H, W\), got \(1, 3, 8, 8\)"),
-        ((1, 3, 16, 8, 8), "grid", "'rows' or 'tiles', got 'grid'"),
-    ],
-)
-def test_faults(shape: tuple[int, ...], layout: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        frames_to_image(torch.zeros(shape), layout)
 
 
 # ---- padding by reflection -----------------------------------------------------------------------
@@ -155,18 +140,6 @@ def test_other_channels_and_types() -> None:
     assert tiled.shape == (1, 1, 7, 9) and tiled.dtype == torch.bfloat16
 
 
-def test_bad_arguments_are_named() -> None:
-    x = images(1, 1, 8, 8)
-    with pytest.raises(ValueError, match="tile_size must be 1 or more, got 0"):
-        run_tiled(grow, x, tile_size=0, overlap=2)
-    with pytest.raises(ValueError, match=r"blend must be in 0 … 2 .* got 3"):
-        run_tiled(grow, x, tile_size=4, overlap=3, blend=3)
-    with pytest.raises(ValueError, match="scale 3 a tile should become 18×18, but .* made 12×12"):
-        run_tiled(grow, x, tile_size=4, overlap=2, scale=3)
-    with pytest.raises(ValueError, match="0×8 has no pixels"):
-        run_tiled(grow, x[:, :, :0], tile_size=4, overlap=2)
-
-
 # ---- folding of norms and scales -----------------------------------------------------------------
 def _norm(chs: int, kind: type[nn.Module] = nn.BatchNorm2d, affine: bool = True) -> nn.Module:
     norm = kind(chs, affine=affine).double().eval()
@@ -226,14 +199,6 @@ def test_scale_after() -> None:
         torch.testing.assert_close(
             fold_scale_after(layer, scale, shift)(x), expected + shift.view(shape)
         )
-
-
-def test_what_cannot_be_folded() -> None:
-    with pytest.raises(ValueError, match="running statistics"):
-        norm_affine(nn.BatchNorm2d(3, track_running_stats=False))
-    for conv in (nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 1, groups=6)):
-        with pytest.raises(ValueError, match="with padding or groups"):
-            fold_norm_before(nn.BatchNorm2d(6), conv)
 
 
 def test_fuse_children_replaces_and_descends() -> None:

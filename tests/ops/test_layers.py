@@ -76,14 +76,6 @@ def test_inception_branches_are_those_of_the_paper() -> None:
         torch.testing.assert_close(out[:, first : first + 2], full)
 
 
-def test_inception_errors() -> None:
-    with pytest.raises(ValueError, match="must be odd.*10"):
-        InceptionDWConv2d(16, band_kernel_size=10)
-    for ratio in (0.01, 0.4):
-        with pytest.raises(ValueError, match=f"branch_ratio {ratio}"):
-            InceptionDWConv2d(16, branch_ratio=ratio)
-
-
 # ---- large kernels -------------------------------------------------------------------------------
 def naive_depthwise(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     """A sum over the taps, each a shifted map."""
@@ -139,24 +131,6 @@ def test_fused_layer_keeps_the_output(kernel_size: int) -> None:
     torch.testing.assert_close(fused(x), expected)
     # Fusing leaves the layer as it was, so that it may be walked again.
     torch.testing.assert_close(layer.state_dict(), before)
-
-
-@pytest.mark.parametrize(
-    ("kernel_size", "branches", "message"),
-    [
-        (12, None, "no branches are published"),
-        (3, None, "no branches are published"),
-        (7, [(5, 2)], "span 9 at most 7"),
-        (7, [(4, 1)], "odd"),
-        (8, [(3, 1)], "odd"),
-        (7, [(3, 0)], "dilation 0"),
-    ],
-)
-def test_rejects_bad_arguments(
-    kernel_size: int, branches: list[tuple[int, int]] | None, message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        DilatedReparamConv2d(4, kernel_size, branches)
 
 
 # ---- depthwise MLPs ------------------------------------------------------------------------------
@@ -278,11 +252,6 @@ def test_fuses_into_one_convolution(kernel_size: int) -> None:
     assert torch.equal(layer.conv.weight, before)
 
 
-def test_even_kernels_are_refused() -> None:
-    with pytest.raises(ValueError, match="odd, got 2"):
-        ConvPosition(4, 2)
-
-
 @torch.no_grad()
 def test_a_table_is_added_row_by_row() -> None:
     torch.manual_seed(0)
@@ -312,11 +281,6 @@ def test_a_table_is_interpolated(size: tuple[int, int]) -> None:
     assert torch.equal(half, exact.bfloat16())
 
 
-def test_only_squares_have_tables() -> None:
-    with pytest.raises(ValueError, match="n² entries, got 15"):
-        resize_position_table(torch.zeros(1, 15, 2), (4, 4))
-
-
 # ---- the pyramid of one map ----------------------------------------------------------------------
 @torch.no_grad()
 def test_levels_are_those_of_the_paper() -> None:
@@ -337,12 +301,6 @@ def test_levels_are_those_of_the_paper() -> None:
     assert torch.equal(maps[3][:, :, :, :2], F.max_pool2d(x, 2))
     chosen = pyramid(x, [1, 3])
     assert torch.equal(chosen[0], maps[1]) and torch.equal(chosen[1], maps[3])
-
-
-def test_other_widths_are_refused() -> None:
-    for dim in (0, 2, 30):
-        with pytest.raises(ValueError, match=f"multiple of 4, got {dim}"):
-            SimplePyramid(dim)
 
 
 # ---- Kolmogorov-Arnold layers --------------------------------------------------------------------
@@ -396,17 +354,6 @@ def test_grid_is_constant() -> None:
         assert not grid.requires_grad
         torch.testing.assert_close(grid, torch.arange(-2, 2.5, 0.5))
     assert kan(torch.zeros(3, 5, 4)).shape == (3, 5, 2)
-
-
-def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"got 1, \(-2.0, 2.0\) and 0.33"):
-        KANLayer(2, 2, num_grids=1)
-    with pytest.raises(ValueError, match="ascending"):
-        KANLayer(2, 2, grid_range=(1, 1))
-    with pytest.raises(ValueError, match="and 0$"):
-        KANLayer(2, 2, width=0)
-    with pytest.raises(ValueError, match=r"\(3,\)"):
-        KAN((3,))
 
 
 # ---- options have their effect -------------------------------------------------------------------

@@ -118,23 +118,3 @@ def test_a_small_map_is_one_window_on_an_interpolated_table() -> None:
     bias = distance_bias(resize_distance_table(layer.attention_biases.view(2, 7, 7), 3, 5))
     mixed = cascaded_group_attention(x, list(layer.heads), bias)
     torch.testing.assert_close(layer(x), layer.proj(mixed.relu()))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dim": 8, "num_heads": 3}, "multiple of num_heads"),
-        ({"dim": 8, "num_heads": 2, "window_size": 0}, "window_size"),
-        ({"dim": 8, "num_heads": 2, "table_size": 0}, "table_size"),
-        ({"dim": 8, "num_heads": 2, "kernel_sizes": (3,)}, "kernel_sizes"),
-        ({"dim": 8, "num_heads": 2, "kernel_sizes": (3, 4)}, "odd"),
-    ],
-)
-def test_rejects_bad_arguments(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CascadedGroupAttention(**arguments)
-
-
-def test_indivisible_channels_are_rejected() -> None:
-    with pytest.raises(ValueError, match="7 channels"):
-        cascaded_group_attention(torch.zeros(1, 7, 2, 2), [Share(3, 2), Share(3, 2)])

@@ -120,28 +120,3 @@ def test_layer_starts_with_equal_weights_on_rays() -> None:
     expected = rays[:, None, None] * torch.tensor([1.0, 2.0, 3.0])[:, None]
     torch.testing.assert_close(offsets, expected.expand(-1, 2, -1, -1))
     assert not layer.attention_weights(torch.randn(1, 1, 8)).any()
-
-
-@pytest.mark.parametrize("sizes", [(), ((3, 5), (0, 2)), ((3, 5, 1),), ((-3, -5), (2, 4))])
-def test_empty_maps_are_refused(sizes: Any) -> None:
-    value, _, locations, weights = _inputs()
-    with pytest.raises(ValueError, match="sizes must be the height and width"):
-        deformable_attention(value, sizes, locations, weights)
-
-
-def test_other_errors() -> None:
-    value, sizes, locations, weights = _inputs()
-    with pytest.raises(ValueError, match=r"value has 23 pixels, but maps of .* have 19"):
-        deformable_attention(value, sizes[:2], locations, weights)
-    with pytest.raises(ValueError, match=r"weights the same without the last axis, got .*3, 1\)"):
-        deformable_attention(value, sizes, locations, weights[..., :1])
-    with pytest.raises(ValueError, match=r"locations must be .* = \(2, 3, 2, 3, 'points', 2\)"):
-        deformable_attention(value, sizes, locations[:, :, :1], weights[:, :, :1])
-    with pytest.raises(ValueError, match="got 3 heads for 8 channels"):
-        DeformableAttention(8, 3)
-    with pytest.raises(ValueError, match=r"got 4 heads for 2 channels \(dim 8"):
-        DeformableAttention(8, 4, value_ratio=0.25)
-    with pytest.raises(ValueError, match="levels and points must be 1 or more, got 1 and 0"):
-        DeformableAttention(8, 2, points=0)
-    with pytest.raises(ValueError, match="sizes must be of 3 maps, got 1"):
-        _layer()(torch.randn(1, 1, 8), torch.rand(1, 2), torch.randn(1, 4, 8), [(2, 2)])

@@ -142,12 +142,3 @@ def test_fuse_keeps_the_output_and_what_it_came_from() -> None:
     layer.global_branch.local_conv = layer.global_branch.local_conv.fuse()
     torch.testing.assert_close(layer(x), expected)
     assert torch.equal(before.conv.weight, weight)
-
-
-def test_errors() -> None:
-    with pytest.raises(ValueError, match="5 channels do not divide into 2 heads"):
-        cross_window_fusion(torch.zeros(1, 4, 4, 5), 2)
-    with pytest.raises(ValueError, match="dim must be a multiple of 8.*got 36"):
-        FactorizedAttention(36, 1)
-    with pytest.raises(ValueError, match="2 branches of 3 heads, got 32"):
-        FactorizedAttention(32, 3, 2, (1, 2))

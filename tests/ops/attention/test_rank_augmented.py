@@ -114,17 +114,3 @@ def test_layer(linear: bool) -> None:
     torch.testing.assert_close(layer(x), expected)
     table = rotary_table(3, 5, 8, dtype=torch.float64)
     torch.testing.assert_close(layer(x, table), expected)
-
-
-def test_bad_arguments_are_named() -> None:
-    query, key, value = heads(1, 2, 6, 8)
-    with pytest.raises(ValueError, match=r"\(1, 2, 5, 8\)"):
-        rank_augmented_linear_attention(query, key[:, :, :5], value)
-    with pytest.raises(ValueError, match=r"\(2, 6, 8\)"):
-        rank_augmented_linear_attention(query[0], key[0], value[0])
-    with pytest.raises(ValueError, match=r"two tables \(6, 8\), got \(4, 8\)"):
-        rank_augmented_linear_attention(query, key, value, rotary_table(2, 2, 8))
-    with pytest.raises(ValueError, match="multiple of 4, got 6"):
-        rotary_table(2, 2, 6)
-    with pytest.raises(ValueError, match="num_heads, got 3"):
-        RankAugmentedAttention(64, 3)

@@ -43,51 +43,46 @@ def _agrees(x: Tensor, conv: nn.Conv2d, activation: str, tolerance: float) -> No
     assert (out - expected).abs().max() < 4 * tolerance * (1 + expected.abs().max())
 
 
-@settings(max_examples=80, deadline=None)
+_small = st.fixed_dictionaries(
+    {
+        "size": st.tuples(st.integers(1, 19), st.integers(1, 33)),
+        "channels": st.tuples(st.sampled_from([1, 3, 16, 20]), st.sampled_from([1, 17, 40])),
+        "kernel_size": _pairs,
+        "stride": _pairs,
+    }
+)
+# Windows of images, whose rows are copied as they are.
+_wide = st.fixed_dictionaries(
+    {
+        "size": st.tuples(st.integers(17, 40), st.integers(17, 70)),
+        "channels": st.tuples(st.integers(1, 4), st.sampled_from([1, 17, 40])),
+        "kernel_size": st.tuples(st.integers(1, 17), st.integers(8, 17)),
+        "stride": st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    }
+)
+
+
+@settings(max_examples=140, deadline=None)
 @given(
+    windows=_small | _wide,
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
     batch=st.integers(1, 3),
-    size=st.tuples(st.integers(1, 19), st.integers(1, 33)),
-    channels=st.tuples(st.sampled_from([1, 3, 16, 20]), st.sampled_from([1, 17, 40])),
-    kernel_size=_pairs,
-    stride=_pairs,
     padding=st.tuples(st.integers(0, 5), st.integers(0, 5)),
     activation=st.sampled_from(ACTIVATIONS),
     bias=st.booleans(),
     channels_last=st.booleans(),
 )
 def test_is_the_convolution(
-    dtype, batch, size, channels, kernel_size, stride, padding, activation, bias, channels_last
+    windows, dtype, batch, padding, activation, bias, channels_last
 ) -> None:
-    assume(all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel_size, strict=True)))
-    geometry = dict(kernel_size=kernel_size, stride=stride, padding=padding, bias=bias)
+    size, channels = windows["size"], windows["channels"]
+    sides = zip(size, padding, windows["kernel_size"], strict=True)
+    assume(all(n + 2 * p >= k for n, p, k in sides))
+    geometry = {name: windows[name] for name in ("kernel_size", "stride")}
     x = random(batch, channels[0], *size).to(dtype)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    _agrees(x, _conv(*channels, dtype, **geometry), activation, LINEAR_DTYPES[dtype])
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    dtype=st.sampled_from(list(LINEAR_DTYPES)),
-    batch=st.integers(1, 3),
-    size=st.tuples(st.integers(17, 40), st.integers(17, 70)),
-    channels=st.tuples(st.integers(1, 4), st.sampled_from([1, 17, 40])),
-    kernel_size=st.tuples(st.integers(1, 17), st.integers(8, 17)),
-    stride=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    padding=st.tuples(st.integers(0, 5), st.integers(0, 5)),
-    channels_last=st.booleans(),
-)
-def test_wide_windows_of_images(
-    dtype, batch, size, channels, kernel_size, stride, padding, channels_last
-) -> None:
-    """Their rows are copied as they are."""
-    x = random(batch, channels[0], *size).to(dtype)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    conv = _conv(*channels, dtype, kernel_size=kernel_size, stride=stride, padding=padding)
-    assert PackedConv2d(conv)._by_channel == (kernel_size[1] * dtype.itemsize >= 32)
-    _agrees(x, conv, "relu", LINEAR_DTYPES[dtype])
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    conv = _conv(*channels, dtype, **geometry, padding=padding, bias=bias)
+    _agrees(x, conv, activation, LINEAR_DTYPES[dtype])
 
 
 @pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")

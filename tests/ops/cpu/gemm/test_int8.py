@@ -214,14 +214,14 @@ def test_rows_with_nan_or_infinity_are_nan(dtype, value, place, in_range) -> Non
 
 
 @_needs_int8
-@pytest.mark.parametrize("in_range", [None, _IN_RANGE], ids=["own", "given"])
 @pytest.mark.parametrize("bits", [0x7F81, 0x7FFF, -0x7F, -1], ids=hex)
-def test_every_nan_of_bfloat16_gives_nan(bits: int, in_range: Tensor | None) -> None:
+def test_every_nan_of_bfloat16_gives_nan(bits: int) -> None:
     """Also those with a sign."""
     layer, x = _Layer(70, 40), random(1, 20, 70).bfloat16()
     x.view(torch.int16)[0, 7, 33] = bits
-    out = _linear(x, *layer.packed, in_range)
-    assert out[0, 7].isnan().all() and not out[0, 8].isnan().any()
+    for in_range in (None, _IN_RANGE):
+        out = _linear(x, *layer.packed, in_range)
+        assert out[0, 7].isnan().all() and not out[0, 8].isnan().any()
 
 
 @_needs_int8
