@@ -7,13 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import segmentation_models_pytorch as smp
-import timm
 import torch
 from plain_tokens import PlainTokens, register_plain_tokens
 from timm.models import group_parameters
 from torch import Tensor
-from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from zoo import images
 
 import backbones
@@ -207,44 +204,3 @@ def test_classification_weights_leave_the_pyramid_as_it_is() -> None:
     for name, tensor in model.model.pyramid.state_dict().items():
         assert torch.equal(tensor, made[name])
     assert not backbones.load_checkpoint(model, model.model.state_dict()).reinitialised
-
-
-@pytest.mark.parametrize("segmenter", [smp.Unet, smp.FPN, smp.UPerNet])
-def test_smp_takes_the_pyramid(segmenter: Any) -> None:
-    model = segmenter("tu-plain_tokens_pyramid", encoder_weights=None, classes=2)
-    x = images(2, 3, 64, 64)
-    assert [64 // m.shape[-1] for m in model.encoder(x)] == [1, 2, 4, 8, 16, 32]
-    model(x).mean().backward()
-    assert all(p.grad is not None for n, p in model.named_parameters() if ".stem." in n)
-    with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):
-        segmenter("tu-plain_tokens", encoder_weights=None)
-
-
-@torch.no_grad()
-def test_smp_takes_the_blocks_for_its_dense_prediction_transformer() -> None:
-    model = smp.DPT("tu-plain_tokens", encoder_weights=None, classes=2, decoder_readout="ignore")
-    assert model.encoder._output_indices == [2, 5, 8, 11]
-    assert model.eval()(images(1, 3, 64, 64)).shape == (1, 2, 64, 64)
-
-
-def test_torchvision_takes_the_pyramid() -> None:
-    body = timm.create_model("plain_tokens_pyramid", features_only=True)
-    fpn = FeaturePyramidNetwork(body.feature_info.channels(), 8, LastLevelMaxPool())
-    maps = fpn({str(i): m for i, m in enumerate(body(images(2, 3, 64, 64)))})
-    assert [m.shape[1:] for m in maps.values()] == [(8, s, s) for s in (16, 8, 4, 2, 1)]
-
-
-@torch.no_grad()
-def test_transformers_takes_blocks_and_pyramid() -> None:
-    # Only by the worker that runs this test: it takes seconds.
-    from transformers import TimmBackbone, TimmBackboneConfig
-
-    x = images(1, 3, 64, 64)
-    for name, indices, sides in (
-        ("plain_tokens", [2, 5, 8, 11], [4] * 4),
-        ("plain_tokens_pyramid", [0, 1, 2, 3], [16, 8, 4, 2]),
-    ):
-        backbone = TimmBackbone(TimmBackboneConfig(backbone=name, out_indices=indices)).eval()
-        maps = backbone(x).feature_maps
-        assert [m.shape[1] for m in maps] == backbone.channels
-        assert [m.shape[2] for m in maps] == sides

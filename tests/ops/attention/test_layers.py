@@ -87,7 +87,7 @@ def test_scores_are_never_materialised(layer: nn.Module, side: int, most: int) -
         out = layer(x)
         if x.requires_grad:
             out.sum().backward()
-    assert largest.numel < most
+    assert largest.numel <= most
 
 
 def test_memory_of_linear_attention_grows_with_the_tokens() -> None:

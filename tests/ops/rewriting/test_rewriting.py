@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,8 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ops.cpu.attention.grouped import attend
+from ops.inference.conversion import to_channels_last
+from ops.inference.layers import convert
 from ops.replay.graph import NotCapturableError
+from ops.replay.module import recorded_form
 from ops.rewriting.graph import OperatorGraph
+from ops.rewriting.module import Rewritten
 from ops.rewriting.program import Program
 from ops.rewriting.recorder import record
 from ops.rewriting.rewrite import rewrite
@@ -523,3 +529,42 @@ def test_kernels_that_write_to_what_was_read_are_not_recorded() -> None:
     model = _Call(forward, fc=nn.Linear(16, 16))
     with pytest.raises(NotCapturableError, match="modifies what was there before"):
         record(model.eval(), model, TOKENS)
+
+
+# ---- networks whose calls are recorded -----------------------------------------------------------
+class _Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(torch.tanh(self.first(x)) * 2)
+
+
+def _network() -> nn.Module:
+    return convert(_Network().eval().requires_grad_(False), recorded_form(_Network, Rewritten))
+
+
+def test_all_calls_give_the_same_bits() -> None:
+    network, x = _network(), torch.randn(2, 5, 16)
+    first, *others = (network(x) for _ in range(4))
+    assert all(torch.equal(first, other) for other in others)
+
+
+def test_threads_may_record_at_once() -> None:
+    """Also layers that have their inference form, which each recording sees as one operator."""
+    plain, before = _Network().eval(), sys.getswitchinterval()
+    inputs = [torch.randn(2, 3 + i % 4, 16) for i in range(24)]
+    expected = [plain(x).detach() for x in inputs]
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(5):
+            model = nn.Sequential(_Network()).eval()
+            to_channels_last(model, always=True)
+            network = convert(model, recorded_form(nn.Sequential, Rewritten))
+            with ThreadPoolExecutor(4) as pool:
+                for out, right in zip(pool.map(network, inputs), expected, strict=True):
+                    torch.testing.assert_close(out, right)
+    finally:
+        sys.setswitchinterval(before)

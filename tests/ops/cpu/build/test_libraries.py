@@ -93,18 +93,6 @@ def test_the_first_kernel_compiles_the_others(four, compilations) -> None:
     assert len(compilations) == 4
 
 
-@pytest.mark.parametrize(("group", "first"), [("_OF_PLAIN_LAYERS", ["a", "b"]), ("_ALONE", ["a"])])
-def test_what_others_do_not_need_is_compiled_apart(
-    group, first, four, compilations, monkeypatch
-) -> None:
-    monkeypatch.setattr(libraries, group, {*first})
-    assert cpu.load("a").answer() == 42
-    assert _kept() == first
-    assert cpu.load("c").answer() == 42
-    assert _kept() == (_NAMES if first == ["a", "b"] else ["a", "b", "c", "small"])
-    assert len(compilations) == 4
-
-
 def test_concurrent_processes_build_once(tmp_path):
     """All of them get the library, one of them compiles it."""
     (tmp_path / "any").mkdir()
