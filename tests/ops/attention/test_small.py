@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import EcaModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 from zoo import images, randomise, small
 
 import backbones
