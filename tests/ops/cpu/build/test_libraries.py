@@ -313,11 +313,9 @@ def test_ctrl_c_ends_the_compilers(four, compilations, monkeypatch, tmp_path, de
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         libraries_.status("a")
     thread.join()
-    assert time.monotonic() - start < 30
     assert not list(cpu.cache_dir().glob("*.so"))
     monkeypatch.setattr(compiler, "run", works)
     monkeypatch.setattr(compiler, "find_compilers", find)
