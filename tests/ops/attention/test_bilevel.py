@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import assert_same_with_gradients
 from torch import Tensor
 
 from ops.attention.bilevel import (
@@ -87,16 +88,7 @@ def test_equals_the_definition(
     maps = [t.requires_grad_() for t in inputs(height, width)]
     out = bilevel_routing_attention(*maps, num_heads, region_size, topk)
     expected = defined(*maps, num_heads, region_size, topk)
-    torch.testing.assert_close(out, expected)
-
-    weight = random(*out.shape, seed=9)
-    exact = torch.autograd.grad((expected * weight).sum(), maps)
-    torch.testing.assert_close(torch.autograd.grad((out * weight).sum(), maps), exact)
-    single = [t.detach().float().requires_grad_() for t in maps]
-    value = bilevel_routing_attention(*single, num_heads, region_size, topk)
-    rounded = torch.autograd.grad((value * weight.float()).sum(), single)
-    for gradient, wanted in zip(rounded, exact, strict=True):
-        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert_same_with_gradients(out, expected, maps)
 
 
 def test_scale() -> None:
@@ -137,13 +129,7 @@ def by_hand(attn: BiLevelRoutingAttention, x: Tensor, region_size: tuple[int, in
     return F.linear(out + lepe.movedim(1, -1), attn.proj.weight, attn.proj.bias)
 
 
-@pytest.mark.parametrize("pad_input", [True, False])
-def test_both_forms_agree_where_the_map_divides(pad_input: bool) -> None:
-    attn, x = layer(pad_input=pad_input), random(2, 6, 9, 8)
-    torch.testing.assert_close(attn(x), by_hand(attn, x, (2, 3)))
-
-
-@pytest.mark.parametrize("size", [(7, 9), (5, 4), (2, 1), (1, 1)])
+@pytest.mark.parametrize("size", [(6, 9), (7, 9), (5, 4), (2, 1), (1, 1)])
 def test_input_is_padded_to_equal_regions(size: tuple[int, int]) -> None:
     attn, x = layer(), random(2, *size, 8)
     height, width = (-(-n // 3) * 3 for n in size)
@@ -152,7 +138,7 @@ def test_input_is_padded_to_equal_regions(size: tuple[int, int]) -> None:
     torch.testing.assert_close(attn(x), expected)
 
 
-@pytest.mark.parametrize("size", [(7, 9), (5, 4), (11, 6), (2, 1), (1, 1)])
+@pytest.mark.parametrize("size", [(6, 9), (7, 9), (5, 4), (11, 6), (2, 1), (1, 1)])
 def test_regions_of_the_second_form(size: tuple[int, int]) -> None:
     attn, x = layer(pad_input=False), random(2, *size, 8)
     region_size = (max(1, size[0] // 3), max(1, size[1] // 3))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparisons import assert_same_with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from zoo import randomise
 
 from ops.attention.factorized import FactorizedAttention, cross_window_fusion
 
@@ -40,14 +42,6 @@ def naive_fusion(x: Tensor, num_heads: int, window_size: int, dilation: int) -> 
                 run = flat[:, j * len(corners) : (j + 1) * len(corners)]
                 tokens[:, head, tap, j] = run.mean(1)
     return tokens
-
-
-def randomised(layer: nn.Module) -> nn.Module:
-    """Every branch counts."""
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_(0, 0.5)
-    return layer.double().eval()
 
 
 @given(
@@ -104,21 +98,16 @@ def test_layer_is_its_definition_with_its_gradients(
     sr_ratio: int, dilations: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
-    layer = randomised(FactorizedAttention(32, 2, sr_ratio, dilations, window_size=3))
-    x = torch.randn(1, 7, 5, 32, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(x)
-    tensors = [x, *layer.parameters()]
-    ours, theirs = layer(x), naive_attention(layer, x)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(
-        torch.autograd.grad((ours * weight).sum(), tensors),
-        torch.autograd.grad((theirs * weight).sum(), tensors),
+    layer = (
+        randomise(FactorizedAttention(32, 2, sr_ratio, dilations, window_size=3)).double().eval()
     )
+    x = torch.randn(1, 7, 5, 32, dtype=torch.float64, requires_grad=True)
+    assert_same_with_gradients(layer(x), naive_attention(layer, x), [x, *layer.parameters()])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 9), (3, 1)])
 def test_maps_smaller_than_the_reduction(size: tuple[int, int]) -> None:
-    layer = randomised(FactorizedAttention(32, 2, 4, (1, 4)))
+    layer = randomise(FactorizedAttention(32, 2, 4, (1, 4))).double().eval()
     x = torch.randn(2, *size, 32, dtype=torch.float64)
     assert layer(x).isfinite().all()
     # The global branch sees the map reflected up to the reduction.
@@ -130,7 +119,7 @@ def test_maps_smaller_than_the_reduction(size: tuple[int, int]) -> None:
 
 
 def test_fuse_keeps_the_output_and_what_it_came_from() -> None:
-    layer = randomised(FactorizedAttention(32, 2, 2, (1, 2)))
+    layer = randomise(FactorizedAttention(32, 2, 2, (1, 2))).double().eval()
     x = torch.randn(1, 6, 6, 32, dtype=torch.float64)
     expected = layer(x)
     before = layer.local_branches[0].local_conv

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import assert_same_with_gradients
 from torch import Tensor
 
 from ops.attention.rank_augmented import (
@@ -63,16 +64,7 @@ def test_is_the_published_formula_with_its_gradients(height: int, width: int, di
             for q, k, v in zip(*maps, strict=True)
         ]
     )
-    torch.testing.assert_close(out, expected)
-
-    weight = heads(*out.shape, count=1)[0].cos()
-    exact = torch.autograd.grad((expected * weight).sum(), maps)
-    torch.testing.assert_close(torch.autograd.grad((out * weight).sum(), maps), exact)
-    single = [t.detach().float().requires_grad_() for t in maps]
-    value = rank_augmented_linear_attention(*single, [t.float() for t in table])
-    rounded = torch.autograd.grad((value * weight.float()).sum(), single)
-    for gradient, wanted in zip(rounded, exact, strict=True):
-        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert_same_with_gradients(out, expected, maps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import assert_same_with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import EcaModule
@@ -34,12 +35,7 @@ def test_definition_and_gradients(size: tuple[int, int]) -> None:
     v = torch.randn(2, 7, *size, dtype=torch.float64, requires_grad=True)
     scores = torch.einsum("bcm,bcn->bmn", q.flatten(2), k.flatten(2)) / 2
     expected = torch.einsum("bmn,bcn->bcm", scores.softmax(-1), v.flatten(2)).view(v.shape)
-    value = single_head_attention(q, k, v)
-    torch.testing.assert_close(value, expected)
-    weight = torch.randn_like(value)
-    ours = torch.autograd.grad((value * weight).sum(), (q, k, v))
-    theirs = torch.autograd.grad((expected * weight).sum(), (q, k, v))
-    torch.testing.assert_close(ours, theirs)
+    assert_same_with_gradients(single_head_attention(q, k, v), expected, (q, k, v))
 
 
 @torch.no_grad()
@@ -103,41 +99,22 @@ def naive(layer: PooledAttention, x: Tensor) -> Tensor:
     return layer.proj(torch.stack(images))
 
 
-def randomised(layer: nn.Module) -> nn.Module:
-    """Every branch counts."""
-    with torch.no_grad():
-        for tensor in layer.parameters():
-            tensor.normal_(0, 0.5)
-        for module in layer.modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                module.running_mean.normal_()
-                module.running_var.uniform_(0.5, 2)
-    return layer.double()
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(("sr_ratio", "tokens"), [(1, 7), (2, 15)])
 def test_layer_is_its_definition_with_its_gradients(
     sr_ratio: int, tokens: int, training: bool
 ) -> None:
     torch.manual_seed(0)
-    layer = randomised(PooledAttention(8, 2, sr_ratio)).train(training)
+    layer = randomise(PooledAttention(8, 2, sr_ratio)).double().train(training)
     x = torch.randn(2, tokens, 8, dtype=torch.float64, requires_grad=True)
-    scale = torch.randn_like(x)
-    tensors = [x, *layer.parameters()]
-    ours, theirs = layer(x), naive(layer, x)
-    torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(
-        torch.autograd.grad((ours * scale).sum(), tensors),
-        torch.autograd.grad((theirs * scale).sum(), tensors),
-    )
+    assert_same_with_gradients(layer(x), naive(layer, x), [x, *layer.parameters()])
 
 
 @pytest.mark.parametrize("sr_ratio", [1, 2])
 def test_norms_fold_away(sr_ratio: int) -> None:
     torch.manual_seed(0)
-    layer = randomised(PooledAttention(8, 2, sr_ratio)).eval()
-    norm = randomised(nn.BatchNorm2d(8)).eval()
+    layer = randomise(PooledAttention(8, 2, sr_ratio)).double().eval()
+    norm = randomise(nn.BatchNorm2d(8)).double().eval()
     x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
     expected = layer(norm(x).flatten(2).transpose(1, 2))
     key = layer.k
@@ -160,11 +137,7 @@ def test_phases_make_the_same_map_and_gradients(size, kernel_size, dilation) -> 
     layer = DilatedDepthwiseConv2d(3, kernel_size, dilation).double()
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     wanted = F.conv2d(x, layer.weight, layer.bias, 1, layer.padding, dilation, groups=3)
-    out, into = layer(x), torch.randn_like(wanted)
-    torch.testing.assert_close(out, wanted)
-    wrt = (x, layer.weight, layer.bias)
-    grads = torch.autograd.grad(out, wrt, into)
-    torch.testing.assert_close(grads, torch.autograd.grad(wanted, wrt, into))
+    assert_same_with_gradients(layer(x), wanted, (x, layer.weight, layer.bias))
 
 
 @torch.no_grad()
@@ -229,7 +202,7 @@ def test_windows_find_their_masks(
 KEYS = (1, 2, 4, 7, 8, 15, 16, 17, 49)
 
 
-def tensors_softmax(keys: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def query_key_value(keys: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     generator = torch.Generator().manual_seed(keys)
     return [
         torch.randn(2, 3, n, 8, generator=generator).to(dtype).requires_grad_()
@@ -243,7 +216,7 @@ def tensors_softmax(keys: int, dtype: torch.dtype = torch.float32) -> list[Tenso
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 def test_nan_propagates(which: str, dtype: torch.dtype, keys: int) -> None:
     """Where the formula has it; torch loses it if there are few keys."""
-    query, key, value = tensors_softmax(keys, dtype)
+    query, key, value = query_key_value(keys, dtype)
     {"query": query, "key": key, "value": value}[which][0, 0, 0, 0] = float("nan")
     weights = (query @ key.transpose(2, 3) / 8**0.5).softmax(3)
     assert torch.equal(softmax_attention(query, key, value).isnan(), (weights @ value).isnan())
@@ -252,7 +225,7 @@ def test_nan_propagates(which: str, dtype: torch.dtype, keys: int) -> None:
 @pytest.mark.parametrize("scale", [None, 0.7])
 @pytest.mark.parametrize("keys", KEYS)
 def test_otherwise_as_in_torch(keys: int, scale: float | None) -> None:
-    inputs = tensors_softmax(keys)
+    inputs = query_key_value(keys)
     out = softmax_attention(*inputs, scale=scale)
     expected = F.scaled_dot_product_attention(*inputs, scale=scale)
     torch.testing.assert_close(out, expected)
@@ -267,9 +240,9 @@ def test_compiles_with_a_symbolic_number_of_keys() -> None:
 
     keys = torch.export.Dim("keys", min=1, max=99)
     exported = torch.export.export(
-        Attention(), tuple(tensors_softmax(5)), dynamic_shapes=({}, {2: keys}, {2: keys})
+        Attention(), tuple(query_key_value(5)), dynamic_shapes=({}, {2: keys}, {2: keys})
     )
-    inputs = tensors_softmax(40)
+    inputs = query_key_value(40)
     torch.testing.assert_close(exported.module()(*inputs), softmax_attention(*inputs))
 
 

@@ -245,6 +245,6 @@ def _peak_of_temporaries(size: int, kernel_size: int) -> int:
     return peak
 
 
-def test_memory_does_not_grow_with_the_window_tiled() -> None:
+def test_memory_does_not_grow_with_the_windows_of_tiles() -> None:
     small, large = _peak_of_temporaries(64, 5), _peak_of_temporaries(64, 25)
     assert large < 1.5 * small, (small, large)

@@ -91,7 +91,7 @@ def test_layer_of_tokens(dtype: torch.dtype, monkeypatch) -> None:
 # ---- RMS norm ------------------------------------------------------------------------------------
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dim", [1, 2, 15, 16, 40, 65, 300])
-def test_is_the_norm_rms(dtype, dim):
+def test_is_the_rms_norm(dtype, dim):
     x, weight = random(3, 7, dim).to(dtype), random(dim, seed=1)
     expected = F.rms_norm(x.double(), (dim,), weight, 1e-3)
     out = rms_norm(x, weight.float(), 1e-3)

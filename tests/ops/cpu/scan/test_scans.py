@@ -90,7 +90,7 @@ def expected(
     return normed * weight + bias
 
 
-def error_normed(dtype: torch.dtype, *sizes: int) -> float:
+def error_of_normed(dtype: torch.dtype, *sizes: int) -> float:
     """The largest, relative to the largest exact value."""
     given = arguments(dtype, *sizes)
     out, exact = normed_scan(*given, 1e-3), expected(*given)
@@ -100,8 +100,8 @@ def error_normed(dtype: torch.dtype, *sizes: int) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sizes", [(1, 1, 64, 64), (50, 3, 64, 64), (33, 2, 10, 21)])
-def test_equals_its_parts_normed(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
-    assert error_normed(dtype, *sizes) < (1e-5 if dtype == torch.float32 else 2**-8)
+def test_normed_scan_equals_its_parts(dtype: torch.dtype, sizes: tuple[int, ...]) -> None:
+    assert error_of_normed(dtype, *sizes) < (1e-5 if dtype == torch.float32 else 2**-8)
 
 
 @pytest.mark.parametrize("logit", [-200.0, -1e-30, 4.0, 80.0, 1e4, torch.inf, -torch.inf])
