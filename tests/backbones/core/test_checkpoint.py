@@ -55,8 +55,6 @@ def _is_official(model: Any) -> bool:
 
 
 # -- what must load ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -204,8 +202,6 @@ def test_fused_shvit_of_the_original_loads() -> None:
 
 
 # -- what must not -------------------------------------------------------------------------------
-
-
 def test_another_architecture(official: dict[str, Tensor]) -> None:
     model = backbones.create_model("shvit_s1")
     with pytest.raises(CheckpointError, match=r"SHViT: \d+ tensors missing \(stem.0.conv.weight"):

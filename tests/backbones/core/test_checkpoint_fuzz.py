@@ -276,7 +276,6 @@ def test_corrupted_states_of_every_family(family: str) -> None:
 
 
 # -- in int8 -----------------------------------------------------------------------------------
-
 IMAGES = images(2, 3, 64, 64)
 _REASON = not_faster_in_int8(torch.device("cpu"))
 _needs_int8 = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")

@@ -48,8 +48,6 @@ def _block_maps(model: PlainTokens, x: Tensor) -> list[Tensor]:
 
 
 # -- features are those of blocks ------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_indices_count_blocks() -> None:
     model = _model(depths=(1, 2, 3, 1))
@@ -145,8 +143,6 @@ def test_exits_of_students_sit_behind_stages() -> None:
 
 
 # -- tables of positions ---------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_checkpoints_for_other_sizes_are_interpolated() -> None:
     small, large = _model(), _model(img_size=128)
@@ -172,8 +168,6 @@ def test_exports_with_any_size() -> None:
 
 
 # -- pyramids --------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def test_a_pyramid_of_the_last_map() -> None:
     x = images(1, 3, 64, 96)

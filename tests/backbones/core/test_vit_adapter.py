@@ -40,8 +40,6 @@ def _last_tokens(adapter: ViTAdapter, x: Tensor) -> Tensor:
 
 
 # -- what it computes ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
 def test_maps_of_any_size(network: str) -> None:
@@ -249,8 +247,6 @@ def test_has_as_many_parameters_as_published(
 
 
 # -- training --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("add_tokens", ["last", "none"])
 def test_every_parameter_gets_a_gradient(network: str, add_tokens: str) -> None:
@@ -298,8 +294,6 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 # -- weights and inference -------------------------------------------------------------------------
-
-
 def test_classification_checkpoints_load_into_the_network() -> None:
     classifier = randomise(small("vrwkv"))
     adapter = _adapter("vrwkv")
@@ -337,8 +331,6 @@ def test_the_network_can_be_fused_inside() -> None:
 
 
 # -- errors ----------------------------------------------------------------------------------------
-
-
 def test_other_networks_are_refused() -> None:
     with pytest.raises(TypeError, match="single-resolution backbone .* got VAN"):
         ViTAdapter(small("van"))

@@ -115,8 +115,6 @@ def test_half_precision_and_meta() -> None:
 
 
 # -- the layer ---------------------------------------------------------------------------------
-
-
 def layer(**kwargs: Any) -> BiLevelRoutingAttention:
     torch.manual_seed(0)
     return BiLevelRoutingAttention(8, 2, 3, 2, **kwargs).double()

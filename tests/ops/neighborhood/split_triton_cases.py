@@ -43,18 +43,8 @@ def check(case: Case, which: str, dtype: torch.dtype) -> None:
 
 
 # Dilated and causal axes, a bias, additional keys, strided tensors.
-RICH = Case(
-    (5, 6),
-    (2, 4),
-    (1, 1),
-    (2, 1),
-    (False, True),
-    heads=2,
-    dim=7,
-    extra=3,
-    has_rpb=True,
-    packed=True,
-)
+_WINDOWS = ((5, 6), (2, 4), (1, 1), (2, 1), (False, True))
+RICH = Case(*_WINDOWS, heads=2, dim=7, extra=3, has_rpb=True, packed=True)
 DEEP = Case((3, 4, 5), (2, 3, 2), (1, 1, 1), (1, 1, 2), (True, False, False), dim=3, has_rpb=True)
 LONG = Case((40,), (7,), (1,), (3,), (False,), dim=17, has_rpb=True)
 

@@ -29,13 +29,8 @@ pytestmark = [
 
 def _cases_of_natten(seeds: range) -> list[Case]:
     """The random cases that NATTEN can do on the CPU."""
-    limits = Limits(
-        dims=(16,),
-        max_size={1: 24, 2: 7, 3: 4},
-        value_dim_differs=False,
-        rpb=False,
-        extra=False,
-    )
+    sizes = {"dims": (16,), "max_size": {1: 24, 2: 7, 3: 4}}
+    limits = Limits(**sizes, value_dim_differs=False, rpb=False, extra=False)
     cases = (replace(random_case(seed, limits), return_lse=True) for seed in seeds)
     return [
         case
@@ -71,17 +66,8 @@ def test_natten_agrees_on_many_cases() -> None:
 
 @pytest.mark.parametrize("extra", [0, 5])
 def test_as_backend(extra: int) -> None:
-    case = Case(
-        (9, 8),
-        (3, 4),
-        (1, 2),
-        (2, 1),
-        (True, False),
-        dim=16,
-        value_dim=16,
-        extra=extra,
-        packed=True,
-    )
+    window = ((9, 8), (3, 4), (1, 2), (2, 1), (True, False))
+    case = Case(*window, dim=16, value_dim=16, extra=extra, packed=True)
     tensors = make_inputs(case, torch.float32).present()
     got = na2d(**tensors, **case.arguments, return_lse=True, backend="natten")
     true = na2d(**tensors, **case.arguments, return_lse=True, backend="reference")

@@ -66,19 +66,8 @@ def check(case: oracle.Case, dtype: torch.dtype = torch.float32, gradients: bool
 
 # A case of each kind: bias, additional keys, groups, strides, causal axes, unequal groups.
 PLAIN = oracle.Case((5, 6), (5, 3), (1, 1), (1, 1), (False, False), batch=2, heads=2, kv_heads=2)
-RICH = oracle.Case(
-    (5, 6),
-    (2, 4),
-    (2, 1),
-    (2, 1),
-    (False, True),
-    heads=2,
-    dim=7,
-    value_dim=20,
-    extra=3,
-    has_rpb=True,
-    packed=True,
-)
+_WINDOWS = ((5, 6), (2, 4), (2, 1), (2, 1), (False, True))
+RICH = oracle.Case(*_WINDOWS, heads=2, dim=7, value_dim=20, extra=3, has_rpb=True, packed=True)
 # All of that on a map as small as tests that call it many times need it.
 TINY = dataclasses.replace(
     RICH, size=(4,), kernel_size=(3,), stride=(2,), dilation=(1,), is_causal=(True,)
@@ -163,18 +152,10 @@ def test_blocks_without_a_mask(case):
     check(case)
 
 
-def run(case: oracle.Case, inputs: oracle.Inputs, attend=backend.attend) -> tuple[Tensor, Tensor]:
+def run(case: oracle.Case, inputs: oracle.Inputs) -> tuple[Tensor, Tensor]:
     scale = case.dim**-0.5 if case.scale is None else case.scale
     params = NAParams(case.kernel_size, case.stride, case.dilation, case.is_causal, scale)
-    return attend(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.additional_keys,
-        inputs.additional_values,
-        inputs.rpb,
-        params,
-    )
+    return backend.attend(*vars(inputs).values(), params)
 
 
 @pytest.mark.slow
@@ -264,14 +245,7 @@ def test_huge_logits():
 def test_opcheck(case):
     """Calls it some ten times: small maps."""
     inputs = oracle.make_inputs(case, torch.float32, DEVICE).map(lambda t: t.requires_grad_())
-    tensors = (
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.additional_keys,
-        inputs.additional_values,
-        inputs.rpb,
-    )
+    tensors = tuple(vars(inputs).values())
     windows = (case.kernel_size, case.stride, case.dilation, case.is_causal)
     parameters = (*map(list, windows), 0.3)
     torch.library.opcheck(backend._attend_op, (*tensors, *parameters))

@@ -33,7 +33,6 @@ def _replay(function: Callable[[Tensor], Tensor], x: Tensor) -> Replay:
 
 
 # -- pointwise calls -----------------------------------------------------------------------------
-
 _sizes = st.lists(st.integers(1, 6), min_size=1, max_size=3).flatmap(
     lambda outer: st.integers(1, 40).map(lambda inner: (*outer, inner))
 )
@@ -145,7 +144,6 @@ def test_special_numbers_in_bfloat16() -> None:
 
 
 # -- memory --------------------------------------------------------------------------------------
-
 _lives = st.tuples(st.integers(0, 20), st.integers(0, 6), st.integers(1, 5000), st.booleans())
 _LARGE = 8 << 20  # bytes
 
@@ -194,8 +192,6 @@ def test_maps_share_memory_with_those_before_them() -> None:
 
 
 # -- kernels -------------------------------------------------------------------------------------
-
-
 def test_only_new_memory_can_be_a_result() -> None:
     x, constant = torch.zeros(4), torch.zeros(4)
     with Capture(x) as capture:

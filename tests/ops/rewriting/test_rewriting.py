@@ -472,8 +472,6 @@ def test_folded_weights_keep_their_dtype() -> None:
 
 
 # -- shortcuts and gates -------------------------------------------------------------------------
-
-
 def test_a_gated_branch_is_added_in_one_pass() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.conv(x)
@@ -504,8 +502,6 @@ def test_the_block_of_unireplknet_is_two_layers(squeezes: bool) -> None:
 
 
 # -- networks whose layers have their forms already ----------------------------------------------
-
-
 def test_kernels_that_write_to_parts_of_a_map() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         heads = m.fc(x).unflatten(2, (4, 4))

@@ -25,7 +25,6 @@ from ops.cpu.build.sources import SOURCES, Sources
 from ops.neighborhood import na2d
 
 _NAMES = ["a", "b", "c", "small"]
-_which = shutil.which
 
 
 @pytest.fixture
