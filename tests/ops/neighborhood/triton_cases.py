@@ -40,6 +40,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quickly():
     with quick_interpreter(), pytest.MonkeyPatch.context() as patch:
@@ -84,18 +87,18 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_cases_are_exact(seed):
     check(small(seed))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4, 520)[PART::PARTS])
+@pytest.mark.parametrize("seed", range(3, 520)[PART::PARTS])
 def test_many_random_cases_are_exact(seed):
     check(small(seed))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
 def test_half_precision(dtype):
     check(RICH, dtype)
 
@@ -135,7 +138,13 @@ def test_random_cases_in_half_precision(seed, dtype):
         assert oracle.error(got, expected) <= gradient_tolerance, (name, case)
 
 
-@pytest.mark.parametrize("kind", oracle.UNUSUAL_SCORES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("nan key", "infinite keys") else pytest.param(kind, marks=SLOW)
+        for kind in oracle.UNUSUAL_SCORES
+    ],
+)
 @pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
 )  # of the interpreter's NumPy, about infinities
@@ -218,6 +227,7 @@ def test_gradient_through_lse_alone():
         assert oracle.error(a, b) <= 2e-5, name
 
 
+@pytest.mark.slow
 def test_repeated_runs_are_bitwise_equal(rich):
     again = results_of_rich()
     assert list(again) == list(rich)
@@ -237,7 +247,12 @@ def test_huge_logits():
 @pytest.mark.parametrize(
     "case",
     [
-        dataclasses.replace(PLAIN, batch=1, heads=1, kv_heads=1, size=(4, 3), kernel_size=(3, 2)),
+        pytest.param(
+            dataclasses.replace(
+                PLAIN, batch=1, heads=1, kv_heads=1, size=(4, 3), kernel_size=(3, 2)
+            ),
+            marks=SLOW,
+        ),
         TINY,
     ],
     ids=["plain", "rich"],
