@@ -80,12 +80,8 @@ def test_norm_and_early_stop() -> None:
     torch.testing.assert_close(normed, [model.norm(m) for m in plain])
     last, maps = model.forward_intermediates(x, [4], stop_early=True, output_fmt="NHWC")
     torch.testing.assert_close(last, maps[0].permute(0, 3, 1, 2))
-    calls = []
-    for stage in model.stages:
-        for block in stage.blocks:
-            block.register_forward_hook(lambda *_: calls.append(1))
+    model.stages[1].blocks[2].forward = None  # block 5 is not called
     model.forward_intermediates(x, [4], stop_early=True)
-    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("indices", [(2, 5, 8, 11), (3, 5, 7, 10), (0,), (-2, 6), 3])

@@ -198,16 +198,6 @@ def test_a_planted_library_is_not_loaded(
         assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
-def test_a_world_writable_library_is_rebuilt(compilations, new_process) -> None:
-    assert cpu.load("small").answer() == 42
-    path = cpu.status("small").path
-    path.chmod(0o666)
-    new_process()
-    assert cpu.load("small").answer() == 42
-    assert len(compilations) == 2
-    assert not path.stat().st_mode & 0o022
-
-
 def test_plain_layers_where_both_folders_are_others(
     compilations, compiled, sources, private, caplog
 ) -> None:
