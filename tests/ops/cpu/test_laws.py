@@ -126,6 +126,32 @@ def test_strides_change_nothing(name: str, laid_out: Callable[[Tensor], Tensor])
                 assert torch.equal(a, b), argument
 
 
+@EVERY
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        lambda t: t[:1].expand_as(t),
+        lambda t: t[(0,) * (t.ndim - 1)].expand_as(t),
+        lambda t: t[..., :1].expand_as(t),
+    ],
+    ids=["images", "rows", "values"],
+)
+def test_steps_of_nothing_are_strides(name: str, repeated: Callable[[Tensor], Tensor]) -> None:
+    kernel, _, given = CALLS[name]()
+    for argument, value in given.items():
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            continue
+        same = repeated(value)
+        expected = _outputs(kernel(**{**given, argument: same.contiguous()}))
+        try:
+            found = _outputs(kernel(**{**given, argument: same}))
+        except ValueError as error:
+            assert "contiguous" in str(error), argument
+        else:
+            for a, b in zip(found, expected, strict=True):
+                assert torch.equal(a, b), argument
+
+
 @pytest.mark.parametrize("name", [n for n in CALLS if n not in NOT_EMPTY])
 def test_no_images(name: str) -> None:
     kernel, batched, given = CALLS[name]()

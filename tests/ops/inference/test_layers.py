@@ -54,7 +54,10 @@ def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
             _check(layer, x)
             _check(layer, x, residual)
         _check(layer, torch.randn(2, 24, 5).transpose(1, 2))  # other strides
-        _check(layer, torch.randn(2, 5, 24), torch.randn(2, 40, 5).transpose(1, 2))
+        x, wide = torch.randn(2, 5, 24), torch.randn(2, 5, 83)
+        for residual in (wide[..., :80:2], wide[..., 3:43], wide[:1, :1, :40].expand(2, 5, 40)):
+            _check(layer, x, residual)
+        _check(layer, x, torch.randn(2, 40, 5).transpose(1, 2))
         with using_threads(2):
             _check(layer, torch.randn(2, 5, 24))
     activate(layer, "relu")
