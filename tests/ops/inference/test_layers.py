@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -18,11 +19,7 @@ from ops.cpu.activations import ACTIVATIONS
 from ops.inference import conversion
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.forms import plain_form
-from ops.inference.layers import (
-    FastLinear,
-    activate,
-    convert,
-)
+from ops.inference.layers import FastConv2d, FastLinear, activate, convert
 from ops.replay.capture import Capture
 from ops.replay.replay import Replay
 
@@ -132,6 +129,18 @@ def test_alternating_depthwise_convolutions(dtype: torch.dtype) -> None:
         if layer.activation == "none":
             activate(layer, "relu")
             plain = nn.Sequential(plain, nn.ReLU())
+
+
+@torch.no_grad()
+def test_memory_does_not_grow_with_the_sizes_of_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a layout of the weight by oneDNN; the last ones are kept."""
+    without_kernels(monkeypatch)
+    layer = convert(nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), FastConv2d)
+    kept = []
+    for side in range(3, 43):
+        layer(torch.randn(1, 8, side, side))
+        kept.append(sum(type(t) is Tensor and t.is_mkldnn for t in gc.get_objects()))
+    assert kept[0] < kept[10] and max(kept) == kept[20]
 
 
 def test_transforms_go_through_torch() -> None:
