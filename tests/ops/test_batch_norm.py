@@ -14,7 +14,7 @@ from torch.func import functional_call, grad, vmap
 from torchvision.models.feature_extraction import create_feature_extractor
 from zoo import randomise
 
-from ops.batch_norm import BatchNorm2d, has_wrong_gradients, with_canonical_strides
+from ops.batch_norm import BatchNorm2d, has_wrong_gradients
 from ops.conv import ConvNorm
 
 SHAPES = [(1, 3, 4, 5), (2, 3, 1, 5), (1, 3, 4, 1), (1, 3, 1, 1), (1, 1, 4, 5), (2, 3, 4, 5)]
@@ -101,29 +101,6 @@ def test_has_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_wrong_gradients()
 
 
-def test_nothing_is_copied() -> None:
-    tokens = torch.randn(1, 20, 3)
-    x = tokens.transpose(1, 2).unflatten(2, (4, 5))
-    stated = with_canonical_strides(x)
-    assert torch.equal(stated, x)
-    assert stated.data_ptr() == x.data_ptr()
-    assert stated.stride() == (60, 1, 15, 3) != x.stride()
-    slices = torch.randn(1, 6, 4, 5)[:, ::2]
-    for given in (stated, x.contiguous(), slices, x.transpose(2, 3), x[0], torch.zeros(1, 3)):
-        assert with_canonical_strides(given) is given
-
-
-def test_no_overhead_where_torch_is_correct() -> None:
-    """No hook without gradients, with two images, or with channels last."""
-    layer, x = norm(), torch.randn(1, 3, 4, 5)
-    assert layer(x)._backward_hooks
-    with torch.no_grad():
-        assert not layer(x)._backward_hooks
-    assert not layer(torch.randn(2, 3, 4, 5))._backward_hooks
-    assert not layer(x.contiguous(memory_format=torch.channels_last))._backward_hooks
-    assert not layer.requires_grad_(False)(x)._backward_hooks
-
-
 def check_compiled(backend: str) -> None:
     """The layer alone, and with what sends the gradient back."""
     torch.compiler.reset()
@@ -145,19 +122,6 @@ def test_compiled(backend: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_with_inductor() -> None:
     check_compiled("inductor")
-
-
-@pytest.mark.parametrize("strict", [False, True])
-def test_exported_as_one_op(strict: bool) -> None:
-    program = torch.export.export(norm(), (torch.randn(1, 3, 4, 5),), strict=strict)
-    (node,) = (node for node in program.graph.nodes if node.op == "call_function")
-    assert node.target is torch.ops.aten.batch_norm.default
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_traced() -> None:
-    layer, x = norm(), torch.randn(1, 3, 4, 5)
-    torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))
 
 
 def test_symbolically_traced_as_a_layer() -> None:
@@ -192,12 +156,6 @@ def test_second_derivatives() -> None:
         # gradcheck also sends back no gradient at all.
         assert torch.autograd.gradcheck(lambda x: of_tokens(layer(x)), given)
         assert torch.autograd.gradgradcheck(lambda x: of_tokens(layer(x)), given)
-
-
-def test_in_place_activations_may_follow() -> None:
-    layer, x = norm(), torch.randn(1, 3, 4, 5)
-    behind = nn.Sequential(layer, nn.ReLU(inplace=True))
-    torch.testing.assert_close(both(behind, x), by_batch(behind, x))
 
 
 def test_otherwise_equals_torchs_norm() -> None:

@@ -21,129 +21,105 @@ def _map(*shape: int) -> torch.Tensor:
     return torch.ones(shape)
 
 
-_HEADS = _map(1, 4, 4, 2, 4)  # (B, H, W, heads, head_dim)
-_WINDOWS = _map(1, 2, 2, 4, 2, 4)  # (B, rows, columns, tokens, heads, head_dim)
-_TILES = {"network": lambda x: x, "x": _map(1, 1, 8, 8), "tile_size": 4, "overlap": 2}
+def _all(names: str, *shape: int, **others: Any) -> dict[str, Any]:
+    """Tensors of one shape, and other arguments."""
+    return {**{name: _map(*shape) for name in names.split()}, **others}
+
+
+_QKV = "query key value"
+_HEADS = (1, 4, 4, 2, 4)  # (B, H, W, heads, head_dim)
 _AROUND = {"kernel_size": 3, "stride": 1, "dilation": 1, "is_causal": False, "scale": 0.5}
-_AROUND |= {"additional_keys": None, "additional_values": None, "rpb": None}
-_AROUND |= {"return_lse": False, "backend": None}
+_AROUND |= dict.fromkeys(("additional_keys", "additional_values", "rpb", "backend"))
+_AROUND |= {"return_lse": False}
+_TILED = {"network": lambda x: x, "x": _map(1, 1, 8, 8), "tile_size": 4, "overlap": 2}
+_TILED |= {"scale": 1, "blend": 1}
+_INDEX = {"window_size": 4, "device": None}
+_BIASED = {**_all("q k v", 2, 2, 4, 3), "bias": _map(2, 4, 4)}
+_ROUTED = _all("query key", 1, 4, 4, 8, region_size=(2, 2), topk=2)
 
 # Arguments that a call takes, by module and name, of all functions of the pages (see below).
-GOOD: dict[str, dict[str, Any]] = {
-    "ops.attention.biased.attend_in_turn": {
-        **{"q": _map(2, 2, 4, 3), "k": _map(2, 2, 4, 3), "v": _map(2, 2, 4, 3)},
-        **{"bias": _map(2, 4, 4), "masks": [None, None]},
+_ATTENTION: dict[str, dict[str, Any]] = {
+    "biased.attend_in_turn": {**_BIASED, "masks": [None, None]},
+    "biased.worth_a_turn": _BIASED,
+    "bilevel.bilevel_routing_attention": {
+        **{**_ROUTED, "value": _map(1, 4, 4, 8), "num_heads": 2, "scale": 0.5}
     },
-    "ops.attention.biased.worth_a_turn": {
-        **{"q": _map(2, 2, 4, 3), "k": _map(2, 2, 4, 3), "v": _map(2, 2, 4, 3)},
-        "bias": _map(2, 4, 4),
-    },
-    "ops.attention.bilevel.bilevel_routing_attention": {
-        **{"query": _map(1, 4, 4, 8), "key": _map(1, 4, 4, 8), "value": _map(1, 4, 4, 8)},
-        **{"num_heads": 2, "region_size": (2, 2), "topk": 2, "scale": 0.5},
-    },
-    "ops.attention.bilevel.nearest_regions": {
-        **{"query_mean": _map(1, 4, 8), "key_mean": _map(1, 4, 8), "topk": 2}
-    },
-    "ops.attention.bilevel.route_regions": {
-        **{"query": _map(1, 4, 4, 8), "key": _map(1, 4, 4, 8), "region_size": (2, 2), "topk": 2}
-    },
-    "ops.attention.cascaded.cascaded_group_attention": {
+    "bilevel.nearest_regions": _all("query_mean key_mean", 1, 4, 8, topk=2),
+    "bilevel.route_regions": _ROUTED,
+    "cascaded.cascaded_group_attention": {
         **{"x": _map(1, 8, 2, 2), "projections": [lambda x: (x, x, x)] * 2},
         "bias": _map(2, 4, 4),
     },
-    "ops.attention.cascaded.distance_bias": {"table": _map(2, 3, 3)},
-    "ops.attention.cascaded.resize_distance_table": {
-        **{"table": _map(2, 3, 3), "height": 4, "width": 4}
-    },
-    "ops.attention.deformable.deformable_attention": {
+    "cascaded.distance_bias": {"table": _map(2, 3, 3)},
+    "cascaded.resize_distance_table": {"table": _map(2, 3, 3), "height": 4, "width": 4},
+    "deformable.deformable_attention": {
         **{"value": _map(1, 5, 2, 4), "sizes": [(2, 2), (1, 1)]},
         **{"locations": _map(1, 3, 2, 2, 1, 2), "weights": _map(1, 3, 2, 2, 1)},
     },
-    "ops.attention.deformable.pixel_centres": {
+    "deformable.pixel_centres": {
         **{"sizes": [(2, 2), (1, 1)], "device": None, "dtype": torch.float32}
     },
-    "ops.attention.factorized.cross_window_fusion": {
-        **{"x": _map(1, 8, 8, 4), "num_heads": 2, "window_size": 3, "dilation": 2}
-    },
-    "ops.attention.factorized.tap_positions": {
+    "factorized.cross_window_fusion": _all("x", 1, 8, 8, 4, num_heads=2, window_size=3, dilation=2),
+    "factorized.tap_positions": {
         **{"size": 8, "window_size": 3, "dilation": 2, "device": torch.device("cpu")}
     },
-    "ops.attention.hilo.high_frequency_attention": {
-        **{"qkv": _map(1, 4, 4, 24), "num_heads": 2, "window_size": 2}
-    },
-    "ops.attention.hilo.low_frequency_attention": {
+    "hilo.high_frequency_attention": _all("qkv", 1, 4, 4, 24, num_heads=2, window_size=2),
+    "hilo.low_frequency_attention": {
         **{"query": _map(1, 4, 4, 8), "key_value": _map(1, 2, 2, 16), "num_heads": 2}
     },
-    "ops.attention.pooled.pool_tokens": {"x": _map(1, 6, 4), "length": 2},
-    "ops.attention.rank_augmented.rank_augmented_linear_attention": {
-        **{"query": _map(1, 2, 6, 4), "key": _map(1, 2, 6, 4), "value": _map(1, 2, 6, 4)},
-        **{"rotary": (_map(6, 4), _map(6, 4)), "scale": 0.5, "eps": 1e-6},
-    },
-    "ops.attention.rank_augmented.rotary_table": {
+    "pooled.pool_tokens": _all("x", 1, 6, 4, length=2),
+    "rank_augmented.rank_augmented_linear_attention": _all(
+        _QKV, 1, 2, 6, 4, rotary=(_map(6, 4), _map(6, 4)), scale=0.5, eps=1e-6
+    ),
+    "rank_augmented.rotary_table": {
         **{"height": 2, "width": 3, "head_dim": 4, "device": None, "dtype": torch.float32}
     },
-    "ops.attention.single_head.single_head_attention": {
-        **{"query": _map(1, 4, 2, 2), "key": _map(1, 4, 2, 2), "value": _map(1, 6, 2, 2)}
+    "single_head.single_head_attention": _all("query key", 1, 4, 2, 2, value=_map(1, 6, 2, 2)),
+    "token_pooling.pool_tokens_before": {"attention": nn.Identity(), "dim": 8, "scales": 2},
+    "token_pooling.token_attentions": {"model": nn.Identity()},
+    "window.overlap_position_index": {**_INDEX, "overlap_size": 6},
+    "window.overlapping_windows": _all("x", 1, 8, 8, 2, window_size=4, overlap_size=6),
+    "window.relative_position_index": _INDEX,
+    "window.shift_masks": {**_INDEX, "shift_size": 2, "dtype": torch.float32},
+    "window.window_attention": _all(
+        _QKV, 1, 2, 2, 4, 2, 4, bias=_map(2, 4, 4), masks=_map(3, 4, 4)
+    ),
+    "window.window_merge": _all("windows", 1, 2, 2, 4, 3, window_size=2),
+    "window.window_partition": _all("x", 1, 4, 4, 3, window_size=2),
+}
+_OTHERS: dict[str, dict[str, Any]] = {
+    "batch_norm.has_wrong_gradients": {},
+    "batch_norm.with_canonical_strides": {"x": _map(1, 2, 3, 3)},
+    "frames.frames_to_image": _all("video", 1, 3, 4, 2, 2, layout="tiles"),
+    **{
+        f"init.init_{n}": {"module": nn.Linear(2, 2)} for n in ("fan_out", "linear", "trunc_normal")
     },
-    "ops.attention.token_pooling.pool_tokens_before": {
-        **{"attention": nn.Identity(), "dim": 8, "scales": 2}
-    },
-    "ops.attention.token_pooling.token_attentions": {"model": nn.Identity()},
-    "ops.attention.window.overlap_position_index": {
-        **{"window_size": 4, "overlap_size": 6, "device": None}
-    },
-    "ops.attention.window.overlapping_windows": {
-        **{"x": _map(1, 8, 8, 2), "window_size": 4, "overlap_size": 6}
-    },
-    "ops.attention.window.relative_position_index": {"window_size": 4, "device": None},
-    "ops.attention.window.shift_masks": {
-        **{"window_size": 4, "shift_size": 2, "dtype": torch.float32, "device": None}
-    },
-    "ops.attention.window.window_attention": {
-        **{"query": _WINDOWS, "key": _WINDOWS, "value": _WINDOWS},
-        **{"bias": _map(2, 4, 4), "masks": _map(3, 4, 4)},
-    },
-    "ops.attention.window.window_merge": {"windows": _map(1, 2, 2, 4, 3), "window_size": 2},
-    "ops.attention.window.window_partition": {"x": _map(1, 4, 4, 3), "window_size": 2},
-    "ops.batch_norm.has_wrong_gradients": {},
-    "ops.batch_norm.with_canonical_strides": {"x": _map(1, 2, 3, 3)},
-    "ops.frames.frames_to_image": {"video": _map(1, 3, 4, 2, 2), "layout": "tiles"},
-    "ops.init.init_fan_out": {"module": nn.Linear(2, 2)},
-    "ops.init.init_linear": {"module": nn.Linear(2, 2)},
-    "ops.init.init_trunc_normal": {"module": nn.Linear(2, 2)},
-    "ops.init.trunc_normal": {"tensor": _map(2, 2), "std": 0.02},
-    "ops.kan.reflectional_switch": {"x": _map(2, 3), "grid": _map(4), "width": 0.3},
-    "ops.large_kernel.merge_dilated_kernels": {
+    "init.trunc_normal": {"tensor": _map(2, 2), "std": 0.02},
+    "kan.reflectional_switch": {"x": _map(2, 3), "grid": _map(4), "width": 0.3},
+    "large_kernel.merge_dilated_kernels": {
         **{"weights": [_map(2, 1, 3, 3)], "dilations": [2], "kernel_size": 5}
     },
-    "ops.mobile.conv_stem": {"in_chans": 3, "dim": 16},
-    "ops.mobile.residual_merging": {"dim": 4, "out_dim": 8},
-    "ops.neighborhood.na1d": {
-        **{"query": _map(1, 4, 2, 4), "key": _map(1, 4, 2, 4), "value": _map(1, 4, 2, 4)},
-        **_AROUND,
-    },
-    "ops.neighborhood.na2d": {"query": _HEADS, "key": _HEADS, "value": _HEADS, **_AROUND},
-    "ops.neighborhood.na3d": {
-        **{name: _map(1, 3, 4, 4, 2, 4) for name in ("query", "key", "value")},
-        **_AROUND,
-    },
-    "ops.padding.reflect_pad_to_multiple": {"x": _map(1, 2, 5, 5), "multiple": 4},
-    "ops.padding.reflected_positions": {"positions": torch.arange(6), "size": 4},
-    "ops.position.resize_position_table": {"table": _map(1, 4, 2), "size": (3, 2)},
-    "ops.reparam.fold_norm_after": {"layer": nn.Conv2d(2, 2, 1), "norm": nn.BatchNorm2d(2)},
-    "ops.reparam.fold_norm_before": {"norm": nn.BatchNorm2d(2), "layer": nn.Conv2d(2, 2, 1)},
-    "ops.reparam.fold_scale_after": {
-        **{"layer": nn.Linear(2, 2), "scale": _map(2), "shift": _map(2)}
-    },
-    "ops.reparam.fuse_children": {"module": nn.Sequential()},
-    "ops.reparam.norm_affine": {"norm": nn.BatchNorm2d(2)},
-    "ops.rounding.round_filters": {"model": nn.Conv2d(2, 2, 3), "dtype": torch.bfloat16},
-    "ops.rounding.round_keeping_sums": {"taps": _map(2, 9), "dtype": torch.bfloat16},
-    "ops.tiling.run_tiled": {**_TILES, "scale": 1, "blend": 1},
-    "ops.tiling.tile_spans": {"size": 8, "tile_size": 4, "overlap": 2},
-    "ops.tiling.tiled_strips": {**_TILES, "scale": 1, "blend": 1},
+    "mobile.conv_stem": {"in_chans": 3, "dim": 16},
+    "mobile.residual_merging": {"dim": 4, "out_dim": 8},
+    "neighborhood.na1d": {**_all(_QKV, 1, 4, 2, 4), **_AROUND},
+    "neighborhood.na2d": {**_all(_QKV, *_HEADS), **_AROUND},
+    "neighborhood.na3d": {**_all(_QKV, 1, 3, 4, 4, 2, 4), **_AROUND},
+    "padding.reflect_pad_to_multiple": _all("x", 1, 2, 5, 5, multiple=4),
+    "padding.reflected_positions": {"positions": torch.arange(6), "size": 4},
+    "position.resize_position_table": _all("table", 1, 4, 2, size=(3, 2)),
+    "reparam.fold_norm_after": {"layer": nn.Conv2d(2, 2, 1), "norm": nn.BatchNorm2d(2)},
+    "reparam.fold_norm_before": {"norm": nn.BatchNorm2d(2), "layer": nn.Conv2d(2, 2, 1)},
+    "reparam.fold_scale_after": {"layer": nn.Linear(2, 2), "scale": _map(2), "shift": _map(2)},
+    "reparam.fuse_children": {"module": nn.Sequential()},
+    "reparam.norm_affine": {"norm": nn.BatchNorm2d(2)},
+    "rounding.round_filters": {"model": nn.Conv2d(2, 2, 3), "dtype": torch.bfloat16},
+    "rounding.round_keeping_sums": {"taps": _map(2, 9), "dtype": torch.bfloat16},
+    "tiling.run_tiled": _TILED,
+    "tiling.tile_spans": {"size": 8, "tile_size": 4, "overlap": 2},
+    "tiling.tiled_strips": _TILED,
 }
+GOOD = {f"ops.attention.{name}": given for name, given in _ATTENTION.items()}
+GOOD |= {f"ops.{name}": given for name, given in _OTHERS.items()}
 
 for _rank in (1, 2, 3):  # heads first
     _sides = (1, 2, *[4] * _rank)

@@ -128,7 +128,7 @@ def check_scales(
 
 
 def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:
-    """``t``, copied unless its rows are dense with a constant stride, and the row stride."""
+    """``t``, copied unless its rows are dense with a constant stride over 0, and that stride."""
     if t is None:
         return None, 0
     stride = _row_stride(tuple(t.shape), t.stride())
@@ -136,13 +136,15 @@ def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """The row stride, or None unless it is constant and the rows are dense."""
+    """The row stride, or None unless it is constant, not 0, and the rows are dense."""
     if strides[-1] != 1 and shape[-1] != 1:
         return None
     first, span = None, 0
     for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
         if size == 1:
             continue
+        if stride == 0:
+            return None
         if first is None:
             first = stride
         elif stride != span:

@@ -1,4 +1,4 @@
-"""The factory: names, tags, keywords, cfgs, and what timm is given."""
+"""The factory and what the base class derives: names, cfgs, norms, pruning, rates."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from timm.models import generate_default_cfgs
-from zoo import outlines
+from timm.models import generate_default_cfgs, group_parameters
+from zoo import images, outlines, randomise, small
 
 import backbones
 from backbones import IsotropicBackbone
@@ -59,13 +59,6 @@ def test_unknown_names_that_resemble_nothing() -> None:
     assert "van_b0" not in str(raised.value)
     with pytest.raises(ValueError, match="unknown family 'qqq'; valid: 'biformer', .*'van'"):
         backbones.list_models(family="qqq")
-
-
-@pytest.mark.parametrize("rate", [2.0, -0.1, float("nan")])
-@pytest.mark.parametrize("keyword", ["drop_rate", "proj_drop_rate", "drop_path_rate"])
-def test_rates_outside_their_range_are_refused(keyword: str, rate: float) -> None:
-    with pytest.raises(ValueError, match=f"^{keyword} must be in 0 … 1, got {rate}"):
-        backbones.create_model("favit_b0", **{keyword: rate})
 
 
 @pytest.mark.parametrize("family", backbones.list_families())
@@ -171,3 +164,32 @@ def test_duplicates_and_missing_cfgs_raise(
 def test_fuse_takes_backbones_inside_other_modules() -> None:
     wrapped = torch.nn.Sequential(backbones.create_model("van_b0", num_classes=0))
     assert backbones.fuse(wrapped)[0].fused
+
+
+# ---- the base class ------------------------------------------------------------------------------
+@torch.no_grad()
+def test_a_map_with_its_own_norm_is_not_normalised_twice() -> None:
+    model = randomise(small("litv2", out_norms=True)).eval()
+    x = images(1, 3, 64, 64)
+    plain, normed = (
+        model.forward_intermediates(x, norm=norm, intermediates_only=True) for norm in (False, True)
+    )
+    torch.testing.assert_close(normed, plain)
+
+
+def test_pruning_removes_the_norms_and_the_head_that_nothing_needs() -> None:
+    with outlines():
+        model = small("litv2", out_norms=True, num_classes=5)
+        assert model.prune_intermediate_layers([1, 3], prune_head=False) == [1, 3]
+        assert set(model.out_norms) == {"1", "3"} and model.num_classes == 5
+        model.prune_intermediate_layers([3])
+        assert set(model.out_norms) == {"3"} and model.num_classes == 0
+
+
+def test_a_downsampling_layer_learns_with_the_block_after_it() -> None:
+    with outlines():
+        model = small("van")
+        groups = group_parameters(model, model.group_matcher(), reverse=True)
+    of_block = {groups[n] for n in groups if n.startswith("stages.2.blocks.0.")}
+    assert {groups[n] for n in groups if n.startswith("stages.2.downsample.")} == of_block
+    assert of_block != {groups[n] for n in groups if n.startswith("stages.2.blocks.1.")}

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from plain_tokens import PlainTokens
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from zoo import images, randomise, small
 
 import backbones
 from backbones import ViTAdapter
-from ops.attention.deformable import DeformableAttention, deformable_attention, pixel_centres
+from ops.attention.deformable import deformable_attention, pixel_centres
 
 NETWORKS: dict[str, Any] = {
     "nat_isotropic": lambda: small("nat_isotropic"),
@@ -40,8 +40,6 @@ def _last_tokens(adapter: ViTAdapter, x: Tensor) -> Tensor:
 
 
 # -- what it computes ------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 @torch.no_grad()
 def test_maps_of_any_size(network: str) -> None:
@@ -69,15 +67,6 @@ def test_at_first_the_network_computes_the_same_as_without(network: str) -> None
     for around in adapter.adapter.interactions:
         around.injector.gamma.fill_(0.5)
     assert not torch.allclose(_last_tokens(adapter, x), expected, atol=1e-2)
-
-
-@torch.no_grad()
-def test_padding_is_cropped() -> None:
-    adapter = _adapter().eval()
-    x = images(1, 3, 40, 70)
-    whole = adapter(F.pad(x, (0, 26, 0, 24)))
-    for m, full in zip(adapter(x), whole, strict=True):
-        torch.testing.assert_close(m, full[:, :, : m.shape[2], : m.shape[3]])
 
 
 def _published_names(adapter: ViTAdapter, network: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -257,20 +246,7 @@ def test_has_as_many_parameters_as_published(
     assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == millions
 
 
-@torch.no_grad()
-def test_without_tokens_only_the_branch_is_returned() -> None:
-    adapter = _adapter(add_tokens="none").eval()
-    x = images(1, 3, 64, 64)
-    branch = adapter.adapter
-    finest, *_ = branch.prior(x)
-    seen: list[Tensor] = []
-    branch.up.register_forward_hook(lambda *a: seen.append(a[2]))
-    torch.testing.assert_close(adapter(x)[0], branch.norms[0](finest + seen[0]))
-
-
 # -- training --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("add_tokens", ["last", "none"])
 def test_every_parameter_gets_a_gradient(network: str, add_tokens: str) -> None:
@@ -318,8 +294,6 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 # -- weights and inference -------------------------------------------------------------------------
-
-
 def test_classification_checkpoints_load_into_the_network() -> None:
     classifier = randomise(small("vrwkv"))
     adapter = _adapter("vrwkv")
@@ -357,8 +331,6 @@ def test_the_network_can_be_fused_inside() -> None:
 
 
 # -- errors ----------------------------------------------------------------------------------------
-
-
 def test_other_networks_are_refused() -> None:
     with pytest.raises(TypeError, match="single-resolution backbone .* got VAN"):
         ViTAdapter(small("van"))
@@ -392,15 +364,6 @@ def test_arguments_are_checked() -> None:
     for shape in ((3, 64, 64), (1, 4, 64, 64)):
         with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got"):
             _adapter()(torch.zeros(shape))
-
-
-def test_two_stages_have_two_interactions() -> None:
-    adapter = ViTAdapter(PlainTokens(depths=(1, 2)), num_heads=2, stem_dim=8)
-    attentions = [m for m in adapter.modules() if isinstance(m, DeformableAttention)]
-    assert [len(i.extra_extractors) for i in adapter.adapter.interactions] == [0, 2]
-    assert len(attentions) == 6
-    assert isinstance(adapter.network.norm, nn.Identity)
-    assert isinstance(adapter.network.head, nn.Identity)
 
 
 def test_extractors_have_the_stochastic_depth_that_is_asked_for() -> None:

@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from comparisons import assert_same_with_gradients
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.attention.bilevel import (
     BiLevelRoutingAttention,
@@ -90,16 +88,7 @@ def test_equals_the_definition(
     maps = [t.requires_grad_() for t in inputs(height, width)]
     out = bilevel_routing_attention(*maps, num_heads, region_size, topk)
     expected = defined(*maps, num_heads, region_size, topk)
-    torch.testing.assert_close(out, expected)
-
-    weight = random(*out.shape, seed=9)
-    exact = torch.autograd.grad((expected * weight).sum(), maps)
-    torch.testing.assert_close(torch.autograd.grad((out * weight).sum(), maps), exact)
-    single = [t.detach().float().requires_grad_() for t in maps]
-    value = bilevel_routing_attention(*single, num_heads, region_size, topk)
-    rounded = torch.autograd.grad((value * weight.float()).sum(), single)
-    for gradient, wanted in zip(rounded, exact, strict=True):
-        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
+    assert_same_with_gradients(out, expected, maps)
 
 
 def test_scale() -> None:
@@ -109,69 +98,6 @@ def test_scale() -> None:
     regions = maps[2].unflatten(1, (2, 2)).unflatten(3, (2, 2)).transpose(2, 3).reshape(2, 4, 4, 12)
     expected = torch.stack([v[r].mean((1, 2)) for v, r in zip(regions, routes, strict=True)])
     torch.testing.assert_close(uniform[:, ::2, ::2].flatten(1, 2), expected)
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    rows=st.integers(1, 4),
-    columns=st.integers(1, 4),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
-)
-def test_all_regions_equal_plain_attention(
-    rows: int, columns: int, height: int, width: int
-) -> None:
-    """Laws: seeing all regions is attention of the padded map, and so is one region of it all."""
-    maps = inputs(height, width, batch=1)
-    padded = [F.pad(t, (0, 0, 0, -width % columns, 0, -height % rows)) for t in maps]
-    q, k, v = (t.flatten(1, 2).unflatten(-1, (2, -1)).transpose(1, 2) for t in padded)
-    plain = F.scaled_dot_product_attention(q, k, v, scale=8**-0.5)
-    plain = plain.transpose(1, 2).reshape(padded[2].shape)[:, :height, :width]
-    count = -(-height // rows) * -(-width // columns)
-    for topk in (count, count + 3):
-        out = bilevel_routing_attention(*maps, 2, (rows, columns), topk)
-        torch.testing.assert_close(out, plain)
-    if count > 1:
-        routes = route_regions(*maps[:2], (rows, columns), count)
-        assert routes.sort(-1).values.eq(torch.arange(count)).all()
-
-
-@settings(deadline=None, max_examples=20)
-@given(st.permutations(range(6)), st.integers(1, 6))
-def test_regions_are_permutation_equivariant(order: list[int], topk: int) -> None:
-    """Law: moving whole regions about moves the output along."""
-    maps = inputs(4, 9, batch=1)
-
-    def moved(t: Tensor) -> Tensor:
-        regions = t.reshape(1, 2, 2, 3, 3, -1).transpose(2, 3).reshape(1, 6, 2, 3, -1)[:, order]
-        return regions.reshape(1, 2, 3, 2, 3, -1).transpose(2, 3).reshape(t.shape)
-
-    out = bilevel_routing_attention(*maps, 2, (2, 3), topk)
-    other = bilevel_routing_attention(*map(moved, maps), 2, (2, 3), topk)
-    torch.testing.assert_close(other, moved(out))
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the size of the largest tensor that any operator returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for value in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(value, Tensor) and not func.is_view:
-                self.numel = max(self.numel, value.numel())
-        return out
-
-
-def test_no_quadratic_tensor() -> None:
-    """Memory is that of the gathered keys, for the backward pass too."""
-    side, dim, topk = 42, 8, 2
-    maps = [t.float().requires_grad_() for t in inputs(side, side, dim, dim, batch=1)]
-    with Largest() as largest:
-        bilevel_routing_attention(*maps, 1, (6, 6), topk).sum().backward()
-    assert largest.numel <= topk * side**2 * dim
-    assert largest.numel < side**4 / 100
 
 
 def test_half_precision_and_meta() -> None:
@@ -188,32 +114,7 @@ def test_half_precision_and_meta() -> None:
     assert bilevel_routing_attention(*empty, 2, (4, 4), 1).shape == maps[2].shape
 
 
-def test_bad_arguments_are_named() -> None:
-    query, key, value = inputs(4, 4)
-    for wrong, message in (
-        ((query, key[:, :2], value, 2, (2, 2), 1), r"\(2, 2, 4, 8\)"),
-        ((query, key, value[:1], 2, (2, 2), 1), r"\(1, 4, 4, 12\)"),
-        ((query[0], key[0], value[0], 2, (2, 2), 1), r"\(B, H, W, qk_dim\)"),
-        ((query, key, value, 8, (2, 2), 1), "num_heads.*got 8"),
-        ((query, key, value, 0, (2, 2), 1), "num_heads.*got 0"),
-        ((query, key, value, 2, (0, 2), 1), r"\(0, 2\) and 1"),
-        ((query, key, value, 2, (2, 2), 0), "topk must be 1 or more, got 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            bilevel_routing_attention(*wrong)
-    for arguments, message in (
-        ({"num_heads": 5}, "num_heads.*got 5"),
-        ({"n_win": 0}, "n_win.*got 0"),
-        ({"topk": 0}, "and 0"),
-        ({"lepe_kernel_size": 4}, "odd, got 4"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            BiLevelRoutingAttention(16, **arguments)
-
-
 # -- the layer ---------------------------------------------------------------------------------
-
-
 def layer(**kwargs: Any) -> BiLevelRoutingAttention:
     torch.manual_seed(0)
     return BiLevelRoutingAttention(8, 2, 3, 2, **kwargs).double()
@@ -226,13 +127,7 @@ def by_hand(attn: BiLevelRoutingAttention, x: Tensor, region_size: tuple[int, in
     return F.linear(out + lepe.movedim(1, -1), attn.proj.weight, attn.proj.bias)
 
 
-@pytest.mark.parametrize("pad_input", [True, False])
-def test_both_forms_agree_where_the_map_divides(pad_input: bool) -> None:
-    attn, x = layer(pad_input=pad_input), random(2, 6, 9, 8)
-    torch.testing.assert_close(attn(x), by_hand(attn, x, (2, 3)))
-
-
-@pytest.mark.parametrize("size", [(7, 9), (5, 4), (2, 1), (1, 1)])
+@pytest.mark.parametrize("size", [(6, 9), (7, 9), (5, 4), (2, 1), (1, 1)])
 def test_input_is_padded_to_equal_regions(size: tuple[int, int]) -> None:
     attn, x = layer(), random(2, *size, 8)
     height, width = (-(-n // 3) * 3 for n in size)
@@ -241,7 +136,7 @@ def test_input_is_padded_to_equal_regions(size: tuple[int, int]) -> None:
     torch.testing.assert_close(attn(x), expected)
 
 
-@pytest.mark.parametrize("size", [(7, 9), (5, 4), (11, 6), (2, 1), (1, 1)])
+@pytest.mark.parametrize("size", [(6, 9), (7, 9), (5, 4), (11, 6), (2, 1), (1, 1)])
 def test_regions_of_the_second_form(size: tuple[int, int]) -> None:
     attn, x = layer(pad_input=False), random(2, *size, 8)
     region_size = (max(1, size[0] // 3), max(1, size[1] // 3))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparisons import assert_same_with_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from zoo import randomise
 
 from ops.attention.cascaded import (
     CascadedGroupAttention,
@@ -47,14 +49,6 @@ def naive(x: Tensor, projections: nn.ModuleList, bias: Tensor) -> Tensor:
     return torch.cat(outputs, dim=1)
 
 
-def randomised(layer: nn.Module) -> nn.Module:
-    """Every branch counts."""
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_(0, 0.5)
-    return layer.double().eval()
-
-
 def test_function_is_the_definition_with_its_gradients() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 12, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -63,11 +57,7 @@ def test_function_is_the_definition_with_its_gradients() -> None:
     leaves = [x, bias, *projections.parameters()]
     out = cascaded_group_attention(x, list(projections), bias)
     expected = naive(x, projections, bias)
-    torch.testing.assert_close(out, expected)
-    weight = torch.randn_like(out)
-    ours = torch.autograd.grad((out * weight).sum(), leaves)
-    theirs = torch.autograd.grad((expected * weight).sum(), leaves)
-    torch.testing.assert_close(ours, theirs)
+    assert_same_with_gradients(out, expected, leaves)
     plain = cascaded_group_attention(x, list(projections))
     torch.testing.assert_close(plain, naive(x, projections, torch.zeros_like(bias)))
 
@@ -99,7 +89,7 @@ def test_table_is_resized_only_if_needed() -> None:
 @pytest.mark.parametrize("size", [(9, 5), (4, 11), (8, 8)])
 def test_windows_are_padded_with_zeros_and_do_not_see_each_other(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
-    layer = randomised(CascadedGroupAttention(8, 2, qk_dim=4, window_size=4))
+    layer = randomise(CascadedGroupAttention(8, 2, qk_dim=4, window_size=4)).double().eval()
     x = torch.randn(2, 8, *size, dtype=torch.float64)
     out = layer(x)
     padded = torch.zeros(2, 8, *(-(-n // 4) * 4 for n in size), dtype=torch.float64)
@@ -113,42 +103,8 @@ def test_windows_are_padded_with_zeros_and_do_not_see_each_other(size: tuple[int
 
 def test_a_small_map_is_one_window_on_an_interpolated_table() -> None:
     torch.manual_seed(0)
-    layer = randomised(CascadedGroupAttention(8, 2, qk_dim=4, window_size=7))
+    layer = randomise(CascadedGroupAttention(8, 2, qk_dim=4, window_size=7)).double().eval()
     x = torch.randn(1, 8, 3, 5, dtype=torch.float64)
     bias = distance_bias(resize_distance_table(layer.attention_biases.view(2, 7, 7), 3, 5))
     mixed = cascaded_group_attention(x, list(layer.heads), bias)
     torch.testing.assert_close(layer(x), layer.proj(mixed.relu()))
-
-
-def test_float32_gradients_are_those_of_float64() -> None:
-    torch.manual_seed(0)
-    layer = randomised(CascadedGroupAttention(8, 2, qk_dim=4, window_size=4, table_size=3))
-    x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
-
-    def gradients(dtype: torch.dtype) -> list[Tensor]:
-        module, leaf = layer.to(dtype), x.to(dtype, copy=True).requires_grad_()
-        loss = module(leaf).square().mean()
-        return [g.double() for g in torch.autograd.grad(loss, [leaf, *module.parameters()])]
-
-    for single, double in zip(gradients(torch.float32), gradients(torch.float64), strict=True):
-        assert (single - double).abs().max() <= 1e-4 * double.abs().max()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"dim": 8, "num_heads": 3}, "multiple of num_heads"),
-        ({"dim": 8, "num_heads": 2, "window_size": 0}, "window_size"),
-        ({"dim": 8, "num_heads": 2, "table_size": 0}, "table_size"),
-        ({"dim": 8, "num_heads": 2, "kernel_sizes": (3,)}, "kernel_sizes"),
-        ({"dim": 8, "num_heads": 2, "kernel_sizes": (3, 4)}, "odd"),
-    ],
-)
-def test_rejects_bad_arguments(arguments: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CascadedGroupAttention(**arguments)
-
-
-def test_indivisible_channels_are_rejected() -> None:
-    with pytest.raises(ValueError, match="7 channels"):
-        cascaded_group_attention(torch.zeros(1, 7, 2, 2), [Share(3, 2), Share(3, 2)])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparisons import assert_same_with_gradients
 from torch import Tensor
 
 from ops.attention.deformable import DeformableAttention, deformable_attention, pixel_centres
@@ -49,20 +50,7 @@ def test_is_the_loop_with_its_gradients(sizes: Any) -> None:
     value, _, locations, weights = _inputs(sizes)
     tensors = [t.requires_grad_() for t in (value, locations, weights)]
     ours, theirs = (f(value, sizes, locations, weights) for f in (deformable_attention, loop))
-    torch.testing.assert_close(ours, theirs)
-    scale = torch.randn_like(ours)
-    torch.testing.assert_close(
-        torch.autograd.grad((ours * scale).sum(), tensors),
-        torch.autograd.grad((theirs * scale).sum(), tensors),
-    )
-
-
-def test_gradients() -> None:
-    value, sizes, locations, weights = _inputs()
-    tensors = [t.requires_grad_() for t in (value, locations, weights)]
-    assert torch.autograd.gradcheck(
-        lambda v, x, w: deformable_attention(v, sizes, x, w), tensors, fast_mode=True
-    )
+    assert_same_with_gradients(ours, theirs, tensors)
 
 
 def test_a_sample_at_a_centre_is_the_pixel() -> None:
@@ -128,42 +116,3 @@ def test_layer_starts_with_equal_weights_on_rays() -> None:
     expected = rays[:, None, None] * torch.tensor([1.0, 2.0, 3.0])[:, None]
     torch.testing.assert_close(offsets, expected.expand(-1, 2, -1, -1))
     assert not layer.attention_weights(torch.randn(1, 1, 8)).any()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_layer_in_half_precision(dtype: torch.dtype) -> None:
-    layer = _layer()
-    query, features = torch.randn(1, 4, 8), torch.randn(1, 23, 8)
-    references = torch.rand(4, 2)
-    expected = layer(query, references, features, SIZES)
-    with torch.autocast("cpu", dtype):
-        mixed = layer(query, references, features, SIZES)
-    half = layer.to(dtype)(query.to(dtype), references, features.to(dtype), SIZES)
-    for out in (mixed, half):
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
-
-
-@pytest.mark.parametrize("sizes", [(), ((3, 5), (0, 2)), ((3, 5, 1),), ((-3, -5), (2, 4))])
-def test_empty_maps_are_refused(sizes: Any) -> None:
-    value, _, locations, weights = _inputs()
-    with pytest.raises(ValueError, match="sizes must be the height and width"):
-        deformable_attention(value, sizes, locations, weights)
-
-
-def test_other_errors() -> None:
-    value, sizes, locations, weights = _inputs()
-    with pytest.raises(ValueError, match=r"value has 23 pixels, but maps of .* have 19"):
-        deformable_attention(value, sizes[:2], locations, weights)
-    with pytest.raises(ValueError, match=r"weights the same without the last axis, got .*3, 1\)"):
-        deformable_attention(value, sizes, locations, weights[..., :1])
-    with pytest.raises(ValueError, match=r"locations must be .* = \(2, 3, 2, 3, 'points', 2\)"):
-        deformable_attention(value, sizes, locations[:, :, :1], weights[:, :, :1])
-    with pytest.raises(ValueError, match="got 3 heads for 8 channels"):
-        DeformableAttention(8, 3)
-    with pytest.raises(ValueError, match=r"got 4 heads for 2 channels \(dim 8"):
-        DeformableAttention(8, 4, value_ratio=0.25)
-    with pytest.raises(ValueError, match="levels and points must be 1 or more, got 1 and 0"):
-        DeformableAttention(8, 2, points=0)
-    with pytest.raises(ValueError, match="sizes must be of 3 maps, got 1"):
-        _layer()(torch.randn(1, 1, 8), torch.rand(1, 2), torch.randn(1, 4, 8), [(2, 2)])

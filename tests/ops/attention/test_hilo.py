@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ops.attention.hilo import (
     HiLoAttention,
-    high_frequency_attention,
-    low_frequency_attention,
 )
 
 
@@ -52,22 +50,6 @@ def naive_low(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
             for x in range(query.shape[2]):
                 out[b, y, x] = attend(query[b, y, x], key, value, num_heads)
     return out
-
-
-@pytest.mark.parametrize(("heads", "size"), [(1, 2), (2, 2), (3, 3), (2, 1)])
-def test_high_frequencies(heads: int, size: int) -> None:
-    qkv = random(2, 6, 12, 3 * heads * 4)
-    torch.testing.assert_close(
-        high_frequency_attention(qkv, heads, size), naive_high(qkv, heads, size)
-    )
-
-
-@pytest.mark.parametrize("heads", [1, 3])
-def test_low_frequencies(heads: int) -> None:
-    query, key_value = random(2, 4, 5, heads * 4), random(2, 2, 3, 2 * heads * 4, seed=1)
-    torch.testing.assert_close(
-        low_frequency_attention(query, key_value, heads), naive_low(query, key_value, heads)
-    )
 
 
 @given(
@@ -116,28 +98,3 @@ def test_heads_are_divided(alpha: float, size: int, low: int, high: int) -> None
     module = HiLoAttention(48, 12, size, alpha)
     assert (module.low.num_heads if module.low else 0) == low
     assert (module.high.num_heads if module.high else 0) == high
-
-
-def test_gradients() -> None:
-    module = HiLoAttention(8, 2, 2, 0.5).double()
-    x = random(1, 3, 4, 8).requires_grad_()
-    assert torch.autograd.gradcheck(module, (x,))
-    gradients = []
-    for dtype in (torch.float32, torch.float64):
-        module.to(dtype).zero_grad()
-        taken = x.detach().to(dtype).requires_grad_()
-        module(taken).square().sum().backward()
-        gradients.append([taken.grad, *(p.grad for p in module.parameters())])
-    for single, double in zip(*gradients, strict=True):
-        torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-5)
-
-
-def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="num_heads must divide dim 16, got 3"):
-        HiLoAttention(16, 3)
-    with pytest.raises(ValueError, match=r"alpha must be in 0 … 1, got 1\.5"):
-        HiLoAttention(16, 4, alpha=1.5)
-    with pytest.raises(ValueError, match="window_size must be 1 or more, got 0"):
-        HiLoAttention(16, 4, window_size=0)
-    with pytest.raises(ValueError, match="5×4 can't be divided into windows of 2"):
-        high_frequency_attention(random(1, 5, 4, 12), 1, 2)

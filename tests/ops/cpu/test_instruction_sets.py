@@ -1,4 +1,4 @@
-"""Which instruction sets there are on ARM, and the richest; x86's are in test_build.py."""
+"""Which instruction sets ARM has, and the richest; build/test_libraries.py has x86's."""
 
 from __future__ import annotations
 

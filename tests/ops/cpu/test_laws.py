@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -89,8 +90,26 @@ def _cut(t: Tensor) -> Tensor:
     return wide[..., 1:-2]
 
 
+def _inset(t: Tensor) -> Tensor:
+    """From a map whose rows are longer."""
+    if t.ndim < 3:
+        return _cut(t)
+    wide = t.new_full((*t.shape[:-2], t.shape[-2] + 3, t.shape[-1]), torch.nan)
+    wide[..., 1:-2, :] = t
+    return wide[..., 1:-2, :]
+
+
 def _spread(t: Tensor) -> Tensor:
     return t.repeat_interleave(2, 0)[::2]
+
+
+def _assert_same_or_refused(name: str, given: dict[str, Any], expected: list[Tensor]) -> None:
+    try:
+        found = _outputs(CALLS[name]()[0](**given))
+    except ValueError as error:
+        assert "contiguous" in str(error)
+    else:
+        assert all(map(torch.equal, found, expected))
 
 
 def _is_packed(argument: str, value: Tensor) -> bool:
@@ -99,21 +118,34 @@ def _is_packed(argument: str, value: Tensor) -> bool:
 
 
 @EVERY
-@pytest.mark.parametrize("laid_out", [_turned, _cut, _spread])
+@pytest.mark.parametrize("laid_out", [_turned, _cut, _inset, _spread])
 def test_strides_change_nothing(name: str, laid_out: Callable[[Tensor], Tensor]) -> None:
     kernel, _, given = CALLS[name]()
     expected = _outputs(kernel(**given))
     for argument, value in given.items():
         if not isinstance(value, Tensor) or _is_packed(argument, value):
             continue
-        moved = laid_out(value)
-        try:
-            found = _outputs(kernel(**{**given, argument: moved}))
-        except ValueError as error:
-            assert "contiguous" in str(error), argument
-        else:
-            for a, b in zip(found, expected, strict=True):
-                assert torch.equal(a, b), argument
+        _assert_same_or_refused(name, {**given, argument: laid_out(value)}, expected)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        lambda t: t[:1].expand_as(t),
+        lambda t: t[(0,) * (t.ndim - 1)].expand_as(t),
+        lambda t: t[..., :1].expand_as(t),
+    ],
+    ids=["images", "rows", "values"],
+)
+def test_steps_of_nothing_are_strides(name: str, repeated: Callable[[Tensor], Tensor]) -> None:
+    kernel, _, given = CALLS[name]()
+    for argument, value in given.items():
+        if not isinstance(value, Tensor) or value.ndim < 2:
+            continue
+        same = repeated(value)
+        expected = _outputs(kernel(**{**given, argument: same.contiguous()}))
+        _assert_same_or_refused(name, {**given, argument: same}, expected)
 
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n not in NOT_EMPTY])
@@ -142,6 +174,37 @@ def test_other_dtypes_are_refused(name: str) -> None:
     assert "meta" in (
         kernel.unavailable(torch.device("meta"), first.dtype, even_if_slower=True) or ""
     )
+
+
+# Classes pack the weights of these, and check layers and activations when they do.
+OF_CLASSES = ("packed_conv2d", "cascaded_attention", "kan_layer", "depthwise_mlp",
+              "depthwise_expansion", "deformable_conv2d")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n not in OF_CLASSES])
+def test_other_dtypes_of_weights_are_refused(name: str) -> None:
+    """Or converted: a kernel gets an address and takes what lies there for float32."""
+    kernel, batched, given = CALLS[name]()
+    expected = _outputs(kernel(**given))
+    for argument, value in given.items():
+        if argument in batched or not isinstance(value, Tensor) or value.dtype != torch.float32:
+            continue
+        for dtype in (torch.float64, torch.bfloat16):
+            try:
+                found = _outputs(kernel(**{**given, argument: value.to(dtype)}))
+            except (ValueError, RuntimeError) as error:
+                assert re.search(r"torch\.|float", str(error)), argument
+            else:
+                _assert_near(found, expected, 2**-6)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CALLS if n not in OF_CLASSES and "activation" in CALLS[n]()[2]]
+)
+def test_other_activations_are_refused(name: str) -> None:
+    kernel, _, given = CALLS[name]()
+    with pytest.raises(ValueError, match=r"one of .*got 'softplus'|or .*got 'softplus'"):
+        kernel(**{**given, "activation": "softplus"})
 
 
 # The others check shapes in the class or the function that calls them, or take fewer channels.

@@ -1,4 +1,4 @@
-"""Decisions: those of an emulated plainer CPU, true reasons, and some that users rely on."""
+"""Decisions and numbers of threads: of an emulated plainer CPU, with true reasons."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
+from compiled_kernels import using_threads
+from hypothesis import strategies as st
 
 from ops.cpu import instruction_sets, policy
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.threads import MACS, VALUES, threads_for
 
 ROOT = Path(__file__).parents[3]
 SETS = {machine: instruction_sets.levels(machine) for machine in ("x86_64", "aarch64")}
@@ -95,13 +99,6 @@ def test_every_decision_is_that_of_the_plainer_cpu(
         _use(monkeypatch, richer, emulated)
         assert list(_decisions()) == plainer[emulated], (richer, emulated)
     assert plainer[SETS[machine][0]] != plainer["portable"]
-
-
-def test_bfloat16_without_any_of_our_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU of another family, where oneDNN knows what it multiplies."""
-    _use(monkeypatch, "portable")
-    monkeypatch.setattr(policy, "_has_bfloat16", lambda: True)
-    assert policy.multiplies(HALF)
 
 
 _COMPARISON = re.compile(r"([\d.·²]+) ?(?:channels )?([<>≤≥]) (\d+|∞)")
@@ -195,12 +192,6 @@ def test_decisions(
     assert decision.instruction_set == cpu
 
 
-def test_windows_are_copied_where_both_strides_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    _use(monkeypatch, "avx512")
-    strides = ((2, 2), (2, 16), (16, 2), (16, 16))
-    assert [policy.copies_windows(3, s, FLOAT) for s in strides] == [False, False, False, True]
-
-
 def test_observers_nest() -> None:
     outer: list[Decision] = []
     inner: list[Decision] = []
@@ -213,13 +204,6 @@ def test_observers_nest() -> None:
     assert [a.arguments["tokens"] for a in outer] == [2]
 
 
-def test_only_policy_checks_the_hardware() -> None:
-    """But for ``instruction_sets``, which finds the richest, and ``policy``."""
-    asks = re.compile(r"get_cpu_capability|_is_(amx|avx|mkldnn|vnni|arm)|cpuinfo|get_capabilities")
-    asking = {p.stem for p in ROOT.glob("ops/**/*.py") if asks.search(p.read_text())}
-    assert asking == {"instruction_sets", "policy"}
-
-
 def test_without_vector_instructions_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for dtypes that torch would not multiply, and the kernels can still be called."""
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
@@ -230,3 +214,23 @@ def test_without_vector_instructions_torch_multiplies(monkeypatch: pytest.Monkey
     assert (packed_linear.unavailable(cpu, HALF) is None) is not policy.multiplies(HALF)
     monkeypatch.delenv("VISION_BACKBONES_NATIVE_ISA")
     assert policy.left_to_torch("gemm", FLOAT) is None
+
+
+@hypothesis.given(
+    work=st.one_of(st.integers(0, 1 << 40), st.floats(0, 1e15)),
+    of_a_thread=st.sampled_from([MACS, VALUES, 1, 512]),
+    threads=st.integers(1, 256),
+)
+def test_thread_counts(work, of_a_thread, threads: int) -> None:
+    with using_threads(threads):
+        count = threads_for(work, of_a_thread)
+    assert 1 <= count <= threads
+    assert count == 1 or work / count >= of_a_thread
+    assert count == threads or work / (count + 1) < of_a_thread
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_no_work_and_plenty(threads: int) -> None:
+    with using_threads(threads):
+        assert threads_for(0, MACS) == 1
+        assert threads_for(1e12, MACS) == threads

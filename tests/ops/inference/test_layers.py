@@ -1,28 +1,25 @@
-"""Layers with packed weights: repeated calls of different kinds stay correct."""
+"""Layers with packed weights: repeated calls of different kinds; which layers are converted."""
 
 from __future__ import annotations
 
 import copy
-import sys
-from concurrent.futures import ThreadPoolExecutor
+import gc
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compiled_kernels import PLAIN_ACTIVATIONS, using_threads, without_kernels
+from timm.layers import RmsNorm2d
 from torch import Tensor, nn
 
+from ops.attention.hilo import HiLoAttention
+from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
-from ops.inference import conv
+from ops.inference import conversion
 from ops.inference.conv import FastDepthwiseConv2d
-from ops.inference.layers import (
-    FastConv2d,
-    FastLinear,
-    OneDNNWeight,
-    activate,
-    convert,
-)
+from ops.inference.forms import plain_form
+from ops.inference.layers import FastConv2d, FastLinear, activate, convert
 from ops.replay.capture import Capture
 from ops.replay.replay import Replay
 
@@ -54,7 +51,10 @@ def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
             _check(layer, x)
             _check(layer, x, residual)
         _check(layer, torch.randn(2, 24, 5).transpose(1, 2))  # other strides
-        _check(layer, torch.randn(2, 5, 24), torch.randn(2, 40, 5).transpose(1, 2))
+        x, wide = torch.randn(2, 5, 24), torch.randn(2, 5, 83)
+        for residual in (wide[..., :80:2], wide[..., 3:43], wide[:1, :1, :40].expand(2, 5, 40)):
+            _check(layer, x, residual)
+        _check(layer, x, torch.randn(2, 40, 5).transpose(1, 2))
         with using_threads(2):
             _check(layer, torch.randn(2, 5, 24))
     activate(layer, "relu")
@@ -80,52 +80,6 @@ def test_activations_and_factors(by: str, activation: str, monkeypatch) -> None:
     torch.testing.assert_close(Replay(capture.finish(out))(x), out)
     out = layer(x, factor=factor)
     torch.testing.assert_close(out, expected * factor, rtol=1e-5, atol=1e-5)
-
-
-@torch.inference_mode()
-def test_no_call_changes_the_layout_of_a_weight(capfd) -> None:
-    """OneDNN has one for each number of images; to change it took ten times as long as the call."""
-    layer = nn.Conv2d(192, 384, 2, 2).requires_grad_(False).bfloat16()
-    layer = convert(layer.to(memory_format=torch.channels_last), FastConv2d)
-    packed = layer.for_onednn(layer.weight)
-    for batch in (1, 8, 1, 8):
-        x = torch.randn(batch, 28, 28, 192).bfloat16().permute(0, 3, 1, 2)
-        layer._by_onednn(x, packed)
-        capfd.readouterr()
-        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-            out = layer._by_onednn(x, packed)
-        text = capfd.readouterr().out
-        assert "exec,cpu,convolution" in text and "exec,cpu,reorder" not in text
-        exact = F.conv2d(x.float(), layer.weight.float(), layer.bias.float(), 2)
-        assert (out - exact).norm() < 0.01 * exact.norm()
-
-
-@torch.inference_mode()
-def test_layouts_of_many_shapes_are_forgotten(monkeypatch) -> None:
-    monkeypatch.setattr("ops.inference.layers._MOST_SHAPES", 2)
-    layer = convert(nn.Conv2d(8, 16, 3).requires_grad_(False), FastConv2d)
-    for batch in (3, 1, 2, 0, 3, 1):
-        x = torch.randn(batch, 8, 9, 9)
-        torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias))
-        assert len(layer._derived[1]._packed) <= 2
-
-
-def test_threads_may_forget_each_others_layouts(monkeypatch) -> None:
-    monkeypatch.setattr("ops.inference.layers._MOST_SHAPES", 2)
-    conv = nn.Conv2d(8, 16, 3).requires_grad_(False)
-    weight = OneDNNWeight(conv, torch.float32)
-
-    def pack(thread: int) -> None:
-        for i in range(400):
-            assert weight.for_shape(torch.Size((1 + (i * (thread + 1)) % 7, 8, 5, 5))).numel()
-
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(pack, range(4)))
-    finally:
-        sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -178,18 +132,15 @@ def test_alternating_depthwise_convolutions(dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def test_depthwise_convolutions_of_small_and_large_maps(monkeypatch) -> None:
-    """By our kernel or by oneDNN, whatever the first map was."""
-    plain = nn.Conv2d(32, 32, 5, padding=2, groups=32)
-    layer, x = convert(copy.deepcopy(plain), FastDepthwiseConv2d), torch.randn(1, 32, 9, 7)
-    x = x.to(memory_format=torch.channels_last)
-    calls = []
-    call = conv.PackedDepthwise.__call__
-    monkeypatch.setattr(conv.PackedDepthwise, "__call__", lambda *a: calls.append(a) or call(*a))
-    for most, count in ((x.numel(), 1), (x.numel() - 1, 1), (x.numel(), 2)):
-        monkeypatch.setattr(policy, "_SMALL_MAP", most)
-        torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-5)
-        assert len(calls) == count
+def test_memory_does_not_grow_with_the_sizes_of_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a layout of the weight by oneDNN; the last ones are kept."""
+    without_kernels(monkeypatch)
+    layer = convert(nn.Conv2d(8, 8, 3, padding=1).requires_grad_(False), FastConv2d)
+    kept = []
+    for side in range(3, 43):
+        layer(torch.randn(1, 8, side, side))
+        kept.append(sum(type(t) is Tensor and t.is_mkldnn for t in gc.get_objects()))
+    assert kept[0] < kept[10] and max(kept) == kept[20]
 
 
 def test_transforms_go_through_torch() -> None:
@@ -198,24 +149,45 @@ def test_transforms_go_through_torch() -> None:
     torch.testing.assert_close(torch.vmap(layer)(x), plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="its products are by MKL")
+# ---- conversion ----------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("features", "bias", "activation", "packed"),
-    [((24, 40), False, "none", False), ((24, 40), True, "none", True)]
-    + [((24, 40), False, "gelu", True), ((512, 513), False, "none", True)],
+    ("multiplied", "dtype", "warnings"),
+    [(False, torch.bfloat16, 1), (True, torch.bfloat16, 0), (True, torch.float32, 0)],
 )
-def test_small_layers_without_a_kernel_are_left_to_torch(
-    features: tuple[int, int], bias: bool, activation: str, packed: bool, monkeypatch
+def test_a_dtype_without_instructions_is_named_once(
+    multiplied: bool,
+    dtype: torch.dtype,
+    warnings: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    without_kernels(monkeypatch)
-    layer = convert(nn.Linear(*features, bias=bias).requires_grad_(False), FastLinear)
-    activate(layer, activation)
-    x = torch.randn(2, 5, features[0])
-    layer(x)
-    assert (layer.derived(x) is not None) == packed
-    assert layer.decisions[-1].outcome == ("packed weights" if packed else "torch")
-    with torch.no_grad():
-        layer.weight.mul_(2)
-    expected = F.linear(x, layer.weight, layer.bias)
-    expected = F.gelu(expected) if activation == "gelu" else expected
-    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr(policy, "multiplies", lambda _: multiplied)
+    conversion._warn_not_faster.cache_clear()
+    for _ in range(2):
+        model = nn.Sequential(nn.Linear(4, 4)).eval().to(dtype)
+        assert conversion.to_channels_last(model, always=False)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warnings
+    assert all("no instructions for bfloat16" in line for line in said)
+
+
+@pytest.mark.parametrize(("always", "has_kernels"), [(False, True), (True, False), (False, False)])
+def test_dilated_depthwise_convolutions_stay_in_nchw_without_kernels(
+    always: bool, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernels:
+        without_kernels(monkeypatch)
+    model = nn.Sequential(DilatedDepthwiseConv2d(4, 7, 3)).eval()
+    assert conversion.to_channels_last(model, always=always) == (always or has_kernels)
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_layers_without_their_kernel_stay_plain(
+    has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernels:
+        without_kernels(monkeypatch)
+    model = nn.Sequential(RmsNorm2d(4), HiLoAttention(4, 2)).eval()
+    assert conversion.to_channels_last(model, always=False)
+    assert (type(model[0]) is RmsNorm2d) is not has_kernels
+    assert plain_form(model[1]) is HiLoAttention  # which looks for its kernels at each call

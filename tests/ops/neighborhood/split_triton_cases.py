@@ -25,7 +25,6 @@ LIMITS = (
         max_size={1: 40, 2: 9, 3: 4}, dims=(1, 3, 8, 17), grouped=False, value_dim_differs=False
     )
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton")
 
@@ -43,24 +42,25 @@ def check(case: Case, which: str, dtype: torch.dtype) -> None:
 
 
 # Dilated and causal axes, a bias, additional keys, strided tensors.
-RICH = Case(
-    (5, 6),
-    (2, 4),
-    (1, 1),
-    (2, 1),
-    (False, True),
-    heads=2,
-    dim=7,
-    extra=3,
-    has_rpb=True,
-    packed=True,
-)
+_WINDOWS = ((5, 6), (2, 4), (1, 1), (2, 1), (False, True))
+RICH = Case(*_WINDOWS, heads=2, dim=7, extra=3, has_rpb=True, packed=True)
 DEEP = Case((3, 4, 5), (2, 3, 2), (1, 1, 1), (1, 1, 2), (True, False, False), dim=3, has_rpb=True)
 LONG = Case((40,), (7,), (1,), (3,), (False,), dim=17, has_rpb=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", [RICH, DEEP, LONG], ids=["rich", "deep", "long"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *[(RICH, torch.float32), (RICH, torch.bfloat16)],
+        *[(DEEP, torch.float32), (LONG, torch.float32)],
+        pytest.param(RICH, torch.float16, marks=pytest.mark.slow),
+        *(
+            pytest.param(case, dtype, marks=pytest.mark.slow)
+            for case in (DEEP, LONG)
+            for dtype in (torch.bfloat16, torch.float16)
+        ),
+    ],
+)
 @pytest.mark.parametrize("which", FUNCTIONS)
 def test_cases(which, case, dtype):
     check(case, which, dtype)

@@ -13,15 +13,12 @@ from ops.neighborhood import (
     cpu,
     na1d,
     na2d,
-    na3d,
     natten,
     tiled,
     triton,
 )
 from ops.neighborhood._geometry import NAParams
 from ops.neighborhood.functional import _best_backend
-
-PORTABLE = ("reference", "tiled", None)
 
 
 def _tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -166,101 +163,3 @@ def test_a_forced_backend_says_why_it_cannot() -> None:
     tensors = _tensors(1, 8, 2, 4, dtype=torch.float64)
     with pytest.raises(NotImplementedError, match=r"'cpu' cannot do this call: .*float64"):
         na1d(*tensors, 3, backend="cpu")
-
-
-@pytest.mark.parametrize("backend", ["tiled", None])
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_compile(backend: str | None, dynamic: bool) -> None:
-    torch._dynamo.reset()
-
-    def loss(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
-        kwargs = {"dilation": 2, "is_causal": (True, False), "rpb": rpb, "backend": backend}
-        out, lse = na2d(query, key, value, 3, **kwargs, return_lse=True)
-        plain = na2d(query, key, value, (3, 4), stride=2, backend=backend)
-        return out.square().sum() + lse.sin().sum() + plain.sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for size in ((9, 8), (7, 12)):
-        inputs = [t.requires_grad_() for t in _tensors(2, *size, 3, 8)]
-        inputs.append(torch.randn(3, 5, 5, requires_grad=True))
-        true = torch.autograd.grad(loss(*inputs), inputs)
-        got = torch.autograd.grad(compiled(*inputs), inputs)
-        torch.testing.assert_close(got, true)
-
-
-def test_compile_the_reference() -> None:
-    torch._dynamo.reset()
-
-    def loss(query: Tensor) -> Tensor:
-        out, lse = na1d(query, query, query, 3, return_lse=True, backend="reference")
-        return out.square().sum() + lse.sin().sum()
-
-    query = torch.randn(2, 7, 2, 4, requires_grad=True)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    true = torch.autograd.grad(loss(query), query)
-    torch.testing.assert_close(torch.autograd.grad(compiled(query), query), true)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", PORTABLE)
-@pytest.mark.parametrize("rank", [1, 2, 3])
-# What inductor itself uses of torch.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
-def test_compile_with_inductor(backend: str | None, rank: int) -> None:
-    torch._dynamo.reset()
-    attention = (na1d, na2d, na3d)[rank - 1]
-
-    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out, lse = attention(query * 2, key, value, 3, return_lse=True, backend=backend)
-        return out.square().sum() + lse.sin().sum()
-
-    compiled = torch.compile(loss, fullgraph=True)
-    inputs = [t.requires_grad_() for t in _tensors(2, *(7, 6, 5)[:rank], 2, 8)]
-    true = torch.autograd.grad(loss(*inputs), inputs)
-    got = torch.autograd.grad(compiled(*inputs), inputs)
-    torch.testing.assert_close(got, true)
-
-
-@pytest.mark.parametrize("backend", PORTABLE)
-def test_autocast(backend: str | None) -> None:
-    query, key, value = (t.requires_grad_() for t in _tensors(1, 8, 6, 2, 8))
-    rpb = torch.randn(2, 5, 5, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        # Mixed dtypes are what a norm before the attention leaves under autocast.
-        out, lse = na2d(query, key.bfloat16(), value, 3, rpb=rpb, return_lse=True, backend=backend)
-    assert out.dtype == torch.bfloat16
-    assert lse.dtype == torch.float32
-    (out.float().sum() + lse.sum()).backward()
-    assert all(t.grad.dtype == torch.float32 for t in (query, key, value, rpb))
-    true = na2d(*(t.bfloat16() for t in (query, key, value)), 3, rpb=rpb, backend=backend)
-    torch.testing.assert_close(out, true)
-
-
-def test_autocast_leaves_float64_alone() -> None:
-    tensors = _tensors(1, 8, 2, 8, dtype=torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = na1d(*tensors, 3)
-    assert out.equal(na1d(*tensors, 3))
-
-
-@pytest.mark.parametrize("backend", PORTABLE)
-def test_bias_in_a_dtype_of_its_own(backend: str | None) -> None:
-    tensors = _tensors(1, 8, 6, 2, 8, dtype=torch.bfloat16)
-    rpb = torch.randn(2, 5, 5, requires_grad=True)
-    out = na2d(*tensors, 3, rpb=rpb, backend=backend)
-    (grad,) = torch.autograd.grad(out.float().square().sum(), rpb)
-    assert grad.dtype == torch.float32
-    true = na2d(*(t.double() for t in tensors), 3, rpb=rpb.double(), backend="reference")
-    torch.testing.assert_close(out.double(), true, rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("backend", [*PORTABLE, "tiled"])
-def test_meta(backend: str | None) -> None:
-    query, value = (
-        torch.empty(2, 8, 6, 3, 4, device="meta"),
-        torch.empty(2, 8, 6, 3, 5, device="meta"),
-    )
-    out, lse = na2d(query, query, value, 3, return_lse=True, backend=backend)
-    assert out.device.type == lse.device.type == "meta"
-    assert out.shape == (2, 8, 6, 3, 5)
-    assert lse.shape == (2, 8, 6, 3)

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.nat import NAT
@@ -252,51 +251,3 @@ def test_correct_dinat_leaves_a_right_class_alone(transformers: ModuleType) -> N
 
 
 # ---- allin1 ------------------------------------------------------------------------------------
-class Structure(nn.Module):
-    """A small network that calls NATTEN as allin1's does (https://github.com/mir-aidj/all-in-one).
-
-    Blocks over time with two windows side by side, one of twice the dilation; then one over the
-    instruments and time. Queries are scaled, axes shorter than a window padded with zeros.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.ModuleList([nn.Linear(12, 36) for _ in range(3)])
-        self.over_time = nn.ParameterList([nn.Parameter(torch.randn(2, 9)) for _ in range(2)])
-        self.over_both = nn.Parameter(torch.randn(2, 9, 9))
-        self.out = nn.Linear(36, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        from natten.functional import natten1dav, natten1dqkrpb, natten2dav, natten2dqkrpb
-
-        instruments, time = x.shape[1:3]
-
-        def attend(x: Tensor, to_qkv: nn.Module, rpb: Tensor, dilation: int) -> Tensor:
-            query, key, value = to_qkv(x).unflatten(-1, (3, 2, 6)).movedim(-2, 1).unbind(-2)
-            qk, av = (natten1dqkrpb, natten1dav) if x.dim() == 3 else (natten2dqkrpb, natten2dav)
-            attn = qk(query / 6**0.5, key, rpb, 5, dilation).softmax(-1)
-            return av(attn, value, 5, dilation).movedim(1, -2).flatten(-2)
-
-        flat = x.flatten(0, 1)
-        maps = [
-            attend(F.pad(flat, (0, 0, 0, max(0, 5 * d - time))), layer, rpb, d)[:, :time]
-            for layer, rpb, d in zip(self.inner, self.over_time, (4, 8), strict=False)
-        ]
-        padded = F.pad(x, (0, 0, 0, 0, 0, max(0, 5 - instruments)))
-        both = attend(padded, self.inner[2], self.over_both, 1)[:, :instruments]
-        return self.out(torch.cat([m.unflatten(0, x.shape[:2]) for m in maps] + [both], -1))
-
-
-@pytest.mark.parametrize("time", [90, 33])
-def test_network_that_calls_as_allin1_does(time: int) -> None:
-    torch.manual_seed(0)
-    network, x = Structure(), torch.randn(1, 4, time, 12)
-    with install_as_natten("0.14"):
-        out = network(x)
-        grads = torch.autograd.grad(out.sin().sum(), list(network.parameters()))
-        true = network.double()(x.double())
-        true_grads = torch.autograd.grad(true.sin().sum(), list(network.parameters()))
-    torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-5)
-    largest = max(grad.abs().max() for grad in true_grads)
-    for a, b in zip(grads, true_grads, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * largest

@@ -7,6 +7,7 @@ only.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import natten as library
 import pytest
@@ -28,13 +29,8 @@ pytestmark = [
 
 def _cases_of_natten(seeds: range) -> list[Case]:
     """The random cases that NATTEN can do on the CPU."""
-    limits = Limits(
-        dims=(16,),
-        max_size={1: 24, 2: 7, 3: 4},
-        value_dim_differs=False,
-        rpb=False,
-        extra=False,
-    )
+    sizes = {"dims": (16,), "max_size": {1: 24, 2: 7, 3: 4}}
+    limits = Limits(**sizes, value_dim_differs=False, rpb=False, extra=False)
     cases = (replace(random_case(seed, limits), return_lse=True) for seed in seeds)
     return [
         case
@@ -70,59 +66,37 @@ def test_natten_agrees_on_many_cases() -> None:
 
 @pytest.mark.parametrize("extra", [0, 5])
 def test_as_backend(extra: int) -> None:
-    case = Case(
-        (9, 8),
-        (3, 4),
-        (1, 2),
-        (2, 1),
-        (True, False),
-        dim=16,
-        value_dim=16,
-        extra=extra,
-        packed=True,
-    )
+    window = ((9, 8), (3, 4), (1, 2), (2, 1), (True, False))
+    case = Case(*window, dim=16, value_dim=16, extra=extra, packed=True)
     tensors = make_inputs(case, torch.float32).present()
     got = na2d(**tensors, **case.arguments, return_lse=True, backend="natten")
     true = na2d(**tensors, **case.arguments, return_lse=True, backend="reference")
     torch.testing.assert_close(got, true)
 
 
-REFUSALS = {
-    "rpb": ({"rpb": torch.zeros(2, 5)}, "bias"),
-    "scale": ({"scale": 0.0}, "scale"),
-    "kernel": ({"kernel_size": 1}, "kernel sizes"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_refuses_what_natten_cannot_do(name: str) -> None:
-    more, reason = REFUSALS[name]
-    tensors = torch.randn(3, 1, 9, 2, 16)
+@pytest.mark.parametrize(
+    ("dim", "more", "reason"),
+    [
+        (16, {"rpb": torch.zeros(2, 5)}, "bias"),
+        (16, {"scale": 0.0}, "scale"),
+        (16, {"kernel_size": 1}, "kernel sizes"),
+        (17, {}, "no kernel for head dims 17"),
+    ],
+)
+def test_refuses_what_natten_cannot_do(dim: int, more: dict[str, Any], reason: str) -> None:
+    tensors = torch.randn(3, 1, 9, 2, dim)
+    assert not natten.is_fused(*tensors)
     with pytest.raises(NotImplementedError, match=reason):
         na1d(*tensors, **{"kernel_size": 3, **more}, backend="natten")
 
 
-def test_refuses_gradients_on_the_cpu() -> None:
-    tensors = torch.randn(3, 1, 9, 2, 16, requires_grad=True)
+def test_refuses_gradients_and_compilation_on_the_cpu() -> None:
     with pytest.raises(NotImplementedError, match="no backward on CPU"):
-        na1d(*tensors, 3, backend="natten")
-
-
-def test_refuses_to_be_compiled_on_the_cpu() -> None:
+        na1d(*torch.randn(3, 1, 9, 2, 16, requires_grad=True), 3, backend="natten")
     compiled = torch.compile(lambda *t: na1d(*t, 3, backend="natten"), backend="eager")
     # Torch may put an error of its own around ours.
     with pytest.raises((NotImplementedError, RuntimeError), match="cannot be compiled on CPU"):
         compiled(*torch.randn(3, 1, 9, 2, 16))
-
-
-def test_refuses_head_dims_without_a_kernel() -> None:
-    with pytest.raises(NotImplementedError, match="no kernel for head dims 17"):
-        na1d(*torch.randn(3, 1, 9, 2, 17), 3, backend="natten")
-
-
-def test_has_no_compiled_kernel_on_the_cpu() -> None:
-    assert not natten.is_fused(*torch.randn(3, 1, 9, 2, 16))
-    assert not natten.is_fused(*torch.randn(3, 1, 9, 2, 17))
 
 
 def test_says_that_natten_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from neighborhood_oracle import Case
-from split_oracle import AV, FUNCTIONS, QK, arguments, assert_exact, make_inputs, our_av, our_qk
+from neighborhood_oracle import Case, Limits
+from split_oracle import (
+    AV,
+    FUNCTIONS,
+    QK,
+    arguments,
+    assert_exact,
+    make_inputs,
+    our_av,
+    our_qk,
+    split_case,
+)
 
 from ops import neighborhood
-from ops.neighborhood import na1d_qk, na2d, na2d_av, na2d_qk, na3d_av
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-sweep = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """A small call; kernels may be as large as the map, and their dilation too."""
-    rank = draw(st.integers(1, 3))
-    axes = []
-    for _ in range(rank):
-        n = draw(st.integers(1, {1: 40, 2: 10, 3: 5}[rank]))
-        k = draw(st.integers(1, n))
-        axes.append((n, k, 1, draw(st.integers(1, n // k)), draw(st.booleans())))
-    size, kernel_size, stride, dilation, is_causal = (tuple(a) for a in zip(*axes, strict=True))
-    return Case(
-        size,
-        kernel_size,
-        stride,
-        dilation,
-        is_causal,
-        batch=draw(st.integers(1, 2)),
-        heads=draw(st.integers(1, 3)),
-        dim=draw(st.integers(1, 40)),
-        extra=draw(st.sampled_from((0, 0, 1, 5))),
-        has_rpb=draw(st.booleans()),
-        packed=draw(st.booleans()),
-        seed=draw(st.integers(0, 1000)),
-    )
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("which", FUNCTIONS)
-@sweep
-@given(case=cases())
-def test_equals_brute_force(which: str, dtype: torch.dtype, case: Case) -> None:
-    assert_exact(case, which, dtype)
-
+from ops.neighborhood import na1d_qk, na2d, na2d_av, na2d_qk, na3d_av, split_cpu
 
 CASE = Case((5, 7), (3, 4), (1, 1), (1, 1), (False, True), heads=2, dim=3, extra=2, has_rpb=True)
 
@@ -214,3 +185,83 @@ def test_four_integers_of_0_15_are_refused() -> None:
     value = _zeros(1, 2, 3, 6, 6, 4)
     with pytest.raises(TypeError, match="additional_values must be a tensor, got 1"):
         na3d_av(_zeros(1, 2, 3, 6, 6, 27), value, 3, 3, 1, 1)
+
+
+# ---- compiled kernels ----------------------------------------------------------------------------
+LIMITS = Limits(max_size={1: 60, 2: 20, 3: 7}, grouped=False, value_dim_differs=False)
+
+# Several tiles, blocks of keys and lane groups; windows cut by causality; channels left over.
+LARGE = [
+    Case((300,), (131,), (1,), (2,), (False,), dim=5),
+    Case((40, 33), (7, 7), (1, 1), (1, 1), (False, False), heads=2, dim=32, has_rpb=True),
+    Case((17, 50), (5, 13), (1, 1), (3, 2), (True, False), dim=20, extra=2),
+    Case((18, 19), (13, 11), (1, 1), (1, 1), (False, True), heads=2, dim=8),
+    Case((6, 9, 20), (3, 4, 5), (1, 1, 1), (2, 1, 3), (True, False, True), dim=17),
+]
+
+
+@pytest.mark.parametrize("which", FUNCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: "x".join(map(str, case.size)))
+def test_large_maps(case: Case, dtype: torch.dtype, which: str) -> None:
+    assert split_cpu.unavailable(make_inputs(case, dtype)["query"]) is None
+    assert_exact(case, which, dtype)
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(40))
+def test_random_cases(seed: int, dtype: torch.dtype) -> None:
+    for which in FUNCTIONS:
+        assert_exact(split_case(seed, LIMITS), which, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_random_cases(dtype: torch.dtype) -> None:
+    for seed in range(1000, 1400):
+        for which in FUNCTIONS:
+            assert_exact(split_case(seed), which, dtype)
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    case = dataclasses.replace(LARGE[1], size=(64, 64), batch=2)
+    tensors = make_inputs(case, torch.float32)
+    window = (case.kernel_size, case.dilation, case.is_causal)
+    query, key, weights = (tensors[name] for name in ("query", "key", "weights"))
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        results.append(
+            (
+                split_cpu.scores(query, key, tensors["rpb"], 0.0, window),
+                split_cpu.mix(weights, key, window),
+                split_cpu.scatter(weights, query, window),
+            )
+        )
+    torch.set_num_threads(before)
+    for one, three in zip(*results, strict=True):
+        assert torch.equal(one, three)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    """In float16, a sum beyond 2,048 would not change any more by adding ones."""
+    weights = torch.ones(1, 1, 3001, 3000, dtype=torch.float16)
+    value = torch.ones(1, 1, 3001, 1, dtype=torch.float16)
+    out = split_cpu.mix(weights, value, ((3000,), (1,), (False,)))
+    assert out.dtype == torch.float16
+    assert torch.equal(out, torch.full_like(out, 3000))
+
+
+def test_values_outside_of_a_window_do_not_matter() -> None:
+    """Neither those of keys nor the weights of keys that a causal window lacks."""
+    value = torch.zeros(1, 1, 20, 3)
+    value[0, 0, 10:] = torch.nan
+    weights = torch.ones(1, 1, 20, 5)
+    weights[0, 0, 0, 1:] = torch.inf
+    out = split_cpu.mix(weights, value, ((5,), (1,), (True,)))
+    assert torch.equal(out[0, 0, :10], torch.zeros(10, 3))
+    assert out[0, 0, 10:].isnan().all()

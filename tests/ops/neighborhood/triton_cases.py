@@ -40,6 +40,9 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quickly():
     with quick_interpreter(), pytest.MonkeyPatch.context() as patch:
@@ -66,19 +69,8 @@ def check(case: oracle.Case, dtype: torch.dtype = torch.float32, gradients: bool
 
 # A case of each kind: bias, additional keys, groups, strides, causal axes, unequal groups.
 PLAIN = oracle.Case((5, 6), (5, 3), (1, 1), (1, 1), (False, False), batch=2, heads=2, kv_heads=2)
-RICH = oracle.Case(
-    (5, 6),
-    (2, 4),
-    (2, 1),
-    (2, 1),
-    (False, True),
-    heads=2,
-    dim=7,
-    value_dim=20,
-    extra=3,
-    has_rpb=True,
-    packed=True,
-)
+_WINDOWS = ((5, 6), (2, 4), (2, 1), (2, 1), (False, True))
+RICH = oracle.Case(*_WINDOWS, heads=2, dim=7, value_dim=20, extra=3, has_rpb=True, packed=True)
 # All of that on a map as small as tests that call it many times need it.
 TINY = dataclasses.replace(
     RICH, size=(4,), kernel_size=(3,), stride=(2,), dilation=(1,), is_causal=(True,)
@@ -95,18 +87,18 @@ WIDE = [
 ]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_random_cases_are_exact(seed):
     check(small(seed))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4, 520)[PART::PARTS])
+@pytest.mark.parametrize("seed", range(3, 520)[PART::PARTS])
 def test_many_random_cases_are_exact(seed):
     check(small(seed))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
 def test_half_precision(dtype):
     check(RICH, dtype)
 
@@ -146,7 +138,13 @@ def test_random_cases_in_half_precision(seed, dtype):
         assert oracle.error(got, expected) <= gradient_tolerance, (name, case)
 
 
-@pytest.mark.parametrize("kind", oracle.UNUSUAL_SCORES)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("nan key", "infinite keys") else pytest.param(kind, marks=SLOW)
+        for kind in oracle.UNUSUAL_SCORES
+    ],
+)
 @pytest.mark.filterwarnings(
     "ignore::RuntimeWarning"
 )  # of the interpreter's NumPy, about infinities
@@ -163,38 +161,10 @@ def test_blocks_without_a_mask(case):
     check(case)
 
 
-def arguments_of(case: oracle.Case, kernel) -> dict:
-    """What the launcher would give `kernel` for this case."""
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            launch, "run", lambda kernel, grid, given, config: seen.append((kernel, given))
-        )
-        inputs = oracle.make_inputs(case, torch.float32)
-        run(case, inputs, lambda *given: launch.forward(*given))
-    (found,) = (given for started, given in seen if started is kernel)
-    return found
-
-
-def run(case: oracle.Case, inputs: oracle.Inputs, attend=backend.attend) -> tuple[Tensor, Tensor]:
+def run(case: oracle.Case, inputs: oracle.Inputs) -> tuple[Tensor, Tensor]:
     scale = case.dim**-0.5 if case.scale is None else case.scale
     params = NAParams(case.kernel_size, case.stride, case.dilation, case.is_causal, scale)
-    return attend(
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.additional_keys,
-        inputs.additional_values,
-        inputs.rpb,
-        params,
-    )
-
-
-@pytest.mark.parametrize("case", WIDE, ids=lambda case: f"{case.rank}d-{case.kernel_size}")
-def test_wide_windows_compile_the_branch_without_a_mask(case):
-    arguments = arguments_of(case, launch._forward)
-    (rule,) = launch._forward.values.values()
-    assert rule({**arguments, **tiles.configs(case.rank)[-1].kwargs})
+    return backend.attend(*vars(inputs).values(), params)
 
 
 @pytest.mark.slow
@@ -215,12 +185,6 @@ def test_every_tile_that_tuning_tries_is_exact(rank, index, monkeypatch):
             has_rpb=rpb,
         )
         check(case)
-
-
-def test_wide_windows_compile_the_branch_of_the_keys_too():
-    arguments = arguments_of(WIDE[2], launch._forward)
-    (rule,) = launch._grad_key_value.values.values()
-    assert rule({**arguments, **tiles.configs(2)[-1].kwargs})
 
 
 def loss(out: Tensor, lse: Tensor) -> Tensor:
@@ -263,6 +227,7 @@ def test_gradient_through_lse_alone():
         assert oracle.error(a, b) <= 2e-5, name
 
 
+@pytest.mark.slow
 def test_repeated_runs_are_bitwise_equal(rich):
     again = results_of_rich()
     assert list(again) == list(rich)
@@ -279,20 +244,15 @@ def test_huge_logits():
     assert oracle.error(lse, true_lse) <= 1e-6
 
 
-def test_keys_outside_of_the_windows_get_no_gradient():
-    case = oracle.Case((20,), (5,), (5,), (1,), (True,))
-    inputs = oracle.make_inputs(case, torch.float32, DEVICE).map(lambda t: t.requires_grad_())
-    out, _ = run(case, inputs)
-    out[:, :5].sum().backward()
-    assert torch.equal(inputs.key.grad[:, 5:], torch.zeros_like(inputs.key.grad[:, 5:]))
-    assert torch.equal(inputs.value.grad[:, 5:], torch.zeros_like(inputs.value.grad[:, 5:]))
-    assert inputs.value.grad[:, :5].abs().min() > 0
-
-
 @pytest.mark.parametrize(
     "case",
     [
-        dataclasses.replace(PLAIN, batch=1, heads=1, kv_heads=1, size=(4, 3), kernel_size=(3, 2)),
+        pytest.param(
+            dataclasses.replace(
+                PLAIN, batch=1, heads=1, kv_heads=1, size=(4, 3), kernel_size=(3, 2)
+            ),
+            marks=SLOW,
+        ),
         TINY,
     ],
     ids=["plain", "rich"],
@@ -300,14 +260,7 @@ def test_keys_outside_of_the_windows_get_no_gradient():
 def test_opcheck(case):
     """Calls it some ten times: small maps."""
     inputs = oracle.make_inputs(case, torch.float32, DEVICE).map(lambda t: t.requires_grad_())
-    tensors = (
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        inputs.additional_keys,
-        inputs.additional_values,
-        inputs.rpb,
-    )
+    tensors = tuple(vars(inputs).values())
     windows = (case.kernel_size, case.stride, case.dilation, case.is_causal)
     parameters = (*map(list, windows), 0.3)
     torch.library.opcheck(backend._attend_op, (*tensors, *parameters))
@@ -332,14 +285,3 @@ def test_compiles_into_one_graph():
     got = torch.autograd.grad(compiled(), list(inputs.present().values()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-def test_fixed_tiles_under_deterministic_algorithms(monkeypatch):
-    """Nothing is measured then, and the tiles fit in shared memory."""
-    arguments = arguments_of(PLAIN, launch._forward)
-    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    assert launch._fixed(arguments) is None
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
-    assert launch._fixed(arguments) in tiles.fitting(2, arguments)
-    wide = {**arguments, "PADDED_DIM": 256, "PADDED_VALUE_DIM": 256}
-    assert tiles.fitting(2, wide)[0].kwargs == tiles.configs(2)[-1].kwargs

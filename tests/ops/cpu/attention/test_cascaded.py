@@ -5,17 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ops.attention.cascaded import CascadedGroupAttention
-from ops.attention.single_head import SingleHeadAttention
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
-from ops.inference import layers, mobile
-from ops.reparam import fuse_children
 
 
 class _Heads(nn.Module):
@@ -125,63 +120,3 @@ def test_large_logits() -> None:
     expected = parts.exact(x, table).float()
     # Logits of some hundreds, in single precision.
     torch.testing.assert_close(parts.packed()(x, table), expected, rtol=1e-4, atol=1e-2)
-
-
-def test_rejects_bad_arguments() -> None:
-    packed = _Heads(2, 8, 4, (), False).packed()
-    x = torch.zeros(1, 3, 3, 16)
-    for wrong in (x[..., :15], x[0], x.bfloat16()):
-        with pytest.raises(ValueError, match=r"x must be \(N, H, W, dim\) of torch.float32.*2 × 8"):
-            packed(wrong)
-    with pytest.raises(ValueError, match=r"table must be torch.float32, got torch.bfloat16"):
-        packed(x, torch.zeros(2, 9, 9).bfloat16())
-    with pytest.raises(ValueError, match=r"table must be \(2, 9, 9\), got \(2, 9, 8\)"):
-        packed(x, torch.zeros(2, 9, 8))
-    assert packed(x[:0]).shape == (0, 3, 3, 16)
-    assert "float64" in (cascaded_attention.unavailable(x.device, torch.float64) or "")
-
-
-def _fast(layer: nn.Module, form: type[nn.Module]) -> nn.Module:
-    """Folded, in its inference form."""
-    torch.manual_seed(1)
-    for module in layer.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias)
-    fuse_children(layer.eval())
-    layer.requires_grad_(False)
-    return layers.convert(layer, form)
-
-
-@pytest.mark.parametrize("size", [(4, 4), (7, 7), (9, 14), (17, 18)])
-@pytest.mark.parametrize("has_kernel", [True, False])
-@pytest.mark.parametrize("dtype", list(_BOUNDS))
-@torch.no_grad()
-def test_layers_of_the_networks(
-    dtype: torch.dtype, has_kernel: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not has_kernel:
-        monkeypatch.setattr(mobile.cascaded_attention, "unavailable", lambda *_: "not wanted")
-    cascade = CascadedGroupAttention(48, 3, window_size=7, kernel_sizes=(5, 3, 3))
-    nn.init.normal_(cascade.attention_biases)
-    x = torch.randn(2, 48, *size).to(memory_format=torch.channels_last)
-    for layer, form in (
-        (cascade, mobile.FastCascadedGroupAttention),
-        (SingleHeadAttention(48, 20), mobile.FastSingleHeadAttention),
-    ):
-        plain = copy.deepcopy(_fast(layer, form)).double()
-        fast = layer.to(dtype)
-        out = fast(x.to(dtype))
-        expected = plain(x.double())
-        assert (out - expected).abs().max() <= _BOUNDS[dtype] * (1 + expected.abs().max())
-
-
-@torch.no_grad()
-def test_changed_weights_are_repacked() -> None:
-    layer = _fast(SingleHeadAttention(32, 16), mobile.FastSingleHeadAttention)
-    x = torch.randn(1, 32, 5, 5).to(memory_format=torch.channels_last)
-    before = layer(x)
-    layer.norm.bias.add_(1)
-    after = layer(x)
-    assert not torch.equal(before, after)
-    torch.testing.assert_close(after, copy.deepcopy(layer).double()(x.double()).float())

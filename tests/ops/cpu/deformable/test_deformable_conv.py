@@ -73,24 +73,6 @@ def test_extreme_offsets_read_zeros() -> None:
         torch.testing.assert_close(out, bias.view(1, -1, 1, 1).expand_as(out))
 
 
-def test_offsets_of_another_map_are_refused() -> None:
-    x, offset, weight, bias = _problem(1, (8, 8), (8, 8), 2, 2)
-    with pytest.raises(ValueError, match=r"offset must be \(1, 8, 3, 3\), got \(1, 8, 4, 4\)"):
-        deformable_conv2d(x[:, :, :7, :7], offset, pack_taps(weight), bias, 2, 2)
-    assert deformable_conv2d(x[:0], offset[:0], pack_taps(weight), bias, 2, 2).shape[0] == 0
-
-
-def test_bad_inputs_are_refused() -> None:
-    x, offset, weight, bias = _problem(1, (9, 12), (21, 19), 2, 2)
-    with pytest.raises(ValueError, match="offset must be"):
-        deformable_conv2d(x, offset[:, :4], pack_taps(weight), bias, 2, 2)
-    with pytest.raises(ValueError, match="not that of 19 outputs of 84 inputs"):
-        deformable_conv2d(x, offset, pack_taps(weight)[: 18 * 84], bias, 2, 2)
-    for other in (x.double(), x.bfloat16()):
-        with pytest.raises(ValueError, match=r"x and weight must be float32.*got torch\."):
-            deformable_conv2d(other, offset, pack_taps(weight).repeat(8), bias, 2, 2)
-
-
 def test_nan_offsets_are_ignored() -> None:
     """There lies the NaN that it came of, and zero is what is beyond the border."""
     x, offset, weight, bias = _problem(1, (6, 6), (5, 7), 2, 2)

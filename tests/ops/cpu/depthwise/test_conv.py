@@ -20,7 +20,6 @@ from ops.cpu.depthwise.conv import (
     depthwise_branches,
     depthwise_conv2d,
     taps_first,
-    unavailable,
 )
 
 
@@ -114,21 +113,6 @@ def test_squares_of_large_maps(channels: int) -> None:
         assert _relative(out, expected) < 2e-6
 
 
-def test_bfloat16_rounds_only_at_the_end() -> None:
-    x, weight = random(1, 24, 20, 20).bfloat16(), random(24, 1, 13, 13)
-    expected = F.conv2d(x.double(), weight, None, 1, 6, 1, 24)
-    out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (6, 6))
-    assert _relative(out.double(), expected) < 4e-3
-
-
-def test_channel_slices_are_read_in_place() -> None:
-    wide = random(2, 40, 9, 9).float().contiguous(memory_format=torch.channels_last)
-    x, weight = wide[:, 8:24], random(16, 1, 5, 5)
-    expected = F.conv2d(x.double(), weight, None, 1, 2, 1, 16)
-    out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (2, 2))
-    assert _relative(out, expected) < 2e-6
-
-
 def test_nan_and_infinity_pass() -> None:
     x = torch.zeros(1, 16, 5, 5)
     x[0, 3, 2, 2], x[0, 4, 2, 2] = float("nan"), float("inf")
@@ -160,46 +144,3 @@ def test_branches(passed: int, batch: int, threads: int) -> None:
         with using_threads(threads):
             out = depthwise_branches(x.to(dtype), taps, [b.float() for b in biases])
         assert out.dtype == dtype and _relative(out, torch.cat(parts, 1)) < tolerance
-
-
-def test_mismatched_branches_are_rejected() -> None:
-    x, taps, bias = torch.zeros(1, 7, 5, 5), torch.ones(3, 3, 4), torch.zeros(4)
-    assert depthwise_branches(x[:0], [taps], [bias]).shape == (0, 7, 5, 5)
-    for kernels, biases, message in (
-        ([taps, taps], [bias, bias], "at most 7 channels together"),
-        ([taps], [bias[:3]], r"biases \(c,\)"),
-        ([torch.ones(3, 2, 4)], [bias], "must be odd"),
-        ([taps.bfloat16()], [bias], "taps must be torch.float32, got torch.bfloat16"),
-        ([taps], [bias.double()], "biases must be torch.float32, got torch.float64"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            depthwise_branches(x, kernels, biases)
-
-
-@pytest.mark.parametrize(
-    ("shape", "taps", "activation", "message"),
-    [
-        ((1, 4, 8, 8), (3, 3, 5), "none", "got .1, 4, 8, 8. and .3, 3, 5."),
-        ((1, 4, 2, 8), (3, 3, 4), "none", "a map of 2×8"),
-        ((1, 4, 8, 8), (3, 3, 4), "softplus", "activation must be one of"),
-    ],
-)
-def test_rejects_bad_arguments(shape, taps, activation, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        depthwise_conv2d(torch.zeros(shape), torch.zeros(taps), activation=activation)
-
-
-def test_taps_and_bias_of_another_dtype_are_refused() -> None:
-    x, taps = torch.zeros(1, 4, 8, 8).bfloat16(), torch.zeros(3, 3, 4)
-    with pytest.raises(ValueError, match="taps must be torch.float32, got torch.bfloat16"):
-        depthwise_conv2d(x, taps.bfloat16())
-    with pytest.raises(ValueError, match="bias must be torch.float32, got torch.bfloat16"):
-        depthwise_conv2d(x, taps, torch.zeros(4).bfloat16())
-
-
-def test_unsupported_says_why() -> None:
-    cpu = torch.device("cpu")
-    assert unavailable((1, 1), cpu, torch.float32) is None
-    assert "cuda" in unavailable((1, 1), torch.device("cuda"), torch.float32)
-    assert "float64" in unavailable((1, 1), cpu, torch.float64)
-    assert "strides" in unavailable((3, 3), cpu, torch.float32)

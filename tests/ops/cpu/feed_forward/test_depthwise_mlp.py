@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp
+from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, PackedExpansion
 
 
 def _parts(
@@ -56,6 +56,33 @@ def _exact(
     return parts["fc2"](x)
 
 
+def _check(
+    parts: nn.ModuleDict,
+    x: Tensor,
+    activations: tuple[str, str],
+    bound: float,
+    *,
+    has_norm: bool = False,
+    has_conv: bool = True,
+    has_first: bool = True,
+    has_residual: bool = False,
+    threads: int = 1,
+    plus: float = 1.0,
+) -> None:
+    """Compare two calls, which are equal, with the layers one by one."""
+    first, conv = parts["fc1"] if has_first else None, parts["conv"] if has_conv else None
+    packed = PackedDepthwiseMlp(first, conv, parts["fc2"], *activations)
+    expected = _exact(parts, x, activations, has_norm, has_conv, has_first)
+    residual = torch.randn(expected.shape).to(x.dtype) if has_residual else None
+    expected = expected if residual is None else expected + residual
+    with using_threads(threads):
+        outs = [packed(x, residual, parts["norm"] if has_norm else None) for _ in range(2)]
+    assert torch.equal(*outs)
+    assert outs[0].dtype == x.dtype and outs[0].is_contiguous()
+    assert outs[0].shape == expected.shape
+    assert (outs[0] - expected).abs().max() <= bound * (plus + expected.abs().max())
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
@@ -71,67 +98,13 @@ def _exact(
 def test_equals_the_layers_one_by_one(
     dtype, batch, size, dims, activations, has_norm, has_conv, has_residual, bias
 ) -> None:
-    parts = _parts(*dims, bias=bias).to(dtype)
-    packed = PackedDepthwiseMlp(
-        parts["fc1"], parts["conv"] if has_conv else None, parts["fc2"], *activations
-    )
-    x = torch.randn(batch, *size, dims[0]).to(dtype)
-    residual = torch.randn(batch, *size, dims[2]).to(dtype)
-    expected = _exact(parts, x, activations, has_norm, has_conv)
-    expected = expected + residual if has_residual else expected
-    out = packed(x, residual if has_residual else None, parts["norm"] if has_norm else None)
     # A norm of few channels divides rounding errors by their small deviation.
     bound = 20 if has_norm and dims[0] < 8 else 1
     # In bfloat16 some inputs of a layer are rounded up that here are rounded down.
     bound *= {torch.float32: 5e-6, torch.bfloat16: 2**-7}[dtype]
-    assert out.dtype == dtype and out.is_contiguous()
-    assert (out - expected).abs().max() <= bound * (1 + expected.abs().max())
-
-
-@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("hidden", [96, 700])
-def test_strips_and_threads(hidden: int, threads: int, dtype: torch.dtype) -> None:
-    """A map of several strips, with chunks of channels in each."""
-    parts = _parts(24, hidden, 20).to(dtype)
-    bound = 2 * LINEAR_DTYPES[dtype]
-    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "gelu")
-    x = torch.randn(2, 90, 41, 24).to(dtype)
-    expected = _exact(parts, x, ("none", "gelu"), True, True)
-    with using_threads(threads):
-        out = packed(x, None, parts["norm"])
-        assert torch.equal(packed(x, None, parts["norm"]), out)
-    assert (out - expected).abs().max() <= bound * expected.abs().max()
-    tokens = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"], "gelu")(x)
-    expected = _exact(parts, x, ("gelu", "none"), False, False)
-    assert (tokens - expected).abs().max() <= bound * expected.abs().max()
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    dtype=st.sampled_from(list(LINEAR_DTYPES)),
-    height=st.sampled_from([1, 2, 3, 19]),
-    width=st.integers(128, 280),
-    has_norm=st.booleans(),
-    has_residual=st.booleans(),
-    threads=st.integers(1, 3),
-)
-def test_blocks_of_wide_maps(dtype, height, width, has_norm, has_residual, threads) -> None:
-    parts = _parts(16, 330, 20).to(dtype)
-    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "gelu")
-    x = torch.randn(2, height, width, 16).to(dtype)
-    residual = torch.randn(2, height, width, 20).to(dtype) if has_residual else None
-    expected = _exact(parts, x, ("none", "gelu"), has_norm, True)
-    expected = expected if residual is None else expected + residual
-    with using_threads(threads):
-        out = packed(x, residual, parts["norm"] if has_norm else None)
-    assert (out - expected).abs().max() <= 2 * LINEAR_DTYPES[dtype] * expected.abs().max()
-
-
-def _bottleneck(parts: nn.ModuleDict, has_first: bool = True) -> PackedDepthwiseMlp:
-    return PackedDepthwiseMlp(
-        parts["fc1"] if has_first else None, parts["conv"], parts["fc2"], "relu6", "relu6"
-    )
+    x = torch.randn(batch, *size, dims[0]).to(dtype)
+    has = {"has_norm": has_norm, "has_conv": has_conv, "has_residual": has_residual}
+    _check(_parts(*dims, bias=bias).to(dtype), x, activations, bound, **has)
 
 
 @settings(max_examples=40, deadline=None)
@@ -151,32 +124,88 @@ def test_inverted_bottlenecks(
 ) -> None:
     parts = _parts(12 if has_first else hidden, hidden, 20, True, side, stride).to(dtype)
     x = 3 * torch.randn(batch, *size, parts["fc1"].in_features).to(dtype)
-    expected = _exact(parts, x, ("relu6", "relu6"), False, True, has_first)
-    residual = torch.randn(expected.shape).to(dtype) if has_residual else None
-    expected = expected if residual is None else expected + residual
-    with using_threads(threads):
-        out = _bottleneck(parts, has_first)(x, residual)
     bound = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
-    assert out.dtype == dtype and out.shape == expected.shape
-    assert (out - expected).abs().max() <= bound * (1 + expected.abs().max())
+    has = {"has_first": has_first, "has_residual": has_residual}
+    _check(parts, x, ("relu6", "relu6"), bound, threads=threads, **has)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    # Of strips, with chunks of channels in each, and of blocks of columns.
+    large=st.sampled_from([(90, 41, 96), (90, 41, 700), (50, 23, 500), (21, 203, 330)]),
+    wide=st.none() | st.tuples(st.sampled_from([1, 2, 3, 19]), st.integers(128, 280)),
+    window=st.sampled_from([(3, 1), (5, 1), (7, 1), (5, 2), (7, 2)]),
+    has_norm=st.booleans(),
+    has_first=st.booleans(),
+    has_residual=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_strips_and_blocks_of_large_maps(
+    dtype, large, wide, window, has_norm, has_first, has_residual, threads
+) -> None:
+    height, width, hidden = large if wide is None else (*wide, 330)
+    parts = _parts(16 if has_first else hidden, hidden, 20, True, *window).to(dtype)
+    x = torch.randn(1, height, width, parts["fc1"].in_features).to(dtype)
+    activations = ("none", "gelu") if has_first else ("relu6", "relu6")
+    has = {"has_norm": has_norm and has_first, "has_first": has_first, "has_residual": has_residual}
+    has |= {"plus": 0.0 if has_first else 1.0}
+    _check(parts, x, activations, 2 * LINEAR_DTYPES[dtype], threads=threads, **has)
 
 
 @pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("side", [5, 7])
-def test_strips_of_inverted_bottlenecks(side: int, stride: int, dtype: torch.dtype) -> None:
-    """Maps of many strips, with chunks of channels, and of blocks of columns."""
-    for hidden, height, width in ((500, 50, 23), (330, 21, 203)):
-        for has_first in (False, True):
-            parts = _parts(16 if has_first else hidden, hidden, 20, True, side, stride).to(dtype)
-            packed = _bottleneck(parts, has_first)
-            x = torch.randn(1, height, width, parts["fc1"].in_features).to(dtype)
-            expected = _exact(parts, x, ("relu6", "relu6"), False, True, has_first)
-            for threads in (1, 3):
-                with using_threads(threads):
-                    out = packed(x)
-                error = (out - expected).abs().max()
-                assert error <= 2 * LINEAR_DTYPES[dtype] * (1 + expected.abs().max())
+def test_many_tokens(dtype: torch.dtype) -> None:
+    x, parts = torch.randn(2, 90, 41, 24).to(dtype), _parts(24, 700, 20).to(dtype)
+    _check(parts, x, ("gelu", "none"), 2 * LINEAR_DTYPES[dtype], has_conv=False, plus=0.0)
+
+
+# ---- the first two layers with the means of channels -------------------------------------------
+def _check_expansion(parts: nn.ModuleDict, x: Tensor, activations: tuple[str, str]) -> None:
+    packed = PackedExpansion(parts["fc1"], parts["conv"], *activations)
+    (out, means), again = packed(x), packed(x)
+    assert all(map(torch.equal, (out, means), again))
+    wide = copy.deepcopy(parts).double()
+    first, last = (PLAIN_ACTIVATIONS[name] for name in activations)
+    hidden = first(wide["fc1"](x.double()))
+    hidden = hidden.bfloat16().double() if x.dtype == torch.bfloat16 else hidden
+    exact = last(wide["conv"](hidden.permute(0, 3, 1, 2).contiguous())).permute(0, 2, 3, 1)
+    atol = 4 * LINEAR_DTYPES[x.dtype] * (1 + hidden.abs().max().item() + exact.abs().max().item())
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol)
+    torch.testing.assert_close(means.double(), exact.mean((1, 2)), rtol=0, atol=atol)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 23)),
+    dims=st.tuples(st.integers(1, 40), st.integers(16, 420)),
+    side=st.sampled_from([3, 5, 7]),
+    stride=st.sampled_from([1, 2]),
+    activations=st.tuples(*[st.sampled_from(["none", "relu", "silu", "hardswish"])] * 2),
+)
+def test_expansions(dtype, batch, size, dims, side, stride, activations) -> None:
+    parts = _parts(*dims, 8, True, side, stride).to(dtype)
+    _check_expansion(parts, torch.randn(batch, *size, dims[0]).to(dtype), activations)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dtype", LINEAR_DTYPES)
+@pytest.mark.parametrize("shape", [(4, 7, 9, 12), (1, 61, 40, 12), (1, 5, 300, 12)])
+def test_expansions_of_strips_and_blocks(
+    shape: tuple[int, ...], dtype: torch.dtype, threads: int
+) -> None:
+    """Maps of one strip, of several, and of several blocks of columns."""
+    parts = _parts(12, 217, 8, True, 5, 2).to(dtype)
+    with using_threads(threads):
+        _check_expansion(parts, torch.randn(shape).to(dtype), ("silu", "silu"))
+
+
+# ---- numbers and layers ------------------------------------------------------------------------
+def _bottleneck(parts: nn.ModuleDict, has_first: bool = True) -> PackedDepthwiseMlp:
+    return PackedDepthwiseMlp(
+        parts["fc1"] if has_first else None, parts["conv"], parts["fc2"], "relu6", "relu6"
+    )
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -212,62 +241,3 @@ def test_convolutions_that_the_kernel_takes() -> None:
         conv(padding_mode="reflect"),
     ):
         assert not PackedDepthwiseMlp.applies(other)
-
-
-def test_infinity_stays_within_the_window() -> None:
-    parts = _parts(8, 16, 8)
-    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "relu")
-    x = torch.zeros(1, 7, 7, 8)
-    x[0, 0, 6, 2] = float("nan")
-    lost = packed(x).isnan().any(-1)[0]
-    assert lost[:2, 5:].all() and lost.sum() == 4
-
-
-def test_bad_inputs_are_refused() -> None:
-    parts = _parts(5, 7, 5)
-    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
-    x = torch.zeros(1, 3, 3, 5)
-    for image, norm, message in (
-        (x[..., :4], None, "float32 with 5 features"),
-        (x.double(), None, "float32 with 5 features, got torch.float64"),
-        (x[0], None, r"\(B, H, W, 5\), got \(3, 3, 5\)"),
-        (x, nn.LayerNorm(4), "weight and bias of 5 features"),
-        (x, nn.LayerNorm(5).double(), "the norm's weight must be torch.float32"),
-        (x, nn.LayerNorm(5, elementwise_affine=False), "weight and bias of 5 features"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            packed(image, None, norm)
-
-
-def test_bad_residuals_are_refused() -> None:
-    parts = _parts(8, 16, 8)
-    packed = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"])
-    for residual, message in (
-        (torch.zeros(1, 3, 9), r"must be \(1, 3, 8\), got \(1, 3, 9\)"),
-        (torch.zeros(1, 3, 8).bfloat16(), "residual must be torch.float32, got torch.bfloat16"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            packed(torch.zeros(1, 3, 8), residual)
-    assert packed(torch.zeros(0, 3, 8)).shape == (0, 3, 8)
-
-
-def test_a_first_convolution_needs_channels_and_no_norm() -> None:
-    parts = _parts(16, 16, 8)
-    packed = _bottleneck(parts, has_first=False)
-    with pytest.raises(ValueError, match="no norm precede it"):
-        packed(torch.zeros(1, 4, 4, 16), None, parts["norm"])
-    with pytest.raises(ValueError, match="16 features or more, got 8"):
-        _bottleneck(_parts(8, 8, 8), has_first=False)(torch.zeros(1, 4, 4, 8))
-
-
-def test_more_threads_than_rows() -> None:
-    parts = _parts(8, 16, 8)
-    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
-    with using_threads(2):
-        assert packed.pays(torch.zeros(1, 7, 7, 8))
-        assert not packed.pays(torch.zeros(1, 4, 4, 8))
-        assert packed.pays(torch.zeros(2, 4, 4, 8))
-        # Larger windows share more rows of the hidden map.
-        larger = _bottleneck(_parts(8, 16, 8, side=7))
-        assert larger.pays(torch.zeros(1, 14, 14, 8))
-        assert not larger.pays(torch.zeros(1, 7, 7, 8))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
-from compiled_kernels import LINEAR_DTYPES, random, using_threads
+from compiled_kernels import LINEAR_DTYPES, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -60,16 +59,6 @@ def test_zero_far_from_the_grid_and_nan_propagates() -> None:
     torch.testing.assert_close(out[:2].double(), exact(x[:2].double()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [3, 1500])
-def test_threads_change_nothing(rows: int) -> None:
-    layer, _ = _layer(96, 80, 8)
-    packed, x, outs = pack_kan(layer), random(1, rows, 96).float(), []
-    for threads in (1, 2):
-        with using_threads(threads):
-            outs.append(kan_layer(x, *packed))
-    torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-5)
-
-
 def _fast(**arguments: float) -> tuple[FastKANLayer, Tensor, Tensor]:
     torch.manual_seed(0)
     layer = KANLayer(12, 7, **arguments).requires_grad_(False)
@@ -88,15 +77,3 @@ def test_fine_grids_fall_back_to_the_plain_layer() -> None:
     layer, x, expected = _fast(width=0.01)
     assert pack_kan(layer) is None
     torch.testing.assert_close(layer(x), expected)
-
-
-def test_compiles_and_rejects_bad_arguments() -> None:
-    layer, _ = _layer(6, 4, 3)
-    packed, x = pack_kan(layer), torch.randn(2, 6)
-    torch.library.opcheck(torch.ops.vision_backbones.kan_layer.default, (x, *packed))
-    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 6\).*got \(2, 5\)"):
-        kan_layer(x[:, :5], *packed)
-    with pytest.raises(ValueError, match="of torch.float64"):
-        kan_layer(x.double(), *packed)
-    with pytest.raises(ValueError, match="weight is not that of 4 outputs of 6 inputs at 3"):
-        kan_layer(x, *packed._replace(weight=packed.weight[:-1]))

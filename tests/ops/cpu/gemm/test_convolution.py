@@ -13,16 +13,14 @@ from compiled_kernels import (
     conv_layer,
     random,
     using_threads,
-    without_kernels,
 )
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.gemm.convolution import PackedConv2d, packed_conv2d
+from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.int8 import int8_unavailable, quantize_weight, reference
-from ops.inference.layers import FastConv2d, convert
 from ops.inference.packed_linear import Quantization
 
 _REASON = int8_unavailable(torch.device("cpu"), torch.float32)
@@ -38,51 +36,46 @@ def _agrees(x: Tensor, conv: nn.Conv2d, activation: str, tolerance: float) -> No
     assert (out - expected).abs().max() < 4 * tolerance * (1 + expected.abs().max())
 
 
-@settings(max_examples=80, deadline=None)
+_small = st.fixed_dictionaries(
+    {
+        "size": st.tuples(st.integers(1, 19), st.integers(1, 33)),
+        "channels": st.tuples(st.sampled_from([1, 3, 16, 20]), st.sampled_from([1, 17, 40])),
+        "kernel_size": _pairs,
+        "stride": _pairs,
+    }
+)
+# Windows of images, whose rows are copied as they are.
+_wide = st.fixed_dictionaries(
+    {
+        "size": st.tuples(st.integers(17, 40), st.integers(17, 70)),
+        "channels": st.tuples(st.integers(1, 4), st.sampled_from([1, 17, 40])),
+        "kernel_size": st.tuples(st.integers(1, 17), st.integers(8, 17)),
+        "stride": st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    }
+)
+
+
+@settings(max_examples=140, deadline=None)
 @given(
+    windows=_small | _wide,
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
     batch=st.integers(1, 3),
-    size=st.tuples(st.integers(1, 19), st.integers(1, 33)),
-    channels=st.tuples(st.sampled_from([1, 3, 16, 20]), st.sampled_from([1, 17, 40])),
-    kernel_size=_pairs,
-    stride=_pairs,
     padding=st.tuples(st.integers(0, 5), st.integers(0, 5)),
     activation=st.sampled_from(ACTIVATIONS),
     bias=st.booleans(),
     channels_last=st.booleans(),
 )
 def test_is_the_convolution(
-    dtype, batch, size, channels, kernel_size, stride, padding, activation, bias, channels_last
+    windows, dtype, batch, padding, activation, bias, channels_last
 ) -> None:
-    assume(all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel_size, strict=True)))
-    geometry = dict(kernel_size=kernel_size, stride=stride, padding=padding, bias=bias)
+    size, channels = windows["size"], windows["channels"]
+    sides = zip(size, padding, windows["kernel_size"], strict=True)
+    assume(all(n + 2 * p >= k for n, p, k in sides))
+    geometry = {name: windows[name] for name in ("kernel_size", "stride")}
     x = random(batch, channels[0], *size).to(dtype)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    _agrees(x, conv_layer(*channels, dtype, **geometry), activation, LINEAR_DTYPES[dtype])
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    dtype=st.sampled_from(list(LINEAR_DTYPES)),
-    batch=st.integers(1, 3),
-    size=st.tuples(st.integers(17, 40), st.integers(17, 70)),
-    channels=st.tuples(st.integers(1, 4), st.sampled_from([1, 17, 40])),
-    kernel_size=st.tuples(st.integers(1, 17), st.integers(8, 17)),
-    stride=st.tuples(st.integers(1, 20), st.integers(1, 20)),
-    padding=st.tuples(st.integers(0, 5), st.integers(0, 5)),
-    channels_last=st.booleans(),
-)
-def test_wide_windows_of_images(
-    dtype, batch, size, channels, kernel_size, stride, padding, channels_last
-) -> None:
-    """Their rows are copied as they are."""
-    x = random(batch, channels[0], *size).to(dtype)
-    if channels_last:
-        x = x.to(memory_format=torch.channels_last)
-    conv = conv_layer(*channels, dtype, kernel_size=kernel_size, stride=stride, padding=padding)
-    assert PackedConv2d(conv)._by_channel == (kernel_size[1] * dtype.itemsize >= 32)
-    _agrees(x, conv, "relu", LINEAR_DTYPES[dtype])
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    conv = conv_layer(*channels, dtype, **geometry, padding=padding, bias=bias)
+    _agrees(x, conv, activation, LINEAR_DTYPES[dtype])
 
 
 @pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
@@ -116,17 +109,6 @@ def test_in_int8_windows_are_rows(channels, geometry, dtype, in_range) -> None:
         assert (out - expected).abs().max() < LINEAR_DTYPES[dtype] * 4 * (1 + expected.max())
 
 
-@pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
-def test_scales_of_int8_are_checked() -> None:
-    packed = PackedConv2d(conv_layer(16, 24, kernel_size=3), Quantization().pack)
-    x, scale = random(1, 16, 9, 8).float(), packed._scales[0]
-    for weight, scales in ((packed._weight.float(), scale), (packed._weight, torch.zeros(2, 5))):
-        with pytest.raises(
-            ValueError, match=r"weight_scale must be \(2, 24\) for a weight in int8"
-        ):
-            packed_conv2d(x, weight, packed._bias, packed._geometry, weight_scale=scales)
-
-
 def test_many_strips_and_threads() -> None:
     conv = conv_layer(64, 40, kernel_size=3, stride=2, padding=1)
     patches = conv_layer(3, 40, kernel_size=9, stride=8, padding=1)
@@ -138,41 +120,3 @@ def test_many_strips_and_threads() -> None:
         torch.testing.assert_close(outs[0], layer(x), rtol=1e-5, atol=1e-5)
         assert torch.equal(*outs)
     assert PackedConv2d(conv)(random(0, 64, 61, 90).float()).shape == (0, 40, 31, 45)
-
-
-@pytest.mark.parametrize("tiles", [False, True])
-def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None:
-    """Where there are channels enough or windows far apart; with tiles, those of images, too."""
-    monkeypatch.setattr("ops.cpu.policy.by_tiles", lambda dtype: tiles)
-    calls = []
-    call = PackedConv2d.__call__
-    monkeypatch.setattr(PackedConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
-    strided = convert(conv_layer(16, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
-    dense = convert(conv_layer(16, 32, kernel_size=3, padding=1), FastConv2d)
-    thin = convert(conv_layer(3, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
-    far = convert(conv_layer(3, 32, kernel_size=8, stride=8), FastConv2d)
-    for layer, side in ((strided, 80), (strided, 200), (dense, 40), (far, 40), (thin, 40)):
-        x = random(1, layer.in_channels, side, side).float()
-        expected = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
-        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    own = [(1, 16, 80, 80), (1, 16, 200, 200), (1, 3, 40, 40), (1, 3, 40, 40)]
-    assert calls == own[: 4 if tiles else 3]
-
-
-def test_rejects_bad_arguments(monkeypatch) -> None:
-    packed = PackedConv2d(conv_layer(16, 8, kernel_size=3))
-    with pytest.raises(ValueError, match=r"\(B, 16, H, W\) of torch.float32, got \(1, 8, 5, 5\)"):
-        packed(torch.zeros(1, 8, 5, 5))
-    with pytest.raises(ValueError, match="of torch.float64"):
-        packed(torch.zeros(1, 16, 5, 5, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"map of \(2, 5\).*smaller than the window of \(3, 3\)"):
-        packed(torch.zeros(1, 16, 2, 5))
-    with pytest.raises(ValueError, match="got 'softplus'"):
-        packed(torch.zeros(1, 16, 5, 5), "softplus")
-    with pytest.raises(ValueError, match="no groups and no dilation"):
-        PackedConv2d(conv_layer(16, 8, kernel_size=3, groups=2))
-    with pytest.raises(ValueError, match="number of zeros"):
-        PackedConv2d(conv_layer(16, 8, kernel_size=3, padding=1, padding_mode="circular"))
-    without_kernels(monkeypatch)
-    with pytest.raises(RuntimeError, match="VISION_BACKBONES_NATIVE"):
-        packed(torch.zeros(1, 16, 5, 5))

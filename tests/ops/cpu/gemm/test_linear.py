@@ -1,4 +1,4 @@
-"""The linear kernel against float64; bad arguments."""
+"""Linear layers, one and two in one pass, against float64."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from compiled_kernels import (
     linear_layer,
     random,
     steepness,
+    using_threads,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from ops.cpu.gemm.linear import (
     packed_linear,
     packed_linear_energy,
 )
+from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.gemm.problem import COMBINATIONS
 
 _COMBINED = {
@@ -157,41 +159,23 @@ def test_nan_and_infinity_pass() -> None:
     assert packed_linear(x, *packed, "relu6")[0, 2].eq(6).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"activation": "softplus"}, "activation must be one of"),
-        ({"combination": "add"}, "combination must be one of"),
-        ({"x": torch.zeros(2, 6)}, "got .2, 6."),
-        ({"x": torch.zeros(2, 99)}, "got .2, 99."),
-        ({"other": torch.zeros(2, 4), "combination": "add"}, r"other must be .2, 3., got .2, 4."),
-        (
-            {"other": torch.zeros(2, 3).bfloat16(), "combination": "add"},
-            "other must be torch.float32, got torch.bfloat16",
-        ),
-        (
-            {"other": torch.zeros(2, 3), "combination": "add_scaled"},
-            r"other_scale must be .3,. with 'add_scaled', got None",
-        ),
-        (
-            {"other": torch.zeros(2, 3), "combination": "add", "other_scale": torch.ones(3)},
-            "other_scale must be None with 'add', got .3,.",
-        ),
-        ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
-        (
-            {"scale": torch.zeros(2, 5).half()},
-            "scale must be torch.float32 or .*, got torch.float16",
-        ),
-        ({"x": torch.zeros(2, 5).bfloat16()}, "x is torch.bfloat16 and its weight torch.float32"),
-    ],
-)
-def test_rejects_bad_arguments(arguments, message) -> None:
-    packed = pack_weight(torch.zeros(3, 5)), torch.zeros(3)
-    with pytest.raises(ValueError, match=message):
-        packed_linear(arguments.pop("x", torch.zeros(2, 5)), *packed, **arguments)
-
-
-@pytest.mark.parametrize("shape", [(3,), (3, 5, 1, 1)])
-def test_only_matrices_are_packed(shape) -> None:
-    with pytest.raises(ValueError, match=r"weight must be .out_features, in_features., got"):
-        pack_weight(torch.zeros(shape))
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [(3, 5), (31, 43)])
+@pytest.mark.parametrize("dims", [(24, 70, 24), (64, 1500, 40)])
+def test_is_both_layers(dtype, threads, size, dims) -> None:
+    """Some rows at a time where there are many, from inputs that lie apart."""
+    dim, hidden, out_dim = dims
+    x = random(2, *size, dim + 3).to(dtype)[..., :dim]
+    residual = random(2, *size, out_dim + 1, seed=3).to(dtype)[..., 1:]
+    weight1, bias1, first = linear_layer(dim, hidden, dtype)
+    weight2, bias2, second = linear_layer(hidden, out_dim, dtype)
+    between = F.gelu(F.linear(x.double(), weight1, bias1)).to(dtype).double()
+    expected = F.linear(between, weight2, bias2)
+    with using_threads(threads):
+        out = packed_mlp(x, *first, *second, "gelu")
+        added = packed_mlp(x, *first, *second, "gelu", residual)
+    assert out.dtype == dtype and out.is_contiguous() and added.is_contiguous()
+    tolerance = 2 * LINEAR_DTYPES[dtype] * expected.abs().max()
+    assert (out - expected).abs().max() < tolerance
+    assert (added - expected - residual).abs().max() < tolerance

@@ -14,7 +14,6 @@ _OPS = Path(__file__).parents[2]
 # not multiply pairs of bfloat16 either.
 _KERNELS = {
     "cpu/gemm/test_linear.py": "gemm",
-    "cpu/gemm/test_mlp.py": "gemm",
     "cpu/attention/test_cascaded.py": "cascaded_attention",
     "cpu/gemm/test_convolution.py": "gemm",
     "cpu/deformable/test_deformable_conv.py": "deformable",
@@ -23,6 +22,7 @@ _KERNELS = {
     "cpu/feed_forward/test_kan.py": "kan",
     "cpu/feed_forward/test_response_mlp.py": "response_mlp",
     "neighborhood/test_cpu.py": "neighborhood",
+    "neighborhood/test_exact.py": "neighborhood",
 }
 _RUN = """
 import sys, pytest

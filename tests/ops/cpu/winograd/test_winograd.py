@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, using_threads
+from compiled_kernels import PLAIN_ACTIVATIONS, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -71,34 +71,6 @@ def test_convolutions_without_bias() -> None:
     conv = _conv(20, 17)
     conv.bias = None
     _check(conv, torch.randn(2, 20, 5, 4), "relu")
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    _check(_conv(37, 21), torch.randn(2, 37, 9, 12), "silu")
-
-
-def test_no_images() -> None:
-    assert WinogradConv2d(_conv(4, 6))(torch.zeros(0, 4, 5, 5)).shape == (0, 6, 5, 5)
-
-
-def test_bad_inputs_are_refused() -> None:
-    packed = WinogradConv2d(_conv(16, 16, (0, 0)))
-    with pytest.raises(ValueError, match=r"channels of the weight, got \(1, 40, 5, 5\)"):
-        packed(torch.zeros(1, 40, 5, 5))
-    with pytest.raises(ValueError, match=r"\(2, 5\) with padding \(0, 0\) is smaller than 3×3"):
-        packed(torch.zeros(1, 16, 2, 5))
-    with pytest.raises(ValueError, match="bfloat16"):
-        packed(torch.zeros(1, 16, 5, 5, dtype=torch.bfloat16))
-    others = (
-        *(nn.Conv2d(4, 4, 5), nn.Conv2d(4, 4, 3, 2)),
-        *(nn.Conv2d(4, 4, 3, dilation=2), nn.Conv2d(4, 4, 3, padding="same")),
-        *(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), nn.Conv2d(4, 4, 3).bfloat16()),
-    )
-    for conv in others:
-        with pytest.raises(ValueError, match="conv must be a 3×3 in float32 without stride"):
-            WinogradConv2d(conv)
 
 
 @pytest.mark.parametrize("pays", [True, False])

@@ -1,0 +1,316 @@
+"""Attention whose definition takes a line or two: against it, or against torch and timm."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparisons import assert_same_with_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import EcaModule
+from torch import Tensor, nn
+from zoo import images, randomise, small
+
+import backbones
+from ops.attention import biased
+from ops.attention.biased import attend_in_turn
+from ops.attention.channel import EfficientChannelAttention
+from ops.attention.large_kernel import DilatedDepthwiseConv2d, LargeKernelAttention
+from ops.attention.pooled import PooledAttention, pool_tokens
+from ops.attention.single_head import SingleHeadAttention, single_head_attention
+from ops.attention.softmax import softmax_attention
+from ops.attention.token_pooling import TokenPooling, token_attentions
+from ops.attention.window import shift_masks, window_attention
+
+
+# ---- one head ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 2)])
+def test_definition_and_gradients(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 4, *size, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v = torch.randn(2, 7, *size, dtype=torch.float64, requires_grad=True)
+    scores = torch.einsum("bcm,bcn->bmn", q.flatten(2), k.flatten(2)) / 2
+    expected = torch.einsum("bmn,bcn->bcm", scores.softmax(-1), v.flatten(2)).view(v.shape)
+    assert_same_with_gradients(single_head_attention(q, k, v), expected, (q, k, v))
+
+
+@torch.no_grad()
+def test_the_rest_of_the_channels_pass_to_the_projection() -> None:
+    layer = SingleHeadAttention(10, 3, qk_dim=2).eval()
+    layer.proj = torch.nn.Identity()
+    x = torch.randn(1, 10, 4, 4)
+    assert torch.equal(layer(x)[:, 3:], x[:, 3:].relu())
+
+
+# ---- channels ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kernel_size", [1, 3, 7])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 2, 1, 1)])
+def test_as_timm(kernel_size: int, shape: tuple[int, ...]) -> None:
+    layer, timms = EfficientChannelAttention(kernel_size), EcaModule(kernel_size=kernel_size)
+    layer.load_state_dict(timms.state_dict())
+    x = torch.randn(shape)
+    for taken in (x, x.contiguous(memory_format=torch.channels_last)):
+        torch.testing.assert_close(layer(taken), timms(x))
+
+
+def test_no_images() -> None:
+    assert EfficientChannelAttention()(torch.zeros(0, 4, 5, 5)).shape == (0, 4, 5, 5)
+
+
+def test_gates_in_half_precision() -> None:
+    """Only the means and the gates are rounded."""
+    layer = EfficientChannelAttention().bfloat16()
+    x = torch.randn(2, 32, 6, 6).bfloat16()
+    exact = layer.double()(x.double())
+    error = (layer.bfloat16()(x).double() - exact).abs()
+    assert (error <= exact.abs() * 2**-6 + 1e-3).all()
+
+
+# ---- pooled keys ---------------------------------------------------------------------------------
+@given(tokens=st.integers(1, 20), length=st.integers(1, 20))
+def test_pool_drops_the_remainder(tokens: int, length: int) -> None:
+    x = torch.randn(2, tokens, 3, dtype=torch.float64)
+    run = min(length, tokens)
+    expected = [x[:, i : i + run].mean(1) for i in range(0, tokens - run + 1, run)]
+    torch.testing.assert_close(pool_tokens(x, length), torch.stack(expected, dim=1))
+
+
+def naive(layer: PooledAttention, x: Tensor) -> Tensor:
+    """One image, one head, one query at a time."""
+    pooled = x
+    if layer.sr_ratio > 1:
+        pooled = torch.nn.functional.avg_pool1d(x.transpose(1, 2), layer.sr_ratio**2)
+        pooled = layer.norm(pooled).transpose(1, 2)
+    query, key, value = layer.q(x), layer.k(pooled), layer.v(pooled)
+    width = x.shape[2] // layer.num_heads
+    images = []
+    for b in range(len(x)):
+        heads = []
+        for h in range(layer.num_heads):
+            share = slice(h * width, (h + 1) * width)
+            keys, values = key[b, :, share], value[b, :, share]
+            rows = [(keys @ q * width**-0.5).softmax(0) @ values for q in query[b, :, share]]
+            heads.append(torch.stack(rows))
+        images.append(torch.cat(heads, dim=1))
+    return layer.proj(torch.stack(images))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("sr_ratio", "tokens"), [(1, 7), (2, 15)])
+def test_layer_is_its_definition_with_its_gradients(
+    sr_ratio: int, tokens: int, training: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = randomise(PooledAttention(8, 2, sr_ratio)).double().train(training)
+    x = torch.randn(2, tokens, 8, dtype=torch.float64, requires_grad=True)
+    assert_same_with_gradients(layer(x), naive(layer, x), [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("sr_ratio", [1, 2])
+def test_norms_fold_away(sr_ratio: int) -> None:
+    torch.manual_seed(0)
+    layer = randomise(PooledAttention(8, 2, sr_ratio)).double().eval()
+    norm = randomise(nn.BatchNorm2d(8)).double().eval()
+    x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
+    expected = layer(norm(x).flatten(2).transpose(1, 2))
+    key = layer.k
+    weight = key.weight.clone()
+    layer.fold_norm(norm)
+    assert layer.fuse().fuse() is layer
+    assert isinstance(layer.norm, nn.Identity)
+    torch.testing.assert_close(layer(x.flatten(2).transpose(1, 2)), expected)
+    assert torch.equal(key.weight, weight)
+
+
+# ---- large kernels -------------------------------------------------------------------------------
+@settings(deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 31), st.integers(1, 31)),
+    kernel_size=st.sampled_from([3, 5, 7]),
+    dilation=st.integers(1, 4),
+)
+def test_phases_make_the_same_map_and_gradients(size, kernel_size, dilation) -> None:
+    layer = DilatedDepthwiseConv2d(3, kernel_size, dilation).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    wanted = F.conv2d(x, layer.weight, layer.bias, 1, layer.padding, dilation, groups=3)
+    assert_same_with_gradients(layer(x), wanted, (x, layer.weight, layer.bias))
+
+
+@torch.no_grad()
+def test_reach_is_23_pixels() -> None:
+    layer = LargeKernelAttention(2)
+    base = torch.ones(1, 2, 41, 41)
+    moved = base.clone()
+    moved[:, :, 20, 20] += 1
+    changed = (layer(moved) != layer(base)).any(1)[0].nonzero()
+    assert changed.min(0).values.tolist() == [9, 9]
+    assert changed.max(0).values.tolist() == [31, 31]
+
+
+@torch.no_grad()
+def test_it_gates_its_input() -> None:
+    layer = LargeKernelAttention(3).double()
+    x = torch.randn(1, 3, 5, 6, dtype=torch.float64)
+    torch.testing.assert_close(layer(x) / x, layer.pw(layer.dw_dilated(layer.dw(x))))
+    layer.pw.weight.zero_()
+    layer.pw.bias.fill_(1)
+    assert torch.equal(layer(x), x)
+
+
+# ---- window by window ----------------------------------------------------------------------------
+def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def test_gradients_and_theirs() -> None:
+    inputs = tensors((3, 2, 4, 3), (3, 2, 5, 3), (3, 2, 5, 3), (2, 4, 5))
+    mask = torch.tensor([0.0, 1.0, -2.0, 0.0, 3.0], dtype=torch.float64).expand(4, 5)
+
+    def attend(*inputs: Tensor) -> Tensor:
+        return attend_in_turn(*inputs, masks=(mask, None, mask))
+
+    q, k, v, bias = inputs
+    masks = torch.stack((mask, torch.zeros_like(mask), mask)).unsqueeze(1)
+    wanted = (q @ k.transpose(2, 3) / 3**0.5 + bias + masks).softmax(-1) @ v
+    torch.testing.assert_close(attend(*inputs), wanted)
+    assert torch.autograd.gradcheck(attend, inputs)
+    assert torch.autograd.gradgradcheck(attend, inputs)
+
+
+@pytest.mark.parametrize("rows, columns", [(1, 1), (1, 3), (3, 1), (2, 3)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_windows_find_their_masks(
+    rows: int, columns: int, shifted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window = (2, rows, columns, 4, 2, 3)
+    inputs = tensors(window, window, window, (2, 4, 4))
+    masks = shift_masks(2, 1, torch.float64) if shifted else None
+    results = []
+    for limit in (0, 1 << 40):
+        monkeypatch.setattr(biased, "_SCORE_BYTES", limit)
+        out = window_attention(*inputs, masks)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results)
+
+
+# ---- NaN propagates ------------------------------------------------------------------------------
+KEYS = (1, 2, 4, 7, 8, 15, 16, 17, 49)
+
+
+def query_key_value(keys: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(keys)
+    return [
+        torch.randn(2, 3, n, 8, generator=generator).to(dtype).requires_grad_()
+        for n in (5, keys, keys)
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keys", KEYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["query", "key", "value"])
+def test_nan_propagates(which: str, dtype: torch.dtype, keys: int) -> None:
+    """Where the formula has it; torch loses it if there are few keys."""
+    query, key, value = query_key_value(keys, dtype)
+    {"query": query, "key": key, "value": value}[which][0, 0, 0, 0] = float("nan")
+    weights = (query @ key.transpose(2, 3) / 8**0.5).softmax(3)
+    assert torch.equal(softmax_attention(query, key, value).isnan(), (weights @ value).isnan())
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("keys", KEYS)
+def test_otherwise_as_in_torch(keys: int, scale: float | None) -> None:
+    inputs = query_key_value(keys)
+    out = softmax_attention(*inputs, scale=scale)
+    expected = F.scaled_dot_product_attention(*inputs, scale=scale)
+    torch.testing.assert_close(out, expected)
+    found, wanted = (torch.autograd.grad(o.square().sum(), inputs) for o in (out, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_compiles_with_a_symbolic_number_of_keys() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return softmax_attention(query, key, value)
+
+    keys = torch.export.Dim("keys", min=1, max=99)
+    exported = torch.export.export(
+        Attention(), tuple(query_key_value(5)), dynamic_shapes=({}, {2: keys}, {2: keys})
+    )
+    inputs = query_key_value(40)
+    torch.testing.assert_close(exported.module()(*inputs), softmax_attention(*inputs))
+
+
+# ---- pooling before attention --------------------------------------------------------------------
+WITH_ATTENTION = ["biformer", "efficientvit", "favit", "hat", "litv2", "ravlt", "shvit"]
+
+
+@torch.no_grad()
+def test_weights_of_means() -> None:
+    torch.manual_seed(0)
+    pool = TokenPooling(5, scales=3).eval()
+    x = torch.randn(2, 5, 6, 7)
+    shares = pool.predictor(x).softmax(1)
+    padded = F.pad(x, (2, 2, 2, 2))
+    expected = shares[:, :1] * x
+    for d in (1, 2):
+        for dy in (-d, 0, d):
+            for dx in (-d, 0, d):
+                moved = padded[:, :, 2 + dy : 8 + dy, 2 + dx : 9 + dx]
+                expected = expected + shares[:, d : d + 1] * moved / 9
+    torch.testing.assert_close(pool(x), expected)
+    last = TokenPooling(5, scales=3, channels_last=True).eval()
+    last.load_state_dict(pool.state_dict())
+    torch.testing.assert_close(last(x.permute(0, 2, 3, 1)), expected.permute(0, 2, 3, 1))
+    assert torch.equal(TokenPooling(5, scales=1).eval()(x), x)
+    with pytest.raises(ValueError, match="scales must be 1 or more, got 0"):
+        TokenPooling(5, 0)
+
+
+@pytest.mark.parametrize("family", WITH_ATTENTION)
+def test_networks_take_it(family: str) -> None:
+    """It is before every attention, gets gradients, and stays through fuse(), copies and files."""
+    model = randomise(small(family, token_pooling=3)).eval()
+    x = images(1, 3, 64, 64)
+    model(x).square().mean().backward()
+    pools = [attention.token_pooling for attention in token_attentions(model)]
+    assert pools
+    for pool in pools:
+        assert pool.scales == 3
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in pool.parameters())
+    with torch.no_grad():
+        expected = model(x)
+        for pool in pools:
+            pool.scales = 1  # the token alone, but with a smaller share
+        assert not torch.allclose(model(x), expected, rtol=1e-3)
+        for pool in pools:
+            pool.scales = 3
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(copied(x), expected)
+        again = small(family, token_pooling=3).eval()
+        assert not backbones.load_checkpoint(again, model.state_dict()).reinitialised
+        assert torch.equal(again(x), expected)
+        fused = backbones.fuse(model)
+        for _ in range(3):
+            difference = (fused(x) - expected).abs().max()
+            assert difference <= 1e-4 * expected.abs().max()
+
+
+def test_published_weights_leave_it_as_it_is() -> None:
+    weights = small("favit").state_dict()
+    model = small("favit", token_pooling=4)
+    report = backbones.load_checkpoint(model, weights)
+    new = [name for name in model.state_dict() if ".token_pooling." in name]
+    assert sorted(report.reinitialised) == sorted(new)
+
+
+def test_networks_without_attention_refuse_it() -> None:
+    with pytest.raises(ValueError, match="VAN has no attention that supports token_pooling"):
+        small("van", token_pooling=4)
+    with pytest.raises(ValueError, match="token_pooling must be in 0 … 64, got -1"):
+        small("favit", token_pooling=-1)

@@ -1,0 +1,110 @@
+"""Kernels that move maps: NHWC to NCHW and back, and means of windows, against torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import random, using_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
+from ops.cpu.pooling.window_means import window_means
+from ops.inference.layers import convert
+from ops.inference.pooling import FastAdaptiveAvgPool2d
+
+
+def _split(x: Tensor, affine: Tensor) -> Tensor:
+    """In float64."""
+    scale, shift = affine.double()[:, :, None, None]
+    return x.double() * scale + shift
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 17), st.integers(1, 17)),
+    channels=st.sampled_from([1, 7, 16, 40, 130]),
+    channels_last=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+)
+def test_split_and_joined(dtype, batch, size, channels, channels_last, threads) -> None:
+    x, other = random(2, batch, channels, *size).to(dtype)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x, other = (t.contiguous(memory_format=layout) for t in (x, other))
+    affine = random(2, channels).float()
+    with using_threads(threads):
+        planes, joined = nchw_from_nhwc(x, affine), nhwc_from_nchw(other, x)
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(planes.double(), _split(x, affine), rtol=tolerance, atol=tolerance)
+    assert planes.dtype == dtype and planes.is_contiguous()
+    assert torch.equal(joined, other + x)
+    assert joined.is_contiguous(memory_format=torch.channels_last)
+
+
+# ---- means of windows ----------------------------------------------------------------------------
+def _plain(x: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """In float64, of (B, H, W, C)."""
+    means = F.avg_pool2d(
+        x.double().permute(0, 3, 1, 2), window_size, ceil_mode=True, count_include_pad=False
+    )
+    return means.permute(0, 2, 3, 1)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 17), st.integers(1, 17)),
+    channels=st.sampled_from([1, 7, 16, 40, 64, 130]),
+    window_size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    layout=st.sampled_from(["whole", "part of the channels", "channels first"]),
+)
+def test_is_the_mean(dtype, batch, size, channels, window_size, layout) -> None:
+    x = random(batch, *size, channels + 3).to(dtype)[..., 2 : 2 + channels]
+    if layout == "whole":
+        x = x.contiguous()
+    elif layout == "channels first":
+        x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    out = window_means(x, window_size)
+    # No window is larger than a map to torch.
+    expected = _plain(x, tuple(map(min, window_size, size)))
+    assert out.shape == expected.shape and out.dtype == dtype and out.is_contiguous()
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_means_of_many_pixels_keep_their_digits() -> None:
+    x = 1 + random(1, 512, 512, 16).float() * 1e-3
+    outs = []
+    for threads in (1, 2):
+        with using_threads(threads):
+            outs.append(window_means(x, (512, 512)))
+    assert torch.equal(*outs)
+    assert (outs[0] - _plain(x, (512, 512))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [1, (1, 1)])
+def test_pooling_to_one_pixel(size) -> None:
+    pool = convert(nn.AdaptiveAvgPool2d(size), FastAdaptiveAvgPool2d)
+    for x in (random(2, 40, 7, 9).float(), random(2, 40, 1, 1).to(torch.bfloat16)):
+        for laid_out in (x, x.to(memory_format=torch.channels_last)):
+            out = pool(laid_out)
+            assert out.dtype == x.dtype
+            torch.testing.assert_close(out, F.adaptive_avg_pool2d(x, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_fallback_to_torch() -> None:
+    """Gradients, other sizes, dtypes and ranks, and functorch's transforms."""
+    pool = convert(nn.AdaptiveAvgPool2d(1), FastAdaptiveAvgPool2d)
+    x = random(2, 8, 5, 6)
+    assert torch.equal(pool(x), F.adaptive_avg_pool2d(x, 1))
+    assert torch.equal(pool(x[0].float()), F.adaptive_avg_pool2d(x[0].float(), 1))
+    assert pool(x.float().requires_grad_()).requires_grad
+    mapped = torch.vmap(pool)(x.float()[None])
+    torch.testing.assert_close(mapped[0], F.adaptive_avg_pool2d(x.float(), 1))
+    two = convert(nn.AdaptiveAvgPool2d(2), FastAdaptiveAvgPool2d)
+    assert torch.equal(two(x.float()), F.adaptive_avg_pool2d(x.float(), 2))

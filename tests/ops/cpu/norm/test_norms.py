@@ -1,0 +1,171 @@
+"""Kernels of norms and of a softmax with a table, and layers that call them."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import PLAIN_ACTIVATIONS, random, using_threads, without_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import RmsNorm2d
+from torch import nn
+
+from ops.cpu.norm.biased_softmax import biased_softmax
+from ops.cpu.norm.layer_norm import layer_norm
+from ops.cpu.norm.response_scales import response_scales
+from ops.cpu.norm.rms_norm import rms_norm
+from ops.inference.layers import convert
+from ops.inference.norm import FastLayerNorm, FastRMSNorm, FastRmsNorm2d
+from ops.norm import RMSNorm
+
+
+# ---- layer norm ----------------------------------------------------------------------------------
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.lists(st.integers(1, 19), min_size=1, max_size=3),
+    dim=st.sampled_from([1, 2, 15, 16, 20, 40, 64, 65, 96, 300]),
+    activation=st.sampled_from(list(PLAIN_ACTIVATIONS)),
+    shift=st.sampled_from([0.0, 30.0]),
+)
+def test_is_the_norm(dtype, size, dim, activation, shift) -> None:
+    x = (random(*size, dim) + shift).to(dtype)
+    weight, bias = random(dim, seed=1), random(dim, seed=2)
+    expected = F.layer_norm(x.double(), (dim,), weight, bias, 1e-3)
+    expected = PLAIN_ACTIVATIONS[activation](expected)
+    out = layer_norm(x, weight.float(), bias.float(), 1e-3, activation)
+    assert out.dtype == dtype and out.is_contiguous()
+    # Float32 keeps 24 bits of the shift, and a norm of few channels divides by their deviation.
+    tolerance = (2**-8 if dtype == torch.bfloat16 else 1e-6) + shift * 2e-6
+    few = 30 if dim < 15 else 1
+    assert (out - expected).abs().max() <= few * tolerance * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("size", [(2, 30, 37, 24), (1, 1, 3, 40_003)])
+def test_threads_and_strides_change_nothing(size: tuple[int, ...]) -> None:
+    x = random(*size).float()[..., 3:]
+    dim = x.shape[3]
+    weight, bias = random(dim, seed=1).float(), random(dim, seed=2).float()
+    outs = []
+    for threads in (1, 3, 7):
+        with using_threads(threads):
+            outs.append(layer_norm(x, weight, bias, 1e-6, "gelu"))
+    torch.testing.assert_close(outs[0], F.gelu(F.layer_norm(x, (dim,), weight, bias, 1e-6)))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_nan_stays_within_its_pixel() -> None:
+    x = random(4, 20).float()
+    x[1, 3], x[2, 3] = float("nan"), float("inf")
+    lost = layer_norm(x, torch.ones(20), torch.zeros(20), 1e-6, "gelu").isnan()
+    assert lost[1:3].all() and not lost[[0, 3]].any()
+
+
+def _random_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
+    if norm.elementwise_affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    return norm.requires_grad_(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_of_tokens(dtype: torch.dtype, monkeypatch) -> None:
+    norm = _random_affine(nn.LayerNorm(20, 0.5))
+    norm, x = norm.to(dtype), torch.randn(2, 9, 20).to(dtype)
+    fast = convert(copy.deepcopy(norm), FastLayerNorm)
+    expected = norm(x)
+    for image, out in ((x, expected), (x, expected), (x[:0], expected[:0])):
+        torch.testing.assert_close(fast(image), out, rtol=2**-7, atol=1e-5)
+    apart = x.transpose(0, 1)
+    torch.testing.assert_close(fast(apart), norm(apart), rtol=2**-7, atol=1e-5)
+    fast.weight.mul_(2)
+    assert not torch.allclose(fast(x), expected)
+    grown = x.clone().requires_grad_()
+    fast(grown).sum().backward()
+    assert grown.grad is not None
+
+
+# ---- RMS norm ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 2, 15, 16, 40, 65, 300])
+def test_is_the_rms_norm(dtype, dim):
+    x, weight = random(3, 7, dim).to(dtype), random(dim, seed=1)
+    expected = F.rms_norm(x.double(), (dim,), weight, 1e-3)
+    out = rms_norm(x, weight.float(), 1e-3)
+    assert out.dtype == dtype and out.is_contiguous()
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_layers():
+    x = random(2, 12, 5, 7).float()
+    norm, norm2d = RMSNorm(7, eps=0.5), RmsNorm2d(12, eps=0.2)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm2d.weight)
+    expected = norm(x), norm2d(x)
+    fast, fast2d = convert(norm, FastRMSNorm), convert(norm2d, FastRmsNorm2d)
+    torch.testing.assert_close(fast(x), expected[0])
+    torch.testing.assert_close(fast2d(x), expected[1])
+
+
+@torch.inference_mode()
+def test_forms_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kernels(monkeypatch)
+    norm, norm2d = RMSNorm(7, eps=1e-6), RmsNorm2d(12, eps=1e-6)
+    x, x2d = torch.randn(2, 5, 7), torch.randn(2, 12, 3, 4)
+    expected, expected2d = norm(x), norm2d(x2d)
+    assert torch.equal(convert(norm, FastRMSNorm)(x), expected)
+    assert torch.equal(convert(norm2d, FastRmsNorm2d)(x2d), expected2d)
+
+
+# ---- scales of a response norm -------------------------------------------------------------------
+def _expected(x, weight, eps):
+    norm = x.double().flatten(1, 2).norm(dim=1)
+    return 1 + weight * (norm / (norm.mean(1, keepdim=True) + eps))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (2, 3, 5, 17), (1, 20, 19, 200), (3, 16, 32, 129), (2, 30, 37, 21)]
+)
+def test_is_the_scale(shape, dtype):
+    x, weight = random(*shape).to(dtype), random(shape[3], seed=1)
+    out = response_scales(x, weight.float(), 1e-3)
+    assert out.dtype == dtype and out.shape == (shape[0], shape[3])
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    expected = _expected(x, weight, 1e-3)
+    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_of_a_map_of_zeros():
+    assert torch.equal(
+        response_scales(torch.zeros(1, 2, 2, 5), torch.ones(5), 1e-6), torch.ones(1, 5)
+    )
+
+
+# ---- softmax with a table ------------------------------------------------------------------------
+INF = float("inf")
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [1, 7, 16, 25, 48, 169])
+def test_is_the_softmax(length, table, half):
+    x, bias = 9 * random(2, 3, 5, length).float(), random(3, 5, length, seed=1).to(table)
+    out = biased_softmax(x, bias, half)
+    assert out.dtype == (torch.bfloat16 if half else torch.float32) and out.is_contiguous()
+    expected = (x.double() + bias.double()).softmax(-1)
+    assert (out - expected).abs().max() <= (2**-9 if half else 1e-6)
+
+
+def test_numbers_that_are_not_finite():
+    rows = [[0, -INF, 1], [-INF, -INF, -INF], [0, INF, 1], [0, float("nan"), 1], [3e38, 3e38, 0]]
+    for length in (3, 40):
+        x = torch.full((5, length), -INF)
+        x[:, :3] = torch.tensor(rows)
+        out = biased_softmax(x[None], torch.zeros(5, length), False)[0]
+        torch.testing.assert_close(out, x.softmax(-1), equal_nan=True)

@@ -1,0 +1,296 @@
+"""Neighborhood attention in graphs: operators, torch.compile, export, ONNX, autocast, meta."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from neighborhood_oracle import NA, Case, make_inputs, normal_inputs, random_case
+from torch import Tensor, nn
+from torch.export import Dim
+
+from backbones import create_model
+from ops.neighborhood import (
+    BACKENDS,
+    NAParams,
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+    na1d,
+    na2d,
+    na3d,
+    tiled,
+)
+
+# What torch's exporter says of torch's own use of itself, and inductor of torch.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
+]
+PORTABLE = ("reference", "tiled", None)
+RANKS = {1: na1d, 2: na2d, 3: na3d}
+
+
+def _tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype) for _ in range(3)]
+
+
+# ---- operators ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("optional", [False, True])
+def test_operators_of_the_kernel(rank: int, optional: bool) -> None:
+    operators, size = torch.ops.vision_backbones, (9, 8, 7)[:rank]
+    given: list[Any] = [t.requires_grad_() for t in normal_inputs(*size, heads=2, dim=5)]
+    more: list[Any] = [
+        torch.randn(2, 3, 2, 5),
+        torch.randn(2, 3, 2, 5),
+        torch.randn(2, *[5] * rank),
+    ]
+    given += [t.requires_grad_() for t in more] if optional else [None] * 3
+    given += [[3] * rank, [2] + [1] * (rank - 1), [1] * (rank - 1) + [2], [False] * rank, 0.4]
+    torch.library.opcheck(operators.na_cpu_forward, given)
+    out, lse = (t.detach() for t in operators.na_cpu_forward(*given))
+    detached = [t.detach() if isinstance(t, Tensor) else t for t in given]
+    grads = torch.randn_like(out), torch.randn_like(lse)
+    torch.library.opcheck(operators.na_cpu_backward, (*grads, out, lse, *detached))
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("full", [False, True])
+def test_operator_of_tiles(full: bool, return_lse: bool) -> None:
+    more = {"kv_heads": 1, "value_dim": 5, "extra": 2, "has_rpb": True} if full else {"kv_heads": 2}
+    case = Case((5, 6), (3, 2), (1, 2), (1, 2), (True, False), batch=2, heads=2, **more)
+    inputs = make_inputs(case, torch.float32).map(lambda t: t.requires_grad_())
+    windows = (case.kernel_size, case.stride, case.dilation, case.is_causal)
+    torch.library.opcheck(
+        tiled._forward, (*vars(inputs).values(), *map(list, windows), 0.3, return_lse)
+    )
+
+
+@pytest.mark.parametrize("seed", [1, 3, 17, 56])
+def test_derivatives_of_tiles(seed: int) -> None:
+    drawn = random_case(seed)
+    ones = (1,) * drawn.rank
+    size = tuple(min(n, 5) for n in drawn.size)
+    kernel = tuple(min(k, 3, n) for k, n in zip(drawn.kernel_size, drawn.size, strict=True))
+    more = {"dim": 2, "value_dim": 3, "extra": 2, "has_rpb": True, "heads": 2}
+    case = Case(size, kernel, ones, ones, drawn.is_causal, **more)
+    inputs = make_inputs(case).map(lambda t: t.requires_grad_()).present()
+
+    def attention(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(inputs, tensors, strict=True))
+        return NA[case.rank](**named, **case.arguments, return_lse=True, backend="tiled")
+
+    assert torch.autograd.gradcheck(attention, tuple(inputs.values()), fast_mode=True)
+
+
+def test_second_derivatives() -> None:
+    """The reference has some; others refuse instead of giving wrong ones."""
+    exact = torch.randn(1, 5, 1, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda q: na1d(q, q, q, 3, backend="reference"), exact)
+    for backend in ("tiled", "cpu"):
+        query = torch.randn(1, 6, 1, 4, requires_grad=True)
+        out = na1d(query, query, query, 3, backend=backend)
+        (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
+        with pytest.raises(RuntimeError):
+            grad.sum().backward()
+
+
+# ---- torch.compile -----------------------------------------------------------------------------
+@pytest.mark.parametrize("backend", ["tiled", None])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_compile(backend: str | None, dynamic: bool) -> None:
+    torch._dynamo.reset()
+
+    def loss(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
+        kwargs = {"dilation": 2, "is_causal": (True, False), "rpb": rpb, "backend": backend}
+        out, lse = na2d(query, key, value, 3, **kwargs, return_lse=True)
+        plain = na2d(query, key, value, (3, 4), stride=2, backend=backend)
+        return out.square().sum() + lse.sin().sum() + plain.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for size in ((9, 8), (7, 12)):
+        inputs = [t.requires_grad_() for t in _tensors(2, *size, 3, 8)]
+        inputs.append(torch.randn(3, 5, 5, requires_grad=True))
+        true = torch.autograd.grad(loss(*inputs), inputs)
+        got = torch.autograd.grad(compiled(*inputs), inputs)
+        torch.testing.assert_close(got, true)
+
+
+SLOWLY = [(b, r, "inductor") for b in PORTABLE for r in RANKS]
+
+
+@pytest.mark.parametrize(
+    ("backend", "rank", "by"),
+    [("reference", 1, "aot_eager"), *(pytest.param(*s, marks=pytest.mark.slow) for s in SLOWLY)],
+)
+def test_compile_each_rank(backend: str | None, rank: int, by: str) -> None:
+    torch._dynamo.reset()
+
+    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, lse = RANKS[rank](query * 2, key, value, 3, return_lse=True, backend=backend)
+        return out.square().sum() + lse.sin().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend=by)
+    inputs = [t.requires_grad_() for t in _tensors(2, *(7, 6, 5)[:rank], 2, 8)]
+    got = torch.autograd.grad(compiled(*inputs), inputs)
+    torch.testing.assert_close(got, torch.autograd.grad(loss(*inputs), inputs))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("small_maps", ["shrink", "pad"])
+def test_compile_layers_for_small_maps_of_any_size(small_maps: str, backend: str) -> None:
+    torch._dynamo.reset()
+    options = {"is_causal": (True, False), "rel_pos_bias": True, "small_maps": small_maps}
+    layer = NeighborhoodAttention2D(8, 2, 5, **options).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
+    for size in ((4, 6), (8, 3), (9, 9)):
+        x = torch.randn(1, *size, 8)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+# ---- torch.export and ONNX ---------------------------------------------------------------------
+class _Attention(nn.Module):
+    def __init__(self, rank: int, backend: str | None = None, **window: Any) -> None:
+        super().__init__()
+        self.attention, self.options = RANKS[rank], {**window, "backend": backend}
+
+    def forward(self, query: Tensor) -> Any:
+        return self.attention(query, query, query, 3, **self.options)
+
+
+@pytest.mark.parametrize(
+    ("rank", "strict"), [pytest.param(1, True, marks=pytest.mark.slow), (2, False)]
+)
+def test_export_with_dynamic_sizes(rank: int, strict: bool) -> None:
+    causal = (True, *(False,) * (rank - 1))
+    module = _Attention(rank, stride=2, dilation=2, is_causal=causal, return_lse=True)
+    axes = {0: Dim("batch"), **{i + 1: Dim(f"n{i}", min=6) for i in range(rank)}}
+    example = torch.randn(2, *(7, 8, 9)[:rank], 2, 4)
+    program = torch.export.export(module, (example,), dynamic_shapes=(axes,), strict=strict)
+    # Plain torch operators only, which every runtime and the ONNX exporter know.
+    targets = [n.target for n in program.graph.nodes if n.op == "call_function"]
+    spaces = {t.namespace for t in targets if isinstance(t, torch._ops.OpOverload)}
+    assert spaces == {"aten"}
+    for size in ((7, 8, 9), (6, 13, 10)):
+        query = torch.randn(3, *size[:rank], 2, 4)
+        torch.testing.assert_close(program.module()(query), module(query))
+
+
+def test_export_of_the_kernel_with_a_dynamic_batch() -> None:
+    module, query = _Attention(2, "cpu"), torch.randn(2, 8, 9, 2, 16)
+    batch = {0: Dim("batch", min=1, max=64)}
+    program = torch.export.export(module, (query,), dynamic_shapes=(batch,))
+    more = torch.cat([query] * 3)
+    assert torch.equal(program.module()(more), module(more))
+
+
+@pytest.mark.parametrize("small_maps", ["refuse", "shrink"])
+def test_export_of_a_layer_without_a_least_size(small_maps: str) -> None:
+    options = {"is_causal": (True, False), "rel_pos_bias": True, "small_maps": small_maps}
+    layer = NeighborhoodAttention2D(8, 2, 3, **options).eval()
+    dynamic = dict.fromkeys(range(3), Dim.DYNAMIC)
+    program = torch.export.export(layer, (torch.randn(2, 5, 6, 8),), dynamic_shapes=(dynamic,))
+    x = torch.randn(3, 4, 11, 8)
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def in_onnxruntime(module: nn.Module, example: Tensor, dynamic: tuple[int, ...]) -> Callable:
+    """Export with these axes dynamic; the file as a function."""
+    shapes = (dict.fromkeys(dynamic, Dim.DYNAMIC),)
+    program = torch.onnx.export(
+        module, (example,), dynamo=True, dynamic_shapes=shapes, verbose=False
+    )
+    assert {node.domain for node in program.model.graph} == {""}, "plain ONNX operators only"
+    file = io.BytesIO()
+    program.save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (name,) = (argument.name for argument in session.get_inputs())
+    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+
+
+LAYERS = {
+    1: (NeighborhoodAttention1D(8, 2, 4, stride=3, is_causal=True, rel_pos_bias=True), (9, 4, 14)),
+    2: (
+        NeighborhoodAttention2D(8, 2, (3, 4), dilation=(2, 1), rel_pos_bias=True),
+        ((7, 8), (6, 4), (11, 5)),
+    ),
+    3: (
+        NeighborhoodAttention3D(8, 2, (2, 3, 3), is_causal=(True, False, False)),
+        ((4, 5, 6), (2, 3, 3), (3, 7, 4)),
+    ),
+}
+
+
+# Those of more axes take ten seconds and more each.
+@pytest.mark.parametrize("rank", [1, *(pytest.param(r, marks=pytest.mark.slow) for r in (2, 3))])
+def test_onnx_layers_with_dynamic_batch_and_map(rank: int) -> None:
+    layer, given = LAYERS[rank]
+    sizes = [size if isinstance(size, tuple) else (size,) for size in given]
+    run = in_onnxruntime(layer.eval(), torch.randn(2, *sizes[0], 8), tuple(range(1 + rank)))
+    for batch, size in enumerate(sizes, 1):
+        x = torch.randn(batch, *size, 8)
+        torch.testing.assert_close(run(x), layer(x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_window_that_depends_on_the_map() -> None:
+    class Wide(nn.Module):
+        """Dilated as far as the map allows."""
+
+        def forward(self, query: Tensor) -> Tensor:
+            dilation = tuple(torch.sym_min(5, n // 3) for n in query.shape[1:3])
+            params = NAParams((3, 3), (1, 1), dilation, (False, False), 0.5)
+            return BACKENDS["reference"].attend(*(query,) * 3, None, None, None, params)[0]
+
+    run = in_onnxruntime(Wide().eval(), torch.randn(1, 8, 11, 2, 4), (1, 2))
+    for size in ((8, 11), (9, 20), (12, 7)):
+        query = torch.randn(1, *size, 2, 4)
+        torch.testing.assert_close(run(query), Wide()(query), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_onnx_model_with_dynamic_batch() -> None:
+    model = create_model("medvitv2_tiny", num_classes=3).eval()
+    run = in_onnxruntime(model, torch.randn(2, 3, 64, 64), (0,))
+    x = torch.randn(3, 3, 64, 64)
+    torch.testing.assert_close(run(x), model(x), atol=1e-3, rtol=1e-3)
+
+
+# ---- autocast and meta -------------------------------------------------------------------------
+@pytest.mark.parametrize("backend", PORTABLE)
+def test_autocast(backend: str | None) -> None:
+    query, key, value = (t.requires_grad_() for t in _tensors(1, 8, 6, 2, 8))
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        # Mixed dtypes are what a norm before the attention leaves under autocast.
+        out, lse = na2d(query, key.bfloat16(), value, 3, rpb=rpb, return_lse=True, backend=backend)
+    assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
+    (out.float().sum() + lse.sum()).backward()
+    assert all(t.grad.dtype == torch.float32 for t in (query, key, value, rpb))
+    half = [t.bfloat16() for t in (query, key, value)]
+    torch.testing.assert_close(out, na2d(*half, 3, rpb=rpb, backend=backend))
+    # The bias has a dtype of its own without autocast, too.
+    (grad,) = torch.autograd.grad(na2d(*half, 3, rpb=rpb, backend=backend).float().sum(), rpb)
+    assert grad.dtype == torch.float32
+    true = na2d(*(t.double() for t in half), 3, rpb=rpb.double(), backend="reference")
+    torch.testing.assert_close(out.double(), true, rtol=1e-2, atol=1e-2)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    tensors = _tensors(1, 8, 2, 8, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = na1d(*tensors, 3)
+    assert out.equal(na1d(*tensors, 3))
+
+
+@pytest.mark.parametrize("backend", PORTABLE)
+def test_meta(backend: str | None) -> None:
+    query, value = (torch.empty(2, 8, 6, 3, dim, device="meta") for dim in (4, 5))
+    out, lse = na2d(query, query, value, 3, return_lse=True, backend=backend)
+    assert out.is_meta and out.shape == (2, 8, 6, 3, 5)
+    assert lse.is_meta and lse.shape == (2, 8, 6, 3)

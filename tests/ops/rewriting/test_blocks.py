@@ -1,0 +1,332 @@
+"""Blocks as rewriting makes them, against their layers one by one."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import LINEAR_DTYPES, conv_row, random, without_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import LayerNorm2d
+from timm.models.swin_transformer import SwinTransformerBlock
+from torch import Tensor, nn
+
+from ops import cpu
+from ops.cpu import policy
+from ops.cpu.attention.grouped import grouped_attention
+from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
+from ops.inference.conv import FastDepthwiseConv2d
+from ops.inference.conversion import to_channels_last
+from ops.inference.layers import FastLinear, activate, convert
+from ops.inference.norm import FastLayerNorm
+from ops.mobile import conv_stem
+from ops.rewriting import feed_forward, windows
+from ops.rewriting.feed_forward import FeedForward
+from ops.rewriting.graph import OperatorGraph
+from ops.rewriting.program import Program
+from ops.rewriting.recorder import record
+from ops.rewriting.rewrite import rewrite
+from ops.rewriting.stem import Stem
+from ops.rewriting.windows import WindowedAttention
+
+# ---- feed-forwards -------------------------------------------------------------------------------
+X = torch.randn(2, 9, 11, 24, generator=torch.Generator().manual_seed(0))
+
+
+def _made(*, has_conv: bool, has_norm: bool = True) -> FeedForward:
+    torch.manual_seed(0)
+    fc1, fc2 = (convert(nn.Linear(*n), FastLinear) for n in ((24, 80), (80, 24)))
+    conv = nn.Conv2d(80, 80, 3, padding=1, groups=80)
+    last = convert(conv, FastDepthwiseConv2d) if has_conv else None
+    activate(fc1 if last is None else last, "gelu")
+    norm = convert(nn.LayerNorm(24), FastLayerNorm) if has_norm else None
+    return FeedForward(fc1, fc2, last, norm).requires_grad_(False)
+
+
+def _expected(made: FeedForward, x: Tensor) -> Tensor:
+    hidden = x if made.norm is None else F.layer_norm(x, (24,), made.norm.weight, made.norm.bias)
+    assert made.fc1 is not None
+    hidden = F.linear(hidden, made.fc1.weight, made.fc1.bias)
+    if made.conv is not None:
+        hidden = hidden.permute(0, 3, 1, 2)
+        hidden = F.conv2d(hidden, made.conv.weight, made.conv.bias, padding=1, groups=80)
+        hidden = hidden.permute(0, 2, 3, 1)
+    return x + F.linear(F.gelu(hidden), made.fc2.weight, made.fc2.bias)
+
+
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize("has_conv", [True, False])
+def test_fallback_to_layers_one_by_one(
+    has_conv: bool, has_norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = _made(has_conv=has_conv, has_norm=has_norm)
+    expected = _expected(made, X)
+    calls: list[Tensor] = []
+    monkeypatch.setattr(PackedDepthwiseMlp, "pays", lambda self, x: calls.append(x) is None)
+    torch.testing.assert_close(made(X, X), expected)
+    assert calls
+    monkeypatch.setattr(PackedDepthwiseMlp, "pays", lambda self, x: False)
+    torch.testing.assert_close(made(X, X), expected)
+    exact = copy.deepcopy(made).double()(X.double(), X.double())
+    torch.testing.assert_close(exact.float(), expected)
+    monkeypatch.setattr(depthwise_mlp, "unavailable", lambda *_: "switched off")
+    torch.testing.assert_close(copy.deepcopy(made)(X, X), expected)
+    grown = X.clone().requires_grad_()
+    made(grown, grown).sum().backward()
+    assert grown.grad is not None
+
+
+def test_bfloat16_in_one_pass() -> None:
+    made = _made(has_conv=True)
+    expected = made(X)
+    half = copy.deepcopy(made).bfloat16()
+    out = half(X.bfloat16())
+    assert (out - expected).abs().max() <= 2**-7 * (1 + expected.abs().max())
+    one_pass = isinstance(half.derived(X.bfloat16()), PackedDepthwiseMlp)
+    assert one_pass == (torch.bfloat16 in LINEAR_DTYPES)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_large_maps_in_pieces(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depthwise_mlp, "unavailable", lambda *_: "switched off")
+    monkeypatch.setattr(feed_forward, "packed_pair", lambda *_: None)
+    monkeypatch.setattr(feed_forward, "_CHUNK_BYTES", 1 << 12)
+    monkeypatch.setattr(feed_forward, "_CHUNK_ROWS", 7)
+    made = _made(has_conv=False)
+    expected = _expected(made, X) - (0 if residual else X)
+    torch.testing.assert_close(made(X, X if residual else None), expected)
+
+
+# ---- attention in windows ------------------------------------------------------------------------
+def _block(size: tuple[int, int], shift: int, heads: int = 2, side: int = 4) -> nn.Module:
+    torch.manual_seed(0)
+    block: Any = SwinTransformerBlock(16, size, heads, window_size=side, shift_size=shift)
+    nn.init.normal_(block.attn.relative_position_bias_table)
+    return block.eval().requires_grad_(False)
+
+
+def _rewritten(model: nn.Module, x: Tensor) -> OperatorGraph:
+    graph = record(model, model, x)
+    rewrite(graph)
+    return graph
+
+
+def _attention(graph: OperatorGraph) -> list[WindowedAttention]:
+    return [o.function for o in graph.operators if isinstance(o.function, WindowedAttention)]
+
+
+def _names(graph: OperatorGraph) -> list[str]:
+    return [o.name for o in graph.operators if "reshape" not in o.name]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_swin_block_has_no_copies(batch: int, shift: int, heads: int) -> None:
+    model, x = _block((12, 8), shift, heads), torch.randn(batch, 12, 8, 16)
+    exact = copy.deepcopy(model).double()(x.double())
+    to_channels_last(model, always=True)
+    graph = _rewritten(model, x)
+    expected = ["FastLayerNorm", "FastLinear", "WindowedAttention", "FastLinear", "FeedForward"]
+    assert _names(graph) == expected, str(graph)
+    torch.testing.assert_close(Program(graph)(x).double(), exact, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_bfloat16(shift: int) -> None:
+    model, x = _block((8, 8), shift), torch.randn(2, 8, 8, 16).bfloat16()
+    exact = copy.deepcopy(model).double()(x.double())
+    half = model.bfloat16()
+    to_channels_last(half, always=True)
+    graph = _rewritten(half, x)
+    assert len(_attention(graph)) == 1
+    error = (Program(graph)(x).double() - exact).abs().max()
+    assert error <= 2**-6 * (1 + exact.abs().max())
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_without_the_kernel(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = _block((8, 12), shift), torch.randn(2, 8, 12, 16)
+    expected = copy.deepcopy(model)(x)
+    to_channels_last(model, always=True)
+    graph = _rewritten(model, x)
+    monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "switched off")
+    assert len(_attention(graph)) == 1
+    torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_of_a_padded_map() -> None:
+    """Attention is in the padded map, from which the map is cut afterwards."""
+    model, x = _block((9, 8), 0), torch.randn(1, 9, 8, 16)
+    expected = copy.deepcopy(model)(x)
+    to_channels_last(model, always=True)
+    graph = _rewritten(model, x)
+    assert len(_attention(graph)) == 1
+    torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_large_maps_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(windows, "_MOST_INDICES", 16)
+    model, x = _block((8, 8), 0), torch.randn(1, 8, 8, 16)
+    assert not _attention(_rewritten(model, x))
+
+
+class _Attention(nn.Module):
+    """Attention in windows of rows, with variations of what surrounds it."""
+
+    def __init__(self, **changes: bool) -> None:
+        super().__init__()
+        self.changes = changes
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.register_buffer("bias", torch.randn(2, 6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, rows, columns, dim = x.shape
+        changes = self.changes.get
+        qkv = self.qkv(x.reshape(batch * rows, columns, dim))
+        if changes("joined"):  # the parts of a head are beside each other
+            parts = qkv.view(-1, columns, 2, 12).transpose(1, 2).chunk(3, -1)
+        else:
+            parts = qkv.view(-1, columns, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        query, key, value = parts
+        if changes("mixed_keys"):
+            key = key.flip(2)
+        scores = query @ key.transpose(-2, -1)
+        scores = scores * 0.3 + self.bias if changes("scales_scores") else scores + self.bias
+        out = scores.softmax(-1) @ value
+        if changes("heads_first"):
+            out = out.reshape(batch * rows, columns, dim)
+        else:
+            out = out.transpose(1, 2).reshape(batch * rows, columns, dim)
+        out = self.proj(out).view(batch, rows, columns, dim)
+        return out.flip(1) if changes("turned") else out
+
+
+@pytest.mark.parametrize(
+    ("change", "is_joined"),
+    [
+        *[("", True), ("joined", True), ("scales_scores", True)],
+        *[("mixed_keys", False), ("heads_first", False), ("turned", True)],
+    ],
+)
+def test_only_orders_of_tokens_are_undone(change: str, is_joined: bool) -> None:
+    torch.manual_seed(0)
+    model = _Attention(**{change: True} if change else {}).eval().requires_grad_(False)
+    x = torch.randn(2, 5, 6, 8)
+    expected = copy.deepcopy(model)(x)
+    to_channels_last(model, always=True)
+    graph = _rewritten(model, x)
+    assert len(_attention(graph)) == is_joined, str(graph)
+    torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- stems ---------------------------------------------------------------------------------------
+def _program(model: nn.Module, x: Tensor) -> Program:
+    graph = record(model.eval().requires_grad_(False), model, x)
+    rewrite(graph)
+    return Program(graph)
+
+
+def _stems(program: Program) -> list[Stem]:
+    functions = [operator.function for operator in program.graph.operators]
+    return [function for function in functions if isinstance(function, Stem)]
+
+
+ROWS, ACT = (conv_row(3, 8), conv_row(8, 16)), nn.ReLU()
+
+
+@pytest.mark.parametrize(
+    ("layers", "convs"),
+    [
+        ((*ROWS[0], ACT, *ROWS[1]), 2),
+        ((*ROWS[0], LayerNorm2d(8), ACT, *ROWS[1], ACT), 2),
+        ((*ROWS[0], LayerNorm2d(8), *ROWS[1], LayerNorm2d(16), *conv_row(16, 8)), 3),
+        ((*ROWS[0], ACT, *ROWS[1], nn.Conv2d(16, 8, 3, 1, 1)), 2),
+        (ROWS[0], 0),
+        ((nn.Conv2d(3, 3, 1), *ROWS[0], *ROWS[1]), 0),
+        ((*ROWS[0], ACT, LayerNorm2d(8), *ROWS[1]), 0),
+        ((*ROWS[0], nn.Softplus(), *ROWS[1]), 0),
+        ((*ROWS[0], nn.Conv2d(8, 16, 3, 1, 1)), 0),
+        ((*ROWS[0], nn.Conv2d(8, 16, 3, 2, 1, groups=2)), 0),
+        ((*ROWS[0], nn.Conv2d(8, 16, 3, 2, 1, dilation=2)), 0),
+    ],
+)
+def test_what_is_a_stem(layers: tuple[nn.Module, ...], convs: int) -> None:
+    model, x = nn.Sequential(*layers), random(2, 3, 33, 30).float()
+    program = _program(model, x)
+    assert [len(stem.convs) for stem in _stems(program)] == [convs] * (convs > 0)
+    torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_map_that_something_else_reads_ends_a_stem() -> None:
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(*conv_row(3, 8, 8, 8))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            maps = []
+            for layer in self.layers:
+                x = layer(x)
+                maps.append(x)
+            return maps[1:]
+
+    model, x = Network(), random(1, 3, 32, 32).float()
+    program = _program(model, x)
+    assert [len(stem.convs) for stem in _stems(program)] == [2]
+    for made, expected in zip(program(x), model(x), strict=True):
+        torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    channels=st.tuples(st.sampled_from([1, 3]), *[st.sampled_from([4, 20, 33, 70])] * 2),
+    act_layer=st.sampled_from([nn.GELU, nn.ReLU, nn.Identity]),
+)
+def test_norms_between_the_layers(size, channels, act_layer) -> None:
+    """With norms that differ, and convolutions without one."""
+    first, second = conv_row(*channels)
+    norms = [LayerNorm2d(n, eps=eps) for n, eps in zip(channels[1:], (1e-6, 1e-2), strict=True)]
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = random(2, channels[0], *size).float()
+    for layers in (
+        (first, norms[0], act_layer(), second, norms[1]),
+        (first, act_layer(), second, norms[1], act_layer()),
+    ):
+        model = nn.Sequential(*layers)
+        program = _program(model, x)
+        assert len(_stems(program)) == 1
+        made, expected = program(x), model.double()(x.double())
+        assert (made - expected).abs().max() < 1e-4 * (1 + expected.abs().max())
+        model.float()
+
+
+def test_odd_channels_of_bfloat16_are_left_to_torch() -> None:
+    floats = not policy.multiplies(torch.bfloat16)  # made of it on the way
+    even = floats or cpu.instruction_set() != "amx"
+    for channels, made in (((3, 16, 33), even), ((3, 15, 32), floats)):
+        model, x = nn.Sequential(*conv_row(*channels)).bfloat16(), random(1, 3, 20, 20).bfloat16()
+        program = _program(model, x)
+        torch.testing.assert_close(program(x), model(x), rtol=0.05, atol=0.02)
+        (stem,) = _stems(program)
+        assert (stem.derived(x) is not None) == made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_with_and_without_the_kernel(dtype: torch.dtype, compiled: bool, monkeypatch) -> None:
+    x = random(1, 3, 61, 64).to(dtype)
+    model = conv_stem(3, 64).to(dtype)
+    if not compiled:
+        without_kernels(monkeypatch)
+    close = (
+        {"rtol": 0.05, "atol": 0.01} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+    )
+    torch.testing.assert_close(_program(model, x)(x), model(x), **close)

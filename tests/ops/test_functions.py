@@ -1,0 +1,327 @@
+"""Functions on images, maps and weights: frames, padding, tiles, folding, rounding, init."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import random
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from zoo import randomise
+
+import backbones
+from ops.frames import frames_to_image
+from ops.init import init_fan_out, init_linear, init_trunc_normal, trunc_normal
+from ops.padding import reflect_pad_to_multiple, reflected_positions
+from ops.reparam import (
+    fold_norm_after,
+    fold_norm_before,
+    fold_scale_after,
+    fuse_children,
+)
+from ops.rounding import round_filters, round_keeping_sums
+from ops.tiling import Tile, run_tiled, tile_spans
+
+
+# ---- frames --------------------------------------------------------------------------------------
+def test_tiles_keep_frames_whole() -> None:
+    video = torch.randn(2, 3, 9, 4, 5)
+    image = frames_to_image(video, "tiles")
+    assert image.shape == (2, 3, 12, 15)
+    for frame in range(9):
+        i, j = divmod(frame, 3)
+        tile = image[:, :, 4 * i : 4 * i + 4, 5 * j : 5 * j + 5]
+        assert torch.equal(tile, video[:, :, frame])
+
+
+def test_rows_put_scan_lines_side_by_side() -> None:
+    """Four of them, as the published code's view of the memory has it; a frame is a band."""
+    video = torch.randn(2, 3, 16, 8, 6)
+    image = frames_to_image(video.permute(0, 2, 1, 3, 4).contiguous().permute(0, 2, 1, 3, 4))
+    assert image.shape == (2, 3, 32, 24)
+    for frame in (0, 7, 15):
+        for line in range(8):
+            row, place = divmod(8 * frame + line, 4)
+            part = image[:, :, row, 6 * place : 6 * place + 6]
+            assert torch.equal(part, video[:, :, frame, line])
+
+
+# ---- padding by reflection -----------------------------------------------------------------------
+@given(height=st.integers(1, 20), width=st.integers(1, 20), multiple=st.integers(1, 16))
+@settings(max_examples=60, deadline=None)
+def test_multiples(height: int, width: int, multiple: int) -> None:
+    x = torch.arange(2.0 * height * width).view(1, 2, height, width)
+    padded = reflect_pad_to_multiple(x, multiple)
+    below, right = -height % multiple, -width % multiple
+    assert padded.shape == (1, 2, height + below, width + right)
+    assert torch.equal(padded[:, :, :height, :width], x)
+    if below < height and right < width:
+        assert torch.equal(padded, F.pad(x, (0, right, 0, below), mode="reflect"))
+
+
+def test_repeated_reflection() -> None:
+    places = reflected_positions(torch.arange(-3, 9), 4)
+    assert places.tolist() == [3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1, 2]
+    assert reflected_positions(torch.arange(4), 1).tolist() == [0, 0, 0, 0]
+    row = torch.tensor([[[[1.0, 2.0, 3.0]]]])
+    assert reflect_pad_to_multiple(row, 8)[0, 0, 0].tolist() == [1, 2, 3, 2, 1, 2, 3, 2]
+
+
+def test_multiples_are_unchanged() -> None:
+    x = torch.rand(1, 3, 16, 32)
+    assert reflect_pad_to_multiple(x, 16) is x
+
+
+# ---- tiled inference, with networks of known receptive field -------------------------------------
+def grow(x: Tensor) -> Tensor:
+    """Twice the size, and sees one pixel around: what lies beyond the image is zero."""
+    kernel = torch.arange(1.0, 10.0, dtype=x.dtype).view(1, 1, 3, 3)
+    near = F.conv2d(x.flatten(0, 1).unsqueeze(1), kernel, padding=1).view(x.shape)
+    return near.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+def images(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def test_spans() -> None:
+    assert tile_spans(10, 4, 2) == [Tile(0, 4, 0, 6), Tile(4, 8, 2, 10), Tile(8, 10, 6, 10)]
+    assert tile_spans(4, 8, 3) == [Tile(0, 4, 0, 4)]
+
+
+@given(
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    tile_size=st.integers(1, 9),
+    overlap=st.integers(1, 4),
+    data=st.data(),
+)
+@settings(max_examples=50, deadline=None)
+def test_equals_the_whole(
+    height: int, width: int, tile_size: int, overlap: int, data: st.DataObject
+) -> None:
+    """Tiles that read as far as the network sees change nothing, however they are blended."""
+    blend = data.draw(st.integers(0, min(overlap - 1, tile_size // 2)))
+    x = images(2, 3, height, width)
+    tiled = run_tiled(grow, x, tile_size=tile_size, overlap=overlap, scale=2, blend=blend)
+    torch.testing.assert_close(tiled, grow(x))
+
+
+def test_hard_seams() -> None:
+    """Each tile is filled with its own number."""
+    numbers = iter(range(1, 100))
+
+    def number(x: Tensor) -> Tensor:
+        return torch.full_like(x, next(numbers))
+
+    tiled = run_tiled(number, images(1, 1, 5, 6), tile_size=3, overlap=2)
+    assert tiled[0, 0].tolist() == [[1] * 3 + [2] * 3] * 3 + [[3] * 3 + [4] * 3] * 2
+
+
+def test_blended_seams() -> None:
+    numbers = iter((0.0, 1.0))
+
+    def number(x: Tensor) -> Tensor:
+        return torch.full_like(x, next(numbers))
+
+    tiled = run_tiled(number, images(1, 1, 1, 8), tile_size=4, overlap=2, blend=2)
+    assert tiled.flatten().tolist() == [0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1]
+
+
+def test_other_channels_and_types() -> None:
+    def grey(x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True).bfloat16()
+
+    tiled = run_tiled(grey, images(1, 3, 7, 9), tile_size=4, overlap=2, blend=1)
+    assert tiled.shape == (1, 1, 7, 9) and tiled.dtype == torch.bfloat16
+
+
+# ---- folding of norms and scales -----------------------------------------------------------------
+def _norm(chs: int, kind: type[nn.Module] = nn.BatchNorm2d, affine: bool = True) -> nn.Module:
+    norm = kind(chs, affine=affine).double().eval()
+    if affine:
+        return randomise(norm)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    return norm
+
+
+def _input(chs: int) -> Tensor:
+    return torch.randn(2, chs, 7, 6, dtype=torch.float64)
+
+
+@given(
+    groups=st.sampled_from([1, 2, 6]),
+    bias=st.booleans(),
+    affine=st.booleans(),
+    stride=st.integers(1, 2),
+    kernel=st.integers(1, 3),
+)
+@torch.no_grad()
+def test_norm_after(groups: int, bias: bool, affine: bool, stride: int, kernel: int) -> None:
+    conv = nn.Conv2d(6, 12, kernel, stride, 1, groups=groups, bias=bias).double()
+    norm = _norm(12, affine=affine)
+    weight = conv.weight.clone()
+    x = _input(6)
+    torch.testing.assert_close(fold_norm_after(conv, norm)(x), norm(conv(x)))
+    assert torch.equal(conv.weight, weight)
+
+
+@given(bias=st.booleans(), kernel=st.integers(1, 3))
+@torch.no_grad()
+def test_norm_before_conv(bias: bool, kernel: int) -> None:
+    conv = nn.Conv2d(6, 4, kernel, stride=kernel, bias=bias).double()
+    norm = _norm(6)
+    x = _input(6)
+    torch.testing.assert_close(fold_norm_before(norm, conv)(x), conv(norm(x)))
+
+
+@torch.no_grad()
+def test_norm_before_linear() -> None:
+    linear = nn.Linear(6, 4).double()
+    norm = _norm(6, nn.BatchNorm1d)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    torch.testing.assert_close(fold_norm_before(norm, linear)(x), linear(norm(x)))
+
+
+@torch.no_grad()
+def test_scale_after() -> None:
+    for layer, shape in ((nn.Conv2d(6, 4, 3, bias=False), (1, 4, 1, 1)), (nn.Linear(6, 4), (4,))):
+        layer = layer.double()
+        x = _input(6) if isinstance(layer, nn.Conv2d) else torch.randn(5, 6).double()
+        scale, shift = torch.randn(4).double(), torch.randn(4).double()
+        expected = layer(x) * scale.view(shape)
+        torch.testing.assert_close(fold_scale_after(layer, scale)(x), expected)
+        torch.testing.assert_close(
+            fold_scale_after(layer, scale, shift)(x), expected + shift.view(shape)
+        )
+
+
+def test_fuse_children_replaces_and_descends() -> None:
+    class Leaf(nn.Module):
+        def fuse(self) -> nn.Module:
+            return nn.Identity()
+
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.leaf = Leaf()
+
+        def fuse(self) -> nn.Module:
+            return self
+
+    root = nn.Sequential(Leaf(), nn.Sequential(Inner()))
+    fuse_children(root)
+    assert not any(isinstance(m, Leaf) for m in root.modules())
+    assert isinstance(root[1][0], Inner)
+
+
+# ---- filters rounded with their sums -------------------------------------------------------------
+_DTYPES = [torch.bfloat16, torch.float16]
+
+
+def _step(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The distance of neighbouring numbers of ``dtype`` at ``x``."""
+    return 2.0 ** x.abs().clamp(min=2.0**-14).log2().floor() * torch.finfo(dtype).eps
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from(_DTYPES),
+    filters=st.integers(1, 20),
+    taps=st.integers(1, 49),
+    seed=st.integers(0, 99),
+)
+def test_sums_stay(dtype: torch.dtype, filters: int, taps: int, seed: int) -> None:
+    """Up to the rounding of the smallest tap; each tap moves by at most a step of the largest."""
+    weight = random(filters, taps, seed=seed).float()
+    rounded = round_keeping_sums(weight, dtype)
+    assert rounded.dtype == dtype and rounded.shape == weight.shape
+    error = rounded.double() - weight.double()
+    step = _step(weight, dtype)
+    assert (error.sum(-1).abs() <= step.amax(-1) * 0.51).all()
+    assert (error.abs() <= 1.01 * step.amax(-1, keepdim=True)).all()
+    if taps >= 9:
+        plain = (weight.to(dtype).double() - weight.double()).sum(-1)
+        assert error.sum(-1).square().mean() <= plain.square().mean() + 1e-12
+
+
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+def test_representable_numbers_stay(dtype: torch.dtype) -> None:
+    weight = random(5, 9).to(dtype)
+    assert torch.equal(round_keeping_sums(weight.float(), dtype), weight)
+
+
+def test_infinities_and_nan_stay() -> None:
+    weight = torch.tensor([[1.0, float("inf"), 0.3], [0.3, float("nan"), 1.0]])
+    rounded = round_keeping_sums(weight, torch.bfloat16)
+    assert rounded.isinf().tolist() == weight.isinf().tolist()
+    assert rounded.isnan().tolist() == weight.isnan().tolist()
+
+
+def test_only_filters_change() -> None:
+    layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 5, groups=8), nn.Conv2d(8, 4, 1), nn.Linear(4, 2)]
+    model = nn.Sequential(*layers).requires_grad_(False)
+    before = [layer.weight.clone() for layer in layers]
+    round_filters(model, torch.float32)
+    assert all(torch.equal(a.weight, b) for a, b in zip(layers, before, strict=True))
+    round_filters(model, torch.bfloat16)
+    changed = [not torch.equal(a.weight, b) for a, b in zip(layers, before, strict=True)]
+    assert changed == [True, True, False, False]
+    assert all(layer.weight.dtype == torch.float32 for layer in layers)
+
+
+@torch.inference_mode()
+def test_a_constant_image_is_convolved_more_exactly() -> None:
+    """As by the first layer of a fused model, whose folded norm subtracts most of its result."""
+    torch.manual_seed(0)
+    model = backbones.create_model("proxyless_mobile", num_classes=3).eval()
+    folded = model.fuse(channels_last=False)
+    stem = next(m for m in folded.modules() if isinstance(m, nn.Conv2d))
+    image = torch.full((1, 3, 9, 9), 2.0)
+    exact = nn.functional.conv2d(image, stem.weight)
+    plain = nn.functional.conv2d(image, stem.weight.bfloat16().float())
+    round_filters(folded, torch.bfloat16)
+    kept = nn.functional.conv2d(image, stem.weight)
+    assert (kept - exact).norm() < 0.3 * (plain - exact).norm()
+
+
+# ---- initial values ------------------------------------------------------------------------------
+def test_spread() -> None:
+    torch.manual_seed(0)
+    for layer, fan_out in (
+        (nn.Conv2d(64, 128, 3), 128 * 9),
+        (nn.Conv2d(512, 512, 5, groups=512), 25),
+        (nn.Conv2d(64, 128, (1, 7), groups=2, bias=False), 128 * 7 / 2),
+    ):
+        init_fan_out(layer)
+        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.03)
+        init_trunc_normal(layer)
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.03)
+        assert layer.weight.abs().max() <= 2
+        assert layer.bias is None or not layer.bias.any()
+    for initialise in (init_fan_out, init_linear):
+        linear = nn.Linear(300, 300)
+        initialise(linear)
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.03)
+        assert not linear.bias.any()
+    conv = nn.Conv2d(3, 4, 3)
+    before = conv.weight.clone()
+    init_linear(conv)
+    assert torch.equal(conv.weight, before)
+    norm = nn.BatchNorm2d(3)
+    init_fan_out(norm)
+    assert torch.equal(norm.weight, torch.ones(3))
+
+
+@pytest.mark.slow
+def test_no_draw_falls_on_a_far_cut() -> None:
+    torch.manual_seed(0)
+    weights = torch.empty(50_000_000)
+    trunc_normal(weights)
+    assert weights.abs().max() <= 0.1
+    assert weights.std().item() == pytest.approx(0.02, rel=1e-3)

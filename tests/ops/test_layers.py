@@ -1,0 +1,449 @@
+"""Layers that families share, against their definitions; options; fused forms; bad arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from comparisons import assert_same_with_gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.models.swin_transformer import PatchMerging as TimmPatchMerging
+from torch import Tensor, nn
+from zoo import images, randomise
+
+from backbones.cli.parity import checkpoint, reference, relative_error, uniform
+from ops.conv import ConvHead, ConvNorm, ConvResidual, InceptionDWConv2d, NormLinear
+from ops.kan import KAN, KANLayer, reflectional_switch
+from ops.large_kernel import DilatedReparamConv2d, merge_dilated_kernels
+from ops.mlp import DWMlp
+from ops.mobile import ConvFFN, ExpandMerging, MBConv, MixHead, NormLinearHead, Residual, conv_stem
+from ops.neighborhood import NeighborhoodAttention2D
+from ops.neighborhood.block import NeighborhoodBlock
+from ops.patch import PatchEmbed, PatchMerging
+from ops.position import ConvPosition, PositionTable, resize_position_table
+from ops.pyramid import SimplePyramid
+from ops.reparam import fuse_children
+
+
+# ---- convolutions --------------------------------------------------------------------------------
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dilation", [1, 3])
+@torch.no_grad()
+def test_conv_norm(stride: int, dilation: int) -> None:
+    layer = ConvNorm(4, 6, 5, stride, dilation=dilation, act_layer=nn.ReLU)
+    randomise(layer).eval()
+    x = torch.randn(2, 4, 17, 20)
+    expected = layer(x)
+    assert expected.shape == (2, 6, -(-17 // stride), -(-20 // stride))
+    torch.testing.assert_close(layer.fuse()(x), expected)
+    assert isinstance(ConvNorm(4, 6).fuse(), nn.Conv2d)
+
+
+@torch.no_grad()
+def test_residual_becomes_one_convolution() -> None:
+    layer = ConvResidual(4, 3)
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.equal(layer.eval()(x), x)
+    randomise(layer)
+    expected = layer(x)
+    fused = layer.fuse()
+    assert isinstance(fused, nn.Conv2d)
+    torch.testing.assert_close(fused(x), expected)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@torch.no_grad()
+def test_norm_linear() -> None:
+    layer = randomise(NormLinear(4, 3)).eval()
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(layer.fuse()(x), layer(x))
+
+
+@torch.no_grad()
+def test_inception_branches_are_those_of_the_paper() -> None:
+    layer = InceptionDWConv2d(16, band_kernel_size=11, branch_ratio=0.125).double()
+    x = torch.randn(2, 16, 9, 13, dtype=torch.float64)
+    out = layer(x)
+    assert torch.equal(out[:, :10], x[:, :10])
+    # A band is an 11×11 kernel that is zero but for its middle row or column.
+    for conv, first, axis in ((layer.dwconv_w, 12, 2), (layer.dwconv_h, 14, 3)):
+        kernel = torch.zeros(2, 1, 11, 11, dtype=torch.float64)
+        kernel.select(axis, 5).copy_(conv.weight.squeeze(axis))
+        full = nn.functional.conv2d(x[:, first : first + 2], kernel, conv.bias, padding=5, groups=2)
+        torch.testing.assert_close(out[:, first : first + 2], full)
+
+
+# ---- large kernels -------------------------------------------------------------------------------
+def naive_depthwise(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
+    """A sum over the taps, each a shifted map."""
+    reach = dilation * (weight.shape[-1] // 2)
+    height, width = x.shape[2:]
+    padded = F.pad(x, (reach,) * 4)
+    out = torch.zeros_like(x)
+    for i in range(weight.shape[-1]):
+        for j in range(weight.shape[-1]):
+            top, left = i * dilation, j * dilation
+            shifted = padded[:, :, top : top + height, left : left + width]
+            out += shifted * weight[:, 0, i, j].view(-1, 1, 1)
+    return out
+
+
+@given(
+    branches=st.lists(
+        st.tuples(st.sampled_from([1, 3, 5]), st.integers(1, 3)), min_size=1, max_size=4
+    ),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=25, deadline=None)
+def test_merged_kernel_is_the_sum(branches: list[tuple[int, int]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    options = {"generator": generator, "dtype": torch.float64}
+    x = torch.randn(2, 3, 7, 9, **options)
+    weights = [torch.randn(3, 1, size, size, **options) for size, _ in branches]
+    dilations = [dilation for _, dilation in branches]
+    merged = merge_dilated_kernels(weights, dilations, 13)
+    expected = sum(naive_depthwise(x, w, d) for w, d in zip(weights, dilations, strict=True))
+    torch.testing.assert_close(F.conv2d(x, merged, padding=6, groups=3), expected)
+
+
+def test_gradients_reach_every_kernel() -> None:
+    weights = [torch.randn(2, 1, k, k, dtype=torch.float64, requires_grad=True) for k in (5, 3, 3)]
+    assert torch.autograd.gradcheck(lambda *w: merge_dilated_kernels(w, (1, 1, 2), 5), weights)
+
+
+@pytest.mark.parametrize("kernel_size", [5, 7, 9, 11, 13, 15, 17])
+@torch.no_grad()
+def test_fused_layer_keeps_the_output(kernel_size: int) -> None:
+    torch.manual_seed(0)
+    layer = randomise(DilatedReparamConv2d(4, kernel_size)).double().eval()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    x = torch.randn(2, 4, 8, 11, dtype=torch.float64)
+    expected = layer.large(x)
+    for branch in layer.branches.values():
+        mixed = naive_depthwise(x, branch.conv.weight, branch.conv.dilation[0])
+        expected += branch.norm(mixed)
+    torch.testing.assert_close(layer(x), expected)
+    fused = layer.fuse()
+    assert isinstance(fused, torch.nn.Conv2d) and fused.kernel_size == (kernel_size,) * 2
+    torch.testing.assert_close(fused(x), expected)
+    # Fusing leaves the layer as it was, so that it may be walked again.
+    torch.testing.assert_close(layer.state_dict(), before)
+
+
+# ---- depthwise MLPs ------------------------------------------------------------------------------
+def test_definition() -> None:
+    torch.manual_seed(0)
+    mlp = DWMlp(4, 6).double()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    hidden = F.pad(mlp.fc1(x), (0, 0, 1, 1, 1, 1))
+    weight = mlp.dwconv.weight[:, 0]
+    near = sum(
+        hidden[:, dy : dy + 3, dx : dx + 5] * weight[:, dy, dx]
+        for dy in range(3)
+        for dx in range(3)
+    )
+    expected = mlp.fc2(F.gelu(near + mlp.dwconv.bias))
+    torch.testing.assert_close(mlp(x), expected)
+
+
+# ---- parts of the stride-16 families -------------------------------------------------------------
+@torch.no_grad()
+def test_stem_and_merging_round_up() -> None:
+    x = torch.randn(1, 3, 33, 47)
+    widths = []
+    for layer in conv_stem(3, 32):
+        x = layer(x)
+        widths.append(tuple(x.shape[1:]))
+    assert widths == [(4, 17, 24), (8, 9, 12), (16, 5, 6), (32, 3, 3)]
+    assert ExpandMerging(32, 48)(x).shape == (1, 48, 2, 2)
+
+
+@torch.no_grad()
+def test_residual_starts_as_identity_and_fuses() -> None:
+    layer = nn.Sequential(Residual(ConvFFN(4, 8))).eval()
+    x = torch.randn(2, 4, 5, 5)
+    assert torch.equal(layer(x), x)
+    expected = randomise(layer)(x)
+    fuse_children(layer)
+    assert isinstance(layer[0].fn.fc1, nn.Conv2d)
+    torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_head(distilled: bool) -> None:
+    head = NormLinearHead(6, 5, distilled=distilled)
+    x = torch.randn(3, 6, 2, 2)
+    out = head(x)
+    if distilled:
+        assert [o.shape for o in out] == [(3, 5), (3, 5)]
+        head.eval()
+        torch.testing.assert_close(
+            head(x), (head.fc(x.mean((2, 3))) + head.fc_dist(x.mean((2, 3)))) / 2
+        )
+    else:
+        assert out.shape == (3, 5)
+    assert head(x, pre_logits=True).shape == (3, 6)
+    head.reset(0)
+    assert head.eval()(x).shape == (3, 6)
+    head.reset(2, "catavgmax")
+    assert head.eval()(x).shape == (3, 2)
+    head.reset(0, "")
+    assert head(x).shape == x.shape
+
+
+# ---- patches -------------------------------------------------------------------------------------
+@torch.no_grad()
+def test_merging_is_that_of_swin() -> None:
+    ours, theirs = PatchMerging(8, 12), TimmPatchMerging(8, 12)
+    ours.load_state_dict(theirs.state_dict())
+    x = images(2, 8, 6, 10)
+    expected = theirs(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(ours(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(5, 6), (6, 5), (7, 3), (1, 1)])
+def test_merging_completes_odd_sides_with_zeros(size: tuple[int, int]) -> None:
+    layer = PatchMerging(8, 12)
+    x = images(2, 8, *size)
+    padded = F.pad(x, (0, size[1] % 2, 0, size[0] % 2))
+    out = layer(x)
+    assert out.shape == (2, 12, -(-size[0] // 2), -(-size[1] // 2))
+    torch.testing.assert_close(out, layer(padded))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch_size", [4, 16])
+def test_patches_are_completed_with_zeros(patch_size: int) -> None:
+    layer = PatchEmbed(3, 8, patch_size)
+    x = images(1, 3, 33, 47)
+    out = layer(x)
+    assert out.shape == (1, 8, -(-33 // patch_size), -(-47 // patch_size))
+    torch.testing.assert_close(out, layer(F.pad(x, (0, 1, 0, -33 % patch_size))))
+    whole = x[:, :, :32, :32]
+    torch.testing.assert_close(layer(whole), layer.norm(layer.conv(whole)))
+
+
+def test_merging_of_dynamic_sizes() -> None:
+    torch._dynamo.reset()
+    layer = PatchMerging(4, 8).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    for size in ((4, 6), (5, 8), (7, 9)):
+        x = images(1, 4, *size)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+# ---- positions -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@torch.no_grad()
+def test_fuses_into_one_convolution(kernel_size: int) -> None:
+    torch.manual_seed(0)
+    layer = ConvPosition(6, kernel_size)
+    x = torch.randn(2, 6, 7, 4)
+    before = layer.conv.weight.clone()
+    expected = x + layer.conv(x)
+    torch.testing.assert_close(layer(x), expected)
+    fused = layer.fuse()
+    assert isinstance(fused, nn.Conv2d)
+    torch.testing.assert_close(fused(x), expected)
+    assert torch.equal(layer.conv.weight, before)
+
+
+@torch.no_grad()
+def test_a_table_is_added_row_by_row() -> None:
+    torch.manual_seed(0)
+    layer = PositionTable(3, 4)
+    x = torch.randn(2, 3, 4, 4)
+    added = layer(x) - x
+    for row, column in ((0, 0), (1, 2), (3, 3)):
+        vector = layer.pos_embed[0, 4 * row + column]
+        torch.testing.assert_close(added[:, :, row, column], vector.expand(2, 3))
+    assert resize_position_table(layer.pos_embed, (4, 4)) is layer.pos_embed
+    assert PositionTable(3, 2, std=0).pos_embed.abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [(8, 8), (2, 8), (3, 1)])
+@torch.no_grad()
+def test_a_table_is_interpolated(size: tuple[int, int]) -> None:
+    """Also where another shape has as many pixels."""
+    torch.manual_seed(0)
+    table = torch.randn(1, 16, 3)
+    square = table.reshape(1, 4, 4, 3).permute(0, 3, 1, 2)
+    expected = F.interpolate(square, size, mode="bicubic", align_corners=False, antialias=False)
+    resized = resize_position_table(table, size)
+    torch.testing.assert_close(resized, expected.flatten(2).transpose(1, 2))
+    half = resize_position_table(table.bfloat16(), size)
+    assert half.dtype == torch.bfloat16
+    exact = resize_position_table(table.bfloat16().float(), size)
+    assert torch.equal(half, exact.bfloat16())
+
+
+# ---- the pyramid of one map ----------------------------------------------------------------------
+@torch.no_grad()
+def test_levels_are_those_of_the_paper() -> None:
+    torch.manual_seed(0)
+    pyramid = SimplePyramid(16)
+    x = torch.randn(2, 16, 6, 5)
+    maps = pyramid(x)
+    assert [tuple(m.shape[1:]) for m in maps] == [(4, 24, 20), (8, 12, 10), (16, 6, 5), (16, 3, 3)]
+    assert tuple(m.shape[1] for m in maps) == pyramid.channels
+    first, norm, _, second = pyramid[0]
+    middle = F.conv_transpose2d(x, first.weight, first.bias, stride=2)
+    middle = F.layer_norm(middle.permute(0, 2, 3, 1), (8,), norm.weight, norm.bias, 1e-6)
+    middle = F.gelu(middle).permute(0, 3, 1, 2)
+    expected = F.conv_transpose2d(middle, second.weight, second.bias, stride=2)
+    torch.testing.assert_close(maps[0], expected)
+    torch.testing.assert_close(maps[1], F.conv_transpose2d(x, *pyramid[1].parameters(), stride=2))
+    assert torch.equal(maps[2], x)
+    assert torch.equal(maps[3][:, :, :, :2], F.max_pool2d(x, 2))
+    chosen = pyramid(x, [1, 3])
+    assert torch.equal(chosen[0], maps[1]) and torch.equal(chosen[1], maps[3])
+
+
+# ---- Kolmogorov-Arnold layers --------------------------------------------------------------------
+@given(x=st.floats(-5, 5), point=st.floats(-2, 2), width=st.floats(0.1, 3))
+def test_switch_is_its_formula(x: float, point: float, width: float) -> None:
+    value = reflectional_switch(
+        torch.tensor(x, dtype=torch.float64), torch.tensor([point], dtype=torch.float64), width
+    )
+    assert value.item() == pytest.approx(1 - math.tanh((x - point) / width) ** 2, abs=1e-12)
+    assert 0 <= value.item() <= 1
+
+
+def test_layer_is_its_formula_with_its_gradients() -> None:
+    torch.manual_seed(0)
+    layer = KANLayer(3, 4, num_grids=5, grid_range=(-1, 2), width=0.5).double()
+    x = torch.randn(2, 6, 3, dtype=torch.float64, requires_grad=True)
+    normed = layer.norm(x)
+    weight = layer.linear.weight.view(4, 3, 5)
+    expected = torch.zeros(2, 6, 4, dtype=torch.float64)
+    for place, point in enumerate((-1, -0.25, 0.5, 1.25, 2)):
+        bump = torch.cosh((normed - point) / 0.5) ** -2
+        expected = expected + bump @ weight[:, :, place].T
+    tensors = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    assert_same_with_gradients(layer(x), expected, tensors)
+
+
+def test_published_figures() -> None:
+    case = reference("medvitv2", "medvitv2_tiny")["kan_case"]
+    rows = [(f"kan.{name}", shape, dtype) for name, shape, dtype in case["state_dict"]]
+    tensors = checkpoint({"state_dict": rows})
+    kan = KAN((6, 10, 6))
+    with torch.no_grad():
+        for i, layer in enumerate(kan):
+            layer.norm.weight.copy_(tensors[f"kan.layers.{i}.layernorm.weight"])
+            layer.norm.bias.copy_(tensors[f"kan.layers.{i}.layernorm.bias"])
+            layer.linear.weight.copy_(tensors[f"kan.layers.{i}.spline_linear.weight"])
+        out = kan(torch.from_numpy(uniform("kan-x", (5, 6))))
+    assert relative_error(out.flatten(), case["out"]) < 1e-5
+
+
+def test_grid_is_constant() -> None:
+    kan = KAN((4, 8, 2), num_grids=9)
+    grids = [p for n, p in kan.named_parameters() if n.endswith("grid")]
+    assert len(grids) == 2
+    for grid in grids:
+        assert not grid.requires_grad
+        torch.testing.assert_close(grid, torch.arange(-2, 2.5, 0.5))
+    assert kan(torch.zeros(3, 5, 4)).shape == (3, 5, 2)
+
+
+# ---- options have their effect -------------------------------------------------------------------
+def _block(drop: float, drop_path: float) -> NeighborhoodBlock:
+    return NeighborhoodBlock(NeighborhoodAttention2D(4, 2, 3), 2.0, drop, drop_path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate: ConvResidual(4, drop_path=rate, norm_scale=1.0),
+        lambda rate: Residual(nn.Linear(4, 4), rate),
+        lambda rate: MBConv(4, 4, 3, 2, drop_path=rate),
+        lambda rate: _block(0.0, rate),
+    ],
+)
+def test_a_branch_that_is_always_dropped(make: Callable[[float], nn.Module]) -> None:
+    x = torch.randn(2, 4, 4, 4)
+    layer = make(1.0).train()
+    assert torch.equal(layer(x), x)
+    assert not torch.equal(layer.eval()(x), x)
+    assert not torch.equal(make(0.0).train()(x), x)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rate: ConvHead(4, 6, 3, "avg", rate),
+        lambda rate: MixHead(4, 6, 3, "avg", rate),
+        lambda rate: NormLinearHead(4, 3, "avg", rate),
+        lambda rate: NormLinearHead(4, 3, "avg", rate, distilled=True),
+    ],
+)
+def test_heads_drop_what_they_classify(make: Callable[[float], nn.Module]) -> None:
+    x, head = torch.rand(3, 4, 5, 5), make(1.0).train()
+    assert not head(x, pre_logits=True).any()
+    assert head.eval()(x, pre_logits=True).any() and make(0.0).train()(x, pre_logits=True).any()
+
+
+def test_neighborhood_attention_drops_its_projection() -> None:
+    layer, x = NeighborhoodAttention2D(4, 2, 3, proj_drop=1.0), torch.randn(1, 5, 4, 4)
+    assert not layer(x).any() and layer.eval()(x).any()
+    block = _block(1.0, 0.0).train()
+    torch.testing.assert_close(block(x), x + block.attn(block.norm1(x)))
+
+
+def test_depthwise_mlps_drop_hidden_channels_and_outputs() -> None:
+    mlp = DWMlp(4, 64, drop=0.5).train()
+    with torch.no_grad():
+        for parameter in mlp.parameters():
+            parameter.fill_(1.0)
+        mlp.dwconv.weight.zero_()  # each hidden channel is the same everywhere
+    torch.manual_seed(0)
+    out = mlp(torch.randn(1, 8, 8, 4)).flatten()
+    assert 0.3 < (out == 0).float().mean() < 0.7, "outputs"
+    assert len(out[out != 0].unique()) > 5, "hidden channels"
+    assert len(mlp.eval()(torch.randn(1, 8, 8, 4)).unique()) == 1
+
+
+def test_kans_pass_their_options_to_each_layer() -> None:
+    for layer in KAN((4, 8, 2), num_grids=5, grid_range=(-1.0, 3.0), width=0.7):
+        assert layer.grid.tolist() == [-1, 0, 1, 2, 3] and layer.width == 0.7
+
+
+def test_sides_of_inception_branches() -> None:
+    layer = InceptionDWConv2d(16, square_kernel_size=5, band_kernel_size=7, branch_ratio=0.25)
+    found = [layer.dwconv_hw, layer.dwconv_w, layer.dwconv_h]
+    assert [conv.kernel_size for conv in found] == [(5, 5), (1, 7), (7, 1)]
+    assert [conv.out_channels for conv in found] == [4] * 3
+    assert layer(torch.randn(1, 16, 6, 9)).shape == (1, 16, 6, 9)
+
+
+def test_heads_of_convolutions() -> None:
+    x, head = torch.randn(2, 4, 5, 3), ConvHead(4, 6, 3, "avg", 0.0, bias=False).eval()
+    assert head.proj.conv.bias is None and ConvHead(4, 6, 3, "avg", 0.0).proj.conv.bias is not None
+    pooled = head.proj(x).mean((2, 3))
+    torch.testing.assert_close(head(x, pre_logits=True), pooled)
+    torch.testing.assert_close(head(x), head.fc(pooled))
+    head.reset(5, "catavgmax")
+    assert head(x).shape == (2, 5) and head(x, pre_logits=True).shape == (2, 12)
+    head.reset(0, "")
+    assert torch.equal(head(x), x)
+    with pytest.raises(ValueError, match="3 classes need a pooling"):
+        head.reset(3)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_shortcuts_of_inverted_bottlenecks(stride: int) -> None:
+    """Where the shape stays."""
+    torch.manual_seed(0)
+    for out_dim, expansion in ((4, 3), (4, 1), (6, 3)):
+        layer, x = MBConv(4, out_dim, 3, expansion, stride).eval(), torch.randn(1, 4, 5, 6)
+        plain = layer.project(layer.dwconv(layer.expand(x)))
+        stays = stride == 1 and out_dim == 4
+        torch.testing.assert_close(layer(x), x + plain if stays else plain)
+        assert isinstance(layer.expand, nn.Identity) == (expansion == 1)
+    assert isinstance(ConvFFN(4, 8).act, nn.ReLU)
