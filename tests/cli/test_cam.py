@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from gradient_law import FORMATS
-from torch import Tensor, autograd, nn
+from torch import Tensor, nn
 from zoo import CLASSIFIERS, images, randomise, small
 
 from backbones.cli.cam import grad_cam, upsample_heat
 from backbones.cli.receptive_field import ReceptiveField, follow
-from backbones.core.stage import map_of, with_map
+from backbones.core.stage import map_of
 from backbones.overlock import OverviewStage
 
 NORMS = ("LayerNorm", "LayerNorm2d", "SEModule")
@@ -156,38 +156,6 @@ def test_heat_does_not_depend_on_the_batch(family: str, memory_format: str) -> N
     ]
     for given, wanted in zip(alone, both, strict=True):
         torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("family", CLASSIFIERS)
-def test_heat_comes_from_central_differences(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of an image's score that the heat is made of, along a direction."""
-    model, real, seen = randomise(small(family, num_classes=4)).double().eval(), autograd.grad, []
-
-    def watched(score: Tensor, features: Tensor) -> tuple[Tensor, ...]:
-        seen.append((features.detach(), *real(score, features)))
-        return seen[-1][1:]
-
-    outputs: list[Any] = []
-    for stage in model.stages:
-        stage.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    monkeypatch.setattr(autograd, "grad", watched)
-    grad_cam(model, images(1, 3, 96, 120).double(), torch.tensor([2]))
-    ((features, gradient),) = seen
-    stages = list(model.stages)
-    channels = [model.feature_info[i]["num_chs"] for i in model.stage_features()]
-    behind = stages[len(stages) - channels[::-1].index(features.shape[1]) :]
-    assert behind or len(set(channels)) == 1  # of one resolution, the last map is taken
-
-    @torch.no_grad()
-    def score(features: Tensor) -> Tensor:
-        x = with_map(outputs[len(stages) - len(behind) - 1], features)
-        for stage in behind:
-            x = stage(x)
-        return model.forward_head(model.norm(map_of(x)))[0, 2]
-
-    move, step = images(*features.shape, seed=3).double(), 1e-6
-    slope = (score(features + step * move) - score(features - step * move)) / (2 * step)
-    torch.testing.assert_close((gradient * move).sum(), slope, rtol=1e-6, atol=1e-8)
 
 
 def test_it_finds_what_matters() -> None:

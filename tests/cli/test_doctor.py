@@ -120,21 +120,6 @@ def test_wrong_gradients_of_torch_are_named(wrong: bool, monkeypatch: pytest.Mon
     assert [f"torch {torch.__version__}" in text for text in texts] == [True] * wrong
 
 
-def test_no_kernel_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no C++ compiler found")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor.sys, "platform", "linux")
-    (finding,) = doctor.examine_compiler()
-    assert finding.severity == "warning"
-    assert "not compiled: " in finding.text
-    assert "gemm, " in finding.text
-    assert finding.fix == "pip install ziglang"
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
-    assert doctor.examine_compiler()[-1].fix == "unset VISION_BACKBONES_NATIVE"
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert doctor.examine_compiler()[0].fix == "unset CXX"
-
-
 def test_kernels_by_where_they_came_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernels = {
         "gemm": cpu.LibraryState(None, build.process.shipped / "gemm.so", "avx2", None),
@@ -152,22 +137,43 @@ def test_kernels_by_where_they_came_from(monkeypatch: pytest.MonkeyPatch, tmp_pa
     )
 
 
-def test_unbalanced_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
-    monkeypatch.setenv("CXX", "g++ 'x")
-    finding, _ = doctor.examine_compiler()
-    assert (finding.severity, finding.fix) == ("warning", "unset CXX")
-    assert "No closing quotation" in finding.text
-
-
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "c++ failed with status 1: ")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+@pytest.mark.parametrize(
+    ("reason", "compiler", "variable", "fix"),
+    [
+        ("no C++ compiler found", None, None, "pip install ziglang"),
+        ("no C++ compiler found", None, ("VISION_BACKBONES_NATIVE", "0"), "unset {}"),
+        ("no C++ compiler found", None, ("CXX", "no-such-compiler"), "unset {}"),
+        ("c++ failed: ", "/usr/bin/c++", None, "sudo apt-get install --reinstall g++"),
+        ("c++ failed: ", "/usr/bin/c++", ("CXX", "clang++"), "unset {}"),
+        (None, "/usr/bin/c++", ("CXX", "g++ 'x"), "unset {}"),  # no closing quotation
+    ],
+)
+def test_fixes_of_compilers(
+    reason: str | None,
+    compiler: str | None,
+    variable: tuple[str, str] | None,
+    fix: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: reason)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: compiler)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     monkeypatch.delenv("CXX", raising=False)
-    assert doctor.examine_compiler()[0].fix == "sudo apt-get install --reinstall g++"
-    monkeypatch.setenv("CXX", "clang++")
-    assert doctor.examine_compiler()[0].fix == "unset CXX"
+    if variable is not None:
+        monkeypatch.setenv(*variable)
+    found = {finding.fix: finding for finding in doctor.examine_compiler() if finding.fix}
+    assert found[fix.format(*(variable or ()))].severity == "warning"
+    said = "".join(finding.text for finding in found.values())
+    assert reason is None or "not compiled: " in said and "gemm, " in said
+
+
+def test_invalid_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
+    (finding,) = doctor.examine_cpu()
+    assert (finding.severity, finding.fix) == ("error", "unset VISION_BACKBONES_NATIVE")
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "False")
+    (finding,) = doctor.examine_cpu()
+    assert finding.severity != "error" and "switched off" in finding.text
 
 
 def test_missing_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -346,17 +352,6 @@ def test_failures_of_doctor_itself_are_reported(tmp_path: Path) -> None:
     last = run.stderr.splitlines()[-1]
     assert "operator torchvision::nms is not there" in last
     assert "`pip install --force-reinstall torch torchvision timm`" in last
-
-
-def test_invalid_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
-    (finding,) = doctor.examine_cpu()
-    assert (finding.severity, finding.fix) == ("error", "unset VISION_BACKBONES_NATIVE")
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "False")
-    (finding,) = doctor.examine_cpu()
-    assert finding.severity != "error" and "switched off" in finding.text
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "switched off")
-    assert doctor.examine_compiler()[-1].fix == "unset VISION_BACKBONES_NATIVE"
 
 
 def test_wrong_instruction_set(

@@ -192,10 +192,10 @@ def test_untraceable_operations_are_named(tmp_path: Path) -> None:
 
 
 def test_differing_files_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small("shvit").eval()
+    model = Wrong().eval()
     monkeypatch.setattr(graphs, "program_runner", lambda path: lambda x: model(x) * 1.001)
     with pytest.raises(CommandError, match="differs from the model by .* it was not written"):
-        export(Loaded(model, "shvit"), tmp_path / "x.pt2", "pt2", (64, 64))
+        export(Loaded(model, "wrong"), tmp_path / "x.pt2", "pt2", (64, 64))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,12 +232,6 @@ def test_float32_rounding_is_tolerated() -> None:
     sound = small("shvit").eval()
     (found,) = graphs.check(sound, lambda x: sound(x) * 1.001, [(1, 3, 64, 64)])
     assert found.allowed == graphs.TOLERANCE < found.error
-
-
-def test_three_shapes_to_check() -> None:
-    assert graphs.check_shapes((2, 3, 64, 96), dynamic=False) == [(2, 3, 64, 96)]
-    shapes = graphs.check_shapes((1, 3, 224, 224), dynamic=True)
-    assert shapes == [(1, 3, 224, 224), (3, 3, 68, 101), (2, 3, 315, 269)]
 
 
 def test_agreement_of_predictions_and_noise() -> None:

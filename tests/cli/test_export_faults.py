@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from faults import files_that_may_not_grow
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -52,7 +50,13 @@ class Plain(nn.Module):
             "shvit_s1 --int8 --calibration . --calibration-images 0 --out x.onnx",
             "--calibration-images must be 1 or more, got 0",
         ),
-        ("shvit_s1 --size 0 --out x.pt2", "--size takes one side, or height and width"),
+        ("shvit_s1 --int8 --out x.pt2", "--int8 requires ONNX or safetensors"),
+        ("shvit_s1 --out x.safetensors", "safetensors are for --int8"),
+        ("shvit_s1 --max-drop 0.1 --out x.onnx", "--max-drop is for safetensors"),
+        ("shvit_s1 --int8 --max-drop 0 --out x.safetensors", "must be above 0"),
+        ("shvit_s1 --int8 --dynamic --out x.safetensors", "omit --dynamic"),
+        ("shvit_s1 --int8 --batch 2 --out x.safetensors", "omit --batch"),
+        ("shvit_s1 --int8 --fused --out x.safetensors", "omit --fused"),
         (f"shvit_s1 --size {10**30} --dynamic --out x.onnx", "--size takes one side"),
         ("shvit_s1 --size 64 --batch 9999999999 --out x.pt2", "reduce --size or --batch"),
         ("shvit_s9 --out x.pt2", "unknown model 'shvit_s9'"),
@@ -112,23 +116,12 @@ def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         export(Loaded(Plain().eval(), "plain"), tmp_path / "x.pt2", "pt2", (16, 16))
 
 
-@contextmanager
-def small_files() -> Iterator[None]:
-    """Within the block, as pytest writes outside it, files cannot exceed 2000 bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
 def test_files_larger_than_the_limit(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_text("as it was")
     said = f"cannot write {path}: `ulimit -f` or the file"
-    with small_files(), pytest.raises(FileError, match=said):
+    with files_that_may_not_grow(2000), pytest.raises(FileError, match=said):
         export(Loaded(Plain().eval(), "plain"), path, ending, (16, 16))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "as it was"

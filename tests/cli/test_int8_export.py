@@ -145,20 +145,3 @@ def test_runs_of_restoration(tmp_path: Path) -> None:
     loaded = load(None, tmp_path / "best.safetensors")
     assert loaded.name == "hat_nano_x2" and loaded.recipe is None
     assert loaded.model.in_chans == 1 and len(loaded.model.stages) == 1
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--out", "x.safetensors"], "safetensors are for --int8"),
-        (["--out", "x.onnx", "--max-drop", "0.1"], "--max-drop is for safetensors"),
-        (["--out", "x.safetensors", "--int8", "--max-drop", "0"], "must be above 0"),
-        (["--out", "x.pt2", "--int8"], "--int8 requires ONNX or safetensors"),
-        (["--out", "x.safetensors", "--int8", "--dynamic"], "omit --dynamic"),
-        (["--out", "x.safetensors", "--int8", "--batch", "2"], "omit --batch"),
-        (["--out", "x.safetensors", "--int8", "--fused"], "omit --fused"),
-    ],
-)
-def test_wrong_options(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "shvit_s1", *words]) == 2
-    assert message in capsys.readouterr().err

@@ -33,6 +33,8 @@ def test_a_release(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing to compare with" in out
     assert out.count("✓") == 4
     assert sha256_of(published) in out
+    assert main(["verify", str(published)]) == 0  # a file in the place of a model
+    assert capsys.readouterr().out == out
 
 
 def test_saved_figures(
@@ -77,11 +79,6 @@ def test_figures_of_another_shape() -> None:
     figures["stages"].pop()
     with pytest.raises(CommandError, match="not of this model"):
         compare(model, figures)
-
-
-def test_a_file_instead_of_a_model(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(published)]) == 0
-    assert "into shvit_s1, 1000 classes, strictly" in capsys.readouterr().out
 
 
 def test_tables_that_follow_from_the_sizes_are_no_difference() -> None:

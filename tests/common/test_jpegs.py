@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import simplejpeg
-from hypothesis import HealthCheck, given, settings
+from fuzzing import damage, fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
@@ -152,24 +153,10 @@ def outcome(data: bytes, decoder: str) -> Any:
 def test_damaged_files_end_alike() -> None:
     """The same pixels, or the same reason: cut files, overwritten bytes, lost and added ones."""
 
-    @settings(
-        max_examples=100,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(
-        st.sampled_from([data for data in JPEGS if len(data) > 700]),
-        st.floats(0, 1, exclude_max=True),
-        st.sampled_from(["cut", "overwritten", "left out", "put in"]),
-        st.binary(min_size=1, max_size=4),
-    )
-    def check(data: bytes, share: float, how: str, new: bytes) -> None:
-        place = int(share * len(data))
-        rest = {"cut": 1 << 30, "overwritten": len(new), "left out": 7, "put in": 0}[how]
-        kept = b"" if how in ("cut", "left out") else new
-        damaged = data[:place] + kept + data[place + rest :]
+    @fuzz(100)
+    @given(st.sampled_from([data for data in JPEGS if len(data) > 700]), damage())
+    def check(data: bytes, change: Callable[[bytes], bytes]) -> None:
+        damaged = change(data)
         assert outcome(damaged, "simplejpeg") == outcome(damaged, "pillow")
 
     check()
