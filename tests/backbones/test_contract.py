@@ -331,6 +331,7 @@ def test_classifier_can_be_changed(family: str) -> None:
     assert model(x).shape == (2, 5)
     model.reset_classifier(0)
     assert model(x).shape == (2, model.head_hidden_size)
+    assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
     model.reset_classifier(0, "")
     assert model(x).shape == model.forward_features(x).shape
     assert small(family, global_pool="max").eval()(x).isfinite().all()

@@ -90,17 +90,6 @@ def test_missing_images(embedded: Embedded, tmp_path: Path) -> None:
     assert page.count("cannot be read") == 4 and "<img" not in page
 
 
-def test_a_key_of_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from embedding_tables import make_table
-
-    table = make_table(tmp_path / "table", np.array([[1, 0], [np.nan, 1]], np.float32))
-    assert run("search", table, "--key", "00001.png", "--csv", tmp_path / "a.csv") == 2
-    said = capsys.readouterr()
-    told = f"the embedding of '00001.png' in {table} is not finite: nothing is similar to it"
-    assert (said.out, said.err) == ("", f"error: {told}\n")
-    assert not (tmp_path / "a.csv").exists()
-
-
 def test_duplicates(embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = {name: tmp_path / f"a.{name}" for name in ("png", "html", "csv", "json")}
     words = ["duplicates", embedded.table, "--threshold", "1", "--out", out["png"]]

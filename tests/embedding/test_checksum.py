@@ -120,10 +120,8 @@ def test_commands_say_what_to_do(
     assert main([command, str(folder), *COMMANDS[command]]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == (
-        f"error: {path} is damaged: its checksum is wrong; the `vision-backbones embed` command "
-        "that made the table, given again, embeds this shard again\n"
-    )
+    assert said.err.startswith(f"error: {path} is damaged: ") and said.err.count("\n") == 1
+    assert "`vision-backbones embed`" in said.err
 
 
 def _flip_an_embedding(path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from embedding_tables import make_table
 
 from backbones.embedding import duplicates
-from backbones.embedding.duplicates import Groups, ThresholdError, find_duplicates
+from backbones.embedding.duplicates import ThresholdError, find_duplicates
 
 
 def at_angles(degrees: list[float]) -> np.ndarray:
@@ -87,15 +87,6 @@ def test_all_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(duplicates, "_MOST_PAIRS", 60 * 59 // 2 - 1)
     with pytest.raises(ThresholdError, match=r"have a cosine of at least 0.95: choose a higher"):
         find_duplicates(table)
-
-
-def test_groups_of_many_at_once() -> None:
-    groups = Groups(1000)
-    order = np.random.default_rng(0).permutation(1000)
-    groups.join(order[:500], order[500:])
-    assert len(np.unique(groups.find(np.arange(1000)))) == 500
-    groups.join(order[:-1], order[1:])
-    np.testing.assert_array_equal(groups.find(np.arange(1000)), 0)
 
 
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.01, float("nan")])

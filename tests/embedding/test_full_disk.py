@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from embedding_runs import make_photos, same, tiny_checkpoint, words
+from faults import files_that_may_not_grow
 
 from backbones.cli.main import main
 from backbones.embedding import table
-
-
-@contextlib.contextmanager
-def files_that_may_not_grow(beyond: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (beyond, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -225,7 +225,7 @@ print(tiles, limit, peak)
 @pytest.mark.parametrize(
     ("model", "side", "spares"),
     [
-        ("wide", 640, (80, 1000)),
+        ("wide", 448, (80, 1000)),
         pytest.param("hat_nano_x2", 256, (80, 1000), marks=pytest.mark.slow),
         pytest.param("hat_nano_x2 fused", 384, (80, 1000), marks=pytest.mark.slow),
     ],
