@@ -173,11 +173,6 @@ def test_old_natten_is_measured_or_the_reason_given(contenders: ModuleType) -> N
     assert torch.equal(out, made(contenders, "split", setting)(*tensors))
 
 
-def test_counts_operations(contenders: ModuleType) -> None:
-    setting = contenders.Setting((4,), (3,), 5)
-    assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * contenders.NUM_HEADS * 4 * 3 * 5
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_flex_attention_is_compiled_for_every_setting(contenders: ModuleType) -> None:

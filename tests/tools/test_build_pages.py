@@ -156,49 +156,6 @@ def test_aims_and_misses(models: ModuleType) -> None:
     assert "| `shvit_s4` | 1 | 1 | eager | 4.00× (1.45) | – |" in models.aims(_report(row))
 
 
-def test_a_release_before_and_now(models: ModuleType) -> None:
-    row = _row()
-    row["contenders"]["fused+bfloat16"]["speedup_over"]["eager"] = 8.0
-    before = {"model": "shvit_s4", "size": 224, "milliseconds": 3.0}
-    before["speedup_over_eager"] = {"fused": 2.5, "fused+bfloat16": 5.0}
-    old = {"version": "0.1.0", "machine": _MACHINE, "results": [before]}
-    text = models.releases(old, _report(row))
-    assert text.splitlines()[2:] == ["| `shvit_s4` | 2.50× | 4.00× | 5.00× | 8.00× |"]
-    before["milliseconds"] = 2.0  # the same row as now
-    assert not models.releases(old, _report(row)).splitlines()[2:]
-
-
-def test_growth_and_shares(models: ModuleType) -> None:
-    report = _report(_row(), _row(size=448), _row("van_b0"), _row(size=448, threads=2))
-    assert models.growth(report).splitlines()[2:] == ["| `shvit_s4` | 2.0 | 4.0 | 2.0× | 4.0× |"]
-    lines = models.shares(report).splitlines()
-    assert lines[0] == "| share of time | norms | attention |"
-    assert lines[2:4] == [
-        "| `shvit_s4`, eager | 25 % | 75 % |",
-        "| `shvit_s4`, fused | 25 % | 75 % |",
-    ]
-    assert len(lines) == 6  # at the usual size alone
-
-
-def test_training_steps(models: ModuleType) -> None:
-    row = _row(direction="train", batch=4)
-    row["contenders"] = {"original": _timed(20.0), "eager": _timed(21.0, original=0.95)}
-    text = models.training_steps(_report(_row(), row))
-    assert text.splitlines()[2:] == ["| `shvit_s4` | 4 | 1 | 20.0 | 21.0 | **0.95× (missed 1)** |"]
-
-
-def test_bounds_and_natten(models: ModuleType) -> None:
-    row = _row("nat_mini", batch=8)
-    row["contenders"]["fused"] = {**_timed(1.25, eager=1.6, natten_0_17=46.0), "gflops": 80.0}
-    row["contenders"]["natten_0_17"] = _timed(57.5)
-    report = _report(row, _row(threads=2))
-    assert models.bounds(report).splitlines()[2:] == [
-        "| `nat_mini` | 8 | 50 | 80 | 90 | 1.80× | 1.60× |"
-    ]
-    text = models.natten(_report(), _report(row))
-    assert "| `nat_mini` | 8 | `-O3 -march=native` | 1.2 | 8.0 | 57.5 | 46.00× (10) |" in text
-
-
 def test_no_digit_that_was_not_measured_is_shown(models: ModuleType) -> None:
     shown = [models.decimal(value, 2) for value in (1.2346, 12.346, 123.46, 1235.0, 12350.0)]
     assert shown == ["1.23", "12.35", "123.5", "1235", "12350"]
@@ -305,14 +262,6 @@ def test_split_functions_that_miss_their_aim_are_marked(ops: ModuleType) -> None
     assert "| `56x56` | forward and backward | 9.00 | 3.00 | **3.0×** | 2.00 |" in lines
 
 
-def test_the_index_of_embed(ops: ModuleType) -> None:
-    row = {"part": "index", "model": "synthetic", "rows": 1_000_000, "dim": 192, "queries": 200}
-    row |= {"exact": [3.0, 9.0], "hnsw": [2.5, 2.6], "recall": 0.987, "graph_query_ms": 0.5}
-    row |= {"build": 800.0, "open": 2.0, "bytes": 2**30}
-    text = ops.embed_index({"results": [row]})
-    assert "| `hnsw` | 2.50 | 2.60 | 0.987 | 800 | 1.00 | 2.0 | 0.50 |" in text
-
-
 # --- accuracy
 
 
@@ -347,53 +296,49 @@ def form(top1: float, agreement: float, error: float = 0.01, **more: Any) -> dic
     return {"top1": top1, "agreement": agreement, "error": error, **more}
 
 
+def _accuracy(model: str, family: str, forms: dict[str, dict[str, Any]], **more: Any) -> dict:
+    counts = {"images": 400, "calibration_images": 64, **more}
+    return {"model": model, "family": family, "forms": forms, "kind": "digits", **counts}
+
+
+def _failed() -> dict[str, str]:
+    return {"failed": "ValueError: no"}
+
+
 ACCURACY = {
     "machine": MACHINE,
     "results": [
-        {
-            "model": "van_b0",
-            "family": "van",
-            "kind": "digits",
-            "images": 400,
-            "calibration_images": 64,
-            "layers": 9,
-            "forms": {
-                "float32": form(98.0, 100.0, 0.0),
-                "fused": form(98.0, 100.0, 0.0),
+        _accuracy(
+            "van_b0",
+            "van",
+            {
+                **dict.fromkeys(("float32", "fused"), form(98.0, 100.0, 0.0)),
                 "bfloat16": form(97.0, 98.0),
                 "int8": form(97.7, 99.0, quantized=8),
                 "int8_calibrated": form(97.5, 99.5, quantized=7),
             },
-        },
-        {
-            "model": "biformer_tiny",
-            "family": "biformer",
-            "kind": "digits",
-            "images": 400,
-            "calibration_images": 64,
-            "forms": {
-                "float32": form(90.0, 100.0, 0.0),
-                "fused": form(90.0, 100.0, 0.0),
+            layers=9,
+        ),
+        _accuracy(
+            "biformer_tiny",
+            "biformer",
+            {
+                **dict.fromkeys(("float32", "fused"), form(90.0, 100.0, 0.0)),
                 "bfloat16": form(90.25, 99.75),
-                "int8": {"failed": "ValueError: no"},
-                "int8_calibrated": {"failed": "ValueError: no"},
+                **{"int8": _failed(), "int8_calibrated": _failed()},
             },
-        },
-        {
-            "model": "hat_nano_x2",
-            "family": "hat",
-            "kind": "pictures",
-            "images": 3,
-            "calibration_images": 9,
-            "layers": 20,
-            "forms": {
-                "float32": {"psnr": 35.3},
-                "fused": {"psnr": 35.3},
+        ),
+        _accuracy(
+            "hat_nano_x2",
+            "hat",
+            {
+                **dict.fromkeys(("float32", "fused"), {"psnr": 35.3}),
                 "bfloat16": {"psnr": 35.28},
                 "int8": {"psnr": 35.25, "quantized": 12},
                 "int8_calibrated": {"psnr": 35.0, "quantized": 12},
             },
-        },
+            **{"kind": "pictures", "images": 3, "calibration_images": 9, "layers": 20},
+        ),
     ],
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from clones import ROOT, fresh_clone
+from clones import ROOT
 
 import backbones
 
@@ -227,8 +227,3 @@ def test_only_one_job_may_publish() -> None:
     holders = [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})]
     assert holders == ["publish"] and set(jobs["publish"]["needs"]) == {"wheels", "check"}
     assert "password" not in (ROOT / ".github/workflows/release.yml").read_text().split("jobs:")[1]
-
-
-def test_a_clone_has_what_a_release_needs(tmp_path: Path) -> None:
-    clone = fresh_clone(tmp_path / "clone")
-    assert os.access(clone / ".ci" / "release", os.X_OK)

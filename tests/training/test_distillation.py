@@ -27,7 +27,6 @@ from backbones.common.errors import RecipeError
 from backbones.training.build import LabelLoss, build_objective
 from backbones.training.distillation import (
     Distillation,
-    Exit,
     StudentWithExits,
     Teacher,
     build_teacher,
@@ -156,12 +155,6 @@ def test_every_family_can_have_exits(family):
     assert first_block.grad is not None
     network.eval()
     torch.testing.assert_close(network(images)[0], student(images))
-
-
-def test_an_exit_has_the_resolution_of_the_last_stage():
-    x = torch.randn(2, 4, 8, 12)
-    sizes = [Exit(4, 16, halvings, 3).project(x).shape[1:] for halvings in (0, 1, 2)]
-    assert sizes == [(16, 8, 12), (16, 4, 6), (16, 2, 3)]
 
 
 def test_missing_stages():

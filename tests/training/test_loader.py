@@ -1,6 +1,5 @@
 """Batches: repeatable, divided evenly, complete, robust against broken files."""
 
-import signal
 import struct
 
 import numpy as np
@@ -12,7 +11,6 @@ from training_runs import make_images, train
 
 from backbones.common.errors import DataError
 from backbones.common.processes import World
-from backbones.data.batches import _start_worker
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import TrainSampler, ValidationSampler
 from backbones.training.data import open_splits
@@ -74,18 +72,6 @@ def test_an_epoch_is_repeatable_and_differs_from_the_next(make):
 def test_loader_processes_make_the_same_batches(make):
     options = {"aa": "rand-m9-mstd0.5-inc1"}
     assert equal(make(**options).epoch(0), make(workers=2, **options).epoch(0))
-
-
-def test_a_loader_process_keeps_an_inherited_ignore():
-    numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _start_worker(0)
-        assert {signal.getsignal(number) for number in numbers} == {signal.SIG_IGN}
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -165,12 +151,6 @@ def test_grey_images_are_augmented_too(aa, make, monkeypatch):
         monkeypatch.setitem(CONFIG, key, value)
     for images, _ in make(aa=aa, in_chans=1, grayscale_prob=0.5).epoch(0):
         assert images.shape == (4, 1, 32, 32)
-
-
-def test_image_sizes_that_grow(make):
-    loader = make(img_size_schedule={0: 16, 2: 24, 4: 32})
-    sizes = [next(iter(loader.epoch(epoch)))[0].shape[-1] for epoch in range(5)]
-    assert sizes == [16, 16, 24, 24, 32]
 
 
 def test_flips(make):
