@@ -21,7 +21,10 @@ from backbones.cli.parity import (
     tolerance,
 )
 
-VARIANTS = [f"efficientvit_m{i}" for i in range(6)]
+VARIANTS = [
+    pytest.param(f"efficientvit_m{i}", marks=() if i in (0, 5) else pytest.mark.slow)
+    for i in range(6)
+]
 TOLERANCE = tolerance("efficientvit")
 SMALL = "efficientvit_m0"
 

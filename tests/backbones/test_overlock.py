@@ -49,32 +49,6 @@ def merged_rows(figures: dict[str, Any]) -> list[Row]:
     return rows
 
 
-def merged_by_the_original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published merging, from its names to its names."""
-    merged = dict(tensors)
-    for name in [n for n in tensors if n.endswith(".lk_origin.weight")]:
-        block = name.removesuffix("lk_origin.weight")
-        kernel, bias = torch.zeros_like(tensors[name]), torch.zeros(len(tensors[name]))
-        for conv in [n for n in tensors if n.startswith(block) and n.endswith(".weight")]:
-            weight = tensors[conv]
-            if weight.ndim == 1:
-                continue
-            norm = conv.removesuffix("weight").replace("lk_origin", "origin_bn")
-            norm = norm.replace("dil_conv", "dil_bn")
-            scale = tensors[norm + "weight"] * (tensors[norm + "running_var"] + 1e-5).rsqrt()
-            bias += tensors[norm + "bias"] - tensors[norm + "running_mean"] * scale
-            dilation = int(conv.split("_")[-1].split(".")[0]) if "dil_conv" in conv else 1
-            for i in range(weight.shape[2]):
-                for j in range(weight.shape[3]):
-                    y, x = (
-                        kernel.shape[2] // 2 + dilation * (n - weight.shape[2] // 2) for n in (i, j)
-                    )
-                    kernel[:, :, y, x] += weight[:, :, i, j] * scale.view(-1, 1)
-        merged |= {name: kernel, block + "lk_origin.bias": bias}
-    gone = re.compile(r"\.(origin_bn|dil_conv_k\d+_\d+|dil_bn_k\d+_\d+)\.")
-    return {name: tensor for name, tensor in merged.items() if not gone.search(name)}
-
-
 @pytest.mark.slow  # test_parity.py has a quick one
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
@@ -105,26 +79,6 @@ def test_merged_checkpoints(variant: str) -> None:
     assert relative_error(model.fuse()(x), logits) <= TOLERANCE
     with pytest.raises(backbones.CheckpointError, match="before fuse"):
         backbones.load_checkpoint(model, tensors)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@torch.no_grad()
-def test_merging(variant: str) -> None:
-    """As the original does it, and with fuse()."""
-    figures = reference("overlock", variant)
-    tensors = checkpoint(figures)
-    case = figures["cases"][0]
-    x = image(case["input"], case["seed"])
-    model = backbones.create_model(variant).eval()
-    backbones.load_checkpoint(model, merged_by_the_original(tensors))
-    assert relative_error(model(x), case["logits"]) <= TOLERANCE
-    model = backbones.create_model(variant).eval()
-    backbones.load_checkpoint(model, tensors)
-    fused = model.fuse()
-    assert relative_error(fused(x), case["logits"]) <= TOLERANCE
-    # The published merging leaves the norms after the kernels.
-    assert sum(p.numel() for p in fused.parameters()) < figures["deploy"]["params_without_aux"]
 
 
 def test_a_merged_checkpoint_can_be_trained_further() -> None:
@@ -163,19 +117,6 @@ def test_overview_and_auxiliary_head(variant: str) -> None:
             aux = model.aux_head(seen[1]).flatten()[:8]
             assert relative_error(aux, case["aux_logits_first8"]) <= TOLERANCE
         assert isinstance(logits, Tensor)
-
-
-@pytest.mark.slow
-def test_gradient_of_an_image() -> None:
-    model, figures = load_published("overlock", QUICK)
-    case = figures["cases"][0]
-    x = image(case["input"], case["seed"]).requires_grad_()
-    loss = model(x).square().mean()
-    (gradient,) = torch.autograd.grad(loss, x)
-    expected = case["grad"]
-    assert abs(loss.item() / expected["loss"] - 1) <= TOLERANCE
-    assert abs(gradient.norm().item() / expected["l2"] - 1) <= TOLERANCE
-    assert relative_error(gradient.flatten()[:8], expected["first8"]) <= 2 * TOLERANCE
 
 
 def dense_form(variant: str, detects: bool) -> tuple[Any, dict[str, Tensor]]:

@@ -95,15 +95,6 @@ def test_merged_checkpoints(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_merging_a_loaded_model(variant: str) -> None:
-    model, figures = load_published("unireplknet", variant)
-    case = figures["cases"][-1]
-    logits = model.fuse()(image(case["input"], case["seed"]))
-    assert relative_error(logits, case["logits"]) <= TOLERANCE
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@torch.no_grad()
 def test_dense_checkpoints(variant: str) -> None:
     figures = reference("unireplknet", variant)
     model = backbones.create_model(variant, num_classes=0, out_norms=True).eval()
