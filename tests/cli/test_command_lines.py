@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
+from embedding_runs import tiny_checkpoint
 from fuzzing import fuzz
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,14 +32,13 @@ from backbones.cli import benchmark, export, graphs, parity, summary, validate, 
 from backbones.cli.doctor import Finding
 from backbones.cli.main import COMMANDS, main
 from backbones.common.figures import new_figure, save_figure
-from backbones.common.files import save_weights, write_atomically
+from backbones.common.files import write_atomically
 from backbones.core import loaded
 from backbones.embedding import embed
 
 EXAMPLES = 130
 MORE = {"embed": 1000, "search": 1000, "duplicates": 1000, "probe": 1000}  # that read from others
 LONGEST = 30.0  # seconds for one line, on a machine that does other things too
-TINY = {"dims": [16, 24], "depths": [1, 1], "attn_dims": [0, 8]}
 TINY_HAT = {"dim": 8, "depths": [1], "num_heads": [2], "compress_ratio": 2, "squeeze_factor": 4}
 TINY_HAT["head_width"] = 8
 
@@ -258,11 +257,7 @@ OPTIONS: dict[str, list[Option]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Everything that good words name, in the current folder; what takes long does nothing."""
     folder = tmp_path_factory.mktemp("words")
-    torch.manual_seed(0)
-    tiny = backbones.create_model("shvit_s1", num_classes=3, **TINY)
-    save_weights(folder / "best.safetensors", tiny.state_dict(), {"model": "shvit_s1"})
-    recipe = {"model": "shvit_s1", "model_args": TINY, "num_classes": 3, "img_size": 32}
-    (folder / "config.yaml").write_text(yaml.safe_dump({**recipe, "data": "x"}))
+    tiny_checkpoint(folder, classes=3)
     (folder / "other").mkdir()  # where no recipe lies beside it
     whole = parity.checkpoint(parity.reference("shvit", "shvit_s1"))
     torch.save({"model": whole}, folder / "other" / "shvit.pth")

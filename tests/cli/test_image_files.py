@@ -9,23 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import yaml
+from embedding_runs import tiny_checkpoint
 from fuzzing import damage, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-import backbones
 from backbones.cli.predict import predict
-from backbones.common.files import save_weights
 from backbones.core.loaded import load
 from backbones.restoration.pictures import Picture, PictureError, read_picture, read_size
 from backbones.restoration.pictures import write_picture as write
 
 EXAMPLES = 1000
 LONGEST = 20.0  # seconds for one file, on a machine that does other things too
-TINY = {"dims": [16, 24], "depths": [1, 1], "attn_dims": [0, 8]}
 
 
 def _sources(folder: Path) -> list[bytes]:
@@ -61,12 +57,7 @@ def _sources(folder: Path) -> list[bytes]:
 
 @pytest.mark.slow
 def test_any_damage(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = backbones.create_model("shvit_s1", num_classes=3, **TINY)
-    save_weights(tmp_path / "best.safetensors", model.state_dict(), {"model": "shvit_s1"})
-    recipe = {"model": "shvit_s1", "model_args": TINY, "num_classes": 3, "img_size": 32}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**recipe, "data": "x"}))
-    loaded = load(None, tmp_path / "best.safetensors")
+    loaded = load(None, tiny_checkpoint(tmp_path, classes=3))
     files = _sources(tmp_path)
     path = tmp_path / "any.png"
     whole = {"predict": 0, "upscale": 0}

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from embedding_runs import tiny_checkpoint
 from other_encodings import Stream
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
-from zoo import SMALL
 
 import backbones
 from backbones.cli.common import read_labels
@@ -28,20 +28,11 @@ from backbones.common.files import save_weights
 from backbones.core.loaded import load, preprocessing
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
-# Three narrow stages of a block each, as a recipe has them.
-NARROW = {key: list(value) for key, value in SMALL["shvit"][1].items()}
-
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """As ``train_cls.py`` leaves it: weights and recipe of a model for three classes."""
-    torch.manual_seed(0)
-    model = backbones.create_model("shvit_s1", num_classes=3, **NARROW)
-    for parameter in model.parameters():  # default initialisation would nearly erase the image
-        torch.nn.init.normal_(parameter, std=0.2)
-    save_weights(tmp_path / "best.safetensors", model.state_dict(), {"model": "shvit_s1"})
-    recipe = {"model": "shvit_s1", "num_classes": 3, "img_size": 64, "data": "x", "crop_pct": 1.0}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**recipe, "model_args": NARROW}))
+    tiny_checkpoint(tmp_path, classes=3, img_size=64, crop_pct=1.0)
     return tmp_path
 
 

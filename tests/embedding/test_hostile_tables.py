@@ -28,7 +28,6 @@ from backbones.cli.main import main
 from backbones.embedding import table
 from backbones.embedding.checksum import CHECKSUM_KEY
 from backbones.embedding.search import search
-from backbones.embedding.shard_writer import ShardWriter
 
 EXAMPLES = 1000
 COMMANDS = ["search", "search", "duplicates", "duplicates", "probe", "query", "hnsw", "embed"]
@@ -175,15 +174,14 @@ def _change(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(path.read_bytes()))
 
 
-# -- shards and graphs -----------------------------------------------------------------------------
+# -- shards ----------------------------------------------------------------------------------------
 
 
 @st.composite
 def damages(draw: st.DrawFn) -> tuple[Callable[[Path], None], bool]:
-    """A change of a table's shards or of its graph, and whether it can be noticed for sure."""
-    kinds = [_bytes_changed, _bytes_changed, _unsigned, _unsigned, _rebuilt, _rebuilt, _odd_rows]
-    kind = draw(st.sampled_from([*kinds, _no_file, _graph]))
-    return kind(draw), kind in (_bytes_changed, _graph)
+    """A change of a table's shards, and whether it can be noticed for sure."""
+    kind = draw(st.sampled_from([_bytes_changed, _unsigned, _rebuilt, _rebuilt, _no_file]))
+    return kind(draw), kind is _bytes_changed
 
 
 def _bytes_changed(draw: st.DrawFn) -> Callable[[Path], None]:
@@ -264,28 +262,6 @@ def _value(kind: pa.DataType, value: int | None) -> Any:
     return f"{value}.png" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else value
 
 
-def _odd_rows(draw: st.DrawFn) -> Callable[[Path], None]:
-    """An intact shard, with a checksum, of rows that no image has."""
-    number = draw(st.integers(0, 2))
-    keys = st.one_of(st.sampled_from(["000.png", "../../etc/passwd", "/etc/passwd", "", "a\n"]))
-    chosen = draw(st.lists(st.one_of(keys, st.text(max_size=5)), max_size=4))
-    sides = draw(st.sampled_from([1, 40, 2**31 - 1, 0, -7]))
-    value = draw(st.sampled_from([1.0, 0.0, float("nan"), float("inf"), 3e38, -1e-45]))
-    noted = draw(st.lists(st.tuples(st.text(max_size=5), st.text(max_size=5)), max_size=2))
-
-    def spoil(folder: Path) -> None:
-        content = table.metadata(folder)
-        with ShardWriter(
-            table.shard_path(folder, number), table.schema(32), table.identity(content)
-        ) as shard:
-            vectors = np.full((len(chosen), 32), value, np.float32)
-            shard.add(chosen, [(sides, sides)] * len(chosen), vectors)
-            for key, reason in noted:
-                shard.add_corrupt(key, reason)
-
-    return spoil
-
-
 def _no_file(draw: st.DrawFn) -> Callable[[Path], None]:
     number = draw(st.integers(0, 2))
     kind = draw(st.sampled_from(["gone", "empty", "pipe", "folder", "loop", "other", "swapped"]))
@@ -306,18 +282,6 @@ def _no_file(draw: st.DrawFn) -> Callable[[Path], None]:
             path.symlink_to("/dev/zero")
         elif kind == "swapped":
             path.write_bytes(data)
-
-    return spoil
-
-
-def _graph(draw: st.DrawFn) -> Callable[[Path], None]:
-    change = draw(damage())
-
-    def spoil(folder: Path) -> None:
-        for shard in (folder / "shards").iterdir():
-            os.utime(shard, (0, 0))
-        (path,) = folder.glob("hnsw-*.faiss")
-        _change(path, change)
 
     return spoil
 
