@@ -265,6 +265,7 @@ def test_the_key_is_the_users(home: Path, tmp_path: Path) -> None:
     assert not ownership.is_own({**content, "seal": sealed})
     path.write_bytes(b"short")
     assert ownership.seal(content) not in (None, sealed)
+    assert len(path.read_bytes()) == 32  # a new key, in the place of one of another length
     assert [p.name for p in path.parent.iterdir()] == ["tables.key"]
 
 

@@ -73,6 +73,8 @@ def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
         picture = read_picture(out / path)
         assert picture.pixels.shape[:2] == (28, 40) and picture.is_grey == path.endswith(".tif")
     (tmp_path / "in/cut.png").unlink()
+    assert upscale(weights, *words) == 0
+    assert "4 of 4 pictures" in capsys.readouterr().out
     assert upscale(weights, *words, "--skip-existing") == 0
     assert "0 of 4 pictures" in capsys.readouterr().out
 
