@@ -19,11 +19,6 @@ def files_that_may_not_grow(beyond: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def full_disk(*_: object) -> None:
-    """Instead of ``os.fsync``."""
-    raise OSError(28, "No space left on device")
-
-
 class Malicious:
     """Pickles as a call of ``eval``."""
 

@@ -33,8 +33,7 @@ def anything(words: st.SearchStrategy[str], *more: st.SearchStrategy[Any]) -> An
     return st.recursive(
         st.one_of(st.none(), st.booleans(), NUMBERS, words, *more),
         lambda inner: st.one_of(
-            st.lists(inner, max_size=4),
-            st.dictionaries(st.one_of(words, *more), inner, max_size=3),
+            st.lists(inner, max_size=4), st.dictionaries(st.one_of(words, *more), inner, max_size=3)
         ),
         max_leaves=6,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ def tiny(name: str = "hat_s_x2", **kwargs: Any) -> Any:
 
 @pytest.mark.slow  # tests/ops/test_tiling.py has quick ones of tiles
 @torch.no_grad()
-def test_tiles_as_published() -> None:
+def test_tiles_as_published():
     """Tiles of 32 that read 16 around them; the image is padded from 40×56 to 48×64."""
     model, figures = load_published("hat", "hat_s_x2")
     case = figures["tile_case"]
@@ -89,7 +88,7 @@ def published(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_published_files(tmp_path: Path) -> None:
+def test_published_files(tmp_path):
     """They hold averaged weights beside the last ones, and the tables of positions."""
     model = tiny()
     tensors = published(model)
@@ -105,7 +104,7 @@ def test_published_files(tmp_path: Path) -> None:
     assert torch.equal(features(x)[0], model.forward_intermediates(x)[1][0])
 
 
-def test_downloads_fail_with_instructions() -> None:
+def test_downloads_fail_with_instructions():
     with pytest.raises(backbones.CheckpointError, match=r"HAT_SRx4_ImageNet-pretrain\.pth in http"):
         backbones.create_model("hat_x4", pretrained=True)
 
@@ -113,7 +112,7 @@ def test_downloads_fail_with_instructions() -> None:
 @pytest.mark.parametrize("upscale", [1, 2, 3, 4])
 @pytest.mark.parametrize("in_chans", [1, 3])
 @torch.no_grad()
-def test_scales(upscale: int, in_chans: int) -> None:
+def test_scales(upscale, in_chans):
     model = tiny(upscale=upscale, in_chans=in_chans)
     x = images(2, in_chans, 9, 14)
     out = model(x)
@@ -122,7 +121,7 @@ def test_scales(upscale: int, in_chans: int) -> None:
 
 
 @torch.no_grad()
-def test_range_of_the_image() -> None:
+def test_range_of_the_image():
     plain, wide = tiny(), tiny(img_range=255.0)
     x = images(1, 3, 8, 8)
     mean = torch.tensor((0.4488, 0.4371, 0.4040)).view(1, 3, 1, 1)
@@ -134,7 +133,7 @@ def test_range_of_the_image() -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 16), (13, 7), (8, 8)])
 @torch.no_grad()
-def test_sizes(size: tuple[int, int]) -> None:
+def test_sizes(size):
     model = tiny()
     x = images(1, 3, *size)
     missing = [-side % 4 for side in size]
@@ -146,7 +145,7 @@ def test_sizes(size: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
-def test_features_have_the_size_of_the_image() -> None:
+def test_features_have_the_size_of_the_image():
     model = tiny()
     assert [info["reduction"] for info in model.feature_info] == [1, 1]
     x = images(1, 3, 10, 7)
@@ -160,7 +159,7 @@ def test_features_have_the_size_of_the_image() -> None:
     assert [tuple(m.shape) for m in nhwc] == [(1, 10, 7, 24)] * 2
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     torch.manual_seed(0)
     model = backbones.create_model("hat_x2", depths=(2,), num_heads=(6,))
     for name, module in model.named_modules():
@@ -180,7 +179,7 @@ def test_initial_weights() -> None:
 
 
 @torch.no_grad()
-def test_nano_starts_as_bicubic_and_learns_the_rest() -> None:
+def test_nano_starts_as_bicubic_and_learns_the_rest():
     model = backbones.create_model("hat_nano_x2").eval()
     assert model.residual and sum(p.numel() for p in model.parameters()) < 1_000_000
     x = torch.rand((1, 3, 20, 13), generator=torch.Generator().manual_seed(0))
@@ -194,7 +193,7 @@ def test_nano_starts_as_bicubic_and_learns_the_rest() -> None:
     assert not published.residual and published.head.conv_in.out_channels == 64
 
 
-def test_there_is_no_classifier() -> None:
+def test_there_is_no_classifier():
     model = tiny()
     assert model.num_classes == 0
     assert model.get_classifier() == ()

@@ -77,7 +77,7 @@ def middle(heat: Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_the_grid_of_every_map(family: str) -> None:
+def test_the_grid_of_every_map(family):
     # Of the whole model, blocks included, against where gradients of the simple one come from.
     whole, model = small(family).eval(), simple(family)
     size = size_of(whole, 8)
@@ -100,7 +100,7 @@ def test_the_grid_of_every_map(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_heat_is_at_a_bright_square(family: str) -> None:
+def test_heat_is_at_a_bright_square(family):
     model, field = simple(family), ReceptiveField()
     size = size_of(model, 12)
     with torch.no_grad(), follow(model, field):
@@ -118,7 +118,7 @@ def test_heat_is_at_a_bright_square(family: str) -> None:
     assert heat[0, :, : size[1] // 8].max() == 0
 
 
-def test_heat_of_one_cell() -> None:
+def test_heat_of_one_cell():
     # Sizes that 32 does not divide; cells on pixels, as after padded convolutions, and between.
     for start, size in ((0.5, (110, 139)), (16.0, (131, 170))):
         cells = torch.zeros(1, 4, 5)
@@ -133,7 +133,7 @@ def test_heat_of_one_cell() -> None:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_every_family(family: str) -> None:
+def test_every_family(family):
     model = randomise(small(family, num_classes=4)).eval()
     logits, heat = grad_cam(model, images(2, 3, 129, 140))
     torch.testing.assert_close(logits, model(images(2, 3, 129, 140)))
@@ -145,7 +145,7 @@ def test_every_family(family: str) -> None:
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_heat_does_not_depend_on_the_batch(family: str, memory_format: str) -> None:
+def test_heat_does_not_depend_on_the_batch(family, memory_format):
     model = randomise(small(family, num_classes=4)).double().eval()
     model.to(memory_format=FORMATS[memory_format])
     # The last maps are too coarse to show: gradients come through the stages behind.
@@ -158,7 +158,7 @@ def test_heat_does_not_depend_on_the_batch(family: str, memory_format: str) -> N
         torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_it_finds_what_matters() -> None:
+def test_it_finds_what_matters():
     # The logit of class 0 is the mean of the last map's first channel: heat is that channel.
     model = small("van", num_classes=2).eval()
     torch.nn.init.zeros_(model.head.fc.weight)

@@ -363,7 +363,7 @@ def _fits(option: Option) -> list[str]:
         if "" in option.bad
     ],
 )
-def test_an_empty_word(command: str, option: Option, folder: Path) -> None:
+def test_an_empty_word(command, option, folder):
     others = [o for o in OPTIONS[command] if o.required and o is not option]
     words = [word for o in others for word in _fits(o)]
     words.append(f"{option.flag}=" if option.flag else "")
@@ -381,9 +381,7 @@ def _is_quick(option: Option) -> bool:
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 @pytest.mark.parametrize("quick", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_what_cannot_be_is_refused_in_a_line(
-    command: str, quick: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_is_refused_in_a_line(command, quick, folder, monkeypatch):
     """Each value in turn, among options that are right; nothing is changed."""
     _without_measuring(monkeypatch)
     needed, before = [o for o in OPTIONS[command] if o.required], held(folder)
@@ -400,7 +398,7 @@ def test_what_cannot_be_is_refused_in_a_line(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_what_can_be_is_done(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_be_is_done(command, folder, monkeypatch):
     """Each value in turn; what is read stays as it is."""
     _without_measuring(monkeypatch)
     needed, before = [o for o in OPTIONS[command] if o.required], held(folder)

@@ -77,13 +77,7 @@ class Plain(nn.Module):
         ("shvit_s1 --out /dev/null", "/dev/null is not a regular file"),
     ],
 )
-def test_one_line(
-    words: str,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_one_line(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("w.onnx").write_bytes(b"weights")
@@ -98,16 +92,14 @@ def test_one_line(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_size_whose_feature_maps_do_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_size_whose_feature_maps_do_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("backbones.common.memory.available_memory", lambda device: 4_000_000)
     words = ["export", "shvit_s1", "--size", "512", "--out", str(tmp_path / "x.pt2")]
     assert main(words) == 2  # an image has 3 MB
     assert "images of 1×3×512×512 need more than 0.0" in capsys.readouterr().err
 
 
-def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_folder(tmp_path, monkeypatch):
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -117,7 +109,7 @@ def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
-def test_files_larger_than_the_limit(ending: str, tmp_path: Path) -> None:
+def test_files_larger_than_the_limit(ending, tmp_path):
     path = tmp_path / f"x.{ending}"
     path.write_text("as it was")
     said = f"cannot write {path}: `ulimit -f` or the file"
@@ -127,7 +119,7 @@ def test_files_larger_than_the_limit(ending: str, tmp_path: Path) -> None:
     assert path.read_text() == "as it was"
 
 
-def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_quantising(tmp_path, monkeypatch):
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -138,9 +130,7 @@ def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_disk_space_is_checked_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_disk_space_is_checked_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
     assert main(["export", "shvit_s1", "--out", str(tmp_path / "x.pt2")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -159,13 +149,7 @@ def test_disk_space_is_checked_first(
         pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
     ],
 )
-def test_signals_leave_nothing_behind(
-    number: signal.Signals,
-    status: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    default_signals: None,
-) -> None:
+def test_signals_leave_nothing_behind(number, status, tmp_path, monkeypatch, default_signals):
     def half(program: Any, path: Path) -> None:
         path.write_text("half")
         path.with_name(f"{path.name}.data").write_text("half")

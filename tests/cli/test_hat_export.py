@@ -33,7 +33,7 @@ def tables(path: Path, model: nn.Module) -> int:
     return constants - sum(p.nbytes for p in model.parameters())
 
 
-def test_groups_share_their_graph_and_tables(tmp_path: Path) -> None:
+def test_groups_share_their_graph_and_tables(tmp_path):
     nodes = []
     for groups in (2, 3):
         model = tiny(groups, depths=(1,) * groups)
@@ -52,7 +52,7 @@ def test_groups_share_their_graph_and_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dynamic_sizes_down_to_one_pixel(tmp_path: Path) -> None:
+def test_dynamic_sizes_down_to_one_pixel(tmp_path):
     model, path = tiny(2), tmp_path / "m.onnx"
     program, group = graphs.trace_for_onnx(model, (1, 3, 16, 16), dynamic=True)
     graphs.save_onnx(program, path, group=group)
@@ -61,7 +61,7 @@ def test_dynamic_sizes_down_to_one_pixel(tmp_path: Path) -> None:
         assert found.error < 1e-5, found.shape
 
 
-def test_only_identical_groups_are_extracted() -> None:
+def test_only_identical_groups_are_extracted():
     drop_path = tiny(3, drop_path_rate=0.5)
     assert extract_group(drop_path) is not None
     assert extract_group(tiny(2, depths=(2, 1))) is None
@@ -78,7 +78,7 @@ class Halves(nn.Module):
         return x[..., :4] + 2 * x[..., 4:]
 
 
-def test_the_quadratic_rule_is_disabled(tmp_path: Path) -> None:
+def test_the_quadratic_rule_is_disabled(tmp_path):
     from onnxscript.rewriter.rules.common import slice_split_rule
 
     program = torch.export.export(Halves(), (torch.zeros(1, 3, 8, 8),))
@@ -89,7 +89,7 @@ def test_the_quadratic_rule_is_disabled(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hat_s_exports_dynamically_within_a_minute(tmp_path: Path) -> None:
+def test_hat_s_exports_dynamically_within_a_minute(tmp_path):
     start = time.process_time()
     assert main(["export", "hat_s_x2", "--dynamic", "--out", str(tmp_path / "hat.onnx")]) == 0
     assert time.process_time() - start < 60
@@ -99,6 +99,6 @@ def test_hat_s_exports_dynamically_within_a_minute(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_hat(name: str, dynamic: bool, tmp_path: Path) -> None:
+def test_every_hat(name, dynamic, tmp_path):
     words = ["export", name, "--size", "32", "--out", str(tmp_path / "hat.onnx")]
     assert main([*words, "--dynamic"] if dynamic else words) == 0

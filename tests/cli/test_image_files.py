@@ -56,7 +56,7 @@ def _sources(folder: Path) -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_any_damage(tmp_path: Path) -> None:
+def test_any_damage(tmp_path):
     loaded = load(None, tiny_checkpoint(tmp_path, classes=3))
     files = _sources(tmp_path)
     path = tmp_path / "any.png"

@@ -48,9 +48,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_with_a_corrupt_file(
-    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_with_a_corrupt_file(run_folder, photos, capsys):
     (run_folder / "names.txt").write_text("cat\ndog\nowl\n")
     checkpoint, out = str(run_folder / "best.safetensors"), run_folder
     words = ["predict", str(photos), "--checkpoint", checkpoint, "--batch-size", "3"]
@@ -75,7 +73,7 @@ def test_a_folder_with_a_corrupt_file(
     assert height > 200
 
 
-def test_so_many_pictures_whatever_the_batches(run_folder: Path, photos: Path) -> None:
+def test_so_many_pictures_whatever_the_batches(run_folder, photos):
     """Of the first images that can be read, in all."""
     paths = [photos / f"{name}.png" for name in (0, "cut", 1, 2, 3)]
     found = list(predict(load(None, run_folder / "best.safetensors"), paths, 2, 2, pictures=3))
@@ -89,9 +87,7 @@ def predicted(run_folder: Path, *words: str | Path) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_the_dtype_of_the_computation(
-    dtype: str, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dtype_of_the_computation(dtype, run_folder, photos, capsys):
     """Close to the unfused model; where the CPU does not multiply int8, an error says so."""
     words = ["predict", str(photos / "0.png"), "--checkpoint", f"{run_folder}/best.safetensors"]
     found = []
@@ -109,9 +105,7 @@ def test_the_dtype_of_the_computation(
     assert dtype == "float32" or found[0] != found[1]
 
 
-def test_unreadable_files_are_named_and_skipped(
-    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_files_are_named_and_skipped(run_folder, photos, capsys):
     """A named pipe would be read for ever, for nobody writes to it."""
     os.mkfifo(photos / "pipe.png")
     (photos / "link.png").symlink_to("nowhere")
@@ -126,7 +120,7 @@ def test_unreadable_files_are_named_and_skipped(
     assert "pipe.png: is a named pipe" in capsys.readouterr().err
 
 
-def test_undecodable_names(run_folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undecodable_names(run_folder, photos, monkeypatch):
     """On a system whose names of files are bytes; the output in cp1252 as on Windows."""
     for number, name in enumerate([b"\xff.png", "日.png".encode(), b"a\nb.png", b"$\\frac$.png"]):
         os.rename(photos / f"{number}.png", os.path.join(os.fsencode(photos), name))
@@ -170,14 +164,7 @@ def test_undecodable_names(run_folder: Path, photos: Path, monkeypatch: pytest.M
         (["--labels", "{0}/deep.json"], "deep.json is not a JSON list of names"),
     ],
 )
-def test_impossible_requests_fail_early(
-    words: list[str],
-    said: str,
-    run_folder: Path,
-    photos: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_impossible_requests_fail_early(words, said, run_folder, photos, monkeypatch, capsys):
     (run_folder / "two.txt").write_text("a\nb\n")
     (run_folder / "four.txt").write_text("a\nb\nc\nd\n")
     (run_folder / "text.json").write_text('"abc"')
@@ -193,9 +180,7 @@ def test_impossible_requests_fail_early(
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
 
 
-def test_every_format_is_found_and_others_are_named(
-    run_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_format_is_found_and_others_are_named(run_folder, photos, tmp_path, capsys):
     count = len(list(photos.iterdir()))
     image = Image.open(photos / "0.png").convert("RGB")
     for ending in ("webp", "tif", "bmp", "gif"):
@@ -210,7 +195,7 @@ def test_every_format_is_found_and_others_are_named(
     assert capsys.readouterr().err == f"{told}{names}, …\n"
 
 
-def test_devices_and_pipes_are_written_to(run_folder: Path, photos: Path, tmp_path: Path) -> None:
+def test_devices_and_pipes_are_written_to(run_folder, photos, tmp_path):
     """``--json /dev/stdout`` must not put a file in the place of the device."""
     reading, writing = os.pipe()
     link = tmp_path / "out"
@@ -223,9 +208,7 @@ def test_devices_and_pipes_are_written_to(run_folder: Path, photos: Path, tmp_pa
     assert link.is_symlink()
 
 
-def test_non_finite_weights(
-    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_non_finite_weights(run_folder, photos, capsys):
     tensors = load_file(run_folder / "best.safetensors")
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name].view(-1)[0] = np.nan
@@ -238,9 +221,7 @@ def test_non_finite_weights(
     assert said.out == "" and not [p for p in run_folder.iterdir() if p.name.startswith("a.")]
 
 
-def test_non_finite_predictions(
-    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_non_finite_predictions(run_folder, photos, capsys):
     """Of finite weights: products of large ones overflow."""
     tensors = load_file(run_folder / "best.safetensors")
     for name, tensor in tensors.items():
@@ -257,9 +238,7 @@ def test_non_finite_predictions(
 
 
 @pytest.mark.parametrize("classes", ["{", '"abc"', "5", "[" * 10**4])
-def test_metadata_without_a_list_of_classes(
-    classes: str, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metadata_without_a_list_of_classes(classes, run_folder, photos, capsys):
     tensors = load_file(run_folder / "best.safetensors")
     facts = {"model": "shvit_s1", "classes": classes}
     save_weights(run_folder / "best.safetensors", tensors, facts)
@@ -276,13 +255,7 @@ def test_metadata_without_a_list_of_classes(
         ({"nonsense": 1}, "unknown keyword 'nonsense'"),
     ],
 )
-def test_recipes_with_invalid_model_arguments(
-    arguments: dict[str, object],
-    said: str,
-    run_folder: Path,
-    photos: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_recipes_with_invalid_model_arguments(arguments, said, run_folder, photos, capsys):
     recipe = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(recipe | {"model_args": arguments}))
     assert predicted(run_folder, photos / "0.png") == 2
@@ -291,9 +264,7 @@ def test_recipes_with_invalid_model_arguments(
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_predictions_are_the_models(
-    ending: str, run_folder: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_predictions_are_the_models(ending, run_folder, photos, tmp_path):
     """Of the pixels that Pillow and timm make of a file."""
     with Image.open(photos / "1.png") as image:
         image.save(tmp_path / f"1.{ending}")
@@ -310,7 +281,7 @@ def test_predictions_are_the_models(
     assert answer.confidences == sorted(expected.tolist(), reverse=True)
 
 
-def test_the_count_of_classes_comes_from_any_checkpoint(tmp_path: Path) -> None:
+def test_the_count_of_classes_comes_from_any_checkpoint(tmp_path):
     model = backbones.create_model("van_b0", num_classes=7)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "van.pth")
     loaded = load("van_b0", tmp_path / "van.pth")
@@ -319,20 +290,18 @@ def test_the_count_of_classes_comes_from_any_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.model.head.fc.weight, model.head.fc.weight)
 
 
-def test_names_of_classes_in_the_checkpoint(tmp_path: Path) -> None:
+def test_names_of_classes_in_the_checkpoint(tmp_path):
     model = backbones.create_model("shvit_s1", num_classes=2)
     metadata = {"model": "shvit_s1", "classes": json.dumps(["no", "yes"])}
     save_weights(tmp_path / "best.safetensors", model.state_dict(), metadata)
     assert load(None, tmp_path / "best.safetensors").classes == ["no", "yes"]
 
 
-def test_labels_of_imagenet(tmp_path: Path) -> None:
+def test_labels_of_imagenet(tmp_path):
     (tmp_path / "l.json").write_text('{"0": ["n01", "cat"], "1": ["n02", "dog"]}')
     assert read_labels(tmp_path / "l.json", 2) == ["cat", "dog"]
 
 
-def test_models_without_classes_are_refused(
-    photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models_without_classes_are_refused(photos, capsys):
     assert main(["predict", str(photos), "--model", "hat_s_x2"]) == 2
     assert "hat_s_x2 has no classifier" in capsys.readouterr().err

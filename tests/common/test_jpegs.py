@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,7 +82,7 @@ def both(data: bytes, mode: str = "RGB") -> np.ndarray:
     return wanted
 
 
-def test_pixels_are_pillows(decoded: list[bool]) -> None:
+def test_pixels_are_pillows(decoded):
     assert installed_decoder() == "simplejpeg"
     for data in JPEGS:
         both(data)
@@ -91,7 +90,7 @@ def test_pixels_are_pillows(decoded: list[bool]) -> None:
     assert all(decoded)
 
 
-def test_greyscale_is_pillows(decoded: list[bool]) -> None:
+def test_greyscale_is_pillows(decoded):
     """Pillow converts colours to greyscale in its own way."""
     for data in JPEGS:
         both(data, "L")
@@ -100,7 +99,7 @@ def test_greyscale_is_pillows(decoded: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_the_orientation_of_the_camera(orientation: int, decoded: list[bool]) -> None:
+def test_the_orientation_of_the_camera(orientation, decoded):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     image = photo(20, 30)
@@ -111,7 +110,7 @@ def test_the_orientation_of_the_camera(orientation: int, decoded: list[bool]) ->
     assert all(decoded)
 
 
-def test_other_files_are_pillows(decoded: list[bool]) -> None:
+def test_other_files_are_pillows(decoded):
     image = photo(24, 31)
     cmyk = saved(image.convert("CMYK"))
     file = io.BytesIO()
@@ -124,7 +123,7 @@ def test_other_files_are_pillows(decoded: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_paths(kind: str, decoded: list[bool], tmp_path: Path) -> None:
+def test_paths(kind, decoded, tmp_path):
     path = tmp_path / "a"
     photo(20, 30).save(path, kind)
     wanted = np.asarray(open_image(path))
@@ -133,7 +132,7 @@ def test_paths(kind: str, decoded: list[bool], tmp_path: Path) -> None:
     assert decoded == [kind == "JPEG"] * 2
 
 
-def test_a_file_that_goes_on_after_the_image(decoded: list[bool], monkeypatch: Any) -> None:
+def test_a_file_that_goes_on_after_the_image(decoded, monkeypatch):
     """Up to a limit, simplejpeg gets it, and beyond it Pillow."""
     data = saved(photo(24, 31)) + bytes(1000)
     both(data)
@@ -150,7 +149,7 @@ def outcome(data: bytes, decoder: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about damage that affects no pixel
-def test_damaged_files_end_alike() -> None:
+def test_damaged_files_end_alike():
     """The same pixels, or the same reason: cut files, overwritten bytes, lost and added ones."""
 
     @fuzz(100)
@@ -163,12 +162,12 @@ def test_damaged_files_end_alike() -> None:
     assert outcome(b"", "simplejpeg") == outcome(b"", "pillow")
 
 
-def test_without_libjpeg_turbo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_libjpeg_turbo(monkeypatch):
     """Other libraries, which Pillow may be built with, round differently."""
     monkeypatch.setattr(images.features, "check_feature", lambda name: False)
     assert installed_decoder() == "pillow"
 
 
-def test_without_simplejpeg(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_simplejpeg(monkeypatch):
     monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
     assert installed_decoder() == "pillow"

@@ -6,8 +6,6 @@ import io
 import sys
 import time
 
-import pytest
-
 from backbones.common.progress import Progress, counting, show_elapsed
 
 
@@ -16,7 +14,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_elapsed_time_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elapsed_time_is_shown_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with show_elapsed("writing", interval=0.01):
         while not sys.stderr.getvalue():
@@ -29,7 +27,7 @@ def test_elapsed_time_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     assert not sys.stderr.getvalue()
 
 
-def test_elsewhere_there_are_lines_or_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_elsewhere_there_are_lines_or_nothing(capsys):
     for active in (True, False):
         stream = io.StringIO()
         progress = Progress(active, stream, seconds_between_lines=0.0)
@@ -43,7 +41,7 @@ def test_elsewhere_there_are_lines_or_nothing(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_time_left_is_of_the_steps_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_is_of_the_steps_of_this_run(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress(stream=io.StringIO())
@@ -53,7 +51,7 @@ def test_the_time_left_is_of_the_steps_of_this_run(monkeypatch: pytest.MonkeyPat
     assert progress.seconds_left() == 32
 
 
-def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_has_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with counting("rows", 30) as bar:
         bar.pause = 0.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from embedding_runs import make_photos, same, tiny_checkpoint, words
 from faults import files_that_may_not_grow
@@ -14,9 +12,7 @@ from backbones.embedding import table
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [100, 1500])
-def test_finished_shards_remain(
-    size: int, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_shards_remain(size, workers, tmp_path, capsys):
     """100 bytes are too few for the metadata, 1500 for a shard."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"
@@ -37,9 +33,7 @@ def test_finished_shards_remain(
     assert same(out, tmp_path / "undisturbed")
 
 
-def test_a_list_that_grows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_list_that_grows(tmp_path, capsys, monkeypatch):
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos, out = make_photos(tmp_path / "photos", 3), tmp_path / "out"
     (photos / "none.jpg").write_text("no image")

@@ -145,7 +145,7 @@ def edits(draw: st.DrawFn, content: Any) -> str:
 
 
 @pytest.mark.slow
-def test_any_metadata(whole: Given) -> None:
+def test_any_metadata(whole):
     before, seen = whole.files(), list[int]()
     _label(whole)
     content = json.loads((whole.table / "metadata.json").read_text())
@@ -287,7 +287,7 @@ def _no_file(draw: st.DrawFn) -> Callable[[Path], None]:
 
 
 @pytest.mark.slow
-def test_any_shards(whole: Given) -> None:
+def test_any_shards(whole):
     before, seen = whole.files(), list[int]()
     _label(whole)
 

@@ -27,14 +27,14 @@ def builder(tools: Tools) -> ModuleType:
 # --- places
 
 
-def test_the_committed_pages_are_filled(builder: ModuleType) -> None:
+def test_the_committed_pages_are_filled(builder):
     pages = [page for page in builder.pages() if builder.places(page.read_text())]
     assert {page.name for page in pages} >= {"CHANGELOG.md", "learning.md", "parity.md"}
     for page in pages:
         assert builder.filled(page, DOCS) == page.read_text(), f"make pages: {page}"
 
 
-def test_every_measurement_is_on_a_page(builder: ModuleType) -> None:
+def test_every_measurement_is_on_a_page(builder):
     pages = [page.read_text() for page in builder.pages()]
     shown = {file for text in pages for _, files, _ in builder.places(text) for file in files}
     merged = set(builder.speeds.reports(DOCS))  # the table of the page Speed
@@ -42,7 +42,7 @@ def test_every_measurement_is_on_a_page(builder: ModuleType) -> None:
     assert there - shown - merged == {"performance/cpus.json"}
 
 
-def test_places_are_filled_and_prose_stays(builder: ModuleType, tmp_path: Path) -> None:
+def test_places_are_filled_and_prose_stays(builder, tmp_path):
     machine = {"name": "a CPU", "cpu_capability": "AVX2", "torch": "2"}
     row = {"way": "wheel", "model": "van_b0", "plain": {"seconds": 0.5}}
     row["fused"] = {"seconds": 1.0, "cpu_seconds": 2.0}
@@ -75,9 +75,7 @@ def test_places_are_filled_and_prose_stays(builder: ModuleType, tmp_path: Path) 
         ("<!-- end -->", "0 places begin, 1 end"),
     ],
 )
-def test_places_that_cannot_be_filled_are_named(
-    builder: ModuleType, tmp_path: Path, text: str, said: str
-) -> None:
+def test_places_that_cannot_be_filled_are_named(builder, tmp_path, text, said):
     (tmp_path / "a.json").write_text('{"machine": {}, "results": []}')
     (tmp_path / "page.md").write_text(text)
     with pytest.raises(ValueError, match=r"page\.md: ") as raised:
@@ -85,9 +83,7 @@ def test_places_that_cannot_be_filled_are_named(
     assert said in str(raised.value)
 
 
-def test_the_command_fills_and_rewrites(
-    builder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_fills_and_rewrites(builder, tmp_path, monkeypatch):
     for name, text in (("README.md", "Nothing to fill.\n"), ("NOTICE", "Model\n\nOthers.\n")):
         (tmp_path / name).write_text(text)
     tmp_path /= "docs"
@@ -142,7 +138,7 @@ def models(tools: Tools) -> ModuleType:
     return tools("tables_models")
 
 
-def test_aims_and_misses(models: ModuleType) -> None:
+def test_aims_and_misses(models):
     rows = [_row(), _row(size=448), _row("unknown"), _row(batch=8, threads=2), _row(batch=4)]
     lines = models.aims(_report(*rows)).splitlines()[2:]
     assert lines == [
@@ -156,7 +152,7 @@ def test_aims_and_misses(models: ModuleType) -> None:
     assert "| `shvit_s4` | 1 | 1 | eager | 4.00× (1.45) | – |" in models.aims(_report(row))
 
 
-def test_no_digit_that_was_not_measured_is_shown(models: ModuleType) -> None:
+def test_no_digit_that_was_not_measured_is_shown(models):
     shown = [models.decimal(value, 2) for value in (1.2346, 12.346, 123.46, 1235.0, 12350.0)]
     assert shown == ["1.23", "12.35", "123.5", "1235", "12350"]
 
@@ -180,7 +176,7 @@ def _floors(*rows: tuple[str, int, int, dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def test_the_faster_plain_form_counts(models: ModuleType) -> None:
+def test_the_faster_plain_form_counts(models):
     measured = _floors(
         ("van_b0", 1, 1, {"eager": 1.5, "channels_last": 0.96}),
         ("van_b0", 8, 1, {"eager": 1.2, "channels_last": 1.4}),
@@ -222,7 +218,7 @@ def _calls(*rows: dict) -> dict:
     return {"machine": {**machine, "device": "cpu"}, "results": list(rows)}
 
 
-def test_aims_of_neighborhood_attention(ops: ModuleType) -> None:
+def test_aims_of_neighborhood_attention(ops):
     rows = [
         _call((56, 56), tiled=4.0, sdpa_mask=20.5),
         _call((28, 28), tiled=3.75, sdpa_mask=5.0),
@@ -250,7 +246,7 @@ def test_aims_of_neighborhood_attention(ops: ModuleType) -> None:
     assert "50× `gather`" not in text and "60× `natten`" not in text
 
 
-def test_split_functions_that_miss_their_aim_are_marked(ops: ModuleType) -> None:
+def test_split_functions_that_miss_their_aim_are_marked(ops):
     rows = [_call((28, 28)), _call((56, 56), backward=True)]
     for found, theirs in zip(rows, (24.0, 9.0), strict=True):
         found["contenders"] |= {
@@ -275,7 +271,7 @@ def accuracy(tools: Tools) -> ModuleType:
 LEAST = {"nat_isotropic_small": 50}
 
 
-def test_every_family_has_learnt_by_the_recipe(tools: Tools) -> None:
+def test_every_family_has_learnt_by_the_recipe(tools):
     report = json.loads((DOCS / "learning.json").read_text())
     variants = yaml.safe_load(tools("accuracy").DIGITS.read_text())
     assert list(report["results"]) == list(variants.pop("variants"))
@@ -364,7 +360,7 @@ SPEED = {
                 "onnxruntime_static": timed(12.0, {}, 4_600_000),
                 "pt2e_x86": {"skipped": "ValueError: it has |\n more than one output"},
             },
-        },
+        }
     ],
 }
 AGREEMENT = {
@@ -391,7 +387,7 @@ def rows(text: str, start: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in found]
 
 
-def test_accuracy_and_what_misses_its_target(accuracy: ModuleType) -> None:
+def test_accuracy_and_what_misses_its_target(accuracy):
     text = accuracy.int8_accuracy(ACCURACY)
     (van,) = rows(text, "| van |")
     assert van[:5] == ["van", "`van_b0`", "7/8 of 9", "98.00", "+0.00 (100.0)"]
@@ -409,7 +405,7 @@ def test_accuracy_and_what_misses_its_target(accuracy: ModuleType) -> None:
     ]
 
 
-def test_restoration_by_instruction_set(accuracy: ModuleType) -> None:
+def test_restoration_by_instruction_set(accuracy):
     other = copy.deepcopy(ACCURACY)
     other["machine"]["instruction_set"] = "avx512"
     text = accuracy.int8_restoration(ACCURACY, other)
@@ -424,7 +420,7 @@ def test_restoration_by_instruction_set(accuracy: ModuleType) -> None:
     )
 
 
-def test_other_toolkits(accuracy: ModuleType) -> None:
+def test_other_toolkits(accuracy):
     (sizes,) = rows(accuracy.int8_sizes(SPEED), "| `shvit_s4` |")
     assert sizes == ["`shvit_s4`", "16.0", "8.0", "4.0", "4.5", "4.6", "–"]
     (agreement,) = rows(accuracy.int8_predictions(AGREEMENT), "| `shvit_s1` |")

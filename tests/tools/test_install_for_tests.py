@@ -45,7 +45,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_nothing_without_apt(machine: Machine) -> None:
+def test_nothing_without_apt(machine):
     (machine.folder / "apt-get").unlink()
     assert machine.run("browser") == []
 
@@ -62,7 +62,7 @@ def test_nothing_without_apt(machine: Machine) -> None:
         ({"apt-get": 'echo "$*" >>{log}; exit 100'}, _BROWSER),
     ],
 )
-def test_what_is_installed(programs: dict[str, str], asked: list[str], machine: Machine) -> None:
+def test_what_is_installed(programs, asked, machine):
     for name, text in programs.items():
         machine.has(name, text.replace("{log}", str(machine.log)))
     assert machine.run("browser") == asked

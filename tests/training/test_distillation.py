@@ -267,9 +267,7 @@ def test_a_teacher_that_would_run_code(teacher, images, tmp_path, capsys):
 
 def test_a_teacher_of_other_classes(teachers):
     recipe = Recipe(
-        teacher=_NAME,
-        teacher_args=_ARGUMENTS,
-        teacher_checkpoint=str(teachers / "own.pth"),
+        teacher=_NAME, teacher_args=_ARGUMENTS, teacher_checkpoint=str(teachers / "own.pth")
     )
     with pytest.raises(RecipeError, match="are not for 4 classes"):
         build_teacher(recipe, 4, CONFIG)

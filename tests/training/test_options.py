@@ -223,10 +223,7 @@ OPTIONS = {
     ),
     # --- losses
     "no smoothing": ("--smoothing=0", follows(F.cross_entropy)),
-    "bce": (
-        "--bce-loss",
-        follows(lambda x, t: F.binary_cross_entropy_with_logits(x, smooth(t))),
-    ),
+    "bce": ("--bce-loss", follows(lambda x, t: F.binary_cross_entropy_with_logits(x, smooth(t)))),
     "bce of mixed labels": (
         "--bce-loss --bce-sum --bce-target-thresh=0.2 --cutmix=1",
         lambda r, _: any(mixed(r.targets[0])) and follows(summed_bce)(r, _),
