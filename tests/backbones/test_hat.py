@@ -205,3 +205,9 @@ def test_there_is_no_classifier():
         model.forward_head(images(1, 24, 4, 4))
     with pytest.raises(ValueError, match="upscale must be one of 1, 2, 3, 4, got 5"):
         tiny(upscale=5)
+
+
+def test_published_stochastic_depth_is_that_of_hybrid_blocks():
+    model = backbones.create_model("hat_s_x4", depths=(2, 2), num_heads=(6, 6))
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert rates == pytest.approx([0, 0.1 / 3, 0.2 / 3, 0.1])

@@ -229,3 +229,14 @@ def test_rejects_bad_arguments():
     ):
         with pytest.raises(ValueError, match=words):
             small("vrwkv", **kwargs)
+
+
+@torch.no_grad()
+def test_changed_weights_show_in_the_fused_model():
+    model = randomise(small("vrwkv")).eval().fuse()
+    x = images(1, 3, 64, 64)
+    before = [model(x) for _ in range(3)][-1]
+    model.stages[1].blocks[0].attn.decay.add_(2.0)
+    after = [model(x) for _ in range(3)]
+    assert relative_error(after[0], before) > 1e-4
+    assert torch.equal(after[0], after[2])

@@ -310,3 +310,12 @@ def test_a_contender_that_takes_too_long_is_left_out():
     figures = limited()["contenders"]["slow"]
     assert figures["bytes"] == 123 and figures["milliseconds"] >= 100
     assert prepared[1:] == [(1, 3, 32, 32)] * 2
+
+
+def test_a_contender_that_fails_is_named():
+    def create(name: str) -> None:
+        raise RuntimeError(f"cannot make {name}")
+
+    row = Row("shvit_s1", 32, 1, 1, "float32", "forward")
+    measured = measure(row, ["eager"], {"broken": create}, rounds=1, seconds=1, turn_seconds=0)
+    assert measured["contenders"]["broken"] == {"skipped": "RuntimeError: cannot make shvit_s1"}

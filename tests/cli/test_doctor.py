@@ -337,3 +337,20 @@ def test_wrong_instruction_set(monkeypatch, capsys):
 
 def test_export_without_onnx():
     assert doctor.examine_export({"onnx": "1"})[0].fix == "pip install 'vision-backbones[export]'"
+
+
+def test_kernels_by_where_they_came_from(monkeypatch, tmp_path):
+    kernels = {
+        "gemm": cpu.LibraryState(None, build.process.shipped / "gemm.so", "avx2", None),
+        "norm": cpu.LibraryState(None, tmp_path / "norm.so", "portable", None),
+        "stem": cpu.LibraryState(None, build.process.shipped / "stem.so", "avx2", None),
+    }
+    monkeypatch.setattr(build.process.sources, "all", lambda: dict.fromkeys(kernels))
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
+    monkeypatch.setattr(cpu, "status", kernels.__getitem__)
+    monkeypatch.setattr(doctor.openmp, "runtime", lambda: Path("/lib/libgomp.so.1"))
+    (finding,) = doctor.examine_compiler()
+    assert finding.text.partition("; ")[2] == (
+        f"2 of 3 kernels for avx2 from the package, 1 of 3 kernels for portable from {tmp_path}, "
+        "on the threads of torch's libgomp.so.1"
+    )

@@ -306,3 +306,14 @@ def test_skipped_queries_are_named(embedded, tmp_path, capsys):
     assert capsys.readouterr().err.splitlines() == [skipped]
     queries = [entry["query"] for entry in json.loads((tmp_path / "a.json").read_text())]
     assert queries == [str(tmp_path / "a.png"), str(tmp_path / "b.webp")]
+
+
+def test_a_key_of_nan(tmp_path, capsys):
+    from embedding_tables import make_table
+
+    table = make_table(tmp_path / "table", np.array([[1, 0], [np.nan, 1]], np.float32))
+    assert run("search", table, "--key", "00001.png", "--csv", tmp_path / "a.csv") == 2
+    said = capsys.readouterr()
+    told = f"the embedding of '00001.png' in {table} is not finite: nothing is similar to it"
+    assert (said.out, said.err) == ("", f"error: {told}\n")
+    assert not (tmp_path / "a.csv").exists()

@@ -153,6 +153,10 @@ def test_undecodable_names(run_folder, photos, monkeypatch):
         (["--csv", "{0}"], "is a folder"),
         (["--csv", "{0}/photos/0.png"], "would overwrite"),
         (["--cam", "{0}/best.safetensors"], "would overwrite"),
+        (
+            ["--labels", "{0}/three.json", "--json", "{0}/three.json", "--overwrite"],
+            "would overwrite",
+        ),
         (["--csv", "{0}/no/a.csv"], "there is no folder"),
         (["--labels", "{0}/none.txt"], "cannot read --labels"),
         (["--labels", "{0}/photos"], "cannot read --labels"),
@@ -165,6 +169,7 @@ def test_undecodable_names(run_folder, photos, monkeypatch):
     ],
 )
 def test_impossible_requests_fail_early(words, said, run_folder, photos, monkeypatch, capsys):
+    (run_folder / "three.json").write_text('["a", "b", "c"]')
     (run_folder / "two.txt").write_text("a\nb\n")
     (run_folder / "four.txt").write_text("a\nb\nc\nd\n")
     (run_folder / "text.json").write_text('"abc"')
@@ -305,3 +310,9 @@ def test_labels_of_imagenet(tmp_path):
 def test_models_without_classes_are_refused(photos, capsys):
     assert main(["predict", str(photos), "--model", "hat_s_x2"]) == 2
     assert "hat_s_x2 has no classifier" in capsys.readouterr().err
+
+
+def test_too_narrow_to_be_resized(run_folder, tmp_path, capsys):
+    Image.new("RGB", (60000, 1)).save(tmp_path / "a.png")
+    assert predicted(run_folder, tmp_path / "a.png") == 1
+    assert "60000×1 pixels is too narrow to be resized" in capsys.readouterr().err

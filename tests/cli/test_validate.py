@@ -2,11 +2,14 @@
 
 import csv
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from other_encodings import Stream
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_runs import MODEL_ARGS, TINY, make_images, train
@@ -253,3 +256,23 @@ def test_a_table_of_corruptions(validate, folder, tmp_path):
 def test_images_too_small_to_corrupt():
     with pytest.raises(RecipeError, match="of at least 32×32 pixels"):
         Corruption("fog", 1)(Image.new("RGB", (16, 40)))
+
+
+def test_undecodable_names(validate, folder, tmp_path, monkeypatch):
+    """Classes and images named on a system whose names are bytes; the output in cp1252."""
+    names = ["\udcff", "日", "$\\frac$"]
+    for number, name in enumerate(names):
+        source = sorted((folder / "images" / "val" / f"class{number}").iterdir())[0]
+        target = tmp_path / "images" / "val" / name
+        target.mkdir(parents=True)
+        shutil.copy(source, target / f"{name}.png")
+    stream = Stream("cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    report = tmp_path / "\udcffreport"
+    words = [f"--data={tmp_path / 'images'}", "--run", str(folder / "run"), f"--report={report}"]
+    status, rows, _ = validate(*words, data=False)
+    assert status == 0
+    assert "\\udcffreport" in stream.said().decode("cp1252")
+    classes = read_table(report / "shvit_s1.classes.csv")
+    assert [row["class"] for row in classes] == ["$\\frac$", "日", "\\udcff"]
+    assert (report / "shvit_s1.confusion.png").is_file()

@@ -243,6 +243,7 @@ def test_the_key_is_the_users(home, tmp_path):
     assert ownership.is_own({**content, "seal": sealed})
     path.chmod(0o666)
     assert not ownership.is_own({**content, "seal": sealed})
+    path.chmod(0o600)
     path.write_bytes(b"short")
     assert ownership.seal(content) not in (None, sealed)
     assert len(path.read_bytes()) == 32  # a new key, in the place of one of another length

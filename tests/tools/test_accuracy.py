@@ -278,3 +278,21 @@ def test_onnx_runtime_quantises(contenders, label, tmp_path):
         exact, got = model(images[0]), start(1)(images[0])
     assert (got - exact).norm() < 0.2 * exact.norm()
     assert size < sum(p.nbytes for p in model.parameters())
+
+
+def test_rows_of_the_output_are_skipped(tool, tmp_path, monkeypatch):
+    measured: list[str] = []
+
+    def of_agreement(name: str, folder: Path, against: list[str]) -> dict[str, Any]:
+        measured.append(name)
+        return {"model": name, "contenders": {"fails": {"skipped": "no"}}}
+
+    monkeypatch.setattr(tool, "of_agreement", of_agreement)
+    for name in ("van_b0", "vig_t"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.safetensors").touch()
+    command = ["--checkpoints", str(tmp_path), "--output", str(tmp_path / "out.json"), "--resume"]
+    tool.agreement([*command, "--models", "van_b0"])
+    tool.agreement([*command, "--models", "van_b0", "vig_t", "shvit_s1"])
+    assert measured == ["van_b0", "vig_t"]
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2

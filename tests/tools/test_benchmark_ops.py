@@ -261,3 +261,8 @@ def test_a_contender_that_is_not_installed_is_left_out(contenders, monkeypatch):
     monkeypatch.setitem(sys.modules, "fla", None)
     with pytest.raises(CannotRunError, match="fla is not installed"):
         contenders.CONTENDERS["gated"]["fla"]()
+
+
+def test_counts_operations(contenders):
+    setting = contenders.Setting((4,), (3,), 5)
+    assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * contenders.NUM_HEADS * 4 * 3 * 5

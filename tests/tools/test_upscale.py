@@ -59,6 +59,7 @@ def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
     make(tmp_path / "in/deep/p.png", "P")
     make(tmp_path / "more/g.tif", "L")
     (tmp_path / "in/notes.txt").write_text("no picture")
+    (tmp_path / "in/folder.png").mkdir()
     (tmp_path / "in/cut.png").write_bytes((tmp_path / "in/a.png").read_bytes()[:150])
     out = tmp_path / "out"
     words = (tmp_path / "in", f"{tmp_path}/more/*.tif", "--out", out)

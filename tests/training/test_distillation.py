@@ -27,6 +27,7 @@ from backbones.common.errors import RecipeError
 from backbones.training.build import LabelLoss, build_objective
 from backbones.training.distillation import (
     Distillation,
+    Exit,
     StudentWithExits,
     Teacher,
     build_teacher,
@@ -309,3 +310,9 @@ def test_two_batches_with_one_for_all_and_accumulation(images, teachers, tmp_pat
     run = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=1")
     assert train(*run, *words, "--accum-steps=2", "--amp=bf16", "--ofa-stages", "0", "-1") == 0
     assert final_state(tmp_path / "run")["skipped"] == 0
+
+
+def test_an_exit_has_the_resolution_of_the_last_stage():
+    x = torch.randn(2, 4, 8, 12)
+    sizes = [Exit(4, 16, halvings, 3).project(x).shape[1:] for halvings in (0, 1, 2)]
+    assert sizes == [(16, 8, 12), (16, 4, 6), (16, 2, 3)]

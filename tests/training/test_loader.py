@@ -1,5 +1,6 @@
 """Batches: repeatable, divided evenly, complete, robust against broken files."""
 
+import signal
 import struct
 
 import numpy as np
@@ -11,6 +12,7 @@ from training_runs import make_images, train
 
 from backbones.common.errors import DataError
 from backbones.common.processes import World
+from backbones.data.batches import _start_worker
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import TrainSampler, ValidationSampler
 from backbones.training.data import open_splits
@@ -250,3 +252,15 @@ def test_a_run_over_broken_images(broken, tmp_path, capsys):
     assert "corrupt_train.txt" in capsys.readouterr().out
     assert train(*arguments, "--name=b", "--max-corrupt=0") == 2
     assert "cannot be read, more than max_corrupt" in capsys.readouterr().err
+
+
+def test_a_loader_process_keeps_an_inherited_ignore():
+    numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _start_worker(0)
+        assert {signal.getsignal(number) for number in numbers} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
