@@ -24,16 +24,16 @@ from backbones.embedding.table import load
 _SHALLOW = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
 
 
-def tiny_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Write weights of a shallow SHViT for 5 classes and 32×32 pixels, and their recipe."""
+def tiny_checkpoint(folder: Path, seed: int = 0, classes: int = 5, **changes: Any) -> Path:
+    """Write weights of a shallow SHViT for 32×32 pixels, and their recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = backbones.create_model("shvit_s1", num_classes=5, **_SHALLOW)
+    model = backbones.create_model("shvit_s1", num_classes=classes, **_SHALLOW)
     for parameter in model.parameters():  # default initialisation would nearly erase the image
         torch.nn.init.normal_(parameter, std=0.3)
     path = folder / "best.safetensors"
     save_weights(path, model.state_dict(), {"model": "shvit_s1"})
-    recipe = {"model": "shvit_s1", "model_args": _SHALLOW, "num_classes": 5, "img_size": 32}
+    recipe = {"model": "shvit_s1", "model_args": _SHALLOW, "num_classes": classes, "img_size": 32}
     (folder / "config.yaml").write_text(yaml.safe_dump({**recipe, "data": "x", **changes}))
     return path
 

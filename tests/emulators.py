@@ -255,12 +255,7 @@ KERNELS = {
     "replay/test_replay.py::test_pointwise_calls_equal_torchs_bitwise": "replay",
 }
 # What compiles for other CPUs, or takes minutes in an emulator.
-_LEFT_OUT = [
-    "instruction_sets",
-    "larger_than_the_caches",
-    "units_of_work",
-    "memory_does_not_grow",
-]
+_LEFT_OUT = ["instruction_sets", "larger_than_the_caches", "units_of_work", "memory_does_not_grow"]
 _RUN = """
 import sys, pytest, emulators
 from pathlib import Path

@@ -28,10 +28,7 @@ from ops.cpu.feed_forward.depthwise_mlp import (
 from ops.cpu.feed_forward.kan import kan_layer
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.cpu.gemm.convolution import PackedConv2d, packed_conv2d
-from ops.cpu.gemm.int8 import (
-    int8_unavailable,
-    pack_int8_weight,
-)
+from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw

@@ -82,7 +82,7 @@ _LOOP = {
 
 
 @pytest.mark.parametrize("room", CLOSED_DOORS)
-def test_layers_import_downwards_only(room: str) -> None:
+def test_layers_import_downwards_only(room):
     for name, path in MODULES.items():
         if _within(name, room):
             for imported in _imports(path):
@@ -92,7 +92,7 @@ def test_layers_import_downwards_only(room: str) -> None:
                 assert not upward, f"{name} imports {imported}"
 
 
-def test_the_engine_knows_no_layers() -> None:
+def test_the_engine_knows_no_layers():
     """``ops/cpu`` imports nothing from the plain layers next to it."""
     plain = {f"ops.{path.stem}" for path in ROOT.glob("ops/*.py")} - {"ops.__init__"}
     for name, path in MODULES.items():
@@ -104,13 +104,13 @@ def _family(name: str) -> str | None:
     return next((f for f in FAMILIES if _within(name, f"backbones.{f}")), None)
 
 
-def test_families_do_not_know_each_other() -> None:
+def test_families_do_not_know_each_other():
     for name, path in MODULES.items():
         if (family := _family(name)) is not None:
             assert {_family(imported) for imported in _imports(path)} <= {family, None}, name
 
 
-def test_no_import_cycles() -> None:
+def test_no_import_cycles():
     """Repeatedly remove modules whose imports have all been removed; none may remain."""
     pending = {name: _own_imports(path) - {name} for name, path in MODULES.items()}
     while ready := {name for name, imported in pending.items() if not imported & pending.keys()}:
@@ -140,7 +140,7 @@ print(*sorted(sys.modules.keys() - before))
 _ON_DEMAND = _rooms("cli", "data") + _TOOLS
 
 
-def test_import_is_cheap(tmp_path: Path) -> None:
+def test_import_is_cheap(tmp_path):
     """`import backbones` imports nothing that `import timm` does not, but for its own modules."""
     added = run_code(_ADDED.format("backbones"), tmp_path).split()
     assert "backbones.van" in added
@@ -149,14 +149,14 @@ def test_import_is_cheap(tmp_path: Path) -> None:
     assert not [name for name in added if any(_within(name, room) for room in _ON_DEMAND)]
 
 
-def test_embedding_loads_no_other_tool(tmp_path: Path) -> None:
+def test_embedding_loads_no_other_tool(tmp_path):
     added = run_code(_ADDED.format("backbones.embedding.network"), tmp_path).split()
     others = [*_rooms("cli", "training", "restoration", "openmmlab")]
     assert "backbones.embedding.network" in added
     assert not [name for name in added if any(_within(name, room) for room in others)]
 
 
-def test_a_foreign_ops_is_named(tmp_path: Path) -> None:
+def test_a_foreign_ops_is_named(tmp_path):
     (tmp_path / "ops").mkdir()
     (tmp_path / "ops" / "__init__.py").write_text("")
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import backbones"

@@ -43,10 +43,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
             "squeeze_factor": 8,
         },
     ),
-    "inception_next": (
-        "inception_next_atto",
-        {"dims": (40, 56, 64, 96), "depths": (1, 1, 2, 1)},
-    ),
+    "inception_next": ("inception_next_atto", {"dims": (40, 56, 64, 96), "depths": (1, 1, 2, 1)}),
     "litv2": (
         "litv2_s_alpha_0_5",
         {"dims": (32, 48, 64, 96), "num_heads": (0, 0, 4, 6), "depths": (1, 1, 2, 1)},
@@ -85,10 +82,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "ravlt_t",
         {"dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)},
     ),
-    "shvit": (
-        "shvit_s1",
-        {"dims": (64, 96, 128), "attn_dims": (0, 24, 36), "depths": (1, 1, 1)},
-    ),
+    "shvit": ("shvit_s1", {"dims": (64, 96, 128), "attn_dims": (0, 24, 36), "depths": (1, 1, 1)}),
     "unireplknet": ("unireplknet_a", {"dims": (40, 80, 112, 160), "depths": (1, 1, 2, 1)}),
     "van": ("van_b0", {"dims": (32, 48, 64, 96), "depths": (1, 1, 2, 1)}),
     "vig": (

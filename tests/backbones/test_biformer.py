@@ -9,13 +9,7 @@ from torch import nn
 from zoo import images, randomise
 
 import backbones
-from backbones.cli.parity import (
-    checkpoint,
-    image,
-    reference,
-    relative_error,
-    tolerance,
-)
+from backbones.cli.parity import checkpoint, image, reference, relative_error, tolerance
 
 TOLERANCE = tolerance("biformer")
 SHALLOW = {"depths": (1, 1, 1, 1)}
@@ -34,7 +28,7 @@ SHALLOW = {"depths": (1, 1, 1, 1)}
     ],
 )
 @torch.no_grad()
-def test_dense_networks(variant: str, number: int) -> None:
+def test_dense_networks(variant, number):
     """Output norms, padded maps and (case 2) ``n_win=8``."""
     figures = reference("biformer", variant)
     case = figures["cases"][number]
@@ -45,7 +39,7 @@ def test_dense_networks(variant: str, number: int) -> None:
 
 
 @torch.no_grad()
-def test_n_win_of_a_classifier() -> None:
+def test_n_win_of_a_classifier():
     model, figures = load_published("biformer", "biformer_tiny", n_win=8)
     case = figures["cases"][2]
     assert case["kwargs"] == {"auto_pad": True, "n_win": 8}
@@ -54,7 +48,7 @@ def test_n_win_of_a_classifier() -> None:
 
 
 @torch.no_grad()
-def test_second_form_at_an_awkward_size() -> None:
+def test_second_form_at_an_awkward_size():
     model, figures = load_published("biformer", "biformer_stl_nchw")
     case = figures["cases"][2]
     assert case["input"] == [1, 3, 250, 330]
@@ -62,7 +56,7 @@ def test_second_form_at_an_awkward_size() -> None:
     assert relative_error(logits, case["logits"]) <= TOLERANCE
 
 
-def test_classifiers_weights_serve_dense_networks() -> None:
+def test_classifiers_weights_serve_dense_networks():
     model = backbones.create_model("biformer_tiny", out_norms=True, num_classes=0)
     weights = checkpoint(reference("biformer", "biformer_tiny"))
     report = backbones.load_checkpoint(model, weights)
@@ -71,7 +65,7 @@ def test_classifiers_weights_serve_dense_networks() -> None:
 
 
 @torch.no_grad()
-def test_out_norms_are_beside_the_trunk() -> None:
+def test_out_norms_are_beside_the_trunk():
     torch.manual_seed(0)
     model = backbones.create_model("biformer_tiny", out_norms=(0, 3), **SHALLOW).eval()
     plain = backbones.create_model("biformer_tiny", **SHALLOW).eval()
@@ -90,7 +84,7 @@ def test_out_norms_are_beside_the_trunk() -> None:
 @pytest.mark.parametrize("variant", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw"])
 @pytest.mark.parametrize("size", [(32, 32), (40, 104)])
 @torch.no_grad()
-def test_maps_below_the_number_of_regions(variant: str, size: tuple[int, int]) -> None:
+def test_maps_below_the_number_of_regions(variant, size):
     torch.manual_seed(0)
     model = randomise(backbones.create_model(variant, **SHALLOW)).eval()
     x = images(2, 3, *size)
@@ -100,7 +94,7 @@ def test_maps_below_the_number_of_regions(variant: str, size: tuple[int, int]) -
 
 
 @torch.no_grad()
-def test_attention_of_all_tokens_in_every_stage() -> None:
+def test_attention_of_all_tokens_in_every_stage():
     """As many regions as there are is what ``topks=None`` means, but for scale and projections."""
     model = backbones.create_model("biformer_tiny", topks=(None,) * 4, **SHALLOW).eval()
     assert not any(type(m).__name__ == "BiLevelRoutingAttention" for m in model.modules())
@@ -113,7 +107,7 @@ def test_attention_of_all_tokens_in_every_stage() -> None:
 
 
 @pytest.mark.parametrize("variant", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw"])
-def test_initial_weights(variant: str) -> None:
+def test_initial_weights(variant):
     torch.manual_seed(0)
     model = backbones.create_model(variant, **SHALLOW)
     for name, module in model.named_modules():
@@ -128,7 +122,7 @@ def test_initial_weights(variant: str) -> None:
     assert not model.no_weight_decay()
 
 
-def test_bad_arguments_are_named() -> None:
+def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="dims must be multiples of head_dim 7"):
         backbones.create_model("biformer_tiny", dims=(60, 128, 256, 512), head_dim=7)
     with pytest.raises(ValueError, match="num_heads must divide dim 100, got 8"):

@@ -9,7 +9,6 @@ import math
 import pickle
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,7 +127,7 @@ class _QuickNorms(TorchFunctionMode):
 
 
 @torch.no_grad()
-def test_shapes_and_protocol(outline: nn.Module) -> None:
+def test_shapes_and_protocol(outline):
     model = outline
     x = torch.empty(2, 3, 96, 160, device="meta")
     assert model.num_classes == model.default_cfg["num_classes"]
@@ -154,13 +153,13 @@ def test_shapes_and_protocol(outline: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("outline", sorted(PUBLISHED), indirect=True)
-def test_published_number_of_parameters(outline: nn.Module) -> None:
+def test_published_number_of_parameters(outline):
     published = PUBLISHED[outline.default_cfg["architecture"]]["params"]
     assert sum(p.numel() for p in outline.parameters()) == published
 
 
 @pytest.mark.parametrize("outline", sorted(DROP_PATH), indirect=True)
-def test_published_drop_path_is_the_default(outline: nn.Module) -> None:
+def test_published_drop_path_is_the_default(outline):
     rates = [m.drop_prob for m in outline.modules() if type(m).__name__ == "DropPath"]
     published = DROP_PATH[outline.default_cfg["architecture"]]
     assert max(rates, default=0.0) == pytest.approx(published)
@@ -180,7 +179,7 @@ def _rows(family: str, side: int, stride: int) -> int:
 @every_family
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 @torch.no_grad()
-def test_any_size(family: str, size: tuple[int, int]) -> None:
+def test_any_size(family, size):
     if family in RESTORATION:
         size = (min(size[0], 65), min(size[1], 63))
     model = small(family).eval()
@@ -193,7 +192,7 @@ def test_any_size(family: str, size: tuple[int, int]) -> None:
 
 
 @every_family
-def test_every_parameter_gets_a_finite_gradient(family: str) -> None:
+def test_every_parameter_gets_a_finite_gradient(family):
     model = randomise(small(family, drop_path_rate=0.0)).train()
     # On a map of one pixel a softmax has no gradient: stride 64 needs more than 64 pixels.
     side = 24 if family in RESTORATION else 128
@@ -210,7 +209,7 @@ def test_every_parameter_gets_a_finite_gradient(family: str) -> None:
 
 
 @every_family
-def test_gradients_agree_with_float64(family: str) -> None:
+def test_gradients_agree_with_float64(family):
     """A detached or approximated shortcut would show here."""
     gradients = []
     for dtype in (torch.float32, torch.float64):
@@ -228,7 +227,7 @@ def test_gradients_agree_with_float64(family: str) -> None:
 
 
 @every_family
-def test_grad_checkpointing_changes_nothing(family: str) -> None:
+def test_grad_checkpointing_changes_nothing(family):
     outputs = []
     calls = [0, 0]
 
@@ -251,7 +250,7 @@ def test_grad_checkpointing_changes_nothing(family: str) -> None:
 
 @every_family
 @torch.no_grad()
-def test_intermediates_are_those_of_forward(family: str) -> None:
+def test_intermediates_are_those_of_forward(family):
     model = small(family).eval()
     x = _picture(family)
     last, maps = model.forward_intermediates(x)
@@ -275,7 +274,7 @@ def test_intermediates_are_those_of_forward(family: str) -> None:
 
 @every_family
 @torch.no_grad()
-def test_features_only_as_timm_makes_it(family: str) -> None:
+def test_features_only_as_timm_makes_it(family):
     name, arguments = SMALL[family]
     x = _picture(family)
     maker = timm if name not in _timms_own() else backbones
@@ -301,7 +300,7 @@ def _is_timms(name: str) -> bool:
 
 @pytest.mark.parametrize("family", STRIDE_16)
 @torch.no_grad()
-def test_stem_features_complete_the_pyramid(family: str) -> None:
+def test_stem_features_complete_the_pyramid(family):
     name, arguments = SMALL[family]
     x = _picture(family)
     model = backbones.create_model(name, features_only=True, stem_features=True, **arguments)
@@ -320,7 +319,7 @@ def test_stem_features_complete_the_pyramid(family: str) -> None:
 
 @every_classifier
 @torch.no_grad()
-def test_classifier_can_be_changed(family: str) -> None:
+def test_classifier_can_be_changed(family):
     x = images(2, 3, 64, 64)
     model = small(family, num_classes=7).eval()
     assert model(x).shape == (2, 7)
@@ -331,6 +330,7 @@ def test_classifier_can_be_changed(family: str) -> None:
     assert model(x).shape == (2, 5)
     model.reset_classifier(0)
     assert model(x).shape == (2, model.head_hidden_size)
+    assert torch.equal(model(x), model.forward_head(model.forward_features(x), pre_logits=True))
     model.reset_classifier(0, "")
     assert model(x).shape == model.forward_features(x).shape
     assert small(family, global_pool="max").eval()(x).isfinite().all()
@@ -341,7 +341,7 @@ def test_classifier_can_be_changed(family: str) -> None:
 
 @every_family
 @torch.no_grad()
-def test_strides_and_batches(family: str) -> None:
+def test_strides_and_batches(family):
     """An image's result depends neither on its strides nor on the others in the batch."""
     model, x = randomise(small(family)).eval(), images(2, 3, 33, 41)
     expected = model(x)
@@ -360,7 +360,7 @@ def test_strides_and_batches(family: str) -> None:
 @every_classifier
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "meta", "fused"], ids=str)
 @torch.no_grad()
-def test_new_classifiers_are_like_the_model(family: str, dtype: Any) -> None:
+def test_new_classifiers_are_like_the_model(family, dtype):
     """In its dtype, on its device, in its mode, and after fuse()."""
     model = small(family).eval()
     model = model.fuse(torch.bfloat16) if dtype == "fused" else model.to(dtype)
@@ -376,7 +376,7 @@ def test_new_classifiers_are_like_the_model(family: str, dtype: Any) -> None:
 
 @every_family
 @torch.no_grad()
-def test_dropout(family: str) -> None:
+def test_dropout(family):
     """Each rate that the family has takes effect in training, and in training only."""
     x = _picture(family)
     x = torch.cat([x, x.flip(2)] * 2)  # of so many, not all draw alike
@@ -402,13 +402,13 @@ def _logits(out: Any) -> Tensor:
 @every_family
 @pytest.mark.parametrize("in_chans", [1, 4])
 @torch.no_grad()
-def test_other_images(family: str, in_chans: int) -> None:
+def test_other_images(family, in_chans):
     assert small(family, in_chans=in_chans).eval()(_picture(family, in_chans)).isfinite().all()
 
 
 @every_family
 @torch.no_grad()
-def test_round_trip_through_safetensors(family: str, tmp_path: Path) -> None:
+def test_round_trip_through_safetensors(family, tmp_path):
     model = randomise(small(family)).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     name, arguments = SMALL[family]
@@ -421,7 +421,7 @@ def test_round_trip_through_safetensors(family: str, tmp_path: Path) -> None:
 
 @every_family
 @torch.no_grad()
-def test_copies(family: str) -> None:
+def test_copies(family):
     model = randomise(small(family)).eval()
     x = _picture(family)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -430,7 +430,7 @@ def test_copies(family: str) -> None:
 
 @every_family
 @torch.no_grad()
-def test_fuse_keeps_the_output(family: str, tmp_path: Path) -> None:
+def test_fuse_keeps_the_output(family, tmp_path):
     model = randomise(small(family)).eval()
     sizes = ((1, 3, 64, 64), (2, 3, 96, 72))
     if family in RESTORATION:
@@ -460,7 +460,7 @@ def test_fuse_keeps_the_output(family: str, tmp_path: Path) -> None:
 
 @every_family
 @torch.no_grad()
-def test_fuse_keeps_features_only(family: str) -> None:
+def test_fuse_keeps_features_only(family):
     name, arguments = SMALL[family]
     model = backbones.create_model(name, features_only=True, **arguments).eval()
     randomise(model)
@@ -471,7 +471,7 @@ def test_fuse_keeps_features_only(family: str) -> None:
 
 @every_family
 @torch.no_grad()
-def test_half_precision(family: str) -> None:
+def test_half_precision(family):
     model = randomise(small(family)).eval()
     x = _picture(family)
     exact = model(x)
@@ -524,7 +524,7 @@ def _traceable(family: str) -> nn.Module:
 @pytest.mark.parametrize(
     "family", _quick_few("inception_next", "litv2", "nat_isotropic", "shvit", "vrwkv")
 )
-def test_export(family: str) -> None:
+def test_export(family):
     """The quick ones are small; traced are attention, our operators and convolutions."""
     model, side = _traceable(family), _side(family)
     batch = torch.export.Dim("batch", min=1, max=16)
@@ -551,12 +551,12 @@ FORWARD_AND_BACKWARD = ("inception_next", "nat_isotropic", "vrwkv")
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f not in FORWARD_AND_BACKWARD])
-def test_compiles_into_one_graph(family: str) -> None:
+def test_compiles_into_one_graph(family):
     _compiled_agrees(family, "eager")
 
 
 @pytest.mark.parametrize("family", _quick_few(*FORWARD_AND_BACKWARD))
-def test_the_graph_becomes_one_of_forward_and_backward(family: str) -> None:
+def test_the_graph_becomes_one_of_forward_and_backward(family):
     """Which traces all that the test above does, and more."""
     _compiled_agrees(family, "aot_eager")
 
@@ -566,7 +566,7 @@ def test_the_graph_becomes_one_of_forward_and_backward(family: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @every_family
 @torch.no_grad()
-def test_compiles_with_inductor(family: str) -> None:
+def test_compiles_with_inductor(family):
     torch.compiler.reset()
     model = small(family).eval()
     x = images(1, 3, 64, 64)

@@ -21,7 +21,10 @@ from backbones.cli.parity import (
     tolerance,
 )
 
-VARIANTS = [f"efficientvit_m{i}" for i in range(6)]
+VARIANTS = [
+    pytest.param(f"efficientvit_m{i}", marks=() if i in (0, 5) else pytest.mark.slow)
+    for i in range(6)
+]
 TOLERANCE = tolerance("efficientvit")
 SMALL = "efficientvit_m0"
 
@@ -45,7 +48,7 @@ def dense_form(variant: str) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_dense_checkpoints(variant: str) -> None:
+def test_dense_checkpoints(variant):
     model, tensors, dense = dense_form(variant)
     assert sum(p.numel() for p in model.parameters()) == dense["params"]
     load_whole(model, tensors)
@@ -56,7 +59,7 @@ def test_dense_checkpoints(variant: str) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_distilled_head(variant: str) -> None:
+def test_distilled_head(variant):
     figures = reference("efficientvit", variant)
     distilled = figures["distillation"]
     rows = figures["state_dict"] + distilled["state_dict_extra"]
@@ -87,7 +90,7 @@ def fused_by_the_original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
-def test_fused_checkpoints(variant: str) -> None:
+def test_fused_checkpoints(variant):
     figures = reference("efficientvit", variant)
     tensors = fused_by_the_original(checkpoint(figures))
     rows = {
@@ -105,7 +108,7 @@ def test_fused_checkpoints(variant: str) -> None:
 
 
 @torch.no_grad()
-def test_timms_fused_checkpoint_loads() -> None:
+def test_timms_fused_checkpoint_loads():
     theirs = timm.utils.reparameterize_model(randomise(timm.create_model(SMALL)).eval())
     ours = backbones.create_model(SMALL).eval()
     backbones.load_checkpoint(ours, theirs.state_dict())
@@ -114,7 +117,7 @@ def test_timms_fused_checkpoint_loads() -> None:
 
 
 @torch.no_grad()
-def test_a_checkpoint_of_another_size_loads_with_its_tables_interpolated() -> None:
+def test_a_checkpoint_of_another_size_loads_with_its_tables_interpolated():
     figures = reference("efficientvit", SMALL)
     tensors = checkpoint(figures)
     model = backbones.create_model(SMALL, img_size=512).eval()
@@ -133,7 +136,7 @@ def test_a_checkpoint_of_another_size_loads_with_its_tables_interpolated() -> No
     torch.testing.assert_close(model(x), built_for_224(x), rtol=1e-4, atol=1e-4)
 
 
-def test_tables_of_other_heads_are_refused() -> None:
+def test_tables_of_other_heads_are_refused():
     state = backbones.create_model(SMALL).state_dict()
     name = "stages.2.blocks.0.attn.fn.attention_biases"
     state[name] = torch.zeros(3, 49)
@@ -142,7 +145,7 @@ def test_tables_of_other_heads_are_refused() -> None:
 
 
 @torch.no_grad()
-def test_loading_after_eval_uses_the_new_biases() -> None:
+def test_loading_after_eval_uses_the_new_biases():
     figures = reference("efficientvit", SMALL)
     model = backbones.create_model(SMALL).eval()
     case = figures["cases"][0]
@@ -159,7 +162,7 @@ def test_loading_after_eval_uses_the_new_biases() -> None:
 
 @pytest.mark.parametrize("size", [(224, 224), (320, 448), (32, 96), (225, 223)])
 @torch.no_grad()
-def test_dense_models_run_where_the_original_fails(size: tuple[int, int]) -> None:
+def test_dense_models_run_where_the_original_fails(size):
     model, tensors, _ = dense_form(SMALL)
     backbones.load_checkpoint(model, tensors)
     maps = model.forward_intermediates(image((1, 3, *size)), intermediates_only=True)
@@ -168,7 +171,7 @@ def test_dense_models_run_where_the_original_fails(size: tuple[int, int]) -> Non
         assert value.isfinite().all()
 
 
-def test_initial_values() -> None:
+def test_initial_values():
     model = backbones.create_model(SMALL)
     silent = ("conv1.fn.norm.weight", "conv2.fn.norm.weight", "fc2.norm.weight", "proj.norm.weight")
     for name, parameter in model.named_parameters():
@@ -184,12 +187,12 @@ def test_initial_values() -> None:
     assert not model.head.fc.linear.bias.any()
 
 
-def test_biases_have_no_weight_decay() -> None:
+def test_biases_have_no_weight_decay():
     spared = backbones.create_model(SMALL).no_weight_decay()
     assert len(spared) == 6 and all(name.endswith("attention_biases") for name in spared)
 
 
-def test_bad_arguments_are_refused() -> None:
+def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="img_size"):
         backbones.create_model(SMALL, img_size=0)
     with pytest.raises(ValueError, match="kernel_sizes"):

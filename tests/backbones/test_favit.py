@@ -15,7 +15,7 @@ from backbones.cli.parity import checkpoint, reference, summary_error, tolerance
 
 
 @torch.no_grad()
-def test_features_are_normalised_stage_outputs() -> None:
+def test_features_are_normalised_stage_outputs():
     model, figures = load_published("favit", "favit_b0")
     raw: list[Tensor] = []
     for stage in model.stages:
@@ -27,7 +27,7 @@ def test_features_are_normalised_stage_outputs() -> None:
 
 
 @torch.no_grad()
-def test_dense_checkpoint_loads() -> None:
+def test_dense_checkpoint_loads():
     """The dense code has the same names without the head, wrapped by its trainer."""
     figures = reference("favit", "favit_b0")
     assert not figures["dense_extra"]
@@ -46,7 +46,7 @@ def test_dense_checkpoint_loads() -> None:
         backbones.load_checkpoint(other, dense)
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     torch.manual_seed(0)
     model = backbones.create_model("favit_b1")
     for name, module in model.named_modules():
@@ -59,7 +59,7 @@ def test_initial_weights() -> None:
             assert not module.bias.any()
 
 
-def test_epsilons() -> None:
+def test_epsilons():
     """Of patches and of the reduced map 1e-5, of blocks and stages 1e-6."""
     model = backbones.create_model("favit_b0")
     for name, module in model.named_modules():
@@ -70,7 +70,7 @@ def test_epsilons() -> None:
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 70), (96, 96), (97, 40), (4, 4)])
 @torch.no_grad()
-def test_below_the_originals_sizes(size: tuple[int, int]) -> None:
+def test_below_the_originals_sizes(size):
     model = backbones.create_model("favit_b0", depths=(1, 1, 1, 1)).eval()
     maps = model.forward_intermediates(images(1, 3, *size), intermediates_only=True)
     for i, value in enumerate(maps):
@@ -79,7 +79,7 @@ def test_below_the_originals_sizes(size: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
-def test_fuse_leaves_nothing_between_linear_layers() -> None:
+def test_fuse_leaves_nothing_between_linear_layers():
     model = backbones.create_model("favit_b0", depths=(1, 1, 1, 1)).eval()
     assert any(name.endswith(".fc") for name, _ in model.named_modules())
     model.fuse()

@@ -43,19 +43,19 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", QUICK, ids=name_of)
-def test_alone_as_in_a_batch(case: Case) -> None:
+def test_alone_as_in_a_batch(case):
     check(case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW, ids=name_of)
-def test_alone_as_in_a_batch_in_the_other_modes(case: Case) -> None:
+def test_alone_as_in_a_batch_in_the_other_modes(case):
     check(case)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_central_differences(family: str, memory_format: str) -> None:
+def test_central_differences(family, memory_format):
     """Along a direction in which images and every parameter count."""
     mode = "train" if family in NO_BATCH_STATISTICS else "frozen"
     case = Case(family, mode, memory_format, "float64")
@@ -94,18 +94,18 @@ def check_shared(wanted: list[Case], folder: Path) -> None:
         assert_same(shared, whole, case, objective)
 
 
-def test_a_batch_of_one_in_each_of_two_processes(tmp_path: Path) -> None:
+def test_a_batch_of_one_in_each_of_two_processes(tmp_path):
     check_shared([Case(family, "frozen") for family in ("efficientvit", "shvit")], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_of_one_in_each_of_two_processes_in_every_mode(family: str, tmp_path: Path) -> None:
+def test_a_batch_of_one_in_each_of_two_processes_in_every_mode(family, tmp_path):
     check_shared(list(cases([family], PRECISIONS)), tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_norm_of_maps_is_ours(family: str) -> None:
+def test_every_norm_of_maps_is_ours(family):
     norms = [module for module in small(family).modules() if isinstance(module, _BatchNorm)]
     assert all(isinstance(norm, BatchNorm2d | nn.BatchNorm1d) for norm in norms)
     assert bool(norms) is (family not in NO_BATCH_STATISTICS)

@@ -10,7 +10,7 @@ from zoo import images, outlines
 import backbones
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     torch.manual_seed(0)
     model = backbones.create_model("inception_next_tiny")
     block = model.stages[2].blocks[0]
@@ -20,7 +20,7 @@ def test_initial_weights() -> None:
     assert torch.equal(block.gamma, torch.full((384,), 1e-6))
 
 
-def test_published_defaults() -> None:
+def test_published_defaults():
     with outlines():
         model = backbones.create_model("inception_next_base_384")
         atto = backbones.create_model("inception_next_atto")
@@ -31,7 +31,7 @@ def test_published_defaults() -> None:
 
 
 @torch.no_grad()
-def test_head_keeps_its_width() -> None:
+def test_head_keeps_its_width():
     model = backbones.create_model("inception_next_atto").eval()
     model.reset_classifier(4, "max")
     assert model(images(1, 3, 64, 64)).shape == (1, 4)

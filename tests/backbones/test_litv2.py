@@ -38,7 +38,7 @@ SMALL: dict[str, Any] = {
     ],
 )
 @torch.no_grad()
-def test_segmenters(variant: str, number: int) -> None:
+def test_segmenters(variant, number):
     figures = reference("litv2", variant)
     case = figures["cases"][number]
     model = backbones.create_model(variant, out_norms=True, num_classes=0).eval()
@@ -47,7 +47,7 @@ def test_segmenters(variant: str, number: int) -> None:
 
 
 @torch.no_grad()
-def test_detectors_leave_the_first_map_alone() -> None:
+def test_detectors_leave_the_first_map_alone():
     figures = reference("litv2", "litv2_s")
     case = figures["cases"][0]
     model = backbones.create_model("litv2_s", out_norms=(1, 2, 3), num_classes=0).eval()
@@ -56,7 +56,7 @@ def test_detectors_leave_the_first_map_alone() -> None:
     assert_maps(model, case, TOLERANCE, expected)
 
 
-def test_classifiers_need_their_norm() -> None:
+def test_classifiers_need_their_norm():
     model = backbones.create_model("litv2_s", **SMALL)
     trunk = {k: v for k, v in model.state_dict().items() if not k.startswith(("norm.", "head."))}
     with pytest.raises(backbones.CheckpointError, match=r"4 tensors missing \(norm\.weight"):
@@ -64,7 +64,7 @@ def test_classifiers_need_their_norm() -> None:
 
 
 @torch.no_grad()
-def test_merging_starts_as_a_plain_convolution() -> None:
+def test_merging_starts_as_a_plain_convolution():
     merging = DeformableMerging(6, 8).eval()
     x = images(2, 6, 10, 7)
     conv = merging.conv
@@ -74,7 +74,7 @@ def test_merging_starts_as_a_plain_convolution() -> None:
 
 
 @torch.no_grad()
-def test_taps_move_by_whole_pixels() -> None:
+def test_taps_move_by_whole_pixels():
     """An offset of (+1 row, +2 columns) everywhere sees the map shifted, with zeros beyond it."""
     conv = DeformableConv2d(3, 4)
     assert conv.offset.bias is not None
@@ -85,7 +85,7 @@ def test_taps_move_by_whole_pixels() -> None:
 
 
 @torch.no_grad()
-def test_positions_are_exact_in_low_precision() -> None:
+def test_positions_are_exact_in_low_precision():
     conv = randomise(DeformableConv2d(8, 8))
     x = images(2, 8, 12, 12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -98,7 +98,7 @@ def test_positions_are_exact_in_low_precision() -> None:
     assert (low.float() - exact).abs().mean() < 0.02 * exact.abs().mean()
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     torch.manual_seed(0)
     model = backbones.create_model("litv2_s", depths=(1, 1, 1, 1))
     in_mlps = {
@@ -127,14 +127,14 @@ def test_initial_weights() -> None:
     assert not model.no_weight_decay()
 
 
-def test_too_small_images_are_rejected() -> None:
+def test_too_small_images_are_rejected():
     model = backbones.create_model("litv2_s", **SMALL).eval()
     with pytest.raises(ValueError, match="1×16 cannot be halved.*29×29"):
         model(images(1, 3, 28, 256))
 
 
 @torch.no_grad()
-def test_fuse_leaves_no_norm_behind_merging() -> None:
+def test_fuse_leaves_no_norm_behind_merging():
     model = randomise(backbones.create_model("litv2_s", **SMALL)).eval()
     x = images(1, 3, 64, 96)
     expected = model(x)
@@ -143,7 +143,7 @@ def test_fuse_leaves_no_norm_behind_merging() -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_nan_images_do_not_crash() -> None:
+def test_nan_images_do_not_crash():
     """torchvision would read the pixels at positions that are NaN."""
     model = small("litv2").eval()
     with torch.no_grad():

@@ -25,7 +25,7 @@ SHALLOW = {"depths": (1, 2, 3, 1)}
     + [pytest.param(f"medvitv2_{v}", marks=pytest.mark.slow) for v in ("small", "base", "large")],
 )
 @torch.no_grad()
-def test_double_precision(variant: str) -> None:
+def test_double_precision(variant):
     """Weights that leave single precision no digit: the meaning alone is compared."""
     figures = {k: v for k, v in reference("medvitv2", variant).items() if k != "synth_scale"}
     model = backbones.create_model(variant).eval()
@@ -38,7 +38,7 @@ def test_double_precision(variant: str) -> None:
             assert summary_error(value, expected) < 1e-9
 
 
-def test_grids_of_checkpoints() -> None:
+def test_grids_of_checkpoints():
     """Published files hold the KANs' grids; the figures' do not, since they are constants."""
     figures = reference("medvitv2", "medvitv2_tiny")
     names = figures["derived"]
@@ -54,14 +54,14 @@ def test_grids_of_checkpoints() -> None:
         backbones.load_checkpoint(model, {"conv1.weight": torch.zeros(64, 3, 7, 7)}, strict=False)
 
 
-def test_another_number_of_classes() -> None:
+def test_another_number_of_classes():
     figures = reference("medvitv2", "medvitv2_tiny")
     model = backbones.create_model("medvitv2_tiny", num_classes=7)
     report = backbones.load_checkpoint(model, {"model": checkpoint(figures)})
     assert report.reinitialised == ["head.fc.weight", "head.fc.bias"]
 
 
-def test_unused_parameters() -> None:
+def test_unused_parameters():
     model = randomise(backbones.create_model("medvitv2_tiny", **SHALLOW)).train()
     unused = [n for n, _ in model.named_parameters() if ".unused." in n]
     assert unused
@@ -80,7 +80,7 @@ def test_unused_parameters() -> None:
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 72), (33, 97), (225, 112)])
-def test_sizes_that_the_original_refuses(size: tuple[int, int]) -> None:
+def test_sizes_that_the_original_refuses(size):
     model = randomise(backbones.create_model("medvitv2_tiny", **SHALLOW)).train()
     maps = model.forward_intermediates(images(2, 3, *size), intermediates_only=True)
     for i, value in enumerate(maps):
@@ -93,7 +93,7 @@ def test_sizes_that_the_original_refuses(size: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
-def test_dilation_of_each_stage() -> None:
+def test_dilation_of_each_stage():
     model = backbones.create_model("medvitv2_tiny", dilation=(4, 2, 1, 1), **SHALLOW).eval()
     found = [
         block.attn.dilation
@@ -111,7 +111,7 @@ def test_dilation_of_each_stage() -> None:
     assert not torch.allclose(dilated, undilated)
 
 
-def test_design() -> None:
+def test_design():
     model = backbones.create_model("medvitv2_tiny")
     kinds = ["".join("LG"[isinstance(b, GlobalBlock)] for b in s.blocks) for s in model.stages]
     assert kinds == ["LL", "LG", "LLGLLG", "G"]
@@ -122,7 +122,7 @@ def test_design() -> None:
     assert model.stages[1].blocks[0].ffn.se.fc1.out_channels == 3
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     torch.manual_seed(0)
     model = backbones.create_model("medvitv2_tiny")
     for name, module in model.named_modules():
@@ -135,7 +135,7 @@ def test_initial_weights() -> None:
 
 
 @torch.no_grad()
-def test_fuse_keeps_norms_on_shortcuts() -> None:
+def test_fuse_keeps_norms_on_shortcuts():
     model = randomise(backbones.create_model("medvitv2_tiny", **SHALLOW)).eval()
     whole = copy.deepcopy(model)
     model.fuse()
@@ -150,7 +150,7 @@ def test_fuse_keeps_norms_on_shortcuts() -> None:
     torch.testing.assert_close(model(x), whole(x), rtol=1e-4, atol=1e-4)
 
 
-def test_errors() -> None:
+def test_errors():
     with pytest.raises(ValueError, match="the same length"):
         MedViTV2(dilation=(1, 1))
     with pytest.raises(ValueError, match="multiples of head_dim 32"):
@@ -162,7 +162,7 @@ def test_errors() -> None:
 
 
 @torch.no_grad()
-def test_fused_models_keep_precision() -> None:
+def test_fused_models_keep_precision():
     """An untrained model leaves single precision few digits: both forms are held to the truth.
 
     Its logits are differences of almost equal numbers, so that plain and fused results differ by

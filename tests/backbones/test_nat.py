@@ -13,11 +13,7 @@ from torch import Tensor, nn
 from zoo import images, outlines, randomise, small
 
 import backbones
-from backbones.cli.parity import (
-    reference,
-    tolerance,
-    variants,
-)
+from backbones.cli.parity import reference, tolerance, variants
 from backbones.dinat_s import DiNATS
 from backbones.nat import NAT
 
@@ -46,7 +42,7 @@ def dilations_of(model: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("family", "variant"), PYRAMIDS)
-def test_published_dilations(family: str, variant: str) -> None:
+def test_published_dilations(family, variant):
     figures = reference(family, variant)
     with outlines():
         model = backbones.create_model(variant)
@@ -62,7 +58,7 @@ def test_published_dilations(family: str, variant: str) -> None:
         assert model.stages[0].blocks[0].attn.kernel_size == (case["kernel_size"],) * 2
 
 
-def test_dilations_of_stages_and_blocks() -> None:
+def test_dilations_of_stages_and_blocks():
     with outlines():
         assert dilations_of(NAT(dilations=3)) == [[3] * 3, [3] * 4, [3] * 6, [3] * 5]
         model = NAT(depths=(1, 2, 2, 1), dilations=(4, (1, 2), 1, (3,)))
@@ -85,12 +81,12 @@ def test_dilations_of_stages_and_blocks() -> None:
     ],
     ids=str,
 )
-def test_refuses_dilations(dilations: Any, error: type[Exception], said: str) -> None:
+def test_refuses_dilations(dilations, error, said):
     with outlines(), pytest.raises(error, match=said):
         NAT(dilations=dilations)
 
 
-def test_refuses_dilations_of_other_networks() -> None:
+def test_refuses_dilations_of_other_networks():
     with outlines():
         with pytest.raises(ValueError, match="are of 4 stages, got depths"):
             NAT((16,) * 5, (1,) * 5, (1,) * 5, dilations="coco")
@@ -118,7 +114,7 @@ def _dense_cases() -> list[Any]:
 
 @pytest.mark.parametrize(("family", "variant", "number"), _dense_cases())
 @torch.no_grad()
-def test_dense_networks(family: str, variant: str, number: int) -> None:
+def test_dense_networks(family, variant, number):
     """The published dilations on maps that are smaller than windows, most of them."""
     figures = reference(family, variant)
     case = figures["dense_cases"][number]
@@ -144,7 +140,7 @@ def test_dense_networks(family: str, variant: str, number: int) -> None:
     ],
 )
 @torch.no_grad()
-def test_normalised_maps(family: str, variant: str) -> None:
+def test_normalised_maps(family, variant):
     figures = reference(family, variant)
     case = figures["cases"][1]
     model = backbones.create_model(variant, out_norms=True, num_classes=0).eval()
@@ -153,7 +149,7 @@ def test_normalised_maps(family: str, variant: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["nat", "dinat_s"])
-def test_classifiers_become_dense_networks(family: str) -> None:
+def test_classifiers_become_dense_networks(family):
     model = small(family, out_norms=True, num_classes=0)
     classifier = small(family)
     report = backbones.load_checkpoint(model, classifier.state_dict())
@@ -166,7 +162,7 @@ def test_classifiers_become_dense_networks(family: str) -> None:
 
 
 @torch.no_grad()
-def test_a_bias_for_another_kernel() -> None:
+def test_a_bias_for_another_kernel():
     """Bicubic, as the authors made their 11×11 weights: what rises goes on to rise."""
     model, larger = small("nat"), small("nat", kernel_size=11)
     rows = torch.linspace(-1, 1, 13).view(1, 13, 1)
@@ -185,7 +181,7 @@ def test_a_bias_for_another_kernel() -> None:
     torch.testing.assert_close(table, expected)
 
 
-def test_a_bias_of_other_heads_is_refused() -> None:
+def test_a_bias_of_other_heads_is_refused():
     with pytest.raises(backbones.CheckpointError, match="another variant"):
         backbones.load_checkpoint(
             DiNATS(**SHALLOW), DiNATS(**SHALLOW | {"num_heads": (2, 2, 3, 4)}).state_dict()
@@ -250,7 +246,7 @@ def original(model: NAT) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("prefix", ["nat.", "dinat."])
-def test_classifiers_of_hugging_face(prefix: str) -> None:
+def test_classifiers_of_hugging_face(prefix):
     model, other = randomise(NAT(**SHALLOW, layer_scale=0.3)), NAT(**SHALLOW, layer_scale=0.1)
     for number, (_, scale) in enumerate(
         x for x in model.named_parameters() if x[0].endswith(".gamma")
@@ -263,7 +259,7 @@ def test_classifiers_of_hugging_face(prefix: str) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "model.pixel_level_module.encoder."])
-def test_backbones_of_hugging_face(prefix: str) -> None:
+def test_backbones_of_hugging_face(prefix):
     """Alone, and inside OneFormer beside its other parts."""
     arguments = {**SHALLOW, "num_classes": 0, "out_norms": True}
     model, other = randomise(NAT(**arguments)), NAT(**arguments)
@@ -279,7 +275,7 @@ def test_backbones_of_hugging_face(prefix: str) -> None:
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
-def test_incomplete_projections_are_rejected() -> None:
+def test_incomplete_projections_are_rejected():
     model = NAT(**SHALLOW)
     tensors = hugging_face(original(model), "nat.")
     tensors.pop("nat.encoder.levels.0.layers.0.attention.self.key.weight")
@@ -290,7 +286,7 @@ def test_incomplete_projections_are_rejected() -> None:
 # -- the rest --------------------------------------------------------------------------------------
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     torch.manual_seed(0)
     model = NAT(**SHALLOW, layer_scale=1e-5)
     for name, module in model.named_modules():
@@ -306,7 +302,7 @@ def test_initial_weights() -> None:
     assert not any("gamma" in name for name in NAT(**SHALLOW).state_dict())
 
 
-def test_gradients_through_padding() -> None:
+def test_gradients_through_padding():
     """Of the image and of the bias, in a window larger than the map, against finite differences."""
     torch.manual_seed(0)
     model = NAT((8, 8), (1, 1), (2, 2), kernel_size=3, dilations=4, num_classes=0, in_chans=1)
@@ -316,7 +312,7 @@ def test_gradients_through_padding() -> None:
 
 
 @torch.no_grad()
-def test_layer_scales_are_folded() -> None:
+def test_layer_scales_are_folded():
     model = randomise(NAT(**SHALLOW, layer_scale=0.3)).eval()
     x = images(2, 3, 40, 72)
     expected = model(x)

@@ -28,7 +28,7 @@ SHALLOW: dict[str, Any] = {"dim": 16, "depths": (1, 1, 1, 1), "num_heads": 2, "n
     ],
 )
 @torch.no_grad()
-def test_every_block(variant: str) -> None:
+def test_every_block(variant):
     model, figures = load_published("nat_isotropic", variant)
     case = figures["cases"][1]
     assert_maps(model, case, 1e-5, case["block_outputs"])
@@ -39,14 +39,14 @@ def dilations_of(model: Any) -> list[int]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_published_dilations(variant: str) -> None:
+def test_published_dilations(variant):
     with outlines():
         model = backbones.create_model(variant)
     published = reference("nat_isotropic", variant)["config"].get("dilations")
     assert dilations_of(model) == (published or [1] * 12)
 
 
-def test_dilations_in_turn() -> None:
+def test_dilations_in_turn():
     with outlines():
         assert dilations_of(NATIsotropic(dilations=3, **SHALLOW)) == [3] * 4
         assert dilations_of(NATIsotropic(dilations=(1, 2, 5), **SHALLOW)) == [1, 2, 5, 1]
@@ -58,7 +58,7 @@ def test_dilations_in_turn() -> None:
             NATIsotropic(kernel_size=4, **SHALLOW)
 
 
-def test_index_buffers_are_ignored() -> None:
+def test_index_buffers_are_ignored():
     figures = reference("nat_isotropic", "vitrpb_small")
     tensors = checkpoint(figures)
     indices = [name for name, _, dtype in figures["state_dict"] if "int64" in dtype]
@@ -84,7 +84,7 @@ def naive(layer: MapAttention, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [(6, 6), (6, 9), (3, 4), (1, 1)])
-def test_the_whole_map(size: tuple[int, int]) -> None:
+def test_the_whole_map(size):
     torch.manual_seed(0)
     layer = MapAttention(8, 2, 6).double()
     nn.init.normal_(layer.rpb)
@@ -96,7 +96,7 @@ def test_the_whole_map(size: tuple[int, int]) -> None:
 
 
 @torch.no_grad()
-def test_a_bias_for_another_map_is_that_of_the_interpolation() -> None:
+def test_a_bias_for_another_map_is_that_of_the_interpolation():
     """What a checkpoint's table becomes, and what a model makes of its own, are the same."""
     model = randomise(NATIsotropic(kernel_size=None, map_size=6, **SHALLOW)).eval()
     other = NATIsotropic(kernel_size=None, map_size=4, **SHALLOW).eval()
@@ -108,7 +108,7 @@ def test_a_bias_for_another_map_is_that_of_the_interpolation() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(96, 96), (64, 100)])
-def test_fused_attention_of_the_whole_map(size: tuple[int, int]) -> None:
+def test_fused_attention_of_the_whole_map(size):
     model = randomise(NATIsotropic(kernel_size=None, map_size=6, **SHALLOW)).eval()
     x = images(2, 3, *size)
     expected = model(x)
@@ -117,7 +117,7 @@ def test_fused_attention_of_the_whole_map(size: tuple[int, int]) -> None:
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_pyramid() -> None:
+def test_a_pyramid():
     model = small("nat_isotropic", pyramid=True)
     maps = model.forward_intermediates(images(1, 3, 64, 96), intermediates_only=True)
     assert [tuple(m.shape[2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]

@@ -27,7 +27,7 @@ def _cases() -> list[Any]:
     return cases
 
 
-def test_every_variant_is_registered_and_measured() -> None:
+def test_every_variant_is_registered_and_measured():
     measured = {variant for _, variant in variants()}
     assert measured <= set(backbones.list_models())
     assert {family for family, _ in variants()} == set(backbones.list_families())
@@ -35,13 +35,13 @@ def test_every_variant_is_registered_and_measured() -> None:
 
 
 @pytest.mark.parametrize(("family", "variant", "number"), _cases())
-def test_outputs(family: str, variant: str, number: int) -> None:
+def test_outputs(family, variant, number):
     output, stages = case_errors(family, variant, number)
     assert output <= tolerance(family, variant)
     assert max(stages) <= tolerance(family, variant)
 
 
-def test_parity_page_names_every_variant() -> None:
+def test_parity_page_names_every_variant():
     page = (Path(__file__).parents[2] / "docs" / "parity.md").read_text()
     for family, variant in variants():
         figures = reference(family, variant)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -16,7 +14,7 @@ VARIANTS = backbones.list_models(family="proxylessnas")
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_blocks_keep_their_numbers(name: str) -> None:
+def test_blocks_keep_their_numbers(name):
     """As the published table has them: a zero branch is an identity, and counts."""
     config = reference("proxylessnas", name)["config"]
     with outlines():
@@ -32,7 +30,7 @@ def test_blocks_keep_their_numbers(name: str) -> None:
                 assert block.project.conv.out_channels == width
 
 
-def test_published_files_load_as_they_are() -> None:
+def test_published_files_load_as_they_are():
     """They keep the tensors under ``state_dict``."""
     figures = reference("proxylessnas", "proxyless_gpu")
     model = backbones.create_model("proxyless_gpu")
@@ -48,7 +46,7 @@ def test_published_files_load_as_they_are() -> None:
 
 
 @torch.no_grad()
-def test_without_pooling_the_map_passes() -> None:
+def test_without_pooling_the_map_passes():
     model = small("proxylessnas").eval()
     x = images(1, 3, 64, 64)
     model.reset_classifier(0, "")
@@ -63,7 +61,7 @@ def test_without_pooling_the_map_passes() -> None:
 
 
 @torch.no_grad()
-def test_fused_convolutions_apply_the_activation() -> None:
+def test_fused_convolutions_apply_the_activation():
     """Nothing but convolutions remains, and the activation is clipped at 6."""
     model = randomise(small("proxylessnas")).eval()
     x = 8 * images(2, 3, 96, 64)
@@ -97,7 +95,7 @@ def test_fused_convolutions_apply_the_activation() -> None:
         ({"dims": ((16,), (32, 0))}, r"dims\[1\]\[1\] must be in 1"),
     ],
 )
-def test_faults(arguments: dict[str, Any], message: str) -> None:
+def test_faults(arguments, message):
     shape = {
         "dims": ((16,), (32, 32)),
         "kernel_sizes": ((3,), (3, 3)),

@@ -18,11 +18,10 @@ VARIANTS = [f"ravlt_{size}" for size in "tsbl"]
 
 
 @pytest.mark.parametrize(
-    "variant",
-    [pytest.param(v, marks=pytest.mark.slow if v[-1] in "bl" else ()) for v in VARIANTS],
+    "variant", [pytest.param(v, marks=pytest.mark.slow if v[-1] in "bl" else ()) for v in VARIANTS]
 )
 @torch.no_grad()
-def test_dense_networks(variant: str) -> None:
+def test_dense_networks(variant):
     figures = reference("ravlt", variant)
     model = backbones.create_model(variant, out_norms=True, num_classes=0).eval()
     load_whole(model, dense_weights(figures))
@@ -31,7 +30,7 @@ def test_dense_networks(variant: str) -> None:
 
 
 @torch.no_grad()
-def test_stored_angles_are_optional() -> None:
+def test_stored_angles_are_optional():
     figures = reference("ravlt", "ravlt_t")
     without = checkpoint(figures)
     stored = {name: torch.full((32,), torch.nan) for name in figures["derived"]}
@@ -45,7 +44,7 @@ def test_stored_angles_are_optional() -> None:
     assert torch.equal(*outputs)
 
 
-def test_classifiers_weights_serve_dense_networks() -> None:
+def test_classifiers_weights_serve_dense_networks():
     model = backbones.create_model("ravlt_t", out_norms=True, num_classes=0)
     weights = checkpoint(reference("ravlt", "ravlt_t"))
     report = backbones.load_checkpoint(model, weights, strict=False)
@@ -58,7 +57,7 @@ def test_classifiers_weights_serve_dense_networks() -> None:
 
 
 @torch.no_grad()
-def test_dense_network_becomes_a_classifier() -> None:
+def test_dense_network_becomes_a_classifier():
     model = backbones.create_model("ravlt_t", out_norms=True, num_classes=0, **SHALLOW).eval()
     assert model(images(1, 3, 64, 64)).shape == (1, 512, 2, 2)
     with pytest.raises(ValueError, match="5 classes need a pooling"):
@@ -77,7 +76,7 @@ def test_dense_network_becomes_a_classifier() -> None:
         ("ravlt_l", (1e-6, 1e-6, 1e-6, 1e-6), 0.55),
     ],
 )
-def test_scales_and_drop_path(variant: str, scales: tuple[float, ...], rate: float) -> None:
+def test_scales_and_drop_path(variant, scales, rate):
     depths = [1, 2, 2, 1]
     model = backbones.create_model(variant, depths=depths)
     rates = []
@@ -89,7 +88,7 @@ def test_scales_and_drop_path(variant: str, scales: tuple[float, ...], rate: flo
     assert rates == pytest.approx([rate * b / 5 for b in range(6)])
 
 
-def test_initial_weights_and_weight_decay() -> None:
+def test_initial_weights_and_weight_decay():
     torch.manual_seed(0)
     model = backbones.create_model("ravlt_t", **SHALLOW)
     for name, module in model.named_modules():
@@ -109,7 +108,7 @@ def test_initial_weights_and_weight_decay() -> None:
 
 
 @torch.no_grad()
-def test_autocast() -> None:
+def test_autocast():
     model = randomise(backbones.create_model("ravlt_t", **SHALLOW)).eval()
     x = images(2, 3, 64, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -118,7 +117,7 @@ def test_autocast() -> None:
     assert ((out - exact).abs().max() / exact.abs().max()).item() < 0.1
 
 
-def test_softmax_attention_everywhere() -> None:
+def test_softmax_attention_everywhere():
     plain = backbones.create_model("ravlt_t", linear=(False,) * 4, **SHALLOW)
     mixed = backbones.create_model("ravlt_t", **SHALLOW)
     assert plain.state_dict().keys() == mixed.state_dict().keys()

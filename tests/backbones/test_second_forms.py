@@ -29,7 +29,7 @@ def network(name: str) -> Any:
 @every_network
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 97)])
 @torch.no_grad()
-def test_maps_of_any_size_and_the_fused_form(name: str, size: tuple[int, int]) -> None:
+def test_maps_of_any_size_and_the_fused_form(name, size):
     model = network(name)
     x = images(2, 3, *size)
     last, maps = model.forward_intermediates(x)
@@ -48,7 +48,7 @@ def test_maps_of_any_size_and_the_fused_form(name: str, size: tuple[int, int]) -
 
 @every_network
 @torch.no_grad()
-def test_fewer_bits(name: str) -> None:
+def test_fewer_bits(name):
     x = images(2, 3, 64, 64)
     expected = network(name)(x)
     half = network(name).fuse(dtype=torch.bfloat16)
@@ -59,7 +59,7 @@ def test_fewer_bits(name: str) -> None:
 
 
 @every_network
-def test_gradients_of_an_image_alone(name: str) -> None:
+def test_gradients_of_an_image_alone(name):
     model = network(name)
     x = images(2, 3, 36, 64)
     whole = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)[0]
@@ -71,7 +71,7 @@ def test_gradients_of_an_image_alone(name: str) -> None:
 
 @every_network
 @torch.no_grad()
-def test_export(name: str) -> None:
+def test_export(name):
     model, x = network(name), images(1, 3, 36, 60)
     program = torch.export.export(model, (x,), strict=False)
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)

@@ -14,7 +14,7 @@ from ops.replay.replay import Replay
 
 @pytest.mark.parametrize("variant", ["shvit_s1", pytest.param("shvit_s4", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_distilled(variant: str) -> None:
+def test_distilled(variant):
     figures = reference("shvit", variant)
     distillation = figures["distillation"]
     rows = figures["state_dict"] + distillation["state_dict_extra"]
@@ -30,7 +30,7 @@ def test_distilled(variant: str) -> None:
     assert model.fuse()(x).isfinite().all()
 
 
-def test_residual_branches_start_at_zero() -> None:
+def test_residual_branches_start_at_zero():
     model = backbones.create_model("shvit_s1")
     block = model.stages[1].blocks[0]
     for norm in (block.conv.fn.norm, block.mixer.fn.proj.norm, block.ffn.fn.fc2.norm):
@@ -42,7 +42,7 @@ def test_residual_branches_start_at_zero() -> None:
 
 
 @torch.no_grad()
-def test_maps_that_are_too_large_for_one_pass_are_replayed_too() -> None:
+def test_maps_that_are_too_large_for_one_pass_are_replayed_too():
     plain = randomise(small("shvit")).eval()
     x = images(1, 3, 272, 288)  # 17×18 tokens
     expected = plain(x)

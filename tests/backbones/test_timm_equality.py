@@ -23,7 +23,7 @@ QUICK = {"efficientvit_m0", "inception_next_atto", "shvit_s1", "shvit_s3"}
     "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES]
 )
 @torch.no_grad()
-def test_same_as_timm(name: str) -> None:
+def test_same_as_timm(name):
     torch.manual_seed(0)
     theirs = randomise(timm.create_model(name)).eval()
     ours = backbones.create_model(name).eval()

@@ -16,7 +16,7 @@ from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp
 
 
 @torch.no_grad()
-def test_dense_copy() -> None:
+def test_dense_copy():
     figures = reference("van", "van_b0")
     model = backbones.create_model("van_b0", features_only=True, norm_eps=1e-5).eval()
     dense = {k: v for k, v in checkpoint(figures).items() if k not in figures["dense_missing"]}
@@ -27,7 +27,7 @@ def test_dense_copy() -> None:
             assert summary_error(feature, expected) < 1e-5
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     torch.manual_seed(0)
     model = backbones.create_model("van_b1")
     block = model.stages[2].blocks[0]
@@ -45,7 +45,7 @@ def test_initial_weights() -> None:
 
 
 @torch.no_grad()
-def test_fused_feed_forwards_take_one_pass(monkeypatch) -> None:
+def test_fused_feed_forwards_take_one_pass(monkeypatch):
     plain = backbones.create_model("van_b0").eval()
     fused = copy.deepcopy(plain).fuse()
     calls = []
@@ -61,7 +61,7 @@ def test_fused_feed_forwards_take_one_pass(monkeypatch) -> None:
     assert len(calls) == sum(len(stage.blocks) for stage in plain.stages)
 
 
-def test_dropout_twice_in_the_mlp() -> None:
+def test_dropout_twice_in_the_mlp():
     """Before and after the last convolution, whose input and output otherwise have no zeros."""
     mlp, seen = van.ConvMlp(16, 64, drop=0.5).train(), []
     mlp.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

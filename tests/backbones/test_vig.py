@@ -11,13 +11,7 @@ from published import assert_maps, load_published
 from zoo import images, randomise
 
 import backbones
-from backbones.cli.parity import (
-    checkpoint,
-    image,
-    reference,
-    relative_error,
-    tolerance,
-)
+from backbones.cli.parity import checkpoint, image, reference, relative_error, tolerance
 from backbones.vig.blocks import GatedLinearAttention, JoinedAttention
 from backbones.vig.inference import ViGAttention
 
@@ -35,13 +29,10 @@ def shallow(name: str, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("variant", "number"),
-    [
-        ("vig_t", 0),
-        *(pytest.param(f"vig_{v}", 1, marks=pytest.mark.slow) for v in "tsb"),
-    ],
+    [("vig_t", 0), *(pytest.param(f"vig_{v}", 1, marks=pytest.mark.slow) for v in "tsb")],
 )
 @torch.no_grad()
-def test_mean_of_directions(variant: str, number: int) -> None:
+def test_mean_of_directions(variant, number):
     """As training computes it; the published evaluation halves it once more."""
     model, figures = load_published("vig", variant, mean_of_directions=True, drop_path_rate=0.0)
     case = figures["cases"][number]
@@ -54,7 +45,7 @@ def test_mean_of_directions(variant: str, number: int) -> None:
 
 
 @torch.no_grad()
-def test_stages_are_groups_of_blocks() -> None:
+def test_stages_are_groups_of_blocks():
     model = backbones.create_model("vig_t", depths=(3, 3, 3, 3)).eval()
     assert [len(stage.blocks) for stage in model.stages] == [3, 3, 3, 3]
     assert [info["reduction"] for info in model.feature_info] == [16] * 12
@@ -65,7 +56,7 @@ def test_stages_are_groups_of_blocks() -> None:
 
 
 @torch.no_grad()
-def test_maps_of_the_dense_copy() -> None:
+def test_maps_of_the_dense_copy():
     figures = reference("vig", "vig_h_t")
     rows = [row for row in figures["state_dict"] if not row[0].startswith("classifier.")]
     state = checkpoint(figures, rows + figures["dense_extra"])
@@ -82,7 +73,7 @@ def test_maps_of_the_dense_copy() -> None:
 
 @each_kind
 @pytest.mark.parametrize("size", [(32, 32), (57, 90)])
-def test_fused(name: str, size: tuple[int, int]) -> None:
+def test_fused(name, size):
     model = shallow(name).eval()
     x = images(2, 3, *size)
     with torch.inference_mode():
@@ -100,14 +91,14 @@ def test_fused(name: str, size: tuple[int, int]) -> None:
 
 
 @torch.inference_mode()
-def test_the_norm_of_the_hierarchical_stem_applies_the_activation() -> None:
+def test_the_norm_of_the_hierarchical_stem_applies_the_activation():
     fused = backbones.fuse(shallow("vig_h_t").eval())
     first = [call.kernel for call in backbones.explain(fused, 64, repeats=1).calls[:4]]
     assert "layer_norm" in first and "gelu" not in first
 
 
 @torch.inference_mode()
-def test_maps_of_blocks_of_a_fused_model() -> None:
+def test_maps_of_blocks_of_a_fused_model():
     model = shallow("vig_t", depths=(2, 1, 1, 1)).eval()
     x = images(1, 3, 64, 64)
     _, expected = model.forward_intermediates(x)
@@ -120,7 +111,7 @@ def test_maps_of_blocks_of_a_fused_model() -> None:
 
 
 @each_kind
-def test_fused_in_bfloat16(name: str) -> None:
+def test_fused_in_bfloat16(name):
     model = shallow(name).eval()
     x = images(2, 3, 64, 64)
     with torch.inference_mode():
@@ -131,7 +122,7 @@ def test_fused_in_bfloat16(name: str) -> None:
 
 @pytest.mark.parametrize("act", [False, True])
 @torch.no_grad()
-def test_projections_joined(act: bool) -> None:
+def test_projections_joined(act):
     torch.manual_seed(0)
     attn = randomise(GatedLinearAttention(24, 3, act, eval_share=0.25)).double().eval()
     x = torch.randn(2, 5, 7, 24, dtype=torch.float64)
@@ -141,7 +132,7 @@ def test_projections_joined(act: bool) -> None:
     torch.testing.assert_close(joined(x), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     torch.manual_seed(0)
     plain, pyramid = (backbones.create_model(name) for name in ("vig_t", "vig_h_t"))
     assert plain.stem.position.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
@@ -155,7 +146,7 @@ def test_initial_weights() -> None:
 
 
 @each_kind
-def test_heads_that_do_not_divide_are_refused(name: str) -> None:
+def test_heads_that_do_not_divide_are_refused(name):
     heads: Any = 5 if name == "vig_t" else (5, 2, 3, 4)
     with pytest.raises(ValueError, match=r"2 · num_heads must divide dim \d+, got num_heads 5"):
         backbones.create_model(name, **{**SHALLOW[name], "num_heads": heads})

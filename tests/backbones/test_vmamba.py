@@ -8,19 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from published import assert_maps, load_published
+from published import assert_maps
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from zoo import outlines, small
 
 import backbones
-from backbones.cli.parity import (
-    IN_FLOAT64,
-    checkpoint,
-    image,
-    reference,
-    relative_error,
-)
+from backbones.cli.parity import IN_FLOAT64, checkpoint, image, reference, relative_error
 from backbones.vmamba import SelectiveScan2d
 
 VARIANTS = backbones.list_models(family="vmamba")
@@ -57,7 +51,7 @@ def single_file(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("name", "change"), [("vanilla_vmamba_tiny", todays_names), ("vmamba_tiny_s2l5", single_file)]
 )
-def test_other_names(name: str, change: Any) -> None:
+def test_other_names(name, change):
     weights = checkpoint(reference("vmamba", name))
     other = change(weights)
     assert other.keys() != weights.keys()
@@ -70,7 +64,7 @@ def test_other_names(name: str, change: Any) -> None:
 
 
 @torch.no_grad()
-def test_dense_copy() -> None:
+def test_dense_copy():
     """Its norms of the maps; the network goes on without them."""
     figures = reference("vmamba", "vmamba_tiny_s2l5")
     case = figures["cases"][1]
@@ -87,7 +81,7 @@ def test_dense_copy() -> None:
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("name", IN_FLOAT64)
 @torch.no_grad()
-def test_rounding_of_the_first_version(name: str, number: int) -> None:
+def test_rounding_of_the_first_version(name, number):
     """Our float32 is no farther from float64 than the original's, but for luck."""
     figures = reference("vmamba", name)
     case = figures["cases"][number]
@@ -104,19 +98,9 @@ def test_rounding_of_the_first_version(name: str, number: int) -> None:
         assert relative_error(ours, true) <= 1.5 * allowed
 
 
-@pytest.mark.slow
-def test_published_gradient() -> None:
-    model, figures = load_published("vmamba", "vmamba_tiny_s1l8")
-    case = figures["cases"][1]
-    x = image(case["input"], case["seed"]).requires_grad_()
-    model(x).square().mean().backward()
-    assert x.grad.norm().item() == pytest.approx(case["grad"]["l2"], rel=1e-6)
-    assert relative_error(x.grad.flatten()[:8], case["grad"]["first8"]) <= 2e-5
-
-
 @pytest.mark.parametrize("gated", [False, True])
 @torch.no_grad()
-def test_the_layer_is_the_published_recurrence(gated: bool) -> None:
+def test_the_layer_is_the_published_recurrence(gated):
     """Pixel by pixel, in four orders; the norm hides what is common to all channels."""
     torch.manual_seed(0)
     layer = SelectiveScan2d(20, 6, 3, gated).double().eval()
@@ -143,7 +127,7 @@ def test_the_layer_is_the_published_recurrence(gated: bool) -> None:
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_initial_weights() -> None:
+def test_initial_weights():
     for kwargs in ({}, VANILLA):
         for scan in (
             m for m in small("vmamba", **kwargs).modules() if isinstance(m, SelectiveScan2d)
@@ -161,7 +145,7 @@ def test_initial_weights() -> None:
                 assert 0.9 * inputs**-0.5 <= weight.abs().max() <= inputs**-0.5
 
 
-def test_decayed_parameters() -> None:
+def test_decayed_parameters():
     """As published: A and the steps' bias, which are matrices, but not D."""
     groups = param_groups_weight_decay(model := small("vmamba"), 0.05)
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
@@ -171,7 +155,7 @@ def test_decayed_parameters() -> None:
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_published_widths(name: str) -> None:
+def test_published_widths(name):
     config = reference("vmamba", name)["config"]
     with outlines():
         model = backbones.create_model(name)
@@ -194,6 +178,6 @@ def test_published_widths(name: str) -> None:
         ({"out_norms": (4,)}, "out_norms must name stages"),
     ],
 )
-def test_faults(arguments: dict[str, Any], message: str) -> None:
+def test_faults(arguments, message):
     with pytest.raises(ValueError, match=message):
         small("vmamba", **arguments)

@@ -35,7 +35,7 @@ def published(variant: str, **kwargs: object) -> torch.nn.Module:
 
 @pytest.mark.parametrize(("variant", "form", "segments"), OTHER_FORMS)
 @torch.no_grad()
-def test_other_forms_of_the_scan(variant: str, form: str, segments: int) -> None:
+def test_other_forms_of_the_scan(variant, form, segments):
     model = published(variant, segments=segments)
     for case in reference("vrwkv", variant)["cases"]:
         logits = model(image(case["input"], case["seed"]))
@@ -44,9 +44,7 @@ def test_other_forms_of_the_scan(variant: str, form: str, segments: int) -> None
 
 
 @pytest.mark.parametrize("variant", ["vrwkv_t", "vrwkv6_t"])
-def test_the_gradient_of_the_image_against_float64(
-    variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gradient_of_the_image_against_float64(variant, monkeypatch):
     """Through the published weights, in the closed forms of both scans, or what trains."""
     x = image((2, 3, 96, 128), 2)
     gradients = []
@@ -65,7 +63,7 @@ def test_the_gradient_of_the_image_against_float64(
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_float64_leaves_what_the_kernel_adds_to_denominators() -> None:
+def test_float64_leaves_what_the_kernel_adds_to_denominators():
     """Its sums have 1e-6 of their largest term more; nothing else differs."""
     case = reference("vrwkv", "vrwkv_t")["cases"][0]
     model = published("vrwkv_t").double()
@@ -73,7 +71,7 @@ def test_float64_leaves_what_the_kernel_adds_to_denominators() -> None:
     assert relative_error(logits, case["logits"]) <= 2e-6
 
 
-def test_segments_by_default() -> None:
+def test_segments_by_default():
     with outlines():
         models = {name: backbones.create_model(name) for name in VARIANTS}
         formula = backbones.create_model("vrwkv_t", segments=0)
@@ -84,7 +82,7 @@ def test_segments_by_default() -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"gated": True}], ids=["vrwkv", "vrwkv6"])
-def test_the_scan_depends_on_the_size_as_published(kwargs: dict) -> None:
+def test_the_scan_depends_on_the_size_as_published(kwargs):
     """Decays are divided by the number of tokens, but not those of VRWKV6."""
     model = small("vrwkv", **kwargs).eval()
     attn = model.stages[0].blocks[0].attn
@@ -97,7 +95,7 @@ def test_the_scan_depends_on_the_size_as_published(kwargs: dict) -> None:
         assert all(t.dtype == torch.float32 for t in attn.bfloat16().per_token(50))
 
 
-def test_shift() -> None:
+def test_shift():
     x = torch.arange(2 * 3 * 8.0).view(1, 2, 3, 8)
     shifted = shift(x)
     assert torch.equal(shifted[0, :, 1:, :2], x[0, :, :-1, :2])  # left neighbours
@@ -114,7 +112,7 @@ def test_shift() -> None:
 
 @pytest.mark.parametrize("kwargs", [{}, {"gated": True}], ids=["vrwkv", "vrwkv6"])
 @torch.no_grad()
-def test_images_are_padded_with_zeros(kwargs: dict) -> None:
+def test_images_are_padded_with_zeros(kwargs):
     model = randomise(small("vrwkv", **kwargs)).eval()
     x = images(1, 3, 50, 33)
     padded = torch.nn.functional.pad(x, (0, 15, 0, 14))
@@ -122,7 +120,7 @@ def test_images_are_padded_with_zeros(kwargs: dict) -> None:
 
 
 @torch.no_grad()
-def test_position_table_of_another_size() -> None:
+def test_position_table_of_another_size():
     model = randomise(small("vrwkv", img_size=64)).eval()
     larger = small("vrwkv", img_size=96).eval()
     report = backbones.load_checkpoint(larger, model.state_dict())
@@ -133,7 +131,7 @@ def test_position_table_of_another_size() -> None:
     torch.testing.assert_close(larger.stem.position.pos_embed.data, expected)
 
 
-def test_published_first_values() -> None:
+def test_published_first_values():
     model = backbones.create_model("vrwkv_t")
     blocks = [block for stage in model.stages for block in stage.blocks]
     first, last = blocks[0].attn, blocks[-1].attn
@@ -149,7 +147,7 @@ def test_published_first_values() -> None:
     assert sixth.mix_up.abs().max() <= 1e-4
 
 
-def test_post_norm_and_scales() -> None:
+def test_post_norm_and_scales():
     block = small("vrwkv", post_norm=True, layer_scale=0.5, key_norm=True).stages[0].blocks[0]
     assert isinstance(block, Block)
     x = images(1, 4, 4, 64)
@@ -158,7 +156,7 @@ def test_post_norm_and_scales() -> None:
 
 
 @torch.no_grad()
-def test_a_hidden_layer_in_the_head() -> None:
+def test_a_hidden_layer_in_the_head():
     model = small("vrwkv", head_hidden_dim=24, num_classes=7).eval()
     x = images(2, 3, 32, 32)
     pooled = model.forward_features(x).mean((2, 3))
@@ -180,7 +178,7 @@ def test_a_hidden_layer_in_the_head() -> None:
     ids=["gated", "gated-post", "post", "scaled"],
 )
 @torch.no_grad()
-def test_fused_forms(kwargs: dict) -> None:
+def test_fused_forms(kwargs):
     """Those that the contract's small model does not have; each is recorded."""
     model = randomise(small("vrwkv", **kwargs)).eval()
     x = images(2, 3, 70, 45)
@@ -195,14 +193,14 @@ def test_fused_forms(kwargs: dict) -> None:
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"gated": True}], ids=["plain", "gated"])
-def test_all_calls_of_a_fused_model_are_ours(kwargs: dict) -> None:
+def test_all_calls_of_a_fused_model_are_ours(kwargs):
     """Nothing is padded, and the image not copied, at multiples of the patch size."""
     fused = randomise(small("vrwkv", **kwargs)).eval().fuse()
     calls = backbones.explain(fused, 224, repeats=1).calls
     assert {call.library for call in calls} == {"ours"}
 
 
-def test_fused_forms_have_gradients_of_images() -> None:
+def test_fused_forms_have_gradients_of_images():
     for kwargs in ({}, {"gated": True}):
         model = randomise(small("vrwkv", **kwargs)).eval()
         x = images(1, 3, 64, 48).requires_grad_()
@@ -212,7 +210,7 @@ def test_fused_forms_have_gradients_of_images() -> None:
 
 
 @torch.no_grad()
-def test_fused_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_without_kernels(monkeypatch):
     without_kernels(monkeypatch)
     for kwargs in ({}, {"gated": True}):
         model = randomise(small("vrwkv", **kwargs)).eval()
@@ -221,18 +219,7 @@ def test_fused_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert relative_error(model.fuse()(x), expected) <= 1e-5
 
 
-@torch.no_grad()
-def test_changed_weights_show_in_the_fused_model() -> None:
-    model = randomise(small("vrwkv")).eval().fuse()
-    x = images(1, 3, 64, 64)
-    before = [model(x) for _ in range(3)][-1]
-    model.stages[1].blocks[0].attn.decay.add_(2.0)
-    after = [model(x) for _ in range(3)]
-    assert relative_error(after[0], before) > 1e-4
-    assert torch.equal(after[0], after[2])
-
-
-def test_rejects_bad_arguments() -> None:
+def test_rejects_bad_arguments():
     for kwargs, words in (
         ({"dim": 66}, "multiple of 4, got 66"),
         ({"dim": 96, "gated": True}, "multiple of 64, got 96"),
@@ -242,3 +229,14 @@ def test_rejects_bad_arguments() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             small("vrwkv", **kwargs)
+
+
+@torch.no_grad()
+def test_changed_weights_show_in_the_fused_model():
+    model = randomise(small("vrwkv")).eval().fuse()
+    x = images(1, 3, 64, 64)
+    before = [model(x) for _ in range(3)][-1]
+    model.stages[1].blocks[0].attn.decay.add_(2.0)
+    after = [model(x) for _ in range(3)]
+    assert relative_error(after[0], before) > 1e-4
+    assert torch.equal(after[0], after[2])

@@ -24,7 +24,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return asked
 
 
-def test_this_cpu_by_default(prepared: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_cpu_by_default(prepared, capsys):
     assert main(["build"]) == 0
     assert prepared == [cpu.instruction_set()]
     said = capsys.readouterr().out
@@ -34,17 +34,13 @@ def test_this_cpu_by_default(prepared: list[str], capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("words", "expected"), [(["portable", "portable"], ["portable"]), (["all"], cpu.levels())]
 )
-def test_selected_instruction_sets(
-    words: list[str], expected: list[str], prepared: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_selected_instruction_sets(words, expected, prepared, capsys):
     assert main(["build", "--isa", *words]) == 0
     assert prepared == expected
     assert "kernels for portable: shipped with the package\n" in capsys.readouterr().out
 
 
-def test_kernels_switched_off(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_kernels_switched_off(monkeypatch, capsys):
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
     assert main(["build", "--isa", "portable"]) == 2
     said = capsys.readouterr().err
@@ -58,13 +54,7 @@ def test_kernels_switched_off(
 @pytest.mark.parametrize(
     "words", [["build"], ["summary", "shvit_s1", "--fused", "--runs", "0"]], ids=" ".join
 )
-def test_invalid_variables_are_one_line(
-    words: list[str],
-    variable: str,
-    value: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_invalid_variables_are_one_line(words, variable, value, monkeypatch, capsys):
     monkeypatch.setenv(variable, value)
     monkeypatch.setattr(build.process, "states", {})  # nothing is loaded yet
     assert main(words) == 2

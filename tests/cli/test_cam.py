@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from gradient_law import FORMATS
-from torch import Tensor, autograd, nn
+from torch import Tensor, nn
 from zoo import CLASSIFIERS, images, randomise, small
 
 from backbones.cli.cam import grad_cam, upsample_heat
 from backbones.cli.receptive_field import ReceptiveField, follow
-from backbones.core.stage import map_of, with_map
+from backbones.core.stage import map_of
 from backbones.overlock import OverviewStage
 
 NORMS = ("LayerNorm", "LayerNorm2d", "SEModule")
@@ -77,7 +77,7 @@ def middle(heat: Tensor) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_the_grid_of_every_map(family: str) -> None:
+def test_the_grid_of_every_map(family):
     # Of the whole model, blocks included, against where gradients of the simple one come from.
     whole, model = small(family).eval(), simple(family)
     size = size_of(whole, 8)
@@ -100,7 +100,7 @@ def test_the_grid_of_every_map(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_heat_is_at_a_bright_square(family: str) -> None:
+def test_heat_is_at_a_bright_square(family):
     model, field = simple(family), ReceptiveField()
     size = size_of(model, 12)
     with torch.no_grad(), follow(model, field):
@@ -118,7 +118,7 @@ def test_heat_is_at_a_bright_square(family: str) -> None:
     assert heat[0, :, : size[1] // 8].max() == 0
 
 
-def test_heat_of_one_cell() -> None:
+def test_heat_of_one_cell():
     # Sizes that 32 does not divide; cells on pixels, as after padded convolutions, and between.
     for start, size in ((0.5, (110, 139)), (16.0, (131, 170))):
         cells = torch.zeros(1, 4, 5)
@@ -133,7 +133,7 @@ def test_heat_of_one_cell() -> None:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_every_family(family: str) -> None:
+def test_every_family(family):
     model = randomise(small(family, num_classes=4)).eval()
     logits, heat = grad_cam(model, images(2, 3, 129, 140))
     torch.testing.assert_close(logits, model(images(2, 3, 129, 140)))
@@ -145,7 +145,7 @@ def test_every_family(family: str) -> None:
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_heat_does_not_depend_on_the_batch(family: str, memory_format: str) -> None:
+def test_heat_does_not_depend_on_the_batch(family, memory_format):
     model = randomise(small(family, num_classes=4)).double().eval()
     model.to(memory_format=FORMATS[memory_format])
     # The last maps are too coarse to show: gradients come through the stages behind.
@@ -158,39 +158,7 @@ def test_heat_does_not_depend_on_the_batch(family: str, memory_format: str) -> N
         torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", CLASSIFIERS)
-def test_heat_comes_from_central_differences(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of an image's score that the heat is made of, along a direction."""
-    model, real, seen = randomise(small(family, num_classes=4)).double().eval(), autograd.grad, []
-
-    def watched(score: Tensor, features: Tensor) -> tuple[Tensor, ...]:
-        seen.append((features.detach(), *real(score, features)))
-        return seen[-1][1:]
-
-    outputs: list[Any] = []
-    for stage in model.stages:
-        stage.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    monkeypatch.setattr(autograd, "grad", watched)
-    grad_cam(model, images(1, 3, 96, 120).double(), torch.tensor([2]))
-    ((features, gradient),) = seen
-    stages = list(model.stages)
-    channels = [model.feature_info[i]["num_chs"] for i in model.stage_features()]
-    behind = stages[len(stages) - channels[::-1].index(features.shape[1]) :]
-    assert behind or len(set(channels)) == 1  # of one resolution, the last map is taken
-
-    @torch.no_grad()
-    def score(features: Tensor) -> Tensor:
-        x = with_map(outputs[len(stages) - len(behind) - 1], features)
-        for stage in behind:
-            x = stage(x)
-        return model.forward_head(model.norm(map_of(x)))[0, 2]
-
-    move, step = images(*features.shape, seed=3).double(), 1e-6
-    slope = (score(features + step * move) - score(features - step * move)) / (2 * step)
-    torch.testing.assert_close((gradient * move).sum(), slope, rtol=1e-6, atol=1e-8)
-
-
-def test_it_finds_what_matters() -> None:
+def test_it_finds_what_matters():
     # The logit of class 0 is the mean of the last map's first channel: heat is that channel.
     model = small("van", num_classes=2).eval()
     torch.nn.init.zeros_(model.head.fc.weight)

@@ -30,7 +30,7 @@ def severities(findings: list[doctor.Finding]) -> list[str]:
     return [finding.severity for finding in findings]
 
 
-def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+def test_this_machine(capsys):
     status = main(["doctor", "--json"])
     findings = json.loads(capsys.readouterr().out)
     assert status == int(any(f["severity"] == "error" for f in findings))
@@ -40,9 +40,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert backends == ["reference", "tiled", "cpu", "triton", "natten"]
 
 
-def test_the_report_names_fixes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_names_fixes(monkeypatch, capsys):
     findings = [
         doctor.Finding("one", "ok", "good"),
         doctor.Finding("two", "error", "bad", "pip install x"),
@@ -77,12 +75,12 @@ def test_the_report_names_fixes(
         ),
     ],
 )
-def test_conflicting_mm_packages(versions: dict[str, str], fix: str) -> None:
+def test_conflicting_mm_packages(versions, fix):
     errors = [f for f in doctor.examine_mm(versions) if f.severity == "error"]
     assert fix in [error.fix for error in errors]
 
 
-def test_mm_without_pkg_resources_and_without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mm_without_pkg_resources_and_without_operators(monkeypatch):
     (error,) = doctor.examine_mm({"mmengine": "0.10.7"}, has_pkg_resources=False)
     assert error.fix == "pip install 'setuptools<81'"
     monkeypatch.setattr(doctor, "_has_no_extension", lambda: True)
@@ -95,7 +93,7 @@ def test_mm_without_pkg_resources_and_without_operators(monkeypatch: pytest.Monk
     assert severities(doctor.examine_mm({})) == ["note"]
 
 
-def test_unusable_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_gpus(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -114,63 +112,46 @@ def test_unusable_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("wrong", [True, False])
-def test_wrong_gradients_of_torch_are_named(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_gradients_of_torch_are_named(wrong, monkeypatch):
     monkeypatch.setattr(doctor, "has_wrong_gradients", lambda: wrong)
     texts = [finding.text for finding in doctor.examine_gradients()]
     assert [f"torch {torch.__version__}" in text for text in texts] == [True] * wrong
 
 
-def test_no_kernel_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no C++ compiler found")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor.sys, "platform", "linux")
-    (finding,) = doctor.examine_compiler()
-    assert finding.severity == "warning"
-    assert "not compiled: " in finding.text
-    assert "gemm, " in finding.text
-    assert finding.fix == "pip install ziglang"
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
-    assert doctor.examine_compiler()[-1].fix == "unset VISION_BACKBONES_NATIVE"
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert doctor.examine_compiler()[0].fix == "unset CXX"
-
-
-def test_kernels_by_where_they_came_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    kernels = {
-        "gemm": cpu.LibraryState(None, build.process.shipped / "gemm.so", "avx2", None),
-        "norm": cpu.LibraryState(None, tmp_path / "norm.so", "portable", None),
-        "stem": cpu.LibraryState(None, build.process.shipped / "stem.so", "avx2", None),
-    }
-    monkeypatch.setattr(build.process.sources, "all", lambda: dict.fromkeys(kernels))
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
-    monkeypatch.setattr(cpu, "status", kernels.__getitem__)
-    monkeypatch.setattr(doctor.openmp, "runtime", lambda: Path("/lib/libgomp.so.1"))
-    (finding,) = doctor.examine_compiler()
-    assert finding.text.partition("; ")[2] == (
-        f"2 of 3 kernels for avx2 from the package, 1 of 3 kernels for portable from {tmp_path}, "
-        "on the threads of torch's libgomp.so.1"
-    )
-
-
-def test_unbalanced_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
-    monkeypatch.setenv("CXX", "g++ 'x")
-    finding, _ = doctor.examine_compiler()
-    assert (finding.severity, finding.fix) == ("warning", "unset CXX")
-    assert "No closing quotation" in finding.text
-
-
-def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "c++ failed with status 1: ")
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+@pytest.mark.parametrize(
+    ("reason", "compiler", "variable", "fix"),
+    [
+        ("no C++ compiler found", None, None, "pip install ziglang"),
+        ("no C++ compiler found", None, ("VISION_BACKBONES_NATIVE", "0"), "unset {}"),
+        ("no C++ compiler found", None, ("CXX", "no-such-compiler"), "unset {}"),
+        ("c++ failed: ", "/usr/bin/c++", None, "sudo apt-get install --reinstall g++"),
+        ("c++ failed: ", "/usr/bin/c++", ("CXX", "clang++"), "unset {}"),
+        (None, "/usr/bin/c++", ("CXX", "g++ 'x"), "unset {}"),  # no closing quotation
+    ],
+)
+def test_fixes_of_compilers(reason, compiler, variable, fix, monkeypatch):
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: reason)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: compiler)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     monkeypatch.delenv("CXX", raising=False)
-    assert doctor.examine_compiler()[0].fix == "sudo apt-get install --reinstall g++"
-    monkeypatch.setenv("CXX", "clang++")
-    assert doctor.examine_compiler()[0].fix == "unset CXX"
+    if variable is not None:
+        monkeypatch.setenv(*variable)
+    found = {finding.fix: finding for finding in doctor.examine_compiler() if finding.fix}
+    assert found[fix.format(*(variable or ()))].severity == "warning"
+    said = "".join(finding.text for finding in found.values())
+    assert reason is None or "not compiled: " in said and "gemm, " in said
 
 
-def test_missing_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_invalid_switch(monkeypatch):
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
+    (finding,) = doctor.examine_cpu()
+    assert (finding.severity, finding.fix) == ("error", "unset VISION_BACKBONES_NATIVE")
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "False")
+    (finding,) = doctor.examine_cpu()
+    assert finding.severity != "error" and "switched off" in finding.text
+
+
+def test_missing_sources(monkeypatch, tmp_path):
     monkeypatch.setattr(build.process, "sources", Sources(tmp_path))
     (finding,) = doctor.examine_compiler()
     assert finding.severity == "warning"
@@ -185,7 +166,7 @@ def private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "lasting" / f"vision-backbones-{os.geteuid()}" / "native"
 
 
-def test_kernels_without_a_usable_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kernels_without_a_usable_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no folder can hold it: …")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file"))
@@ -195,9 +176,7 @@ def test_kernels_without_a_usable_folder(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert finding.fix.startswith("export VISION_BACKBONES_CACHE_DIR=")
 
 
-def test_world_writable_cache(
-    private: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_world_writable_cache(private, monkeypatch, tmp_path):
     folder = tmp_path / "two words" / "native"
     folder.mkdir(parents=True)
     folder.chmod(0o777)
@@ -210,7 +189,7 @@ def test_world_writable_cache(
     assert doctor.examine_caches()[0].severity == "ok"
 
 
-def test_unknown_home(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_home(private, monkeypatch):
     def unknown(uid: int) -> None:
         raise KeyError(uid)
 
@@ -226,9 +205,7 @@ def test_unknown_home(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
-def test_any_encoding_and_any_name(
-    encoding: str, private: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_any_encoding_and_any_name(encoding, private, monkeypatch, tmp_path):
     """The report ends with its last line, whatever the output can take."""
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / os.fsdecode(b"\xff\nx")))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / os.fsdecode(b"\xff")))
@@ -247,7 +224,7 @@ def test_any_encoding_and_any_name(
             assert len(json.loads(text)) == 2
 
 
-def test_caches_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_caches_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file" / "below"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -261,7 +238,7 @@ def test_caches_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert doctor.examine_caches()[0].severity == "ok"
 
 
-def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk(monkeypatch, tmp_path):
     usage = type(shutil.disk_usage("/"))
     large = tmp_path / "large"
     large.mkdir()
@@ -281,7 +258,7 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert doctor.examine_caches()[1].fix == ""
 
 
-def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_that_are_missing_or_old(monkeypatch):
     real = requirements.installed_version
     versions = {"pyyaml": None, "timm": "0.9.0"}
     monkeypatch.setattr(
@@ -297,7 +274,7 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("package", ["safetensors", pytest.param("timm", marks=pytest.mark.slow)])
-def test_an_import_that_fails_says_what_to_install(package: str, tmp_path: Path) -> None:
+def test_an_import_that_fails_says_what_to_install(package, tmp_path):
     code = f"""
 import importlib.metadata, sys
 real = importlib.metadata.version
@@ -321,7 +298,7 @@ import backbones.cli.main
 @pytest.mark.parametrize(
     "required", ["torch==2.9.0", "torch (==2.9.0)", 'torch==2.9.0; python_version > "3"']
 )
-def test_a_torchvision_of_another_torch(required: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torchvision_of_another_torch(required, monkeypatch):
     import torchvision.ops
 
     def broken(*args: object) -> None:
@@ -334,7 +311,7 @@ def test_a_torchvision_of_another_torch(required: str, monkeypatch: pytest.Monke
     assert finding.fix == "pip install --force-reinstall torch==2.9.0 torchvision==0.24.0"
 
 
-def test_failures_of_doctor_itself_are_reported(tmp_path: Path) -> None:
+def test_failures_of_doctor_itself_are_reported(tmp_path):
     # As torchvision of another torch does, which timm imports.
     (tmp_path / "timm.py").write_text(
         "raise RuntimeError('operator torchvision::nms is not there')"
@@ -348,20 +325,7 @@ def test_failures_of_doctor_itself_are_reported(tmp_path: Path) -> None:
     assert "`pip install --force-reinstall torch torchvision timm`" in last
 
 
-def test_invalid_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
-    (finding,) = doctor.examine_cpu()
-    assert (finding.severity, finding.fix) == ("error", "unset VISION_BACKBONES_NATIVE")
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "False")
-    (finding,) = doctor.examine_cpu()
-    assert finding.severity != "error" and "switched off" in finding.text
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "switched off")
-    assert doctor.examine_compiler()[-1].fix == "unset VISION_BACKBONES_NATIVE"
-
-
-def test_wrong_instruction_set(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_instruction_set(monkeypatch, capsys):
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "mmx")
     (finding,) = doctor.examine_cpu()
     assert finding.fix == "unset VISION_BACKBONES_NATIVE_ISA"
@@ -371,5 +335,22 @@ def test_wrong_instruction_set(
     assert finding.fix in [f["fix"] for f in found if f["severity"] == "error"]
 
 
-def test_export_without_onnx() -> None:
+def test_export_without_onnx():
     assert doctor.examine_export({"onnx": "1"})[0].fix == "pip install 'vision-backbones[export]'"
+
+
+def test_kernels_by_where_they_came_from(monkeypatch, tmp_path):
+    kernels = {
+        "gemm": cpu.LibraryState(None, build.process.shipped / "gemm.so", "avx2", None),
+        "norm": cpu.LibraryState(None, tmp_path / "norm.so", "portable", None),
+        "stem": cpu.LibraryState(None, build.process.shipped / "stem.so", "avx2", None),
+    }
+    monkeypatch.setattr(build.process.sources, "all", lambda: dict.fromkeys(kernels))
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
+    monkeypatch.setattr(cpu, "status", kernels.__getitem__)
+    monkeypatch.setattr(doctor.openmp, "runtime", lambda: Path("/lib/libgomp.so.1"))
+    (finding,) = doctor.examine_compiler()
+    assert finding.text.partition("; ")[2] == (
+        f"2 of 3 kernels for avx2 from the package, 1 of 3 kernels for portable from {tmp_path}, "
+        "on the threads of torch's libgomp.so.1"
+    )

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from faults import files_that_may_not_grow
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -52,7 +50,13 @@ class Plain(nn.Module):
             "shvit_s1 --int8 --calibration . --calibration-images 0 --out x.onnx",
             "--calibration-images must be 1 or more, got 0",
         ),
-        ("shvit_s1 --size 0 --out x.pt2", "--size takes one side, or height and width"),
+        ("shvit_s1 --int8 --out x.pt2", "--int8 requires ONNX or safetensors"),
+        ("shvit_s1 --out x.safetensors", "safetensors are for --int8"),
+        ("shvit_s1 --max-drop 0.1 --out x.onnx", "--max-drop is for safetensors"),
+        ("shvit_s1 --int8 --max-drop 0 --out x.safetensors", "must be above 0"),
+        ("shvit_s1 --int8 --dynamic --out x.safetensors", "omit --dynamic"),
+        ("shvit_s1 --int8 --batch 2 --out x.safetensors", "omit --batch"),
+        ("shvit_s1 --int8 --fused --out x.safetensors", "omit --fused"),
         (f"shvit_s1 --size {10**30} --dynamic --out x.onnx", "--size takes one side"),
         ("shvit_s1 --size 64 --batch 9999999999 --out x.pt2", "reduce --size or --batch"),
         ("shvit_s9 --out x.pt2", "unknown model 'shvit_s9'"),
@@ -73,13 +77,7 @@ class Plain(nn.Module):
         ("shvit_s1 --out /dev/null", "/dev/null is not a regular file"),
     ],
 )
-def test_one_line(
-    words: str,
-    said: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_one_line(words, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     Path("w.onnx").write_bytes(b"weights")
@@ -94,16 +92,14 @@ def test_one_line(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_size_whose_feature_maps_do_not_fit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_size_whose_feature_maps_do_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("backbones.common.memory.available_memory", lambda device: 4_000_000)
     words = ["export", "shvit_s1", "--size", "512", "--out", str(tmp_path / "x.pt2")]
     assert main(words) == 2  # an image has 3 MB
     assert "images of 1×3×512×512 need more than 0.0" in capsys.readouterr().err
 
 
-def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_folder(tmp_path, monkeypatch):
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -112,29 +108,18 @@ def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         export(Loaded(Plain().eval(), "plain"), tmp_path / "x.pt2", "pt2", (16, 16))
 
 
-@contextmanager
-def small_files() -> Iterator[None]:
-    """Within the block, as pytest writes outside it, files cannot exceed 2000 bytes."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
-def test_files_larger_than_the_limit(ending: str, tmp_path: Path) -> None:
+def test_files_larger_than_the_limit(ending, tmp_path):
     path = tmp_path / f"x.{ending}"
     path.write_text("as it was")
     said = f"cannot write {path}: `ulimit -f` or the file"
-    with small_files(), pytest.raises(FileError, match=said):
+    with files_that_may_not_grow(2000), pytest.raises(FileError, match=said):
         export(Loaded(Plain().eval(), "plain"), path, ending, (16, 16))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "as it was"
 
 
-def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_quantising(tmp_path, monkeypatch):
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -145,9 +130,7 @@ def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_disk_space_is_checked_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_disk_space_is_checked_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
     assert main(["export", "shvit_s1", "--out", str(tmp_path / "x.pt2")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -166,13 +149,7 @@ def test_disk_space_is_checked_first(
         pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
     ],
 )
-def test_signals_leave_nothing_behind(
-    number: signal.Signals,
-    status: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    default_signals: None,
-) -> None:
+def test_signals_leave_nothing_behind(number, status, tmp_path, monkeypatch, default_signals):
     def half(program: Any, path: Path) -> None:
         path.write_text("half")
         path.with_name(f"{path.name}.data").write_text("half")

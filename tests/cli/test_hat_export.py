@@ -35,7 +35,7 @@ def test_equal_tables_are_stored_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dynamic_sizes_down_to_one_pixel(tmp_path: Path) -> None:
+def test_dynamic_sizes_down_to_one_pixel(tmp_path):
     model, path = tiny(2), tmp_path / "m.onnx"
     graphs.save_onnx(graphs.trace(model, (1, 3, 16, 16), dynamic=True), path)
     shapes = [(1, 3, 1, 1), (2, 3, 4, 5), (1, 3, 13, 4), (3, 3, 9, 14)]
@@ -50,7 +50,7 @@ class Halves(nn.Module):
         return x[..., :4] + 2 * x[..., 4:]
 
 
-def test_the_quadratic_rule_is_disabled(tmp_path: Path) -> None:
+def test_the_quadratic_rule_is_disabled(tmp_path):
     from onnxscript.rewriter.rules.common import slice_split_rule
 
     program = torch.export.export(Halves(), (torch.zeros(1, 3, 8, 8),))

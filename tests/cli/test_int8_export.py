@@ -48,9 +48,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 @_needs_int8
-def test_the_file_stands_alone(
-    trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_file_stands_alone(trained, photos, tmp_path, capsys):
     """It has the recipe, and predicts as the checkpoint does in int8 with these ranges."""
     path = tmp_path / "elsewhere" / "model.safetensors"
     path.parent.mkdir()
@@ -85,7 +83,7 @@ def test_the_file_stands_alone(
 
 
 @_needs_int8
-def test_without_images(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_images(trained, tmp_path, capsys):
     path = str(tmp_path / "model.safetensors")
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", path]
     assert main(words) == 0
@@ -94,12 +92,7 @@ def test_without_images(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @_needs_int8
-def test_a_file_that_does_not_load_is_not_written(
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_file_that_does_not_load_is_not_written(trained, tmp_path, capsys, monkeypatch):
     def refuse(model: torch.nn.Module, path: Path) -> None:
         raise backbones.CheckpointError(f"{path} has NaN or infinite weights")
 
@@ -113,12 +106,7 @@ def test_a_file_that_does_not_load_is_not_written(
 
 
 @_needs_int8
-def test_nothing_to_gain(
-    trained: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_nothing_to_gain(trained, tmp_path, capsys, monkeypatch):
     for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
         monkeypatch.setattr(policy, name, 1 << 40)
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out"]
@@ -127,7 +115,7 @@ def test_nothing_to_gain(
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_a_spoilt_recipe(trained: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spoilt_recipe(trained, photos, capsys):
     weights = load_file(trained)
     for recipe in ("[1]", "{", "modle: van_b0"):
         save_weights(trained, weights, {"model": "shvit_s1", "recipe": recipe})
@@ -135,7 +123,7 @@ def test_a_spoilt_recipe(trained: Path, photos: Path, capsys: pytest.CaptureFixt
         assert "its metadata has no recipe under 'recipe'" in capsys.readouterr().err
 
 
-def test_runs_of_restoration(tmp_path: Path) -> None:
+def test_runs_of_restoration(tmp_path):
     """Their recipe has the model's arguments; preprocessing is the model's own."""
     arguments = {"dim": 24, "depths": [2], "num_heads": [2], "window_size": 8}
     model = backbones.create_model("hat_nano_x2", in_chans=1, **arguments)
@@ -145,20 +133,3 @@ def test_runs_of_restoration(tmp_path: Path) -> None:
     loaded = load(None, tmp_path / "best.safetensors")
     assert loaded.name == "hat_nano_x2" and loaded.recipe is None
     assert loaded.model.in_chans == 1 and len(loaded.model.stages) == 1
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--out", "x.safetensors"], "safetensors are for --int8"),
-        (["--out", "x.onnx", "--max-drop", "0.1"], "--max-drop is for safetensors"),
-        (["--out", "x.safetensors", "--int8", "--max-drop", "0"], "must be above 0"),
-        (["--out", "x.pt2", "--int8"], "--int8 requires ONNX or safetensors"),
-        (["--out", "x.safetensors", "--int8", "--dynamic"], "omit --dynamic"),
-        (["--out", "x.safetensors", "--int8", "--batch", "2"], "omit --batch"),
-        (["--out", "x.safetensors", "--int8", "--fused"], "omit --fused"),
-    ],
-)
-def test_wrong_options(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["export", "shvit_s1", *words]) == 2
-    assert message in capsys.readouterr().err

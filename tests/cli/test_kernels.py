@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -34,19 +33,19 @@ def _said(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_the_table_is_of_the_fused_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_is_of_the_fused_model(capsys):
     said = _said(["--size", "64", "48", "--batch", "2"], capsys)
     assert said.startswith("van_b0, fused: 2×3×64×48 float32, ")
     assert "packed_linear" in said and "linear_by_kernel: rows" in said
 
 
-def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plain(capsys):
     said = _said(["--size", "64", "--plain"], capsys)
     assert said.startswith("van_b0, not fused: 1×3×64×64 float32, ")
     assert "torch conv2d" in said and "packed_linear" not in said
 
 
-def test_int8(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8(capsys, monkeypatch):
     for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
         monkeypatch.setattr(policy, name, 1)
     words = ["--size", "64", "--dtype", "int8"]
@@ -62,20 +61,20 @@ def test_int8(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     assert "--dtype int8: switched off" in capsys.readouterr().err
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json(capsys):
     told = json.loads(_said(["--size", "64", "--json", "--dtype", "bfloat16"], capsys))
     assert told["dtype"] == "bfloat16" and told["is_fused"]
     assert [call["layer"] for call in told["calls"]][-1] == "head.fc"
 
 
-def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_picture(tmp_path, capsys):
     path = tmp_path / "memory.png"
     _said(["--size", "64", "--plot", str(path)], capsys)
     pixels = np.asarray(Image.open(path).convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
-def test_contents_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contents_of_the_picture(tmp_path, monkeypatch):
     figures: list[Any] = []
     monkeypatch.setattr(
         "backbones.cli.memory_picture.save_figure", lambda figure, path: figures.append(figure)
@@ -95,9 +94,7 @@ def test_contents_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert f"reuse {found.memory.reuse:.1f}×" in figure.get_suptitle()
 
 
-def test_without_kernels_there_is_no_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_kernels_there_is_no_plan(tmp_path, monkeypatch, capsys):
     without_kernels(monkeypatch)
     words = ["summary", "van_b0", "--kernels", "--size", "64", "--runs", "1"]
     assert main([*words, "--plot", str(tmp_path / "x.png")]) == 2
@@ -123,7 +120,7 @@ def test_without_kernels_there_is_no_plan(
         (["--kernels", "--plot", "no/such/x.png"], "there is no folder no/such"),
     ],
 )
-def test_user_errors(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors(words, said, capsys):
     assert main(["summary", "van_b0", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1

@@ -16,9 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)])
-def test_help_is_short_and_has_an_example(
-    words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_is_short_and_has_an_example(words, capsys):
     assert main(words) == 0
     said = capsys.readouterr().out
     assert "example:" in said
@@ -27,9 +25,7 @@ def test_help_is_short_and_has_an_example(
     assert all(len(line) <= 100 for line in lines)
 
 
-def test_the_package_is_a_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_package_is_a_command(monkeypatch, capsys):
     """As ``python -m backbones.cli`` runs it, without the seconds of another process's imports."""
     monkeypatch.setattr(sys, "argv", ["backbones.cli", "--help"])
     with pytest.raises(SystemExit) as leaving:
@@ -46,39 +42,26 @@ def test_the_package_is_a_command(
         (["summary", "van_b9"], "unknown model 'van_b9'; did you mean 'van_b"),
         (["summary", "nonsense"], "unknown model 'nonsense'; backbones.list_models() lists all"),
         (["sum\nmary"], "no command 'sum\\nmary'"),
-        (["summary", ""], "unknown model ''"),
-        (["summary", "van_b0", "--size", "0"], "--size takes one side"),
         (["summary", "van_b0", "--size", "1", "2", "3"], "--size takes one side"),
-        (["summary", "van_b0", "--size", "100000"], "of 1 to 65535 pixels, got [100000]"),
         (["summary", "van_b0", "--size", "65535"], "--size 65535 65535: an image of that size"),
-        (["summary", "van_b0", "--size", "x"], "argument --size: invalid int value: 'x'"),
         (["summary"], "the following arguments are required: model"),
         (["summary", "van_b0", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["predict", "no.png", "--model", "van_b0"], "no image at no.png"),
         (["predict", str(ROOT / "README.md")], "give --model NAME"),
-        (["predict", ""], "IMAGE must be the name of a file or folder, not ''"),
-        (["predict", "x", "--device", "meta"], "--device meta cannot be used here"),
-        (["upscale", "", "--model", "hat_x2", "--out", "x"], "IN must be the name of"),
-        (["validate", "--data", ""], "--data must be the name of a file or folder"),
-        (["validate", "--data", "digits", "--split", ""], "--split must be the name of a split"),
         (["benchmark", "--models", "van_b9"], "unknown models van_b9; see backbones.list_models()"),
         (["benchmark", "--compare", "no.json"], "--compare: there is no file no.json"),
-        (["benchmark", "--against", ""], "--against: Empty module name"),
         (["verify", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
-        (["verify", ""], "unknown model ''"),
         (["verify"], "give a MODEL"),
     ],
 )
-def test_user_errors_are_one_line(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_user_errors_are_one_line(words, said, capsys):
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert said in line
 
 
-def test_the_guide_has_every_command() -> None:
+def test_the_guide_has_every_command():
     guide = (ROOT / "docs" / "guides" / "command_line.md").read_text()
     assert all(f"| `{name}` |" in guide for name in COMMANDS)
 
@@ -86,7 +69,7 @@ def test_the_guide_has_every_command() -> None:
 @pytest.mark.parametrize(
     "words", [["--help"], ["summary", "shvit_s1", "--runs", "0"], ["doctor"]], ids=" ".join
 )
-def test_output_in_another_encoding(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_in_another_encoding(words, monkeypatch):
     """Every symbol has a replacement."""
     stream = Stream("ascii")
     monkeypatch.setattr(sys, "stdout", stream)
@@ -96,9 +79,7 @@ def test_output_in_another_encoding(words: list[str], monkeypatch: pytest.Monkey
     assert "\\u" not in said
 
 
-def test_missing_packages_are_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "backbones.cli.summary", None)
     monkeypatch.setattr(command, "explanation", lambda error: f"it needs x: {error}")
     assert main(["summary", "van_b0"]) == 2

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from clones import ROOT
 from embedding_runs import make_photos, tiny_checkpoint, words
@@ -30,7 +28,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_training(workers: int, tmp_path: Path) -> None:
+def test_training(workers, tmp_path):
     images = make_images(tmp_path / "images", {"train": 16, "val": 6})
     options = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=1")
     said = run_code(_RUN, tmp_path, "train_cls", *QUICK, *options, f"--workers={workers}")
@@ -38,7 +36,7 @@ def test_training(workers: int, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "last.pt").exists()
 
 
-def test_upscaling(tmp_path: Path) -> None:
+def test_upscaling(tmp_path):
     folders = [make_pictures(tmp_path / name, 2) for name in ("train", "val")]
     options = [f"--{path.name}-pictures={path}" for path in folders]
     output = (f"--output={tmp_path}", "--name=run", "--epochs=1")
@@ -53,7 +51,7 @@ def test_upscaling(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_embedding(processes: int, tmp_path: Path) -> None:
+def test_embedding(processes, tmp_path):
     checkpoint = tiny_checkpoint(tmp_path / "model")
     argv = words(make_photos(tmp_path / "photos", 8), tmp_path / "out", checkpoint)
     run_code(_RUN, tmp_path, "backbones.cli.main", *argv, f"--workers={processes}")

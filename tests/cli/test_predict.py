@@ -14,35 +14,25 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from embedding_runs import tiny_checkpoint
 from other_encodings import Stream
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
-from zoo import SMALL
 
 import backbones
 from backbones.cli.common import read_labels
 from backbones.cli.main import main
 from backbones.cli.predict import predict
 from backbones.common.files import save_weights
-from backbones.core import checkpoint
 from backbones.core.loaded import load, preprocessing
 from ops.cpu.gemm.int8 import not_faster_in_int8
-
-# Three narrow stages of a block each, as a recipe has them.
-NARROW = {key: list(value) for key, value in SMALL["shvit"][1].items()}
 
 
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """As ``train_cls.py`` leaves it: weights and recipe of a model for three classes."""
-    torch.manual_seed(0)
-    model = backbones.create_model("shvit_s1", num_classes=3, **NARROW)
-    for parameter in model.parameters():  # default initialisation would nearly erase the image
-        torch.nn.init.normal_(parameter, std=0.2)
-    save_weights(tmp_path / "best.safetensors", model.state_dict(), {"model": "shvit_s1"})
-    recipe = {"model": "shvit_s1", "num_classes": 3, "img_size": 64, "data": "x", "crop_pct": 1.0}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**recipe, "model_args": NARROW}))
+    tiny_checkpoint(tmp_path, classes=3, img_size=64, crop_pct=1.0)
     return tmp_path
 
 
@@ -58,9 +48,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_folder_with_a_corrupt_file(
-    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder_with_a_corrupt_file(run_folder, photos, capsys):
     (run_folder / "names.txt").write_text("cat\ndog\nowl\n")
     checkpoint, out = str(run_folder / "best.safetensors"), run_folder
     words = ["predict", str(photos), "--checkpoint", checkpoint, "--batch-size", "3"]
@@ -85,7 +73,7 @@ def test_a_folder_with_a_corrupt_file(
     assert height > 200
 
 
-def test_so_many_pictures_whatever_the_batches(run_folder: Path, photos: Path) -> None:
+def test_so_many_pictures_whatever_the_batches(run_folder, photos):
     """Of the first images that can be read, in all."""
     paths = [photos / f"{name}.png" for name in (0, "cut", 1, 2, 3)]
     found = list(predict(load(None, run_folder / "best.safetensors"), paths, 2, 2, pictures=3))
@@ -99,9 +87,7 @@ def predicted(run_folder: Path, *words: str | Path) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_the_dtype_of_the_computation(
-    dtype: str, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_dtype_of_the_computation(dtype, run_folder, photos, capsys):
     """Close to the unfused model; where the CPU does not multiply int8, an error says so."""
     words = ["predict", str(photos / "0.png"), "--checkpoint", f"{run_folder}/best.safetensors"]
     found = []
@@ -119,24 +105,7 @@ def test_the_dtype_of_the_computation(
     assert dtype == "float32" or found[0] != found[1]
 
 
-@pytest.mark.parametrize(
-    ("more", "said"),
-    [
-        (["--dtype", "int8", "--cam", "a.png"], "--cam needs the layers before fuse()"),
-        (["--dtype", "float16"], "--dtype float16 is for GPUs"),
-    ],
-)
-def test_impossible_dtypes(
-    more: list[str], said: str, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = f"{run_folder}/best.safetensors"
-    assert main(["predict", str(photos), "--checkpoint", checkpoint, *more]) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_unreadable_files_are_named_and_skipped(
-    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_files_are_named_and_skipped(run_folder, photos, capsys):
     """A named pipe would be read for ever, for nobody writes to it."""
     os.mkfifo(photos / "pipe.png")
     (photos / "link.png").symlink_to("nowhere")
@@ -151,15 +120,7 @@ def test_unreadable_files_are_named_and_skipped(
     assert "pipe.png: is a named pipe" in capsys.readouterr().err
 
 
-def test_too_narrow_to_be_resized(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    Image.new("RGB", (60000, 1)).save(tmp_path / "a.png")
-    assert predicted(run_folder, tmp_path / "a.png") == 1
-    assert "60000×1 pixels is too narrow to be resized" in capsys.readouterr().err
-
-
-def test_undecodable_names(run_folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undecodable_names(run_folder, photos, monkeypatch):
     """On a system whose names of files are bytes; the output in cp1252 as on Windows."""
     for number, name in enumerate([b"\xff.png", "日.png".encode(), b"a\nb.png", b"$\\frac$.png"]):
         os.rename(photos / f"{number}.png", os.path.join(os.fsencode(photos), name))
@@ -187,9 +148,15 @@ def test_undecodable_names(run_folder: Path, photos: Path, monkeypatch: pytest.M
     [
         (["--csv", "{0}/a.txt", "--json", "{0}/a.txt"], "--csv and --json are both"),
         (["--json", "{0}/a.txt", "--cam", "{0}/./a.txt"], "--json and --cam are both"),
+        (["--dtype", "int8", "--cam", "{0}/a.png"], "--cam needs the layers before fuse()"),
+        (["--dtype", "float16"], "--dtype float16 is for GPUs"),
         (["--csv", "{0}"], "is a folder"),
         (["--csv", "{0}/photos/0.png"], "would overwrite"),
         (["--cam", "{0}/best.safetensors"], "would overwrite"),
+        (
+            ["--labels", "{0}/three.json", "--json", "{0}/three.json", "--overwrite"],
+            "would overwrite",
+        ),
         (["--csv", "{0}/no/a.csv"], "there is no folder"),
         (["--labels", "{0}/none.txt"], "cannot read --labels"),
         (["--labels", "{0}/photos"], "cannot read --labels"),
@@ -201,14 +168,8 @@ def test_undecodable_names(run_folder: Path, photos: Path, monkeypatch: pytest.M
         (["--labels", "{0}/deep.json"], "deep.json is not a JSON list of names"),
     ],
 )
-def test_impossible_requests_fail_early(
-    words: list[str],
-    said: str,
-    run_folder: Path,
-    photos: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_impossible_requests_fail_early(words, said, run_folder, photos, monkeypatch, capsys):
+    (run_folder / "three.json").write_text('["a", "b", "c"]')
     (run_folder / "two.txt").write_text("a\nb\n")
     (run_folder / "four.txt").write_text("a\nb\nc\nd\n")
     (run_folder / "text.json").write_text('"abc"')
@@ -224,29 +185,7 @@ def test_impossible_requests_fail_early(
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.parametrize("flag", [[], ["--overwrite"]])
-def test_nothing_that_is_read_is_overwritten(
-    flag: list[str], run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (photos / "labels.json").write_text('["a", "b", "c"]')
-    (photos / "link.json").symlink_to("labels.json")
-    before = {path: path.read_bytes() for path in photos.iterdir()}
-    labels = ["--labels", photos / "labels.json"]
-    for option, name in (
-        ("--csv", run_folder / "best.safetensors"),
-        ("--csv", photos / "0.png"),
-        ("--cam", photos / "0.png"),
-        ("--json", photos / "labels.json"),
-        ("--json", photos / "link.json"),
-    ):
-        assert predicted(run_folder, photos, *labels, option, name, *flag) == 2
-        assert f"error: {option} {name} would overwrite " in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in photos.iterdir()} == before
-
-
-def test_every_format_is_found_and_others_are_named(
-    run_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_format_is_found_and_others_are_named(run_folder, photos, tmp_path, capsys):
     count = len(list(photos.iterdir()))
     image = Image.open(photos / "0.png").convert("RGB")
     for ending in ("webp", "tif", "bmp", "gif"):
@@ -261,27 +200,7 @@ def test_every_format_is_found_and_others_are_named(
     assert capsys.readouterr().err == f"{told}{names}, …\n"
 
 
-def test_a_full_disk_is_named(
-    run_folder: Path,
-    photos: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    before = sorted(run_folder.iterdir())
-    for option, ending in (("--csv", "csv"), ("--json", "json"), ("--cam", "png")):
-        path = run_folder / f"a.{ending}"
-        assert predicted(run_folder, photos / "0.png", option, path) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: cannot write {path}: ")
-        assert "No space left on device" in line
-        assert sorted(run_folder.iterdir()) == before
-
-
-def test_devices_and_pipes_are_written_to(run_folder: Path, photos: Path, tmp_path: Path) -> None:
+def test_devices_and_pipes_are_written_to(run_folder, photos, tmp_path):
     """``--json /dev/stdout`` must not put a file in the place of the device."""
     reading, writing = os.pipe()
     link = tmp_path / "out"
@@ -294,9 +213,7 @@ def test_devices_and_pipes_are_written_to(run_folder: Path, photos: Path, tmp_pa
     assert link.is_symlink()
 
 
-def test_non_finite_weights(
-    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_non_finite_weights(run_folder, photos, capsys):
     tensors = load_file(run_folder / "best.safetensors")
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name].view(-1)[0] = np.nan
@@ -309,9 +226,7 @@ def test_non_finite_weights(
     assert said.out == "" and not [p for p in run_folder.iterdir() if p.name.startswith("a.")]
 
 
-def test_non_finite_predictions(
-    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_non_finite_predictions(run_folder, photos, capsys):
     """Of finite weights: products of large ones overflow."""
     tensors = load_file(run_folder / "best.safetensors")
     for name, tensor in tensors.items():
@@ -328,9 +243,7 @@ def test_non_finite_predictions(
 
 
 @pytest.mark.parametrize("classes", ["{", '"abc"', "5", "[" * 10**4])
-def test_metadata_without_a_list_of_classes(
-    classes: str, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_metadata_without_a_list_of_classes(classes, run_folder, photos, capsys):
     tensors = load_file(run_folder / "best.safetensors")
     facts = {"model": "shvit_s1", "classes": classes}
     save_weights(run_folder / "best.safetensors", tensors, facts)
@@ -347,13 +260,7 @@ def test_metadata_without_a_list_of_classes(
         ({"nonsense": 1}, "unknown keyword 'nonsense'"),
     ],
 )
-def test_recipes_with_invalid_model_arguments(
-    arguments: dict[str, object],
-    said: str,
-    run_folder: Path,
-    photos: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_recipes_with_invalid_model_arguments(arguments, said, run_folder, photos, capsys):
     recipe = yaml.safe_load((run_folder / "config.yaml").read_text())
     (run_folder / "config.yaml").write_text(yaml.safe_dump(recipe | {"model_args": arguments}))
     assert predicted(run_folder, photos / "0.png") == 2
@@ -362,9 +269,7 @@ def test_recipes_with_invalid_model_arguments(
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg"])
-def test_predictions_are_the_models(
-    ending: str, run_folder: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_predictions_are_the_models(ending, run_folder, photos, tmp_path):
     """Of the pixels that Pillow and timm make of a file."""
     with Image.open(photos / "1.png") as image:
         image.save(tmp_path / f"1.{ending}")
@@ -381,7 +286,7 @@ def test_predictions_are_the_models(
     assert answer.confidences == sorted(expected.tolist(), reverse=True)
 
 
-def test_the_count_of_classes_comes_from_any_checkpoint(tmp_path: Path) -> None:
+def test_the_count_of_classes_comes_from_any_checkpoint(tmp_path):
     model = backbones.create_model("van_b0", num_classes=7)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "van.pth")
     loaded = load("van_b0", tmp_path / "van.pth")
@@ -390,28 +295,24 @@ def test_the_count_of_classes_comes_from_any_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.model.head.fc.weight, model.head.fc.weight)
 
 
-def test_a_checkpoint_is_read_once(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large files take long, and could change in between."""
-    read_file, read = checkpoint.read_file, []
-    monkeypatch.setattr(checkpoint, "read_file", lambda path: read.append(path) or read_file(path))
-    load(None, run_folder / "best.safetensors")
-    assert read == [run_folder / "best.safetensors"]
-
-
-def test_names_of_classes_in_the_checkpoint(tmp_path: Path) -> None:
+def test_names_of_classes_in_the_checkpoint(tmp_path):
     model = backbones.create_model("shvit_s1", num_classes=2)
     metadata = {"model": "shvit_s1", "classes": json.dumps(["no", "yes"])}
     save_weights(tmp_path / "best.safetensors", model.state_dict(), metadata)
     assert load(None, tmp_path / "best.safetensors").classes == ["no", "yes"]
 
 
-def test_labels_of_imagenet(tmp_path: Path) -> None:
+def test_labels_of_imagenet(tmp_path):
     (tmp_path / "l.json").write_text('{"0": ["n01", "cat"], "1": ["n02", "dog"]}')
     assert read_labels(tmp_path / "l.json", 2) == ["cat", "dog"]
 
 
-def test_models_without_classes_are_refused(
-    photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_models_without_classes_are_refused(photos, capsys):
     assert main(["predict", str(photos), "--model", "hat_s_x2"]) == 2
     assert "hat_s_x2 has no classifier" in capsys.readouterr().err
+
+
+def test_too_narrow_to_be_resized(run_folder, tmp_path, capsys):
+    Image.new("RGB", (60000, 1)).save(tmp_path / "a.png")
+    assert predicted(run_folder, tmp_path / "a.png") == 1
+    assert "60000×1 pixels is too narrow to be resized" in capsys.readouterr().err

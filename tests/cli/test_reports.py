@@ -21,7 +21,7 @@ REPORT = {
 }
 
 
-def test_a_row_is_a_line() -> None:
+def test_a_row_is_a_line():
     assert text_of(REPORT).splitlines() == [
         "{",
         '"machine": {"name": "a CPU", "threads": 1},',
@@ -41,13 +41,13 @@ def test_a_row_is_a_line() -> None:
     assert text_of({"machine": None, "results": []}) == '{\n"machine": null,\n"results": []\n}\n'
 
 
-def test_what_is_compared_with_a_target_keeps_a_digit_more() -> None:
+def test_what_is_compared_with_a_target_keeps_a_digit_more():
     found = rounded({"speedup_over": {"eager": 1.2345678}, "milliseconds": 1.2345678, "count": 7})
     assert found == {"speedup_over": {"eager": 1.2346}, "milliseconds": 1.235, "count": 7}
     assert rounded([math.nan, math.inf, 0.0, True, 1e-7 / 3]) == [None, None, 0.0, True, 3.333e-08]
 
 
-def test_committed_measurements_are_as_they_are_written() -> None:
+def test_committed_measurements_are_as_they_are_written():
     assert FILES
     lines = 0
     for file in FILES:
@@ -57,7 +57,7 @@ def test_committed_measurements_are_as_they_are_written() -> None:
     assert lines < 5000
 
 
-def test_a_row_measured_again_keeps_its_place() -> None:
+def test_a_row_measured_again_keeps_its_place():
     report = json.loads(text_of(REPORT))
     anew = [{"model": "a", "batch": 1, "contenders": {}}, {"model": "c", "batch": 1}]
     put_rows(report, anew, ("model", "batch"))
@@ -67,7 +67,7 @@ def test_a_row_measured_again_keeps_its_place() -> None:
     assert report["results"][2]["new"] == 1 and len(report["results"]) == 3
 
 
-def test_runs_on_another_machine_do_not_add_up(tmp_path: Path) -> None:
+def test_runs_on_another_machine_do_not_add_up(tmp_path):
     path = tmp_path / "new" / "a.json"
     assert load_report(path, {"name": "this"}) == {"machine": {"name": "this"}, "results": []}
     write_report(path, REPORT)
@@ -79,7 +79,7 @@ def test_runs_on_another_machine_do_not_add_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"machine": {}}', "[" * 100_000])
-def test_what_is_no_report_is_named(tmp_path: Path, text: str) -> None:
+def test_what_is_no_report_is_named(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"a\.json is not a benchmark report"):

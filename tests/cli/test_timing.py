@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 import time
 
-import pytest
 import torch
 
 from backbones.cli import timing
 
 
-def test_short_memory_peaks_are_measured() -> None:
+def test_short_memory_peaks_are_measured():
     with timing.PeakMemory(torch.device("cpu")) as memory:
         torch.ones(1 << 24)
     if sys.platform == "linux":
@@ -20,7 +19,7 @@ def test_short_memory_peaks_are_measured() -> None:
         assert memory.bytes is None
 
 
-def test_what_counts_is_the_later_half_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_counts_is_the_later_half_of_a_turn(monkeypatch):
     now, taken = [0.0], iter([0.5, 0.5, 0.25, 0.25, 9.0, 7.0])
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 

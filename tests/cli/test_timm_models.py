@@ -71,7 +71,7 @@ def batch_of(model: torch.nn.Module, photos: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("dtype", [[], ["--dtype=float32"]])
-def test_predict(name: str, dtype: list[str], photos: Path, tmp_path: Path) -> None:
+def test_predict(name, dtype, photos, tmp_path):
     model, file = weights(name, tmp_path, num_classes=7)
     words = ["predict", photos, "--model", f"timm/{name}", "--checkpoint", file, "--topk=7", *dtype]
     assert run(*words, "--json", tmp_path / "a.json") == 0
@@ -82,12 +82,7 @@ def test_predict(name: str, dtype: list[str], photos: Path, tmp_path: Path) -> N
             assert found["confidence"] == pytest.approx(row[found["class"]].item(), abs=1e-5)
 
 
-def test_pretrained(
-    photos: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_pretrained(photos, tmp_path, monkeypatch, capsys):
     """timm is asked for the weights that it publishes."""
     asked = []
     create = timm.create_model
@@ -108,7 +103,7 @@ def test_pretrained(
     assert "no weights 'nonsense' of test_resnet" in refusal(capsys, "predict", photos, *words)
 
 
-def test_predict_refuses(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_refuses(photos, tmp_path, capsys):
     _, file = weights("test_resnet", tmp_path)
     words = ["predict", photos, "--model", "timm/test_resnet", "--checkpoint", file]
     cam = ["--cam", tmp_path / "a.png"]
@@ -121,7 +116,7 @@ def test_predict_refuses(photos: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_embed_search_and_probe(name: str, photos: Path, tmp_path: Path) -> None:
+def test_embed_search_and_probe(name, photos, tmp_path):
     model, file = weights(name, tmp_path)
     folder = tmp_path / "table"
     words = ["embed", photos, "--model", f"timm/{name}", "--checkpoint", file, "--workers=1"]
@@ -142,7 +137,7 @@ def test_embed_search_and_probe(name: str, photos: Path, tmp_path: Path) -> None
     assert run("probe", folder, *labels, "--out", tmp_path / "b.png") == 0
 
 
-def test_embed_maps_and_classes(photos: Path, tmp_path: Path) -> None:
+def test_embed_maps_and_classes(photos, tmp_path):
     model, file = weights("test_resnet", tmp_path)
     words = ["embed", photos, "--model=timm/test_resnet", "--checkpoint", file, "--workers=1"]
     assert run(*words, "--features=stage:2", "--classes=3", "--out", tmp_path / "a") == 0
@@ -158,7 +153,7 @@ def test_embed_maps_and_classes(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_summary(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_summary(name, capsys):
     model = timm.create_model(name)
     for more in ([], ["--fused"]):
         assert run("summary", f"timm/{name}", "--runs=1", *more) == 0
@@ -170,7 +165,7 @@ def test_summary(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "fused: 1×3×96×96 float32" in capsys.readouterr().out
 
 
-def test_sizes_that_timm_does_not_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_that_timm_does_not_take(tmp_path, capsys):
     said = refusal(capsys, "summary", "timm/test_vit", "--size", "97", "96")
     assert "--size 97 96: VisionTransformer takes no images of 97×96: " in said
     words = ["export", "timm/test_vit", "--out", tmp_path / "a.pt2"]
@@ -180,7 +175,7 @@ def test_sizes_that_timm_does_not_take(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     "name", [TINY[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TINY[1:])]
 )
-def test_export(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export(name, tmp_path, capsys):
     """The command compares the file with the model."""
     _, file = weights(name, tmp_path)
     words = ["export", f"timm/{name}", "--checkpoint", file]
@@ -192,9 +187,7 @@ def test_export(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @needs_int8
-def test_int8(
-    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
-) -> None:
+def test_int8(photos, tmp_path, capsys, monkeypatch):
     """A file of ``export --int8`` predicts what the model in int8 does, and so do options."""
     for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
         monkeypatch.setattr(policy, name, 1)
@@ -236,7 +229,7 @@ def test_int8(
     )
 
 
-def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_benchmark(tmp_path, capsys):
     words = ["benchmark", "--models", "timm/test_resnet", "--batches=1", "--against"]
     short = ["--rounds=1", "--turn-ms=1", "--output", tmp_path / "a"]
     assert run(*words, *short) == 0
@@ -247,7 +240,7 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "takes no images of 97×97" in refusal(capsys, *words)
 
 
-def test_train_validate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_validate_and_predict(tmp_path, capsys):
     images = make_images(tmp_path / "images", {"train": 12, "val": 6})
     words = [f"--data={images}", f"--output={tmp_path}", "--model=timm/test_resnet", "--epochs=1"]
     assert train(*words, "--model-args={}", "--name=run") == 0
@@ -266,7 +259,7 @@ def test_train_validate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert names == {path.name for path in (images / "val").iterdir()}
 
 
-def test_load_checkpoint(tmp_path: Path) -> None:
+def test_load_checkpoint(tmp_path):
     model, file = weights("test_convnext", tmp_path)
     other = timm.create_model("test_convnext").eval()
     report = backbones.load_checkpoint(other, file)

@@ -161,52 +161,6 @@ def test_non_finite_weights_and_outputs(spoil, said, validate, folder, tmp_path)
     assert last == "1 of 1 failed: shvit_s1"
 
 
-def test_a_full_disk_is_named(validate, folder, tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    status, rows, printed = validate("--run", str(folder / "run"))
-    assert (status, rows) == (2, [])
-    (line,) = printed.err.splitlines()
-    assert line.startswith(f"error: cannot write {tmp_path / 'results.csv'}: ")
-    assert "No space left on device" in line
-    report = tmp_path / "report"
-    status, rows, printed = validate("--run", str(folder / "run"), f"--report={report}")
-    assert (status, rows) == (2, [])
-    assert str(report) in printed.err.splitlines()[0]
-    assert sorted(p.name for p in tmp_path.rglob("*")) == ["report"]
-
-
-@pytest.mark.parametrize("arguments", ["{dims: 5}", "{dims: [-8, 8, 8]}", "{depths: [1]}"])
-def test_invalid_model_keywords(arguments, validate, folder):
-    checkpoint = folder / "run" / "best.safetensors"
-    words = ["--model=shvit_s1", f"--checkpoint={checkpoint}", f"--model-args={arguments}"]
-    status, rows, printed = validate(*words)
-    assert status == 1
-    assert rows[0]["error"]
-
-
-def test_undecodable_names(validate, folder, tmp_path, monkeypatch):
-    """Classes and images named on a system whose names are bytes; the output in cp1252."""
-    names = ["\udcff", "日", "$\\frac$"]
-    for number, name in enumerate(names):
-        source = sorted((folder / "images" / "val" / f"class{number}").iterdir())[0]
-        target = tmp_path / "images" / "val" / name
-        target.mkdir(parents=True)
-        shutil.copy(source, target / f"{name}.png")
-    stream = Stream("cp1252")
-    monkeypatch.setattr(sys, "stdout", stream)
-    report = tmp_path / "\udcffreport"
-    words = [f"--data={tmp_path / 'images'}", "--run", str(folder / "run"), f"--report={report}"]
-    status, rows, _ = validate(*words, data=False)
-    assert status == 0
-    assert "\\udcffreport" in stream.said().decode("cp1252")
-    classes = read_table(report / "shvit_s1.classes.csv")
-    assert [row["class"] for row in classes] == ["$\\frac$", "日", "\\udcff"]
-    assert (report / "shvit_s1.confusion.png").is_file()
-
-
 def test_the_report_by_class(validate, folder, tmp_path):
     status, rows, _ = validate("--run", str(folder / "run"), f"--report={tmp_path / 'report'}")
     assert status == 0
@@ -302,3 +256,23 @@ def test_a_table_of_corruptions(validate, folder, tmp_path):
 def test_images_too_small_to_corrupt():
     with pytest.raises(RecipeError, match="of at least 32×32 pixels"):
         Corruption("fog", 1)(Image.new("RGB", (16, 40)))
+
+
+def test_undecodable_names(validate, folder, tmp_path, monkeypatch):
+    """Classes and images named on a system whose names are bytes; the output in cp1252."""
+    names = ["\udcff", "日", "$\\frac$"]
+    for number, name in enumerate(names):
+        source = sorted((folder / "images" / "val" / f"class{number}").iterdir())[0]
+        target = tmp_path / "images" / "val" / name
+        target.mkdir(parents=True)
+        shutil.copy(source, target / f"{name}.png")
+    stream = Stream("cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    report = tmp_path / "\udcffreport"
+    words = [f"--data={tmp_path / 'images'}", "--run", str(folder / "run"), f"--report={report}"]
+    status, rows, _ = validate(*words, data=False)
+    assert status == 0
+    assert "\\udcffreport" in stream.said().decode("cp1252")
+    classes = read_table(report / "shvit_s1.classes.csv")
+    assert [row["class"] for row in classes] == ["$\\frac$", "日", "\\udcff"]
+    assert (report / "shvit_s1.confusion.png").is_file()

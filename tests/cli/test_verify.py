@@ -24,7 +24,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_release(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_release(published, capsys):
     assert main(["verify", "--checkpoint", str(published)]) == 0
     out = capsys.readouterr().out
     assert "names and shapes match the original's shvit_s1" in out
@@ -33,14 +33,11 @@ def test_a_release(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing to compare with" in out
     assert out.count("✓") == 4
     assert sha256_of(published) in out
+    assert main(["verify", str(published)]) == 0  # a file in the place of a model
+    assert capsys.readouterr().out == out
 
 
-def test_saved_figures(
-    published: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_saved_figures(published, tmp_path, monkeypatch, capsys):
     """Right figures do not hide wrong code, nor right code wrong figures."""
     errors = [0.0, 0.0, 0.0]
     monkeypatch.setattr(parity, "case_errors", lambda *case: (0.0, errors))
@@ -64,7 +61,7 @@ def test_saved_figures(
     assert main([*words, "--figures", str(figures)]) == 2
 
 
-def test_figures_of_another_shape() -> None:
+def test_figures_of_another_shape():
     model = backbones.create_model("shvit_s1", num_classes=3).eval()
     figures = make_figures(model, (64, 64))
     assert all(error == 0 for _, error in compare(model, figures))
@@ -79,12 +76,7 @@ def test_figures_of_another_shape() -> None:
         compare(model, figures)
 
 
-def test_a_file_instead_of_a_model(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(published)]) == 0
-    assert "into shvit_s1, 1000 classes, strictly" in capsys.readouterr().out
-
-
-def test_tables_that_follow_from_the_sizes_are_no_difference() -> None:
+def test_tables_that_follow_from_the_sizes_are_no_difference():
     """RAVLT's files have its angles, whether or not a file of the same weights has them, too."""
     figures = parity.reference("ravlt", "ravlt_t")
     tensors = {
@@ -98,9 +90,7 @@ def test_tables_that_follow_from_the_sizes_are_no_difference() -> None:
         assert (match.variant, match.differences) == ("ravlt_t", 0)
 
 
-def test_non_finite_weights(
-    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_non_finite_weights(published, tmp_path, capsys):
     tensors = torch.load(published, weights_only=True)["model"]
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name].view(-1)[0] = torch.nan
@@ -114,9 +104,7 @@ def test_non_finite_weights(
     assert not figures.exists()
 
 
-def test_non_finite_outputs(
-    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_non_finite_outputs(published, tmp_path, capsys):
     """Of finite weights: products of large ones overflow."""
     tensors = torch.load(published, weights_only=True)["model"]
     for tensor in tensors.values():
@@ -141,13 +129,7 @@ def test_non_finite_outputs(
         (None, "cannot"),
     ],
 )
-def test_files_without_figures(
-    content: bytes | None,
-    said: str,
-    published: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_files_without_figures(content, said, published, tmp_path, capsys):
     path = tmp_path / "figures.json"
     if content is not None:
         path.write_bytes(content)
@@ -170,15 +152,13 @@ def test_files_without_figures(
         {"seed": 0, "input": [1, 3, 32, 32], "stages": 3, "output": []},
     ],
 )
-def test_invalid_figures(figures: dict[str, object]) -> None:
+def test_invalid_figures(figures):
     model = backbones.create_model("shvit_s1", num_classes=3).eval()
     with pytest.raises(CommandError, match="not of this model"):
         compare(model, figures)
 
 
-def test_figures_do_not_overwrite_inputs(
-    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_figures_do_not_overwrite_inputs(published, tmp_path, capsys):
     words = ["verify", "--checkpoint", str(published), "--save-figures"]
     before = published.read_bytes()
     assert main([*words, str(published)]) == 2
@@ -188,9 +168,7 @@ def test_figures_do_not_overwrite_inputs(
     assert "is a folder" in capsys.readouterr().err
 
 
-def test_checkpoints_that_do_not_load(
-    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoints_that_do_not_load(published, tmp_path, capsys):
     assert main(["verify", "van_b0", "--checkpoint", str(published)]) == 1
     assert f"loading: fails: {published}" in capsys.readouterr().out
     tensors = torch.load(published, weights_only=True)["model"]
@@ -205,7 +183,7 @@ def test_checkpoints_that_do_not_load(
     assert "does not resemble any" in capsys.readouterr().out
 
 
-def test_own_weights_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_weights_are_known(tmp_path, capsys):
     model = backbones.create_model("efficientvit_m0", num_classes=5)
     torch.save(model.state_dict(), tmp_path / "own.pth")
     assert main(["verify", "--checkpoint", str(tmp_path / "own.pth")]) == 0
@@ -214,12 +192,12 @@ def test_own_weights_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "into efficientvit_m0, 5 classes, strictly" in out
 
 
-def test_without_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_checkpoint(capsys):
     assert main(["verify", "shvit_s1"]) == 0
     assert capsys.readouterr().out.count("✓") == 4
 
 
-def test_all_variants_are_distinguished() -> None:
+def test_all_variants_are_distinguished():
     # Those that share all names and shapes are the same network, for another size or twice, or with
     # and without dilations, which are no weights.
     families: dict[tuple, list[str]] = {}
@@ -241,7 +219,7 @@ def test_all_variants_are_distinguished() -> None:
     ]
 
 
-def test_releases_with_a_checksum_in_their_name(tmp_path: Path) -> None:
+def test_releases_with_a_checksum_in_their_name(tmp_path):
     figures = parity.reference("van", "van_b4")
     digest = "f4665b92" + 56 * "0"
     found = identify.released_file(figures, tmp_path, digest)

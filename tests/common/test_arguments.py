@@ -12,7 +12,7 @@ from backbones.common.errors import CommandError
 
 
 @pytest.mark.parametrize("word", ["", "a\0b"])
-def test_names_of_files(word: str) -> None:
+def test_names_of_files(word):
     with pytest.raises(argparse.ArgumentTypeError, match="must be the name of a file or folder"):
         arguments.nonempty_path(word)
     assert arguments.nonempty_path("a b") == Path("a b")
@@ -31,7 +31,7 @@ def test_names_of_files(word: str) -> None:
         ("9" * 5000, "must be a whole number, not '999"),
     ],
 )
-def test_whole_numbers(word: str, said: str) -> None:
+def test_whole_numbers(word, said):
     with pytest.raises(argparse.ArgumentTypeError) as raised:
         arguments.whole(1, 8)(word)
     assert str(raised.value).startswith(said)
@@ -49,7 +49,7 @@ def test_whole_numbers(word: str, said: str) -> None:
         *((word, f"must be a number, not '{word}'") for word in ("nan", "inf", "-inf", "x", "")),
     ],
 )
-def test_numbers(word: str, said: str) -> None:
+def test_numbers(word, said):
     with pytest.raises(argparse.ArgumentTypeError) as raised:
         arguments.real(0, 1, above=True)(word)
     assert str(raised.value).startswith(said)
@@ -58,7 +58,7 @@ def test_numbers(word: str, said: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "meta", "cuda:99", "mkldnn", "xla", "cpu:-1", "pine\napple"])
-def test_unusable_devices(name: str) -> None:
+def test_unusable_devices(name):
     with pytest.raises(CommandError, match="cannot be used here: ") as raised:
         arguments.usable_device(name)
     assert len(str(raised.value)) < 300

@@ -32,7 +32,7 @@ def _save(weights: dict[str, Tensor], path: Path, form: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_format_is_detected_by_content(form: str, name: str, tmp_path: Path) -> None:
+def test_format_is_detected_by_content(form, name, tmp_path):
     _save(WEIGHTS, tmp_path / name, form)
     read = read_file(tmp_path / name)
     assert read.keys() == WEIGHTS.keys()
@@ -41,7 +41,7 @@ def test_format_is_detected_by_content(form: str, name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_truncated_files(form: str, share: float, tmp_path: Path) -> None:
+def test_truncated_files(form, share, tmp_path):
     model = small("van")
     data = _save(model.state_dict(), tmp_path / "whole.pth", form)
     cut = tmp_path / "cut.pth"
@@ -54,7 +54,7 @@ def test_truncated_files(form: str, share: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bit", [0, 30])
-def test_bit_flip_in_the_weights(bit: int, tmp_path: Path) -> None:
+def test_bit_flip_in_the_weights(bit, tmp_path):
     data = bytearray(_save(WEIGHTS, tmp_path / "a.pth", "zip"))
     place = data.index(WEIGHTS["a.weight"].numpy().tobytes()) + 400
     data[place + bit // 8] ^= 1 << bit % 8
@@ -66,7 +66,7 @@ def test_bit_flip_in_the_weights(bit: int, tmp_path: Path) -> None:
         read_file(tmp_path / "a.pth")
 
 
-def test_bit_flip_that_hides_a_member(tmp_path: Path) -> None:
+def test_bit_flip_that_hides_a_member(tmp_path):
     """Marked as a folder, it would be left unread by torch: whatever was in memory would be it."""
     data = bytearray(_save(WEIGHTS, tmp_path / "a.pth", "zip"))
     entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/0"))
@@ -76,7 +76,7 @@ def test_bit_flip_that_hides_a_member(tmp_path: Path) -> None:
         read_file(tmp_path / "a.pth")
 
 
-def test_duplicate_members(tmp_path: Path) -> None:
+def test_duplicate_members(tmp_path):
     _save(WEIGHTS, tmp_path / "a.pth", "zip")
     with (
         zipfile.ZipFile(tmp_path / "a.pth", "a") as archive,
@@ -102,14 +102,14 @@ def test_duplicate_members(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
-def test_unknown_formats(content: bytes, said: str, name: str, tmp_path: Path) -> None:
+def test_unknown_formats(content, said, name, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DamagedFileError, match=f"{name} is ({said})") as raised:
         read_file(tmp_path / name)
     assert "\n" not in str(raised.value)
 
 
-def test_zip_of_other_files(tmp_path: Path) -> None:
+def test_zip_of_other_files(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("a/readme.txt", "no weights")
     with pytest.raises(
@@ -138,9 +138,7 @@ class _Evaluated:
     ids=["system", "eval", "module"],
 )
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
-def test_pickles_are_not_executed(
-    content: Any, blocked: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickles_are_not_executed(content, blocked, form, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.pth"
     if form == "bare":
@@ -158,7 +156,7 @@ def test_pickles_are_not_executed(
     assert not (tmp_path / "hostile_was_here").exists()
 
 
-def test_torchscript(tmp_path: Path) -> None:
+def test_torchscript(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.jit
         torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "a.pt")
@@ -166,7 +164,7 @@ def test_torchscript(tmp_path: Path) -> None:
         read_file(tmp_path / "a.pt")
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_checkpoint(small("van"), tmp_path / "nowhere.pth")
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
@@ -175,7 +173,7 @@ def test_missing_file(tmp_path: Path) -> None:
         load_checkpoint(small("van"), "\0")
 
 
-def test_headers_of_safetensors(tmp_path: Path) -> None:
+def test_headers_of_safetensors(tmp_path):
     path = tmp_path / "a.safetensors"
     data = _save({"a": torch.zeros(2, 3), "b": torch.ones(2)}, path, "safetensors")
     length = int.from_bytes(data[:8], "little")
@@ -197,6 +195,6 @@ def test_headers_of_safetensors(tmp_path: Path) -> None:
             read_file(path)
 
 
-def test_buffers_are_rejected() -> None:
+def test_buffers_are_rejected():
     with pytest.raises(TypeError, match="got BytesIO"):
         load_checkpoint(small("van"), io.BytesIO())  # type: ignore[arg-type]

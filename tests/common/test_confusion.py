@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,7 +9,7 @@ from PIL import Image
 from backbones.common.confusion import class_report, confusion_matrix, confusions, draw_confusions
 
 
-def test_matrix_and_report_by_hand() -> None:
+def test_matrix_and_report_by_hand():
     matrix = confusion_matrix(np.array([0, 0, 0, 1, 1, 1]), np.array([0, 1, 1, 1, 1, 2]), 3)
     assert matrix.tolist() == [[1, 2, 0], [0, 2, 1], [0, 0, 0]]
     classes = ["cat", "dog", "fox"]
@@ -24,7 +22,7 @@ def test_matrix_and_report_by_hand() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 16, 60])
-def test_the_picture_of_few_and_of_many_classes(count: int, tmp_path: Path) -> None:
+def test_the_picture_of_few_and_of_many_classes(count, tmp_path):
     truth, answers = np.random.default_rng(0).integers(0, count, (2, 500))
     names = [f"a $name$ of some length\n{i}" for i in range(count)]
     answered = {"right": truth, "wrong": answers}

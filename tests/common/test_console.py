@@ -29,9 +29,7 @@ TEXT = "─✓× 日 \udcff.png"
     ],
 )
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_any_text_can_be_written(
-    encoding: str, expected: bytes, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_text_can_be_written(encoding, expected, name, monkeypatch):
     stream = Stream(encoding)
     monkeypatch.setattr(sys, name, stream)
     with tolerate_any_text():
@@ -70,16 +68,14 @@ def raising(error: BaseException) -> Callable[[], int]:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_exit_statuses(
-    error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exit_statuses(error, status, said, capsys):
     assert guard(raising(error)) == status
     printed = capsys.readouterr()
     assert (printed.out, len(printed.err.splitlines())) == ("", int(bool(said)))
     assert printed.err.startswith(said)
 
 
-def test_bugs_print_a_traceback() -> None:
+def test_bugs_print_a_traceback():
     with pytest.raises(RuntimeError, match="a bug"):
         guard(raising(RuntimeError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
@@ -87,9 +83,7 @@ def test_bugs_print_a_traceback() -> None:
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
-def test_output_to_a_full_disk_is_reported(
-    size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_output_to_a_full_disk_is_reported(size, monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
         assert guard(lambda: sys.stdout.write("x" * size) * 0) == 2
@@ -98,7 +92,7 @@ def test_output_to_a_full_disk_is_reported(
     assert said == "error: cannot write the output: No space left on device\n"
 
 
-def test_closed_pipe_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_pipe_is_quiet(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as stream:
@@ -107,13 +101,13 @@ def test_closed_pipe_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
 
 
-def test_closed_output(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_output(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
     assert guard(lambda: sys.stdout.write("x") * 0) == 0
     assert sys.stdout is None
 
 
-def test_command_line_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_errors_are_one_line(capsys):
     parser = Parser(prog="x")
     parser.add_argument("--many", type=int, nargs=2)
     assert guard(lambda: parser.parse_args(["--many", "1", "a\nb"])) == 2
@@ -121,7 +115,7 @@ def test_command_line_errors_are_one_line(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
-def test_the_interpreter_prints_nothing_at_exit(tmp_path: Path) -> None:
+def test_the_interpreter_prints_nothing_at_exit(tmp_path):
     """As a process: nothing is said of streams that break when they are closed at the end."""
     code = (
         "import sys; from backbones.common.console import guard\n"

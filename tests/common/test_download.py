@@ -101,9 +101,7 @@ def _holds(model: Any, weights: dict[str, Tensor]) -> bool:
     return all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
 
 
-def test_downloads_are_cached(
-    server: Server, cache: Path, weights: dict[str, Tensor], body: bytes, tmp_path: Path
-) -> None:
+def test_downloads_are_cached(server, cache, weights, body, tmp_path):
     server.send("/van.pth", body)
     url = f"{server.url}/van.pth"
     for _ in range(2):
@@ -120,9 +118,7 @@ def test_downloads_are_cached(
     assert path.name.startswith("van_b0-") and path.name.endswith("-van.pth")
 
 
-def test_urls_with_the_same_base_name(
-    server: Server, cache: Path, weights: dict[str, Tensor], body: bytes
-) -> None:
+def test_urls_with_the_same_base_name(server, cache, weights, body):
     server.send("/one/van.pth", body)
     other = {k: v * 2 for k, v in weights.items()}
     server.send("/two/van.pth", _saved(other))
@@ -137,9 +133,7 @@ def test_urls_with_the_same_base_name(
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("share", [None, 0.5])
-def test_a_silent_server(
-    share: float | None, server: Server, cache: Path, body: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_server(share, server, cache, body, monkeypatch):
     """Before its answer, or in the middle of it."""
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     if share is None:
@@ -152,7 +146,7 @@ def test_a_silent_server(
 
 
 @pytest.mark.timeout(20)
-def test_a_server_that_never_accepts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_never_accepts(cache, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -163,9 +157,7 @@ def test_a_server_that_never_accepts(cache: Path, monkeypatch: pytest.MonkeyPatc
                 load_checkpoint(small("van"), url)
 
 
-def test_downloads_that_are_cut_off(
-    server: Server, cache: Path, weights: dict[str, Tensor], body: bytes
-) -> None:
+def test_downloads_that_are_cut_off(server, cache, weights, body):
     """Nothing of them stays, and the next call gets the whole file."""
     url = f"{server.url}/van.pth"
     half = body[: len(body) // 2]
@@ -183,7 +175,7 @@ def test_downloads_that_are_cut_off(
     assert _holds(model, weights)
 
 
-def test_html_instead_of_weights(server: Server, cache: Path, body: bytes) -> None:
+def test_html_instead_of_weights(server, cache, body):
     server.send("/van.pth", b"<!DOCTYPE html><title>Log in</title>")
     overlay = {"pretrained_cfg_overlay": {"url": f"{server.url}/van.pth"}}
     with pytest.raises(CheckpointError, match="a web page.*was deleted"):
@@ -193,7 +185,7 @@ def test_html_instead_of_weights(server: Server, cache: Path, body: bytes) -> No
     small("van", pretrained=True, **overlay)
 
 
-def test_a_rejected_file_is_kept(server: Server, cache: Path, body: bytes) -> None:
+def test_a_rejected_file_is_kept(server, cache, body):
     """It would be the same again; and a file of another model is no damage."""
     server.send("/model.pth", _saved({"a": torch.nn.Linear(1, 1)}))  # type: ignore[dict-item]
     server.send("/van.pth", body)
@@ -204,7 +196,7 @@ def test_a_rejected_file_is_kept(server: Server, cache: Path, body: bytes) -> No
     assert len(list(cache.iterdir())) == 2
 
 
-def test_checksums_in_names(server: Server, cache: Path, body: bytes) -> None:
+def test_checksums_in_names(server, cache, body):
     right = hashlib.sha256(body).hexdigest()
     for digits in (right[:8], right, "20220909"):  # the last is a date
         server.send(f"/van-{digits}.pth", body)
@@ -217,22 +209,20 @@ def test_checksums_in_names(server: Server, cache: Path, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/v.pth", "http://[/v.pth", "http://a b/v.pth"])
-def test_unreachable_addresses(url: str, cache: Path) -> None:
+def test_unreachable_addresses(url, cache):
     with pytest.raises(ConnectionError, match=r"could not download http.*save it as .*-v\.pth"):
         load_checkpoint(small("van"), url)
     assert not list(cache.iterdir())
 
 
-def test_errors_of_the_server(server: Server, cache: Path) -> None:
+def test_errors_of_the_server(server, cache):
     server.answers["/van.pth"] = lambda handler: handler.send_error(404)
     with pytest.raises(ConnectionError, match="404"):
         load_checkpoint(small("van"), f"{server.url}/van.pth")
     assert not list(cache.iterdir())
 
 
-def test_a_full_disk(
-    server: Server, cache: Path, body: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk(server, cache, body, monkeypatch):
     class Full(io.BytesIO):
         def write(self, chunk: Any) -> int:
             raise OSError(28, "No space left on device")
@@ -244,7 +234,7 @@ def test_a_full_disk(
     assert not list(cache.iterdir())
 
 
-def test_no_published_weights_says_what_exists() -> None:
+def test_no_published_weights_says_what_exists():
     said = r"van_b5 has no downloadable weights: available: van_b5\.in22k"
     with outlines(), pytest.raises(CheckpointError, match=said):
         backbones.create_model("van_b5", pretrained=True)
@@ -253,9 +243,7 @@ def test_no_published_weights_says_what_exists() -> None:
         load_pretrained(small("van"), "van_b5", cfg, {})
 
 
-def test_published_weights_are_requested_from_the_cfgs_url(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_published_weights_are_requested_from_the_cfgs_url(cache, monkeypatch):
     def fail(request: Any, timeout: float) -> None:
         raise OSError(f"no route to {request.full_url}")
 

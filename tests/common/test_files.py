@@ -13,7 +13,7 @@ from backbones.common.errors import FileError
 from backbones.common.files import file_problem, replacing, replacing_together, writing
 
 
-def test_not_a_file(tmp_path: Path) -> None:
+def test_not_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nowhere")
@@ -36,7 +36,7 @@ def test_not_a_file(tmp_path: Path) -> None:
     assert file_problem("/dev/null/x") is not None
 
 
-def test_wrapped_disk_full_errors(tmp_path: Path) -> None:
+def test_wrapped_disk_full_errors(tmp_path):
     path = tmp_path / "x.onnx"
     with (
         pytest.raises(FileError, match=f"cannot write {path}: no space is left in {tmp_path}"),
@@ -53,7 +53,7 @@ def test_wrapped_disk_full_errors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("unique", [False, True])
-def test_a_file_is_replaced_whole_or_not_at_all(unique: bool, tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(unique, tmp_path):
     (tmp_path / "file").write_text("old")
     (tmp_path / "link").symlink_to("file")
     with pytest.raises(KeyError), replacing(tmp_path / "link", unique) as temporary:
@@ -67,7 +67,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(unique: bool, tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {"file", "link"}
 
 
-def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
     with replacing(tmp_path / "file", unique=True) as one:
         with replacing(tmp_path / "file", unique=True) as other:
             one.write_text("one")
@@ -76,7 +76,7 @@ def test_two_writers_of_a_file_do_not_meet(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "one"
 
 
-def test_only_failures_to_write_become_file_errors(tmp_path: Path) -> None:
+def test_only_failures_to_write_become_file_errors(tmp_path):
     (tmp_path / "file").write_text("")
     said = "file: Permission denied; the existing file is unchanged$"
     with pytest.raises(FileError, match=said), writing(tmp_path / "file"):

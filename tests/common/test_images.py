@@ -37,7 +37,7 @@ def grey_of_16_bits(mode: str) -> Image.Image:
     ],
     ids=["I;16", "I;16B", "I", "F", "L", "LA", "RGBA"],
 )
-def test_every_mode_keeps_its_brightness(image: Image.Image) -> None:
+def test_every_mode_keeps_its_brightness(image):
     for mode, shape in (("RGB", (16, 16, 3)), ("L", (16, 16))):
         seen = as_8_bits(image, mode)
         assert seen.mode == mode
@@ -45,7 +45,7 @@ def test_every_mode_keeps_its_brightness(image: Image.Image) -> None:
         assert np.array_equal(np.asarray(seen), np.broadcast_to(wanted, shape))
 
 
-def test_modes_with_colours() -> None:
+def test_modes_with_colours():
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8))
     palette = colours.convert("P")
     palette.info["transparency"] = bytes(range(256))  # Pillow warns when it is dropped
@@ -56,7 +56,7 @@ def test_modes_with_colours() -> None:
     assert as_8_bits(colours) is colours  # no copy in the loop of a training
 
 
-def test_floats_and_16_bits_are_rounded() -> None:
+def test_floats_and_16_bits_are_rounded():
     floats = np.array([[0, 0.9, 7.4, 7.6, 254.6]], np.float32) / 255
     assert np.asarray(as_8_bits(Image.fromarray(floats), "L")).tolist() == [[0, 1, 7, 8, 255]]
     whole = np.array([[0, 128, 129, 65406, 65407]], np.uint16)
@@ -72,7 +72,7 @@ def test_floats_and_16_bits_are_rounded() -> None:
         (np.full((2, 2), -1, np.int32), "from -1 to -1 exceed 16 bits"),
     ],
 )
-def test_values_without_a_known_range_are_refused(values: np.ndarray, message: str) -> None:
+def test_values_without_a_known_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         as_8_bits(Image.fromarray(values))
 
@@ -85,7 +85,7 @@ def saved(image: Image.Image, kind: str = "png", **options: object) -> io.BytesI
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_exif_orientation(orientation: int, tmp_path) -> None:
+def test_exif_orientation(orientation, tmp_path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     (tmp_path / "a.png").write_bytes(saved(NOISE, exif=exif).getvalue())
@@ -96,18 +96,18 @@ def test_exif_orientation(orientation: int, tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("notes", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0no", b"Exif\0\0"])
-def test_damaged_metadata_is_ignored(notes: bytes) -> None:
+def test_damaged_metadata_is_ignored(notes):
     image = Image.new("RGB", (5, 4), (10, 20, 30))
     assert open_image(saved(image, exif=notes)).getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_not_an_image() -> None:
+def test_not_an_image():
     for data in (b"", b"no image", saved(NOISE).getvalue()[:90]):
         with pytest.raises(DECODE_ERRORS):
             open_image(io.BytesIO(data))
 
 
-def test_16_bits_in_files() -> None:
+def test_16_bits_in_files():
     for kind in ("png", "tiff"):
         seen = open_image(saved(grey_of_16_bits("I;16"), kind))
         assert np.array_equal(np.asarray(seen)[:, :, 0], RAMP)
@@ -126,7 +126,7 @@ def postscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_no_program_is_started_for_an_image(postscript: Path) -> None:
+def test_no_program_is_started_for_an_image(postscript):
     data = postscript.read_bytes()
     with_preview = b"\xc5\xd0\xd3\xc6" + bytes(28) + data
     for source in (postscript, str(postscript), io.BytesIO(data), io.BytesIO(with_preview)):
@@ -141,7 +141,7 @@ def test_no_program_is_started_for_an_image(postscript: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "TGA"])
-def test_other_formats_are_decoded_here(format: str) -> None:
+def test_other_formats_are_decoded_here(format):
     data = io.BytesIO()
     NOISE.save(data, format=format)
     with opened(data) as image:

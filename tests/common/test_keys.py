@@ -29,7 +29,7 @@ class Derived(Base):
     steps: int = key("speed", 1, "at a time", Range(low=1, high=4))
 
 
-def test_keys_are_listed_by_group() -> None:
+def test_keys_are_listed_by_group():
     assert list(fields_of(Base)) == ["size", "rate", "kind"]
     assert list(fields_of(Derived)) == ["rate", "steps", "size", "name"]
     written = dump(Derived())
@@ -37,7 +37,7 @@ def test_keys_are_listed_by_group() -> None:
     assert made_of(Derived, yaml.safe_load(written)) == Derived()
 
 
-def test_a_key_declared_again_keeps_what_is_not_said() -> None:
+def test_a_key_declared_again_keeps_what_is_not_said():
     rate = fields_of(Derived)["rate"]
     assert (rate.default, rate.metadata["help"]) == (0.25, "how fast")
     assert str(range_of(rate)) == "above 0 and below 1"
@@ -45,7 +45,7 @@ def test_a_key_declared_again_keeps_what_is_not_said() -> None:
         made_of(Derived, {"rate": 1})
 
 
-def test_values_are_converted_and_refused() -> None:
+def test_values_are_converted_and_refused():
     assert made_of(Base, {"size": "32", "rate": "1e-1", "kind": "rgb"}) == Base(32, 0.1, "rgb")
     assert made_of(Base, {"size": None}).size is None
     for values, said in (

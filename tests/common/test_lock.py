@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +10,7 @@ import pytest
 from backbones.common.lock import LOCK_NAME, FolderLock, LockedError
 
 
-def test_a_lock_on_a_file_that_its_last_holder_removed_is_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_on_a_file_that_its_last_holder_removed_is_none(tmp_path, monkeypatch):
     plain, removed = fcntl.flock, []
 
     def flock(*arguments: Any) -> None:

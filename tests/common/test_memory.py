@@ -16,7 +16,7 @@ from backbones.common.memory import available_memory, live_bytes, peak_bytes
 
 
 @pytest.mark.parametrize("family", ["van", "litv2", "medvitv2"])
-def test_the_peak_equals_the_measured_peak(family: str) -> None:
+def test_the_peak_equals_the_measured_peak(family):
     model = small(family).eval()
     images = torch.zeros(2, 3, 96, 64)
     with torch.inference_mode():
@@ -25,11 +25,11 @@ def test_the_peak_equals_the_measured_peak(family: str) -> None:
     assert peak_bytes(model, (2, 3, 96, 64)) == pytest.approx(measured, abs=2 * images.nbytes)
 
 
-def test_sizes_beyond_the_address_space() -> None:
+def test_sizes_beyond_the_address_space():
     assert peak_bytes(small("shvit").eval(), (1, 3, 10**9, 10**9)) == math.inf
 
 
-def test_unknown_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_free_memory(monkeypatch):
     monkeypatch.setattr("pathlib.Path.read_text", lambda *args: (_ for _ in ()).throw(OSError))
     assert available_memory(torch.device("cpu")) == 4 * 2**30
     assert available_memory(torch.device("cpu"), unknown=sys.maxsize) == sys.maxsize
@@ -38,9 +38,7 @@ def test_unknown_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("limit", "free"), [("max", 4096), ("5000000", 4096), ("3000", 1000), ("100", 0)]
 )
-def test_free_memory_within_the_control_group(
-    limit: str, free: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_memory_within_the_control_group(limit, free, monkeypatch):
     texts = {"memory.max": f"{limit}\n", "memory.current": "2000\n"}
     texts["meminfo"] = "MemTotal: 9 kB\nMemAvailable:   4 kB\n"
     monkeypatch.setattr("pathlib.Path.read_text", lambda path: texts[path.name])
@@ -48,7 +46,7 @@ def test_free_memory_within_the_control_group(
 
 
 @pytest.mark.parametrize("family", backbones.list_families())
-def test_sizes_beyond_memory(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_beyond_memory(family, monkeypatch):
     """A system that grants more than it has would end the process later, without a word."""
     monkeypatch.setattr("backbones.cli.common.available_memory", lambda *a, **k: 2**30)
     model = small(family).eval()

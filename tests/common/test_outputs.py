@@ -45,7 +45,7 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def test_new_files(tmp_path: Path) -> None:
+def test_new_files(tmp_path):
     def never() -> Iterator[Path]:
         raise AssertionError("new files overwrite nothing")
         yield tmp_path
@@ -55,7 +55,7 @@ def test_new_files(tmp_path: Path) -> None:
     require_writable({"--csv": (tmp_path / "no" / "a.csv", CSV)}, makes_folders=True)
 
 
-def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_places(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "lost.csv").symlink_to("no/a.csv")
@@ -72,7 +72,7 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot be written to" in refusal({"--csv": (csv, CSV)})
 
 
-def test_devices(tmp_path: Path) -> None:
+def test_devices(tmp_path):
     require_writable({"--csv": (Path("/dev/null"), CSV)}, [Path("/dev/null")])
     os.mkfifo(tmp_path / "pipe")
     require_writable({"--csv": (tmp_path / "pipe", CSV)})
@@ -80,14 +80,14 @@ def test_devices(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["w.pth", "a", "a.csv.bak", ".csv", "a.json"])
-def test_endings(name: str, tmp_path: Path) -> None:
+def test_endings(name, tmp_path):
     (tmp_path / "link.csv").symlink_to(name)
     for file in (tmp_path / name, tmp_path / "link.csv"):
         assert "must end in .csv" in refusal({"--csv": (file, CSV)}, overwrite=True)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_inputs(photos: Path, tmp_path: Path, overwrite: bool) -> None:
+def test_inputs(photos, tmp_path, overwrite):
     image, link = photos / "a" / "1.png", tmp_path / "link.png"
     os.link(image, tmp_path / "hard.png")
     for output in (image, link, tmp_path / "linked" / "a" / "1.png"):
@@ -98,7 +98,7 @@ def test_inputs(photos: Path, tmp_path: Path, overwrite: bool) -> None:
     require_writable({"--out": (photos / "a" / "new.png", FIGURE)}, [photos, None])
 
 
-def test_files_beside_images_are_no_images(photos: Path) -> None:
+def test_files_beside_images_are_no_images(photos):
     (photos / "old.csv").write_text("query,place\n")
     require_writable({"--csv": (photos / "old.csv", CSV)}, [photos])
     assert overwritten([photos / "old.csv"], [photos]) is None
@@ -120,7 +120,7 @@ def results(folder: Path) -> dict[str, tuple[Path, Kind]]:
     return {path.name: (path, kinds[path.suffix]) for path in folder.iterdir()}
 
 
-def test_earlier_results_are_replaced(tmp_path: Path) -> None:
+def test_earlier_results_are_replaced(tmp_path):
     for name, output in results(tmp_path).items():
         require_writable({name: output}, overwrite=False)
 
@@ -136,7 +136,7 @@ def test_earlier_results_are_replaced(tmp_path: Path) -> None:
         b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR of a photograph",
     ],
 )
-def test_other_files_are_replaced_only_when_asked(content: bytes, tmp_path: Path) -> None:
+def test_other_files_are_replaced_only_when_asked(content, tmp_path):
     for name, (path, kind) in results(tmp_path).items():
         path.write_bytes(content)
         told = "exists and is not what is written here: choose another name, or replace it with "
@@ -146,7 +146,7 @@ def test_other_files_are_replaced_only_when_asked(content: bytes, tmp_path: Path
         assert path.read_bytes() == content
 
 
-def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     path = tmp_path / "a.csv"
     path.write_text("query,place\n")
 

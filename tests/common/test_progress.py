@@ -30,7 +30,7 @@ def test_elsewhere_there_are_lines_or_nothing(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr() == ("", "")
 
 
-def test_the_time_left_is_of_the_steps_of_this_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_is_of_the_steps_of_this_run(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress(stream=io.StringIO())
@@ -40,7 +40,7 @@ def test_the_time_left_is_of_the_steps_of_this_run(monkeypatch: pytest.MonkeyPat
     assert progress.seconds_left() == 32
 
 
-def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_has_a_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     with counting("rows", 30) as bar:
         bar.pause = 0.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -49,7 +47,7 @@ def photo(height: int, width: int, channels: int = 3) -> np.ndarray:
     ],
 )
 @pytest.mark.parametrize("kernel", [True, False])
-def test_is_timms(change: dict[str, Any], kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_timms(change, kernel, monkeypatch):
     config = {**CONFIG, **change}
     if not kernel:
         state = build.LibraryState(None, None, "avx2", "none here")
@@ -66,7 +64,7 @@ def test_is_timms(change: dict[str, Any], kernel: bool, monkeypatch: pytest.Monk
         assert torch.equal(resize.normalise(found[None])[0], to_floats(image))
 
 
-def test_the_kernel_computes_photographs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_computes_photographs(monkeypatch):
     """And not the transform, beside which everything would be right as well."""
     resize = Resizing(CONFIG)
     monkeypatch.setattr(resize, "_transform", None)
@@ -74,7 +72,7 @@ def test_the_kernel_computes_photographs(monkeypatch: pytest.MonkeyPatch) -> Non
         assert resize(photo(height, width)).shape == (3, 48, 48)
 
 
-def test_a_pillow_that_rounds_differently(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pillow_that_rounds_differently(monkeypatch):
     """The installed Pillow decides: where the kernel differs from it, the transform runs."""
     plain = resizing.resize_part
     monkeypatch.setattr(resizing, "resize_part", lambda *given: plain(*given) ^ 1)

@@ -11,7 +11,7 @@ import pytest
 from backbones.common.signals import exit_on_signals
 
 
-def test_an_inherited_ignore_is_kept(default_signals: None) -> None:
+def test_an_inherited_ignore_is_kept(default_signals):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
     with exit_on_signals():
         os.kill(os.getpid(), signal.SIGHUP)

@@ -10,7 +10,7 @@ from backbones.data.sampler import TrainSampler
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_copies_of_an_image_go_to_different_processes(size: int) -> None:
+def test_copies_of_an_image_go_to_different_processes(size):
     """And each has its own augmentation."""
     parts = []
     for rank in range(size):
@@ -21,7 +21,7 @@ def test_copies_of_an_image_go_to_different_processes(size: int) -> None:
         assert len({seed for _, seed in keys}) == size
 
 
-def test_a_batch_is_found_again_by_its_number() -> None:
+def test_a_batch_is_found_again_by_its_number():
     sampler = TrainSampler(61, 5, 42, World(1, 2, torch.device("cpu")))
     sampler.epoch = 3
     batches = list(sampler)

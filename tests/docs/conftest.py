@@ -45,10 +45,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         command = [sys.executable, site_building.__file__, str(_shared(factory))]
         # The fixture reports a failure.
         session.config.stash[_BUILDER] = subprocess.Popen(
-            command,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
 
 

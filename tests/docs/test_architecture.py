@@ -22,31 +22,31 @@ PATHS = sorted(
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_paths_exist(path: str) -> None:
+def test_paths_exist(path):
     """Headers in ``common/`` are named without the engine's folder."""
     path = path.rstrip(".")
     assert (ROOT / path).exists() or (ROOT / "ops/cpu" / path).exists()
 
 
-def test_instruction_sets_are_those_of_the_engine() -> None:
+def test_instruction_sets_are_those_of_the_engine():
     table = PAGE.split("## Instruction sets")[1].split("\n## ")[0]
     names = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
     assert set(names) == set(instruction_sets.FLAGS)
 
 
-def test_rules_of_the_sample_are_policies() -> None:
+def test_rules_of_the_sample_are_policies():
     names = set(re.findall(r"(\w+_by_kernel):", PAGE))
     assert names and names <= set(policy.__all__)
 
 
-def test_forms_of_the_diagram_are_registered() -> None:
+def test_forms_of_the_diagram_are_registered():
     attention = importlib.import_module("ops.inference.attention")
     layers = importlib.import_module("ops.inference.layers")
     assert "HiLoAttention → FastHiLoAttention" in PAGE and "a convolution to FastConv2d" in PAGE
     assert hasattr(attention, "FastHiLoAttention") and hasattr(layers, "FastConv2d")
 
 
-def test_the_sample_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_sample_is_what_the_command_prints(capsys):
     """Headings and notes; the rows depend on the CPU."""
     assert run_command("summary", ["van_b0", "--kernels", "--size", "32", "--runs", "1"]) == 0
     title, _, head, *_, notes, memory = capsys.readouterr().out.rstrip().splitlines()

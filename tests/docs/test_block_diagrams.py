@@ -33,30 +33,6 @@ def test_every_family_has_a_diagram_and_a_page(tools):
         assert tools("block_diagrams").parse(text)
 
 
-DESCRIPTION = """
-Block
-  residual
-    norm LayerNorm
-    branches ×
-      arm
-      arm
-        conv 3×3 depthwise | batch norm
-        act SiLU
-  note the rest
-Other
-  mlp MLP
-"""
-
-
-def test_descriptions_are_parsed(tools):
-    blocks = tools("block_diagrams")
-    arm = [blocks.Box("3×3 depthwise", "conv", "batch norm"), blocks.Box("SiLU", "act")]
-    steps = [blocks.Box("LayerNorm", "norm"), blocks.Branches([[], arm], "×")]
-    first = [blocks.Residual(steps), blocks.Box("the rest", "note")]
-    wanted = [("Block", first), ("Other", [blocks.Box("MLP", "mlp")])]
-    assert blocks.parse(DESCRIPTION) == wanted
-
-
 @pytest.mark.parametrize("line", ["  convolution 3×3", "  conv", "  branches", "  residual x"])
 def test_a_line_that_is_no_step_is_named(tools, line):
     with pytest.raises(ValueError, match=f"not a step of a diagram: '{line.strip()}'"):
@@ -102,3 +78,27 @@ def test_docstrings_become_markdown(tools):
         "\n| | |\n|---|---|\n| a | first |\n| b | second, going on |\n\n"
         "So:\n\n\n    f(1)\n"
     )
+
+
+DESCRIPTION = """
+Block
+  residual
+    norm LayerNorm
+    branches ×
+      arm
+      arm
+        conv 3×3 depthwise | batch norm
+        act SiLU
+  note the rest
+Other
+  mlp MLP
+"""
+
+
+def test_descriptions_are_parsed(tools):
+    blocks = tools("block_diagrams")
+    arm = [blocks.Box("3×3 depthwise", "conv", "batch norm"), blocks.Box("SiLU", "act")]
+    steps = [blocks.Box("LayerNorm", "norm"), blocks.Branches([[], arm], "×")]
+    first = [blocks.Residual(steps), blocks.Box("the rest", "note")]
+    wanted = [("Block", first), ("Other", [blocks.Box("MLP", "mlp")])]
+    assert blocks.parse(DESCRIPTION) == wanted

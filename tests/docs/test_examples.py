@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from pages import ROOT, blocks, fenced
-from stand_ins import DOWNLOADS, Shelf
+from stand_ins import DOWNLOADS
 
 from backbones.cli.main import COMMANDS
 
@@ -36,9 +36,7 @@ NAMES = {"README.md": {key: torch.zeros(1, 16, 16, 2, 4) for key in ("query", "k
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=pages.name)
-def test_python_runs(
-    page: Path, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_runs(page, shelf, tmp_path, monkeypatch):
     """Block after block in one namespace, as somebody would type them."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / DOWNLOADS))
@@ -50,7 +48,7 @@ def test_python_runs(
 
 
 @pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
-def test_blocks_are_of_a_known_language(page: Path) -> None:
+def test_blocks_are_of_a_known_language(page):
     """What is in another one, such as ``bash``, no test here would look at."""
     for language, text in fenced(page):
         assert language in pages.LANGUAGES, text
@@ -63,14 +61,14 @@ def test_blocks_are_of_a_known_language(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", WITH_COMMANDS, ids=pages.name)
-def test_commands_exist(page: Path) -> None:
+def test_commands_exist(page):
     for text in pages.commands(page):
         for line in pages.lines(text):
             check(shlex.split(line))
 
 
 @pytest.mark.parametrize("file", CALLED, ids=pages.name)
-def test_commands_at_the_top_of_files_exist(file: Path) -> None:
+def test_commands_at_the_top_of_files_exist(file):
     if file.suffix == ".py":
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
     else:

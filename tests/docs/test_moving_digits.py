@@ -21,7 +21,7 @@ def example() -> ModuleType:
     return module
 
 
-def test_digits_move(example: ModuleType) -> None:
+def test_digits_move(example):
     digits = torch.rand(3, 8, 8)
     images, ways = example.videos(digits, 8, "tiles", torch.Generator().manual_seed(0))
     assert images.shape == (8, 3, 64, 64)
@@ -33,5 +33,5 @@ def test_digits_move(example: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("layout", ["tiles", "rows"])
-def test_it_runs(example: ModuleType, layout: str) -> None:
+def test_it_runs(example, layout):
     assert 0 <= example.main(["--steps", "2", "--batch-size", "2", "--layout", layout]) <= 1

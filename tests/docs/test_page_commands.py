@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pages
 import pytest
 from clones import Workshop, fresh_clone
-from stand_ins import DOWNLOADS, MAKERS, NEEDS, Shelf, places
+from stand_ins import DOWNLOADS, MAKERS, NEEDS, places
 from torch.distributed.run import parse_args
 from training_runs import TINY
 
@@ -152,9 +151,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[boo
         for text in RUN
     ],
 )
-def test_command_runs(
-    text: str, workshop: Callable[[bool], Workshop], shelf: Shelf, tmp_path: Path
-) -> None:
+def test_command_runs(text, workshop, shelf, tmp_path):
     words = words_of(text)
     program, environment = python_words(words)
     clone = fresh_clone(tmp_path / "clone")
@@ -166,13 +163,13 @@ def test_command_runs(
             assert (clone / value).exists(), f"{option} {value} was not written"
 
 
-def test_every_command_is_run_or_listed() -> None:
+def test_every_command_is_run_or_listed():
     """What is run at length is slow; that a new command is none that can be run is seen at once."""
     for text in RUN:
         python_words(words_of(text))
 
 
-def test_the_tables_have_no_leftovers() -> None:
+def test_the_tables_have_no_leftovers():
     for table in (NOT_RUN, SHORTER):
         for pattern in table:
             assert any(re.fullmatch(pattern, text) for text in COMMANDS), f"for none: {pattern}"

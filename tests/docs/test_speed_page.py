@@ -62,7 +62,7 @@ def _headings(browser: webdriver.Chrome) -> list[str]:
         ("ice lake", "Intel Xeon Scalable, 3rd"),
     ],
 )
-def test_a_cpu_is_found(browser: webdriver.Chrome, address: str, words: str, found: str) -> None:
+def test_a_cpu_is_found(browser, address, words, found):
     browser.get(f"{address}/speed.html")
     field = browser.find_element(By.ID, "cpu-form").find_element(By.NAME, "cpu")
     field.send_keys(words)
@@ -74,7 +74,7 @@ def test_a_cpu_is_found(browser: webdriver.Chrome, address: str, words: str, fou
     assert "doctor" in browser.find_element(By.ID, "cpu-count").text
 
 
-def test_filters_rule_the_table(speed: webdriver.Chrome) -> None:
+def test_filters_rule_the_table(speed):
     data = _data(speed)
     usual = [row for row in data if row["batch"] == row["threads"] == 1]
     Select(_form(speed, "cpu")).select_by_value("")
@@ -94,7 +94,7 @@ def test_filters_rule_the_table(speed: webdriver.Chrome) -> None:
     assert speed.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_not_measured_and_failed_differ(speed: webdriver.Chrome) -> None:
+def test_not_measured_and_failed_differ(speed):
     for name in ("cpu", "batch", "threads"):
         Select(_form(speed, name)).select_by_value("")
     cells = [cell for row in _data(speed) for cell in row["cells"].values()]
@@ -107,7 +107,7 @@ def test_not_measured_and_failed_differ(speed: webdriver.Chrome) -> None:
         assert len(found) == count or count is None and len(found) > 100
 
 
-def test_a_heading_sorts(speed: webdriver.Chrome) -> None:
+def test_a_heading_sorts(speed):
     for ascending in (True, False):
         speed.find_element(
             By.XPATH, "//table[@id='speed-table']//button[.='Ours, float32, ms']"
@@ -118,7 +118,7 @@ def test_a_heading_sorts(speed: webdriver.Chrome) -> None:
         assert times == sorted(times, reverse=not ascending) and len(times) > 10
 
 
-def test_the_zoo_shows_the_same_times(speed: webdriver.Chrome, address: str) -> None:
+def test_the_zoo_shows_the_same_times(speed, address):
     usual = {
         (row["model"], row["size"]): row["cells"]["float32"][0]
         for row in _data(speed)

@@ -45,9 +45,7 @@ DECODERS = {
     ],
 )
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_every_family_learns(
-    family: str, segmenter: Any, rectangles: Pictures, train: Train
-) -> None:
+def test_every_family_learns(family, segmenter, rectangles, train):
     name, arguments = SMALL[family]
     if family in STRIDE_16 + ISOTROPIC:
         name += "_pyramid"
@@ -65,9 +63,7 @@ def test_every_family_learns(
 
 
 @pytest.mark.parametrize("name", ["unet", "fpn", "upernet"])
-def test_models_of_the_page_learn(
-    name: str, run_page: Page, rectangles: Pictures, train: Train
-) -> None:
+def test_models_of_the_page_learn(name, run_page, rectangles, train):
     model = run_page("segmentation-models-pytorch")[name]
     inside = model.encoder.model.model
     assert type(inside).__module__.startswith("backbones.")
@@ -75,14 +71,14 @@ def test_models_of_the_page_learn(
 
 
 @pytest.mark.parametrize("family", STRIDE_16)
-def test_smp_accepts_every_pyramid(family: str) -> None:
+def test_smp_accepts_every_pyramid(family):
     for name in backbones.list_models(family=family):
         with outlines():
             encoder = smp.encoders.get_encoder(f"tu-{name}_pyramid", weights=None)
         assert len(encoder.out_channels) == 6
 
 
-def test_the_pyramid_is_the_same_network() -> None:
+def test_the_pyramid_is_the_same_network():
     torch.manual_seed(0)
     plain = backbones.create_model("shvit_s1", features_only=True, stem_features=True)
     torch.manual_seed(0)
@@ -95,7 +91,7 @@ def test_the_pyramid_is_the_same_network() -> None:
     assert "shvit_s1_pyramid" not in backbones.list_models()
 
 
-def test_what_has_no_pyramid_is_refused() -> None:
+def test_what_has_no_pyramid_is_refused():
     with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):
         smp.Unet("tu-hat_s_x2", encoder_weights=None)
     with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):

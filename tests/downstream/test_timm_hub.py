@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +16,13 @@ from backbones.core import checkpoint
 Page = Callable[[str], dict[str, Any]]
 
 
-def test_page(run_page: Page) -> None:
+def test_page(run_page):
     model = run_page("timm's hub files")["model"]
     assert type(model).__module__ == "backbones.shvit" and model.num_classes == 2
 
 
 @pytest.mark.parametrize("safe", [True, False])
-def test_folder_comes_back(safe: bool, tmp_path: Path) -> None:
+def test_folder_comes_back(safe, tmp_path):
     name, arguments = SMALL["unireplknet"]
     model = timm.create_model(name, num_classes=5, **arguments).eval()
     save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=safe)
@@ -32,7 +31,7 @@ def test_folder_comes_back(safe: bool, tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
 
 
-def test_safetensors_come_first(tmp_path: Path) -> None:
+def test_safetensors_come_first(tmp_path):
     name, arguments = SMALL["unireplknet"]
     for seed, safe in ((0, True), (1, False)):
         torch.manual_seed(seed)
@@ -45,9 +44,7 @@ def test_safetensors_come_first(tmp_path: Path) -> None:
     assert all(torch.equal(t, expected[name]) for name, t in again.state_dict().items())
 
 
-def test_hub_weights_are_read_as_weights_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_weights_are_read_as_weights_only(tmp_path, monkeypatch):
     name, arguments = SMALL["van"]
     model = timm.create_model(name, **arguments)
     asked = {}

@@ -28,9 +28,7 @@ def _loss(model: Any, pictures: Pictures) -> Callable[[], Tensor]:
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "retinanet"])
-def test_detectors_of_the_page_learn(
-    name: str, run_page: Page, rectangles: Pictures, train: Train
-) -> None:
+def test_detectors_of_the_page_learn(name, run_page, rectangles, train):
     model = run_page("torchvision")[name]
     model.transform.min_size = (64,)
     steps, lr = 5, 2e-4
@@ -50,7 +48,7 @@ def test_detectors_of_the_page_learn(
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_every_family_makes_a_pyramid(family: str, run_page: Page) -> None:
+def test_every_family_makes_a_pyramid(family, run_page):
     name, arguments = SMALL[family]
     if family in STRIDE_16:
         arguments = {**arguments, "stem_features": True, "out_indices": (1, 2, 3, 4)}

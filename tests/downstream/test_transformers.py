@@ -27,9 +27,7 @@ def transformers() -> ModuleType:
     return importlib.import_module("transformers")
 
 
-def test_segmenter_of_the_page_learns(
-    transformers: ModuleType, run_page: Page, rectangles: Pictures, train: Train
-) -> None:
+def test_segmenter_of_the_page_learns(transformers, run_page, rectangles, train):
     model = run_page("transformers")["segmenter"]
     assert type(model.backbone) is transformers.TimmBackbone
     assert type(model.backbone._backbone.model).__module__ == "backbones.van"
@@ -38,7 +36,7 @@ def test_segmenter_of_the_page_learns(
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
 
 
-def test_classifier_of_the_page_learns(run_page: Page, rectangles: Pictures, train: Train) -> None:
+def test_classifier_of_the_page_learns(run_page, rectangles, train):
     model = run_page("transformers")["classifier"]
     assert type(model.timm_model).__module__ == "backbones.van"
     images, labels = rectangles[0], torch.tensor([0, 0, 1, 1])
@@ -48,7 +46,7 @@ def test_classifier_of_the_page_learns(run_page: Page, rectangles: Pictures, tra
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_round_trip_of_every_family(transformers: ModuleType, family: str, tmp_path: Path) -> None:
+def test_round_trip_of_every_family(transformers, family, tmp_path):
     name, arguments = SMALL[family]
     if family in STRIDE_16:
         name += "_pyramid"
@@ -73,9 +71,7 @@ def test_round_trip_of_every_family(transformers: ModuleType, family: str, tmp_p
     assert [m.shape[1] for m in maps(x).feature_maps] == maps.channels
 
 
-def test_push_to_hub_into_a_folder(
-    transformers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_push_to_hub_into_a_folder(transformers, tmp_path, monkeypatch):
     """The hub's end of the line is a folder here: what would be uploaded is what can be loaded."""
     monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: _Folder(tmp_path))
     monkeypatch.setattr(
@@ -115,7 +111,7 @@ class _Card:
         Path(path).write_text("")
 
 
-def test_weights_reach_the_models_inside(transformers: ModuleType, tmp_path: Path) -> None:
+def test_weights_reach_the_models_inside(transformers, tmp_path):
     """As the page says: official weights go into the model that is inside."""
     weights = backbones.create_model("van_b0", num_classes=2).state_dict()
     config = transformers.TimmWrapperConfig(architecture="van_b0", num_labels=2)
@@ -132,7 +128,7 @@ def test_weights_reach_the_models_inside(transformers: ModuleType, tmp_path: Pat
     assert torch.equal(loaded["stem.conv.weight"], weights["stem.conv.weight"])
 
 
-def test_restoration_is_refused(transformers: ModuleType) -> None:
+def test_restoration_is_refused(transformers):
     with pytest.raises(ValueError, match="HAT has no classifier"):
         transformers.TimmWrapperForImageClassification(
             transformers.TimmWrapperConfig(architecture="hat_s_x2", num_labels=2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,7 +34,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         started.shutdown()
 
 
-def test_a_lost_machine(cluster: Any, tmp_path: Path) -> None:
+def test_a_lost_machine(cluster, tmp_path):
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos = make_photos(tmp_path / "photos", 400)
     (photos / "none.jpg").write_text("no image")
@@ -69,9 +68,7 @@ def test_a_lost_machine(cluster: Any, tmp_path: Path) -> None:
     assert same(out, undisturbed)
 
 
-def test_worker_errors_are_one_line(
-    cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_worker_errors_are_one_line(cluster, tmp_path, capsys):
     """A machine with different weights reports that; the command line shows a single line."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos = make_photos(tmp_path / "photos", 4)

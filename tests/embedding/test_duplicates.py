@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from embedding_tables import make_table
 
 from backbones.embedding import duplicates
-from backbones.embedding.duplicates import Groups, ThresholdError, find_duplicates
+from backbones.embedding.duplicates import ThresholdError, find_duplicates
 
 
 def at_angles(degrees: list[float]) -> np.ndarray:
@@ -18,7 +16,7 @@ def at_angles(degrees: list[float]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
-def test_chains_are_groups(index: str, tmp_path: Path) -> None:
+def test_chains_are_groups(index, tmp_path):
     """10° is near: of three images, the outer two are near the middle one, not each other."""
     vectors = at_angles([0, 90, 10, 180, 20, 185, 270]) * np.arange(1, 8)[:, None]
     sizes = [(8, 8), (9, 9), (8, 9), (1, 7), (8, 9), (7, 1), (9, 9)]
@@ -51,9 +49,7 @@ def reference(vectors: np.ndarray, threshold: float) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize("held", [1, 1 << 28], ids=["several passes", "one pass"])
 @pytest.mark.parametrize("tile", [7, 1024])
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
-def test_by_hand(
-    threshold: float, tile: int, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_by_hand(threshold, tile, held, tmp_path, monkeypatch):
     vectors = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
     table = make_table(tmp_path / "table", vectors, rows=33)
     monkeypatch.setattr(duplicates, "_TILE", tile)
@@ -65,7 +61,7 @@ def test_by_hand(
 
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
-def test_equal_images_at_a_threshold_of_one(index: str, tmp_path: Path) -> None:
+def test_equal_images_at_a_threshold_of_one(index, tmp_path):
     vectors = np.random.default_rng(0).normal(size=(40, 300)).astype(np.float32)
     vectors[30] = vectors[7]
     groups = find_duplicates(make_table(tmp_path / "table", vectors), 1, index)
@@ -73,14 +69,14 @@ def test_equal_images_at_a_threshold_of_one(index: str, tmp_path: Path) -> None:
     assert [member.similarity for member in groups[0]] == pytest.approx([1, 1])
 
 
-def test_none(tmp_path: Path) -> None:
+def test_none(tmp_path):
     assert find_duplicates(make_table(tmp_path / "a", np.eye(4, dtype=np.float32))) == []
     assert find_duplicates(make_table(tmp_path / "b", np.empty((0, 4), np.float32))) == []
     # Zero vectors are similar to nothing, not even to each other.
     assert find_duplicates(make_table(tmp_path / "c", np.zeros((4, 4), np.float32))) == []
 
 
-def test_all_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_equal(tmp_path, monkeypatch):
     table = make_table(tmp_path / "table", np.ones((60, 4), np.float32))
     (group,) = find_duplicates(table)
     assert [member.row for member in group] == list(range(60))
@@ -89,16 +85,7 @@ def test_all_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         find_duplicates(table)
 
 
-def test_groups_of_many_at_once() -> None:
-    groups = Groups(1000)
-    order = np.random.default_rng(0).permutation(1000)
-    groups.join(order[:500], order[500:])
-    assert len(np.unique(groups.find(np.arange(1000)))) == 500
-    groups.join(order[:-1], order[1:])
-    np.testing.assert_array_equal(groups.find(np.arange(1000)), 0)
-
-
 @pytest.mark.parametrize("threshold", [0, -0.1, 1.01, float("nan")])
-def test_thresholds_out_of_range(threshold: float, tmp_path: Path) -> None:
+def test_thresholds_out_of_range(threshold, tmp_path):
     with pytest.raises(ValueError, match=r"threshold must be above 0 and at most 1, got"):
         find_duplicates(tmp_path, threshold)

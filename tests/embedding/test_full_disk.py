@@ -2,33 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from embedding_runs import make_photos, same, tiny_checkpoint, words
+from faults import files_that_may_not_grow
 
 from backbones.cli.main import main
 from backbones.embedding import table
 
 
-@contextlib.contextmanager
-def files_that_may_not_grow(beyond: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (beyond, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [100, 1500])
-def test_finished_shards_remain(
-    size: int, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_shards_remain(size, workers, tmp_path, capsys):
     """100 bytes are too few for the metadata, 1500 for a shard."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"

@@ -37,7 +37,7 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("a.json", '[{"key": "x/0.png", "label": "cat"}, {"key": "y.png", "label": 7}]'),
     ],
 )
-def test_files_of_labels(name: str, text: str, tmp_path: Path) -> None:
+def test_files_of_labels(name, text, tmp_path):
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_assignments(tmp_path / name) == {"x/0.png": "cat", "y.png": "7"}
 
@@ -55,13 +55,13 @@ def test_files_of_labels(name: str, text: str, tmp_path: Path) -> None:
         ("a.json", "[" * 100_000, "is no JSON of labels by key"),
     ],
 )
-def test_invalid_label_files(name: str, text: str, said: str, tmp_path: Path) -> None:
+def test_invalid_label_files(name, text, said, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(LabelError, match=said):
         read_assignments(tmp_path / name)
 
 
-def test_labels_of_rows(table: Path, tmp_path: Path) -> None:
+def test_labels_of_rows(table, tmp_path):
     assert labels_of(table, "folder") == ["cat", "dog", "cat", None]
     assert labels_of(table, {"3.png": "owl", "other": "x"}) == [None, None, None, "owl"]
     (tmp_path / "a.csv").write_text("train/dog/1.png,pet\n")
@@ -77,7 +77,7 @@ def test_labels_of_rows(table: Path, tmp_path: Path) -> None:
         labels_of(flat, "folder")
 
 
-def test_labels_of_the_source(tmp_path: Path) -> None:
+def test_labels_of_the_source(tmp_path):
     """Labels of scikit-learn's digits, in the order of the training split."""
     images = open_splits(Recipe(data="digits")).validation
     source = open_source("digits", split="validation").description
@@ -86,7 +86,7 @@ def test_labels_of_the_source(tmp_path: Path) -> None:
     assert labels_of(table, "source") == [str(images.labels[i]) for i in (0, 7, 3)]
 
 
-def test_splits(table: Path) -> None:
+def test_splits(table):
     assert split_of(table, "folder") == ["train", "train", "test", None]
     given = {KEYS[0]: "validation", KEYS[3]: "training"}
     assert split_of(table, given) == ["test", None, None, "train"]
@@ -94,7 +94,7 @@ def test_splits(table: Path) -> None:
         split_of(table, {KEYS[0]: "dev"})
 
 
-def test_no_folder_is_a_split(tmp_path: Path) -> None:
+def test_no_folder_is_a_split(tmp_path):
     table = make_table(tmp_path / "table", np.eye(2, dtype=np.float32), ["a/0.png", "b/0.png"])
     with pytest.raises(LabelError, match="lies in a folder named train, test or val"):
         split_of(table, "folder")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,9 +54,7 @@ def html_of(folder: Path, key: str, *more: str | Path) -> str:
     return page.read_text()
 
 
-def test_a_source_from_elsewhere_is_asked_for(
-    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_source_from_elsewhere_is_asked_for(tmp_path, photos, capsys):
     folder = foreign(tmp_path, "folder", photos, "000.png", "003.png")
     told = f"{folder} comes from somebody else, another machine or an earlier version, so its "
     told += "images are not looked for where it says, "
@@ -75,9 +72,7 @@ def test_a_source_from_elsewhere_is_asked_for(
 
 
 @pytest.mark.parametrize("command", ["duplicates", "probe"])
-def test_other_reports_ask_too(
-    command: str, tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_reports_ask_too(command, tmp_path, photos, capsys):
     keys = [f"{name}/{i}.png" for name in "ab" for i in range(6)]
     for key in keys:
         (photos / key).parent.mkdir(exist_ok=True)
@@ -113,9 +108,7 @@ def seal(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("sealed", [False, True])
-def test_pages_leave_out_what_is_elsewhere(
-    sealed: bool, tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pages_leave_out_what_is_elsewhere(sealed, tmp_path, photos, capsys):
     folder = foreign(tmp_path, "folder", photos, "../secret.png", "000.png")
     source = seal(folder) if sealed else ["--source", photos]
     page = html_of(folder, "000.png", *source)
@@ -142,14 +135,7 @@ def test_pages_leave_out_what_is_elsewhere(
     ],
 )
 @pytest.mark.parametrize("sealed", [False, True])
-def test_keys_stay_below_the_source(
-    kind: str,
-    make: Callable[..., None] | None,
-    key: str,
-    sealed: bool,
-    tmp_path: Path,
-    photos: Path,
-) -> None:
+def test_keys_stay_below_the_source(kind, make, key, sealed, tmp_path, photos):
     """Even in the user's own table, where somebody may have edited the keys."""
     (photos / "link.png").symlink_to(tmp_path / "secret.png")
     (photos / "linked").symlink_to(tmp_path)
@@ -164,7 +150,7 @@ def test_keys_stay_below_the_source(
     assert image_bytes(folder, key, [photos, tmp_path]) == (tmp_path / "secret.png").read_bytes()
 
 
-def test_a_link_to_the_source_is_no_way_out(tmp_path: Path, photos: Path) -> None:
+def test_a_link_to_the_source_is_no_way_out(tmp_path, photos):
     (tmp_path / "other").symlink_to(photos)
     folder = foreign(tmp_path, "folder", photos, "sub/001.jpg")
     (photos / "inner.jpg").symlink_to("sub/001.jpg")
@@ -173,9 +159,7 @@ def test_a_link_to_the_source_is_no_way_out(tmp_path: Path, photos: Path) -> Non
     assert image_bytes(folder, "inner.jpg", [tmp_path / "other"]) == wanted
 
 
-def test_own_tables_are_believed(
-    tmp_path: Path, photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_own_tables_are_believed(tmp_path, photos, checkpoint, capsys):
     out = tmp_path / "out"
     assert main(words(photos, out, checkpoint)) == 0
     assert image_bytes(out, "000.png") == (photos / "000.png").read_bytes()
@@ -187,9 +171,7 @@ def test_own_tables_are_believed(
 
 
 @pytest.mark.parametrize("change", ["path", "kind", "model", "seal", "key"])
-def test_a_seal_is_of_one_description_and_one_user(
-    change: str, tmp_path: Path, photos: Path, checkpoint: Path, home: Path
-) -> None:
+def test_a_seal_is_of_one_description_and_one_user(change, tmp_path, photos, checkpoint, home):
     out = tmp_path / "out"
     assert main(words(photos, out, checkpoint)) == 0
     content = table.metadata(out)
@@ -202,9 +184,7 @@ def test_a_seal_is_of_one_description_and_one_user(
     assert not ownership.is_own(content)
 
 
-def test_the_same_command_seals_again(
-    tmp_path: Path, photos: Path, checkpoint: Path, home: Path
-) -> None:
+def test_the_same_command_seals_again(tmp_path, photos, checkpoint, home):
     """Also a table of an earlier version, which has no seal."""
     out = tmp_path / "out"
     assert main(words(photos, out, checkpoint)) == 0
@@ -215,7 +195,7 @@ def test_the_same_command_seals_again(
     assert image_bytes(out, "000.png") == (photos / "000.png").read_bytes()
 
 
-def test_lists_lead_where_they_say(tmp_path: Path, photos: Path, checkpoint: Path) -> None:
+def test_lists_lead_where_they_say(tmp_path, photos, checkpoint):
     listed = tmp_path / "lists" / "a.txt"
     listed.parent.mkdir()
     keys = ["../photos/000.png", str(photos / "003.png")]
@@ -233,7 +213,7 @@ def test_lists_lead_where_they_say(tmp_path: Path, photos: Path, checkpoint: Pat
             image_bytes(out, key)
 
 
-def test_datasets_are_not_fetched_for_others(tmp_path: Path) -> None:
+def test_datasets_are_not_fetched_for_others(tmp_path):
     facts = {"split": "train", "digest": ""}
     folder = foreign(tmp_path, "training", tmp_path, "x", data="hfds/some/set", **facts)
     with pytest.raises(ForeignError, match=r"where it says, hfds/some/set: give their place"):
@@ -244,7 +224,7 @@ def test_datasets_are_not_fetched_for_others(tmp_path: Path) -> None:
         image_bytes(folder, "x", ["digits"])
 
 
-def test_missing_datasets_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_datasets_are_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     facts = {"split": "train", "digest": ""}
     folder = foreign(tmp_path, "training", tmp_path, "x", data="medmnist/pathmnist", **facts)
@@ -253,7 +233,7 @@ def test_missing_datasets_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "pathmnist.npz is missing" in find.refused
 
 
-def test_the_key_is_the_users(home: Path, tmp_path: Path) -> None:
+def test_the_key_is_the_users(home, tmp_path):
     content = table.metadata(foreign(tmp_path, "folder", tmp_path, "x"))
     sealed = ownership.seal(content)
     path = ownership.key_path()
@@ -263,14 +243,14 @@ def test_the_key_is_the_users(home: Path, tmp_path: Path) -> None:
     assert ownership.is_own({**content, "seal": sealed})
     path.chmod(0o666)
     assert not ownership.is_own({**content, "seal": sealed})
+    path.chmod(0o600)
     path.write_bytes(b"short")
     assert ownership.seal(content) not in (None, sealed)
+    assert len(path.read_bytes()) == 32  # a new key, in the place of one of another length
     assert [p.name for p in path.parent.iterdir()] == ["tables.key"]
 
 
-def test_without_a_place_for_the_key(
-    tmp_path: Path, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_place_for_the_key(tmp_path, photos, checkpoint, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert main(words(photos, tmp_path / "out", checkpoint)) == 0
@@ -282,9 +262,7 @@ NAMES = [b"line\nbreak.png", b"tab\t.png", b"\xff\xfe.png", b"escape\x1b[1m.png"
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])
-def test_names_that_a_table_escapes(
-    kind: str, tmp_path: Path, photos: Path, checkpoint: Path
-) -> None:
+def test_names_that_a_table_escapes(kind, tmp_path, photos, checkpoint):
     for number, name in enumerate([*NAMES, rb"back\nslash.png", b"plain.png", b"sub\n/\ta.png"]):
         path = os.path.join(os.fsencode(photos), os.fsencode(name))
         os.makedirs(os.path.dirname(path), exist_ok=True)

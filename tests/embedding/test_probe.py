@@ -35,7 +35,7 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_table(tmp_path_factory.mktemp("probe") / "hard", *clouds([90, 60, 30], 1.5))
 
 
-def test_separable_classes(easy: Path) -> None:
+def test_separable_classes(easy):
     report = probe(easy, "folder")
     assert (report.rows, report.labelled, report.train, report.test) == (100, 100, 80, 20)
     assert report.classes == ["class0", "class1", "class2"]
@@ -48,7 +48,7 @@ def test_separable_classes(easy: Path) -> None:
         assert not method.mistakes and not method.note
 
 
-def test_confusable_classes(hard: Path) -> None:
+def test_confusable_classes(hard):
     report = probe(hard, "folder")
     for method in report.methods:
         wrong = sum(count for _, _, count in confusions(method.confusion, report.classes))
@@ -69,13 +69,13 @@ def figures(report: Report) -> list[object]:
     return [(m.accuracy, m.confusion.tolist(), m.mistakes) for m in report.methods]
 
 
-def test_a_seed_decides_what_is_held_out(hard: Path) -> None:
+def test_a_seed_decides_what_is_held_out(hard):
     first = figures(probe(hard, "folder", seed=3))
     assert figures(probe(hard, "folder", seed=3)) == first
     assert figures(probe(hard, "folder", seed=4)) != first
 
 
-def test_neighbours_are_those_of_the_greatest_cosine(tmp_path: Path) -> None:
+def test_neighbours_are_those_of_the_greatest_cosine(tmp_path):
     """The norm of an embedding is irrelevant; of two neighbours, the nearer has more weight."""
     vectors = np.array([[1, 0], [0, 100], [0.01, 0.002], [3, 100]], np.float32)
     table = make_table(tmp_path / "table", vectors, list("abcd"))
@@ -85,7 +85,7 @@ def test_neighbours_are_those_of_the_greatest_cosine(tmp_path: Path) -> None:
     assert nearest.accuracy == 1
 
 
-def test_dimensions_of_any_scale_count_for_the_linear_probe(tmp_path: Path) -> None:
+def test_dimensions_of_any_scale_count_for_the_linear_probe(tmp_path):
     """And with hardly any of its weights allowed, it answers with the most frequent class."""
     vectors, keys = clouds([40, 20], 0.0, dim=2)
     vectors[:, 0] = 1e-3 * vectors[:, 0]
@@ -97,7 +97,7 @@ def test_dimensions_of_any_scale_count_for_the_linear_probe(tmp_path: Path) -> N
     np.testing.assert_array_equal(linear.confusion, [[8, 0], [4, 0]])
 
 
-def test_a_second_table_to_measure_on(easy: Path, tmp_path: Path) -> None:
+def test_a_second_table_to_measure_on(easy, tmp_path):
     vectors, keys = clouds([5, 5, 4], 0.1)
     keys = [f"val/{key}" for key in keys]
     other = make_table(tmp_path / "other", vectors, keys)
@@ -122,7 +122,7 @@ def test_a_second_table_to_measure_on(easy: Path, tmp_path: Path) -> None:
             probe(easy, "folder", test=changed)
 
 
-def test_splits_of_the_user(tmp_path: Path) -> None:
+def test_splits_of_the_user(tmp_path):
     vectors, keys = clouds([10, 10], 0.1)
     keys = [f"{'val' if i % 5 == 0 else 'train'}/{key}" for i, key in enumerate(keys)]
     table = make_table(tmp_path / "table", vectors, keys)
@@ -133,7 +133,7 @@ def test_splits_of_the_user(tmp_path: Path) -> None:
     assert (report.labelled, report.train, report.test) == (20, 13, 2)
 
 
-def test_a_class_of_one_image_is_learned_from(tmp_path: Path) -> None:
+def test_a_class_of_one_image_is_learned_from(tmp_path):
     table = make_table(tmp_path / "table", *clouds([10, 1, 2], 0.1))
     report = probe(table, "folder", neighbors=50)
     assert (report.train, report.test) == (10, 3)
@@ -141,7 +141,7 @@ def test_a_class_of_one_image_is_learned_from(tmp_path: Path) -> None:
     assert report.methods[0].note == "only 10 images to be neighbours of"
 
 
-def test_rows_are_bounded(hard: Path) -> None:
+def test_rows_are_bounded(hard):
     report = probe(hard, "folder", most_rows=30)
     assert (report.train, report.test) == (30, 30)
     assert report.notes == [
@@ -150,7 +150,7 @@ def test_rows_are_bounded(hard: Path) -> None:
     ]
 
 
-def test_rare_classes_stay_when_rows_are_sampled(tmp_path: Path) -> None:
+def test_rare_classes_stay_when_rows_are_sampled(tmp_path):
     table = make_table(tmp_path / "table", *clouds([100, 2], 0.1))
     report = probe(table, "folder", most_rows=20)
     assert (report.train, report.test, report.classes) == (20, 20, ["class0", "class1"])
@@ -158,21 +158,21 @@ def test_rare_classes_stay_when_rows_are_sampled(tmp_path: Path) -> None:
         np.testing.assert_array_equal(method.confusion, np.diag([19, 1]))
 
 
-def test_chance_is_that_of_the_class_most_frequent_in_training(tmp_path: Path) -> None:
+def test_chance_is_that_of_the_class_most_frequent_in_training(tmp_path):
     vectors, keys = clouds([7, 6], 0.1)
     split = dict(zip(keys, ["train"] * 6 + ["test"] + ["train"] * 2 + ["test"] * 4, strict=True))
     report = probe(make_table(tmp_path / "table", vectors, keys), "folder", split=split)
     assert (report.train, report.test, report.chance) == (8, 5, 1 / 5)
 
 
-def test_classes_in_numbers_are_in_their_order(tmp_path: Path) -> None:
+def test_classes_in_numbers_are_in_their_order(tmp_path):
     vectors, keys = clouds([4] * 12, 0.1)
     labels = {key: str(i // 4) for i, key in enumerate(keys)}
     report = probe(make_table(tmp_path / "table", vectors, keys), labels)
     assert report.classes == [str(number) for number in range(12)]
 
 
-def test_missing_convergence_is_reported(easy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_convergence_is_reported(easy, monkeypatch):
     from sklearn.linear_model import LogisticRegression
 
     made = LogisticRegression.__init__
@@ -184,7 +184,7 @@ def test_missing_convergence_is_reported(easy: Path, monkeypatch: pytest.MonkeyP
     assert "had not converged" in probe(easy, "folder").methods[1].note
 
 
-def test_bad_input(easy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input(easy, tmp_path, monkeypatch):
     for options, said in (
         ({"held_out": 1.0}, "held_out must be between 0 and 1, got 1.0"),
         ({"neighbors": 0}, "neighbors must be at least 1, got 0"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
     return embed_images(tmp_path_factory.mktemp("query"))
 
 
-def test_queries_equal_the_table(embedded: Embedded) -> None:
+def test_queries_equal_the_table(embedded):
     keys, vectors = table.load(embedded.table)
     assert len(keys) == 19
     found = embed_queries(embedded.table, [embedded.images / key for key in keys])
@@ -27,7 +26,7 @@ def test_queries_equal_the_table(embedded: Embedded) -> None:
     np.testing.assert_allclose(found.vectors, vectors, rtol=1e-5, atol=1e-6)
 
 
-def test_unreadable_images_are_named_and_skipped(embedded: Embedded, tmp_path: Path) -> None:
+def test_unreadable_images_are_named_and_skipped(embedded, tmp_path):
     (tmp_path / "no.png").write_text("no image")
     good = embedded.images / "val/class0/000.png"
     paths = [tmp_path / "no.png", good, tmp_path / "none.png"]
@@ -38,7 +37,7 @@ def test_unreadable_images_are_named_and_skipped(embedded: Embedded, tmp_path: P
     assert embed_queries(embedded.table, [tmp_path / "none.png"]).vectors.shape == (0, 32)
 
 
-def test_the_weights_must_be_the_same(embedded: Embedded, tmp_path: Path) -> None:
+def test_the_weights_must_be_the_same(embedded, tmp_path):
     moved = shutil.copytree(embedded.checkpoint.parent, tmp_path / "moved")
     good = [embedded.images / "val/class0/000.png"]
     assert embed_queries(embedded.table, good, moved / "best.safetensors").vectors.shape == (1, 32)
@@ -54,7 +53,7 @@ def test_the_weights_must_be_the_same(embedded: Embedded, tmp_path: Path) -> Non
         embed_queries(copy, good)
 
 
-def test_the_preprocessing_must_be_the_same(embedded: Embedded, tmp_path: Path) -> None:
+def test_the_preprocessing_must_be_the_same(embedded, tmp_path):
     """For example, the recipe next to the weights was lost or changed."""
     moved = shutil.copytree(embedded.checkpoint.parent, tmp_path / "moved")
     recipe = moved / "config.yaml"
@@ -64,9 +63,7 @@ def test_the_preprocessing_must_be_the_same(embedded: Embedded, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
-def test_a_number_format_that_this_processor_lacks(
-    multiplies: bool, embedded: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_number_format_that_this_processor_lacks(multiplies, embedded, tmp_path, monkeypatch):
     copy = shutil.copytree(embedded.table, tmp_path / "table")
     table.write_metadata(copy, {**table.metadata(copy), "computed": "bfloat16"})
     monkeypatch.setattr("backbones.common.dtypes.policy.multiplies", lambda dtype: multiplies)

@@ -36,7 +36,7 @@ def cosines(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
-def test_the_most_similar_come_first(index: str, table: Path, vectors: np.ndarray) -> None:
+def test_the_most_similar_come_first(index, table, vectors):
     queries = np.random.default_rng(1).normal(size=(4, 16)).astype(np.float32)
     found = search(table, queries, top=7, index=index)
     expected = cosines(queries, vectors)
@@ -48,7 +48,7 @@ def test_the_most_similar_come_first(index: str, table: Path, vectors: np.ndarra
 
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
-def test_a_query_of_the_table_itself(index: str, table: Path) -> None:
+def test_a_query_of_the_table_itself(index, table):
     rows, vectors = vectors_of(table, ["00070.png", "00003.png"])
     assert rows == [70, 3]
     with_itself = search(table, vectors, 2, index)
@@ -60,7 +60,7 @@ def test_a_query_of_the_table_itself(index: str, table: Path) -> None:
 
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
-def test_more_than_there_are(index: str, tmp_path: Path) -> None:
+def test_more_than_there_are(index, tmp_path):
     table = make_table(tmp_path / "table", np.eye(3, dtype=np.float32))
     (matches,) = search(table, np.array([[3, 2, 1]], np.float32), top=9, index=index)
     assert [match.row for match in matches] == [0, 1, 2]
@@ -69,14 +69,14 @@ def test_more_than_there_are(index: str, tmp_path: Path) -> None:
     assert search(table, np.empty((0, 3), np.float32)) == []
 
 
-def test_ties_prefer_earlier_rows(tmp_path: Path) -> None:
+def test_ties_prefer_earlier_rows(tmp_path):
     table = make_table(tmp_path / "table", np.ones((120, 4), np.float32))
     (matches,) = search(table, np.ones((1, 4), np.float32), top=3)
     assert [match.row for match in matches] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_zero_vectors_come_last(dtype: str, tmp_path: Path) -> None:
+def test_zero_vectors_come_last(dtype, tmp_path):
     """In float16, a sum may overflow."""
     vectors = np.array([[np.inf, 1], [np.nan, 1], [0, 0], [6e4, 6e4], [1e-7, 0]], np.float32)
     table = make_table(tmp_path / "table", vectors, dtype=dtype)
@@ -85,7 +85,7 @@ def test_zero_vectors_come_last(dtype: str, tmp_path: Path) -> None:
     assert [match.score for match in matches[2:]] == [0, 0, 0]
 
 
-def test_a_key_whose_embedding_is_not_finite(tmp_path: Path) -> None:
+def test_a_key_whose_embedding_is_not_finite(tmp_path):
     vectors = np.array([[1, 2], [np.nan, 1], [np.inf, 0]], np.float32)
     table = make_table(tmp_path / "table", vectors)
     assert vectors_of(table, ["00000.png"])[0] == [0]
@@ -94,13 +94,13 @@ def test_a_key_whose_embedding_is_not_finite(tmp_path: Path) -> None:
             vectors_of(table, ["00000.png", key])
 
 
-def test_vectors_of_any_size_have_length_one() -> None:
+def test_vectors_of_any_size_have_length_one():
     lengths = np.linalg.norm(unit(np.array([[3e38, 3e38], [1e-38, 0], [4, 3]])), axis=1)
     np.testing.assert_allclose(lengths, 1, rtol=1e-6)
     assert unit(np.empty((0, 3))).shape == (0, 3)
 
 
-def test_the_graph_is_kept_until_rows_change(vectors: np.ndarray, tmp_path: Path) -> None:
+def test_the_graph_is_kept_until_rows_change(vectors, tmp_path):
     table = make_table(tmp_path / "table", vectors)
     first = search(table, vectors[:2], index="hnsw")
     (path,) = table.glob("hnsw-*.faiss")
@@ -118,7 +118,7 @@ def test_the_graph_is_kept_until_rows_change(vectors: np.ndarray, tmp_path: Path
     assert {p.name for p in table.iterdir()} == {"metadata.json", "shards", path.name}
 
 
-def test_index_by_the_number_of_rows() -> None:
+def test_index_by_the_number_of_rows():
     assert choose_index("auto", 1_000_000) == "exact"
     assert choose_index("auto", 1_000_001) == "hnsw"
     assert choose_index("exact", 10**9) == "exact"
@@ -126,9 +126,7 @@ def test_index_by_the_number_of_rows() -> None:
         choose_index("flat", 5)
 
 
-def test_missing_inputs_are_named(
-    table: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_inputs_are_named(table, vectors, monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(GraphError, match=r"pip install faiss-cpu .*, or choose --index exact"):
         search(table, vectors[:1], index="hnsw")
@@ -138,9 +136,7 @@ def test_missing_inputs_are_named(
         search(table, vectors[:1], index="hnsw")
 
 
-def test_a_graph_that_cannot_be_written(
-    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_that_cannot_be_written(vectors, tmp_path, monkeypatch):
     import faiss
 
     def full(index: object, path: str) -> None:
@@ -154,7 +150,7 @@ def test_a_graph_that_cannot_be_written(
     assert {p.name for p in table.iterdir()} == {"metadata.json", "shards"}
 
 
-def test_bad_input(table: Path, vectors: np.ndarray, tmp_path: Path) -> None:
+def test_bad_input(table, vectors, tmp_path):
     with pytest.raises(ValueError, match=r"vectors must be \(queries, 16\) .* got \(1, 4\)"):
         search(table, np.ones((1, 4), np.float32))
     with pytest.raises(ValueError, match="vectors must be finite"):

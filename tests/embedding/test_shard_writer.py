@@ -19,7 +19,7 @@ def _write(path: Path, rows: int) -> None:
             shard.add([f"{row}.png"], [(1, 1)], np.full((1, 4), row, np.float32))
 
 
-def test_errors_leave_no_files(tmp_path: Path) -> None:
+def test_errors_leave_no_files(tmp_path):
     path = tmp_path / "part.parquet"
     with pytest.raises(ZeroDivisionError), ShardWriter(path, table.schema(4), "x") as shard:
         shard.add(["a"], [(1, 1)], np.zeros((1, 4), np.float32))
@@ -28,9 +28,7 @@ def test_errors_leave_no_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("size", "groups"), [(1 << 25, 1), (16, 3), (32, 2)])
-def test_large_groups_are_written_as_they_come(
-    size: int, groups: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_groups_are_written_as_they_come(size, groups, tmp_path, monkeypatch):
     """Maps of many images are not accumulated in memory."""
     monkeypatch.setattr(shard_writer, "_GROUP", size)
     path = tmp_path / "part.parquet"

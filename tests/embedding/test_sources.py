@@ -48,14 +48,14 @@ def files(photos: Path) -> dict[str, bytes]:
     return {str(p.relative_to(photos)): p.read_bytes() for p in paths}
 
 
-def test_a_folder(photos: Path) -> None:
+def test_a_folder(photos):
     source = open_source(photos, rows=4)
     assert contents(source) == files(photos)
     assert source.images == 10
     assert [len(part) for part in source.parts] == [4, 4, 2]
 
 
-def test_every_format_that_pillow_decodes(photos: Path, tmp_path: Path) -> None:
+def test_every_format_that_pillow_decodes(photos, tmp_path):
     """In folders and archives; what has no such ending is counted and named."""
     image = Image.open(photos / "000.png").convert("RGB")
     for ending in ("webp", "tif", "TIFF", "bmp", "gif", "jfif", "ppm", "tga", "jp2", "ico", "mpo"):
@@ -79,7 +79,7 @@ def test_every_format_that_pillow_decodes(photos: Path, tmp_path: Path) -> None:
     assert str(opener.skipped).startswith("skipped 5 files without the ending")
 
 
-def test_folders_named_like_archives(photos: Path, tmp_path: Path) -> None:
+def test_folders_named_like_archives(photos, tmp_path):
     """They hold images, or archives."""
     shutil.move(photos, tmp_path / "x.tar")
     assert contents(open_source(tmp_path / "x.tar")) == files(tmp_path / "x.tar")
@@ -94,7 +94,7 @@ def test_folders_named_like_archives(photos: Path, tmp_path: Path) -> None:
     assert contents(open_source(tmp_path)) == {"w.tar/z.tar/y.tar/000.png": data}
 
 
-def test_a_list_of_paths(photos: Path) -> None:
+def test_a_list_of_paths(photos):
     wanted = ["sub/004.jpg", "000.png", str(photos / "sub" / "001.jpg")]
     (photos / "list.txt").write_text("\n".join([*wanted, ""]))
     source = open_source(photos / "list.txt")
@@ -103,7 +103,7 @@ def test_a_list_of_paths(photos: Path) -> None:
     assert found["000.png"] == files(photos)["000.png"]
 
 
-def test_tar_shards(photos: Path, tmp_path: Path) -> None:
+def test_tar_shards(photos, tmp_path):
     folder = tmp_path / "shards" / "deep"
     folder.mkdir(parents=True)
     names = list(files(photos))
@@ -121,7 +121,7 @@ def test_tar_shards(photos: Path, tmp_path: Path) -> None:
         assert f"{inner}0.tar/{names[0]}" in found
 
 
-def test_an_archive_that_breaks_off(photos: Path, tmp_path: Path) -> None:
+def test_an_archive_that_breaks_off(photos, tmp_path):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w") as archive:
         for name in files(photos):
@@ -137,7 +137,7 @@ def test_an_archive_that_breaks_off(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_parquet(photos: Path, tmp_path: Path, wrapped: bool) -> None:
+def test_parquet(photos, tmp_path, wrapped):
     data = list(files(photos).values())
     images = [{"bytes": d, "path": None} for d in data] if wrapped else data
     columns = pa.table({"label": list(range(10)), "picture": images})
@@ -157,16 +157,14 @@ def test_parquet(photos: Path, tmp_path: Path, wrapped: bool) -> None:
         ({"a": pa.array([], pa.binary())}, None, "have no rows"),
     ],
 )
-def test_columns_without_images(
-    tmp_path: Path, columns: dict[str, list[object]], column: str | None, told: str
-) -> None:
+def test_columns_without_images(tmp_path, columns, column, told):
     pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=told):
         open_source(tmp_path, column=column)
 
 
 @pytest.mark.parametrize(("split", "count"), [("train", 1442), ("validation", 355)])
-def test_what_training_reads(split: str, count: int) -> None:
+def test_what_training_reads(split, count):
     source = open_source("digits", 1000, split)
     opener = reader(source.description)
     items = [item for part in source.parts for item in opener.items(part)]
@@ -179,7 +177,7 @@ def test_what_training_reads(split: str, count: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_hugging_face_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hugging_face_sets(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     images = make_images(tmp_path / "images", {"train": 6, "validation": 3})
     source = open_source(f"hfds/{images}", rows=2, split="validation")
@@ -248,9 +246,7 @@ def _write(name: str, text: str) -> Callable[[Path], Path]:
         (_write("a.zip", ""), "a.zip is no source of images: give a folder"),
     ],
 )
-def test_invalid_sources(
-    tmp_path: Path, make: Callable[[Path], Path], told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_sources(tmp_path, make, told, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=told):
         open_source(make(tmp_path), split="test")

@@ -101,7 +101,7 @@ def _backbone(family: str, **arguments: Any) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=_ids)
-def test_headers_of_configs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_of_configs(path, monkeypatch):
     monkeypatch.setattr(adapter, "VisionBackbone", partial(_backbone, path.parent.name))
     text = path.read_text()
     assert len(text.splitlines()) <= 16
@@ -124,7 +124,7 @@ def test_headers_of_configs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("path", [p for p in LEAVES if _key(p) in QUICK], ids=_ids)
-def test_data_steps_and_hooks_exist(path: Path) -> None:
+def test_data_steps_and_hooks_exist(path):
     """Without the data: their steps, hooks, metrics and the optimizer's constructor."""
     cfg = Config.fromfile(path)
     init_default_scope(cfg.default_scope)
@@ -208,19 +208,19 @@ def _segmentation() -> SegDataSample:
 @pytest.mark.parametrize(
     "path", {_key(p): p for p in LEAVES if _key(p) in TRAINED}.values(), ids=_ids
 )
-def test_forward_and_backward(path: Path) -> None:
+def test_forward_and_backward(path):
     """With few blocks, whose number the heads do not see."""
     _train_once(path, depths=SMALL[path.parent.name][1]["depths"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", LEAVES, ids=_ids)
-def test_forward_and_backward_of_the_whole_network(path: Path) -> None:
+def test_forward_and_backward_of_the_whole_network(path):
     _train_once(path)
 
 
 @pytest.mark.parametrize(("size", "name"), [("t", "vig_t"), ("s", "vig_s"), ("s", "vitrpb_small")])
-def test_configs_of_vision_rwkv_fit_other_networks(size: str, name: str) -> None:
+def test_configs_of_vision_rwkv_fit_other_networks(size, name):
     """Which have the same width and depth, as the guide shows."""
     cfg = Config.fromfile(ROOT / f"det/vrwkv/mask-rcnn_vrwkv-{size}_fpn_1x_coco.py")
     other = dict(_delete_=True, type="VisionBackbone", name=name, adapter=dict(num_heads=6))
@@ -229,7 +229,7 @@ def test_configs_of_vision_rwkv_fit_other_networks(size: str, name: str) -> None
     check_channels(cfg.model)
 
 
-def test_averaged_weights_can_be_made() -> None:
+def test_averaged_weights_can_be_made():
     """The hook of UniRepLKNet's larger detectors, on a small model."""
     init_default_scope("mmdet")
     (cfg,) = Config.fromfile(ROOT / "det/_base_/ema.py").custom_hooks
@@ -245,5 +245,5 @@ def test_averaged_weights_can_be_made() -> None:
     assert 0 < hook.ema_model.module.running_mean[0] <= 1
 
 
-def test_every_quick_name_exists() -> None:
+def test_every_quick_name_exists():
     assert {_key(path) for path in LEAVES} >= QUICK

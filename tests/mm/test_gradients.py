@@ -62,7 +62,7 @@ def tensors(outs: Any) -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     "memory_format", ["contiguous", pytest.param("channels_last", marks=pytest.mark.slow)]
 )
-def test_alone_as_in_a_batch(path: str, memory_format: str) -> None:
+def test_alone_as_in_a_batch(path, memory_format):
     model = build(path, memory_format)
     names = ("decode_head", "auxiliary_head", "bbox_head", "rpn_head")
     heads = [getattr(model, name) for name in names if getattr(model, name, None) is not None]

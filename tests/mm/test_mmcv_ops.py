@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import mmcv
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from backbones.openmmlab import mmcv_ops
 
 
-def test_nms_by_hand() -> None:
+def test_nms_by_hand():
     """The second box overlaps the first by 80 of 120 (IoU 2/3), the third by 20 of 180 (1/9)."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [2, 0, 12, 10], [8, 0, 18, 10]])
     scores = torch.tensor([0.8, 0.9, 0.7])
@@ -25,7 +24,7 @@ def test_nms_by_hand() -> None:
     assert nms(boxes, scores, 0.7)[1].tolist() == [1, 0, 2]
 
 
-def test_nms_counts_edges_as_inside_with_offset() -> None:
+def test_nms_counts_edges_as_inside_with_offset():
     """Neighbours that share an edge: IoU 0, but with widths one more 11 of 231."""
     boxes = torch.tensor([[0.0, 0, 10, 10], [10, 0, 20, 10]])
     scores = torch.tensor([0.9, 0.8])
@@ -34,7 +33,7 @@ def test_nms_counts_edges_as_inside_with_offset() -> None:
     assert nms(boxes, scores, 0.05, offset=1)[1].tolist() == [0, 1]
 
 
-def test_roi_align_by_hand() -> None:
+def test_roi_align_by_hand():
     """On a ramp of x + 10 y, a cell's average is the value at its centre."""
     image = (torch.arange(8.0) + 10 * torch.arange(8.0)[:, None])[None, None].requires_grad_()
     rois = torch.tensor([[0.0, 1, 2, 5, 6]])
@@ -49,7 +48,7 @@ def test_roi_align_by_hand() -> None:
     assert image.grad[0, 0, 7].abs().max() == 0
 
 
-def test_bfloat16() -> None:
+def test_bfloat16():
     """As under mixed precision: the numbers of float32, rounded; small integers are exact."""
     image = (torch.arange(8.0) + 8 * torch.arange(8.0)[:, None])[None, None]
     rois = torch.tensor([[0.0, 1, 2, 5, 6]])
@@ -66,12 +65,12 @@ def test_bfloat16() -> None:
     assert nms(boxes, torch.tensor([0.8, 0.9, 0.7]).bfloat16(), 0.6)[1].tolist() == [1, 2]
 
 
-def test_roi_align_takes_no_maximum() -> None:
+def test_roi_align_takes_no_maximum():
     with pytest.raises(NotImplementedError, match="pool_mode='avg'"):
         RoIAlign(2, pool_mode="max")(torch.ones(1, 1, 8, 8), torch.tensor([[0.0, 1, 1, 5, 5]]))
 
 
-def test_focal_loss_by_definition() -> None:
+def test_focal_loss_by_definition():
     logits = torch.tensor([[0.3, -1.0], [2.0, 0.5], [-0.4, 0.1]], requires_grad=True)
     target = torch.tensor([0, 1, 2])  # the last one is background
     weight = torch.tensor([2.0, 3.0])
@@ -84,12 +83,12 @@ def test_focal_loss_by_definition() -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(expected, logits)[0])
 
 
-def test_other_operators_explain_themselves() -> None:
+def test_other_operators_explain_themselves():
     with pytest.raises(NotImplementedError, match="'softnms' needs its compiled extension.*nms"):
         soft_nms(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([1.0]))
 
 
-def test_compiled_operators_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_operators_are_left_alone(tmp_path, monkeypatch):
     """Imported already, or merely found on mmcv's path."""
     assert mmcv_ops.install()  # where there are none
     compiled = ModuleType("mmcv._ext")

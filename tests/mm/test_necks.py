@@ -11,7 +11,7 @@ from plain_tokens import PlainTokens
 from backbones.openmmlab import SimpleFPN, TransposedFPN, VisionBackbone
 
 
-def test_simple_fpn_makes_a_pyramid_of_the_last_map() -> None:
+def test_simple_fpn_makes_a_pyramid_of_the_last_map():
     torch.manual_seed(0)
     neck = MODELS.build(dict(type="SimpleFPN", in_channels=16, out_channels=8))
     neck.init_weights()
@@ -29,7 +29,7 @@ def test_simple_fpn_makes_a_pyramid_of_the_last_map() -> None:
 
 
 @torch.no_grad()
-def test_mmseg_scales_maps_of_blocks_as_those_of_other_transformers() -> None:
+def test_mmseg_scales_maps_of_blocks_as_those_of_other_transformers():
     maps = PlainTokens().forward_intermediates(
         torch.randn(1, 3, 64, 64), (2, 5, 8, 11), intermediates_only=True
     )
@@ -37,7 +37,7 @@ def test_mmseg_scales_maps_of_blocks_as_those_of_other_transformers() -> None:
     assert [m.shape[2] for m in neck(maps)] == [16, 8, 4, 2]
 
 
-def test_simple_fpn_refuses() -> None:
+def test_simple_fpn_refuses():
     with pytest.raises(ValueError, match="write in_channels=8"):
         SimpleFPN(16)([torch.randn(1, 8, 4, 4)])
     with pytest.raises(ValueError, match="num_outs must be ≥ 4, got 3"):
@@ -46,7 +46,7 @@ def test_simple_fpn_refuses() -> None:
         SimpleFPN(18)
 
 
-def test_transposed_fpn() -> None:
+def test_transposed_fpn():
     neck = TransposedFPN([8, 16, 24], 4, num_outs=5, num_transposed=2)
     neck.init_weights()
     sides = (6, 3, 2)
@@ -63,7 +63,7 @@ def test_transposed_fpn() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_transposed_fpn_is_the_published_one(count: int) -> None:
+def test_transposed_fpn_is_the_published_one(count):
     """The formula of the papers' detectors: sums over the backbone's maps, then transposed levels.
 
     These go on from the finest sum and receive nothing from above; then a 3×3 convolution a level,
@@ -91,7 +91,7 @@ def test_transposed_fpn_is_the_published_one(count: int) -> None:
 
 @pytest.mark.parametrize("name", ["efficientvit_m4", "shvit_s4"])
 @pytest.mark.parametrize(("count", "finest"), [(1, 8), (2, 4)])
-def test_transposed_fpn_has_the_detectors_strides(name: str, count: int, finest: int) -> None:
+def test_transposed_fpn_has_the_detectors_strides(name, count, finest):
     """Strides 8 … 128 for RetinaNet, 4 … 64 for Mask R-CNN, as their anchors expect."""
     with torch.device("meta"):
         backbone = VisionBackbone(name, depths=(1, 1, 1))

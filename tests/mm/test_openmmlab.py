@@ -23,11 +23,7 @@ from training_runs import a_few
 from zoo import CLASSIFIERS, SMALL, outlines
 
 import backbones
-from backbones.openmmlab import (
-    VisionBackbone,
-    check_channels,
-    without_sync_norm,
-)
+from backbones.openmmlab import VisionBackbone, check_channels, without_sync_norm
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +35,7 @@ def _build(**kwargs: Any) -> VisionBackbone:
 
 
 @pytest.mark.parametrize("family", a_few(CLASSIFIERS))
-def test_maps_are_those_of_the_backbone(family: str) -> None:
+def test_maps_are_those_of_the_backbone(family):
     name, arguments = SMALL[family]
     model = MODELS.build({"type": "VisionBackbone", "name": name, **arguments})
     x = torch.randn(2, 3, 128, 128)
@@ -51,7 +47,7 @@ def test_maps_are_those_of_the_backbone(family: str) -> None:
     assert silent == []
 
 
-def test_out_indices() -> None:
+def test_out_indices():
     model = _build(out_indices=(1, 2))
     assert model.channels == [64, 160]
     assert len(model.model.model.stages) == 3
@@ -60,7 +56,7 @@ def test_out_indices() -> None:
         _build(out_indices=(0, 4))
 
 
-def test_out_norms_normalise_the_maps() -> None:
+def test_out_norms_normalise_the_maps():
     model = MODELS.build(
         dict(type="VisionBackbone", name="unireplknet_a", depths=(1, 1, 2, 1), out_norms=True)
     )
@@ -76,7 +72,7 @@ def _adapted(**kwargs: Any) -> VisionBackbone:
     return MODELS.build({"type": "VisionBackbone", **arguments, "adapter": adapter, **kwargs})
 
 
-def test_adapter_makes_a_pyramid_of_one_resolution() -> None:
+def test_adapter_makes_a_pyramid_of_one_resolution():
     model = _adapted(drop_path_rate=0.2, with_cp=True).train()
     assert model.channels == [32] * 4 and model.reductions == [4, 8, 16, 32]
     rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
@@ -93,7 +89,7 @@ def test_adapter_makes_a_pyramid_of_one_resolution() -> None:
         MODELS.build(dict(type="VisionBackbone", name="van_b0", adapter={}))
 
 
-def test_adapter_around_frozen_stages() -> None:
+def test_adapter_around_frozen_stages():
     model = _adapted(frozen_stages=1, adapter={"drop_path_rate": 0.0}).train()
     sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
     for name, parameter in model.named_parameters():
@@ -101,7 +97,7 @@ def test_adapter_around_frozen_stages() -> None:
         assert parameter.requires_grad == (not frozen) == (parameter.grad is not None)
 
 
-def test_adapter_loads_classifiers_and_detectors(tmp_path: Path) -> None:
+def test_adapter_loads_classifiers_and_detectors(tmp_path):
     path = tmp_path / "a.pth"
     arguments = {"dim": 32, "depths": (1, 1, 1, 1)}
     classifier = backbones.create_model("vrwkv_t", **arguments).state_dict()
@@ -123,7 +119,7 @@ def test_adapter_loads_classifiers_and_detectors(tmp_path: Path) -> None:
         assert torch.equal(tensor, model.state_dict()[name])
 
 
-def test_unknown_names_and_arguments() -> None:
+def test_unknown_names_and_arguments():
     with pytest.raises(ValueError, match="did you mean.*'van_b2'"):
         VisionBackbone("van_b22")
     with pytest.raises(TypeError, match="did you mean 'norm_eps'"):
@@ -134,7 +130,7 @@ def test_unknown_names_and_arguments() -> None:
         _build(init_cfg=dict(type="Kaiming", layer="Conv2d"))
 
 
-def test_frozen_stages_stay_frozen() -> None:
+def test_frozen_stages_stay_frozen():
     model = _build(frozen_stages=1).train()
     network = model.model.model
     before = copy.deepcopy(network.state_dict())
@@ -146,7 +142,7 @@ def test_frozen_stages_stay_frozen() -> None:
     assert moved and not any(n.startswith(("stem.", "stages.0.")) for n in moved)
 
 
-def test_norm_eval_keeps_running_statistics() -> None:
+def test_norm_eval_keeps_running_statistics():
     model = _build(norm_eval=True).train()
     before = copy.deepcopy(dict(model.named_buffers()))
     model(torch.randn(2, 3, 64, 64))
@@ -154,7 +150,7 @@ def test_norm_eval_keeps_running_statistics() -> None:
     assert model.model.model.stages[0].blocks[0].training
 
 
-def test_synchronised_norms_can_be_frozen() -> None:
+def test_synchronised_norms_can_be_frozen():
     """As mmengine makes them of plain ones under ``sync_bn``, which the configs set."""
     plain = _build(norm_eval=True)
     model = convert_sync_batchnorm(copy.deepcopy(plain), "torch").train()
@@ -166,7 +162,7 @@ def test_synchronised_norms_can_be_frozen() -> None:
         assert torch.equal(a, b)
 
 
-def test_with_cp_gives_the_same_gradients() -> None:
+def test_with_cp_gives_the_same_gradients():
     x = torch.randn(2, 3, 64, 64)
     gradients = []
     for with_cp in (False, True):
@@ -178,7 +174,7 @@ def test_with_cp_gives_the_same_gradients() -> None:
         torch.testing.assert_close(plain, again)
 
 
-def test_init_cfg_loads_classifiers_and_detectors(tmp_path: Path) -> None:
+def test_init_cfg_loads_classifiers_and_detectors(tmp_path):
     classifier = backbones.create_model("van_b0", depths=(1, 1, 2, 1))
     path = tmp_path / "classifier.pth"
     torch.save({"state_dict": classifier.state_dict()}, path)
@@ -195,7 +191,7 @@ def test_init_cfg_loads_classifiers_and_detectors(tmp_path: Path) -> None:
         assert torch.equal(tensor, model.state_dict()[name])
 
 
-def test_init_cfg_names_published_weights() -> None:
+def test_init_cfg_names_published_weights():
     model = MODELS.build(
         dict(
             type="VisionBackbone",
@@ -208,7 +204,7 @@ def test_init_cfg_names_published_weights() -> None:
         model.init_weights()
 
 
-def test_only_mmengine_checkpoints_are_read(tmp_path: Path) -> None:
+def test_only_mmengine_checkpoints_are_read(tmp_path):
     buffer = HistoryBuffer([np.float64(1.0), 3.0], [1, 1])
     torch.save({"log": buffer, "best": np.float64(0.5)}, tmp_path / "a.pth")
     assert torch.load(tmp_path / "a.pth", weights_only=True)["log"].mean() == 2.0
@@ -239,7 +235,7 @@ assert report.ignored == ["neck.weight"], report
 """
 
 
-def test_mmengine_checkpoints_are_read_without_mmengine(tmp_path: Path) -> None:
+def test_mmengine_checkpoints_are_read_without_mmengine(tmp_path):
     """A detector's file with its log, as training writes it, where OpenMMLab is not installed."""
     model = nn.ModuleDict({"backbone": _build()})
     log = {"loss": HistoryBuffer([np.float64(1.0), 3.0], [1, 1]), "best": np.float64(0.5)}
@@ -274,7 +270,7 @@ def _rates(decay_rate: float, backbone: nn.Module) -> dict[str, tuple[float, flo
     return {n: found[id(p)] for n, p in trained.items()}
 
 
-def test_layer_decay() -> None:
+def test_layer_decay():
     """Stem, five blocks (the norm of a stage goes with its last one), then what is outside."""
     rates = _rates(0.5, _build())
     inside = "backbone.model.model."
@@ -289,7 +285,7 @@ def test_layer_decay() -> None:
     assert rates[f"{inside}stem.conv.weight"] == (0.5**6, 0.05)
 
 
-def test_layer_decay_leaves_the_adapter_its_full_rate() -> None:
+def test_layer_decay_leaves_the_adapter_its_full_rate():
     """As in the published detectors: the stem is layer 0, the blocks follow, the rest is last."""
     rates = _rates(0.5, _adapted(frozen_stages=0))
     inside = "backbone.model.network."
@@ -301,7 +297,7 @@ def test_layer_decay_leaves_the_adapter_its_full_rate() -> None:
     assert not any(name.startswith(f"{inside}stem.") for name in rates)  # which is frozen
 
 
-def test_layers_of_unireplknet_are_the_published_ones() -> None:
+def test_layers_of_unireplknet_are_the_published_ones():
     """Of a backbone with 27 blocks in its third stage, which has 12 layers behind the stem."""
     with outlines():
         backbone = MODELS.build(dict(type="VisionBackbone", name="unireplknet_s"))
@@ -318,7 +314,7 @@ def test_layers_of_unireplknet_are_the_published_ones() -> None:
         assert rates[f"backbone.{name}"][0] == pytest.approx(0.9 ** (13 - layer)), name
 
 
-def test_layer_decay_skips_no_weight_decay_names() -> None:
+def test_layer_decay_skips_no_weight_decay_names():
     model = MODELS.build(
         dict(type="VisionBackbone", name="efficientvit_m0", depths=(1, 1, 1), img_size=448)
     )
@@ -327,7 +323,7 @@ def test_layer_decay_skips_no_weight_decay_names() -> None:
 
 
 @pytest.mark.parametrize("paramwise", [dict(decay_rate=0.0), dict(decay_rate=0.5, other=1)])
-def test_layer_decay_refuses(paramwise: dict[str, float]) -> None:
+def test_layer_decay_refuses(paramwise):
     cfg = ConfigDict(
         type="OptimWrapper",
         constructor="LayerDecayConstructor",
@@ -338,7 +334,7 @@ def test_layer_decay_refuses(paramwise: dict[str, float]) -> None:
         build_optim_wrapper(nn.ModuleDict({"backbone": _build()}), cfg)
 
 
-def test_check_channels() -> None:
+def test_check_channels():
     backbone = dict(type="VisionBackbone", name="van_b0")
     check_channels(dict(backbone=backbone, neck=dict(in_channels=[32, 64, 160, 256])))
     with pytest.raises(ValueError, match=r"neck.in_channels=\[64\].*write in_channels=\[32, 64"):
@@ -364,6 +360,6 @@ def test_check_channels() -> None:
     check_channels(dict(backbone=backbone, neck=necks))
 
 
-def test_without_sync_norm() -> None:
+def test_without_sync_norm():
     cfg = ConfigDict(a=[dict(norm_cfg=dict(type="SyncBN"))], b=dict(type="BN"))
     assert without_sync_norm(cfg).a[0].norm_cfg.type == "BN"

@@ -75,12 +75,7 @@ def _inside(
 
 
 @pytest.mark.parametrize("name", ["det/quickstart_retinanet", "seg/quickstart_fpn"])
-def test_a_quickstart_makes_its_set_once(
-    name: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_quickstart_makes_its_set_once(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     cfg = Config.fromfile(_config(name))
     cfg.quickstart_data.update(train=2, val=1)
@@ -101,9 +96,7 @@ def test_a_quickstart_makes_its_set_once(
     assert (data / "train.json").is_file()
 
 
-def test_concurrent_quickstarts_create_one_set(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_concurrent_quickstarts_create_one_set(tmp_path, monkeypatch):
     made = []
 
     def write_set(folder: Path, train: int, val: int) -> None:
@@ -119,7 +112,7 @@ def test_concurrent_quickstarts_create_one_set(
     assert made == [(4, 2)]
 
 
-def test_a_set_is_created_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_is_created_atomically(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="val must be 1 image or more, got 0"):
         quickstart.write_set(tmp_path / "set", 1, 0)
     write = quickstart.write_split
@@ -135,9 +128,7 @@ def test_a_set_is_created_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not any(tmp_path.iterdir())
 
 
-def test_validation_pictures_share_no_pixels_with_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validation_pictures_share_no_pixels_with_training(tmp_path, monkeypatch):
     columns = np.broadcast_to(np.arange(255, -1, -0.5)[None, :, None], (160, 512, 3))
     picture = columns.astype(np.uint8), np.ones((160, 512), int)
     for name in ("label_coins", "label_galaxies"):
@@ -148,7 +139,7 @@ def test_validation_pictures_share_no_pixels_with_training(
     assert train.min() > val.max()
 
 
-def test_the_set(tool: ModuleType, tmp_path: Path) -> None:
+def test_the_set(tool, tmp_path):
     tool.main(["data", "--out", str(tmp_path), "--train", "6", "--val", "2"])
     coco = json.loads((tmp_path / "train.json").read_text())
     assert len(coco["images"]) == 6 and len(coco["annotations"]) >= 12
@@ -178,9 +169,7 @@ def test_the_set(tool: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(q, marks=[] if q in QUICK else pytest.mark.slow) for q in QUICKSTARTS]
 )
-def test_train_resume_evaluate_draw(
-    tool: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_resume_evaluate_draw(tool, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "SIDE", 64)
     detects = name.startswith("det")
@@ -239,7 +228,7 @@ def test_train_resume_evaluate_draw(
     assert not np.array_equal(_pixels(written[0])[..., :3], _pixels(picture))
 
 
-def test_infer_refuses(tool: ModuleType, tmp_path: Path) -> None:
+def test_infer_refuses(tool, tmp_path):
     end = ["--config", _config(QUICKSTARTS[0]), "--out", str(tmp_path)]
     with pytest.raises(FileNotFoundError, match="no file at missing.png"):
         tool.main(["infer", "missing.png", *end, "--checkpoint", "missing.pth"])
@@ -257,7 +246,7 @@ def test_infer_refuses(tool: ModuleType, tmp_path: Path) -> None:
         tool.main(["infer", pair[0], *end, "--checkpoint", str(tmp_path / "c.pth")])
 
 
-def test_nothing_that_is_read_is_overwritten(tool: ModuleType, tmp_path: Path) -> None:
+def test_nothing_that_is_read_is_overwritten(tool, tmp_path):
     image, weights = tmp_path / "a.png", tmp_path / "b.pth"
     Image.new("RGB", (8, 8)).save(image)
     weights.touch()
@@ -271,7 +260,7 @@ def test_nothing_that_is_read_is_overwritten(tool: ModuleType, tmp_path: Path) -
         load_config(shared_arguments("").parse_args(words))
 
 
-def test_a_set_replaces_nothing_unasked(tool: ModuleType, tmp_path: Path) -> None:
+def test_a_set_replaces_nothing_unasked(tool, tmp_path):
     (tmp_path / "images" / "val").mkdir(parents=True)
     (tmp_path / "images" / "val" / "000.png").write_text("a photograph")
     words = ["--out", str(tmp_path), "--train", "2", "--val", "1"]
@@ -282,14 +271,12 @@ def test_a_set_replaces_nothing_unasked(tool: ModuleType, tmp_path: Path) -> Non
     assert (tmp_path / "images" / "val" / "000.png").stat().st_size > 100
 
 
-def test_missing_checkpoint_is_named(tool: ModuleType, tmp_path: Path) -> None:
+def test_missing_checkpoint_is_named(tool, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere.pth"):
         tool.main(["test", _config(QUICKSTARTS[0]), "nowhere.pth"])
 
 
-def test_options_reach_the_config(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_reach_the_config(tool, tmp_path, monkeypatch):
     seen: list[Config] = []
     monkeypatch.setattr(tool, "get_device", lambda: "cuda")
     monkeypatch.setattr(tool.Runner, "from_cfg", lambda cfg: seen.append(cfg) or _NoRun())
@@ -323,9 +310,7 @@ def test_options_reach_the_config(
         "seg/quickstart_upernet",
     ],
 )
-def test_mixed_precision_on_a_cpu(
-    tool: ModuleType, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mixed_precision_on_a_cpu(tool, name, tmp_path, monkeypatch):
     """All convolutions of the training run in bfloat16, and it learns."""
     # Small images and few regions: not every CPU has products of bfloat16, and others take long.
     monkeypatch.setattr(quickstart, "SIDE", 64)
@@ -359,7 +344,7 @@ def test_mixed_precision_on_a_cpu(
     assert len(losses) == 12 and np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
 
 
-def test_launchers_that_need_cuda_say_so(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launchers_that_need_cuda_say_so(tool, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("RANK", raising=False)
     for launcher in ("slurm", "pytorch"):
@@ -367,7 +352,7 @@ def test_launchers_that_need_cuda_say_so(tool: ModuleType, monkeypatch: pytest.M
             tool.main(["train", _config(QUICKSTARTS[0]), "--launcher", launcher])
 
 
-def test_the_group_of_processes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_group_of_processes_ends(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     # One process, as torchrun would tell it; the store takes any free port.
     addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -390,9 +375,7 @@ def test_the_group_of_processes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_on_a_cpu(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_on_a_cpu(tool, tmp_path, monkeypatch):
     """torchrun and gloo: each takes half of the images; one checkpoint, evaluated by both."""
     _inside(tool, monkeypatch, tmp_path, train=4, val=2)
     said = _run_two(ROOT / "tools/mm.py")
@@ -421,9 +404,7 @@ mm.main()
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_both(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_of_one_process_ends_both(tool, tmp_path, monkeypatch):
     """And is shown: the other one, which waits for the gradients, does not wait on."""
     _inside(tool, monkeypatch, tmp_path, train=4, val=2)
     (tmp_path / "stumble.py").write_text(_STUMBLE.format(tools=str(ROOT / "tools")))
@@ -468,14 +449,7 @@ class _NoRun:
         ("seg/quickstart_upernet", "mIoU", 80),
     ],
 )
-def test_quickstart_learns(
-    tool: ModuleType,
-    name: str,
-    metric: str,
-    floor: float,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_quickstart_learns(tool, name, metric, floor, tmp_path, monkeypatch):
     _inside(tool, monkeypatch, tmp_path, train=64, val=12)
     runner: Any = tool.main(
         ["train", _config(name), "--cfg-options", f"experiment_name={tmp_path.name}"]

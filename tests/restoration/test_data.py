@@ -35,7 +35,7 @@ def corrupt(tmp_path: Path, allowed: float = 0.0) -> CorruptImages:
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_a_patch_is_a_part_of_the_whole(scale: int, tmp_path: Path) -> None:
+def test_a_patch_is_a_part_of_the_whole(scale, tmp_path):
     """As if the smaller picture had been made of the whole one, also at its edges."""
     pixels = np.random.default_rng(0).integers(0, 256, (61, 74, 3), dtype=np.uint8)
     whole = to_tensor(pixels, 3)[:, : 61 // scale * scale, : 74 // scale * scale]
@@ -55,7 +55,7 @@ def test_a_patch_is_a_part_of_the_whole(scale: int, tmp_path: Path) -> None:
     assert len(places) > 30
 
 
-def test_flips_and_turns_are_the_same_for_both(tmp_path: Path) -> None:
+def test_flips_and_turns_are_the_same_for_both(tmp_path):
     """All 8 symmetries come, and shrinking the flipped truth gives the flipped patch."""
     pixels = np.zeros((24, 24, 3), np.uint8)
     pixels[:8, :12, 0], pixels[4:20, 16:, 1] = 200, 90
@@ -70,7 +70,7 @@ def test_flips_and_turns_are_the_same_for_both(tmp_path: Path) -> None:
     assert len(seen) == 8
 
 
-def test_every_quality_comes(tmp_path: Path) -> None:
+def test_every_quality_comes(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     recipe = RestorationRecipe(patch_size=8, task="jpeg", quality=(20, 22))
     patches = Patches([], recipe, 1, corrupt(tmp_path))
@@ -82,7 +82,7 @@ def test_every_quality_comes(tmp_path: Path) -> None:
     assert all(found) and set.union(*found) >= {20, 21, 22} and not set.union(*found) & {18, 24}
 
 
-def test_batches_follow_from_seed_epoch_and_place(tmp_path: Path) -> None:
+def test_batches_follow_from_seed_epoch_and_place(tmp_path):
     paths = find_pictures(str(make_pictures(tmp_path / "p", 3)), True)
     recipe = RestorationRecipe(
         patch_size=8, batch_size=2, updates_per_epoch=5, workers=0, task="denoise", cache=True
@@ -102,7 +102,7 @@ def test_batches_follow_from_seed_epoch_and_place(tmp_path: Path) -> None:
     assert torch.equal(next(iter(loader.epoch(3)))[1], batches[0][1])  # of what it has kept
 
 
-def test_unreadable_pictures_are_replaced(tmp_path: Path) -> None:
+def test_unreadable_pictures_are_replaced(tmp_path):
     folder = make_pictures(tmp_path / "p", 3)
     (folder / "1.png").write_bytes(b"no picture")
     paths = find_pictures(str(folder), True)
@@ -114,7 +114,7 @@ def test_unreadable_pictures_are_replaced(tmp_path: Path) -> None:
         Patches(paths, recipe, 2, corrupt(tmp_path))[(1, 0)]
 
 
-def test_validation_is_the_same_every_time() -> None:
+def test_validation_is_the_same_every_time():
     truth = torch.rand((3, 24, 24), generator=torch.Generator().manual_seed(0))
     recipe = RestorationRecipe(task="denoise", sigma=(15.0, 50.0))
     for number, sigma in enumerate((15, 50)):
@@ -132,7 +132,7 @@ def test_validation_is_the_same_every_time() -> None:
     assert not torch.equal(sharp[1], truth) and plain[1] is truth
 
 
-def test_photographs_are_inside_the_packages() -> None:
+def test_photographs_are_inside_the_packages():
     training, validation = (find_pictures("photographs", t) for t in (True, False))
     assert [p.name for p in training] == list(TRAINING)
     assert not {p.name for p in training} & {p.name for p in validation}
@@ -141,7 +141,7 @@ def test_photographs_are_inside_the_packages() -> None:
     assert load_truth(training[2], 1, 4).shape == (1, 512, 512)
 
 
-def test_missing_pictures_are_named(tmp_path: Path) -> None:
+def test_missing_pictures_are_named(tmp_path):
     with pytest.raises(DataError, match="give --val-pictures a folder"):
         find_pictures("", False)
     with pytest.raises(DataError, match="train_pictures: no picture at"):

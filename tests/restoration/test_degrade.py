@@ -24,7 +24,7 @@ def smooth(height: int = 48, width: int = 64, channels: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize("sigma", [15.0, 25.0, 50.0])
-def test_noise(sigma: float) -> None:
+def test_noise(sigma):
     image = torch.full((3, 100, 100), 0.5)
     noisy = degrade.add_noise(image, sigma, generator())
     assert (noisy - image).std().item() * 255 == pytest.approx(sigma, rel=0.02)
@@ -33,7 +33,7 @@ def test_noise(sigma: float) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_jpeg(channels: int) -> None:
+def test_jpeg(channels):
     image = smooth(channels=channels)
     errors = [(degrade.compress(image, q) - image).abs().mean().item() for q in (10, 40, 95)]
     assert errors[0] > errors[1] > errors[2] > 0
@@ -42,7 +42,7 @@ def test_jpeg(channels: int) -> None:
     assert out.shape == image.shape and torch.equal(out, (out * 255).round() / 255)
 
 
-def test_kernels() -> None:
+def test_kernels():
     even = degrade.gaussian_kernel(21, (2.0, 2.0))
     places = torch.arange(21.0) - 10
     taps = torch.exp(-(places**2) / 8)
@@ -91,7 +91,7 @@ class Fixed:
 
 
 @pytest.mark.parametrize(("half", "cutoff"), [(3, math.pi / 3), (6, math.pi / 5)])
-def test_small_sinc_kernels_cut_off_higher(half: int, cutoff: float) -> None:
+def test_small_sinc_kernels_cut_off_higher(half, cutoff):
     """Of 7 and of 13 pixels."""
     draws: Any = Fixed(0.0, half)
     degrade.real_world(smooth(), 2, draws)
@@ -100,7 +100,7 @@ def test_small_sinc_kernels_cut_off_higher(half: int, cutoff: float) -> None:
 
 
 @pytest.mark.parametrize(("share", "channels"), [(0.3, 1), (0.45, 3), (0.6, 3)])
-def test_noise_is_grey_in_two_of_five(share: float, channels: int) -> None:
+def test_noise_is_grey_in_two_of_five(share, channels):
     draws: Any = Fixed(share)
     out = degrade.real_world(torch.full((3, 16, 16), 0.5), 1, draws)
     assert [shape[0] for shape in draws.shapes] == [channels] * 2
@@ -108,13 +108,13 @@ def test_noise_is_grey_in_two_of_five(share: float, channels: int) -> None:
     assert out.mean().item() == pytest.approx(0.5 if share < 0.5 else 0.55, abs=0.01)
 
 
-def test_a_kernel_of_one_point_changes_nothing() -> None:
+def test_a_kernel_of_one_point_changes_nothing():
     image, kernel = smooth(), torch.zeros(7, 7)
     kernel[3, 3] = 1
     torch.testing.assert_close(degrade.blur(image, kernel), image)
 
 
-def test_sharpen() -> None:
+def test_sharpen():
     """Flat parts stay, edges get steeper."""
     image = torch.full((3, 40, 80), 0.3)
     torch.testing.assert_close(degrade.sharpen(image), image)
@@ -125,7 +125,7 @@ def test_sharpen() -> None:
 
 
 @pytest.mark.parametrize("scale", [1, 2, 4])
-def test_real_world(scale: int) -> None:
+def test_real_world(scale):
     image = smooth(64, 96)
     results = []
     for seed in range(12):
@@ -140,6 +140,6 @@ def test_real_world(scale: int) -> None:
     assert torch.equal(results[0], degrade.real_world(image, scale, generator(0)))
 
 
-def test_real_world_of_small_patches() -> None:
+def test_real_world_of_small_patches():
     for seed in range(20):
         assert degrade.real_world(smooth(8, 8), 2, generator(seed)).shape == (3, 4, 4)

@@ -22,7 +22,7 @@ def pair(channels: int = 3, noise: float = 0.1) -> tuple[Tensor, Tensor]:
     return quantize(image), quantize(truth)
 
 
-def test_luma() -> None:
+def test_luma():
     """scikit-image's rgb2ycbcr, and the ends of the studio range."""
     image, _ = pair()
     expected = rgb2ycbcr(image.double().permute(1, 2, 0).numpy())[..., 0] / 255
@@ -36,7 +36,7 @@ def test_luma() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.3])
-def test_against_scikit_image(noise: float) -> None:
+def test_against_scikit_image(noise):
     image, truth = pair(noise=noise)
     figures = quality(image, truth, border=4)
     x, y = (luma(t.double())[0, 4:-4, 4:-4].numpy() for t in (image, truth))
@@ -47,7 +47,7 @@ def test_against_scikit_image(noise: float) -> None:
     assert figures["ssim_y"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_several_channels() -> None:
+def test_several_channels():
     image, truth = pair()
     expected = structural_similarity(
         image.double().numpy(),
@@ -61,7 +61,7 @@ def test_several_channels() -> None:
     assert ssim(image, truth) == pytest.approx(expected, abs=1e-9)
 
 
-def test_by_hand() -> None:
+def test_by_hand():
     truth = torch.zeros(1, 16, 16)
     assert psnr(truth + 0.1, truth) == pytest.approx(20, abs=1e-5)
     assert psnr(truth, truth) == math.inf and ssim(truth, truth) == 1
@@ -72,7 +72,7 @@ def test_by_hand() -> None:
     assert quality(image, truth, border=2)["psnr_y"] == math.inf
 
 
-def test_bad_arguments_are_named() -> None:
+def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match=r"differ: \(1, 9, 9\), \(1, 9, 8\)"):
         psnr(torch.zeros(1, 9, 9), torch.zeros(1, 9, 8))
     with pytest.raises(ValueError, match="needs 11×11 pixels, got 9×12"):

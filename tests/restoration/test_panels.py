@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image
@@ -11,14 +9,14 @@ from PIL import Image
 from backbones.restoration.panels import Panel, draw_panels, most_detailed_window
 
 
-def test_the_most_detailed_window() -> None:
+def test_the_most_detailed_window():
     image = torch.zeros(3, 40, 90)
     image[:, 12:28:2, 60:76] = 1
     assert most_detailed_window(image, 18, 4) == (12, 60, 28, 76)
     assert most_detailed_window(image[:, :14, :30], 18, 4) == (0, 0, 12, 16)
 
 
-def test_panels_show_the_same_detail(tmp_path: Path) -> None:
+def test_panels_show_the_same_detail(tmp_path):
     """A quarter of both pictures is coloured, of which one has half as many pixels."""
     large, small = torch.zeros(3, 16, 24), torch.zeros(3, 8, 12)
     large[0, 8:, 12:] = small[1, 4:, 6:] = 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ def pixels(*shape: int, kind: Any = np.uint8) -> np.ndarray:
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
 @pytest.mark.parametrize("alpha", [False, True])
-def test_colour_and_alpha(suffix: str, alpha: bool, tmp_path: Path) -> None:
+def test_colour_and_alpha(suffix, alpha, tmp_path):
     array = pixels(6, 9, 4 if alpha else 3)
     Image.fromarray(array).save(
         tmp_path / f"a{suffix}", **({"lossless": True, "exact": True} if suffix == ".webp" else {})
@@ -50,7 +49,7 @@ def test_colour_and_alpha(suffix: str, alpha: bool, tmp_path: Path) -> None:
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"b{suffix}")), array)
 
 
-def test_palette(tmp_path: Path) -> None:
+def test_palette(tmp_path):
     image = Image.fromarray(pixels(8, 8, 3)).quantize(16)
     image.save(tmp_path / "p.png")
     assert np.array_equal(read_picture(tmp_path / "p.png").pixels, np.asarray(image.convert("RGB")))
@@ -61,7 +60,7 @@ def test_palette(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16", "CMYK"])
-def test_other_modes(mode: str, tmp_path: Path) -> None:
+def test_other_modes(mode, tmp_path):
     path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     if mode == "I;16":
         image = Image.fromarray(pixels(5, 7, kind=np.uint16))
@@ -82,7 +81,7 @@ def test_other_modes(mode: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("alpha", [False, True])
-def test_sixteen_bits(suffix: str, channels: int, alpha: bool, tmp_path: Path) -> None:
+def test_sixteen_bits(suffix, channels, alpha, tmp_path):
     array = pixels(5, 8, channels, kind=np.uint16)
     opacity = pixels(5, 8, kind=np.uint16) if alpha else None
     path = tmp_path / f"a{suffix}"
@@ -102,7 +101,7 @@ def test_sixteen_bits(suffix: str, channels: int, alpha: bool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_transparent_colour_of_sixteen_bits(channels: int, tmp_path: Path) -> None:
+def test_a_transparent_colour_of_sixteen_bits(channels, tmp_path):
     """A PNG without alpha may name one colour that is not seen."""
     array = pixels(5, 8, channels, kind=np.uint16)
     array[0, :3] = clear = np.array([513, 7, 65535][:channels], np.uint16)
@@ -121,14 +120,14 @@ def test_a_transparent_colour_of_sixteen_bits(channels: int, tmp_path: Path) -> 
     assert np.array_equal(picture.alpha, expected)
 
 
-def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path: Path) -> None:
+def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path):
     array = np.array([[[0], [128], [257], [65535]]], dtype=np.uint16)
     write_picture(tmp_path / "a.webp", Picture(array.repeat(3, 2)), quality=100)
     assert Picture(array).show().tobytes() == bytes([0, 0, 1, 255])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation(orientation: int, tmp_path: Path) -> None:
+def test_orientation(orientation, tmp_path):
     image = Image.fromarray(pixels(5, 8, 3))
     exif = image.getexif()
     exif[ORIENTATION], exif[MAKER] = orientation, "a maker"
@@ -142,7 +141,7 @@ def test_orientation(orientation: int, tmp_path: Path) -> None:
         assert ORIENTATION not in written.getexif() and written.getexif()[0x010F] == "a maker"
 
 
-def test_damaged_metadata_is_ignored(tmp_path: Path) -> None:
+def test_damaged_metadata_is_ignored(tmp_path):
     array = pixels(5, 8, 3)
     Image.fromarray(array).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     picture = read_picture(tmp_path / "a.png")
@@ -151,7 +150,7 @@ def test_damaged_metadata_is_ignored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["tif", "jpg"])
-def test_valid_metadata_is_kept(source: str, tmp_path: Path) -> None:
+def test_valid_metadata_is_kept(source, tmp_path):
     """Who took it and how long, but neither how the old file is built nor how large it was."""
     image = Image.fromarray(pixels(5, 8, 3))
     exif = image.getexif()
@@ -171,7 +170,7 @@ def test_valid_metadata_is_kept(source: str, tmp_path: Path) -> None:
             assert notes.get_ifd(CAMERA) == ({0x829A: 0.5} if source == "jpg" else {})
 
 
-def test_a_profile_of_other_channels_is_left_out(tmp_path: Path) -> None:
+def test_a_profile_of_other_channels_is_left_out(tmp_path):
     """CMYK becomes RGB without being asked for its profile."""
     profile = b"\0" * 16 + b"CMYK" + b"\0" * 108
     Image.fromarray(pixels(4, 4, 3)).convert("CMYK").save(tmp_path / "a.jpg", icc_profile=profile)
@@ -180,14 +179,14 @@ def test_a_profile_of_other_channels_is_left_out(tmp_path: Path) -> None:
     assert read_picture(tmp_path / "b.jpg").icc == PROFILES[3]
 
 
-def test_formats_without_alpha(tmp_path: Path) -> None:
+def test_formats_without_alpha(tmp_path):
     picture = Picture(pixels(6, 6, 3), pixels(6, 6))
     for suffix in (".jpg", ".bmp"):
         write_picture(tmp_path / f"a{suffix}", picture)
         assert read_picture(tmp_path / f"a{suffix}").alpha is None
 
 
-def test_frames(tmp_path: Path) -> None:
+def test_frames(tmp_path):
     frames = [Image.fromarray(pixels(4, 4, 3)) for _ in range(3)]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
     picture = read_picture(tmp_path / "a.tif")
@@ -195,7 +194,7 @@ def test_frames(tmp_path: Path) -> None:
     assert picture.note == "only the first of its 3 frames"
 
 
-def test_damage_is_reported(tmp_path: Path) -> None:
+def test_damage_is_reported(tmp_path):
     whole = tmp_path / "whole.png"
     Image.fromarray(pixels(64, 64, 3)).save(whole)
     data = whole.read_bytes()
@@ -232,7 +231,7 @@ def test_damage_is_reported(tmp_path: Path) -> None:
         read_picture(tmp_path / "f.tif")
 
 
-def test_failed_writes_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_writes_leave_no_file(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"what was there")
 

@@ -16,7 +16,7 @@ def images(*shape: int) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_kernel() -> None:
+def test_kernel():
     """Keys' polynomials at quarters, with a = -1/2."""
     x = torch.tensor([0, 0.25, 0.75, 1, 1.25, 1.75, 2, 3], dtype=torch.float64)
     expected = [1, 0.8671875, 0.2265625, 0, -0.0703125, -0.0234375, 0, 0]
@@ -24,7 +24,7 @@ def test_kernel() -> None:
     assert torch.equal(cubic(-x), cubic(x))
 
 
-def test_half_in_the_middle() -> None:
+def test_half_in_the_middle():
     """Pixel 4 of 10 lies between pixels 8 and 9 of 20: the kernel at ±¼, ±¾, …, stretched by 2."""
     places, weights = axis_weights(20, 0.5, 4, 5)
     taps = dict(zip(places[0].tolist(), weights[0].tolist(), strict=True))
@@ -35,7 +35,7 @@ def test_half_in_the_middle() -> None:
     assert sum(value != 0 for value in taps.values()) == 8
 
 
-def test_half_at_the_edge() -> None:
+def test_half_at_the_edge():
     """Pixel 0 lies between 0 and 1; what lies before the edge is the edge again, mirrored."""
     row = torch.zeros(1, 8, dtype=torch.float64)
     first = []
@@ -49,14 +49,14 @@ def test_half_at_the_edge() -> None:
     assert first == pytest.approx(expected)
 
 
-def test_twice_by_hand() -> None:
+def test_twice_by_hand():
     """Enlarging does not widen the kernel: pixel 5 of 12 lies a quarter behind pixel 2 of 6."""
     places, weights = axis_weights(6, 2.0, 5, 6)
     taps = {p: w for p, w in zip(places[0].tolist(), weights[0].tolist(), strict=True) if w}
     assert taps == pytest.approx({1: -0.0703125, 2: 0.8671875, 3: 0.2265625, 4: -0.0234375})
 
 
-def test_enlarging_equals_torch_inside() -> None:
+def test_enlarging_equals_torch_inside():
     """torch's bicubic has a = -1/2 only when it antialiases; at edges it differs."""
     x = images(1, 3, 12, 14)
     ours = resize_bicubic(x, 2.0)
@@ -64,7 +64,7 @@ def test_enlarging_equals_torch_inside() -> None:
     torch.testing.assert_close(ours[..., 4:-4, 4:-4], theirs[..., 4:-4, 4:-4])
 
 
-def test_shrinking_equals_torch_inside() -> None:
+def test_shrinking_equals_torch_inside():
     x = images(1, 3, 40, 32)
     for scale in (2, 4):
         theirs = F.interpolate(x, scale_factor=1 / scale, mode="bicubic", antialias=True)
@@ -79,7 +79,7 @@ def test_shrinking_equals_torch_inside() -> None:
     value=st.floats(-2, 2),
 )
 @settings(max_examples=40, deadline=None)
-def test_constants_and_sizes(height: int, width: int, scale: float, value: float) -> None:
+def test_constants_and_sizes(height, width, scale, value):
     x = torch.full((2, height, width), value, dtype=torch.float64)
     out = resize_bicubic(x, scale)
     sides = [
@@ -92,7 +92,7 @@ def test_constants_and_sizes(height: int, width: int, scale: float, value: float
 
 @given(scale=st.sampled_from((2, 3, 4)), data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_windows_are_parts_of_the_whole(scale: int, data: st.DataObject) -> None:
+def test_windows_are_parts_of_the_whole(scale, data):
     x = images(3, 24, 36)
     whole = resize_bicubic(x, 1 / scale)
     rows, columns = whole.shape[1:]
@@ -102,7 +102,7 @@ def test_windows_are_parts_of_the_whole(scale: int, data: st.DataObject) -> None
     assert torch.equal(part, whole[:, top:bottom, left:right])
 
 
-def test_bad_arguments_are_named() -> None:
+def test_bad_arguments_are_named():
     x = images(3, 8, 8)
     with pytest.raises(ValueError, match="either scale or size, got None and None"):
         resize_bicubic(x)

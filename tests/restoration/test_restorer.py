@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from ops.cpu.gemm.int8 import not_faster_in_int8
 
 
 @pytest.mark.parametrize("amp", [False, True])
-def test_it_is_fused_on_a_cpu_unless_it_runs_in_two_dtypes(tmp_path: Path, amp: bool) -> None:
+def test_it_is_fused_on_a_cpu_unless_it_runs_in_two_dtypes(tmp_path, amp):
     plain = backbones.create_model("hat_nano_x2").eval()
     save_file(plain.state_dict(), tmp_path / "nano.safetensors")
     parser = argparse.ArgumentParser()
@@ -32,7 +31,7 @@ def test_it_is_fused_on_a_cpu_unless_it_runs_in_two_dtypes(tmp_path: Path, amp: 
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
-def test_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtypes(tmp_path, monkeypatch):
     """Of a CPU that has instructions for them, without autocast."""
     monkeypatch.setattr(policy, "_FEWEST_IN_INT8_OF_TILES", 1)  # all layers are small
     plain = backbones.create_model("hat_nano_x2").eval()

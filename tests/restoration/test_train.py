@@ -217,7 +217,7 @@ def test_nan_weights_are_never_saved(pictures, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_configs(path: Path) -> None:
+def test_configs(path):
     """Every one can be read, and its model does its task."""
     variants = yaml.safe_load(path.read_text()).get("variants")
     for variant in variants or [None]:
@@ -230,13 +230,13 @@ def test_configs(path: Path) -> None:
             build_restorer(recipe)
 
 
-def test_quickstart_has_a_folder_of_its_own() -> None:
+def test_quickstart_has_a_folder_of_its_own():
     """The classifiers' quickstart, of the same name, writes into the default one."""
     recipe = load_recipe(CONFIGS / "quickstart.yaml", {}, RestorationRecipe)
     assert recipe.output != load_recipe(CONFIGS.parent / "cls" / "quickstart.yaml", {}).output
 
 
-def test_quickstart_has_no_original_and_is_small() -> None:
+def test_quickstart_has_no_original_and_is_small():
     model = backbones.create_model("hat_nano_x2")
     assert sum(p.numel() for p in model.parameters()) <= 1_000_000
     with pytest.raises(RecipeError, match="no model"):

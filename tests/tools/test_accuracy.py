@@ -40,7 +40,7 @@ def digits(tool: ModuleType, count: int = 5) -> Any:
     return tool.Digits(network(), images[:2], images, torch.arange(count))
 
 
-def test_agreement_and_top1(tool: ModuleType) -> None:
+def test_agreement_and_top1(tool):
     exact = torch.eye(4)
     other = exact[[0, 1, 2, 0]]
     found = tool.compare(other, exact, torch.tensor([0, 1, 3, 3]))
@@ -48,7 +48,7 @@ def test_agreement_and_top1(tool: ModuleType) -> None:
     assert found["error"] == pytest.approx((2 / 4) ** 0.5)
 
 
-def test_batches_are_filled_up(tool: ModuleType) -> None:
+def test_batches_are_filled_up(tool):
     shapes = []
 
     def run(images: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ def test_batches_are_filled_up(tool: ModuleType) -> None:
     assert shapes == [(2, 1, 1, 1)] * 3
 
 
-def test_the_row_of_a_classifier(tool: ModuleType) -> None:
+def test_the_row_of_a_classifier(tool):
     row = tool.of_digits(digits(tool))
     assert (row["images"], row["calibration_images"]) == (5, 2)
     assert list(row["forms"]) == ["float32", *tool.FORMS]
@@ -72,7 +72,7 @@ def test_the_row_of_a_classifier(tool: ModuleType) -> None:
         assert figures["error"] < 0.2
 
 
-def test_the_row_of_a_restorer(tool: ModuleType) -> None:
+def test_the_row_of_a_restorer(tool):
     generator = torch.Generator().manual_seed(0)
     pair = tuple(torch.rand(3, side, side, generator=generator) for side in (16, 32))
     model = small("hat").eval()
@@ -82,7 +82,7 @@ def test_the_row_of_a_restorer(tool: ModuleType) -> None:
     assert row["forms"]["int8"]["psnr"] == pytest.approx(exact, abs=0.5)
 
 
-def test_a_form_that_fails_is_recorded(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_form_that_fails_is_recorded(tool, monkeypatch):
     def fail(model: Any, images: Any) -> Any:
         raise ValueError("not today\nnor tomorrow")
 
@@ -104,7 +104,7 @@ def run_folder(tmp_path: Path) -> Path:
     return folder.parent
 
 
-def test_a_run_has_its_images(tool: ModuleType, run_folder: Path) -> None:
+def test_a_run_has_its_images(tool, run_folder):
     run = tool.digits_run(run_folder, "shvit_s1")
     assert not run.model.training
     assert run.calibration.shape == (64, 3, 32, 32)
@@ -113,9 +113,7 @@ def test_a_run_has_its_images(tool: ModuleType, run_folder: Path) -> None:
     assert torch.equal(run.calibration, again.calibration)
 
 
-def test_accuracy_is_measured_once_per_model(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_accuracy_is_measured_once_per_model(tool, tmp_path, monkeypatch):
     measured = []
 
     def measure(name: str, folder: Path) -> dict[str, Any]:
@@ -137,9 +135,7 @@ def test_accuracy_is_measured_once_per_model(
     assert report["machine"]["name"] and report["machine"]["instruction_set"]
 
 
-def test_contenders_that_fail_are_recorded(
-    tool: ModuleType, contenders: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_contenders_that_fail_are_recorded(tool, contenders, tmp_path, monkeypatch):
     calls: list[Any] = []
 
     def works(model: Any, images: Any, folder: Path) -> Any:
@@ -179,29 +175,9 @@ def test_contenders_that_fail_are_recorded(
     assert speed["works"]["bytes"] == 123 and "works" in speed["fused"]["speedup_over"]
 
 
-def test_toolkits_are_contenders_of_models(contenders: ModuleType) -> None:
+def test_toolkits_are_contenders_of_models(contenders):
     assert contenders.TOOLKITS.keys() <= contenders.CONTENDERS["models"].keys()
     assert contenders.TOOLKITS.keys() <= contenders.TITLES.keys()
-
-
-def test_rows_of_the_output_are_skipped(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured: list[str] = []
-
-    def of_agreement(name: str, folder: Path, against: list[str]) -> dict[str, Any]:
-        measured.append(name)
-        return {"model": name, "contenders": {"fails": {"skipped": "no"}}}
-
-    monkeypatch.setattr(tool, "of_agreement", of_agreement)
-    for name in ("van_b0", "vig_t"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "best.safetensors").touch()
-    command = ["--checkpoints", str(tmp_path), "--output", str(tmp_path / "out.json"), "--resume"]
-    tool.agreement([*command, "--models", "van_b0"])
-    tool.agreement([*command, "--models", "van_b0", "vig_t", "shvit_s1"])
-    assert measured == ["van_b0", "vig_t"]
-    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -216,16 +192,12 @@ def test_rows_of_the_output_are_skipped(
         ([], "arguments are required: command"),
     ],
 )
-def test_bad_arguments(
-    tool: ModuleType, words: list[str], reason: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_bad_arguments(tool, words, reason, capsys):
     assert guard(lambda: tool.main(words)) == 2
     assert reason in capsys.readouterr().err
 
 
-def test_parity_of_a_family_is_measured_and_the_others_stay(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parity_of_a_family_is_measured_and_the_others_stay(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool.originals, "case_errors", lambda *case: (1e-7, [2e-7, 3e-7]))
     path = tmp_path / "parity.json"
     path.write_text('{"van_b0": {"output": 1.0}}')
@@ -236,15 +208,13 @@ def test_parity_of_a_family_is_measured_and_the_others_stay(
     assert (found["shvit_s1"]["output"], found["shvit_s1"]["stages"]) == (1e-7, 3e-7)
 
 
-def test_the_smallest_variant_of_every_family_takes_part(tool: ModuleType) -> None:
+def test_the_smallest_variant_of_every_family_takes_part(tool):
     variants = list(yaml.safe_load(tool.DIGITS.read_text())["variants"])
     families = {m: f for f in backbones.list_families() for m in backbones.list_models(family=f)}
     assert sorted(families[variant] for variant in variants) == CLASSIFIERS
 
 
-def test_results_of_another_recipe_do_not_stay(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_of_another_recipe_do_not_stay(tool, tmp_path, monkeypatch):
     path = tmp_path / "learning.json"
     path.write_text('{"recipe": {"img_size": 1}, "results": {"van_b0": {}}}')
     trained: list[str] = []
@@ -267,9 +237,7 @@ def test_results_of_another_recipe_do_not_stay(
     assert "machine" in results["van_b0"] and "machine" not in results["shvit_s1"]
 
 
-def test_what_robustness_lacks_is_measured(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_robustness_lacks_is_measured(tool, tmp_path, monkeypatch):
     commands: list[list[str]] = []
 
     def run_script(command: list[Any]) -> None:
@@ -294,7 +262,7 @@ def test_what_robustness_lacks_is_measured(
 
 
 @pytest.mark.slow
-def test_a_training(tool: ModuleType) -> None:
+def test_a_training(tool):
     result = tool.train_variant("shvit_s1")
     assert result["family"] == "shvit" and len(result["history"]) == 4
     assert result["history"][-1]["val_top1"] > 95
@@ -302,7 +270,7 @@ def test_a_training(tool: ModuleType) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("label", ["onnxruntime_static", "onnxruntime_dynamic"])
-def test_onnx_runtime_quantises(contenders: ModuleType, label: str, tmp_path: Path) -> None:
+def test_onnx_runtime_quantises(contenders, label, tmp_path):
     model = network("inception_next").fuse(channels_last=False)
     images = list(torch.randn(4, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     start, size = contenders.TOOLKITS[label](model, images, tmp_path)
@@ -310,3 +278,21 @@ def test_onnx_runtime_quantises(contenders: ModuleType, label: str, tmp_path: Pa
         exact, got = model(images[0]), start(1)(images[0])
     assert (got - exact).norm() < 0.2 * exact.norm()
     assert size < sum(p.nbytes for p in model.parameters())
+
+
+def test_rows_of_the_output_are_skipped(tool, tmp_path, monkeypatch):
+    measured: list[str] = []
+
+    def of_agreement(name: str, folder: Path, against: list[str]) -> dict[str, Any]:
+        measured.append(name)
+        return {"model": name, "contenders": {"fails": {"skipped": "no"}}}
+
+    monkeypatch.setattr(tool, "of_agreement", of_agreement)
+    for name in ("van_b0", "vig_t"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.safetensors").touch()
+    command = ["--checkpoints", str(tmp_path), "--output", str(tmp_path / "out.json"), "--resume"]
+    tool.agreement([*command, "--models", "van_b0"])
+    tool.agreement([*command, "--models", "van_b0", "vig_t", "shvit_s1"])
+    assert measured == ["van_b0", "vig_t"]
+    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2

@@ -1,6 +1,5 @@
 """The mean of checkpoints, and files that cannot be averaged."""
 
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
@@ -13,11 +12,8 @@ PATH = Path(__file__).parents[2] / "tools" / "average_checkpoints.py"
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("average_checkpoints", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(tools):
+    return tools("average_checkpoints")
 
 
 def weights(value, dtype=torch.float32):

@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -33,7 +32,7 @@ def contenders(tools: Callable[[str], ModuleType]) -> ModuleType:
     return tools("contenders")
 
 
-def test_writes_figures_and_a_picture(tool: ModuleType, tmp_path: Path, monkeypatch) -> None:
+def test_writes_figures_and_a_picture(tool, tmp_path, monkeypatch):
     setting = tool.Setting((9, 8), (3, 3), 8)
     monkeypatch.setattr(tool, "SETTINGS", [setting])
     output = tmp_path / "runs" / "na"
@@ -54,7 +53,7 @@ def test_writes_figures_and_a_picture(tool: ModuleType, tmp_path: Path, monkeypa
     assert sorted(p.suffix for p in output.parent.iterdir()) == [".json", ".png"]
 
 
-def test_runs_in_pieces_add_up(tool: ModuleType, tmp_path: Path, monkeypatch) -> None:
+def test_runs_in_pieces_add_up(tool, tmp_path, monkeypatch):
     large, small = (tool.Setting((n, n), (3, 3), 4) for n in (6, 4))
     monkeypatch.setattr(tool, "SETTINGS", [large, small])
     measured = []
@@ -91,7 +90,7 @@ def test_runs_in_pieces_add_up(tool: ModuleType, tmp_path: Path, monkeypatch) ->
         tool.neighborhood(once)
 
 
-def test_slow_contenders_are_timed_once_and_the_slowest_skipped(tool: ModuleType) -> None:
+def test_slow_contenders_are_timed_once_and_the_slowest_skipped(tool):
     setting, device = tool.Setting((6, 5), (3, 3), 4), torch.device("cpu")
     names = ("tiled", "gather", "sdpa-mask")
 
@@ -111,9 +110,7 @@ def test_slow_contenders_are_timed_once_and_the_slowest_skipped(tool: ModuleType
 
 
 @pytest.mark.parametrize(("name", "rounds"), [("cpu", 3), ("tiled", 1)])
-def test_compilation_is_not_counted_as_call_time(
-    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, rounds: int
-) -> None:
+def test_compilation_is_not_counted_as_call_time(tool, monkeypatch, name, rounds):
     calls = iter([0.1])
 
     def attend(query, key, value):
@@ -127,7 +124,7 @@ def test_compilation_is_not_counted_as_call_time(
     assert row["contenders"][name]["rounds"] == rounds
 
 
-def test_expects_what_smaller_batches_took(tool: ModuleType) -> None:
+def test_expects_what_smaller_batches_took(tool):
     setting = tool.Setting((4,), (3,), 5)
 
     def row(batch: int, **milliseconds: float) -> dict:
@@ -155,7 +152,7 @@ def made(contenders: ModuleType, name: str, setting: object) -> Callable[..., to
     ("size", "kernel_size", "dilation"),
     [((11,), (4,), 2), ((8, 7), (3, 3), 2), ((3, 5, 4), (2, 3, 4), 1)],
 )
-def test_contenders_compute_the_same(contenders: ModuleType, size, kernel_size, dilation) -> None:
+def test_contenders_compute_the_same(contenders, size, kernel_size, dilation):
     setting = contenders.Setting(size, kernel_size, 8, dilation)
     tensors = torch.randn(3, 2, *size, contenders.NUM_HEADS, 8)
     true = made(contenders, "gather", setting)(*tensors)
@@ -163,7 +160,7 @@ def test_contenders_compute_the_same(contenders: ModuleType, size, kernel_size, 
         torch.testing.assert_close(made(contenders, name, setting)(*tensors), true)
 
 
-def test_old_natten_is_measured_or_the_reason_given(contenders: ModuleType) -> None:
+def test_old_natten_is_measured_or_the_reason_given(contenders):
     setting = contenders.Setting((9,), (3,), 8)
     tensors = torch.randn(3, 1, 9, contenders.NUM_HEADS, 8)
     with pytest.raises(CannotRunError, match=r"0\.15 to 0\.19"):
@@ -173,14 +170,9 @@ def test_old_natten_is_measured_or_the_reason_given(contenders: ModuleType) -> N
     assert torch.equal(out, made(contenders, "split", setting)(*tensors))
 
 
-def test_counts_operations(contenders: ModuleType) -> None:
-    setting = contenders.Setting((4,), (3,), 5)
-    assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * contenders.NUM_HEADS * 4 * 3 * 5
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
-def test_flex_attention_is_compiled_for_every_setting(contenders: ModuleType) -> None:
+def test_flex_attention_is_compiled_for_every_setting(contenders):
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
         for size, kernel_size in (((12,), (5,)), ((8, 6), (3, 3)), ((4, 5, 6), (2, 3, 3))):
             setting = contenders.Setting(size, kernel_size, 16)
@@ -190,12 +182,7 @@ def test_flex_attention_is_compiled_for_every_setting(contenders: ModuleType) ->
             torch.testing.assert_close(out, true)
 
 
-def test_scans(
-    tools: Callable[[str], ModuleType],
-    tool: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_scans(tools, tool, tmp_path, monkeypatch):
     page = tools("tables_ops")
     networks = {"vig_t": lambda: torch.ones(1), "deit_tiny": lambda: torch.ones(1)}
     monkeypatch.setattr(tool, "TOKENS", (5, 9))
@@ -215,12 +202,7 @@ def test_scans(
     assert "(missed 3)" in page.scan_networks(report)
 
 
-def test_selective_scans(
-    tools: Callable[[str], ModuleType],
-    tool: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_selective_scans(tools, tool, tmp_path, monkeypatch):
     page = tools("tables_ops")
 
     def theirs(u, delta, A, B, C, D, **options):
@@ -252,9 +234,7 @@ def test_selective_scans(
     assert "| 1 | 4 | 3.000 | 750000 | 6 % of exponentials | **1.00× (missed 20)** |" in text
 
 
-def test_natten_takes_the_place_of_our_layers(
-    contenders: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_natten_takes_the_place_of_our_layers(contenders, monkeypatch):
     (label, create), made = contender("natten_0_17", contenders.CONTENDERS["models"]), []
     assert label == "natten_0_17"
 
@@ -277,9 +257,12 @@ def test_natten_takes_the_place_of_our_layers(
         create("nat")
 
 
-def test_a_contender_that_is_not_installed_is_left_out(
-    contenders: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_contender_that_is_not_installed_is_left_out(contenders, monkeypatch):
     monkeypatch.setitem(sys.modules, "fla", None)
     with pytest.raises(CannotRunError, match="fla is not installed"):
         contenders.CONTENDERS["gated"]["fla"]()
+
+
+def test_counts_operations(contenders):
+    setting = contenders.Setting((4,), (3,), 5)
+    assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * contenders.NUM_HEADS * 4 * 3 * 5

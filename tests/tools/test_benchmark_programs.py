@@ -30,9 +30,7 @@ def results_in(folder: Path) -> list[dict[str, Any]]:
     return results
 
 
-def test_each_result_is_kept_at_once(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_result_is_kept_at_once(tool, tmp_path, monkeypatch):
     """A benchmark that ends in the middle goes on with the rest."""
 
     def stopping(folder: Path, rounds: int, models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
@@ -47,9 +45,7 @@ def test_each_result_is_kept_at_once(
     assert [result["model"] for result in results_in(tmp_path)] == ["van_b0", "shvit_s1"]
 
 
-def test_a_graph_is_measured(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_graph_is_measured(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "ROWS", 1000)
     monkeypatch.setattr(tool, "_IN_SHARD", 600)
     tool.embedding(["index", *places(tmp_path)])
@@ -58,9 +54,7 @@ def test_a_graph_is_measured(
     assert result["bytes"] > 4 * tool.DIM * 1000
 
 
-def test_other_packages_are_measured(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_packages_are_measured(tool, tmp_path, monkeypatch):
     """Programs that stand in for them: seconds are 10, and 0.01 an image."""
     program = (
         "import sys, pathlib\n"
@@ -92,17 +86,13 @@ def test_other_packages_are_measured(
         tool.embedding([*words, *places(tmp_path)])
 
 
-def test_pipelines_need_an_environment(
-    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_pipelines_need_an_environment(tool, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tool.embedding(["pipelines", *places(tmp_path)])
     assert "pipelines needs --birder PYTHON" in capsys.readouterr().err
 
 
-def test_decoders_are_measured(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decoders_are_measured(tool, tmp_path, monkeypatch):
     plain = tool.make_photos
     monkeypatch.setattr(
         tool, "make_photos", lambda folder, copies, count: plain(folder, 1, count=2)
@@ -130,9 +120,7 @@ class _Network:
 
 
 @pytest.mark.slow
-def test_embed_and_the_script_are_measured(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_embed_and_the_script_are_measured(tool, tmp_path, monkeypatch):
     plain = tool.make_photos
     monkeypatch.setattr(tool, "make_photos", lambda folder, copies: plain(folder, 1, count=160))
     tool.embedding(["speed", "--rounds=1", "--models=shvit_s1", *places(tmp_path)])
@@ -144,9 +132,7 @@ def test_embed_and_the_script_are_measured(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["ray", "memory"])
-def test_the_other_parts_run(
-    part: str, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_other_parts_run(part, tool, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     plain = tool.make_photos
 
@@ -173,9 +159,7 @@ def test_the_training_code_is_measured(tool, tmp_path):
     assert report["step"]["ours_ms"] > 0 and report["step"]["ratio"] > 0
 
 
-def test_a_way_is_measured_anew_and_the_others_stay(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_way_is_measured_anew_and_the_others_stay(tool, tmp_path, monkeypatch):
     environments: list[dict[str, str]] = []
     programs: list[str] = []
 

@@ -27,14 +27,14 @@ def builder(tools: Tools) -> ModuleType:
 # --- places
 
 
-def test_the_committed_pages_are_filled(builder: ModuleType) -> None:
+def test_the_committed_pages_are_filled(builder):
     pages = [page for page in builder.pages() if builder.places(page.read_text())]
     assert {page.name for page in pages} >= {"CHANGELOG.md", "learning.md", "parity.md"}
     for page in pages:
         assert builder.filled(page, DOCS) == page.read_text(), f"make pages: {page}"
 
 
-def test_every_measurement_is_on_a_page(builder: ModuleType) -> None:
+def test_every_measurement_is_on_a_page(builder):
     pages = [page.read_text() for page in builder.pages()]
     shown = {file for text in pages for _, files, _ in builder.places(text) for file in files}
     merged = set(builder.speeds.reports(DOCS))  # the table of the page Speed
@@ -42,7 +42,7 @@ def test_every_measurement_is_on_a_page(builder: ModuleType) -> None:
     assert there - shown - merged == {"performance/cpus.json"}
 
 
-def test_places_are_filled_and_prose_stays(builder: ModuleType, tmp_path: Path) -> None:
+def test_places_are_filled_and_prose_stays(builder, tmp_path):
     machine = {"name": "a CPU", "cpu_capability": "AVX2", "torch": "2"}
     row = {"way": "wheel", "model": "van_b0", "plain": {"seconds": 0.5}}
     row["fused"] = {"seconds": 1.0, "cpu_seconds": 2.0}
@@ -75,9 +75,7 @@ def test_places_are_filled_and_prose_stays(builder: ModuleType, tmp_path: Path) 
         ("<!-- end -->", "0 places begin, 1 end"),
     ],
 )
-def test_places_that_cannot_be_filled_are_named(
-    builder: ModuleType, tmp_path: Path, text: str, said: str
-) -> None:
+def test_places_that_cannot_be_filled_are_named(builder, tmp_path, text, said):
     (tmp_path / "a.json").write_text('{"machine": {}, "results": []}')
     (tmp_path / "page.md").write_text(text)
     with pytest.raises(ValueError, match=r"page\.md: ") as raised:
@@ -85,9 +83,7 @@ def test_places_that_cannot_be_filled_are_named(
     assert said in str(raised.value)
 
 
-def test_the_command_fills_and_rewrites(
-    builder: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_fills_and_rewrites(builder, tmp_path, monkeypatch):
     for name, text in (("README.md", "Nothing to fill.\n"), ("NOTICE", "Model\n\nOthers.\n")):
         (tmp_path / name).write_text(text)
     tmp_path /= "docs"
@@ -142,7 +138,7 @@ def models(tools: Tools) -> ModuleType:
     return tools("tables_models")
 
 
-def test_aims_and_misses(models: ModuleType) -> None:
+def test_aims_and_misses(models):
     rows = [_row(), _row(size=448), _row("unknown"), _row(batch=8, threads=2), _row(batch=4)]
     lines = models.aims(_report(*rows)).splitlines()[2:]
     assert lines == [
@@ -156,50 +152,7 @@ def test_aims_and_misses(models: ModuleType) -> None:
     assert "| `shvit_s4` | 1 | 1 | eager | 4.00× (1.45) | – |" in models.aims(_report(row))
 
 
-def test_a_release_before_and_now(models: ModuleType) -> None:
-    row = _row()
-    row["contenders"]["fused+bfloat16"]["speedup_over"]["eager"] = 8.0
-    before = {"model": "shvit_s4", "size": 224, "milliseconds": 3.0}
-    before["speedup_over_eager"] = {"fused": 2.5, "fused+bfloat16": 5.0}
-    old = {"version": "0.1.0", "machine": _MACHINE, "results": [before]}
-    text = models.releases(old, _report(row))
-    assert text.splitlines()[2:] == ["| `shvit_s4` | 2.50× | 4.00× | 5.00× | 8.00× |"]
-    before["milliseconds"] = 2.0  # the same row as now
-    assert not models.releases(old, _report(row)).splitlines()[2:]
-
-
-def test_growth_and_shares(models: ModuleType) -> None:
-    report = _report(_row(), _row(size=448), _row("van_b0"), _row(size=448, threads=2))
-    assert models.growth(report).splitlines()[2:] == ["| `shvit_s4` | 2.0 | 4.0 | 2.0× | 4.0× |"]
-    lines = models.shares(report).splitlines()
-    assert lines[0] == "| share of time | norms | attention |"
-    assert lines[2:4] == [
-        "| `shvit_s4`, eager | 25 % | 75 % |",
-        "| `shvit_s4`, fused | 25 % | 75 % |",
-    ]
-    assert len(lines) == 6  # at the usual size alone
-
-
-def test_training_steps(models: ModuleType) -> None:
-    row = _row(direction="train", batch=4)
-    row["contenders"] = {"original": _timed(20.0), "eager": _timed(21.0, original=0.95)}
-    text = models.training_steps(_report(_row(), row))
-    assert text.splitlines()[2:] == ["| `shvit_s4` | 4 | 1 | 20.0 | 21.0 | **0.95× (missed 1)** |"]
-
-
-def test_bounds_and_natten(models: ModuleType) -> None:
-    row = _row("nat_mini", batch=8)
-    row["contenders"]["fused"] = {**_timed(1.25, eager=1.6, natten_0_17=46.0), "gflops": 80.0}
-    row["contenders"]["natten_0_17"] = _timed(57.5)
-    report = _report(row, _row(threads=2))
-    assert models.bounds(report).splitlines()[2:] == [
-        "| `nat_mini` | 8 | 50 | 80 | 90 | 1.80× | 1.60× |"
-    ]
-    text = models.natten(_report(), _report(row))
-    assert "| `nat_mini` | 8 | `-O3 -march=native` | 1.2 | 8.0 | 57.5 | 46.00× (10) |" in text
-
-
-def test_no_digit_that_was_not_measured_is_shown(models: ModuleType) -> None:
+def test_no_digit_that_was_not_measured_is_shown(models):
     shown = [models.decimal(value, 2) for value in (1.2346, 12.346, 123.46, 1235.0, 12350.0)]
     assert shown == ["1.23", "12.35", "123.5", "1235", "12350"]
 
@@ -223,7 +176,7 @@ def _floors(*rows: tuple[str, int, int, dict[str, float]]) -> dict[str, Any]:
     }
 
 
-def test_the_faster_plain_form_counts(models: ModuleType) -> None:
+def test_the_faster_plain_form_counts(models):
     measured = _floors(
         ("van_b0", 1, 1, {"eager": 1.5, "channels_last": 0.96}),
         ("van_b0", 8, 1, {"eager": 1.2, "channels_last": 1.4}),
@@ -265,7 +218,7 @@ def _calls(*rows: dict) -> dict:
     return {"machine": {**machine, "device": "cpu"}, "results": list(rows)}
 
 
-def test_aims_of_neighborhood_attention(ops: ModuleType) -> None:
+def test_aims_of_neighborhood_attention(ops):
     rows = [
         _call((56, 56), tiled=4.0, sdpa_mask=20.5),
         _call((28, 28), tiled=3.75, sdpa_mask=5.0),
@@ -293,7 +246,7 @@ def test_aims_of_neighborhood_attention(ops: ModuleType) -> None:
     assert "50× `gather`" not in text and "60× `natten`" not in text
 
 
-def test_split_functions_that_miss_their_aim_are_marked(ops: ModuleType) -> None:
+def test_split_functions_that_miss_their_aim_are_marked(ops):
     rows = [_call((28, 28)), _call((56, 56), backward=True)]
     for found, theirs in zip(rows, (24.0, 9.0), strict=True):
         found["contenders"] |= {
@@ -303,14 +256,6 @@ def test_split_functions_that_miss_their_aim_are_marked(ops: ModuleType) -> None
     lines = ops.split(_calls(*rows)).splitlines()
     assert "| `28x28` | forward | 24.00 | 3.00 | 8.0× | 2.00 |" in lines
     assert "| `56x56` | forward and backward | 9.00 | 3.00 | **3.0×** | 2.00 |" in lines
-
-
-def test_the_index_of_embed(ops: ModuleType) -> None:
-    row = {"part": "index", "model": "synthetic", "rows": 1_000_000, "dim": 192, "queries": 200}
-    row |= {"exact": [3.0, 9.0], "hnsw": [2.5, 2.6], "recall": 0.987, "graph_query_ms": 0.5}
-    row |= {"build": 800.0, "open": 2.0, "bytes": 2**30}
-    text = ops.embed_index({"results": [row]})
-    assert "| `hnsw` | 2.50 | 2.60 | 0.987 | 800 | 1.00 | 2.0 | 0.50 |" in text
 
 
 # --- accuracy
@@ -326,7 +271,7 @@ def accuracy(tools: Tools) -> ModuleType:
 LEAST = {"nat_isotropic_small": 50}
 
 
-def test_every_family_has_learnt_by_the_recipe(tools: Tools) -> None:
+def test_every_family_has_learnt_by_the_recipe(tools):
     report = json.loads((DOCS / "learning.json").read_text())
     variants = yaml.safe_load(tools("accuracy").DIGITS.read_text())
     assert list(report["results"]) == list(variants.pop("variants"))
@@ -347,53 +292,49 @@ def form(top1: float, agreement: float, error: float = 0.01, **more: Any) -> dic
     return {"top1": top1, "agreement": agreement, "error": error, **more}
 
 
+def _accuracy(model: str, family: str, forms: dict[str, dict[str, Any]], **more: Any) -> dict:
+    counts = {"images": 400, "calibration_images": 64, **more}
+    return {"model": model, "family": family, "forms": forms, "kind": "digits", **counts}
+
+
+def _failed() -> dict[str, str]:
+    return {"failed": "ValueError: no"}
+
+
 ACCURACY = {
     "machine": MACHINE,
     "results": [
-        {
-            "model": "van_b0",
-            "family": "van",
-            "kind": "digits",
-            "images": 400,
-            "calibration_images": 64,
-            "layers": 9,
-            "forms": {
-                "float32": form(98.0, 100.0, 0.0),
-                "fused": form(98.0, 100.0, 0.0),
+        _accuracy(
+            "van_b0",
+            "van",
+            {
+                **dict.fromkeys(("float32", "fused"), form(98.0, 100.0, 0.0)),
                 "bfloat16": form(97.0, 98.0),
                 "int8": form(97.7, 99.0, quantized=8),
                 "int8_calibrated": form(97.5, 99.5, quantized=7),
             },
-        },
-        {
-            "model": "biformer_tiny",
-            "family": "biformer",
-            "kind": "digits",
-            "images": 400,
-            "calibration_images": 64,
-            "forms": {
-                "float32": form(90.0, 100.0, 0.0),
-                "fused": form(90.0, 100.0, 0.0),
+            layers=9,
+        ),
+        _accuracy(
+            "biformer_tiny",
+            "biformer",
+            {
+                **dict.fromkeys(("float32", "fused"), form(90.0, 100.0, 0.0)),
                 "bfloat16": form(90.25, 99.75),
-                "int8": {"failed": "ValueError: no"},
-                "int8_calibrated": {"failed": "ValueError: no"},
+                **{"int8": _failed(), "int8_calibrated": _failed()},
             },
-        },
-        {
-            "model": "hat_nano_x2",
-            "family": "hat",
-            "kind": "pictures",
-            "images": 3,
-            "calibration_images": 9,
-            "layers": 20,
-            "forms": {
-                "float32": {"psnr": 35.3},
-                "fused": {"psnr": 35.3},
+        ),
+        _accuracy(
+            "hat_nano_x2",
+            "hat",
+            {
+                **dict.fromkeys(("float32", "fused"), {"psnr": 35.3}),
                 "bfloat16": {"psnr": 35.28},
                 "int8": {"psnr": 35.25, "quantized": 12},
                 "int8_calibrated": {"psnr": 35.0, "quantized": 12},
             },
-        },
+            **{"kind": "pictures", "images": 3, "calibration_images": 9, "layers": 20},
+        ),
     ],
 }
 
@@ -419,7 +360,7 @@ SPEED = {
                 "onnxruntime_static": timed(12.0, {}, 4_600_000),
                 "pt2e_x86": {"skipped": "ValueError: it has |\n more than one output"},
             },
-        },
+        }
     ],
 }
 AGREEMENT = {
@@ -446,7 +387,7 @@ def rows(text: str, start: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in found]
 
 
-def test_accuracy_and_what_misses_its_target(accuracy: ModuleType) -> None:
+def test_accuracy_and_what_misses_its_target(accuracy):
     text = accuracy.int8_accuracy(ACCURACY)
     (van,) = rows(text, "| van |")
     assert van[:5] == ["van", "`van_b0`", "7/8 of 9", "98.00", "+0.00 (100.0)"]
@@ -464,7 +405,7 @@ def test_accuracy_and_what_misses_its_target(accuracy: ModuleType) -> None:
     ]
 
 
-def test_restoration_by_instruction_set(accuracy: ModuleType) -> None:
+def test_restoration_by_instruction_set(accuracy):
     other = copy.deepcopy(ACCURACY)
     other["machine"]["instruction_set"] = "avx512"
     text = accuracy.int8_restoration(ACCURACY, other)
@@ -479,7 +420,7 @@ def test_restoration_by_instruction_set(accuracy: ModuleType) -> None:
     )
 
 
-def test_other_toolkits(accuracy: ModuleType) -> None:
+def test_other_toolkits(accuracy):
     (sizes,) = rows(accuracy.int8_sizes(SPEED), "| `shvit_s4` |")
     assert sizes == ["`shvit_s4`", "16.0", "8.0", "4.0", "4.5", "4.6", "–"]
     (agreement,) = rows(accuracy.int8_predictions(AGREEMENT), "| `shvit_s1` |")

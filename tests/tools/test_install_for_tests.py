@@ -45,37 +45,24 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_as_root(machine: Machine) -> None:
-    assert machine.run("browser") == _BROWSER
-
-
-def test_with_a_sudo_that_needs_no_password(machine: Machine) -> None:
-    machine.has("id", "echo 1000")
-    machine.has("sudo", '[ "$1" = -n ] && shift && exec "$@"')
-    machine.has("true")
-    assert machine.run("browser") == _BROWSER
-
-
-@pytest.mark.parametrize("sudo", ["", "exit 1"])
-def test_nothing_where_a_password_is_asked(sudo: str, machine: Machine) -> None:
-    machine.has("id", "echo 1000")
-    if sudo:
-        machine.has("sudo", sudo)
-    assert machine.run("browser", "emulator") == []
-
-
-def test_nothing_without_apt(machine: Machine) -> None:
+def test_nothing_without_apt(machine):
     (machine.folder / "apt-get").unlink()
     assert machine.run("browser") == []
 
 
-def test_only_what_is_missing(machine: Machine) -> None:
-    machine.has("chromium")
-    assert machine.run("browser") == ["update", "install chromium-driver"]
-    machine.has("chromedriver")
-    assert machine.run("browser") == ["update", "install chromium-driver"]  # as before
-
-
-def test_packages_that_cannot_be_installed(machine: Machine) -> None:
-    machine.has("apt-get", f'echo "$*" >>{machine.log}; exit 100')
-    assert machine.run("browser") == _BROWSER
+@pytest.mark.parametrize(
+    ("programs", "asked"),
+    [
+        ({}, _BROWSER),  # as root
+        ({"id": "echo 1000", "sudo": '[ "$1" = -n ] && shift && exec "$@"', "true": ""}, _BROWSER),
+        ({"id": "echo 1000"}, []),  # a password would be asked
+        ({"id": "echo 1000", "sudo": "exit 1"}, []),
+        ({"chromium": ""}, ["update", "install chromium-driver"]),
+        ({"chromium": "", "chromedriver": ""}, []),
+        ({"apt-get": 'echo "$*" >>{log}; exit 100'}, _BROWSER),
+    ],
+)
+def test_what_is_installed(programs, asked, machine):
+    for name, text in programs.items():
+        machine.has(name, text.replace("{log}", str(machine.log)))
+    assert machine.run("browser") == asked

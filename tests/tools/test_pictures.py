@@ -18,7 +18,7 @@ def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
     return tools("build_pages")
 
 
-def test_the_pictures_are_drawn(tool: ModuleType, tmp_path: Path) -> None:
+def test_the_pictures_are_drawn(tool, tmp_path):
     names = ("learning", "performance/cpus", "performance/avx2/models")
     for name in (*names, "performance/zen5/neighborhood_attention"):
         file = Path(name).with_suffix(".json")

@@ -52,7 +52,7 @@ def _report(*rows: dict[str, Any], **machine: str) -> dict[str, Any]:
     return {"machine": {"name": "x", "torch": "2.13", **machine}, "results": list(rows)}
 
 
-def test_the_newest_row_counts_and_earlier_ones_fill_gaps(tool: ModuleType, docs: Path) -> None:
+def test_the_newest_row_counts_and_earlier_ones_fill_gaps(tool, docs):
     old = _row("2026-01-01", eager=9.0, fused=3.0, openvino=2.7, onnxruntime="cannot")
     _write(docs / "performance" / "old.json", _report(old))
     _write(docs / "performance" / "new.json", _report(_row(eager=8.0, fused=2.0)))
@@ -68,7 +68,7 @@ def test_the_newest_row_counts_and_earlier_ones_fill_gaps(tool: ModuleType, docs
     assert found.ratios == {"eager": 4.0, "OpenVINO": pytest.approx(0.9)}
 
 
-def test_cpus_and_restrictions_stand_apart(tool: ModuleType, docs: Path) -> None:
+def test_cpus_and_restrictions_stand_apart(tool, docs):
     row = _row(eager=2.0, fused=1.0)
     for name, machine in {"a": {}, "c": {"instruction_set": "avx2"}}.items():
         _write(docs / "performance" / f"{name}.json", _report(row, **machine))
@@ -78,7 +78,7 @@ def test_cpus_and_restrictions_stand_apart(tool: ModuleType, docs: Path) -> None
     assert places == [("a", ""), ("a", "avx2"), ("b", ""), ("b", "portable")]
 
 
-def test_contenders_are_compared_within_their_dtype() -> None:
+def test_contenders_are_compared_within_their_dtype():
     row = _row(
         **{"eager": 4.0, "channels_last": 3.0, "fused": 1.0, "fused+bfloat16": 0.5, "int8": 0.4},
         **{
@@ -98,7 +98,7 @@ def test_contenders_are_compared_within_their_dtype() -> None:
     assert rivals(_row(eager=1.0), "float32") == {}
 
 
-def test_the_command_prints_the_same_row() -> None:
+def test_the_command_prints_the_same_row():
     row = _row(eager=4.0, fused=2.0, openvino=1.0, onnxruntime="cannot")
     *_, line = speed_lines({"results": [{**row, "direction": "train"}, row]})
     assert line == (
@@ -107,20 +107,20 @@ def test_the_command_prints_the_same_row() -> None:
     )
 
 
-def test_rows_say_when_and_with_which_kernels_they_were_measured(tool: ModuleType) -> None:
+def test_rows_say_when_and_with_which_kernels_they_were_measured(tool):
     found = provenance()
     assert found["kernels"] == kernels() and len(found["date"]) == 10
     assert not tool.is_older({"kernels": kernels()}, kernels())
     assert tool.is_older({}, kernels())
 
 
-def test_every_committed_row_has_a_date_and_a_commit(tool: ModuleType) -> None:
+def test_every_committed_row_has_a_date_and_a_commit(tool):
     for name, report in tool.reports(DOCS).items():
         for row in report["results"]:
             assert {"date", "commit"} <= row.keys(), name
 
 
-def test_medians_and_losses(tool: ModuleType, docs: Path) -> None:
+def test_medians_and_losses(tool, docs):
     slow = {**_row(eager=2.0, fused=1.0, openvino=0.5), "model": "shvit_s4"}
     rows = [_row(eager=4.0, fused=1.0), slow, {**_row(eager=9.0, fused=1.0), "batch": 8}]
     _write(docs / "performance" / "a.json", _report(*rows))

@@ -19,12 +19,12 @@ def tables(tools: Callable[[str], ModuleType]) -> Any:
     return tools("tables_families")
 
 
-def test_notice_is_filled(tables: Any) -> None:
+def test_notice_is_filled(tables):
     notice = (ROOT / "NOTICE").read_text()
     assert tables.notice(notice) == notice, "make pages: NOTICE lacks a row"
 
 
-def test_rows_of_a_new_family(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_new_family(tables, monkeypatch):
     """One that only its module, its page and its figures name so far."""
     monkeypatch.setattr(backbones, "list_families", lambda: ["van"])
     changed = tables.notice("Above.\n\nModel: paper\nOld row\n\nBelow.\n")
@@ -37,7 +37,7 @@ def test_rows_of_a_new_family(tables: Any, monkeypatch: pytest.MonkeyPatch) -> N
     )
 
 
-def test_a_module_without_citation_is_named(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_module_without_citation_is_named(tables, monkeypatch):
     monkeypatch.setattr(backbones.van, "__doc__", "Visual Attention Network.")
     with pytest.raises(ValueError, match="van: cite the paper as"):
         tables.notice("Model\n\n")

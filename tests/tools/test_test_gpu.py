@@ -19,9 +19,7 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("test_gpu")
 
 
-def test_says_that_there_is_no_gpu(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_says_that_there_is_no_gpu(tool, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     output = tmp_path / "gpu.json"
     assert tool.main(["--output", str(output)]) == 0
@@ -54,9 +52,7 @@ def test_wrong(i):
     [(CASES, 60, (4, 1, 0)), (CASES, 0, (0, 0, 5)), ("import nothing_of_that_name", 60, (0, 1, 0))],
     ids=["all", "late", "broken"],
 )
-def test_counts_cases(
-    tool: ModuleType, tmp_path: Path, text: str, seconds: float, counts: tuple[int, int, int]
-) -> None:
+def test_counts_cases(tool, tmp_path, text, seconds, counts):
     """All of them with the quick ones first; none when the time is over."""
     file = tmp_path / "some_triton_cases.py"
     file.write_text(text)
@@ -66,18 +62,14 @@ def test_counts_cases(
         assert found["failed"][0].endswith("test_wrong[1]")
 
 
-def test_a_case_that_hangs_is_a_failure(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_case_that_hangs_is_a_failure(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool, "SECONDS_OF_A_CASE", 0.5)
     file = tmp_path / "some_triton_cases.py"
     file.write_text("import time\ntime.sleep(30)\n")
     assert tool.run_cases(file, 0)["failed"] == ["a case that did not end"]
 
 
-def test_tests_and_measures_within_the_time(
-    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_tests_and_measures_within_the_time(tool, tmp_path, monkeypatch, capsys):
     """As on a GPU, but for the machine, the cases and the measurements."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tool, "machine", lambda device: {"name": "a GPU"})

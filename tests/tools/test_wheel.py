@@ -120,9 +120,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("made", "machine"),
     [("wheel", os.uname().machine), pytest.param("arm_wheel", "aarch64", marks=_CROSS)],
 )
-def test_every_kernel_is_there_for_every_instruction_set(
-    made: str, machine: str, request: pytest.FixtureRequest
-) -> None:
+def test_every_kernel_is_there_for_every_instruction_set(made, machine, request):
     wheel = request.getfixturevalue(made)
     with zipfile.ZipFile(wheel) as content:
         names = {name for name in content.namelist() if name.endswith(".so")}
@@ -136,7 +134,7 @@ def test_every_kernel_is_there_for_every_instruction_set(
 
 
 @pytest.mark.parametrize("made", ["wheel", pytest.param("arm_wheel", marks=_CROSS)])
-def test_it_runs_on_any_linux_of_2018_and_later(made: str, request: pytest.FixtureRequest) -> None:
+def test_it_runs_on_any_linux_of_2018_and_later(made, request):
     wheel = request.getfixturevalue(made)
     said = _run(sys.executable, "-m", "auditwheel", "show", wheel)
     tag = re.search(r'platform\s+tag:\s+"manylinux_2_(\d+)_', said)
@@ -159,7 +157,7 @@ def _code(library: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", _SOURCES.all())
-def test_a_kernel_is_the_one_that_is_compiled_at_home(name: str, python: Path) -> None:
+def test_a_kernel_is_the_one_that_is_compiled_at_home(name, python):
     """So it is as fast, where the same compiler made both."""
     home = cpu.status(name)
     (shipped,) = python.parents[1].glob(
@@ -179,9 +177,7 @@ def without_compiler(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", ["shvit_s4", "van_b0", "medvitv2_tiny"])
-def test_the_first_fused_image_compiles_nothing(
-    name: str, python: Path, without_compiler: dict[str, str], tmp_path: Path
-) -> None:
+def test_the_first_fused_image_compiles_nothing(name, python, without_compiler, tmp_path):
     plain, fused = (
         json.loads(
             _run(python, "-I", "-c", _FIRST_IMAGE, name, kind, cwd=tmp_path, env=without_compiler)
@@ -197,9 +193,7 @@ def test_the_first_fused_image_compiles_nothing(
 
 
 @pytest.mark.parametrize("isa", cpu.levels())
-def test_each_instruction_set_that_this_cpu_runs_is_chosen(
-    isa: str, python: Path, without_compiler: dict[str, str], tmp_path: Path
-) -> None:
+def test_each_instruction_set_that_this_cpu_runs_is_chosen(isa, python, without_compiler, tmp_path):
     order = cpu.levels()
     expected = max(isa, cpu.instruction_set(), key=order.index)
     environment = {**without_compiler, "VISION_BACKBONES_NATIVE_ISA": isa}
@@ -209,9 +203,7 @@ def test_each_instruction_set_that_this_cpu_runs_is_chosen(
 
 
 @pytest.mark.parametrize("kind", ["editable", "from a source distribution", "switched off"])
-def test_the_source_distribution_ships_no_kernels(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_source_distribution_ships_no_kernels(kind, tmp_path, monkeypatch):
     clone = fresh_clone(tmp_path / "clone")
     if kind == "from a source distribution":
         code = f"import hatchling.build; hatchling.build.build_sdist({str(tmp_path)!r})"
@@ -238,9 +230,7 @@ def test_the_source_distribution_ships_no_kernels(
         ("macosx_arm64", "darwin", "aarch64", "macosx_11_0_arm64"),
     ],
 )
-def test_wheels_for_other_systems(
-    chosen: str, system: str, machine: str, tag: str, tmp_path: Path, monkeypatch
-) -> None:
+def test_wheels_for_other_systems(chosen, system, machine, tag, tmp_path, monkeypatch):
     """Of libraries that were compiled before, which would take minutes."""
     clone = fresh_clone(tmp_path / "clone")
     kernels = clone / "build" / "kernels"
@@ -262,9 +252,7 @@ def test_wheels_for_other_systems(
     assert libraries == {f"ops/cpu/compiled/{name}" for name in names}
 
 
-def test_another_architecture_needs_a_cross_compiler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_architecture_needs_a_cross_compiler(tmp_path, monkeypatch):
     clone = fresh_clone(tmp_path / "clone")
     monkeypatch.setenv("CXX", "no-such-compiler")
     other = "x86_64" if os.uname().machine == "aarch64" else "aarch64"

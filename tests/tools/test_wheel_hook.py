@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,8 +31,8 @@ print(get_requires_for_build_wheel())
     ],
 )
 def test_ziglang_is_required_where_there_is_no_compiler(
-    ziglang: str, programs: list[str], switch: str, required: str, tmp_path: Path
-) -> None:
+    ziglang, programs, switch, required, tmp_path
+):
     for name in programs:
         (tmp_path / name).touch(0o755)
     environment = {k: v for k, v in os.environ.items() if k not in ("CXX", "PYTHONPATH")}
@@ -43,7 +42,7 @@ def test_ziglang_is_required_where_there_is_no_compiler(
     assert said == f"{required}\n"
 
 
-def test_kernels_of_a_read_only_checkout(tmp_path: Path) -> None:
+def test_kernels_of_a_read_only_checkout(tmp_path):
     spec = importlib.util.spec_from_file_location("hook", ROOT / "tools" / "wheel_hook.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

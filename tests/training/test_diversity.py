@@ -23,7 +23,7 @@ def _cross_entropy(net: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, 
     return F.cross_entropy(logits, targets), logits
 
 
-def test_similarity() -> None:
+def test_similarity():
     one = torch.zeros(1, 2, 4, 16)
     one[..., 0] = 1  # all tokens look at the first
     assert attention_similarity(one).item() == pytest.approx(1)
@@ -34,7 +34,7 @@ def test_similarity() -> None:
     assert attention_similarity(own, 0.5).item() == pytest.approx(16**-0.5)
 
 
-def test_similarity_is_the_formula() -> None:
+def test_similarity_is_the_formula():
     torch.manual_seed(0)
     weights = (3 * torch.randn(3, 2, 5, 7)).softmax(-1)
     heads = weights.mean(1)
@@ -67,7 +67,7 @@ SLOPE = torch.linspace(-3, 3, 36).view(6, 6)
 
 
 @pytest.mark.parametrize("mask", [SLOPE, SLOPE > -2.5], ids=["added", "boolean"])
-def test_fused_and_plain_attention_are_seen(mask: Tensor) -> None:
+def test_fused_and_plain_attention_are_seen(mask):
     torch.manual_seed(0)
     fused, by_hand = _Attention(False, mask), _Attention(True, mask)
     by_hand.load_state_dict(fused.state_dict())
@@ -84,14 +84,14 @@ def test_fused_and_plain_attention_are_seen(mask: Tensor) -> None:
 
 
 @pytest.mark.parametrize("family", ["biformer", "efficientvit", "favit", "litv2", "shvit"])
-def test_families_are_seen(family: str) -> None:
+def test_families_are_seen(family):
     model = small(family, num_classes=2)
     loss, logits = DiverseAttention(_cross_entropy, 1.0)(model, images(2, 3, 128, 128), ANSWERS)
     assert loss >= F.cross_entropy(logits, ANSWERS) - 1e-6
     loss.backward()
 
 
-def test_faults() -> None:
+def test_faults():
     with pytest.raises(RecipeError, match="softmax attention between tokens"):
         DiverseAttention(_cross_entropy, 1.0)(
             small("van", num_classes=2), images(2, 3, 64, 64), ANSWERS
@@ -101,7 +101,7 @@ def test_faults() -> None:
 
 
 @pytest.mark.parametrize("other", ["compile", "grad_checkpointing"])
-def test_unsupported_combinations(other: str) -> None:
+def test_unsupported_combinations(other):
     given: dict[str, Any] = {"model": "favit_b0", "attn_diversity": 1.0}
     objective = build_objective(load_recipe(None, given), 2, {}, False, torch.device("cpu"))
     assert isinstance(objective, DiverseAttention)

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import resource
-
 import pytest
+from faults import files_that_may_not_grow
 from training_runs import final_state, make_images, same, train
 
 
 @pytest.fixture
 def images(tmp_path):
     return make_images(tmp_path / "images", {"train": 20, "val": 3})
-
-
-@contextlib.contextmanager
-def files_that_may_not_grow(beyond):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (beyond, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("size", [200, 20_000])

@@ -75,18 +75,6 @@ def test_loader_processes_make_the_same_batches(make):
     assert equal(make(**options).epoch(0), make(workers=2, **options).epoch(0))
 
 
-def test_a_loader_process_keeps_an_inherited_ignore():
-    numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _start_worker(0)
-        assert {signal.getsignal(number) for number in numbers} == {signal.SIG_IGN}
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize("repeats", [1, 3])
 def test_processes_share_an_epoch_in_equal_parts(size, repeats):
@@ -164,12 +152,6 @@ def test_grey_images_are_augmented_too(aa, make, monkeypatch):
         monkeypatch.setitem(CONFIG, key, value)
     for images, _ in make(aa=aa, in_chans=1, grayscale_prob=0.5).epoch(0):
         assert images.shape == (4, 1, 32, 32)
-
-
-def test_image_sizes_that_grow(make):
-    loader = make(img_size_schedule={0: 16, 2: 24, 4: 32})
-    sizes = [next(iter(loader.epoch(epoch)))[0].shape[-1] for epoch in range(5)]
-    assert sizes == [16, 16, 24, 24, 32]
 
 
 def test_flips(make):
@@ -269,3 +251,15 @@ def test_a_run_over_broken_images(broken, tmp_path, capsys):
     assert "corrupt_train.txt" in capsys.readouterr().out
     assert train(*arguments, "--name=b", "--max-corrupt=0") == 2
     assert "cannot be read, more than max_corrupt" in capsys.readouterr().err
+
+
+def test_a_loader_process_keeps_an_inherited_ignore():
+    numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _start_worker(0)
+        assert {signal.getsignal(number) for number in numbers} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

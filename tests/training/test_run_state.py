@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from faults import Malicious
 
 from backbones.common.errors import FileError
 from backbones.common.generators import get_rng_state, set_rng_state
@@ -66,11 +67,6 @@ def test_a_foreign_file(path):
         archive.writestr("a", "b")
     with pytest.raises(FileError, match="is truncated or not a checkpoint"):
         load_state(path)
-
-
-class Malicious:
-    def __reduce__(self):
-        return eval, ("1/0",)
 
 
 def test_a_pickle_with_code_is_rejected(path):
