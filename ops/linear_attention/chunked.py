@@ -56,8 +56,8 @@ def attend(
 def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool, chunk: int) -> Tensor:
     """Each direction: (…, L, K) and (…, L, V) → (…, L, V)."""
     tokens = q.shape[-2]
-    # Padding at the end: tokens without a key don't affect earlier ones. The graph of a single chunk
-    # would be one for a single chunk only, so an exported one has a further chunk.
+    # Padding at the end: tokens without a key don't affect earlier ones. The graph of a single
+    # chunk would be one for a single chunk only, so an exported one has a further chunk.
     padding = -tokens % chunk + (chunk if torch.compiler.is_exporting() else 0)
     q, k, v, gate = (
         F.pad(t, (0, 0, 0, padding)).unflatten(-2, (-1, chunk)) for t in (q, k, v, gate)

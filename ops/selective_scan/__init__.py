@@ -98,13 +98,11 @@ def selective_scan(
     if groups < 1 or channels % groups:
         raise ValueError(f"B must have groups that divide {channels} channels, got {groups}")
     of_group = (batch, groups, states, tokens)
-    _check(
-        *("u", u),
-        delta=(delta, u.shape),
-        B=(B, of_group),
-        C=(C, of_group),
+    shapes = {
+        **{"delta": (delta, u.shape), "B": (B, of_group), "C": (C, of_group)},
         **_of_channels(channels, A, D, delta_bias),
-    )
+    }
+    _check("u", u, shapes)
     chosen = _choose(u, A, backend)
     with without_autocast(u.device):
         out: Tensor = chosen.scan(*given)
@@ -158,12 +156,12 @@ def cross_selective_scan(
     if backend in (None, "cpu") and (known := cpu.repeat_cross(given)) is not None:
         return known
     channels, (rank, states) = x.shape[3], (delta_weight.shape[2], A.shape[1])
-    _check(
-        *("x", x),
-        projected=(projected, (*x.shape[:3], 4 * (rank + 2 * states))),
-        delta_weight=(delta_weight, (4, channels, rank)),
+    shapes = {
+        "projected": (projected, (*x.shape[:3], 4 * (rank + 2 * states))),
+        "delta_weight": (delta_weight, (4, channels, rank)),
         **_of_channels(4 * channels, A, D, delta_bias),
-    )
+    }
+    _check("x", x, shapes)
     chosen = _choose(x, A, backend)
     with without_autocast(x.device):
         if hasattr(chosen, "cross"):
@@ -173,9 +171,10 @@ def cross_selective_scan(
     return out
 
 
-def _of_channels(
-    channels: int, A: Tensor, D: Tensor | None, delta_bias: Tensor | None
-) -> dict[str, tuple[Tensor | None, tuple[int, ...]]]:
+_Shapes = dict[str, tuple[Tensor | None, tuple[int, ...]]]  # tensors and what they must be, by name
+
+
+def _of_channels(channels: int, A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> _Shapes:
     of_channel = (channels,)
     return {
         "A": (A, (channels, A.shape[1])),
@@ -184,7 +183,7 @@ def _of_channels(
     }
 
 
-def _check(of: str, x: Tensor, **others: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def _check(of: str, x: Tensor, others: _Shapes) -> None:
     """Check the shapes of tensors, and dtypes and devices against those of the map ``x``."""
     if not x.is_floating_point():
         raise ValueError(f"{of} must be of a floating-point dtype, got {x.dtype}")

@@ -160,7 +160,9 @@ class Kernel:
         if needs_grad(tensors) or not is_plain_call(tensors) or _thread.observer is not None:
             return None
         plan = self._plans.get(self._signature.layout(args, tensors))
-        return None if plan is None else self._run_planned(tensors, plan)
+        if plan is None or unavailable_reason(self.library) is not None:
+            return None
+        return self._run_planned(tensors, plan)
 
     @torch.compiler.assume_constant_result
     def unavailable(
