@@ -69,8 +69,8 @@ def left_to_torch(library: str, dtype: torch.dtype) -> str | None:
     SHViT-S4 and InceptionNeXt-T went from 0.6 and 0.4 to 1.1 times the speed of their plain forms.
     """
     if (
-        instruction_set() == "portable"
-        and library in _PRODUCTS
+        library in _PRODUCTS
+        and instruction_set() == "portable"
         and multiplies(dtype)
         and torch.backends.mkldnn.is_available()
     ):

@@ -56,9 +56,11 @@ def attend(
 def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool, chunk: int) -> Tensor:
     """Each direction: (…, L, K) and (…, L, V) → (…, L, V)."""
     tokens = q.shape[-2]
-    # Padding at the end: tokens without a key don't affect earlier ones.
+    # Padding at the end: tokens without a key don't affect earlier ones. The graph of a single
+    # chunk would be one for a single chunk only, so an exported one has a further chunk.
+    padding = -tokens % chunk + (chunk if torch.compiler.is_exporting() else 0)
     q, k, v, gate = (
-        F.pad(t, (0, 0, 0, -tokens % chunk)).unflatten(-2, (-1, chunk)) for t in (q, k, v, gate)
+        F.pad(t, (0, 0, 0, padding)).unflatten(-2, (-1, chunk)) for t in (q, k, v, gate)
     )  # (…, N, C, ·)
     decay = _decays(gate)  # (…, N, C + 1, C + 1, K); row and column 0 precede the chunk
     seen = decay[..., :-1, :, :] if apart else decay[..., 1:, :, :]  # (…, C, C + 1, K)

@@ -90,16 +90,22 @@ def selective_scan(
         ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
+    given = (u, delta, A, B, C, D, delta_bias, delta_softplus)
+    if backend in (None, "cpu") and (known := cpu.repeat_scan(given)) is not None:
+        return known
     batch, channels, tokens = u.shape
     groups, states = B.shape[1], A.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"B must have groups that divide {channels} channels, got {groups}")
     of_group = (batch, groups, states, tokens)
-    _check("u", u, delta=(delta, u.shape), B=(B, of_group), C=(C, of_group))
-    _check_channels("u", u, channels, A, D, delta_bias)
+    shapes = {
+        **{"delta": (delta, u.shape), "B": (B, of_group), "C": (C, of_group)},
+        **_of_channels(channels, A, D, delta_bias),
+    }
+    _check("u", u, shapes)
     chosen = _choose(u, A, backend)
     with without_autocast(u.device):
-        out: Tensor = chosen.scan(u, delta, A, B, C, D, delta_bias, delta_softplus)
+        out: Tensor = chosen.scan(*given)
     return out
 
 
@@ -146,15 +152,17 @@ def cross_selective_scan(
         ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
-    channels, (rank, states) = x.shape[3], (delta_weight.shape[2], A.shape[1])
-    _check(
-        *("x", x),
-        projected=(projected, (*x.shape[:3], 4 * (rank + 2 * states))),
-        delta_weight=(delta_weight, (4, channels, rank)),
-    )
-    _check_channels("x", x, 4 * channels, A, D, delta_bias)
-    chosen = _choose(x, A, backend)
     given = (x, projected, delta_weight, A, D, delta_bias, delta_softplus)
+    if backend in (None, "cpu") and (known := cpu.repeat_cross(given)) is not None:
+        return known
+    channels, (rank, states) = x.shape[3], (delta_weight.shape[2], A.shape[1])
+    shapes = {
+        "projected": (projected, (*x.shape[:3], 4 * (rank + 2 * states))),
+        "delta_weight": (delta_weight, (4, channels, rank)),
+        **_of_channels(4 * channels, A, D, delta_bias),
+    }
+    _check("x", x, shapes)
+    chosen = _choose(x, A, backend)
     with without_autocast(x.device):
         if hasattr(chosen, "cross"):
             out: Tensor = chosen.cross(*given)
@@ -163,24 +171,23 @@ def cross_selective_scan(
     return out
 
 
-def _check_channels(
-    name: str,
-    x: Tensor,
-    channels: int,
-    A: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-) -> None:
+_Shapes = dict[str, tuple[Tensor | None, tuple[int, ...]]]  # tensors and what they must be, by name
+
+
+def _of_channels(channels: int, A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> _Shapes:
     of_channel = (channels,)
-    _check(name, x, A=(A, (channels, A.shape[1])))
-    _check(name, x, D=(D, of_channel), delta_bias=(delta_bias, of_channel))
+    return {
+        "A": (A, (channels, A.shape[1])),
+        "D": (D, of_channel),
+        "delta_bias": (delta_bias, of_channel),
+    }
 
 
-def _check(of: str, x: Tensor, **others: tuple[Tensor | None, tuple[int, ...]]) -> None:
+def _check(of: str, x: Tensor, others: _Shapes) -> None:
     """Check the shapes of tensors, and dtypes and devices against those of the map ``x``."""
     if not x.is_floating_point():
         raise ValueError(f"{of} must be of a floating-point dtype, got {x.dtype}")
-    dtypes = dict.fromkeys((x.dtype, torch.float32))
+    dtype, device = x.dtype, x.device
     for name, (t, shape) in others.items():
         if t is None:
             continue
@@ -189,13 +196,14 @@ def _check(of: str, x: Tensor, **others: tuple[Tensor | None, tuple[int, ...]]) 
                 f"{name} must be {tuple(shape)} beside {of} of {tuple(x.shape)}, "
                 f"got {tuple(t.shape)}"
             )
-        if t.dtype not in dtypes:
+        if t.dtype != dtype and t.dtype != torch.float32:
+            either = dict.fromkeys((dtype, torch.float32))
             raise ValueError(
-                f"{name} must be {' or '.join(map(str, dtypes))} beside {of} of {x.dtype}, "
+                f"{name} must be {' or '.join(map(str, either))} beside {of} of {dtype}, "
                 f"got {t.dtype}"
             )
-        if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, {of} on {x.device}")
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}, {of} on {device}")
 
 
 def _choose(x: Tensor, A: Tensor, backend: str | None) -> ModuleType:

@@ -77,7 +77,7 @@ def test_rows(report):
     assert 2 < large / small < 4  # without the head four times as much
 
 
-def test_table_and_picture(report: Path) -> None:
+def test_table_and_picture(report):
     text = report.with_suffix(".md").read_text()
     assert text.count("| shvit_s1 |") == 10
     assert report.with_suffix(".png").read_bytes()[1:4] == b"PNG"

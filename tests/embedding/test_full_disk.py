@@ -33,7 +33,7 @@ def test_finished_shards_remain(size, workers, tmp_path, capsys):
     assert same(out, tmp_path / "undisturbed")
 
 
-def test_the_list_of_corrupt_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_of_corrupt_images(tmp_path, capsys):
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos, out = make_photos(tmp_path / "photos", 3), tmp_path / "out"
     (photos / "none.jpg").write_text("no image")

@@ -446,6 +446,26 @@ def test_nothing_to_scan(name: str, backend: str | None, no: str) -> None:
     assert not any(grad.any() for grad in grads)
 
 
+@pytest.mark.parametrize("name", ["selective_scan", "cross_selective_scan"])
+def test_later_calls_do_the_same(name: str) -> None:
+    """Calls of a known layout take a shorter path, which checks nothing again."""
+    function = getattr(selective_scan, name)
+    given = cast(_single(name, 21), torch.float32)
+    first = function(**given, **STEPS)
+    assert torch.equal(function(**given, **STEPS), first)
+    other = {**given, "A": given["A"] * 2}
+    expected = function(**other, **STEPS, backend="reference")
+    torch.testing.assert_close(function(**other, **STEPS), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="A must be"):
+        function(**{**given, "A": given["A"][:-1]}, **STEPS)
+    with pytest.raises(ValueError, match="backend must be"):
+        function(**given, **STEPS, backend="mamba")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(function(**given, **STEPS), first)
+    rate = given["A"].clone().requires_grad_()
+    assert function(**{**given, "A": rate}, **STEPS).grad_fn is not None
+
+
 # ---- without what a backend needs --------------------------------------------------------------
 @every_scan
 def test_without_a_library(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -620,11 +640,13 @@ ANY_SIZE: dict[str, Any] = {
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 @pytest.mark.parametrize(
-    "name", [GLA, *(pytest.param(n, marks=pytest.mark.slow) for n in SCANS if n != GLA)]
+    ("name", "exported"),
+    [(GLA, 12), *(pytest.param(name, 42, marks=pytest.mark.slow) for name in SCANS)],
 )
 @torch.no_grad()
-def test_onnx(name: str) -> None:
-    tensors, axes = _single(name, 21), ANY_SIZE.get(name)  # two chunks
+def test_onnx(name: str, exported: int) -> None:
+    """Of one chunk, and of several."""
+    tensors, axes = _single(name, exported), ANY_SIZE.get(name)
     shapes = None if axes is None else (tuple(axes.get(n) for n in tensors),)
     layer, example = Layer(name).eval(), tuple(tensors.values())
     program = torch.onnx.export(layer, example, dynamo=True, dynamic_shapes=shapes, verbose=False)

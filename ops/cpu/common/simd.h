@@ -134,17 +134,31 @@ static VB_INLINE F in_register(F v) {
 
 // ---- functions ---------------------------------------------------------------------------------
 // 2^x for x <= 126 with a relative error below 1e-7 (minimax polynomial on [-0.5, 0.5]). Below
-// -126 it returns 2^-126, negligible next to the largest term of a softmax; NaN stays NaN.
+// -126 it returns 2^-126, negligible next to the largest term of a softmax; NaN stays NaN. Several
+// vectors step by step: a step of the next one is computed while that of the first is awaited.
+template <int N>
+static VB_INLINE void exp2(F (&x)[N]) {
+  constexpr float TERMS[] = {1.5370704817e-4f, 1.3399848291e-3f, 9.6183732514e-3f,
+                             5.5503290352e-2f, 2.4022648462e-1f, 6.9314720558e-1f, 1.f};
+  F n[N], p[N];
+  VB_UNROLL
+  for (int i = 0; i < N; i++) x[i] = max(set1(-126.f), x[i]);
+  VB_UNROLL
+  for (int i = 0; i < N; i++) n[i] = round(x[i]);
+  VB_UNROLL
+  for (int i = 0; i < N; i++) x[i] = x[i] - n[i], p[i] = set1(TERMS[0]);
+  VB_UNROLL
+  for (int t = 1; t < 7; t++) {
+    VB_UNROLL
+    for (int i = 0; i < N; i++) p[i] = fma(p[i], x[i], set1(TERMS[t]));
+  }
+  VB_UNROLL
+  for (int i = 0; i < N; i++) x[i] = times_power_of_two(p[i], n[i]);
+}
 static VB_INLINE F exp2(F x) {
-  x = max(set1(-126.f), x);
-  const F n = round(x), f = x - n;
-  F p = fma(set1(1.5370704817e-4f), f, set1(1.3399848291e-3f));
-  p = fma(p, f, set1(9.6183732514e-3f));
-  p = fma(p, f, set1(5.5503290352e-2f));
-  p = fma(p, f, set1(2.4022648462e-1f));
-  p = fma(p, f, set1(6.9314720558e-1f));
-  p = fma(p, f, set1(1.f));
-  return times_power_of_two(p, n);
+  F one[] = {x};
+  exp2(one);
+  return one[0];
 }
 
 // 1 / x within 2 ulp, for normal x from 2^-120 to 2^120; NaN stays NaN.

@@ -36,9 +36,10 @@ def gated_scan(
     """The attention; shapes as in :mod:`ops.linear_attention`. No gradients.
 
     Raises:
-        ValueError: gates or a bonus not in float32.
+        ValueError: gates or a bonus not in float32, or query, key and value of different dtypes.
     """
     require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back, bonus=bonus)
+    require_dtype(query.dtype, key=key, value=value)
 
     def arguments() -> dict[str, Any]:
         of_call = _sizes(*query.shape, value.shape[-1])
@@ -70,10 +71,10 @@ def gated_scan_backward(
     gradient is an empty tensor if there is no second gate.
 
     Raises:
-        ValueError: gates not in float32, or a gradient with a dtype other than the value's.
+        ValueError: gates not in float32, or the other tensors of different dtypes.
     """
     require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back)
-    require_dtype(value.dtype, grad_out=grad_out)
+    require_dtype(query.dtype, key=key, value=value, grad_out=grad_out)
     inputs = (query, key, value, log_gate, log_gate_back)
     grads = tuple(query.new_empty(0 if t is None else t.shape, dtype=torch.float32) for t in inputs)
 

@@ -157,10 +157,10 @@ static void differentiate(const Problem& p, const Channels& c, const ChannelGrad
         float* const state = states + (n * blocks + index) * of_states;
         const Shared shared = source.share(span);
         source.load(b, span, s.u, s.step);
-        make_steps(p, of_block(p, b, c.bias), span.count, s.u, s.step, s.moved);
         std::copy_n(state, of_states, state + blocks * of_states);
-        advance<Source::PITCH>(p, kept.decay, {s.u, s.step, s.moved, simd::zero(), s.out}, shared,
-                               span.count, state + blocks * of_states);
+        const Moves moves{s.u, s.step, s.moved, s.out, of_block(p, b, c.bias), simd::zero()};
+        advance<Source::PITCH>(p, kept.decay, moves, shared, span.count,
+                               state + blocks * of_states);
       }
     }
     for (int64_t n = chunks - 1; n >= 0; n--) {

@@ -9,15 +9,16 @@
 
 namespace selective {
 
-// What a chunk's tokens move into the states of a block, see make_steps, and read of them.
+// What a chunk's tokens move into the states of a block, [CHUNK][W] each.
 struct Moves {
-  const float *u, *step, *moved;  // [CHUNK][W]
-  F own;                          // D
-  float* out;                     // [CHUNK][W]
+  const float* u;
+  float *step, *moved;  // of make_steps; `step` is delta before it
+  float* out;
+  F bias, own;  // of the steps; D
 };
 
-// Advances S states by a chunk and adds what is seen of them to `out`, or to D u if they are ALL.
-template <bool ALL, int S, int PITCH>
+// Advances S states by a chunk and adds what is seen of them to `out`.
+template <int S, int PITCH>
 static void advance_tile(const float* decay, const Moves& m, const Shared& shared, int count,
                          float* state) {
   F rate[S], h[S];
@@ -29,10 +30,14 @@ static void advance_tile(const float* decay, const Moves& m, const Shared& share
   const float *before = shared.before, *after = shared.after;
   for (int i = 0; i < count; i++) {
     const F d = simd::load(m.step + i * W), x = simd::load(m.moved + i * W);
-    F sum = ALL ? m.own * simd::load(m.u + i * W) : simd::load(m.out + i * W);
+    F sum = simd::load(m.out + i * W);
+    F faded[S];
+    VB_UNROLL
+    for (int s = 0; s < S; s++) faded[s] = d * rate[s];
+    simd::exp2(faded);
     VB_UNROLL
     for (int s = 0; s < S; s++) {
-      h[s] = simd::fma(simd::exp2(d * rate[s]), h[s], x * simd::set1(before[s * PITCH]));
+      h[s] = simd::fma(faded[s], h[s], x * simd::set1(before[s * PITCH]));
       sum = simd::fma(h[s], simd::set1(after[s * PITCH]), sum);
     }
     simd::store(m.out + i * W, sum);
@@ -43,15 +48,46 @@ static void advance_tile(const float* decay, const Moves& m, const Shared& share
   for (int s = 0; s < S; s++) simd::store(state + s * W, h[s]);
 }
 
-// The same for all states.
+// Makes the steps of a chunk and advances the only state by it, without storing the steps.
+static void advance_one(const Problem& p, const float* decay, const Moves& m, const Shared& shared,
+                        int count, float* state) {
+  const F rate = simd::load(decay);
+  F h = simd::load(state);
+  for (int first = 0; first < count; first += AT_ONCE) {
+    F step[AT_ONCE], x[AT_ONCE];
+    load_steps(p, m.bias, m.step + first * W, step);
+    VB_UNROLL
+    for (int i = 0; i < AT_ONCE; i++) {
+      x[i] = step[i] * simd::load(m.u + (first + i) * W);
+      step[i] = step[i] * rate;
+    }
+    simd::exp2(step);
+    const int here = std::min(AT_ONCE, count - first);
+    const auto pass = [&](int i) VB_INLINE_LAMBDA {
+      const int64_t at = first + i;
+      h = simd::fma(step[i], h, x[i] * simd::set1(shared.before[at * shared.token]));
+      const F own = m.own * simd::load(m.u + at * W);
+      simd::store(m.out + at * W, simd::fma(h, simd::set1(shared.after[at * shared.token]), own));
+    };
+    if (here == AT_ONCE) {
+      VB_UNROLL
+      for (int i = 0; i < AT_ONCE; i++) pass(i);
+    } else {
+      for (int i = 0; i < here; i++) pass(i);
+    }
+  }
+  simd::store(state, h);
+}
+
+// Makes the steps of a chunk and advances all states by it.
 template <int PITCH>
 static void advance(const Problem& p, const float* decay, const Moves& m, const Shared& shared,
                     int count, float* state) {
-  if (p.states == 1) return advance_tile<true, 1, PITCH>(decay, m, shared, count, state);
+  if (p.states == 1) return advance_one(p, decay, m, shared, count, state);
+  make_steps(p, m.bias, count, m.u, m.step, m.moved);
   for (int i = 0; i < count; i++) simd::store(m.out + i * W, m.own * simd::load(m.u + i * W));
   each_tile(p.states, [&](auto size, int64_t n) {
-    advance_tile<false, size.value, PITCH>(decay + n * W, m, shared.from(n * PITCH), count,
-                                           state + n * W);
+    advance_tile<size.value, PITCH>(decay + n * W, m, shared.from(n * PITCH), count, state + n * W);
   });
 }
 
@@ -77,9 +113,8 @@ static void scan(const Problem& p, const Channels& c, Source source, const Strip
       for (int64_t k = 0; k < strip.blocks; k++) {
         const Block b = block_of(p, source.group, strip.first + k);
         source.load(b, span, u, step);
-        make_steps(p, of_block(p, b, c.bias), span.count, u, step, moved);
-        advance<Source::PITCH>(p, decays + k * of_states,
-                               {u, step, moved, of_block(p, b, c.own), out}, shared, span.count,
+        const Moves moves{u, step, moved, out, of_block(p, b, c.bias), of_block(p, b, c.own)};
+        advance<Source::PITCH>(p, decays + k * of_states, moves, shared, span.count,
                                states + k * of_states);
         source.give(b, span, strip, out);
       }

@@ -77,26 +77,51 @@ static VB_INLINE Span chunk_of(const Problem& p, int64_t index) {
 }
 
 // log(1 + exp(z)) with a relative error of a few ulp: a minimax polynomial of log(1 + e) / e for e
-// in 0 … 1.
-static VB_INLINE F softplus(F z) {
+// in 0 … 1. Vectors step by step, see simd::exp2.
+template <int N>
+static VB_INLINE void softplus(F (&z)[N]) {
   constexpr float TERMS[] = {5.2326941098e-3f,  -2.9505237276e-2f, 7.8225947817e-2f,
                              -1.3663245296e-1f, 1.9106006444e-1f,  -2.4842982110e-1f,
                              3.3319096792e-1f,  -4.9999493140e-1f, 1.f};
-  const F above = activation::positive(z);
-  const F e = simd::exp2(simd::fma(above, simd::set1(-2 * LOG2E), z * simd::set1(LOG2E)));  // of -|z|
-  F sum = simd::set1(TERMS[0]);
+  F above[N], e[N];
   VB_UNROLL
-  for (int i = 1; i < 9; i++) sum = simd::fma(sum, e, simd::set1(TERMS[i]));
-  return simd::fma(e, sum, above);
+  for (int i = 0; i < N; i++) above[i] = activation::positive(z[i]);
+  VB_UNROLL
+  for (int i = 0; i < N; i++) {  // the exponents of -|z|
+    e[i] = simd::fma(above[i], simd::set1(-2 * LOG2E), z[i] * simd::set1(LOG2E));
+    z[i] = simd::set1(TERMS[0]);
+  }
+  simd::exp2(e);
+  VB_UNROLL
+  for (int t = 1; t < 9; t++) {
+    VB_UNROLL
+    for (int i = 0; i < N; i++) z[i] = simd::fma(z[i], e[i], simd::set1(TERMS[t]));
+  }
+  VB_UNROLL
+  for (int i = 0; i < N; i++) z[i] = simd::fma(e[i], z[i], above[i]);
 }
 
-// Makes steps of a chunk's delta, in place, and their products with u.
+constexpr int AT_ONCE = 4;  // tokens whose exponentials are computed together
+
+// The steps of tokens from their deltas.
+static VB_INLINE void load_steps(const Problem& p, F bias, const float* delta,
+                                 F (&step)[AT_ONCE]) {
+  VB_UNROLL
+  for (int i = 0; i < AT_ONCE; i++) step[i] = simd::load(delta + i * W) + bias;
+  if (p.softplus) softplus(step);
+}
+
+// Makes steps of a chunk's delta, in place, and their products with u; also beyond `count`.
 static VB_INLINE void make_steps(const Problem& p, F bias, int count, const float* u, float* delta,
                                  float* moved) {
-  for (int i = 0; i < count; i++) {
-    const F z = simd::load(delta + i * W) + bias, step = p.softplus ? softplus(z) : z;
-    simd::store(delta + i * W, step);
-    simd::store(moved + i * W, simd::load(u + i * W) * step);
+  for (int i = 0; i < count; i += AT_ONCE) {
+    F step[AT_ONCE];
+    load_steps(p, bias, delta + i * W, step);
+    VB_UNROLL
+    for (int j = 0; j < AT_ONCE; j++) {
+      simd::store(delta + (i + j) * W, step[j]);
+      simd::store(moved + (i + j) * W, simd::load(u + (i + j) * W) * step[j]);
+    }
   }
 }
 

@@ -157,7 +157,7 @@ def test_no_images(name: str) -> None:
     assert 0 in outs[0].shape and outs[0].ndim == expected[0].ndim
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if not n.startswith("gated_scan")])
+@EVERY
 def test_other_dtypes_are_refused(name: str) -> None:
     """Or converted, as the kernel only gets an address."""
     kernel, batched, given = CALLS[name]()
