@@ -70,6 +70,9 @@ def filled(page: Path, docs: Path) -> str:
     marks = len(re.findall(r"<!-- (?:table|fact): ", text))
     if not len(found) == marks == text.count("<!-- end -->"):
         raise ValueError(f"{page}: {marks} places begin, {text.count('<!-- end -->')} end")
+    if at_start := re.search(r"^ *(?:[-*] )?<!-- fact: .*", text, re.MULTILINE):
+        place = at_start[0].partition(" -->")[0].lstrip()
+        raise ValueError(f"{page}: put a word before {place}: lines that begin with it are HTML")
     contents = iter([_content(page, docs, *place) for place in found])
 
     def put(place: re.Match[str]) -> str:

@@ -165,6 +165,7 @@ TIMM_NAMES = frozenset(
     + [f"inception_next_{size}" for size in ("atto", "tiny", "small", "base")]
 )
 _RIVALS = ("eager", "compile", "OpenVINO")
+_COLUMNS = {"compile": "torch.compile"}
 
 
 def usual(docs: Path, cpu: str) -> list[Speeds]:
@@ -197,14 +198,14 @@ def four_cpus(docs: Path) -> str:
         "PyTorch eager",
         "torch.compile",
         "OpenVINO",
-        "slower than the fastest",
-        "until",
+        "slower than another library",
+        "newest row",
     ]
     return table(head, rows, 2)
 
 
 def families(docs: Path) -> str:
-    """How many families there are, in words."""
+    """How many families there are, in a word."""
     numbers = [
         "zero",
         "one",
@@ -221,7 +222,7 @@ def families(docs: Path) -> str:
     numbers += ["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen"]
     numbers += ["eighteen", "nineteen", "twenty"]
     count = len(backbones.list_families())
-    return numbers[count].capitalize() if count < len(numbers) else str(count)
+    return numbers[count] if count < len(numbers) else str(count)
 
 
 # What the authors say of families' licences beyond a name: code, weights.
@@ -331,11 +332,57 @@ def int8_gain(docs: Path) -> str:
             )
         else:
             missing.append(machine["name"])
-    said = "; ".join(parts)
-    return f"{said[:1].upper()}{said[1:]}. Not measured on: {'; '.join(missing) or 'none'}"
+    return f"{'; '.join(parts)}. Not measured on: {'; '.join(missing) or 'none'}"
+
+
+def timm_gain(docs: Path) -> str:
+    """How much faster fused models of timm are, and which are slower than in another library."""
+    parts = []
+    for machine in cpus(docs)["machines"]:
+        found = [
+            each
+            for each in measured(docs)
+            if (each.cpu, each.isa, each.batch, each.threads) == (machine["key"], "", 1, 1)
+            and each.model.startswith("timm/")
+            and "float32" in each.over
+        ]
+        gains = []
+        for rival, title in (("eager", "eager PyTorch"), ("OpenVINO", "OpenVINO")):
+            value, count = median(each.ratios.get(rival) for each in found)
+            if value is not None:
+                gains.append(f"{value:.2f} times as fast as in {title} (median of {count})")
+        if gains:
+            slower = [f"`{each.model[5:]}`" for each in found if each.over["float32"][0] < 1]
+            parts.append(
+                f"On {machine['name']} (one image, one thread, float32), fused models of timm are "
+                f"{' and '.join(gains)}. Slower than in another library: "
+                f"{', '.join(slower) or 'none'}."
+            )
+    return " ".join(parts) or "No model of timm was measured."
+
+
+def unmeasured(docs: Path) -> str:
+    """What was never measured on which CPU."""
+    parts = []
+    for machine in cpus(docs)["machines"]:
+        rows = [each for each in measured(docs) if (each.cpu, each.isa) == (machine["key"], "")]
+        there = {
+            **{name: any(name in each.ratios for each in rows) for name in list(PLAIN)[1:]},
+            "OpenVINO in bfloat16": any(
+                "openvino_bf16" in each.rivals["bfloat16"] for each in rows
+            ),
+            "int8": any(each.cells["int8"].milliseconds for each in rows),
+        }
+        missing = [_COLUMNS.get(name, name) for name, found in there.items() if not found]
+        if missing:
+            parts.append(f"on {machine['name']}: {', '.join(missing)}")
+    return "; ".join(parts) or "nothing"
 
 
 CLAIMS: dict[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (four_cpus, families, readme_models, counts, worst_parity, int8_gain)
+    for function in (
+        *(four_cpus, families, readme_models, counts, worst_parity),
+        *(int8_gain, timm_gain, unmeasured),
+    )
 }
