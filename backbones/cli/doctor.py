@@ -162,7 +162,7 @@ def examine_cpu() -> list[Finding]:
         return [Finding("cpu", "error", str(error), f"unset {str(error).split()[0]}")]
     if cores is not None and threads > cores:
         fix = f"export OMP_NUM_THREADS={cores}"
-        return [Finding("cpu", "warning", f"{text}: more threads than cores are slow", fix)]
+        return [Finding("cpu", "warning", f"{text}: more threads than cores slow it down", fix)]
     return [Finding("cpu", "ok", text)]
 
 
@@ -173,7 +173,7 @@ def examine_gpu() -> list[Finding]:
     build = torch.version.cuda
     if torch.version.hip is not None:
         return [
-            Finding("gpu", "note", f"torch for ROCm {torch.version.hip}; the kernels are CUDA's")
+            Finding("gpu", "note", f"torch for ROCm {torch.version.hip}; the kernels need CUDA")
         ]
     if build is None:
         if present:

@@ -87,7 +87,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Run ``predict``; 1 if an image could not be read."""
     if options.cam is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--cam draws with matplotlib: pip install matplotlib")
+        raise CommandError("--cam needs matplotlib: pip install matplotlib")
     device = usable_device(options.device)
     if options.dtype is not None:
         if options.cam is not None:
@@ -115,7 +115,7 @@ def run(options: Namespace) -> int:
         loaded.classes = read_labels(options.labels, loaded.model.num_classes)
     if (channels := channels_of(loaded.model)) not in (1, 3):
         raise CommandError(
-            f"{loaded.name} takes {channels} channels; images are read as RGB or grey"
+            f"{loaded.name} expects {channels} channels; images are read as RGB or grey"
         )
     if options.cam is not None:
         if not isinstance(loaded.model, StagedBackbone):

@@ -97,7 +97,7 @@ def plan_jobs(
             # Include named pipes and broken links; reading them reports the problem.
             pictures = sorted(p for p in named if not p.is_dir() and not _below(p, out))
             if not pictures:
-                raise DataError(f"no pictures in {path}")
+                raise DataError(f"no images in {path}")
             found |= {p: p.relative_to(path) for p in pictures if p not in found}
         elif os.path.lexists(path) or not glob.has_magic(item):
             found.setdefault(path, Path(path.name))
@@ -227,7 +227,7 @@ def _is_part_of_a_name(text: str) -> bool:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "inputs", nargs="+", type=nonempty_path, metavar="IN", help="picture, folder, or glob"
+        "inputs", nargs="+", type=nonempty_path, metavar="IN", help="image, folder or glob"
     )
     add_model_arguments(parser)
     parser.add_argument(
@@ -239,7 +239,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overlap", type=int, default=32, help="margin around tiles in pixels (default: 32)"
     )
-    parser.add_argument("--compare", action="store_true", help="also write a comparison picture")
+    parser.add_argument("--compare", action="store_true", help="also write a comparison image")
     parser.add_argument("--suffix", help="suffix of the results' names (default: _x4, …)")
     endings = [s[1:] for s in SUFFIXES]
     parser.add_argument(
@@ -249,7 +249,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quality", type=int, default=95, help="quality of JPEG and WebP (default: 95)"
     )
     parser.add_argument(
-        "--skip-existing", action="store_true", help="skip pictures whose result exists"
+        "--skip-existing", action="store_true", help="skip images whose result exists"
     )
     add_overwrite(parser)
 
@@ -294,7 +294,7 @@ def run(options: argparse.Namespace) -> int:
         raise DataError(str(error)) from error
     finally:
         progress.end()
-    parts = [f"{len(report.written)} of {len(jobs)} pictures in {options.out}"]
+    parts = [f"{len(report.written)} of {len(jobs)} images in {options.out}"]
     if report.skipped:
         parts.append(f"{len(report.skipped)} already existed")
     if report.failed:

@@ -311,7 +311,7 @@ def check(recipe: Recipe) -> None:
         what = f"at most 1 with sched {recipe.sched}"
         _require(recipe, "decay_rate", recipe.decay_rate <= 1, what)
     if recipe.pretrained and recipe.checkpoint:
-        raise RecipeError("pretrained and checkpoint exclude each other: give one of them")
+        raise RecipeError("pretrained and checkpoint are mutually exclusive")
     if recipe.attn_diversity and (recipe.compile or recipe.grad_checkpointing):
         raise RecipeError("attn_diversity does not support compile or grad_checkpointing")
     _check_teacher(recipe)

@@ -129,7 +129,7 @@ def no_int8_products(has_instructions: bool) -> str | None:
     if has_instructions:
         return None
     isa = instruction_set()
-    return f"{isa} without int8 dot products (VNNI, SDOT), so int8 does not pay here"
+    return f"{isa} without int8 dot products (VNNI, SDOT), so int8 is not faster here"
 
 
 @rule(yes="int8 products", no="float products")
@@ -137,7 +137,7 @@ def linear_in_int8(has_products: bool, dtype: torch.dtype) -> Verdict:
     """Layers that ``fuse(torch.int8)`` chose, unless they are on another CPU now."""
     if has_products:
         return Verdict(True, "chosen by fuse(int8)")
-    return Verdict(False, "this CPU does not multiply int8")
+    return Verdict(False, "this CPU has no int8 instructions")
 
 
 # Weights from which on a layer is faster in int8 than in the dtype of its maps.
@@ -260,7 +260,7 @@ def linear_by_kernel(
     if min(in_features, out_features) <= _NARROW:
         return Verdict(True, "features {in_features} → {out_features}, one ≤ {limit}", _NARROW)
     if activation == "gelu" and dtype == torch.bfloat16:
-        return Verdict(True, "a GELU of few bits")
+        return Verdict(True, "GELU in bfloat16")
     if has_factor and not by_tiles(dtype):
         return Verdict(True, "times another map")
     return Verdict(False, "rows {rows} > {limit}", most)
@@ -285,7 +285,7 @@ def packs_linear(
     if activation != "none" or (has_bias and min(in_features, out_features) < _FEWEST_WITH_BIAS):
         return Verdict(True, "features {in_features} → {out_features} with a bias or an activation")
     if dtype != torch.float32 or not torch.backends.mkl.is_available():
-        return Verdict(True, "no products by MKL")
+        return Verdict(True, "MKL does not compute it")
     if in_features * out_features <= _MOST_UNPACKED:
         reason = "weights {in_features}·{out_features} ≤ {limit}"
         return Verdict(False, reason, _MOST_UNPACKED)
@@ -334,7 +334,7 @@ def convolves_windows(
     if tuple(stride) == (1, 1):
         return Verdict(False, "stride {stride}")
     if not multiplies(dtype):
-        return Verdict(False, "products of float32")
+        return Verdict(False, "bfloat16 would be computed in float32")
     return Verdict(True, "stride {stride}")
 
 
@@ -346,7 +346,7 @@ def winograd_by_kernel(in_channels: int, out_channels: int, dtype: torch.dtype) 
     and 2.3. With fewer channels than the limit, transforms take longer than products.
     """
     if dtype != torch.float32:
-        return Verdict(False, "sums of few bits")
+        return Verdict(False, "too inexact in bfloat16")
     if min(in_channels, out_channels) < _FEWEST_TRANSFORMED:
         reason = "{in_channels} → {out_channels} channels, one < {limit}"
         return Verdict(False, reason, _FEWEST_TRANSFORMED)

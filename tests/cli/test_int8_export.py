@@ -150,8 +150,8 @@ def test_runs_of_restoration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--out", "x.safetensors"], "safetensors are for --int8"),
-        (["--out", "x.onnx", "--max-drop", "0.1"], "--max-drop is for safetensors"),
+        (["--out", "x.safetensors"], "safetensors are only for --int8"),
+        (["--out", "x.onnx", "--max-drop", "0.1"], "--max-drop needs safetensors"),
         (["--out", "x.safetensors", "--int8", "--max-drop", "0"], "must be above 0"),
         (["--out", "x.pt2", "--int8"], "--int8 requires ONNX or safetensors"),
         (["--out", "x.safetensors", "--int8", "--dynamic"], "omit --dynamic"),

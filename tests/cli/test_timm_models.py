@@ -172,9 +172,9 @@ def test_summary(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_sizes_that_timm_does_not_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refusal(capsys, "summary", "timm/test_vit", "--size", "97", "96")
-    assert "--size 97 96: VisionTransformer takes no images of 97×96: " in said
+    assert "--size 97 96: VisionTransformer does not accept images of 97×96: " in said
     words = ["export", "timm/test_vit", "--out", tmp_path / "a.pt2"]
-    assert "VisionTransformer takes no images of" in refusal(capsys, *words, "--dynamic")
+    assert "VisionTransformer does not accept images of" in refusal(capsys, *words, "--dynamic")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (row["model"], row["size"]) == ("timm/test_resnet", 160)
     assert row["contenders"]["fused"]["difference_from_eager"] < 1e-5
     words = ["benchmark", "--models", "timm/test_vit", "--sizes=97", "--output", tmp_path / "b"]
-    assert "takes no images of 97×97" in refusal(capsys, *words)
+    assert "does not accept images of 97×97" in refusal(capsys, *words)
 
 
 def test_train_validate_and_predict(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

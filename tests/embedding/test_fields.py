@@ -104,7 +104,7 @@ def test_a_dim_that_the_shards_do_not_have(folder: Path) -> None:
 def test_many_missing_shards(shards: int, folder: Path) -> None:
     edit(folder, "shards", shards)
     begun = time.process_time()
-    told = f"{shards - 2} of {shards} shards are not there yet .part-00002.parquet"
+    told = f"{shards - 2} of {shards} shards are missing .part-00002.parquet"
     with pytest.raises(table.TableError, match=told):
         table.load(folder)
     assert time.process_time() - begun < 1
@@ -136,7 +136,7 @@ def test_fields_of_earlier_versions_suffice(folder: Path) -> None:
 
 def test_a_kind_of_source_that_is_unknown(folder: Path) -> None:
     edit(folder, "source.kind", "zip")
-    with pytest.raises(table.TableError, match="the kind of source 'zip' is none of folder, list"):
+    with pytest.raises(table.TableError, match="the kind of source must be one of folder, list"):
         image_bytes(folder, "00001.png", [folder])
 
 
@@ -145,5 +145,5 @@ def test_a_shape_that_the_model_does_not_make(tmp_path: Path) -> None:
     photos = make_photos(tmp_path / "photos", 2)
     assert main(words(photos, tmp_path / "out", checkpoint)) == 0
     edit(tmp_path / "out", "shape", [2, 16])
-    with pytest.raises(MendableError, match=r"of the shape \[2, 16\], and its model makes \[32\]"):
+    with pytest.raises(MendableError, match=r"of shape \[2, 16\], but its model returns \[32\]"):
         embed_queries(tmp_path / "out", [photos / "000.png"])

@@ -68,7 +68,7 @@ def test_columns_can_be_chosen(tmp_path: Path) -> None:
 
 
 def test_incomplete_table(tmp_path: Path) -> None:
-    with pytest.raises(table.TableError, match="1 of 2 shards are not there yet .part-00001"):
+    with pytest.raises(table.TableError, match="1 of 2 shards are missing .part-00001"):
         table.load(written(tmp_path, shards=1))
 
 
@@ -97,7 +97,9 @@ def test_metadata_of_something_else(tmp_path: Path, text: str) -> None:
 
 
 def test_missing_table(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no embeddings: there is no metadata.json"):
+    with pytest.raises(
+        FileNotFoundError, match="contains no embeddings: there is no metadata.json"
+    ):
         table.load(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(table.TableError, match="is a file; give the folder"):

@@ -297,7 +297,7 @@ def test_outputs_are_not_inputs(tmp_path):
     make(tmp_path / "out/a_x2.png")
     jobs = upscale_files.plan_jobs([tmp_path], tmp_path / "out", "_x2")
     assert [job.source for job in jobs] == [tmp_path / "a.png"]
-    with pytest.raises(DataError, match="no pictures in"):
+    with pytest.raises(DataError, match="no images in"):
         upscale_files.plan_jobs([tmp_path / "out"], tmp_path / "out", "_x2")
 
 
@@ -398,6 +398,6 @@ def test_validation_names_mismatched_pairs(weights, tmp_path, capsys):
     assert "there is no folder" in error("none")
     make(tmp_path / "a/HR/x.png")
     make(tmp_path / "a/LR/y.png")
-    assert "no low-resolution picture for x.png" in error("a")
+    assert "no low-resolution image for x.png" in error("a")
     make(tmp_path / "a/LR/x.png")
     assert "is not 2 times smaller" in error("a")

@@ -32,7 +32,7 @@ _USUAL = (3, 2, 1)  # side, stride and padding of the window
 
 def _no_vectors(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16 and not multiplies(dtype):
-        return "the kernel takes bfloat16 only where the CPU multiplies it"
+        return "bfloat16 needs a CPU with bfloat16 instructions"
     return no_products(device, dtype)
 
 

@@ -81,7 +81,7 @@ def test_layers_left_in_floats_stay_there() -> None:
     loaded = _other_weights("shvit")
     backbones.load_checkpoint(loaded, model.int8_state_dict())
     assert loaded.precision.quantized == model.precision.quantized
-    assert "in floats when the model was quantised" in str(loaded.precision)
+    assert "not quantised in the file" in str(loaded.precision)
     assert torch.equal(loaded(images(*_SIZE).to(_MAPS)), model(images(*_SIZE).to(_MAPS)))
 
 
@@ -177,7 +177,11 @@ _NAN, _INF, _DENORMAL = float("nan"), float("inf"), 2**-149
             for x in (0.0, _DENORMAL, -0.5, _INF, _NAN)
         ),
         *(
-            ("zero", x, f"input_range: its zero must be a whole number from 0 to 255, got {x:g}")
+            (
+                "zero",
+                x,
+                f"input_range: its zero point must be a whole number from 0 to 255, got {x:g}",
+            )
             for x in (-1.0, 0.5, 256.0, _INF, _NAN)
         ),
     ],

@@ -165,7 +165,7 @@ _MANY = 10**6  # rows, values or tokens, more than any limit
          (_MANY, 56, (3, 3), _ONE, _ONE, True, HALF), False, "values"),
         ("avx2", policy.winograd_by_kernel, (64, 31, FLOAT), False, "64 → 31 channels, one <"),
         ("avx2", policy.winograd_by_kernel, (32, 32, FLOAT), True, ""),
-        ("avx512", policy.winograd_by_kernel, (64, 64, HALF), False, "few bits"),
+        ("avx512", policy.winograd_by_kernel, (64, 64, HALF), False, "too inexact"),
         ("avx512", policy.window_attention_by_kernel, (7, FLOAT), True, "7², not in tiles"),
         ("amx", policy.window_attention_by_kernel, (40, HALF), False, "40² >"),
         ("portable", policy.single_head_by_kernel, (_MANY,), False, "tokens"),

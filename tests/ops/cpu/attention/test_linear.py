@@ -77,8 +77,8 @@ def test_large_numbers() -> None:
 def test_rejects_bad_arguments() -> None:
     qkvo, bias = _random(1, (3, 3), 48)
     reason = unavailable(qkvo.device, qkvo.dtype, 48)
-    assert reason == "the kernel takes head dims that 32 divides, not 48"
-    with pytest.raises(RuntimeError, match="32 divides, not 48"):
+    assert reason == "the kernel needs head dims divisible by 32, not 48"
+    with pytest.raises(RuntimeError, match="divisible by 32, not 48"):
         _attend(qkvo, bias, 1)
     with pytest.raises(ValueError, match=r"qkvo must be contiguous and \(1, 3, 3, 128\)"):
         _attend(qkvo, bias[..., :32], 1)

@@ -84,7 +84,7 @@ def test_bad_inputs_are_refused() -> None:
     x, offset, weight, bias = _problem(1, (9, 12), (21, 19), 2, 2)
     with pytest.raises(ValueError, match="offset must be"):
         deformable_conv2d(x, offset[:, :4], pack_taps(weight), bias, 2, 2)
-    with pytest.raises(ValueError, match="not that of 19 outputs of 84 inputs"):
+    with pytest.raises(ValueError, match="not packed for 19 outputs of 84 inputs"):
         deformable_conv2d(x, offset, pack_taps(weight)[: 18 * 84], bias, 2, 2)
     for other in (x.double(), x.bfloat16()):
         with pytest.raises(ValueError, match=r"x and weight must be float32.*got torch\."):

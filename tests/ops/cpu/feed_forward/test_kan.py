@@ -98,5 +98,5 @@ def test_compiles_and_rejects_bad_arguments() -> None:
         kan_layer(x[:, :5], *packed)
     with pytest.raises(ValueError, match="of torch.float64"):
         kan_layer(x.double(), *packed)
-    with pytest.raises(ValueError, match="weight is not that of 4 outputs of 6 inputs at 3"):
+    with pytest.raises(ValueError, match="weight is not packed for 4 outputs of 6 inputs at 3"):
         kan_layer(x, *packed._replace(weight=packed.weight[:-1]))
