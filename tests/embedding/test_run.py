@@ -544,7 +544,7 @@ def test_the_decoder_stays_the_same(
     monkeypatch.setattr(images.features, "check_feature", lambda name: False)
     capsys.readouterr()
     assert run(*words_of(photos.parent / "other", checkpoint)) == 2
-    assert "begun with simplejpeg, which is not usable here" in capsys.readouterr().err
+    assert "started with simplejpeg, which is not usable here" in capsys.readouterr().err
 
 
 def test_out_is_beside_the_source(
@@ -584,7 +584,7 @@ def test_an_untrained_model_is_refused(photos: Path) -> None:
 def test_a_restorer_has_no_features(photos: Path, tmp_path: Path) -> None:
     model = backbones.create_model("hat_s_x2")
     save_weights(tmp_path / "hat.safetensors", model.state_dict(), {"model": "hat_s_x2"})
-    with pytest.raises(CommandError, match="restores images; it has no features"):
+    with pytest.raises(CommandError, match="restores images and has no features"):
         embed(photos, tmp_path / "out", checkpoint=tmp_path / "hat.safetensors")
 
 
