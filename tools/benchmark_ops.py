@@ -203,7 +203,7 @@ def neighborhood(arguments: Sequence[str]) -> None:
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     add("--direction", nargs="+", default=["forward", "both"], choices=["forward", "both"])
     add("--device", default="cpu")
-    add("--threads", type=whole(1), help="of the CPU; default torch's")
+    add("--threads", type=whole(1), help="CPU threads (default: torch's)")
     add("--rounds", type=whole(1), default=effort.rounds, help="turns per implementation")
     text = "time limit of an implementation's turns, of which there are at least 3"
     add("--seconds", type=float, default=effort.seconds, help=text)

@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     text = "write measurements anew instead (default: all of docs/)"
     parser.add_argument("--rewrite", nargs="*", type=nonempty_path, metavar="JSON", help=text)
-    parser.add_argument("--pictures", action="store_true", help="draw the pictures, too")
+    parser.add_argument("--pictures", action="store_true", help="also draw the figures")
     options = parser.parse_args(arguments)
     if options.rewrite is not None:
         for path in options.rewrite or sorted(DOCS.rglob("*.json")):

@@ -217,7 +217,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--extra", action="store_true", help="with additional keys and values")
     parser.add_argument("--rpb", action="store_true", help="with a relative position bias")
     parser.add_argument("--first", action="store_true", help="only the tiles taken untuned")
-    parser.add_argument("--shared-limit", type=int, default=100, help="KiB a program, default 100")
+    parser.add_argument(
+        "--shared-limit",
+        type=int,
+        default=100,
+        help="shared memory per program in KiB (default: 100)",
+    )
     options = parser.parse_args(arguments)
     needs = [
         compile_start(start, arch)

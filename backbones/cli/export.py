@@ -53,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--fused", action="store_true", help="fold norms and branches first")
     text = "quantise: ONNX (QDQ), or safetensors for this library"
     add("--int8", action="store_true", help=text)
-    add("--calibration", type=nonempty_path, metavar="FOLDER", help="images for --int8")
+    add("--calibration", type=nonempty_path, metavar="FOLDER", help="folder of images for --int8")
     text = "how many of them (64)"
     add("--calibration-images", type=int, default=64, metavar="N", help=text)
     text = "safetensors: maximum relative error of the output; sensitive layers are not quantised"

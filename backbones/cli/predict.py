@@ -79,7 +79,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = f"draw the first {_PICTURES} images with their Grad-CAM"
     add("--cam", type=nonempty_path, metavar="PNG", help=text)
     add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
-    add("--dtype", choices=COMPUTED, help="of the computation, after fuse() (default: unfused)")
+    add(
+        "--dtype",
+        choices=COMPUTED,
+        help="fuse the model and compute in this dtype (default: not fused)",
+    )
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
     add_overwrite(parser)
 

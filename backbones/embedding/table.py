@@ -320,7 +320,7 @@ def corrupt_in(
             raise DamagedShardError(path, "it has no list of corrupt images") from error
         count = file.metadata.num_rows
     if sum(map(len, _rows(path, expected, columns, rows=256))) != count:
-        raise DamagedShardError(path, f"it does not have {count} rows, as it says")
+        raise DamagedShardError(path, f"it does not have the {count} rows that it declares")
     return count, corrupt
 
 

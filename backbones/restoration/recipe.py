@@ -43,7 +43,9 @@ class RestorationRecipe(Recipe):
     opt_betas: tuple[float, ...] | None = again(Recipe, "opt_betas", (0.9, 0.99), "as HAT")
     lr: float | None = again(Recipe, "lr", 2e-4)
     weight_decay: float = again(Recipe, "weight_decay", 0.0)
-    epochs: int = again(Recipe, "epochs", 100, "each of updates_per_epoch updates")
+    epochs: int = again(
+        Recipe, "epochs", 100, "number of epochs, each of updates_per_epoch updates"
+    )
     sched: str = again(
         *(Recipe, "sched", "multistep"),
         allowed=("cosine", "multistep", "step", "poly", "constant", "plateau", "none"),

@@ -40,7 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tta", action="store_true", help="average over 8 flips and rotations")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument(
-        "--dtype", choices=_DTYPES, help="of the computation on a CPU, instead of --amp (float32)"
+        "--dtype", choices=_DTYPES, help="dtype on a CPU, instead of --amp (float32)"
     )
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--threads", type=THREADS, help="CPU threads")

@@ -401,7 +401,7 @@ def depthwise_by_kernel(
     if not multiplies(dtype):
         return Verdict(True, "torch has no products of it")
     if not is_nhwc:
-        return Verdict(True, "a part of the channels")
+        return Verdict(True, "only some of the channels")
     if tuple(dilation) != (1, 1):
         return Verdict(True, "dilation {dilation}")
     if rows != columns or rows * columns >= _LARGE_WINDOW:

@@ -286,7 +286,7 @@ def test_a_refused_calibration_leaves_the_model_alone() -> None:
 def test_images_that_it_does_not_take() -> None:
     model = torchvision.models.get_model("resnet18", weights=None)
     with pytest.raises(
-        ValueError, match=r"ResNet does not accept images of \(1, 1, 64, 64\), which fuse"
+        ValueError, match=r"ResNet does not accept images of \(1, 1, 64, 64\), with which"
     ):
         backbones.fuse(model, torch.int8, calibrate=torch.zeros(1, 1, 64, 64))
     grey: Any = backbones.fuse(timm.create_model("test_resnet", in_chans=1).eval(), torch.int8)
