@@ -67,7 +67,7 @@ def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
     assert upscale(weights, *words) == 1
     printed = capsys.readouterr()
     assert "cut.png" in printed.err and "a.png" not in printed.err
-    assert "4 of 5 pictures" in printed.out and "1 failed" in printed.out
+    assert "4 of 5 images" in printed.out and "1 failed" in printed.out
     assert "20×14 → 40×28" in printed.out
     written = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     assert written == ["a_x2.png", "deep/b_x2.jpg", "deep/p_x2.png", "g_x2.tif"]
@@ -76,7 +76,7 @@ def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
         assert picture.pixels.shape[:2] == (28, 40) and picture.is_grey == path.endswith(".tif")
     (tmp_path / "in/cut.png").unlink()
     assert upscale(weights, *words, "--skip-existing") == 0
-    assert "0 of 4 pictures" in capsys.readouterr().out
+    assert "0 of 4 images" in capsys.readouterr().out
 
 
 def test_the_picture_is_right(weights, tmp_path):
@@ -153,7 +153,7 @@ def test_unreadable_files_are_named_and_skipped(weights, tmp_path, capsys):
     assert f"error: {folder / 'pipe.png'} is a named pipe\n" in printed.err
     assert f"error: {folder / 'link.png'} is a broken link\n" in printed.err
     assert "loop.png" in printed.err
-    assert "1 of 4 pictures" in printed.out and "3 failed" in printed.out
+    assert "1 of 4 images" in printed.out and "3 failed" in printed.out
     for words in ([folder / "pipe.png"], [f"{folder}/p*.png"]):
         assert upscale(weights, *words, "--out", out) == 1
         assert "pipe.png is a named pipe" in capsys.readouterr().err
@@ -353,7 +353,7 @@ def test_validation_creates_missing_low_resolution_pictures(weights, tmp_path, c
     table = tmp_path / "scores.csv"
     assert validate.main([*folders, *options, "--device=cpu", f"--csv={table}"]) == 0
     printed = capsys.readouterr().out
-    assert "Set5" in printed and "2 pictures" in printed and "bicubic" in printed
+    assert "Set5" in printed and "2 images" in printed and "bicubic" in printed
     rows = scores(table)
     assert [row["picture"] for row in rows] == ["img_0.png", "img_1.png", "mean"] * 2
     for alone, both in zip(rows[:3], rows[3:], strict=True):
