@@ -209,7 +209,7 @@ def test_int8(
     loaded = load(None, path)
     assert loaded.name == "timm/test_convnext" and loaded.model.precision.calibrated
     said = refusal(capsys, "export", *words[:1], "--checkpoint", path, "--out=x.onnx")
-    assert "has weights in int8; export needs floats" in said
+    assert "has int8 weights, which cannot be exported" in said
 
     with torch.inference_mode():
         images = batch_of(model, photos)
