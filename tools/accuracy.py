@@ -299,7 +299,9 @@ def _options(command: Callable[..., Any], output: str, names: Sequence[str]) -> 
     parser = Parser(prog=f"accuracy.py {command.__name__}", description=command.__doc__)
     parser.add_argument("--models", nargs="+", default=names, metavar="NAME", help="default: all")
     parser.add_argument("--checkpoints", type=nonempty_path, required=True, metavar="FOLDER")
-    parser.add_argument("--resume", action="store_true", help="skip models of the output")
+    parser.add_argument(
+        "--resume", action="store_true", help="skip models that the output already has"
+    )
     parser.add_argument("--output", type=nonempty_path, default=DOCS / "performance" / output)
     return parser
 
@@ -337,7 +339,7 @@ def int8(arguments: Sequence[str]) -> None:
     (calibrated).
     """
     parser = _options(int8, "int8_accuracy.json", [*CLASSIFIERS, RESTORER])
-    parser.add_argument("--train", action="store_true", help="train models without a run first")
+    parser.add_argument("--train", action="store_true", help="first train models that have no run")
     args = parser.parse_args(arguments)
     report, names = _begin(args)
     missing = [] if args.train else [name for name in names if not _has_run(args, name)]

@@ -189,19 +189,19 @@ def neighborhood(arguments: Sequence[str]) -> None:
     parser = Parser(prog="benchmark.py --op neighborhood", description=neighborhood.__doc__)
     add, effort = parser.add_argument, Effort()
     names, known = [setting.name for setting in SETTINGS], list(CONTENDERS["neighborhood"])
-    text = f"default all of {', '.join(names)}"
+    text = f"default: all of {', '.join(names)}"
     add("--settings", nargs="+", default=names, choices=names, metavar="NAME", help=text)
     add("--against", nargs="+", default=known, choices=known, help="default all")
     add("--batch", nargs="+", type=whole(1), default=[1, 8])
     add("--dtype", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     add("--direction", nargs="+", default=["forward", "both"], choices=["forward", "both"])
     add("--device", default="cpu")
-    add("--threads", type=whole(1), help="of the CPU; default torch's")
-    add("--rounds", type=whole(1), default=effort.rounds, help="turns per contender")
-    text = "time limit of a contender's turns, of which there are at least 3"
+    add("--threads", type=whole(1), help="CPU threads (default: torch's)")
+    add("--rounds", type=whole(1), default=effort.rounds, help="turns per implementation")
+    text = "time limit of an implementation's turns, of which there are at least 3"
     add("--seconds", type=float, default=effort.seconds, help=text)
     add("--turn-ms", type=float, default=effort.turn_ms, help="duration of a turn")
-    text = "skip contenders with longer calls, extrapolated from a smaller batch"
+    text = "skip implementations with longer calls, extrapolated from a smaller batch"
     add("--max-seconds", type=float, default=effort.max_seconds, help=text)
     add("--max-gib", type=float, default=effort.max_gib, help="skip those that need more memory")
     add("--resume", action="store_true", help="skip rows that the output already has")
@@ -372,7 +372,7 @@ def _scan_options(op: str, arguments: Sequence[str], description: str) -> Any:
     parser = Parser(prog=f"benchmark.py --op {op}", description=description)
     known = list(CONTENDERS[op])
     parser.add_argument("--against", nargs="+", default=known, choices=known, help="default all")
-    parser.add_argument("--rounds", type=whole(1), default=7, help="turns of every contender")
+    parser.add_argument("--rounds", type=whole(1), default=7, help="turns of every implementation")
     torch.set_num_threads(1)
     return parsed(parser, arguments, Path(f"runs/{op}.json"))
 

@@ -446,9 +446,9 @@ def embedding(arguments: Sequence[str]) -> None:
     """
     parser = Parser(prog="benchmark.py --op embed", description=embedding.__doc__)
     add = parser.add_argument
-    add("parts", nargs="+", choices=[*_BY_MODEL, *PARTS], help="what to measure anew")
+    add("parts", nargs="+", choices=[*_BY_MODEL, *PARTS], help="what to measure again")
     add("--models", nargs="+", default=MODELS, metavar="NAME")
-    add("--rounds", type=whole(1), default=3, help="of which the medians count")
+    add("--rounds", type=whole(1), default=3, help="number of runs, whose medians are reported")
     add("--images", type=whole(32), default=IMAGES, help="of `speed` and `pipelines`; default 512")
     packages = list(CONTENDERS["embed"])
     for package in packages:
@@ -629,13 +629,13 @@ def training(arguments: Sequence[str]) -> int:
     parser = Parser(prog="benchmark.py --op training", description=training.__doc__)
     add = parser.add_argument
     add("--images", type=whole(1), default=512, help="JPEG files of 500×375")
-    add("--batch-size", type=whole(1), default=32, help="of the loaders")
+    add("--batch-size", type=whole(1), default=32, help="loaders' batch size")
     add("--workers", type=whole(0), default=1, help="loader processes")
     add("--aa", help="such as rand-m9-mstd0.5-inc1")
-    add("--model", default="shvit_s1", help="of the step")
-    add("--step-size", type=whole(1), default=64, help="side of its images")
+    add("--model", default="shvit_s1", help="batch size of the step")
+    add("--step-size", type=whole(1), default=64, help="image size of the step")
     add("--step-batch-size", type=whole(1), default=32)
-    add("--steps", type=whole(1), default=4, help="in a turn")
+    add("--steps", type=whole(1), default=4, help="steps per turn")
     add("--turns", type=whole(1), default=7)
     add("--threads", type=whole(1), default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

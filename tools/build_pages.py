@@ -69,6 +69,9 @@ def filled(page: Path, docs: Path) -> str:
     marks = len(re.findall(r"<!-- (?:table|fact): ", text))
     if not len(found) == marks == text.count("<!-- end -->"):
         raise ValueError(f"{page}: {marks} places begin, {text.count('<!-- end -->')} end")
+    if at_start := re.search(r"^ *(?:[-*] )?<!-- fact: .*", text, re.MULTILINE):
+        place = at_start[0].partition(" -->")[0].lstrip()
+        raise ValueError(f"{page}: put a word before {place}: lines that begin with it are HTML")
     contents = iter([_content(page, docs, *place) for place in found])
 
     def put(place: re.Match[str]) -> str:
@@ -115,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__)
     text = "write measurements anew instead (default: all of docs/)"
     parser.add_argument("--rewrite", nargs="*", type=nonempty_path, metavar="JSON", help=text)
-    parser.add_argument("--pictures", action="store_true", help="draw the pictures, too")
+    parser.add_argument("--pictures", action="store_true", help="also draw the figures")
     options = parser.parse_args(arguments)
     if options.rewrite is not None:
         for path in options.rewrite or sorted(DOCS.rglob("*.json")):

@@ -88,7 +88,7 @@ def on_natten_0_17(name: str) -> nn.Module | None:
     if natten is None:
         raise ImportError("NATTEN is not installed")
     if not natten.__version__.startswith("0.17."):
-        raise ImportError(f"NATTEN 0.17 is wanted, {natten.__version__} is installed")
+        raise ImportError(f"NATTEN 0.17 is needed, {natten.__version__} is installed")
     for path, layer in ours:
         model.set_submodule(path, _converted(layer, natten.NeighborhoodAttention2D))
     return model

@@ -93,7 +93,7 @@ def infer(argv: Sequence[str]) -> list[Path]:
     add("images", nargs="+", type=nonempty_path, metavar="IMAGE")
     add("--config", required=True, type=nonempty, help="a file of configs/det or configs/seg")
     add("--checkpoint", required=True, type=nonempty_path, help="a .pth of training")
-    add("--out", required=True, type=nonempty_path, help="folder of the pictures")
+    add("--out", required=True, type=nonempty_path, help="folder for the drawn images")
     add("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     add("--score-thr", type=float, default=0.3, help="minimum score of drawn boxes")
     add_overwrite(parser)

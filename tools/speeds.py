@@ -158,6 +158,7 @@ def median(values: Iterable[float | None]) -> tuple[float | None, int]:
 # -- claims of the pages ---------------------------------------------------------------------------
 
 _RIVALS = ("eager", "compile", "OpenVINO")
+_COLUMNS = {"compile": "torch.compile"}
 
 
 def usual(docs: Path, cpu: str) -> list[Speeds]:
@@ -184,8 +185,8 @@ def four_cpus(docs: Path) -> str:
         dates = sorted(each.row["date"] for each in found)
         names = ", ".join(f"`{each.model}`" for each in losses) or "none"
         rows.append([machine["name"], machine["models"], *cells, names, dates[-1]])
-    head = ["CPU", "", "PyTorch eager", "torch.compile", "OpenVINO", "slower than the fastest"]
-    return table([*head, "until"], rows, 2)
+    head = ["CPU", "", "PyTorch eager", "torch.compile", "OpenVINO", "slower than another library"]
+    return table([*head, "newest row"], rows, 2)
 
 
 def int8_gain(docs: Path) -> str:
@@ -207,8 +208,51 @@ def int8_gain(docs: Path) -> str:
             )
         else:
             missing.append(machine["name"])
-    said = "; ".join(parts)
-    return f"{said[:1].upper()}{said[1:]}. Not measured on: {'; '.join(missing) or 'none'}"
+    return f"{'; '.join(parts)}. Not measured on: {'; '.join(missing) or 'none'}"
+
+
+def timm_gain(docs: Path) -> str:
+    """How much faster fused models of timm are, and which are slower than in another library."""
+    parts = []
+    for machine in cpus(docs)["machines"]:
+        found = [
+            each
+            for each in measured(docs)
+            if (each.cpu, each.isa, each.batch, each.threads) == (machine["key"], "", 1, 1)
+            and each.model.startswith("timm/")
+            and "float32" in each.over
+        ]
+        gains = []
+        for rival, title in (("eager", "eager PyTorch"), ("OpenVINO", "OpenVINO")):
+            value, count = median(each.ratios.get(rival) for each in found)
+            if value is not None:
+                gains.append(f"{value:.2f} times as fast as in {title} (median of {count})")
+        if gains:
+            slower = [f"`{each.model[5:]}`" for each in found if each.over["float32"][0] < 1]
+            parts.append(
+                f"On {machine['name']} (one image, one thread, float32), fused models of timm are "
+                f"{' and '.join(gains)}. Slower than in another library: "
+                f"{', '.join(slower) or 'none'}."
+            )
+    return " ".join(parts) or "No model of timm was measured."
+
+
+def unmeasured(docs: Path) -> str:
+    """What was never measured on which CPU."""
+    parts = []
+    for machine in cpus(docs)["machines"]:
+        rows = [each for each in measured(docs) if (each.cpu, each.isa) == (machine["key"], "")]
+        there = {
+            **{name: any(name in each.ratios for each in rows) for name in list(PLAIN)[1:]},
+            "OpenVINO in bfloat16": any(
+                "openvino_bf16" in each.rivals["bfloat16"] for each in rows
+            ),
+            "int8": any(each.cells["int8"].milliseconds for each in rows),
+        }
+        missing = [_COLUMNS.get(name, name) for name, found in there.items() if not found]
+        if missing:
+            parts.append(f"on {machine['name']}: {', '.join(missing)}")
+    return "; ".join(parts) or "nothing"
 
 
 # Whom the picture of README compares with: a column of the page Speed, and its colour.
@@ -259,5 +303,5 @@ def draw_speed(found: Mapping[str, Sequence[Speeds]], file: IO[bytes]) -> None:
 
 
 CLAIMS: dict[str, Callable[..., str]] = {
-    function.__name__: function for function in (four_cpus, int8_gain)
+    function.__name__: function for function in (four_cpus, int8_gain, timm_gain, unmeasured)
 }

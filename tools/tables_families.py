@@ -32,9 +32,9 @@ _LICENCES = {
     "van": ("Apache-2.0 ¹", "Apache-2.0 ¹"),
 }
 _COUNTS = (
-    *("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten"),
-    *("Eleven", "Twelve", "Thirteen", "Fourteen", "Fifteen", "Sixteen", "Seventeen", "Eighteen"),
-    *("Nineteen", "Twenty"),
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen"),
+    *("nineteen", "twenty"),
 )
 
 # -- what a page says of an original ---------------------------------------------------------------
@@ -128,7 +128,7 @@ def worst_parity(docs: Path) -> str:
 
 
 def families(docs: Path) -> str:
-    """How many families there are, in words."""
+    """How many families there are, in a word."""
     count = len(backbones.list_families())
     return _COUNTS[count] if count < len(_COUNTS) else str(count)
 

@@ -468,7 +468,7 @@ def trained_with(report: Report) -> str:
         for model, result in report["results"].items()
         if "machine" in result
     ]
-    return f"Trained with {report['machine']}{''.join(others)}."
+    return f"with {report['machine']}{''.join(others)}."
 
 
 def robustness(report: Report) -> str:

@@ -247,9 +247,9 @@ def selective_rates(report: Report) -> str:
     """What the memory and the CPU can do, in a sentence."""
     rates = report["nanoseconds"]
     return (
-        f"At most, the memory reads and writes {1 / rates['byte']:.1f} GB/s, and numpy takes "
+        f"reads and writes memory at up to {1 / rates['byte']:.1f} GB/s, and numpy takes "
         f"{rates['exponential']:.2f} ns for an exponential in float32 and "
-        f"{rates['logarithm']:.2f} for a logarithm"
+        f"{rates['logarithm']:.2f} ns for a logarithm"
     )
 
 
@@ -333,10 +333,10 @@ def embed_index(report: Report) -> str:
 def embed_memory(report: Report) -> str:
     """Resident memory over many rows, in a sentence."""
     (row,) = _part(report, "memory")
-    peaks = ", ".join(f"{mib} MiB at {share}" for share, mib in row["mib"].items())
+    peaks = ", ".join(f"{mib} MiB after {share}" for share, mib in row["mib"].items())
     return (
-        f"Of one process over {row['rows']} rows ({row['model']}, JPEGs of 64×48 pixels, "
-        f"{row['seconds']:.0f} s), at most so far: {peaks} of them."
+        f"of one process over {row['rows']} rows ({row['model']}, JPEGs of 64×48 pixels, "
+        f"{row['seconds']:.0f} s): {peaks} of them."
     )
 
 

@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     if time.monotonic() < _deadline:
         return None
-    item.session.shouldstop = "the time is over"
+    item.session.shouldstop = "out of time"
     return True  # instead of running it
 
 

@@ -333,10 +333,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--directions", nargs="+", default=["forward"], choices=["forward", "train"])
     text = f"of {', '.join(MODELS)}, or a module or file with create_model(name)"
     add("--against", nargs="*", metavar="PACKAGE", help=text)
-    add("--rounds", type=whole(1), default=9, metavar="N", help="turns per contender")
+    add("--rounds", type=whole(1), default=9, metavar="N", help="turns per implementation")
     add("--seconds", type=real(0), default=60, metavar="S", help="stop a row's turns after")
     add("--turn-ms", type=real(0), default=300.0, metavar="MS", help="duration of a turn")
-    text = "leave out contenders whose calls take longer"
+    text = "skip implementations whose calls take longer"
     add("--max-seconds", type=real(0), default=math.inf, metavar="S", help=text)
     add("--profile", action="store_true", help="also profile kinds of operators")
     add("--resume", action="store_true", help="skip rows that the output already has")
@@ -387,7 +387,7 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     logger.info("\n%s\n", "\n".join(speed_lines(report)))
     write_text_atomically(files[".md"], table(report))
     if importlib.util.find_spec("matplotlib") is None:
-        logger.info("no picture without matplotlib: pip install matplotlib")
+        logger.info("the plot needs matplotlib: pip install matplotlib")
     else:
         write_atomically(files[".png"], functools.partial(draw, report))
     for line in [] if old is None else comparison(old, report):
@@ -404,7 +404,7 @@ def _set_defaults(options: Namespace) -> None:
     """Fill in what was not given, which depends on whether one model was named."""
     one = options.model is not None
     if one and options.models:
-        raise CommandError(f"--models lists models; {options.model!r} before it is one too many")
+        raise CommandError(f"give either {options.model!r} or --models, not both")
     peers = [name for name in _ROW_PEERS if is_installed(name.split("_")[0])]
     defaults: dict[str, tuple[list[Any], list[Any]]] = {
         "models": ([options.model], list(DEFAULT_MODELS)),

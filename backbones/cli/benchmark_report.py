@@ -244,7 +244,7 @@ def draw(report: dict[str, Any], file: IO[bytes]) -> None:
         axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     if not (panels or curves):
         axes[0].set_axis_off()
-        axes[0].text(0, 0.5, "neither a contender beside eager nor several sizes to draw")
+        axes[0].text(0, 0.5, "nothing to draw: only eager was measured, at one size")
     figure.savefig(file, format="png", dpi=120)
 
 

@@ -37,7 +37,7 @@ def two_sides(
         return size_of(model)
     if len(size) > 2 or min(size) < 1 or max(size) > _LONGEST_SIDE:
         raise CommandError(
-            f"--size takes one side, or height and width, of 1 to {_LONGEST_SIDE} pixels, got "
+            f"--size must be one side, or height and width, of 1 to {_LONGEST_SIDE} pixels, got "
             f"{shown(list(size))}"
         )
     sides = size[0], size[-1]

@@ -150,7 +150,7 @@ def examine_cpu() -> list[Finding]:
         return [Finding("cpu", "error", str(error), f"unset {str(error).split()[0]}")]
     if cores is not None and threads > cores:
         fix = f"export OMP_NUM_THREADS={cores}"
-        return [Finding("cpu", "warning", f"{text}: more threads than cores are slow", fix)]
+        return [Finding("cpu", "warning", f"{text}: more threads than cores slow it down", fix)]
     return [Finding("cpu", "ok", text)]
 
 
@@ -160,7 +160,7 @@ def examine_gpu() -> list[Finding]:
     reinstall = "pip install --force-reinstall torch torchvision"
     build, severity, fix = torch.version.cuda, "note", ""
     if torch.version.hip is not None:
-        text = f"torch for ROCm {torch.version.hip}; the kernels are CUDA's"
+        text = f"torch for ROCm {torch.version.hip}; the kernels need CUDA"
     elif build is None:
         text = f"none, and torch {torch.__version__} is for the CPU"
         if present:

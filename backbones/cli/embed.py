@@ -33,11 +33,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "a new folder, or one to resume"
     add("--out", type=nonempty_path, metavar="FOLDER", required=True, help=text)
     add("--features", default="head", metavar="WHICH", help=f"{FEATURES} (head)")
-    add("--classes", type=whole(0), default=0, metavar="N", help="also store the top N classes (0)")
-    add("--dtype", default="float32", choices=COMPUTED, help="of the computation (float32)")
+    add(
+        "--classes",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="also store the N most likely classes (0)",
+    )
+    add("--dtype", default="float32", choices=COMPUTED, help="dtype of the computation (float32)")
     add("--store", default="float32", choices=STORED, help="dtype in the shards (float32)")
-    add("--split", default="train", help="of digits, medmnist/, torch/, hfds/ (train)")
-    add("--column", metavar="NAME", help="the image column of Parquet and hfds/")
+    add("--split", default="train", help="split of digits, medmnist/, torch/ or hfds/ (train)")
+    add("--column", metavar="NAME", help="image column of Parquet files and hfds/")
     add("--rows", type=whole(1), default=1024, metavar="N", help="images per shard (1024)")
     add("--batch-size", type=whole(1), metavar="N", help="images per batch (16; on a GPU 256)")
     add("--workers", type=whole(1, 1024), metavar="N", help="processes (one per core or GPU)")

@@ -47,12 +47,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "batch size if not dynamic (1)"
     add("--batch", type=int, default=1, metavar="N", help=text)
     add("--fused", action="store_true", help="fold norms and branches first")
-    text = "quantise: ONNX (QDQ), or safetensors for ourselves"
+    text = "quantise: ONNX (QDQ), or safetensors for this library"
     add("--int8", action="store_true", help=text)
-    add("--calibration", type=nonempty_path, metavar="FOLDER", help="images for --int8")
-    text = "their number (64)"
+    add("--calibration", type=nonempty_path, metavar="FOLDER", help="folder of images for --int8")
+    text = "how many of them (64)"
     add("--calibration-images", type=int, default=64, metavar="N", help=text)
-    text = "safetensors: largest relative error of the output; sensitive layers stay in floats"
+    text = "safetensors: maximum relative error of the output; sensitive layers are not quantised"
     add("--max-drop", type=real(0, above=True), metavar="X", help=text)
     add_overwrite(parser)
 
@@ -70,7 +70,7 @@ def _run(options: Namespace) -> int:
     if options.int8 and format == "pt2":
         raise CommandError("--int8 requires ONNX or safetensors; omit --format pt2")
     if ours and not options.int8:
-        raise CommandError("safetensors are for --int8; a checkpoint in floats needs no export")
+        raise CommandError("safetensors are only for --int8; other checkpoints need no export")
     others = {"dynamic": options.dynamic, "batch": options.batch != 1, "fused": options.fused}
     if ours and any(others.values()):
         given = ", ".join(f"--{name}" for name, is_given in others.items() if is_given)
@@ -78,7 +78,7 @@ def _run(options: Namespace) -> int:
             f"safetensors hold a fused model for any batch and image size; omit {given}"
         )
     if options.max_drop is not None and not ours:
-        raise CommandError("--max-drop is for safetensors: write --out FILE.safetensors --int8")
+        raise CommandError("--max-drop needs safetensors: use --out FILE.safetensors --int8")
     quantizing.check_options(
         options.int8, options.calibration, options.calibration_images, fixed_ranges=not ours
     )
@@ -92,7 +92,7 @@ def _run(options: Namespace) -> int:
     )
     if any("\ud800" <= character <= "\udfff" for character in os.path.realpath(options.out)):
         raise CommandError(
-            f"--out {options.out} is not UTF-8: the libraries that write and check it need that"
+            f"--out {options.out} is not UTF-8, which the libraries that write it require"
         )
     if format == "onnx":
         graphs.require_onnx()
@@ -100,7 +100,7 @@ def _run(options: Namespace) -> int:
     if options.fused and not isinstance(loaded.model, StagedBackbone):
         raise CommandError(f"--fused needs a model of this library, not {loaded.name}")
     if getattr(loaded.model, "precision", None) is not None:
-        raise CommandError(f"{options.checkpoint} has weights in int8; export needs floats")
+        raise CommandError(f"{options.checkpoint} has int8 weights, which cannot be exported")
     if options.fused:
         loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
     size = two_sides(options.size, loaded.model)

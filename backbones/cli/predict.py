@@ -66,7 +66,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = f"draw the first {_PICTURES} images with their Grad-CAM"
     add("--cam", type=nonempty_path, metavar="PNG", help=text)
     add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
-    add("--dtype", choices=COMPUTED, help="of the computation, after fuse() (default: unfused)")
+    add(
+        "--dtype",
+        choices=COMPUTED,
+        help="fuse the model and compute in this dtype (default: not fused)",
+    )
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
     add_overwrite(parser)
 
@@ -74,7 +78,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace) -> int:
     """Run ``predict``; 1 if an image could not be read."""
     if options.cam is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--cam draws with matplotlib: pip install matplotlib")
+        raise CommandError("--cam needs matplotlib: pip install matplotlib")
     device = usable_device(options.device)
     if options.dtype is not None:
         if options.cam is not None:
@@ -102,7 +106,7 @@ def run(options: Namespace) -> int:
         loaded.classes = read_labels(options.labels, loaded.model.num_classes)
     if (channels := channels_of(loaded.model)) not in (1, 3):
         raise CommandError(
-            f"{loaded.name} takes {channels} channels; images are read as RGB or grey"
+            f"{loaded.name} expects {channels} channels; images are read as RGB or grey"
         )
     if options.cam is not None:
         if not isinstance(loaded.model, StagedBackbone):

@@ -56,7 +56,7 @@ def run(options: Namespace) -> int:
     if options.test is not None and options.split is not None:
         raise CommandError("give either --test or --split")
     if options.test is None and options.test_labels is not None:
-        raise CommandError("--test-labels are of the embeddings in --test FOLDER")
+        raise CommandError("--test-labels needs --test FOLDER")
     words = [options.labels, options.test_labels, options.split]
     files = [Path(word) for word in words if word not in (None, "folder", "source")]
     path = check_outputs(options, _PICTURE, "rows", inputs=files)
@@ -104,8 +104,8 @@ def _figures(report: Report) -> list[list[str]]:
 
 def _data(report: Report) -> str:
     return (
-        f"{report.rows} images, {report.labelled} of them of {len(report.classes)} known classes: "
-        f"{report.train} to learn from, {report.test} held out"
+        f"{report.rows} images, {report.labelled} with one of {len(report.classes)} known classes: "
+        f"{report.train} for training, {report.test} held out"
     )
 
 
@@ -157,6 +157,10 @@ def _rows(find: Thumbnails, report: Report) -> list[Row]:
             for m in shown
         ]
         count = len(method.mistakes)
-        some = f", the surest {len(shown)} shown" if count > len(shown) else ", the surest first"
+        some = (
+            f", the {len(shown)} most confident shown"
+            if count > len(shown)
+            else ", most confident first"
+        )
         rows.append(Row(f"{method.name}: {count} mistakes{some}", tiles))
     return rows

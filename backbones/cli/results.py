@@ -31,10 +31,10 @@ def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "")
     add = parser.add_argument
     named = f"{what} (FOLDER/{picture})"
     add("--out", type=nonempty_path, metavar="PNG", help=named)
-    add("--html", type=nonempty_path, metavar="FILE", help="a page, for a browser, in one file")
+    add("--html", type=nonempty_path, metavar="FILE", help="HTML page in a single file")
     if rows:
         add("--csv", type=nonempty_path, metavar="FILE", help=f"write a row for each {rows}")
-    add("--json", type=nonempty_path, metavar="FILE", help="write all that was found")
+    add("--json", type=nonempty_path, metavar="FILE", help="write all results")
     add_overwrite(parser)
 
 
@@ -57,9 +57,7 @@ def check_outputs(
     for folder in tables:
         shard_paths(folder)  # raises if it is not complete
     if importlib.util.find_spec("matplotlib") is None:
-        raise CommandError(
-            "the picture is drawn with matplotlib: pip install matplotlib (or '.[search]')"
-        )
+        raise CommandError("the image needs matplotlib: pip install matplotlib (or '.[search]')")
     path: Path = options.out or options.folder / picture
     outputs: dict[str, tuple[Path | None, Kind]] = {
         "--out": (path, FIGURE),
@@ -94,7 +92,7 @@ def facts(folder: Path, **more: str) -> dict[str, str]:
     source = said["source"]
     place = f"{source['data']}, {source['split']}" if "data" in source else source["path"]
     return {
-        "embeddings": f"{count_rows(folder)} of {said['dim']} numbers in {folder}",
+        "embeddings": f"{count_rows(folder)} with {said['dim']} numbers each, in {folder}",
         "images": str(place),
         "model": f"{said['model']}, {weights}",
         **more,
@@ -109,8 +107,8 @@ def add_source(parser: ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="SOURCE",
-        help="where the images are, if they have moved or FOLDER was not made here; then folders "
-        "that its links may lead to",
+        help="where the images are, if they were moved or FOLDER was made elsewhere; then folders "
+        "that links may lead to",
     )
 
 

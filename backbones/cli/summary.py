@@ -73,7 +73,7 @@ def _run_kernels(options: Namespace) -> int:
             f"--plain and {other} are mutually exclusive: only fused models have a memory plan"
         )
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--plot draws with matplotlib: pip install matplotlib")
+        raise CommandError("--plot needs matplotlib: pip install matplotlib")
     require_writable({"--plot": (options.plot, FIGURE)}, overwrite=options.overwrite)
     model = create(options.model)
     batch = options.batch or 1
@@ -110,10 +110,10 @@ def _plot(options: Namespace, explained: backbones.Explanation) -> None:
 
 
 _FIELD = (
-    "field: the side of the receptive field in pixels, by kernels and windows (global: the whole "
-    "image, by attention); gates by a mean over the map are not counted."
+    "field: side of the receptive field in pixels, from kernels and windows (global: the whole "
+    "image, through attention); gates computed from a mean over the map are not counted."
 )
-_NO_FIELD = "The receptive field is known only of models of this library."
+_NO_FIELD = "The receptive field is known only for models of this library."
 
 
 def describe(name: str, model: Any, height: int, width: int, runs: int = 5) -> str:

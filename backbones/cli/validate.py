@@ -299,7 +299,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "weights of a single model (default: published)"
     add("--checkpoint", type=nonempty, metavar="FILE", help=text)
     several: dict[str, Any] = {"nargs": "+", "type": nonempty_path, "default": []}
-    add("--list", metavar="FILE", help="lines of NAME [CHECKPOINT]", **several)
+    add("--list", metavar="FILE", help="file with a line NAME [CHECKPOINT] per model", **several)
     add("--run", metavar="FOLDER", help="folder of a run of train_cls.py", **several)
     add("--model-args", metavar="YAML", help="further keywords of create_model")
     add("--in-chans", type=whole(1), metavar="N", help="channels of the input")

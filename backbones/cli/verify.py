@@ -90,8 +90,8 @@ def run(options: Namespace) -> int:
     elif options.save_figures is None:
         make_figures(loads.model, two_sides(options.size, loads.model))
         sys.stdout.write(
-            "outputs of these weights: nothing to compare with; save figures where they are right\n"
-            "  with --save-figures figures.json, then give --figures figures.json here\n"
+            "outputs of these weights: nothing to compare with; run with\n  --save-figures "
+            "figures.json where they are correct, then with --figures figures.json here\n"
         )
     return int(not right)
 
@@ -258,7 +258,7 @@ def _read_figures(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CommandError(f"{path} is not JSON: {error}") from error
     if not isinstance(figures, dict):
-        raise CommandError(f"{path} has no figures of --save-figures")
+        raise CommandError(f"{path} was not written by --save-figures")
     return figures
 
 

@@ -21,14 +21,16 @@ def check_dtype(computed: str, device: torch.device) -> None:
         raise CommandError(f"--dtype must be {', '.join(COMPUTED)}, not {shown(computed)}")
     if device.type != "cpu":
         if computed == "int8":
-            raise CommandError("--dtype int8 is for CPUs; GPUs take float16, bfloat16 or float32")
+            raise CommandError(
+                "--dtype int8 is for CPUs; GPUs support float16, bfloat16 or float32"
+            )
         return
     if computed == "float16":
-        raise CommandError("--dtype float16 is for GPUs; CPUs take int8, bfloat16 or float32")
+        raise CommandError("--dtype float16 is for GPUs; CPUs support int8, bfloat16 or float32")
     if computed == "bfloat16" and not policy.multiplies(torch.bfloat16):
         raise CommandError(
-            "--dtype bfloat16: this CPU does not multiply it (no AMX, no AVX512-BF16), and would "
-            "take longer than for float32: leave it out"
+            "--dtype bfloat16: this CPU has no bfloat16 instructions (AMX, AVX512-BF16), so "
+            "float32 is faster: leave it out"
         )
     if computed == "int8" and (reason := not_faster_in_int8(device)) is not None:
         raise CommandError(f"--dtype int8: {reason}: leave it out")

@@ -149,7 +149,7 @@ def opened(source: str | Path | IO[bytes]) -> Image.Image:
         if not _first_bytes(source).startswith(_POSTSCRIPT):
             raise
         raise UnidentifiedImageError(
-            "PostScript (EPS) is a program and is not executed: convert the picture to PNG"
+            "PostScript (EPS) is a program and is not executed: convert the image to PNG"
         ) from error
 
 
@@ -268,7 +268,8 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError(
-                f"values from {values.min()} to {values.max()} exceed 16 bits; save it with 8 or 16"
+                f"values from {values.min()} to {values.max()} exceed 16 bits; "
+                "save it with 8 or 16 bits"
             )
         image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype("u1"))
     elif image.mode == "P" and "transparency" in image.info:

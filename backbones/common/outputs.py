@@ -79,7 +79,7 @@ _READ = 1 << 20
 def add_overwrite(parser: ArgumentParser) -> None:
     """``--overwrite``, the argument of :func:`require_writable`."""
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace existing files of another kind, too"
+        "--overwrite", action="store_true", help="also replace existing files of other kinds"
     )
 
 
@@ -172,7 +172,7 @@ def _require_kind(
     if not overwrite and not _is_earlier(real, kind):
         hint = "" if overwrite is None else ", or replace it with --overwrite"
         raise CommandError(
-            f"{option} {file} exists and is not what is written here: choose another name{hint}"
+            f"{option} {file} exists and is not an earlier result: choose another name{hint}"
         )
 
 

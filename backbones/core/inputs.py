@@ -68,5 +68,6 @@ def require_size(model: nn.Module, *sizes: Sequence[int]) -> None:
             return  # the meta device lacks an operator of the model
         except (AssertionError, RuntimeError) as error:
             raise ValueError(
-                f"{type(model).__name__} takes no images of {height}×{width}: {first_line(error)}"
+                f"{type(model).__name__} does not accept images of {height}×{width}: "
+                f"{first_line(error)}"
             ) from error

@@ -255,7 +255,7 @@ def _recipe_of(metadata: dict[str, str], checkpoint: Path) -> tuple[NetworkKeys 
 
 def _network_keys(recipe: Any) -> NetworkKeys:
     if not isinstance(recipe, dict) or "model" not in recipe:
-        raise RecipeError("it is no recipe, since it names no model")
+        raise RecipeError("it is not a recipe, because it names no model")
     return made_of(NetworkKeys, {k: recipe[k] for k in fields_of(NetworkKeys) if k in recipe})
 
 

@@ -160,7 +160,7 @@ def block_dilations(
             )
         if len(depths) > len(presets[dilations]):
             raise ValueError(
-                f"dilations {dilations!r} are of {len(presets[dilations])} stages, got depths "
+                f"dilations {dilations!r} are for {len(presets[dilations])} stages, got depths "
                 f"{tuple(depths)}"
             )
         return [

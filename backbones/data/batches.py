@@ -55,7 +55,7 @@ class SizedBatches:
         if number < self.length:
             raise DataError(
                 f"the data ended after {number} of {self.length} batches: is its stated "
-                "number of images right?"
+                "number of images correct?"
             )
 
 

@@ -418,8 +418,8 @@ def _check(splits: Splits, data: str, count: int) -> None:
                 raise DataError(f"{data}: the {split} split has labels other than 0 and 1")
             if split == "validation" and not np.ptp(source.labels, axis=0).any():
                 raise DataError(
-                    f"{data}: no class is on some validation images and off on others, so "
-                    "there is no AUC"
+                    f"{data}: no class has both positive and negative validation images, so "
+                    "AUC is undefined"
                 )
             continue
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= count))

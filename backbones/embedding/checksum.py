@@ -83,7 +83,7 @@ def _examine(path: Path, whole: bool) -> str | None:
         length = _footer_length(file, size)
         start = size - _END.size - length
         if length <= 0 or start < len(_MAGIC):
-            return "it is no whole Parquet file"
+            return "it is not a complete Parquet file"
         footer = bytearray(_read(file, start, length + _END.size))
         place = footer.find(_MARK) + len(_MARK)
         if place < len(_MARK):

@@ -76,8 +76,8 @@ def open_graph(folder: str | Path, progress: bool = False) -> Graph:
             return Graph(kept)
         if progress:
             sys.stderr.write(
-                f"the index {one_line(str(path))} is damaged, or of an earlier version: building "
-                "it again\n"
+                f"the index {one_line(str(path))} is damaged or from an earlier version: "
+                "rebuilding it\n"
             )
     index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = _BUILD_WIDTH

@@ -52,12 +52,11 @@ def labels_of(
     if found and not any(label is not None for label in found):
         if labels == "folder":
             raise LabelError(
-                f"no image of {folder} lies in a folder of a class: its keys are like "
-                f"{shown(example)}"
+                f"no image of {folder} is in a class folder: its keys look like {shown(example)}"
             )
         told = "" if isinstance(labels, Mapping) else f"{labels}: "
         raise LabelError(
-            f"{told}none of its keys is in {folder}, where they are like {shown(example)}"
+            f"{told}none of its keys is in {folder}, whose keys look like {shown(example)}"
         )
     return found
 
@@ -78,7 +77,7 @@ def split_of(folder: str | Path, split: Mapping[str, str] | str | Path) -> list[
             for key in _keys(folder)
         ]
         if not any(found):
-            raise LabelError(f"no image of {folder} lies in a folder named train, test or val")
+            raise LabelError(f"no image of {folder} is in a folder named train, test or val")
         return found
     words = labels_of(folder, split)
     for word in words:
@@ -129,13 +128,13 @@ def _of_source(folder: str | Path, source: Sequence[str | Path]) -> dict[str, st
     said = metadata(folder)["source"]
     if said["kind"] != "training":
         raise LabelError(
-            f"the images of {folder} come from a {said['kind']}, which says no classes: give a "
+            f"the images of {folder} come from a {said['kind']}, which has no classes: give a "
             "file of labels, or folder"
         )
     images: Any = reader_of(folder, source)
     numbers = images.images.labels
     if numbers is None or numbers.ndim != 1:
-        raise LabelError(f"{said['data']} does not say one class for each image")
+        raise LabelError(f"{said['data']} does not give one class for each image")
     items = images.items((0, len(numbers)))
     return {item.key: str(int(n)) for item, n in zip(items, numbers, strict=True)}
 
@@ -151,7 +150,7 @@ def _in_columns(path: Path, text: str) -> Iterator[tuple[str, str]]:
     try:
         rows = [row for row in csv.reader(io.StringIO(text), delimiter=separator) if row]
     except csv.Error as error:
-        raise LabelError(f"{path} is no table: {first_line(error)}") from error
+        raise LabelError(f"{path} is not a table: {first_line(error)}") from error
     if not rows:
         return
     names = [cell.strip().lower() for cell in rows[0]]
@@ -164,7 +163,7 @@ def _in_columns(path: Path, text: str) -> Iterator[tuple[str, str]]:
     for row in rows:
         if len(row) <= max(key, label):
             raise LabelError(
-                f"{path}: a row is a key and a label with a comma or a tab between them, not "
+                f"{path}: a row must be a key and a label, separated by a comma or a tab, not "
                 f"{shown(separator.join(row))}"
             )
         yield row[key].strip(), one_line(row[label].strip())
@@ -180,4 +179,4 @@ def _in_json(path: Path, text: str) -> Iterator[tuple[str, str]]:
                 raise TypeError(entry)
             yield key, one_line(str(label))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise LabelError(f"{path} is no JSON of labels by key, nor of pairs of them") from error
+        raise LabelError(f"{path} must be JSON with labels by key, or pairs of both") from error

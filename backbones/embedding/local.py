@@ -72,14 +72,14 @@ def run_in_processes(job: Job, devices: list[str], parts: Iterable[Part]) -> Ite
                 process.close()
                 lost = process.part
                 if lost is None and not process.ready:
-                    raise MendableError(f"a process ended as it began, with status {event}")
+                    raise MendableError(f"a process ended during start-up, with status {event}")
                 if lost is None:
                     continue
                 deaths[lost[0]] += 1
                 if deaths[lost[0]] == _MOST_DEATHS:
                     raise MendableError(
-                        f"{_MOST_DEATHS} processes died of part {lost[0]}, the last with status "
-                        f"{event} (-9: memory, perhaps; then fewer --workers help)"
+                        f"{_MOST_DEATHS} processes ended while computing part {lost[0]}, the last "
+                        f"with status {event} (-9: probably out of memory; use fewer --workers)"
                     )
                 yield Event(lost[0], -process.rows, again=True)
                 pending.appendleft(lost)

@@ -45,16 +45,14 @@ def features_of(words: str, model: Any, name: str) -> Features:
         raise CommandError(f"--features must be {FEATURES}, not {shown(words)}")
     is_ours = isinstance(model, StagedBackbone)
     if is_ours and model.classifier == ():
-        raise CommandError(f"{name} restores images; it has no features to embed them by")
+        raise CommandError(f"{name} restores images and has no features to embed")
     if found[1] is None:
         return Features(None, True)
     if not is_ours and not hasattr(model, "forward_intermediates"):
         raise CommandError(f"--features {words}: timm returns no maps of {name}; use head")
     stages = model.stage_features() if is_ours else range(len(model.feature_info))
     if not 0 <= int(found[1]) < len(stages):
-        raise CommandError(
-            f"{name} has the stages 0 … {len(stages) - 1}, no {words.partition(':')[2]}"
-        )
+        raise CommandError(f"{name} has stages 0 … {len(stages) - 1}, no {words.partition(':')[2]}")
     return Features(stages[int(found[1])], found[2] is None)
 
 
@@ -95,12 +93,12 @@ class Network:
         self.classes = classes
         if classes > self.model.num_classes:
             raise CommandError(
-                f"{self.name} has {self.model.num_classes} classes, of which {classes} were asked "
-                "for"
+                f"{self.name} has {self.model.num_classes} classes, fewer than the requested "
+                f"{classes}"
             )
         if (channels := channels_of(self.model)) not in (1, 3):
             raise CommandError(
-                f"{self.name} takes {channels} channels; images are read as RGB or grey"
+                f"{self.name} expects {channels} channels; images are read as RGB or grey"
             )
         self.preprocessing: dict[str, Any] = preprocessing(loaded)
         self.dtype = next(self.model.parameters()).dtype

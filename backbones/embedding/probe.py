@@ -141,21 +141,21 @@ def probe(
     train, held, seen = sides
     classes = _order({str(train.labels[i]) for i in train.rows})
     if len(classes) < 2:
-        raise LabelError(f"to tell classes apart there must be two, and {folder} has {classes}")
+        raise LabelError(f"probe needs at least two classes; {folder} has {classes}")
     number_of = {name: number for number, name in enumerate(classes)}
     notes: list[str] = []
     unknown = sorted({str(held.labels[i]) for i in held.rows} - set(classes))
     if unknown:
         held.rows = [i for i in held.rows if held.labels[i] in number_of]
         notes.append(
-            f"{len(unknown)} classes are held out alone and were left out, such as {unknown[0]}"
+            f"{len(unknown)} classes without training images were left out, such as {unknown[0]}"
         )
     if not held.rows:
-        raise LabelError("no image of a known class is held out to measure on")
-    for side, what in ((train, "learn from"), (held, "measure on")):
+        raise LabelError("no image of a known class is held out for testing")
+    for side, what in ((train, "train on"), (held, "test on")):
         if (count := len(side.rows)) > most_rows:
             side.rows = _fewer(side, most_rows, generator)
-            notes.append(f"of {count} images to {what} {len(side.rows)} were chosen at random")
+            notes.append(f"{len(side.rows)} of {count} images to {what} were chosen at random")
     (x, y, _), (x_test, y_test, keys) = (side.read(number_of) for side in (train, held))
     truth = _Truth(classes, y_test, keys, str(held.folder))
     methods = [_nearest(x, y, x_test, truth, neighbors), _linear(x, y, x_test, truth, c, seed)]
@@ -321,7 +321,7 @@ def _nearest(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, truth: _Truth, k:
     # At unit length, the smallest distance is the greatest cosine.
     model = KNeighborsClassifier(used, weights="distance", algorithm="brute")
     shares = model.fit(unit(x), y).predict_proba(unit(x_test))
-    note = f"only {used} images to be neighbours of" if used < k else ""
+    note = f"there are only {used} training images" if used < k else ""
     return truth.judge(f"{used} nearest", shares.argmax(axis=1), shares.max(axis=1), note)
 
 

@@ -59,7 +59,7 @@ def embed_queries(
     network = Network(said["model"], _weights(folder, said, checkpoint), said["features"], 0)
     if list(network.shape) != said["shape"]:
         raise MendableError(
-            f"{folder} holds embeddings of the shape {said['shape']}, and its model makes "
+            f"{folder} contains embeddings of shape {said['shape']}, but its model returns "
             f"{list(network.shape)}"
         )
     _require_same(folder, said["preprocessing"], network.preprocessing)
@@ -97,13 +97,13 @@ def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | 
     path = Path(checkpoint or weights.get("path") or weights["file"])
     if (problem := file_problem(path)) is not None:
         raise MendableError(
-            f"the weights that {folder} was made with, {path}, cannot be read: it {problem}; give "
-            "their new place by --checkpoint"
+            f"the weights that {folder} was made with, {path}, cannot be read: it {problem}; pass "
+            "their new path as --checkpoint"
         )
     if (found := sha256_of(path)) != weights["sha256"]:
         raise MendableError(
-            f"{path} is not what {folder} was made with: its SHA-256 is {found[:16]}…, and that of "
-            f"{weights['file']} was {weights['sha256'][:16]}…"
+            f"{path} is not the file that {folder} was made with, {weights['file']}: its SHA-256 "
+            f"is {found[:16]}…, not {weights['sha256'][:16]}…"
         )
     return path
 
@@ -114,4 +114,4 @@ def _require_same(folder: str | Path, there: dict[str, Any], now: dict[str, Any]
     differing = [key for key in there | now if there.get(key) != now.get(key)]
     if differing:
         told = ", ".join(f"{k} {there.get(k)} there, {now.get(k)} now" for k in differing)
-        raise MendableError(f"{folder} was made by another preprocessing of images: {told}")
+        raise MendableError(f"{folder} was made with different preprocessing: {told}")

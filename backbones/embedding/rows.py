@@ -90,13 +90,13 @@ def vectors_of(folder: str | Path, keys: Sequence[str]) -> tuple[list[int], np.n
             found[block.keys[place].as_py()] = block.first + place, block.vectors[place]
     missing = [key for key in keys if key not in found]
     if missing:
-        others = f"; its keys are like {shown(example)}" if example else ""
-        raise ValueError(f"{folder} has no image of the key {shown(missing[0])}{others}")
+        others = f"; its keys look like {shown(example)}" if example else ""
+        raise ValueError(f"{folder} has no image with the key {shown(missing[0])}{others}")
     vectors = np.stack([found[key][1] for key in keys])
     if len(unusable := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
         key = shown(keys[unusable[0]])
         raise ValueError(
-            f"the embedding of {key} in {folder} is not finite: nothing is similar to it"
+            f"the embedding of {key} in {folder} is not finite, so nothing is similar to it"
         )
     return [found[key][0] for key in keys], vectors
 

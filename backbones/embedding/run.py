@@ -118,12 +118,12 @@ def embed(
     if engine == "ray":
         require_ray()
     if checkpoint is None:
-        raise CommandError("give --checkpoint FILE: an untrained network's features say nothing")
+        raise CommandError("give --checkpoint FILE: an untrained network's features mean nothing")
     target = usable_device(device)
     check_dtype(dtype, target)
     out, checkpoint = Path(out), Path(checkpoint)
     if _is_within(out, Path(source)):
-        raise CommandError(f"--out {out} lies in the source {source}; choose a folder beside it")
+        raise CommandError(f"--out {out} is inside the source {source}; choose another folder")
     images = open_source(source, rows, split, column)
     network = Network(model, checkpoint, features, classes)
     content = _content(network, checkpoint, images, features, dtype, store, rows)
@@ -196,7 +196,7 @@ def _locked(out: Path) -> Iterator[None]:
     except LockedError as error:
         raise CommandError(f"{out} is in use by {error}: wait for it, or choose another") from None
     except (FileExistsError, NotADirectoryError):
-        raise CommandError(f"--out {out} is a file, or lies in one, and no folder") from None
+        raise CommandError(f"--out {out} is not a folder: it, or a parent, is a file") from None
     except OSError as error:
         raise CommandError(f"cannot use the folder {out}: {error.strerror}") from error
     try:
@@ -252,14 +252,14 @@ def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
         foreign += [f"{table.SHARDS}/{p.name}" for p in (out / table.SHARDS).glob("[!.]*")]
         if foreign:
             raise table.TableError(
-                f"{out} holds files of something else ({one_line(foreign[0])}): choose a new folder"
+                f"{out} contains other files ({one_line(foreign[0])}): choose a new folder"
             )
         table.write_metadata(out, {**content, "seal": seal(content)})
         return table.metadata(out)
     there = table.metadata(out)
     if different := table.differences(there, content):
         raise table.TableError(
-            f"{out} was started differently: {'; '.join(different)}; choose another --out"
+            f"{out} was started with other settings: {'; '.join(different)}; choose another --out"
         )
     if not is_own(there):  # the source is the one that the user has just named
         there |= {"source": content["source"]}
@@ -310,7 +310,7 @@ class _Work:
         try:
             rows, corrupt = table.corrupt_in(path, self.identity, self.columns)
         except table.DamagedShardError as error:
-            self._progress.say(f"{path} is damaged ({error.reason}) and is embedded again")
+            self._progress.say(f"{path} is damaged ({error.reason}); embedding it again")
             path.unlink()
             return False
         if any(self._reader.is_back(key, reason) for key, reason in corrupt):

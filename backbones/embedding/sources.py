@@ -86,7 +86,7 @@ class Reader(abc.ABC):
             return real
         raise OutsideError(
             f"{one_line(name)} leads out of the source {self.root}, to {one_line(str(real))}, and "
-            "is not read; if it should be, name both folders by --source"
+            "is not read; to allow it, pass both folders to --source"
         )
 
     @abc.abstractmethod
@@ -195,7 +195,9 @@ def reader(
     """
     kind = description["kind"]
     if kind not in _READERS:
-        raise TableError(f"the kind of source {shown(kind)} is none of {', '.join(_READERS)}")
+        raise TableError(
+            f"the kind of source must be one of {', '.join(_READERS)}, not {shown(kind)}"
+        )
     return _READERS[kind](description, places, listed)
 
 
@@ -221,15 +223,14 @@ def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
     # The digits come with scikit-learn. Other datasets are files, or are downloaded.
     if not source and not (is_dataset and place == "digits") and not is_own(content):
         raise ForeignError(
-            f"{folder} comes from somebody else, another machine or an earlier version, so its "
-            f"images are not looked for where it says, {one_line(place)}: give their place by "
-            "--source"
+            f"{folder} was made by somebody else, on another machine or by an earlier version, so "
+            f"its images are not read from where it says, {one_line(place)}: pass --source"
         )
     if is_dataset:
         if source and str(source[0]) != place:
             raise ForeignError(
-                f"the images of {folder} are those of {one_line(place)}: give this name by "
-                f"--source, not {source[0]}"
+                f"the images of {folder} are from {one_line(place)}: pass this name to --source, "
+                f"not {source[0]}"
             )
         return reader({**said, "folder": _dataset_folder(place)} if source else said)
     if not source:
@@ -322,8 +323,8 @@ def _folder(root: Path, rows: int, column: str | None) -> Source:
     if len(kinds) > 1:
         told = " and ".join(f"{len(names)} {kind}" for kind, names in kinds.items())
         raise DataError(
-            f"{root} holds {told}: embed each kind by itself, such as archives by a pattern "
-            f"('{root}/*.tar')"
+            f"{root} contains {told}: embed each kind separately, such as archives with the "
+            f"pattern '{root}/*.tar'"
         )
     ((kind, names),) = kinds.items()
     if kind == "images":
@@ -389,12 +390,12 @@ def _containers(root: Path, names: list[str], rows: int, column: str | None) -> 
     for ending, name in endings.items():
         if ending not in _CONTAINERS:
             raise DataError(
-                f"{one_line(str(root / name))} is no source of images: give a folder, .tar or "
+                f"{one_line(str(root / name))} is not a source of images: give a folder, .tar or "
                 ".parquet files, a list of paths in a .txt, or digits, medmnist/NAME, torch/NAME, "
                 "hfds/NAME"
             )
     if len(endings) > 1:
-        raise DataError(f"{' and '.join(endings.values())} are of two kinds: embed each by itself")
+        raise DataError(f"{' and '.join(endings.values())} are of two kinds: embed each separately")
     if ".tar" in endings:
         return _source("tar", root, names, names, None)
     return _parquet(root, names, rows, column)
@@ -453,7 +454,7 @@ def _parquet(root: Path, names: list[str], rows: int, column: str | None) -> Sou
                 groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{root / name} is no whole Parquet file: {first_line(error)}"
+                f"{root / name} is not a complete Parquet file: {first_line(error)}"
             ) from error
         column = chosen
         first = begin = gathered = 0
@@ -482,9 +483,9 @@ def _image_column(columns: Any, path: Path, wanted: str | None) -> str:
         return wanted
     if wanted is None and len(found) == 1:
         return found[0]
-    told = f"it has {', '.join(found)}" if found else "it has none of bytes"
+    told = f"it has {', '.join(found)}" if found else "it has no binary columns"
     asked = f"no column {wanted} of images" if wanted else "no single column of images"
-    raise DataError(f"{path} has {asked}; {told}: say which by --column")
+    raise DataError(f"{path} has {asked}; {told}: choose one with --column")
 
 
 class _Tables(Reader):
@@ -525,7 +526,7 @@ class _Tables(Reader):
 
 def _as_file(data: bytes | None) -> IO[bytes]:
     if data is None:
-        raise OSError("its row holds no bytes")
+        raise OSError("its row has no data")
     return io.BytesIO(data)
 
 

@@ -75,7 +75,7 @@ def require_pyarrow() -> Any:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise TableError("embeddings are kept in Parquet: pip install pyarrow") from None
+        raise TableError("embeddings are stored in Parquet: pip install pyarrow") from None
     return pyarrow
 
 
@@ -127,7 +127,7 @@ def metadata(folder: str | Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{folder} holds no embeddings: there is no {METADATA} (`vision-backbones embed` "
+            f"{folder} contains no embeddings: there is no {METADATA} (`vision-backbones embed` "
             "writes it)"
         ) from None
     except NotADirectoryError:
@@ -214,8 +214,8 @@ def shard_paths(folder: str | Path) -> list[Path]:
         numbers = {int(found[1]) for name in there if (found := _SHARD_NAME.fullmatch(name))}
         count = shards - sum(number < shards for number in numbers)
         raise TableError(
-            f"{folder} is incomplete: {count} of {shards} shards are not there yet ({missing}); "
-            "`vision-backbones embed` is still running, or the same command again goes on"
+            f"{folder} is incomplete: {count} of {shards} shards are missing ({missing}); wait for "
+            "`vision-backbones embed`, or run the same command again to continue"
         )
     return paths
 
@@ -294,7 +294,7 @@ def corrupt_in(
             raise DamagedShardError(path, "it has no list of corrupt images") from error
         count = file.metadata.num_rows
     if sum(map(len, _rows(path, expected, columns, rows=256))) != count:
-        raise DamagedShardError(path, f"it does not have {count} rows, as it says")
+        raise DamagedShardError(path, f"it does not have the {count} rows that it declares")
     return count, corrupt
 
 

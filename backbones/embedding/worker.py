@@ -113,7 +113,7 @@ class Images:
         self.decoder = decoder or installed_decoder()
         if self.decoder == "simplejpeg" and installed_decoder() != "simplejpeg":
             raise MendableError(
-                "the table was begun with simplejpeg, which is not usable here: pip install "
+                "the table was started with simplejpeg, which is not usable here: pip install "
                 "simplejpeg, and Pillow's own wheel"
             )
         self.resize = Resizing(config)
@@ -146,8 +146,8 @@ class Worker:
         if network is None:
             if sha256_of(job.checkpoint) != said["weights"]["sha256"]:
                 raise DataError(
-                    f"{job.checkpoint} is not the file that {job.folder} was begun with; every "
-                    "machine must have the same"
+                    f"{job.checkpoint} is not the file that {job.folder} was started with; all "
+                    "machines must have the same"
                 )
             network = Network(said["model"], job.checkpoint, said["features"], said["classes"])
         self.job, self.network = job, network
@@ -187,7 +187,7 @@ class Worker:
         stored = found.half() if self.job.content["dtype"] == "float16" else found
         finite = stored.isfinite().all(1)
         for i in (~finite).nonzero()[:, 0].tolist():
-            beyond = ", which float16 does not hold" if found[i].isfinite().all() else ""
+            beyond = ", beyond float16's range" if found[i].isfinite().all() else ""
             value = found[i].abs().max().item()
             reason = f"ValueError: its embedding reaches {value:g}{beyond}"
             corrupt.append((batch[i].key, reason))

@@ -75,7 +75,7 @@ def has_hooks(module: nn.Module, gradients: bool = True) -> bool:
 def _require_images(x: Any, model: Any) -> None:
     weight, chans = next(model.parameters()), model.in_chans
     expected = (
-        f"{type(model).__name__} takes images (B, {chans}, H, W) of {weight.dtype} "
+        f"{type(model).__name__} expects images (B, {chans}, H, W) of {weight.dtype} "
         f"on {weight.device}"
     )
     if not isinstance(x, Tensor):

@@ -123,7 +123,7 @@ def _require_range(in_range: Tensor, name: str) -> None:
         )
     if not (0 <= zero <= LARGEST_BYTE and zero == int(zero)):
         raise CheckpointError(
-            f"{name}: its zero must be a whole number from 0 to {LARGEST_BYTE}, got {zero:g}"
+            f"{name}: its zero point must be a whole number from 0 to {LARGEST_BYTE}, got {zero:g}"
         )
 
 

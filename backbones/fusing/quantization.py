@@ -129,7 +129,7 @@ def quantize(
             if probes is None:
                 raise ValueError(
                     f"max_drop needs calibrate=…: {type(model).__name__} does not say which images "
-                    "it takes"
+                    "it accepts"
                 )
             _keep_within(model, dict(layers), ranges, chosen, probes, max_drop, result)
     for entry in entries:
@@ -220,18 +220,18 @@ def _entry(
     elif not policy.pays_in_int8(in_features, out_features, dtype):
         reason = f"so small that it is faster in {_name(dtype)}"
     elif _has_windows(layer) and not policy.windows_pay_in_int8(layer.in_channels, dtype):
-        reason = f"a convolution with windows, which {_name(dtype)} computes as fast"
+        reason = f"a convolution with a window, which is as fast in {_name(dtype)}"
     elif not layer.weight.isfinite().all():
         reason = "NaN or infinities in its weight"
     elif calibrated and name not in ranges:
-        reason = "not called, or with zeros or values that are not finite, by the calibration"
+        reason = "not called during calibration, or only with zeros or non-finite values"
     return LayerPrecision(name, in_features, out_features, "", reason)
 
 
 def _keep(entries: Iterable[LayerPrecision], known: Container[str]) -> None:
     for entry in entries:
         if not entry.reason and entry.layer not in known:
-            entry.reason = "in floats when the model was quantised"
+            entry.reason = "not quantised in the file"
 
 
 # -- images --------------------------------------------------------------------------------------
@@ -291,8 +291,8 @@ def call(model: nn.Module, images: Tensor) -> Any:
         return model(images)
     except (AssertionError, RuntimeError, TypeError) as error:
         raise ValueError(
-            f"{type(model).__name__} takes no images of {tuple(images.shape)}, which fuse() has "
-            f"called it on; give others as calibrate=…: {first_line(error)}"
+            f"{type(model).__name__} does not accept images of {tuple(images.shape)}, with which "
+            f"fuse() called it; pass others as calibrate=…: {first_line(error)}"
         ) from error
 
 

@@ -81,7 +81,7 @@ def provide_data(cfg: Config, files: Iterable[Path] | None = None) -> None:
         from backbones.openmmlab.quickstart import make_once
     except ImportError as error:
         raise FileNotFoundError(
-            f"{folder} is made with {error.name}, which is missing: pip install '.[mm]'"
+            f"{folder} needs {error.name}, which is missing: pip install '.[mm]'"
         ) from None
     make_once(folder, data.train, data.val)
 

@@ -61,12 +61,12 @@ def find_pictures(what: str, training: bool) -> list[Path]:
         return find_photographs(TRAINING if training else VALIDATION)
     key = "train_pictures" if training else "val_pictures"
     if not what:
-        raise DataError(f"no pictures: give --{key.replace('_', '-')} a folder or a glob")
+        raise DataError(f"no images: give --{key.replace('_', '-')} a folder or a glob")
     folder = Path(what)
     found = folder.rglob("*") if folder.is_dir() else map(Path, glob.glob(what, recursive=True))
     paths = sorted(p for p in found if has_image_ending(p) and p.is_file())
     if not paths:
-        raise DataError(f"{key}: no picture at {what}")
+        raise DataError(f"{key}: no image at {what}")
     return paths
 
 

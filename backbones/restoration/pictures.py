@@ -134,7 +134,7 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise PictureError(f"{path}: pictures are written as {', '.join(SUFFIXES)}")
+        raise PictureError(f"{path}: images are written as {', '.join(SUFFIXES)}")
     data = io.BytesIO()
     try:
         if picture.bits == 16 and suffix in _16_BIT_SUFFIXES:
@@ -187,7 +187,7 @@ def _profile_matches(icc: bytes | None, channels: int) -> bool:
 
 def _explain(path: Path, error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError) and error.__cause__ is None:
-        return f"{path} is not a readable picture (damaged, or another kind of file)"
+        return f"{path} is not a readable image (damaged, or another kind of file)"
     return f"{path} cannot be read: {error}"
 
 

@@ -41,7 +41,9 @@ class RestorationRecipe(Recipe):
     opt_betas: tuple[float, ...] | None = again(Recipe, "opt_betas", (0.9, 0.99), "as HAT")
     lr: float | None = again(Recipe, "lr", 2e-4)
     weight_decay: float = again(Recipe, "weight_decay", 0.0)
-    epochs: int = again(Recipe, "epochs", 100, "each of updates_per_epoch updates")
+    epochs: int = again(
+        Recipe, "epochs", 100, "number of epochs, each of updates_per_epoch updates"
+    )
     sched: str = again(
         *(Recipe, "sched", "multistep"),
         allowed=("cosine", "multistep", "step", "poly", "constant", "plateau", "none"),
@@ -75,7 +77,7 @@ class RestorationRecipe(Recipe):
 
     # --- the pictures
     train_pictures: str = key(
-        "pictures", "", "folder of pictures, a glob, or photographs (bundled with scikit-image)"
+        "pictures", "", "folder of images, a glob, or photographs (bundled with scikit-image)"
     )
     val_pictures: str = key("pictures", "", "the same for validation")
     patch_size: int = key(
@@ -83,7 +85,7 @@ class RestorationRecipe(Recipe):
     )
     updates_per_epoch: int = key("pictures", 5000, "length of an epoch", Range(low=1, high=10**6))
     symmetries: bool = key("pictures", True, "random flips and rotations of patches")
-    cache: bool = key("pictures", False, "keep decoded pictures in memory")
+    cache: bool = key("pictures", False, "keep decoded images in memory")
     val_tile: int = key(
         *("pictures", 0, "validate in tiles of this side, to save memory; 0: whole"),
         Range(low=0, high=2**16),

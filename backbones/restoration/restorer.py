@@ -33,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-memory", metavar="SIZE", help=text)
     add("--tta", action="store_true", help="average over 8 flips and rotations")
     add("--amp", action="store_true", help="autocast to bfloat16")
-    text = "of the computation on a CPU, instead of --amp (float32)"
+    text = "dtype on a CPU, instead of --amp (float32)"
     add("--dtype", choices=_DTYPES, help=text)
     add("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     add("--threads", type=THREADS, help="CPU threads")

@@ -40,7 +40,7 @@ from ops.tiling import run_tiled
 _RESULTS = {
     **{name: RESULTS[name] for name in ("best.safetensors", "last.pt", "summary.csv")},
     **{name: RESULTS[name] for name in ("metrics.jsonl", "config.yaml", "bad_batches.txt")},
-    "comparison.png": "a validation picture: input, result and ground truth",
+    "comparison.png": "a validation image: input, result and ground truth",
     "corrupt_train.txt": RESULTS["corrupt_train.txt"],
 }
 _VAL_OVERLAP = 32

@@ -102,7 +102,7 @@ class Upscaler:
             return self._restore(_from_pillow(picture), on_tile).show()
         if not isinstance(picture, np.ndarray):
             raise TypeError(
-                f"a picture must be a Pillow image or a NumPy array, got {shown(picture)}"
+                f"picture must be a Pillow image or a NumPy array, got {shown(picture)}"
             )
         array = picture[:, :, None] if picture.ndim == 2 else picture
         if array.ndim != 3 or array.shape[2] not in (1, 3) or array.dtype.name not in _INTEGERS:

@@ -87,7 +87,7 @@ def plan_jobs(
             # Include named pipes and broken links; reading them reports the problem.
             pictures = sorted(p for p in named if not p.is_dir() and not _below(p, out))
             if not pictures:
-                raise DataError(f"no pictures in {path}")
+                raise DataError(f"no images in {path}")
             found |= {p: p.relative_to(path) for p in pictures if p not in found}
         elif os.path.lexists(path) or not glob.has_magic(item):
             found.setdefault(path, Path(path.name))
@@ -217,19 +217,19 @@ def _is_part_of_a_name(text: str) -> bool:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add = parser.add_argument
-    add("inputs", nargs="+", type=nonempty_path, metavar="IN", help="picture, folder, or glob")
+    add("inputs", nargs="+", type=nonempty_path, metavar="IN", help="image, folder or glob")
     add_model_arguments(parser)
     text = "folder for the results"
     add("--out", required=True, type=nonempty_path, metavar="DIR", help=text)
     add("--tile", default="auto", help="side in pixels, auto, or none (default: auto)")
     text = "margin around tiles in pixels (default: 32)"
     add("--overlap", type=int, default=32, help=text)
-    add("--compare", action="store_true", help="also write a comparison picture")
+    add("--compare", action="store_true", help="also write a comparison image")
     add("--suffix", help="suffix of the results' names (default: _x4, …)")
     endings = [s[1:] for s in SUFFIXES]
     add("--format", choices=endings, help="format of the results (default: the input's)")
     add("--quality", type=int, default=95, help="quality of JPEG and WebP (default: 95)")
-    add("--skip-existing", action="store_true", help="skip pictures whose result exists")
+    add("--skip-existing", action="store_true", help="skip images whose result exists")
     add_overwrite(parser)
 
 
@@ -273,7 +273,7 @@ def run(options: argparse.Namespace) -> int:
         raise DataError(str(error)) from error
     finally:
         progress.end()
-    parts = [f"{len(report.written)} of {len(jobs)} pictures in {options.out}"]
+    parts = [f"{len(report.written)} of {len(jobs)} images in {options.out}"]
     if report.skipped:
         parts.append(f"{len(report.skipped)} already existed")
     if report.failed:

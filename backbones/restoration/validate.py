@@ -57,7 +57,7 @@ def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
     root = next((p for p in places if p.is_dir()), folder)
     truths = [p for p in _pictures(root) if not p.stem.upper().endswith("_LR")]
     if not truths:
-        raise DataError(f"no picture in {root}")
+        raise DataError(f"no image in {root}")
     candidates = [folder / name.format(scale) for name in _INPUTS]
     inputs: dict[str, Path] = {}
     for place in candidates:
@@ -71,7 +71,7 @@ def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
         return [(truth, None) for truth in truths]
     missing = [t.name for t in truths if _key(t) not in inputs]
     if missing:
-        raise DataError(f"{folder}: no low-resolution picture for {', '.join(missing[:5])}")
+        raise DataError(f"{folder}: no low-resolution image for {', '.join(missing[:5])}")
     return [(truth, inputs[_key(truth)]) for truth in truths]
 
 
@@ -149,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, text = parser.add_argument, "folders, one per data set"
     add("folders", nargs="+", type=nonempty_path, metavar="FOLDER", help=text)
     add_model_arguments(parser)
-    add("--csv", type=nonempty_path, metavar="FILE", help="a row for each picture")
+    add("--csv", type=nonempty_path, metavar="FILE", help="a row for each image")
     add_overwrite(parser)
 
 
@@ -175,7 +175,7 @@ def run(options: argparse.Namespace) -> int:
         scores += [*of_folder, mean]
         progress.end()
         progress.say(
-            f"{folder.name:<12} {len(of_folder):4} pictures  PSNR-Y {mean.psnr_y:6.2f} dB  "
+            f"{folder.name:<12} {len(of_folder):4} images  PSNR-Y {mean.psnr_y:6.2f} dB  "
             f"SSIM-Y {mean.ssim_y:.4f}  (bicubic {mean.bicubic_psnr_y:6.2f}  "
             f"{mean.bicubic_ssim_y:.4f})"
         )

@@ -47,7 +47,9 @@ def check_policy(text: str) -> None:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section, re.ASCII)
         if match is None or match[1] not in known:
             right = ", ".join([f"{key}NUMBER" for key in known] + list(_SETS) * (name == "rand"))
-            raise RecipeError(f"aa {shown(text)}: {name} takes {right}, not {shown(section)}")
+            raise RecipeError(
+                f"aa {shown(text)}: {name} must be followed by {right}, not {shown(section)}"
+            )
         kind, span = known[match[1]]
         if (kind is int and "." in match[2]) or not span.holds(kind(match[2])):
             whole = "a whole number " if kind is int else ""

@@ -55,7 +55,7 @@ class Corruption:
         known = get_corruption_names("all")
         if name not in known or not 1 <= severity <= 5:
             raise RecipeError(
-                f"no corruption {name!r} of severity {severity}: there are severities 1 … 5 of "
+                f"unknown corruption {name!r} or severity {severity}; known are 1 … 5 of "
                 f"{', '.join(known)}"
             )
         self.name, self.severity = name, severity

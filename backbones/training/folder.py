@@ -95,7 +95,7 @@ class RunFolder:
         used, described = _used(self.path), self.path / _RECIPE
         if used and not (self._resumes or self._replaces):
             raise RecipeError(
-                f"{self.path} holds an earlier run: continue with --resume auto, choose another "
+                f"{self.path} contains an earlier run: continue with --resume auto, choose another "
                 "--name, or replace it with --overwrite"
             )
         foreign = used and self._replaces
@@ -104,7 +104,7 @@ class RunFolder:
                 foreign = file.readline().rstrip() != _FIRST_LINE
         if foreign:
             raise RecipeError(
-                f"{self.path} holds files of another program that would be replaced; nothing "
+                f"{self.path} contains another program's files, which would be replaced; nothing "
                 "was changed. Choose another --name"
             )
         read = (recipe.checkpoint, recipe.teacher_checkpoint, recipe.class_map)

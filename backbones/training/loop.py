@@ -65,7 +65,7 @@ class TrainingLoop(Resumable):
         self.network = model if network is None else network
         if recipe.sync_bn and world.size > 1:
             if self.device.type == "cpu":
-                raise RecipeError("sync_bn needs GPUs: torch has no CPU form of it")
+                raise RecipeError("sync_bn needs GPUs: torch does not have it for CPUs")
             convert_sync_batchnorm(self.network)
         self.guard = build.RunningStatsGuard(self.network)
         self.ema = None
@@ -112,8 +112,8 @@ class TrainingLoop(Resumable):
                 self.compute(batch)
         except BUILDING_ERRORS as error:
             raise RecipeError(
-                f"{self.recipe.model} cannot be trained with batches {tuple(batch[0].shape)} of "
-                f"images: {first_line(error)}"
+                f"{self.recipe.model} cannot be trained with batches of {tuple(batch[0].shape)} "
+                f": {first_line(error)}"
             ) from error
         finally:
             self.guard.restore()

@@ -69,7 +69,7 @@ class Recipe(NetworkKeys):
     )
     data_dir: str | None = _DATA(None, "where medmnist/, torch/, hfds/, hfids/ keep files")
     train_split: str = _DATA("train", "name (wds: shard pattern) of the training split")
-    val_split: str = _DATA("validation", "name (wds: shard pattern) of the other split")
+    val_split: str = _DATA("validation", "name (wds: shard pattern) of the validation split")
     num_samples: int | None = _DATA(
         None, "number of training images, if the source lacks it", Range(low=1, high=10**12)
     )
@@ -89,7 +89,7 @@ class Recipe(NetworkKeys):
     # --- preprocessing; None takes the model's own
     img_size_schedule: dict[int, int] = _PREPARE(
         {},
-        "training size from an epoch on, such as {0: 128, 100: 160}",
+        "training size by first epoch, such as {0: 128, 100: 160}",
         Range(low=1, high=2**14, keys=_EPOCHS_OR_0),
     )
     train_interpolation: str = _PREPARE(
@@ -131,7 +131,7 @@ class Recipe(NetworkKeys):
     mixup_prob: float = _AUGMENT(1.0, "probability that a batch is mixed", _SHARE)
     mixup_switch_prob: float = _AUGMENT(0.5, "probability of CutMix if both are on", _SHARE)
     mixup_mode: str = _AUGMENT("batch", "granularity of mixing", ("batch", "pair", "elem"))
-    mixup_off_epoch: int = _AUGMENT(0, "no mixing from this epoch on; 0: always mix", _EPOCHS_OR_0)
+    mixup_off_epoch: int = _AUGMENT(0, "stop mixing at this epoch; 0: always mix", _EPOCHS_OR_0)
 
     # --- the loss
     smoothing: float = _LOSS(0.1, "label smoothing", _SHARE_BELOW_1)
@@ -158,7 +158,7 @@ class Recipe(NetworkKeys):
     teacher_pretrained: bool = _DISTILL(False, "its weights: the published ones")
     teacher_args: dict[str, Any] = _DISTILL({}, "further keywords of its create_model")
     teacher_img_size: int | None = _DISTILL(
-        None, "side of its images; None: its own where fixed, else the student's", _PIXELS
+        None, "size of its images; None: its own if fixed, else the student's", _PIXELS
     )
     distill_alpha: float = _DISTILL(0.5, "weight of the teacher's loss, 0 … 1", _SHARE)
     distill_temperature: float = _DISTILL(
@@ -187,7 +187,7 @@ class Recipe(NetworkKeys):
     )
     opt_args: dict[str, Any] = _OPTIMIZE({}, "further keywords of the optimizer")
     layer_decay: float | None = _OPTIMIZE(
-        None, "learning rate factor from layer to layer", Range(above=0, high=1)
+        None, "learning rate decay from layer to layer", Range(above=0, high=1)
     )
     lr_factors: dict[str, Any] = _OPTIMIZE(
         {}, "regular expression for parameter names: factor on their learning rate"
@@ -195,17 +195,17 @@ class Recipe(NetworkKeys):
     clip_grad: float | None = _OPTIMIZE(
         None, "None: gradients are not clipped", Range(above=0, high=10**9)
     )
-    clip_mode: str = _OPTIMIZE("norm", "what clip_grad limits", ("norm", "value", "agc"))
+    clip_mode: str = _OPTIMIZE("norm", "quantity that clip_grad limits", ("norm", "value", "agc"))
     accum_steps: int = _OPTIMIZE(1, "batches per update", _COUNT)
 
     # --- the schedule
     epochs: int = _SCHEDULE(300, "length of the training, without cooldown_epochs", _COUNT)
     sched: str = _SCHEDULE("cosine", "how the learning rate falls", _SCHEDULES)
     warmup_epochs: float = _SCHEDULE(5.0, "linear rise at the start", _EPOCHS_OR_0)
-    warmup_lr: float = _SCHEDULE(1e-6, "where it starts", _RATE)
+    warmup_lr: float = _SCHEDULE(1e-6, "learning rate at the start of the warm-up", _RATE)
     warmup_prefix: bool = _SCHEDULE(False, "warm up before the schedule, not inside it")
     cooldown_epochs: int = _SCHEDULE(0, "epochs at min_lr after the schedule", _EPOCHS_OR_0)
-    min_lr: float = _SCHEDULE(1e-5, "where the schedule ends", _RATE)
+    min_lr: float = _SCHEDULE(1e-5, "learning rate at the end of the schedule", _RATE)
     decay_epochs: float | None = _SCHEDULE(
         None, "step: interval; wsd, rsqrt: tail", Range(above=0, high=10**6)
     )
@@ -256,7 +256,7 @@ class Recipe(NetworkKeys):
         0, "checkpoint within an epoch, in updates; 0: never", Range(low=0, high=10**9)
     )
     save_every_minutes: float = _RUN(
-        15.0, "the same, in minutes; 0: never", Range(low=0, high=10**6)
+        15.0, "checkpoint every so many minutes; 0: never", Range(low=0, high=10**6)
     )
     eval_every: int = _RUN(1, "epochs between two validations", _COUNT)
     log_every: int = _RUN(
@@ -300,7 +300,7 @@ def check(recipe: Recipe) -> None:
         what = f"at most 1 with sched {recipe.sched}"
         _require(recipe, "decay_rate", recipe.decay_rate <= 1, what)
     if recipe.pretrained and recipe.checkpoint:
-        raise RecipeError("pretrained and checkpoint exclude each other: give one of them")
+        raise RecipeError("pretrained and checkpoint are mutually exclusive")
     if recipe.attn_diversity and (recipe.compile or recipe.grad_checkpointing):
         raise RecipeError("attn_diversity does not support compile or grad_checkpointing")
     _check_teacher(recipe)

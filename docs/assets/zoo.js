@@ -110,7 +110,7 @@
       },
       yaxis: { ...axis, title: { text: "Reported top-1, %" } },
       showlegend: drawn,
-      legend: { orientation: "h", y: -0.22, itemsizing: "constant" },
+      legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", itemsizing: "constant" },
       annotations: drawn ? [] : [empty],
       hovermode: "closest",
     };

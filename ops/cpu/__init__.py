@@ -20,7 +20,7 @@ Environment variables:
 
 - ``VISION_BACKBONES_NATIVE=0`` (or ``false``, ``no``, ``off``): never compile or load a kernel.
 - ``VISION_BACKBONES_NATIVE_ISA=amx|avx512bf16|avx512|avx2|portable``, on ARM
-  ``neonbf16|neon|portable``: the richest instruction set to use. With avx512, avx2 or neon,
+  ``neonbf16|neon|portable``: the newest instruction set to use. With avx512, avx2 or neon,
     inference layers don't use torch's bfloat16 matrix products either.
 - ``VISION_BACKBONES_CACHE_DIR``: the cache folder; compiled kernels are kept in its ``native``
   folder.

@@ -1,4 +1,4 @@
-"""The instruction sets that kernels are compiled for, and the richest one of this CPU."""
+"""The instruction sets that kernels are compiled for, and the newest one of this CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FLAGS = {
     "neon": [],  # all 64-bit CPUs have it
     "portable": ["-DVB_PORTABLE"],
 }
-# From the richest to the plainest; a CPU that supports one supports those after it.
+# From the newest to the oldest; a CPU that supports one supports those after it.
 _LEVELS = {
     "x86_64": ["amx", "avx512bf16", "avx512", "avx2", "portable"],
     "aarch64": ["neonbf16", "neon", "portable"],
@@ -61,12 +61,12 @@ def system() -> str:
 
 
 def levels(architecture: str | None = None) -> list[str]:
-    """The instruction sets of an architecture (default: this machine's), richest first."""
+    """The instruction sets of an architecture (default: this machine's), newest first."""
     return _LEVELS.get(architecture or machine(), ["portable"])
 
 
 def instruction_set() -> str:
-    """The richest instruction set that this CPU supports and the environment allows.
+    """The newest instruction set that this CPU supports and the environment allows.
 
     Returns:
         ``"amx"`` (with AVX-512 and its instructions for bfloat16), ``"avx512bf16"``, ``"avx512"``
@@ -85,7 +85,7 @@ def instruction_set() -> str:
 
 
 def is_emulated() -> bool:
-    """Whether the environment selects a plainer instruction set than this CPU's richest."""
+    """Whether the environment selects an older instruction set than this CPU's newest."""
     return instruction_set() != _richest()
 
 

@@ -130,7 +130,7 @@ def no_int8_products(has_instructions: bool) -> str | None:
     if has_instructions:
         return None
     isa = instruction_set()
-    return f"{isa} without int8 dot products (VNNI, SDOT), so int8 does not pay here"
+    return f"{isa} without int8 dot products (VNNI, SDOT), so int8 is not faster here"
 
 
 @rule(yes="int8 products", no="float products")
@@ -138,7 +138,7 @@ def linear_in_int8(has_products: bool, dtype: torch.dtype) -> Verdict:
     """Layers that ``fuse(torch.int8)`` chose, unless they are on another CPU now."""
     if has_products:
         return Verdict(True, "chosen by fuse(int8)")
-    return Verdict(False, "this CPU does not multiply int8")
+    return Verdict(False, "this CPU has no int8 instructions")
 
 
 # Weights from which on a layer is faster in int8 than in the dtype of its maps.
@@ -261,7 +261,7 @@ def linear_by_kernel(
     if min(in_features, out_features) <= _NARROW:
         return Verdict(True, "features {in_features} → {out_features}, one ≤ {limit}", _NARROW)
     if activation == "gelu" and dtype == torch.bfloat16:
-        return Verdict(True, "a GELU of few bits")
+        return Verdict(True, "GELU in bfloat16")
     if has_factor and not by_tiles(dtype):
         return Verdict(True, "times another map")
     return Verdict(False, "rows {rows} > {limit}", most)
@@ -286,7 +286,7 @@ def packs_linear(
     if activation != "none" or (has_bias and min(in_features, out_features) < _FEWEST_WITH_BIAS):
         return Verdict(True, "features {in_features} → {out_features} with a bias or an activation")
     if dtype != torch.float32 or not torch.backends.mkl.is_available():
-        return Verdict(True, "no products by MKL")
+        return Verdict(True, "MKL does not compute it")
     if in_features * out_features <= _MOST_UNPACKED:
         reason = "weights {in_features}·{out_features} ≤ {limit}"
         return Verdict(False, reason, _MOST_UNPACKED)
@@ -338,7 +338,7 @@ def convolves_windows(
     if tuple(stride) == (1, 1):
         return Verdict(False, "stride {stride}")
     if not multiplies(dtype):
-        return Verdict(False, "products of float32")
+        return Verdict(False, "bfloat16 would be computed in float32")
     return Verdict(True, "stride {stride}")
 
 
@@ -356,7 +356,7 @@ def winograd_by_kernel(
         in_channels, out_channels: of a group.
     """
     if dtype != torch.float32:
-        return Verdict(False, "sums of few bits")
+        return Verdict(False, "too inexact in bfloat16")
     if groups > 1 and instruction_set() not in _CONVOLVES:
         return Verdict(False, "{groups} groups on a CPU where oneDNN may be faster")
     limit = _FEWEST_TRANSFORMED if groups == 1 else _FEWEST_OF_GROUP
@@ -438,7 +438,7 @@ def depthwise_by_kernel(
     if not multiplies(dtype):
         return Verdict(True, "torch has no products of it")
     if not is_nhwc:
-        return Verdict(True, "a part of the channels")
+        return Verdict(True, "only some of the channels")
     if tuple(dilation) != (1, 1):
         return Verdict(True, "dilation {dilation}")
     if rows != columns or rows * columns >= _LARGE_WINDOW:

@@ -30,10 +30,10 @@ def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str 
     if query.device.type != "cpu":
         return f"the compiled kernel runs on the CPU, the tensors are on {query.device.type}"
     if query.dtype not in (torch.float32, torch.bfloat16):
-        return f"the compiled kernel takes float32 and bfloat16, not {query.dtype}"
+        return f"the compiled kernel supports float32 and bfloat16, not {query.dtype}"
     for dim in (query.shape[-1], value.shape[-1]):
         if dim > _MAX_DIM:
-            return f"the compiled kernel takes head dims up to {_MAX_DIM}, not {dim}"
+            return f"the compiled kernel supports head dims up to {_MAX_DIM}, not {dim}"
     return _unavailable_reason()
 
 

@@ -167,7 +167,7 @@ def private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_kernels_without_a_usable_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no folder can hold it: …")
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no folder can be used: …")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(folders, "candidates", lambda: [tmp_path / "file" / "native"])

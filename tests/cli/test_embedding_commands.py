@@ -120,7 +120,7 @@ def test_probe(embedded, tmp_path, capsys):
     words += ["--out", out["png"], "--html", out["html"], "--json", out["json"]]
     assert run(*words) == 0
     said = capsys.readouterr().out
-    assert "19 images, 19 of them of 3 known classes: 13 to learn from, 6 held out" in said
+    assert "19 images, 19 with one of 3 known classes: 13 for training, 6 held out" in said
     report = json.loads(out["json"].read_text())
     assert report["classes"] == ["class0", "class1", "class2"] and report["test"] == 6
     assert set(report["methods"]) == {"5 nearest", "linear probe"}
@@ -136,19 +136,25 @@ def test_probe(embedded, tmp_path, capsys):
     ("words", "said"),
     [
         (["search", "{table}"], "give --query IMAGE, or the --key"),
-        (["search", "{images}", "--key", "x"], "holds no embeddings: there is no metadata.json"),
-        (["search", "{table}", "--key", "x"], "no image of the key 'x'; its keys are like 'train/"),
+        (["search", "{images}", "--key", "x"], "contains no embeddings: there is no metadata.json"),
+        (
+            ["search", "{table}", "--key", "x"],
+            "no image with the key 'x'; its keys look like 'train/",
+        ),
         (["search", "{table}", "--query", "{table}/none.png"], "no image at"),
-        (["search", "{table}", "--query", "{image}", "--checkpoint", "x.pth"], "by --checkpoint"),
+        (["search", "{table}", "--query", "{image}", "--checkpoint", "x.pth"], "as --checkpoint"),
         (["search", "{table}", "--query", "{image}", "--out", "{image}"], "would overwrite"),
         (["search", "{table}", "--query", "{image}", "--out", "{table}"], "is a folder"),
         (["search", "{table}", "--key", "x", "--html", "a", "--csv", "a"], "--html and --csv"),
         (["duplicates", "{table}", "--csv", "{shard}"], "would overwrite"),
-        (["duplicates", "{images}"], "holds no embeddings"),
+        (["duplicates", "{images}"], "contains no embeddings"),
         (["probe", "{table}"], "the following arguments are required: --labels"),
         (["probe", "{table}", "--labels", "{table}/none.csv"], "cannot read "),
-        (["probe", "{table}", "--labels", "source"], "come from a folder, which says no classes"),
-        (["probe", "{table}", "--labels", "folder", "--test", "{images}"], "holds no embeddings"),
+        (["probe", "{table}", "--labels", "source"], "come from a folder, which has no classes"),
+        (
+            ["probe", "{table}", "--labels", "folder", "--test", "{images}"],
+            "contains no embeddings",
+        ),
         (
             ["probe", "{table}", "--labels", "folder", "--split", "folder", "--test", "{table}"],
             "give either --test or --split",
@@ -244,7 +250,7 @@ def test_files_of_others_are_replaced_only_when_asked(command, embedded, tmp_pat
         capsys.readouterr()
         assert run(*words) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert f"--{option} {file} exists and is not what" in line and "--overwrite" in line
+        assert f"--{option} {file} exists and is not an earlier" in line and "--overwrite" in line
         assert contents(tmp_path) == theirs
         file.write_bytes(results[file])
     for file in files.values():
@@ -314,6 +320,6 @@ def test_a_key_of_nan(tmp_path, capsys):
     table = make_table(tmp_path / "table", np.array([[1, 0], [np.nan, 1]], np.float32))
     assert run("search", table, "--key", "00001.png", "--csv", tmp_path / "a.csv") == 2
     said = capsys.readouterr()
-    told = f"the embedding of '00001.png' in {table} is not finite: nothing is similar to it"
+    told = f"the embedding of '00001.png' in {table} is not finite, so nothing is similar to it"
     assert (said.out, said.err) == ("", f"error: {told}\n")
     assert not (tmp_path / "a.csv").exists()

@@ -79,7 +79,7 @@ def test_the_file_stands_alone(trained, photos, tmp_path, capsys):
     capsys.readouterr()
     words = ["export", "shvit_s1", "--checkpoint", str(path), "--out", str(tmp_path / "x.onnx")]
     assert main(words) == 2
-    assert "has weights in int8; export needs floats" in capsys.readouterr().err
+    assert "has int8 weights, which cannot be exported" in capsys.readouterr().err
 
 
 @_needs_int8

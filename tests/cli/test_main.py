@@ -42,7 +42,7 @@ def test_the_package_is_a_command(monkeypatch, capsys):
         (["summary", "van_b9"], "unknown model 'van_b9'; did you mean 'van_b"),
         (["summary", "nonsense"], "unknown model 'nonsense'; backbones.list_models() lists all"),
         (["sum\nmary"], "no command 'sum\\nmary'"),
-        (["summary", "van_b0", "--size", "1", "2", "3"], "--size takes one side"),
+        (["summary", "van_b0", "--size", "1", "2", "3"], "--size must be one side"),
         (["summary", "van_b0", "--size", "65535"], "--size 65535 65535: an image of that size"),
         (["summary"], "the following arguments are required: model"),
         (["summary", "van_b0", "--nonsense"], "unrecognized arguments: --nonsense"),

@@ -167,9 +167,9 @@ def test_summary(name, capsys):
 
 def test_sizes_that_timm_does_not_take(tmp_path, capsys):
     said = refusal(capsys, "summary", "timm/test_vit", "--size", "97", "96")
-    assert "--size 97 96: VisionTransformer takes no images of 97×96: " in said
+    assert "--size 97 96: VisionTransformer does not accept images of 97×96: " in said
     words = ["export", "timm/test_vit", "--out", tmp_path / "a.pt2"]
-    assert "VisionTransformer takes no images of" in refusal(capsys, *words, "--dynamic")
+    assert "VisionTransformer does not accept images of" in refusal(capsys, *words, "--dynamic")
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_int8(photos, tmp_path, capsys, monkeypatch):
     loaded = load(None, path)
     assert loaded.name == "timm/test_convnext" and loaded.model.precision.calibrated
     said = refusal(capsys, "export", *words[:1], "--checkpoint", path, "--out=x.onnx")
-    assert "has weights in int8; export needs floats" in said
+    assert "has int8 weights, which cannot be exported" in said
 
     with torch.inference_mode():
         images = batch_of(model, photos)
@@ -237,7 +237,7 @@ def test_benchmark(tmp_path, capsys):
     assert (row["model"], row["size"]) == ("timm/test_resnet", 160)
     assert row["contenders"]["fused"]["difference_from_eager"] < 1e-5
     words = ["benchmark", "--models", "timm/test_vit", "--sizes=97", "--output", tmp_path / "b"]
-    assert "takes no images of 97×97" in refusal(capsys, *words)
+    assert "does not accept images of 97×97" in refusal(capsys, *words)
 
 
 def test_train_validate_and_predict(tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
         (["--run", "nowhere"], "cannot read the recipe"),
         (["--list", "nowhere"], "cannot read --list nowhere"),
         (["--model", "van_b0", "--split=holdout"], "no split 'holdout'"),
-        (["--model", "van_b0", "--corrupt", "rain"], "no corruption 'rain'"),
+        (["--model", "van_b0", "--corrupt", "rain"], "unknown corruption 'rain'"),
         (["--model", "van_b0", "--severity", "9", "--corrupt"], "severity 9"),
         (["--model", "van_b0", "--real-labels=nowhere"], "cannot read real labels nowhere"),
         (["--model", "van_b0", f"--list={PICTURE}"], "is not UTF-8 text"),

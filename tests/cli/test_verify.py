@@ -125,7 +125,7 @@ def test_non_finite_outputs(published, tmp_path, capsys):
     [
         (b"\x89PNG", "is not UTF-8 text"),
         (b"{", "is not JSON"),
-        (b"[]", "has no figures"),
+        (b"[]", "was not written by --save-figures"),
         (None, "cannot"),
     ],
 )

@@ -131,7 +131,7 @@ def test_no_program_is_started_for_an_image(postscript):
     with_preview = b"\xc5\xd0\xd3\xc6" + bytes(28) + data
     for source in (postscript, str(postscript), io.BytesIO(data), io.BytesIO(with_preview)):
         with pytest.raises(
-            OSError, match="PostScript .EPS. is a program .* convert the picture to PNG"
+            OSError, match="PostScript .EPS. is a program .* convert the image to PNG"
         ):
             open_image(source)
     with pytest.raises(OSError, match="PostScript"):

@@ -139,7 +139,7 @@ def test_earlier_results_are_replaced(tmp_path):
 def test_other_files_are_replaced_only_when_asked(content, tmp_path):
     for name, (path, kind) in results(tmp_path).items():
         path.write_bytes(content)
-        told = "exists and is not what is written here: choose another name, or replace it with "
+        told = "exists and is not an earlier result: choose another name, or replace it with "
         assert told in refusal({name: (path, kind)}, overwrite=False)
         assert refusal({name: (path, kind)}).endswith("choose another name")
         require_writable({name: (path, kind)}, overwrite=True)

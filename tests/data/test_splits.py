@@ -186,7 +186,7 @@ def test_invalid_class_maps(kind, content, message, folder, tmp_path):
 def test_validation_labels_without_an_auc(tmp_path):
     labels = np.zeros((12, 3), np.int64)
     write_medmnist(tmp_path / "chestmnist.npz", labels=labels)
-    with pytest.raises(DataError, match="so there is no AUC"):
+    with pytest.raises(DataError, match="AUC is undefined"):
         open_splits(Recipe(data="medmnist/chestmnist", data_dir=str(tmp_path)))
 
 

@@ -147,7 +147,7 @@ def _cut(path: Path) -> None:
         (_flip_an_embedding, "its checksum is wrong"),
         (_without_embeddings, "it has other columns than metadata.json says"),
         (_with_null_numbers, "it has rows without embedding"),
-        (_cut, "it is no whole Parquet file"),
+        (_cut, "it is not a complete Parquet file"),
     ],
 )
 def test_embed_mends_a_damaged_shard(damage, told, tmp_path, capsys):
@@ -162,7 +162,7 @@ def test_embed_mends_a_damaged_shard(damage, told, tmp_path, capsys):
     capsys.readouterr()
     assert main(words(photos, tmp_path / "out", checkpoint)) == 0
     said = capsys.readouterr().err
-    assert f"{path} is damaged ({told}) and is embedded again" in said
+    assert f"{path} is damaged ({told}); embedding it again" in said
     assert "6 images done before" in said
     assert same(tmp_path / "out", tmp_path / "whole")
 
@@ -176,7 +176,7 @@ def test_a_damaged_graph_is_built_again(place, folder, capsys):
     whole = path.read_bytes()
     flip(path, place)
     assert search(folder, vectors[:3], index="hnsw", progress=True) == found
-    told = f"the index {path} is damaged, or of an earlier version: building it again\n"
+    told = f"the index {path} is damaged or from an earlier version: rebuilding it\n"
     assert capsys.readouterr().err == told
     assert len(path.read_bytes()) == len(whole)
     assert search(folder, vectors[:3], index="hnsw", progress=True) == found

@@ -109,7 +109,7 @@ def test_other_formats(number, folder):
 def test_missing_shards(shards, folder):
     """At once, however many are missing; the first of them is named."""
     edit(folder, "shards", shards)
-    told = f"{shards - 2} of {shards} shards are not there yet .part-00002.parquet"
+    told = f"{shards - 2} of {shards} shards are missing .part-00002.parquet"
     with pytest.raises(table.TableError, match=told):
         table.load(folder)
     edit(folder, "shards", 2)
@@ -129,7 +129,7 @@ def test_possible_fields(key, value, folder):
 
 def test_a_kind_of_source_that_is_unknown(folder):
     edit(folder, "source.kind", "zip")
-    with pytest.raises(table.TableError, match="the kind of source 'zip' is none of folder, list"):
+    with pytest.raises(table.TableError, match="the kind of source must be one of folder, list"):
         image_bytes(folder, "00001.png", [folder])
 
 
@@ -138,5 +138,5 @@ def test_a_shape_that_the_model_does_not_make(tmp_path):
     photos = make_photos(tmp_path / "photos", 2)
     assert main(words(photos, tmp_path / "out", checkpoint)) == 0
     edit(tmp_path / "out", "shape", [2, 16])
-    with pytest.raises(MendableError, match=r"of the shape \[2, 16\], and its model makes \[32\]"):
+    with pytest.raises(MendableError, match=r"of shape \[2, 16\], but its model returns \[32\]"):
         embed_queries(tmp_path / "out", [photos / "000.png"])

@@ -46,13 +46,13 @@ def test_files_of_labels(name, text, tmp_path):
     ("name", "text", "said"),
     [
         ("a.csv", "", "has no labels"),
-        ("a.csv", "x.png\n", "a row is a key and a label with a comma or a tab"),
+        ("a.csv", "x.png\n", "a row must be a key and a label, separated"),
         ("a.csv", "x,cat\nx,dog\n", "gives 'x' two labels, 'cat' and 'dog'"),
-        ("a.json", "[1]", "is no JSON of labels by key"),
-        ("a.json", '"x"', "is no JSON of labels by key"),
-        ("a.json", "5", "is no JSON of labels by key"),
-        ("a.json", '{"x": [1]}', "is no JSON of labels by key"),
-        ("a.json", "[" * 100_000, "is no JSON of labels by key"),
+        ("a.json", "[1]", "must be JSON with labels by key"),
+        ("a.json", '"x"', "must be JSON with labels by key"),
+        ("a.json", "5", "must be JSON with labels by key"),
+        ("a.json", '{"x": [1]}', "must be JSON with labels by key"),
+        ("a.json", "[" * 100_000, "must be JSON with labels by key"),
     ],
 )
 def test_invalid_label_files(name, text, said, tmp_path):
@@ -66,14 +66,14 @@ def test_labels_of_rows(table, tmp_path):
     assert labels_of(table, {"3.png": "owl", "other": "x"}) == [None, None, None, "owl"]
     (tmp_path / "a.csv").write_text("train/dog/1.png,pet\n")
     assert labels_of(table, tmp_path / "a.csv") == [None, "pet", None, None]
-    with pytest.raises(LabelError, match=r"come from a folder, which says no classes"):
+    with pytest.raises(LabelError, match=r"come from a folder, which has no classes"):
         labels_of(table, "source")
-    with pytest.raises(LabelError, match=r"keys is in .*, where they are like 'train/cat/0.png'"):
+    with pytest.raises(LabelError, match=r"keys is in .*, whose keys look like 'train/cat/0.png'"):
         labels_of(table, {"no": "cat"})
     with pytest.raises(LabelError, match=r"cannot read .*none.csv: No such file"):
         labels_of(table, tmp_path / "none.csv")
     flat = make_table(tmp_path / "flat", np.eye(2, dtype=np.float32))
-    with pytest.raises(LabelError, match=r"no image of .* lies in a folder of a class"):
+    with pytest.raises(LabelError, match=r"no image of .* is in a class folder"):
         labels_of(flat, "folder")
 
 
@@ -96,5 +96,5 @@ def test_splits(table):
 
 def test_no_folder_is_a_split(tmp_path):
     table = make_table(tmp_path / "table", np.eye(2, dtype=np.float32), ["a/0.png", "b/0.png"])
-    with pytest.raises(LabelError, match="lies in a folder named train, test or val"):
+    with pytest.raises(LabelError, match="is in a folder named train, test or val"):
         split_of(table, "folder")

@@ -56,8 +56,8 @@ def html_of(folder: Path, key: str, *more: str | Path) -> str:
 
 def test_a_source_from_elsewhere_is_asked_for(tmp_path, photos, capsys):
     folder = foreign(tmp_path, "folder", photos, "000.png", "003.png")
-    told = f"{folder} comes from somebody else, another machine or an earlier version, so its "
-    told += "images are not looked for where it says, "
+    told = f"{folder} was made by somebody else, on another machine or by an earlier version, so "
+    told += "its images are not read from where it says, "
     with pytest.raises(OSError, match=told):
         image_bytes(folder, "000.png")
     assert image_bytes(folder, "000.png", [photos]) == (photos / "000.png").read_bytes()
@@ -216,11 +216,11 @@ def test_lists_lead_where_they_say(tmp_path, photos, checkpoint):
 def test_datasets_are_not_fetched_for_others(tmp_path):
     facts = {"split": "train", "digest": ""}
     folder = foreign(tmp_path, "training", tmp_path, "x", data="hfds/some/set", **facts)
-    with pytest.raises(ForeignError, match=r"where it says, hfds/some/set: give their place"):
+    with pytest.raises(ForeignError, match=r"where it says, hfds/some/set: pass --source"):
         image_bytes(folder, "x")
     with pytest.raises(ForeignError, match="where it says, hfds/some/set"):
         labels_of(folder, "source")
-    with pytest.raises(ForeignError, match=r"are those of hfds/some/set: give this .* not digits"):
+    with pytest.raises(ForeignError, match=r"are from hfds/some/set: pass this .* not digits"):
         image_bytes(folder, "x", ["digits"])
 
 

@@ -107,7 +107,7 @@ def test_a_second_table_to_measure_on(easy, tmp_path):
     labels = dict.fromkeys(keys[:3], "class1") | {keys[3]: "new"}
     report = probe(easy, "folder", test=other, test_labels=labels)
     assert (report.labelled, report.test) == (104, 3)
-    assert report.notes == ["1 classes are held out alone and were left out, such as new"]
+    assert report.notes == ["1 classes without training images were left out, such as new"]
     assert [method.accuracy for method in report.methods] == [0, 0]
     assert {mistake.folder for mistake in report.methods[0].mistakes} == {str(other)}
     weights = {"file": "x.pth", "sha256": "1" * 64}
@@ -138,15 +138,15 @@ def test_a_class_of_one_image_is_learned_from(tmp_path):
     report = probe(table, "folder", neighbors=50)
     assert (report.train, report.test) == (10, 3)
     np.testing.assert_array_equal(report.methods[0].confusion.sum(axis=1), [2, 0, 1])
-    assert report.methods[0].note == "only 10 images to be neighbours of"
+    assert report.methods[0].note == "there are only 10 training images"
 
 
 def test_rows_are_bounded(hard):
     report = probe(hard, "folder", most_rows=30)
     assert (report.train, report.test) == (30, 30)
     assert report.notes == [
-        "of 144 images to learn from 30 were chosen at random",
-        "of 36 images to measure on 30 were chosen at random",
+        "30 of 144 images to train on were chosen at random",
+        "30 of 36 images to test on were chosen at random",
     ]
 
 
@@ -194,7 +194,7 @@ def test_bad_input(easy, tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=said):
             probe(easy, "folder", **options)  # type: ignore[arg-type]
-    with pytest.raises(LabelError, match="there must be two"):
+    with pytest.raises(LabelError, match="at least two classes"):
         probe(easy, {"class0/0000.png": "a", "class0/0001.png": "a"})
     one_each = {"class0/0000.png": "a", "class0/0001.png": "b"}
     with pytest.raises(LabelError, match="no image of a known class is held out"):

@@ -43,13 +43,13 @@ def test_the_weights_must_be_the_same(embedded, tmp_path):
     assert embed_queries(embedded.table, good, moved / "best.safetensors").vectors.shape == (1, 32)
     with open(moved / "best.safetensors", "ab") as file:
         file.write(b"\0")
-    with pytest.raises(MendableError, match=r"is not what .* was made with: its SHA-256 is "):
+    with pytest.raises(MendableError, match=r"is not the file that .*: its SHA-256 is "):
         embed_queries(embedded.table, good, moved / "best.safetensors")
     copy = shutil.copytree(embedded.table, tmp_path / "table")
     said = table.metadata(copy)
     said["weights"]["path"] = str(tmp_path / "gone.pth")
     table.write_metadata(copy, said)
-    with pytest.raises(MendableError, match=r"gone.pth, cannot be read: it does not exist; give"):
+    with pytest.raises(MendableError, match=r"gone.pth, cannot be read: it does not exist; pass"):
         embed_queries(copy, good)
 
 
@@ -58,7 +58,9 @@ def test_the_preprocessing_must_be_the_same(embedded, tmp_path):
     moved = shutil.copytree(embedded.checkpoint.parent, tmp_path / "moved")
     recipe = moved / "config.yaml"
     recipe.write_text(recipe.read_text().replace("img_size: 32", "img_size: 64"))
-    with pytest.raises(MendableError, match=r"another preprocessing .*input_size \[3, 32, 32\] th"):
+    with pytest.raises(
+        MendableError, match=r"different preprocessing: input_size \[3, 32, 32\] th"
+    ):
         embed_queries(embedded.table, [], moved / "best.safetensors")
 
 

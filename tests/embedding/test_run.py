@@ -110,7 +110,7 @@ def test_non_finite_features_are_corrupt(photos, checkpoint, tmp_path, monkeypat
     assert done.rows == 9
     ((key, reason),) = done.corrupt
     assert key == "003.png"
-    assert reason.endswith(", which float16 does not hold")
+    assert reason.endswith(", beyond float16's range")
     rows, whole = (
         [row for batch in table.batches(tmp_path / name) for row in batch.to_pylist()]
         for name in ("out", "whole")
@@ -320,7 +320,7 @@ def test_a_folder_of_other_settings(photos, checkpoint, capsys, change, told):
     assert run(*words(photos, out, checkpoint, *more)) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert re.search(f"{out} was started differently: .*{told}", said), said
+    assert re.search(f"{out} was started with other settings: .*{told}", said), said
     assert {p: p.read_bytes() for p in out.rglob("*.*")} == before
 
 
@@ -405,7 +405,9 @@ def test_processes_that_keep_dying(photos, checkpoint, monkeypatch):
     kill = "import os, backbones.embedding.worker as w\n"
     kill += "w.Worker.__call__ = lambda self, *part: os.kill(os.getpid(), 9)\nw.main()"
     monkeypatch.setattr(local, "_PROGRAM", kill)
-    with pytest.raises(Exception, match="processes died of part 0, the last with status -9"):
+    with pytest.raises(
+        Exception, match="processes ended while computing part 0, the last with status -9"
+    ):
         embed(photos, photos.parent / "out", checkpoint=checkpoint, rows=6, workers=2)
 
 
@@ -414,8 +416,8 @@ def test_processes_that_keep_dying(photos, checkpoint, monkeypatch):
     [
         (["--model=shvit_s9"], "shvit_s9"),
         (["--features=head:1"], "--features must be head, stage:N or stage:N:map, not 'head:1'"),
-        (["--features=stage:3"], "shvit_s1 has the stages 0 … 2, no 3"),
-        (["--classes=6"], "shvit_s1 has 5 classes, of which 6 were asked for"),
+        (["--features=stage:3"], "shvit_s1 has stages 0 … 2, no 3"),
+        (["--classes=6"], "shvit_s1 has 5 classes, fewer than the requested 6"),
         (["--dtype=float16"], "--dtype float16 is for GPUs"),
         (["--device=cuda:7"], "--device cuda:7 cannot be used here"),
         (["--checkpoint=absent.pth"], "no checkpoint at absent.pth"),
@@ -433,7 +435,7 @@ def test_bad_arguments_are_one_line(photos, checkpoint, capsys, more, told):
 
 def test_bfloat16_is_for_cpus_that_multiply_it(photos, checkpoint, monkeypatch):
     monkeypatch.setattr("backbones.common.dtypes.policy.multiplies", lambda dtype: False)
-    with pytest.raises(CommandError, match="this CPU does not multiply it"):
+    with pytest.raises(CommandError, match="this CPU has no bfloat16 instructions"):
         embed(photos, photos.parent / "out", checkpoint=checkpoint, dtype="bfloat16")
 
 
@@ -467,18 +469,18 @@ def test_the_decoder_stays_the_same(photos, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(images.features, "check_feature", lambda name: False)
     capsys.readouterr()
     assert run(*words_of(photos.parent / "other", checkpoint)) == 2
-    assert "begun with simplejpeg, which is not usable here" in capsys.readouterr().err
+    assert "started with simplejpeg, which is not usable here" in capsys.readouterr().err
 
 
 def test_out_is_beside_the_source(photos, checkpoint, capsys):
     assert run(*words(photos, photos / "out", checkpoint)) == 2
-    assert "lies in the source" in capsys.readouterr().err
+    assert "is inside the source" in capsys.readouterr().err
     (photos.parent / "out").mkdir()
     (photos.parent / "out" / "notes.md").write_text("mine")
     assert run(*words(photos, photos.parent / "out", checkpoint)) == 2
-    assert "holds files of something else (notes.md)" in capsys.readouterr().err
+    assert "contains other files (notes.md)" in capsys.readouterr().err
     assert run(*words(photos, photos.parent / "out" / "notes.md", checkpoint)) == 2
-    assert "notes.md is a file, or lies in one" in capsys.readouterr().err
+    assert "notes.md is not a folder" in capsys.readouterr().err
 
 
 def test_a_vanished_source_is_not_a_corrupt_image(photos, checkpoint, monkeypatch):
@@ -503,7 +505,7 @@ def test_an_untrained_model_is_refused(photos):
 def test_a_restorer_has_no_features(photos, tmp_path):
     model = backbones.create_model("hat_s_x2")
     save_weights(tmp_path / "hat.safetensors", model.state_dict(), {"model": "hat_s_x2"})
-    with pytest.raises(CommandError, match="restores images; it has no features"):
+    with pytest.raises(CommandError, match="restores images and has no features"):
         embed(photos, tmp_path / "out", checkpoint=tmp_path / "hat.safetensors")
 
 

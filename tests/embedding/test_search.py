@@ -157,9 +157,11 @@ def test_bad_input(table, vectors, tmp_path):
         search(table, np.full((1, 16), np.nan, np.float32))
     with pytest.raises(ValueError, match="top must be at least 1, got 0"):
         search(table, vectors[:1], top=0)
-    with pytest.raises(ValueError, match=r"no image of the key 'x'; its keys are like '00000.png'"):
+    with pytest.raises(
+        ValueError, match=r"no image with the key 'x'; its keys look like '00000.png'"
+    ):
         vectors_of(table, ["00001.png", "x"])
-    with pytest.raises(FileNotFoundError, match="holds no embeddings"):
+    with pytest.raises(FileNotFoundError, match="contains no embeddings"):
         search(tmp_path, vectors[:1])
     broken = make_table(tmp_path / "broken", vectors)
     (broken / "shards" / "part-00002.parquet").write_bytes(b"PAR1")

@@ -84,7 +84,7 @@ def test_metadata_of_something_else(tmp_path, text):
 
 
 def test_missing_table(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no embeddings: there is no metadata.json"):
+    with pytest.raises(FileNotFoundError, match="contains no embeddings: there is no metadata"):
         table.load(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(table.TableError, match="is a file; give the folder"):

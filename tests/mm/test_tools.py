@@ -264,7 +264,7 @@ def test_a_set_replaces_nothing_unasked(tool, tmp_path):
     (tmp_path / "images" / "val").mkdir(parents=True)
     (tmp_path / "images" / "val" / "000.png").write_text("a photograph")
     words = ["--out", str(tmp_path), "--train", "2", "--val", "1"]
-    with pytest.raises(ValueError, match="images/val/000.png exists and is not what"):
+    with pytest.raises(ValueError, match="images/val/000.png exists and is not an earlier"):
         tool.main(["data", *words])
     assert [p.name for p in tmp_path.iterdir()] == ["images"]
     tool.main(["data", *words, "--overwrite"])

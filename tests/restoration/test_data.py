@@ -144,7 +144,7 @@ def test_photographs_are_inside_the_packages():
 def test_missing_pictures_are_named(tmp_path):
     with pytest.raises(DataError, match="give --val-pictures a folder"):
         find_pictures("", False)
-    with pytest.raises(DataError, match="train_pictures: no picture at"):
+    with pytest.raises(DataError, match="train_pictures: no image at"):
         find_pictures(str(tmp_path), True)
     make_pictures(tmp_path / "a", 2)
     assert len(find_pictures(f"{tmp_path}/*/*.png", True)) == 2

@@ -186,7 +186,7 @@ def test_errors_are_reported(pictures, tmp_path, capsys):
     assert "quality must be 2 numbers within 1 … 100" in error("--quality", "40")
     assert "model_args" in error("--model-args={depths: 3}")
     assert "error: device nope cannot be used here: " in error("--device=nope")
-    assert "no picture at /nowhere" in error("--train-pictures=/nowhere")
+    assert "no image at /nowhere" in error("--train-pictures=/nowhere")
     assert "cannot be read, more than max_corrupt" in error("--patch-size=40", "--name=large")
     listed = (tmp_path / "large" / "corrupt_train.txt").read_text()
     assert "smaller than a patch of 80×80" in listed

@@ -253,7 +253,7 @@ def test_natten_takes_the_place_of_our_layers(contenders, monkeypatch):
     assert {options["rel_pos_bias"] for options in made} == {True}
     assert create("vig") is None
     old.__version__ = "0.21.0"
-    with pytest.raises(ImportError, match=r"NATTEN 0\.17 is wanted, 0\.21\.0 is installed"):
+    with pytest.raises(ImportError, match=r"NATTEN 0\.17 is needed, 0\.21\.0 is installed"):
         create("nat")
 
 

@@ -69,10 +69,11 @@ def test_places_are_filled_and_prose_stays(builder, tmp_path):
         ("<!-- table: growth a.json aim=no --><!-- end -->", "growth a.json: TypeError"),
         ("<!-- table: models a.json -->", "1 places begin, 0 end"),
         (
-            "<!-- fact: machine a.json --> <!-- fact: machine a.json --><!-- end -->",
+            "A <!-- fact: machine a.json --> <!-- fact: machine a.json --><!-- end -->",
             "2 places begin",
         ),
         ("<!-- end -->", "0 places begin, 1 end"),
+        ("- <!-- fact: torch a.json --><!-- end -->", "put a word before - <!-- fact: torch"),
     ],
 )
 def test_places_that_cannot_be_filled_are_named(builder, tmp_path, text, said):
@@ -95,9 +96,9 @@ def test_the_command_fills_and_rewrites(builder, tmp_path, monkeypatch):
     }
     (tmp_path / "a.json").write_text(json.dumps(report, indent=1))
     page = tmp_path / "a.md"
-    page.write_text("<!-- fact: torch a.json --><!-- end -->\n")
+    page.write_text("In <!-- fact: torch a.json --><!-- end -->\n")
     builder.main([])
-    assert page.read_text() == "<!-- fact: torch a.json -->2<!-- end -->\n"
+    assert page.read_text() == "In <!-- fact: torch a.json -->2<!-- end -->\n"
     before = page.stat().st_mtime_ns
     builder.main([])
     assert page.stat().st_mtime_ns == before

@@ -129,3 +129,21 @@ def test_medians_and_losses(tool, docs):
         "| CPU A |  | 3.00× (2) | not measured | 0.50× (1) | `shvit_s4` | 2026-01-02 |",
         "| CPU B |  | 1.50× (1) | not measured | not measured | none | 2026-01-02 |",
     ]
+
+
+def test_gains_of_timm_and_what_was_not_measured(tool: ModuleType, docs: Path) -> None:
+    fast = {**_row(eager=4.0, fused=1.0, openvino=2.0), "model": "timm/resnet50"}
+    slow = {**_row(eager=2.0, fused=1.0, openvino=0.5), "model": "timm/regnety_032"}
+    _write(docs / "performance" / "a.json", _report(fast, slow, _row(eager=1.0, fused=1.0)))
+    _write(
+        docs / "performance" / "b" / "a.json", _report(_row(eager=3.0, fused=2.0, onnxruntime=1.0))
+    )
+    assert tool.timm_gain(docs) == (
+        "On CPU A (one image, one thread, float32), fused models of timm are 3.00 times as fast as "
+        "in eager PyTorch (median of 2) and 1.25 times as fast as in OpenVINO (median of 2). "
+        "Slower than in another library: `regnety_032`."
+    )
+    assert tool.unmeasured(docs) == (
+        "on CPU A: torch.compile, ONNX Runtime, OpenVINO in bfloat16, int8; "
+        "on CPU B: torch.compile, OpenVINO, OpenVINO in bfloat16, int8"
+    )

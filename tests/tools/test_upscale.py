@@ -66,7 +66,7 @@ def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
     assert upscale(weights, *words) == 1
     printed = capsys.readouterr()
     assert "cut.png" in printed.err and "a.png" not in printed.err
-    assert "4 of 5 pictures" in printed.out and "1 failed" in printed.out
+    assert "4 of 5 images" in printed.out and "1 failed" in printed.out
     assert "20×14 → 40×28" in printed.out
     written = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
     assert written == ["a_x2.png", "deep/b_x2.jpg", "deep/p_x2.png", "g_x2.tif"]
@@ -75,9 +75,9 @@ def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
         assert picture.pixels.shape[:2] == (28, 40) and picture.is_grey == path.endswith(".tif")
     (tmp_path / "in/cut.png").unlink()
     assert upscale(weights, *words) == 0
-    assert "4 of 4 pictures" in capsys.readouterr().out
+    assert "4 of 4 images" in capsys.readouterr().out
     assert upscale(weights, *words, "--skip-existing") == 0
-    assert "0 of 4 pictures" in capsys.readouterr().out
+    assert "0 of 4 images" in capsys.readouterr().out
 
 
 def test_the_picture_is_right(weights, tmp_path):
@@ -240,7 +240,7 @@ def test_outputs_are_not_inputs(tmp_path):
     make(tmp_path / "out/a_x2.png")
     jobs = upscale_files.plan_jobs([tmp_path], tmp_path / "out", "_x2")
     assert [job.source for job in jobs] == [tmp_path / "a.png"]
-    with pytest.raises(DataError, match="no pictures in"):
+    with pytest.raises(DataError, match="no images in"):
         upscale_files.plan_jobs([tmp_path / "out"], tmp_path / "out", "_x2")
 
 
@@ -296,7 +296,7 @@ def test_validation_creates_missing_low_resolution_pictures(weights, tmp_path, c
     table = tmp_path / "scores.csv"
     assert validate.main([*folders, *options, "--device=cpu", f"--csv={table}"]) == 0
     printed = capsys.readouterr().out
-    assert "Set5" in printed and "2 pictures" in printed and "bicubic" in printed
+    assert "Set5" in printed and "2 images" in printed and "bicubic" in printed
     rows = scores(table)
     assert [row["picture"] for row in rows] == ["img_0.png", "img_1.png", "mean"] * 2
     for alone, both in zip(rows[:3], rows[3:], strict=True):
@@ -341,6 +341,6 @@ def test_validation_names_mismatched_pairs(weights, tmp_path, capsys):
     assert "there is no folder" in error("none")
     make(tmp_path / "a/HR/x.png")
     make(tmp_path / "a/LR/y.png")
-    assert "no low-resolution picture for x.png" in error("a")
+    assert "no low-resolution image for x.png" in error("a")
     make(tmp_path / "a/LR/x.png")
     assert "is not 2 times smaller" in error("a")

@@ -80,7 +80,7 @@ def test_a_folder_of_something_else_is_not_touched(name, arguments, tmp_path, ca
     before = content(folder)
     assert train(*arguments, "--overwrite", "true") == 2
     message = capsys.readouterr().err
-    assert "holds files of another program" in message and message.count("\n") == 1
+    assert "contains another program's files" in message and message.count("\n") == 1
     assert content(folder) == before
 
 
@@ -230,5 +230,5 @@ def test_resuming_takes_the_last_of_the_runs(tmp_path):
     folder.leave()
     assert not folder.path.exists()
     recipe.name = "van_b0"
-    with pytest.raises(RecipeError, match="holds an earlier run"):
+    with pytest.raises(RecipeError, match="contains an earlier run"):
         RunFolder(recipe, options)

@@ -208,7 +208,7 @@ def test_another_model_is_refused(images, tmp_path, capsys):
     config = (tmp_path / "run" / "config.yaml").read_text()
     assert "model_args: {attn_dims:" in config  # still that of the run
     assert train(*arguments, "--epochs=2") == 2
-    assert "holds an earlier run" in capsys.readouterr().err
+    assert "contains an earlier run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 def heads_unavailable(head_dim: int) -> str | None:
     """``None`` if kernels can rotate heads of ``head_dim`` channels, else the reason."""
     if head_dim % _WHOLE:
-        return f"the kernel takes head dims that {_WHOLE} divides, not {head_dim}"
+        return f"the kernel needs head dims divisible by {_WHOLE}, not {head_dim}"
     return None
 
 

@@ -192,7 +192,7 @@ class Libraries:
                     text = "Compiled kernels are kept in %r, not in the cache: %s"
                     _log.warning(text, str(folder), "; ".join(problems))
                 return result
-        raise OSError(f"no folder can hold it: {'; '.join(problems)}")
+        raise OSError(f"no folder can be used: {'; '.join(problems)}")
 
     def _shipped(self, name: str, isa: str) -> Path | None:
         """The library that came with the package, if it was built from the package's sources."""
@@ -247,8 +247,8 @@ class Libraries:
         if not names:  # another process has compiled them in the meantime
             return
         _log.warning(
-            "Compiling %d C++ kernels for %s, as none came with the package: once, then they are "
-            "kept in %r. Ahead of time: vision-backbones build; never: VISION_BACKBONES_NATIVE=0",
+            "Compiling %d C++ kernels for %s, which the package does not contain, into %r. This "
+            "happens once; in advance: vision-backbones build, never: VISION_BACKBONES_NATIVE=0",
             *(len(names), isa, str(folder)),
         )
         # Longest first, so that all threads finish at about the same time.

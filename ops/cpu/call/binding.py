@@ -178,7 +178,7 @@ class Kernel:
         if device.type != "cpu":
             return f"the kernel runs on the CPU, the tensors are on {device.type}"
         if dtype not in (torch.float32, torch.bfloat16):
-            return f"the kernel takes float32 and bfloat16, not {dtype}"
+            return f"the kernel supports float32 and bfloat16, not {dtype}"
         refused = None if self._refuses is None else self._refuses(device, dtype)
         return refused or unavailable_reason(self.library)
 

@@ -69,7 +69,7 @@ def deformable_conv2d(
         )
     inputs = x.shape[1] * kernel_size**2
     if weight.numel() != packed_size(len(bias), inputs, x.dtype):
-        raise ValueError(f"weight is not that of {len(bias)} outputs of {inputs} inputs")
+        raise ValueError(f"weight is not packed for {len(bias)} outputs of {inputs} inputs")
     out = x.new_empty(x.shape[0], height, width, len(bias)).permute(0, 3, 1, 2)
 
     def arguments() -> Any:

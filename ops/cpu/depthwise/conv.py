@@ -42,7 +42,7 @@ def unavailable(stride: Sequence[int], device: torch.device, dtype: torch.dtype)
     The first call on a machine compiles the kernel, which takes a few seconds.
     """
     if not 1 <= stride[1] <= 2:
-        return f"the kernel takes strides of 1 and 2, not {stride[1]}"
+        return f"the kernel supports strides of 1 and 2, not {stride[1]}"
     return depthwise_conv2d.unavailable(device, dtype)
 
 
@@ -83,7 +83,7 @@ def depthwise_conv2d(
     require_dtype(torch.float32, taps=taps, bias=bias)
     require_activation(activation)
     if not 1 <= stride[1] <= 2:
-        raise RuntimeError(f"the kernel takes strides of 1 and 2, not {stride[1]}")
+        raise RuntimeError(f"the kernel supports strides of 1 and 2, not {stride[1]}")
     size = []
     for axis in range(2):
         reach = dilation[axis] * (taps.shape[axis] - 1)

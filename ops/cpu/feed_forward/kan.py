@@ -68,7 +68,7 @@ def kan_layer(
         )
     if weight.numel() != packed_size(len(bias), len(norm_weight) * len(powers), x.dtype):
         raise ValueError(
-            f"weight is not that of {len(bias)} outputs of {len(norm_weight)} inputs at "
+            f"weight is not packed for {len(bias)} outputs of {len(norm_weight)} inputs at "
             f"{len(powers)} points"
         )
 

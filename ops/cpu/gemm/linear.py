@@ -33,14 +33,14 @@ def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
     library = load("gemm")
     half = dtype == torch.bfloat16 and multiplies(dtype)
     if half and library is not None and not library.linear_multiplies_bfloat16():
-        return "torch multiplies bfloat16 on this CPU, the kernel would multiply float32"
+        return "torch uses bfloat16 instructions on this CPU, the kernel would compute in float32"
     return unavailable_reason("gemm")
 
 
 def no_pairs(device: torch.device, dtype: torch.dtype) -> str | None:
     """``None`` if kernels multiply ``dtype`` without converting it to float32, else the reason."""
     if dtype == torch.bfloat16 and not multiplies(dtype):
-        return "the kernel takes bfloat16 only where the CPU multiplies it"
+        return "bfloat16 needs a CPU with bfloat16 instructions"
     return no_products(device, dtype)
 
 
@@ -56,7 +56,7 @@ def unavailable(
             (without AMX or AVX512-BF16), which doesn't pay off if torch need not convert.
     """
     if dtype == torch.bfloat16 and not with_bfloat16:
-        return f"the kernel takes float32, not {dtype}"
+        return f"the kernel supports float32, not {dtype}"
     return packed_linear.unavailable(device, dtype)
 
 

@@ -90,8 +90,8 @@ def output_shape(
     fits = len(shape) > 1 and bias.ndim == 1
     if not fits or weight.numel() != packed_size(len(bias), shape[-1], weight.dtype):
         raise ValueError(
-            f"x must be (B, ..., in_features) and weight the packed one of in_features and "
-            f"{len(bias)}, got {tuple(shape)} and {weight.numel()} packed numbers"
+            f"x must be (B, ..., in_features) and weight packed for in_features and {len(bias)} "
+            f"outputs, got {tuple(shape)} and {weight.numel()} packed numbers"
         )
     out_shape = (*shape[:-1], len(bias))
     if other is not None and tuple(other.shape) != out_shape:

@@ -247,7 +247,9 @@ def test_a_refused_calibration_leaves_the_model_alone() -> None:
 @_needs_int8
 def test_images_that_it_does_not_take() -> None:
     model = torchvision.models.get_model("resnet18", weights=None)
-    with pytest.raises(ValueError, match=r"ResNet takes no images of \(1, 1, 64, 64\), which fuse"):
+    with pytest.raises(
+        ValueError, match=r"ResNet does not accept images of \(1, 1, 64, 64\), with which"
+    ):
         backbones.fuse(model, torch.int8, calibrate=torch.zeros(1, 1, 64, 64))
     grey: Any = backbones.fuse(timm.create_model("test_resnet", in_chans=1).eval(), torch.int8)
     assert grey.precision.quantized

@@ -326,7 +326,7 @@ def test_layers_left_in_floats_stay_there(fused: bool, shvit: Any) -> None:
         assert len(loaded.fuse(torch.int8).precision.quantized) > len(model.precision.quantized)
     backbones.load_checkpoint(loaded, model.int8_state_dict())
     assert loaded.precision.quantized == model.precision.quantized
-    assert fused or "in floats when the model was quantised" in str(loaded.precision)
+    assert fused or "not quantised in the file" in str(loaded.precision)
     assert torch.equal(loaded(_images()), model(_images()))
 
 
@@ -359,7 +359,7 @@ _NAN, _INF, _DENORMAL = float("nan"), float("inf"), 2**-149
 _NUMBERS = {
     "weight_scale must be finite .*, but is {:g} for output 3": (0.0, _DENORMAL, -1.0, _INF, _NAN),
     "input_range: its scale must be finite .*, got {:g}": (0.0, _DENORMAL, -0.5, _INF, _NAN),
-    "input_range: its zero must be a whole number from 0 to 255, got {:g}": (
+    "input_range: its zero point must be a whole number from 0 to 255, got {:g}": (
         *(-1.0, 0.5, 256.0, _INF, _NAN),
     ),
 }

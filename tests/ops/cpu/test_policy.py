@@ -165,7 +165,7 @@ _MANY = 10**6  # rows, values or tokens, more than any limit
         ("avx2", policy.winograd_by_kernel, (32, 32, 1, FLOAT), True, ""),
         ("avx2", policy.winograd_by_kernel, (24, 24, 3, FLOAT), False, "3 groups on a CPU where"),
         ("avx512", policy.winograd_by_kernel, (24, 24, 3, FLOAT), True, "≥"),
-        ("avx512", policy.winograd_by_kernel, (64, 64, 1, HALF), False, "few bits"),
+        ("avx512", policy.winograd_by_kernel, (64, 64, 1, HALF), False, "too inexact"),
         ("avx512", policy.direct_by_kernel, (24, 24, 3, FLOAT), True, "24 → 24 channels ≥"),
         ("avx512", policy.direct_by_kernel, (64, 23, 3, FLOAT), False, "64 → 23 channels, one <"),
         ("avx512", policy.direct_by_kernel, (64, 64, 1, FLOAT), False, "one group"),

@@ -204,7 +204,7 @@ CASES: list[Case] = [
     (lambda: _response(_0(3, 3, 5), X), r"x must be \(B, H, W, 5\).* got \(3, 3, 5\)"),
     (lambda: _response(_0(1, 3, 3, 5), _0(1, 2, 3, 5)), r"shortcut must be \(1, 3, 3, 5\)"),
     (lambda: _call("kan_layer", x=_0(2, 5)), r"x must be \(\.\.\., 21\).*got \(2, 5\)"),
-    (lambda: _call("kan_layer", weight=_0(16)), "weight is not that of 19 outputs of 21 inputs"),
+    (lambda: _call("kan_layer", weight=_0(16)), "weight is not packed for 19 outputs of 21 inputs"),
     # Maps and norms.
     (lambda: _call("nchw_from_nhwc", affine=_0(2, 7)), r"affine must be \(2, 75\), got \(2, 7\)"),
     (lambda: _call("nchw_from_nhwc", x=_0(8, 3, 4)), r"x must be \(B, C, H, W\) of float32 or"),
@@ -244,7 +244,7 @@ def test_refused(call: Callable[[], object], message: str) -> None:
         call()
 
 
-@pytest.mark.skipif(INT8 not in CALLS, reason="this CPU does not multiply int8")
+@pytest.mark.skipif(INT8 not in CALLS, reason="this CPU has no int8 instructions")
 @pytest.mark.parametrize(("call", "message"), IN_INT8)
 def test_refused_in_int8(call: Callable[[], object], message: str) -> None:
     assert int8_unavailable(torch.device("cpu"), torch.float32) is None

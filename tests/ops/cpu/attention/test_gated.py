@@ -86,7 +86,7 @@ def test_large_numbers() -> None:
 def test_rejects_bad_arguments(kind: str) -> None:
     qkvo, bias = _inputs(1, (3, 3), 48)
     unavailable = KERNELS[kind].unavailable
-    said = "the kernel takes head dims that 32 divides, not 48"
+    said = "the kernel needs head dims divisible by 32, not 48"
     assert said in (unavailable(qkvo.device, qkvo.dtype, 48) or "")
     assert "float64" in (unavailable(qkvo.device, torch.float64, 32) or "")
     with pytest.raises(RuntimeError, match=said):

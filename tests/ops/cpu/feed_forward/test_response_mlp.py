@@ -83,7 +83,7 @@ def test_groups_of_images_and_threads(dtype: torch.dtype, threads: int) -> None:
 
 @pytest.mark.skipif(
     int8_unavailable(torch.device("cpu"), torch.float32) is not None,
-    reason="this CPU does not multiply int8",
+    reason="this CPU has no int8 instructions",
 )
 @pytest.mark.parametrize("in_int8", [(True, True), (True, False), (False, True)], ids=str)
 @pytest.mark.parametrize("dtype", list(LINEAR_DTYPES), ids=str)

@@ -33,7 +33,7 @@ from ops.cpu.gemm.problem import COMBINATIONS
 
 _CPU = torch.device("cpu")
 _HAS_INT8 = int8_unavailable(_CPU, torch.float32) is None
-_needs_int8 = pytest.mark.skipif(not _HAS_INT8, reason="this CPU does not multiply int8")
+_needs_int8 = pytest.mark.skipif(not _HAS_INT8, reason="this CPU has no int8 instructions")
 # Sums are exact; they and the output are rounded.
 _ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 _DTYPES = list(_ROUNDED)
@@ -252,8 +252,8 @@ def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
     compiled_for(instructions, monkeypatch)
     reason = int8_unavailable(_CPU, torch.float32)
     if reason is not None:
-        assert "int8 does not pay here" in reason and instructions in reason
-        with pytest.raises(RuntimeError, match="int8 does not pay here"):
+        assert "int8 is not faster here" in reason and instructions in reason
+        with pytest.raises(RuntimeError, match="int8 is not faster here"):
             pack_int8_weight(torch.ones(3, 5))
         return
     assert instructions != "portable"
