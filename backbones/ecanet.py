@@ -10,7 +10,6 @@ weights. A file with other sizes loads into a network created with its ``attn_ke
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,16 +50,13 @@ class ResidualBlock(nn.Module):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        hidden_dim = out_dim // 4 if bottleneck else out_dim
-        layers = [ConvNorm(dim, hidden_dim, act_layer=nn.ReLU)] if bottleneck else []
-        width = hidden_dim if bottleneck else dim
-        layers.append(ConvNorm(width, hidden_dim, 3, stride, act_layer=nn.ReLU))
-        layers.append(ConvNorm(hidden_dim, out_dim, 1 if bottleneck else 3))
-        self.convs = nn.Sequential(*layers)
+        inner = out_dim // 4 if bottleneck else out_dim
+        first = [ConvNorm(dim, inner, act_layer=nn.ReLU)] if bottleneck else []
+        three = ConvNorm(inner if bottleneck else dim, inner, 3, stride, act_layer=nn.ReLU)
+        self.convs = nn.Sequential(*first, three, ConvNorm(inner, out_dim, 1 if bottleneck else 3))
         self.eca = EfficientChannelAttention(kernel_size)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or dim != out_dim:
-            self.shortcut = ConvNorm(dim, out_dim, 1, stride)
+        is_same = stride == 1 and dim == out_dim
+        self.shortcut = nn.Identity() if is_same else ConvNorm(dim, out_dim, 1, stride)
         self.drop_path = DropPath(drop_path)
         self.act = nn.ReLU()
 
@@ -85,10 +81,7 @@ class ECAMBConv(MBConv):
 def _stages(
     dim: int, dims: Sequence[Sequence[int]], drop_path_rate: float, block: Callable[..., nn.Module]
 ) -> list[list[nn.Module]]:
-    """``block(dim, out_dim, stride, drop_path, stage)`` for the output channels of each block.
-
-    The first block of every stage but the first halves the map.
-    """
+    """``block(dim, out_dim, stride, drop_path, stage)``; later stages begin with stride 2."""
     rates = iter(calculate_drop_path_rates(drop_path_rate, sum(map(len, dims))))
     stages: list[list[nn.Module]] = []
     for stage, out_dims in enumerate(dims):
@@ -115,11 +108,7 @@ class ECAResNet(StagedBackbone):
         stem_dim: channels of the first convolution.
         bottleneck: blocks of three convolutions, see :class:`ResidualBlock`.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
-            none.
-
-    Raises:
-        ValueError: ``dims`` are not such multiples, or the lists differ in length.
+        drop_path_rate: stochastic depth of the last block, linear from 0. Published: 0.
     """
 
     first_conv = "stem.0.conv"
@@ -144,8 +133,8 @@ class ECAResNet(StagedBackbone):
             raise ValueError(f"dims must be multiples of 4 with bottleneck, got {dims}")
 
         def block(dim: int, out_dim: int, stride: int, drop_path: float, stage: int) -> nn.Module:
-            kernel_size = attn_kernel_sizes[stage]
-            return ResidualBlock(dim, out_dim, kernel_size, stride, bottleneck, drop_path)
+            size = attn_kernel_sizes[stage]
+            return ResidualBlock(dim, out_dim, size, stride, bottleneck, drop_path)
 
         of_blocks = [(dim,) * depth for dim, depth in zip(dims, depths, strict=True)]
         stages = _stages(stem_dim, of_blocks, drop_path_rate, block)
@@ -163,12 +152,11 @@ class ECAResNet(StagedBackbone):
 
 
 _RESNET_NAMES = (
-    *((r"^conv1\.", "stem.0.conv."), (r"^bn1\.", "stem.0.norm.")),
+    *((r"^conv1\.", "stem.0.conv."), (r"^bn1\.", "stem.0.norm."), (r"^fc\.", "head.fc.")),
     *((rf"^layer{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
     *((rf"\.conv{i + 1}\.", f".convs.{i}.conv.") for i in range(3)),
     *((rf"\.bn{i + 1}\.", f".convs.{i}.norm.") for i in range(3)),
     *((r"\.downsample\.0\.", ".shortcut.conv."), (r"\.downsample\.1\.", ".shortcut.norm.")),
-    (r"^fc\.", "head.fc."),
 )
 
 
@@ -181,8 +169,7 @@ class ECAMobileNetV2(StagedBackbone):
             except in the first stage, which has stride 2 and belongs to the stem.
         head_hidden_dim: channels before the classifier.
         drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
-            none.
+        drop_path_rate: stochastic depth of the last block, linear from 0. Published: 0.
     """
 
     first_conv = "stem.0.conv"
@@ -207,8 +194,7 @@ class ECAMobileNetV2(StagedBackbone):
         if len(dims) < 2:
             raise ValueError(f"dims must have blocks at stride 2, then other stages, got {dims}")
         blocks, *stages = _stages(stem_dim, dims, drop_path_rate, ECAMBConv)
-        first = ConvNorm(in_chans, stem_dim, 3, 2, act_layer=nn.ReLU6)
-        self.stem = nn.Sequential(first, *blocks)
+        self.stem = nn.Sequential(ConvNorm(in_chans, stem_dim, 3, 2, act_layer=nn.ReLU6), *blocks)
         self.stages = nn.Sequential(*map(Stage, stages))
         self.norm = nn.Identity()
         self.head = MixHead(dims[-1][-1], head_hidden_dim, num_classes, global_pool, drop_rate)
@@ -218,24 +204,18 @@ class ECAMobileNetV2(StagedBackbone):
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the original's names, where blocks are counted through all stages."""
         blocks = [name for name, m in self.named_modules() if isinstance(m, ECAMBConv)]
-        places = ["stem.0", *blocks, "head.mix"]
-        return {_of_mobilenet(key, places): tensor for key, tensor in state_dict.items()}
+        places = enumerate(["stem.0", *blocks, "head.mix"])
+        names = [*((rf"^features\.{i}\.", f"{place}.") for i, place in places), *_MOBILENET_NAMES]
+        return {renamed(key, names): tensor for key, tensor in state_dict.items()}
 
 
-def _of_mobilenet(key: str, places: Sequence[str]) -> str:
-    match = re.match(r"features\.(\d+)\.", key)
-    if not match or int(match[1]) >= len(places):
-        return renamed(key, ((r"^classifier\.1\.", "head.fc."),))
-    place, layer = places[int(match[1])], key[match.end() :]
-    if place.startswith("stem."):  # whose blocks have no first layer
-        layer = re.sub(r"^conv\.(\d)", lambda match: f"conv.{int(match[1]) + 1}", layer)
-    return f"{place}.{renamed(layer, _MOBILENET_NAMES)}"
-
-
-_MOBILENET_LAYERS = ("expand.", "dwconv.", "project.0.", "project.1.", "eca.")
 _MOBILENET_NAMES = (
-    *((rf"^conv\.{i}\.", name) for i, name in enumerate(_MOBILENET_LAYERS)),
-    *((r"(^|\.)0\.", r"\1conv."), (r"(^|\.)1\.", r"\1norm.")),
+    (r"^classifier\.1\.", "head.fc."),
+    # Blocks of the stem have no expansion.
+    *((rf"^(stem\.\d+)\.conv\.{i}\.", rf"\1.conv.{i + 1}.") for i in (3, 2, 1, 0)),
+    *((rf"\.conv\.{i}\.", f".{name}.") for i, name in enumerate(("expand", "dwconv"))),
+    *((r"\.conv\.2\.", ".project.conv."), (r"\.conv\.3\.", ".project.norm.")),
+    *((r"\.conv\.4\.", ".eca."), (r"\.0\.(\w+)$", r".conv.\1"), (r"\.1\.(\w+)$", r".norm.\1")),
 )
 
 
@@ -259,17 +239,12 @@ default_cfgs = generate_default_cfgs(
 )
 _WIDE: dict[str, Any] = dict(dims=(256, 512, 1024, 2048), bottleneck=True)
 
-# ECA-ResNet-18, 11.7 M parameters: the class's defaults
+# Parameters in millions: 11.7, 21.8, 25.6, 44.5, 60.2 and 3.5
 eca_resnet18 = variant(ECAResNet)
-# ECA-ResNet-34, 21.8 M parameters
 eca_resnet34 = variant(ECAResNet, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 3, 5, 7))
-# ECA-ResNet-50, 25.6 M parameters
 eca_resnet50 = variant(ECAResNet, **_WIDE, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 5, 5, 7))
-# ECA-ResNet-101, 44.5 M parameters
 eca_resnet101 = variant(ECAResNet, **_WIDE, depths=(3, 4, 23, 3), attn_kernel_sizes=(3, 3, 5, 7))
-# ECA-ResNet-152, 60.2 M parameters
 eca_resnet152 = variant(ECAResNet, **_WIDE, depths=(3, 8, 36, 3), attn_kernel_sizes=(3, 3, 5, 7))
-# ECA-MobileNetV2, 3.5 M parameters
 eca_mobilenet_v2 = variant(ECAMobileNetV2)
 
 register_variants(__name__)
