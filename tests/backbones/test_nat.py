@@ -88,7 +88,7 @@ def test_refuses_dilations(dilations, error, said):
 
 def test_refuses_dilations_of_other_networks():
     with outlines():
-        with pytest.raises(ValueError, match="are of 4 stages, got depths"):
+        with pytest.raises(ValueError, match="are for 4 stages, got depths"):
             NAT((16,) * 5, (1,) * 5, (1,) * 5, dilations="coco")
         with pytest.raises(ValueError, match="dilations must be one of .*, got 'mask2former'"):
             DiNATS(dilations="mask2former")

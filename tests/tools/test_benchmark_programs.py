@@ -33,12 +33,14 @@ def results_in(folder: Path) -> list[dict[str, Any]]:
 def test_each_result_is_kept_at_once(tool, tmp_path, monkeypatch):
     """A benchmark that ends in the middle goes on with the rest."""
 
-    def stopping(folder: Path, rounds: int, models: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    def stopping(
+        folder: Path, rounds: int, models: tuple[str, ...], count: int
+    ) -> Iterator[dict[str, Any]]:
         yield {"part": "speed", "model": models[0], "dim": 8, "cores": 2, **figures}
         raise KeyboardInterrupt
 
     figures = {"embed": [2.0], "script": [1.0], "ratio": 2.0}
-    monkeypatch.setitem(tool.PARTS, "speed", stopping)
+    monkeypatch.setattr(tool, "measure_speed", stopping)
     for name in ("van_b0", "shvit_s1"):
         with pytest.raises(KeyboardInterrupt):
             tool.embedding(["speed", f"--models={name}", *places(tmp_path)])
@@ -66,17 +68,17 @@ def test_other_packages_are_measured(tool, tmp_path, monkeypatch):
     )
     monkeypatch.setitem(tool.CONTENDERS["embed"], "birder", program)
     monkeypatch.setattr(tool, "make_checkpoint", lambda folder, name: folder)
-    monkeypatch.setattr(tool, "rate_of_embed", lambda photos, checkpoint: 300.0)
+    monkeypatch.setattr(tool, "rate_of_embed", lambda photos, checkpoint, rows: 300.0)
 
-    def empty_photos(folder: Path, copies: int) -> Path:
+    def empty_photos(folder: Path, copies: int, count: int) -> Path:
         folder.mkdir()
-        for number in range(4 * copies):
+        for number in range(count * copies):
             (folder / f"{number}.jpg").touch()
         return folder
 
     monkeypatch.setattr(tool, "make_photos", empty_photos)
-    monkeypatch.setattr(tool, "IMAGES", 4)
-    words = ["pipelines", f"--birder={sys.executable}", "--models=van_b0", "--rounds=1"]
+    python = f"--birder={sys.executable}"
+    words = ["pipelines", python, "--models=van_b0", "--rounds=1", "--images=32"]
     tool.embedding([*words, *places(tmp_path)])
     (result,) = results_in(tmp_path)
     assert result["theirs"] == pytest.approx([100.0])
@@ -89,7 +91,7 @@ def test_other_packages_are_measured(tool, tmp_path, monkeypatch):
 def test_pipelines_need_an_environment(tool, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tool.embedding(["pipelines", *places(tmp_path)])
-    assert "pipelines needs --birder PYTHON" in capsys.readouterr().err
+    assert "pipelines needs a PYTHON for one of birder" in capsys.readouterr().err
 
 
 def test_decoders_are_measured(tool, tmp_path, monkeypatch):
