@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["WITHOUT_UNIX"]
 
 WITHOUT_UNIX = """
-import builtins, io, multiprocessing, os, re, signal, sys
+import builtins, io, multiprocessing, os, re, signal, subprocess, sys
 import torch  # it and what it imports look at sys.platform
 for name in ("fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"):
     sys.modules[name] = None
@@ -16,6 +16,7 @@ gone |= {"lchown", "mkfifo", "O_CLOEXEC", "O_DIRECTORY", "O_NOFOLLOW", "register
 gone |= {"statvfs", "sysconf", "uname"}
 for name in gone & {*dir(os)}:
     delattr(os, name)
+subprocess._USE_POSIX_SPAWN = False  # the switch that Python's documentation names
 kept = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}
 for name in {name for name in dir(signal) if re.match("SIG[A-Z]", name)} - kept:
     delattr(signal, name)
