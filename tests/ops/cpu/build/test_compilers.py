@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import itertools
 import os
 import re
 import subprocess
@@ -227,7 +228,9 @@ print(before, tasks(), openmp.runtime(), *sorted(libraries), sep="\\n")
 
 
 def _reported(said: str) -> tuple[int, int, Path, list[str]]:
-    before, after, runtime, *mapped = said.splitlines()
+    """What the code prints, after anything said of compiling."""
+    lines = itertools.dropwhile(lambda line: not line.isdigit(), said.splitlines())
+    before, after, runtime, *mapped = lines
     return int(before), int(after), Path(runtime), [m for m in mapped if _RUNTIME.search(m)]
 
 
