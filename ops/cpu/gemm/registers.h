@@ -47,7 +47,7 @@ static VB_INLINE F load_input(const float* place) { return simd::set1(*place); }
 // such as Zen 4, this takes half the time.
 static VB_INLINE void add_product(const float*, F& sum, F x, F w,
                                  [[maybe_unused]] bool half = false) {
-#if VB_AVX512
+#if VB_AVX512 && !defined(__clang__)  // which has no name for half of an operand
   if (half) {
     __asm__("vfmadd231ps %t2, %t1, %t0" : "+v"(sum) : "v"(x), "v"(w));
     return;
@@ -77,11 +77,13 @@ static VB_INLINE void add_product(const BFloat16*, F& sum, F x, F w,
 #if VB_NEON
   sum = simd::add_pairs(sum, x, w);
 #else
+#if !defined(__clang__)
   if (half) {
     __asm__("vdpbf16ps %t2, %t1, %t0" : "+v"(sum) : "v"(x), "v"(w));
-  } else {
-    __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+    return;
   }
+#endif
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
 #endif
 }
 static VB_INLINE void add_product(const Pair* in, F& sum, F x, F w, bool half = false) {
