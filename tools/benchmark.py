@@ -91,7 +91,7 @@ OPERATIONS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "gated": _from("benchmark_ops", "gated"),
     "selective": _from("benchmark_ops", "selective"),
     "zoo": zoo,
-    "embed": _from("benchmark_programs", "embedding"),
+    "embed": _from("benchmark_embed", "embedding"),
     "training": _from("benchmark_programs", "training"),
     "cold_start": _from("benchmark_programs", "cold_start"),
 }

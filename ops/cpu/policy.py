@@ -381,7 +381,7 @@ def direct_by_kernel(
     if instruction_set() not in _CONVOLVES:
         return Verdict(False, "a CPU where oneDNN may be faster")
     if not multiplies(dtype):
-        return Verdict(False, "products of float32")
+        return Verdict(False, "bfloat16 would be computed in float32")
     if groups == 1 and dtype == torch.float32:
         return Verdict(False, "one group")
     if min(in_channels, out_channels) < _FEWEST_OF_GROUP:

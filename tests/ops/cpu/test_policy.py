@@ -169,7 +169,7 @@ _MANY = 10**6  # rows, values or tokens, more than any limit
         ("avx512", policy.direct_by_kernel, (24, 24, 3, FLOAT), True, "24 → 24 channels ≥"),
         ("avx512", policy.direct_by_kernel, (64, 23, 3, FLOAT), False, "64 → 23 channels, one <"),
         ("avx512", policy.direct_by_kernel, (64, 64, 1, FLOAT), False, "one group"),
-        ("avx512", policy.direct_by_kernel, (64, 64, 3, HALF), False, "products of float32"),
+        ("avx512", policy.direct_by_kernel, (64, 64, 3, HALF), False, "in float32"),
         ("avx512bf16", policy.direct_by_kernel, (64, 64, 1, HALF), True, "≥"),
         ("amx", policy.direct_by_kernel, (64, 64, 3, HALF), False, "oneDNN may be faster"),
         ("avx2", policy.direct_by_kernel, (24, 24, 3, FLOAT), False, "oneDNN may be faster"),
