@@ -16,7 +16,6 @@ import numpy as np
 import timm
 import torch
 from contenders import CONTENDERS, NUM_HEADS, SETTINGS, Attention, Setting, needed_gib
-from tables_ops import draw_neighborhood
 from torch import Tensor
 
 import backbones
@@ -26,8 +25,6 @@ from backbones.cli.reports import load_report, parsed, put_rows, write_report
 from backbones.cli.timing import PeakMemory, machine, steady, stopwatch
 from backbones.common.arguments import whole
 from backbones.common.console import Parser
-from backbones.common.files import write_atomically
-from backbones.common.outputs import FIGURE, require_writable
 from ops.selective_scan import cross_selective_scan
 
 logger = logging.getLogger(__name__)
@@ -209,8 +206,6 @@ def neighborhood(arguments: Sequence[str]) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device, output = torch.device(args.device), args.output
-    drawn = {"the picture": (output.with_suffix(".png"), FIGURE)}
-    require_writable(drawn, overwrite=args.overwrite, makes_folders=True)
     report = load_report(output, machine(device))
     effort = Effort(args.rounds, args.seconds, args.turn_ms, args.max_seconds, args.max_gib)
     done = {row_key(row) for row in report["results"]} if args.resume else set()
@@ -229,9 +224,7 @@ def neighborhood(arguments: Sequence[str]) -> None:
         logger.info("%s batch %d %s %s", setting.name, batch, dtype, direction)
         for name, result in row["contenders"].items():
             logger.info("    %-10s %s", name, describe(result))
-    picture = partial(draw_neighborhood, report)
-    write_atomically(output.with_suffix(".png"), picture)
-    logger.info("wrote %s and the picture beside it", output)
+    logger.info("wrote %s", output)
 
 
 def describe(result: Mapping[str, Any]) -> str:

@@ -103,14 +103,10 @@ def read(path: Path, docs: Path | None = None) -> Any:
 
 
 def draw_all(docs: Path) -> None:
-    """Draw those of the README, of learning and of neighborhood attention."""
-
+    """Draw those of the README and of learning."""
     found = {m["name"]: speeds.usual(docs, m["key"]) for m in speeds.cpus(docs)["machines"]}
     write_atomically(docs / "assets" / "speed.png", partial(speeds.draw_speed, found))
     tables_models.draw_learning(read(docs / "learning.json"), docs / "learning.png")
-    for path in docs.glob("performance/**/neighborhood_attention.json"):
-        report = read(path)
-        write_atomically(path.with_suffix(".png"), partial(tables_ops.draw_neighborhood, report))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 from contenders import TITLES
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
 from tables_models import Report, Row, decimal, judged, table
 
 OURS = "cpu"
@@ -129,45 +126,6 @@ def neighborhood(report: Report) -> str:
         parts.append(f"### {_direction(backward).capitalize()}, {dtype}, batch {batch}")
         parts.append(table(head, lines))
     return "\n\n".join(parts)
-
-
-def draw_neighborhood(report: Report, file: IO[bytes], baseline: str = "tiled") -> None:
-    """Speedups over the tiled backend, with a panel for each dtype, batch and direction."""
-    panels: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in report["results"]:
-        panels.setdefault((row["dtype"], row["batch"], row["backward"]), []).append(row)
-    figure = Figure(figsize=(12, 3.2 * max(1, len(panels))), layout="constrained")
-    axes = figure.subplots(max(1, len(panels)), 1, squeeze=False)[:, 0]
-    timed = (
-        name
-        for row in report["results"]
-        for name, result in row["contenders"].items()
-        if "speedup_over_tiled" in result and name != baseline
-    )
-    names = list(dict.fromkeys(timed))
-    for axis, ((dtype, batch, backward), rows) in zip(axes, panels.items(), strict=False):
-        for i, name in enumerate(names):
-            speedups = [row["contenders"][name].get("speedup_over_tiled", math.nan) for row in rows]
-            offset = (i - (len(names) - 1) / 2) / (len(names) + 1)
-            spots = [place + offset for place in range(len(rows))]
-            # Upwards from 1 if faster than tiled, downwards if slower.
-            heights = [speedup - 1 for speedup in speedups]
-            axis.bar(spots, heights, 1 / (len(names) + 1), bottom=1, label=name)
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}×"))
-        axis.grid(axis="y", color="0.9")
-        axis.set_axisbelow(True)
-        axis.axhline(1, color="black", linewidth=0.8)
-        # The map, and in a second line the rest.
-        labels = [row["setting"].replace("-", "\n", 1).replace("-", " ") for row in rows]
-        axis.set_xticks(range(len(rows)), labels, fontsize=7)
-        direction = "forward and backward" if backward else "forward"
-        axis.set_title(f"{direction}, {dtype}, batch {batch}", fontsize=9)
-        axis.set_ylabel("speed over tiled", fontsize=8)
-    if names:
-        entries = axes[0].get_legend_handles_labels()
-        figure.legend(*entries, loc="outside upper center", ncols=len(names), fontsize=8)
-    figure.savefig(file, format="png", dpi=120)
 
 
 def _longer(result: dict[str, Any]) -> str:
