@@ -6,6 +6,7 @@ the same results; see :mod:`ops.rewriting.rewrite` for their order.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from ops.cpu.decisions import Decision
 from ops.inference.packed_linear import Quantization
 from ops.replay.trace import Step
 
-__all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Value"]
+__all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Program", "Value"]
 
 # Orders of axes: of NCHW maps with channels last, and back.
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -250,6 +251,39 @@ class OperatorGraph:
             lines.append(f"{made} = {operator.name}({', '.join(args)})")
         result = pytree.tree_map_only(Value, lambda v: names.get(id(v), "constant"), self.outputs)
         return "\n".join([*lines, f"return {result}"])
+
+
+class Program:
+    """Runs the operators of a graph; intermediate tensors are freed after their last use.
+
+    Args:
+        graph: not changed afterwards.
+    """
+
+    def __init__(self, graph: OperatorGraph) -> None:
+        self.graph = graph
+        last: dict[Value, int] = {}
+        for now, operator in enumerate(graph.operators):
+            last.update(dict.fromkeys((*operator.values(), *operator.results), now))
+        kept = {leaf for leaf in pytree.tree_leaves(graph.outputs) if isinstance(leaf, Value)}
+        self._freed: dict[int, list[Value]] = defaultdict(list)
+        for value, now in last.items():
+            if value not in kept and value.constant is None:
+                self._freed[now].append(value)
+
+    def __call__(self, x: Tensor) -> Any:
+        """What the recorded call returns for ``x``, of the same shape and dtype."""
+        tensors: dict[Value, Tensor] = {self.graph.source: x}
+
+        def tensor(value: Value) -> Tensor:
+            return tensors[value] if value.constant is None else value.constant
+
+        for now, operator in enumerate(self.graph.operators):
+            args, kwargs = pytree.tree_map_only(Value, tensor, (operator.args, operator.kwargs))
+            tensors.update(zip(operator.results, operator(args, kwargs), strict=True))
+            for value in self._freed[now]:
+                tensors.pop(value, None)
+        return pytree.tree_map_only(Value, tensor, self.graph.outputs)
 
 
 def _tensor(argument: Any) -> Any:

@@ -14,8 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ops.cpu.call.dispatch import is_plain_call
 from ops.replay.module import Recorded
-from ops.rewriting.graph import OperatorGraph
-from ops.rewriting.program import Program
+from ops.rewriting.graph import OperatorGraph, Program
 from ops.rewriting.recorder import record
 from ops.rewriting.rewrite import rewrite
 

@@ -26,8 +26,7 @@ from ops.inference.norm import FastLayerNorm
 from ops.mobile import conv_stem
 from ops.rewriting import feed_forward, windows
 from ops.rewriting.feed_forward import FeedForward
-from ops.rewriting.graph import OperatorGraph
-from ops.rewriting.program import Program
+from ops.rewriting.graph import OperatorGraph, Program
 from ops.rewriting.recorder import record
 from ops.rewriting.rewrite import rewrite
 from ops.rewriting.stem import Stem

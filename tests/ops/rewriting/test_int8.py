@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import int8_unavailable, quantize_weight
 from ops.inference.packed_linear import Quantization
-from ops.rewriting.program import Program
+from ops.rewriting.graph import Program
 from ops.rewriting.recorder import record
 from ops.rewriting.rewrite import rewrite
 

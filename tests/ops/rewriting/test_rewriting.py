@@ -20,9 +20,8 @@ from ops.inference.conversion import to_channels_last
 from ops.inference.layers import convert
 from ops.replay.graph import NotCapturableError
 from ops.replay.module import recorded_form
-from ops.rewriting.graph import OperatorGraph
+from ops.rewriting.graph import OperatorGraph, Program
 from ops.rewriting.module import Rewritten
-from ops.rewriting.program import Program
 from ops.rewriting.recorder import record
 from ops.rewriting.rewrite import rewrite
 
