@@ -288,13 +288,14 @@ class _Snapshot:
         if not kernels_apply(self._tensors):
             raise NotCapturableError("its parameters and buffers are not plain CPU tensors")
         self._tensor_snapshot = TensorSnapshot(self._tensors)
-        lines = tuple(itertools.chain.from_iterable(map(_lines_of, self._tensors)))
+        of_tensors, of_dicts = map(_lines_of, self._tensors), map(_lines_of_dict, compared)
+        lines = tuple(itertools.chain.from_iterable((*of_tensors, *of_dicts)))
         self._lines = ctypes.c_int64(len(lines)), _words(lines)
 
     def is_valid(self) -> bool:
         """Whether nothing has changed."""
         # A call of a network leaves the caches full of weights. Fetched one after the other, what
-        # tells changes of tensors took 4 % of the time of a MobileNetV3 in bfloat16.
+        # tells changes took 8 % of the time of a MobileNetV3 in bfloat16.
         self._prefetch(*self._lines)
         return bool(self._same_values(*self._arguments)) and self._tensor_snapshot.unchanged()
 
@@ -306,6 +307,7 @@ class _Snapshot:
 
 
 _IMPL_BYTES, _STORAGE_BYTES = 208, 128  # of torch's tensors and storages, about
+_DICT_POINTERS = (32, 40)  # in CPython's dictionaries, to their entries
 
 
 def _lines_of(tensor: Tensor) -> Iterable[int]:
@@ -314,6 +316,15 @@ def _lines_of(tensor: Tensor) -> Iterable[int]:
     yield id(tensor)
     yield from range(impl, impl + _IMPL_BYTES, 64)
     yield from range(storage, storage + _STORAGE_BYTES, 64)
+
+
+def _lines_of_dict(held: dict[str, Any]) -> Iterable[int]:
+    """The addresses of the cache lines that hold a dictionary's values."""
+    yield id(held)
+    for pointer in _DICT_POINTERS:
+        begin = ctypes.c_void_p.from_address(id(held) + pointer).value
+        if held and begin is not None:
+            yield from range(begin, begin + held.__sizeof__() - _DICT_POINTERS[-1], 64)
 
 
 def _dicts_of(module: nn.Module) -> tuple[Any, ...]:

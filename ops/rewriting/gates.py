@@ -1,25 +1,89 @@
 """Gates: halves of a linear layer that are multiplied, and maps that are gated and then added.
 
 The former are SwiGLU and its relatives, https://arxiv.org/abs/2002.05202, the latter residual
-blocks with channel attention, https://arxiv.org/abs/1709.01507.
+blocks with channel attention, https://arxiv.org/abs/1709.01507 and
+https://arxiv.org/abs/1910.03151.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from ops.cpu.activations import activation_of
+from ops.cpu.call.dispatch import kernels_apply
+from ops.cpu.depthwise.conv import depthwise_conv2d
+from ops.cpu.gemm.linear import packed_linear, unavailable
 from ops.inference.layers import FastLinear
+from ops.inference.pooling import FastAdaptiveAvgPool2d
 from ops.rewriting.epilogues import activation_kind
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import linear
 from ops.rewriting.views import order_of
 
-__all__ = ["add_gated", "split_gated_linear"]
+__all__ = ["add_gated", "add_gated_linear", "join_channel_gates", "split_gated_linear"]
 
 _aten = torch.ops.aten
 _SPLITS = (_aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default)
+# What leaves values (B, C), with further axes of one, in their order.
+_SAME_VALUES = (
+    *(_aten.unsqueeze.default, _aten.select.int, _aten.flatten.using_ints, _aten.to.dtype),
+    *(_aten.view.default, _aten.reshape.default, _aten.squeeze.dim),
+)
+
+
+class ChannelGates(nn.Module):
+    """The sigmoid of a convolution over the channels, (B, C, 1, 1) → (B, C, 1, 1)."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.flatten().float())
+
+    def extra_repr(self) -> str:
+        return f"kernel_size={len(self.weight)}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        row, padding = x.view(len(x), 1, 1, -1), len(self.weight) // 2
+        if kernels_apply((x,)) and depthwise_conv2d.unavailable(x.device, x.dtype) is None:
+            taps, one = self.weight.view(1, -1, 1), (1, 1)
+            gates: Tensor = depthwise_conv2d(row, taps, None, one, (0, padding), one, "sigmoid")
+            return gates.view(x.shape)
+        out = F.conv1d(row[:, 0].float(), self.weight.view(1, 1, -1), padding=padding)
+        return out.sigmoid().to(x.dtype).view(x.shape)
+
+
+class GatedLinear(nn.Module):
+    """``activation(gates * linear(x) + residual)``, with gates made of the means of the products.
+
+    (B, H, W, in_features), (B, H, W, out_features) → (B, H, W, out_features). These means are the
+    products of the inputs' means, so that gates and shortcut are an epilogue.
+    """
+
+    def __init__(self, linear: FastLinear, gates: ChannelGates, activation: str) -> None:
+        super().__init__()
+        self.linear, self.gates, self.activation = linear, gates, activation
+        self.pool = FastAdaptiveAvgPool2d(1)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        means = self.linear(self.pool(x.permute(NCHW)).flatten(1))
+        gates = self.gates(means[..., None, None])
+        packed = self.linear.derived(x)
+        if packed is None or unavailable(x.device, x.dtype, with_bfloat16=True) is not None:
+            out = self.linear(x) * gates.permute(NHWC) + residual
+            return activation_of(self.activation).plain(out)
+        weight, _, bias, _ = packed.packed()
+        combined = self.activation, residual, "add_gated"
+        out = packed_linear(x, weight, bias, *combined, gate=gates.flatten(1))
+        return out
 
 
 def split_gated_linear(graph: OperatorGraph, operator: Operator) -> bool:
@@ -105,3 +169,78 @@ def _gated(graph: OperatorGraph, value: Value) -> tuple[Value, Value, list[int],
                 return image, gates, order, number
         return None
     return None
+
+
+def join_channel_gates(graph: OperatorGraph, operator: Operator) -> bool:
+    """``x * sigmoid(conv1d(mean(x)))``, whatever views and casts are in between."""
+    if operator.function is not _aten.mul.Tensor:
+        return False
+    for x, gates in (operator.args[:2], operator.args[1::-1]):
+        if not isinstance(x, Value) or not isinstance(gates, Value) or len(x.shape) != 4:
+            continue
+        sigmoid = _source(graph, gates, _aten.sigmoid.default)
+        conv = sigmoid and _source(graph, sigmoid.args[0], _aten.conv1d.default)
+        pool = conv and _source(graph, conv.args[0], FastAdaptiveAvgPool2d)
+        if conv is None or pool is None or not _keeps_length(conv, x.shape):
+            continue
+        weight, means = conv.args[1].constant, pool.result
+        of_channels = means.shape == gates.shape == (*x.shape[:2], 1, 1)
+        if not of_channels or not x.dtype == gates.dtype == means.dtype or weight is None:
+            continue
+        made = graph.insert_before(operator, ChannelGates(weight), means, shape=means.shape)
+        graph.replace(operator, _aten.mul.Tensor, x, made)
+        graph.remove_unused()
+        return True
+    return False
+
+
+def _source(graph: OperatorGraph, value: Value, kind: Any) -> Operator | None:
+    """The operator of a kind that computes a value, before views and casts of it alone."""
+    made = value.producer
+    while made is not None and made.function in _SAME_VALUES and graph.only_user(made.result):
+        value = made.args[0]
+        made = value.producer
+    return graph.made_by(value, kind)
+
+
+def _keeps_length(conv: Operator, shape: Sequence[int]) -> bool:
+    """Whether a convolution of (B, 1, C) has one filter, of odd size, and as many results."""
+    size = conv.args[1].shape
+    given = [*conv.args[2:], *(None, [1], [0], [1], 1)[len(conv.args) - 2 :]]
+    return (
+        not conv.kwargs
+        and tuple(conv.args[0].shape) == (shape[0], 1, shape[1])
+        and tuple(size[:2]) == (1, 1)
+        and size[2] % 2 == 1
+        and given == [None, [1], [size[2] // 2], [1], 1]
+    )
+
+
+def add_gated_linear(graph: OperatorGraph, operator: Operator) -> bool:
+    """``activation(y + x * gates)`` where a linear layer gives ``x``, and its means the gates."""
+    if operator.function is not _aten.addcmul.default or operator.kwargs:
+        return False
+    y, x, gates = operator.args
+    moved, channel_gates = graph.permuted(x, NCHW), graph.made_by(gates, ChannelGates)
+    if moved is None or channel_gates is None or graph.only_user(moved.args[0]) is not moved:
+        return False
+    made, pool = graph.made_by(moved.args[0], FastLinear), channel_gates.args[0].producer
+    if made is None or made.kwargs or pool is None:
+        return False
+    layer: Any = made.function
+    if pool.args[0] is not x or layer.activation != "none" or layer.quantization is not None:
+        return False
+    if graph.is_output(x) or {*map(id, x.users)} != {id(pool), id(operator)}:
+        return False
+    last, kind, absorbed = operator, "none", list[Operator]()
+    follower = graph.only_user(operator.result)
+    clip = None if follower is None else activation_kind(follower)
+    if follower is not None and clip in ("relu", "relu6"):
+        last, kind, absorbed = follower, clip, [operator]
+    residual = graph.insert_before(last, _aten.permute.default, y, NHWC)
+    gated = GatedLinear(layer, channel_gates.function, kind)
+    shape = [x.shape[axis] for axis in NHWC]
+    value = graph.insert_before(last, gated, made.args[0], residual, shape=shape)
+    graph.replace(last, _aten.permute.default, value, NCHW, absorbed=absorbed)
+    graph.remove_unused()
+    return True

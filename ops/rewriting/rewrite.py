@@ -16,7 +16,12 @@ from ops.rewriting.epilogues import (
 )
 from ops.rewriting.expansion import join_expansion
 from ops.rewriting.feed_forward import join_feed_forward
-from ops.rewriting.gates import add_gated, split_gated_linear
+from ops.rewriting.gates import (
+    add_gated,
+    add_gated_linear,
+    join_channel_gates,
+    split_gated_linear,
+)
 from ops.rewriting.graph import Operator, OperatorGraph
 from ops.rewriting.lift import lift
 from ops.rewriting.response_norm import join_response_norm, join_squeeze
@@ -42,7 +47,8 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
         *(join_permutations, sink_permutation, split_gated_linear, apply_activation, square_relu),
         *(add_shortcut, multiply_by_map, apply_gates),
     ),
-    (add_gated,),
+    (join_channel_gates,),
+    (add_gated, add_gated_linear),
     (join_response_norm,),
     (join_response_scales, join_squeeze, join_feed_forward),
     (join_expansion,),

@@ -58,19 +58,25 @@ static VB_INLINE void fetch_outputs(const Problem& p, const Block<T>& block, int
   }
 }
 
-// `scale` multiplies `other`; it may be null.
+static VB_INLINE bool clips_sum(const Problem& p) {
+  return p.combination == ADD_CLIPPED || p.combination == ADD_GATED;
+}
+
+// `scale` multiplies `other`, or with ADD_GATED `x`; it may be null.
 static VB_INLINE F combine(const Problem& p, const float* scale, int lanes, F x, F other) {
   if (p.combination == ADD_SCALED) return simd::fma(other, simd::get(scale, lanes), x);
-  if (p.combination == ADD_CLIPPED) {
+  if (p.combination == ADD_GATED) x = x * simd::get(scale, lanes);
+  if (clips_sum(p) && activation::is_clip(p.activation)) {
     return activation::clip(x + other, activation::clip_limit(p.activation));
   }
+  if (p.combination == ADD_GATED) return x + other;
   return p.combination == ADD ? x + other : x * other;
 }
 
 // The epilogue: activation, combination, energies, and the stores of R rows of V vectors.
 template <class T, int R, int V>
 static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R][V]) {
-  if (p.combination == ADD_CLIPPED) {
+  if (clips_sum(p)) {
     // `combine` does it
   } else if (activation::is_clip(p.activation)) {
     const F limit = activation::clip_limit(p.activation);
@@ -140,7 +146,7 @@ static VB_INLINE void put_row(T* out, const F (&x)[V], int lanes) {
 template <int V, class T>
 static void finish_rows(const Problem& p, const Block<T>& block, int64_t first, int64_t count,
                         float* sums) {
-  if (p.activation != activation::NONE && p.combination != ADD_CLIPPED) {
+  if (p.activation != activation::NONE && !clips_sum(p)) {
     activation::apply<T>(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
   }
   T* out = block.out + first * p.out_stride;

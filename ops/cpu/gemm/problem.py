@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # In the order of `linear::Combination` in problem.h.
-COMBINATIONS = ("none", "add", "multiply", "add_scaled", "add_clipped")
+COMBINATIONS = ("none", "add", "multiply", "add_scaled", "add_clipped", "add_gated")
 TENSORS = structure("gemm/problem.h", "linear::Tensors")
 
 _PROBLEM = structure("gemm/problem.h", "linear::Problem")
@@ -76,6 +76,8 @@ def output_shape(
             f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
             f"is something to combine with; got {combination!r}"
         )
+    if combination == "add_gated" and activation not in ("none", "relu", "relu6"):
+        raise ValueError(f"'add_gated' takes no activation, relu or relu6, got {activation!r}")
     if combination == "add_clipped" and activation not in ("relu", "relu6"):
         raise ValueError(f"'add_clipped' takes the activations relu and relu6, got {activation!r}")
     if weight.dtype == torch.int8:
@@ -109,7 +111,12 @@ def _check_int8(bias: Tensor, weight_scale: Tensor | None, in_range: Tensor | No
 
 
 def check_scales(
-    x: Tensor, bias: Tensor, combination: str, scale: Tensor | None, other_scale: Tensor | None
+    x: Tensor,
+    bias: Tensor,
+    combination: str,
+    scale: Tensor | None,
+    other_scale: Tensor | None,
+    gate: Tensor | None = None,
 ) -> None:
     """Check the scales of :func:`ops.cpu.gemm.linear.packed_linear`.
 
@@ -125,6 +132,11 @@ def check_scales(
     wanted = tuple(bias.shape) if combination == "add_scaled" else None
     if shape != wanted:
         raise ValueError(f"other_scale must be {wanted} with {combination!r}, got {shape}")
+    require_dtype(x.dtype, gate=gate)
+    shape = None if gate is None else tuple(gate.shape)
+    wanted = (x.shape[0], len(bias)) if combination == "add_gated" else None
+    if shape != wanted:
+        raise ValueError(f"gate must be {wanted} with {combination!r}, got {shape}")
 
 
 def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:

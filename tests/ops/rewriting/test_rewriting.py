@@ -500,6 +500,51 @@ def test_a_gated_branch_is_added_in_one_pass() -> None:
     _check(model, IMAGE, "FastConv2d", "FastAdaptiveAvgPool2d", "FastLinear", "mul", "addcmul")
 
 
+@pytest.mark.parametrize("clips", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gates_and_shortcut_are_an_epilogue(dtype: torch.dtype, clips: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        row = y.mean((2, 3))[:, None].float()
+        gates = F.conv1d(row, m.weight.float(), padding=2)[:, 0, :, None, None].sigmoid()
+        out = x + y * gates.to(x.dtype)
+        return F.relu(out) if clips else out
+
+    model = _Call(forward, conv=nn.Conv2d(16, 16, 1))
+    model.weight = nn.Parameter(torch.randn(1, 1, 5))
+    exact, image = copy.deepcopy(model).eval().double(), IMAGE.to(dtype)
+    graph = _graph(model.to(dtype), image)
+    assert _names(graph) == ["GatedLinear"], str(graph)
+    program = Program(graph)
+    for x in (image, torch.randn_like(image)):
+        with torch.no_grad():
+            difference = program(x) - exact(x.double())
+        assert difference.abs().max() < (1e-5 if dtype == torch.float32 else 0.03)
+
+
+def test_gates_of_a_map_that_is_read_elsewhere_stay() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        gates = F.conv1d(y.mean((2, 3)).unsqueeze(1), m.weight, padding=1).sigmoid()
+        return x + y * gates.view(2, 16, 1, 1), y.amax()
+
+    model = _Call(forward, conv=nn.Conv2d(16, 16, 1))
+    model.weight = nn.Parameter(torch.randn(1, 1, 3))
+    left = ["FastLinear", "FastAdaptiveAvgPool2d", "ChannelGates", "addcmul", "amax"]
+    _check(model, IMAGE, *left)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_a_convolution_of_another_length_makes_no_gates(padding: int) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        row = x.mean((2, 3)).unsqueeze(1)
+        return x * F.conv1d(row, m.weight, None, 1, padding, 1 + padding).sigmoid().mean()
+
+    model = _Call(forward)
+    model.weight = nn.Parameter(torch.randn(1, 1, 3))
+    assert "ChannelGates" not in _names(_graph(model, IMAGE))
+
+
 @pytest.mark.parametrize("squeezes", [True, False])
 def test_the_block_of_unireplknet_is_two_layers(squeezes: bool) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:

@@ -103,19 +103,23 @@ def test_is_the_reference(
     scale = random(batch, in_features, seed=4).float() if has_scale else None
     other_scale = random(out_features, seed=5).float() if combination == "add_scaled" else None
     scaled = x.float() if scale is None else x.float() * scale[:, None, None]
-    clips_sum = combination == "add_clipped"  # the activation comes last
+    clips_sum = combination in ("add_clipped", "add_gated")  # the activation comes last
     if clips_sum:
         activation = "relu6" if activation == "relu6" else "relu"
     expected = layer.expected(scaled, in_range)
+    gate = random(batch, out_features, seed=6).to(dtype) if combination == "add_gated" else None
+    expected = expected if gate is None else expected * gate[:, None, None]
     expected = PLAIN_ACTIVATIONS[activation](expected + other if clips_sum else expected)
     if other is not None and not clips_sum:
         times = 1 if other_scale is None else other_scale
         expected = expected * other if combination == "multiply" else expected + other * times
-    out = _linear(x, *layer.packed, in_range, activation, other, combination, scale, other_scale)
+    combined = other, combination, scale, other_scale
+    out = _linear(x, *layer.packed, in_range, activation, *combined, gate=gate)
     bound = layer.bound(scaled, in_range)
     bound = bound * steepness(activation, layer.expected(scaled, in_range).abs())
     bound = bound * (1 if other is None else 1 + other.abs().max())
     bound = bound * (1 if other_scale is None else 1 + other_scale.abs().max())
+    bound = bound * (1 if gate is None else 1 + gate.abs().max())
     assert out.dtype == dtype and out.is_contiguous()
     assert ((out - expected).abs() <= 2 * _ROUNDED[dtype] * bound).all()
 

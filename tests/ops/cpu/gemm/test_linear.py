@@ -61,6 +61,9 @@ def test_is_the_linear_layer(
     of_scale = dtype if scale_dtype == "that of x" else scale_dtype
     scale = None if of_scale is None else random(batch, in_features, seed=4).to(of_scale)
     other_scale = random(out_features, seed=5).float() if combination == "add_scaled" else None
+    gate = random(batch, out_features, seed=6).to(dtype) if combination == "add_gated" else None
+    if gate is not None and activation not in ("none", "relu", "relu6"):
+        activation = "none"
     scaled = x.double() if scale is None else x.double() * scale[:, None, None]
     if cpu.load("gemm").linear_multiplies_bfloat16():
         scaled = scaled.to(dtype).double()
@@ -70,14 +73,18 @@ def test_is_the_linear_layer(
     activated = PLAIN_ACTIVATIONS[activation](plain)
     if combination == "add_clipped":  # the activation comes last
         expected = PLAIN_ACTIVATIONS[activation](plain + other)
+    elif gate is not None:
+        expected = PLAIN_ACTIVATIONS[activation](plain * gate[:, None, None] + other)
     else:
         expected = _COMBINED[combination](activated, other, other_scale)
-    out = packed_linear(x, *packed, activation, other, combination, scale, other_scale)
+    scales = scale, other_scale
+    out = packed_linear(x, *packed, activation, other, combination, *scales, gate=gate)
     # Relative to the sums without cancellation.
     bound = F.linear(scaled.abs(), weight.abs(), bias.abs()).max()
     bound = bound * steepness(activation, bound)
     bound = bound * (1 if other is None else 1 + other.abs().max())
     bound = bound * (1 if other_scale is None else 1 + other_scale.abs().max())
+    bound = bound * (1 if gate is None else 1 + gate.abs().max())
     tolerance = LINEAR_DTYPES[dtype] * bound
     assert out.dtype == dtype and out.is_contiguous()
     assert (out - expected).abs().max() < tolerance
@@ -87,10 +94,15 @@ def test_is_the_linear_layer(
 
 
 @pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
-@pytest.mark.parametrize("rows", [13, 600, 5000])
-def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
-    x = random(1, rows, 300).to(dtype)
-    weight, bias, packed = linear_layer(300, 70, dtype)
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features"),
+    [(13, 300, 70), (600, 300, 70), (5000, 300, 70), (50, 1024, 140), (50, 2048, 140)],
+)
+def test_many_rows_and_few(
+    rows: int, in_features: int, out_features: int, dtype: torch.dtype
+) -> None:
+    x = random(1, rows, in_features).to(dtype)
+    weight, bias, packed = linear_layer(in_features, out_features, dtype)
     expected = F.linear(x.double(), weight, bias)
     error = (packed_linear(x, *packed) - expected).abs().max()
     assert error < 10 * LINEAR_DTYPES[dtype] * expected.abs().max()
