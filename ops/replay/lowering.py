@@ -1,7 +1,8 @@
 """Lowering: replaces torch calls in a replay by a kernel that needs neither Python nor torch.
 
 The kernel (``ops/cpu/replay/pointwise.h``) copies, adds, subtracts, multiplies, joins and selects
-rows, bit-identical to torch. It is for tensors so small that the overhead of calling torch dominates.
+rows, bit-identical to torch. It is for tensors so small that the overhead of calling torch
+dominates.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ops.cpu import policy
 from ops.cpu.build import load
 from ops.cpu.call.structures import structure
 from ops.cpu.threads import VALUES, threads_for
@@ -101,7 +103,10 @@ def _combine(
 
 
 def _add_product(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> _Steps:
-    if len(operands) != 3 or {o.dtype for o in (out, *operands)} not in _COMBINED:
+    dtypes = {o.dtype for o in (out, *operands)}
+    if len(operands) != 3 or dtypes not in _COMBINED:
+        return None
+    if out.dtype == torch.float32 and not policy.rounds_once():
         return None
     third, first, second = operands
     return [_step(_ADD_PRODUCT, out, [first, second, third])]

@@ -71,7 +71,10 @@ class AttentionWeights(BiasedSoftmax):
     """
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        if kernels_apply((query, key)) and attention_weights.unavailable(query.device, query.dtype) is None:
+        if (
+            kernels_apply((query, key))
+            and attention_weights.unavailable(query.device, query.dtype) is None
+        ):
             out: Tensor = attention_weights(query, key, self.bias, self.dtype == torch.bfloat16)
             return out
         products = query.to(key.dtype) @ key

@@ -148,8 +148,8 @@ def na_cpu_mix(
     dilation: Sequence[int],
     is_causal: Sequence[bool],
 ) -> Call:
-    """Each query's sum of the values in its window, times ``weights``; axes in memory as theirs."""
-    out = torch.empty_like(value)
+    """Each query's sum of the values in its window, times ``weights``."""
+    out = value.new_empty(value.shape)
     return Call(out, lambda: _split(out, value, weights, (kernel_size, dilation, is_causal)))
 
 

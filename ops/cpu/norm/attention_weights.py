@@ -33,9 +33,13 @@ def attention_weights(query: Tensor, key: Tensor, bias: Tensor, half: bool) -> C
         ValueError: other shapes or dtypes, or nothing to multiply.
     """
     fits = query.ndim == key.ndim == 4 and bias.ndim > 1 and key.numel() and query.numel()
-    if not fits or key.shape[:3] != (*query.shape[:2], query.shape[3]) or (
-        (len(bias), bias.shape[1:-1].numel(), bias.shape[-1])
-        != (*query.shape[1:3], key.shape[-1])
+    if (
+        not fits
+        or key.shape[:3] != (*query.shape[:2], query.shape[3])
+        or (
+            (len(bias), bias.shape[1:-1].numel(), bias.shape[-1])
+            != (*query.shape[1:3], key.shape[-1])
+        )
     ):
         raise ValueError(
             "query must be (B, heads, N, depth), key (B, heads, depth, K) and bias "
@@ -60,4 +64,3 @@ def attention_weights(query: Tensor, key: Tensor, bias: Tensor, half: bool) -> C
 
     dtype = torch.bfloat16 if half else torch.float32
     return Call(query.new_empty((len(query), *bias.shape), dtype=dtype), arguments)
-
