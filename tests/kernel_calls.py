@@ -32,6 +32,7 @@ from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
+from ops.cpu.norm.attention_weights import attention_weights
 from ops.cpu.norm.biased_softmax import biased_softmax
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.response_scales import response_scales
@@ -233,6 +234,10 @@ CALLS: dict[str, _Call] = {
     ),
     "biased_softmax": lambda: _of(
         biased_softmax, "x", x=_f(5, 3, 70, 41), bias=_f(3, 70, 41, seed=1), half=False
+    ),
+    "attention_weights": lambda: _of(
+        *(attention_weights, "query", "key"), query=_f(5, 3, 70, 21), key=_f(5, 3, 21, 73, seed=1),
+        bias=_f(3, 70, 73, seed=2), half=False,
     ),
     "depthwise_conv2d": lambda: _of(depthwise_conv2d, "x", **_depthwise(7, 1, 1)),
     "depthwise_conv2d 3": lambda: _of(depthwise_conv2d, "x", **_depthwise(3, 2, 1)),

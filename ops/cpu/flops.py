@@ -134,6 +134,10 @@ def _response_mlp(given: _Given, result: Any) -> int:
     return int(2 * result.numel() * hidden + 2 * len(result) * dim * squeezed)
 
 
+def _attention_weights(given: _Given, result: Any) -> int:
+    return int(result.numel() * given["query"].shape[3])
+
+
 def _neighborhood(given: _Given, result: Any) -> int | None:
     query, value, more = given["query"], given["value"], given["additional_keys"]
     if any(given["is_causal"]):  # windows at the start of an axis are not full
@@ -160,6 +164,7 @@ _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     "depthwise_branches": _branches,
     "packed_stem": _stem,
     "deformable_conv2d": _deformable,
+    "attention_weights": _attention_weights,
     "grouped_attention": _grouped_attention,
     "gated_attention": _gated_attention,
     "rank_augmented_attention": _rank_augmented_attention,

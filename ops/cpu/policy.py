@@ -43,6 +43,7 @@ __all__ = [
     "pays_in_int8",
     "response_mlp_in_int8",
     "rotated_attention_by_kernel",
+    "rounds_once",
     "single_head_by_kernel",
     "softmax_attention_by_kernel",
     "stem_by_kernel",
@@ -76,6 +77,11 @@ def left_to_torch(library: str, dtype: torch.dtype) -> str | None:
     ):
         return "without known vector instructions torch is faster"
     return None
+
+
+def rounds_once() -> bool:
+    """Whether kernels round a product and a sum once, as torch does on every CPU with an FMA."""
+    return instruction_set() != "portable"
 
 
 # -- dtypes of matrix products -------------------------------------------------------------------

@@ -21,10 +21,15 @@ def supported(x: Tensor) -> bool:
 
 
 class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """Global pooling with our kernel: (B, C, H, W) → (B, C, 1, 1)."""
+    """Pooling of windows of one size with our kernel: (B, C, H, W) → (B, C, *output_size)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not supported(x) or self.output_size not in (1, (1, 1)) or x.ndim != 4 or not x.numel():
+        size = self.output_size
+        rows, columns = size if isinstance(size, tuple) else (size, size)
+        if not supported(x) or x.ndim != 4 or not x.numel() or not rows or not columns:
+            return super().forward(x)
+        height, width = x.shape[2:]
+        if height % rows or width % columns:
             return super().forward(x)
         pixels = x.permute(0, 2, 3, 1)
-        return window_means(pixels, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)
+        return window_means(pixels, (height // rows, width // columns)).permute(0, 3, 1, 2)

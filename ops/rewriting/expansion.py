@@ -65,7 +65,7 @@ def join_expansion(graph: OperatorGraph, operator: Operator) -> bool:
     map_ = operator.result
     pools = [user for user in map_.users if isinstance(user.function, FastAdaptiveAvgPool2d)]
     moved = graph.permuted(operator.args[0], NCHW)
-    if moved is None or not pools:
+    if moved is None or not pools or any(p.result.shape[2:].numel() > 1 for p in pools):
         return False
     first = graph.made_by(moved.args[0], FastLinear)
     if first is None or first.kwargs or is_quantized(first.function):

@@ -45,6 +45,14 @@ def _linear(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> 
     return True
 
 
+def _matmul(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    x, weight = given["self"], _constant(given["other"])
+    if weight is None or weight.ndim != 2 or x.constant is not None or len(x.shape) < 2:
+        return False
+    graph.replace(operator, linear(weight.T.contiguous(), None), x)
+    return True
+
+
 def _conv2d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
     weight, bias = _constant(given["weight"]), _constant(given["bias"])
     x = given["input"]
@@ -132,7 +140,10 @@ def _pool(graph: OperatorGraph, operator: Operator, x: Value, keepdim: bool) -> 
 
 def _adaptive_pool(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
     x, size = given["self"], given["output_size"]
-    return list(size) == [1, 1] and len(x.shape) == 4 and _pool(graph, operator, x, True)
+    if len(x.shape) != 4 or any(m < 1 or n % m for n, m in zip(x.shape[2:], size, strict=True)):
+        return False
+    graph.replace(operator, FastAdaptiveAvgPool2d(tuple(size)), x)
+    return True
 
 
 def _mean(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
@@ -200,6 +211,7 @@ _RULES: dict[Any, Any] = {
     _aten.add.Tensor: _neutral,
     _aten.mul.Tensor: _neutral,
     _aten.linear.default: _linear,
+    _aten.matmul.default: _matmul,
     _aten.conv2d.default: _conv2d,
     _aten.layer_norm.default: _layer_norm,
     _aten.rms_norm.default: _rms_norm,

@@ -27,7 +27,7 @@ from ops.rewriting.lift import lift
 from ops.rewriting.response_norm import join_response_norm, join_squeeze
 from ops.rewriting.scales import join_response_scales, scale_shortcut
 from ops.rewriting.shortcuts import add_shortcut
-from ops.rewriting.softmax import join_softmax
+from ops.rewriting.softmax import join_products, join_softmax
 from ops.rewriting.stem import join_stem
 from ops.rewriting.views import join_permutations, sink_permutation
 from ops.rewriting.windows import join_windows
@@ -54,6 +54,7 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (join_expansion,),
     (join_permutations,),
     (scale_shortcut, join_softmax, join_stem),
+    (join_products,),
 )
 
 

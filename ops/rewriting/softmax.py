@@ -1,15 +1,17 @@
-"""Softmax: a table that is added before and a conversion after it take no passes."""
+"""Softmax: a table that is added before, a conversion after it, and products take no passes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from ops.cpu import policy
 from ops.cpu.call.dispatch import kernels_apply
+from ops.cpu.norm.attention_weights import attention_weights
 from ops.cpu.norm.biased_softmax import biased_softmax
-from ops.rewriting.graph import Operator, OperatorGraph
+from ops.rewriting.graph import Operator, OperatorGraph, Value
 
-__all__ = ["join_softmax"]
+__all__ = ["join_products", "join_softmax"]
 
 _aten = torch.ops.aten
 
@@ -60,3 +62,89 @@ def join_softmax(graph: OperatorGraph, operator: Operator) -> bool:
     absorbed = [total] if last is operator else [operator, total]
     graph.replace(last, made, x, absorbed=absorbed)
     return True
+
+
+class AttentionWeights(BiasedSoftmax):
+    """``(query @ key + bias).softmax(-1)`` in ``dtype``.
+
+    (B, heads, N, depth) and (B, heads, depth, K) → (B, heads, ..., K).
+    """
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor:
+        if (
+            kernels_apply((query, key))
+            and attention_weights.unavailable(query.device, query.dtype) is None
+        ):
+            out: Tensor = attention_weights(query, key, self.bias, self.dtype == torch.bfloat16)
+            return out
+        products = query.to(key.dtype) @ key
+        return super().forward(products.view(len(query), *self.bias.shape))
+
+
+def join_products(graph: OperatorGraph, operator: Operator) -> bool:
+    """``softmax(query @ key + table)``, also of parts of the keys, with float32 products."""
+    if operator.function is not _aten.matmul.default or operator.kwargs:
+        return False
+    (query, key), result = operator.args, operator.result
+    if result.dtype != torch.float32 or len(result.shape) != 4 or graph.is_output(result):
+        return False
+    if not query.shape[:2] == key.shape[:2] == result.shape[:2]:
+        return False
+    if policy.left_to_torch("gemm", result.dtype) is not None:
+        return False
+    split = graph.only_user(result)
+    first, found = 0, []
+    if split is not None and split.function is _aten.split_with_sizes.default:
+        if split.args[2:] not in ([-1], [3]):
+            return False
+        for part in split.results:
+            found.append((_softmax_of(graph, part), first, part.shape[-1]))
+            first += part.shape[-1]
+    else:
+        found.append((_softmax_of(graph, result), 0, result.shape[-1]))
+    if any(softmax is None for softmax, _, _ in found):
+        return False
+    source = _before_conversion(graph, operator, query)
+    for softmax, begin, count in found:
+        assert softmax is not None
+        keys = key
+        if count != key.shape[-1]:
+            keys = graph.insert_before(softmax, _aten.slice.Tensor, key, 3, begin, begin + count)
+        made = AttentionWeights(softmax.function.bias, softmax.function.dtype)
+        graph.replace(softmax, made, source, keys)
+    graph.remove_unused()
+    return True
+
+
+def _softmax_of(graph: OperatorGraph, value: Value) -> Operator | None:
+    """The softmax of logits (B, heads, N, K), whose rows may be in several axes."""
+    while True:
+        user = graph.only_user(value)
+        if user is None or type(user.function) is BiasedSoftmax:
+            return user
+        if user.function not in (_aten.unflatten.int, _aten.reshape.default, _aten.view.default):
+            return None
+        shape = user.result.shape
+        if len(shape) < 3 or (shape[:2], shape[-1]) != (value.shape[:2], value.shape[-1]):
+            return None
+        value = user.result
+
+
+def _before_conversion(graph: OperatorGraph, operator: Operator, value: Value) -> Value:
+    """The same in bfloat16 if it was converted from that, and perhaps permuted since."""
+    source, steps = value, []
+    while source.producer and source.producer.function in (
+        _aten.transpose.int,
+        _aten.permute.default,
+    ):
+        steps.append(source.producer)
+        source = source.producer.args[0]
+    made = graph.made_by(source, _aten.to.dtype)
+    if made is None or made.kwargs or made.args[1:] != [torch.float32]:
+        return value
+    if made.args[0].dtype != torch.bfloat16:
+        return value
+    source = made.args[0]
+    for step in reversed(steps):
+        source = graph.insert_before(operator, step.function, source, *step.args[1:])
+    return source

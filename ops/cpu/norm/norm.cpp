@@ -1,5 +1,6 @@
 // Norms: the C interface, called from the Python files beside it.
 #include "common/interface.h"
+#include "norm/attention_weights.h"
 #include "norm/norm.h"
 #include "norm/response.h"
 #include "norm/rms.h"
@@ -13,6 +14,8 @@ VB_EXPORT_BYTES(rms, Problem)
 VB_EXPORT_BYTES(rms, Tensors)
 VB_EXPORT_BYTES(softmax, Problem)
 VB_EXPORT_BYTES(softmax, Tensors)
+VB_EXPORT_BYTES(weights, Problem)
+VB_EXPORT_BYTES(weights, Tensors)
 
 extern "C" int norm_forward(const norm::Problem* problem, const norm::Tensors* tensors) {
   return status_of([&] { norm::forward(*problem, *tensors); });
@@ -36,4 +39,9 @@ extern "C" int response_scales_forward(const response::Problem* problem,
 extern "C" int biased_softmax_forward(const softmax::Problem* problem,
                                       const softmax::Tensors* tensors) {
   return status_of([&] { softmax::forward(*problem, *tensors); });
+}
+
+extern "C" int attention_weights_forward(const weights::Problem* problem,
+                                         const weights::Tensors* tensors) {
+  return status_of([&] { weights::forward(*problem, *tensors); });
 }

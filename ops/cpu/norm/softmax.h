@@ -40,48 +40,87 @@ static VB_INLINE float largest(F v) {
 #endif
 }
 
-// `end` is zero in the lanes of the row's last vector, and -inf beyond. Stores of parts of vectors
-// are slow to load again, so that `kept` has whole ones.
-template <class B, class T>
-static void of_row(int64_t length, const float* in, const B* bias, F end, float* kept, T* out) {
-  const int64_t last = (length - 1) / W * W;
+constexpr int ROWS = simd::REGISTERS == 32 ? 4 : 2;  // at once: one's results are awaited meanwhile
+
+// -inf beyond the last of a row's logits, else zero: added to its last vector.
+static VB_INLINE F end_of(int64_t length) {
+  const int rest = static_cast<int>((length - 1) % W + 1);
+  float lanes[W];
+  for (int l = 0; l < W; l++) lanes[l] = l < rest ? 0 : -std::numeric_limits<float>::infinity();
+  return simd::load(lanes);
+}
+
+// R rows of logits, `pitch` apart, to dense ones of the result. Stores of parts of vectors are slow
+// to load again, so that `kept`, [R][round_up(length, W)], has whole ones.
+template <int R, class B, class T>
+static void of_rows(int64_t length, const float* in, int64_t pitch, const B* const (&bias)[R], F end,
+                    float* kept, T* out) {
+  const int64_t last = (length - 1) / W * W, step = last + W;
   const int rest = static_cast<int>(length - last);
-  const F tail = simd::get(in + last, rest) + simd::get(bias + last, rest) + end;
-  F above = tail;
-  for (int64_t c = 0; c < last; c += W) {
-    const F x = simd::load(in + c) + simd::load_as_float(bias + c);
-    simd::store(kept + c, x);
-    above = simd::max(above, x);
+  const F scale = simd::set1(LOG2E);
+  F most[R], sum[R];
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    const F tail = simd::get(in + r * pitch + last, rest) + simd::get(bias[r] + last, rest) + end;
+    simd::store(kept + r * step + last, tail);
+    most[r] = tail;
   }
-  const F most = simd::set1(largest(above)), scale = simd::set1(LOG2E);
-  const F ended = simd::exp2((tail - most) * scale);
-  F sum = ended;
   for (int64_t c = 0; c < last; c += W) {
-    const F x = simd::exp2((simd::load(kept + c) - most) * scale);
-    simd::store(kept + c, x);
-    sum = sum + x;
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      const F x = simd::load(in + r * pitch + c) + simd::load_as_float(bias[r] + c);
+      simd::store(kept + r * step + c, x);
+      most[r] = simd::max(most[r], x);
+    }
   }
-  const F factor = simd::set1(1.f / simd::reduce_add(sum));
-  for (int64_t c = 0; c < last; c += W) {
-    simd::store_from_float(out + c, simd::load(kept + c) * factor);
+  VB_UNROLL
+  for (int r = 0; r < R; r++) most[r] = simd::set1(largest(most[r])), sum[r] = simd::zero();
+  for (int64_t c = last; c >= 0; c -= W) {
+    F x[R];
+    VB_UNROLL
+    for (int r = 0; r < R; r++) x[r] = (simd::load(kept + r * step + c) - most[r]) * scale;
+    simd::exp2(x);
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      simd::store(kept + r * step + c, x[r]);
+      sum[r] = sum[r] + x[r];
+    }
   }
-  simd::put(out + last, ended * factor, rest);
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    const F factor = simd::set1(1.f / simd::reduce_add(sum[r]));
+    const float* const from = kept + r * step;
+    for (int64_t c = 0; c < last; c += W) {
+      simd::store_from_float(out + r * length + c, simd::load(from + c) * factor);
+    }
+    simd::put(out + r * length + last, simd::load(from + last) * factor, rest);
+  }
+}
+
+// Calls work(std::integral_constant<int, R>, i) for every R rows from i on.
+template <class Work>
+static VB_INLINE void each_rows(int64_t begin, int64_t end, const Work& work) {
+  int64_t i = begin;
+  for (; i + ROWS <= end; i += ROWS) work(std::integral_constant<int, ROWS>(), i);
+  for (; i < end; i++) work(std::integral_constant<int, 1>(), i);
 }
 
 template <class B, class T>
 static void forward(const Problem& p, const Tensors& t) {
   const int64_t tasks = std::min(p.threads, p.rows);
+  const F end = end_of(p.length);
   parallel::for_each(tasks, tasks, [&](int64_t index) {
     static thread_local ScratchBuffer<float> buffer;
-    float* const kept = buffer.of(simd::round_up(p.length, W));
-    const int rest = static_cast<int>((p.length - 1) % W + 1);
-    for (int l = 0; l < W; l++) kept[l] = l < rest ? 0 : -std::numeric_limits<float>::infinity();
-    const F end = simd::load(kept);
-    for (int64_t i = p.rows * index / tasks; i < p.rows * (index + 1) / tasks; i++) {
-      of_row(p.length, t.in + i * p.pitch,
-             static_cast<const B*>(t.bias) + i % p.period * p.length, end, kept,
-             static_cast<T*>(t.out) + i * p.length);
-    }
+    float* const kept = buffer.of(ROWS * simd::round_up(p.length, W));
+    each_rows(p.rows * index / tasks, p.rows * (index + 1) / tasks, [&](auto size, int64_t i) {
+      constexpr int R = size.value;
+      const B* bias[R];
+      for (int r = 0; r < R; r++) {
+        bias[r] = static_cast<const B*>(t.bias) + (i + r) % p.period * p.length;
+      }
+      of_rows<R>(p.length, t.in + i * p.pitch, p.pitch, bias, end, kept,
+                 static_cast<T*>(t.out) + i * p.length);
+    });
   });
 }
 

@@ -1,5 +1,5 @@
-// Copies, sums, differences, products and row lookups of small tensors, for calls between kernels
-// where torch's call overhead exceeds the compute time.
+// Copies, sums, differences, products, their sums, and row lookups of small tensors, for calls
+// between kernels where torch's call overhead exceeds the compute time.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -10,23 +10,25 @@
 namespace pointwise {
 
 // With the values of ops/replay/lowering.py.
-enum Operation : int64_t { COPY, ADD, MULTIPLY, SUBTRACT };
+enum Operation : int64_t { COPY, ADD, MULTIPLY, SUBTRACT, ADD_PRODUCT };
 
 constexpr int MOST_AXES = 6;
 
 // lowering.py fills in these fields. Strides are in elements; those of the last axis are 1 for the
 // result, and 0 or 1 for the operands. Along `table_axis`, if it is an axis, the first operand is
-// indexed by the table.
+// indexed by the table. Only ADD_PRODUCT, first * second + third, has a third operand.
 struct Problem {
   int64_t operation, element_bytes, axes, table_axis, threads;
   int64_t sizes[MOST_AXES];
   int64_t out_strides[MOST_AXES], first_strides[MOST_AXES], second_strides[MOST_AXES];
+  int64_t third_strides[MOST_AXES];
 };
 
 struct Tensors {
   void* out;
   const void* first;
   const void* second;
+  const void* third;
   const int64_t* table;
 };
 
@@ -59,6 +61,28 @@ static void combine_row(const Problem& p, char* out, const char* a, const char* 
   }
 }
 
+template <class T>
+static void add_product_row(const Problem& p, char* to, const char* first, const char* second,
+                            const char* third) {
+  const int64_t last = p.axes - 1, count = p.sizes[last];
+  const int64_t a_step = p.first_strides[last], b_step = p.second_strides[last];
+  const int64_t c_step = p.third_strides[last];
+  const T *const a = reinterpret_cast<const T*>(first), *const b = reinterpret_cast<const T*>(second);
+  const T* const c = reinterpret_cast<const T*>(third);
+  T* const out = reinterpret_cast<T*>(to);
+  const auto of = [&](int64_t i, int64_t j, int64_t k) VB_INLINE_LAMBDA {
+    const float product = simd::to_float(a[i]) * simd::to_float(b[j]);
+    return product + simd::to_float(c[k]);
+  };
+  if (a_step && b_step && c_step) {
+    for (int64_t i = 0; i < count; ++i) simd::assign(out + i, of(i, i, i));
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      simd::assign(out + i, of(i * a_step, i * b_step, i * c_step));
+    }
+  }
+}
+
 static inline void copy_row(const Problem& p, char* out, const char* a) {
   const int64_t count = p.sizes[p.axes - 1], bytes = p.element_bytes;
   if (p.first_strides[p.axes - 1]) {
@@ -70,9 +94,12 @@ static inline void copy_row(const Problem& p, char* out, const char* a) {
 
 // Runs all rows within an axis, from the offsets of the preceding axes.
 static void run_axis(const Problem& p, const Tensors& t, int64_t axis, char* out, const char* a,
-                     const char* b) {
+                     const char* b, const char* c) {
   if (axis == p.axes - 1) {
     switch (p.operation) {
+      case ADD_PRODUCT:
+        return p.element_bytes == sizeof(float) ? add_product_row<float>(p, out, a, b, c)
+                                                : add_product_row<BFloat16>(p, out, a, b, c);
       case COPY:
         return copy_row(p, out, a);
       case ADD:
@@ -87,7 +114,8 @@ static void run_axis(const Problem& p, const Tensors& t, int64_t axis, char* out
     const int64_t at = axis == p.table_axis ? t.table[i] : i;
     run_axis(p, t, axis + 1, out + i * p.out_strides[axis] * p.element_bytes,
              a + at * p.first_strides[axis] * p.element_bytes,
-             b + i * p.second_strides[axis] * p.element_bytes);
+             b + i * p.second_strides[axis] * p.element_bytes,
+             c + i * p.third_strides[axis] * p.element_bytes);
   }
 }
 
@@ -98,7 +126,8 @@ static void run_part(Problem p, Tensors t, int64_t begin, int64_t end) {
   if (p.table_axis == 0) t.table += begin;
   run_axis(p, t, 0, static_cast<char*>(t.out) + bytes * p.out_strides[0],
            static_cast<const char*>(t.first) + (p.table_axis ? bytes * p.first_strides[0] : 0),
-           static_cast<const char*>(t.second) + bytes * p.second_strides[0]);
+           static_cast<const char*>(t.second) + bytes * p.second_strides[0],
+           static_cast<const char*>(t.third) + bytes * p.third_strides[0]);
 }
 
 static void run(const Problem& p, const Tensors& t) {

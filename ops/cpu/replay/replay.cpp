@@ -74,9 +74,10 @@ int replay_run(const Word* words, const Word* end, char* const* bases) {
   return 0;
 }
 
-// See pointwise.h. Returns 0.
-int replay_pointwise(const pointwise::Problem* problem, const pointwise::Tensors* tensors) {
-  pointwise::run(*problem, *tensors);
+// See pointwise.h; one problem after the other. Returns 0.
+int replay_pointwise(const pointwise::Problem* problems, const pointwise::Tensors* tensors,
+                     int64_t count) {
+  for (int64_t i = 0; i < count; ++i) pointwise::run(problems[i], tensors[i]);
   return 0;
 }
 

@@ -18,7 +18,12 @@ static VB_INLINE const T* row_of(const Rows& rows, int64_t image, int64_t group,
          row * rows.row;
 }
 
-// A chunk of W rows, or of fewer and zeros, transposed: [CHUNK][W].
+// Rows this far apart are in one set of the L1 cache, which holds 8 or 12 lines.
+constexpr int64_t SET_BYTES = 4096;
+constexpr int L2 = 2;  // where a chunk of so many rows is prefetched to, for the same reason
+
+// A chunk of W rows, or of fewer and zeros, transposed: [CHUNK][W]. A transpose reads a line of each
+// row several times, so that those of one set are copied first.
 template <class T>
 static VB_INLINE void gather(const T* in, int64_t pitch, int lanes, int count, float* out) {
   for (int i = 0; i < count; i += W) {
@@ -27,7 +32,7 @@ static VB_INLINE void gather(const T* in, int64_t pitch, int lanes, int count, f
     const float* rows[W];
     bool direct = false;
     if constexpr (std::is_same_v<T, float>) {
-      direct = lanes == W && tokens == W;
+      direct = lanes == W && tokens == W && pitch * sizeof(T) % SET_BYTES != 0;
       VB_UNROLL
       for (int l = 0; l < W; l++) rows[l] = direct ? in + l * pitch + i : copied[l];
     } else {
@@ -123,9 +128,9 @@ struct Sequences {
     const T *u = row(t.u, b.first) + last, *delta = row(t.delta, b.first) + last;
     T* to = out(b) + last;
     for (int l = 0; l < b.lanes; l++) {
-      __builtin_prefetch(u + l * t.u.row);
-      __builtin_prefetch(delta + l * t.delta.row);
-      __builtin_prefetch(to + l * p.tokens, memory::WRITE);
+      __builtin_prefetch(u + l * t.u.row, memory::READ, L2);
+      __builtin_prefetch(delta + l * t.delta.row, memory::READ, L2);
+      __builtin_prefetch(to + l * p.tokens, memory::WRITE, L2);
     }
     for (int64_t n = 0; n < p.states; n++) {
       __builtin_prefetch(row(t.before, n) + last);

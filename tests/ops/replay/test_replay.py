@@ -56,6 +56,7 @@ def _functions(draw: st.DrawFn) -> tuple[tuple[int, ...], torch.dtype, Callable[
     other = torch.randn(kept[draw(st.integers(0, rank)) :], generator=generator).to(dtype)
     length = view(torch.empty(shape)).shape[axis]
     index = torch.randint(length, (draw(st.integers(1, 9)),), generator=generator)
+    nothing = torch.empty(0, *view(torch.empty(shape)).shape[1:], dtype=dtype)
     functions: list[Callable[[Tensor], Tensor]] = [
         lambda x: view(x).contiguous().mul(2),
         lambda x: view(x).clone(),
@@ -69,6 +70,10 @@ def _functions(draw: st.DrawFn) -> tuple[tuple[int, ...], torch.dtype, Callable[
         lambda x: view(x).clone().add_(other),
         lambda x: view(x).clone().mul_(view(x)),
         lambda x: view(x).index_select(axis, index),
+        lambda x: torch.addcmul(other, view(x), view(x)),
+        lambda x: torch.addcmul(view(x), other, view(x)),
+        lambda x: torch.cat([view(x), view(x).narrow(axis, 0, 1), view(x)], axis),
+        lambda x: torch.cat([nothing, view(x)]),
     ]
     return shape, dtype, draw(st.sampled_from(functions))
 

@@ -353,6 +353,35 @@ def test_a_scaled_shortcut_is_added_by_the_linear_layer() -> None:
     _check(model, square, "addcmul", "FastLinear")
 
 
+def test_pooling_of_windows_and_products_with_a_constant_are_layers() -> None:
+    model = _Call(lambda m, x: torch.nn.functional.adaptive_avg_pool2d(x, (3, 7)) @ m.weight)
+    model.weight = nn.Parameter(torch.randn(7, 5))
+    _check(model, IMAGE, "FastAdaptiveAvgPool2d", "FastLinear")
+    model.function = lambda m, x: torch.nn.functional.adaptive_avg_pool2d(x, (2, 7)) @ m.weight
+    _check(model, IMAGE, "adaptive_avg_pool2d", "FastLinear")
+
+
+def test_products_are_not_stored_before_a_softmax_with_a_table() -> None:
+    """Of all keys, and of parts of them, of which one is also used without a softmax."""
+
+    def forward(m: Any, x: Tensor) -> Any:
+        products = x.transpose(-2, -1) @ x.sin()
+        parts = products.split([3, 4], dim=-1) if m.split else [products]
+        tables = (m.table[..., :3], m.table[..., 3:]) if m.split else [m.table]
+        found = [(p.unflatten(2, (1, 7)) + t[:, None]) for p, t in zip(parts, tables, strict=True)]
+        return [p.softmax(-1) for p in found[: m.softmaxes]] + found[m.softmaxes :]
+
+    model = _Call(forward)
+    model.table = nn.Parameter(torch.randn(16, 7, 7))
+    model.split, model.softmaxes = False, 1
+    _check(model, IMAGE, "sin", "AttentionWeights")
+    model.split, model.softmaxes = True, 2
+    _check(model, IMAGE, "sin", "slice", "AttentionWeights", "slice", "AttentionWeights")
+    model.softmaxes = 1
+    names = _names(_graph(model, IMAGE))
+    assert "matmul" in names and "AttentionWeights" not in names
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_table_is_added_by_the_softmax(dtype: torch.dtype) -> None:
     model = _Call(lambda m, x: (x + m.table).softmax(dim=-1).to(dtype))

@@ -97,6 +97,14 @@ def test_pooling_to_one_pixel(size) -> None:
             torch.testing.assert_close(out, F.adaptive_avg_pool2d(x, 1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, (7, 3), (14, 9)])
+def test_pooling_of_windows_of_one_size(size) -> None:
+    pool = convert(nn.AdaptiveAvgPool2d(size), FastAdaptiveAvgPool2d)
+    x = random(2, 40, 14, 18).float()
+    for laid_out in (x, x.to(memory_format=torch.channels_last)):
+        torch.testing.assert_close(pool(laid_out), F.adaptive_avg_pool2d(x, size))
+
+
 def test_fallback_to_torch() -> None:
     """Gradients, other sizes, dtypes and ranks, and functorch's transforms."""
     pool = convert(nn.AdaptiveAvgPool2d(1), FastAdaptiveAvgPool2d)

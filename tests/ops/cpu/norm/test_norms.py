@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from timm.layers import RmsNorm2d
 from torch import nn
 
+from ops.cpu.norm.attention_weights import attention_weights
 from ops.cpu.norm.biased_softmax import biased_softmax
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.response_scales import response_scales
@@ -169,3 +170,20 @@ def test_numbers_that_are_not_finite():
         x[:, :3] = torch.tensor(rows)
         out = biased_softmax(x[None], torch.zeros(5, length), False)[0]
         torch.testing.assert_close(out, x.softmax(-1), equal_nan=True)
+
+
+# ---- attention weights ---------------------------------------------------------------------------
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("depth", "keys"), [(1, 1), (16, 25), (14, 169), (33, 64), (5, 200)])
+def test_are_the_softmax_of_products(depth, keys, dtype, half):
+    """Of queries with heads side by side, and of some of the keys."""
+    query = random(2, 6, 7, 3 * depth).to(dtype).flatten(1, 2).unflatten(2, (3, depth))
+    query, key = query.transpose(1, 2), random(2, 3, depth, keys + 9, seed=1).float()[..., 4:-5]
+    bias = 5 * random(3, 6, 7, keys, seed=2).to(dtype)
+    out = attention_weights(query, key, bias, half)
+    assert out.dtype == (torch.bfloat16 if half else torch.float32)
+    assert out.shape == (2, 3, 6, 7, keys) and out.is_contiguous()
+    products = (query.double() @ key.double()).unflatten(2, (6, 7))
+    expected = (products + bias.double()).softmax(-1)
+    assert (out - expected).abs().max() <= (2**-9 if half else 2e-6)
