@@ -19,8 +19,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from tables_models import table
 
 import backbones
-from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell, is_older, rivals, speed
-from backbones.cli.reports import kernels
+from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell, rivals, speed
+from backbones.cli.reports import is_older
 
 Report = dict[str, Any]
 
@@ -62,7 +62,7 @@ class Speeds:
 
     @property
     def is_older(self) -> bool:
-        return is_older(self.row, kernels())
+        return is_older(self.row)
 
 
 def cpus(docs: Path) -> Report:

@@ -96,15 +96,6 @@ def speed(row: dict[str, Any]) -> dict[str, Cell]:
     return {title: contenders_of(row, names) for title, names in names_of.items()}
 
 
-def is_older(row: dict[str, Any], now: str) -> bool:
-    """Whether kernels have changed since a row was measured.
-
-    Args:
-        now: the digest of today's sources, :func:`backbones.cli.reports.kernels`.
-    """
-    return bool(row.get("kernels") != now)
-
-
 def speed_lines(report: dict[str, Any]) -> list[str]:
     """The rows of a report as the page Speed shows them."""
     titles = [*PLAIN, *(f"ours, {dtype}" for dtype in DTYPES)]

@@ -19,6 +19,7 @@ from backbones.common.arguments import nonempty_path
 from backbones.common.errors import CommandError
 from backbones.common.files import write_text_atomically
 from backbones.common.outputs import REPORT, add_overwrite, require_writable
+from ops.cpu.build import process
 from ops.cpu.build.sources import SOURCES
 
 Report = dict[str, Any]
@@ -127,21 +128,31 @@ def put_rows(report: Report, rows: Sequence[Mapping[str, Any]], keys: Sequence[s
 
 
 @functools.cache
-def kernels() -> str:
-    """A digest of the sources of all kernels. A row with another one is of older kernels."""
+def kernel_digest(library: str) -> str:
+    """A digest of the sources of a library of kernels; empty if there is none of that name."""
+    if library not in process.sources.all():
+        return ""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.glob("*/*")):
-        if path.suffix in (".cpp", ".h"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
+    for path in sorted(process.sources.files(library)):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
 
 
-def provenance() -> dict[str, str]:
-    """``date`` and ``kernels``, and ``commit`` if the library lies in a checkout."""
-    found = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
-    if commit := _commit(SOURCES.parents[1]):
-        found["commit"] = commit
-    return {**found, "kernels": kernels()}
+def is_older(row: Report) -> bool:
+    """Whether a row was measured with other kernels than today's."""
+    known = row.get("kernels")
+    if not isinstance(known, dict):
+        return True
+    return any(kernel_digest(library) != digest for library, digest in known.items())
+
+
+def provenance() -> dict[str, Any]:
+    """``date``, ``commit`` if the library lies in a checkout, and digests of loaded ``kernels``."""
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    commit = _commit(SOURCES.parents[1])
+    loaded = sorted(name for name, state in process.states.items() if state.library is not None)
+    kernels = {name: kernel_digest(name) for name in loaded}
+    return {"date": today, **({"commit": commit} if commit else {}), "kernels": kernels}
 
 
 def _commit(root: Path) -> str | None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from backbones.cli.benchmark_report import Cell, rivals, speed, speed_lines
-from backbones.cli.reports import kernels, provenance
+from backbones.cli.reports import is_older, kernel_digest, provenance
+from ops.cpu.build import load
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -108,10 +109,12 @@ def test_the_command_prints_the_same_row():
 
 
 def test_rows_say_when_and_with_which_kernels_they_were_measured(tool):
+    load("gemm")
     found = provenance()
-    assert found["kernels"] == kernels() and len(found["date"]) == 10
-    assert not tool.is_older({"kernels": kernels()}, kernels())
-    assert tool.is_older({}, kernels())
+    assert found["kernels"]["gemm"] == kernel_digest("gemm") != "" and len(found["date"]) == 10
+    assert not is_older(found) and is_older({}) and is_older({"kernels": {"gone": "0" * 8}})
+    others = {**found["kernels"], "gemm": "0" * 8}
+    assert is_older({**found, "kernels": others})
 
 
 def test_every_committed_row_has_a_date_and_a_commit(tool):

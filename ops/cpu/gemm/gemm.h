@@ -89,7 +89,8 @@ static void run_rows(const Problem& p, Tensors t, Range range, Range panels) {
       continue;
     }
     if constexpr (std::is_same_v<Input<T>, T>) {
-      if (!t.scale && !conflicts && takes_rows_in_place(in, p.in_features, rows.count)) rows.in = begin;
+      const bool in_place = takes_rows_in_place(in, p.in_features, rows.count);
+      if (in_place && !t.scale && !conflicts) rows.in = begin;
     }
     if (!rows.in) {
       Input<T>* const copied = buffer.of(round_up(rows.count, TILE_ROWS) * pitch);
