@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -37,6 +38,14 @@ def build_site(shared: Path) -> Path:
             assert run.returncode == 0, f"mkdocs build --strict:\n{run.stdout}{run.stderr}"
             built.rename(folder)
     return folder
+
+
+def look_at(browser: Any, width: int, scheme: str = "light") -> None:
+    """Give the browser's window a width, and its user a preference for light or dark."""
+    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
 
 if __name__ == "__main__":

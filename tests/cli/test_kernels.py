@@ -103,24 +103,3 @@ def test_without_kernels_there_is_no_plan(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
     assert main(words) == 0
     assert "torch conv2d" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--plain"], "--plain requires --kernels"),
-        (["--json"], "--json requires --kernels"),
-        (["--plot", "x.png"], "--plot requires --kernels"),
-        (["--batch", "2"], "--batch requires --kernels"),
-        (["--kernels", "--runs", "0"], "--runs must be at least 1"),
-        (["--kernels", "--batch", "99999999", "--size", "1"], "99999999 images of that size would"),
-        (["--kernels", "--plain", "--fused"], "--plain and --fused are mutually exclusive"),
-        (["--kernels", "--plain", "--plot", "x.png"], "--plain and --plot are mutually exclusive"),
-        (["--kernels", "--plot", "m.xyz"], "--plot m.xyz must end in .png"),
-        (["--kernels", "--plot", "no/such/x.png"], "there is no folder no/such"),
-    ],
-)
-def test_user_errors(words, said, capsys):
-    assert main(["summary", "van_b0", *words]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and said in error and error.count("\n") == 1

@@ -106,35 +106,6 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "no model: give --model"),
-        (["--model", "nothing_*"], "no model with published weights matches 'nothing_*'"),
-        (["--model", "van_b0", "van_b1", "--checkpoint=x"], "requires one model, not 2"),
-        (["--run", "nowhere"], "cannot read the recipe"),
-        (["--list", "nowhere"], "cannot read --list nowhere"),
-        (["--model", "van_b0", "--split=holdout"], "no split 'holdout'"),
-        (["--model", "van_b0", "--corrupt", "rain"], "unknown corruption 'rain'"),
-        (["--model", "van_b0", "--severity", "9", "--corrupt"], "severity 9"),
-        (["--model", "van_b0", "--real-labels=nowhere"], "cannot read real labels nowhere"),
-        (["--model", "van_b0", f"--list={PICTURE}"], "is not UTF-8 text"),
-        (["--model", "van_b0", f"--real-labels={PICTURE}"], "cannot read real labels"),
-        (["--model", "van_b0", "--device=meta"], "--device meta cannot be used here"),
-        (["--model", "van_b0", "--output=."], "--output . is a folder"),
-        (["--model", "van_b0", f"--output={PICTURE}/a.csv"], "is not a folder"),
-        (["--model", "van_b0", f"--report={PICTURE}"], "is not a folder"),
-        (["--model", "van_b0", "--severity=x"], "invalid int value: 'x'"),
-    ],
-)
-def test_unmeasurable_models(words, message, validate):
-    status, rows, printed = validate(*words)
-    assert (status, rows) == (2, [])
-    (line,) = printed.err.splitlines()
-    assert line.startswith("error: ")
-    assert message in line
-
-
-@pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda tensor: tensor.view(-1)[:1].fill_(torch.nan), "NaN or infinite"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from selenium.webdriver.common.by import By
+from site_building import look_at
 
 from backbones.embedding.page import Table, write_page
 from backbones.embedding.sheet import Row, Tile
@@ -52,11 +53,7 @@ def opened(browser, page, request):
     browser.get("about:blank")
     browser.get_log("browser")
     browser.get_log("performance")
-    width, scheme = getattr(request, "param", (1400, "light"))
-    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    look_at(browser, *getattr(request, "param", (1400, "light")))
     browser.get(page.as_uri())
     yield browser
     assert not browser.get_log("browser")
