@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-from embedding_runs import make_photos, same, tiny_checkpoint, words
+from embedding_runs import make_photos, same, words
 from embedding_tables import make_table
 
 from backbones.cli.main import main
-from backbones.embedding import checksum, table
+from backbones.embedding import table
 from backbones.embedding.checksum import CHECKSUM_KEY
 from backbones.embedding.search import search
 
@@ -66,12 +66,6 @@ def test_the_footer_alone_is_verified_to_count_rows(folder):
         table.count_rows(folder)
 
 
-def test_an_intact_shard_is_verified_once(folder, monkeypatch):
-    table.load(folder)
-    monkeypatch.setattr(checksum, "_crc", lambda file, size: pytest.fail("it is read again"))
-    table.load(folder)
-
-
 def rewrite(path: Path, column: Any = None, name: str = "embedding", **facts: str) -> None:
     """Write a shard as an earlier version did, without a checksum.
 
@@ -118,33 +112,6 @@ def test_shards_without_checksums_are_read(folder):
     assert table.count_rows(folder) == 40
 
 
-COMMANDS = {
-    "search": ["--key", "a/00.png"],
-    "duplicates": ["--threshold", "0.99"],
-    "probe": ["--labels", "folder"],
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_say_what_to_do(command, folder, capsys):
-    path = table.shard_path(folder, 1)
-    flip(path, path.read_bytes().index(np.float32(table.load(folder)[1][25, 0]).tobytes()) + 3)
-    assert main([command, str(folder), *COMMANDS[command]]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith(f"error: {path} is damaged: ") and said.err.count("\n") == 1
-    assert "`vision-backbones embed`" in said.err
-
-
-@pytest.fixture(scope="module")
-def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
-    """A checkpoint, photographs, and the table of their embeddings."""
-    folder = tmp_path_factory.mktemp("embedded")
-    checkpoint, photos = tiny_checkpoint(folder / "model"), make_photos(folder / "photos", 10)
-    assert main(words(photos, folder / "whole", checkpoint)) == 0
-    return checkpoint, photos, folder / "whole"
-
-
 def _flip_an_embedding(path: Path) -> None:
     vector = pyarrow.parquet.read_table(path).column("embedding")[0].values.to_numpy()
     flip(path, path.read_bytes().index(vector.tobytes()) + 2)
@@ -161,6 +128,14 @@ def _with_null_numbers(path: Path) -> None:
     rewrite(path, pyarrow.FixedSizeListArray.from_arrays(numbers, type=column.type))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """A table of embeddings, beside its photographs."""
+    photos = make_photos(tmp_path_factory.mktemp("embedded") / "photos", 10)
+    assert main(words(photos, photos.parent / "whole", checkpoint)) == 0
+    return photos.parent / "whole"
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [
@@ -173,14 +148,13 @@ def _with_null_numbers(path: Path) -> None:
         ),
     ],
 )
-def test_embed_mends_a_damaged_shard(damage, told, embedded, tmp_path, capsys):
-    checkpoint, photos, whole = embedded
+def test_embed_mends_a_damaged_shard(damage, told, whole, checkpoint, tmp_path, capsys):
     out = shutil.copytree(whole, tmp_path / "out")
     path = table.shard_path(out, 1)
     damage(path)
     with pytest.raises(table.DamagedShardError, match=told):
         table.load(out)
-    assert main(words(photos, out, checkpoint)) == 0
+    assert main(words(whole.parent / "photos", out, checkpoint)) == 0
     said = capsys.readouterr().err
     assert f"{path} is damaged ({told}); embedding it again" in said
     assert "6 images done before" in said
@@ -201,23 +175,6 @@ def test_a_damaged_graph_is_built_again(place, folder, capsys):
     assert len(path.read_bytes()) == len(whole)
     assert search(folder, vectors[:3], index="hnsw", progress=True) == found
     assert capsys.readouterr().err == ""
-
-
-def test_a_graph_without_a_checksum_is_not_believed(folder, monkeypatch):
-    """Such a file of an earlier version may have any flipped bit."""
-    import faiss
-
-    _, vectors = table.load(folder)
-    search(folder, vectors[:1], index="hnsw")
-    (path,) = folder.glob("hnsw-*.faiss")
-    path.write_bytes(path.read_bytes()[: -len(b"crc32 00000000")])
-    read: list[str] = []
-    plain = faiss.read_index
-    monkeypatch.setattr(faiss, "read_index", lambda name: read.append(name) or plain(name))
-    search(folder, vectors[:1], index="hnsw")
-    assert read == []
-    search(folder, vectors[:1], index="hnsw")
-    assert read == [str(path)]
 
 
 def test_files_that_would_block(folder):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from embedding_runs import make_photos, tiny_checkpoint, words
+from embedding_runs import words
 from embedding_tables import make_table
 
 from backbones.cli.main import main
@@ -133,9 +133,7 @@ def test_a_kind_of_source_that_is_unknown(folder):
         image_bytes(folder, "00001.png", [folder])
 
 
-def test_a_shape_that_the_model_does_not_make(tmp_path):
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    photos = make_photos(tmp_path / "photos", 2)
+def test_a_shape_that_the_model_does_not_make(photos, checkpoint, tmp_path):
     assert main(words(photos, tmp_path / "out", checkpoint)) == 0
     edit(tmp_path / "out", "shape", [2, 16])
     with pytest.raises(MendableError, match=r"of shape \[2, 16\], but its model returns \[32\]"):

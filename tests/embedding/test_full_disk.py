@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from embedding_runs import make_photos, same, tiny_checkpoint, words
+from embedding_runs import same, words
 from faults import files_that_may_not_grow
 
 from backbones.cli.main import main
@@ -11,10 +11,9 @@ from backbones.cli.main import main
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [100, 1500])
-def test_finished_shards_remain(size, workers, tmp_path, capsys):
+def test_finished_shards_remain(size, workers, photos, checkpoint, tmp_path, capsys):
     """100 bytes are too few for the metadata, 1500 for a shard."""
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"
+    out = tmp_path / "out"
     argv = words(photos, out, checkpoint, f"--workers={workers}")
     assert main(words(photos, tmp_path / "undisturbed", checkpoint)) == 0
     capsys.readouterr()

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from embedding_runs import make_photos, tiny_checkpoint, words
+from embedding_runs import make_photos, words
 from embedding_tables import make_table
 
 from backbones.cli.main import main
@@ -33,11 +33,6 @@ def photos(tmp_path: Path) -> Path:
     photos = make_photos(tmp_path / "photos", 4)
     shutil.copy(photos / "000.png", tmp_path / "secret.png")
     return photos
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
 
 
 def foreign(tmp_path: Path, kind: str, root: Path, *keys: str, **more: str) -> Path:

@@ -11,17 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from embedding_runs import make_photos
 from PIL import Image
 from training_runs import make_images
 
 from backbones.common.errors import DataError
 from backbones.embedding.sources import Source, open_source, reader
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    return make_photos(tmp_path / "photos", 10)
 
 
 def contents(source: Source) -> dict[str, bytes]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,18 +14,7 @@ from safetensors.torch import save_file
 from zoo import CLASSIFIERS, small
 
 import backbones
-from backbones.cli.benchmark import Row, measure
 from backbones.common.console import guard
-
-
-@pytest.fixture(scope="module")
-def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("accuracy")
-
-
-@pytest.fixture(scope="module")
-def contenders(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("contenders")
 
 
 def digits(tool: ModuleType, count: int = 5) -> Any:
@@ -165,22 +152,6 @@ def test_contenders_that_fail_are_recorded(tool, contenders, tmp_path, monkeypat
     assert found["works"]["agreement"] > 99 and found["works"]["bytes"] == 123
     assert found["fails"] == {"skipped": "KeyError: 'no such operator'"}
     assert found["fused"]["error"] < 1e-4 < found["int8"]["error"] < 0.2
-
-    calls.clear()
-    shallow = functools.partial(backbones.create_model, depths=(1, 1, 1))
-    monkeypatch.setattr(backbones, "create_model", shallow)
-    monkeypatch.setattr("backbones.cli.timing.MATMUL_SIZE", 64)
-    for name, toolkit in toolkits.items():
-        monkeypatch.setitem(contenders.TOOLKITS, name, toolkit)
-    peers = {
-        name: functools.partial(contenders.Runtime, functools.partial(contenders._quantised, name))
-        for name in toolkits
-    }
-    place = Row("shvit_s1", 32, 2, 1, "float32", "forward")
-    speed = measure(place, ["fused"], peers, rounds=2, seconds=0, turn_seconds=0)["contenders"]
-    assert calls == [(2, 3, 32, 32), "fails"]  # quantised once, for both orders
-    assert speed["fails"]["skipped"] == "KeyError: 'no such operator'"
-    assert speed["works"]["bytes"] == 123 and "works" in speed["fused"]["speedup_over"]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,6 @@ import safetensors.torch
 import torch
 
 
-@pytest.fixture(scope="module")
-def tool(tools):
-    return tools("average_checkpoints")
-
-
 def weights(value, dtype=torch.float32):
     return {"a.weight": torch.full((2, 3), value, dtype=dtype), "count": torch.tensor(int(value))}
 

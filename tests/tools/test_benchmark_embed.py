@@ -15,11 +15,6 @@ import torch
 from ops.cpu import policy
 
 
-@pytest.fixture(scope="module")
-def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("benchmark_embed")
-
-
 @pytest.fixture
 def run(tool: ModuleType, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """A function that measures with some words, and returns the results so far."""

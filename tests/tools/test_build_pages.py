@@ -6,6 +6,7 @@ The committed pages hold most of what a table says; here is what no committed me
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,35 +14,31 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 DOCS = Path(__file__).parents[2] / "docs"
 Tools = Callable[[str], ModuleType]
 
 
-@pytest.fixture(scope="module")
-def builder(tools: Tools) -> ModuleType:
-    return tools("build_pages")
-
-
 # --- places
 
 
-def test_the_committed_pages_are_filled(builder):
-    pages = [page for page in builder.pages() if builder.places(page.read_text())]
+def test_the_committed_pages_are_filled(tool):
+    pages = [page for page in tool.pages() if tool.places(page.read_text())]
     assert {page.name for page in pages} >= {"CHANGELOG.md", "learning.md", "parity.md"}
     for page in pages:
-        assert builder.filled(page, DOCS) == page.read_text(), f"make pages: {page}"
+        assert tool.filled(page, DOCS) == page.read_text(), f"make pages: {page}"
 
 
-def test_every_measurement_is_on_a_page(builder):
-    pages = [page.read_text() for page in builder.pages()]
-    shown = {file for text in pages for _, files, _ in builder.places(text) for file in files}
-    merged = set(builder.speeds.reports(DOCS))  # the table of the page Speed
+def test_every_measurement_is_on_a_page(tool):
+    pages = [page.read_text() for page in tool.pages()]
+    shown = {file for text in pages for _, files, _ in tool.places(text) for file in files}
+    merged = set(tool.speeds.reports(DOCS))  # the table of the page Speed
     there = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.json")}
     assert there - shown - merged == {"performance/cpus.json"}
 
 
-def test_places_are_filled_and_prose_stays(builder, tmp_path):
+def test_places_are_filled_and_prose_stays(tool, tmp_path):
     machine = {"name": "a CPU", "cpu_capability": "AVX2", "torch": "2"}
     row = {"way": "wheel", "model": "van_b0", "plain": {"seconds": 0.5}}
     row["fused"] = {"seconds": 1.0, "cpu_seconds": 2.0}
@@ -52,12 +49,12 @@ def test_places_are_filled_and_prose_stays(builder, tmp_path):
         "# Title\n\nOn <!-- fact: machine a.json -->another<!-- end -->, once.\n\n"
         "<!-- table: cold_start a.json -->\nstale\n<!-- end -->\n\nThe end.\n"
     )
-    text = builder.filled(page, tmp_path)
+    text = tool.filled(page, tmp_path)
     assert "\nOn <!-- fact: machine a.json -->a CPU (AVX2), torch 2<!-- end -->, once.\n" in text
     assert "| a wheel | `van_b0` | 0.50 | 1.00 | 2.00 |\n\n<!-- end -->\n\nThe end.\n" in text
     assert "stale" not in text and "another" not in text
     page.write_text(text)
-    assert builder.filled(page, tmp_path) == text
+    assert tool.filled(page, tmp_path) == text
 
 
 @pytest.mark.parametrize(
@@ -75,20 +72,20 @@ def test_places_are_filled_and_prose_stays(builder, tmp_path):
         ("- <!-- fact: torch a.json --><!-- end -->", "put a word before - <!-- fact: torch"),
     ],
 )
-def test_places_that_cannot_be_filled_are_named(builder, tmp_path, text, said):
+def test_places_that_cannot_be_filled_are_named(tool, tmp_path, text, said):
     (tmp_path / "a.json").write_text('{"machine": {}, "results": []}')
     (tmp_path / "page.md").write_text(text)
     with pytest.raises(ValueError, match=r"page\.md: ") as raised:
-        builder.filled(tmp_path / "page.md", tmp_path)
+        tool.filled(tmp_path / "page.md", tmp_path)
     assert said in str(raised.value)
 
 
-def test_the_command_fills_and_rewrites(builder, tmp_path, monkeypatch):
+def test_the_command_fills_and_rewrites(tool, tmp_path, monkeypatch):
     for name, text in (("README.md", "Nothing to fill.\n"), ("NOTICE", "Model\n\nOthers.\n")):
         (tmp_path / name).write_text(text)
     tmp_path /= "docs"
     tmp_path.mkdir()
-    monkeypatch.setattr(builder, "DOCS", tmp_path)
+    monkeypatch.setattr(tool, "DOCS", tmp_path)
     report = {
         "machine": {"name": "x", "cpu_capability": "y", "torch": "2"},
         "results": [{"a": 0.1}],
@@ -96,13 +93,28 @@ def test_the_command_fills_and_rewrites(builder, tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text(json.dumps(report, indent=1))
     page = tmp_path / "a.md"
     page.write_text("In <!-- fact: torch a.json --><!-- end -->\n")
-    builder.main([])
+    tool.main([])
     assert page.read_text() == "In <!-- fact: torch a.json -->2<!-- end -->\n"
     before = page.stat().st_mtime_ns
-    builder.main([])
+    tool.main([])
     assert page.stat().st_mtime_ns == before
-    builder.main(["--rewrite"])
+    tool.main(["--rewrite"])
     assert len((tmp_path / "a.json").read_text().splitlines()) == 6
+
+
+def test_the_pictures_are_drawn(tool, tmp_path):
+    names = ("learning", "performance/cpus", "performance/avx2/models")
+    for name in (*names, "performance/zen5/neighborhood_attention"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(DOCS / f"{name}.json", tmp_path / f"{name}.json")
+    (tmp_path / "assets").mkdir()
+    tool.draw_all(tmp_path)
+    drawn = {path.relative_to(tmp_path).as_posix(): path for path in tmp_path.rglob("*.png")}
+    wanted = {"learning.png", "performance/zen5/neighborhood_attention.png", "assets/speed.png"}
+    assert drawn.keys() == wanted
+    for path in drawn.values():
+        with Image.open(path) as picture:
+            assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 100
 
 
 # --- models and operators
