@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from backbones.cli.main import main
 from backbones.embedding import table
 
-EXAMPLES = 300
+EXAMPLES = 100
 
 
 @pytest.fixture
