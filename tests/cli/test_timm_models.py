@@ -124,7 +124,7 @@ def test_predict_refuses(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_embed_search_and_probe(name, photos, tmp_path):
+def test_embed_and_search(name, photos, tmp_path):
     model, file = weights(name, tmp_path)
     folder = tmp_path / "table"
     words = ["embed", photos, "--model", f"timm/{name}", "--checkpoint", file, "--workers=1"]
@@ -135,14 +135,10 @@ def test_embed_search_and_probe(name, photos, tmp_path):
     keys, vectors = table.load(folder)
     assert keys == [f"{number}.png" for number in range(4)]
     assert np.abs(vectors - expected.numpy()).max() < 1e-4 * expected.abs().max()
-
     out = ["--out", tmp_path / "a.png", "--json", tmp_path / "a.json"]
     assert run("search", folder, "--query", photos / "2.png", *out) == 0
     (entry,) = json.loads((tmp_path / "a.json").read_text())
     assert entry["matches"][0]["key"] == "2.png" and entry["matches"][0]["score"] > 0.999
-    (tmp_path / "classes.csv").write_text("0.png,a\n1.png,b\n2.png,a\n3.png,b\n")
-    labels = ["--labels", tmp_path / "classes.csv", "--held-out=0.5", "--neighbors=1"]
-    assert run("probe", folder, *labels, "--out", tmp_path / "b.png") == 0
 
 
 def test_embed_maps_and_classes(photos, tmp_path):

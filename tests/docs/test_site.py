@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
-from site_building import look_at
+from site_building import Watch, look_at
 
 from backbones.cli import parity
 
@@ -28,31 +28,6 @@ _SHARED = (
 )
 INTERNAL = (*_SHARED, *_OPS_WITH_BACKENDS)
 PACKAGES = ("ops/cpu/__init__.py", *(f"{folder}__init__.py" for folder in _OPS_WITH_BACKENDS))
-ERRORS = ("SEVERE", "WARNING")
-
-
-class Watch:
-    """What the browser has complained of and asked for since the last look."""
-
-    def __init__(self, browser, address):
-        self.browser, self.address = browser, address
-        self.browser.get_log("browser")
-        self.browser.get_log("performance")
-
-    def check(self):
-        """No error in the console, and no request to anybody but the server of the site."""
-        log = self.browser.get_log("browser")
-        assert not [entry["message"] for entry in log if entry["level"] in ERRORS]
-        messages = [
-            json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")
-        ]
-        asked = [
-            message["params"]["request"]["url"]
-            for message in messages
-            if message["method"] == "Network.requestWillBeSent"
-        ]
-        own = (self.address + "/", "data:", "blob:")
-        assert asked and not [url for url in asked if not url.startswith((*own, "about:"))]
 
 
 @pytest.fixture

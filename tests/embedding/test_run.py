@@ -342,32 +342,6 @@ def test_processes_that_die_are_replaced(photos, checkpoint, out, tmp_path, monk
         embed(photos, tmp_path / "never", checkpoint=checkpoint, rows=6, workers=2)
 
 
-@pytest.mark.parametrize("rows", [2, 0])
-def test_a_part_that_begins_again_counts_its_corrupt_images_once(
-    rows, photos, checkpoint, monkeypatch
-):
-    """Even if the process died before it had a row to lose."""
-    (photos / "000.png").write_text("no image")
-    at: list[int] = []
-
-    def dying(job: Any, network: Network, parts: Any, *_: Any) -> Iterator[worker.Event]:
-        for number, part in parts:
-            first, *others = worker.Worker(job, network)(number, part)
-            if number == 0:
-                yield first._replace(rows=rows)
-                yield worker.Event(0, -rows, again=True)
-            yield from (first, *others)
-
-    monkeypatch.setattr(run_module, "_events", dying)
-    monkeypatch.setattr(run_module.Progress, "due", lambda self: True)
-    monkeypatch.setattr(run_module.Progress, "show", lambda self, done, text: at.append(done))
-    done = embed(photos, photos.parent / "out", checkpoint=checkpoint, rows=4, batch_size=3)
-    assert (done.rows, done.done) == (9, 9)
-    assert [key for key, _ in done.corrupt] == ["000.png"]
-    assert (photos.parent / "out" / "corrupt.txt").read_text().count("\n") == 1
-    assert at[-1] == 10
-
-
 @pytest.mark.parametrize(
     ("more", "told"),
     [
