@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from backbones.cli import graphs, quantizing
 from backbones.cli.export import export
 from backbones.cli.main import main
-from backbones.common import files
 from backbones.common.errors import FileError
 from backbones.common.files import replacing_together
 from backbones.core.loaded import Loaded
@@ -43,15 +42,6 @@ def test_a_size_whose_feature_maps_do_not_fit(tmp_path, monkeypatch, capsys):
     words = ["export", "shvit_s1", "--size", "512", "--out", str(tmp_path / "x.pt2")]
     assert main(words) == 2  # an image has 3 MB
     assert "images of 1×3×512×512 need more than 0.0" in capsys.readouterr().err
-
-
-def test_unwritable_folder(tmp_path, monkeypatch):
-    def refuse(path: Path) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", str(path))
-
-    monkeypatch.setattr(files.Path, "mkdir", refuse)
-    with pytest.raises(FileError, match=r"^cannot write .*x\.pt2: Permission denied$"):
-        export(Loaded(Plain().eval(), "plain"), tmp_path / "x.pt2", "pt2", (16, 16))
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])

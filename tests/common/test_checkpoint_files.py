@@ -165,7 +165,7 @@ def test_what_is_no_file_of_weights(tmp_path):
     with pytest.raises(CheckpointError, match=r"a\.pt is a TorchScript archive.*state_dict\(\)"):
         read_file(tmp_path / "a.pt")
     for source in (tmp_path / "nowhere.pth", tmp_path, "\0"):
-        told = "" if source == "\0" else str(source)
+        told = None if source == "\0" else str(source)
         with pytest.raises(FileNotFoundError, match=told):
             load_checkpoint(small("van"), source)
     with pytest.raises(TypeError, match="got BytesIO"):

@@ -55,7 +55,9 @@ def test_a_query_of_the_table_itself(index, table):
     assert with_itself[0][0].score == pytest.approx(1, abs=1e-5)
     others = search(table, vectors, 2, index, without=rows)
     assert [matches[0] for matches in others] == [matches[1] for matches in with_itself]
-    assert [len(matches) for matches in others] == [2, 2]
+    for without in (rows, [None, rows[1]]):
+        others = search(table, vectors, 2, index, without)
+        assert [len(matches) for matches in others] == [2, 2]
 
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])

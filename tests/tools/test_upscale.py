@@ -108,8 +108,8 @@ def test_quality(weights, tmp_path):
         (["{0}/*.gif"], "nothing matches"),
         (["{0}/a.png", "{0}/b/a.png"], "would both become"),
         (["{0}/a.png", "--out={0}", "--suffix="], "would overwrite"),
-        (["{0}/a.png", "--out={0}", "{0}/a_x2.png"], "would overwrite {0}/a_x2.png"),
-        (["{0}/a.png", "--out={0}", "{0}/a_x2_compare.png", "--compare"], "would overwrite"),
+        (["{0}/a.png", "{0}/a_x2.png", "--out={0}"], "would overwrite {0}/a_x2.png"),
+        (["{0}/a.png", "{0}/a_x2_compare.png", "--out={0}", "--compare"], "would overwrite"),
         (["{0}/a.png", "--out={0}/a.png"], "a.png is not a folder"),
         (["{0}/a.png", "--out={0}/a.png/deeper"], "a.png is not a folder"),
         (["{0}/a.png", "--suffix=../x"], "--suffix must be part of a file's name, not "),
@@ -183,7 +183,7 @@ def test_running_out_of_memory_fails_one_picture(weights, tmp_path, monkeypatch,
     monkeypatch.setattr(upscale_files, "read_picture", short)
     monkeypatch.setattr("backbones.restoration.upscale.available_memory", lambda device: 2**20)
     assert upscale(weights, first, second, third, "--out", out) == 1
-    one, other = capsys.readouterr().err.splitlines()
+    one, other = sorted(capsys.readouterr().err.splitlines())
     assert one.startswith(f"error: {first}: not enough memory")
     assert (
         "b.png: the free memory is not enough for 200×300" in other and "MiB are missing" in other
