@@ -94,25 +94,36 @@ def test_slow_contenders_are_timed_once_and_the_slowest_skipped(tool):
     assert tool.ratio([2.0, 6.0, 3.0], [1.0, 2.0, 1.0]) == 3 and tool.ratio([4.0], [1.0, 3.0]) == 2
 
 
-@pytest.mark.parametrize(("name", "rounds"), [("cpu", 3), ("tiled", 1)])
-def test_compilation_is_not_counted_as_call_time(tool, monkeypatch, name, rounds):
-    now, calls = [0.0], iter([0.1])
+@pytest.mark.parametrize(
+    ("name", "rounds", "limit"), [("cpu", 3, 0.05), ("tiled", 1, 0.05), ("both", 3, 9.0)]
+)
+def test_calls_are_timed_without_their_compilation(tool, monkeypatch, name, rounds, limit):
+    """By a clock that stands still between them; all but the first take 1 ms, ``tiled`` 3."""
+    now = [0.0]
 
-    def attend(query, key, value):
-        now[0] += next(calls, 0.0)
-        return query
+    def contender(seconds):
+        calls = iter([0.1])
+
+        def attend(query, key, value):
+            now[0] += next(calls, seconds)
+            return query
+
+        return lambda *args: attend
 
     def read():
-        now[0] += 1e-4
+        now[0] += 1e-6
         return now[0]
 
     monkeypatch.setattr(time, "perf_counter", read)
-    monkeypatch.setitem(tool.CONTENDERS["neighborhood"], name, lambda *args: attend)
-    effort = tool.Effort(rounds=3, seconds=0.05, turn_ms=0.0)
-    setting = tool.Setting((4,), (3,), 4)
-    row = tool.measure(setting, 1, torch.float32, False, (name,), CPU, effort, {})
-    found = row["contenders"][name]
-    assert found["rounds"] == rounds and (found["milliseconds"] < 1) is (rounds == 3)
+    for known, seconds in (("cpu", 1e-3), ("tiled", 3e-3)):
+        monkeypatch.setitem(tool.CONTENDERS["neighborhood"], known, contender(seconds))
+    effort = tool.Effort(rounds=3, seconds=limit, turn_ms=0.0)
+    setting, names = tool.Setting((4,), (3,), 4), ("cpu", "tiled") if name == "both" else (name,)
+    found = tool.measure(setting, 1, torch.float32, False, names, CPU, effort, {})["contenders"]
+    assert {found[known]["rounds"] for known in names} == {rounds}
+    if name == "both":
+        ratios = found["tiled"]["times_ours"], found["cpu"]["speedup_over_tiled"]
+        assert ratios == pytest.approx((3, 3), rel=0.01)
 
 
 def test_expects_what_smaller_batches_took(tool):
