@@ -5,10 +5,12 @@ Its argument is the folder that the workers share.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -37,6 +39,38 @@ def build_site(shared: Path) -> Path:
             assert run.returncode == 0, f"mkdocs build --strict:\n{run.stdout}{run.stderr}"
             built.rename(folder)
     return folder
+
+
+def look_at(browser: Any, width: int, scheme: str = "light") -> None:
+    """Give the browser's window a width, and its user a preference for light or dark."""
+    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+
+class Watch:
+    """What the browser has complained of and asked for since the last look."""
+
+    def __init__(self, browser: Any, address: str) -> None:
+        self.browser, self.address = browser, address
+        self.browser.get_log("browser")
+        self.browser.get_log("performance")
+
+    def check(self) -> None:
+        """No error in the console, and no request but for what is below the address."""
+        log = self.browser.get_log("browser")
+        assert not [entry["message"] for entry in log if entry["level"] in ("SEVERE", "WARNING")]
+        messages = [
+            json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")
+        ]
+        asked = [
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
+        own = (self.address, "data:", "blob:")
+        assert asked and not [url for url in asked if not url.startswith((*own, "about:"))]
 
 
 if __name__ == "__main__":

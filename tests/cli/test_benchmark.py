@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from commands import run
 
 import backbones
 from backbones.cli import benchmark, timing
@@ -78,15 +76,21 @@ def test_rows(report):
 
 
 def test_table_and_picture(report):
-    text = report.with_suffix(".md").read_text()
-    assert text.count("| shvit_s1 |") == 10
+    assert report.with_suffix(".md").read_text().count("| shvit_s1 |") == 10
     assert report.with_suffix(".png").read_bytes()[1:4] == b"PNG"
-    assert sorted(p.name for p in report.parent.iterdir() if p.name != "__pycache__") == [
-        "original.py",
-        "out.json",
-        "out.md",
-        "out.png",
-    ]
+    names = {p.name for p in report.parent.iterdir()} - {"__pycache__"}
+    assert names == {"original.py", "out.json", "out.md", "out.png"}
+
+
+@pytest.mark.parametrize("draws", [True, False])
+def test_nothing_to_compare_and_no_matplotlib(draws, tmp_path, monkeypatch):
+    """A picture says that there is nothing to draw, or is left out."""
+    if not draws:
+        monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    words = [*SHORT, "--sizes", 32, "--against", "--modes", "eager"]
+    assert command(*words, "--output", tmp_path / "out") == 0
+    names = {"out.json", "out.md", *(["out.png"] if draws else [])}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_comparison(report):
@@ -146,20 +150,6 @@ def test_runs_add_to_one_report(report, tmp_path, monkeypatch):
     assert again[1:] == after[1:] and list(again[0]["contenders"]) == ["fused", "timm"]
 
 
-def test_without_matplotlib_there_is_no_picture(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(benchmark, "draw", None)
-    words = [*SHORT, "--sizes", 32, "--against", "--modes", "eager"]
-    assert command(*words, "--output", tmp_path / "out") == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out.md"}
-
-
-def test_a_picture_of_nothing_to_compare_says_so(tmp_path):
-    words = [*SHORT, "--sizes", 32, "--against", "--modes", "fused"]
-    assert command(*words, "--output", tmp_path / "out") == 0
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_reports_of_other_machines_stay(report, tmp_path, capsys):
     other = json.loads(report.read_text())
     other["machine"]["name"] = "another"
@@ -167,12 +157,6 @@ def test_reports_of_other_machines_stay(report, tmp_path, capsys):
     output.write_text(json.dumps(other))
     assert command("--models", "shvit_s1", "--output", output) == 2
     assert "was measured on" in capsys.readouterr().err
-
-
-def test_training_has_no_fused_mode():
-    row = Row("shvit_s1", 64, 2, 1, "float32", "train")
-    measured = measure(row, ["eager", "fused"], {}, rounds=1, seconds=1, turn_seconds=0)
-    assert list(measured["contenders"]) == ["eager"]
 
 
 def test_a_training_step_drops_no_paths():
@@ -183,35 +167,95 @@ def test_a_training_step_drops_no_paths():
     assert rates and not any(rates) and step().item() > 0
 
 
-def test_half_of_the_turns_are_for_each_order():
-    made: list[str] = []
-
-    def maker(label: str):
-        return lambda name: made.append(label) or torch.nn.AdaptiveAvgPool2d(1)
-
-    row = Row("shvit_s1", 32, 1, 1, "float32", "forward")
-    peers = {"first": maker("first"), "second": maker("second")}
-    measured = measure(row, [], peers, rounds=3, seconds=1, turn_seconds=0)
-    assert made == ["first", "second", "second", "first"] and measured["orders"] == 2
-    assert measured["contenders"]["first"]["speedup_over"]["second"] > 0
-    made.clear()
-    assert measure(row, [], peers, rounds=1, seconds=1, turn_seconds=0)["orders"] == 1
-    assert made == ["first", "second"]
+def small(modes: list[str], peers: dict[str, Any], rounds: int = 1, **more: Any) -> dict[str, Any]:
+    """The measurement of a small row."""
+    direction = more.pop("direction", "forward")
+    row = Row("shvit_s1", 32, 2, 1, "float32", direction)
+    return measure(row, modes, peers, rounds, more.pop("seconds", 1), turn_seconds=0, **more)
 
 
-def test_a_contender_that_fails_when_made_again_is_named():
-    models = iter([torch.nn.AdaptiveAvgPool2d(1)])
+def test_training_has_no_fused_mode_and_no_other_runtimes():
+    peers = dict([contender("onnxruntime")])
+    found = small(["eager", "fused"], peers, direction="train")["contenders"]
+    assert list(found) == ["eager", "onnxruntime"] and "skipped" in found["onnxruntime"]
+
+
+class Clock:
+    """Stands for the clock: a millisecond passes whenever it is read, and more in calls."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.made = 0.0, list[str]()
+        monkeypatch.setattr(time, "perf_counter", self.read)
+
+    def read(self) -> float:
+        self.now += 1e-3
+        return self.now
+
+    def peer(self, label: str, first: float, later: float) -> Any:
+        """A contender whose first call, which compiles, takes another time than the later ones."""
+
+        def create(name: str) -> torch.nn.Module:
+            self.made.append(label)
+            model, seconds = torch.nn.AdaptiveAvgPool2d(1), iter([first])
+
+            def call(module: torch.nn.Module, images: Any) -> None:
+                self.now += next(seconds, later)
+
+            model.register_forward_pre_hook(call)
+            return model
+
+        return create
+
+
+def test_the_first_call_is_no_part_of_the_times(monkeypatch):
+    """Half of the turns are for each order of the contenders."""
+    clock = Clock(monkeypatch)
+    peers = {"fast": clock.peer("fast", 9.0, 0.5), "slow": clock.peer("slow", 0.1, 1.0)}
+    found = small([], peers, rounds=3, seconds=1000)
+    assert clock.made == ["fast", "slow", "slow", "fast"] and found["orders"] == 2
+    fast, slow = (found["contenders"][name] for name in ("fast", "slow"))
+    assert (fast["calls"], slow["calls"]) == (3, 3)
+    assert fast["fastest"] == pytest.approx(501) and fast["p99"] == pytest.approx(501)
+    assert fast["warm_up_seconds"] == pytest.approx(9.001)
+    assert slow["milliseconds"] == pytest.approx(1001)
+    assert fast["speedup_over"]["slow"] == pytest.approx(1001 / 501)
+    clock.made.clear()
+    assert small([], peers, seconds=1000)["orders"] == 1
+    assert clock.made == ["fast", "slow"]
+
+
+def test_a_contender_that_takes_too_long_is_left_out(monkeypatch):
+    clock, prepared = Clock(monkeypatch), list[tuple[int, ...]]()
+
+    def crawl(images: torch.Tensor) -> torch.Tensor:
+        clock.now += 0.1
+        return images
+
+    def prepare(name: str, shape: tuple[int, ...]) -> Any:
+        prepared.append(shape)
+        return (lambda threads: crawl), 123
+
+    limited = partial(small, ["fused"], {"slow": partial(Runtime, prepare)}, rounds=2)
+    skipped = limited(max_seconds=0.05)["contenders"]["slow"]["skipped"]
+    assert skipped.startswith("a call takes ") and len(prepared) == 1
+    figures = limited()["contenders"]["slow"]
+    assert figures["bytes"] == 123 and figures["milliseconds"] >= 100
+    assert prepared[1:] == [(2, 3, 32, 32)] * 2
+
+
+@pytest.mark.parametrize("times", [0, 1])
+def test_a_contender_that_fails_is_named(times):
+    """When it is made first, or for the other order."""
+    models = iter([torch.nn.AdaptiveAvgPool2d(1)] * times)
 
     def create(name: str) -> torch.nn.Module:
         for model in models:
             return model
-        raise RuntimeError(f"cannot make {name} twice")
+        raise RuntimeError(f"cannot make {name}")
 
-    row = Row("shvit_s1", 32, 1, 1, "float32", "forward")
-    measured = measure(row, ["eager"], {"once": create}, 2, seconds=1, turn_seconds=0)
-    skipped = "RuntimeError: cannot make shvit_s1 twice"
-    assert measured["contenders"]["once"] == {"skipped": skipped}
-    assert measured["contenders"]["eager"]["calls"] > 0
+    found = small(["eager"], {"broken": create}, rounds=2)["contenders"]
+    assert found["broken"] == {"skipped": "RuntimeError: cannot make shvit_s1"}
+    assert found["eager"]["calls"] > 0
 
 
 def test_bad_peers(tmp_path):
@@ -246,76 +290,9 @@ def test_other_runtimes_run_our_model(label, tolerance):
     assert measured["versions"].keys() == {label.partition("_")[0]}
 
 
-@pytest.mark.slow
-def test_runtimes_that_are_forgotten():
-    """Signals are still handled after OpenVINO was collected in another thread.
-
-    What runtimes read goes with the process: not with the module, which tests forget, nor after it.
-    """
-    script = (
-        "import gc, signal, sys, threading\n"
-        "from backbones.cli import contenders\n"
-        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
-        "contenders.openvino_core()\n"
-        "folder = contenders.scratch_folder()\n"
-        "del contenders, sys.modules['backbones.cli.contenders']\n"
-        "del sys.modules['backbones.cli'].contenders\n"
-        "thread = threading.Thread(target=gc.collect)\n"
-        "thread.start()\n"
-        "thread.join()\n"
-        "signal.raise_signal(signal.SIGUSR1)\n"
-        "assert folder.is_dir()\n"
-        "print(folder)"
-    )
-    command = [sys.executable, "-W", "error::ResourceWarning", "-c", script]
-    said = run(command, 120, env={"PYTHONPATH": str(Path(__file__).parents[2])})
-    assert not Path(said.strip().splitlines()[-1]).exists() and "Warning" not in said
-    assert "handled" in said
-
-
-def test_other_runtimes_do_not_train():
-    row = Row("shvit_s1", 48, 2, 1, "float32", "train")
-    measured = measure(
-        row, [], dict([contender("onnxruntime")]), rounds=1, seconds=1, turn_seconds=0
-    )
-    assert "skipped" in measured["contenders"]["onnxruntime"]
-
-
 def test_int8_is_a_mode():
-    row = Row("shvit_s1", 32, 2, 1, "float32", "forward")
-    found = measure(row, ["eager", "fused", *INT8], {}, rounds=2, seconds=1, turn_seconds=0)
-    contenders = found["contenders"]
+    contenders = small(["eager", "fused", *INT8], {}, rounds=2)["contenders"]
     for mode in INT8:
         assert contenders[mode]["difference_from_eager"] < 0.2
         assert contenders[mode]["bytes"] < contenders["fused"]["bytes"]
         assert contenders["fused"]["speedup_over"][mode] > 0
-
-
-def test_a_contender_that_takes_too_long_is_left_out():
-    def crawl(images: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.1)
-        return images
-
-    prepared: list[tuple[int, ...]] = []
-
-    def prepare(name: str, shape: tuple[int, ...]) -> Any:
-        prepared.append(shape)
-        return (lambda threads: crawl), 123
-
-    row = Row("shvit_s1", 32, 1, 1, "float32", "forward")
-    peers = {"slow": partial(Runtime, prepare)}
-    limited = partial(measure, row, ["fused"], peers, rounds=2, seconds=0, turn_seconds=0)
-    skipped = limited(max_seconds=0.05)["contenders"]["slow"]["skipped"]
-    assert skipped.startswith("a call takes ") and len(prepared) == 1
-    figures = limited()["contenders"]["slow"]
-    assert figures["bytes"] == 123 and figures["milliseconds"] >= 100
-    assert prepared[1:] == [(1, 3, 32, 32)] * 2
-
-
-def test_a_contender_that_fails_is_named():
-    def create(name: str) -> None:
-        raise RuntimeError(f"cannot make {name}")
-
-    row = Row("shvit_s1", 32, 1, 1, "float32", "forward")
-    measured = measure(row, ["eager"], {"broken": create}, rounds=1, seconds=1, turn_seconds=0)
-    assert measured["contenders"]["broken"] == {"skipped": "RuntimeError: cannot make shvit_s1"}

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -235,6 +236,100 @@ OPTIONS: dict[str, list[Option]] = {
 }
 
 
+# What does not go together, or not with the model, and what is said.
+REFUSED = [
+    ("sumary", "no command 'sumary'; did you mean summary?"),
+    ("sum\udcffmary", "no command 'sum\\udcffmary'"),
+    ("summary", "the following arguments are required: model"),
+    ("summary van_b0 --nonsense", "unrecognized arguments: --nonsense"),
+    ("summary van_b9", "unknown model 'van_b9'; did you mean 'van_b"),
+    ("summary nonsense", "unknown model 'nonsense'; backbones.list_models() lists all"),
+    ("summary van_b0 --size 1 2 3", "--size must be one side"),
+    *((f"summary van_b0 {w}", "requires --kernels") for w in ("--plain", "--json", "--batch 2")),
+    ("summary van_b0 --plot x.png", "--plot requires --kernels"),
+    ("summary van_b0 --kernels --plain --fused", "--plain and --fused are mutually exclusive"),
+    ("summary van_b0 --kernels --plain --plot x.png", "--plain and --plot are mutually exclusive"),
+    ("predict none.png --model van_b0", "no image at none.png"),
+    ("predict photos/0.png", "give --model NAME"),
+    ("predict photos --model hat_s_x2", "hat_s_x2 has no classifier"),
+    ("{p} --csv a.txt --json a.txt", "--csv and --json are both"),
+    ("{p} --json a.txt --cam ./a.txt", "--json and --cam are both"),
+    ("{p} --dtype int8 --cam a.png", "--cam needs the layers before fuse()"),
+    ("{p} --dtype float16", "--dtype float16 is for GPUs"),
+    ("{p} --cam best.safetensors", "would overwrite"),
+    ("{p} --labels labels.json --json labels.json --overwrite", "would overwrite"),
+    ("{p} --labels photos/0.png", "is not UTF-8 text"),
+    ("{p} --labels two.txt", "two.txt names 2 classes, but the model has 3"),
+    ("{p} --labels four.json", "four.json names 4 classes, but the model has 3"),
+    *((f"{{p}} --labels {name}.json", "is not a JSON list of names") for name in ("text", "deep")),
+    ("search table", "give --query IMAGE, or the --key"),
+    ("search images --key x", "contains no embeddings: there is no metadata.json"),
+    ("search table --key x", "no image with the key 'x'; its keys look like '0000"),
+    ("search table --query photos/0.png --checkpoint x.pth", "as --checkpoint"),
+    ("search table --query photos/0.png --out photos/0.png", "would overwrite"),
+    ("search table --key x --html a --csv a", "--html and --csv"),
+    ("duplicates table --csv table/shards/part-00000.parquet", "would overwrite"),
+    ("probe table", "the following arguments are required: --labels"),
+    ("probe table --labels source", "come from a folder, which has no classes"),
+    ("probe table --labels folder --split folder --test table", "give either --test or --split"),
+    ("probe table --labels folder --test-labels folder", "--test FOLDER"),
+    ("{e} --int8 --out x.onnx", "--int8 needs --calibration FOLDER; give a folder of"),
+    ("{e} --int8 --calibration empty --out x.onnx", "no images in empty; give a folder of"),
+    ("{e} --int8 --calibration no --out x.onnx", "no image at no; give a folder of"),
+    ("{e} --calibration photos --out x.onnx", "--calibration requires --int8"),
+    ("{e} --int8 --out x.pt2", "--int8 requires ONNX or safetensors"),
+    ("{e} --out x.safetensors", "safetensors are only for --int8"),
+    ("{e} --max-drop 0.1 --out x.onnx", "--max-drop needs safetensors"),
+    ("{e} --int8 --dynamic --out x.safetensors", "omit --dynamic"),
+    ("{e} --int8 --batch 2 --out x.safetensors", "omit --batch"),
+    ("{e} --int8 --fused --out x.safetensors", "omit --fused"),
+    ("{e} --size 64 --batch 9999999999 --out x.pt2", "reduce --size or --batch"),
+    ("{e} --checkpoint no.pth --out x.pt2", "no checkpoint at no.pth"),
+    (f"{{e}} --out {'a' * 300}.pt2", "File name too long"),
+    ("{e} --out file", "--out file must end in .onnx"),
+    ("{e} --format pt2 --out x.onnx", "--out x.onnx must end in .pt2"),
+    ("{e} --checkpoint w.onnx --out w.onnx", "would overwrite w.onnx, an input"),
+    ("{e} --out link.pt2", "w.onnx, to which it is a link, does not"),
+    ("{e} --out w.onnx", "w.onnx exists and is not an earlier result"),
+    ("{e} --int8 --out best.safetensors", "best.safetensors exists and is not an earlier"),
+    *((f"{{e}} --out a\udcff.{end}", "is not UTF-8, which the") for end in ("pt2", "onnx")),
+    ("{e} --int8 --out a\udcff.safetensors", "is not UTF-8, which the libraries"),
+    ("verify", "give a MODEL"),
+    ("{v} --save-figures other/shvit.pth", "would overwrite"),
+    ("{v} --figures photos/0.png", "is not UTF-8 text"),
+    ("{v} --figures labels.txt", "is not JSON"),
+    ("{v} --figures labels.json", "was not written by --save-figures"),
+    ("{v} --figures none.json", "cannot"),
+    ("validate --data digits", "no model: give --model"),
+    ("validate --data digits --model nothing_*", "no model with published weights matches"),
+    ("{d} van_b1 --checkpoint=x", "requires one model, not 2"),
+    ("{d} --corrupt rain", "unknown corruption 'rain'"),
+    ("{d} --severity 9 --corrupt", "severity 9"),
+    ("{d} --severity=x", "invalid int value: 'x'"),
+    ("{d} --split=holdout", "holdout"),
+    ("benchmark --models van_b9", "unknown models van_b9; see backbones.list_models()"),
+    ("benchmark --compare no.json", "--compare: there is no file no.json"),
+]
+SHORT = {
+    "{p}": "predict photos --checkpoint best.safetensors",
+    "{e}": "export shvit_s1",
+    "{v}": "verify --checkpoint other/shvit.pth",
+    "{d}": "validate --data digits --model van_b0",
+}
+
+
+@pytest.mark.parametrize(("line", "told"), REFUSED, ids=[line for line, _ in REFUSED])
+def test_what_does_not_go_together_is_refused_in_a_line(line, told, folder, monkeypatch):
+    _without_measuring(monkeypatch)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    command, *words = [word for part in line.split() for word in SHORT.get(part, part).split()]
+    status, said = run(command, words)
+    last = said.splitlines()[-1]
+    assert status == 2 and last.startswith("error: ") and said.count("error: ") == 1
+    assert told in last
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Everything that good words name, in the current folder; what takes long does nothing."""
@@ -248,6 +343,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "text.txt").write_text("{}\n")
     (folder / "labels.txt").write_text("a\nb\nc\n")
     (folder / "labels.json").write_text('["a", "b", "c"]')
+    (folder / "two.txt").write_text("a\nb\n")
+    (folder / "four.json").write_text('["a", "b", "c", "d"]')
+    (folder / "text.json").write_text('"abc"')
+    (folder / "deep.json").write_text("[" * 10**5)
+    (folder / "w.onnx").write_bytes(b"weights")
+    (folder / "link.pt2").symlink_to("w.onnx")
     (folder / "report.json").write_text('{"machine": {}, "results": []}')
     (folder / "classes.csv").write_text("".join(f"0000{i}.png,{'abab'[i]}\n" for i in range(4)))
     (folder / "loop").symlink_to("loop")
@@ -354,29 +455,10 @@ def _fits(option: Option) -> list[str]:
     return [option.good[0]] if not option.flag else [f"{option.flag}={option.good[0]}"]
 
 
-@pytest.mark.parametrize(
-    ("command", "option"),
-    [
-        pytest.param(command, option, id=f"{command} {option.flag}")
-        for command, options in OPTIONS.items()
-        for option in options
-        if "" in option.bad
-    ],
-)
-def test_an_empty_word(command, option, folder):
-    others = [o for o in OPTIONS[command] if o.required and o is not option]
-    words = [word for o in others for word in _fits(o)]
-    words.append(f"{option.flag}=" if option.flag else "")
-    before = set(folder.rglob("*"))
-    status, said = run(command, _placed(words, command, folder))
-    assert status == 2
-    assert said.startswith("error: ") and len(said.splitlines()) == 1
-    assert set(folder.rglob("*")) == before
-
-
-def _is_quick(option: Option) -> bool:
-    """Whether its values are refused before anything is read."""
-    return bool(option.flag and {"x", "nan"} & {*option.bad}) and "{0}" not in "".join(option.bad)
+def _is_quick(option: Option, value: str) -> bool:
+    """Whether it is refused before anything is read."""
+    quick = option.flag and {"x", "nan"} & {*option.bad} and "{0}" not in "".join(option.bad)
+    return bool(quick or not value or value in HELD)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -387,12 +469,16 @@ def test_what_cannot_be_is_refused_in_a_line(command, quick, folder, monkeypatch
     needed, before = [o for o in OPTIONS[command] if o.required], held(folder)
     for option in OPTIONS[command]:
         words = [word for other in needed if other is not option for word in _fits(other)]
-        for value in filter(None, option.bad if _is_quick(option) is quick else []):
-            given = f"{option.flag}={value}" if option.flag else value
-            status, said = run(command, _placed([*words, given], command, folder))
+        for value in (bad for bad in option.bad if _is_quick(option, bad) is quick):
+            (word,) = _placed([value], command, folder)
+            given = f"{option.flag}={word}" if option.flag else word
+            status, said = run(command, [*_placed(words, command, folder), given])
             told = [line for line in said.splitlines() if line.startswith("error: ")]
             assert status == 2 and said.endswith(f"{told[0]}\n") and len(told) == 1, given
             assert "Traceback" not in said and len(told[0]) < 2000, given
+            parts = re.findall("[a-z]+|[0-9]+", value.replace("{0}", "").lower())
+            named = [option.flag.strip("-"), repr(value)[1:-1], *parts]
+            assert any(part in said.lower() for part in named), given
     assert held(folder) == before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.cli import graphs
-from backbones.cli.main import main
 
 TINY: dict[str, Any] = {"dim": 24, "window_size": 4, "compress_ratio": 3, "squeeze_factor": 8}
 
@@ -58,12 +56,3 @@ def test_the_quadratic_rule_is_disabled(tmp_path):
     operators = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
     assert operators.count("Slice") == 2 and "Split" not in operators
     assert "try_rewrite" not in vars(slice_split_rule)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", [["hat_s_x2", "--dynamic"], ["hat_l_x4", "--size", "32"]])
-def test_whole_hats(words: list[str], tmp_path: Path) -> None:
-    """Eight minutes were not enough while every node was compared with every Slice."""
-    start = time.process_time()
-    assert main(["export", *words, "--out", str(tmp_path / "hat.onnx")]) == 0
-    assert time.process_time() - start < 240

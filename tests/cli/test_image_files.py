@@ -1,27 +1,21 @@
-"""Damaged image files give an image or a reason within seconds, with both readers."""
+"""Damaged image files give an image or a reason, whatever reads them."""
 
 from __future__ import annotations
 
 import io
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from embedding_runs import tiny_checkpoint
 from fuzzing import damage, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from backbones.cli.predict import predict
-from backbones.core.loaded import load
+from backbones.common.images import DECODE_ERRORS, read_pixels
 from backbones.restoration.pictures import Picture, PictureError, read_picture, read_size
 from backbones.restoration.pictures import write_picture as write
-
-EXAMPLES = 1000
-LONGEST = 20.0  # seconds for one file, on a machine that does other things too
 
 
 def _sources(folder: Path) -> list[bytes]:
@@ -55,32 +49,26 @@ def _sources(folder: Path) -> list[bytes]:
     return files
 
 
-@pytest.mark.slow
-def test_any_damage(tmp_path):
-    loaded = load(None, tiny_checkpoint(tmp_path, classes=3))
+@pytest.mark.parametrize("examples", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")  # Pillow's, about damage that affects no pixel
+def test_any_damage(examples, tmp_path):
     files = _sources(tmp_path)
     path = tmp_path / "any.png"
-    whole = {"predict": 0, "upscale": 0}
+    whole = dict.fromkeys((read_pixels, read_size, read_picture), 0)
 
-    @fuzz(EXAMPLES)
+    @fuzz(examples)
     @given(st.sampled_from(files), damage())
     def check(whole_file: bytes, change: Callable[[bytes], bytes]) -> None:
         path.write_bytes(change(whole_file))
-        begun = time.monotonic()
-        (answer,) = predict(loaded, [path])
-        assert bool(answer.classes) is not bool(answer.error)
-        assert "\n" not in answer.error
-        whole["predict"] += not answer.error
-        for read in (read_size, read_picture):
+        for read in whole:
             try:
                 found = read(path)
-            except PictureError as error:
-                assert str(path) in str(error)
+            except (*DECODE_ERRORS, PictureError) as error:
+                assert read is read_pixels or str(path) in str(error)
             else:
-                size = found if isinstance(found, tuple) else found.pixels.shape[:2]
-                assert min(size) > 0
-                whole["upscale"] += isinstance(found, Picture)
-        assert time.monotonic() - begun < LONGEST
+                found = getattr(found, "pixels", found)
+                assert min(found if isinstance(found, tuple) else found.shape) > 0
+                whole[read] += 1
 
     check()
-    assert all(EXAMPLES // 20 < count < EXAMPLES for count in whole.values()), whole
+    assert all(examples // 20 < count < examples for count in whole.values()), whole

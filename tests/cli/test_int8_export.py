@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from PIL import Image
+from embedding_runs import make_photos
 from safetensors.torch import load_file
 
 import backbones
@@ -40,11 +39,7 @@ def trained(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number, pixels in enumerate(np.random.RandomState(0).randint(0, 255, (3, 70, 80, 3))):
-        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
-    return folder
+    return make_photos(tmp_path / "photos", 3)
 
 
 @_needs_int8
@@ -83,36 +78,26 @@ def test_the_file_stands_alone(trained, photos, tmp_path, capsys):
 
 
 @_needs_int8
-def test_without_images(trained, tmp_path, capsys):
-    path = str(tmp_path / "model.safetensors")
-    words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", path]
-    assert main(words) == 0
-    assert "(a range for each row of inputs)" in capsys.readouterr().out
-    assert main(words) == 0  # an earlier result is replaced
-
-
-@_needs_int8
-def test_a_file_that_does_not_load_is_not_written(trained, tmp_path, capsys, monkeypatch):
-    def refuse(model: torch.nn.Module, path: Path) -> None:
-        raise backbones.CheckpointError(f"{path} has NaN or infinite weights")
-
-    monkeypatch.setattr(backbones, "load_checkpoint", refuse)
+@pytest.mark.parametrize("fault", ["", "loading", "nothing to gain"])
+def test_without_images(fault, trained, tmp_path, capsys, monkeypatch):
     path = tmp_path / "model.safetensors"
+    told = "(a range for each row of inputs)"
+    if fault == "loading":
+        told = f"error: shvit_s1: {path} has NaN or infinite weights; it was not written"
+
+        def refuse(model: torch.nn.Module, path: Path) -> None:
+            raise backbones.CheckpointError(f"{path} has NaN or infinite weights")
+
+        monkeypatch.setattr(backbones, "load_checkpoint", refuse)
+    elif fault:
+        told = "error: shvit_s1: no layer would gain from int8 here; 0 of "
+        for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
+            monkeypatch.setattr(policy, name, 1 << 40)
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", str(path)]
-    assert main(words) == 2
-    told = f"error: shvit_s1: {path} has NaN or infinite weights; it was not written"
-    assert told in capsys.readouterr().err
-    assert not path.exists()
-
-
-@_needs_int8
-def test_nothing_to_gain(trained, tmp_path, capsys, monkeypatch):
-    for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
-        monkeypatch.setattr(policy, name, 1 << 40)
-    words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out"]
-    assert main([*words, str(tmp_path / "model.safetensors")]) == 2
-    assert "shvit_s1: no layer would gain from int8 here; 0 of " in capsys.readouterr().err
-    assert not (tmp_path / "model.safetensors").exists()
+    for _ in range(2):  # an earlier result is replaced
+        assert main(words) == (2 if fault else 0)
+    said = capsys.readouterr()
+    assert told in said.out + said.err and path.exists() is not bool(fault)
 
 
 def test_a_spoilt_recipe(trained, photos, capsys):

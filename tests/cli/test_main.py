@@ -35,32 +35,6 @@ def test_the_package_is_a_command(monkeypatch, capsys):
     assert all(name in said for name in COMMANDS)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["sumary"], "no command 'sumary'; did you mean summary?"),
-        (["summary", "van_b9"], "unknown model 'van_b9'; did you mean 'van_b"),
-        (["summary", "nonsense"], "unknown model 'nonsense'; backbones.list_models() lists all"),
-        (["sum\nmary"], "no command 'sum\\nmary'"),
-        (["summary", "van_b0", "--size", "1", "2", "3"], "--size must be one side"),
-        (["summary", "van_b0", "--size", "65535"], "--size 65535 65535: an image of that size"),
-        (["summary"], "the following arguments are required: model"),
-        (["summary", "van_b0", "--nonsense"], "unrecognized arguments: --nonsense"),
-        (["predict", "no.png", "--model", "van_b0"], "no image at no.png"),
-        (["predict", str(ROOT / "README.md")], "give --model NAME"),
-        (["benchmark", "--models", "van_b9"], "unknown models van_b9; see backbones.list_models()"),
-        (["benchmark", "--compare", "no.json"], "--compare: there is no file no.json"),
-        (["verify", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
-        (["verify"], "give a MODEL"),
-    ],
-)
-def test_user_errors_are_one_line(words, said, capsys):
-    assert main(words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    assert said in line
-
-
 def test_the_guide_has_every_command():
     guide = (ROOT / "docs" / "guides" / "command_line.md").read_text()
     assert all(f"| `{name}` |" in guide for name in COMMANDS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from backbones.common.images import DECODE_ERRORS, as_8_bits, open_image, opened
+from backbones.common.images import DECODE_ERRORS, as_8_bits, open_image
 from backbones.data.sources import decode
 from backbones.restoration.pictures import PictureError, read_picture
 
@@ -138,11 +138,3 @@ def test_no_program_is_started_for_an_image(postscript):
         decode(io.BytesIO(data))
     with pytest.raises(PictureError, match=r"cat\.jpg cannot be read: PostScript"):
         read_picture(postscript)
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "TGA"])
-def test_other_formats_are_decoded_here(format):
-    data = io.BytesIO()
-    NOISE.save(data, format=format)
-    with opened(data) as image:
-        assert (image.format, image.size) == (format, NOISE.size)

@@ -25,12 +25,9 @@ def tools(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_every_family_has_a_diagram_and_a_page(tools):
+def test_every_family_has_a_page():
     families = set(backbones.list_families())
     assert {page.stem for page in PAGES.glob("*.md")} == families | {"index"}
-    for family in families:
-        (text,) = tools("hooks").BLOCK.findall((PAGES / f"{family}.md").read_text())
-        assert tools("block_diagrams").parse(text)
 
 
 @pytest.mark.parametrize("line", ["  convolution 3×3", "  conv", "  branches", "  residual x"])

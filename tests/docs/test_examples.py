@@ -84,38 +84,19 @@ def check(words: list[str]) -> None:
     for word in words:
         if word.startswith(("tools/", "configs/", "tests/")) or word == "train_cls.py":
             assert (ROOT / word).exists(), f"{shlex.join(words)}: there is no {word}"
+    makefile, project = ((ROOT / name).read_text() for name in ("Makefile", "pyproject.toml"))
     if words[:1] == ["make"]:
-        check_targets(words[1:])
+        for target in (word for word in words[1:] if "=" not in word):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make has no {target}"
     elif words[:2] == ["pip", "install"]:
-        check_extras(words[2:])
+        for extra in re.findall(r"\w+", "".join(re.findall(r"\[(.*)\]", " ".join(words[2:])))):
+            assert re.search(rf"^{extra} = \[", project, re.MULTILINE), f"there is no {extra}"
     elif words[:1] == ["vision-backbones"]:
-        check_command(words[1], words[2:])
+        parser = argparse.ArgumentParser(prog=words[1])
+        importlib.import_module(COMMANDS[words[1]][0]).add_arguments(parser)
+        parser.parse_args(words[2:])
     elif script := next((w for w in words if re.fullmatch(SCRIPT, w)), None):
         check_options(ROOT / script, words[words.index(script) + 1 :])
-
-
-def check_targets(targets: list[str]) -> None:
-    """The Makefile has them."""
-    makefile = (ROOT / "Makefile").read_text()
-    for target in targets:
-        if "=" in target:  # a variable
-            continue
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make has no {target}"
-
-
-def check_extras(words: list[str]) -> None:
-    """The package has them."""
-    project = (ROOT / "pyproject.toml").read_text()
-    for extra in re.findall(r"\w+", "".join(re.findall(r"\[(.*)\]", " ".join(words)))):
-        assert re.search(rf"^{extra} = \[", project, re.MULTILINE), f"there is no extra {extra}"
-
-
-def check_command(command: str, words: list[str]) -> None:
-    """The sub-command takes these words."""
-    path, _ = COMMANDS[command]
-    parser = argparse.ArgumentParser(prog=command)
-    importlib.import_module(path).add_arguments(parser)
-    parser.parse_args(words)
 
 
 def check_options(script: Path, words: list[str]) -> None:

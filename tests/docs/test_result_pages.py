@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from selenium.webdriver.common.by import By
+from site_building import Watch, look_at
 
 from backbones.embedding.page import Table, write_page
 from backbones.embedding.sheet import Row, Tile
@@ -50,23 +50,11 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def opened(browser, page, request):
     """The page in the browser; in the end nothing may have gone wrong or been asked for."""
     browser.get("about:blank")
-    browser.get_log("browser")
-    browser.get_log("performance")
-    width, scheme = getattr(request, "param", (1400, "light"))
-    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    watch = Watch(browser, page.as_uri())
+    look_at(browser, *getattr(request, "param", (1400, "light")))
     browser.get(page.as_uri())
     yield browser
-    assert not browser.get_log("browser")
-    messages = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    asked = {
-        message["params"]["request"]["url"]
-        for message in messages
-        if message["method"] == "Network.requestWillBeSent"
-    }
-    assert {url for url in asked if not url.startswith("data:")} == {page.as_uri()}
+    watch.check()
 
 
 def shown(browser):

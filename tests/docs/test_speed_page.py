@@ -9,19 +9,14 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select
+from site_building import look_at
 
-_WIDE, _NARROW = 1400, 390
 
-
-@pytest.fixture(params=[(_WIDE, "light"), (_NARROW, "dark")], ids=["wide", "narrow"])
+@pytest.fixture(params=[(1400, "light"), (390, "dark")], ids=["wide", "narrow"])
 def speed(
     browser: webdriver.Chrome, address: str, request: pytest.FixtureRequest
 ) -> webdriver.Chrome:
-    width, scheme = request.param
-    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    feature = {"name": "prefers-color-scheme", "value": scheme}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    look_at(browser, *request.param)
     browser.get_log("browser")
     browser.get(f"{address}/speed.html")
     yield browser

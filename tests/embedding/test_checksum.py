@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
-from embedding_runs import make_photos, same, tiny_checkpoint, words
+from embedding_runs import make_photos, same, words
 from embedding_tables import make_table
 
 from backbones.cli.main import main
-from backbones.embedding import checksum, table
+from backbones.embedding import table
 from backbones.embedding.checksum import CHECKSUM_KEY
 from backbones.embedding.search import search
 
@@ -65,60 +66,50 @@ def test_the_footer_alone_is_verified_to_count_rows(folder):
         table.count_rows(folder)
 
 
-def test_an_intact_shard_is_verified_once(folder, monkeypatch):
-    table.load(folder)
-    monkeypatch.setattr(checksum, "_crc", lambda file, size: pytest.fail("it is read again"))
-    table.load(folder)
-
-
-def rewrite(path: Path, column: Any = None, **facts: str) -> None:
+def rewrite(path: Path, column: Any = None, name: str = "embedding", **facts: str) -> None:
     """Write a shard as an earlier version did, without a checksum.
 
     Args:
-        column: embeddings to put in.
+        column: to put in for the one of that name.
         facts: of the file's metadata, to put in.
     """
     with pyarrow.parquet.ParquetFile(path) as file:
         whole, kept = file.read(), file.metadata.metadata
     if column is not None:
-        whole = whole.set_column(whole.schema.get_field_index("embedding"), "embedding", column)
-    schema = whole.schema
-    if column is not None and not column.null_count:
-        place = schema.get_field_index("embedding")
-        schema = schema.set(place, schema.field(place).with_nullable(False))
+        field = pyarrow.field(name, column.type, nullable=bool(column.null_count))
+        whole = whole.set_column(whole.schema.get_field_index(name), field, column)
     kept = {key: kept[key] for key in (table.IDENTITY_KEY, table.CORRUPT_KEY)}
     kept |= {f"backbones.{key}".encode(): value.encode() for key, value in facts.items()}
-    columns = pyarrow.Table.from_arrays(whole.columns, schema=schema.with_metadata(kept))
-    pyarrow.parquet.write_table(columns, path, compression="none")
+    pyarrow.parquet.write_table(whole.replace_schema_metadata(kept), path, compression="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("key", pyarrow.binary(), b"a"),
+        ("key", pyarrow.int32(), 1),
+        ("height", pyarrow.string(), "1"),
+        ("width", pyarrow.float32(), 1.0),
+        ("embedding", pyarrow.list_(pyarrow.float32(), 3), [1.0] * 3),
+        ("embedding", pyarrow.list_(pyarrow.float16(), 6), [np.float16(1)] * 6),
+        ("embedding", pyarrow.list_(pyarrow.float32()), [1.0] * 6),
+        ("embedding", pyarrow.float32(), 1.0),
+    ],
+)
+def test_columns_of_other_types(name, kind, value, folder):
+    rewrite(table.shard_path(folder, 0), pyarrow.array([value] * 20, kind), name)
+    with pytest.raises(table.DamagedShardError, match="other columns than metadata.json says"):
+        table.load(folder)
 
 
 def test_shards_without_checksums_are_read(folder):
-    before = table.load(folder)
-    rewrite(table.shard_path(folder, 1))
+    (keys, vectors), path = table.load(folder), table.shard_path(folder, 1)
+    rewrite(path)
     after = table.load(folder)
-    assert after[0] == before[0] and np.array_equal(after[1], before[1])
-    said = table.metadata(folder)
-    path = table.shard_path(folder, 1)
-    assert table.corrupt_in(path, table.identity(said), table.schema(6)) == (20, [])
+    assert after[0] == keys and np.array_equal(after[1], vectors)
+    identity = table.identity(table.metadata(folder))
+    assert table.corrupt_in(path, identity, table.schema(6)) == (20, [])
     assert table.count_rows(folder) == 40
-
-
-COMMANDS = {
-    "search": ["--key", "a/00.png"],
-    "duplicates": ["--threshold", "0.99"],
-    "probe": ["--labels", "folder"],
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_say_what_to_do(command, folder, capsys):
-    path = table.shard_path(folder, 1)
-    flip(path, path.read_bytes().index(np.float32(table.load(folder)[1][25, 0]).tobytes()) + 3)
-    assert main([command, str(folder), *COMMANDS[command]]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err.startswith(f"error: {path} is damaged: ") and said.err.count("\n") == 1
-    assert "`vision-backbones embed`" in said.err
 
 
 def _flip_an_embedding(path: Path) -> None:
@@ -137,8 +128,12 @@ def _with_null_numbers(path: Path) -> None:
     rewrite(path, pyarrow.FixedSizeListArray.from_arrays(numbers, type=column.type))
 
 
-def _cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
+    """A table of embeddings, beside its photographs."""
+    photos = make_photos(tmp_path_factory.mktemp("embedded") / "photos", 10)
+    assert main(words(photos, photos.parent / "whole", checkpoint)) == 0
+    return photos.parent / "whole"
 
 
 @pytest.mark.parametrize(
@@ -147,24 +142,23 @@ def _cut(path: Path) -> None:
         (_flip_an_embedding, "its checksum is wrong"),
         (_without_embeddings, "it has other columns than metadata.json says"),
         (_with_null_numbers, "it has rows without embedding"),
-        (_cut, "it is not a complete Parquet file"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-9]),
+            "it is not a complete Parquet file",
+        ),
     ],
 )
-def test_embed_mends_a_damaged_shard(damage, told, tmp_path, capsys):
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    photos = make_photos(tmp_path / "photos", 10)
-    for name in ("out", "whole"):
-        assert main(words(photos, tmp_path / name, checkpoint)) == 0
-    path = table.shard_path(tmp_path / "out", 1)
+def test_embed_mends_a_damaged_shard(damage, told, whole, checkpoint, tmp_path, capsys):
+    out = shutil.copytree(whole, tmp_path / "out")
+    path = table.shard_path(out, 1)
     damage(path)
     with pytest.raises(table.DamagedShardError, match=told):
-        table.load(tmp_path / "out")
-    capsys.readouterr()
-    assert main(words(photos, tmp_path / "out", checkpoint)) == 0
+        table.load(out)
+    assert main(words(whole.parent / "photos", out, checkpoint)) == 0
     said = capsys.readouterr().err
     assert f"{path} is damaged ({told}); embedding it again" in said
     assert "6 images done before" in said
-    assert same(tmp_path / "out", tmp_path / "whole")
+    assert same(out, whole)
 
 
 @pytest.mark.parametrize("place", [3, 200, -400, -10])
@@ -181,23 +175,6 @@ def test_a_damaged_graph_is_built_again(place, folder, capsys):
     assert len(path.read_bytes()) == len(whole)
     assert search(folder, vectors[:3], index="hnsw", progress=True) == found
     assert capsys.readouterr().err == ""
-
-
-def test_a_graph_without_a_checksum_is_not_believed(folder, monkeypatch):
-    """Such a file of an earlier version may have any flipped bit."""
-    import faiss
-
-    _, vectors = table.load(folder)
-    search(folder, vectors[:1], index="hnsw")
-    (path,) = folder.glob("hnsw-*.faiss")
-    path.write_bytes(path.read_bytes()[: -len(b"crc32 00000000")])
-    read: list[str] = []
-    plain = faiss.read_index
-    monkeypatch.setattr(faiss, "read_index", lambda name: read.append(name) or plain(name))
-    search(folder, vectors[:1], index="hnsw")
-    assert read == []
-    search(folder, vectors[:1], index="hnsw")
-    assert read == [str(path)]
 
 
 def test_files_that_would_block(folder):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import ray
-from embedding_runs import make_photos, same, tiny_checkpoint, words
+from embedding_runs import make_photos, same, words
 from ray.cluster_utils import Cluster
 
 from backbones.cli.main import main
@@ -34,8 +34,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         started.shutdown()
 
 
-def test_a_lost_machine(cluster, tmp_path):
-    checkpoint = tiny_checkpoint(tmp_path / "model")
+def test_a_lost_machine(cluster, checkpoint, tmp_path):
     photos = make_photos(tmp_path / "photos", 400)
     (photos / "none.jpg").write_text("no image")
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
@@ -68,16 +67,10 @@ def test_a_lost_machine(cluster, tmp_path):
     assert same(out, undisturbed)
 
 
-def test_worker_errors_are_one_line(cluster, tmp_path, capsys):
+def test_worker_errors_are_one_line(cluster, photos, checkpoint, tmp_path, monkeypatch, capsys):
     """A machine with different weights reports that; the command line shows a single line."""
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    photos = make_photos(tmp_path / "photos", 4)
-    (photos / "sub").chmod(0o755)
-    out = tmp_path / "out"
-    argv = words(photos, out, checkpoint, "--engine=ray", f"--address={cluster.address}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("backbones.embedding.run.sha256_of", lambda path: "0")
-        assert main(argv) == 2
+    more = ["--engine=ray", f"--address={cluster.address}"]
+    monkeypatch.setattr("backbones.embedding.run.sha256_of", lambda path: "0")
+    assert main(words(photos, tmp_path / "out", checkpoint, *more)) == 2
     said = capsys.readouterr().err
-    assert "is not the file that" in said
-    assert "Traceback" not in said
+    assert "is not the file that" in said and "Traceback" not in said

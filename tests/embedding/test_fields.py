@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from embedding_runs import make_photos, tiny_checkpoint, words
+from embedding_runs import words
 from embedding_tables import make_table
 
 from backbones.cli.main import main
@@ -71,9 +71,27 @@ def test_impossible_fields(key, value, folder):
     assert key.split(".")[0] in said and "\n" not in said and len(said) < 500
 
 
-def test_shape_and_dim_agree(folder):
-    edit(folder, "dim", 5)
-    with pytest.raises(table.TableError, match=r"dim must be the product of shape, \[4\], not 5"):
+@pytest.mark.parametrize(
+    "name", ["model", "weights", "preprocessing", "features", "shape", "dim", "dtype", "computed"]
+)
+def test_missing_fields(name, folder):
+    path = folder / "metadata.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
+    with pytest.raises(table.TableError, match=f"lacks {name}"):
+        table.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        *(("format", n, r"does not describe embeddings \(format 1\)") for n in (0, 2, "1", None)),
+        ("dim", 5, r"dim must be the product of shape, \[4\], not 5"),
+    ],
+)
+def test_other_formats(key, value, told, folder):
+    edit(folder, key, value)
+    with pytest.raises(table.TableError, match=told):
         table.metadata(folder)
 
 
@@ -84,24 +102,6 @@ def test_a_dim_that_the_shards_do_not_have(folder):
     with pytest.raises(table.TableError, match="belongs to other embeddings"):
         table.count_rows(folder)
     with pytest.raises(table.TableError, match="belongs to other embeddings"):
-        table.load(folder)
-
-
-@pytest.mark.parametrize(
-    "name", ["model", "weights", "preprocessing", "features", "shape", "dim", "dtype", "computed"]
-)
-def test_missing_fields(name, folder):
-    content = json.loads((folder / "metadata.json").read_text())
-    del content[name]
-    (folder / "metadata.json").write_text(json.dumps(content))
-    with pytest.raises(table.TableError, match=f"lacks {name}"):
-        table.load(folder)
-
-
-@pytest.mark.parametrize("number", [0, 2, "1", None])
-def test_other_formats(number, folder):
-    edit(folder, "format", number)
-    with pytest.raises(table.TableError, match=r"does not describe embeddings \(format 1\)"):
         table.load(folder)
 
 
@@ -133,9 +133,7 @@ def test_a_kind_of_source_that_is_unknown(folder):
         image_bytes(folder, "00001.png", [folder])
 
 
-def test_a_shape_that_the_model_does_not_make(tmp_path):
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    photos = make_photos(tmp_path / "photos", 2)
+def test_a_shape_that_the_model_does_not_make(photos, checkpoint, tmp_path):
     assert main(words(photos, tmp_path / "out", checkpoint)) == 0
     edit(tmp_path / "out", "shape", [2, 16])
     with pytest.raises(MendableError, match=r"of shape \[2, 16\], but its model returns \[32\]"):

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from embedding_runs import make_photos, same, tiny_checkpoint, words
+from embedding_runs import same, words
 from faults import files_that_may_not_grow
 
 from backbones.cli.main import main
-from backbones.embedding import table
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [100, 1500])
-def test_finished_shards_remain(size, workers, tmp_path, capsys):
+def test_finished_shards_remain(size, workers, photos, checkpoint, tmp_path, capsys):
     """100 bytes are too few for the metadata, 1500 for a shard."""
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"
+    out = tmp_path / "out"
     argv = words(photos, out, checkpoint, f"--workers={workers}")
     assert main(words(photos, tmp_path / "undisturbed", checkpoint)) == 0
     capsys.readouterr()
@@ -31,16 +29,3 @@ def test_finished_shards_remain(size, workers, tmp_path, capsys):
     assert not list(out.rglob(".*")) if out.exists() else size == 100
     assert main(argv) == 0
     assert same(out, tmp_path / "undisturbed")
-
-
-def test_the_list_of_corrupt_images(tmp_path, capsys):
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    photos, out = make_photos(tmp_path / "photos", 3), tmp_path / "out"
-    (photos / "none.jpg").write_text("no image")
-    argv = words(photos, out, checkpoint)
-    assert main(argv) == 1
-    table.shard_path(out, 0).unlink()
-    (out / "corrupt.txt").unlink()
-    (out / "corrupt.txt").symlink_to("/dev/full")
-    assert main(argv) == 2
-    assert "corrupt.txt: no space is left" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from embedding_runs import decode_slowly, make_photos, same, start, tiny_checkpoint, words
+from embedding_runs import decode_slowly, make_photos, same, start, words
 from training_runs import PATIENCE, Run, kill_at_call
 
 from backbones.cli.main import main
@@ -45,9 +45,8 @@ def _kill_somewhere(process: Run, out: Path, chance: random.Random) -> bool:
         pytest.param(10, 2, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
     ],
 )
-def test_killed_at_random_moments(kills, workers, tmp_path):
+def test_killed_at_random_moments(kills, workers, checkpoint, tmp_path):
     """With two workers, these outlive their parent briefly, while its successor's already run."""
-    checkpoint = tiny_checkpoint(tmp_path / "model")
     photos = make_photos(tmp_path / "photos", 24 * kills)
     (photos / "none.jpg").write_text("no image")
     (photos / "sub" / "none.png").write_text("no image")
@@ -71,10 +70,8 @@ def test_killed_at_random_moments(kills, workers, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "number"), [("fsync", 0), ("replace", 1), ("fsync", 5)])
-def test_killed_as_it_writes(name, number, tmp_path):
+def test_killed_as_it_writes(name, number, photos, checkpoint, tmp_path):
     """Killed before and after each step that puts metadata, the list or a shard in place."""
-    checkpoint = tiny_checkpoint(tmp_path / "model")
-    photos = make_photos(tmp_path / "photos", 9)
     argv = words(photos, tmp_path / "out", checkpoint)
     process = start(argv, functools.partial(kill_at_call, name, number))
     process.join()
@@ -86,8 +83,7 @@ def test_killed_as_it_writes(name, number, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_end_with_their_parent(tmp_path):
-    checkpoint = tiny_checkpoint(tmp_path / "model")
+def test_workers_end_with_their_parent(checkpoint, tmp_path):
     photos = make_photos(tmp_path / "photos", 200)
     out = tmp_path / "out"
     process = start(words(photos, out, checkpoint, "--workers=2"))

@@ -5,24 +5,17 @@ from __future__ import annotations
 import io
 import shutil
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from embedding_runs import make_photos
 from PIL import Image
 from training_runs import make_images
 
 from backbones.common.errors import DataError
 from backbones.embedding.sources import Source, open_source, reader
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    return make_photos(tmp_path / "photos", 10)
 
 
 def contents(source: Source) -> dict[str, bytes]:
@@ -48,25 +41,18 @@ def files(photos: Path) -> dict[str, bytes]:
     return {str(p.relative_to(photos)): p.read_bytes() for p in paths}
 
 
-def test_a_folder(photos):
-    source = open_source(photos, rows=4)
-    assert contents(source) == files(photos)
-    assert source.images == 10
-    assert [len(part) for part in source.parts] == [4, 4, 2]
-
-
 def test_every_format_that_pillow_decodes(photos, tmp_path):
     """In folders and archives; what has no such ending is counted and named."""
     image = Image.open(photos / "000.png").convert("RGB")
     for ending in ("webp", "tif", "TIFF", "bmp", "gif", "jfif", "ppm", "tga", "jp2", "ico", "mpo"):
         image.save(photos / "sub" / f"x.{ending}")
-    others = ["a.heic", "b.eps", "c", "labels.csv", "sub/d.txt"]
     images = files(photos)
-    for name in others:
+    for name in ("a.heic", "b.eps", "c", "labels.csv", "sub/d.txt"):
         (photos / name).touch()
-    source = open_source(photos)
+    source = open_source(photos, rows=4)
     assert contents(source) == images
     assert source.images == 21
+    assert [len(part) for part in source.parts] == [4, 4, 4, 4, 4, 1]
     told = "skipped 5 files without the ending of a known image format: a.heic, b.eps, c, …"
     assert str(source.skipped) == told
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
@@ -163,93 +149,58 @@ def test_columns_without_images(tmp_path, columns, column, told):
         open_source(tmp_path, column=column)
 
 
-@pytest.mark.parametrize(("split", "count"), [("train", 1442), ("validation", 355)])
-def test_what_training_reads(split, count):
-    source = open_source("digits", 1000, split)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "split", "count"),
+    [("digits", "train", 1442), ("digits", "validation", 355), ("hfds", "validation", 3)],
+)
+def test_what_training_reads(name, split, count, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    images = make_images(tmp_path / "images", {"train": 6, "validation": 3})
+    source = open_source("digits" if name == "digits" else f"hfds/{images}", 1000, split)
     opener = reader(source.description)
     items = [item for part in source.parts for item in opener.items(part)]
     assert len({item.key for item in items}) == source.images == count
-    last = items[-1].open()
-    assert isinstance(last, Image.Image)
-    assert np.array_equal(np.asarray(last), np.asarray(opener.find(items[-1].key)))
-    with pytest.raises(KeyError):
-        opener.find(f"digits/{split}[{count}]")
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_hugging_face_sets(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    images = make_images(tmp_path / "images", {"train": 6, "validation": 3})
-    source = open_source(f"hfds/{images}", rows=2, split="validation")
-    opener = reader(source.description)
-    items = [item for part in source.parts for item in opener.items(part)]
-    assert len({item.key for item in items}) == source.images == 3
-    for item in items:
-        found = item.open(), opener.find(item.key)
-        assert all(isinstance(image, Image.Image) for image in found)
-        assert np.array_equal(*map(np.asarray, found))
-
-
-def _cut(folder: Path) -> Path:
-    (folder / "a.parquet").write_bytes(b"PAR1 and nothing else")
-    return folder
-
-
-def _mixed(*names: str) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        for name in names:
-            (folder / name).touch()
-        return folder
-
-    return write
-
-
-def _several(*names: str) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        return _mixed(*names)(folder) / "?.*"
-
-    return write
-
-
-def _folder_of_shards(folder: Path) -> Path:
-    (folder / "x.tar").mkdir()
-    (folder / "y.tar").touch()
-    return folder / "*.tar"
-
-
-def _write(name: str, text: str) -> Callable[[Path], Path]:
-    def write(folder: Path) -> Path:
-        (folder / name).write_text(text)
-        return folder / name
-
-    return write
+    found = items[-1].open(), opener.find(items[-1].key)
+    assert all(isinstance(image, Image.Image) for image in found)
+    assert np.array_equal(*map(np.asarray, found))
+    if name == "digits":
+        with pytest.raises(KeyError):
+            opener.find(f"digits/{split}[{count}]")
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("files", "place", "told"),
     [
-        (lambda folder: folder, "no image, .tar or .parquet below"),
-        (lambda folder: folder / "absent", "absent does not exist"),
-        (lambda folder: folder / "*.tar", r"no file matches .*\*\.tar"),
-        (lambda folder: "digits", "digits has the splits train and validation, not 'test'"),
-        (lambda folder: "medmnist/pathmnist", "pathmnist.npz is missing"),
-        (_cut, "a.parquet is not a complete Parquet file"),
+        ({}, "", "no image, .tar or .parquet below"),
+        ({}, "absent", "absent does not exist"),
+        ({}, "*.tar", r"no file matches .*\*\.tar"),
+        ({}, "digits", "digits has the splits train and validation, not 'test'"),
+        ({}, "medmnist/pathmnist", "pathmnist.npz is missing"),
+        ({"a.parquet": "PAR1 and no more"}, "", "a.parquet is not a complete Parquet file"),
+        ({"a.tar": "", "b.png": ""}, "", "contains 1 images and 1 .tar files: embed each kind sep"),
+        ({"a.tar": "", "b.PARQUET": ""}, "", "contains 1 .tar files and 1 .parquet files"),
+        ({"b.gif": "", "c.parquet": ""}, "", "contains 1 images and 1 .parquet files"),
         (
-            _mixed("a.tar", "b.png"),
-            "contains 1 images and 1 .tar files: embed each kind separately",
+            {"a.heic": "", "b.eps": ""},
+            "",
+            "no image, .tar or .parquet below .*; skipped 2 files wi",
         ),
-        (_mixed("a.tar", "b.PARQUET"), "contains 1 .tar files and 1 .parquet files"),
-        (_mixed("b.gif", "c.parquet"), "contains 1 images and 1 .parquet files"),
-        (_mixed("a.heic", "b.eps"), "no image, .tar or .parquet below .*; skipped 2 files without"),
-        (_folder_of_shards, r"x\.tar, which matches .*\*\.tar, is a folder"),
-        (_several("a.tar", "b.parquet"), "a.tar and b.parquet are of two kinds: embed each sep"),
-        (_several("a.tar", "b.png"), r"b\.png is not a source of images"),
-        (_write("a.txt", " \n"), "the list .* is empty"),
-        (_write("a.txt", "x\ny\nx\n"), "a.txt has x twice"),
-        (_write("a.zip", ""), "a.zip is not a source of images: give a folder"),
+        ({"x.tar": None, "y.tar": ""}, "*.tar", r"x\.tar, which matches .*\*\.tar, is a folder"),
+        ({"a.tar": "", "b.parquet": ""}, "?.*", "a.tar and b.parquet are of two kinds: embed each"),
+        ({"a.tar": "", "b.png": ""}, "?.*", r"b\.png is not a source of images"),
+        ({"a.txt": " \n"}, "a.txt", "the list .* is empty"),
+        ({"a.txt": "x\ny\nx\n"}, "a.txt", "a.txt has x twice"),
+        ({"a.zip": ""}, "a.zip", "a.zip is not a source of images: give a folder"),
     ],
 )
-def test_invalid_sources(tmp_path, make, told, monkeypatch):
+def test_invalid_sources(tmp_path, files, place, told, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, text in files.items():
+        if text is None:
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).write_text(text)
+    is_set = place in ("digits", "medmnist/pathmnist")
     with pytest.raises(DataError, match=told):
-        open_source(make(tmp_path), split="test")
+        open_source(place if is_set else tmp_path / place, split="test")

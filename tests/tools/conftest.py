@@ -27,3 +27,14 @@ def tools() -> Iterator[Callable[[str], ModuleType]]:
         path = getattr(sys.modules[name], "__file__", None)
         if path and Path(path).is_relative_to(TOOLS):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def tool(request: pytest.FixtureRequest, tools: Callable[[str], ModuleType]) -> ModuleType:
+    """The script that the test's module is named after."""
+    return tools(request.module.__name__.rpartition(".")[2].removeprefix("test_"))
+
+
+@pytest.fixture(scope="module")
+def contenders(tools: Callable[[str], ModuleType]) -> ModuleType:
+    return tools("contenders")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,28 +14,14 @@ from safetensors.torch import save_file
 from zoo import CLASSIFIERS, small
 
 import backbones
-from backbones.cli.benchmark import Row, measure
 from backbones.common.console import guard
-
-
-@pytest.fixture(scope="module")
-def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("accuracy")
-
-
-@pytest.fixture(scope="module")
-def contenders(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("contenders")
-
-
-def network(family: str = "shvit") -> Any:
-    return small(family, num_classes=10).eval()
 
 
 def digits(tool: ModuleType, count: int = 5) -> Any:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, 3, 64, 64, generator=generator)
-    return tool.Digits(network(), images[:2], images, torch.arange(count))
+    model = small("shvit", num_classes=10).eval()
+    return tool.Digits(model, images[:2], images, torch.arange(count))
 
 
 def test_agreement_and_top1(tool):
@@ -113,23 +97,34 @@ def test_a_run_has_its_images(tool, run_folder):
     assert torch.equal(run.calibration, again.calibration)
 
 
-def test_accuracy_is_measured_once_per_model(tool, tmp_path, monkeypatch):
-    measured = []
-
-    def measure(name: str, folder: Path) -> dict[str, Any]:
-        measured.append(name)
-        return {"model": name, "forms": {"float32": {"top1": 50.0}}}
-
-    monkeypatch.setattr(tool, "measure_model", measure)
-    monkeypatch.setattr(tool, "train", lambda name, folder: trained.append(name))
+@pytest.mark.parametrize("command", ["int8", "agreement"])
+def test_each_model_is_measured_once(command, tool, tmp_path, monkeypatch):
+    measured: list[str] = []
     trained: list[str] = []
+
+    def measure(name: str, *_: Any) -> dict[str, Any]:
+        measured.append(name)
+        figures = {"float32": {"top1": 50.0, "skipped": "no"}}
+        return {"model": name, "forms": figures, "contenders": figures}
+
+    monkeypatch.setattr(
+        tool, {"int8": "measure_model", "agreement": "of_agreement"}[command], measure
+    )
+    monkeypatch.setattr(tool, "train", lambda name, folder: trained.append(name))
     (tmp_path / "van_b0").mkdir()
     (tmp_path / "van_b0" / "best.safetensors").touch()
-    command = ["--checkpoints", str(tmp_path), "--output", str(tmp_path / "out.json")]
-    tool.int8([*command, "--models", "van_b0", "vig_t"])
+    run = getattr(tool, command)
+    words = ["--checkpoints", str(tmp_path), "--output", str(tmp_path / "out.json")]
+    run([*words, "--models", "van_b0", "vig_t"])
     assert measured == ["van_b0"] and not trained
-    tool.int8([*command, "--models", "van_b0", "vig_t", "--train", "--resume"])
-    assert measured == ["van_b0", "vig_t"] and trained == ["vig_t"]
+    again = ["--models", "van_b0", "vig_t", "--resume"]
+    if command == "int8":
+        run([*words, *again, "--train"])
+        assert trained == ["vig_t"]
+    else:
+        (tmp_path / "van_b0").rename(tmp_path / "vig_t")
+        run([*words, *again])
+    assert measured == ["van_b0", "vig_t"]
     report = json.loads((tmp_path / "out.json").read_text())
     assert [row["model"] for row in report["results"]] == ["van_b0", "vig_t"]
     assert report["machine"]["name"] and report["machine"]["instruction_set"]
@@ -157,27 +152,6 @@ def test_contenders_that_fail_are_recorded(tool, contenders, tmp_path, monkeypat
     assert found["works"]["agreement"] > 99 and found["works"]["bytes"] == 123
     assert found["fails"] == {"skipped": "KeyError: 'no such operator'"}
     assert found["fused"]["error"] < 1e-4 < found["int8"]["error"] < 0.2
-
-    calls.clear()
-    shallow = functools.partial(backbones.create_model, depths=(1, 1, 1))
-    monkeypatch.setattr(backbones, "create_model", shallow)
-    monkeypatch.setattr("backbones.cli.timing.MATMUL_SIZE", 64)
-    for name, toolkit in toolkits.items():
-        monkeypatch.setitem(contenders.TOOLKITS, name, toolkit)
-    peers = {
-        name: functools.partial(contenders.Runtime, functools.partial(contenders._quantised, name))
-        for name in toolkits
-    }
-    place = Row("shvit_s1", 32, 2, 1, "float32", "forward")
-    speed = measure(place, ["fused"], peers, rounds=2, seconds=0, turn_seconds=0)["contenders"]
-    assert calls == [(2, 3, 32, 32), "fails"]  # quantised once, for both orders
-    assert speed["fails"]["skipped"] == "KeyError: 'no such operator'"
-    assert speed["works"]["bytes"] == 123 and "works" in speed["fused"]["speedup_over"]
-
-
-def test_toolkits_are_contenders_of_models(contenders):
-    assert contenders.TOOLKITS.keys() <= contenders.CONTENDERS["models"].keys()
-    assert contenders.TOOLKITS.keys() <= contenders.TITLES.keys()
 
 
 @pytest.mark.parametrize(
@@ -271,28 +245,10 @@ def test_a_training(tool):
 @pytest.mark.slow
 @pytest.mark.parametrize("label", ["onnxruntime_static", "onnxruntime_dynamic"])
 def test_onnx_runtime_quantises(contenders, label, tmp_path):
-    model = network("inception_next").fuse(channels_last=False)
+    model = small("inception_next", num_classes=10).eval().fuse(channels_last=False)
     images = list(torch.randn(4, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     start, size = contenders.TOOLKITS[label](model, images, tmp_path)
     with torch.inference_mode():
         exact, got = model(images[0]), start(1)(images[0])
     assert (got - exact).norm() < 0.2 * exact.norm()
     assert size < sum(p.nbytes for p in model.parameters())
-
-
-def test_rows_of_the_output_are_skipped(tool, tmp_path, monkeypatch):
-    measured: list[str] = []
-
-    def of_agreement(name: str, folder: Path, against: list[str]) -> dict[str, Any]:
-        measured.append(name)
-        return {"model": name, "contenders": {"fails": {"skipped": "no"}}}
-
-    monkeypatch.setattr(tool, "of_agreement", of_agreement)
-    for name in ("van_b0", "vig_t"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "best.safetensors").touch()
-    command = ["--checkpoints", str(tmp_path), "--output", str(tmp_path / "out.json"), "--resume"]
-    tool.agreement([*command, "--models", "van_b0"])
-    tool.agreement([*command, "--models", "van_b0", "vig_t", "shvit_s1"])
-    assert measured == ["van_b0", "vig_t"]
-    assert len(json.loads((tmp_path / "out.json").read_text())["results"]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -20,16 +21,6 @@ from ops.neighborhood import NeighborhoodAttention2D, install_as_natten
 from ops.selective_scan import selective_scan
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("benchmark_ops")
-
-
-@pytest.fixture(scope="module")
-def contenders(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("contenders")
 
 
 def test_writes_figures(tool, tmp_path, monkeypatch):
@@ -54,8 +45,7 @@ def test_writes_figures(tool, tmp_path, monkeypatch):
 
 def test_runs_in_pieces_add_up(tool, tmp_path, monkeypatch):
     large, small = (tool.Setting((n, n), (3, 3), 4) for n in (6, 4))
-    monkeypatch.setattr(tool, "SETTINGS", [large, small])
-    measured = []
+    file, measured = tmp_path / "na.json", []
 
     def measure(setting, batch, dtype, backward, *rest):
         measured.append(setting.name)
@@ -64,78 +54,83 @@ def test_runs_in_pieces_add_up(tool, tmp_path, monkeypatch):
         known = json.loads(file.read_text())["results"] if file.exists() else []
         return row | {"contenders": {}, "known": len(known)}
 
+    monkeypatch.setattr(tool, "SETTINGS", [large, small])
     monkeypatch.setattr(tool, "measure", measure)
-    file = tmp_path / "na.json"
     once = ["--batch", "1", "--dtype", "float32", "--output", str(tmp_path / "na")]
     tool.neighborhood([*once, "--settings", small.name])
     tool.neighborhood([*once, "--settings", large.name, "--direction", "both"])
     tool.neighborhood([*once, "--resume"])
     assert measured == [small.name] * 2 + [large.name] * 2
-    rows = json.loads(file.read_text())["results"]
-    assert [tool.row_key(row)[::3] for row in rows] == [
-        (large.name, False),
-        (large.name, True),
-        (small.name, False),
-        (small.name, True),
-    ]
-    assert [row["known"] for row in rows] == [3, 2, 0, 1]
+    report = json.loads(file.read_text())
+    order = [(name, backward) for name in (large.name, small.name) for backward in (False, True)]
+    assert [tool.row_key(row)[::3] for row in report["results"]] == order
+    assert [row["known"] for row in report["results"]] == [3, 2, 0, 1]
     tool.neighborhood([*once, "--settings", small.name])
     assert len(json.loads(file.read_text())["results"]) == 4
-
-    report = json.loads(file.read_text())
     file.write_text(json.dumps(report | {"machine": {"name": "another"}}))
     with pytest.raises(CommandError, match="another --output"):
         tool.neighborhood(once)
 
 
 def test_slow_contenders_are_timed_once_and_the_slowest_skipped(tool):
-    setting, device = tool.Setting((6, 5), (3, 3), 4), torch.device("cpu")
     names = ("tiled", "gather", "sdpa-mask")
 
-    def measure(effort, expected) -> dict:
-        return tool.measure(setting, 1, torch.float32, False, names, device, effort, expected)[
-            "contenders"
-        ]
+    def measure(seconds, turn_ms, expected) -> dict:
+        effort = tool.Effort(rounds=4, seconds=seconds, turn_ms=turn_ms)
+        setting = tool.Setting((6, 5), (3, 3), 4)
+        row = tool.measure(setting, 1, torch.float32, False, names, CPU, effort, expected)
+        return row["contenders"]
 
-    contenders = measure(tool.Effort(rounds=4, seconds=0.0, turn_ms=0.0), {"gather": 21.4})
-    assert contenders["gather"] == {
-        "skipped": "about 21 s per call, extrapolated from a smaller batch"
-    }
+    contenders = measure(0.0, 0.0, {"gather": 21.4})
+    reason = "about 21 s per call, extrapolated from a smaller batch"
+    assert contenders["gather"] == {"skipped": reason}
     assert contenders["sdpa-mask"]["rounds"] == 1
     assert contenders["sdpa-mask"]["milliseconds"] > 0
-    contenders = measure(tool.Effort(rounds=4, seconds=9.0, turn_ms=1.0), {"gather": 1.0})
+    contenders = measure(9.0, 1.0, {"gather": 1.0})
     assert [contenders[name]["rounds"] for name in names] == [4, 4, 4]
+    # Of two contenders, times_ours is the one over the other.
+    assert tool.ratio([2.0, 6.0, 3.0], [1.0, 2.0, 1.0]) == 3 and tool.ratio([4.0], [1.0, 3.0]) == 2
 
 
-@pytest.mark.parametrize(("name", "rounds"), [("cpu", 3), ("tiled", 1)])
-def test_compilation_is_not_counted_as_call_time(tool, monkeypatch, name, rounds):
-    calls = iter([0.1])
+@pytest.mark.parametrize(
+    ("name", "rounds", "limit"), [("cpu", 3, 0.05), ("tiled", 1, 0.05), ("both", 3, 9.0)]
+)
+def test_calls_are_timed_without_their_compilation(tool, monkeypatch, name, rounds, limit):
+    """By a clock that stands still between them; all but the first take 1 ms, ``tiled`` 3."""
+    now = [0.0]
 
-    def attend(query, key, value):
-        time.sleep(next(calls, 0.0))
-        return query
+    def contender(seconds):
+        calls = iter([0.1])
 
-    monkeypatch.setitem(tool.CONTENDERS["neighborhood"], name, lambda *args: attend)
-    setting, device = tool.Setting((4,), (3,), 4), torch.device("cpu")
-    effort = tool.Effort(rounds=3, seconds=0.05, turn_ms=0.0)
-    row = tool.measure(setting, 1, torch.float32, False, (name,), device, effort, {})
-    assert row["contenders"][name]["rounds"] == rounds
+        def attend(query, key, value):
+            now[0] += next(calls, seconds)
+            return query
+
+        return lambda *args: attend
+
+    def read():
+        now[0] += 1e-6
+        return now[0]
+
+    monkeypatch.setattr(time, "perf_counter", read)
+    for known, seconds in (("cpu", 1e-3), ("tiled", 3e-3)):
+        monkeypatch.setitem(tool.CONTENDERS["neighborhood"], known, contender(seconds))
+    effort = tool.Effort(rounds=3, seconds=limit, turn_ms=0.0)
+    setting, names = tool.Setting((4,), (3,), 4), ("cpu", "tiled") if name == "both" else (name,)
+    found = tool.measure(setting, 1, torch.float32, False, names, CPU, effort, {})["contenders"]
+    assert {found[known]["rounds"] for known in names} == {rounds}
+    if name == "both":
+        ratios = found["tiled"]["times_ours"], found["cpu"]["speedup_over_tiled"]
+        assert ratios == pytest.approx((3, 3), rel=0.01)
 
 
 def test_expects_what_smaller_batches_took(tool):
-    setting = tool.Setting((4,), (3,), 5)
-
     def row(batch: int, **milliseconds: float) -> dict:
-        contenders = {name: {"milliseconds": ms} for name, ms in milliseconds.items()}
-        contenders["triton"] = {"skipped": "no GPU"}
-        return {
-            "setting": setting.name,
-            "batch": batch,
-            "dtype": "float32",
-            "backward": True,
-            "contenders": contenders,
-        }
+        timed = {name: {"milliseconds": ms} for name, ms in milliseconds.items()}
+        place = {"setting": setting.name, "batch": batch, "dtype": "float32", "backward": True}
+        return {**place, "contenders": {**timed, "triton": {"skipped": "no GPU"}}}
 
+    setting = tool.Setting((4,), (3,), 5)
     report = {"results": [row(1, cpu=9.0), row(2, cpu=4.0, natten=3000.0), row(8, cpu=1.0)]}
     expected = tool.expected_seconds(report, setting, 8, "float32", True)
     assert expected == pytest.approx({"cpu": 0.016, "natten": 12.0})
@@ -156,9 +151,12 @@ def test_contenders_compute_the_same(contenders, size, kernel_size, dilation):
     true = made(contenders, "gather", setting)(*tensors)
     for name in ("tiled", "sdpa-mask", "split"):
         torch.testing.assert_close(made(contenders, name, setting)(*tensors), true)
+    # Twice a multiplication and an addition for each number of keys and values in a window.
+    operations = 4 * 2 * contenders.NUM_HEADS * math.prod(size) * math.prod(kernel_size) * 8
+    assert setting.flops(batch=2, backward=False) == operations
 
 
-def test_old_natten_is_measured_or_the_reason_given(contenders):
+def test_contenders_that_are_not_installed(contenders, monkeypatch):
     setting = contenders.Setting((9,), (3,), 8)
     tensors = torch.randn(3, 1, 9, contenders.NUM_HEADS, 8)
     with pytest.raises(CannotRunError, match=r"0\.15 to 0\.19"):
@@ -166,6 +164,9 @@ def test_old_natten_is_measured_or_the_reason_given(contenders):
     with install_as_natten():
         out = made(contenders, "natten-split", setting)(*tensors)
     assert torch.equal(out, made(contenders, "split", setting)(*tensors))
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(CannotRunError, match="fla is not installed"):
+        contenders.CONTENDERS["gated"]["fla"]()
 
 
 @pytest.mark.slow
@@ -253,14 +254,3 @@ def test_natten_takes_the_place_of_our_layers(contenders, monkeypatch):
     old.__version__ = "0.21.0"
     with pytest.raises(ImportError, match=r"NATTEN 0\.17 is needed, 0\.21\.0 is installed"):
         create("nat")
-
-
-def test_a_contender_that_is_not_installed_is_left_out(contenders, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fla", None)
-    with pytest.raises(CannotRunError, match="fla is not installed"):
-        contenders.CONTENDERS["gated"]["fla"]()
-
-
-def test_counts_operations(contenders):
-    setting = contenders.Setting((4,), (3,), 5)
-    assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * contenders.NUM_HEADS * 4 * 3 * 5

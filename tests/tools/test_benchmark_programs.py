@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-
-
-@pytest.fixture(scope="module")
-def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("benchmark_programs")
 
 
 def places(folder: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,11 +25,6 @@ def _row(date: str = "2026-01-02", **contenders: Any) -> dict[str, Any]:
         for name, figure in contenders.items()
     }
     return {**place, "dtype": "float32", "macs": 1, "date": date, "contenders": timed}
-
-
-@pytest.fixture(scope="module")
-def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
-    return tools("speeds")
 
 
 @pytest.fixture

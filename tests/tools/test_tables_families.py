@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -14,20 +11,15 @@ import backbones
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def tables(tools: Callable[[str], ModuleType]) -> Any:
-    return tools("tables_families")
-
-
-def test_notice_is_filled(tables):
+def test_notice_is_filled(tool):
     notice = (ROOT / "NOTICE").read_text()
-    assert tables.notice(notice) == notice, "make pages: NOTICE lacks a row"
+    assert tool.notice(notice) == notice, "make pages: NOTICE lacks a row"
 
 
-def test_rows_of_a_new_family(tables, monkeypatch):
+def test_rows_of_a_new_family(tool, monkeypatch):
     """One that only its module, its page and its figures name so far."""
     monkeypatch.setattr(backbones, "list_families", lambda: ["van"])
-    changed = tables.notice("Above.\n\nModel: paper\nOld row\n\nBelow.\n")
+    changed = tool.notice("Above.\n\nModel: paper\nOld row\n\nBelow.\n")
     assert changed == (
         "Above.\n\nModel: paper\n"
         "VAN: Guo et al., Visual Attention Network, arXiv:2202.09741.\n"
@@ -37,7 +29,7 @@ def test_rows_of_a_new_family(tables, monkeypatch):
     )
 
 
-def test_a_module_without_citation_is_named(tables, monkeypatch):
+def test_a_module_without_citation_is_named(tool, monkeypatch):
     monkeypatch.setattr(backbones.van, "__doc__", "Visual Attention Network.")
     with pytest.raises(ValueError, match="van: cite the paper as"):
-        tables.notice("Model\n\n")
+        tool.notice("Model\n\n")

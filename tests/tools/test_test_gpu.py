@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-
-TOOLS = Path(__file__).parents[2] / "tools"
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module("test_gpu")
 
 
 def test_says_that_there_is_no_gpu(tool, tmp_path, monkeypatch, capsys):
@@ -46,27 +36,27 @@ def test_wrong(i):
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "seconds", "counts"),
-    [(CASES, 60, (4, 1, 0)), (CASES, 0, (0, 0, 5)), ("import nothing_of_that_name", 60, (0, 1, 0))],
-    ids=["all", "late", "broken"],
+    [
+        pytest.param(CASES, 60, (4, 1, 0), marks=pytest.mark.slow),
+        pytest.param(CASES, 0, (0, 0, 5), marks=pytest.mark.slow),
+        pytest.param("import nothing_of_that_name", 60, (0, 1, 0), marks=pytest.mark.slow),
+        ("import time\ntime.sleep(30)\n", 0, (0, 1, 0)),
+    ],
+    ids=["all", "late", "broken", "hanging"],
 )
-def test_counts_cases(tool, tmp_path, text, seconds, counts):
+def test_counts_cases(tool, tmp_path, text, seconds, counts, monkeypatch):
     """All of them with the quick ones first; none when the time is over."""
+    if "sleep" in text:
+        monkeypatch.setattr(tool, "SECONDS_OF_A_CASE", 0.5)
     file = tmp_path / "some_triton_cases.py"
     file.write_text(text)
     found = tool.run_cases(file, seconds)
     assert (found["passed"], len(found["failed"]), found["not_run"]) == counts
-    if counts[0]:
-        assert found["failed"][0].endswith("test_wrong[1]")
-
-
-def test_a_case_that_hangs_is_a_failure(tool, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "SECONDS_OF_A_CASE", 0.5)
-    file = tmp_path / "some_triton_cases.py"
-    file.write_text("import time\ntime.sleep(30)\n")
-    assert tool.run_cases(file, 0)["failed"] == ["a case that did not end"]
+    if counts[1]:
+        ends = {4: "test_wrong[1]", 0: "a case that did not end" if "sleep" in text else ""}
+        assert found["failed"][0].endswith(ends[counts[0]])
 
 
 def test_tests_and_measures_within_the_time(tool, tmp_path, monkeypatch, capsys):

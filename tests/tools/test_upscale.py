@@ -102,79 +102,51 @@ def test_quality(weights, tmp_path):
     assert 2 * sizes[0] < sizes[1]
 
 
-def test_errors_are_reported(weights, tmp_path, capsys, monkeypatch):
-    source = make(tmp_path / "a.png")
-    make(tmp_path / "b/a.png")
-
-    def error(*words: Any) -> str:
-        assert upscale(weights, *words) == 2
-        return capsys.readouterr().err
-
-    out = ("--out", tmp_path / "out")
-    assert "nothing matches" in error(f"{tmp_path}/*.gif", *out)
-    assert "would both become" in error(source, tmp_path / "b/a.png", *out)
-    assert "would overwrite" in error(source, "--out", tmp_path, "--suffix=")
-    assert "multiple of the model's window of 8, got 12" in error(source, *out, "--tile=12")
-    words = [str(source), "--out", str(tmp_path / "out")]
-    assert main(["upscale", *words, "--model=hat_x4"]) == 2
-    assert "HAT_SRx4_ImageNet-pretrain.pth in http" in capsys.readouterr().err
-    assert main(["upscale", *words, "--model=hat_x4", "--checkpoint=/none.pth"]) == 2
-    assert "there is no checkpoint /none.pth" in capsys.readouterr().err
-    # Before anything of it is downloaded.
-    monkeypatch.setattr(
-        "backbones.common.download.urlopen", lambda *a, **k: pytest.fail("download")
-    )
-    assert main(["upscale", *words, "--model=van_b0"]) == 2
-    assert (
-        "van_b0 does not output images: use one of list_models('hat*')" in capsys.readouterr().err
-    )
-    # A missing picture is one picture: the rest go on.
-    assert upscale(weights, source, tmp_path / "none.png", *out) == 1
-    assert "there is no file" in capsys.readouterr().err
-
-
-def test_impossible_requests_fail_early(weights, tmp_path, monkeypatch, capsys):
-    source = make(tmp_path / "a.png")
-    make(tmp_path / "a_x2.png")
-    monkeypatch.setattr(upscale_files, "upscale_files", lambda *a, **k: pytest.fail("it ran"))
-    out = ("--out", tmp_path / "out")
-
-    def error(*words: Any) -> str:
-        assert upscale(weights, *words) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-    for suffix in ("/x/y", "../x", "a/"):
-        assert "--suffix must be part of a file's name, not " in error(
-            source, *out, f"--suffix={suffix}"
-        )
-    assert "a.png is not a folder" in error(source, "--out", source)
-    assert "a.png is not a folder" in error(source, "--out", source / "deeper")
-    twin = tmp_path / "a_x2.png"
-    assert f"would overwrite {twin}" in error(source, twin, "--out", tmp_path)
-    compared = make(tmp_path / "a_x2_compare.png")
-    assert "would overwrite" in error(source, compared, "--out", tmp_path, "--compare")
-
-
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("words", "told"),
     [
-        ("[1, 2]", "--model-args must be such as"),
-        ("[" * 5000, "is not YAML"),
-        ("{dim: -5}", "dim must be in 1"),
-        ("{1: 2}", "1"),
-        ("{in_chans: 2}", "of 1 or 3 channels"),
+        (["{0}/*.gif"], "nothing matches"),
+        (["{0}/a.png", "{0}/b/a.png"], "would both become"),
+        (["{0}/a.png", "--out={0}", "--suffix="], "would overwrite"),
+        (["{0}/a.png", "{0}/a_x2.png", "--out={0}"], "would overwrite {0}/a_x2.png"),
+        (["{0}/a.png", "{0}/a_x2_compare.png", "--out={0}", "--compare"], "would overwrite"),
+        (["{0}/a.png", "--out={0}/a.png"], "a.png is not a folder"),
+        (["{0}/a.png", "--out={0}/a.png/deeper"], "a.png is not a folder"),
+        (["{0}/a.png", "--suffix=../x"], "--suffix must be part of a file's name, not "),
+        (["{0}/a.png", "--tile=12"], "multiple of the model's window of 8, got 12"),
+        (["{0}/a.png", "--model=hat_x4"], "HAT_SRx4_ImageNet-pretrain.pth in http"),
+        (["{0}/a.png", "--model=hat_x4", "--checkpoint=/none"], "there is no checkpoint /none"),
+        (["{0}/a.png", "--model=van_b0"], "van_b0 does not output images: use one of list_models("),
+        (["{0}/a.png", "{w}", "--model-args=[1, 2]"], "--model-args must be such as"),
+        (["{0}/a.png", "{w}", "--model-args={{dim: -5}}"], "dim must be in 1"),
+        (["{0}/a.png", "{w}", "--model-args={{in_chans: 2}}"], "of 1 or 3 channels"),
     ],
 )
-def test_invalid_model_keywords(arguments, said, tmp_path, capsys):
-    weights = tmp_path / "two.pt"
-    torch.save(backbones.create_model("hat_nano_x2", in_chans=2).state_dict(), weights)
-    words = ["upscale", str(make(tmp_path / "a.png")), f"--out={tmp_path / 'out'}"]
-    words += ["--model=hat_nano_x2", f"--checkpoint={weights}", f"--model-args={arguments}"]
-    assert main([*words, "--device=cpu"]) == 2
+def test_impossible_requests_fail_early(words, told, weights, tmp_path, monkeypatch, capsys):
+    """Before anything is downloaded or enlarged."""
+    for name in ("a", "b/a", "a_x2", "a_x2_compare"):
+        make(tmp_path / f"{name}.png")
+    two = backbones.create_model("hat_nano_x2", in_chans=2)
+    torch.save(two.state_dict(), tmp_path / "two.pt")
+    fail = lambda *args, **kwargs: pytest.fail("it ran")  # noqa: E731
+    monkeypatch.setattr(upscale_files, "upscale_files", fail)
+    monkeypatch.setattr("backbones.common.download.urlopen", fail)
+    two_channels = f"--checkpoint={tmp_path / 'two.pt'}"
+    words = [word.format(tmp_path, w=two_channels) for word in words]
+    words = words if "--out" in " ".join(words) else [*words, f"--out={tmp_path / 'out'}"]
+    own = any("--model" in word for word in words)
+    model = [] if "--model=" in " ".join(words) else ["--model=hat_nano_x2"]
+    options = model if own else [*model, f"--model-args={ARGS}", f"--checkpoint={weights}"]
+    assert main(["upscale", "--device=cpu", *words, *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert line.startswith("error: ") and told.format(tmp_path) in line
+
+
+def test_a_missing_picture_is_one_picture(weights, tmp_path, capsys):
+    """The rest go on."""
+    source = make(tmp_path / "a.png")
+    assert upscale(weights, source, tmp_path / "none.png", "--out", tmp_path / "out") == 1
+    assert "there is no file" in capsys.readouterr().err
 
 
 def test_non_finite_results(weights, tmp_path, capsys):
@@ -199,7 +171,8 @@ def test_non_finite_results(weights, tmp_path, capsys):
 
 
 def test_running_out_of_memory_fails_one_picture(weights, tmp_path, monkeypatch, capsys):
-    first, second = make(tmp_path / "a.png"), make(tmp_path / "b.png")
+    first, second = make(tmp_path / "a.png"), make(tmp_path / "b.png", size=(300, 200))
+    third, out = make(tmp_path / "c.png"), tmp_path / "out"
     read = upscale_files.read_picture
 
     def short(path: Path) -> Any:
@@ -208,31 +181,19 @@ def test_running_out_of_memory_fails_one_picture(weights, tmp_path, monkeypatch,
         return read(path)
 
     monkeypatch.setattr(upscale_files, "read_picture", short)
-    out = tmp_path / "out"
-    assert upscale(weights, first, second, "--out", out) == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {first}: not enough memory")
-    assert [path.name for path in out.iterdir()] == ["b_x2.png"]
+    monkeypatch.setattr("backbones.restoration.upscale.available_memory", lambda device: 2**20)
+    assert upscale(weights, first, second, third, "--out", out) == 1
+    one, other = sorted(capsys.readouterr().err.splitlines())
+    assert one.startswith(f"error: {first}: not enough memory")
+    assert (
+        "b.png: the free memory is not enough for 200×300" in other and "MiB are missing" in other
+    )
+    assert [path.name for path in out.iterdir()] == ["c_x2.png"]
     monkeypatch.setattr(upscale_files, "read_picture", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         upscale(weights, first, "--out", out)
-
-
-def test_sizes_of_memory():
-    assert parse_size("800M") == 800 * 2**20
+    assert parse_size("800M") == 800 * 2**20 and parse_size("64") == 64 * 2**20
     assert parse_size("1.5 GiB") == 1.5 * 2**30
-    assert parse_size("64") == 64 * 2**20
-
-
-def test_a_too_large_picture_fails_alone(weights, tmp_path, monkeypatch, capsys):
-    large, small = make(tmp_path / "large.png", size=(300, 200)), make(tmp_path / "small.png")
-    monkeypatch.setattr("backbones.restoration.upscale.available_memory", lambda device: 2**20)
-    out = tmp_path / "out"
-    assert upscale(weights, large, small, "--out", out) == 1
-    printed = capsys.readouterr()
-    assert "large.png: the free memory is not enough for 200×300" in printed.err
-    assert "MiB are missing" in printed.err
-    assert [path.name for path in out.iterdir()] == ["small_x2.png"]
 
 
 def test_outputs_are_not_inputs(tmp_path):
@@ -305,16 +266,6 @@ def test_validation_creates_missing_low_resolution_pictures(weights, tmp_path, c
     mean = (float(rows[0]["psnr_y"]) + float(rows[1]["psnr_y"])) / 2
     assert float(rows[2]["psnr_y"]) == pytest.approx(mean, abs=1e-3)
     assert 20 < float(rows[2]["bicubic_psnr_y"]) < 60
-
-
-def test_scores_do_not_overwrite_inputs(weights, tmp_path, capsys):
-    make(tmp_path / "Set/a.png", size=(40, 32))
-    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
-    for table, said in ((weights, "would overwrite"), (tmp_path, "is a folder")):
-        assert validate.main([str(tmp_path / "Set"), *options, f"--csv={table}"]) == 2
-        assert said in capsys.readouterr().err
-    assert validate.main(["", *options]) == 2
-    assert "FOLDER must be the name of a file or folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

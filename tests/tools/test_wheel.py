@@ -69,6 +69,14 @@ def _run(*words: str | Path, **options: object) -> str:
     return done.stdout
 
 
+def _build(clone: Path, folder: Path, hook: str = "build_wheel") -> Path:
+    """The wheel that pip would ask hatchling for."""
+    code = f"import hatchling.build; hatchling.build.{hook}({str(folder)!r})"
+    _run(sys.executable, "-c", code, cwd=clone)
+    (made,) = folder.glob("*.tar.gz" if hook == "build_sdist" else "*.whl")
+    return made
+
+
 def _make_wheel(folder: Path, machine: str) -> Path:
     """Of what would be committed."""
     clone = fresh_clone(folder / "clone")
@@ -206,17 +214,12 @@ def test_each_instruction_set_that_this_cpu_runs_is_chosen(isa, python, without_
 def test_the_source_distribution_ships_no_kernels(kind, tmp_path, monkeypatch):
     clone = fresh_clone(tmp_path / "clone")
     if kind == "from a source distribution":
-        code = f"import hatchling.build; hatchling.build.build_sdist({str(tmp_path)!r})"
-        _run(sys.executable, "-c", code, cwd=clone)
-        (packed,) = tmp_path.glob("*.tar.gz")
+        packed = _build(clone, tmp_path, "build_sdist")
         shutil.unpack_archive(packed, tmp_path / "unpacked", filter="data")
         (clone,) = (tmp_path / "unpacked").iterdir()
     if kind == "switched off":
         monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
-    hook = "build_editable" if kind == "editable" else "build_wheel"
-    code = f"import hatchling.build; hatchling.build.{hook}({str(tmp_path)!r})"
-    _run(sys.executable, "-c", code, cwd=clone)
-    (made,) = tmp_path.glob("*.whl")
+    made = _build(clone, tmp_path, "build_editable" if kind == "editable" else "build_wheel")
     assert made.name.endswith("-py3-none-any.whl")
     assert not (clone / "build" / "kernels").exists()
     with zipfile.ZipFile(made) as content:
@@ -243,9 +246,7 @@ def test_wheels_for_other_systems(chosen, system, machine, tag, tmp_path, monkey
     for name in names:
         (kernels / name).write_bytes(b"")
     monkeypatch.setenv("VISION_BACKBONES_WHEEL_MACHINE", chosen)
-    code = f"import hatchling.build; hatchling.build.build_wheel({str(tmp_path)!r})"
-    _run(sys.executable, "-c", code, cwd=clone)
-    (made,) = tmp_path.glob("*.whl")
+    made = _build(clone, tmp_path)
     assert made.name.endswith(f"-py3-none-{tag}.whl")
     with zipfile.ZipFile(made) as content:
         libraries = {n for n in content.namelist() if n.startswith("ops/cpu/compiled/")}
@@ -258,10 +259,5 @@ def test_another_architecture_needs_a_cross_compiler(tmp_path, monkeypatch):
     other = "x86_64" if os.uname().machine == "aarch64" else "aarch64"
     for machine, message in (("riscv64", "must be one of"), (other, "'no-such-compiler'")):
         monkeypatch.setenv("VISION_BACKBONES_WHEEL_MACHINE", machine)
-        words = [
-            sys.executable,
-            "-c",
-            f"import hatchling.build as b; b.build_wheel({str(tmp_path)!r})",
-        ]
-        done = subprocess.run(words, cwd=clone, capture_output=True, text=True)
-        assert done.returncode != 0 and message in done.stderr
+        with pytest.raises(AssertionError, match=message):
+            _build(clone, tmp_path)
