@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -56,13 +56,6 @@ def start(
     process = training_runs.Run(target=_run, args=(arguments, before, env or {}))
     process.start()
     return process
-
-
-def start_two(
-    *arguments: str, before: Sequence[Callable[[], None] | None] = (None, None)
-) -> list[training_runs.Run]:
-    """Start two processes of one run, like torchrun."""
-    return training_runs.start_two(*arguments, before=before, launch=start)
 
 
 def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
