@@ -157,10 +157,13 @@ def _check_descriptor(descriptor: int) -> None:
 
 
 def start(
-    *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
+    *arguments: str,
+    before: Callable[[], None] | None = None,
+    env: dict[str, str] | None = None,
+    train: Callable[..., int] = _train,
 ) -> Run:
-    """Start ``train_cls.py`` in a process of its own, which runs ``before`` first."""
-    process = Run(target=_run, args=(arguments, before, env or {}))
+    """Start ``train`` (by default ``train_cls.py``) in a process of its own, after ``before``."""
+    process = Run(target=_run, args=(train, arguments, before, env or {}))
     process.start()
     return process
 
@@ -198,7 +201,12 @@ def join(processes: Sequence[Run]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
+def _run(
+    train: Callable[..., int],
+    argv: tuple[str, ...],
+    before: Callable[[], None] | None,
+    env: dict[str, str],
+) -> None:
     os.environ.update(env)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     # As without a fork server around: another one, of the loaders, would take seconds to start.
@@ -206,7 +214,7 @@ def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str
     with unflushed():
         if before is not None:
             before()
-        os._exit(_train(*argv))
+        os._exit(train(*argv))
 
 
 class Runs:
