@@ -109,6 +109,7 @@ def test_a_transparent_colour_of_sixteen_bits(channels, tmp_path):
     array = pixels(5, 8, channels, kind=np.uint16)
     array[0, :3] = clear = np.array([513, 7, 65535][:channels], np.uint16)
     array[1, 0] = clear ^ np.uint16(1)  # another one, though the same in 8 bits
+    array[1, 1] = [clear[0] ^ 1, *clear[1:]]  # and one with the same green and blue
     path = tmp_path / "a.png"
     write_picture(path, Picture(array))
     name, data = b"tRNS", clear.astype(">u2").tobytes()
