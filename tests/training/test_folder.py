@@ -81,10 +81,15 @@ def test_a_folder_of_something_else_is_not_touched(name, runs):
     assert content(runs.folder) == before
 
 
-def test_the_resumed_checkpoint_may_lie_in_the_folder(runs):
+@pytest.mark.parametrize("checkpoint", ["last.pt", None])
+def test_the_resumed_checkpoint_may_lie_in_the_folder(checkpoint, runs):
+    """By its path, and as the latest one, of whose run ``--overwrite`` then removes nothing."""
     runs.train("--epochs=1")
-    runs.train("--overwrite", f"--resume={runs.folder / 'last.pt'}", "--epochs=2")
+    resume = "auto" if checkpoint is None else runs.folder / checkpoint
+    assert "resuming from" in runs.train("--overwrite", f"--resume={resume}", "--epochs=2")
     assert (runs.folder / "summary.csv").read_text().splitlines()[-1].startswith("1,")
+    epochs = (runs.folder / "metrics.jsonl").read_text().count("train_loss")
+    assert checkpoint is not None or epochs == 2
 
 
 def test_what_a_run_reads_is_not_overwritten(runs):
