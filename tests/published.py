@@ -27,7 +27,7 @@ def dense_weights(figures: dict[str, Any], norms: Iterable[int] | None = None) -
             all that the dense code has.
     """
     missing = figures.get("dense_missing") or figures["dense"]["rows_missing"]
-    rows = [row for row in figures["state_dict"] if row[0] not in missing]
+    rows = [row for row in figures["state_dict"] if not row[0].startswith(tuple(missing))]
     chosen = None if norms is None else tuple(f"norm{stage}." for stage in norms)
     rows += [row for row in figures["dense_extra"] if chosen is None or row[0].startswith(chosen)]
     return {f"backbone.{name}": tensor for name, tensor in checkpoint(figures, rows).items()}

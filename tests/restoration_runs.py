@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -49,26 +47,5 @@ def _train(*arguments: str) -> int:
         return restoration.main([*QUICK, *arguments])
 
 
-def start(
-    *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
-) -> training_runs.Run:
-    """Start ``tools/sr.py train`` in a process of its own, which runs ``before`` first."""
-    process = training_runs.Run(target=_run, args=(arguments, before, env or {}))
-    process.start()
-    return process
-
-
-def start_two(
-    *arguments: str, before: Sequence[Callable[[], None] | None] = (None, None)
-) -> list[training_runs.Run]:
-    """Start two processes of one run, like torchrun."""
-    return training_runs.start_two(*arguments, before=before, launch=start)
-
-
-def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
-    os.environ.update(env)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-    with training_runs.unflushed():
-        if before is not None:
-            before()
-        os._exit(_train(*argv))
+# See training_runs.start.
+start = partial(training_runs.start, train=_train)

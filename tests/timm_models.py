@@ -1,4 +1,4 @@
-"""The smallest model of each of timm's modules, with the side of its images; small networks."""
+"""The smallest model of each of timm's modules, and images for it; small networks."""
 
 from __future__ import annotations
 
@@ -8,120 +8,46 @@ from typing import Any
 import timm
 import torch
 import transformers
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 
-SMALLEST = {
-    "beit": ("beit_base_patch16_224", 224),
-    "byoanet": ("halonet_h1", 256),
-    "byobnet": ("test_byobnet", 160),
-    "cait": ("cait_xxs24_224", 224),
-    "coat": ("coat_tiny", 224),
-    "convit": ("convit_tiny", 224),
-    "convmixer": ("convmixer_768_32", 224),
-    "convnext": ("test_convnext", 160),
-    "cpubone": ("cpubone_nano", 224),
-    "crossvit": ("crossvit_tiny_240", 240),
-    "csatv2": ("csatv2", 512),
-    "cspnet": ("cs3darknet_focus_s", 256),
-    "cspnext": ("cspnext_tiny", 224),
-    "davit": ("davit_tiny", 224),
-    "deepseek_vit": ("deepseek_vit_412m", 84),
-    "deit": ("deit_tiny_patch16_224", 224),
-    "densenet": ("densenet121", 224),
-    "dla": ("dla46x_c", 224),
-    "dpn": ("dpn48b", 224),
-    "edgenext": ("edgenext_xx_small", 256),
-    "efficientformer": ("efficientformer_l1", 224),
-    "efficientformer_v2": ("efficientformerv2_s0", 224),
-    "efficientnet": ("test_efficientnet", 160),
-    "efficientvim": ("efficientvim_m1", 224),
-    "efficientvit_mit": ("efficientvit_b0", 224),
-    "efficientvit_msra": ("efficientvit_m0", 224),
-    "eva": ("vit_tiny_patch16_dinov3_qkvb", 256),
-    "fasternet": ("fasternet_t0", 224),
-    "fastvit": ("fastvit_t8", 256),
-    "focalnet": ("focalnet_tiny_srf", 224),
-    "gcvit": ("gcvit_xxtiny", 224),
-    "gemma4_vit": ("gemma4_vit_167m", 96),
-    "ghostnet": ("ghostnet_050", 224),
-    "hardcorenas": ("hardcorenas_b", 224),
-    "hgnet": ("hgnetv2_b0", 224),
-    "hiera": ("hiera_tiny_224", 224),
-    "hieradet_sam2": ("sam2_hiera_tiny", 896),
-    "hrnet": ("hrnet_w18_small", 224),
-    "iformer": ("iformer_t", 224),
-    "inception_next": ("inception_next_atto", 224),
-    "inception_resnet_v2": ("ens_adv_inception_resnet_v2", 299),
-    "inception_v3": ("adv_inception_v3", 299),
-    "inception_v4": ("inception_v4", 299),
-    "lcnetv2": ("lcnetv2_small", 224),
-    "levit": ("levit_128s", 224),
-    "lowformer": ("lowformer_b0", 224),
-    "mambaout": ("test_mambaout", 160),
-    "maxxvit": ("test_coatnet", 160),
-    "metaformer": ("poolformerv2_s12", 224),
-    "mlp_mixer": ("gmlp_ti16_224", 224),
-    "mobilenetv3": ("mobilenetv3_small_050", 224),
-    "mobilenetv5": ("mobilenetv5_base", 256),
-    "mobilevit": ("mobilevit_xxs", 256),
-    "mvitv2": ("mvitv2_tiny", 224),
-    "naflexvit": ("naflexvit_base_patch16_parfac_gap", 384),
-    "nasnet": ("nasnetalarge", 331),
-    "nest": ("jx_nest_tiny", 224),
-    "nextvit": ("nextvit_small", 224),
-    "nfnet": ("test_nfnet", 160),
-    "pit": ("pit_ti_224", 224),
-    "pnasnet": ("pnasnet5large", 331),
-    "pvt_v2": ("pvt_v2_b0", 224),
-    "qwen3_vit": ("qwen3_vit_88m", 96),
-    "rdnet": ("rdnet_tiny", 224),
-    "regnet": ("regnetx_002", 224),
-    "repghost": ("repghostnet_050", 224),
-    "repvit": ("repvit_m1", 224),
-    "res2net": ("res2next50", 224),
-    "resnest": ("resnest14d", 224),
-    "resnet": ("test_resnet", 160),
-    "resnetv2": ("resnetv2_18", 224),
-    "rexnet": ("rexnet_100", 224),
-    "selecsls": ("selecsls42", 224),
-    "senet": ("legacy_seresnet18", 224),
-    "sequencer": ("sequencer2d_s", 224),
-    "shvit": ("shvit_s1", 224),
-    "sknet": ("skresnet18", 224),
-    "starnet": ("starnet_s050", 224),
-    "swiftformer": ("swiftformer_xs", 224),
-    "swin_transformer": ("swin_tiny_patch4_window7_224", 224),
-    "swin_transformer_v2": ("swinv2_tiny_window16_256", 256),
-    "swin_transformer_v2_cr": ("swinv2_cr_tiny_224", 224),
-    "tiny_vit": ("tiny_vit_5m_224", 224),
-    "tnt": ("tnt_s_legacy_patch16_224", 224),
-    "tresnet": ("tresnet_m", 224),
-    "twins": ("twins_svt_small", 224),
-    "vgg": ("vgg11", 224),
-    "visformer": ("visformer_tiny", 224),
-    "vision_transformer": ("test_vit", 160),
-    "vision_transformer_hybrid": ("vit_tiny_r_s16_p8_224", 224),
-    "vision_transformer_relpos": ("test_vit_relpos", 160),
-    "vision_transformer_sam": ("samvit_base_patch16_224", 224),
-    "vitamin": ("vitamin_small_224", 224),
-    "volo": ("volo_d1_224", 224),
-    "vovnet": ("ese_vovnet19b_slim_dw", 224),
-    "xception": ("legacy_xception", 299),
-    "xception_aligned": ("xception41p", 299),
-    "xcit": ("xcit_nano_12_p8_224", 224),
-}
-
-# Arguments of those that take minutes otherwise.
-ARGUMENTS = {name: {"depth": 2} for name in ("deepseek_vit", "gemma4_vit", "qwen3_vit")}
+_NAMES = (
+    *("beit_base_patch16_224", "halonet_h1", "test_byobnet", "cait_xxs24_224", "coat_tiny"),
+    *("convit_tiny", "convmixer_768_32", "test_convnext", "cpubone_nano", "crossvit_tiny_240"),
+    *("csatv2", "cs3darknet_focus_s", "cspnext_tiny", "davit_tiny", "deepseek_vit_412m"),
+    *("deit_tiny_patch16_224", "densenet121", "dla46x_c", "dpn48b", "edgenext_xx_small"),
+    *("efficientformer_l1", "efficientformerv2_s0", "test_efficientnet", "efficientvim_m1"),
+    *("efficientvit_b0", "efficientvit_m0", "vit_tiny_patch16_dinov3_qkvb", "fasternet_t0"),
+    *("fastvit_t8", "focalnet_tiny_srf", "gcvit_xxtiny", "gemma4_vit_167m", "ghostnet_050"),
+    *("hardcorenas_b", "hgnetv2_b0", "hiera_tiny_224", "sam2_hiera_tiny", "hrnet_w18_small"),
+    *("iformer_t", "inception_next_atto", "inception_resnet_v2", "inception_v3", "inception_v4"),
+    *("lcnetv2_small", "levit_128s", "lowformer_b0", "test_mambaout", "test_coatnet"),
+    *("poolformerv2_s12", "gmlp_ti16_224", "mobilenetv3_small_050", "mobilenetv5_base"),
+    *("mobilevit_xxs", "mvitv2_tiny", "naflexvit_base_patch16_parfac_gap", "nasnetalarge"),
+    *("nest_tiny_jx", "nextvit_small", "test_nfnet", "pit_ti_224", "pnasnet5large", "pvt_v2_b0"),
+    *("qwen3_vit_88m", "rdnet_tiny", "regnetx_002", "repghostnet_050", "repvit_m1", "res2next50"),
+    *("resnest14d", "test_resnet", "resnetv2_18", "rexnet_100", "selecsls42", "legacy_seresnet18"),
+    *("sequencer2d_s", "shvit_s1", "skresnet18", "starnet_s050", "swiftformer_xs"),
+    *("swin_tiny_patch4_window7_224", "swinv2_tiny_window16_256", "swinv2_cr_tiny_224"),
+    *("tiny_vit_5m_224", "tnt_s_legacy_patch16_224", "tresnet_m", "twins_svt_small", "vgg11"),
+    *("visformer_tiny", "test_vit", "vit_tiny_r_s16_p8_224", "test_vit_relpos"),
+    *("samvit_base_patch16_224", "vitamin_small_224", "volo_d1_224", "ese_vovnet19b_slim_dw"),
+    *("legacy_xception", "xception41p", "xcit_nano_12_p8_224"),
+)
+# By timm's module.
+SMALLEST = {model_entrypoint(name).__module__.rpartition(".")[2]: name for name in _NAMES}
+# Arguments and sides of those that take minutes otherwise.
+_SHORT = {"deepseek_vit": 84, "gemma4_vit": 96, "qwen3_vit": 96}
 
 
 def network(module: str, images: int = 1, **kwargs: Any) -> tuple[nn.Module, Tensor]:
     """A model with norms and scales that change their input, and images for it."""
-    name, side = SMALLEST[module]
     torch.manual_seed(0)
+    short = {"depth": 2} if module in _SHORT else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of timm: names that it has deprecated
-        model = timm.create_model(name, **ARGUMENTS.get(module, {}), **kwargs).eval()
+        model = timm.create_model(SMALLEST[module], **short, **kwargs).eval()
+    side = _SHORT.get(module, model.pretrained_cfg["input_size"][-1])
     for m in model.modules():
         if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
             assert m.running_mean is not None and m.running_var is not None

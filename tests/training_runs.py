@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -156,10 +157,13 @@ def _check_descriptor(descriptor: int) -> None:
 
 
 def start(
-    *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
+    *arguments: str,
+    before: Callable[[], None] | None = None,
+    env: dict[str, str] | None = None,
+    train: Callable[..., int] = _train,
 ) -> Run:
-    """Start ``train_cls.py`` in a process of its own, which runs ``before`` first."""
-    process = Run(target=_run, args=(arguments, before, env or {}))
+    """Start ``train`` (by default ``train_cls.py``) in a process of its own, after ``before``."""
+    process = Run(target=_run, args=(train, arguments, before, env or {}))
     process.start()
     return process
 
@@ -197,7 +201,12 @@ def join(processes: Sequence[Run]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
+def _run(
+    train: Callable[..., int],
+    argv: tuple[str, ...],
+    before: Callable[[], None] | None,
+    env: dict[str, str],
+) -> None:
     os.environ.update(env)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     # As without a fork server around: another one, of the loaders, would take seconds to start.
@@ -205,7 +214,62 @@ def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str
     with unflushed():
         if before is not None:
             before()
-        os._exit(_train(*argv))
+        os._exit(train(*argv))
+
+
+class Runs:
+    """Trainings with one set of images into one folder, by default into its folder ``run``.
+
+    Args:
+        output: the folder.
+        capsys: of the test, for the messages.
+        words: options of all of them.
+        train, start: functions for a training in this process, and in one of its own.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        capsys: pytest.CaptureFixture[str],
+        *words: str,
+        train: Callable[..., int] = train,
+        start: Callable[..., Run] = start,
+    ) -> None:
+        self.output, self.folder, self._capsys = output, output / "run", capsys
+        self._words, self._train, self._start = words, train, start
+
+    def words(self, *more: str) -> tuple[str, ...]:
+        """A command line; of an option that comes twice, the last one counts."""
+        return (*self._words, f"--output={self.output}", "--name=run", *more)
+
+    def train(self, *more: str) -> str:
+        """Train to the end; returns what is printed."""
+        assert self._train(*self.words(*more)) == 0
+        return self._capsys.readouterr().out
+
+    def refuse(self, *more: str) -> str:
+        """Fail with a message of one line, which is returned."""
+        assert self._train(*self.words(*more)) == 2
+        said = self._capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1
+        return said
+
+    def start(self, *more: str, before: Callable[[], None] | None = None) -> Run:
+        """Start a training in a process of its own, which runs ``before`` first."""
+        return self._start(*self.words(*more), before=before)
+
+    def start_two(self, *more: str, **options: Any) -> list[Run]:
+        """Start two processes of one training, like torchrun."""
+        return start_two(*self.words(*more), launch=self._start, **options)
+
+    def kill_at(self, call: str, number: int, *more: str) -> None:
+        """Start a training that is killed at a call, see :func:`kill_at_call`."""
+        process = self.start(*more, before=partial(kill_at_call, call, number))
+        assert join([process]) == [-signal.SIGKILL]
+
+    def state(self, name: str = "run") -> dict[str, Any]:
+        """See :func:`final_state`."""
+        return final_state(self.output / name)
 
 
 def ignore_signals() -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from zoo import (
@@ -36,15 +37,16 @@ from zoo import (
 
 import backbones
 from backbones.cli.parity import reference, variants
+from backbones.core.registry import published_weights
 
 SIZES = [(32, 32), (96, 160), (225, 223)]
 PUBLISHED = {variant: reference(family, variant) for family, variant in variants()}
-# Published stochastic depth, where the figures state it.
+# Published stochastic depth, from the figures that state it and from a paper.
 DROP_PATH = {
     variant: figures["drop_path_train"]
     for variant, figures in PUBLISHED.items()
     if isinstance(figures.get("drop_path_train"), float)
-}
+} | {"ravlt_t": 0.1, "ravlt_s": 0.15, "ravlt_b": 0.4, "ravlt_l": 0.55}
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 every_classifier = pytest.mark.parametrize("family", CLASSIFIERS)
@@ -58,6 +60,11 @@ def _quick_few(*quick: str) -> list[Any]:
 def _side(family: str) -> int:
     """Of images with several windows; a restoration model's first map has the size of the image."""
     return 24 if family in RESTORATION else 64
+
+
+def _keywords(family: str) -> set[str]:
+    """Of the family's constructor."""
+    return set(inspect.signature(type(small(family))).parameters)
 
 
 def _picture(family: str, in_chans: int = 3) -> Tensor:
@@ -152,18 +159,43 @@ def test_shapes_and_protocol(outline):
     assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
 
 
+# Families whose figures name the files that default_cfgs lists.
+LINKED = {
+    *("biformer", "dinat_s", "litv2", "nat_isotropic", "overlock", "proxylessnas"),
+    *("unireplknet", "vmamba"),
+}
+
+
 @pytest.mark.parametrize("outline", sorted(PUBLISHED), indirect=True)
-def test_published_number_of_parameters(outline):
-    published = PUBLISHED[outline.default_cfg["architecture"]]["params"]
-    assert sum(p.numel() for p in outline.parameters()) == published
+def test_published_architecture(outline):
+    """Names and shapes of all tensors, hence depths, widths and kernels; the files; the crop."""
+    variant = outline.default_cfg["architecture"]
+    figures = PUBLISHED[variant]
+    assert sum(p.numel() for p in outline.parameters()) == figures["params"]
+    theirs = {
+        name.removeprefix("backbone."): torch.empty(shape, device="meta")
+        for name, shape, dtype in figures["state_dict"]
+        if "int" not in dtype and name not in figures.get("derived", ())
+    }
+    converted = {name: t.shape for name, t in outline.convert_state_dict(theirs).items()}
+    state = outline.state_dict()
+    assert converted == {name: t.shape for name, t in state.items() if t.is_floating_point()}
+    crop = figures.get("preprocess", {}).get("crop_pct")
+    assert crop in (None, outline.default_cfg["crop_pct"])
+    if type(outline).__module__.split(".")[1] in LINKED:
+        links = {cfg.url for cfg in published_weights(variant).values()}
+        assert {file["url"] for file in figures["weights"]} <= links
 
 
 @pytest.mark.parametrize("outline", sorted(DROP_PATH), indirect=True)
 def test_published_drop_path_is_the_default(outline):
+    """Linear in the blocks; the first one's rate of 0 may be no layer."""
     rates = [m.drop_prob for m in outline.modules() if type(m).__name__ == "DropPath"]
     published = DROP_PATH[outline.default_cfg["architecture"]]
-    assert max(rates, default=0.0) == pytest.approx(published)
-    assert rates == sorted(rates) and len(set(rates)) > (published > 0)
+    count = len(rates)
+    whole = torch.linspace(0, published, count + (bool(rates) and rates[0] > 0)).tolist()
+    assert rates == pytest.approx(whole[len(whole) - count :], abs=1e-6)
+    assert rates or not published
 
 
 # -- one small model a family --------------------------------------------------------------------
@@ -381,7 +413,7 @@ def test_dropout(family):
     x = _picture(family)
     x = torch.cat([x, x.flip(2)] * 2)  # of so many, not all draw alike
     options = {"drop_rate", "drop_path_rate", "proj_drop_rate"}
-    own = options & set(inspect.signature(type(small(family))).parameters)
+    own = options & _keywords(family)
     for option in ("", *own):
         model = randomise(small(family, **{name: 0.5 * (name == option) for name in own})).train()
         first, second = (_logits(model(x)) for _ in range(2))
@@ -408,54 +440,67 @@ def test_other_images(family, in_chans):
 
 @every_family
 @torch.no_grad()
-def test_round_trip_through_safetensors(family, tmp_path):
-    model = randomise(small(family)).eval()
+def test_copies(family, tmp_path):
+    model, x = randomise(small(family)).eval(), _picture(family)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     name, arguments = SMALL[family]
-    loaded = backbones.create_model(
-        name, checkpoint_path=str(tmp_path / "model.safetensors"), **arguments
-    ).eval()
-    x = _picture(family)
-    assert torch.equal(model(x), loaded(x))
-
-
-@every_family
-@torch.no_grad()
-def test_copies(family):
-    model = randomise(small(family)).eval()
-    x = _picture(family)
-    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    path = str(tmp_path / "model.safetensors")
+    loaded = backbones.create_model(name, checkpoint_path=path, **arguments).eval()
+    for copied in (loaded, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(copied(x), model(x))
 
 
+# Of OverLoCK, a normalised map also goes on.
+DENSE = [f for f in CLASSIFIERS if f != "overlock" and "out_norms" in _keywords(f)]
+
+
+@pytest.mark.parametrize("family", DENSE)
+@torch.no_grad()
+def test_output_norms_are_beside_the_trunk(family):
+    """A dense network takes a classifier's weights, and normalises the maps alone."""
+    plain, x = randomise(small(family)).eval(), _picture(family)
+    raw = plain.forward_intermediates(x, intermediates_only=True)
+    dense = small(family, out_norms=True, num_classes=0).eval()
+    report = backbones.load_checkpoint(dense, plain.state_dict())
+    assert {name.split(".")[0] for name in report.reinitialised} == {"out_norms"}
+    assert {"head"} <= {name.split(".")[0] for name in report.ignored} <= {"head", "norm"}
+    maps = dense.forward_intermediates(x, intermediates_only=True)
+    for norm, value, normalised in zip(dense.out_norms.values(), raw, maps, strict=True):
+        torch.testing.assert_close(normalised, norm(value))
+        assert not torch.allclose(normalised, value, rtol=0.1)
+    some = small(family, out_norms=(0, 2)).eval()
+    backbones.load_checkpoint(some, plain.state_dict())
+    torch.testing.assert_close(some(x), plain(x))
+    chosen = some.forward_intermediates(x, intermediates_only=True)
+    for stage, value in enumerate(chosen):
+        torch.testing.assert_close(value, raw[stage] if stage % 2 else maps[stage])
+
+
 @every_family
 @torch.no_grad()
-def test_fuse_keeps_the_output(family, tmp_path):
-    model = randomise(small(family)).eval()
-    sizes = ((1, 3, 64, 64), (2, 3, 96, 72))
-    if family in RESTORATION:
-        sizes = ((1, 3, 24, 24), (2, 3, 40, 30))
-    expected = [model(images(*size)) for size in sizes]
-    itself = copy.deepcopy(model)
-    fused = itself.fuse()
-    assert fused is itself and fused.fuse() is itself
+def test_fuse_by_our_name_and_timms(family, tmp_path):
+    """And its weights, loaded into a fresh model; precisions and paths: ``fusing/test_fuse.py``."""
+    model, x = randomise(small(family)).eval(), _picture(family)
+    expected = model(x)
     by_timm = timm.utils.reparameterize_model(model)
-    assert torch.equal(model(images(*sizes[0])), expected[0])
-    for each in (fused, backbones.fuse(model), by_timm):
-        for size, value in zip(sizes, expected, strict=True):
-            assert _relative(each(images(*size)), value) <= 1e-4
-        assert not any(isinstance(m, nn.BatchNorm1d) for m in each.modules())
+    assert torch.equal(model(x), expected)
+    fused = backbones.fuse(model)
+    assert fused is model and fused.fuse() is model
+    for each in (fused, by_timm):
+        assert _relative(each(x), expected) <= 1e-4
+        # Of these two, some are on shortcuts or before a padded convolution.
+        kept = nn.BatchNorm1d if family in ("biformer", "medvitv2") else _BatchNorm
+        assert not any(isinstance(m, kept) for m in each.modules())
         with pytest.raises(RuntimeError, match="fused"):
             each.train()
-        torch.testing.assert_close(each.state_dict(), fused.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(by_timm.state_dict(), fused.state_dict(), rtol=0, atol=0)
     name, arguments = SMALL[family]
-    save_file(fused.state_dict(), tmp_path / "fused.safetensors")
-    again = backbones.create_model(
-        name, checkpoint_path=str(tmp_path / "fused.safetensors"), **arguments
-    ).eval()
-    assert load_file(tmp_path / "fused.safetensors").keys() == again.state_dict().keys()
+    path = tmp_path / "fused.safetensors"
+    save_file(fused.state_dict(), path)
+    again = backbones.create_model(name, checkpoint_path=str(path), **arguments).eval()
+    assert load_file(path).keys() == again.state_dict().keys()
     # Loading fuses a model whose names differ then, so that one of the two may be the faster form.
-    assert _relative(again(images(*sizes[0])), fused(images(*sizes[0]))) <= 1e-5
+    assert _relative(again(x), fused(x)) <= 1e-5
 
 
 @every_family

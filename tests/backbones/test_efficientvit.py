@@ -1,4 +1,4 @@
-"""EfficientViT: its dense, fused and distilled forms, and tables of other sizes."""
+"""EfficientViT: its dense and fused forms, and tables of other sizes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from backbones.cli.parity import (
     image,
     reference,
     relative_error,
-    summary_error,
     tolerance,
 )
 
@@ -55,18 +54,6 @@ def test_dense_checkpoints(variant):
     cases = dense["cases"] if variant == SMALL else dense["cases"][:1]
     for case in cases:
         assert_maps(model, case, TOLERANCE)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@torch.no_grad()
-def test_distilled_head(variant):
-    figures = reference("efficientvit", variant)
-    distilled = figures["distillation"]
-    rows = figures["state_dict"] + distilled["state_dict_extra"]
-    model = backbones.create_model(variant, distilled=True).eval()
-    backbones.load_checkpoint(model, checkpoint(figures, rows))
-    logits = model(image(distilled["input"], distilled["seed"]))
-    assert summary_error(logits, distilled["logits"]) <= TOLERANCE
 
 
 def fused_by_the_original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -158,42 +145,3 @@ def test_loading_after_eval_uses_the_new_biases():
         {k: v * 0 if k.endswith("attention_biases") else v for k, v in model.state_dict().items()}
     )
     assert relative_error(model(x), case["logits"]) > 1e-3
-
-
-@pytest.mark.parametrize("size", [(224, 224), (320, 448), (32, 96), (225, 223)])
-@torch.no_grad()
-def test_dense_models_run_where_the_original_fails(size):
-    model, tensors, _ = dense_form(SMALL)
-    backbones.load_checkpoint(model, tensors)
-    maps = model.forward_intermediates(image((1, 3, *size)), intermediates_only=True)
-    for value, stride in zip(maps, (16, 32, 64), strict=True):
-        assert value.shape[2:] == tuple(-(-n // stride) for n in size)
-        assert value.isfinite().all()
-
-
-def test_initial_values():
-    model = backbones.create_model(SMALL)
-    silent = ("conv1.fn.norm.weight", "conv2.fn.norm.weight", "fc2.norm.weight", "proj.norm.weight")
-    for name, parameter in model.named_parameters():
-        if name.endswith(silent) or name.endswith("attention_biases"):
-            assert not parameter.any(), name
-        elif name.endswith("norm.weight"):
-            assert (parameter == 1).all(), name
-        elif name.endswith("conv.weight"):
-            bound = parameter[0].numel() ** -0.5  # PyTorch's own: kaiming_uniform(√5)
-            assert parameter.abs().max() <= bound
-            assert parameter.std().item() == pytest.approx(bound / 3**0.5, rel=0.25)
-    assert model.head.fc.linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert not model.head.fc.linear.bias.any()
-
-
-def test_biases_have_no_weight_decay():
-    spared = backbones.create_model(SMALL).no_weight_decay()
-    assert len(spared) == 6 and all(name.endswith("attention_biases") for name in spared)
-
-
-def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="img_size"):
-        backbones.create_model(SMALL, img_size=0)
-    with pytest.raises(ValueError, match="kernel_sizes"):
-        backbones.create_model(SMALL, kernel_sizes=(7, 5))

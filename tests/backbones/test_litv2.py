@@ -1,21 +1,18 @@
-"""LITv2: dense networks, deformable merging, initial weights, small images."""
+"""LITv2: detectors, deformable merging, small images."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from published import assert_maps, dense_weights, load_whole
-from torch import nn
 from zoo import images, randomise, small
 
 import backbones
 from backbones.cli.parity import reference, tolerance
 from backbones.litv2 import DeformableConv2d, DeformableMerging
-from ops.mlp import DWMlp
 
 TOLERANCE = tolerance("litv2")
 SMALL: dict[str, Any] = {
@@ -23,27 +20,6 @@ SMALL: dict[str, Any] = {
     "num_heads": (0, 0, 4, 6),
     "depths": (1, 1, 1, 1),
 }
-
-
-@pytest.mark.parametrize(
-    ("variant", "number"),
-    [
-        ("litv2_s", 2),
-        *(
-            pytest.param(f"litv2_{size}", number, marks=pytest.mark.slow)
-            for size in "smb"
-            for number in (0, 1, 2)
-            if (size, number) != ("s", 2)
-        ),
-    ],
-)
-@torch.no_grad()
-def test_segmenters(variant, number):
-    figures = reference("litv2", variant)
-    case = figures["cases"][number]
-    model = backbones.create_model(variant, out_norms=True, num_classes=0).eval()
-    load_whole(model, dense_weights(figures))
-    assert_maps(model, case, TOLERANCE)
 
 
 @torch.no_grad()
@@ -98,49 +74,10 @@ def test_positions_are_exact_in_low_precision():
     assert (low.float() - exact).abs().mean() < 0.02 * exact.abs().mean()
 
 
-def test_initial_weights():
-    torch.manual_seed(0)
-    model = backbones.create_model("litv2_s", depths=(1, 1, 1, 1))
-    in_mlps = {
-        id(conv)
-        for mlp in model.modules()
-        if isinstance(mlp, DWMlp)
-        for conv in mlp.modules()
-        if isinstance(conv, nn.Conv2d)
-    }
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05), name
-            assert not module.bias.any(), name
-        elif isinstance(module, nn.Conv2d) and name.endswith(".offset"):
-            assert not module.weight.any() and not module.bias.any(), name
-        elif isinstance(module, nn.Conv2d) and id(module) in in_mlps:
-            fan_out = math.prod(module.kernel_size)
-            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1), name
-            assert not module.bias.any(), name
-        elif isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()  # PyTorch's uniform within ±fan_in^-0.5
-            assert module.weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.1), name
-            assert module.bias.any(), name
-        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
-            assert module.eps == 1e-5, name
-    assert not model.no_weight_decay()
-
-
 def test_too_small_images_are_rejected():
     model = backbones.create_model("litv2_s", **SMALL).eval()
     with pytest.raises(ValueError, match="1×16 cannot be halved.*29×29"):
         model(images(1, 3, 28, 256))
-
-
-@torch.no_grad()
-def test_fuse_leaves_no_norm_behind_merging():
-    model = randomise(backbones.create_model("litv2_s", **SMALL)).eval()
-    x = images(1, 3, 64, 96)
-    expected = model(x)
-    model.fuse()
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_nan_images_do_not_crash():

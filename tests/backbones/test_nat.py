@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from published import assert_maps, dense_weights, load_whole
-from torch import Tensor, nn
-from zoo import images, outlines, randomise, small
+from published import load_whole
+from torch import Tensor
+from zoo import outlines, small
 
 import backbones
-from backbones.cli.parity import reference, tolerance, variants
+from backbones.cli.parity import checkpoint, reference, variants
 from backbones.dinat_s import DiNATS
 from backbones.nat import NAT
 
@@ -36,6 +36,14 @@ SHALLOW: dict[str, Any] = {
 
 def dilations_of(model: Any) -> list[list[int]]:
     return [[block.attn.dilation[0] for block in stage.blocks] for stage in model.stages]
+
+
+def test_published_dilations_of_one_resolution():
+    for family, variant in variants():
+        if family == "nat_isotropic":
+            with outlines():
+                found = sum(dilations_of(backbones.create_model(variant)), [])
+            assert found == (reference(family, variant)["config"].get("dilations") or [1] * 12)
 
 
 # -- dilations -------------------------------------------------------------------------------------
@@ -69,93 +77,7 @@ def test_dilations_of_stages_and_blocks():
         assert dilations_of(model) == [[1, 28], [1, 7]]
 
 
-@pytest.mark.parametrize(
-    ("dilations", "error", "said"),
-    [
-        ("cocoa", ValueError, "dilations must be one of 'imagenet', .*, or numbers, got 'cocoa'"),
-        (0, ValueError, "dilations must be in 1 … 1024, got 0"),
-        ((1, 2, 1), ValueError, r"dilations must .* the 4 stages of depths \(3, 4, 6, 5\)"),
-        ((1, (1, 2), 1, 1), ValueError, r"dilations\[1\] must .* stage's 4 blocks, got \(1, 2\)"),
-        ((1, (1, 2, 1, 0), 1, 1), ValueError, r"dilations\[1\]\[3\] must be in 1 … 1024, got 0"),
-        (2.5, TypeError, "dilations must be a whole number, got 2.5"),
-    ],
-    ids=str,
-)
-def test_refuses_dilations(dilations, error, said):
-    with outlines(), pytest.raises(error, match=said):
-        NAT(dilations=dilations)
-
-
-def test_refuses_dilations_of_other_networks():
-    with outlines():
-        with pytest.raises(ValueError, match="are for 4 stages, got depths"):
-            NAT((16,) * 5, (1,) * 5, (1,) * 5, dilations="coco")
-        with pytest.raises(ValueError, match="dilations must be one of .*, got 'mask2former'"):
-            DiNATS(dilations="mask2former")
-        with pytest.raises(ValueError, match="num_heads must divide embed_dim, got 3"):
-            NAT(num_heads=(3, 4, 8, 16))
-        with pytest.raises(ValueError, match="kernel_size must be odd, got 6"):
-            NAT(kernel_size=6)
-
-
 # -- dense networks --------------------------------------------------------------------------------
-
-
-def _dense_cases() -> list[Any]:
-    cases = []
-    for family, variant in PYRAMIDS:
-        figures = reference(family, variant)
-        for number, case in enumerate(figures.get("dense_cases", ())):
-            quick = figures["params"] < 3e7 and case["input"][3] == 202 and "tiny" not in variant
-            slow = () if quick else (pytest.mark.slow,)
-            cases.append(pytest.param(family, variant, number, marks=slow))
-    return cases
-
-
-@pytest.mark.parametrize(("family", "variant", "number"), _dense_cases())
-@torch.no_grad()
-def test_dense_networks(family, variant, number):
-    """The published dilations on maps that are smaller than windows, most of them."""
-    figures = reference(family, variant)
-    case = figures["dense_cases"][number]
-    model = backbones.create_model(
-        variant,
-        dilations=[tuple(stage) for stage in case["dilations"]],
-        kernel_size=case["kernel_size"],
-        out_norms=True,
-        num_classes=0,
-    ).eval()
-    load_whole(model, dense_weights(figures))
-    assert_maps(model, case, tolerance(family))
-    model.out_norms.clear()
-    assert_maps(model, case, tolerance(family), case["stage_outputs"])
-
-
-@pytest.mark.parametrize(
-    ("family", "variant"),
-    [
-        pytest.param(*both, marks=() if both[1] == "nat_mini" else (pytest.mark.slow,))
-        for both in PYRAMIDS
-        if reference(*both)["params"] < 1e8
-    ],
-)
-@torch.no_grad()
-def test_normalised_maps(family, variant):
-    figures = reference(family, variant)
-    case = figures["cases"][1]
-    model = backbones.create_model(variant, out_norms=True, num_classes=0).eval()
-    load_whole(model, dense_weights(figures))
-    assert_maps(model, case, tolerance(family))
-
-
-@pytest.mark.parametrize("family", ["nat", "dinat_s"])
-def test_classifiers_become_dense_networks(family):
-    model = small(family, out_norms=True, num_classes=0)
-    classifier = small(family)
-    report = backbones.load_checkpoint(model, classifier.state_dict())
-    assert not (report.missing or report.unexpected)
-    assert {name.split(".")[0] for name in report.reinitialised} == {"out_norms"}
-    assert {name.split(".")[0] for name in report.ignored} == {"norm", "head"}
 
 
 # -- position biases -------------------------------------------------------------------------------
@@ -181,11 +103,14 @@ def test_a_bias_for_another_kernel():
     torch.testing.assert_close(table, expected)
 
 
-def test_a_bias_of_other_heads_is_refused():
+def test_weights_of_other_networks_are_refused():
+    """Of another number of heads, and without layer scales, which are no fused ones."""
     with pytest.raises(backbones.CheckpointError, match="another variant"):
         backbones.load_checkpoint(
             DiNATS(**SHALLOW), DiNATS(**SHALLOW | {"num_heads": (2, 2, 3, 4)}).state_dict()
         )
+    with pytest.raises(backbones.CheckpointError, match=r"tensors missing.*gamma"):
+        backbones.load_checkpoint(NAT(**SHALLOW, layer_scale=0.3), NAT(**SHALLOW).state_dict())
 
 
 # -- Hugging Face ----------------------------------------------------------------------------------
@@ -230,76 +155,57 @@ def hugging_face(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return found
 
 
-def original(model: NAT) -> dict[str, Tensor]:
-    """A model's tensors by the original's names."""
-    found = {}
-    for name, tensor in model.state_dict().items():
-        name = re.sub(r"^stages\.(\d)\.blocks", r"levels.\1.blocks", name)
-        if match := re.match(r"stages\.(\d)\.downsample\.(.*)", name):
-            rest = match[2].replace("conv", "reduction")
-            name = f"levels.{int(match[1]) - 1}.downsample.{rest}"
-        name = re.sub(r"^stem\.conv([12])\.", lambda m: f"patch_embed.proj.{int(m[1]) - 1}.", name)
-        name = name.replace("stem.norm.", "patch_embed.norm.").replace("head.fc.", "head.")
-        name = re.sub(r"\.ls([12])\.gamma$", r".gamma\1", name)
-        found[re.sub(r"^out_norms\.(\d)", r"norm\1", name)] = tensor
-    return found
+def shallow(**arguments: Any) -> Any:
+    return backbones.create_model("nat_small", depths=(1, 1, 1, 1), **arguments)
+
+
+def originals(dense: bool = False) -> dict[str, Tensor]:
+    """The published names, of as many blocks."""
+    figures = reference("nat", "nat_small")
+    rows = figures["state_dict"] + (figures["dense_extra"] if dense else [])
+    left_out = r"blocks\.[1-9]" + (r"|^norm\.|^head\." if dense else "")
+    return checkpoint(figures, [row for row in rows if not re.search(left_out, row[0])])
+
+
+def load_both(tensors: dict[str, Tensor], theirs: dict[str, Tensor], **arguments: Any) -> Any:
+    """Both files give the same network; returns the report about the second."""
+    ours, other = shallow(**arguments), shallow(**arguments)
+    load_whole(ours, tensors)
+    report = backbones.load_checkpoint(other, theirs)
+    assert not (report.missing or report.unexpected or report.reinitialised)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(other.state_dict()[name], tensor), name
+    return report
 
 
 @pytest.mark.parametrize("prefix", ["nat.", "dinat."])
 def test_classifiers_of_hugging_face(prefix):
-    model, other = randomise(NAT(**SHALLOW, layer_scale=0.3)), NAT(**SHALLOW, layer_scale=0.1)
-    for number, (_, scale) in enumerate(
-        x for x in model.named_parameters() if x[0].endswith(".gamma")
-    ):
-        nn.init.constant_(scale, 0.3 + 0.01 * number)
-    report = backbones.load_checkpoint(other, hugging_face(original(model), prefix))
-    assert not (report.missing or report.unexpected or report.ignored)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor), name
+    tensors = originals()
+    assert any(".gamma" in name for name in tensors)
+    assert not load_both(tensors, hugging_face(tensors, prefix)).ignored
 
 
 @pytest.mark.parametrize("prefix", ["", "model.pixel_level_module.encoder."])
 def test_backbones_of_hugging_face(prefix):
     """Alone, and inside OneFormer beside its other parts."""
-    arguments = {**SHALLOW, "num_classes": 0, "out_norms": True}
-    model, other = randomise(NAT(**arguments)), NAT(**arguments)
-    tensors = hugging_face(original(model), prefix)
+    tensors = originals(dense=True)
+    theirs = hugging_face(tensors, prefix)
     if prefix:
-        tensors["model.pixel_level_module.decoder.adapter_1.0.weight"] = torch.zeros(3)
-        tensors["model.transformer_module.queries_embedder.weight"] = torch.zeros(3)
-        tensors["criterion.empty_weight"] = torch.zeros(3)
-    report = backbones.load_checkpoint(other, tensors)
-    assert not (report.missing or report.unexpected or report.reinitialised)
+        theirs["model.pixel_level_module.decoder.adapter_1.0.weight"] = torch.zeros(3)
+        theirs["model.transformer_module.queries_embedder.weight"] = torch.zeros(3)
+        theirs["criterion.empty_weight"] = torch.zeros(3)
+    report = load_both(tensors, theirs, num_classes=0, out_norms=True)
     assert len(report.ignored) == (3 if prefix else 0)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], tensor), name
 
 
 def test_incomplete_projections_are_rejected():
-    model = NAT(**SHALLOW)
-    tensors = hugging_face(original(model), "nat.")
+    tensors = hugging_face(originals(), "nat.")
     tensors.pop("nat.encoder.levels.0.layers.0.attention.self.key.weight")
     with pytest.raises(backbones.CheckpointError, match=r"attn\.qkv\.weight.*attn\.query\.weight"):
-        backbones.load_checkpoint(model, tensors)
+        backbones.load_checkpoint(shallow(), tensors)
 
 
 # -- the rest --------------------------------------------------------------------------------------
-
-
-def test_initial_weights():
-    torch.manual_seed(0)
-    model = NAT(**SHALLOW, layer_scale=1e-5)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.2), name
-            assert not module.bias.any()
-        elif isinstance(module, nn.Conv2d):  # as torch makes them
-            bound = (module.weight[0].numel()) ** -0.5
-            assert bound * 0.9 < module.weight.abs().max() <= bound
-    block = model.stages[0].blocks[0]
-    assert block.attn.rpb.std().item() == pytest.approx(0.02, rel=0.2)
-    assert torch.equal(block.ls1.gamma, torch.full((32,), 1e-5))
-    assert not any("gamma" in name for name in NAT(**SHALLOW).state_dict())
 
 
 def test_gradients_through_padding():
@@ -309,16 +215,3 @@ def test_gradients_through_padding():
     model = model.double().eval()
     x = torch.randn(1, 1, 12, 20, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: model(x).sum(), (x,), fast_mode=True)
-
-
-@torch.no_grad()
-def test_layer_scales_are_folded():
-    model = randomise(NAT(**SHALLOW, layer_scale=0.3)).eval()
-    x = images(2, 3, 40, 72)
-    expected = model(x)
-    model.fuse()
-    assert not any("gamma" in name for name in model.state_dict())
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
-    # Weights of a model without scales are those of another network, not of a fused one.
-    with pytest.raises(backbones.CheckpointError, match=r"tensors missing.*gamma"):
-        backbones.load_checkpoint(NAT(**SHALLOW, layer_scale=0.3), NAT(**SHALLOW).state_dict())

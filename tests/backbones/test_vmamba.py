@@ -1,4 +1,4 @@
-"""VMamba beyond the contract: names of files, dense copies, gradients, the first version."""
+"""VMamba beyond the contract: names of files, dense copies, the recurrence, first values."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from published import assert_maps
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from zoo import outlines, small
+from zoo import small
 
 import backbones
 from backbones.cli.parity import IN_FLOAT64, checkpoint, image, reference, relative_error
 from backbones.vmamba import SelectiveScan2d
 
-VARIANTS = backbones.list_models(family="vmamba")
 VANILLA: dict[str, Any] = {"vanilla": True, "num_states": 3, "scan_ratio": 2}
 
 
@@ -138,11 +137,6 @@ def test_initial_weights():
             steps = F.softplus(scan.delta_bias)
             assert 1e-3 * 0.999 <= steps.min() <= 2e-3 and 0.05 <= steps.max() <= 0.1001
             assert (scan.D == 1).all()
-            for weight, inputs in (
-                (scan.delta_weight, scan.delta_weight.shape[1]),
-                (scan.x_proj.weight, scan.x_proj.in_features),
-            ):
-                assert 0.9 * inputs**-0.5 <= weight.abs().max() <= inputs**-0.5
 
 
 def test_decayed_parameters():
@@ -152,32 +146,3 @@ def test_decayed_parameters():
     scan = model.stages[0].blocks[0].mixer
     found = {n for n, p in scan.named_parameters(recurse=False) if id(p) in decayed}
     assert found == {"A_log", "delta_bias", "delta_weight"}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_published_widths(name):
-    config = reference("vmamba", name)["config"]
-    with outlines():
-        model = backbones.create_model(name)
-    for i, stage in enumerate(model.stages):
-        for block in stage.blocks:
-            scan = block.mixer
-            assert scan.dwconv.out_channels == config["d_inner"][i]
-            assert scan.delta_weight.shape[1] == config["dt_rank"][i]
-            assert scan.A_log.shape[1] == config["d_state"]
-            assert hasattr(block, "mlp") is bool(config["mlp_ratio"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"num_states": 0}, "num_states must be in 1 … 256, got 0"),
-        ({"scan_ratio": 0}, "scan_ratio must be above 0, got 0"),
-        ({"scan_ratio": 0.01}, "scan_ratio 0.01 gives less than one channel for 48"),
-        ({"dims": (1, 64, 96, 128)}, r"dims\[0\] must be in 2"),
-        ({"out_norms": (4,)}, "out_norms must name stages"),
-    ],
-)
-def test_faults(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        small("vmamba", **arguments)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 
 import pytest
 import torch
-from compiled_kernels import without_kernels
 from zoo import images, outlines, randomise, small
 
 import backbones
@@ -15,7 +13,6 @@ from backbones.cli.parity import checkpoint, image, reference, relative_error
 from backbones.vrwkv import blocks
 from backbones.vrwkv.blocks import Block, GatedScan, WKVAttention, shift
 from ops.position import resize_position_table
-from ops.replay.replay import Replay
 
 VARIANTS = ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv_l")
 OTHER_FORMS = [
@@ -167,68 +164,12 @@ def test_a_hidden_layer_in_the_head():
     assert model.head_hidden_size == 24
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"gated": True},
-        {"gated": True, "post_norm": True, "layer_scale": 0.3},
-        {"post_norm": True, "layer_scale": 0.3, "key_norm": True, "segments": 0},
-        {"layer_scale": 0.3},
-    ],
-    ids=["gated", "gated-post", "post", "scaled"],
-)
-@torch.no_grad()
-def test_fused_forms(kwargs):
-    """Those that the contract's small model does not have; each is recorded."""
-    model = randomise(small("vrwkv", **kwargs)).eval()
-    x = images(2, 3, 70, 45)
-    expected = model(x)
-    half = copy.deepcopy(model).fuse(dtype=torch.bfloat16)
-    fused = model.fuse()
-    outs = [fused(x) for _ in range(4)]
-    assert all(torch.equal(out, outs[1]) for out in outs[2:])  # replays
-    assert all(relative_error(out, expected) <= 1e-5 for out in outs[:2])
-    assert [type(p) for p in fused._records._programs.values()] == [Replay]
-    assert relative_error(half(x.bfloat16()).float(), expected) <= 5e-2
-
-
 @pytest.mark.parametrize("kwargs", [{}, {"gated": True}], ids=["plain", "gated"])
 def test_all_calls_of_a_fused_model_are_ours(kwargs):
     """Nothing is padded, and the image not copied, at multiples of the patch size."""
     fused = randomise(small("vrwkv", **kwargs)).eval().fuse()
     calls = backbones.explain(fused, 224, repeats=1).calls
     assert {call.library for call in calls} == {"ours"}
-
-
-def test_fused_forms_have_gradients_of_images():
-    for kwargs in ({}, {"gated": True}):
-        model = randomise(small("vrwkv", **kwargs)).eval()
-        x = images(1, 3, 64, 48).requires_grad_()
-        (expected,) = torch.autograd.grad(model(x).square().sum(), x)
-        (got,) = torch.autograd.grad(model.fuse()(x).square().sum(), x)
-        assert relative_error(got, expected) <= 1e-4
-
-
-@torch.no_grad()
-def test_fused_without_kernels(monkeypatch):
-    without_kernels(monkeypatch)
-    for kwargs in ({}, {"gated": True}):
-        model = randomise(small("vrwkv", **kwargs)).eval()
-        x = images(1, 3, 64, 48)
-        expected = model(x)
-        assert relative_error(model.fuse()(x), expected) <= 1e-5
-
-
-def test_rejects_bad_arguments():
-    for kwargs, words in (
-        ({"dim": 66}, "multiple of 4, got 66"),
-        ({"dim": 96, "gated": True}, "multiple of 64, got 96"),
-        ({"segments": -1}, "segments must be in 0"),
-        ({"img_size": 0}, "img_size must be in 1"),
-        ({"head_hidden_dim": 0}, "head_hidden_dim must be in 1"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            small("vrwkv", **kwargs)
 
 
 @torch.no_grad()

@@ -89,19 +89,45 @@ def test_medmnist(tmp_path):
         open_splits(recipe)
 
 
-def test_unsupported_medmnist_sets(tmp_path):
+def _cut(arrays):
+    return {**arrays, "val_labels": arrays["val_labels"][:2]}
+
+
+def _label_7(arrays):
+    arrays["val_labels"][2] = 7
+    return arrays
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({"labels": np.full((12, 14), 2)}, None, "labels other than 0 and 1"),
+        ({"labels": np.zeros((12, 3), np.int64)}, None, "AUC is undefined"),
+        ({"shape": (8, 8, 8, 1)}, None, "not 2D"),
+        ({}, _cut, "6 val images have 2 labels"),
+        ({}, _label_7, r"set/val\[2\] has label 7, outside the 3 classes"),
+    ],
+)
+def test_unsupported_medmnist_sets(options, change, message, tmp_path):
+    write_medmnist(tmp_path / "set.npz", **options)
+    if change is not None:
+        with np.load(tmp_path / "set.npz") as archive:
+            arrays = dict(archive)
+        np.savez(tmp_path / "set.npz", **change(arrays))
+    with pytest.raises(DataError, match=message):
+        open_splits(Recipe(data="medmnist/set", data_dir=str(tmp_path)))
+
+
+def test_missing_and_damaged_medmnist_files(tmp_path):
     recipe = Recipe(data="medmnist/chestmnist", data_dir=str(tmp_path))
     with pytest.raises(DataError, match=r"chestmnist\.npz is missing: download it from https://"):
         open_splits(recipe)
-    write_medmnist(tmp_path / "chestmnist.npz", labels=np.full((12, 14), 2))
-    with pytest.raises(DataError, match="labels other than 0 and 1"):
-        open_splits(recipe)
-    write_medmnist(tmp_path / "chestmnist.npz", shape=(8, 8, 8, 1))
-    with pytest.raises(DataError, match="not 2D"):
-        open_splits(recipe)
-    (tmp_path / "chestmnist.npz").write_bytes(b"PK no")
-    with pytest.raises(DataError, match="not a MedMNIST file"):
-        open_splits(recipe)
+    write_medmnist(tmp_path / "chestmnist.npz")
+    data = (tmp_path / "chestmnist.npz").read_bytes()
+    for damaged in (b"PK no", data[: len(data) // 2]):
+        (tmp_path / "chestmnist.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match="is not a MedMNIST file"):
+            open_splits(recipe)
 
 
 def _only_heic(folder):
@@ -145,16 +171,6 @@ def test_missing_data(tmp_path):
         open_splits(Recipe())
 
 
-def test_labels_out_of_range(tmp_path):
-    write_medmnist(tmp_path / "set.npz")
-    with np.load(tmp_path / "set.npz") as archive:
-        arrays = dict(archive)
-    arrays["val_labels"][2] = 7
-    np.savez(tmp_path / "set.npz", **arrays)
-    with pytest.raises(DataError, match=r"set/val\[2\] has label 7, outside the 3 classes"):
-        open_splits(Recipe(data="medmnist/set", data_dir=str(tmp_path)))
-
-
 def test_a_class_map(folder, tmp_path):
     path = tmp_path / "classes.txt"
     path.write_text("class2\n\nclass1\nclass0\n")
@@ -181,26 +197,3 @@ def test_invalid_class_maps(kind, content, message, folder, tmp_path):
         path.write_bytes(content)
     with pytest.raises(DataError, match=message):
         open_splits(Recipe(data=kind.format(folder), class_map=str(path)))
-
-
-def test_validation_labels_without_an_auc(tmp_path):
-    labels = np.zeros((12, 3), np.int64)
-    write_medmnist(tmp_path / "chestmnist.npz", labels=labels)
-    with pytest.raises(DataError, match="AUC is undefined"):
-        open_splits(Recipe(data="medmnist/chestmnist", data_dir=str(tmp_path)))
-
-
-def test_damaged_medmnist_files(tmp_path):
-    write_medmnist(tmp_path / "set.npz")
-    recipe = Recipe(data="medmnist/set", data_dir=str(tmp_path))
-    data = (tmp_path / "set.npz").read_bytes()
-    (tmp_path / "set.npz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match="is not a MedMNIST file"):
-        open_splits(recipe)
-    (tmp_path / "set.npz").write_bytes(data)
-    with np.load(tmp_path / "set.npz") as archive:
-        arrays = dict(archive)
-    arrays["val_labels"] = arrays["val_labels"][:2]
-    np.savez(tmp_path / "set.npz", **arrays)
-    with pytest.raises(DataError, match="6 val images have 2 labels"):
-        open_splits(recipe)

@@ -1,26 +1,14 @@
 """Streamed images: shards and hub data sets, broken data, two processes."""
 
-import csv
 import io
 import tarfile
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import (
-    final_state,
-    freeze_batch_norm,
-    join,
-    kill_at_call,
-    make_images,
-    same,
-    start,
-    start_two,
-    train,
-)
+from training_runs import Runs, freeze_batch_norm, join, make_images, same
 
 from backbones.common.errors import DataError
 from backbones.common.processes import World
@@ -35,11 +23,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"), {"train": 12, "val": 6})
 
 
 def write_shards(folder, split, count, shards, broken=(), labels=3, images=None):
@@ -70,57 +53,66 @@ def noise(count):
     return images
 
 
-def run_and_resume(arguments, folder):
-    """Whether a run that was killed within an epoch ends as one that was not."""
-    assert train(*arguments, "--name=undisturbed") == 0
-    process = start(*arguments, "--name=killed", before=partial(kill_at_call, "link", 4))
-    process.join()
-    state = load_state(folder / "killed" / "last.pt")
-    assert state["step"] > 0
-    process = start(*arguments, "--name=killed", "--resume=auto")
-    process.join()
-    assert process.exitcode == 0
-    return same(*(final_state(folder / name) for name in ("undisturbed", "killed")))
+@pytest.fixture
+def sharded(tmp_path, capsys):
+    """A function that writes shards, and makes trainings with them."""
+
+    def write(train=32, val=10, val_broken=(), **options):
+        folder = write_shards(tmp_path / "shards", "train", train, 4, **options)
+        write_shards(folder, "val", val, 2, broken=val_broken)
+        return Runs(
+            *(tmp_path, capsys, f"--data=wds/{folder}", "--num-classes=3", "--epochs=1"),
+            *(f"--val-num-samples={val}", f"--train-split=train-{{0000..0003}}.tar|{train}"),
+            f"--val-split=val-{{0000..0001}}.tar|{val}",
+        )
+
+    return write
+
+
+@pytest.fixture
+def hub(tmp_path, capsys):
+    """A function that makes trainings with a folder that is read like a set of the hub."""
+
+    def make(train):
+        folder = make_images(tmp_path / "images", {"train": train, "val": 6})
+        return Runs(
+            *(tmp_path, capsys, f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}"),
+            *(f"--num-samples={train}", "--val-num-samples=6", "--val-split=validation"),
+            *("--download", "--batch-size=4", "--epochs=1"),
+        )
+
+    return make
+
+
+def assert_resumes(runs, *words):
+    """A run that was killed within an epoch ends as one that was not."""
+    words = (*words, "--epochs=2", "--save-every-steps=1", "--drop=0.1")
+    runs.train(*words, "--name=undisturbed")
+    runs.kill_at("link", 4, *words)
+    assert load_state(runs.folder / "last.pt")["step"] > 0
+    assert join([runs.start(*words, "--resume=auto")]) == [0]
+    assert same(runs.state("undisturbed"), runs.state())
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_webdataset_shards_resume_within_an_epoch(workers, tmp_path):
-    shards = write_shards(tmp_path / "shards", "train", 40, 4)
-    write_shards(shards, "val", 10, 2)
-    arguments = [
-        *(f"--data=wds/{shards}", f"--output={tmp_path}", f"--workers={workers}"),
-        *("--train-split=train-{0000..0003}.tar|40", "--val-split=val-{0000..0001}.tar|10"),
-        *("--num-classes=3", "--epochs=2", "--save-every-steps=1", "--drop=0.1", "--reprob=0.3"),
-    ]
-    assert run_and_resume(arguments, tmp_path)
+def test_webdataset_shards_resume_within_an_epoch(workers, sharded):
+    assert_resumes(sharded(40), f"--workers={workers}", "--reprob=0.3")
 
 
 @pytest.mark.slow
-def test_hugging_face_streams_resume_within_an_epoch(tmp_path):
-    folder = make_images(tmp_path / "images", {"train": 24, "val": 6})
-    arguments = [
-        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
-        *("--num-samples=24", "--val-num-samples=6", "--val-split=validation", "--download"),
-        *("--batch-size=4", "--epochs=2", "--save-every-steps=1", "--drop=0.1"),
-    ]
-    assert run_and_resume(arguments, tmp_path)
-
-
-STREAM = ["--num-classes=3", "--epochs=1", "--val-num-samples=10"]
+def test_hugging_face_streams_resume_within_an_epoch(hub):
+    assert_resumes(hub(24))
 
 
 @pytest.mark.parametrize("form", ["braces", "pipe"])
-def test_webdataset_shards(form, tmp_path):
-    shards = write_shards(tmp_path / "shards", "train", 32, 4)
-    write_shards(shards, "val", 10, 2)
-    start = f"pipe:cat {shards}/" if form == "pipe" else ""
-    arguments = [
-        *(f"--data=wds/{'' if form == 'pipe' else shards}", f"--output={tmp_path}", "--name=run"),
-        *(f"--train-split={start}train-{{0000..0003}}.tar|32", *STREAM),
-        f"--val-split={start}val-{{0000..0001}}.tar|10",
-    ]
-    assert train(*arguments) == 0
-    row = (tmp_path / "run" / "summary.csv").read_text().splitlines()[1]
+def test_webdataset_shards(form, sharded):
+    runs, words = sharded(), []
+    if form == "pipe":
+        start = f"pipe:cat {runs.output}/shards"
+        words = ["--data=wds/", f"--train-split={start}/train-{{0000..0003}}.tar|32"]
+        words.append(f"--val-split={start}/val-{{0000..0001}}.tar|10")
+    runs.train(*words)
+    row = (runs.folder / "summary.csv").read_text().splitlines()[1]
     assert row.startswith("0,4,")  # epoch 0, 32 / 8 updates
 
 
@@ -165,16 +157,6 @@ def test_no_program_is_started_for_an_image(tmp_path):
     assert "PostScript" in (tmp_path / "corrupt.txt").read_text()
 
 
-def test_hugging_face_streams(folder, tmp_path):
-    arguments = [
-        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
-        *("--name=run", "--num-samples=12", "--val-num-samples=6", "--epochs=1"),
-        *("--val-split=validation", "--batch-size=4", "--download"),
-    ]
-    assert train(*arguments) == 0
-    assert (tmp_path / "run" / "summary.csv").read_text().splitlines()[1].startswith("0,3,")
-
-
 @pytest.mark.parametrize(("seed", "seen"), [(None, [10, 30]), (0, [10, 30, 30, 30])])
 def test_images_of_the_hub_that_cannot_be_read(seed, seen, tmp_path):
     """In training, others take their place; in validation, nothing does."""
@@ -206,45 +188,30 @@ def test_a_stream_of_unknown_length(tmp_path):
         open_splits(recipe)
 
 
-def arguments_for(shards, *words, train_count=32, shard_count=4):
-    last = f"{shard_count - 1:04}"
-    return [
-        *(f"--data=wds/{shards}", f"--output={shards.parent}", "--name=run", *STREAM),
-        f"--train-split=train-{{0000..{last}}}.tar|{train_count}",
-        *("--val-split=val-{0000..0001}.tar|10", *words),
-    ]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_images_of_shards_are_replaced_and_named(workers, tmp_path):
-    shards = write_shards(tmp_path / "shards", "train", 32, 4, broken=(5, 9))
-    write_shards(shards, "val", 10, 2, broken=(3,))
-    words = ["--max-corrupt=0.1", f"--workers={workers}"]
-    assert train(*arguments_for(shards, *words)) == 0
-    named = (tmp_path / "run" / "corrupt_train.txt").read_text()
+def test_broken_images_of_shards_are_replaced_and_named(workers, sharded):
+    runs = sharded(broken=(5, 9), val_broken=(3,))
+    runs.train("--max-corrupt=0.1", f"--workers={workers}")
+    named = (runs.folder / "corrupt_train.txt").read_text()
     assert "train-0001.tar/00005\t" in named and "train-0001.tar/00009\t" in named
     assert len({line.split("\t")[0] for line in named.splitlines()}) == 2
-    assert "val-0001.tar/00003\t" in (tmp_path / "run" / "corrupt_validation.txt").read_text()
-    assert final_state(tmp_path / "run")["updates"] == 4
+    assert "val-0001.tar/00003\t" in (runs.folder / "corrupt_validation.txt").read_text()
+    assert runs.state()["updates"] == 4
 
 
-def test_too_many_broken_images_of_shards_end_the_run(tmp_path, capsys):
-    shards = write_shards(tmp_path / "shards", "train", 32, 4, broken=(5, 9))
-    write_shards(shards, "val", 10, 2)
+def test_too_many_broken_images_of_shards_end_the_run(sharded):
+    runs = sharded(broken=(5, 9))
     for workers in (0, 2):
-        words = ["--max-corrupt=0.01", f"--workers={workers}", "--overwrite"]
-        assert train(*arguments_for(shards, *words)) == 2
-        message = capsys.readouterr().err
-        assert "of 32 images cannot be read, more than max_corrupt=0.01 allows" in message
+        said = runs.refuse("--max-corrupt=0.01", f"--workers={workers}", "--overwrite")
+        assert "of 32 images cannot be read, more than max_corrupt=0.01 allows" in said
 
 
-def test_a_truncated_shard_is_named(tmp_path):
-    shards = write_shards(tmp_path / "shards", "train", 32, 4)
-    write_shards(shards, "val", 10, 2)
-    path = shards / "train-0002.tar"
+def test_a_truncated_shard_is_named(sharded):
+    runs = sharded()
+    path = runs.output / "shards" / "train-0002.tar"
     path.write_bytes(path.read_bytes()[:3000])
-    assert train(*arguments_for(shards, "--max-corrupt=0.1")) == 0
-    assert "train-0002.tar\t" in (tmp_path / "run" / "corrupt_train.txt").read_text()
+    runs.train("--max-corrupt=0.1")
+    assert "train-0002.tar\t" in (runs.folder / "corrupt_train.txt").read_text()
 
 
 @pytest.mark.parametrize(
@@ -255,39 +222,32 @@ def test_a_truncated_shard_is_named(tmp_path):
         (3, ["--train-split=train-{0000..0009}.tar|32"], "there is no shard "),
     ],
 )
-def test_unsupported_shards(labels, words, message, tmp_path, capsys):
-    shards = write_shards(tmp_path / "shards", "train", 32, 4, labels=labels)
-    write_shards(shards, "val", 10, 2)
-    assert train(*arguments_for(shards, *words)) == 2
-    assert message in capsys.readouterr().err
+def test_unsupported_shards(labels, words, message, sharded):
+    assert message in sharded(labels=labels).refuse(*words)
 
 
-def test_two_processes_share_shards_in_equal_steps(tmp_path):
+def test_two_processes_share_shards_in_equal_steps(sharded):
     """Both make the same number of updates, and validation counts each of the 11 images once."""
-    shards = write_shards(tmp_path / "shards", "train", 40, 4)
-    write_shards(shards, "val", 11, 2)
-    words = arguments_for(shards, "--val-num-samples=11", "--lr=0", "--min-lr=0", train_count=40)
-    words += ["--warmup-lr=0", "--ema"]
-    assert join(start_two(*words, before=(freeze_batch_norm,) * 2)) == [0, 0]
-    state = final_state(tmp_path / "run")
+    runs, both = sharded(40, 11), (freeze_batch_norm,) * 2
+    words = ("--lr=0", "--min-lr=0", "--warmup-lr=0", "--ema")
+    assert join(runs.start_two(*words, before=both)) == [0, 0]
+    state = runs.state()
     assert state["updates"] == 40 // 16
-    assert join([start(*words, "--overwrite", before=freeze_batch_norm)]) == [0]
-    both, alone = state["history"][0], final_state(tmp_path / "run")["history"][0]
-    assert both["ema_loss"] == pytest.approx(alone["ema_loss"], rel=1e-5)
-    assert both["ema_top1"] == pytest.approx(alone["ema_top1"])
+    assert join([runs.start(*words, "--overwrite", before=freeze_batch_norm)]) == [0]
+    two, alone = state["history"][0], runs.state()["history"][0]
+    assert two["ema_loss"] == pytest.approx(alone["ema_loss"], rel=1e-5)
+    assert two["ema_top1"] == pytest.approx(alone["ema_top1"])
 
 
-def test_broken_images_of_a_hub_set(tmp_path):
-    folder = make_images(tmp_path / "images", {"train": 12, "val": 6})
-    for name in ("train/class1/004.png", "val/class2/005.png"):
-        (folder / name).write_bytes((folder / name).read_bytes()[:200])
-    arguments = [
-        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
-        *("--name=run", "--num-samples=12", "--val-num-samples=6", "--epochs=1"),
-        *("--val-split=validation", "--batch-size=4", "--download", "--max-corrupt=0.2"),
-    ]
-    assert train(*arguments) == 0
-    assert "004.png\t" in (tmp_path / "run" / "corrupt_train.txt").read_text()
-    assert "005.png\t" in (tmp_path / "run" / "corrupt_validation.txt").read_text()
-    (row,) = csv.DictReader((tmp_path / "run" / "summary.csv").read_text().splitlines())
-    assert row["update"] == "3"
+@pytest.mark.parametrize("broken", [(), ("train/class1/004.png", "val/class2/005.png")])
+def test_a_hub_set(broken, hub):
+    """Images that cannot be read are named, and others take their place."""
+    runs = hub(12)
+    for name in broken:
+        path = runs.output / "images" / name
+        path.write_bytes(path.read_bytes()[:200])
+    runs.train("--max-corrupt=0.2")
+    for split in ("train", "validation") if broken else ():
+        named = (runs.folder / f"corrupt_{split}.txt").read_text()
+        assert {"train": "004.png\t", "validation": "005.png\t"}[split] in named
+    assert (runs.folder / "summary.csv").read_text().splitlines()[1].startswith("0,3,")

@@ -41,37 +41,18 @@ HEADS = {
     "upernet": "UPerHead",
 }
 # One of each head and family that is small enough for every run.
-QUICK = {
-    "fpn_van-b0",
-    "upernet_van-b0",
-    "retinanet_van-b0",
-    "mask-rcnn_van-b0",
-    "cascade-mask-rcnn_unireplknet-t",
-    "upernet_unireplknet-t",
-    "retinanet_efficientvit-m4",
-    "mask-rcnn_shvit-s4",
-    "fpn_favit-b0",
-    "fpn_medvitv2-tiny",
-    "fpn_biformer-small",
-    "fpn_litv2-s",
-    "fpn_ravlt-t",
-    "fpn_inception-next-tiny",
-    "mask-rcnn_nat-mini",
-    "mask-rcnn_overlock-t",
-    "upernet_overlock-t",
-    "upernet_dinat-s-tiny",
-    "upernet_vrwkv-t",
+TRAINED = {
+    *("fpn_van-b0", "cascade-mask-rcnn_unireplknet-t", "retinanet_efficientvit-m4"),
+    *("mask-rcnn_shvit-s4", "fpn_favit-b0", "fpn_medvitv2-tiny", "fpn_biformer-small"),
+    *("fpn_litv2-s", "fpn_ravlt-t", "fpn_inception-next-tiny", "mask-rcnn_nat-mini"),
+    *("upernet_overlock-t", "upernet_dinat-s-tiny", "upernet_vrwkv-t"),
     "mask-rcnn_vmamba-tiny-s1l8",
 }
-# Of these, head and family are each trained in another one.
-TWICE = {
-    "mask-rcnn_overlock-t",
-    "upernet_van-b0",
-    "retinanet_van-b0",
-    "mask-rcnn_van-b0",
+# Whose head and family are each trained in another one.
+QUICK = TRAINED | {
+    *("mask-rcnn_overlock-t", "upernet_van-b0", "retinanet_van-b0", "mask-rcnn_van-b0"),
     "upernet_unireplknet-t",
 }
-TRAINED = QUICK - TWICE
 
 
 def _key(path: Path) -> str:

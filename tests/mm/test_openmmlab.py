@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,7 @@ def test_out_indices():
 
 
 def test_out_norms_normalise_the_maps():
-    model = MODELS.build(
-        dict(type="VisionBackbone", name="unireplknet_a", depths=(1, 1, 2, 1), out_norms=True)
-    )
+    model = _build(name="unireplknet_a", out_norms=True)
     for m in model(torch.randn(1, 3, 64, 64)):
         torch.testing.assert_close(m.mean(1), torch.zeros_like(m[:, 0]), atol=1e-5, rtol=0)
 
@@ -89,36 +88,6 @@ def test_adapter_makes_a_pyramid_of_one_resolution():
         MODELS.build(dict(type="VisionBackbone", name="van_b0", adapter={}))
 
 
-def test_adapter_around_frozen_stages():
-    model = _adapted(frozen_stages=1, adapter={"drop_path_rate": 0.0}).train()
-    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
-    for name, parameter in model.named_parameters():
-        frozen = name.startswith(("model.network.stem.", "model.network.stages.0."))
-        assert parameter.requires_grad == (not frozen) == (parameter.grad is not None)
-
-
-def test_adapter_loads_classifiers_and_detectors(tmp_path):
-    path = tmp_path / "a.pth"
-    arguments = {"dim": 32, "depths": (1, 1, 1, 1)}
-    classifier = backbones.create_model("vrwkv_t", **arguments).state_dict()
-    torch.save({"state_dict": classifier}, path)
-    init = dict(type="Pretrained", checkpoint=str(path))
-    # Published detectors with VRWKV-T have layer scales, the classifier has none.
-    model = _adapted(layer_scale=1.0, init_cfg=init)
-    model.init_weights()
-    for name, tensor in model.network.state_dict().items():
-        if name in classifier:
-            assert torch.equal(tensor, classifier[name])
-        else:
-            assert name.endswith("gamma") and (tensor == 1).all()
-    detector = nn.ModuleDict({"backbone": model, "neck": nn.Conv2d(3, 3, 1)})
-    torch.save({"state_dict": detector.state_dict()}, path)
-    again = _adapted(layer_scale=1.0, init_cfg=init)
-    again.init_weights()
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name])
-
-
 def test_unknown_names_and_arguments():
     with pytest.raises(ValueError, match="did you mean.*'van_b2'"):
         VisionBackbone("van_b22")
@@ -130,16 +99,18 @@ def test_unknown_names_and_arguments():
         _build(init_cfg=dict(type="Kaiming", layer="Conv2d"))
 
 
-def test_frozen_stages_stay_frozen():
-    model = _build(frozen_stages=1).train()
-    network = model.model.model
-    before = copy.deepcopy(network.state_dict())
-    sum(m.mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
-    for name, parameter in network.named_parameters():
-        frozen = name.startswith(("stem.", "stages.0."))
+@pytest.mark.parametrize("adapted", [False, True])
+def test_frozen_stages_stay_frozen(adapted):
+    build = partial(_adapted, adapter={"drop_path_rate": 0.0}) if adapted else _build
+    model = build(frozen_stages=1).train()
+    before = copy.deepcopy(model.network.state_dict())
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    for name, parameter in model.named_parameters():
+        frozen = re.match(r"model\.(network|model)\.(stem|stages\.0)\.", name) is not None
         assert parameter.requires_grad == (not frozen) == (parameter.grad is not None)
-    moved = {n for n, b in network.named_buffers() if not torch.equal(b, before[n])}
-    assert moved and not any(n.startswith(("stem.", "stages.0.")) for n in moved)
+    moved = {n for n, b in model.network.named_buffers() if not torch.equal(b, before[n])}
+    assert adapted or moved
+    assert not any(n.startswith(("stem.", "stages.0.")) for n in moved)
 
 
 def test_norm_eval_keeps_running_statistics():
@@ -174,31 +145,37 @@ def test_with_cp_gives_the_same_gradients():
         torch.testing.assert_close(plain, again)
 
 
-def test_init_cfg_loads_classifiers_and_detectors(tmp_path):
-    classifier = backbones.create_model("van_b0", depths=(1, 1, 2, 1))
-    path = tmp_path / "classifier.pth"
-    torch.save({"state_dict": classifier.state_dict()}, path)
-    model = _build(init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+@pytest.mark.parametrize(
+    ("build", "name", "arguments"),
+    [
+        (_build, "van_b0", {"depths": (1, 1, 2, 1)}),
+        # Published detectors with VRWKV-T have layer scales, the classifier has none.
+        (partial(_adapted, layer_scale=1.0), "vrwkv_t", {"dim": 32, "depths": (1, 1, 1, 1)}),
+    ],
+)
+def test_init_cfg_loads_classifiers_and_detectors(build, name, arguments, tmp_path):
+    path = tmp_path / "a.pth"
+    classifier = backbones.create_model(name, **arguments).state_dict()
+    torch.save({"state_dict": classifier}, path)
+    init = dict(type="Pretrained", checkpoint=str(path))
+    model = build(init_cfg=init)
     model.init_weights()
-    for name, tensor in model.model.model.state_dict().items():
-        assert torch.equal(tensor, classifier.state_dict()[name])
-
+    for key, tensor in model.network.state_dict().items():
+        if key in classifier:
+            assert torch.equal(tensor, classifier[key])
+        else:
+            assert name == "vrwkv_t" and key.endswith("gamma") and (tensor == 1).all()
     detector = nn.ModuleDict({"backbone": model, "neck": nn.Conv2d(3, 3, 1)})
     torch.save({"state_dict": detector.state_dict(), "log": HistoryBuffer([1.0], [1])}, path)
-    again = _build(init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+    again = build(init_cfg=init)
     again.init_weights()
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, model.state_dict()[name])
+    for key, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[key])
 
 
 def test_init_cfg_names_published_weights():
-    model = MODELS.build(
-        dict(
-            type="VisionBackbone",
-            name="favit_b0",
-            depths=(1, 1, 1, 1),
-            init_cfg=dict(type="Pretrained", checkpoint="favit_b0.untrained"),
-        )
+    model = _build(
+        name="favit_b0", init_cfg=dict(type="Pretrained", checkpoint="favit_b0.untrained")
     )
     with pytest.raises(backbones.CheckpointError, match="favit_b0 has no downloadable weights"):
         model.init_weights()
@@ -315,9 +292,7 @@ def test_layers_of_unireplknet_are_the_published_ones():
 
 
 def test_layer_decay_skips_no_weight_decay_names():
-    model = MODELS.build(
-        dict(type="VisionBackbone", name="efficientvit_m0", depths=(1, 1, 1), img_size=448)
-    )
+    model = _build(name="efficientvit_m0", depths=(1, 1, 1), img_size=448)
     biases = {n: r for n, r in _rates(1.0, model).items() if n.endswith("attention_biases")}
     assert biases and set(biases.values()) == {(1.0, 0.0)}
 

@@ -230,6 +230,8 @@ def test_train_resume_evaluate_draw(tool, name, tmp_path, monkeypatch):
 
 def test_infer_refuses(tool, tmp_path):
     end = ["--config", _config(QUICKSTARTS[0]), "--out", str(tmp_path)]
+    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere.pth"):
+        tool.main(["test", _config(QUICKSTARTS[0]), "nowhere.pth"])
     with pytest.raises(FileNotFoundError, match="no file at missing.png"):
         tool.main(["infer", "missing.png", *end, "--checkpoint", "missing.pth"])
     for folder in ("a", "b"):
@@ -271,11 +273,6 @@ def test_a_set_replaces_nothing_unasked(tool, tmp_path):
     assert (tmp_path / "images" / "val" / "000.png").stat().st_size > 100
 
 
-def test_missing_checkpoint_is_named(tool, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere.pth"):
-        tool.main(["test", _config(QUICKSTARTS[0]), "nowhere.pth"])
-
-
 def test_options_reach_the_config(tool, tmp_path, monkeypatch):
     seen: list[Config] = []
     monkeypatch.setattr(tool, "get_device", lambda: "cuda")
@@ -302,13 +299,7 @@ def test_options_reach_the_config(tool, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("det/quickstart_retinanet", marks=pytest.mark.slow),
-        pytest.param("det/quickstart_mask-rcnn", marks=pytest.mark.slow),
-        pytest.param("seg/quickstart_fpn", marks=pytest.mark.slow),
-        "seg/quickstart_upernet",
-    ],
+    "name", [pytest.param(q, marks=pytest.mark.slow) for q in QUICKSTARTS[:3]] + QUICKSTARTS[3:]
 )
 def test_mixed_precision_on_a_cpu(tool, name, tmp_path, monkeypatch):
     """All convolutions of the training run in bfloat16, and it learns."""
@@ -415,13 +406,8 @@ def test_an_error_of_one_process_ends_both(tool, tmp_path, monkeypatch):
 def _run_two(script: Path) -> str:
     """Two processes train the first quickstart: what they print."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [
-        str(script),
-        "train",
-        _config(QUICKSTARTS[0]),
-        "--launcher=pytorch",
-        "--cfg-options",
-    ]
+    command += [str(script), "train", _config(QUICKSTARTS[0]), "--launcher=pytorch"]
+    command += ["--cfg-options"]
     command += ["train_dataloader.batch_size=1", "train_cfg.max_epochs=1"]
     command += ["train_cfg.val_interval=1", "model.test_cfg.score_thr=0.0"]
     command += ["default_hooks.checkpoint.interval=1", "default_hooks.logger.interval=1"]

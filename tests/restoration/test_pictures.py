@@ -47,6 +47,9 @@ def test_colour_and_alpha(suffix, alpha, tmp_path):
     if suffix != ".webp":
         write_picture(tmp_path / f"b{suffix}", picture)
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"b{suffix}")), array)
+    for opaque in (".jpg", ".bmp"):
+        write_picture(tmp_path / f"c{opaque}", picture)
+        assert read_picture(tmp_path / f"c{opaque}").alpha is None
 
 
 def test_palette(tmp_path):
@@ -106,6 +109,7 @@ def test_a_transparent_colour_of_sixteen_bits(channels, tmp_path):
     array = pixels(5, 8, channels, kind=np.uint16)
     array[0, :3] = clear = np.array([513, 7, 65535][:channels], np.uint16)
     array[1, 0] = clear ^ np.uint16(1)  # another one, though the same in 8 bits
+    array[1, 1] = [clear[0] ^ 1, *clear[1:]]  # and one with the same green and blue
     path = tmp_path / "a.png"
     write_picture(path, Picture(array))
     name, data = b"tRNS", clear.astype(">u2").tobytes()
@@ -130,15 +134,12 @@ def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path):
 def test_orientation(orientation, tmp_path):
     image = Image.fromarray(pixels(5, 8, 3))
     exif = image.getexif()
-    exif[ORIENTATION], exif[MAKER] = orientation, "a maker"
+    exif[ORIENTATION] = orientation
     image.save(tmp_path / "a.png", exif=exif)
     picture = read_picture(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:
         assert np.array_equal(picture.pixels, np.asarray(ImageOps.exif_transpose(opened)))
     assert read_size(tmp_path / "a.png") == picture.pixels.shape[:2]
-    write_picture(tmp_path / "b.jpg", picture)
-    with Image.open(tmp_path / "b.jpg") as written:
-        assert ORIENTATION not in written.getexif() and written.getexif()[0x010F] == "a maker"
 
 
 def test_damaged_metadata_is_ignored(tmp_path):
@@ -177,13 +178,6 @@ def test_a_profile_of_other_channels_is_left_out(tmp_path):
     assert read_picture(tmp_path / "a.jpg").icc is None
     Image.fromarray(pixels(4, 4, 3)).save(tmp_path / "b.jpg", icc_profile=PROFILES[3])
     assert read_picture(tmp_path / "b.jpg").icc == PROFILES[3]
-
-
-def test_formats_without_alpha(tmp_path):
-    picture = Picture(pixels(6, 6, 3), pixels(6, 6))
-    for suffix in (".jpg", ".bmp"):
-        write_picture(tmp_path / f"a{suffix}", picture)
-        assert read_picture(tmp_path / f"a{suffix}").alpha is None
 
 
 def test_frames(tmp_path):

@@ -15,9 +15,9 @@ import torch
 import yaml
 from gradient_law import FORMATS, Case, alone, assert_same, gradients
 from PIL import Image
-from restoration_runs import TINY, make_pictures, start, start_two, train
+from restoration_runs import TINY, make_pictures, start, train
 from torch import nn
-from training_runs import final_state, kill, kill_at_call, same
+from training_runs import Runs, final_state, join, kill, kill_at_call, same
 from zoo import images, randomise, small
 
 import backbones
@@ -47,6 +47,11 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return f"--train-pictures={folders[0]}", f"--val-pictures={folders[1]}"
 
 
+@pytest.fixture
+def runs(pictures, tmp_path, capsys):
+    return Runs(tmp_path, capsys, *pictures, train=train, start=start)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(pictures, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
@@ -54,10 +59,10 @@ def undisturbed(pictures, tmp_path_factory):
     return final_state(output / "run")
 
 
-def test_output_files(pictures, tmp_path, capsys):
-    arguments = (*pictures, f"--output={tmp_path}", "--name=run", "--epochs=2", "--ema-decay=0.5")
-    assert train(*arguments, "--updates-per-epoch=15", "--lr=5e-3", pictures=True) == 0
-    folder, printed = tmp_path / "run", capsys.readouterr().out
+def test_output_files(runs, capsys):
+    words = ("--epochs=2", "--ema-decay=0.5", "--updates-per-epoch=15", "--lr=5e-3")
+    assert train(*runs.words(*words), pictures=True) == 0
+    folder, printed = runs.folder, capsys.readouterr().out
     wanted = {"best.safetensors", "last.pt", "summary.csv", "metrics.jsonl", "comparison.png"}
     assert wanted <= {path.name for path in folder.iterdir()}
     assert all(name in printed for name in wanted) and "dB over bicubic" in printed
@@ -79,32 +84,24 @@ def test_output_files(pictures, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "number"), [("link", 4), pytest.param("fsync", 7, marks=pytest.mark.slow)]
 )
-def test_a_killed_run_resumes_bit_for_bit(name, number, pictures, undisturbed, tmp_path):
-    arguments = (*pictures, f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments, before=partial(kill_at_call, name, number))
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert train(*arguments, "--resume=auto") == 0
-    assert same(final_state(tmp_path / "run"), undisturbed)
+def test_a_killed_run_resumes_bit_for_bit(name, number, undisturbed, runs):
+    runs.kill_at(name, number, *RECIPE)
+    runs.train(*RECIPE, "--resume=auto")
+    assert same(runs.state(), undisturbed)
 
 
 @pytest.mark.slow
-def test_loader_processes_change_nothing(pictures, undisturbed, tmp_path):
-    process = start(*pictures, f"--output={tmp_path}", "--name=run", *RECIPE, "--workers=2")
-    process.join()
-    assert process.exitcode == 0
-    assert same(final_state(tmp_path / "run"), undisturbed)
+def test_loader_processes_change_nothing(undisturbed, runs):
+    assert join([runs.start(*RECIPE, "--workers=2")]) == [0]
+    assert same(runs.state(), undisturbed)
 
 
-def test_two_processes_equal_one_with_the_double_batch(pictures, tmp_path):
-    plain = ["--opt=momentum", "--momentum=0", "--sched=none", "--epochs=2", "--lr=0.1", "--no-ema"]
-    arguments = (*pictures, f"--output={tmp_path}", *plain)
-    processes = start_two(*arguments, "--name=two")
-    assert train(*arguments, "--name=one", "--batch-size=4") == 0
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
-    one, two = (final_state(tmp_path / name) for name in ("one", "two"))
+def test_two_processes_equal_one_with_the_double_batch(runs):
+    words = ["--opt=momentum", "--momentum=0", "--sched=none", "--epochs=2", "--lr=0.1", "--no-ema"]
+    processes = runs.start_two(*words)
+    runs.train(*words, "--name=one", "--batch-size=4")
+    assert join(processes) == [0, 0]
+    one, two = runs.state("one"), runs.state()
     assert one["updates"] == two["updates"] == 8
     for key, value in two["model"].items():
         torch.testing.assert_close(value, one["model"][key], rtol=1e-4, atol=1e-6)
@@ -131,73 +128,71 @@ def test_the_gradient_of_a_patch_alone_is_that_within_a_batch(memory_format):
     assert_same(alone(objective, spoilt, model), whole, case, model)
 
 
-def test_two_processes_resume_bit_for_bit(pictures, tmp_path):
-    arguments = (*pictures, f"--output={tmp_path}", *RECIPE)
-    for process in start_two(*arguments, "--name=undisturbed"):
-        process.join()
-    processes = start_two(*arguments, "--name=run", before=(partial(kill_at_call, "link", 3), None))
+def test_two_processes_resume_bit_for_bit(runs):
+    assert join(runs.start_two(*RECIPE, "--name=undisturbed")) == [0, 0]
+    processes = runs.start_two(*RECIPE, before=(partial(kill_at_call, "link", 3), None))
     processes[0].join()
     kill(processes[1])
     assert processes[0].exitcode == -signal.SIGKILL
-    for process in start_two(*arguments, "--name=run", "--resume=auto"):
-        process.join()
-        assert process.exitcode == 0
-    states = [final_state(tmp_path / name) for name in ("undisturbed", "run")]
+    assert join(runs.start_two(*RECIPE, "--resume=auto")) == [0, 0]
+    states = [runs.state(name) for name in ("undisturbed", "run")]
     assert len(states[0]["ranks"]) == 2 and same(*states)
 
 
 @pytest.mark.parametrize("task", ["denoise", "jpeg", "real"])
-def test_other_tasks(task, pictures, tmp_path):
+def test_other_tasks(task, runs):
     model = "--model-args=" + (TINY if task == "real" else TINY[:-1] + ", upscale: 1}")
-    more = ["--epochs=1", "--updates-per-epoch=2", f"--task={task}", model]
-    assert train(*pictures, f"--output={tmp_path}", "--name=run", *more) == 0
-    row = final_state(tmp_path / "run")["history"][0]
-    assert 5 < row["val_psnr_y"] < 60
+    runs.train("--epochs=1", "--updates-per-epoch=2", f"--task={task}", model)
+    assert 5 < runs.state()["history"][0]["val_psnr_y"] < 60
 
 
-def test_validation_in_tiles(pictures, tmp_path):
+def test_validation_in_tiles(runs):
     """Of 20×22 pixels: nine tiles of three pictures for the weights and for their average."""
-    arguments = (*pictures, f"--output={tmp_path}", "--epochs=1", "--updates-per-epoch=1")
     counts = []
-    for words in ((), ("--val-tile=8",)):
+    for words in (("--name=whole",), ("--val-tile=8",)):
         calls = []
 
         def count(module, *_, calls=calls):
             calls.append(isinstance(module, HAT) and not module.training)
 
         with nn.modules.module.register_module_forward_hook(count):
-            assert train(*arguments, f"--name={len(words)}", *words) == 0
+            runs.train("--epochs=1", "--updates-per-epoch=1", *words)
         counts.append(sum(calls))
     assert counts == [2 * 3, 2 * 3 * 9]
 
 
-def test_errors_are_reported(pictures, tmp_path, capsys):
-    def error(*arguments: str) -> str:
-        assert train(*pictures, f"--output={tmp_path}", *arguments) == 2
-        return capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--mixup=0.2"], "unknown option '--mixup'"),
+        (["--task=denoise"], "task denoise keeps the size, but hat_nano_x2 enlarges 2"),
+        (["--model-args={upscale: 1}"], "needs a model whose upscale is 2, 3 or 4"),
+        (["--model=van_b0", "--model-args={}"], "van_b0 does not output images"),
+        (["--sigma", "-1"], "sigma must be within 0 … 255, not (-1.0,)"),
+        (["--sigma=[]"], "sigma must be one or more numbers"),
+        (["--quality", "40", "10"], "quality must be the lowest and the highest"),
+        (["--quality", "40"], "quality must be 2 numbers within 1 … 100"),
+        (["--model-args={depths: 3}"], "model_args"),
+        (["--device=nope"], "error: device nope cannot be used here: "),
+        (["--train-pictures=/nowhere"], "no image at /nowhere"),
+    ],
+)
+def test_errors_are_reported(words, message, runs):
+    assert message in runs.refuse(*words)
 
-    assert "unknown option '--mixup'" in error("--mixup=0.2")
-    assert "task denoise keeps the size, but hat_nano_x2 enlarges 2" in error("--task=denoise")
-    assert "needs a model whose upscale is 2, 3 or 4" in error("--model-args={upscale: 1}")
-    assert "van_b0 does not output images" in error("--model=van_b0", "--model-args={}")
-    assert "sigma must be within 0 … 255, not (-1.0,)" in error("--sigma", "-1")
-    assert "sigma must be one or more numbers" in error("--sigma=[]")
-    assert "quality must be the lowest and the highest" in error("--quality", "40", "10")
-    assert "quality must be 2 numbers within 1 … 100" in error("--quality", "40")
-    assert "model_args" in error("--model-args={depths: 3}")
-    assert "error: device nope cannot be used here: " in error("--device=nope")
-    assert "no image at /nowhere" in error("--train-pictures=/nowhere")
-    assert "cannot be read, more than max_corrupt" in error("--patch-size=40", "--name=large")
-    listed = (tmp_path / "large" / "corrupt_train.txt").read_text()
+
+def test_unsuitable_pictures_and_checkpoints(runs):
+    assert "cannot be read, more than max_corrupt" in runs.refuse("--patch-size=40", "--name=large")
+    listed = (runs.output / "large" / "corrupt_train.txt").read_text()
     assert "smaller than a patch of 80×80" in listed
-    assert train(*pictures, f"--output={tmp_path}", "--name=a", "--epochs=1") == 0
-    small = make_pictures(tmp_path / "small", 1, side=14)
-    assert "0.png is smaller than 16×16 pixels" in error(f"--val-pictures={small}")
-    again = ("--name=a", "--resume=auto", "--epochs=2", "--model-args", TINY.replace("8", "16", 1))
-    assert "does not fit this recipe" in error(*again)
+    small = make_pictures(runs.output / "small", 1, side=14)
+    assert "0.png is smaller than 16×16 pixels" in runs.refuse(f"--val-pictures={small}")
+    runs.train("--epochs=1")
+    again = ("--resume=auto", "--epochs=2", "--model-args", TINY.replace("8", "16", 1))
+    assert "does not fit this recipe" in runs.refuse(*again)
 
 
-def test_nan_weights_are_never_saved(pictures, tmp_path, monkeypatch, capsys):
+def test_nan_weights_are_never_saved(runs, monkeypatch):
     original = RestorationTrainer.apply_gradients
 
     def apply_gradients(self):
@@ -207,12 +202,10 @@ def test_nan_weights_are_never_saved(pictures, tmp_path, monkeypatch, capsys):
                 next(self.model.parameters()).fill_(float("nan"))
 
     monkeypatch.setattr(RestorationTrainer, "apply_gradients", apply_gradients)
-    arguments = (*pictures, f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments) == 2
-    said = capsys.readouterr().err
-    assert "the validation after 8 updates found psnr_y nan" in said and said.count("\n") == 1
-    assert load_state(tmp_path / "run" / "last.pt")["updates"] == 4
-    with safetensors.safe_open(tmp_path / "run" / "best.safetensors", "pt") as file:
+    said = runs.refuse("--epochs=2")
+    assert "the validation after 8 updates found psnr_y nan" in said
+    assert load_state(runs.folder / "last.pt")["updates"] == 4
+    with safetensors.safe_open(runs.folder / "best.safetensors", "pt") as file:
         assert file.metadata()["epoch"] == "1"
 
 
@@ -234,11 +227,6 @@ def test_quickstart_has_a_folder_of_its_own():
     """The classifiers' quickstart, of the same name, writes into the default one."""
     recipe = load_recipe(CONFIGS / "quickstart.yaml", {}, RestorationRecipe)
     assert recipe.output != load_recipe(CONFIGS.parent / "cls" / "quickstart.yaml", {}).output
-
-
-def test_quickstart_has_no_original_and_is_small():
-    model = backbones.create_model("hat_nano_x2")
-    assert sum(p.numel() for p in model.parameters()) <= 1_000_000
     with pytest.raises(RecipeError, match="no model"):
         build_restorer(RestorationRecipe())
 

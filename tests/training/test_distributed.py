@@ -9,7 +9,6 @@ import pytest
 import torch
 from commands import run
 from training_runs import (
-    final_state,
     free_port,
     freeze_batch_norm,
     join,
@@ -19,7 +18,6 @@ from training_runs import (
     same,
     start,
     start_leaving,
-    start_two,
 )
 
 from backbones.common.lock import FolderLock
@@ -40,56 +38,51 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"), {"train": 50, "val": 11})
 
 
-def test_all_processes_learn_that_the_folder_is_locked(images, tmp_path):
-    (tmp_path / "run").mkdir()
-    lock = FolderLock(tmp_path / "run")
-    assert join(start_two(f"--data={images}", f"--output={tmp_path}", "--name=run")) == [2, 2]
+def test_all_processes_learn_that_the_folder_is_locked(runs):
+    runs.folder.mkdir()
+    lock = FolderLock(runs.folder)
+    assert join(runs.start_two()) == [2, 2]
     lock.release()
 
 
 @pytest.mark.parametrize("size", ["many", "0", "-2"])
-def test_a_world_without_a_size(size, images, tmp_path):
-    process = start(f"--data={images}", f"--output={tmp_path}", env={"WORLD_SIZE": size})
-    assert join([process]) == [2]
+def test_a_world_without_a_size(size, runs):
+    assert join([start(*runs.words(), env={"WORLD_SIZE": size})]) == [2]
 
 
-def test_two_processes_and_accumulation_equal_one_big_batch(images, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", *SGD)
-    runs = {
-        "whole": [start(*arguments, "--name=whole", "--batch-size=16", before=freeze_batch_norm)],
-        "parts": [start(*arguments, "--name=parts", "--accum-steps=2", before=freeze_batch_norm)],
-        "two": start_two(*arguments, "--name=two", before=(freeze_batch_norm,) * 2),
+def test_two_processes_and_accumulation_equal_one_big_batch(runs):
+    started = {
+        "whole": [
+            runs.start(*SGD, "--name=whole", "--batch-size=16", before=freeze_batch_norm),
+        ],
+        "parts": [runs.start(*SGD, "--name=parts", "--accum-steps=2", before=freeze_batch_norm)],
+        "two": runs.start_two(*SGD, "--name=two", before=(freeze_batch_norm,) * 2),
     }
-    for processes in runs.values():
+    for processes in started.values():
         assert set(join(processes)) == {0}
-    states = {name: final_state(tmp_path / name) for name in runs}
-    start_of_all = states["whole"]["model"]
-    for name in ("parts", "two"):
-        state = states[name]
+    whole, *others = (runs.state(name) for name in started)
+    for state in others:
         assert state["updates"] == 6
         for key, value in state["model"].items():
-            torch.testing.assert_close(value, start_of_all[key], rtol=1e-4, atol=1e-5)
-        for row, whole in zip(state["history"], states["whole"]["history"], strict=True):
+            torch.testing.assert_close(value, whole["model"][key], rtol=1e-4, atol=1e-5)
+        for row, wanted in zip(state["history"], whole["history"], strict=True):
             for key in ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5"):
-                assert row[key] == pytest.approx(whole[key], rel=1e-4)
+                assert row[key] == pytest.approx(wanted[key], rel=1e-4)
 
 
-def test_batch_norm_over_processes_without_a_gpu(images, tmp_path):
-    processes = start_two(f"--data={images}", f"--output={tmp_path}", "--name=run", "--sync-bn")
-    assert join(processes) == [2, 2]
+def test_batch_norm_over_processes_without_a_gpu(runs):
+    assert join(runs.start_two("--sync-bn")) == [2, 2]
 
 
-def test_two_processes_resume_bit_for_bit(images, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
-    assert join(start_two(*arguments, "--name=undisturbed")) == [0, 0]
-    processes = start_two(
-        *arguments, "--name=killed", before=(partial(kill_at_call, "link", 2), None)
-    )
+def test_two_processes_resume_bit_for_bit(runs):
+    words = ("--save-every-steps=1", *RANDOM)
+    assert join(runs.start_two(*words, "--name=undisturbed")) == [0, 0]
+    processes = runs.start_two(*words, before=(partial(kill_at_call, "link", 2), None))
     processes[0].join()
     kill(processes[1])
     assert processes[0].exitcode == -signal.SIGKILL
-    assert join(start_two(*arguments, "--name=killed", "--resume=auto")) == [0, 0]
-    states = [final_state(tmp_path / name) for name in ("undisturbed", "killed")]
+    assert join(runs.start_two(*words, "--resume=auto")) == [0, 0]
+    states = [runs.state(name) for name in ("undisturbed", "run")]
     assert len(states[0]["ranks"]) == 2
     assert same(*states)
 
@@ -103,15 +96,14 @@ def test_leaving_does_not_deadlock_with_the_gil():
     assert not stuck
 
 
-def test_a_signal_to_one_stops_both_and_one_can_resume_alone(images, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
-    processes = start_two(*arguments, "--name=run")
-    processes[0].wait_for(tmp_path / "run" / "last.pt")
+def test_a_signal_to_one_stops_both_and_one_can_resume_alone(runs):
+    words = ("--save-every-steps=1", *RANDOM)
+    processes = runs.start_two(*words)
+    processes[0].wait_for(runs.folder / "last.pt")
     os.kill(processes[1].pid, signal.SIGTERM)
     assert join(processes) == [128 + signal.SIGTERM] * 2
-    alone = start(*arguments, "--name=run", "--resume=auto", "--batch-size=16")
-    assert join([alone]) == [0]
-    assert final_state(tmp_path / "run")["updates"] == 6
+    assert join([runs.start(*words, "--resume=auto", "--batch-size=16")]) == [0]
+    assert runs.state()["updates"] == 6
 
 
 @pytest.mark.parametrize(
@@ -127,19 +119,13 @@ def test_a_signal_to_one_stops_both_and_one_can_resume_alone(images, tmp_path):
         ),
     ],
 )
-def test_sharded_weights_equal_replicated_ones(words, images, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", *words, "--epochs=2")
-    arguments += ("--ema", "--ema-decay=0.9", "--save-every-steps=2")
-    size = "8" if "--batch-size=4" in words else "16"
-    runs = {
-        "whole": [
-            start(*arguments, "--name=whole", f"--batch-size={size}", before=freeze_batch_norm)
-        ],
-        "shared": start_two(*arguments, "--name=shared", "--fsdp", before=(freeze_batch_norm,) * 2),
-    }
-    for processes in runs.values():
-        assert set(join(processes)) == {0}
-    whole, shared = (final_state(tmp_path / name) for name in runs)
+def test_sharded_weights_equal_replicated_ones(words, runs):
+    words = [*words, "--epochs=2", "--ema", "--ema-decay=0.9", "--save-every-steps=2"]
+    size = "--batch-size=8" if "--batch-size=4" in words else "--batch-size=16"
+    both = (freeze_batch_norm,) * 2
+    alone = runs.start(*words, "--name=whole", size, before=freeze_batch_norm)
+    assert join([alone, *runs.start_two(*words, "--fsdp", before=both)]) == [0, 0, 0]
+    whole, shared = runs.state("whole"), runs.state()
     assert shared["updates"] == whole["updates"] == 6
     for part in ("model", "model_ema"):
         assert shared[part].keys() == whole[part].keys()
@@ -154,19 +140,12 @@ def test_sharded_weights_equal_replicated_ones(words, images, tmp_path):
         for key in ("train_loss", "train_top1", "val_loss", "val_top1", "ema_top1"):
             assert row[key] == pytest.approx(wanted[key], rel=1e-3)
     # Both steps that saved within an epoch and what came after are the same again.
-    kept = tmp_path / "shared" / "last.prev.pt"
-    kept.replace(tmp_path / "shared" / "last.pt")
-    again = start_two(
-        *arguments, "--name=shared", "--fsdp", "--resume=auto", before=(freeze_batch_norm,) * 2
-    )
-    assert join(again) == [0, 0]
-    assert same(final_state(tmp_path / "shared"), shared)
+    (runs.folder / "last.prev.pt").replace(runs.folder / "last.pt")
+    assert join(runs.start_two(*words, "--fsdp", "--resume=auto", before=both)) == [0, 0]
+    assert same(runs.state(), shared)
     # The file is that of a whole network: a single process goes on from it.
-    alone = start(
-        *arguments, "--name=shared", "--resume=auto", "--epochs=3", f"--batch-size={size}"
-    )
-    assert join([alone]) == [0]
-    assert final_state(tmp_path / "shared")["updates"] == 9
+    assert join([runs.start(*words, "--resume=auto", "--epochs=3", size)]) == [0]
+    assert runs.state()["updates"] == 9
 
 
 WORKER = """
@@ -185,19 +164,19 @@ with patch.object(train_cls.pictures, "draw_curves"), patch.object(
 
 
 @pytest.mark.slow
-def test_an_elastic_torchrun_restarts_a_killed_worker(images, tmp_path):
+def test_an_elastic_torchrun_restarts_a_killed_worker(runs, tmp_path):
     """``--nnodes 1:2 --max-restarts``: the others leave, all begin again and go on bit for bit."""
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
-    assert join(start_two(*arguments, "--name=undisturbed")) == [0, 0]
+    words = ("--save-every-steps=1", *RANDOM)
+    assert join(runs.start_two(*words, "--name=undisturbed")) == [0, 0]
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2"),
         *("--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"),
         *("--rdzv-conf=last_call_timeout=1,join_timeout=60", "--monitor-interval=0.2"),
-        *(str(worker), *arguments, "--name=elastic", "--resume=auto"),
+        *(str(worker), *runs.words(*words, "--resume=auto")),
     ]
     # Without it the processes of both turns share a store, and new ones may find dead addresses.
     said = run(command, timeout=180, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
     assert "resuming from" in said
-    assert same(*(final_state(tmp_path / name) for name in ("undisturbed", "elastic")))
+    assert same(*(runs.state(name) for name in ("undisturbed", "run")))

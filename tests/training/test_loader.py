@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
-from training_runs import make_images, train
+from training_runs import Runs, make_images
 
 from backbones.common.errors import DataError
 from backbones.common.processes import World
@@ -246,11 +246,9 @@ def test_broken_validation_images_are_not_counted(make, broken):
 
 
 def test_a_run_over_broken_images(broken, tmp_path, capsys):
-    arguments = (f"--data={broken}", f"--output={tmp_path}", "--epochs=1")
-    assert train(*arguments, "--name=a", "--max-corrupt=0.1") == 0
-    assert "corrupt_train.txt" in capsys.readouterr().out
-    assert train(*arguments, "--name=b", "--max-corrupt=0") == 2
-    assert "cannot be read, more than max_corrupt" in capsys.readouterr().err
+    runs = Runs(tmp_path, capsys, f"--data={broken}", "--epochs=1")
+    assert "corrupt_train.txt" in runs.train("--max-corrupt=0.1")
+    assert "cannot be read, more than max_corrupt" in runs.refuse("--overwrite", "--max-corrupt=0")
 
 
 def test_a_loader_process_keeps_an_inherited_ignore():

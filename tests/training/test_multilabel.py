@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from training_runs import final_state, same, train
+from training_runs import Runs, same
 
 from backbones.training.data import open_splits
 from backbones.training.multilabel import mean_auc, validation_loss
@@ -80,29 +80,29 @@ def test_the_labels_of_a_set(chest):
     assert image.size == (28, 28) and label.shape == (3,)
 
 
-def test_a_run_learns_them(chest, tmp_path, capsys):
-    arguments = ("--data=medmnist/chestmnist", f"--data-dir={chest}", f"--output={tmp_path}")
-    words = ("--name=run", "--no-aug", "--lr=1e-2", "--batch-size=16")
-    assert train(*arguments, *words, "--epochs=6", "--ema", "--ema-decay=0.5") == 0
-    row = final_state(tmp_path / "run")["history"][-1]
+@pytest.fixture
+def runs(chest, tmp_path, capsys):
+    return Runs(tmp_path, capsys, "--data=medmnist/chestmnist", f"--data-dir={chest}")
+
+
+def test_a_run_learns_them(runs):
+    words = ("--no-aug", "--lr=1e-2", "--batch-size=16", "--ema")
+    printed = runs.train(*words, "--epochs=6", "--ema-decay=0.5")
+    row = runs.state()["history"][-1]
     # Chance is 50 in both; the least of eight seeds was 90.9 and 88.2.
     assert row["ema_auc"] > 75 and row["val_top1"] > 70
-    printed = capsys.readouterr().out
     assert "AUC" in printed and "best AUC" in printed
-    assert train(*arguments, *words, "--epochs=7", "--resume=auto", "--ema") == 0
+    runs.train(*words, "--epochs=7", "--resume=auto")
 
 
-def test_loader_processes_change_nothing(chest, tmp_path):
-    arguments = ("--data=medmnist/chestmnist", f"--data-dir={chest}", f"--output={tmp_path}")
-    for workers in (0, 2):
-        assert train(*arguments, f"--name={workers}", f"--workers={workers}", "--epochs=1") == 0
-    assert same(*(final_state(tmp_path / str(workers)) for workers in (0, 2)))
+def test_loader_processes_change_nothing(runs):
+    for workers in ("0", "2"):
+        runs.train(f"--name={workers}", f"--workers={workers}", "--epochs=1")
+    assert same(runs.state("0"), runs.state("2"))
 
 
 @pytest.mark.parametrize(
     "words", [["--mixup=0.2"], ["--distill=soft", "--teacher=van_b0", "--teacher-pretrained"]]
 )
-def test_unsupported_with_multiple_labels(words, chest, tmp_path, capsys):
-    arguments = ("--data=medmnist/chestmnist", f"--data-dir={chest}", f"--output={tmp_path}")
-    assert train(*arguments, *words) == 2
-    assert "multi-label data does not support" in capsys.readouterr().err
+def test_unsupported_with_multiple_labels(words, runs):
+    assert "multi-label data does not support" in runs.refuse(*words)

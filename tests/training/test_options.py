@@ -456,10 +456,9 @@ def test_the_default_memory_format(wishes, device, expected):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
-def test_compile(images, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=1")
-    assert train(*arguments, "--compile", "--ema") == 0
-    assert not any("orig_mod" in key for key in final_state(tmp_path / "run")["model"])
+def test_compile(runs):
+    runs.train("--epochs=1", "--compile", "--ema")
+    assert not any("orig_mod" in key for key in runs.state()["model"])
 
 
 @pytest.mark.parametrize(
@@ -485,10 +484,8 @@ def test_compile(images, tmp_path):
         (["--num-classes=2"], "3 classes, the model's head only 2"),
     ],
 )
-def test_impossible_options(words, message, images, tmp_path, capsys):
-    assert train(f"--data={images}", f"--output={tmp_path}", "--epochs=1", *words) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
+def test_impossible_options(words, message, runs):
+    assert message in runs.refuse("--epochs=1", *words)
 
 
 def test_the_learning_rate_follows_the_batch():
@@ -562,28 +559,23 @@ def test_factors_without_a_match_are_rejected(factors):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_events_for_tensorboard(images, tmp_path):
+def test_events_for_tensorboard(runs):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--log-every=1")
-    assert train(*arguments, "--epochs=2", "--tensorboard") == 0
-    events = EventAccumulator(str(tmp_path / "run"))
+    runs.train("--log-every=1", "--epochs=2", "--tensorboard")
+    events = EventAccumulator(str(runs.folder))
     events.Reload()
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
     for key in ("loss", "lr", "val_top1", "images_per_second"):
         written = [(event.step, event.value) for event in events.Scalars(key)]
-        wanted = [(entry["update"], entry[key]) for entry in entries if key in entry]
+        wanted = [(entry["update"], entry[key]) for entry in entries(runs.folder) if key in entry]
         assert written == [(step, pytest.approx(value, rel=1e-5)) for step, value in wanted]
 
 
-def test_reports_to_other_programs(images, tmp_path, monkeypatch, capsys):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=1", "--log-every=1")
+def test_reports_to_other_programs(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    for words in (["--wandb=project"], ["--tensorboard"]):
-        assert train(*arguments, *words) == 2
-        assert "pip install" in capsys.readouterr().err
+    for word in ("--wandb=project", "--tensorboard"):
+        assert "pip install" in runs.refuse(word)
 
     seen = {}
     run = types.SimpleNamespace(
@@ -594,10 +586,8 @@ def test_reports_to_other_programs(images, tmp_path, monkeypatch, capsys):
     board = types.SimpleNamespace(add_scalar=lambda *a: written.append(a), close=lambda: None)
     module = types.SimpleNamespace(SummaryWriter=lambda folder: board)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    assert train(*arguments, "--name=run", "--wandb=project", "--tensorboard") == 0
-    entries = [
-        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    ]
+    runs.train("--epochs=1", "--log-every=1", "--wandb=project", "--tensorboard")
+    first = entries(runs.folder)[0]
     assert sorted(seen) == [1, 2, 3]
-    assert seen[1]["loss"] == entries[0]["loss"]
-    assert ("loss", entries[0]["loss"], 1) in written
+    assert seen[1]["loss"] == first["loss"]
+    assert ("loss", first["loss"], 1) in written

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
-from training_runs import a_few, make_images, same, train
+from training_runs import Runs, a_few, make_images, same
 from zoo import CLASSIFIERS, small
 
 from backbones.common.errors import RecipeError
@@ -97,5 +97,5 @@ def test_unsupported_with_sharding(words, message):
 
 def test_sharding_needs_several_processes(tmp_path, capsys):
     images = make_images(tmp_path / "images", {"train": 9, "val": 3})
-    assert train(f"--data={images}", f"--output={tmp_path}", "--fsdp", "--epochs=1") == 2
-    assert "fsdp needs torchrun" in capsys.readouterr().err
+    runs = Runs(tmp_path, capsys, f"--data={images}")
+    assert "fsdp needs torchrun" in runs.refuse("--fsdp", "--epochs=1")

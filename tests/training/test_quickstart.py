@@ -65,12 +65,11 @@ def test_it_learns_and_leaves_its_files(tmp_path, capsys):
 
 def test_a_second_run_does_not_replace_the_first(tmp_path):
     images = make_images(tmp_path / "images", {"train": 9, "val": 3})
-    arguments = (f"--data={images}", f"--output={tmp_path / 'runs'}", "--epochs=1")
-    for _ in range(2):
-        assert train(*arguments) == 0
-    assert train(*arguments, "--resume=auto", "--epochs=2") == 0
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["shvit_s1", "shvit_s1-2"]
-    summaries = [(tmp_path / "runs" / n / "summary.csv") for n in ("shvit_s1", "shvit_s1-2")]
+    arguments = (f"--data={images}", f"--output={tmp_path / 'runs'}")
+    for words in (["--epochs=1"], ["--epochs=1"], ["--resume=auto", "--epochs=2"]):
+        assert train(*arguments, *words) == 0
+    summaries = [path / "summary.csv" for path in sorted((tmp_path / "runs").iterdir())]
+    assert [path.parent.name for path in summaries] == ["shvit_s1", "shvit_s1-2"]
     assert [len(path.read_text().splitlines()) for path in summaries] == [2, 3]
 
 

@@ -2,25 +2,21 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 from training_runs import (
-    final_state,
+    Runs,
     fork_loaders_from_a_server,
     ignore_signals,
+    join,
     kill,
-    kill_at_call,
     make_images,
     same,
-    start,
-    train,
 )
 
 from backbones.training.run_state import load_state, save_state
@@ -38,41 +34,27 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"), {"train": 52, "val": 13})
 
 
+def trained(images, factory, *words):
+    """A run, of which nothing is printed."""
+    run = Runs(factory.mktemp("run"), None, f"--data={images}")
+    assert join([run.start(*words)]) == [0]
+    return run
+
+
 @pytest.fixture(scope="module")
 def undisturbed(images, tmp_path_factory):
-    output = tmp_path_factory.mktemp("undisturbed")
-    assert train(f"--data={images}", f"--output={output}", "--name=run", *RECIPE) == 0
-    return final_state(output / "run"), (output / "run" / "metrics.jsonl").read_text()
+    run = trained(images, tmp_path_factory, *RECIPE)
+    return run.state(), (run.folder / "metrics.jsonl").read_text()
 
 
-def finish(output, images):
-    process = start(
-        f"--data={images}", f"--output={output}", "--name=run", "--resume=auto", *RECIPE
-    )
-    process.join()
-    assert process.exitcode == 0
-    return final_state(output / "run")
+@pytest.fixture(scope="module")
+def one_epoch(images, tmp_path_factory):
+    return trained(images, tmp_path_factory, "--epochs=1").folder
 
 
-def test_killed_at_random_moments(images, undisturbed, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--resume=auto", *RECIPE)
-    last, delays, kills = tmp_path / "run" / "last.pt", random.Random(0), 0
-    while True:
-        before = last.stat().st_mtime_ns if last.exists() else 0
-        # However fast the machine, a process gets through two of the 14 saves, all of which but the
-        # first link the file before.
-        pause = partial(kill_at_call, "link", 2 if before else 1, signal.SIGSTOP)
-        process = start(*arguments, before=pause)
-        while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
-            time.sleep(0.005)
-        process.join(delays.uniform(0, 0.1))
-        if process.exitcode is not None:
-            break
-        kill(process)
-        kills += 1
-    assert process.exitcode == 0
-    assert kills >= 6
-    assert same(final_state(tmp_path / "run"), undisturbed[0])
+def finish(runs):
+    assert join([runs.start("--resume=auto", *RECIPE)]) == [0]
+    return runs.state()
 
 
 # A save calls fsync (twice for the file, once for the folder), link, and replace (the previous
@@ -86,49 +68,45 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("name", "number"), KILLS)
-def test_killed_while_saving(name, number, images, undisturbed, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments, before=partial(kill_at_call, name, number))
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert same(finish(tmp_path, images), undisturbed[0])
+def test_killed_while_saving(name, number, undisturbed, runs):
+    runs.kill_at(name, number, *RECIPE)
+    assert same(finish(runs), undisturbed[0])
+
+
+def test_killed_again_and_again(undisturbed, runs):
+    """After every second or third of the 14 saves, in the middle of the next one."""
+    for number in (2, 3, 2, 3):
+        runs.kill_at("link", number, "--resume=auto", *RECIPE)
+    assert same(finish(runs), undisturbed[0])
 
 
 @pytest.mark.parametrize(
-    "name", ["SIGTERM"] + [pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1")]
+    ("name", "send"),
+    [
+        ("SIGTERM", os.kill),
+        ("SIGTERM", os.killpg),  # spares the loaders
+        *(pytest.param(n, os.kill, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1")),
+    ],
 )
-def test_signals_save_and_exit(name, images, undisturbed, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments)
-    process.wait_for(tmp_path / "run" / "last.pt")
-    os.kill(process.pid, getattr(signal, name))
-    process.join()
-    assert process.exitcode == 128 + getattr(signal, name)
-    assert same(finish(tmp_path, images), undisturbed[0])
-    entries = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+def test_signals_save_and_exit(name, send, undisturbed, runs):
+    group = ("--workers=2",) if send is os.killpg else ()
+    process = runs.start(*RECIPE, *group, before=os.setsid if group else None)
+    process.wait_for(runs.folder / "last.pt")
+    send(process.pid, getattr(signal, name))
+    assert join([process]) == [128 + getattr(signal, name)]
+    assert same(finish(runs), undisturbed[0])
+    entries = (runs.folder / "metrics.jsonl").read_text().splitlines()
     assert len(entries) == len(undisturbed[1].splitlines())
 
 
-def test_inherited_ignores_are_kept(images, undisturbed, tmp_path):
+def test_inherited_ignores_are_kept(undisturbed, runs):
     """As under ``nohup``: the run goes on, and ends as it would have."""
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments, before=ignore_signals)
-    process.wait_for(tmp_path / "run" / "last.pt")
+    process = runs.start(*RECIPE, before=ignore_signals)
+    process.wait_for(runs.folder / "last.pt")
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
         os.kill(process.pid, number)
-    process.join()
-    assert process.exitcode == 0
-    assert same(final_state(tmp_path / "run"), undisturbed[0])
-
-
-def test_a_signal_to_the_process_group_spares_the_loaders(images, undisturbed, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments, "--workers=2", before=os.setsid)
-    process.wait_for(tmp_path / "run" / "last.pt")
-    os.killpg(process.pid, signal.SIGTERM)
-    process.join()
-    assert process.exitcode == 128 + signal.SIGTERM
-    assert same(finish(tmp_path, images), undisturbed[0])
+    assert join([process]) == [0]
+    assert same(runs.state(), undisturbed[0])
 
 
 def descendants(pid):
@@ -141,14 +119,12 @@ def descendants(pid):
 @pytest.mark.parametrize(
     "before", [None, pytest.param(fork_loaders_from_a_server, marks=pytest.mark.slow)]
 )
-def test_no_loader_outlives_a_killed_run(before, images, tmp_path):
+def test_no_loader_outlives_a_killed_run(before, runs):
     """The loaders' parent may be a fork server, which ends after its last child only."""
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments, "--workers=2", before=before)
-    process.wait_for(tmp_path / "run" / "last.pt")
+    process = runs.start(*RECIPE, "--workers=2", before=before)
+    process.wait_for(runs.folder / "last.pt")
     loaders = descendants(process.pid)
-    process.kill()
-    process.join()
+    kill(process)
     assert len(loaders) >= 2
     give_up = time.monotonic() + 20
     while any(Path(f"/proc/{pid}").exists() for pid in loaders):
@@ -162,53 +138,31 @@ def without_clocks(text):
     return [{k: v for k, v in entry.items() if k not in clocks} for entry in entries]
 
 
-def test_an_epoch_that_was_saved_and_not_recorded(images, undisturbed, tmp_path):
+def test_an_epoch_that_was_saved_and_not_recorded(undisturbed, runs):
     """Killed right after the save at the end of an epoch, before its row was written."""
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
     # A folder is closed after each file: config.yaml, six updates, the best weights, the epoch.
-    process = start(*arguments, before=partial(kill_at_call, "close", 8))
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    metrics, summary = (tmp_path / "run" / name for name in ("metrics.jsonl", "summary.csv"))
-    assert load_state(tmp_path / "run" / "last.pt")["epoch"] == 1
+    runs.kill_at("close", 8, *RECIPE)
+    metrics, summary = (runs.folder / name for name in ("metrics.jsonl", "summary.csv"))
+    assert load_state(runs.folder / "last.pt")["epoch"] == 1
     assert "train_loss" not in metrics.read_text() and not summary.exists()
-    assert same(finish(tmp_path, images), undisturbed[0])
+    assert same(finish(runs), undisturbed[0])
     assert without_clocks(metrics.read_text()) == without_clocks(undisturbed[1])
     epochs = [line.split(",")[0] for line in summary.read_text().splitlines()]
     assert epochs == ["epoch", "0", "1"]
 
 
-def test_a_corrupt_checkpoint_falls_back(images, undisturbed, tmp_path, capsys):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments, before=partial(kill_at_call, "replace", 12))
-    process.join()
-    last = tmp_path / "run" / "last.pt"
+def test_a_corrupt_checkpoint_falls_back(undisturbed, runs):
+    runs.kill_at("replace", 12, *RECIPE)
+    last = runs.folder / "last.pt"
     last.write_bytes(last.read_bytes()[:5000])
-    assert train(*arguments, "--resume=auto") == 0
-    assert "falling back to" in capsys.readouterr().out
-    assert same(final_state(tmp_path / "run"), undisturbed[0])
+    assert "falling back to" in runs.train(*RECIPE, "--resume=auto")
+    assert same(runs.state(), undisturbed[0])
 
 
 @pytest.mark.slow
-def test_loader_processes_change_nothing(images, undisturbed, tmp_path):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments, "--workers=2")
-    process.join()
-    assert process.exitcode == 0
-    assert same(final_state(tmp_path / "run"), undisturbed[0])
-
-
-def test_another_model_is_refused(images, tmp_path, capsys):
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run")
-    assert train(*arguments, "--epochs=1") == 0
-    assert train(*arguments, "--epochs=2", "--resume=auto", "--model-args={}") == 2
-    message = capsys.readouterr().err
-    assert "last.pt does not fit this recipe: model_args: {'attn_dims': " in message
-    assert message.count("\n") == 1
-    config = (tmp_path / "run" / "config.yaml").read_text()
-    assert "model_args: {attn_dims:" in config  # still that of the run
-    assert train(*arguments, "--epochs=2") == 2
-    assert "contains an earlier run" in capsys.readouterr().err
+def test_loader_processes_change_nothing(undisturbed, runs):
+    assert join([runs.start(*RECIPE, "--workers=2")]) == [0]
+    assert same(runs.state(), undisturbed[0])
 
 
 @pytest.mark.parametrize(
@@ -222,23 +176,16 @@ def test_another_model_is_refused(images, tmp_path, capsys):
         (("--lr-factors={stem: 0.1}",), "lr_factors: {} → {'stem': 0.1}"),
         (("--sched=plateau",), "sched: 'cosine' → 'plateau'"),
         (("--in-chans=1",), "in_chans: 3 → 1"),
+        (("--model-args={}",), "last.pt does not fit this recipe: model_args: {'attn_dims': "),
     ],
 )
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
-def test_checkpoints_that_cannot_be_resumed(words, message, one_epoch, images, tmp_path, capsys):
-    shutil.copytree(one_epoch, tmp_path / "run")
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments, "--resume=auto", *words) == 2
-    said = capsys.readouterr().err
-    assert message in said and said.count("\n") == 1
-    assert same(final_state(tmp_path / "run"), final_state(one_epoch))
-
-
-@pytest.fixture(scope="module")
-def one_epoch(images, tmp_path_factory):
-    output = tmp_path_factory.mktemp("one_epoch")
-    assert train(f"--data={images}", f"--output={output}", "--name=run", "--epochs=1") == 0
-    return output / "run"
+def test_checkpoints_that_cannot_be_resumed(words, message, one_epoch, runs):
+    shutil.copytree(one_epoch, runs.folder)
+    assert message in runs.refuse("--epochs=2", "--resume=auto", *words)
+    for name in ("last.pt", "config.yaml"):
+        assert (runs.folder / name).read_bytes() == (one_epoch / name).read_bytes()
+    assert "contains an earlier run" in runs.refuse("--epochs=2")
 
 
 @pytest.mark.parametrize(
@@ -253,58 +200,48 @@ def one_epoch(images, tmp_path_factory):
         (("--amp=fp16", "--clip-grad=1"), "lr", None),
     ],
 )
-def test_other_changes_apply(words, setting, value, one_epoch, images, tmp_path):
-    shutil.copytree(one_epoch, tmp_path / "run")
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments, "--resume=auto", *words) == 0
-    groups = load_state(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
+def test_other_changes_apply(words, setting, value, one_epoch, runs):
+    shutil.copytree(one_epoch, runs.folder)
+    runs.train("--epochs=2", "--resume=auto", *words)
+    groups = load_state(runs.folder / "last.pt")["optimizer"]["param_groups"]
     assert any(group[setting] == value for group in groups) or value is None
 
 
-def test_a_longer_schedule_applies(one_epoch, images, tmp_path):
+def test_a_longer_schedule_applies(one_epoch, runs):
     """With ``epochs`` changed the rate follows the new schedule, not the end of the old one."""
-    shutil.copytree(one_epoch, tmp_path / "run")
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=4", "--warmup-epochs=0")
-    assert train(*arguments, "--name=run", "--resume=auto") == 0
-    assert train(*arguments, "--name=whole") == 0
+    shutil.copytree(one_epoch, runs.folder)
     rates = []
     for name in ("run", "whole"):
-        text = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        runs.train("--epochs=4", "--warmup-epochs=0", f"--name={name}", "--resume=auto")
+        text = (runs.output / name / "metrics.jsonl").read_text().splitlines()
         entries = [json.loads(line) for line in text]
         rates.append([e["lr"] for e in entries if "train_loss" in e and e["epoch"] > 0])
     assert rates[0] == rates[1] and len(rates[0]) == 3
 
 
 @pytest.mark.parametrize(("size", "done", "all_of_them"), [(4, 8, 13), (12, 2, 4)])
-def test_another_batch_size_goes_on_at_the_same_image(
-    size, done, all_of_them, images, tmp_path, capsys
-):
+def test_another_batch_size_goes_on_at_the_same_image(size, done, all_of_them, runs):
     """After 4 of 6 batches of 8."""
-    run = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=1")
-    assert train(*run, "--save-every-steps=4") == 0
-    folder = tmp_path / "run"
-    shutil.copy(folder / "last.prev.pt", folder / "last.pt")
-    assert train(*run, f"--batch-size={size}", "--resume=auto") == 0
-    assert f"last.pt: epoch 1, update {done}\n" in capsys.readouterr().out
-    assert load_state(folder / "last.pt")["updates"] == all_of_them
+    runs.train("--epochs=1", "--save-every-steps=4")
+    shutil.copy(runs.folder / "last.prev.pt", runs.folder / "last.pt")
+    said = runs.train("--epochs=1", f"--batch-size={size}", "--resume=auto")
+    assert f"last.pt: epoch 1, update {done}\n" in said
+    assert load_state(runs.folder / "last.pt")["updates"] == all_of_them
 
 
-@pytest.mark.parametrize("missing", ["optimizer", "ranks", "recipe", "history"])
-def test_incomplete_state(missing, one_epoch, images, tmp_path, capsys):
-    state = load_state(one_epoch / "last.pt")
-    del state[missing]
-    save_state(tmp_path / "last.pt", state)
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 2
-    assert f"has no training state (no '{missing}' in it)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("key", ["ranks", "recipe", "optimizer", "model"])
-@pytest.mark.parametrize("value", [3, {}], ids=str)
-def test_invalid_state(key, value, one_epoch, images, tmp_path, capsys):
-    save_state(tmp_path / "last.pt", {**load_state(one_epoch / "last.pt"), key: value})
-    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
-    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 2
-    said = capsys.readouterr().err
-    assert "does not fit this recipe" in said or "has no training state" in said
-    assert said.count("\n") == 1
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("ranks", "recipe", "optimizer") for value in (None, 3, {})),
+        *(("model", 3), ("model", {}), ("history", None)),
+    ],
+)
+def test_invalid_state(key, value, one_epoch, runs):
+    """Without a part of it, or with another value."""
+    state = {**load_state(one_epoch / "last.pt"), key: value}
+    if value is None:
+        del state[key]
+    save_state(runs.output / "last.pt", state)
+    said = runs.refuse("--epochs=2", f"--resume={runs.output / 'last.pt'}")
+    lacks = f"has no training state (no '{key}' in it)"
+    assert lacks in said or value is not None and "does not fit this recipe" in said

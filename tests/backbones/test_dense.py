@@ -1,0 +1,56 @@
+"""Dense networks, as the papers' detectors and segmenters have them: the published maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from published import assert_maps, dense_weights, load_whole
+
+import backbones
+from backbones.cli.parity import reference, tolerance, variants
+
+FAMILIES = ("biformer", "dinat_s", "litv2", "nat", "ravlt", "unireplknet")
+QUICK = {
+    *("biformer_tiny", "litv2_s", "nat_mini", "ravlt_t", "ravlt_s", "unireplknet_a"),
+    "unireplknet_n",
+}
+
+
+def _cases() -> list[Any]:
+    """The last case of each variant, whose size divides by least, and all with dilations."""
+    cases = []
+    for family, variant in variants():
+        figures = reference(family, variant)
+        if family not in FAMILIES or not figures.get("dense_extra") or figures["params"] > 2.5e8:
+            continue
+        numbers = [("dense_cases", n) for n in range(len(figures.get("dense_cases", ())))]
+        if family != "ravlt":
+            numbers.append(("cases", len(figures["cases"]) - 1))
+        for key, number in numbers:
+            small = variant == "dinat_mini" and figures[key][number]["input"][3] == 202
+            slow = () if small or variant in QUICK else (pytest.mark.slow,)
+            cases.append(pytest.param(family, variant, key, number, marks=slow))
+    return cases
+
+
+@pytest.mark.parametrize(("family", "variant", "key", "number"), _cases())
+@torch.no_grad()
+def test_published_maps(family, variant, key, number):
+    figures = reference(family, variant)
+    case = figures[key][number]
+    options = {n: v for n, v in case.get("kwargs", {}).items() if n == "n_win"}
+    if "dilations" in case:  # on maps that are smaller than windows, most of them
+        options["dilations"] = [tuple(stage) for stage in case["dilations"]]
+        options["kernel_size"] = case["kernel_size"]
+    model = backbones.create_model(variant, out_norms=True, num_classes=0, **options).eval()
+    if "dense" in figures:
+        assert sum(p.numel() for p in model.parameters()) == figures["dense"]["params"]
+    load_whole(model, dense_weights(figures))
+    assert_maps(model, case, tolerance(family))
+    if "dilations" in case:
+        model.out_norms.clear()
+        assert_maps(model, case, tolerance(family), case["stage_outputs"])
+    if family == "unireplknet":  # where the original's merging fails
+        assert_maps(model.fuse(), case, 10 * tolerance(family))
