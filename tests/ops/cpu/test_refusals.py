@@ -18,6 +18,7 @@ from ops.cpu.attention.cascaded import PackedCascadedAttention
 from ops.cpu.attention.grouped import attend, attend_regions
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, unavailable
+from ops.cpu.direct.direct_conv import DirectConv2d
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, PackedExpansion
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp
 from ops.cpu.gemm.convolution import PackedConv2d
@@ -68,6 +69,10 @@ def _conv(x: Tensor, activation: str = "none", **options: Any) -> Tensor:
 
 def _winograd(x: Tensor) -> Tensor:
     return WinogradConv2d(nn.Conv2d(16, 16, 3).requires_grad_(False))(x)
+
+
+def _direct(x: Tensor) -> Tensor:
+    return DirectConv2d(nn.Conv2d(16, 8, 3, groups=2).requires_grad_(False))(x)
 
 
 def _stem(x: Tensor, activations: list[str], *norms: Any, **window: Any) -> Tensor:
@@ -136,6 +141,15 @@ CASES: list[Case] = [
     *(
         (lambda c=conv: WinogradConv2d(c), "must be a 3×3 in float32 without stride")
         for conv in OTHER_CONVS
+    ),
+    *(
+        (lambda x=x: _direct(x), "with the channels and dtype of the weight, got")
+        for x in (_0(1, 8, 5, 5), _0(1, 17, 5, 5), _0(16, 5, 5), _0(1, 16, 5, 5).bfloat16())
+    ),
+    (lambda: _direct(_0(1, 16, 2, 5)), r"map of \(2, 5\).*smaller than the window of \(3, 3\)"),
+    *(
+        (lambda c=conv: DirectConv2d(c), "without dilation, padded with zeros, got")
+        for conv in (*OTHER_CONVS[2:5], nn.Conv2d(4, 4, 3).double(), nn.Conv2d(3, 4, 3).bfloat16())
     ),
     (lambda: depthwise_conv2d(MAP, _0(3, 3, 5)), "got .1, 4, 8, 8. and .3, 3, 5."),
     (lambda: depthwise_conv2d(MAP[:, :, :2], TAPS), "a map of 2×8"),
