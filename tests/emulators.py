@@ -238,7 +238,6 @@ KERNELS = {
     "cpu/feed_forward/test_depthwise_mlp.py": "depthwise_mlp",
     "cpu/feed_forward/test_kan.py": "kan",
     "cpu/feed_forward/test_response_mlp.py": "response_mlp",
-    "cpu/gemm/test_int8.py": "gemm",
     "cpu/gemm/test_linear.py": "gemm",
     "cpu/layout/test_maps.py": "nchw",
     "cpu/norm/test_norms.py": "norm",

@@ -18,7 +18,7 @@ from ops.cpu import instruction_sets
 
 EVERY = pytest.mark.parametrize("name", CALLS)
 PLAINER = [s for s in instruction_sets.candidates()[1:] if s in ("avx2", "neon", "portable")]
-# What packs weights for int8 is tested in test_int8.py.
+# What packs weights for int8 is tested in test_linear.py.
 IN_FLOATS = [name for name in CALLS if "int8" not in name]
 NOT_EMPTY = ("biased_softmax", "response_scales")  # which take images with pixels
 HALF_TOO = ("depthwise_conv2d", "depthwise_conv2d 3", "depthwise_branches", "layer_norm",
