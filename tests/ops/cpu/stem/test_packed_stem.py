@@ -6,12 +6,7 @@ import copy
 
 import pytest
 import torch
-from compiled_kernels import (
-    PLAIN_ACTIVATIONS,
-    conv_row,
-    random,
-    using_threads,
-)
+from compiled_kernels import PLAIN_ACTIVATIONS, conv_row, random, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -20,25 +15,26 @@ from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.stem.packed_stem import pack_layers, packed_stem
 
 
-def _plain(x: Tensor, convs: list[nn.Conv2d], activations: list[str]) -> Tensor:
-    x = x.double()
-    for conv, act in zip(convs, activations, strict=True):
-        x = PLAIN_ACTIVATIONS[act](copy.deepcopy(conv).double()(x))
-    return x
-
-
 def _agrees(
     x: Tensor,
     convs: list[nn.Conv2d],
-    activations: list[str],
+    activation: str,
     window: tuple[int, int, int] = (3, 2, 1),
-    tolerance: float = 1e-5,
 ) -> None:
+    """In bfloat16, only maps between the layers, weights and results are rounded."""
+    if packed_stem.unavailable(x.device, x.dtype) is not None:
+        with pytest.raises(RuntimeError, match="bfloat16"):
+            packed_stem(x, *pack_layers(convs, x.dtype), [activation] * len(convs), window=window)
+        return
+    expected = x.double()
     with torch.no_grad():
-        out = packed_stem(x, *pack_layers(convs, x.dtype), activations, window=window)
-        expected = _plain(x, convs, activations)
+        packed = pack_layers([conv.to(x.dtype) for conv in convs], x.dtype)
+        out = packed_stem(x, *packed, [activation] * len(convs), window=window)
+        for conv in convs:
+            expected = PLAIN_ACTIVATIONS[activation](copy.deepcopy(conv).double()(expected))
     assert out.shape == expected.shape and out.dtype == x.dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
+    tolerance = 1e-5 if x.dtype == torch.float32 else 0.02
     assert (out - expected).abs().max() < tolerance * (1 + expected.abs().max())
 
 
@@ -53,17 +49,10 @@ def _agrees(
     bias=st.booleans(),
 )
 def test_equals_the_layers(dtype, batch, size, image_channels, channels, activation, bias) -> None:
-    """In bfloat16, only maps between the layers, weights and results are rounded."""
     if dtype == torch.bfloat16:
         channels = [2 * n for n in channels]  # pairs
-    convs = [conv.to(dtype) for conv in conv_row(image_channels, *channels, bias=bias)]
-    x = random(batch, image_channels, *size).to(dtype)
-    activations = [activation] * len(convs)
-    if packed_stem.unavailable(x.device, x.dtype) is None:
-        _agrees(x, convs, activations, tolerance=1e-5 if dtype == torch.float32 else 0.02)
-    else:
-        with pytest.raises(RuntimeError, match="bfloat16"):
-            packed_stem(x, *pack_layers(convs, x.dtype), activations)
+    convs = conv_row(image_channels, *channels, bias=bias)
+    _agrees(random(batch, image_channels, *size).to(dtype), convs, activation)
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,10 +71,7 @@ def test_any_window_of_the_image(dtype, side, stride, padding, more, channels, l
     convs = [nn.Conv2d(*channels, side, stride, padding), *conv_row(*[channels[1]] * layers)]
     fitting = max(1, side - 2 * padding)
     x = random(2, channels[0], *(fitting + n for n in more)).to(dtype)
-    if packed_stem.unavailable(x.device, dtype) is None:
-        convs = [conv.to(dtype) for conv in convs]
-        tolerance = 1e-5 if dtype == torch.float32 else 0.02
-        _agrees(x, convs, ["relu"] * layers, (side, stride, padding), tolerance)
+    _agrees(x, convs, "relu", (side, stride, padding))
 
 
 @pytest.mark.parametrize("height", [1, 67, 70])
@@ -94,4 +80,4 @@ def test_large_images_are_processed_in_strips(height: int, threads: int) -> None
     """So wide that a row of the last map is as much as is kept of the first one at a time."""
     convs = conv_row(3, 128, 16, 8)
     with using_threads(threads):
-        _agrees(random(2, 3, height, 2051).float(), convs, ["relu"] * 3)
+        _agrees(random(2, 3, height, 2051).float(), convs, "relu")
