@@ -36,12 +36,6 @@ def _kept() -> list[str]:
     return sorted(path.name.partition("-")[0] for path in cpu.cache_dir().glob("*.so"))
 
 
-def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """Without the announcements of compilations."""
-    said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
-    return [line for line in said if not line.startswith("Compiling ")]
-
-
 def _without_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
 
@@ -226,10 +220,10 @@ def test_no_compiler(sources, monkeypatch, caplog):
     assert not cpu.cache_dir().exists()
 
 
-def test_cxx_with_unbalanced_quotes(compilations, monkeypatch, caplog):
+def test_cxx_with_unbalanced_quotes(compilations, monkeypatch, warned):
     monkeypatch.setenv("CXX", "g++ 'x")
     assert cpu.load("small") is None
-    (line,) = _warnings(caplog)
+    (line,) = warned()
     assert line.endswith('CXX="g++ \'x" is not a command: No closing quotation')
 
 
@@ -242,7 +236,7 @@ def test_a_failed_kernel_does_not_stop_the_others(four) -> None:
     assert "error" in cpu.unavailable_reason("b")
 
 
-def test_a_killed_compiler_is_not_tried_again(compilations, sources, monkeypatch, caplog):
+def test_a_killed_compiler_is_not_tried_again(compilations, sources, monkeypatch, warned):
     """Neither for a plainer instruction set nor for kernels that come later."""
     attempts = []
 
@@ -256,11 +250,11 @@ def test_a_killed_compiler_is_not_tried_again(compilations, sources, monkeypatch
     assert cpu.load("other") is None
     assert len(attempts) == 1
     assert "status -9" in cpu.unavailable_reason("other")
-    assert len(_warnings(caplog)) == 1
+    assert len(warned()) == 1
     assert not list(cpu.cache_dir().glob(f"{folders._SCRATCH_PREFIX}*"))
 
 
-def test_plain_layers_run_at_once_where_nothing_can_be_compiled(monkeypatch, sources, caplog):
+def test_plain_layers_run_at_once_where_nothing_can_be_compiled(monkeypatch, sources, warned):
     for kernel in ("neighborhood", "other"):
         (sources / "any" / f"{kernel}.cpp").write_text("")
     attempts = []
@@ -276,7 +270,7 @@ def test_plain_layers_run_at_once_where_nothing_can_be_compiled(monkeypatch, sou
     out = na2d(x, x, x, 3)
     assert cpu.load("other") is None
     torch.testing.assert_close(out, na2d(x, x, x, 3, backend="reference"))
-    (line,) = _warnings(caplog)
+    (line,) = warned()
     assert line.count("No space left") == 2  # in the cache and in the private folder
     assert not list(sources.parent.glob(f"**/{folders._SCRATCH_PREFIX}*"))
     assert not list(sources.parent.glob("**/*.so"))
