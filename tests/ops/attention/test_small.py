@@ -124,6 +124,11 @@ def test_gradients_and_theirs() -> None:
     masks = torch.stack((mask, torch.zeros_like(mask), mask)).unsqueeze(1)
     wanted = (q @ k.transpose(2, 3) / 3**0.5 + bias + masks).softmax(-1) @ v
     torch.testing.assert_close(attend(*inputs), wanted)
+    plain, again = (
+        torch.autograd.grad(attend(*inputs).square().sum(), inputs, create_graph=twice)
+        for twice in (False, True)
+    )
+    torch.testing.assert_close(plain, again)
     assert torch.autograd.gradcheck(attend, inputs)
     assert torch.autograd.gradgradcheck(attend, inputs)
 

@@ -59,6 +59,7 @@ def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
             _check(layer, torch.randn(2, 5, 24))
     activate(layer, "relu")
     _check(layer, torch.randn(3, 24))
+    _check(layer, torch.randn(3, 24), torch.randn(3, 40))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -99,6 +100,7 @@ def test_scales_of_inputs_and_residuals(compiled: bool, dtype: torch.dtype, monk
             added = residual.float() * residual_scale
             for given in (x, x.clone().requires_grad_()):  # with a gradient, in layers of torch
                 out = layer(given, residual, by, residual_scale)
+                assert out.requires_grad == given.requires_grad
                 tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
                 bounds = {"rtol": tolerance, "atol": tolerance}
                 torch.testing.assert_close(out.float(), expected + added, **bounds)

@@ -172,8 +172,10 @@ assert folders.candidates()[1].name == "native"
 """
 
 
-def test_a_fused_model_and_a_compiler_without_what_windows_lacks(sources: Path) -> None:
-    run_code(WITHOUT_UNIX + _FUSED + _COMPILED, sources, sources)
+def test_a_fused_model_and_a_compiler_without_what_windows_lacks(tmp_path: Path) -> None:
+    (tmp_path / "any").mkdir()
+    (tmp_path / "any" / "small.cpp").write_text('extern "C" int answer() { return 42; }\n')
+    run_code(WITHOUT_UNIX + _FUSED + _COMPILED, tmp_path, tmp_path)
 
 
 def test_libraries_of_systems_differ() -> None:
