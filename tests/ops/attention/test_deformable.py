@@ -35,35 +35,30 @@ def loop(value: Tensor, sizes: Any, locations: Tensor, weights: Tensor) -> Tenso
     return out.flatten(2)
 
 
-def _inputs(sizes: Any = SIZES, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+def _inputs(sizes: Any) -> list[Tensor]:
     """Two images, two heads of three channels, three queries of two points a map."""
     torch.manual_seed(0)
-    pixels = sum(h * w for h, w in sizes)
-    value = torch.randn(2, pixels, 2, 3)
-    locations = torch.rand(2, 3, 2, len(sizes), 2, 2) * 1.4 - 0.2  # some of them outside
-    weights = torch.rand(2, 3, 2, len(sizes), 2)
-    return value.to(dtype), sizes, locations.to(dtype), weights.to(dtype)
+    value = torch.randn(2, sum(h * w for h, w in sizes), 2, 3, dtype=torch.float64)
+    locations = torch.rand(2, 3, 2, len(sizes), 2, 2).double() * 1.4 - 0.2  # some of them outside
+    return [
+        t.requires_grad_() for t in (value, locations, torch.rand(2, 3, 2, len(sizes), 2).double())
+    ]
 
 
 @pytest.mark.parametrize("sizes", [SIZES, ((4, 3),), ((1, 1), (1, 1))])
 def test_is_the_loop_with_its_gradients(sizes: Any) -> None:
-    value, _, locations, weights = _inputs(sizes)
-    tensors = [t.requires_grad_() for t in (value, locations, weights)]
-    ours, theirs = (f(value, sizes, locations, weights) for f in (deformable_attention, loop))
+    value, *others = tensors = _inputs(sizes)
+    ours, theirs = (f(value, sizes, *others) for f in (deformable_attention, loop))
     assert_same_with_gradients(ours, theirs, tensors)
 
 
 def test_a_sample_at_a_centre_is_the_pixel() -> None:
-    value = torch.randn(1, 23, 1, 4)
-    for start, (height, width) in zip((0, 15, 19), SIZES, strict=True):
-        centres = pixel_centres([(height, width)])
-        out = deformable_attention(
-            value[:, start : start + height * width],
-            [(height, width)],
-            centres[None, :, None, None, None],
-            torch.ones(1, height * width, 1, 1, 1),
-        )
-        torch.testing.assert_close(out, value[:, start : start + height * width, 0])
+    for size in SIZES:
+        centres = pixel_centres([size])
+        value = torch.randn(1, len(centres), 1, 4)
+        places, weights = centres[None, :, None, None, None], torch.ones(1, len(centres), 1, 1, 1)
+        out = deformable_attention(value, [size], places, weights)
+        torch.testing.assert_close(out, value[:, :, 0])
     assert torch.equal(pixel_centres(SIZES)[15:19], pixel_centres([(2, 2)]))
     assert pixel_centres([(2, 4)])[1].tolist() == [0.375, 0.25]
 
@@ -82,14 +77,10 @@ def test_half_precision_only_rounds_the_values(dtype: torch.dtype, autocast: boo
     assert len(out.unique()) == len(value.to(dtype).unique())
 
 
-def _layer(**arguments: Any) -> DeformableAttention:
-    torch.manual_seed(0)
-    return DeformableAttention(8, 2, 3, 2, **arguments)
-
-
 @pytest.mark.parametrize("value_ratio", [1.0, 0.5])
 def test_layer_samples_around_its_references(value_ratio: float) -> None:
-    layer = _layer(value_ratio=value_ratio).double()
+    torch.manual_seed(0)
+    layer = DeformableAttention(8, 2, 3, 2, value_ratio=value_ratio).double()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)

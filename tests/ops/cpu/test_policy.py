@@ -8,7 +8,6 @@ import operator
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -23,7 +22,6 @@ from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.threads import MACS, VALUES, threads_for
 
-ROOT = Path(__file__).parents[3]
 SETS = {machine: instruction_sets.levels(machine) for machine in ("x86_64", "aarch64")}
 HALF, FLOAT = torch.bfloat16, torch.float32
 # Powers of two and their successors, among which are those that rules compare with.
@@ -227,10 +225,3 @@ def test_thread_counts(work, of_a_thread, threads: int) -> None:
     assert 1 <= count <= threads
     assert count == 1 or work / count >= of_a_thread
     assert count == threads or work / (count + 1) < of_a_thread
-
-
-@pytest.mark.parametrize("threads", [1, 2, 64])
-def test_no_work_and_plenty(threads: int) -> None:
-    with using_threads(threads):
-        assert threads_for(0, MACS) == 1
-        assert threads_for(1e12, MACS) == threads

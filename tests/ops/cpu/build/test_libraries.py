@@ -138,24 +138,6 @@ def test_invalid_instruction_set(word, sources, monkeypatch):
             use()
 
 
-@pytest.mark.parametrize(
-    ("capability", "bfloat16", "tiles", "expected"),
-    [
-        ("AVX512", True, True, "amx"),
-        ("AVX512", True, False, "avx512bf16"),
-        ("AVX512", False, False, "avx512"),
-        ("AVX2", True, True, "avx2"),  # as ATEN_CPU_CAPABILITY wants it
-        ("DEFAULT", False, False, "portable"),
-    ],
-)
-def test_instruction_set_of_other_cpus(capability, bfloat16, tiles, expected, sources, monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(instruction_sets, "_richest", instruction_sets._richest.__wrapped__)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    assert cpu.instruction_set() == expected
-
-
 def test_a_compiler_without_the_instruction_set(sources, monkeypatch, tmp_path):
     chosen = tmp_path / "old c++"
     chosen.write_text(

@@ -32,28 +32,23 @@ def _parts(
     return parts.requires_grad_(False)
 
 
-def _exact(
-    parts: nn.ModuleDict,
-    x: Tensor,
-    activations: tuple[str, str],
-    has_norm: bool,
-    has_conv: bool,
-    has_first: bool = True,
-) -> Tensor:
-    """In float64; what goes into a layer of bfloat16 is rounded."""
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What goes into a layer of bfloat16 is rounded."""
+    return x.to(dtype).double() if dtype == torch.bfloat16 else x
 
-    def rounded(x: Tensor) -> Tensor:
-        return x.to(dtype).double() if dtype == torch.bfloat16 else x
 
+def _hidden(parts: nn.ModuleDict, x: Tensor, activations: tuple[str, str], **has: bool) -> Tensor:
+    """What goes into the last layer, in float64."""
     dtype, parts, x = x.dtype, copy.deepcopy(parts).double(), x.double()
-    if has_first:
-        x = parts["fc1"](rounded(parts["norm"](x)) if has_norm else x)
-        x = rounded(PLAIN_ACTIVATIONS[activations[0]](x))
-    if has_conv:
+    first, last = (PLAIN_ACTIVATIONS[name] for name in activations)
+    if has.get("has_first", True):
+        x = _rounded(parts["norm"](x), dtype) if has.get("has_norm") else x
+        x = first(parts["fc1"](x))
+    if has.get("has_conv", True):
         # Contiguous: in float64, torch is several times as fast.
-        x = parts["conv"](x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
-        x = rounded(PLAIN_ACTIVATIONS[activations[1]](x))
-    return parts["fc2"](x)
+        x = _rounded(x, dtype).permute(0, 3, 1, 2).contiguous()
+        x = last(parts["conv"](x).permute(0, 2, 3, 1))
+    return x
 
 
 def _check(
@@ -62,21 +57,21 @@ def _check(
     activations: tuple[str, str],
     bound: float,
     *,
-    has_norm: bool = False,
-    has_conv: bool = True,
-    has_first: bool = True,
-    has_residual: bool = False,
     threads: int = 1,
     plus: float = 1.0,
+    **has: bool,
 ) -> None:
     """Compare two calls, which are equal, with the layers one by one."""
-    first, conv = parts["fc1"] if has_first else None, parts["conv"] if has_conv else None
+    first = parts["fc1"] if has.get("has_first", True) else None
+    conv = parts["conv"] if has.get("has_conv", True) else None
     packed = PackedDepthwiseMlp(first, conv, parts["fc2"], *activations)
-    expected = _exact(parts, x, activations, has_norm, has_conv, has_first)
-    residual = torch.randn(expected.shape).to(x.dtype) if has_residual else None
+    hidden = _rounded(_hidden(parts, x, activations, **has), x.dtype)
+    expected = copy.deepcopy(parts["fc2"]).double()(hidden)
+    residual = torch.randn(expected.shape).to(x.dtype) if has.get("has_residual") else None
     expected = expected if residual is None else expected + residual
     with using_threads(threads):
-        outs = [packed(x, residual, parts["norm"] if has_norm else None) for _ in range(2)]
+        norm = parts["norm"] if has.get("has_norm") else None
+        outs = [packed(x, residual, norm) for _ in range(2)]
     assert torch.equal(*outs)
     assert outs[0].dtype == x.dtype and outs[0].is_contiguous()
     assert outs[0].shape == expected.shape
@@ -164,11 +159,8 @@ def _check_expansion(parts: nn.ModuleDict, x: Tensor, activations: tuple[str, st
     packed = PackedExpansion(parts["fc1"], parts["conv"], *activations)
     (out, means), again = packed(x), packed(x)
     assert all(map(torch.equal, (out, means), again))
-    wide = copy.deepcopy(parts).double()
-    first, last = (PLAIN_ACTIVATIONS[name] for name in activations)
-    hidden = first(wide["fc1"](x.double()))
-    hidden = hidden.bfloat16().double() if x.dtype == torch.bfloat16 else hidden
-    exact = last(wide["conv"](hidden.permute(0, 3, 1, 2).contiguous())).permute(0, 2, 3, 1)
+    exact = _hidden(parts, x, activations)
+    hidden = _hidden(parts, x, activations, has_conv=False)
     atol = 4 * LINEAR_DTYPES[x.dtype] * (1 + hidden.abs().max().item() + exact.abs().max().item())
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol)
     torch.testing.assert_close(means.double(), exact.mean((1, 2)), rtol=0, atol=atol)
@@ -202,18 +194,12 @@ def test_expansions_of_strips_and_blocks(
 
 
 # ---- numbers and layers ------------------------------------------------------------------------
-def _bottleneck(parts: nn.ModuleDict, has_first: bool = True) -> PackedDepthwiseMlp:
-    return PackedDepthwiseMlp(
-        parts["fc1"] if has_first else None, parts["conv"], parts["fc2"], "relu6", "relu6"
-    )
-
-
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("side", [3, 5, 7])
 def test_nan_reaches_the_windows_that_see_it(side: int, stride: int) -> None:
     parts = _parts(16, 16, 8, True, side, stride)
-    for has_first in (False, True):
-        packed = _bottleneck(parts, has_first)
+    for first in (None, parts["fc1"]):
+        packed = PackedDepthwiseMlp(first, parts["conv"], parts["fc2"], "relu6", "relu6")
         for row, column in ((0, 0), (5, 12), (8, 3)):
             x = torch.zeros(1, 9, 13, 16)
             x[0, row, column, 2] = float("nan")
