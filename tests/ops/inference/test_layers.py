@@ -36,14 +36,23 @@ def _check(layer: FastLinear, x: Tensor, residual: Tensor | None = None) -> None
     torch.testing.assert_close(layer(x, residual), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("by", ["our kernel", "oneDNN for many rows", "oneDNN"])
-def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
-    if by == "oneDNN":
+def _compute_by(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless it is our kernel."""
+    if what in ("oneDNN", "torch"):
         without_kernels(monkeypatch)
-    elif by == "oneDNN for many rows":
-        monkeypatch.setattr("ops.cpu.policy.few_rows", lambda: 8)
-        monkeypatch.setattr("ops.cpu.policy._NARROW", 8)
+        monkeypatch.setattr(policy, "packs_linear", lambda *_: what == "oneDNN")
+    elif what == "oneDNN for many rows":
+        monkeypatch.setattr(policy, "few_rows", lambda: 8)
+        monkeypatch.setattr(policy, "_NARROW", 8)
+
+
+BY = pytest.mark.parametrize("by", ["our kernel", "oneDNN for many rows", "oneDNN", "torch"])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@BY
+def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
+    _compute_by(by, monkeypatch)
     layer = _linear(bias)
     for _ in range(2):
         for shape in ((3, 24), (2, 5, 24), (1, 3000, 24), (0, 24), (24,)):
@@ -63,14 +72,11 @@ def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("by", ["our kernel", "oneDNN", "torch"])
+@BY
 @torch.no_grad()
 def test_activations_and_factors(by: str, activation: str, monkeypatch) -> None:
     """Each is right, and can be captured."""
-    if by != "our kernel":
-        for module in ("layers", "packed_linear"):
-            monkeypatch.setattr(f"ops.inference.{module}.unavailable", lambda *_, **__: "no")
-        monkeypatch.setattr("ops.cpu.policy.packs_linear", lambda *_: by == "oneDNN")
+    _compute_by(by, monkeypatch)
     layer, x, factor = _linear(), torch.randn(2, 5, 24), torch.randn(2, 5, 40)
     expected = PLAIN_ACTIVATIONS[activation](F.linear(x, layer.weight, layer.bias))
     activate(layer, activation)
@@ -152,25 +158,15 @@ def test_transforms_go_through_torch() -> None:
 
 
 # ---- conversion ----------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("multiplied", "dtype", "warnings"),
-    [(False, torch.bfloat16, 1), (True, torch.bfloat16, 0), (True, torch.float32, 0)],
-)
-def test_a_dtype_without_instructions_is_named_once(
-    multiplied: bool,
-    dtype: torch.dtype,
-    warnings: int,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(policy, "multiplies", lambda _: multiplied)
+def test_a_dtype_without_instructions_is_named_once(monkeypatch, warned) -> None:
     conversion._warn_not_faster.cache_clear()
-    for _ in range(2):
-        model = nn.Sequential(nn.Linear(4, 4)).eval().to(dtype)
-        assert conversion.to_channels_last(model, always=False)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == warnings
-    assert all("no instructions for bfloat16" in line for line in said)
+    for multiplied, warnings in ((True, 0), (False, 1)):
+        monkeypatch.setattr(policy, "multiplies", lambda dtype, yes=multiplied: yes)
+        for _ in range(2):
+            model = nn.Sequential(nn.Linear(4, 4)).eval().bfloat16()
+            assert conversion.to_channels_last(model, always=False)
+        assert len(warned()) == warnings
+    assert "no instructions for bfloat16" in warned()[0]
 
 
 @pytest.mark.parametrize(("always", "has_kernels"), [(False, True), (True, False), (False, False)])

@@ -214,14 +214,11 @@ def test_a_private_folder_created_concurrently_by_another_user(
 
 
 # ---- folders that will not do ------------------------------------------------------------------
-def test_the_cache_works_with_any_umask(sources, new_process, warned) -> None:
-    os.umask(0)  # which the fixture resets
-    assert cpu.load("small").answer() == 42
-    os.umask(0o022)
-    new_process()
-    assert cpu.load("small").answer() == 42
-    assert cpu.status("small").path.parent == cpu.cache_dir()
-    assert not warned()
+def _raising(error: BaseException) -> Callable[..., None]:
+    def function(*_: object, **__: object) -> None:
+        raise error
+
+    return function
 
 
 def _is_below_a_file(monkeypatch) -> str:
@@ -289,22 +286,26 @@ def test_a_cache_that_will_not_do(
     assert len(compilations) == (2 if hindrance is _is_mounted_without_execution else 1)
 
 
-def test_a_linked_cache_is_created(compilations, tmp_path, warned) -> None:
-    """As where ``~/.cache`` leads to a disk whose folders were cleared."""
-    (tmp_path / "cache").symlink_to(tmp_path / "disk" / "cache")
-    assert cpu.load("small").answer() == 42
-    assert list((tmp_path / "disk" / "cache" / "native").glob("*.so"))
-    assert not warned()
-
-
-def test_a_read_only_cache_is_used(compilations, monkeypatch, new_process, warned) -> None:
-    assert cpu.load("small").answer() == 42
-    new_process()
-    monkeypatch.setattr(folders, "_make", None)  # nothing can be created
-    monkeypatch.setattr(folders.tempfile, "mkdtemp", None)
-    assert cpu.load("small").answer() == 42
-    assert cpu.status("small").path.parent == cpu.cache_dir()
-    assert not warned()
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda _: os.umask(0),
+        # As where ``~/.cache`` leads to a disk whose folders were cleared.
+        lambda _: cpu.cache_dir().parent.symlink_to(cpu.cache_dir().parents[1] / "disk" / "cache"),
+        lambda patch: patch.setattr(fcntl, "flock", _raising(OSError(errno.ENOLCK, "No locks"))),
+    ],
+    ids=["any umask", "a link", "no locks"],
+)
+def test_a_cache_that_will_do(condition, compilations, monkeypatch, new_process, warned) -> None:
+    """Later, it may be read-only."""
+    condition(monkeypatch)
+    for _ in range(2):
+        new_process()
+        assert cpu.load("small").answer() == 42
+        assert cpu.status("small").path.parent == cpu.cache_dir()
+        monkeypatch.setattr(folders, "_make", None)  # nothing can be created
+        monkeypatch.setattr(folders.tempfile, "mkdtemp", None)
+    assert len(compilations) == 1 and not warned()
 
 
 def test_odd_names(sources, tmp_path, monkeypatch, new_process, caplog) -> None:
@@ -345,17 +346,3 @@ def test_a_lock_that_is_never_released(compilations, monkeypatch, warned) -> Non
         f"Waiting for another process that compiles kernels into {str(cpu.cache_dir())!r}"
     )
     assert going_on.endswith("is still locked: going on without the lock")
-
-
-def _raising(error: BaseException) -> Callable[..., None]:
-    def function(*_: object, **__: object) -> None:
-        raise error
-
-    return function
-
-
-def test_a_disk_without_locks(compilations, monkeypatch, warned) -> None:
-    monkeypatch.setattr(fcntl, "flock", _raising(OSError(errno.ENOLCK, "No locks available")))
-    assert cpu.load("small").answer() == 42
-    assert cpu.status("small").path.parent == cpu.cache_dir()
-    assert not warned()

@@ -78,6 +78,18 @@ def _check(
     assert (outs[0] - expected).abs().max() <= bound * (plus + expected.abs().max())
 
 
+def _check_expansion(parts: nn.ModuleDict, x: Tensor, activations: tuple[str, str]) -> None:
+    """The first two layers, with the means of channels."""
+    packed = PackedExpansion(parts["fc1"], parts["conv"], *activations)
+    (out, means), again = packed(x), packed(x)
+    assert all(map(torch.equal, (out, means), again))
+    exact = _hidden(parts, x, activations)
+    hidden = _hidden(parts, x, activations, has_conv=False)
+    atol = 4 * LINEAR_DTYPES[x.dtype] * (1 + hidden.abs().max().item() + exact.abs().max().item())
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol)
+    torch.testing.assert_close(means.double(), exact.mean((1, 2)), rtol=0, atol=atol)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
@@ -102,26 +114,29 @@ def test_equals_the_layers_one_by_one(
     _check(_parts(*dims, bias=bias).to(dtype), x, activations, bound, **has)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
     batch=st.integers(1, 2),
     size=st.tuples(st.integers(1, 24), st.integers(1, 24)),
     side=st.sampled_from([3, 5, 7]),
     stride=st.sampled_from([1, 2]),
-    hidden=st.integers(16, 300),
+    hidden=st.integers(16, 420),
     has_first=st.booleans(),
     has_residual=st.booleans(),
     threads=st.integers(1, 2),
+    activations=st.tuples(*[st.sampled_from(["none", "relu", "silu", "hardswish"])] * 2),
 )
-def test_inverted_bottlenecks(
-    dtype, batch, size, side, stride, hidden, has_first, has_residual, threads
+def test_inverted_bottlenecks_and_expansions(
+    dtype, batch, size, side, stride, hidden, has_first, has_residual, threads, activations
 ) -> None:
     parts = _parts(12 if has_first else hidden, hidden, 20, True, side, stride).to(dtype)
     x = 3 * torch.randn(batch, *size, parts["fc1"].in_features).to(dtype)
     bound = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
     has = {"has_first": has_first, "has_residual": has_residual}
     _check(parts, x, ("relu6", "relu6"), bound, threads=threads, **has)
+    if has_first:
+        _check_expansion(parts, x / 3, activations)
 
 
 @settings(max_examples=30, deadline=None)
@@ -152,33 +167,6 @@ def test_strips_and_blocks_of_large_maps(
 def test_many_tokens(dtype: torch.dtype) -> None:
     x, parts = torch.randn(2, 90, 41, 24).to(dtype), _parts(24, 700, 20).to(dtype)
     _check(parts, x, ("gelu", "none"), 2 * LINEAR_DTYPES[dtype], has_conv=False, plus=0.0)
-
-
-# ---- the first two layers with the means of channels -------------------------------------------
-def _check_expansion(parts: nn.ModuleDict, x: Tensor, activations: tuple[str, str]) -> None:
-    packed = PackedExpansion(parts["fc1"], parts["conv"], *activations)
-    (out, means), again = packed(x), packed(x)
-    assert all(map(torch.equal, (out, means), again))
-    exact = _hidden(parts, x, activations)
-    hidden = _hidden(parts, x, activations, has_conv=False)
-    atol = 4 * LINEAR_DTYPES[x.dtype] * (1 + hidden.abs().max().item() + exact.abs().max().item())
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=atol)
-    torch.testing.assert_close(means.double(), exact.mean((1, 2)), rtol=0, atol=atol)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    dtype=st.sampled_from(list(LINEAR_DTYPES)),
-    batch=st.integers(1, 3),
-    size=st.tuples(st.integers(1, 20), st.integers(1, 23)),
-    dims=st.tuples(st.integers(1, 40), st.integers(16, 420)),
-    side=st.sampled_from([3, 5, 7]),
-    stride=st.sampled_from([1, 2]),
-    activations=st.tuples(*[st.sampled_from(["none", "relu", "silu", "hardswish"])] * 2),
-)
-def test_expansions(dtype, batch, size, dims, side, stride, activations) -> None:
-    parts = _parts(*dims, 8, True, side, stride).to(dtype)
-    _check_expansion(parts, torch.randn(batch, *size, dims[0]).to(dtype), activations)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
