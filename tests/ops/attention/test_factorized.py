@@ -24,24 +24,17 @@ def reflect(position: int, size: int) -> int:
 
 
 def naive_fusion(x: Tensor, num_heads: int, window_size: int, dilation: int) -> Tensor:
-    """One head and one tap at a time."""
-    batch, height, width, dim = x.shape
-    head_dim, span = dim // num_heads, dilation * (window_size - 1) + 1
-    tokens = x.new_empty(batch, num_heads, window_size**2, head_dim)
-    corners = [(i, j) for i in range(0, height, span) for j in range(0, width, span)]
-    for head in range(num_heads):
-        channels = slice(head * head_dim, (head + 1) * head_dim)
-        for tap in range(window_size**2):
-            down, right = (dilation * t for t in divmod(tap, window_size))
-            line = [
-                x[:, reflect(i + down, height), reflect(j + right, width), channels]
-                for i, j in corners
-            ]
-            flat = torch.cat(line, dim=1)  # (B, windows * head_dim), channels fastest
-            for j in range(head_dim):
-                run = flat[:, j * len(corners) : (j + 1) * len(corners)]
-                tokens[:, head, tap, j] = run.mean(1)
-    return tokens
+    """One tap at a time."""
+    span, tokens = dilation * (window_size - 1) + 1, []
+    for tap in range(window_size**2):
+        near = x
+        for axis, offset in enumerate(divmod(tap, window_size), 1):
+            size = x.shape[axis]
+            places = [reflect(i + dilation * offset, size) for i in range(0, size, span)]
+            near = near.index_select(axis, torch.tensor(places))
+        flat = near.unflatten(3, (num_heads, -1)).movedim(3, 1).flatten(2)  # channels fastest
+        tokens.append(flat.unflatten(2, (x.shape[3] // num_heads, -1)).mean(3))
+    return torch.stack(tokens, dim=2)
 
 
 @given(

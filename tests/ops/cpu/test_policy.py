@@ -126,6 +126,7 @@ _MANY = 10**6  # rows, values or tokens, more than any limit
         ("avx2", policy.linear_by_kernel, (9, 64, 256, HALF, "none"), True, "no products of it"),
         ("amx", policy.linear_by_kernel, (_MANY, 64, 256, HALF, "none"), False, "rows"),
         ("amx", policy.linear_by_kernel, (_MANY, 64, 256, HALF, "gelu"), True, "GELU"),
+        ("amx", policy.linear_by_kernel, (_MANY, 64, 256, FLOAT, "gelu"), False, "rows"),
         ("amx", policy.linear_by_kernel, (_MANY, 64, 256, FLOAT, "silu", True), True, "times"),
         ("amx", policy.linear_by_kernel, (_MANY, 64, 256, HALF, "silu", True), False, "rows"),
         # The narrower side counts, whichever it is.

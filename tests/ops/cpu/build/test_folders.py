@@ -272,18 +272,20 @@ def _is_mounted_without_execution(monkeypatch) -> str:
     ids=lambda hindrance: hindrance.__name__,
 )
 def test_a_cache_that_will_not_do(
-    hindrance, compilations, private, monkeypatch, caplog, new_process, warned
+    hindrance, compilations, sources, private, monkeypatch, caplog, new_process, warned
 ) -> None:
     """Each process says so once, and libraries are kept in the private folder."""
+    (sources / "any" / "other.cpp").write_text("")
     said = hindrance(monkeypatch)
     for _ in range(2):
         new_process()
         caplog.clear()
-        assert cpu.load("small").answer() == 42
-        assert cpu.status("small").path.parent == private
+        for name in ("small", "other"):
+            assert cpu.load(name).answer() == 42
+            assert cpu.status(name).path.parent == private
         (line,) = warned()
         assert said in line
-    assert len(compilations) == (2 if hindrance is _is_mounted_without_execution else 1)
+    assert len(compilations) == (4 if hindrance is _is_mounted_without_execution else 2)
 
 
 @pytest.mark.parametrize(
