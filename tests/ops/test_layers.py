@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -66,18 +67,18 @@ def test_residuals_start_as_the_identity(layer: nn.Module) -> None:
     assert torch.equal(layer.eval()(x), x)
 
 
+@pytest.mark.parametrize(("square", "band", "ratio"), [(3, 11, 0.125), (5, 7, 0.25)])
 @torch.no_grad()
-def test_inception_branches_are_those_of_the_paper() -> None:
-    layer = InceptionDWConv2d(16, band_kernel_size=11, branch_ratio=0.125).double()
-    x = torch.randn(2, 16, 9, 13, dtype=torch.float64)
-    out = layer(x)
-    assert torch.equal(out[:, :10], x[:, :10])
-    # A band is an 11×11 kernel that is zero but for its middle row or column.
-    for conv, first, axis in ((layer.dwconv_w, 12, 2), (layer.dwconv_h, 14, 3)):
-        kernel = torch.zeros(2, 1, 11, 11, dtype=torch.float64)
-        kernel.select(axis, 5).copy_(conv.weight.squeeze(axis))
-        full = nn.functional.conv2d(x[:, first : first + 2], kernel, conv.bias, padding=5, groups=2)
-        torch.testing.assert_close(out[:, first : first + 2], full)
+def test_inception_branches_are_those_of_the_paper(square: int, band: int, ratio: float) -> None:
+    layer, x = InceptionDWConv2d(16, square, band, ratio).double(), random(2, 16, 9, 13)
+    width = int(16 * ratio)
+    expected = list(x.split([16 - 3 * width, width, width, width], dim=1))
+    sides = [(square, square), (1, band), (band, 1)]
+    for i, conv in enumerate((layer.dwconv_hw, layer.dwconv_w, layer.dwconv_h)):
+        padding = [side // 2 for side in sides[i]]
+        weight = conv.weight.view(width, 1, *sides[i])
+        expected[i + 1] = F.conv2d(expected[i + 1], weight, conv.bias, 1, padding, 1, width)
+    torch.testing.assert_close(layer(x), torch.cat(expected, dim=1))
 
 
 # ---- large kernels -------------------------------------------------------------------------------
@@ -142,12 +143,6 @@ def test_head(distilled: bool) -> None:
     both = [head.eval().fc(means), head.fc_dist(means) if distilled else head.fc(means)]
     torch.testing.assert_close(head(x), sum(both) / 2)
     torch.testing.assert_close(head(x, pre_logits=True), means)
-    head.reset(0)
-    assert head.eval()(x).shape == (3, 6)
-    head.reset(2, "catavgmax")
-    assert head.eval()(x).shape == (3, 2)
-    head.reset(0, "")
-    assert head(x).shape == x.shape
 
 
 # ---- patches -------------------------------------------------------------------------------------
@@ -230,11 +225,8 @@ def test_levels_are_those_of_the_paper() -> None:
     assert [tuple(m.shape[1:]) for m in maps] == [(4, 24, 20), (8, 12, 10), (16, 6, 5), (16, 3, 3)]
     assert tuple(m.shape[1] for m in maps) == pyramid.channels
     first, norm, _, second = pyramid[0]
-    middle = F.conv_transpose2d(x, first.weight, first.bias, stride=2)
-    middle = F.layer_norm(middle.permute(0, 2, 3, 1), (8,), norm.weight, norm.bias, 1e-6)
-    middle = F.gelu(middle).permute(0, 3, 1, 2)
-    expected = F.conv_transpose2d(middle, second.weight, second.bias, stride=2)
-    torch.testing.assert_close(maps[0], expected)
+    middle = F.layer_norm(first(x).permute(0, 2, 3, 1), (8,), norm.weight, norm.bias, 1e-6)
+    torch.testing.assert_close(maps[0], second(F.gelu(middle).permute(0, 3, 1, 2)))
     torch.testing.assert_close(maps[1], F.conv_transpose2d(x, *pyramid[1].parameters(), stride=2))
     assert torch.equal(maps[2], x)
     assert torch.equal(maps[3][:, :, :, :2], F.max_pool2d(x, 2))
@@ -294,18 +286,27 @@ def test_a_branch_that_is_always_dropped(make: Callable[[float], nn.Module]) -> 
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "width"),
     [
-        lambda rate: ConvHead(4, 6, 3, "avg", rate),
-        lambda rate: MixHead(4, 6, 3, "avg", rate),
-        lambda rate: NormLinearHead(4, 3, "avg", rate),
-        lambda rate: NormLinearHead(4, 3, "avg", rate, distilled=True),
+        (lambda rate: ConvHead(4, 6, 3, "avg", rate), 6),
+        (lambda rate: MixHead(4, 6, 3, "avg", rate), 6),
+        (lambda rate: NormLinearHead(4, 3, "avg", rate), 4),
+        (lambda rate: NormLinearHead(4, 3, "avg", rate, distilled=True), 4),
     ],
 )
-def test_heads_drop_what_they_classify(make: Callable[[float], nn.Module]) -> None:
+def test_heads_drop_what_they_classify_and_are_reset(
+    make: Callable[[float], Any], width: int
+) -> None:
     x, head = torch.rand(3, 4, 5, 5), make(1.0).train()
     assert not head(x, pre_logits=True).any()
     assert head.eval()(x, pre_logits=True).any() and make(0.0).train()(x, pre_logits=True).any()
+    assert head(x).shape == (3, 3)
+    head.reset(0)
+    assert torch.equal(head(x), head(x, pre_logits=True)) and head(x).shape == (3, width)
+    head.reset(2, "catavgmax")
+    assert head(x).shape == (3, 2) and head(x, pre_logits=True).shape == (3, 2 * width)
+    head.reset(0, "")
+    assert torch.equal(head(x), x)
 
 
 def test_neighborhood_attention_drops_its_projection() -> None:
@@ -337,24 +338,13 @@ def test_kans_pass_their_options_to_each_layer() -> None:
     torch.testing.assert_close(KAN((2, 2), num_grids=9)[0].grid, torch.arange(-2, 2.5, 0.5))
 
 
-def test_sides_of_inception_branches() -> None:
-    layer = InceptionDWConv2d(16, square_kernel_size=5, band_kernel_size=7, branch_ratio=0.25)
-    found = [layer.dwconv_hw, layer.dwconv_w, layer.dwconv_h]
-    assert [conv.kernel_size for conv in found] == [(5, 5), (1, 7), (7, 1)]
-    assert [conv.out_channels for conv in found] == [4] * 3
-    assert layer(torch.randn(1, 16, 6, 9)).shape == (1, 16, 6, 9)
-
-
 def test_heads_of_convolutions() -> None:
     x, head = torch.randn(2, 4, 5, 3), ConvHead(4, 6, 3, "avg", 0.0, bias=False).eval()
     assert head.proj.conv.bias is None and ConvHead(4, 6, 3, "avg", 0.0).proj.conv.bias is not None
     pooled = head.proj(x).mean((2, 3))
     torch.testing.assert_close(head(x, pre_logits=True), pooled)
     torch.testing.assert_close(head(x), head.fc(pooled))
-    head.reset(5, "catavgmax")
-    assert head(x).shape == (2, 5) and head(x, pre_logits=True).shape == (2, 12)
     head.reset(0, "")
-    assert torch.equal(head(x), x)
     with pytest.raises(ValueError, match="3 classes need a pooling"):
         head.reset(3)
 

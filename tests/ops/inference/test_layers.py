@@ -170,23 +170,17 @@ def test_a_dtype_without_instructions_is_named_once(monkeypatch, warned) -> None
     assert "no instructions for bfloat16" in warned()[0]
 
 
-@pytest.mark.parametrize(("always", "has_kernels"), [(False, True), (True, False), (False, False)])
-def test_dilated_depthwise_convolutions_stay_in_nchw_without_kernels(
-    always: bool, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not has_kernels:
-        without_kernels(monkeypatch)
-    model = nn.Sequential(DilatedDepthwiseConv2d(4, 7, 3)).eval()
-    assert conversion.to_channels_last(model, always=always) == (always or has_kernels)
-
-
 @pytest.mark.parametrize("has_kernels", [True, False])
 def test_layers_without_their_kernel_stay_plain(
     has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And dilated depthwise convolutions in NCHW, unless they always are in NHWC."""
     if not has_kernels:
         without_kernels(monkeypatch)
     model = nn.Sequential(RmsNorm2d(4), HiLoAttention(4, 2)).eval()
     assert conversion.to_channels_last(model, always=False)
     assert (type(model[0]) is RmsNorm2d) is not has_kernels
     assert plain_form(model[1]) is HiLoAttention  # which looks for its kernels at each call
+    for always in (False, True):
+        model = nn.Sequential(DilatedDepthwiseConv2d(4, 7, 3)).eval()
+        assert conversion.to_channels_last(model, always=always) == (always or has_kernels)

@@ -172,7 +172,7 @@ def test_sums_of_squares(kind: Any, dtype: torch.dtype) -> None:
         torch.testing.assert_close(energy.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [Floats, _int8_too[0]])
 @DTYPE
 @pytest.mark.parametrize("rows", [13, 600, 5000])
 def test_many_rows_and_few(rows: int, dtype: torch.dtype, kind: Any) -> None:
