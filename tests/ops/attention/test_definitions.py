@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -106,22 +106,16 @@ def hilo(layer: HiLoAttention, x: Tensor) -> Tensor:
 
 
 def routed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    num_heads: int,
-    region_size: tuple[int, int],
-    topk: int,
-    scale: float | None = None,
+    maps: Sequence[Tensor], num_heads: int, sides: tuple[int, ...], topk: int, scale: float | None
 ) -> Tensor:
     """Padding is seen, but has no part in the means by which regions are chosen."""
-    height, width = value.shape[1:3]
-    rows, columns = (-(-n // side) for n, side in zip((height, width), region_size, strict=True))
-    place = places(rows * region_size[0], columns * region_size[1])
-    region = (place // torch.tensor(region_size) * torch.tensor([columns, 1])).sum(1)
+    height, width = maps[0].shape[1:3]
+    rows, columns = (-(-n // side) for n, side in zip((height, width), sides, strict=True))
+    place = places(rows * sides[0], columns * sides[1])
+    region = (place // torch.tensor(sides) * torch.tensor([columns, 1])).sum(1)
     exists = (place < torch.tensor([height, width])).all(1)
-    more = (0, 0, 0, columns * region_size[1] - width, 0, rows * region_size[0] - height)
-    parts = [F.pad(t, more) for t in (query, key, value)]
+    more = (0, 0, 0, columns * sides[1] - width, 0, rows * sides[0] - height)
+    parts = [F.pad(t, more) for t in maps]
     query_means, key_means = (
         torch.stack(
             [t.flatten(1, 2)[:, (region == r) & exists].mean(1) for r in range(rows * columns)], 1
@@ -131,7 +125,7 @@ def routed(
     near = query_means @ key_means.transpose(1, 2)
     chosen = torch.zeros_like(near).scatter(2, near.topk(min(topk, len(near[0]))).indices, 1)
     seen = chosen[:, region][:, :, region].unsqueeze(1) > 0
-    scale = query.shape[-1] ** -0.5 if scale is None else scale  # not that of the heads' width
+    scale = maps[0].shape[-1] ** -0.5 if scale is None else scale  # not that of the heads' width
     out = attend(*(split(t, num_heads) for t in parts), unseen(seen), scale)
     return out.view(parts[2].shape)[:, :height, :width]
 
@@ -140,13 +134,11 @@ def bilevel(layer: BiLevelRoutingAttention, x: Tensor) -> Tensor:
     height, width = x.shape[1:3]
     if layer.pad_input:
         x = F.pad(x, (0, 0, 0, -width % layer.n_win, 0, -height % layer.n_win))
-    region_size = tuple(max(1, n // layer.n_win) for n in x.shape[1:3])
-    query, key, value = layer.qkv(x).chunk(3, dim=-1)
-    out = routed(query, key, value, layer.num_heads, region_size, layer.topk)
-    lepe = F.conv2d(
-        value.movedim(-1, 1), layer.lepe.weight, layer.lepe.bias, padding=2, groups=x.shape[3]
-    )
-    return layer.proj(out + lepe.movedim(1, -1))[:, :height, :width]
+    sides = tuple(max(1, n // layer.n_win) for n in x.shape[1:3])
+    maps = layer.qkv(x).chunk(3, dim=-1)
+    out = routed(maps, layer.num_heads, sides, layer.topk, None)
+    lepe = layer.lepe(maps[2].movedim(-1, 1)).movedim(1, -1)
+    return layer.proj(out + lepe)[:, :height, :width]
 
 
 def pooled(layer: PooledAttention, x: Tensor) -> Tensor:
@@ -249,7 +241,7 @@ def test_routing(
 ) -> None:
     given, options = [t.requires_grad_() for t in maps(*size)], (num_heads, region_size, topk)
     out = bilevel_routing_attention(*given, *options, scale=scale)
-    assert_same_with_gradients(out, routed(*given, *options, scale), given)
+    assert_same_with_gradients(out, routed(given, *options, scale), given)
 
 
 def test_half_precision_and_meta() -> None:
