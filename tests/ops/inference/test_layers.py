@@ -148,8 +148,9 @@ def test_memory_does_not_grow_with_the_sizes_of_maps(monkeypatch: pytest.MonkeyP
     kept = []
     for side in range(3, 43):
         layer(torch.randn(1, 8, side, side))
-        kept.append(sum(type(t) is Tensor and t.is_mkldnn for t in gc.get_objects()))
-    assert kept[0] < kept[10] and max(kept) == kept[20]
+        if side in (3, 13, 23, 42):
+            kept.append(sum(type(t) is Tensor and t.is_mkldnn for t in gc.get_objects()))
+    assert kept[0] < kept[1] and kept[2] == kept[3] == max(kept)
 
 
 def test_transforms_go_through_torch() -> None:

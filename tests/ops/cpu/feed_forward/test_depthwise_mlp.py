@@ -210,7 +210,7 @@ def test_convolutions_that_the_kernel_takes() -> None:
         conv(stride=(1, 2)),
         conv(padding=1),
         conv(padding="same"),
-        conv(padding=4, dilation=2),
+        conv(dilation=2),
         conv(groups=4),
         conv(padding_mode="reflect"),
     ):

@@ -101,25 +101,30 @@ class Int8InRange(Int8):
     in_range = _IN_RANGE
 
 
-_int8_too = [pytest.param(kind, marks=_needs_int8) for kind in (Int8, Int8InRange)]
-KINDS = pytest.mark.parametrize("kind", [Floats, *_int8_too])
-IN_INT8 = pytest.mark.parametrize("kind", _int8_too)
+IN_INT8 = [pytest.param(kind, marks=_needs_int8) for kind in (Int8, Int8InRange)]
 DTYPE = pytest.mark.parametrize("dtype", list(_ROUNDED), ids=str)
-
-
-def _dtypes(kind: Any) -> list[torch.dtype]:
-    return list(LINEAR_DTYPES if kind is Floats else _ROUNDED)
+CASES = pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((Floats, dtype) for dtype in LINEAR_DTYPES),
+        *(
+            pytest.param(kind, dtype, marks=_needs_int8)
+            for kind in (Int8, Int8InRange)
+            for dtype in _ROUNDED
+        ),
+    ],
+)
 
 
 def _numbered(number: int, packed: dict[str, Any]) -> dict[str, Any]:
     return {f"{name}{number}": tensor for name, tensor in packed.items()}
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [Floats, *IN_INT8])
 @settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_is_the_layer(kind: Any, data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from(_dtypes(kind)))
+    dtype = data.draw(st.sampled_from(list(LINEAR_DTYPES if kind is Floats else _ROUNDED)))
     batch, rows, columns = (data.draw(st.integers(1, most)) for most in (3, 9, 17))
     in_features = data.draw(st.sampled_from([1, 3, 4, 8, 32, 37, 63, 64, 65, 96, 130]))
     out_features = data.draw(st.sampled_from([1, 7, 16, 17, 32, 40, 100]))
@@ -155,12 +160,9 @@ def test_is_the_layer(kind: Any, data: st.DataObject) -> None:
     assert ((out - expected).abs() <= bound).all()
 
 
-@KINDS
-@DTYPE
+@CASES
 def test_sums_of_squares(kind: Any, dtype: torch.dtype) -> None:
     """Of each image, of results before they are rounded to the dtype of the map."""
-    if dtype not in _dtypes(kind):
-        return
     layer, x = kind(70, 40, dtype), random(3, 13, 17, 70).to(dtype)
     scale = random(3, 70, seed=4).float()
     wide = x.double() if kind is Floats else x.float()
@@ -172,24 +174,19 @@ def test_sums_of_squares(kind: Any, dtype: torch.dtype) -> None:
         torch.testing.assert_close(energy.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [Floats, _int8_too[0]])
-@DTYPE
+@CASES
 @pytest.mark.parametrize("rows", [13, 600, 5000])
 def test_many_rows_and_few(rows: int, dtype: torch.dtype, kind: Any) -> None:
-    if dtype in _dtypes(kind):
-        layer, x = kind(300, 70, dtype), random(1, rows, 300).to(dtype)
-        error = (packed_linear(x, **layer.packed) - layer.expected(x, dtype)).abs()
-        assert (error <= layer.bound(x, dtype)).all()
+    layer, x = kind(300, 70, dtype), random(1, rows, 300).to(dtype)
+    error = (packed_linear(x, **layer.packed) - layer.expected(x, dtype)).abs()
+    assert (error <= layer.bound(x, dtype)).all()
 
 
-@KINDS
-@DTYPE
+@CASES
 @pytest.mark.parametrize("size", [(3, 5), (31, 43)])
 @pytest.mark.parametrize("dims", [(24, 70, 24), (64, 1500, 40)])
 def test_both_layers_in_one_pass(dtype, size, dims, kind) -> None:
     """As one after the other, from inputs that lie apart; some rows at a time where many are."""
-    if dtype not in _dtypes(kind):
-        return
     dim, hidden, out_dim = dims
     x = random(2, *size, dim + 3).to(dtype)[..., :dim]
     residual = random(2, *size, out_dim + 1, seed=3).to(dtype)[..., 1:]
@@ -336,7 +333,7 @@ def test_rows_of_zeros_constants_and_large_values(dtype: torch.dtype) -> None:
     assert not out.isnan().any()
 
 
-@IN_INT8
+@pytest.mark.parametrize("kind", IN_INT8)
 @DTYPE
 @pytest.mark.parametrize("place", [0, 63, 64, 69])
 def test_rows_with_nan_or_infinity_are_nan(place: int, dtype: torch.dtype, kind: Any) -> None:
