@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ops.neighborhood
 from ops.cpu import build, instruction_sets, policy
 from ops.cpu.build import compiler
-from ops.cpu.gemm.linear import pack_weight, unavailable
+from ops.cpu.gemm.linear import unavailable
 
 # By the names of ops.cpu.activations.ACTIVATIONS.
 PLAIN_ACTIVATIONS = {
@@ -61,15 +61,6 @@ def conv_layer(
     torch.manual_seed(0)
     conv = nn.Conv2d(in_channels, out_channels, **geometry).to(dtype)
     return conv.requires_grad_(False)
-
-
-def linear_layer(
-    in_features: int, out_features: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Weight and bias in float64, and in the form for :mod:`ops.cpu.gemm.linear`."""
-    weight = random(out_features, in_features, seed=1).to(dtype)
-    bias = random(out_features, seed=2).float()
-    return weight.double(), bias.double(), (pack_weight(weight), bias)
 
 
 @contextmanager

@@ -235,23 +235,25 @@ KERNELS = {
     "cpu/attention/test_grouped.py": "attention",
     "cpu/deformable/test_deformable_conv.py": "deformable",
     "cpu/depthwise/test_conv.py": "depthwise",
-    "cpu/direct/test_direct_conv.py": "direct",
     "cpu/feed_forward/test_depthwise_mlp.py": "depthwise_mlp",
     "cpu/feed_forward/test_kan.py": "kan",
     "cpu/feed_forward/test_response_mlp.py": "response_mlp",
-    "cpu/gemm/test_convolution.py": "gemm",
-    "cpu/gemm/test_int8.py": "gemm",
     "cpu/gemm/test_linear.py": "gemm",
     "cpu/layout/test_maps.py": "nchw",
     "cpu/norm/test_norms.py": "norm",
     "cpu/resize/test_resize.py": "resize",
     "cpu/scan/test_scans.py": "gated_scan",
     "cpu/stem/test_packed_stem.py": "stem",
-    "cpu/winograd/test_winograd.py": "winograd",
     "neighborhood/test_cpu.py": "neighborhood",
     "neighborhood/test_exact.py": "neighborhood",
     "neighborhood/test_split.py": "neighborhood",
     "test_orders.py": "selective_scan",
+    **{
+        f"cpu/test_convolutions.py::{test}[{kernel}]": kernel
+        for kernel in ("direct", "gemm", "winograd")
+        for test in ("test_is_the_convolution", "test_pieces_of_large_maps_and_threads")
+    },
+    "cpu/test_convolutions.py::test_in_int8_windows_are_rows": "gemm",
     "replay/test_replay.py::test_pointwise_calls_equal_torchs_bitwise": "replay",
 }
 # What compiles for other CPUs, or takes minutes in an emulator.

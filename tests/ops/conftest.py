@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -52,6 +53,17 @@ def sources(
     new_process()
     yield folder
     os.umask(before)
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """The warnings so far, without the announcements of compilations."""
+
+    def lines() -> list[str]:
+        said = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        return [line for line in said if not line.startswith("Compiling ")]
+
+    return lines
 
 
 @pytest.fixture(scope="session")

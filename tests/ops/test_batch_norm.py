@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from compiled_kernels import random
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -36,10 +37,6 @@ def layouts(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         for chosen in itertools.product((None, shape[1]), repeat=len(ones)):
             changed = dict(zip(ones, chosen, strict=True))
             yield tuple(changed.get(i) or stride for i, stride in enumerate(strides))
-
-
-def laid_out(x: Tensor, strides: tuple[int, ...]) -> Tensor:
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 
 
 def of_tokens(x: Tensor) -> Tensor:
@@ -72,23 +69,18 @@ def test_any_strides(shape: tuple[int, ...], training: bool, dtype: torch.dtype)
         pytest.raises(ValueError, norm().train(), torch.zeros(shape))
         return
     layer = norm(dim=shape[1]).to(dtype).train(training)
-    generator = torch.Generator().manual_seed(0)
-    values, slope = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    values, slope = random(2, *shape).to(dtype)
+    bounds = {"atol": 0.03, "rtol": 0.02} if dtype.itemsize == 2 else {"atol": 1e-5, "rtol": 1e-5}
     wanted: tuple[Tensor, ...] | None = None
     for strides in layouts(shape):
-        x = laid_out(values, strides).requires_grad_()
-        out = layer(x)
+        x = torch.empty_strided(shape, strides, dtype=dtype).copy_(values).requires_grad_()
+        out, inputs = layer(x), [x, *layer.parameters()]
+        torch.testing.assert_close(out, layer(values), **bounds)
         for others in layouts(shape):
-            inputs = [x, *layer.parameters()]
-            found = torch.autograd.grad(out, inputs, laid_out(slope, others), retain_graph=True)
+            sent = torch.empty_strided(shape, others, dtype=dtype).copy_(slope)
+            found = torch.autograd.grad(out, inputs, sent, retain_graph=True)
             wanted = wanted or found
-            for given, value in zip((*found, out), (*wanted, layer(values)), strict=False):
-                torch.testing.assert_close(
-                    given,
-                    value,
-                    atol=0.03 if dtype.itemsize == 2 else 1e-5,
-                    rtol=0.02 if dtype.itemsize == 2 else 1e-5,
-                )
+            torch.testing.assert_close(found, wanted, **bounds)
 
 
 def test_has_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +93,12 @@ def test_has_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_wrong_gradients()
 
 
-def check_compiled(backend: str) -> None:
+@pytest.mark.parametrize(
+    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+# torch's own inductor decorates with the deprecated torch.jit when it is first imported.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled(backend: str) -> None:
     """The layer alone, and with what sends the gradient back."""
     torch.compiler.reset()
     layer, x = norm(), torch.randn(1, 3, 4, 5)
@@ -110,18 +107,6 @@ def check_compiled(backend: str) -> None:
     wanted = by_batch(layer, x)
     torch.testing.assert_close(both(layer, x, lambda x: of_tokens(alone(x))), wanted)
     torch.testing.assert_close(both(layer, x, whole), wanted)
-
-
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled(backend: str) -> None:
-    check_compiled(backend)
-
-
-@pytest.mark.slow
-# torch's own inductor decorates with the deprecated torch.jit when it is first imported.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_with_inductor() -> None:
-    check_compiled("inductor")
 
 
 def test_symbolically_traced_as_a_layer() -> None:
@@ -151,8 +136,7 @@ def test_gradients_of_each_image_by_vmap() -> None:
 def test_second_derivatives() -> None:
     layer = norm().double()
     x = torch.randn(1, 3, 2, 3, dtype=torch.float64, requires_grad=True)
-    for state in (x, x.contiguous(memory_format=torch.channels_last)):
-        given = state.detach().requires_grad_()
+    for given in (x, x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()):
         # gradcheck also sends back no gradient at all.
         assert torch.autograd.gradcheck(lambda x: of_tokens(layer(x)), given)
         assert torch.autograd.gradgradcheck(lambda x: of_tokens(layer(x)), given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
@@ -17,133 +18,107 @@ from torch import nn
 PAGES = Path(__file__).parents[2] / "docs" / "reference"
 
 
-def _map(*shape: int) -> torch.Tensor:
-    return torch.ones(shape)
-
-
-def _all(names: str, *shape: int, **others: Any) -> dict[str, Any]:
-    """Tensors of one shape, and other arguments."""
-    return {**{name: _map(*shape) for name in names.split()}, **others}
-
-
-_QKV = "query key value"
-_HEADS = (1, 4, 4, 2, 4)  # (B, H, W, heads, head_dim)
-_AROUND = {"kernel_size": 3, "stride": 1, "dilation": 1, "is_causal": False, "scale": 0.5}
-_AROUND |= dict.fromkeys(("additional_keys", "additional_values", "rpb", "backend"))
-_AROUND |= {"return_lse": False}
-_TILED = {"network": lambda x: x, "x": _map(1, 1, 8, 8), "tile_size": 4, "overlap": 2}
-_TILED |= {"scale": 1, "blend": 1}
-_INDEX = {"window_size": 4, "device": None}
-_BIASED = {**_all("q k v", 2, 2, 4, 3), "bias": _map(2, 4, 4)}
-_ROUTED = _all("query key", 1, 4, 4, 8, region_size=(2, 2), topk=2)
-
-# Arguments that a call takes, by module and name, of all functions of the pages (see below).
-_ATTENTION: dict[str, dict[str, Any]] = {
-    "biased.attend_in_turn": {**_BIASED, "masks": [None, None]},
-    "biased.worth_a_turn": _BIASED,
-    "bilevel.bilevel_routing_attention": {
-        **{**_ROUTED, "value": _map(1, 4, 4, 8), "num_heads": 2, "scale": 0.5}
-    },
-    "bilevel.nearest_regions": _all("query_mean key_mean", 1, 4, 8, topk=2),
-    "bilevel.route_regions": _ROUTED,
-    "cascaded.cascaded_group_attention": {
-        **{"x": _map(1, 8, 2, 2), "projections": [lambda x: (x, x, x)] * 2},
-        "bias": _map(2, 4, 4),
-    },
-    "cascaded.distance_bias": {"table": _map(2, 3, 3)},
-    "cascaded.resize_distance_table": {"table": _map(2, 3, 3), "height": 4, "width": 4},
-    "deformable.deformable_attention": {
-        **{"value": _map(1, 5, 2, 4), "sizes": [(2, 2), (1, 1)]},
-        **{"locations": _map(1, 3, 2, 2, 1, 2), "weights": _map(1, 3, 2, 2, 1)},
-    },
-    "deformable.pixel_centres": {
-        **{"sizes": [(2, 2), (1, 1)], "device": None, "dtype": torch.float32}
-    },
-    "factorized.cross_window_fusion": _all("x", 1, 8, 8, 4, num_heads=2, window_size=3, dilation=2),
-    "factorized.tap_positions": {
-        **{"size": 8, "window_size": 3, "dilation": 2, "device": torch.device("cpu")}
-    },
-    "hilo.high_frequency_attention": _all("qkv", 1, 4, 4, 24, num_heads=2, window_size=2),
-    "hilo.low_frequency_attention": {
-        **{"query": _map(1, 4, 4, 8), "key_value": _map(1, 2, 2, 16), "num_heads": 2}
-    },
-    "pooled.pool_tokens": _all("x", 1, 6, 4, length=2),
-    "rank_augmented.rank_augmented_linear_attention": _all(
-        _QKV, 1, 2, 6, 4, rotary=(_map(6, 4), _map(6, 4)), scale=0.5, eps=1e-6
-    ),
-    "rank_augmented.rotary_table": {
-        **{"height": 2, "width": 3, "head_dim": 4, "device": None, "dtype": torch.float32}
-    },
-    "single_head.single_head_attention": _all("query key", 1, 4, 2, 2, value=_map(1, 6, 2, 2)),
-    "token_pooling.pool_tokens_before": {"attention": nn.Identity(), "dim": 8, "scales": 2},
-    "token_pooling.token_attentions": {"model": nn.Identity()},
-    "window.overlap_position_index": {**_INDEX, "overlap_size": 6},
-    "window.overlapping_windows": _all("x", 1, 8, 8, 2, window_size=4, overlap_size=6),
-    "window.relative_position_index": _INDEX,
-    "window.shift_masks": {**_INDEX, "shift_size": 2, "dtype": torch.float32},
-    "window.window_attention": _all(
-        _QKV, 1, 2, 2, 4, 2, 4, bias=_map(2, 4, 4), masks=_map(3, 4, 4)
-    ),
-    "window.window_merge": _all("windows", 1, 2, 2, 4, 3, window_size=2),
-    "window.window_partition": _all("x", 1, 4, 4, 3, window_size=2),
+# Arguments by their names, where a function has no other below.
+COMMON: dict[str, Any] = {
+    **{"num_heads": 2, "window_size": 2, "topk": 2, "region_size": (2, 2), "scale": 0.5},
+    **{"height": 2, "width": 3, "head_dim": 4, "eps": 1e-6, "std": 0.02, "multiple": 4, "size": 8},
+    **{"device": None, "dtype": torch.float32, "sizes": [(2, 2), (1, 1)], "dim": 8, "scales": 2},
+    **{"kernel_size": 3, "stride": 1, "dilation": 1, "is_causal": False, "return_lse": False},
+    **dict.fromkeys(("additional_keys", "additional_values", "rpb", "backend")),
+    **{"tile_size": 4, "overlap": 2, "blend": 1, "network": lambda x: x},
+    **{"module": nn.Linear(2, 2), "norm": nn.BatchNorm2d(2), "attention": nn.Identity()},
 }
-_OTHERS: dict[str, dict[str, Any]] = {
-    "batch_norm.has_wrong_gradients": {},
-    "batch_norm.with_canonical_strides": {"x": _map(1, 2, 3, 3)},
-    "frames.frames_to_image": _all("video", 1, 3, 4, 2, 2, layout="tiles"),
-    **{
-        f"init.init_{n}": {"module": nn.Linear(2, 2)} for n in ("fan_out", "linear", "trunc_normal")
+# The others, by module and name, of all functions of the pages; tensors are given by their shapes.
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "attention.biased.attend_in_turn": {
+        **{"q k v": (2, 2, 4, 3), "bias": (2, 4, 4)},
+        "masks": [None, None],
     },
-    "init.trunc_normal": {"tensor": _map(2, 2), "std": 0.02},
-    "kan.reflectional_switch": {"x": _map(2, 3), "grid": _map(4), "width": 0.3},
+    "attention.biased.worth_a_turn": {"q k v": (2, 2, 4, 3), "bias": (2, 4, 4)},
+    "attention.bilevel.bilevel_routing_attention": {"query key value": (1, 4, 4, 8)},
+    "attention.bilevel.nearest_regions": {"query_mean key_mean": (1, 4, 8)},
+    "attention.bilevel.route_regions": {"query key": (1, 4, 4, 8)},
+    "attention.cascaded.cascaded_group_attention": {
+        **{"x": (1, 8, 2, 2), "bias": (2, 4, 4)},
+        "projections": [lambda x: (x, x, x)] * 2,
+    },
+    "attention.cascaded.distance_bias": {"table": (2, 3, 3)},
+    "attention.cascaded.resize_distance_table": {"table": (2, 3, 3)},
+    "attention.deformable.deformable_attention": {
+        **{"value": (1, 5, 2, 4), "locations": (1, 3, 2, 2, 1, 2), "weights": (1, 3, 2, 2, 1)}
+    },
+    "attention.deformable.pixel_centres": {},
+    "attention.factorized.cross_window_fusion": {"x": (1, 8, 8, 4)},
+    "attention.factorized.tap_positions": {"device": torch.device("cpu")},
+    "attention.hilo.high_frequency_attention": {"qkv": (1, 4, 4, 24)},
+    "attention.hilo.low_frequency_attention": {"query": (1, 4, 4, 8), "key_value": (1, 2, 2, 16)},
+    "attention.pooled.pool_tokens": {"x": (1, 6, 4), "length": 2},
+    "attention.rank_augmented.rank_augmented_linear_attention": {
+        **{"query key value": (1, 2, 6, 4), "rotary": [torch.ones(6, 4)] * 2}
+    },
+    "attention.rank_augmented.rotary_table": {},
+    "attention.single_head.single_head_attention": {
+        "query key": (1, 4, 2, 2),
+        "value": (1, 6, 2, 2),
+    },
+    "attention.token_pooling.pool_tokens_before": {},
+    "attention.token_pooling.token_attentions": {"model": nn.Identity()},
+    "attention.window.overlap_position_index": {"overlap_size": 4},
+    "attention.window.overlapping_windows": {"x": (1, 8, 8, 2), "overlap_size": 4},
+    "attention.window.relative_position_index": {},
+    "attention.window.shift_masks": {"shift_size": 1},
+    "attention.window.window_attention": {
+        **{"query key value": (1, 2, 2, 4, 2, 4), "bias": (2, 4, 4), "masks": (3, 4, 4)}
+    },
+    "attention.window.window_merge": {"windows": (1, 2, 2, 4, 3)},
+    "attention.window.window_partition": {"x": (1, 4, 4, 3)},
+    "batch_norm.has_wrong_gradients": {},
+    "batch_norm.with_canonical_strides": {"x": (1, 2, 3, 3)},
+    "frames.frames_to_image": {"video": (1, 3, 4, 2, 2), "layout": "tiles"},
+    **dict.fromkeys(("init.init_fan_out", "init.init_linear", "init.init_trunc_normal"), {}),
+    "init.trunc_normal": {"tensor": (2, 2)},
+    "kan.reflectional_switch": {"x": (2, 3), "grid": (4,), "width": 0.3},
     "large_kernel.merge_dilated_kernels": {
-        **{"weights": [_map(2, 1, 3, 3)], "dilations": [2], "kernel_size": 5}
+        **{"weights": [torch.ones(2, 1, 3, 3)], "dilations": [2]},
+        "kernel_size": 5,
     },
     "mobile.conv_stem": {"in_chans": 3, "dim": 16},
-    "mobile.residual_merging": {"dim": 4, "out_dim": 8},
-    "neighborhood.na1d": {**_all(_QKV, 1, 4, 2, 4), **_AROUND},
-    "neighborhood.na2d": {**_all(_QKV, *_HEADS), **_AROUND},
-    "neighborhood.na3d": {**_all(_QKV, 1, 3, 4, 4, 2, 4), **_AROUND},
-    "padding.reflect_pad_to_multiple": _all("x", 1, 2, 5, 5, multiple=4),
-    "padding.reflected_positions": {"positions": torch.arange(6), "size": 4},
-    "position.resize_position_table": _all("table", 1, 4, 2, size=(3, 2)),
-    "reparam.fold_norm_after": {"layer": nn.Conv2d(2, 2, 1), "norm": nn.BatchNorm2d(2)},
-    "reparam.fold_norm_before": {"norm": nn.BatchNorm2d(2), "layer": nn.Conv2d(2, 2, 1)},
-    "reparam.fold_scale_after": {"layer": nn.Linear(2, 2), "scale": _map(2), "shift": _map(2)},
+    "mobile.residual_merging": {"out_dim": 8},
+    "padding.reflect_pad_to_multiple": {"x": (1, 2, 5, 5)},
+    "padding.reflected_positions": {"positions": torch.arange(6)},
+    "position.resize_position_table": {"table": (1, 4, 2), "size": [3, 2]},
+    "reparam.fold_norm_after": {"layer": nn.Conv2d(2, 2, 1)},
+    "reparam.fold_norm_before": {"layer": nn.Conv2d(2, 2, 1)},
+    "reparam.fold_scale_after": {"layer": nn.Linear(2, 2), "scale shift": (2,)},
     "reparam.fuse_children": {"module": nn.Sequential()},
-    "reparam.norm_affine": {"norm": nn.BatchNorm2d(2)},
+    "reparam.norm_affine": {},
     "rounding.round_filters": {"model": nn.Conv2d(2, 2, 3), "dtype": torch.bfloat16},
-    "rounding.round_keeping_sums": {"taps": _map(2, 9), "dtype": torch.bfloat16},
-    "tiling.run_tiled": _TILED,
-    "tiling.tile_spans": {"size": 8, "tile_size": 4, "overlap": 2},
-    "tiling.tiled_strips": _TILED,
+    "rounding.round_keeping_sums": {"taps": (2, 9), "dtype": torch.bfloat16},
+    "tiling.run_tiled": {"x": (1, 1, 8, 8), "scale": 1},
+    "tiling.tile_spans": {},
+    "tiling.tiled_strips": {"x": (1, 1, 8, 8), "scale": 1},
 }
-GOOD = {f"ops.attention.{name}": given for name, given in _ATTENTION.items()}
-GOOD |= {f"ops.{name}": given for name, given in _OTHERS.items()}
-
-for _rank in (1, 2, 3):  # heads first
-    _sides = (1, 2, *[4] * _rank)
-    _ROW = {"kernel_size": 3, "dilation": 1}
-    _QK = {"query": _map(*_sides, 4), "key": _map(*_sides, 4)}
-    _AV = {"attn": _map(*_sides, 3**_rank), "value": _map(*_sides, 4)}
-    GOOD[f"ops.neighborhood.na{_rank}d_qk"] = {
-        **{**_QK, **_ROW, "additional_keys": None, "is_causal": False, "rpb": None}
-    }
-    GOOD[f"ops.neighborhood.na{_rank}d_av"] = {
-        **{**_AV, **_ROW, "additional_values": None, "is_causal": False}
+for _rank in (1, 2, 3):
+    _map, _of = (3, 4, 4)[-_rank:], f"neighborhood.na{_rank}d"
+    _query = {"query key": (1, 2, *_map, 4)}  # heads first
+    _attn = {"attn": (1, 2, *_map, 3**_rank), "value": (1, 2, *_map, 4)}
+    _SPECIAL |= {
+        _of: {"query key value": (1, *_map, 2, 4)},
+        f"{_of}_qk": _query,
+        f"{_of}_av": _attn,
     }
     if _rank < 3:
-        GOOD[f"ops.neighborhood.natten{_rank}dqk"] = {**_QK, **_ROW}
-        GOOD[f"ops.neighborhood.natten{_rank}dav"] = {**_AV, **_ROW}
-        GOOD[f"ops.neighborhood.natten{_rank}dqkrpb"] = {**_QK, "rpb": None, **_ROW}
+        for _name in ("qk", "qkrpb"):
+            _SPECIAL[f"neighborhood.natten{_rank}d{_name}"] = _query
+        _SPECIAL[f"neighborhood.natten{_rank}dav"] = _attn
 
 
 def _function(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     function = getattr(importlib.import_module(module), name)
-    if inspect.isgeneratorfunction(function):
-        return lambda **arguments: list(function(**arguments))
-    return function
+    if not inspect.isgeneratorfunction(function):
+        return function
+    return functools.wraps(function)(lambda **arguments: list(function(**arguments)))
 
 
 def test_every_function_of_the_pages_is_here() -> None:
@@ -157,10 +132,16 @@ def test_every_function_of_the_pages_is_here() -> None:
         if inspect.isfunction(function := getattr(importlib.import_module(module), name))
         and inspect.signature(function).parameters
     }
-    assert GOOD.keys() >= functions
+    assert {f"ops.{path}" for path in _SPECIAL} >= functions
 
 
-@pytest.mark.parametrize("path", GOOD)
+@pytest.mark.parametrize("path", _SPECIAL)
 def test_a_function(path: str) -> None:
-    found = complaints(_function(path), GOOD[path])
+    function, given = _function(f"ops.{path}"), {}
+    for names, value in _SPECIAL[path].items():
+        made = torch.ones(value) if isinstance(value, tuple) else value
+        given |= dict.fromkeys(names.split(), made)
+    for name in inspect.signature(function).parameters.keys() - given.keys():
+        given[name] = COMMON[name]
+    found = complaints(function, given)
     assert not found, "\n".join(found)

@@ -1,9 +1,7 @@
-"""Multi-scale deformable attention against a loop over queries, heads, maps and points."""
+"""Multi-scale deformable attention against sums over all pixels."""
 
 from __future__ import annotations
 
-import math
-from itertools import product
 from typing import Any
 
 import pytest
@@ -16,54 +14,46 @@ from ops.attention.deformable import DeformableAttention, deformable_attention, 
 SIZES = ((3, 5), (2, 2), (1, 4))
 
 
-def loop(value: Tensor, sizes: Any, locations: Tensor, weights: Tensor) -> Tensor:
-    """The definition: weighted sums over the four pixels around each sample that exist."""
-    batch, count, heads, levels, points, _ = locations.shape
-    out = value.new_zeros(batch, count, heads, value.shape[3])
-    starts = [sum(h * w for h, w in sizes[:level]) for level in range(levels)]
-    for index in product(range(batch), range(count), range(heads), range(levels), range(points)):
-        b, n, h, level, _ = index
-        height, width = sizes[level]
-        x, y = (locations[index] * locations.new_tensor([width, height]) - 0.5).unbind()
-        for i, j in product((0, 1), (0, 1)):
-            column, row = math.floor(x.item()) + i, math.floor(y.item()) + j
-            if 0 <= column < width and 0 <= row < height:
-                share = (1 - (x - column).abs()) * (1 - (y - row).abs()) * weights[index]
-                out[b, n, h] = (
-                    out[b, n, h] + share * value[b, starts[level] + row * width + column, h]
-                )
+def dense(value: Tensor, sizes: Any, locations: Tensor, weights: Tensor) -> Tensor:
+    """The definition: each sample's share of every pixel, which is zero but for the nearest."""
+    out, start = torch.zeros(()), 0
+    for level, (height, width) in enumerate(sizes):
+        places = locations[:, :, :, level] * locations.new_tensor([width, height]) - 0.5
+        columns, rows = (
+            (1 - (place[..., None] - torch.arange(n)).abs()).relu()
+            for place, n in zip(places.unbind(-1), (width, height), strict=True)
+        )
+        shares = torch.einsum("bnhp,bnhpy,bnhpx->bnhyx", weights[:, :, :, level], rows, columns)
+        pixels = value[:, start : start + height * width]
+        out = out + torch.einsum("bnhs,bshd->bnhd", shares.flatten(3), pixels)
+        start += height * width
     return out.flatten(2)
 
 
-def _inputs(sizes: Any = SIZES, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+def _inputs(sizes: Any) -> list[Tensor]:
     """Two images, two heads of three channels, three queries of two points a map."""
     torch.manual_seed(0)
-    pixels = sum(h * w for h, w in sizes)
-    value = torch.randn(2, pixels, 2, 3)
-    locations = torch.rand(2, 3, 2, len(sizes), 2, 2) * 1.4 - 0.2  # some of them outside
-    weights = torch.rand(2, 3, 2, len(sizes), 2)
-    return value.to(dtype), sizes, locations.to(dtype), weights.to(dtype)
+    value = torch.randn(2, sum(h * w for h, w in sizes), 2, 3, dtype=torch.float64)
+    locations = torch.rand(2, 3, 2, len(sizes), 2, 2).double() * 1.4 - 0.2  # some of them outside
+    return [
+        t.requires_grad_() for t in (value, locations, torch.rand(2, 3, 2, len(sizes), 2).double())
+    ]
 
 
 @pytest.mark.parametrize("sizes", [SIZES, ((4, 3),), ((1, 1), (1, 1))])
-def test_is_the_loop_with_its_gradients(sizes: Any) -> None:
-    value, _, locations, weights = _inputs(sizes)
-    tensors = [t.requires_grad_() for t in (value, locations, weights)]
-    ours, theirs = (f(value, sizes, locations, weights) for f in (deformable_attention, loop))
+def test_is_its_definition_with_its_gradients(sizes: Any) -> None:
+    value, *others = tensors = _inputs(sizes)
+    ours, theirs = (f(value, sizes, *others) for f in (deformable_attention, dense))
     assert_same_with_gradients(ours, theirs, tensors)
 
 
 def test_a_sample_at_a_centre_is_the_pixel() -> None:
-    value = torch.randn(1, 23, 1, 4)
-    for start, (height, width) in zip((0, 15, 19), SIZES, strict=True):
-        centres = pixel_centres([(height, width)])
-        out = deformable_attention(
-            value[:, start : start + height * width],
-            [(height, width)],
-            centres[None, :, None, None, None],
-            torch.ones(1, height * width, 1, 1, 1),
-        )
-        torch.testing.assert_close(out, value[:, start : start + height * width, 0])
+    for size in SIZES:
+        centres = pixel_centres([size])
+        value = torch.randn(1, len(centres), 1, 4)
+        places, weights = centres[None, :, None, None, None], torch.ones(1, len(centres), 1, 1, 1)
+        out = deformable_attention(value, [size], places, weights)
+        torch.testing.assert_close(out, value[:, :, 0])
     assert torch.equal(pixel_centres(SIZES)[15:19], pixel_centres([(2, 2)]))
     assert pixel_centres([(2, 4)])[1].tolist() == [0.375, 0.25]
 
@@ -82,14 +72,10 @@ def test_half_precision_only_rounds_the_values(dtype: torch.dtype, autocast: boo
     assert len(out.unique()) == len(value.to(dtype).unique())
 
 
-def _layer(**arguments: Any) -> DeformableAttention:
-    torch.manual_seed(0)
-    return DeformableAttention(8, 2, 3, 2, **arguments)
-
-
 @pytest.mark.parametrize("value_ratio", [1.0, 0.5])
 def test_layer_samples_around_its_references(value_ratio: float) -> None:
-    layer = _layer(value_ratio=value_ratio).double()
+    torch.manual_seed(0)
+    layer = DeformableAttention(8, 2, 3, 2, value_ratio=value_ratio).double()
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.3)
@@ -105,7 +91,7 @@ def test_layer_samples_around_its_references(value_ratio: float) -> None:
     )
     weights = layer.attention_weights(query).view(2, 4, 2, 6).softmax(-1).view(2, 4, 2, 3, 2)
     value = layer.value_proj(features).view(2, 23, 2, -1)
-    expected = layer.output_proj(loop(value, SIZES, locations, weights))
+    expected = layer.output_proj(dense(value, SIZES, locations, weights))
     torch.testing.assert_close(layer(query, references, features, SIZES), expected)
 
 

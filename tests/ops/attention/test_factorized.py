@@ -24,24 +24,17 @@ def reflect(position: int, size: int) -> int:
 
 
 def naive_fusion(x: Tensor, num_heads: int, window_size: int, dilation: int) -> Tensor:
-    """One head and one tap at a time."""
-    batch, height, width, dim = x.shape
-    head_dim, span = dim // num_heads, dilation * (window_size - 1) + 1
-    tokens = x.new_empty(batch, num_heads, window_size**2, head_dim)
-    corners = [(i, j) for i in range(0, height, span) for j in range(0, width, span)]
-    for head in range(num_heads):
-        channels = slice(head * head_dim, (head + 1) * head_dim)
-        for tap in range(window_size**2):
-            down, right = (dilation * t for t in divmod(tap, window_size))
-            line = [
-                x[:, reflect(i + down, height), reflect(j + right, width), channels]
-                for i, j in corners
-            ]
-            flat = torch.cat(line, dim=1)  # (B, windows * head_dim), channels fastest
-            for j in range(head_dim):
-                run = flat[:, j * len(corners) : (j + 1) * len(corners)]
-                tokens[:, head, tap, j] = run.mean(1)
-    return tokens
+    """One tap at a time."""
+    span, tokens = dilation * (window_size - 1) + 1, []
+    for tap in range(window_size**2):
+        near = x
+        for axis, offset in enumerate(divmod(tap, window_size), 1):
+            size = x.shape[axis]
+            places = [reflect(i + dilation * offset, size) for i in range(0, size, span)]
+            near = near.index_select(axis, torch.tensor(places))
+        flat = near.unflatten(3, (num_heads, -1)).movedim(3, 1).flatten(2)  # channels fastest
+        tokens.append(flat.unflatten(2, (x.shape[3] // num_heads, -1)).mean(3))
+    return torch.stack(tokens, dim=2)
 
 
 @given(
@@ -60,18 +53,22 @@ def test_fusion_is_its_definition(
     torch.testing.assert_close(tokens, naive_fusion(x, num_heads, window_size, dilation))
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Of one head: (N, d), (M, d) and (M, d) → (N, d)."""
+    return (query @ key.T * query.shape[1] ** -0.5).softmax(1) @ value
+
+
 def naive_attention(layer: FactorizedAttention, x: Tensor) -> Tensor:
-    """One query, one head, one branch at a time; x (1, H, W, dim)."""
-    _, height, width, dim = x.shape
-    queries = layer.q(x).reshape(height * width, dim)
+    """One head and one branch at a time; x (1, H, W, dim)."""
+    dim = x.shape[3]
+    queries = layer.q(x).flatten(0, 2)
     wide, heads = layer.global_dim, layer.num_heads
 
     branch = layer.global_branch
     reduced = branch.sr(x[..., :wide].permute(0, 3, 1, 2))
     key, value = branch.kv(branch.norm(reduced.permute(0, 2, 3, 1))).split(wide, dim=3)
     value = value + branch.local_conv.conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    key, value = key.reshape(-1, wide), value.reshape(-1, wide)
-    outs = [torch.stack([(key @ q * wide**-0.5).softmax(0) @ value for q in queries[:, :wide]])]
+    outs = [attend(queries[:, :wide], key.flatten(0, 2), value.flatten(0, 2))]
 
     source = layer.kv_pw(layer.kv_dw(x[..., wide:].permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
     count = len(layer.local_branches)
@@ -85,12 +82,8 @@ def naive_attention(layer: FactorizedAttention, x: Tensor) -> Tensor:
         for m in range(heads):
             start = wide + m * count * head_dim + g * head_dim
             value_of_head = grid[0, m * head_dim : (m + 1) * head_dim].flatten(1).T
-            rows = [
-                (key[0, m] @ q * head_dim**-0.5).softmax(0) @ value_of_head
-                for q in queries[:, start : start + head_dim]
-            ]
-            outs.append(torch.stack(rows))
-    return layer.proj(torch.cat(outs, dim=1)).reshape(x.shape)
+            outs.append(attend(queries[:, start : start + head_dim], key[0, m], value_of_head))
+    return layer.proj(torch.cat(outs, dim=1)).view(x.shape)
 
 
 @pytest.mark.parametrize(("sr_ratio", "dilations"), [(2, (1, 2)), (1, (1,))])
@@ -98,9 +91,7 @@ def test_layer_is_its_definition_with_its_gradients(
     sr_ratio: int, dilations: tuple[int, ...]
 ) -> None:
     torch.manual_seed(0)
-    layer = (
-        randomise(FactorizedAttention(32, 2, sr_ratio, dilations, window_size=3)).double().eval()
-    )
+    layer = randomise(FactorizedAttention(32, 2, sr_ratio, dilations, window_size=3)).double()
     x = torch.randn(1, 7, 5, 32, dtype=torch.float64, requires_grad=True)
     assert_same_with_gradients(layer(x), naive_attention(layer, x), [x, *layer.parameters()])
 

@@ -29,7 +29,7 @@ def test_kernels(tests: str, instructions: str, tmp_path: Path) -> None:
 @_emulated
 @pytest.mark.slow
 def test_bytes_without_products_of_bfloat16(tmp_path: Path) -> None:
-    said = run_tests("cpu/gemm/test_int8.py", "neon", WITH_BYTES, tmp_path)
+    said = run_tests("cpu/gemm/test_linear.py", "neon", WITH_BYTES, tmp_path)
     assert "skipped" not in said
 
 

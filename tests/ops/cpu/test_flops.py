@@ -6,6 +6,7 @@ That they are those of whole models is tested in ``tests/backbones/fusing/test_e
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -76,30 +77,22 @@ def test_uncounted_operations() -> None:
     assert [call.flops for call in calls] == [None, None]
 
 
-def test_neighborhood_attention() -> None:
-    query = torch.randn(1, 9, 7, 2, 8)
-    (call,) = [
-        call
-        for call in _traced(lambda: na2d(query, query, query, (3, 5)))
-        if call.kernel.startswith("na_cpu")
-    ]
-    assert call.flops == 2 * 9 * 7 * 2 * 15 * (8 + 8)
-    more = torch.randn(1, 5, 2, 8)
-    given = {"additional_keys": more, "additional_values": more}
-    calls = _traced(lambda: na2d(query, query, query, (3, 5), **given))
-    counts = [c.flops for c in calls if c.kernel.startswith("na_cpu")]
-    assert counts == [2 * 9 * 7 * 2 * (15 + 5) * (8 + 8)]
-    causal = _traced(lambda: na2d(query, query, query, (3, 5), is_causal=True))
-    assert [c.flops for c in causal if c.kernel.startswith("na_cpu")] == [None]
+_X, _MORE = torch.randn(1, 9, 7, 2, 8), torch.randn(1, 5, 2, 8)
+_HEADS, _WEIGHTS = torch.randn(1, 2, 9, 7, 8), torch.randn(1, 2, 9, 7, 15)
 
 
-def test_split_neighborhood_attention() -> None:
-    value, weights = torch.randn(1, 2, 9, 7, 8), torch.randn(1, 2, 9, 7, 15)
-    calls = [
-        *_traced(lambda: na2d_qk(value, value, (3, 5))),
-        *_traced(lambda: na2d_av(weights, value, (3, 5))),
-    ]
-    counts = {c.kernel: c.flops for c in calls if c.kernel.startswith("na_cpu")}
-    assert counts == dict.fromkeys(("na_cpu_scores", "na_cpu_mix"), 2 * 9 * 7 * 2 * 15 * 8)
-    causal = _traced(lambda: na2d_av(weights, value, (3, 5), is_causal=True))
-    assert [c.flops for c in causal if c.kernel.startswith("na_cpu")] == [None]
+@pytest.mark.parametrize(
+    ("function", "given", "per_query"),
+    [
+        (na2d, (_X, _X, _X), 15 * (8 + 8)),
+        (partial(na2d, additional_keys=_MORE, additional_values=_MORE), (_X, _X, _X), 20 * (8 + 8)),
+        (na2d_qk, (_HEADS, _HEADS), 15 * 8),
+        (na2d_av, (_WEIGHTS, _HEADS), 15 * 8),
+    ],
+)
+def test_neighborhood_attention(
+    function: Callable[..., Tensor], given: tuple[Tensor, ...], per_query: int
+) -> None:
+    for causal, expected in ((False, 2 * 9 * 7 * 2 * per_query), (True, None)):
+        calls = _traced(partial(function, *given, (3, 5), is_causal=causal))
+        assert [c.flops for c in calls if c.kernel.startswith("na_cpu")] == [expected]

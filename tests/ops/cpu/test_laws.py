@@ -18,7 +18,7 @@ from ops.cpu import instruction_sets
 
 EVERY = pytest.mark.parametrize("name", CALLS)
 PLAINER = [s for s in instruction_sets.candidates()[1:] if s in ("avx2", "neon", "portable")]
-# What packs weights for int8 is tested in test_int8.py.
+# What packs weights for int8 is tested in test_linear.py.
 IN_FLOATS = [name for name in CALLS if "int8" not in name]
 NOT_EMPTY = (
     "attention_weights",
@@ -122,32 +122,22 @@ def _is_packed(argument: str, value: Tensor) -> bool:
 
 
 @EVERY
-@pytest.mark.parametrize("laid_out", [_turned, _cut, _inset, _spread])
+@pytest.mark.parametrize(
+    "laid_out",
+    [
+        *(_turned, _cut, _inset, _spread),
+        # Steps of nothing: repeated images, rows and values.
+        lambda t: t[:1].expand_as(t) if t.ndim > 1 else t,
+        lambda t: t[(0,) * (t.ndim - 1)].expand_as(t),
+        lambda t: t[..., :1].expand_as(t) if t.ndim > 1 else t,
+    ],
+)
 def test_strides_change_nothing(name: str, laid_out: Callable[[Tensor], Tensor]) -> None:
     kernel, _, given = CALLS[name]()
-    expected = _outputs(kernel(**given))
     for argument, value in given.items():
         if not isinstance(value, Tensor) or _is_packed(argument, value):
             continue
-        _assert_same_or_refused(name, {**given, argument: laid_out(value)}, expected)
-
-
-@EVERY
-@pytest.mark.parametrize(
-    "repeated",
-    [
-        lambda t: t[:1].expand_as(t),
-        lambda t: t[(0,) * (t.ndim - 1)].expand_as(t),
-        lambda t: t[..., :1].expand_as(t),
-    ],
-    ids=["images", "rows", "values"],
-)
-def test_steps_of_nothing_are_strides(name: str, repeated: Callable[[Tensor], Tensor]) -> None:
-    kernel, _, given = CALLS[name]()
-    for argument, value in given.items():
-        if not isinstance(value, Tensor) or value.ndim < 2:
-            continue
-        same = repeated(value)
+        same = laid_out(value)
         expected = _outputs(kernel(**{**given, argument: same.contiguous()}))
         _assert_same_or_refused(name, {**given, argument: same}, expected)
 
@@ -174,10 +164,11 @@ def test_other_dtypes_are_refused(name: str) -> None:
             with pytest.raises((ValueError, RuntimeError), match=r"torch\.|float"):
                 kernel(**changed)
     first = given[batched[0]]
-    assert "float64" in (kernel.unavailable(first.device, torch.float64, even_if_slower=True) or "")
-    assert "meta" in (
-        kernel.unavailable(torch.device("meta"), first.dtype, even_if_slower=True) or ""
-    )
+    for said, device, dtype in (
+        ("float64", first.device, torch.float64),
+        ("meta", torch.device("meta"), first.dtype),
+    ):
+        assert said in (kernel.unavailable(device, dtype, even_if_slower=True) or "")
 
 
 # Classes pack the weights of these, and check layers and activations when they do.

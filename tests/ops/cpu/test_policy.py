@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import operator
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -23,57 +23,41 @@ from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.threads import MACS, VALUES, threads_for
 
-ROOT = Path(__file__).parents[3]
 SETS = {machine: instruction_sets.levels(machine) for machine in ("x86_64", "aarch64")}
 HALF, FLOAT = torch.bfloat16, torch.float32
-# Powers of two and their successors, among which are those that rules compare with.
+_ONE, _TWO = (1, 1), (2, 2)
+# Powers of two and their neighbours, among which are those that rules compare with.
 _COUNTS = [n + more for n in (1 << i for i in range(8, 21)) for more in (-1, 0, 1)]
 _TOKENS = (1, 7, 16, 17, 48, 49, *_COUNTS[:12])
-_ONE, _TWO = (1, 1), (2, 2)
+# Arguments by their names, on both sides of the limits; others are yes or no.
+GIVEN: dict[str, Any] = {
+    "dtype": (FLOAT, HALF),
+    "library": ("gemm", "depthwise"),
+    "activation": ("none", "gelu"),
+    "rows": _COUNTS,
+    "values": (*_COUNTS[-12:], sys.maxsize),
+    **dict.fromkeys(("keys", "tokens", "window_size", "features"), _TOKENS),
+    "dim": (63, 64, 191, 192),
+    "in_features": (31, 32, 33, 191, 192, 511, 512, 1366),
+    "out_features": (64, 192),
+    "in_channels": (3, 16, 23, 24, 32),
+    "out_channels": (24, 31, 32),
+    "channels": (16, 17),
+    "groups": (1, 3),
+    "kernel_size": ((3, 3), (5, 5), (7, 7), (1, 11)),
+    "stride": (_ONE, _TWO, (4, 4), (8, 8)),
+    "padding": (_ONE, (0, 0)),
+    "dilation": (_ONE, _TWO),
+}
 
 
 def _decisions() -> Iterator[tuple[Any, ...]]:
-    """Every rule, with arguments on both sides of its limits, and what it says."""
-    yield "few_rows", policy.few_rows()
-    for dtype in (FLOAT, HALF):
-        for says in (policy.multiplies, policy.computed_in, policy.by_tiles):
-            yield says.__name__, dtype, says(dtype)
-        for library in ("gemm", "depthwise"):
-            yield "left_to_torch", library, dtype, policy.left_to_torch(library, dtype)
-        of_dtype, product = (dtype,), itertools.product
-        yes_no = (False, True)
-        sides = ((3, 3), (5, 5), (7, 7), (1, 11))
-        cases: dict[Any, Any] = {
-            policy.linear_in_int8: product(yes_no, of_dtype),
-            policy.pays_in_int8: product((31, 32, 511, 512), (64,), of_dtype),
-            policy.windows_pay_in_int8: product((3, 16), of_dtype),
-            policy.response_mlp_in_int8: [(63,), (64,)],
-            policy.depthwise_mlp_in_int8: product((63, 64, 191, 192), of_dtype),
-            policy.linear_by_kernel: product(
-                _COUNTS, (32, 33), (64,), of_dtype, ("none", "gelu"), yes_no
-            ),
-            policy.packs_linear: product(
-                (191, 192, 1366), (192,), yes_no, ("none", "gelu"), of_dtype
-            ),
-            policy.stem_by_kernel: product(yes_no, of_dtype),
-            policy.convolves_windows: product((_ONE, _TWO), (_ONE, _TWO), (1, 4), of_dtype),
-            policy.copies_windows: product((3, 16), ((4, 4), (8, 8)), of_dtype),
-            policy.conv_by_kernel: product((3, 16), yes_no, of_dtype),
-            policy.winograd_by_kernel: product((23, 24, 32), (31, 32), (1, 3), of_dtype),
-            policy.direct_by_kernel: product((23, 24), (24, 32), (1, 3), of_dtype),
-            policy.depthwise_by_kernel: product(
-                (*_COUNTS[-12:], sys.maxsize), (16, 17), sides, (_ONE, (0, 0)), (_ONE, _TWO),
-                yes_no, of_dtype,
-            ),
-            policy.softmax_attention_by_kernel: product(_TOKENS, of_dtype),
-            policy.window_attention_by_kernel: product(_TOKENS, of_dtype),
-            policy.rotated_attention_by_kernel: product(_TOKENS, of_dtype),
-            policy.single_head_by_kernel: product(_TOKENS),
-            policy.averages_in_linear: product(_TOKENS),
-        }  # fmt: skip
-        for rule, arguments in cases.items():
-            for given in arguments:
-                yield rule.__name__, given, rule(*given)
+    """Every rule, with every combination of these arguments, and what it says."""
+    for name in policy.__all__:
+        rule = getattr(policy, name)
+        values = (GIVEN.get(p, (False, True)) for p in inspect.signature(rule).parameters)
+        for given in itertools.product(*values):
+            yield name, given, rule(*given)
 
 
 def _use(monkeypatch: pytest.MonkeyPatch, cpu: str, asked_for: str = "") -> None:
@@ -142,6 +126,7 @@ _MANY = 10**6  # rows, values or tokens, more than any limit
         ("avx2", policy.linear_by_kernel, (9, 64, 256, HALF, "none"), True, "no products of it"),
         ("amx", policy.linear_by_kernel, (_MANY, 64, 256, HALF, "none"), False, "rows"),
         ("amx", policy.linear_by_kernel, (_MANY, 64, 256, HALF, "gelu"), True, "GELU"),
+        ("amx", policy.linear_by_kernel, (_MANY, 64, 256, FLOAT, "gelu"), False, "rows"),
         ("amx", policy.linear_by_kernel, (_MANY, 64, 256, FLOAT, "silu", True), True, "times"),
         ("amx", policy.linear_by_kernel, (_MANY, 64, 256, HALF, "silu", True), False, "rows"),
         # The narrower side counts, whichever it is.
@@ -227,10 +212,3 @@ def test_thread_counts(work, of_a_thread, threads: int) -> None:
     assert 1 <= count <= threads
     assert count == 1 or work / count >= of_a_thread
     assert count == threads or work / (count + 1) < of_a_thread
-
-
-@pytest.mark.parametrize("threads", [1, 2, 64])
-def test_no_work_and_plenty(threads: int) -> None:
-    with using_threads(threads):
-        assert threads_for(0, MACS) == 1
-        assert threads_for(1e12, MACS) == threads

@@ -54,31 +54,29 @@ def _map(library: ctypes.CDLL, name: str, x: np.ndarray) -> tuple[np.ndarray, np
     return x.astype(np.float64), y.astype(np.float64)
 
 
-def test_exp2(library: ctypes.CDLL) -> None:
-    x, y = _map(library, "exp2", np.linspace(-126, 126, 1 << 18))
-    assert np.abs(y / np.exp2(x) - 1).max() < 1e-7
+def _ulp(y: np.ndarray) -> np.ndarray:
+    return np.spacing(np.float32(y))
+
+
+@pytest.mark.parametrize(
+    ("name", "ends", "error"),
+    [
+        ("exp2", (-126, 126), lambda x, y: np.abs(y / np.exp2(x) - 1) / 1e-7),
+        ("sigmoid", (-100, 100), lambda x, y: np.abs(y - 1 / (1 + np.exp(-x))) / 1e-7),
+        ("tanh", (-100, 100), lambda x, y: np.abs(y - np.tanh(x)) / 1.4e-7),
+    ],
+)
+def test_functions(library: ctypes.CDLL, name: str, ends: tuple[int, int], error) -> None:
+    assert error(*_map(library, name, np.linspace(*ends, 1 << 18))).max() < 1
+
+
+def test_functions_of_powers(library: ctypes.CDLL) -> None:
+    x, y = _map(library, "log2", np.exp2(np.linspace(0, 120, 1 << 18)))
+    assert (np.abs(y - np.log2(x)) - _ulp(np.log2(x))).max() < 2e-7
+    x, y = _map(library, "reciprocal", np.exp2(np.linspace(-119, 119, 1 << 18)))
+    assert (np.abs(y - 1 / x) / _ulp(1 / x)).max() <= 2
 
 
 def test_exp2_outside_its_range(library: ctypes.CDLL) -> None:
     x, y = _map(library, "exp2", np.repeat([-np.inf, -1000, np.nan, 0], 16))
     np.testing.assert_array_equal(y, np.repeat([2.0**-126, 2.0**-126, np.nan, 1], 16))
-
-
-def test_log2(library: ctypes.CDLL) -> None:
-    x, y = _map(library, "log2", np.exp2(np.linspace(0, 120, 1 << 18)))
-    assert (np.abs(y - np.log2(x)) - np.spacing(np.float32(np.log2(x)))).max() < 2e-7
-
-
-def test_reciprocal(library: ctypes.CDLL) -> None:
-    x, y = _map(library, "reciprocal", np.exp2(np.linspace(-119, 119, 1 << 18)))
-    assert (np.abs(y - 1 / x) / np.spacing(np.float32(1 / x))).max() <= 2
-
-
-def test_sigmoid(library: ctypes.CDLL) -> None:
-    x, y = _map(library, "sigmoid", np.linspace(-100, 100, 1 << 18))
-    assert np.abs(y - 1 / (1 + np.exp(-x))).max() < 1e-7
-
-
-def test_tanh(library: ctypes.CDLL) -> None:
-    x, y = _map(library, "tanh", np.linspace(-100, 100, 1 << 18))
-    assert np.abs(y - np.tanh(x)).max() < 1.4e-7

@@ -23,16 +23,13 @@ def _error(out: Tensor, expected: Tensor) -> float:
     return float((out - expected).abs().max() / expected.abs().max())
 
 
-def _windows(heads: int, head_dim: int, window_size: int, shift_size: int) -> WindowAttention:
-    return _trained(WindowAttention(heads * head_dim, window_size, heads, shift_size))
-
-
-def _overlapping(heads: int, head_dim: int, window_size: int) -> OverlappingWindowAttention:
-    return _trained(OverlappingWindowAttention(heads * head_dim, window_size, heads, 1.0))
-
-
-def _trained(layer: Any) -> Any:
-    """Biases that matter beside the scores."""
+def _layer(heads: int, head_dim: int, window_size: int, shift_size: int | None = None) -> Any:
+    """Of overlapping windows, unless there is a shift; biases matter beside the scores."""
+    given = heads * head_dim, window_size, heads
+    overlaps = shift_size is None
+    layer = (
+        OverlappingWindowAttention(*given, 1.0) if overlaps else WindowAttention(*given, shift_size)
+    )
     nn.init.normal_(layer.relative_position_bias_table)
     return layer.eval().requires_grad_(False)
 
@@ -63,9 +60,9 @@ def _map(layer: Any, batch: int, rows: int, columns: int) -> Tensor:
 def test_is_the_layer(heads, head_dim, window_size, shift, size, overlaps, dtype) -> None:
     torch.manual_seed(0)
     if overlaps:
-        layer = _overlapping(heads, head_dim, window_size + window_size % 2)
+        layer = _layer(heads, head_dim, window_size + window_size % 2)
     else:
-        layer = _windows(heads, head_dim, window_size, shift % window_size)
+        layer = _layer(heads, head_dim, window_size, shift % window_size)
     x = _map(layer, *size)
     layer, x = layer.to(dtype), x.to(dtype)
     exact = copy.deepcopy(layer).double()(x.double())
@@ -77,7 +74,7 @@ def test_is_the_layer(heads, head_dim, window_size, shift, size, overlaps, dtype
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled_for(instructions, monkeypatch)
-    for layer in (_windows(2, 9, 7, 3), _overlapping(2, 9, 6)):
+    for layer in (_layer(2, 9, 7, 3), _layer(2, 9, 6)):
         for dtype, bound in ((torch.float32, 5e-6), (torch.bfloat16, 0.02)):
             x = _map(layer, 1, 2, 2).to(dtype)
             exact = copy.deepcopy(layer).to(dtype).double()(x.double())
@@ -87,7 +84,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
 
 def test_another_default_device_does_not_matter() -> None:
     """For the tables that are kept from the first call on."""
-    for layer in (_windows(2, 3, 5, 1), _overlapping(2, 3, 10)):
+    for layer in (_layer(2, 3, 5, 1), _layer(2, 3, 10)):
         fast, x = _fast(layer), _map(layer, 1, 2, 1)
         with torch.device("meta"):
             out = fast(x)
@@ -96,7 +93,7 @@ def test_another_default_device_does_not_matter() -> None:
 
 def test_without_the_kernel_it_is_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "for the test")
-    for layer in (_windows(2, 6, 4, 2), _overlapping(2, 6, 4)):
+    for layer in (_layer(2, 6, 4, 2), _layer(2, 6, 4)):
         fast, x = _fast(layer), _map(layer, 1, 2, 2)
         assert _error(fast(x), layer(x)) <= 1e-6
 

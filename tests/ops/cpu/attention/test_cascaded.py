@@ -6,6 +6,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -34,8 +35,11 @@ class _Heads(nn.Module):
             nn.init.normal_(self.norm.bias)
         self.requires_grad_(False)
 
-    def packed(self) -> PackedCascadedAttention:
-        return PackedCascadedAttention(list(self.qkv), self.qk_dim, list(self.convs), self.norm)
+    def check(self, x: Tensor, table: Tensor | None = None) -> None:
+        packed = PackedCascadedAttention(list(self.qkv), self.qk_dim, list(self.convs), self.norm)
+        out, expected = packed(x, table), self.exact(x, table)
+        bound = _BOUNDS[out.dtype] * (1 + expected.abs().max())
+        assert out.is_contiguous() and (out - expected).abs().max() <= bound
 
     def exact(self, x: Tensor, table: Tensor | None) -> Tensor:
         """(N, H, W, dim) → (N, H, W, dim), in float64."""
@@ -46,10 +50,9 @@ class _Heads(nn.Module):
             share = x[:, i * head_dim : (i + 1) * head_dim] + (outs[-1] if outs else 0)
             if parts.norm is not None:
                 channels = slice(i * head_dim, (i + 1) * head_dim)
-                centred = share - share.mean((1, 2, 3), keepdim=True)
-                share = centred / (centred**2).mean((1, 2, 3), keepdim=True).add(1e-5).sqrt()
-                weight, bias = parts.norm.weight[channels], parts.norm.bias[channels]
-                share = share * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+                share = F.group_norm(
+                    share, 1, parts.norm.weight[channels], parts.norm.bias[channels]
+                )
             query, key, value = project(share).split([parts.qk_dim, parts.qk_dim, head_dim], dim=1)
             if len(parts.convs):
                 query = parts.convs[i](query)
@@ -63,20 +66,6 @@ class _Heads(nn.Module):
 
 
 _BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
-
-
-def _dtypes() -> list[torch.dtype]:
-    """What the kernel takes here: bfloat16 needs AVX512-BF16 or AMX."""
-    return [
-        dtype
-        for dtype in _BOUNDS
-        if cascaded_attention.unavailable(torch.device("cpu"), dtype) is None
-    ]
-
-
-def _assert_near(out: Tensor, expected: Tensor) -> None:
-    bound = _BOUNDS[out.dtype] * (1 + expected.abs().max())
-    assert out.is_contiguous() and (out - expected).abs().max() <= bound
 
 
 @settings(max_examples=60, deadline=None)
@@ -95,28 +84,22 @@ def test_equals_the_layers_one_by_one(
 ) -> None:
     head_dim, qk_dim, rest = dims
     parts = _Heads(heads, head_dim, qk_dim, sides[:heads], has_norm)
-    dtype = dtype if dtype in _dtypes() else torch.float32
+    if cascaded_attention.unavailable(torch.device("cpu"), dtype) is not None:
+        dtype = torch.float32  # bfloat16 needs AVX512-BF16 or AMX
     parts.qkv.to(dtype)
     tokens = size[0] * size[1]
     x = torch.randn(images, *size, heads * head_dim + rest).to(dtype)
     table = torch.randn(heads, tokens, tokens) if has_table else None
-    _assert_near(parts.packed()(x, table), parts.exact(x, table))
+    parts.check(x, table)
 
 
-def test_a_map_of_many_tiles_and_dispatched_calls() -> None:
-    parts = _Heads(1, 40, 16, (), True)
-    packed = parts.packed()
-    x = torch.randn(2, 48, 13, 19).permute(0, 2, 3, 1)
-    out = packed(x)
-    _assert_near(out, parts.exact(x, None))
-    with torch.profiler.profile() as profiler:
-        assert torch.equal(packed(x), out)
-    assert "vision_backbones::cascaded_attention" in {e.name for e in profiler.events()}
+def test_a_map_of_many_tiles() -> None:
+    _Heads(1, 40, 16, (), True).check(torch.randn(2, 48, 13, 19).permute(0, 2, 3, 1))
 
 
 def test_large_logits() -> None:
     parts = _Heads(1, 16, 8, (), False)
     x, table = 30 * torch.randn(1, 7, 7, 16), 300 * torch.randn(1, 49, 49)
-    expected = parts.exact(x, table).float()
+    out = PackedCascadedAttention(list(parts.qkv), 8, [], None)(x, table)
     # Logits of some hundreds, in single precision.
-    torch.testing.assert_close(parts.packed()(x, table), expected, rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(out, parts.exact(x, table).float(), rtol=1e-4, atol=1e-2)

@@ -69,9 +69,9 @@ def test_threads_and_maps_of_many_tokens(batch: int, kind: str) -> None:
     expected = _exact(kind, qkvo, bias, 2)
     for threads in (1, 2, 3):
         with using_threads(threads):
-            out = _attend(kind, qkvo, bias, 2)
-            assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
-            assert torch.equal(_attend(kind, qkvo, bias, 2), out)
+            outs = [_attend(kind, qkvo, bias, 2) for _ in range(2)]
+        assert (outs[0] - expected).abs().max() <= 4e-6 * expected.abs().max()
+        assert torch.equal(*outs)
 
 
 def test_large_numbers() -> None:
@@ -88,7 +88,6 @@ def test_rejects_bad_arguments(kind: str) -> None:
     unavailable = KERNELS[kind].unavailable
     said = "the kernel needs head dims divisible by 32, not 48"
     assert said in (unavailable(qkvo.device, qkvo.dtype, 48) or "")
-    assert "float64" in (unavailable(qkvo.device, torch.float64, 32) or "")
     with pytest.raises(RuntimeError, match=said):
         _attend(kind, qkvo, bias, 1)
     with pytest.raises(ValueError, match=r"qkvo must be contiguous and \(1, 3, 3, 128\)"):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import compiled_for, using_threads
+from compiled_kernels import using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops import cpu
 from ops.cpu.attention.grouped import attend, attend_regions
 
 _BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
@@ -18,6 +17,10 @@ _BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 
 def _random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _assert_near(out: Tensor, expected: Tensor) -> None:
+    assert (out - expected).abs().max() <= _BOUNDS[out.dtype] * (1 + expected.abs().max())
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
@@ -41,8 +44,7 @@ def test_is_attention(batch, queries, keys, heads, dims, dtype, scale) -> None:
     value = _random(batch, keys, heads, dims[1], seed=3, dtype=dtype)
     wide = torch.full((batch, queries, heads, dims[1] + 2), 7.0, dtype=dtype)
     attend(query, key, value, wide[..., 1:-1], scale)
-    expected = _exact(query, key, value, scale)
-    assert (wide[..., 1:-1] - expected).abs().max() <= _BOUNDS[dtype] * (1 + expected.abs().max())
+    _assert_near(wide[..., 1:-1], _exact(query, key, value, scale))
     assert wide[..., 0].eq(7).all() and wide[..., -1].eq(7).all()
 
 
@@ -60,8 +62,7 @@ def test_few_queries(keys: int, dims: tuple[int, int], scale: float | None, dtyp
         value.copy_(_random(*value.shape, seed=3, dtype=dtype))
         out = torch.empty(2, queries, 2, dims[1], dtype=dtype)
         attend(query, key, value, out, scale)
-        expected = _exact(query, key, value, scale)
-        assert (out - expected).abs().max() <= _BOUNDS[dtype] * (1 + expected.abs().max())
+        _assert_near(out, _exact(query, key, value, scale))
 
 
 def test_nan_of_a_key_is_seen() -> None:
@@ -87,12 +88,9 @@ def test_routed_regions(regions: int, tokens: int, topk: int, dtype: torch.dtype
     for image in range(batch):
         for region in range(regions):
             own, seen = rows[region], rows[routes[image, region]].flatten()
-            expected = _exact(
-                *(t[image : image + 1, r] for t, r in ((query, own), (key, seen), (value, seen))),
-                scale=0.2,
-            )
-            error = (out[image, own] - expected[0]).abs().max()
-            assert error <= _BOUNDS[dtype] * (1 + expected.abs().max())
+            parts = ((query, own), (key, seen), (value, seen))
+            expected = _exact(*(t[image : image + 1, rows] for t, rows in parts), scale=0.2)
+            _assert_near(out[image, own], expected[0])
     every = torch.arange(regions).view(1, regions, 1).expand(batch, -1, -1)
     alone = attend_regions(query, key, value, rows)
     assert torch.equal(alone, attend_regions(query, key, value, rows, every))
@@ -108,16 +106,6 @@ def test_threads_change_nothing(batch: int, queries: int) -> None:
         with using_threads(threads):
             attend(query, key, value, outs[-1])
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
-
-
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled_for(instructions, monkeypatch)
-    query, key, value = (_random(1, n, 2, 14, seed=n) for n in (37, 49, 49))
-    out = torch.empty_like(query)
-    attend(query, key, value, out)
-    torch.testing.assert_close(out, _exact(query, key, value).float())
-    assert cpu.status("attention").instruction_set == instructions
 
 
 def test_large_logits() -> None:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import ctypes
-import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compiled_kernels import linear_layer, random
+from compiled_kernels import random
 from fresh_python import run_code
-from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.cpu.call.binding import Kernel, observed_by
+from ops.cpu.call.binding import observed_by
 from ops.cpu.call.c_arguments import require_same_bytes
 from ops.cpu.call.dispatch import is_plain_call, kernels_apply
 from ops.cpu.call.huge_pages import ask_for_huge_pages
@@ -28,23 +25,15 @@ from ops.cpu.norm.layer_norm import layer_norm
 
 
 class _Watch:
-    def __init__(self) -> None:
-        self.calls: list[tuple[Kernel, Sequence[Any]]] = []
-        self.returns: list[tuple[Kernel, dict[str, Any], Any]] = []
+    """An observer, for which calls are described."""
 
-    def kernel_called(self, called: Kernel, function: Any, arguments: Sequence[Any]) -> None:
-        self.calls.append((called, arguments))
+    def kernel_called(self, *_: Any) -> None: ...
 
-    def kernel_returned(self, called: Kernel, given: dict[str, Any], result: Any) -> None:
-        self.returns.append((called, given, result))
-
-
-def _norm(*shape: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, float]:
-    return random(*shape, seed=seed).float(), torch.ones(shape[-1]), torch.zeros(shape[-1]), 1e-6
+    def kernel_returned(self, *_: Any) -> None: ...
 
 
 def test_arguments_by_name_and_by_default() -> None:
-    x, weight, bias, eps = _norm(2, 8)
+    x, weight, bias, eps = random(2, 8).float(), torch.ones(8), torch.zeros(8), 1e-6
     expected = layer_norm(x, weight, bias, eps, "none")
     assert torch.equal(layer_norm(x, weight, eps=eps, bias=bias), expected)
     for arguments, named in (((x, weight), {}), ((x, weight, bias, eps), {"eps": 1.0})):
@@ -58,7 +47,7 @@ def test_arguments_by_name_and_by_default() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeated_calls_equal_the_first(dtype: torch.dtype) -> None:
     """What is remembered of a layout gives what a description gives, which observers ask for."""
-    _, _, packed = linear_layer(24, 40, torch.float32)
+    packed = pack_weight(random(40, 24).float()), random(40).float()
     maps = [random(2, 24, 9, 7, seed=s).to(dtype) for s in (1, 2)]
     maps = [x.contiguous(memory_format=torch.channels_last) for x in maps]
     taps, bias = taps_first(random(24, 1, 3, 5)), random(24).float()
@@ -175,7 +164,7 @@ def test_the_system_is_asked_for_those_of_large_tensors(skipped: int) -> None:
     tensor = torch.empty(48 * MIB, dtype=torch.uint8)[skipped:]
     small = torch.empty(4 * MIB - 1, dtype=torch.uint8)
     ask_for_huge_pages(small, tensor, torch.empty(0))
-    if os.path.exists("/sys/kernel/mm/transparent_hugepage") and SMAPS.exists():
+    if Path("/sys/kernel/mm/transparent_hugepage").exists() and SMAPS.exists():
         end = tensor.data_ptr() + tensor.nbytes
         for address in (tensor.data_ptr() + 8192, end - 8192):
             assert _advised(address)

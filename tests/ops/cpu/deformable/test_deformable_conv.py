@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import LINEAR_DTYPES, using_threads
+from compiled_kernels import LINEAR_DTYPES, random, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,17 +15,13 @@ from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 
 def _problem(
     batch: int, size: tuple[int, int], channels: tuple[int, int], kernel: int, stride: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    torch.manual_seed(0)
-    x = torch.randn(batch, channels[0], *size)
+) -> list[Tensor]:
+    """Map, offsets, weight and bias."""
     side = [(n - kernel) // stride + 1 for n in size]
-    offset = 2 * torch.randn(batch, 2 * kernel**2, *side)
-    return (
-        x,
-        offset,
-        torch.randn(channels[1], channels[0], kernel, kernel),
-        torch.randn(channels[1]),
-    )
+    shapes = [(batch, channels[0], *size), (batch, 2 * kernel**2, *side)]
+    shapes += [(channels[1], channels[0], kernel, kernel), (channels[1],)]
+    x, offset, weight, bias = (random(*shape, seed=i).float() for i, shape in enumerate(shapes))
+    return [x, 2 * offset, weight, bias]
 
 
 @settings(max_examples=60, deadline=None)
@@ -43,11 +38,9 @@ def _problem(
 def test_is_that_of_torchvision(
     batch, size, channels, kernel, stride, last, activation, dtype
 ) -> None:
-    x, offset, weight, bias = _problem(batch, size, channels, kernel, stride)
-    x, offset, weight = x.to(dtype), offset.to(dtype), weight.to(dtype)
-    expected = deform_conv2d(
-        x.double(), offset.double(), weight.double(), bias.double(), stride=stride
-    )
+    *maps, bias = _problem(batch, size, channels, kernel, stride)
+    x, offset, weight = (t.to(dtype) for t in maps)
+    expected = deform_conv2d(*(t.double() for t in (x, offset, weight, bias)), stride=stride)
     expected = F.gelu(expected) if activation == "gelu" else expected
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     out = deformable_conv2d(x, offset, pack_taps(weight), bias, kernel, stride, activation)
@@ -57,13 +50,13 @@ def test_is_that_of_torchvision(
     assert (out - expected).abs().max() <= tolerance * (1 + expected.abs().max())
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_pieces_and_threads(threads: int) -> None:
+def test_pieces_and_threads() -> None:
     x, offset, weight, bias = _problem(2, (64, 51), (130, 70), 2, 2)
     expected = deform_conv2d(x, offset, weight, bias, stride=2)
-    with using_threads(threads):
-        out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    for threads in (1, 3):
+        with using_threads(threads):
+            out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_extreme_offsets_read_zeros() -> None:

@@ -15,7 +15,7 @@ _OPS = Path(__file__).parents[2]
 _KERNELS = {
     "cpu/gemm/test_linear.py": "gemm",
     "cpu/attention/test_cascaded.py": "cascaded_attention",
-    "cpu/gemm/test_convolution.py": "gemm",
+    "cpu/test_convolutions.py": "gemm",
     "cpu/deformable/test_deformable_conv.py": "deformable",
     "cpu/feed_forward/test_depthwise_mlp.py": "depthwise_mlp",
     "cpu/attention/test_grouped.py": "attention",

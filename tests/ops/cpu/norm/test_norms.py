@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from compiled_kernels import PLAIN_ACTIVATIONS, random, using_threads, without_k
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import RmsNorm2d
-from torch import nn
+from torch import Tensor, nn
 
 from ops.cpu.norm.attention_weights import attention_weights
 from ops.cpu.norm.biased_softmax import biased_softmax
@@ -21,6 +22,12 @@ from ops.cpu.norm.rms_norm import rms_norm
 from ops.inference.layers import convert
 from ops.inference.norm import FastLayerNorm, FastRMSNorm, FastRmsNorm2d
 from ops.norm import RMSNorm
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 2**-8 if dtype == torch.bfloat16 else 1e-6
 
 
 # ---- layer norm ----------------------------------------------------------------------------------
@@ -40,21 +47,19 @@ def test_is_the_norm(dtype, size, dim, activation, shift) -> None:
     out = layer_norm(x, weight.float(), bias.float(), 1e-3, activation)
     assert out.dtype == dtype and out.is_contiguous()
     # Float32 keeps 24 bits of the shift, and a norm of few channels divides by their deviation.
-    tolerance = (2**-8 if dtype == torch.bfloat16 else 1e-6) + shift * 2e-6
-    few = 30 if dim < 15 else 1
-    assert (out - expected).abs().max() <= few * tolerance * (1 + expected.abs().max())
+    tolerance = (30 if dim < 15 else 1) * (_tolerance(dtype) + shift * 2e-6)
+    assert (out - expected).abs().max() <= tolerance * (1 + expected.abs().max())
 
 
 @pytest.mark.parametrize("size", [(2, 30, 37, 24), (1, 1, 3, 40_003)])
 def test_threads_and_strides_change_nothing(size: tuple[int, ...]) -> None:
     x = random(*size).float()[..., 3:]
-    dim = x.shape[3]
-    weight, bias = random(dim, seed=1).float(), random(dim, seed=2).float()
+    weight, bias = random(2, x.shape[3], seed=1).float()
     outs = []
     for threads in (1, 3, 7):
         with using_threads(threads):
             outs.append(layer_norm(x, weight, bias, 1e-6, "gelu"))
-    torch.testing.assert_close(outs[0], F.gelu(F.layer_norm(x, (dim,), weight, bias, 1e-6)))
+    torch.testing.assert_close(outs[0], F.gelu(F.layer_norm(x, weight.shape, weight, bias, 1e-6)))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
@@ -65,97 +70,35 @@ def test_nan_stays_within_its_pixel() -> None:
     assert lost[1:3].all() and not lost[[0, 3]].any()
 
 
-def _random_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
-    if norm.elementwise_affine:
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-    return norm.requires_grad_(False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layer_of_tokens(dtype: torch.dtype, monkeypatch) -> None:
-    norm = _random_affine(nn.LayerNorm(20, 0.5))
-    norm, x = norm.to(dtype), torch.randn(2, 9, 20).to(dtype)
-    fast = convert(copy.deepcopy(norm), FastLayerNorm)
-    expected = norm(x)
-    for image, out in ((x, expected), (x, expected), (x[:0], expected[:0])):
-        torch.testing.assert_close(fast(image), out, rtol=2**-7, atol=1e-5)
-    apart = x.transpose(0, 1)
-    torch.testing.assert_close(fast(apart), norm(apart), rtol=2**-7, atol=1e-5)
-    fast.weight.mul_(2)
-    assert not torch.allclose(fast(x), expected)
-    grown = x.clone().requires_grad_()
-    fast(grown).sum().backward()
-    assert grown.grad is not None
-
-
-# ---- RMS norm ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+# ---- others --------------------------------------------------------------------------------------
+@DTYPES
 @pytest.mark.parametrize("dim", [1, 2, 15, 16, 40, 65, 300])
-def test_is_the_rms_norm(dtype, dim):
+def test_is_the_rms_norm(dtype: torch.dtype, dim: int) -> None:
     x, weight = random(3, 7, dim).to(dtype), random(dim, seed=1)
     expected = F.rms_norm(x.double(), (dim,), weight, 1e-3)
     out = rms_norm(x, weight.float(), 1e-3)
     assert out.dtype == dtype and out.is_contiguous()
-    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
-    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+    assert (out - expected).abs().max() <= _tolerance(dtype) * expected.abs().max()
 
 
-@torch.inference_mode()
-def test_layers():
-    x = random(2, 12, 5, 7).float()
-    norm, norm2d = RMSNorm(7, eps=0.5), RmsNorm2d(12, eps=0.2)
-    nn.init.uniform_(norm.weight)
-    nn.init.uniform_(norm2d.weight)
-    expected = norm(x), norm2d(x)
-    fast, fast2d = convert(norm, FastRMSNorm), convert(norm2d, FastRmsNorm2d)
-    torch.testing.assert_close(fast(x), expected[0])
-    torch.testing.assert_close(fast2d(x), expected[1])
-
-
-@torch.inference_mode()
-def test_forms_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_kernels(monkeypatch)
-    norm, norm2d = RMSNorm(7, eps=1e-6), RmsNorm2d(12, eps=1e-6)
-    x, x2d = torch.randn(2, 5, 7), torch.randn(2, 12, 3, 4)
-    expected, expected2d = norm(x), norm2d(x2d)
-    assert torch.equal(convert(norm, FastRMSNorm)(x), expected)
-    assert torch.equal(convert(norm2d, FastRmsNorm2d)(x2d), expected2d)
-
-
-# ---- scales of a response norm -------------------------------------------------------------------
-def _expected(x, weight, eps):
-    norm = x.double().flatten(1, 2).norm(dim=1)
-    return 1 + weight * (norm / (norm.mean(1, keepdim=True) + eps))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@DTYPES
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), (2, 3, 5, 17), (1, 20, 19, 200), (3, 16, 32, 129), (2, 30, 37, 21)]
 )
-def test_is_the_scale(shape, dtype):
+def test_is_the_scale_of_a_response_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = random(*shape).to(dtype), random(shape[3], seed=1)
+    norm = x.double().flatten(1, 2).norm(dim=1)
+    expected = 1 + weight * (norm / (norm.mean(1, keepdim=True) + 1e-3))
     out = response_scales(x, weight.float(), 1e-3)
-    assert out.dtype == dtype and out.shape == (shape[0], shape[3])
-    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
-    expected = _expected(x, weight, 1e-3)
-    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-def test_of_a_map_of_zeros():
-    assert torch.equal(
-        response_scales(torch.zeros(1, 2, 2, 5), torch.ones(5), 1e-6), torch.ones(1, 5)
-    )
-
-
-# ---- softmax with a table ------------------------------------------------------------------------
-INF = float("inf")
+    assert out.dtype == dtype and out.shape == expected.shape
+    assert (out - expected).abs().max() <= _tolerance(dtype) * expected.abs().max()
+    assert response_scales(torch.zeros_like(x), weight.float(), 1e-6).eq(1).all()
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [1, 7, 16, 25, 48, 169])
-def test_is_the_softmax(length, table, half):
+def test_is_the_softmax(length: int, table: torch.dtype, half: bool) -> None:
     x, bias = 9 * random(2, 3, 5, length).float(), random(3, 5, length, seed=1).to(table)
     out = biased_softmax(x, bias, half)
     assert out.dtype == (torch.bfloat16 if half else torch.float32) and out.is_contiguous()
@@ -163,10 +106,11 @@ def test_is_the_softmax(length, table, half):
     assert (out - expected).abs().max() <= (2**-9 if half else 1e-6)
 
 
-def test_numbers_that_are_not_finite():
-    rows = [[0, -INF, 1], [-INF, -INF, -INF], [0, INF, 1], [0, float("nan"), 1], [3e38, 3e38, 0]]
+def test_a_softmax_of_numbers_that_are_not_finite() -> None:
+    inf = torch.inf
+    rows = [[0, -inf, 1], [-inf, -inf, -inf], [0, inf, 1], [0, torch.nan, 1], [3e38, 3e38, 0]]
     for length in (3, 40):
-        x = torch.full((5, length), -INF)
+        x = torch.full((5, length), -inf)
         x[:, :3] = torch.tensor(rows)
         out = biased_softmax(x[None], torch.zeros(5, length), False)[0]
         torch.testing.assert_close(out, x.softmax(-1), equal_nan=True)
@@ -187,3 +131,47 @@ def test_are_the_softmax_of_products(depth, keys, dtype, half):
     products = (query.double() @ key.double()).unflatten(2, (6, 7))
     expected = (products + bias.double()).softmax(-1)
     assert (out - expected).abs().max() <= (2**-9 if half else 2e-6)
+
+
+# ---- layers --------------------------------------------------------------------------------------
+LAYERS = pytest.mark.parametrize(
+    ("norm", "fast"),
+    [
+        (nn.LayerNorm(20, 0.5), FastLayerNorm),
+        (RMSNorm(20, eps=0.5), FastRMSNorm),
+        (RmsNorm2d(9, eps=0.2), FastRmsNorm2d),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+
+
+def _pair(norm: nn.Module, fast: Any, dtype: torch.dtype) -> tuple[Any, Any, Tensor]:
+    """A trained norm, its inference form, and a map."""
+    plain = copy.deepcopy(norm).requires_grad_(False).to(dtype)
+    for parameter in plain.parameters():
+        nn.init.normal_(parameter)
+    return plain, convert(copy.deepcopy(plain), fast), torch.randn(2, 9, 5, 20).to(dtype)
+
+
+@LAYERS
+@DTYPES
+def test_layers_follow_inputs_and_weights(norm: nn.Module, fast: Any, dtype: torch.dtype) -> None:
+    plain, layer, x = _pair(norm, fast, dtype)
+    exact = copy.deepcopy(plain).double()
+    for image in (x, x, x[:0], x.transpose(0, 2).contiguous().transpose(0, 2)):
+        out = layer(image)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), exact(image.double()), rtol=2**-7, atol=1e-5)
+    layer.weight.mul_(2)
+    assert not torch.allclose(layer(x), plain(x))
+    grown = x.clone().requires_grad_()
+    layer(grown).sum().backward()
+    assert grown.grad is not None
+
+
+@LAYERS
+@torch.inference_mode()
+def test_layers_without_kernels(norm: nn.Module, fast: Any, monkeypatch) -> None:
+    without_kernels(monkeypatch)
+    plain, layer, x = _pair(norm, fast, torch.float32)
+    assert torch.equal(layer(x), plain(x))

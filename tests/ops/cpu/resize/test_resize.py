@@ -15,10 +15,6 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 SIDES = st.integers(1, 90)
 
 
-def test_is_available() -> None:
-    assert unavailable() is None
-
-
 def pillows(pixels: np.ndarray, size: tuple[int, int], filter: str) -> np.ndarray:
     """(C, height, width); each axis by a call of its own, rows first."""
     height, width = size
@@ -66,6 +62,10 @@ def test_looking_up() -> None:
     found = look_up(images, tables)
     for channel in range(3):
         assert np.array_equal(found[:, channel], tables[channel][images[:, channel]])
+    with pytest.raises(ValueError, match=r"tables must be \(3, 256\) of float32"):
+        look_up(images, tables[:1])
+    with pytest.raises(ValueError, match=r"images must be \(B, C, H, W\) of uint8"):
+        look_up(images[0], tables)
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,8 @@ def test_what_is_refused(change: dict, message: str) -> None:
         resize_part(**{**arguments, **change})
 
 
-def test_tables_of_another_shape_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"tables must be \(3, 256\) of float32"):
-        look_up(np.zeros((1, 3, 2, 2), np.uint8), np.zeros((1, 256), np.float32))
-    with pytest.raises(ValueError, match=r"images must be \(B, C, H, W\) of uint8"):
-        look_up(np.zeros((3, 2, 2), np.uint8), np.zeros((3, 256), np.float32))
-
-
 def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unavailable() is None
     missing = build.LibraryState(None, None, "avx2", "none here")
     monkeypatch.setitem(build.process.states, "resize", missing)
     assert unavailable() == "none here"
