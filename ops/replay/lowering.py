@@ -71,7 +71,9 @@ def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
     if math.prod(out.size) >= _MOST_ELEMENTS:
         return None
     steps = lower(call, out, operands)
-    return None if steps is None or None in steps else _kernel_call(steps)
+    if steps is None or not all(steps):
+        return None
+    return _kernel_call([step for step in steps if step is not None])
 
 
 def _operand(value: Tensor | View, buffers: Sequence[Buffer]) -> _Operand:

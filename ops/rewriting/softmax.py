@@ -64,21 +64,26 @@ def join_softmax(graph: OperatorGraph, operator: Operator) -> bool:
     return True
 
 
-class AttentionWeights(BiasedSoftmax):
-    """``(query @ key + bias).softmax(-1)`` in ``dtype``.
+class AttentionWeights(nn.Module):
+    """A softmax of products with a table: (B, heads, N, depth), (B, heads, depth, K) → its result.
 
-    (B, heads, N, depth) and (B, heads, depth, K) → (B, heads, ..., K).
+    Args:
+        softmax: of logits (B, heads, ..., K), with N rows in the axes between.
     """
 
+    def __init__(self, softmax: BiasedSoftmax) -> None:
+        super().__init__()
+        self.softmax = softmax
+
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        if (
-            kernels_apply((query, key))
-            and attention_weights.unavailable(query.device, query.dtype) is None
-        ):
-            out: Tensor = attention_weights(query, key, self.bias, self.dtype == torch.bfloat16)
+        bias, half = self.softmax.bias, self.softmax.dtype == torch.bfloat16
+        known = attention_weights.unavailable(query.device, query.dtype) is None
+        if known and kernels_apply((query, key)):
+            out: Tensor = attention_weights(query, key, bias, half)
             return out
         products = query.to(key.dtype) @ key
-        return super().forward(products.view(len(query), *self.bias.shape))
+        out = self.softmax(products.view(len(query), *bias.shape))
+        return out
 
 
 def join_products(graph: OperatorGraph, operator: Operator) -> bool:
@@ -110,8 +115,7 @@ def join_products(graph: OperatorGraph, operator: Operator) -> bool:
         keys = key
         if count != key.shape[-1]:
             keys = graph.insert_before(softmax, _aten.slice.Tensor, key, 3, begin, begin + count)
-        made = AttentionWeights(softmax.function.bias, softmax.function.dtype)
-        graph.replace(softmax, made, source, keys)
+        graph.replace(softmax, AttentionWeights(softmax.function), source, keys)
     graph.remove_unused()
     return True
 
@@ -120,7 +124,7 @@ def _softmax_of(graph: OperatorGraph, value: Value) -> Operator | None:
     """The softmax of logits (B, heads, N, K), whose rows may be in several axes."""
     while True:
         user = graph.only_user(value)
-        if user is None or type(user.function) is BiasedSoftmax:
+        if user is None or isinstance(user.function, BiasedSoftmax):
             return user
         if user.function not in (_aten.unflatten.int, _aten.reshape.default, _aten.view.default):
             return None
