@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -34,7 +36,13 @@ def absent(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no NATTEN were installed."""
     for name in [n for n in sys.modules if n == "natten" or n.startswith("natten.")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(as_natten, "_is_installed", lambda: False)
+    found = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+        is_absent = name == "natten" and name not in sys.modules
+        return None if is_absent else found(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
 
 
 def test_completes_an_installed_natten() -> None:
@@ -71,7 +79,7 @@ def test_stands_in_for_an_absent_natten() -> None:
         with pytest.raises(ModuleNotFoundError):
             importlib.import_module("natten.flops")
     natten._import_natten.cache_clear()
-    assert sys.meta_path == finders
+    assert sys.meta_path == finders and not is_natten_available()
     assert "natten" not in sys.modules
     assert importlib.metadata.version("natten") != "0.17.5"
 
