@@ -14,6 +14,7 @@ from zoo import FAMILIES, images, small
 
 import backbones
 from backbones.cli.measure import count_macs
+from backbones.fusing.explain import BufferUse, MemoryUse
 from ops.replay.trace import TracedCall
 
 # Fused models that compute a little less, or more, than the plain ones: branches that become one
@@ -86,6 +87,9 @@ def test_memory_plan() -> None:
     images_, result = memory.buffers[0], memory.buffers[-1]
     assert images_.first == -1 and images_.offset is None and images_.shape == (1, 3, 64, 64)
     assert result.last == len(found.calls) and result.offset is None
+    # During a call, what it reads and what it writes are live.
+    one, other = BufferUse(0, 1, 0, 4, (1,)), BufferUse(1, 2, 8, 3, (1,))
+    assert MemoryUse(16, [one, other]).peak == 7
 
 
 def test_text_and_json() -> None:

@@ -155,7 +155,7 @@ def test_repeated_calls_are_the_first_ones():
                 expected = na2d(*inputs, (3, 3), scale=scale, rpb=rpb, backend="reference")
                 torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="kernel_size must be an integer"):
-        na2d(query, key, value, (3.0, 3), backend="cpu")
+        na2d(query, key, value, (3.0, 3), scale=0.3, backend="cpu")
     with using_threads(2):
         assert torch.equal(
             na2d(query, key, value, [3, 3], backend="cpu"), na2d(query, key, value, 3)
