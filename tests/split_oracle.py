@@ -110,6 +110,19 @@ def our_av(case: Case, tensors: dict[str, Tensor]) -> Tensor:
     return AV[case.rank](tensors["weights"], tensors["value"], **arguments(case), **more)
 
 
+def second_derivatives(
+    case: Case, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> list[Tensor]:
+    """Of attention by both functions, with respect to all tensors."""
+    made = make_inputs(case, dtype)
+    tensors = {n: t.detach().to(device).requires_grad_() for n, t in made.items()}
+    attn = our_qk(case, tensors).softmax(-1)
+    out = our_av(case, {**tensors, "weights": attn * tensors["weights"]})
+    inputs = list(tensors.values())
+    grads = torch.autograd.grad(out.sin().sum(), inputs, create_graph=True)
+    return list(torch.autograd.grad(sum(g.square().sum() for g in grads), inputs))
+
+
 FUNCTIONS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
     "qk": (our_qk, brute_qk, ("query", "key", "additional_keys", "rpb")),
     "av": (our_av, brute_av, ("weights", "value", "additional_values")),

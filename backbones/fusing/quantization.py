@@ -31,7 +31,7 @@ from ops.cpu.gemm.int8 import (
     quantize_rows,
     quantize_weight,
 )
-from ops.inference.layers import FastLayer, conv_kind
+from ops.inference.layers import conv_kind
 from ops.inference.packed_linear import Quantization, quantization_of
 
 __all__ = [
@@ -152,8 +152,6 @@ def confirm(model: nn.Module, precision: Precision, run: Callable[[], object]) -
         if entry.dtype == "int8" and not layer.quantization.is_used:
             entry.dtype, entry.reason = precision.dtype, "in a block with a kernel of its own"
             del layer.quantization
-            if isinstance(layer, FastLayer):
-                layer.forget()
 
 
 @functools.cache  # once is enough

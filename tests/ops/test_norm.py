@@ -12,13 +12,12 @@ from torch import nn
 from ops.norm import RMSNorm
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def every_warning() -> Iterator[None]:
     """Warnings that torch gives once in a process come every time, as errors here."""
-    before = torch.is_warn_always_enabled()
     torch.set_warn_always(True)
     yield
-    torch.set_warn_always(before)
+    torch.set_warn_always(False)
 
 
 def _made(dtype: torch.dtype) -> tuple[RMSNorm, torch.Tensor]:
@@ -35,7 +34,7 @@ def test_one_precision_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_two_precisions(dtype: torch.dtype, every_warning: None) -> None:
+def test_two_precisions(dtype: torch.dtype) -> None:
     """The output is the exact one, rounded once; so are the gradients."""
     norm, x = _made(dtype)
     exact, exact_x = nn.RMSNorm(24, eps=1e-6).double(), x.double().requires_grad_()
@@ -53,7 +52,7 @@ def test_two_precisions(dtype: torch.dtype, every_warning: None) -> None:
     torch.testing.assert_close(norm.weight.grad.double(), exact.weight.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_under_autocast_like_layer_norm(every_warning: None) -> None:
+def test_under_autocast_like_layer_norm() -> None:
     norm, x = _made(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         assert norm(x).dtype == nn.LayerNorm(24)(x).dtype == torch.bfloat16

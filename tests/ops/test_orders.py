@@ -6,18 +6,11 @@ import pytest
 import torch
 from scan_inputs import gradients_of, map_inputs
 
-from ops.selective_scan import (
-    cross_merge,
-    cross_scan,
-    cross_selective_scan,
-    selective_scan,
-)
+from ops.selective_scan import cross_merge, cross_scan, cross_selective_scan, selective_scan
 
 EXACT = {"chunked": torch.float64, "cpu": torch.float32}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 STEPS = {"delta_softplus": True}
-
-
 SIDES = [(1, 1), (3, 5), (7, 7), (1, 40), (40, 1), (16, 9)]
 
 
@@ -53,36 +46,26 @@ def test_merge_rejects_other_sizes():
 
 
 def composed(x, projected, delta_weight, A, D=None, delta_bias=None):
-    """The four sequences and their sum, by the formulas of the orders and the reference."""
-    batch, height, width, channels = x.shape
+    """The four sequences one by one, and the map of their sums, by the reference."""
+    height, width, channels = x.shape[1:]
     rank, states = delta_weight.shape[2], A.shape[1]
-    numbers = projected.unflatten(-1, (4, -1)).unbind(-2)
-    outs = 0
-    for k, of_pixel in enumerate(numbers):
+    outs = []
+    for k, of_pixel in enumerate(projected.unflatten(-1, (4, -1)).unbind(-2)):
         rows = slice(k * channels, (k + 1) * channels)
-
-        def sequence(t, k=k):
-            t = t.transpose(1, 2) if k % 2 else t
-            t = t.reshape(batch, height * width, -1).mT
-            return t.flip(-1) if k > 1 else t
-
-        steps, before, after = sequence(of_pixel).split([rank, states, states], 1)
+        steps, before, after = cross_scan(of_pixel)[:, k].split([rank, states, states], 1)
         out = selective_scan(
-            sequence(x),
+            cross_scan(x)[:, k],
             delta_weight[k] @ steps,
             A[rows],
             before[:, None],
             after[:, None],
             None if D is None else D[rows],
             delta_bias=None if delta_bias is None else delta_bias[rows],
-            delta_softplus=True,
+            **STEPS,
             backend="reference",
         )
-        out = (out.flip(-1) if k > 1 else out).mT
-        sides = (width, height) if k % 2 else (height, width)
-        out = out.reshape(batch, *sides, channels)
-        outs = outs + (out.transpose(1, 2) if k % 2 else out)
-    return outs
+        outs.append(out)
+    return cross_merge(torch.stack(outs, 1), height, width)
 
 
 @pytest.mark.parametrize("backend", ["reference", *EXACT])

@@ -6,8 +6,6 @@ where Triton interprets unless there is a GPU. On a GPU, run it by itself.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from scan_inputs import difference, gradients_of, inputs, map_inputs, selective_inputs
@@ -93,7 +91,8 @@ def test_bi_wkv_gradients_without_decay_and_with_masked_tokens(segments: int | N
 
 
 # ---- gated linear attention --------------------------------------------------------------------
-@pytest.mark.parametrize(("back", "bonus"), list(itertools.product((False, True), (False, True))))
+@pytest.mark.parametrize("back", [False, True])
+@pytest.mark.parametrize("bonus", [False, True])
 def test_linear_gradients(back, bonus):
     given = inputs(18, 5, 20, back=back, bonus=bonus, batch=1, heads=1)
     assert_close(gated_linear_attention, given)

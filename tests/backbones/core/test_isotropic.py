@@ -58,17 +58,10 @@ def test_indices_count_blocks() -> None:
     torch.testing.assert_close(maps, expected)
     torch.testing.assert_close(last, model.forward_features(x))
     assert {info["reduction"] for info in model.feature_info} == {16}
-    for i, info in enumerate(model.feature_info):
-        assert info["module"] == model.block_name(i)
-        assert isinstance(model.get_submodule(info["module"]), torch.nn.Module)
+    assert [info["module"] for info in model.feature_info] == [*map(model.block_name, range(7))]
     for indices, wanted in (([1, 4], [1, 4]), (2, [5, 6]), ([-1, 0], [0, 6])):
         taken = model.forward_intermediates(x, indices=indices, intermediates_only=True)
         torch.testing.assert_close(taken, [expected[i] for i in wanted])
-    for wrong in ([7], [-8], 8, 0):
-        with pytest.raises(ValueError, match="7 feature maps"):
-            model.forward_intermediates(x, indices=wrong)
-    with pytest.raises(ValueError, match="NLC"):
-        model.forward_intermediates(x, output_fmt="NLC")
 
 
 @torch.no_grad()
@@ -84,13 +77,14 @@ def test_norm_and_early_stop() -> None:
     model.forward_intermediates(x, [4], stop_early=True)
 
 
-@pytest.mark.parametrize("indices", [(2, 5, 8, 11), (3, 5, 7, 10), (0,), (-2, 6), 3])
+@pytest.mark.parametrize("indices", [None, (3, 5, 7, 10), (0,), (-2, 6), 3])
 @torch.no_grad()
 def test_features_only_keeps_the_blocks_that_it_needs(indices: Any) -> None:
     x = images(1, 3, 64, 64)
     whole = _model()
-    expected = whole.forward_intermediates(x, indices, intermediates_only=True)
-    features = _features(out_indices=indices)
+    chosen = (2, 5, 8, 11) if indices is None else indices  # a map of each stage
+    expected = whole.forward_intermediates(x, chosen, intermediates_only=True)
+    features = _features(**({} if indices is None else {"out_indices": indices}))
     torch.testing.assert_close(features(x), expected)
     blocks = sum(len(stage.blocks) for stage in features.model.stages)
     assert blocks == max(features.out_indices) + 1
@@ -98,28 +92,6 @@ def test_features_only_keeps_the_blocks_that_it_needs(indices: Any) -> None:
     assert features.feature_info.reduction() == [16] * len(expected)
     report = backbones.load_checkpoint(features, whole.state_dict())
     assert not report.unexpected and not report.missing
-
-
-@torch.no_grad()
-def test_features_only_returns_a_map_a_stage() -> None:
-    features = _features()
-    assert list(features.out_indices) == [2, 5, 8, 11]
-    assert len(features(images(1, 3, 64, 64))) == 4
-
-
-@torch.no_grad()
-def test_fused_and_checkpointed_networks_are_the_same() -> None:
-    x = images(1, 3, 80, 64)
-    model = _model()
-    expected = model(x)
-    maps = model.forward_intermediates(x, [1, 7], intermediates_only=True)
-    model.set_grad_checkpointing()
-    with torch.enable_grad():
-        torch.testing.assert_close(model(x).detach(), expected)
-    fused = copy.deepcopy(model).fuse()
-    for _ in range(3):  # plain, captured, replayed
-        torch.testing.assert_close(fused(x), expected)
-    torch.testing.assert_close(fused.forward_intermediates(x, [1, 7])[1], maps)
 
 
 def test_learning_rates_fall_by_blocks() -> None:

@@ -35,37 +35,26 @@ def test_lists() -> None:
     assert {"van", "shvit", "inception_next"} <= set(backbones.list_families())
     with pytest.raises(ValueError, match="unknown family 'vans'.*'van'"):
         backbones.list_models(family="vans")
-
-
-def test_unknown_names_suggest_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown model 'van_b9'.*'van_b"):
-        backbones.create_model("van_b9")
-    with pytest.raises(ValueError, match="unknown tag of van_b0 'in2k'.*'in1k'"):
-        backbones.create_model("van_b0.in2k")
-    with pytest.raises(TypeError, match="van_b0: unknown keyword 'drop_path'.*'drop_path_rate'"):
-        backbones.create_model("van_b0", drop_path=0.1)
-    with pytest.raises(TypeError, match="features_only=True"):
-        backbones.create_model("van_b0", out_indices=(0, 1))
-    with pytest.raises(ValueError, match="num_classes.*-3"):
-        backbones.create_model("van_b0", num_classes=-3)
-
-
-def test_unknown_names_that_resemble_nothing() -> None:
-    with pytest.raises(ValueError, match=r"unknown model '\.\./\.\./etc/passwd'; "):
-        backbones.create_model("../../etc/passwd")
-    with pytest.raises(ValueError, match="unknown model 'qqq'; ") as raised:
-        backbones.create_model("qqq")
-    assert "backbones.list_models()" in str(raised.value)
-    assert "van_b0" not in str(raised.value)
     with pytest.raises(ValueError, match="unknown family 'qqq'; valid: 'biformer', .*'van'"):
         backbones.list_models(family="qqq")
 
 
-@pytest.mark.parametrize("family", backbones.list_families())
-def test_every_family_refuses_a_rate(family: str) -> None:
-    (name, *_) = backbones.list_models(family=family)
-    with pytest.raises(ValueError, match="drop_path_rate must be in 0 … 1, got 2"):
-        backbones.create_model(name, drop_path_rate=2.0)
+@pytest.mark.parametrize(
+    ("name", "arguments", "error", "said"),
+    [
+        ("van_b9", {}, ValueError, "unknown model 'van_b9'.*'van_b"),
+        ("qqq", {}, ValueError, r"unknown model 'qqq'; (?!.*van_b0).*backbones.list_models\(\)"),
+        ("../../etc/passwd", {}, ValueError, r"unknown model '\.\./\.\./etc/passwd'; "),
+        ("van_b0.in2k", {}, ValueError, "unknown tag of van_b0 'in2k'.*'in1k'"),
+        ("van_b0", {"drop_path": 0.1}, TypeError, "unknown keyword 'drop_path'.*'drop_path_rate'"),
+        ("van_b0", {"out_indices": (0, 1)}, TypeError, "features_only=True"),
+    ],
+)
+def test_unknown_names_suggest_the_nearest(
+    name: str, arguments: dict[str, Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        backbones.create_model(name, **arguments)
 
 
 def test_tags_and_overlays() -> None:

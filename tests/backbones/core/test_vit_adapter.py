@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,53 +71,26 @@ def test_at_first_the_network_computes_the_same_as_without(network: str) -> None
     assert not torch.allclose(_last_tokens(adapter, x), expected, atol=1e-2)
 
 
+_PUBLISHED: tuple[tuple[str, Any], ...] = (
+    (r"^adapter\.prior\.stem\.", "spm.stem."),
+    (r"^adapter\.prior\.convs\.(\d)", lambda m: f"spm.conv{int(m[1]) + 2}"),
+    (r"^adapter\.prior\.projections\.(\d)", lambda m: f"spm.fc{int(m[1]) + 1}"),
+    (r"^adapter\.norms\.(\d)", lambda m: f"norm{int(m[1]) + 1}"),
+    (r"\.dwconv\.", ".dwconv.dwconv."),
+    (r"^adapter\.", ""),
+)
+
+
 def _published_names(adapter: ViTAdapter, network: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict as in Vision-RWKV's detectors, of random values."""
     generator = torch.Generator().manual_seed(2)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64) * 0.2
-
-    def layer(name: str, *shape: int) -> None:
-        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = random(*shape), random(shape[0])
-
-    def norm(name: str, channels: int, batch: bool = True) -> None:
-        layer(name, channels)
-        if batch:
-            tensors[f"{name}.running_mean"] = random(channels)
-            tensors[f"{name}.running_var"] = 1 + random(channels).abs()
-            tensors[f"{name}.num_batches_tracked"] = torch.tensor(3)
-
-    tensors: dict[str, Tensor] = dict(network)
-    dim = adapter.network.num_features
-    tensors["level_embed"] = random(3, dim)
-    for i, chans in ((0, 3), (3, 8), (6, 8)):
-        tensors[f"spm.stem.{i}.weight"] = random(8, chans, 3, 3)
-        norm(f"spm.stem.{i + 1}", 8)
-    for i, chans, out in ((2, 8, 16), (3, 16, 32), (4, 32, 32)):
-        tensors[f"spm.conv{i}.0.weight"] = random(out, chans, 3, 3)
-        norm(f"spm.conv{i}.1", out)
-    for i, chans in enumerate((8, 16, 32, 32), 1):
-        layer(f"spm.fc{i}", dim, chans, 1, 1)
-        norm(f"norm{i}", dim)
-    layer("up", dim, dim, 2, 2)
-    parts = [(f"interactions.{i}.injector", 3) for i in range(4)]
-    parts += [(f"interactions.{i}.extractor", 1) for i in range(4)]
-    parts += [(f"interactions.3.extra_extractors.{i}", 1) for i in range(2)]
-    for part, levels in parts:
-        norm(f"{part}.query_norm", dim, batch=False)
-        norm(f"{part}.feat_norm", dim, batch=False)
-        layer(f"{part}.attn.sampling_offsets", 2 * levels * 4 * 2, dim)
-        layer(f"{part}.attn.attention_weights", 2 * levels * 4, dim)
-        layer(f"{part}.attn.value_proj", dim // 2, dim)
-        layer(f"{part}.attn.output_proj", dim, dim // 2)
-        if part.endswith("injector"):
-            tensors[f"{part}.gamma"] = random(dim)
-        else:
-            norm(f"{part}.ffn_norm", dim, batch=False)
-            layer(f"{part}.ffn.fc1", dim // 4, dim)
-            layer(f"{part}.ffn.dwconv.dwconv", dim // 4, 1, 3, 3)
-            layer(f"{part}.ffn.fc2", dim, dim // 4)
+    tensors = dict(network)
+    for name, tensor in adapter.adapter.state_dict(prefix="adapter.").items():
+        for pattern, published in _PUBLISHED:
+            name = re.sub(pattern, published, name)
+        value = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.2
+        value = 1 + value.abs() if name.endswith("running_var") else value
+        tensors[name] = value if tensor.is_floating_point() else tensor
     return tensors
 
 
@@ -136,9 +111,6 @@ def _by_hand(weights: dict[str, Tensor], network: Any, x: Tensor, each: bool) ->
     def conv(name: str, norm: str, x: Tensor, stride: int) -> Tensor:
         x = F.conv2d(x, weights[f"{name}.weight"], stride=stride, padding=1)
         return batch_norm(norm, x).relu()
-
-    def project(name: str, x: Tensor) -> Tensor:
-        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
     def attend(name: str, query: Tensor, feat: Tensor, own: Any, other: Any) -> Tensor:
         query, feat = layer_norm(f"{name}.query_norm", query), layer_norm(f"{name}.feat_norm", feat)
@@ -173,7 +145,10 @@ def _by_hand(weights: dict[str, Tensor], network: Any, x: Tensor, each: bool) ->
     maps = [F.max_pool2d(c1, 3, 2, 1)]
     for i in (2, 3, 4):
         maps.append(conv(f"spm.conv{i}.0", f"spm.conv{i}.1", maps[-1], 2))
-    maps = [project(f"spm.fc{i}", m) for i, m in enumerate(maps, 1)]
+    maps = [
+        F.conv2d(m, weights[f"spm.fc{i}.weight"], weights[f"spm.fc{i}.bias"])
+        for i, m in enumerate(maps, 1)
+    ]
     c = torch.cat(
         [m.flatten(2).mT + weights["level_embed"][i] for i, m in enumerate(maps[1:])], dim=1
     )
@@ -331,39 +306,43 @@ def test_the_network_can_be_fused_inside() -> None:
 
 
 # -- errors ----------------------------------------------------------------------------------------
-def test_other_networks_are_refused() -> None:
-    with pytest.raises(TypeError, match="single-resolution backbone .* got VAN"):
-        ViTAdapter(small("van"))
-    with pytest.raises(TypeError, match="not wrapped by features_only"):
-        ViTAdapter(small("vrwkv", features_only=True))
-    with pytest.raises(ValueError, match="pyramid=False"):
-        ViTAdapter(PlainTokens(pyramid=True))
-    with pytest.raises(ValueError, match=r"before fuse\(\)"):
-        ViTAdapter(small("vrwkv").eval().fuse())
-    with pytest.raises(ValueError, match="four stages, got 2"):
-        ViTAdapter(PlainTokens(depths=(1, 1)), num_heads=2, add_tokens="each")
+def _with_another_stride() -> PlainTokens:
     network = PlainTokens()
     network.feature_info[0]["reduction"] = 8
-    with pytest.raises(ValueError, match="stride 16, got 8"):
-        ViTAdapter(network)
+    return network
 
 
-def test_arguments_are_checked() -> None:
-    for wrong, message in (
-        ({"num_heads": 0}, "num_heads must be in 1"),
-        ({"num_heads": 6}, "got 6 heads for 16 channels"),
-        ({"points": 0}, "points must be in 1"),
-        ({"value_ratio": 0}, "value_ratio must be above 0"),
-        ({"add_tokens": "first"}, "add_tokens must be one of 'last', 'each', 'none'"),
-        ({"drop_path_rate": 2}, "drop_path_rate must be in 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            _adapter(**wrong)
-    with pytest.raises(TypeError, match="x must be a tensor"):
-        _adapter()([1])
-    for shape in ((3, 64, 64), (1, 4, 64, 64)):
-        with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got"):
-            _adapter()(torch.zeros(shape))
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda: ViTAdapter(small("van")), TypeError, "single-resolution backbone .* got VAN"),
+        (
+            lambda: ViTAdapter(small("vrwkv", features_only=True)),
+            TypeError,
+            "not wrapped by features_only",
+        ),
+        (lambda: ViTAdapter(PlainTokens(pyramid=True)), ValueError, "pyramid=False"),
+        (lambda: ViTAdapter(small("vrwkv").eval().fuse()), ValueError, r"before fuse\(\)"),
+        (
+            lambda: ViTAdapter(PlainTokens(depths=(1, 1)), num_heads=2, add_tokens="each"),
+            ValueError,
+            "four stages, got 2",
+        ),
+        (lambda: ViTAdapter(_with_another_stride()), ValueError, "stride 16, got 8"),
+        (lambda: _adapter(num_heads=0), ValueError, "num_heads must be in 1"),
+        (lambda: _adapter(num_heads=6), ValueError, "got 6 heads for 16 channels"),
+        (lambda: _adapter(points=0), ValueError, "points must be in 1"),
+        (lambda: _adapter(value_ratio=0), ValueError, "value_ratio must be above 0"),
+        (lambda: _adapter(add_tokens="first"), ValueError, "one of 'last', 'each', 'none'"),
+        (lambda: _adapter(drop_path_rate=2), ValueError, "drop_path_rate must be in 0"),
+        (lambda: _adapter()([1]), TypeError, "x must be a tensor"),
+        (lambda: _adapter()(torch.zeros(3, 64, 64)), ValueError, r"images must be \(B, 3, H, W\)"),
+        (lambda: _adapter()(torch.zeros(1, 4, 64, 64)), ValueError, r"got \(1, 4, 64, 64\)"),
+    ],
+)
+def test_refused(call: Callable[[], object], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        call()
 
 
 def test_extractors_have_the_stochastic_depth_that_is_asked_for() -> None:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from compiled_kernels import without_kernels
 from timm_models import SMALLEST, Branching, network, vit_of_transformers
 from torch import Tensor, nn
+from zoo import images, small
 
 import backbones
+from backbones.fusing import quantization
 
 # Of the modules with the smallest models, those whose blocks differ most.
 QUICK = (
@@ -87,70 +89,6 @@ def test_methods_and_lists_of_maps_are_replayed(module: str) -> None:
 
 
 @torch.no_grad()
-def test_changed_weights_and_hooks_are_respected() -> None:
-    model, x = network("resnet")
-    fused: Any = backbones.fuse(copy.deepcopy(model))
-    for _ in range(3):
-        fused(x)
-    for m in (model, fused):
-        m.layer1[0].conv1.weight.mul_(1.5)
-        m.bn1.running_mean.add_(0.1)
-    for _ in range(4):
-        assert _error(fused(x), model(x)) <= 1e-5
-    seen: list[Tensor] = []
-    handle = fused.layer2[0].conv1.register_forward_hook(lambda *_: seen.append(x))
-    fused(x)
-    assert seen
-    handle.remove()
-    for _ in range(70):
-        fused(x)
-    assert fused.is_replayed and len(seen) == 1
-
-
-class _Steps(nn.Module):
-    """Layers and what follows them, which only looks like what is rewritten."""
-
-    def __init__(self, steps: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.fc, self.wide = nn.Linear(16, 16), nn.Linear(16, 32)
-        self.conv, self.gate = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
-        self.scale = nn.Parameter(torch.randn(16))
-        self.steps = steps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.steps(self, x)
-
-
-def _gated(m: Any, x: Tensor) -> Tensor:
-    y = m.conv(x.permute(0, 3, 1, 2))
-    return x.permute(0, 3, 1, 2).add(y * m.gate(y.mean((2, 3), True)).sigmoid(), alpha=2)
-
-
-def _split(m: Any, x: Tensor) -> Tensor:
-    first, second = F.gelu(m.wide(x)).chunk(2, -1)
-    return F.silu(first) * second
-
-
-@pytest.mark.parametrize(
-    "steps",
-    [
-        lambda m, x: m.fc(x).add(x, alpha=2),
-        lambda m, x: torch.add(x, m.fc(x), alpha=-0.5),
-        lambda m, x: m.fc(x).add(m.scale, alpha=3),
-        lambda m, x: m.fc(x).add(x, alpha=2).add(x),
-        lambda m, x: F.gelu(m.fc(x)) + x * m.scale,
-        lambda m, x: F.gelu(m.fc(x)) * m.scale + x,
-        _gated,
-        _split,
-    ],
-)
-@torch.no_grad()
-def test_steps_with_factors_and_two_activations(steps: Callable[[Any, Tensor], Tensor]) -> None:
-    torch.manual_seed(0)
-    _check(_Steps(steps).eval(), torch.randn(2, 6, 5, 16))
-
-
-@torch.no_grad()
 def test_tied_weights_of_inference_mode_stay_tied() -> None:
     with torch.inference_mode():
         model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)).eval()
@@ -170,33 +108,12 @@ def test_networks_that_were_training_are_evaluated() -> None:
     assert not fused.training and torch.equal(fused(x), fused(x))
 
 
-def test_gradients_of_images() -> None:
-    model, x = network("resnet")
-    fused = backbones.fuse(copy.deepcopy(model))
-    gradients = []
-    for m in (model, fused):
-        for _ in range(3):
-            image = x.clone().requires_grad_()
-            m(image).square().sum().backward()
-        assert image.grad is not None
-        gradients.append(image.grad)
-    torch.testing.assert_close(*gradients)
-
-
-def test_calls_outside_no_grad_are_replayed() -> None:
-    model, x = network("resnet")
-    fused: Any = backbones.fuse(model)
-    for _ in range(2):
-        assert not fused(x).requires_grad
-    assert fused.is_replayed and not any(p.requires_grad for p in fused.parameters())
-
-
-@torch.no_grad()
 def test_copies_pickles_and_names() -> None:
     model, x = network("resnet")
     fused: Any = backbones.fuse(copy.deepcopy(model))
     for _ in range(3):
-        fused(x)
+        assert not fused(x).requires_grad
+    assert fused.is_replayed and not any(p.requires_grad for p in fused.parameters())
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         for _ in range(3):
             assert _error(other(x), model(x)) <= 1e-5
@@ -237,7 +154,7 @@ def test_a_backbone_of_transformers() -> None:
     assert fused.is_replayed
 
 
-def test_autocast_tracing_and_export_see_the_plainnetwork() -> None:
+def test_autocast_tracing_and_export_see_the_plain_network() -> None:
     model, x = network("resnet")
     fused = backbones.fuse(copy.deepcopy(model))
     with torch.no_grad():
@@ -259,3 +176,19 @@ def test_scripts_and_containers() -> None:
     for _ in range(3):
         assert _error(fused(x), model(x)) <= 1e-5
     assert fused.is_replayed and backbones.fuse(nn.ReLU())(x).shape == x.shape
+
+
+@pytest.mark.parametrize("kind", ["a family", "resnet"])
+def test_where_int8_does_not_pay(
+    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model stays in float32, and one warning says why."""
+    without_kernels(monkeypatch)
+    quantization._warn_not_faster.cache_clear()
+    model, x = (small("shvit").eval(), images(1, 3, 64, 64)) if kind != "resnet" else network(kind)
+    fused: Any = [backbones.fuse(copy.deepcopy(model), torch.int8) for _ in range(2)][0]
+    (record,) = [r for r in caplog.records if "stays in float32" in r.message]
+    assert "VISION_BACKBONES_NATIVE=0" in record.message
+    assert fused.precision.reason and not fused.precision.quantized
+    with torch.no_grad():
+        assert _error(fused(x), model(x)) < 1e-5

@@ -1,9 +1,10 @@
-"""``fuse(torch.int8)`` on networks of other packages: errors, layers, copies, changes, files."""
+"""``fuse(torch.int8)``: accuracy, layers, calibration, copies, changes, state dicts and files."""
 
 from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,10 @@ import pytest
 import timm
 import torch
 import torchvision
-from compiled_kernels import without_kernels
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from timm_models import Branching, network, vit_of_transformers
 from torch import Tensor, nn
-from zoo import images, small
+from zoo import FAMILIES, RESTORATION, images, randomise, small
 
 import backbones
 from backbones.fusing import quantization
@@ -23,11 +23,16 @@ from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
 _REASON = not_faster_in_int8(torch.device("cpu"))
-_needs_int8 = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
 _MAPS = policy.maps_of_int8()
-pytestmark = pytest.mark.usefixtures("small_layers_too")
+_FLOATS = str(_MAPS).removeprefix("torch.")
+pytestmark = [
+    pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}"),
+    pytest.mark.usefixtures("small_layers_too"),
+]
+_SIZE = (1, 3, 64, 64)
+_OWN_KERNEL = "in a block with a kernel of its own"
 
-# The models, and kernels that must compute in int8.
+# Models of timm, and kernels that must compute in int8.
 KERNELS = {
     "resnet": {"packed_conv2d", "packed_linear"},
     "vision_transformer": {"packed_mlp", "packed_linear"},
@@ -35,7 +40,7 @@ KERNELS = {
     "efficientnet": {"packed_conv2d", "packed_linear"},
     "mobilenetv3": {"packed_linear"},
 }
-SLOW = (
+MORE = (
     *("beit", "byobnet", "edgenext", "fasternet", "fastvit", "ghostnet", "hgnet", "levit"),
     *("maxxvit", "metaformer", "mobilevit", "nfnet", "pvt_v2", "regnet", "repvit", "xcit"),
 )
@@ -47,7 +52,7 @@ def windows_with_tiles_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "windows_pay_in_int8", lambda channels, dtype: channels > 3)
 
 
-def _small(module: str, images: int = 2) -> tuple[nn.Module, Tensor]:
+def _of_timm(module: str, images: int = 2) -> tuple[Any, Tensor]:
     """A network with scales of layers that are far from 0, and images for it."""
     model, x = network(module, images)
     for name, parameter in model.named_parameters():
@@ -56,18 +61,60 @@ def _small(module: str, images: int = 2) -> tuple[nn.Module, Tensor]:
     return model, x
 
 
+def _halved(model: Any) -> Any:
+    """With other weights."""
+    for parameter in model.parameters():
+        parameter.data.mul_(0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def plain(small_layers_too: None) -> Any:
+    """For small images, also where there are none and some are drawn."""
+    return randomise(small("shvit", pretrained_cfg_overlay={"input_size": _SIZE[1:]})).eval()
+
+
+@pytest.fixture
+def shvit(plain: Any) -> Any:
+    return copy.deepcopy(plain)
+
+
+@pytest.fixture(params=["shvit", "resnet"])
+def sample(request: pytest.FixtureRequest, plain: Any) -> tuple[Any, Tensor]:
+    """A network of this library or of timm, and images for it."""
+    if request.param == "shvit":
+        return copy.deepcopy(plain), images(2, *_SIZE[1:])
+    return _of_timm("resnet")
+
+
+@pytest.fixture(scope="module")
+def calibrated(plain: Any) -> Any:
+    return copy.deepcopy(plain).fuse(torch.int8, calibrate=images(*_SIZE))
+
+
+@pytest.fixture
+def state(calibrated: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in calibrated.int8_state_dict().items()}
+
+
+def _fused(model: Any, **options: Any) -> Any:
+    """A copy in int8."""
+    return backbones.fuse(copy.deepcopy(model), torch.int8, **options)
+
+
 def _error(value: Tensor, expected: Tensor) -> float:
     return ((value.double() - expected.double()).norm() / expected.norm()).item()
 
 
-def _run(model: nn.Module, x: Tensor) -> Tensor:
+def _run(model: Any, x: Tensor | None = None) -> Tensor:
     """What the third call returns: of a fused model, a replay."""
+    x = images(*_SIZE) if x is None else x
     with torch.inference_mode():
         return [model(x.to(next(model.parameters()).dtype)) for _ in range(3)][-1]
 
 
-def _check(model: nn.Module, x: Tensor, limit: float, agreement: float = 0) -> set[tuple[str, str]]:
-    """Assert how close it is to float32, calibrated and not; return its kernels and their dtypes.
+def _check(model: Any, x: Tensor, limit: float, agreement: float = 0) -> Any:
+    """Assert how close it is to float32, calibrated and not; return the calibrated one.
 
     Args:
         limit: of the relative error.
@@ -75,7 +122,7 @@ def _check(model: nn.Module, x: Tensor, limit: float, agreement: float = 0) -> s
     """
     expected = _run(model, x)
     for calibrate in (None, [x]):
-        fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=calibrate)
+        fused = _fused(model, calibrate=calibrate)
         with torch.inference_mode():
             first = fused(x.to(_MAPS))
         out = _run(fused, x)
@@ -83,132 +130,167 @@ def _check(model: nn.Module, x: Tensor, limit: float, agreement: float = 0) -> s
         assert fused.precision.quantized and fused.precision.calibrated == (calibrate is not None)
         assert _error(out, expected) < limit
         assert (out.argmax(1) == expected.argmax(1)).float().mean() >= agreement
-    found = backbones.explain(fused, x.shape[-1], repeats=1)
-    quantized, layers = len(fused.precision.quantized), len(fused.precision.layers)
-    assert f"{quantized} of {layers} layers in int8 (calibrated ranges)" in str(found)
-    return {(call.kernel, call.dtype) for call in found.calls}
+    return fused
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str) -> None:
+    """Close to float32, and the same in copies, pickles and from a state dict."""
+    model = randomise(small(family)).eval()
+    side, limit = (24, 0.02) if family in RESTORATION else (64, 0.1)  # of several windows
+    x = images(2, 3, side, side)
+    fused = _check(model, x, limit)
+    expected = fused(x.to(_MAPS))
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(copied(x.to(_MAPS)), expected)
+        assert str(copied.precision) == str(fused.precision)
+    loaded = _halved(small(family))
+    backbones.load_checkpoint(loaded, fused.int8_state_dict())
+    assert loaded.precision.quantized == fused.precision.quantized and loaded.precision.calibrated
+    assert torch.equal(loaded(x.to(_MAPS)), expected)
 
 
 # One with windows and one with feed-forwards among the quick tests.
-_SOME = [
-    m if m in ("resnet", "vision_transformer") else pytest.param(m, marks=pytest.mark.slow)
-    for m in KERNELS
-]
+@pytest.mark.parametrize(
+    "module",
+    [
+        m if m in ("resnet", "vision_transformer") else pytest.param(m, marks=pytest.mark.slow)
+        for m in (*KERNELS, *MORE)
+    ],
+)
+def test_networks_of_timm(module: str) -> None:
+    """With half the bound of this library's families, by kernels in int8, where they are known."""
+    model, x = _of_timm(module, images=10 if module in KERNELS else 2)
+    if module in KERNELS:
+        fused = _check(model, x, limit=0.05, agreement=0.7)
+    else:
+        rounded = _error(_run(copy.deepcopy(model).to(_MAPS), x), _run(model, x))
+        fused = _check(model, x, limit=max(0.1, 3 * rounded))
+    found = backbones.explain(fused, x.shape[-1], repeats=1)
+    quantized, layers = len(fused.precision.quantized), len(fused.precision.layers)
+    assert f"{quantized} of {layers} layers in int8 (calibrated ranges)" in str(found)
+    if module in KERNELS:
+        kernels = {(call.kernel, call.dtype) for call in found.calls}
+        assert {(name, "int8") for name in KERNELS[module]} <= kernels
+        assert ("packed_mlp", _FLOATS) not in kernels
 
 
-@_needs_int8
-@pytest.mark.parametrize("module", _SOME)
-def test_close_to_float32(module: str) -> None:
-    """With the bound of this library's families halved, and by kernels in int8."""
-    kernels = _check(*_small(module, images=10), limit=0.05, agreement=0.7)
-    assert {(name, "int8") for name in KERNELS[module]} <= kernels
-    assert ("packed_mlp", str(_MAPS).removeprefix("torch.")) not in kernels
+# ---- which layers ------------------------------------------------------------------------------
+@pytest.mark.parametrize(("tiles", "fewest"), [(True, 1 << 15), (False, 1 << 13)])
+def test_small_layers_stay_in_floats(
+    tiles: bool, fewest: int, shvit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "_FEWEST_IN_INT8_OF_TILES" if tiles else "_FEWEST_IN_INT8"
+    monkeypatch.setattr(policy, name, fewest)
+    monkeypatch.setattr(policy, "by_tiles", lambda dtype: tiles)
+    layers = shvit.fuse(torch.int8).precision.layers
+    narrow = [x for x in layers if x.in_features * x.out_features < fewest]
+    assert narrow and {x.reason for x in narrow} == {f"so small that it is faster in {_FLOATS}"}
+    assert "int8" in {x.dtype for x in layers if x not in narrow}
 
 
-@_needs_int8
-@pytest.mark.slow
-@pytest.mark.parametrize("module", SLOW)
-def test_more_networks_are_close_to_float32(module: str) -> None:
-    model, x = _small(module)
-    rounded = _error(_run(copy.deepcopy(model).to(_MAPS), x), _run(model, x))
-    _check(model, x, limit=max(0.1, 3 * rounded))
+@pytest.mark.parametrize(("family", "name"), [("shvit", "head.fc"), ("inception_next", "head.fc2")])
+def test_classifiers_stay_in_floats(family: str, name: str) -> None:
+    fused = small(family).eval().fuse(torch.int8)
+    (kept,) = (x for x in fused.precision.layers if "classifier" in x.reason)
+    assert (kept.layer, kept.dtype) == (name, _FLOATS)
+    if family == "shvit":
+        calls = backbones.explain(fused, 64, repeats=1).calls
+        layers = [call for call in calls if call.kernel in ("packed_mlp", "packed_linear")]
+        assert len({call.kernel for call in layers if call.dtype == "int8"}) == 2
+        assert [call.layer for call in layers if call.dtype != "int8"] == [name]
 
 
-@_needs_int8
-def test_copies_pickles_files_and_changes(tmp_path: Path) -> None:
-    """They compute exactly the same; changed weights are quantised again, and ranges stay."""
-    model, x = _small("resnet")
-    fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x)
-    expected, precision = _run(fused, x), str(fused.precision)
-    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        assert torch.equal(_run(other, x), expected) and str(other.precision) == precision
-        assert other.state_dict().keys() == model.state_dict().keys()
-    save_file(fused.int8_state_dict(), tmp_path / "a.safetensors")
-    size = sum(t.numel() * t.itemsize for t in fused.state_dict().values())
-    assert (tmp_path / "a.safetensors").stat().st_size < size
-    loaded: Any = _small("resnet")[0]
-    for parameter in loaded.parameters():
-        parameter.data.mul_(0.5)
-    backbones.load_checkpoint(loaded, tmp_path / "a.safetensors")
-    assert loaded.precision.quantized == fused.precision.quantized and loaded.precision.calibrated
-    assert torch.equal(_run(loaded, x), expected)
-    weight = fused.layer2[0].conv1.weight
-    with torch.no_grad():
-        weight.mul_(-1)
-        changed = _run(fused, x)
-        model.layer2[0].conv1.weight.mul_(-1)
-        assert 0 < _error(changed, _run(model, x)) < 0.05 < _error(changed, expected)
-        weight.mul_(-1)
-    for _ in range(2):  # after several changes, some calls run as before
-        again = _run(fused, x)
-    assert torch.equal(again, expected)
+def test_feed_forwards_with_a_response_norm() -> None:
+    """In int8 from 64 channels on."""
+    layers = randomise(small("unireplknet")).eval().fuse(torch.int8).precision.layers
+    first, second = ([x for x in layers if f"stages.{i}." in x.layer] for i in (0, 1))
+    fcs = [x for x in first if x.layer[-3:] in ("fc1", "fc2")]
+    assert {(x.dtype, x.reason) for x in fcs} == {(_FLOATS, _OWN_KERNEL)}
+    assert any(x.dtype == "int8" and x.out_features == 320 for x in second)
 
 
-@_needs_int8
-def test_fusing_again() -> None:
-    """Without a dtype, layers and ranges stay; with another one, the network computes in that."""
-    model, x = _small("vision_transformer")
-    fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x)
-    assert not fused.is_replayed  # nothing is kept of the image that confirms the layers
-    before, told = _run(fused, x), str(fused.precision)
-    quantized = fused.precision.quantized
-    for again in (backbones.fuse(fused), backbones.fuse(fused, torch.int8)):
-        assert torch.equal(_run(again, x), before) and str(again.precision) == told
-    floats = backbones.fuse(copy.deepcopy(model), _MAPS)
-    assert torch.equal(_run(backbones.fuse(fused, _MAPS), x), _run(floats, x))
-    assert fused.precision is None
-    assert not backbones.fuse(fused, torch.int8).precision.calibrated  # type: ignore[union-attr]
-    backbones.fuse(fused, torch.int8, calibrate=x, max_drop=1.0)
-    assert fused.precision.drop > 0 and fused.precision.quantized == quantized
+def test_feed_forwards_with_a_depthwise_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In int8 from a number of channels on, in the kernel in floats below it."""
+    for name in ("_FEWEST_OF_DEPTHWISE", "_FEWEST_OF_DEPTHWISE_IN_TILES"):
+        monkeypatch.setattr(policy, name, 64)
+    model = backbones.create_model("van_b0", dims=(32, 32, 64, 64), depths=(1, 1, 1, 1)).eval()
+    fused = model.fuse(torch.int8)
+    fcs = [x for x in fused.precision.layers if x.layer[-3:] in ("fc1", "fc2")]
+    narrow = [x for x in fcs if "stages.0" in x.layer or "stages.1" in x.layer]
+    assert len(narrow) == len(fcs) / 2 == 4 and {x.reason for x in narrow} == {_OWN_KERNEL}
+    assert {x.dtype for x in fcs if x not in narrow} == {"int8"}
+    calls = backbones.explain(fused, 64, repeats=1).calls
+    assert [c.kernel for c in calls].count("depthwise_mlp") == 2
 
 
-@_needs_int8
 def test_layers_in_floats_are_named() -> None:
     """A classifier, and layers that a kernel of their block computes or another weight."""
-    model: Any = _small("mobilenetv3")[0]
+    model = _of_timm("mobilenetv3")[0]
     with torch.no_grad():
         model.conv_head.weight[0, 0] = float("nan")
-    fused: Any = backbones.fuse(model, torch.int8)
+    fused = _fused(model)
     reasons = {layer.layer: layer.reason for layer in fused.precision.layers}
-    assert "classifier" in reasons["classifier"] and "NaN" in reasons["conv_head"]
-    assert "window" in reasons["conv_stem"]
-    narrow = [n for n, reason in reasons.items() if reason == "in a block with a kernel of its own"]
+    assert "classifier" in reasons["classifier"] and "window" in reasons["conv_stem"]
+    assert reasons["conv_head"] == "NaN or infinities in its weight"
+    narrow = [n for n, reason in reasons.items() if reason == _OWN_KERNEL]
     assert narrow and not any(hasattr(fused.get_submodule(n), "quantization") for n in narrow)
     standardised: Any = backbones.fuse(timm.create_model("resnetv2_50x1_bit").eval(), torch.int8)
     assert standardised.precision.quantized == []
 
 
-@_needs_int8
 def test_weights_that_other_modules_multiply() -> None:
     """BEiT's attention calls no module for its queries, keys and values."""
-    model = timm.models.beit.Beit(img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2)
+    model: Any = timm.models.beit.Beit(
+        img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2
+    ).eval()
     model.pretrained_cfg = {"input_size": (3, 32, 32), "classifier": "head"}
     nn.init.normal_(model.blocks[0].attn.qkv.weight)
     x = torch.randn(2, 3, 32, 32)
-    fused: Any = backbones.fuse(copy.deepcopy(model).eval(), torch.int8)
+    fused = _fused(model)
     assert "blocks.0.attn.qkv" in fused.precision.quantized
-    assert _error(_run(fused, x), _run(model.eval(), x)) < 0.1
-    calibrated: Any = backbones.fuse(copy.deepcopy(model).eval(), torch.int8, calibrate=x)
-    (entry,) = (e for e in calibrated.precision.layers if e.layer == "blocks.0.attn.qkv")
+    assert _error(_run(fused, x), _run(model, x)) < 0.1
+    layers = _fused(model, calibrate=x).precision.layers
+    (entry,) = (e for e in layers if e.layer == "blocks.0.attn.qkv")
     assert entry.reason.startswith("not called")
 
 
-@_needs_int8
+def test_a_budget_keeps_sensitive_layers_in_floats(shvit: Any) -> None:
+    batches = [(images(2, 3, 64, 64), torch.zeros(2)), (images(*_SIZE), torch.zeros(1))]
+    whole = _fused(shvit, calibrate=batches, max_drop=1e6).precision
+    others = [x for x in whole.layers if x.dtype != "int8" and x.layer != "head.fc"]
+    assert whole.quantized and {x.reason for x in others} <= {_OWN_KERNEL}
+    assert whole.calibrated and whole.drop > 0
+    budget = whole.drop / 3
+    some = _fused(shvit, calibrate=batches, max_drop=budget).precision
+    kept = [layer for layer in some.layers if layer.reason.startswith("sensitive")]
+    assert 0 < len(kept) < len(some.layers) and some.drop <= budget
+    assert min(x.drop for x in kept) >= max(x.drop for x in some.layers if x.dtype == "int8")
+    title, *_, first, _ = str(some).split("\n", 5)
+    assert f"{len(some.quantized)} of {len(some.layers)} layers in int8" in title
+    assert max(kept, key=lambda x: x.drop).layer == first.split()[0]  # the most sensitive one
+    assert f"the drop exceeds {budget:g}" in first
+    none = shvit.fuse(torch.int8, max_drop=1e-9).precision
+    assert not none.quantized and not none.calibrated and none.drop == 0
+
+
 def test_networks_that_do_not_say_their_size() -> None:
     torch.manual_seed(0)
     model = torchvision.models.get_model("resnet18", weights=None).eval()
     x = torch.randn(1, 3, 48, 48)
     for calibrate in (None, x):
-        fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=calibrate)
+        fused = _fused(model, calibrate=calibrate)
         assert len(fused.precision.quantized) == 19  # all but the first and the last one
         assert _error(_run(fused, x), _run(model, x)) < 0.05
     with pytest.raises(ValueError, match=r"max_drop needs calibrate=…: ResNet does not say which"):
-        backbones.fuse(copy.deepcopy(model), torch.int8, max_drop=0.1)
-    within: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x, max_drop=0.01)
-    assert 0 < within.precision.drop <= 0.01
+        _fused(model, max_drop=0.1)
+    assert 0 < _fused(model, calibrate=x, max_drop=0.01).precision.drop <= 0.01
+    with pytest.raises(ValueError, match=r"ResNet does not accept images of \(1, 1, 64, 64\)"):
+        _fused(model, calibrate=torch.zeros(1, 1, 64, 64))
+    grey: Any = backbones.fuse(timm.create_model("test_resnet", in_chans=1).eval(), torch.int8)
+    assert grey.precision.quantized
 
 
-@_needs_int8
 @torch.inference_mode()
 def test_a_backbone_of_transformers() -> None:
     model, x = vit_of_transformers(), torch.randn(2, 3, 32, 32)
@@ -220,52 +302,256 @@ def test_a_backbone_of_transformers() -> None:
     assert fused.is_replayed and _error(out, expected) < 0.05
 
 
-@_needs_int8
 def test_parts_of_a_network_that_is_not_recorded() -> None:
     model, x = Branching().eval(), torch.rand(1, 3, 64, 64)
-    fused: Any = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=x)
+    fused = _fused(model, calibrate=x)
     assert "body.layer1.0.conv1" in fused.precision.quantized
     for _ in range(2):  # the whole, then its parts
         assert 1e-4 < _error(_run(fused, x), _run(model, x)) < 0.05
     assert not fused.is_replayed and fused.body.is_replayed
 
 
-@_needs_int8
-def test_a_refused_calibration_leaves_the_model_alone() -> None:
-    model = _small("resnet")[0]
-    nan = torch.full((1, 3, 8, 8), float("nan"))
-    for batches, message in (
-        ([nan], "batch 0 has NaN"),
-        ([], "at least one batch"),
-        ("a", "a str"),
-    ):
+# ---- afterwards --------------------------------------------------------------------------------
+@torch.inference_mode()
+def test_copies_files_and_changes(sample: tuple[Any, Tensor], tmp_path: Path) -> None:
+    """They compute exactly the same; a changed weight is quantised again, and ranges stay."""
+    model, x = sample
+    fused, floats = _fused(model, calibrate=x), backbones.fuse(copy.deepcopy(model), _MAPS)
+    assert fused.state_dict().keys() == floats.state_dict().keys()
+    expected, told = _run(fused, x), str(fused.precision)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(_run(other, x), expected) and str(other.precision) == told
+    save_file(fused.int8_state_dict(), tmp_path / "int8.safetensors")
+    save_file(floats.state_dict(), tmp_path / "floats.safetensors")
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("int8", "floats")]
+    assert sizes[0] < 0.75 * sizes[1]
+    loaded = _halved(copy.deepcopy(model))
+    backbones.load_checkpoint(loaded, tmp_path / "int8.safetensors")
+    assert loaded.precision.quantized == fused.precision.quantized and loaded.precision.calibrated
+    assert torch.equal(_run(loaded, x), expected)
+    weight = fused.get_submodule(fused.precision.quantized[0]).weight
+    weight.mul_(-1)
+    changed = _run(fused, x)
+    assert not torch.equal(changed, expected)
+    assert torch.equal(changed, _run(copy.deepcopy(fused), x))  # which keeps nothing derived
+    fused.load_state_dict(floats.state_dict())
+    for _ in range(2):  # after several changes, some calls run as before
+        again = _run(fused, x)
+    assert torch.equal(again, expected)
+
+
+@torch.inference_mode()
+def test_changed_classifiers(shvit: Any) -> None:
+    fused = shvit.fuse(torch.int8)
+    before = _run(fused)
+    fused.head.fc.weight.mul_(2)
+    fused.head.fc.bias.mul_(2)
+    torch.testing.assert_close(_run(fused), 2 * before, rtol=2**-7, atol=0)
+    fused.reset_classifier(3)
+    assert _run(fused).shape == (1, 3) and _run(fused).dtype == _MAPS
+
+
+@torch.inference_mode()
+def test_fusing_again(sample: tuple[Any, Tensor]) -> None:
+    """Without a dtype, layers and ranges stay; with another one, the network computes in that."""
+    model, x = sample
+    fused = _fused(model, calibrate=x)
+    assert not fused.is_replayed  # nothing is kept of the image that confirms the layers
+    before, told, quantized = _run(fused, x), str(fused.precision), fused.precision.quantized
+    assert torch.equal(_run(backbones.fuse(fused), x), before) and str(fused.precision) == told
+    assert torch.equal(_run(backbones.fuse(fused, torch.int8), x), before)
+    assert fused.precision.calibrated and fused.precision.quantized == quantized
+    floats = backbones.fuse(copy.deepcopy(model), _MAPS)
+    assert torch.equal(_run(backbones.fuse(fused, _MAPS), x), _run(floats, x))
+    assert fused.precision is None
+    assert not backbones.fuse(fused, torch.int8).precision.calibrated
+    backbones.fuse(fused, torch.int8, calibrate=x, max_drop=1.0)
+    assert fused.precision.drop > 0 and fused.precision.quantized == quantized
+
+
+@torch.inference_mode()
+def test_measuring_leaves_the_model_alone(shvit: Any) -> None:
+    x, folded = images(*_SIZE), shvit.fuse(channels_last=False)
+    before, state = folded(x), copy.deepcopy(folded.state_dict())
+    quantization.quantize(folded, [x], 1e-6)
+    quantization.unquantize(folded)
+    assert torch.equal(folded(x), before)
+    assert all(torch.equal(t, state[name]) for name, t in folded.state_dict().items())
+
+
+# ---- calibration -------------------------------------------------------------------------------
+def test_ranges_leave_out_rare_values() -> None:
+    x = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+    x[0] = 40.0
+    scale, zero = quantization._range_of(x)
+    assert scale * 255 < 0.6 * (x.max() - x.min()) and zero == round(zero)
+    # The same at the other end, where the zero is.
+    mirrored, other = quantization._range_of(-x)
+    assert mirrored == pytest.approx(scale, rel=0.1) and other == pytest.approx(255 - zero, rel=0.1)
+    assert quantization._range_of(torch.zeros(5)) == (0.0, 0.0)
+
+
+def test_samples_include_the_extremes() -> None:
+    """Of inputs so many that only every fourth is looked at; here, the others are zeros."""
+    layer, x = nn.Linear(64, 2), torch.zeros(1024, 64)
+    x[0, 1], x[0, 2] = 5.0, -3.0
+    (found,) = quantization._calibrate(layer, [("", layer)], [x]).values()
+    assert found == (pytest.approx(8 / 255), pytest.approx(3 / 8 * 255, abs=0.5))
+
+
+def _with_a_pixel(value: float) -> Tensor:
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    x[1, 2, 3, 4] = value
+    return x
+
+
+_SMALL = torch.zeros(1, 3, 8, 8)
+_NAN, _INF, _DENORMAL = float("nan"), float("inf"), 2**-149
+_RAGGED = torch.nested.nested_tensor([_SMALL[0]], layout=torch.jagged)
+_INT8 = {"dtype": torch.int8}
+BAD_CALLS: list[tuple[dict[str, Any], str]] = [
+    ({"calibrate": "a", **_INT8}, "calibrate must give batches of images, got a s"),
+    ({"calibrate": [], **_INT8}, "at least one batch of images, got none"),
+    ({"calibrate": [_SMALL[0]], **_INT8}, r"\(B, 3, H, W\), got \(3, 8, 8\)"),
+    ({"calibrate": [_SMALL[:, :1]], **_INT8}, r"\(B, 3, H, W\), got \(1, 1, 8, 8\)"),
+    ({"calibrate": [_SMALL.to(torch.uint8)], **_INT8}, "batches of images"),
+    ({"calibrate": [{"image": 1}], **_INT8}, "got dict"),
+    ({"calibrate": _SMALL.to("meta"), **_INT8}, r"plain values \(torch.strided on meta\)"),
+    ({"calibrate": [_SMALL.to_sparse()], **_INT8}, r"plain values \(torch.sparse_coo on cpu\)"),
+    ({"calibrate": [_RAGGED], **_INT8}, r"without plain values \(nested\)"),
+    ({"calibrate": [_SMALL, _with_a_pixel(_NAN)], **_INT8}, "batch 1 has NaN or values inf"),
+    ({"calibrate": [_with_a_pixel(-_INF)], **_INT8}, "values infinite in torch.float32"),
+    ({"calibrate": [_with_a_pixel(1e300)], **_INT8}, "values infinite in torch.float32"),
+    ({"calibrate": [_SMALL]}, "calibrate is for dtype=torch.int8, but dtype"),
+    ({"max_drop": 0.1}, "max_drop is for dtype=torch.int8, but dtype is None"),
+    ({"max_drop": 0, **_INT8}, "max_drop must be a positive number or None, got 0"),
+    ({"max_drop": "a", **_INT8}, "max_drop must be a positive number or None"),
+    ({"channels_last": False, **_INT8}, "torch.int8 needs channels_last"),
+    ({"dtype": torch.int16}, "or torch.int8; got torch.int16"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_refused_calls_leave_the_model_alone(shvit: Any) -> None:
+    for arguments, message in BAD_CALLS:
         with pytest.raises(ValueError, match=message):
-            backbones.fuse(model, torch.int8, calibrate=batches)
-    assert _run(model, torch.zeros(1, 3, 64, 64)).dtype == torch.float32
+            backbones.fuse(shvit, **arguments)
+    assert _run(shvit).dtype == torch.float32
+    with torch.no_grad():
+        next(shvit.parameters()).fill_(torch.nan)
+    # No layer would be in int8, without a word.
+    with pytest.raises(ValueError, match="gives no layer inputs that are finite"):
+        shvit.fuse(torch.int8, calibrate=images(*_SIZE))
 
 
-@_needs_int8
-def test_images_that_it_does_not_take() -> None:
-    model = torchvision.models.get_model("resnet18", weights=None)
-    with pytest.raises(
-        ValueError, match=r"ResNet does not accept images of \(1, 1, 64, 64\), with which"
-    ):
-        backbones.fuse(model, torch.int8, calibrate=torch.zeros(1, 1, 64, 64))
-    grey: Any = backbones.fuse(timm.create_model("test_resnet", in_chans=1).eval(), torch.int8)
-    assert grey.precision.quantized
+# ---- files -------------------------------------------------------------------------------------
+def test_a_file_without_ranges(calibrated: Any, state: dict[str, Tensor], tmp_path: Path) -> None:
+    save_file(state, tmp_path / "int8.safetensors")
+    found = load_file(tmp_path / "int8.safetensors")
+    assert {t.dtype for t in found.values()} == {torch.int8, torch.float32, _MAPS}
+    for layer in calibrated.precision.quantized:
+        found.pop(f"{layer}.input_range")
+    loaded = _halved(small("shvit"))
+    backbones.load_checkpoint(loaded, found)
+    assert not loaded.precision.calibrated
+    assert loaded.precision.quantized == calibrated.precision.quantized
 
 
-@pytest.mark.parametrize("kind", ["a family", "resnet"])
-def test_where_it_does_not_pay(
-    kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("fused", [False, True])
+def test_layers_left_in_floats_stay_there(fused: bool, shvit: Any) -> None:
+    """Also where more of its own were in int8."""
+    options: Any = {"max_drop": 0.001} if fused else {"max_drop": 0.01, "calibrate": images(*_SIZE)}
+    model = shvit.fuse(torch.int8, **options)
+    assert 0 < len(model.precision.quantized) < len(model.precision.layers)
+    loaded = _halved(small("shvit"))
+    if fused:
+        assert len(loaded.fuse(torch.int8).precision.quantized) > len(model.precision.quantized)
+    backbones.load_checkpoint(loaded, model.int8_state_dict())
+    assert loaded.precision.quantized == model.precision.quantized
+    assert fused or "not quantised in the file" in str(loaded.precision)
+    assert torch.equal(_run(loaded), _run(model))
+
+
+@torch.inference_mode()
+def test_other_heads(calibrated: Any, state: dict[str, Tensor]) -> None:
+    model = small("shvit", num_classes=3).eval()
+    report = backbones.load_checkpoint(model, state)
+    assert any(name.startswith("head.") for name in report.reinitialised)
+    assert _run(model).shape == (1, 3)
+    features, x = small("shvit", features_only=True).eval(), images(*_SIZE).to(_MAPS)
+    backbones.load_checkpoint(features, state)
+    expected = calibrated.forward_intermediates(x, intermediates_only=True)
+    for got, wanted in zip(features(x), expected, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
+
+
+def test_a_cpu_without_int8_products(
+    calibrated: Any, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model stays in float32, and one warning says why."""
-    without_kernels(monkeypatch)
-    quantization._warn_not_faster.cache_clear()
-    model, x = (small("shvit").eval(), images(1, 3, 64, 64)) if kind != "resnet" else _small(kind)
-    fused: Any = [backbones.fuse(copy.deepcopy(model), torch.int8) for _ in range(2)][0]
-    (record,) = [r for r in caplog.records if "stays in float32" in r.message]
-    assert "VISION_BACKBONES_NATIVE=0" in record.message
-    assert fused.precision.reason and not fused.precision.quantized
-    assert next(fused.parameters()).dtype == torch.float32
-    assert _error(_run(fused, x), _run(model, x)) < 1e-5
+    """It computes with the same weights in float32."""
+    monkeypatch.setattr(quantization, "not_faster_in_int8", lambda device: "no such CPU")
+    loaded = _halved(small("shvit"))
+    backbones.load_checkpoint(loaded, state)
+    assert loaded.precision.quantized == []
+    assert _error(_run(loaded), _run(calibrated)) < 0.1
+
+
+_NUMBERS = {
+    "weight_scale must be finite .*, but is {:g} for output 3": (0.0, _DENORMAL, -1.0, _INF, _NAN),
+    "input_range: its scale must be finite .*, got {:g}": (0.0, _DENORMAL, -0.5, _INF, _NAN),
+    "input_range: its zero point must be a whole number from 0 to 255, got {:g}": (
+        *(-1.0, 0.5, 256.0, _INF, _NAN),
+    ),
+}
+
+
+@pytest.mark.parametrize("said", _NUMBERS)
+def test_numbers_that_no_layer_has(state: dict[str, Tensor], calibrated: Any, said: str) -> None:
+    """They would give every image the same answer, or NaN."""
+    layer = calibrated.precision.quantized[1]
+    of_weight = said.startswith("weight")
+    numbers = state[f"{layer}.{'weight_scale' if of_weight else 'input_range'}"]
+    for value in _NUMBERS[said]:
+        numbers[3 if of_weight else int("zero" in said)] = value
+        _refused(state, re.escape(layer) + rf"\.{said.format(value)}")
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "said"),
+    [
+        ("weight_scale", None, "is of torch.int8"),
+        ("weight_scale", torch.ones(2), r"weight_scale must be \(\d+,\) of float32"),
+        ("input_range", torch.ones(3), r"input_range must be \(2,\) of float32"),
+    ],
+)
+def test_wrong_numbers(
+    state: dict[str, Tensor], calibrated: Any, name: str, numbers: Tensor | None, said: str
+) -> None:
+    key = f"{calibrated.precision.quantized[0]}.{name}"
+    del state[key]
+    _refused(state if numbers is None else {**state, key: numbers}, said)
+
+
+def _refused(state: dict[str, Tensor], said: str) -> None:
+    model = small("shvit").eval()
+    with pytest.raises(backbones.CheckpointError, match=said):
+        backbones.load_checkpoint(model, state)
+    assert not model.fused
+
+
+@torch.inference_mode()
+def test_outputs_without_weights() -> None:
+    """Their scale is 0, which isn't wrong for them."""
+    model = randomise(small("shvit")).eval().fuse(channels_last=False)
+    name = "stages.1.downsample.2.expand"
+    model.get_submodule(name).weight[5] = 0
+    state = model.fuse(torch.int8, calibrate=images(*_SIZE)).int8_state_dict()
+    assert state[f"{name}.weight_scale"][5] == 0
+    loaded = _halved(small("shvit"))
+    backbones.load_checkpoint(loaded, state)
+    assert torch.equal(_run(loaded), _run(model))
+
+
+def test_models_in_floats_have_none() -> None:
+    with pytest.raises(RuntimeError, match=r"call fuse\(dtype=torch.int8\) first"):
+        small("shvit").eval().fuse().int8_state_dict()

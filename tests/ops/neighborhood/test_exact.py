@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -14,13 +15,11 @@ from neighborhood_oracle import (
     assert_exact,
     assert_lse_of_unusual_scores,
     random_case,
-    window,
 )
 
 from backbones.cli.parity import reference, summary_error, uniform
 from ops.cpu import build, instruction_sets
 from ops.neighborhood import na1d, na2d, tiled
-from ops.neighborhood._geometry import axis_windows, window_of
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ANY = Limits()
@@ -51,18 +50,15 @@ SWEEPS = [
 
 
 @pytest.mark.parametrize(
-    ("sweep", "seed"),
-    [(sweep, seed) for sweep in SWEEPS for seed in sweep.quick],
-    ids=lambda value: str(value) if isinstance(value, int) else f"{value.backend}-{value.dtype}",
+    ("sweep", "seeds"),
+    [
+        *((sweep, [seed]) for sweep in SWEEPS for seed in sweep.quick),
+        *(pytest.param(sweep, sweep.slow, marks=pytest.mark.slow) for sweep in SWEEPS),
+    ],
+    ids=lambda value: f"{value.backend}-{value.dtype}" if hasattr(value, "dtype") else str(value),
 )
-def test_random_calls(sweep: Sweep, seed: int) -> None:
-    assert_exact(random_case(seed, sweep.limits), sweep.backend, sweep.dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("sweep", SWEEPS)
-def test_many_random_calls(sweep: Sweep) -> None:
-    for seed in sweep.slow:
+def test_random_calls(sweep: Sweep, seeds: Sequence[int]) -> None:
+    for seed in seeds:
         assert_exact(random_case(seed, sweep.limits), sweep.backend, sweep.dtype)
 
 
@@ -115,6 +111,25 @@ LARGE = {
         **{"heads": 2, "kv_heads": 2, "dim": 80, "value_dim": 64, "has_rpb": True},
     ),
     "gathered bias": Case((60,), (40,), (1,), (1,), (False,), has_rpb=True, extra=2),
+    # Neighbouring windows: every column in more lanes than the last, and in two blocks.
+    **{
+        f"{kernel} neighbours, dim {dim}": Case(
+            *((200,), (kernel,), (1,), (1,), (causal,)), heads=2, dim=dim, value_dim=dim
+        )
+        for kernel, causal in ((63, False), (16, True), (150, False))
+        for dim in (16, 20, 24)
+    },
+    # Windows narrower than the lanes, stairs of query rows, and rows in two parts.
+    **{
+        f"{kernel} in a map, dim {dim}": Case(
+            *(size, kernel, ONES, ONES, (causal, False)), heads=2, dim=dim, value_dim=dim
+        )
+        for size, kernel, causal in (
+            *[((30, 40), (1, 15), False), ((30, 40), (1, 21), False), ((31, 20), (2, 5), False)],
+            *[((31, 20), (3, 5), False), ((31, 20), (13, 5), False), ((41, 20), (25, 3), True)],
+        )
+        for dim in (16, 20, 24)
+    },
 }
 
 
@@ -153,24 +168,6 @@ def test_more_keys_in_a_tile_than_torch_takes_at_once(is_causal: bool) -> None:
         na1d(*tensors, 600, is_causal=is_causal, backend=b) for b in ("tiled", "reference")
     )
     torch.testing.assert_close(out, true)
-
-
-def test_windows_of_every_small_axis() -> None:
-    for n in range(1, 13):
-        for k in range(1, n + 1):
-            for s in range(1, k + 1):
-                for d in range(1, n // k + 1):
-                    for causal in (False, True):
-                        _check_windows(n, k, s, d, causal)
-
-
-def _check_windows(n: int, k: int, s: int, d: int, causal: bool) -> None:
-    start, length = (t.tolist() for t in axis_windows(n, k, s, d, causal))
-    for i in range(n):
-        positions = [place * d + i % d for place in range(start[i], start[i] + length[i])]
-        assert positions == window(i, n, k, s, d, causal), (n, k, s, d, causal, i)
-        of_group = window_of(i // d, (n - i % d + d - 1) // d, k, s, causal)
-        assert of_group == (start[i], length[i])
 
 
 # ---- figures -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -9,14 +10,12 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from neighborhood_oracle import NA, Case, make_inputs, normal_inputs, random_case
+from neighborhood_oracle import Case, make_inputs, normal_inputs
 from torch import Tensor, nn
 from torch.export import Dim
 
 from backbones import create_model
 from ops.neighborhood import (
-    BACKENDS,
-    NAParams,
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
@@ -45,11 +44,7 @@ def _tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 def test_operators_of_the_kernel(rank: int, optional: bool) -> None:
     operators, size = torch.ops.vision_backbones, (9, 8, 7)[:rank]
     given: list[Any] = [t.requires_grad_() for t in normal_inputs(*size, heads=2, dim=5)]
-    more: list[Any] = [
-        torch.randn(2, 3, 2, 5),
-        torch.randn(2, 3, 2, 5),
-        torch.randn(2, *[5] * rank),
-    ]
+    more: list[Any] = [*torch.randn(2, 2, 3, 2, 5), torch.randn(2, *[5] * rank)]
     given += [t.requires_grad_() for t in more] if optional else [None] * 3
     given += [[3] * rank, [2] + [1] * (rank - 1), [1] * (rank - 1) + [2], [False] * rank, 0.4]
     torch.library.opcheck(operators.na_cpu_forward, given)
@@ -71,23 +66,6 @@ def test_operator_of_tiles(full: bool, return_lse: bool) -> None:
     )
 
 
-@pytest.mark.parametrize("seed", [1, 3, 17, 56])
-def test_derivatives_of_tiles(seed: int) -> None:
-    drawn = random_case(seed)
-    ones = (1,) * drawn.rank
-    size = tuple(min(n, 5) for n in drawn.size)
-    kernel = tuple(min(k, 3, n) for k, n in zip(drawn.kernel_size, drawn.size, strict=True))
-    more = {"dim": 2, "value_dim": 3, "extra": 2, "has_rpb": True, "heads": 2}
-    case = Case(size, kernel, ones, ones, drawn.is_causal, **more)
-    inputs = make_inputs(case).map(lambda t: t.requires_grad_()).present()
-
-    def attention(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        named = dict(zip(inputs, tensors, strict=True))
-        return NA[case.rank](**named, **case.arguments, return_lse=True, backend="tiled")
-
-    assert torch.autograd.gradcheck(attention, tuple(inputs.values()), fast_mode=True)
-
-
 def test_second_derivatives() -> None:
     """The reference has some; others refuse instead of giving wrong ones."""
     exact = torch.randn(1, 5, 1, 2, dtype=torch.float64, requires_grad=True)
@@ -101,44 +79,33 @@ def test_second_derivatives() -> None:
 
 
 # ---- torch.compile -----------------------------------------------------------------------------
-@pytest.mark.parametrize("backend", ["tiled", None])
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_compile(backend: str | None, dynamic: bool) -> None:
-    torch._dynamo.reset()
-
-    def loss(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
-        kwargs = {"dilation": 2, "is_causal": (True, False), "rpb": rpb, "backend": backend}
-        out, lse = na2d(query, key, value, 3, **kwargs, return_lse=True)
-        plain = na2d(query, key, value, (3, 4), stride=2, backend=backend)
-        return out.square().sum() + lse.sin().sum() + plain.sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for size in ((9, 8), (7, 12)):
-        inputs = [t.requires_grad_() for t in _tensors(2, *size, 3, 8)]
-        inputs.append(torch.randn(3, 5, 5, requires_grad=True))
-        true = torch.autograd.grad(loss(*inputs), inputs)
-        got = torch.autograd.grad(compiled(*inputs), inputs)
-        torch.testing.assert_close(got, true)
-
-
-SLOWLY = [(b, r, "inductor") for b in PORTABLE for r in RANKS]
+SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("backend", "rank", "by"),
-    [("reference", 1, "aot_eager"), *(pytest.param(*s, marks=pytest.mark.slow) for s in SLOWLY)],
+    ("backend", "rank", "dynamic", "by"),
+    [
+        *[("tiled", 2, True, "aot_eager"), (None, 2, True, "aot_eager")],
+        ("reference", 1, None, "aot_eager"),
+        *(pytest.param(b, 2, False, "aot_eager", marks=SLOW) for b in ("tiled", None)),
+        *(pytest.param(b, r, None, "inductor", marks=SLOW) for b in PORTABLE for r in RANKS),
+    ],
 )
-def test_compile_each_rank(backend: str | None, rank: int, by: str) -> None:
+def test_compile(backend: str | None, rank: int, dynamic: bool | None, by: str) -> None:
     torch._dynamo.reset()
 
-    def loss(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out, lse = RANKS[rank](query * 2, key, value, 3, return_lse=True, backend=backend)
-        return out.square().sum() + lse.sin().sum()
+    def loss(query: Tensor, key: Tensor, value: Tensor, rpb: Tensor) -> Tensor:
+        kwargs = {"dilation": 2, "is_causal": (True, False, False)[:rank], "rpb": rpb}
+        attend = functools.partial(RANKS[rank], query * 2, key, value, backend=backend)
+        out, lse = attend(3, **kwargs, return_lse=True)
+        return out.square().sum() + lse.sin().sum() + attend((3, 4, 3)[:rank], stride=2).sum()
 
-    compiled = torch.compile(loss, fullgraph=True, backend=by)
-    inputs = [t.requires_grad_() for t in _tensors(2, *(7, 6, 5)[:rank], 2, 8)]
-    got = torch.autograd.grad(compiled(*inputs), inputs)
-    torch.testing.assert_close(got, torch.autograd.grad(loss(*inputs), inputs))
+    compiled = torch.compile(loss, fullgraph=True, backend=by, dynamic=dynamic)
+    for size in ((9, 8, 6), (7, 12, 7))[: 2 if rank == 2 else 1]:
+        inputs = [t.requires_grad_() for t in _tensors(2, *size[:rank], 3, 8)]
+        inputs.append(torch.randn(3, *(5,) * rank, requires_grad=True))
+        true = torch.autograd.grad(loss(*inputs), inputs)
+        torch.testing.assert_close(torch.autograd.grad(compiled(*inputs), inputs), true)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
@@ -213,15 +180,21 @@ def in_onnxruntime(module: nn.Module, example: Tensor, dynamic: tuple[int, ...])
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
-LAYERS = {
-    1: (NeighborhoodAttention1D(8, 2, 4, stride=3, is_causal=True, rel_pos_bias=True), (9, 4, 14)),
+LAYERS: dict[int, tuple[nn.Module, list[tuple[int, ...]]]] = {
+    1: (
+        NeighborhoodAttention1D(8, 2, 4, stride=3, is_causal=True, rel_pos_bias=True),
+        [(9,), (4,), (14,)],
+    ),
     2: (
         NeighborhoodAttention2D(8, 2, (3, 4), dilation=(2, 1), rel_pos_bias=True),
-        ((7, 8), (6, 4), (11, 5)),
+        [(7, 8), (6, 4), (11, 5)],
     ),
+    # A window that depends on the map.
     3: (
-        NeighborhoodAttention3D(8, 2, (2, 3, 3), is_causal=(True, False, False)),
-        ((4, 5, 6), (2, 3, 3), (3, 7, 4)),
+        NeighborhoodAttention3D(
+            8, 2, (2, 3, 3), is_causal=(True, False, False), small_maps="shrink"
+        ),
+        [(4, 5, 6), (2, 3, 2), (1, 7, 4)],
     ),
 }
 
@@ -229,28 +202,11 @@ LAYERS = {
 # Those of more axes take ten seconds and more each.
 @pytest.mark.parametrize("rank", [1, *(pytest.param(r, marks=pytest.mark.slow) for r in (2, 3))])
 def test_onnx_layers_with_dynamic_batch_and_map(rank: int) -> None:
-    layer, given = LAYERS[rank]
-    sizes = [size if isinstance(size, tuple) else (size,) for size in given]
+    layer, sizes = LAYERS[rank]
     run = in_onnxruntime(layer.eval(), torch.randn(2, *sizes[0], 8), tuple(range(1 + rank)))
     for batch, size in enumerate(sizes, 1):
         x = torch.randn(batch, *size, 8)
         torch.testing.assert_close(run(x), layer(x), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_onnx_window_that_depends_on_the_map() -> None:
-    class Wide(nn.Module):
-        """Dilated as far as the map allows."""
-
-        def forward(self, query: Tensor) -> Tensor:
-            dilation = tuple(torch.sym_min(5, n // 3) for n in query.shape[1:3])
-            params = NAParams((3, 3), (1, 1), dilation, (False, False), 0.5)
-            return BACKENDS["reference"].attend(*(query,) * 3, None, None, None, params)[0]
-
-    run = in_onnxruntime(Wide().eval(), torch.randn(1, 8, 11, 2, 4), (1, 2))
-    for size in ((8, 11), (9, 20), (12, 7)):
-        query = torch.randn(1, *size, 2, 4)
-        torch.testing.assert_close(run(query), Wide()(query), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -31,37 +31,28 @@ def _cases_of_natten(seeds: range) -> list[Case]:
     """The random cases that NATTEN can do on the CPU."""
     sizes = {"dims": (16,), "max_size": {1: 24, 2: 7, 3: 4}}
     limits = Limits(**sizes, value_dim_differs=False, rpb=False, extra=False)
-    cases = (replace(random_case(seed, limits), return_lse=True) for seed in seeds)
-    return [
-        case
-        for case in cases
-        if min(case.kernel_size) > 1
-        and case.scale != 0
-        # Its path for whole maps takes no causal axis and no strides on the CPU.
-        and case.kernel_size != case.size
-    ]
+    cases = [replace(random_case(seed, limits), return_lse=True) for seed in seeds]
+    # Its path for whole maps takes no causal axis and no strides on the CPU.
+    cases = [case for case in cases if case.kernel_size != case.size]
+    return [case for case in cases if min(case.kernel_size) > 1 and case.scale != 0]
 
 
-def _compare(case: Case) -> None:
-    inputs = make_inputs(case, torch.float32).present()
-    true = NATTEN[case.rank](**inputs, **case.arguments, return_lse=True)
-    for backend in ("reference", "tiled", None):
-        got = NA[case.rank](**inputs, **case.arguments, return_lse=True, backend=backend)
-        for name, a, b in zip(("out", "lse"), got, true, strict=True):
-            assert error(a, b) < 5e-6, (backend, name, case)
-
-
-@pytest.mark.parametrize("case", _cases_of_natten(range(40)), ids=lambda case: str(case.seed))
-def test_natten_agrees(case: Case) -> None:
-    _compare(case)
-
-
-@pytest.mark.slow
-def test_natten_agrees_on_many_cases() -> None:
-    cases = _cases_of_natten(range(40, 3000))
-    assert len(cases) > 300
+@pytest.mark.parametrize(
+    "cases",
+    [
+        *([case] for case in _cases_of_natten(range(40))),
+        pytest.param(_cases_of_natten(range(40, 3000)), marks=pytest.mark.slow, id="many"),
+    ],
+    ids=lambda cases: str(cases[0].seed),
+)
+def test_natten_agrees(cases: list[Case]) -> None:
     for case in cases:
-        _compare(case)
+        inputs = make_inputs(case, torch.float32).present()
+        true = NATTEN[case.rank](**inputs, **case.arguments, return_lse=True)
+        for backend in ("reference", "tiled", None):
+            got = NA[case.rank](**inputs, **case.arguments, return_lse=True, backend=backend)
+            for name, a, b in zip(("out", "lse"), got, true, strict=True):
+                assert error(a, b) < 5e-6, (backend, name, case)
 
 
 @pytest.mark.parametrize("extra", [0, 5])

@@ -17,22 +17,12 @@ from ops.neighborhood._geometry import NAParams
 
 TESTS = Path(__file__).parents[2]
 CASES = Path(__file__).with_name("triton_cases.py")
-SPLIT_CASES = Path(__file__).with_name("split_triton_cases.py")
 # The slow cases are shared by as many processes, so that they can run beside each other.
 PARTS = 12
 
 
 def test_kernels(tmp_path):
     run_cases(CASES, tmp_path, "-m", "not slow")
-
-
-def test_split_kernels(tmp_path):
-    run_cases(SPLIT_CASES, tmp_path, "-m", "not slow")
-
-
-@pytest.mark.slow
-def test_split_kernels_in_many_cases(tmp_path):
-    run_cases(SPLIT_CASES, tmp_path, "-m", "slow")
 
 
 @pytest.mark.slow

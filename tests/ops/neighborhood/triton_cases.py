@@ -10,20 +10,24 @@ On a GPU, run all of it, autotuned, by::
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 
 import neighborhood_oracle as oracle
 import pytest
+import split_oracle
 import torch
 import triton
 from torch import Tensor
 from triton_interpreter import quick_interpreter
 
+from ops.neighborhood import split, split_triton
 from ops.neighborhood import triton as backend
 from ops.neighborhood._geometry import NAParams
 from ops.neighborhood.triton import launch, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # The interpreter takes milliseconds for each block of each tile: maps must be small there.
 LIMITS = (
     oracle.Limits()
@@ -48,6 +52,7 @@ def quickly():
     with quick_interpreter(), pytest.MonkeyPatch.context() as patch:
         if triton.knobs.runtime.interpret:
             patch.setattr(launch, "_PROGRAMS", 6)  # there is no GPU to fill
+        patch.setattr(split, "_backend", lambda tensor: split_triton)
         yield
 
 
@@ -85,57 +90,25 @@ WIDE = [
     # The last tile reaches beyond the axis, where the bias has no entries.
     oracle.Case((57,), (47,), (1,), (1,), (False,), has_rpb=True),
 ]
+HALF = [PLAIN, RICH, WIDE[0], WIDE[2], WIDE[4]]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [*range(3), *(pytest.param(n, marks=SLOW) for n in range(3, 520)[PART::PARTS])]
+)
 def test_random_cases_are_exact(seed):
     check(small(seed))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3, 520)[PART::PARTS])
-def test_many_random_cases_are_exact(seed):
-    check(small(seed))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=SLOW)])
-def test_half_precision(dtype):
-    check(RICH, dtype)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("seed", range(600, 640)[PART::PARTS])
-def test_random_cases_in_half_precision(seed, dtype):
-    """Gradients are those of the output as it was rounded, which is all that is kept of it.
-
-    Fused attention starts its backward pass from there (FlashAttention-2, section 3.1). An error e
-    of the output takes e * grad_out from every score's gradient, as a gradient of the lse would.
-    """
-    case = small(seed)
-    inputs = oracle.make_inputs(case, dtype, DEVICE).map(lambda t: t.requires_grad_())
-    true_inputs = inputs.map(lambda t: t.detach().double().requires_grad_())
-    results, true = run(case, inputs), oracle.brute_force(case, true_inputs)
-    generator = torch.Generator().manual_seed(case.seed + 1)
-    weights = [
-        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(DEVICE, t.dtype)
-        for t in results
-    ]
-    grads = torch.autograd.grad(results, list(inputs.present().values()), weights)
-    grad_out, grad_lse = (w.double() for w in weights)
-    rounding = results[0].detach().double() - true[0].detach()
-    true_grads = torch.autograd.grad(
-        true,
-        list(true_inputs.present().values()),
-        [grad_out, grad_lse - (rounding * grad_out).sum(-1)],
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    output_tolerance, gradient_tolerance = oracle.TOLERANCE[dtype]
-    for name, got, expected in zip(("out", "lse"), results, true, strict=True):
-        assert oracle.error(got, expected) <= output_tolerance, (name, case)
-    for name, got, expected in zip(inputs.present(), grads, true_grads, strict=True):
-        assert oracle.error(got, expected) <= gradient_tolerance, (name, case)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        (RICH, BF16),
+        *(pytest.param(*more, marks=SLOW) for more in itertools.product(HALF, (BF16, F16))),
+    ],
+)
+def test_half_precision(case, dtype):
+    check(case, dtype)
 
 
 @pytest.mark.parametrize(
@@ -285,3 +258,50 @@ def test_compiles_into_one_graph():
     got = torch.autograd.grad(compiled(), list(inputs.present().values()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# ---- scores and sums alone -----------------------------------------------------------------------
+# Dilated and causal axes, a bias, additional keys, strided tensors.
+SPLIT = dataclasses.replace(RICH, stride=(1, 1), value_dim=8)
+DEEP = oracle.Case(
+    *((3, 4, 5), (2, 3, 2), (1, 1, 1), (1, 1, 2), (True, False, False)), dim=3, has_rpb=True
+)
+LONG = oracle.Case((40,), (7,), (1,), (3,), (False,), dim=17, has_rpb=True)
+QUICK = [(SPLIT, F32), (SPLIT, BF16), (DEEP, F32), (LONG, F32)]
+MORE = [(SPLIT, F16), *((case, dtype) for case in (DEEP, LONG) for dtype in (BF16, F16))]
+
+
+def check_split(case: oracle.Case, which: str, dtype: torch.dtype) -> None:
+    query = split_oracle.make_inputs(case, dtype)["query"]
+    assert split_triton.unavailable(query.to(DEVICE)) is None
+    split_oracle.assert_exact(case, which, dtype, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [*QUICK, *(pytest.param(*more, marks=SLOW) for more in MORE)]
+)
+@pytest.mark.parametrize("which", split_oracle.FUNCTIONS)
+def test_split_cases(which, case, dtype):
+    check_split(case, which, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60 if DEVICE == "cuda" else 12)[PART::PARTS])
+def test_random_split_cases(seed):
+    limits = dataclasses.replace(LIMITS, grouped=False, value_dim_differs=False)
+    if DEVICE == "cpu":
+        limits = dataclasses.replace(limits, max_size={1: 40, 2: 9, 3: 4}, dims=(1, 3, 8, 17))
+    case = split_oracle.split_case(seed, limits)
+    for which in split_oracle.FUNCTIONS:
+        check_split(
+            dataclasses.replace(case, batch=1 if DEVICE == "cpu" else case.batch), which, F32
+        )
+
+
+def test_second_derivatives_of_split():
+    got = split_oracle.second_derivatives(SPLIT, F32, DEVICE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split, "_backend", lambda tensor: split.split_tiled)
+        true = split_oracle.second_derivatives(SPLIT, torch.float64)
+    for a, b in zip(got, true, strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=1e-4, atol=1e-4 * b.abs().max().item())

@@ -122,49 +122,42 @@ def _names(graph: OperatorGraph) -> list[str]:
     return [o.name for o in graph.operators if "reshape" not in o.name]
 
 
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("kernel", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [0, 2])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_swin_block_has_no_copies(batch: int, shift: int, heads: int) -> None:
-    model, x = _block((12, 8), shift, heads), torch.randn(batch, 12, 8, 16)
+@pytest.mark.parametrize(("batch", "heads"), [(1, 2), (3, 1), (3, 2)])
+def test_a_swin_block_has_no_copies(
+    batch: int,
+    heads: int,
+    shift: int,
+    dtype: torch.dtype,
+    kernel: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x = _block((12, 8), shift, heads).to(dtype), torch.randn(batch, 12, 8, 16).to(dtype)
     exact = copy.deepcopy(model).double()(x.double())
     to_channels_last(model, always=True)
     graph = _rewritten(model, x)
     expected = ["FastLayerNorm", "FastLinear", "WindowedAttention", "FastLinear", "FeedForward"]
     assert _names(graph) == expected, str(graph)
-    torch.testing.assert_close(Program(graph)(x).double(), exact, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("shift", [0, 2])
-def test_bfloat16(shift: int) -> None:
-    model, x = _block((8, 8), shift), torch.randn(2, 8, 8, 16).bfloat16()
-    exact = copy.deepcopy(model).double()(x.double())
-    half = model.bfloat16()
-    to_channels_last(half, always=True)
-    graph = _rewritten(half, x)
-    assert len(_attention(graph)) == 1
+    if not kernel:
+        monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "switched off")
     error = (Program(graph)(x).double() - exact).abs().max()
-    assert error <= 2**-6 * (1 + exact.abs().max())
-
-
-@pytest.mark.parametrize("shift", [0, 2])
-def test_without_the_kernel(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = _block((8, 12), shift), torch.randn(2, 8, 12, 16)
-    expected = copy.deepcopy(model)(x)
-    to_channels_last(model, always=True)
-    graph = _rewritten(model, x)
-    monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "switched off")
-    assert len(_attention(graph)) == 1
-    torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
+    bound = 1e-5 if dtype == torch.float32 else 2**-6 * (1 + exact.abs().max())
+    assert error <= bound
 
 
 def test_windows_of_a_padded_map() -> None:
     """Attention is in the padded map, from which the map is cut afterwards."""
     model, x = _block((9, 8), 0), torch.randn(1, 9, 8, 16)
+    _check_attention(model, x, 1)
+
+
+def _check_attention(model: nn.Module, x: Tensor, joined: int) -> None:
     expected = copy.deepcopy(model)(x)
     to_channels_last(model, always=True)
     graph = _rewritten(model, x)
-    assert len(_attention(graph)) == 1
+    assert len(_attention(graph)) == joined, str(graph)
     torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -215,12 +208,7 @@ class _Attention(nn.Module):
 def test_only_orders_of_tokens_are_undone(change: str, is_joined: bool) -> None:
     torch.manual_seed(0)
     model = _Attention(**{change: True} if change else {}).eval().requires_grad_(False)
-    x = torch.randn(2, 5, 6, 8)
-    expected = copy.deepcopy(model)(x)
-    to_channels_last(model, always=True)
-    graph = _rewritten(model, x)
-    assert len(_attention(graph)) == is_joined, str(graph)
-    torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
+    _check_attention(model, torch.randn(2, 5, 6, 8), is_joined)
 
 
 # ---- stems ---------------------------------------------------------------------------------------
@@ -261,20 +249,14 @@ def test_what_is_a_stem(layers: tuple[nn.Module, ...], convs: int) -> None:
     torch.testing.assert_close(program(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+class _TwoMaps(nn.Sequential):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self[1](self[0](x))
+        return [x, self[2](x)]
+
+
 def test_a_map_that_something_else_reads_ends_a_stem() -> None:
-    class Network(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(*conv_row(3, 8, 8, 8))
-
-        def forward(self, x: Tensor) -> list[Tensor]:
-            maps = []
-            for layer in self.layers:
-                x = layer(x)
-                maps.append(x)
-            return maps[1:]
-
-    model, x = Network(), random(1, 3, 32, 32).float()
+    model, x = _TwoMaps(*conv_row(3, 8, 8, 8)), random(1, 3, 32, 32).float()
     program = _program(model, x)
     assert [len(stem.convs) for stem in _stems(program)] == [2]
     for made, expected in zip(program(x), model(x), strict=True):
@@ -325,7 +307,5 @@ def test_with_and_without_the_kernel(dtype: torch.dtype, compiled: bool, monkeyp
     model = conv_stem(3, 64).to(dtype)
     if not compiled:
         without_kernels(monkeypatch)
-    close = (
-        {"rtol": 0.05, "atol": 0.01} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
-    )
-    torch.testing.assert_close(_program(model, x)(x), model(x), **close)
+    rtol, atol = (0.05, 0.01) if dtype == torch.bfloat16 else (1e-4, 1e-5)
+    torch.testing.assert_close(_program(model, x)(x), model(x), rtol=rtol, atol=atol)
