@@ -224,6 +224,14 @@ def test_workflows_run_what_the_tree_has(path, tmp_path):
             assert "github.event" not in script and "github.ref_name" not in script
 
 
+@pytest.mark.parametrize("path", _WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_to_commits(path):
+    """But for the branch from which PyPA wants its action to be used."""
+    for used in re.findall(r"uses: (\S+)", path.read_text()):
+        pinned = re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", used)
+        assert pinned or used.startswith("./") or used == "pypa/gh-action-pypi-publish@release/v1"
+
+
 def test_only_one_job_may_publish():
     jobs = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())["jobs"]
     holders = [name for name, job in jobs.items() if "id-token" in job.get("permissions", {})]
