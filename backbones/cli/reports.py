@@ -80,7 +80,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str], output: Path) -> Namespace:
-    """The options of a benchmark, of which ``--output``, by default ``output``, may be extended."""
+    """The options of a benchmark; ``--output`` (default ``output``) may name an existing report."""
     parser.add_argument("--output", type=nonempty_path, default=output, help="a JSON file")
     add_overwrite(parser)
     options = parser.parse_args(arguments)
@@ -137,7 +137,7 @@ def kernels() -> str:
 
 
 def provenance() -> dict[str, str]:
-    """``date`` and ``kernels``, and ``commit`` if the library lies in a checkout."""
+    """``date`` and ``kernels``, and ``commit`` if the library is in a checkout."""
     found = {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat()}
     if commit := _commit(SOURCES.parents[1]):
         found["commit"] = commit

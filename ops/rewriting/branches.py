@@ -75,7 +75,7 @@ def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 def _merged(branches: list[_Branch]) -> Quantization | None:
-    """That of a convolution made of several of the same map: in int8 if all are."""
+    """The precision of a convolution merged from several: int8 if all are in int8."""
     found = [b.quantization for b in branches if b.quantization is not None]
     if not found or len(found) < len(branches):
         return None

@@ -91,7 +91,7 @@ class FeedForward(FastLayer):
 
 
 class _Step(NamedTuple):
-    """A layer, what it reads, and the operators that go once it is part of another."""
+    """A layer, its input, and the operators to remove once it is part of another layer."""
 
     layer: Any
     source: Value

@@ -55,7 +55,7 @@ class Value:
 
 @dataclass(eq=False)
 class Operator(Step):
-    """A function with its arguments: an operator of ATen, or a layer made of such.
+    """A function with its arguments: an operator of ATen, or a layer made from some.
 
     Attributes:
         function: an ``OpOverload`` or an ``nn.Module``.

@@ -32,7 +32,7 @@ class Program:
                 self._freed[now].append(value)
 
     def __call__(self, x: Tensor) -> Any:
-        """What the recorded call returns for ``x``, of the same shape and dtype."""
+        """The result of the recorded call for an ``x`` of the same shape and dtype."""
         tensors: dict[Value, Tensor] = {self.graph.source: x}
 
         def tensor(value: Value) -> Tensor:

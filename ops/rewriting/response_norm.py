@@ -50,7 +50,7 @@ class ResponseFeedForward(nn.Module):
 
 
 class SqueezedResponseFeedForward(FastLayer):
-    """The same after squeeze-and-excitation of ``x``, in one pass where there is a kernel."""
+    """The same after squeeze-and-excitation of ``x``, in one pass if there is a kernel."""
 
     kernels: ClassVar = (response_mlp,)
 

@@ -74,7 +74,7 @@ def _itself(value: Value) -> _Multiple:
 
 
 def _multiple(value: Value) -> _Multiple:
-    """What a map is a multiple of: through permutations, constant scales, and their sums."""
+    """The map of which another is a multiple, by permutations, constant scales and their sums."""
     made = value.producer
     itself = _itself(value)
     if made is None:

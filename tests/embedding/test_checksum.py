@@ -145,7 +145,7 @@ def _cut(path: Path) -> None:
     ("damage", "told"),
     [
         (_flip_an_embedding, "its checksum is wrong"),
-        (_without_embeddings, "it has other columns than metadata.json says"),
+        (_without_embeddings, "its columns differ from those in metadata.json"),
         (_with_null_numbers, "it has rows without embedding"),
         (_cut, "it is not a complete Parquet file"),
     ],

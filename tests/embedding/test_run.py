@@ -469,7 +469,7 @@ def test_the_decoder_stays_the_same(photos, checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(images.features, "check_feature", lambda name: False)
     capsys.readouterr()
     assert run(*words_of(photos.parent / "other", checkpoint)) == 2
-    assert "started with simplejpeg, which is not usable here" in capsys.readouterr().err
+    assert "started with simplejpeg, which can't be used here" in capsys.readouterr().err
 
 
 def test_out_is_beside_the_source(photos, checkpoint, capsys):

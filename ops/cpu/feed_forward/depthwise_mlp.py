@@ -202,7 +202,7 @@ def depthwise_expansion(
     require_dtype(weight1.dtype, x=x)
     require_dtype(torch.float32, bias1=bias1, taps=taps, conv_bias=conv_bias)
     if x.ndim != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"x must be (B, H, W, in_features) with pixels, got {tuple(x.shape)}")
+        raise ValueError(f"x must be (B, H, W, in_features) and not empty, got {tuple(x.shape)}")
     hidden = len(bias1)
     out = x.new_empty(len(x), *(-(-n // stride) for n in x.shape[1:3]), hidden)
     means = x.new_empty(len(x), hidden)

@@ -77,7 +77,7 @@ def output_shape(
             f"is something to combine with; got {combination!r}"
         )
     if combination == "add_clipped" and activation not in ("relu", "relu6"):
-        raise ValueError(f"'add_clipped' takes the activations relu and relu6, got {activation!r}")
+        raise ValueError(f"'add_clipped' requires the activation relu or relu6, got {activation!r}")
     if weight.dtype == torch.int8:
         _check_int8(bias, weight_scale, in_range)
     elif x.dtype != weight.dtype:
