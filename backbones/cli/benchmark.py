@@ -212,7 +212,7 @@ def measure(
     profile: bool = False,
     max_seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Times of all contenders, alternately: ``rounds`` turns or ``seconds``, at least 2 per half.
+    """Times of all contenders in alternating turns: ``rounds``, or as many as fit in ``seconds``.
 
     A turn repeats the call for ``turn_seconds``, see :func:`backbones.cli.timing.steady`. What
     takes more than ``max_seconds`` in its second call is left out.

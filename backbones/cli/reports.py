@@ -101,7 +101,7 @@ def read_report(path: Path) -> Report:
 
 
 def load_report(path: Path, machine: Mapping[str, Any]) -> Report:
-    """The report of earlier runs into ``path``, or an empty one.
+    """The report that earlier runs wrote to ``path``, or an empty one.
 
     Args:
         machine: this one; what the report's lacks is not compared.

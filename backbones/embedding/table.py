@@ -239,7 +239,8 @@ def batches(
     expected = schema(content["dim"], content["dtype"], bool(content["classes"]))
     lacking = [name for name in columns or () if name not in expected.names]
     if lacking:
-        raise ValueError(f"{folder} has no column {lacking[0]}, but {', '.join(expected.names)}")
+        have = ", ".join(expected.names)
+        raise ValueError(f"{folder} has no column {lacking[0]}; its columns are {have}")
     of = identity(content)
     for path in paths:
         yield from _rows(path, of, expected, columns, rows)

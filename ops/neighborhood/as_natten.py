@@ -275,7 +275,7 @@ def _ignored(*args: Any, **kwargs: Any) -> None:
 
 
 def _no(*args: Any, **kwargs: Any) -> bool:
-    """Whether a kernel of NATTEN's is used: no."""
+    """Whether one of NATTEN's kernels is used: never."""
     return False
 
 

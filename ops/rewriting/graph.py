@@ -168,7 +168,7 @@ class OperatorGraph:
         absorbed: Sequence[Operator] = (),
         **kwargs: Any,
     ) -> Operator:
-        """Compute the results of ``operator`` by another function, in its place.
+        """Replace ``operator`` by another function that computes its results.
 
         Args:
             absorbed: operators that the function contains; they are removed. The first one's path

@@ -98,7 +98,7 @@ def _multiple(value: Value) -> _Multiple:
 
 
 def _scaled(of: _Multiple, factor: object, rank: int) -> _Multiple | None:
-    """A multiple times a constant of one axis at most."""
+    """The product of a multiple and a constant along at most one axis."""
     if isinstance(factor, Value):
         constant = factor.constant
         if constant is None:

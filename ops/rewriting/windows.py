@@ -219,7 +219,7 @@ _Steps = list[tuple[Operator, int]]
 
 
 def _source(graph: OperatorGraph, value: Value) -> tuple[Value, _Steps, float]:
-    """The value that views lead back to, the views in order, and the numbers multiplied by."""
+    """The value at the start of a chain of views, the views in order, and the constant factors."""
     steps: _Steps = []
     factor = 1.0
     while True:
@@ -320,7 +320,7 @@ def _projection(graph: OperatorGraph, mixed: Operator) -> Operator | None:
 
 
 def _final(graph: OperatorGraph, value: Value, rows: Tensor) -> Value | None:
-    """The last view of a layer's results in windows in which tokens are in their first order."""
+    """The last view of a layer's windowed results that restores the order of tokens."""
     numbers = torch.arange(rows.numel(), dtype=torch.int32, device="cpu")
     wanted = torch.empty_like(numbers)
     wanted[rows.flatten().long()] = numbers
