@@ -58,6 +58,7 @@ def test_a_dry_run_names_all_steps_and_changes_nothing(tree):
         *(".ci/run", "make test-slow", "make wheel wheel-aarch64", "hatchling build -t sdist"),
         *("venv", "pip' install", "import backbones", "twine check", "sha256sum", "make docs"),
         "mike deploy --update-aliases 0.2.0 latest",
+        "mike set-default latest",
     )
     places = [next(i for i, step in enumerate(steps) if text in step) for text in order]
     assert places == sorted(places)
@@ -122,7 +123,7 @@ def test_a_release_comes_back_as_two_commits_and_a_tag(tree):
         '#!/bin/sh\ntest "$2" != hatchling || { mkdir -p dist; touch dist/x.tar.gz; }\n'
     )
     # mike starts mkdocs from PATH.
-    (tree / ".venv" / "bin" / "mike").write_text("#!/bin/sh\nmkdocs && git branch gh-pages\n")
+    (tree / ".venv" / "bin" / "mike").write_text("#!/bin/sh\nmkdocs && git branch --force gh-pages\n")
     (tree / ".venv" / "bin" / "mkdocs").write_text("#!/bin/sh\n")
     for path in (tree / ".ci" / "run", *(tree / ".venv" / "bin").iterdir()):
         path.chmod(0o755)
