@@ -123,7 +123,9 @@ def test_a_release_comes_back_as_two_commits_and_a_tag(tree):
         '#!/bin/sh\ntest "$2" != hatchling || { mkdir -p dist; touch dist/x.tar.gz; }\n'
     )
     # mike starts mkdocs from PATH.
-    (tree / ".venv" / "bin" / "mike").write_text("#!/bin/sh\nmkdocs && git branch --force gh-pages\n")
+    (tree / ".venv" / "bin" / "mike").write_text(
+        "#!/bin/sh\nmkdocs && git branch --force gh-pages\n"
+    )
     (tree / ".venv" / "bin" / "mkdocs").write_text("#!/bin/sh\n")
     for path in (tree / ".ci" / "run", *(tree / ".venv" / "bin").iterdir()):
         path.chmod(0o755)
