@@ -147,7 +147,7 @@ class ECAResNet(StagedBackbone):
         self.apply(_init_weights)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the original's names, which are those of torchvision's ResNet."""
+        """Converts the original's names, the same as in torchvision's ResNet."""
         return {renamed(key, _RESNET_NAMES): tensor for key, tensor in state_dict.items()}
 
 

@@ -83,7 +83,7 @@ class DeformableConv2d(nn.Conv2d):
 
 @stands_for(DeformableConv2d)
 class FastDeformableConv2d(FastLayer, DeformableConv2d):
-    """Its inference form: sampling and linear map in one kernel."""
+    """The inference form: sampling and linear map in one kernel."""
 
     kernels: ClassVar = (deformable_conv2d,)
 

@@ -21,6 +21,6 @@ def autocasts(device: torch.device) -> bool:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Disable autocast on ``device``, if it is or, in a graph, may later be enabled there."""
+    """Disable autocast on ``device`` if it is enabled or, in a graph, may be enabled later."""
     may = _available(device.type) if torch.compiler.is_compiling() else autocasts(device)
     return torch.autocast(device.type, enabled=False) if may else nullcontext()

@@ -1,4 +1,4 @@
-"""Root mean square norm that also takes mixed precision (https://arxiv.org/abs/1910.07467)."""
+"""Root mean square norm that also accepts mixed precision (https://arxiv.org/abs/1910.07467)."""
 
 from __future__ import annotations
 

@@ -188,6 +188,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
 # Paths needed by words that are not paths themselves, or by a page's code that does not name them.
 NEEDS: dict[str, tuple[str, ...]] = {
     "README.md": (_VAN_B0,),
+    "--pretrained": (_VAN_B0,),
     "scans/*.tif": ("scans",),
     "runs/quickstart/best.safetensors": ("runs/quickstart",),
     f"configs/det/van/{_MASK_RCNN}.py": ("data/coco", _VAN_B2),

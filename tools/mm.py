@@ -23,12 +23,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mmcv
 import torch
-from mmengine.config import Config
-from mmengine.device import get_device
-from mmengine.registry import VISUALIZERS, init_default_scope
-from mmengine.runner import Runner
+
+try:
+    import mmcv
+    from mmengine.config import Config
+    from mmengine.device import get_device
+    from mmengine.registry import VISUALIZERS, init_default_scope
+    from mmengine.runner import Runner
+except ModuleNotFoundError as error:
+    sys.stderr.write(f"error: {error.name} is missing: pip install '.[mm]'\n")
+    sys.exit(2)
 
 from backbones.common.arguments import nonempty, nonempty_path
 from backbones.common.console import Parser

@@ -185,7 +185,7 @@ def random_batches(shape: Sequence[int]) -> Tensor:
 
 
 def _bytes_on_disk(model: Any) -> int | None:
-    """Of another runtime's file, or of our weights as they are saved."""
+    """The size of another runtime's file, or of our saved weights."""
     if isinstance(model, Runtime):
         return model.bytes_on_disk
     precision = getattr(model, "precision", None)
@@ -212,7 +212,7 @@ def measure(
     profile: bool = False,
     max_seconds: float = math.inf,
 ) -> dict[str, Any]:
-    """Times of all contenders, alternately: ``rounds`` turns or ``seconds``, at least 2 per half.
+    """Times of all contenders in alternating turns: ``rounds``, or as many as fit in ``seconds``.
 
     A turn repeats the call for ``turn_seconds``, see :func:`backbones.cli.timing.steady`. What
     takes more than ``max_seconds`` in its second call is left out.
@@ -319,8 +319,8 @@ _TABLE = Kind((".md",), rb"[^\n]*; medians of interleaved runs\.\n")
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``benchmark``."""
     add = parser.add_argument
-    add("model", nargs="?", metavar="MODEL", help="measure its row of the page Speed")
-    add("--models", nargs="+", metavar="NAME", help="several, with --modes and --against")
+    add("model", nargs="?", metavar="MODEL", help="model to measure as on the page Speed")
+    add("--models", nargs="+", metavar="NAME", help="several models, with --modes and --against")
     sizes = "default 224, for HAT 64, for timm's its own"
     add("--sizes", nargs="+", type=whole(1, 65535), metavar="N", help=sizes)
     text = "default 1 and 8, of MODEL 1"
@@ -338,7 +338,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--turn-ms", type=real(0), default=300.0, metavar="MS", help="duration of a turn")
     text = "skip implementations whose calls take longer"
     add("--max-seconds", type=real(0), default=math.inf, metavar="S", help=text)
-    add("--profile", action="store_true", help="also profile kinds of operators")
+    add("--profile", action="store_true", help="also profile by kind of operator")
     add("--resume", action="store_true", help="skip rows that the output already has")
     add("--compare", type=nonempty_path, metavar="OLD.json", help="an earlier report")
     add("--output", type=nonempty_path, default=Path("runs/benchmark"))
@@ -401,7 +401,7 @@ _ROW_PEERS = ("onnxruntime", "openvino", "openvino_bf16")
 
 
 def _set_defaults(options: Namespace) -> None:
-    """Fill in what was not given, which depends on whether one model was named."""
+    """Fill in defaults, which depend on whether a single model was named."""
     one = options.model is not None
     if one and options.models:
         raise CommandError(f"give either {options.model!r} or --models, not both")

@@ -76,7 +76,7 @@ def _elsewhere(row: dict[str, Any], dtype: str) -> list[str]:
 
 
 def rivals(row: dict[str, Any], dtype: str) -> dict[str, float]:
-    """By contender that is not ours, how many times faster we are in ``dtype``; {} if not known."""
+    """Our speedup over each other contender in ``dtype``; {} if unknown."""
     ours = contenders_of(row, _OURS[dtype])
     if ours.milliseconds is None:
         return {}

@@ -1,4 +1,4 @@
-"""What ``vision-backbones benchmark`` compares our models with: libraries, runtimes, own code.
+"""The contenders of ``vision-backbones benchmark``: libraries, runtimes, the user's code.
 
 The runtimes run the ONNX file that ``vision-backbones export --fused`` would write: with folded
 norms and branches, and the runtime's own kernels.
@@ -40,7 +40,7 @@ Prepared = tuple[Callable[[int], Run], int]
 
 
 class CannotRunError(RuntimeError):
-    """A contender does not support what is measured; the message says why."""
+    """A contender cannot run this measurement; the message says why."""
 
 
 def reason(error: BaseException) -> str:

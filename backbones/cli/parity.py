@@ -143,8 +143,7 @@ def summary_error(value: Tensor, figures: dict[str, Any]) -> float:
 
 @torch.no_grad()
 def case_errors(family: str, variant: str, number: int) -> tuple[float, list[float]]:
-    """Load the synthetic checkpoint into a new model and run one case, in float32 but for
-    :data:`IN_FLOAT64`.
+    """Load the synthetic checkpoint into a new model and run a case, most in float32.
 
     Returns:
         The relative error of the output (logits, or the image), and that of each stage's map.
@@ -184,7 +183,7 @@ def case_errors(family: str, variant: str, number: int) -> tuple[float, list[flo
 
 
 def _logits_error(logits: Tensor, case: dict[str, Any]) -> float:
-    """For many thousands of classes, the figures have the first 1000 and a summary."""
+    """Error of the logits; with thousands of classes, of the first 1000 and of a summary."""
     if "logits" in case:
         return relative_error(logits, case["logits"])
     first = case["logits_first1000"]

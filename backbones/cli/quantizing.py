@@ -53,7 +53,7 @@ class Agreement:
     decibels: float
 
     def text(self, images: int) -> str:
-        """A line without a full stop about that many images."""
+        """A summary of the comparison on ``images`` images, without a full stop."""
         noise = f"signal to noise {self.decibels:.1f} dB"
         if self.top1 is None:
             return f"int8 vs. float: {noise}"

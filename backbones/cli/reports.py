@@ -81,7 +81,7 @@ def write_report(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str], output: Path) -> Namespace:
-    """The options of a benchmark, of which ``--output``, by default ``output``, may be extended."""
+    """The options of a benchmark; ``--output`` (default ``output``) may name an existing report."""
     parser.add_argument("--output", type=nonempty_path, default=output, help="a JSON file")
     add_overwrite(parser)
     options = parser.parse_args(arguments)
@@ -102,7 +102,7 @@ def read_report(path: Path) -> Report:
 
 
 def load_report(path: Path, machine: Mapping[str, Any]) -> Report:
-    """The report of earlier runs into ``path``, or an empty one.
+    """The report that earlier runs wrote to ``path``, or an empty one.
 
     Args:
         machine: this one; what the report's lacks is not compared.
@@ -147,7 +147,7 @@ def is_older(row: Report) -> bool:
 
 
 def provenance() -> dict[str, Any]:
-    """``date``, ``commit`` if the library lies in a checkout, and digests of loaded ``kernels``."""
+    """``date``, ``commit`` if the library is in a checkout, and digests of loaded ``kernels``."""
     today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     commit = _commit(SOURCES.parents[1])
     loaded = sorted(name for name, state in process.states.items() if state.library is not None)

@@ -1,4 +1,4 @@
-"""What the commands on embeddings share: where results go, and what a page says at its head."""
+"""Shared by the commands on embeddings: the paths of results, and the facts on top of a page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from backbones.embedding.thumbnails import Thumbnails
 
 
 def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:
-    """The options of :func:`check_outputs`; ``--csv`` only if ``rows`` says of what."""
+    """The options of :func:`check_outputs`; ``--csv`` only if ``rows`` names its rows."""
     add = parser.add_argument
     named = f"{what} (FOLDER/{picture})"
     add("--out", type=nonempty_path, metavar="PNG", help=named)
@@ -45,7 +45,7 @@ def check_outputs(
     columns: Sequence[str] = (),
     inputs: Iterable[Path | None] = (),
 ) -> Path:
-    """Where the picture goes; refuses early what could not or should not be written.
+    """The path of the image; outputs that could not or should not be written raise an error early.
 
     Args:
         picture: its default name.
@@ -86,7 +86,7 @@ def _made_of(folder: Path, source: Sequence[str]) -> Iterator[Path]:
 
 
 def facts(folder: Path, **more: str) -> dict[str, str]:
-    """What a page says at its head: of the table, and ``more``."""
+    """The facts at the top of a page: about the table, and ``more``."""
     said = metadata(folder)
     weights = f"{said['weights']['file']} (SHA-256 {said['weights']['sha256'][:16]}…)"
     source = said["source"]

@@ -146,7 +146,7 @@ def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def _identify(path: Path) -> str | None:
-    """Print what the file is; returns the model that it looks like, if any."""
+    """Print what the file contains; returns the model that it matches, if any."""
     tensors, around = strip_prefixes(read_checkpoint(path))
     digest = sha256_of(path)
     numbers = sum(tensor.numel() for tensor in tensors.values())

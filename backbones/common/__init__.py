@@ -1,1 +1,1 @@
-"""The floor that everything stands on: files, errors, messages, progress, memory, images."""
+"""Shared by all other packages: files, errors, messages, progress, memory, images."""

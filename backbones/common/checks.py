@@ -1,4 +1,4 @@
-"""Checks of arguments, as functions that are put together.
+"""Checks of arguments, as composable functions.
 
 A check takes an argument's name and value, and returns the value as a built-in type. It raises a
 TypeError for another kind of value, and a ValueError for one out of range.

@@ -1,4 +1,4 @@
-"""Confusion matrices of classifiers: what they say of each class, and a picture of them."""
+"""Confusion matrices of classifiers: figures for each class, and a plot."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def _write_failure(broken: OSError) -> str:
 
 
 def _flush() -> OSError | None:
-    """Flush the streams; returns the error if that fails, after discarding what is left."""
+    """Flush the streams; if that fails, discard the rest and return the error."""
     broken = None
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,4 +1,4 @@
-"""Files: written under a temporary name and renamed; what is wrong with one, in words."""
+"""Files: written under a temporary name and renamed; errors in words."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[st
 
 @contextlib.contextmanager
 def replacing(path: Path, unique: bool = False) -> Iterator[Path]:
-    """A temporary path beside ``path``, which is flushed to disk and renamed to it at the end.
+    """A temporary path next to ``path``; at the end, it is flushed to disk and renamed.
 
     If the block raises, the temporary file is removed and ``path`` is unchanged. Links are
     followed.
@@ -84,7 +84,7 @@ def replacing(path: Path, unique: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_together(path: Path) -> Iterator[Path]:
-    """A temporary path of the same name, for libraries that write further files beside it.
+    """A temporary path with the same name, for libraries that write further files next to it.
 
     Files whose names extend that of ``path`` are moved along; any others are deleted.
 

@@ -62,7 +62,7 @@ def image_endings() -> frozenset[str]:
 
 
 def has_image_ending(name: str | Path) -> bool:
-    """Whether a file's name ends like an image's; what has no such ending is skipped in folders."""
+    """Whether a file name has an image's ending; other files in folders are skipped."""
     return os.path.splitext(name)[1].lower() in image_endings()
 
 
@@ -180,7 +180,7 @@ def open_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Image.Image
 
 
 def installed_decoder() -> str:
-    """The fastest of :data:`DECODERS` whose pixels are those of :func:`open_image`.
+    """The fastest of :data:`DECODERS` that returns the same pixels as :func:`open_image`.
 
     simplejpeg contains libjpeg-turbo, as Pillow's own wheels do. Other builds of Pillow may use a
     library that rounds differently.
@@ -278,7 +278,7 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
 
 
 def require_wide(size: tuple[int, int], config: dict[str, Any]) -> None:
-    """Refuse what would become huge once its shorter side has the size of a model's input.
+    """Reject images that become huge when their shorter side is resized to a model's input.
 
     Args:
         size: width and height of the image.

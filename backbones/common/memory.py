@@ -1,4 +1,4 @@
-"""Memory: what is free, what is used, and what a network needs for its images."""
+"""Memory: free, used, and needed by a network for its images."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class _LiveTensors(TorchDispatchMode):
 
 
 def _storages(tree: Any) -> list[torch.UntypedStorage]:
-    """Those of all tensors; weights that oneDNN has packed have none."""
+    """The storages of all tensors; weights packed by oneDNN have none."""
     tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
     return [t.untyped_storage() for t in tensors if not t.is_mkldnn]
 

@@ -1,4 +1,4 @@
-"""What commands write: text of CSV and JSON, and what they may overwrite (one rule)."""
+"""Output of commands: the text of CSV and JSON files, and the rule for overwriting."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def overwritten(
 
 
 def _key(file: str | Path) -> tuple[int, int] | None:
-    """What identifies an existing file, as in ``os.path.samefile``."""
+    """The identity of an existing file, as in ``os.path.samefile``."""
     try:
         found = os.stat(file)
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a command is at: a bar for counted steps."""
+"""A progress bar for counted steps."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Progress:
         return self.active and time.monotonic() - self._shown >= self.pause
 
     def show(self, done: int, text: str) -> None:
-        """Move the bar to ``done`` and set the text beside it."""
+        """Move the bar to ``done`` and set the text next to it."""
         self.done, self._shown = done, time.monotonic()
         if self._bar is not None:
             self._bar.n = done

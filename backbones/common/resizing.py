@@ -106,7 +106,7 @@ def _steps(transform: Any) -> _Steps | None:
 
 @functools.cache
 def _matches_pillow() -> bool:
-    """Whether the kernel's pixels are those of the installed Pillow, tried on noise.
+    """Whether the kernel gives the same pixels as the installed Pillow, tested on noise.
 
     In black and white, which shows the order of the passes.
     """

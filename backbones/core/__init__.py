@@ -1,1 +1,1 @@
-"""What all families share: registry, base classes, checkpoints."""
+"""Shared by all families: registry, base classes, checkpoints."""

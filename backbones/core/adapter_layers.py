@@ -133,7 +133,7 @@ class Extractor(nn.Module):
 
 
 class Interaction(nn.Module):
-    """What surrounds a stage of the network: an injector before it, extractors after it.
+    """The layers around a stage of the network: an injector before it, extractors after it.
 
     Args:
         injector: see :class:`Injector`.
@@ -195,6 +195,6 @@ def to_maps(tokens: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 
 def _references(queries: Tensor, sizes: Sizes) -> Tensor:
-    """Where the queries are, in float32 or higher."""
+    """The positions of the queries, in float32 or wider."""
     dtype = torch.promote_types(queries.dtype, torch.float32)
     return pixel_centres(sizes, queries.device, dtype)

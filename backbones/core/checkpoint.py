@@ -83,7 +83,7 @@ def load_checkpoint(
     source: str | Path | Mapping[str, Any],
     strict: bool = True,
 ) -> LoadReport:
-    """Load weights into a model: our own, the original's, or those of a detector around it.
+    """Load weights into a model: our own, the original's, or a detector's that contains it.
 
     The original's names are converted, ``in_chans`` and tables are adapted, and a classifier with
     another number of classes keeps its initial weights. If the weights were saved after ``fuse()``,

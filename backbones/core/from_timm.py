@@ -1,4 +1,4 @@
-"""Models of timm by name, ``timm/NAME``, for what takes ours."""
+"""Models of timm by name, ``timm/NAME``, wherever ours are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What images a model takes, be it of this library or of timm."""
+"""The images that a model of this library or of timm accepts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def preprocessing_of(model: Any, **settings: Any) -> dict[str, Any]:
 
 
 def require_size(model: nn.Module, *sizes: Sequence[int]) -> None:
-    """Check that a model of timm takes images of these sizes, which many do not.
+    """Check that a model of timm accepts images of these sizes; many do not.
 
     A copy runs on the meta device. Models of this library take all sizes.
 

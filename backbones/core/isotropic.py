@@ -86,7 +86,7 @@ class IsotropicBackbone(StagedBackbone):
         return self.stem(x)
 
     def after_embed(self, x: Tensor) -> Tensor:
-        """What remains of the stem after :meth:`embed`; default: nothing."""
+        """The rest of the stem after :meth:`embed`; by default, none."""
         return x
 
     # -- features --------------------------------------------------------------------------------

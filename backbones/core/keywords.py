@@ -118,7 +118,7 @@ def _check_stages(values: Mapping[str, Any], each_stage: Sequence[str]) -> None:
 
 
 def check_widths(name: str, dims: Sequence[int], ratios: float | Sequence[float]) -> None:
-    """Raise a ValueError where a ratio, or that of a stage, leaves no channel of its width."""
+    """Raise a ValueError if a ratio, for all stages or one, leaves no channel."""
     each = ratios if isinstance(ratios, Sequence) else (ratios,) * len(dims)
     for dim, ratio in zip(dims, each, strict=True):
         if int(dim * ratio) < 1:

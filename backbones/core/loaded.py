@@ -1,4 +1,4 @@
-"""A network with a user's weights, and what the recipe of its training says of it."""
+"""A network with a user's weights, and what its training recipe states."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def _classes_in(metadata: dict[str, str], checkpoint: Path) -> list[str]:
 
 
 def _recipe_of(metadata: dict[str, str], checkpoint: Path) -> tuple[NetworkKeys | None, bool]:
-    """The recipe in the file or else beside it, and whether it restores images."""
+    """The recipe in the file, or else next to it, and whether it restores images."""
     try:
         if "recipe" in metadata:
             return _network_keys(parse_yaml(metadata["recipe"])), False

@@ -49,7 +49,7 @@ _unnamed: dict[FunctionType, type[StagedBackbone]] = {}
 
 
 def variant(model_class: type[Model], **arguments: Any) -> Callable[..., Model]:
-    """An entrypoint of a model: ``model_class(**arguments)``, and what :func:`create_model` takes.
+    """An entrypoint of a model: ``model_class(**arguments)``, and :func:`create_model`'s keywords.
 
     A family's module assigns it to the variant's name, and :func:`register_variants` registers it.
     """

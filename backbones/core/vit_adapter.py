@@ -1,4 +1,4 @@
-"""ViT-Adapter: a pyramid from a single-resolution network and a convolutional branch beside it.
+"""ViT-Adapter: a pyramid from a single-resolution network and a parallel convolutional branch.
 
 Zhe Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023,
 https://arxiv.org/abs/2205.08534. Convolutions make maps at strides 4 to 32 of the image. Around

@@ -66,7 +66,7 @@ def flaw(path: Path) -> str | None:
 
 
 class _FlawError(Exception):
-    """Carries a flaw past the cache, which keeps only what was found intact."""
+    """Carries a flaw past the cache, which keeps only intact results."""
 
 
 @functools.lru_cache(maxsize=1 << 17)
@@ -127,7 +127,7 @@ def _read(file: IO[bytes], start: int, size: int) -> bytes:
 
 
 def _crc(file: IO[bytes], size: int) -> int:
-    """Of the first ``size`` bytes."""
+    """The checksum of the first ``size`` bytes."""
     file.seek(0)
     crc = 0
     while size:

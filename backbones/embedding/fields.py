@@ -1,4 +1,4 @@
-"""What ``metadata.json`` may say: the type and the range of each of its fields."""
+"""The fields of ``metadata.json``, with their types and ranges."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _text(name: str, value: Any) -> str:
     try:
         os.fsencode(text(name, value))
     except UnicodeEncodeError:
-        raise ValueError(f"{name} must be text, got {shown(value)}") from None
+        raise ValueError(f"{name} must be a string, got {shown(value)}") from None
     return value
 
 

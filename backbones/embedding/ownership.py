@@ -1,4 +1,4 @@
-"""Tells the user's own tables from others', whose word on where their images are is not taken.
+"""Tells the user's own tables from others', which are not trusted to say where images are.
 
 A table that comes from elsewhere could name any folder as its source, and put what lies there into
 a report. So ``embed`` seals a table's description with a key that only the user can read

@@ -218,7 +218,7 @@ def _check(held_out: float, neighbors: int, c: float, most_rows: int) -> None:
 
 
 def _require_alike(folder: str | Path, other: str | Path) -> None:
-    """Refuse tables whose embeddings are not comparable."""
+    """Raise an error for tables whose embeddings are not comparable."""
     one, two = metadata(folder), metadata(other)
     for key in ("model", "weights", "features", "preprocessing"):
         first, second = (
@@ -226,7 +226,7 @@ def _require_alike(folder: str | Path, other: str | Path) -> None:
         )
         if first != second:
             raise MendableError(
-                f"{folder} and {other} cannot be compared, their {key} differ: {first}, {second}"
+                f"{folder} and {other} cannot be compared: their {key} differ: {first}, {second}"
             )
 
 

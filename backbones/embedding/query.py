@@ -109,7 +109,7 @@ def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | 
 
 
 def _require_same(folder: str | Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse queries that would be preprocessed differently from the images of the table."""
+    """Raise an error for queries that would be preprocessed differently from the table's images."""
     now = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
     differing = [key for key in there | now if there.get(key) != now.get(key)]
     if differing:

@@ -102,7 +102,7 @@ class _Place(NamedTuple):
 
 
 def _lines(rows: Sequence[Row]) -> list[list[_Place]]:
-    """Pack short rows side by side, a column apart; a longer row gets lines of its own."""
+    """Pack short rows side by side, separated by a column; longer rows get their own lines."""
     lines: list[list[_Place]] = []
     free = -1
     for row in rows:

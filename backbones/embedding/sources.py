@@ -85,7 +85,7 @@ class Reader(abc.ABC):
         if any(real.is_relative_to(place) for place in self._places):
             return real
         raise OutsideError(
-            f"{one_line(name)} leads out of the source {self.root}, to {one_line(str(real))}, and "
+            f"{one_line(name)} lies outside the source {self.root}, to {one_line(str(real))}, and "
             "is not read; to allow it, pass both folders to --source"
         )
 
@@ -121,11 +121,11 @@ class Reader(abc.ABC):
 
 
 class OutsideError(OSError):
-    """A key leads to a file that is not the source's; the message says where."""
+    """A key leads to a file outside the source; the message says where."""
 
 
 class ForeignError(MendableError, OSError):
-    """It has to be said where the images of a table are; the message says how."""
+    """The user has to say where the images of a table are; the message says how."""
 
 
 @dataclass
@@ -202,7 +202,7 @@ def reader(
 
 
 def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
-    """Create the reader for the images of a table, which reads nothing but its source.
+    """Create the reader for the images of a table; it reads only from the table's source.
 
     The source that ``metadata.json`` names is only believed in the user's own tables, see
     :mod:`backbones.embedding.ownership`.
@@ -429,7 +429,7 @@ class _Archives(Reader):
         return self._open(archive, start, size)
 
     def _divide(self, key: str) -> tuple[str, str]:
-        """Archive and member; folders of both may have names like an archive's."""
+        """Split a key into archive and member; folders in either may be named like archives."""
         slashes = [place for place, character in enumerate(key) if character == "/"]
         for place in slashes:
             if _ending(key[:place]) == ".tar" and self.path(key[:place]).is_file():

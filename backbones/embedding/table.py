@@ -185,7 +185,7 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def _essence(key: str, value: Any) -> Any:
-    """A field's value without the names of the files of weights and lists, which may be copies."""
+    """A field's value without the file names of weights and lists, which may be copies."""
     if key == "weights":
         return {"sha256": value["sha256"]}
     if key == "source":
@@ -239,7 +239,8 @@ def batches(
     expected = schema(content["dim"], content["dtype"], bool(content["classes"]))
     lacking = [name for name in columns or () if name not in expected.names]
     if lacking:
-        raise ValueError(f"{folder} has no column {lacking[0]}, but {', '.join(expected.names)}")
+        have = ", ".join(expected.names)
+        raise ValueError(f"{folder} has no column {lacking[0]}; its columns are {have}")
     of = identity(content)
     for path in paths:
         yield from _rows(path, of, expected, columns, rows)
@@ -337,7 +338,7 @@ def _opened(
                     f"source) than the {METADATA} beside it"
                 )
             if expected is not None and not found.equals(expected):
-                raise DamagedShardError(path, f"it has other columns than {METADATA} says")
+                raise DamagedShardError(path, f"its columns differ from those in {METADATA}")
             # Keys differ, so each takes some bits.
             if not 0 <= file.metadata.num_rows <= 8 * os.path.getsize(path):
                 raise DamagedShardError(path, f"it claims to have {file.metadata.num_rows} rows")
@@ -349,7 +350,7 @@ def _opened(
 
 
 def _wrong(batch: pyarrow.RecordBatch) -> str | None:
-    """What rows of a shard cannot be; None if they can."""
+    """Why these cannot be rows of a shard; None if they can."""
     import pyarrow.compute
 
     for name, column in zip(batch.schema.names, batch.columns, strict=True):

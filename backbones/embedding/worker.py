@@ -113,8 +113,8 @@ class Images:
         self.decoder = decoder or installed_decoder()
         if self.decoder == "simplejpeg" and installed_decoder() != "simplejpeg":
             raise MendableError(
-                "the table was started with simplejpeg, which is not usable here: pip install "
-                "simplejpeg, and Pillow's own wheel"
+                "the table was started with simplejpeg, which can't be used here: pip install "
+                "simplejpeg, and Pillow from its official wheel"
             )
         self.resize = Resizing(config)
 

@@ -1,1 +1,1 @@
-"""What ``fuse()`` does to models."""
+"""``fuse()`` and the classes of fused models."""

@@ -119,7 +119,7 @@ class Explanation:
         return max(0.0, self.seconds - sum(call.seconds for call in self.calls))
 
     def share(self, seconds: float) -> float:
-        """Fraction of the total time; those of all calls and of ``between`` add up to 1."""
+        """Fraction of the total time; the shares of all calls and of ``between`` add up to 1."""
         return seconds / (self.between + sum(call.seconds for call in self.calls))
 
     def to_dict(self) -> dict[str, Any]:
@@ -291,7 +291,7 @@ def _image_shape(
         )
     *given, height, width = several(side)("input_size", size)
     if given not in ([], [channels]):
-        raise ValueError(f"the model takes images of {channels} channels, got {shown(size)}")
+        raise ValueError(f"the model expects images of {channels} channels, got {shown(size)}")
     return channels, height, width
 
 

@@ -1,4 +1,4 @@
-"""``fuse()``, which prepares a backbone for inference, and what fused backbones refuse."""
+"""``fuse()``, which prepares a backbone for inference, and the limits of fused backbones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Classes of fused networks: they replay calls, and say what they cannot do."""
+"""Classes of fused networks, which replay calls and reject what they cannot do."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["FusedBackbone", "FusedNetwork", "has_hooks", "named_briefly", "requi
 
 
 class FusedNetwork(Int8Model, Rewritten):
-    """A fused network of another package: its layers are as they were."""
+    """A fused network of another package; its layers are unchanged."""
 
     def train(self, mode: bool = True) -> Any:
-        """Like ``nn.Module.train``; raises, since replays compute what evaluation does."""
+        """Like ``nn.Module.train``; raises, since replays are for evaluation."""
         require_evaluation(self, mode)
         return super().train(mode)
 

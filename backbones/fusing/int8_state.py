@@ -24,7 +24,7 @@ _SCALE, _RANGE = "weight_scale", "input_range"
 
 
 class Int8Model:
-    """Mixin of models that ``fuse(torch.int8)`` takes.
+    """Mixin of models that ``fuse(torch.int8)`` accepts.
 
     Attributes:
         precision: the layers that compute in int8, after ``fuse(torch.int8)``; else None.

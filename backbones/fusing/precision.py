@@ -1,4 +1,4 @@
-"""What ``fuse(torch.int8)`` made of each layer with a matrix product."""
+"""The dtype that ``fuse(torch.int8)`` chose for each layer with a matrix product."""
 
 from __future__ import annotations
 

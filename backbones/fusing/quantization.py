@@ -263,13 +263,13 @@ def _batches(images: Iterable[Any] | Tensor, model: Any) -> list[Tensor]:
 
 
 def _channels(model: Any) -> int | None:
-    """The number of channels of its images, if it says so."""
+    """The number of channels of its images, if known."""
     channels = getattr(model, "in_chans", None)
     return channels if isinstance(channels, int) else None
 
 
 def random_images(model: Any) -> Tensor | None:
-    """Images of noise, (B, C, H, W), of the size that a model says it takes, if it does."""
+    """Images of noise, (B, C, H, W), of the size that a model declares, if any."""
     config = _config(model)
     if config is None:
         return None

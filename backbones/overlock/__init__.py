@@ -95,7 +95,7 @@ class OverviewStage(Stage):
 
 
 class Halving(nn.Module):
-    """Convolutions of stride 2 on a map and on its context, which are one map.
+    """Convolutions of stride 2 on a map and its context, which are concatenated.
 
     (B, in_chs + context_dim, H, W) → (B, out_chs + context_dim, ⌈H/2⌉, ⌈W/2⌉).
     """
@@ -143,7 +143,7 @@ class AuxHead(nn.Module):
 
 
 class OverviewFeature(nn.Module):
-    """What detectors add to the last map: norm, projection, small scale.
+    """The layers that detectors add to the last map: norm, projection, small scale.
 
     (B, dim, H, W) → (B, out_dim, H, W).
     """
@@ -278,7 +278,7 @@ class OverLoCK(StagedBackbone):
         self.apply(init_trunc_normal)
 
     def forward(self, x: Tensor) -> Any:
-        """Logits (B, num_classes); in train mode those of the auxiliary head, too."""
+        """Logits (B, num_classes); in train mode also the auxiliary head's."""
         if not self.training or isinstance(self.aux_head, nn.Identity):
             return super().forward(x)
         require_tensor("x", x)
@@ -298,7 +298,7 @@ class OverLoCK(StagedBackbone):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Like the base's, and without the addition to a map that is not selected."""
+        """Like the base's; also drops the addition to a map that is not selected."""
         taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if taken[-1] < 3 and self.overview_feature is not None:
             self.overview_feature = nn.Identity()

@@ -1,4 +1,4 @@
-"""Blocks of OverLoCK: static ones, and dynamic ones whose kernels a context computes.
+"""Blocks of OverLoCK: static ones, and dynamic ones, whose kernels are computed from a context.
 
 Meng Lou and Yizhou Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with
 Context-Mixing Dynamic Kernels", https://arxiv.org/abs/2502.20087.

@@ -100,7 +100,7 @@ def sharpen(image: Tensor) -> Tensor:
 
 
 def _blur_separably(image: Tensor, taps: Tensor) -> Tensor:
-    """With repeatedly mirrored edges, so that the kernel may be larger than the image."""
+    """Blur with repeatedly mirrored edges, since the kernel may be larger than the image."""
     margin = len(taps) // 2
     for axis in (1, 2):
         size = image.shape[axis]

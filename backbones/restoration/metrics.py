@@ -23,7 +23,7 @@ def luma(image: Tensor) -> Tensor:
     if image.shape[-3] == 1:
         return image
     if image.shape[-3] != 3:
-        raise ValueError(f"luma takes 1 or 3 channels, got {image.shape[-3]}")
+        raise ValueError(f"luma needs 1 or 3 channels, got {image.shape[-3]}")
     red, green, blue = image.unbind(-3)
     return ((65.481 * red + 128.553 * green + 24.966 * blue + 16) / 255).unsqueeze(-3)
 

@@ -70,7 +70,7 @@ class Picture:
         return replace(self, pixels=pixels, alpha=alpha)
 
     def show(self) -> Image.Image:
-        """As a Pillow image of 8 bits, alpha included."""
+        """The picture as an 8-bit Pillow image, including alpha."""
         return _to_pillow(self)
 
 
@@ -134,7 +134,7 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise PictureError(f"{path}: images are written as {', '.join(SUFFIXES)}")
+        raise PictureError(f"{path}: the ending of an output must be one of {', '.join(SUFFIXES)}")
     data = io.BytesIO()
     try:
         if picture.bits == 16 and suffix in _16_BIT_SUFFIXES:
@@ -192,7 +192,7 @@ def _explain(path: Path, error: BaseException) -> str:
 
 
 def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pixels (H, W, C) and alpha (H, W) as they lie in the file."""
+    """Pixels (H, W, C) and alpha (H, W) as stored in the file."""
     if _has_16_bit_colour(image):
         array = _read_16_bits(path, str(image.format))
         if array.ndim == 2:

@@ -180,7 +180,7 @@ class Upscaler:
         return self._tile_bytes(side, height, width) <= budget
 
     def _picture_bytes(self, height: int, width: int, depth: int) -> float:
-        """Bytes of the picture, its result, and the files made of it."""
+        """Bytes of the picture, its result, and the files written from it."""
         if self.device.type != "cpu":
             return 0.0  # strips leave the GPU as they are finished
         before, after = height * width, height * width * self.scale**2

@@ -109,8 +109,8 @@ def plan_jobs(
         for file in (target, _comparison(target)) if compare else (target,):
             if file in taken:
                 raise DataError(
-                    f"{taken[file]} and {source} would both become {file}: call them one by one "
-                    "with another --out"
+                    f"{taken[file]} and {source} would both become {file}: upscale them "
+                    "separately, with different --out"
                 )
             taken[file] = source
             outputs[f"{source} as"] = file, _PICTURE

@@ -88,7 +88,7 @@ def read_real_labels(path: str) -> list[list[int]]:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read real labels {path}: {error}") from error
     if not isinstance(labels, list) or not all(isinstance(entry, list) for entry in labels):
-        raise DataError(f"{path}: real labels must be a list of a list of classes for each image")
+        raise DataError(f"{path}: real labels must be a list with a list of classes for each image")
     return labels
 
 

@@ -322,7 +322,7 @@ def allow_zero_bits(transform: Any) -> None:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Like timm's operation of this name; further keywords are ignored, as there."""
+    """Like timm's operation of this name, which also ignores further keywords."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -153,7 +153,7 @@ def build_scheduler(
 
 
 def _try_schedule(scheduler: Any, epochs: int, updates_per_epoch: int) -> None:
-    """Check the learning rates at the starts of epochs, where cycles and decays start, too."""
+    """Check the learning rates at the start of each epoch, where cycles and decays start, too."""
     if epochs > _MOST_EPOCHS:
         raise ValueError(f"its cycles take {epochs:.3g} epochs, more than {_MOST_EPOCHS}")
     if scheduler is None or not hasattr(scheduler, "step_update") or scheduler.t_in_epochs:

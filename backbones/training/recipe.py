@@ -279,7 +279,7 @@ FIELDS = fields_of(Recipe)
 
 
 def differences(recipe: Recipe, earlier: Mapping[str, Any]) -> list[str]:
-    """A description of the keys that affect results and differ from those of an earlier run."""
+    """A description of the keys that affect results and differ from an earlier run's."""
     lines = []
     for name, f in fields_of(type(recipe)).items():
         before, now = earlier.get(name), getattr(recipe, name)

@@ -1,4 +1,4 @@
-"""Saving and resuming of runs: the contents of ``last.pt``, checks, and what a bad loss leaves."""
+"""Saving and resuming runs: the contents of ``last.pt``, checks, and recovery from a bad loss."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def run_from_command_line(
 
 
 def _advice(error: MemoryError | RuntimeError) -> str | None:
-    """What helps against a lack of memory; None for other errors."""
+    """Advice if memory ran out; None for other errors."""
     text = first_line(error)
     if text.startswith("DataLoader worker"):
         why = "usually for lack of memory: lower workers or batch_size"

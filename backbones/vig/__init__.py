@@ -233,7 +233,7 @@ def _hidden_dim(dim: int, multiple: int) -> int:
 
 
 def _init(module: nn.Module) -> None:
-    """Linear layers normal (std 0.02), those of the attention and its convolution by Xavier."""
+    """Initialise linear layers (normal, std 0.02), and attention and its convolution by Xavier."""
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:

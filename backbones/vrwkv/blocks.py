@@ -93,7 +93,7 @@ class WKVAttention(nn.Module):
         return self.proj(receptance.sigmoid() * self.norm(scanned.view(key.shape)))
 
     def per_token(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Decay and first of the scan, in float32 at least."""
+        """The scan's ``decay`` and ``first``, in float32 or wider."""
         exact = torch.promote_types(self.decay.dtype, torch.float32)
         return self.decay.to(exact) / tokens, self.first.to(exact) / tokens
 

@@ -19,7 +19,7 @@ __all__ = ["VRWKVAttention", "VRWKVGatedScan", "VRWKVMlp"]
 
 
 class _Scan(NamedTuple):
-    """Mixing weights; decay and bonus, by the number of tokens."""
+    """Mixing weights, and decay and bonus for each number of tokens."""
 
     shares: Tensor
     per_token: dict[int, tuple[Tensor, Tensor]]

@@ -68,7 +68,7 @@ def _direct(given: _Given, result: Any) -> int:
 
 
 def _winograd(given: _Given, result: Any) -> int:
-    """As many as without transforms."""
+    """As many as for the convolution without transforms."""
     return int(result.numel() * (given["x"].shape[1] // given["groups"]) * 9)
 
 

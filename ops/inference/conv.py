@@ -67,7 +67,7 @@ class FastDepthwiseConv2d(FastConv2d):
 
 
 class FastMultipliedConv2d(FastConv2d):
-    """A depthwise convolution with several outputs a channel, by our kernel where it is available.
+    """A depthwise convolution with several outputs per channel, by our kernel if available.
 
     oneDNN's take up to ten times as long.
     """

@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 def to_channels_last(model: nn.Module, *, always: bool) -> bool:
-    """Convert a folded model to channels last: where that is faster, or ``always``.
+    """Convert a folded model to channels last if that is faster, or ``always``.
 
     On a CPU with oneDNN, all layers with an inference form are converted; elsewhere, only the
     convolutions' weights change their memory format. Parameters no longer require gradients, since
@@ -75,7 +75,7 @@ def _warn_not_faster(dtype: torch.dtype) -> None:
 
 
 def slow_in_nhwc(model: nn.Module) -> str | None:
-    """Why oneDNN computes the model's dilated depthwise convolutions; None if our kernel does.
+    """Why oneDNN, not our kernel, computes the model's dilated depthwise convolutions, or None.
 
     oneDNN is slow at those in NHWC: without our kernel, fused VAN-B0 takes 83 ms in that format,
     and its plain form 71 ms in NCHW.

@@ -19,7 +19,7 @@ __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
 
 @stands_for(GlobalBranch)
 class FastGlobalBranch(FastLayer, GlobalBranch):
-    """Only its keys and values; non-overlapping patches go through a linear layer."""
+    """Computes only keys and values; non-overlapping patches go through a linear layer."""
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, dim), no side below ``sr_ratio`` → (B, h·w, 1, dim) each."""

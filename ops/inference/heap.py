@@ -1,4 +1,4 @@
-"""The C library's heap, which torch takes the memory of tensors on the CPU from."""
+"""The C library's heap, from which torch allocates CPU tensors."""
 
 from __future__ import annotations
 

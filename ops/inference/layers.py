@@ -289,7 +289,7 @@ class FastLinear(ActivatedLayer, nn.Linear):
         return out, (out * out).flatten(1, -2).sum(1)
 
     def for_int8(self, x: Tensor) -> PackedWeight | None:
-        """For a kernel of a whole block: what it computes this layer with in int8, else None."""
+        """This layer's int8 weights and scales for the kernel of a whole block, or None."""
         packed = self.derived(x) if self.quantization is not None else None
         return packed.packed() if packed is not None and packed.is_int8 else None
 
@@ -350,7 +350,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         return self._by_onednn(x, packed)
 
     def pays(self, x: Tensor) -> bool:
-        """Whether our kernel is faster than oneDNN's, where :meth:`derive` gives both."""
+        """Whether our kernel is faster than oneDNN's, if :meth:`derive` gives both."""
         return policy.conv_by_kernel(self.in_channels, x.is_contiguous(), x.dtype)
 
     def _by_onednn(self, x: Tensor, packed: OneDNNWeight | None) -> Tensor:

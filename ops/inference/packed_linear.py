@@ -77,7 +77,7 @@ def quantization_of(module: nn.Module) -> Quantization | None:
 
 
 def multiplied_weight(weight: Tensor, quantization: Quantization | None) -> Tensor:
-    """A layer's weight: if it computes in int8, the numbers that int8 stands for, in float32."""
+    """A layer's weight; if it computes in int8, dequantised to float32."""
     if quantization is None:
         return weight
     quantized, scale = quantize_weight(weight.flatten(1))
@@ -170,7 +170,7 @@ class PackedLinear:
         return out
 
     def _is_by_kernel(self, x: Tensor) -> bool:
-        """Whether our kernel takes ``x``."""
+        """Whether our kernel computes the layer for ``x``."""
         return (self.is_int8 or self._has_kernel) and x.ndim > 1
 
     def packed_for(
@@ -192,7 +192,7 @@ class PackedLinear:
         return self._quantization is not None
 
     def packed(self) -> PackedWeight:
-        """What our kernels compute the layer with, packed on first use."""
+        """The layer's weights for our kernels, packed on first use."""
         if self._for_kernel is None:
             bias = self._bias
             if self._quantization is not None:
@@ -222,7 +222,7 @@ class PackedLinear:
 
 
 def _combined(residual: Tensor | None, scale: Tensor | None) -> tuple[str, Tensor | None]:
-    """The combination of a layer with ``residual * scale``, and the scale that the kernel takes."""
+    """The combination of a layer with ``residual * scale``, and the scale for the kernel."""
     if residual is None:
         return "none", None
     return ("add", None) if scale is None else ("add_scaled", scale)
@@ -235,7 +235,7 @@ def packed_pair(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor | None:
-    """``second(activation(first(x))) + residual`` in one pass; None if it takes one for each layer.
+    """``second(activation(first(x))) + residual`` in one pass; None if each layer needs its own.
 
     Args:
         first, second: :class:`PackedLinear`; others have no such pass.

@@ -61,7 +61,7 @@ class NAParams:
 
     @property
     def of_operators(self) -> tuple[Any, ...]:
-        """As operators take them, see :data:`PARAMS`; without ``return_lse``."""
+        """The parameters for operators, see :data:`PARAMS`, without ``return_lse``."""
         return (self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale)
 
 

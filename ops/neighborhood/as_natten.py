@@ -247,7 +247,7 @@ def _ask_transformers_again() -> None:
 
 
 def _contents(version: str) -> dict[str, dict[str, Any]]:
-    """What each module of ``natten`` has."""
+    """The contents of each module of ``natten``."""
     settings: dict[str, Any] = dict.fromkeys(IGNORED, _ignored) | dict.fromkeys(ASKED, _no)
     settings |= {
         "get_memory_usage_preference": _default,
@@ -275,7 +275,7 @@ def _ignored(*args: Any, **kwargs: Any) -> None:
 
 
 def _no(*args: Any, **kwargs: Any) -> bool:
-    """Whether a kernel of NATTEN's is used: no."""
+    """Whether one of NATTEN's kernels is used: never."""
     return False
 
 
@@ -289,7 +289,7 @@ def _default() -> str:
 
 
 def _with_bias(qk: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """As NATTEN 0.15 has it."""
+    """As in NATTEN 0.15."""
 
     def qk_with_bias(
         query: Tensor,
@@ -305,7 +305,7 @@ def _with_bias(qk: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _fused(attention: Callable[..., Any]) -> Callable[..., Tensor]:
-    """As NATTEN 0.17 has it: without strides, and a scale of 0 is the default."""
+    """As in NATTEN 0.17: without strides, and a scale of 0 means the default."""
 
     def fused(
         query: Tensor,

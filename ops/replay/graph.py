@@ -122,7 +122,7 @@ class Graph:
 
     @property
     def results(self) -> list[View]:
-        """The views among what is returned."""
+        """The views among the results."""
         return [
             leaf for leaf in pytree.tree_leaves(self.result, is_leaf=_is_view) if _is_view(leaf)
         ]

@@ -66,7 +66,7 @@ class Recorded(nn.Module):
         key: Hashable = None,
         otherwise: Callable[[Tensor], Any] | None = None,
     ) -> Any:
-        """``call(x)``, by a replay where there is one.
+        """``call(x)``, replayed if possible.
 
         Args:
             x: a plain tensor.
@@ -80,11 +80,11 @@ class Recorded(nn.Module):
 
     @classmethod
     def methods_of(cls, kind: type[nn.Module]) -> dict[str, Any]:
-        """Methods that :func:`recorded_form` gives to the form of ``kind``."""
+        """The methods that :func:`recorded_form` adds to the form of ``kind``."""
         return {}
 
     def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """What is captured for ``call``: itself, or something else with the same results.
+        """The callable captured for ``call``: itself, or another with the same results.
 
         Raises:
             NotCapturableError: it cannot be replayed.
@@ -104,7 +104,7 @@ class Recorded(nn.Module):
         )
 
     def obstacle(self) -> str | None:
-        """Why this module can never be replayed, or None; individual calls may still be refused."""
+        """Why this module can never be replayed, or None; single calls may still run eagerly."""
         try:
             _Snapshot(self)
         except NotCapturableError as error:
@@ -293,7 +293,7 @@ class _Snapshot:
         self._lines = ctypes.c_int64(len(lines)), _words(lines)
 
     def is_valid(self) -> bool:
-        """Whether nothing has changed."""
+        """Whether the module is unchanged."""
         # A call of a network leaves the caches full of weights. Fetched one after the other, what
         # tells changes took 8 % of the time of a MobileNetV3 in bfloat16.
         self._prefetch(*self._lines)

@@ -109,7 +109,7 @@ def _measure(
     by_call: Callable[[], Iterable[float]],
     repeats: int,
 ) -> float:
-    """Set the seconds of each call and return those of the whole network."""
+    """Set the seconds of each call and return the whole network's."""
     now = clock()
     totals: list[float] = []
     parts: list[list[float]] = []

@@ -147,7 +147,7 @@ class Replay:
         """Hook for subclasses, called after the steps of each call were written."""
 
     def _begin(self, index: int) -> _Step:
-        """A step that creates a buffer's tensor, in the workspace or in memory of its own."""
+        """A step that creates a buffer's tensor, in the workspace or in its own memory."""
         buffer, offset, shared = (
             self._buffers[index],
             self.plan.offsets.get(index),

@@ -60,7 +60,7 @@ class TracedCall:
         kernel: name of the operator or function in that library.
         inputs: shapes of the tensor arguments, including weights.
         outputs: shapes of the tensors that were returned or written to.
-        dtype: of the first output; int8 if bytes are multiplied.
+        dtype: of the first output; int8 for products in int8.
         instruction_set: the one the kernel was compiled for; None for other libraries.
         rules: of :mod:`ops.cpu.policy`, as evaluated for this call; empty if there was no choice.
         flops: see :mod:`ops.cpu.flops`; None if not counted.

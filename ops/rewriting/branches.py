@@ -24,7 +24,7 @@ _SIGNS = {_aten.add.Tensor: 1, _aten.sub.Tensor: -1}
 
 
 class _Branch(NamedTuple):
-    """A convolution of ``x``, (B, C, H, W), padded to the size that its stride gives.
+    """A convolution of ``x``, (B, C, H, W), whose padding keeps the size up to the stride.
 
     ``groups`` is None for maps of single channels, which any number of groups can compute, and
     which are exact in any dtype.
@@ -75,7 +75,7 @@ def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 def _merged(branches: list[_Branch]) -> Quantization | None:
-    """That of a convolution made of several of the same map: in int8 if all are."""
+    """The precision of a convolution merged from several: int8 if all are in int8."""
     found = [b.quantization for b in branches if b.quantization is not None]
     if not found or len(found) < len(branches):
         return None
@@ -83,7 +83,7 @@ def _merged(branches: list[_Branch]) -> Quantization | None:
 
 
 def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
-    """The convolution that gives a value to one operator only."""
+    """The convolution that computes a value, if only one operator uses it."""
     made = graph.made_by(value, nn.BatchNorm2d, nn.Conv2d, _aten.permute.default)
     if made is None or graph.only_user(value) is None:
         return None

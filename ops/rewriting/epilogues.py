@@ -49,7 +49,7 @@ def activation_kind(operator: Operator) -> str | None:
 
 
 def product_of(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | None:
-    """The linear layer or convolution that gives a value to one operator only.
+    """The linear layer or convolution that computes a value, if only one operator uses it.
 
     Args:
         plain: whether it must not have an epilogue yet.

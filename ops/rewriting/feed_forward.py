@@ -91,7 +91,7 @@ class FeedForward(FastLayer):
 
 
 class _Step(NamedTuple):
-    """A layer, what it reads, and the operators that go once it is part of another."""
+    """A layer, its input, and the operators to remove once it is part of another layer."""
 
     layer: Any
     source: Value
@@ -132,7 +132,7 @@ def _parent(first: str, second: str) -> str:
 
 
 def _convolution(graph: OperatorGraph, value: Value) -> _Step:
-    """The depthwise convolution that gives a map, and the map it reads, with channels last."""
+    """The depthwise convolution that computes a map, and its input, with channels last."""
     after = graph.made_by(value, _permute)
     conv = None if after is None else graph.made_by(after.args[0], FastDepthwiseConv2d)
     if after is None or conv is None or not PackedDepthwiseMlp.applies(conv.function):
@@ -148,7 +148,7 @@ def _convolution(graph: OperatorGraph, value: Value) -> _Step:
 
 
 def _norm(graph: OperatorGraph, value: Value) -> _Step:
-    """The layer norm that gives a map to one operator only, and the map it reads."""
+    """The layer norm that computes a map, if only one operator uses it, and its input."""
     made = graph.made_by(value, FastLayerNorm)
     layer: Any = None if made is None else made.function
     if made is None or layer.activation != "none" or graph.only_user(value) is None:

@@ -56,7 +56,7 @@ class Value:
 
 @dataclass(eq=False)
 class Operator(Step):
-    """A function with its arguments: an operator of ATen, or a layer made of such.
+    """A function with its arguments: an operator of ATen, or a layer made from some.
 
     Attributes:
         function: an ``OpOverload`` or an ``nn.Module``.
@@ -169,7 +169,7 @@ class OperatorGraph:
         absorbed: Sequence[Operator] = (),
         **kwargs: Any,
     ) -> Operator:
-        """Compute the results of ``operator`` by another function, in its place.
+        """Replace ``operator`` by another function that computes its results.
 
         Args:
             absorbed: operators that the function contains; they are removed. The first one's path
@@ -272,7 +272,7 @@ class Program:
                 self._freed[now].append(value)
 
     def __call__(self, x: Tensor) -> Any:
-        """What the recorded call returns for ``x``, of the same shape and dtype."""
+        """The result of the recorded call for an ``x`` of the same shape and dtype."""
         tensors: dict[Value, Tensor] = {self.graph.source: x}
 
         def tensor(value: Value) -> Tensor:

@@ -101,7 +101,7 @@ def _equal(layer: nn.Module, other: nn.Module) -> bool:
 
 
 def _dispatched(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a network that is replayed where it can be."""
+    """A method of a network, replayed if possible."""
 
     @functools.wraps(method)
     def dispatched(self: Rewritten, *args: Any, **kwargs: Any) -> Any:

@@ -167,7 +167,7 @@ class _Recorder(TorchDispatchMode):
         self._begun |= {self._wholes.get(value, value) for value in values}
 
     def _note_writing(self, func: Any, args: Any, given: Any) -> None:
-        """Record a kernel that writes to what nothing has read yet."""
+        """Record a kernel that writes to tensors that nothing has read yet."""
         written = [a.is_write for a in func._schema.arguments]
         for value, is_written in zip(given[0], written, strict=False):
             whole = self._wholes.get(value, value) if is_written else None

@@ -50,7 +50,7 @@ class ResponseFeedForward(nn.Module):
 
 
 class SqueezedResponseFeedForward(FastLayer):
-    """The same after squeeze-and-excitation of ``x``, in one pass where there is a kernel."""
+    """The same after squeeze-and-excitation of ``x``, in one pass if there is a kernel."""
 
     kernels: ClassVar = (response_mlp,)
 
@@ -124,7 +124,7 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 def _norm(graph: OperatorGraph, value: Value) -> _Norm | None:
-    """The response norm that gives a map (B, H, W, C) or (B, C, H, W)."""
+    """The response norm that computes a map (B, H, W, C) or (B, C, H, W)."""
     total = graph.made_by(value, _aten.add.Tensor)
     scaled = None if total is None else graph.made_by(total.args[1], _aten.addcmul.default)
     whole = graph.made_by(value, _aten.mul.Tensor)

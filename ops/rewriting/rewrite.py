@@ -59,7 +59,7 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
 
 
 def rewrite(graph: OperatorGraph) -> None:
-    """Rewrite a graph in place so that it takes fewer and faster operators."""
+    """Rewrite a graph in place with fewer and faster operators."""
     for group in _GROUPS:
         while _pass(graph, group):
             pass

@@ -74,7 +74,7 @@ def _itself(value: Value) -> _Multiple:
 
 
 def _multiple(value: Value) -> _Multiple:
-    """What a map is a multiple of: through permutations, constant scales, and their sums."""
+    """The map of which another is a multiple, by permutations, constant scales and their sums."""
     made = value.producer
     itself = _itself(value)
     if made is None:
@@ -98,7 +98,7 @@ def _multiple(value: Value) -> _Multiple:
 
 
 def _scaled(of: _Multiple, factor: object, rank: int) -> _Multiple | None:
-    """A multiple times a constant of one axis at most."""
+    """The product of a multiple and a constant along at most one axis."""
     if isinstance(factor, Value):
         constant = factor.constant
         if constant is None:

@@ -58,7 +58,7 @@ class Stem(FastLayer):
 
 
 class _Layers(NamedTuple):
-    """What has been found of a stem, and the map that it gives."""
+    """The layers of a stem found so far, and the map that they compute."""
 
     operators: list[Operator]
     convs: list[nn.Module]

@@ -37,7 +37,7 @@ def order_of(operator: Operator | None) -> list[int] | None:
 
 
 def join_permutations(graph: OperatorGraph, operator: Operator) -> bool:
-    """Replace a permutation of a permutation by one, or by nothing."""
+    """Merge two consecutive permutations, or remove them if they cancel."""
     order = order_of(operator)
     if order is None:
         return False

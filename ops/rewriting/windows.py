@@ -31,7 +31,7 @@ _MOST_INDICES = 1 << 25  # of a map whose order is followed: 128 MiB
 
 
 class _Part(NamedTuple):
-    """Where queries, keys or values are in a token: the first channel, and from head to head."""
+    """The place of queries, keys or values in a token: the first channel and the step of heads."""
 
     start: int
     step: int
@@ -172,7 +172,7 @@ def join_windows(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 def _scores(graph: OperatorGraph, operator: Operator) -> _Scores | None:
-    """What a softmax over the last axis is of."""
+    """The input of a softmax over the last axis."""
     given = [*operator.args[1:], *operator.kwargs.values()]
     if given not in ([-1], [len(operator.result.shape) - 1]):
         return None
@@ -219,7 +219,7 @@ _Steps = list[tuple[Operator, int]]
 
 
 def _source(graph: OperatorGraph, value: Value) -> tuple[Value, _Steps, float]:
-    """The value that views lead back to, the views in order, and the numbers multiplied by."""
+    """The value at the start of a chain of views, the views in order, and the constant factors."""
     steps: _Steps = []
     factor = 1.0
     while True:
@@ -263,7 +263,7 @@ def _rows(x: Value, steps: _Steps) -> Tensor | None:
 
 
 def _in_one_image(rows: Tensor, x: Value) -> Tensor | None:
-    """The rows of the windows of the first image if those of others are the same, else None."""
+    """The rows of the first image's windows if all images have the same ones, else None."""
     batch, tokens = x.shape[0], x.shape[1:-1].numel()
     if batch == 0 or len(rows) % batch:
         return None
@@ -276,7 +276,7 @@ def _in_one_image(rows: Tensor, x: Value) -> Tensor | None:
 
 
 def _part(inputs: Value, steps: _Steps, is_key: bool) -> _Part | None:
-    """Where (groups, heads, N, head_dim), of keys transposed, are in (..., N, in)."""
+    """The place of (groups, heads, N, head_dim), for keys transposed, in (..., N, in)."""
     index = _followed(steps, _indices(inputs))
     if index.ndim != 4:
         return None
@@ -320,7 +320,7 @@ def _projection(graph: OperatorGraph, mixed: Operator) -> Operator | None:
 
 
 def _final(graph: OperatorGraph, value: Value, rows: Tensor) -> Value | None:
-    """The last view of a layer's results in windows in which tokens are in their first order."""
+    """The last view of a layer's windowed results that restores the order of tokens."""
     numbers = torch.arange(rows.numel(), dtype=torch.int32, device="cpu")
     wanted = torch.empty_like(numbers)
     wanted[rows.flatten().long()] = numbers

@@ -52,7 +52,7 @@ def scan(
 
 
 def _scan(exponent: Tensor, added: Tensor, chunk: int, level: int = 0) -> Tensor:
-    """The state after each token: the one before it times exp(exponent), and what is added.
+    """The state after each token: the previous one times exp(exponent), plus the token's input.
 
     Both are (tokens, …), and so is the result.
     """

@@ -34,7 +34,7 @@ def unavailable(u: Tensor, A: Tensor) -> str | None:
 
 
 def repeat_scan(given: Sequence[Any]) -> Tensor | None:
-    """:func:`scan` of arguments like those of an earlier call; None where it has to be checked."""
+    """:func:`scan` for arguments that match an earlier call; None if they must be checked."""
     out: Tensor | None = sequence_scan.repeat(*given)
     return out
 
@@ -103,7 +103,7 @@ def _map_gradients(*call: Any) -> Sequence[Tensor]:
 
 
 def _summed(grads: Sequence[Tensor], apart: Sequence[int]) -> list[Tensor]:
-    """Gradients, of which those at ``apart`` come in parts."""
+    """Gradients; the ones at ``apart`` are summed from parts."""
     return [g.sum(0) if i in apart else g for i, g in enumerate(grads)]
 
 

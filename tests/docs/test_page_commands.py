@@ -85,7 +85,7 @@ SHORTER = {
     r"python tools/accuracy\.py parity": "efficientvit",
     r"python -m pytest .*": "--collect-only --quiet --assert plain",
 }
-QUICK = re.compile(r"vision-backbones (doctor|summary|verify|predict .*van_b0\.pth)\b.*")
+QUICK = re.compile(r"vision-backbones (doctor|summary|verify|predict .*--pretrained)\b.*")
 # Options that name a file to write.
 _WRITES = ("--out", "--cam", "--csv", "--report")
 _SECONDS = 240

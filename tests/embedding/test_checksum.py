@@ -140,7 +140,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     ("damage", "told"),
     [
         (_flip_an_embedding, "its checksum is wrong"),
-        (_without_embeddings, "it has other columns than metadata.json says"),
+        (_without_embeddings, "its columns differ from those in metadata.json"),
         (_with_null_numbers, "it has rows without embedding"),
         (
             lambda path: path.write_bytes(path.read_bytes()[:-9]),

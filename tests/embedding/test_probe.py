@@ -113,7 +113,7 @@ def test_a_second_table_to_measure_on(easy, tmp_path):
         ("preprocessing", {"crop_pct": 1.0}),
     ):
         changed = make_table(tmp_path / key, vectors, keys, **{key: value})
-        with pytest.raises(MendableError, match=f"cannot be compared, their {key} differ: "):
+        with pytest.raises(MendableError, match=f"cannot be compared: their {key} differ: "):
             probe(easy, "folder", test=changed)
 
 

@@ -415,7 +415,7 @@ def test_the_decoder_stays_the_same(photos, checkpoint, out, monkeypatch, capsys
     monkeypatch.setattr(images.features, "check_feature", lambda name: False)
     capsys.readouterr()
     assert run(photos, other, checkpoint) == 2
-    assert "started with simplejpeg, which is not usable here" in capsys.readouterr().err
+    assert "started with simplejpeg, which can't be used here" in capsys.readouterr().err
 
 
 def test_a_vanished_source_is_not_a_corrupt_image(photos, checkpoint, monkeypatch):

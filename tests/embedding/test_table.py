@@ -37,7 +37,7 @@ def test_round_trip(tmp_path, dtype):
 
 def test_columns_can_be_chosen(folder):
     assert [b.schema.names for b in table.batches(folder, ["width"], rows=2)] == [["width"]] * 4
-    with pytest.raises(ValueError, match="has no column classes, but key, height"):
+    with pytest.raises(ValueError, match="has no column classes; its columns are key, height"):
         next(table.batches(folder, ["classes"]))
 
 

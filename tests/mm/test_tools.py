@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import json
 import os
+import runpy
 import sys
 import time
 from collections.abc import Iterator
@@ -444,3 +445,10 @@ def test_quickstart_learns(tool, name, metric, floor, tmp_path, monkeypatch):
     assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])
     assert runner.message_hub.get_scalar(f"val/{metric}").current() > floor
     assert os.listdir(runner.work_dir)
+
+
+def test_without_openmmlab_the_extra_is_named(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "mmcv", None)
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(ROOT / "tools" / "mm.py"))
+    assert capsys.readouterr().err == "error: mmcv is missing: pip install '.[mm]'\n"

@@ -58,6 +58,7 @@ def test_a_dry_run_names_all_steps_and_changes_nothing(tree):
         *(".ci/run", "make test-slow", "make wheel wheel-aarch64", "hatchling build -t sdist"),
         *("venv", "pip' install", "import backbones", "twine check", "sha256sum", "make docs"),
         "mike deploy --update-aliases 0.2.0 latest",
+        "mike set-default latest",
     )
     places = [next(i for i, step in enumerate(steps) if text in step) for text in order]
     assert places == sorted(places)
@@ -120,7 +121,9 @@ def test_a_release_comes_back_as_two_commits_and_a_tag(tree):
         '#!/bin/sh\ntest "$2" != hatchling || { mkdir -p dist; touch dist/x.tar.gz; }\n'
     )
     # mike starts mkdocs from PATH.
-    (tree / ".venv" / "bin" / "mike").write_text("#!/bin/sh\nmkdocs && git branch gh-pages\n")
+    (tree / ".venv" / "bin" / "mike").write_text(
+        "#!/bin/sh\nmkdocs && git branch --force gh-pages\n"
+    )
     (tree / ".venv" / "bin" / "mkdocs").write_text("#!/bin/sh\n")
     for path in (tree / ".ci" / "run", *(tree / ".venv" / "bin").iterdir()):
         path.chmod(0o755)
@@ -210,6 +213,14 @@ def test_workflows_run_what_the_tree_has(path, tmp_path):
                 assert (ROOT / file).exists(), file
             # Values of an event stand in variables, never in a script.
             assert "github.event" not in script and "github.ref_name" not in script
+
+
+@pytest.mark.parametrize("path", _WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_to_commits(path):
+    """But for the branch from which PyPA wants its action to be used."""
+    for used in re.findall(r"uses: (\S+)", path.read_text()):
+        pinned = re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40}", used)
+        assert pinned or used.startswith("./") or used == "pypa/gh-action-pypi-publish@release/v1"
 
 
 def test_only_one_job_may_publish():

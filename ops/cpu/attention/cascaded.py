@@ -93,7 +93,9 @@ def cascaded_attention(
     eps: float,
 ) -> Call:
     """See :class:`PackedCascadedAttention`, which packs the parameters."""
-    require_dtype(torch.float32, table=table)
+    affine = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    convs = {"taps": taps, "taps_bias": taps_bias}
+    require_dtype(torch.float32, bias=bias, table=table, **affine, **convs)
     heads, head_dim = bias.shape[0], bias.shape[1] - 2 * qk_dim
     if x.ndim != 4 or x.shape[3] < heads * head_dim or x.dtype != weight.dtype:
         raise ValueError(

@@ -53,7 +53,7 @@ _NO_TERMS = (None, None, None)
 
 
 def attention_threads(macs: int) -> int:
-    """The thread count: one for little work, where waking others takes longer."""
+    """The thread count: one if there is so little work that waking others takes longer."""
     return torch.get_num_threads() if macs >= _SMALL_MACS else 1
 
 

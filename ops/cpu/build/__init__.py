@@ -1,4 +1,4 @@
-"""What finds, compiles and loads the kernels' libraries.
+"""Finds, compiles and loads the kernels' libraries.
 
 :class:`ops.cpu.build.libraries.Libraries` holds everything that a process knows about them; there
 is one for the process, :data:`process`, which the functions here use.

@@ -86,7 +86,7 @@ def zig(target: str | None = None) -> list[list[str]]:
 
 
 def label(words: Sequence[str]) -> str:
-    """What to call the compiler that a command of :func:`find_compilers` runs."""
+    """The name, for messages, of the compiler in a command of :func:`find_compilers`."""
     return words[3] if str(_ZIG_DRIVER) in words else words[0]
 
 

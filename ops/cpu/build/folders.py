@@ -155,11 +155,7 @@ def store(built: Path, folder: Path, stem: str) -> Path:
 
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A temporary folder in ``folder``; leftovers of killed processes are removed, too."""
-    for left in folder.glob(f"{_SCRATCH_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                shutil.rmtree(left)
+    """A temporary folder in ``folder``."""
     made = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=folder))
     try:
         yield made
@@ -172,7 +168,8 @@ def locked(folder: Path) -> Iterator[None]:
     """Create ``folder`` and let one process compile into it while the others wait.
 
     This only saves work: where files cannot be locked, or if the lock is held for very long, every
-    process compiles and the last one wins.
+    process compiles and the last one wins. Scratch folders of processes that were killed, or
+    interrupted more than once, are removed.
 
     Raises:
         OSError: the folder cannot be created, or not as a private one.
@@ -180,13 +177,21 @@ def locked(folder: Path) -> Iterator[None]:
     _make(Path(os.path.realpath(folder)))  # a link may point to a folder that doesn't exist yet
     require_private(folder)  # another user may have been faster
     with (folder / "lock").open("a") as file:
-        if fcntl is not None:
-            _wait_for(file, folder)
+        alone = fcntl is not None and _wait_for(file, folder)
+        _remove_scratch(folder, 0.0 if alone else _STALE_S)
         try:
             yield
         finally:  # closing is not enough if a process was forked in the meantime
             with contextlib.suppress(OSError, AttributeError):
                 fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _remove_scratch(folder: Path, age: float) -> None:
+    """Remove scratch folders that are at least ``age`` seconds old."""
+    for left in folder.glob(f"{_SCRATCH_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime >= age:
+                shutil.rmtree(left)
 
 
 def _make(folder: Path) -> None:
@@ -197,11 +202,13 @@ def _make(folder: Path) -> None:
             folder.mkdir(0o700)
 
 
-def _wait_for(file: IO[str], folder: Path) -> None:
+def _wait_for(file: IO[str], folder: Path) -> bool:
+    """Whether this process now holds the lock."""
     begun, waits = time.monotonic(), False
     while time.monotonic() - begun < _PATIENCE_S:
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
         except BlockingIOError:
             if not waits:
                 text = "Waiting for another process that compiles kernels into %r"
@@ -209,5 +216,6 @@ def _wait_for(file: IO[str], folder: Path) -> None:
             waits = True
             time.sleep(0.05)
         except OSError:  # no locks on this disk
-            return
+            return False
     _log.warning("%r is still locked: going on without the lock", str(folder))
+    return False

@@ -107,7 +107,7 @@ class Libraries:
 
     # ---- finding -------------------------------------------------------------------------------
     def compiled_with(self, name: str) -> list[str]:
-        """The kernels compiled along with one: those of fused models, or those of plain layers."""
+        """The kernels compiled along with this one: all of fused models, or of plain layers."""
         if name in _ALONE:
             return [name]
         is_plain = name in _OF_PLAIN_LAYERS
@@ -115,7 +115,7 @@ class Libraries:
         return [n for n in others if n == GEMM or (n in _OF_PLAIN_LAYERS) == is_plain]
 
     def _status(self, name: str, beside: Sequence[str]) -> LibraryState:
-        """The state; if it has to be compiled, so are those in ``beside``, likely needed soon."""
+        """The state; if the library has to be compiled, those in ``beside`` are, too."""
         with self._lock:
             if name not in self.states:
                 self.states[name] = self._find(name, beside)

@@ -267,7 +267,7 @@ class Kernel:
 
     @functools.cached_property
     def _interface(self) -> tuple[Mapping[str, Any], set[str], list[tuple[int, str]]]:
-        """The C function's parameters, all names in them, and those of the operator's arguments."""
+        """The C function's parameters, all names in them, and the operator's argument names."""
         of_function = parameters(self.library, self.function)
         known = names_of(of_function)
         names = ("in" if p.name == "x" else p.name for p in self._parameters)

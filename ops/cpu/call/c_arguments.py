@@ -78,7 +78,7 @@ class Addresses(NamedTuple):
 
 
 def sizes_of(x: Tensor, axes: str) -> dict[str, int]:
-    """The sizes of the axes of ``x`` by names such as ``"batch height width _"``, but for ``_``."""
+    """The sizes of the axes of ``x`` by names such as ``"batch height _"``; ``_`` is skipped."""
     named = dict(zip(axes.split(), x.shape, strict=True))
     named.pop("_", None)
     return named
@@ -91,7 +91,7 @@ def numbers(structure: Any, fields: dict[str, Any]) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """The value as it stands in a structure: activations by index, sequences as tuples."""
+    """The value as stored in a structure: activations by index, sequences as tuples."""
     if isinstance(value, str):
         return ACTIVATIONS.index(value)
     return tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Repeated calls: their arguments, made without describing the call again."""
+"""Arguments of repeated calls, built without checking and describing each call again."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class RepeatedCall:
     def of(
         cls, tensors: Sequence[Tensor | None], call: Call, arguments: Sequence[Any]
     ) -> RepeatedCall | None:
-        """None if tensors were copied or created for the call, which then has to be described."""
+        """None if tensors were copied or created for the call, which can then not be repeated."""
         results = call.results()
         if not arguments:
             return None

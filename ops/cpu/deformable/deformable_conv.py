@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.cpu.activations import require_activation
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.tensors import as_nhwc
@@ -55,8 +56,9 @@ def deformable_conv2d(
         (B, out_chs, H', W'), channels-last.
 
     Raises:
-        ValueError: offsets, a weight or dtypes that do not match the map.
+        ValueError: offsets, a weight or dtypes that do not match the map, or an unknown activation.
     """
+    require_activation(activation)
     height, width = ((n - kernel_size) // stride + 1 for n in x.shape[2:])
     expected = (x.shape[0], 2 * kernel_size**2, height, width)
     if min(expected[2:]) < 1 or offset.shape != expected:

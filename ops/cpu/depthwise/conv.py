@@ -56,7 +56,7 @@ def depthwise_conv2d(
     dilation: Sequence[int] = (1, 1),
     activation: str = "none",
 ) -> Call:
-    """Convolve each channel with windows of its own, then apply an activation. No gradients.
+    """Convolve each channel with its own windows, then apply an activation. No gradients.
 
     Args:
         x: (B, C, H, W), float32 or bfloat16; copied unless channels-last.

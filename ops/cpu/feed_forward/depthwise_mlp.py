@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.cpu.activations import require_activation
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
@@ -131,7 +132,7 @@ class PackedExpansion:
 
     Args:
         fc1: from ``in_features`` to ``hidden``, 16 or more; it may be a 1×1 convolution.
-        conv: depthwise, of ``hidden`` channels, see :meth:`PackedDepthwiseMlp.takes`. Both layers
+        conv: depthwise, of ``hidden`` channels, see :meth:`PackedDepthwiseMlp.applies`. Both layers
             are in float32 or bfloat16.
         activation, conv_activation: from :data:`ops.cpu.activations.ACTIVATIONS`.
 
@@ -196,9 +197,12 @@ def depthwise_expansion(
     conv_activation: str,
 ) -> Call:
     """See :class:`PackedExpansion`, which packs the weights."""
+    require_activation(activation)
+    require_activation(conv_activation)
     require_dtype(weight1.dtype, x=x)
+    require_dtype(torch.float32, bias1=bias1, taps=taps, conv_bias=conv_bias)
     if x.ndim != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"x must be (B, H, W, in_features) with pixels, got {tuple(x.shape)}")
+        raise ValueError(f"x must be (B, H, W, in_features) and not empty, got {tuple(x.shape)}")
     hidden = len(bias1)
     out = x.new_empty(len(x), *(-(-n // stride) for n in x.shape[1:3]), hidden)
     means = x.new_empty(len(x), hidden)
@@ -248,7 +252,10 @@ def depthwise_mlp(
             "convolution must follow, and no norm precede it"
         )
     affine = {"the norm's weight": norm_weight, "the norm's bias": norm_bias}
-    require_dtype(x.dtype, residual=residual, **affine)
+    require_dtype(x.dtype, residual=residual, weight1=weight1, weight2=weight2, **affine)
+    require_dtype(torch.float32, bias1=bias1, taps=taps, conv_bias=conv_bias, bias2=bias2)
+    require_activation(activation)
+    require_activation(conv_activation)
 
     def arguments() -> Any:
         # Without a convolution, tokens form a single column.

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
@@ -59,8 +61,10 @@ def kan_layer(
         (..., out_features), contiguous.
 
     Raises:
-        ValueError: inputs of the wrong width or dtype.
+        ValueError: inputs of the wrong width or dtype, or parameters of the wrong dtype.
     """
+    affine = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    require_dtype(torch.float32, powers=powers, bias=bias, **affine)
     if x.shape[-1:] != norm_weight.shape or x.dtype != weight.dtype:
         raise ValueError(
             f"x must be (..., {len(norm_weight)}) of {weight.dtype}, got {tuple(x.shape)} of "

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import bias_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedResponseMlp", "response_mlp"]
 
-_Bytes = tuple[Tensor, Tensor, Tensor, Tensor | None]
+_Int8 = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 # The order of the operator's weights.
 _WEIGHTS = (
@@ -56,7 +57,7 @@ class PackedResponseMlp:
         fc2: nn.Linear,
         response: Tensor,
         eps: float,
-        in_int8: Sequence[_Bytes | None] = (None, None),
+        in_int8: Sequence[_Int8 | None] = (None, None),
     ) -> None:
         self._eps = eps
         (weight1, bias1, *scales1), (weight2, bias2, *scales2) = (
@@ -84,7 +85,7 @@ class PackedResponseMlp:
 
 
 def _packed(
-    layer: nn.Linear, in_int8: _Bytes | None
+    layer: nn.Linear, in_int8: _Int8 | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Packed weight, bias, and in int8 the scales of weights and the range of inputs."""
     if in_int8 is None:
@@ -120,6 +121,12 @@ def response_mlp(
             f"shortcut must be {tuple(x.shape)}, {dtype}, got {tuple(shortcut.shape)}, "
             f"{shortcut.dtype}"
         )
+
+    named = dict(zip(_WEIGHTS, weights, strict=True))
+    for name, scale in (("weight1", weight_scale1), ("weight2", weight_scale2)):
+        require_dtype(x.dtype if scale is None else torch.int8, **{name: named.pop(name)})
+    scales = {"weight_scale1": weight_scale1, "weight_scale2": weight_scale2}
+    require_dtype(torch.float32, **named, **scales, in_range1=in_range1, in_range2=in_range2)
 
     def arguments() -> dict[str, Any]:
         squeezed, hidden = len(weights[1]), len(weights[6])

@@ -132,7 +132,7 @@ def packed_conv2d(
             f"weight_scale must be {(2, len(bias))} for a weight in int8, got "
             f"{tuple(weight_scale.shape)} for {weight.dtype}"
         )
-    require_dtype(torch.float32, weight_scale=weight_scale, in_range=in_range)
+    require_dtype(torch.float32, bias=bias, weight_scale=weight_scale, in_range=in_range)
     require_activation(activation)
     kernel_size, stride, padding = sides[:2], sides[2:4], sides[4:]
     size = convolved_size(x, kernel_size, stride, padding)

@@ -37,7 +37,7 @@ _LARGEST_WEIGHT = 127
 
 
 def int8_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """``None`` if the kernel takes maps of this dtype on this CPU, else the reason."""
+    """``None`` if the kernel supports maps of this dtype on this CPU, else the reason."""
     reason = packed_linear.unavailable(
         device, dtype, even_if_slower=True
     ) or packed_linear.unavailable(device, dtype)

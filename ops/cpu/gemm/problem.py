@@ -79,7 +79,7 @@ def output_shape(
     if combination == "add_gated" and activation not in ("none", "relu", "relu6"):
         raise ValueError(f"'add_gated' takes no activation, relu or relu6, got {activation!r}")
     if combination == "add_clipped" and activation not in ("relu", "relu6"):
-        raise ValueError(f"'add_clipped' takes the activations relu and relu6, got {activation!r}")
+        raise ValueError(f"'add_clipped' requires the activation relu or relu6, got {activation!r}")
     if weight.dtype == torch.int8:
         _check_int8(bias, weight_scale, in_range)
     elif x.dtype != weight.dtype:

@@ -126,7 +126,7 @@ def look_up(images: np.ndarray, tables: np.ndarray) -> np.ndarray:
 def _axis(
     size: int, new_size: int, first: int, count: int, filter: str
 ) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
-    """What ``count`` outputs from ``first`` on depend on, of ``new_size`` made of ``size`` pixels.
+    """The inputs of ``count`` outputs from ``first`` on, when ``size`` pixels become ``new_size``.
 
     Returns:
         The first pixel and the number of pixels of all; each output's first pixel (count,) and

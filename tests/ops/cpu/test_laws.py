@@ -171,35 +171,34 @@ def test_other_dtypes_are_refused(name: str) -> None:
         assert said in (kernel.unavailable(device, dtype, even_if_slower=True) or "")
 
 
-# Classes pack the weights of these, and check layers and activations when they do.
-OF_CLASSES = ("packed_conv2d", "cascaded_attention", "kan_layer", "depthwise_mlp",
-              "depthwise_expansion", "deformable_conv2d")  # fmt: skip
-
-
-@pytest.mark.parametrize("name", [n for n in CALLS if n not in OF_CLASSES])
+@EVERY
 def test_other_dtypes_of_weights_are_refused(name: str) -> None:
     """Or converted: a kernel gets an address and takes what lies there for float32."""
     kernel, batched, given = CALLS[name]()
     expected = _outputs(kernel(**given))
     for argument, value in given.items():
-        if argument in batched or not isinstance(value, Tensor) or value.dtype != torch.float32:
-            continue
-        for dtype in (torch.float64, torch.bfloat16):
-            try:
-                found = _outputs(kernel(**{**given, argument: value.to(dtype)}))
-            except (ValueError, RuntimeError) as error:
-                assert re.search(r"torch\.|float", str(error)), argument
-            else:
-                _assert_near(found, expected, 2**-6)
+        parts = value if isinstance(value, list) else [value]
+        for i, part in enumerate(parts):
+            if argument in batched or not isinstance(part, Tensor) or part.dtype != torch.float32:
+                continue
+            for dtype in (torch.float64, torch.bfloat16):
+                changed = [*parts[:i], part.to(dtype), *parts[i + 1 :]]
+                changed = changed if isinstance(value, list) else changed[0]
+                try:
+                    found = _outputs(kernel(**{**given, argument: changed}))
+                except (ValueError, RuntimeError) as error:
+                    assert re.search(r"torch\.|float", str(error)), argument
+                else:
+                    _assert_near(found, expected, 2**-6)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in CALLS if n not in OF_CLASSES and "activation" in CALLS[n]()[2]]
-)
+@EVERY
 def test_other_activations_are_refused(name: str) -> None:
     kernel, _, given = CALLS[name]()
-    with pytest.raises(ValueError, match=r"one of .*got 'softplus'|or .*got 'softplus'"):
-        kernel(**{**given, "activation": "softplus"})
+    for argument in ("activation", "conv_activation"):
+        if argument in given:
+            with pytest.raises(ValueError, match=r"one of .*got 'softplus'|or .*got 'softplus'"):
+                kernel(**{**given, argument: "softplus"})
 
 
 # The others check shapes in the class or the function that calls them, or take fewer channels.

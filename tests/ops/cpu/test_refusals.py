@@ -196,7 +196,7 @@ CASES: list[Case] = [
         lambda: PackedDepthwiseMlp(None, *_parts(8, 8)[1:])(_0(1, 4, 4, 8)),
         "16 features or more, got 8",
     ),
-    (lambda: _expansion(_0(1, 0, 4, 8)), r"pixels, got \(1, 0, 4, 8\)"),
+    (lambda: _expansion(_0(1, 0, 4, 8)), r"not empty, got \(1, 0, 4, 8\)"),
     (lambda: _expansion(_0(1, 3, 4, 9)), "x must have 8 features, got 9"),
     (lambda: _expansion(_0(1, 3, 4, 8), 15), "16 channels or more, got 15"),
     (lambda: _response(_0(1, 3, 3, 4), X), r"x must be \(B, H, W, 5\), torch.float32, got \(1, 3"),

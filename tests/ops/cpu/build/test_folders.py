@@ -348,3 +348,19 @@ def test_a_lock_that_is_never_released(compilations, monkeypatch, warned) -> Non
         f"Waiting for another process that compiles kernels into {str(cpu.cache_dir())!r}"
     )
     assert going_on.endswith("is still locked: going on without the lock")
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(compilations, monkeypatch) -> None:
+    """Unless another process may still be writing to it."""
+    left = cpu.cache_dir() / f"{folders._SCRATCH_PREFIX}left"
+    left.mkdir(parents=True)
+    (left / "half.o").touch()
+    for folder in (left.parent.parent, left.parent):
+        folder.chmod(0o700)
+    monkeypatch.setattr(folders, "_PATIENCE_S", 0.1)
+    with (cpu.cache_dir() / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with folders.locked(cpu.cache_dir()):
+            assert left.exists()
+    assert cpu.load("small").answer() == 42
+    assert not left.exists()
