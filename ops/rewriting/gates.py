@@ -49,7 +49,7 @@ class ChannelGates(nn.Module):
         return f"kernel_size={len(self.weight)}"
 
     def forward(self, x: Tensor) -> Tensor:
-        row, padding = x.view(len(x), 1, 1, -1), len(self.weight) // 2
+        row, padding = x.view(len(x), 1, 1, x.shape[1]), len(self.weight) // 2
         if kernels_apply((x,)) and depthwise_conv2d.unavailable(x.device, x.dtype) is None:
             taps, one = self.weight.view(1, -1, 1), (1, 1)
             gates: Tensor = depthwise_conv2d(row, taps, None, one, (0, padding), one, "sigmoid")

@@ -98,7 +98,7 @@ def rewrite(path: Path, column: Any = None, name: str = "embedding", **facts: st
 )
 def test_columns_of_other_types(name, kind, value, folder):
     rewrite(table.shard_path(folder, 0), pyarrow.array([value] * 20, kind), name)
-    with pytest.raises(table.DamagedShardError, match="other columns than metadata.json says"):
+    with pytest.raises(table.DamagedShardError, match="columns differ from those in metadata.json"):
         table.load(folder)
 
 
