@@ -19,8 +19,8 @@ from backbones.fusing.explain import BufferUse, MemoryUse
 from ops.replay.trace import TracedCall
 
 # Fused models that compute a little less, or more, than the plain ones: branches that become one
-# convolution (OverLoCK, UniRepLKNet), a mean that a linear layer takes over (FaViT) or that is taken
-# before it (ECA-Net), padded maps (LITv2).
+# convolution (OverLoCK, UniRepLKNet), a mean that a linear layer takes over (FaViT) or that is
+# of its inputs (ECA-Net), padded maps (LITv2).
 MERGED = {"ecanet": 0.01, "favit": 0.04, "litv2": 0.01, "overlock": 0.07, "unireplknet": 0.05}
 # Layers that take a part of a map's channels, which has to be copied first, or keys of few regions.
 PARTS = re.compile(r"stages\.3\.downsample\.[xh]_proj|stages\.[23]\.blocks\.\d\.mix")
