@@ -85,7 +85,7 @@ class Reader(abc.ABC):
         if any(real.is_relative_to(place) for place in self._places):
             return real
         raise OutsideError(
-            f"{one_line(name)} lies outside the source {self.root}, to {one_line(str(real))}, and "
+            f"{one_line(name)} leads outside the source {self.root}, to {one_line(str(real))}, and "
             "is not read; to allow it, pass both folders to --source"
         )
 

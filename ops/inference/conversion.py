@@ -24,7 +24,6 @@ from ops.inference import (  # noqa: F401  (they register their forms)
     mobile,
     neighborhood,
     norm,
-    pooling,
     window,
 )
 from ops.inference.forms import fast_form, plain_form

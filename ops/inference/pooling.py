@@ -1,6 +1,8 @@
-"""The inference form of global pooling."""
+"""Inference forms of average pooling."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,28 +10,32 @@ from torch import Tensor, nn
 from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.pooling.window_means import window_means
 
-__all__ = ["FastAdaptiveAvgPool2d", "supported"]
-
-
-def supported(x: Tensor) -> bool:
-    """Whether :func:`window_means` can replace torch's functions on ``x``, in any layout."""
-    return (
-        kernels_apply((x,))
-        and not (torch.is_grad_enabled() and x.requires_grad)
-        and window_means.unavailable(x.device, x.dtype) is None
-    )
+__all__ = ["FastAdaptiveAvgPool2d", "FastGlobalAvgPool2d"]
 
 
 class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """Pooling of windows of one size with our kernel: (B, C, H, W) → (B, C, *output_size)."""
+    """(B, C, H, W) → (B, C, *output_size), by our kernel where all windows have one size."""
 
     def forward(self, x: Tensor) -> Tensor:
-        size = self.output_size
+        size: Any = self.output_size
         rows, columns = size if isinstance(size, tuple) else (size, size)
-        if not supported(x) or x.ndim != 4 or not x.numel() or not rows or not columns:
+        divides = rows and columns and not (x.shape[-2] % rows or x.shape[-1] % columns)
+        by_kernel = (
+            divides
+            and x.ndim == 4
+            and x.numel()
+            and kernels_apply((x,))
+            and not (torch.is_grad_enabled() and x.requires_grad)
+            and window_means.unavailable(x.device, x.dtype) is None
+        )
+        if not by_kernel:
             return super().forward(x)
-        height, width = x.shape[2:]
-        if height % rows or width % columns:
-            return super().forward(x)
-        pixels = x.permute(0, 2, 3, 1)
-        return window_means(pixels, (height // rows, width // columns)).permute(0, 3, 1, 2)
+        window = x.shape[2] // rows, x.shape[3] // columns
+        return window_means(x.permute(0, 2, 3, 1), window).permute(0, 3, 1, 2)
+
+
+class FastGlobalAvgPool2d(FastAdaptiveAvgPool2d):
+    """Means of all pixels: (B, C, H, W) → (B, C, 1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__(1)

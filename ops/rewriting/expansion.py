@@ -18,7 +18,7 @@ from ops.cpu.feed_forward.depthwise_mlp import (
 )
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
-from ops.inference.pooling import FastAdaptiveAvgPool2d
+from ops.inference.pooling import FastGlobalAvgPool2d
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 
 __all__ = ["Expansion", "join_expansion"]
@@ -38,7 +38,7 @@ class Expansion(FastLayer):
     def __init__(self, fc1: FastLinear, conv: FastDepthwiseConv2d) -> None:
         super().__init__()
         self.fc1, self.conv = fc1, conv
-        self.pool = FastAdaptiveAvgPool2d(1)
+        self.pool = FastGlobalAvgPool2d()
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         packed = self.derived(x)
@@ -63,9 +63,9 @@ def join_expansion(graph: OperatorGraph, operator: Operator) -> bool:
     if not PackedDepthwiseMlp.applies(conv, is_first=True):
         return False
     map_ = operator.result
-    pools = [user for user in map_.users if isinstance(user.function, FastAdaptiveAvgPool2d)]
+    pools = [user for user in map_.users if isinstance(user.function, FastGlobalAvgPool2d)]
     moved = graph.permuted(operator.args[0], NCHW)
-    if moved is None or not pools or any(p.result.shape[2:].numel() > 1 for p in pools):
+    if moved is None or not pools:
         return False
     first = graph.made_by(moved.args[0], FastLinear)
     if first is None or first.kwargs or is_quantized(first.function):

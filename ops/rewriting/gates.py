@@ -19,7 +19,7 @@ from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.gemm.linear import packed_linear, unavailable
 from ops.inference.layers import FastLinear
-from ops.inference.pooling import FastAdaptiveAvgPool2d
+from ops.inference.pooling import FastGlobalAvgPool2d
 from ops.rewriting.epilogues import activation_kind
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import linear
@@ -68,7 +68,7 @@ class GatedLinear(nn.Module):
     def __init__(self, linear: FastLinear, gates: ChannelGates, activation: str) -> None:
         super().__init__()
         self.linear, self.gates, self.activation = linear, gates, activation
-        self.pool = FastAdaptiveAvgPool2d(1)
+        self.pool = FastGlobalAvgPool2d()
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
@@ -180,7 +180,7 @@ def join_channel_gates(graph: OperatorGraph, operator: Operator) -> bool:
             continue
         sigmoid = _source(graph, gates, _aten.sigmoid.default)
         conv = sigmoid and _source(graph, sigmoid.args[0], _aten.conv1d.default)
-        pool = conv and _source(graph, conv.args[0], FastAdaptiveAvgPool2d)
+        pool = conv and _source(graph, conv.args[0], FastGlobalAvgPool2d)
         if conv is None or pool is None or not _keeps_length(conv, x.shape):
             continue
         weight, means = conv.args[1].constant, pool.result

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.inference.packed_linear import Quantization
-from ops.inference.pooling import FastAdaptiveAvgPool2d
+from ops.inference.pooling import FastAdaptiveAvgPool2d, FastGlobalAvgPool2d
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import Attention, convolution, layer_norm, linear, rms_norm
 
@@ -129,7 +129,7 @@ def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
 
 
 def _pool(graph: OperatorGraph, operator: Operator, x: Value, keepdim: bool) -> bool:
-    layer = FastAdaptiveAvgPool2d(1)
+    layer = FastGlobalAvgPool2d()
     if keepdim:
         graph.replace(operator, layer, x)
     else:
@@ -142,6 +142,8 @@ def _adaptive_pool(graph: OperatorGraph, operator: Operator, given: dict[str, An
     x, size = given["self"], given["output_size"]
     if len(x.shape) != 4 or any(m < 1 or n % m for n, m in zip(x.shape[2:], size, strict=True)):
         return False
+    if list(size) == [1, 1]:
+        return _pool(graph, operator, x, True)
     graph.replace(operator, FastAdaptiveAvgPool2d(tuple(size)), x)
     return True
 

@@ -15,7 +15,7 @@ from ops.cpu import policy
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
 from ops.inference.packed_linear import Quantization, multiplied_weight
-from ops.inference.pooling import FastAdaptiveAvgPool2d
+from ops.inference.pooling import FastGlobalAvgPool2d
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.layers import linear
 
@@ -177,7 +177,7 @@ def join_squeeze(graph: OperatorGraph, operator: Operator) -> bool:
     excite = None if gates is None else graph.made_by(gates.args[0], FastLinear)
     squeeze = None if excite is None else graph.made_by(excite.args[0], FastLinear)
     pixels = None if squeeze is None else graph.permuted(squeeze.args[0], NHWC)
-    means = None if pixels is None else graph.made_by(pixels.args[0], FastAdaptiveAvgPool2d)
+    means = None if pixels is None else graph.made_by(pixels.args[0], FastGlobalAvgPool2d)
     x = graph.permuted(operator.args[0], NHWC)
     if excite is None or squeeze is None or means is None or x is None:
         return False

@@ -114,7 +114,7 @@ def test_keys_stay_below_the_source(kind, key, sealed, tmp_path, photos, capsys)
     more = {"column": "image"} if kind == "parquet" else {}
     folder = foreign(tmp_path, kind, photos, key, "000.png", "inner.jpg", digest="", **more)
     source = seal(folder) if sealed else [photos]
-    with pytest.raises(OutsideError, match="lies outside the source .*photos, to .*, and is not"):
+    with pytest.raises(OutsideError, match="leads outside the source .*photos, to .*, and is not"):
         image_bytes(folder, key, source)
     assert image_bytes(folder, key, [photos, tmp_path]) == secret.read_bytes()
     if kind != "folder":
@@ -160,11 +160,11 @@ def test_lists_lead_where_they_say(tmp_path, photos, checkpoint):
     assert table.load(out)[0] == keys
     for key in keys:
         assert image_bytes(out, key) == (photos / key.rpartition("/")[2]).read_bytes()
-    with pytest.raises(OutsideError, match="lies outside the source"):
+    with pytest.raises(OutsideError, match="leads outside the source"):
         image_bytes(out, "../secret.png")
     listed.write_text("\n".join([*keys, "../secret.png"]))
     for key in (*keys, "../secret.png"):  # it is not the list that was embedded
-        with pytest.raises(OutsideError, match="lies outside the source"):
+        with pytest.raises(OutsideError, match="leads outside the source"):
             image_bytes(out, key)
 
 

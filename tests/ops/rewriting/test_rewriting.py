@@ -132,12 +132,12 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
     "a norm of vectors before a linear layer": (
         lambda m, x: F.relu(m.fc(m.norm(x.mean((2, 3))))),
         {"norm": nn.BatchNorm1d(16), **_linear(fc=(16, 9))},
-        *(IMAGE, ["FastAdaptiveAvgPool2d", "FastLinear"]),
+        *(IMAGE, ["FastGlobalAvgPool2d", "FastLinear"]),
     ),
     "a norm of vectors that is read elsewhere": (
         lambda m, x: m.fc(y := m.norm(x.mean((2, 3)))) + y,
         {"norm": nn.BatchNorm1d(16), **_linear(fc=SQUARE)},
-        *(IMAGE, ["FastAdaptiveAvgPool2d", "BatchNorm1d", "FastLinear"]),
+        *(IMAGE, ["FastGlobalAvgPool2d", "BatchNorm1d", "FastLinear"]),
     ),
     **{
         # By our kernel, or by oneDNN with a stride that the kernel does not take.
@@ -180,7 +180,7 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
             x * m.rise(F.silu(m.sink(x.mean((2, 3), keepdim=True)))).sigmoid()
         ),
         _convs(sink=(16, 8), rise=(8, 16), project=(16, 20)),
-        *(IMAGE, ["FastAdaptiveAvgPool2d", *["FastLinear"] * 3]),
+        *(IMAGE, ["FastGlobalAvgPool2d", *["FastLinear"] * 3]),
     ),
     "ReLU of a sum": (lambda m, x: F.relu(m.fc(x) + x), _linear(fc=SQUARE), TOKENS, ONE),
     "ReLU of a sum, added": (
@@ -218,7 +218,7 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
     "a gated map with a factor": (
         lambda m, x: x.add((y := m.conv(x)) * m.gate(y.mean((2, 3), True)).sigmoid(), alpha=2),
         _convs(conv=SQUARE, gate=SQUARE),
-        *(IMAGE, ["FastLinear", "FastAdaptiveAvgPool2d", "FastLinear", "mul", "add"]),
+        *(IMAGE, ["FastLinear", "FastGlobalAvgPool2d", "FastLinear", "mul", "add"]),
     ),
     "gated halves with two activations": (
         lambda m, x: F.silu((y := F.gelu(m.fc(x)).chunk(2, -1))[0]) * y[1],
@@ -557,7 +557,7 @@ def test_a_gated_branch_is_added_in_one_pass() -> None:
         return x + 0.1 * (y * gates).permute(0, 1, 2, 3)
 
     model = _Call(forward, conv=nn.Conv2d(16, 16, 3, padding=1), se=nn.Conv2d(16, 16, 1))
-    _check(model, IMAGE, "FastConv2d", "FastAdaptiveAvgPool2d", "FastLinear", "mul", "addcmul")
+    _check(model, IMAGE, "FastConv2d", "FastGlobalAvgPool2d", "FastLinear", "mul", "addcmul")
 
 
 @pytest.mark.parametrize("clips", [True, False])
@@ -590,7 +590,7 @@ def test_gates_of_a_map_that_is_read_elsewhere_stay() -> None:
 
     model = _Call(forward, conv=nn.Conv2d(16, 16, 1))
     model.weight = nn.Parameter(torch.randn(1, 1, 3))
-    left = ["FastLinear", "FastAdaptiveAvgPool2d", "ChannelGates", "addcmul", "amax"]
+    left = ["FastLinear", "FastGlobalAvgPool2d", "ChannelGates", "addcmul", "amax"]
     _check(model, IMAGE, *left)
 
 
