@@ -40,11 +40,11 @@ train: $(VENV)/train.stamp
 	$(BIN)/python train_cls.py --config configs/cls/quickstart.yaml
 
 test: $(VENV)/test.stamp
-	sh tools/install_for_tests.sh browser
+	sh .ci/install_for_tests browser
 	$(TEST_ENV) $(PYTEST) $(TEST_ARGS)
 
 test-slow: $(VENV)/test.stamp
-	sh tools/install_for_tests.sh browser emulator
+	sh .ci/install_for_tests browser emulator
 	$(TEST_ENV) $(PYTEST) -m slow -o timeout=900 -o faulthandler_timeout=840 $(TEST_ARGS)
 
 # The Triton kernels on this machine's GPU: their cases, and a comparison with other attentions.

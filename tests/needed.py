@@ -1,6 +1,6 @@
 """Debian packages that some tests need; tests of those that are missing are left out.
 
-``tools/install_for_tests.sh`` installs them. A test needs the browser if it has that fixture, the
+``.ci/install_for_tests`` installs them. A test needs the browser if it has that fixture, the
 others by its mark, ``@pytest.mark.needs("emulator")``.
 """
 

@@ -1,10 +1,9 @@
-"""Measure what models learn and keep: parity with the originals, learning, robustness, int8.
+"""Measure what models learn and keep: parity with the originals, learning, int8.
 
     python tools/accuracy.py parity               # all families, a few minutes
     python tools/accuracy.py parity van shvit     # only these; the rest is kept
     python tools/accuracy.py learning             # train what docs/learning.json lacks
     python tools/accuracy.py learning van_b0      # train this model (again)
-    python tools/accuracy.py robustness           # six short trainings, validated on noisy digits
     python tools/accuracy.py int8 --checkpoints runs/digits --train --resume
     python tools/accuracy.py agreement --checkpoints runs/digits --against openvino_nncf
 
@@ -22,11 +21,10 @@ import json
 import logging
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -466,57 +464,6 @@ def learning(arguments: Sequence[str]) -> None:
         write_report(path, report)
 
 
-# -- robustness ------------------------------------------------------------------------------------
-
-MODEL, DEPTHS, SIDE = "favit_b0", [1, 1, 2, 1], 32
-EPOCHS, SEEDS, SEVERITIES = 2, (0, 1, 2), (1, 3, 5)
-NOISES = ("gaussian_noise", "shot_noise", "impulse_noise")
-KINDS: Mapping[str, tuple[dict[str, Any], Sequence[str]]] = {
-    "as published": ({}, ()),
-    "with both": ({"token_pooling": 4}, ("--attn-diversity", "1")),
-}
-
-
-def measure_noise(kind: str, seed: int, folder: Path) -> dict[str, float]:
-    """Train a network; return its top-1 per noise (mean over severities) and on clean digits."""
-    arguments, flags = KINDS[kind]
-    model_args = json.dumps({"depths": DEPTHS, **arguments})
-    train = ["train_cls.py", "--config", DIGITS, "--model", MODEL, "--seed", seed]
-    train += ["--img-size", SIDE, "--epochs", EPOCHS, "--model-args", model_args, *flags]
-    run_script([*train, "--output", folder, "--name", "run"])
-    table = folder / "validation.csv"
-    validate = ["-m", "backbones.cli", "validate", "--data", "digits", "--run", folder / "run"]
-    validate += ["--workers", 0, "--corrupt", *NOISES, "--severity", *SEVERITIES]
-    run_script([*validate, "--output", table])
-    (clean,) = csv.DictReader(table.read_text().splitlines())
-    rows = list(csv.DictReader(table.with_suffix(".corruptions.csv").read_text().splitlines()))
-    found = {"clean": float(clean["top1"])}
-    for noise in NOISES:
-        scores = [float(row["top1"]) for row in rows if row["corruption"] == noise]
-        found[noise] = round(statistics.fmean(scores), 3)
-    found["all noise"] = round(statistics.fmean(found[noise] for noise in NOISES), 3)
-    return found
-
-
-def robustness(arguments: Sequence[str]) -> None:
-    """Robust token attention on noisy digits: what is missing of two kinds with three seeds each.
-
-    Token-aware average pooling and attention diversification: https://arxiv.org/abs/2303.11126.
-    """
-    parser = Parser(prog="accuracy.py robustness", description=robustness.__doc__)
-    parser.add_argument("--output", type=nonempty_path, default=DOCS / "robustness.json")
-    path = parser.parse_args(arguments).output
-    report = _earlier(path) or {"model": MODEL, "depths": DEPTHS, "results": {}}
-    report["machine"] = _here()
-    for seed in SEEDS:
-        for kind in KINDS:
-            results = report["results"].setdefault(kind, {})
-            if str(seed) not in results:
-                with tempfile.TemporaryDirectory() as folder:
-                    results[str(seed)] = measure_noise(kind, seed, Path(folder))
-                write_report(path, report)
-
-
 # -- parity ----------------------------------------------------------------------------------------
 
 
@@ -549,9 +496,7 @@ def parity(arguments: Sequence[str]) -> None:
     write_report(path, dict(sorted(results.items())))
 
 
-COMMANDS = {
-    command.__name__: command for command in (parity, learning, robustness, int8, agreement)
-}
+COMMANDS = {command.__name__: command for command in (parity, learning, int8, agreement)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -35,17 +35,14 @@ from backbones.common.files import save_weights
 from backbones.common.images import installed_decoder, open_image, open_pixels
 from backbones.core.from_timm import PREFIX
 from backbones.embedding import embed
-from backbones.embedding.hnsw import open_graph
 from backbones.embedding.local import cores
 from backbones.embedding.network import Network
 from backbones.embedding.rows import unit
-from backbones.embedding.search import search
-from backbones.embedding.shard_writer import ShardWriter
-from backbones.embedding.table import identity, load, schema, shard_path, write_metadata
+from backbones.embedding.table import load
 from backbones.embedding.worker import Images
 from ops.cpu import policy
 
-# -- images, weights, tables -----------------------------------------------------------------------
+# -- images and weights ----------------------------------------------------------------------------
 
 MODELS = ("shvit_s1", "van_b0", "unireplknet_a")
 _SCRIPT = """
@@ -85,42 +82,6 @@ def make_checkpoint(folder: Path, name: str, **arguments: Any) -> Path:
         recipe = {"model": name, "model_args": arguments, "img_size": size, "data": "x"}
         (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
     return folder / "a.safetensors"
-
-
-DIM, ROWS, QUERIES, TOP = 192, 1_000_000, 200, 10
-_IN_SHARD = 50_000
-# Embeddings of images are concentrated around few directions: see `vectors`.
-_LATENT, _CENTRES, _SPREAD = 24, 20_000, 0.5
-
-
-def vectors(count: int, seed: int) -> np.ndarray:
-    """Synthetic embeddings (count, DIM): points around centres in 24 dimensions, mapped to DIM."""
-    fixed, chance = np.random.default_rng(0), np.random.default_rng(seed)
-    centres = fixed.standard_normal((_CENTRES, _LATENT), np.float32)
-    to_dim = fixed.standard_normal((_LATENT, DIM), np.float32)
-    points = centres[chance.integers(0, _CENTRES, count)]
-    points = points + _SPREAD * chance.standard_normal((count, _LATENT), np.float32)
-    return np.maximum(points @ to_dim, 0)  # as behind a ReLU
-
-
-def make_table(folder: Path, rows: int) -> Path:
-    """Write a table of synthetic embeddings."""
-    starts = range(0, rows, _IN_SHARD)
-    content = {
-        **{"model": "synthetic", "weights": {"file": "", "path": "", "sha256": ""}},
-        **{"preprocessing": {}, "features": "head", "shape": [DIM], "dim": DIM},
-        **{"dtype": "float32", "computed": "float32", "classes": 0, "names": []},
-        **{"source": {"kind": "folder", "path": str(folder)}, "images": rows},
-        **{"shards": len(starts), "rows": _IN_SHARD, "versions": {}},
-    }
-    (folder / "shards").mkdir(parents=True)
-    write_metadata(folder, content)
-    for number, start in enumerate(starts):
-        count = min(_IN_SHARD, rows - start)
-        with ShardWriter(shard_path(folder, number), schema(DIM), identity(content)) as shard:
-            keys = [f"{start + i:08}.jpg" for i in range(count)]
-            shard.add(keys, [(375, 500)] * count, vectors(count, 1 + number))
-    return folder
 
 
 # -- measurements ----------------------------------------------------------------------------------
@@ -345,43 +306,12 @@ def _by_torchvision(data: bytes) -> Any:
     return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0)
 
 
-def measure_index(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """CPU seconds to build, open and query, and how many of the true matches the graph finds."""
-    table = make_table(folder / "table", ROWS)
-    queries = vectors(QUERIES, 10**6)
-    wanted, exact = _searched(table, queries, "exact")
-    _, build = _cpu_seconds(lambda: open_graph(table))
-    graph, opening = _cpu_seconds(lambda: open_graph(table))
-    _, inside = _cpu_seconds(lambda: graph.search(unit(queries), TOP))
-    found, by_graph = _searched(table, queries, "hnsw")
-    shared = [len(a & b) / len(a) for a, b in zip(wanted, found, strict=True)]
-    yield {
-        **{"part": "index", "model": "synthetic", "rows": ROWS, "dim": DIM, "queries": QUERIES},
-        **{"build": build, "open": opening, "graph_query_ms": 1000 * inside / QUERIES},
-        **{"exact": exact, "hnsw": by_graph, "recall": float(np.mean(shared))},
-        "bytes": sum(p.stat().st_size for p in table.glob("hnsw-*")),
-    }
-
-
-def _cpu_seconds(run: Callable[[], Any]) -> tuple[Any, float]:
-    begun = time.process_time()
-    return run(), time.process_time() - begun
-
-
-def _searched(table: Path, queries: np.ndarray, index: str) -> tuple[list[set[int]], list[float]]:
-    """The rows found for each query, and the CPU seconds of a call for one query and for all."""
-    _, one = _cpu_seconds(lambda: search(table, queries[:1], TOP, index))
-    found, every = _cpu_seconds(lambda: search(table, queries, TOP, index))
-    return [{match.row for match in row} for row in found], [one, every]
-
-
 # Parts whose results for other models are kept.
 _BY_MODEL = ("speed", "pipelines")
 PARTS = {
     "ray": measure_ray,
     "memory": measure_memory,
     "decoding": measure_decoding,
-    "index": measure_index,
 }
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from backbones.cli.reports import load_report, parsed, put_rows, write_report
 from backbones.cli.timing import machine
-from backbones.common.arguments import nonempty_path, whole
+from backbones.common.arguments import whole
 from backbones.common.console import Parser
 from backbones.common.images import open_image
 from backbones.common.processes import World
@@ -271,7 +271,7 @@ def training(arguments: Sequence[str]) -> int:
 # -- the first image -------------------------------------------------------------------------------
 
 # Whether the process has a compiler.
-WAYS = {"wheel": False, "source": True, "no-compiler": False, "before": True}
+WAYS = {"wheel": False, "source": True, "no-compiler": False}
 _FIRST_IMAGE = """
 import json, os, sys, time
 import torch
@@ -329,19 +329,17 @@ def cold_start(arguments: Sequence[str]) -> None:
     """How long the first image takes in a new process with one thread and an empty kernel cache.
 
     Imports and the creation of the model are excluded; folding is included. `wheel` takes --python
-    of an environment that has only the wheel, and `before` --tree of an older checkout.
+    of an environment that has only the wheel; the others import this checkout.
     """
     parser = Parser(prog="benchmark.py --op cold_start", description=cold_start.__doc__)
     add = parser.add_argument
     add("way", choices=list(WAYS), help="what to measure again")
     add("--models", nargs="+", default=("shvit_s4", "van_b0", "medvitv2_tiny"), metavar="NAME")
     add("--python", default=sys.executable, help="the interpreter to run")
-    text = "checkout to import; default: this one (none for wheel)"
-    add("--tree", type=nonempty_path, help=text)
     add("--rounds", type=whole(1), default=1, help="processes to take the median over")
     args = parsed(parser, arguments, REPORTS / "cold_start.json")
     report = load_report(args.output, {**machine(torch.device("cpu")), "threads": 1})
-    tree = args.tree or (None if args.way == "wheel" else ROOT)
+    tree = None if args.way == "wheel" else ROOT
     rows = measure_start(args.way, args.models, args.python, tree, args.rounds)
     put_rows(report, rows, ("way", "model"))
     write_report(args.output, report)

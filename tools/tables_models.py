@@ -471,20 +471,6 @@ def trained_with(report: Report) -> str:
     return f"with {report['machine']}{''.join(others)}."
 
 
-def robustness(report: Report) -> str:
-    """Top-1 on clean and noisy digits: mean and range over the seeds."""
-    columns = list(next(iter(next(iter(report["results"].values())).values())))
-    rows = []
-    for kind, seeds in report["results"].items():
-        cells = []
-        for column in columns:
-            values = [seed[column] for seed in seeds.values()]
-            low, high = min(values), max(values)
-            cells.append(f"{statistics.fmean(values):.1f} ({low:.1f}–{high:.1f})")
-        rows.append([kind, *cells])
-    return table(["", *(column.replace("_", " ") for column in columns)], rows)
-
-
 TABLES: dict[str, Callable[..., str]] = {
     "machine": machine,
     "torch": torch_version,
@@ -494,7 +480,7 @@ TABLES: dict[str, Callable[..., str]] = {
         for function in (
             *(aims, training_steps, growth, shares, natten, releases, bounds, floors),
             *(int8_accuracy, int8_met, int8_errors, int8_restoration, int8_predictions),
-            *(int8_sizes, failures, learning, trained_with, robustness),
+            *(int8_sizes, failures, learning, trained_with),
         )
     },
 }

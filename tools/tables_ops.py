@@ -277,17 +277,6 @@ def embed_plan(report: Report) -> str:
     return table(head, rows, 2)
 
 
-def embed_index(report: Report) -> str:
-    """Exhaustive search and the graph among synthetic rows: CPU seconds, and what it finds."""
-    (row,) = _part(report, "index")
-    exact, graph = ([f"{seconds:.2f}" for seconds in row[key]] for key in ("exact", "hnsw"))
-    built = [f"{row['build']:.0f}", f"{row['bytes'] / 2**30:.2f}", f"{row['open']:.1f}"]
-    built.append(f"{row['graph_query_ms']:.2f}")
-    lines = [["`exact`", *exact, "1", *"––––"], ["`hnsw`", *graph, f"{row['recall']:.3f}", *built]]
-    head = [f"{row['rows']:,} rows of {row['dim']}", "one query", f"{row['queries']} queries"]
-    return table([*head, "recall@10", "to build", "GiB", "to open", "a query then, ms"], lines)
-
-
 def embed_memory(report: Report) -> str:
     """Resident memory over many rows, in a sentence."""
     (row,) = _part(report, "memory")
@@ -329,7 +318,6 @@ WAYS = {
     "wheel": "a wheel",
     "source": "source",
     "no-compiler": "source, no compiler",
-    "before": "source, compiling one kernel after the other (before)",
 }
 
 
@@ -349,6 +337,6 @@ TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         *(neighborhood_aims, neighborhood, split, scans, scan_networks, selective, selective_rates),
-        *(embed, embed_task, embed_plan, embed_index, embed_memory, training, cold_start),
+        *(embed, embed_task, embed_plan, embed_memory, training, cold_start),
     )
 }

@@ -211,31 +211,6 @@ def test_results_of_another_recipe_do_not_stay(tool, tmp_path, monkeypatch):
     assert "machine" in results["van_b0"] and "machine" not in results["shvit_s1"]
 
 
-def test_what_robustness_lacks_is_measured(tool, tmp_path, monkeypatch):
-    commands: list[list[str]] = []
-
-    def run_script(command: list[Any]) -> None:
-        words = [str(word) for word in command]
-        commands.append(words)
-        if "validate" in words:
-            table = Path(words[words.index("--output") + 1])
-            table.write_text("model,top1\nfavit_b0,90.0\n")
-            rows = [f"{noise},{60 + severity}" for noise in tool.NOISES for severity in (1, 3, 5)]
-            lines = "\n".join(["corruption,top1", *rows])
-            table.with_suffix(".corruptions.csv").write_text(lines)
-
-    monkeypatch.setattr(tool, "run_script", run_script)
-    path = tmp_path / "robustness.json"
-    kept = {"clean": 1.0}
-    path.write_text(json.dumps({"results": {"as published": {"0": kept}}}))
-    tool.robustness(["--output", str(path)])
-    results = json.loads(path.read_text())["results"]
-    assert results["as published"]["0"] == kept
-    assert results["with both"]["2"]["all noise"] == 63.0
-    assert [words[0] for words in commands] == ["train_cls.py", "-m"] * 5
-
-
-@pytest.mark.slow
 def test_a_training(tool):
     result = tool.train_variant("shvit_s1")
     assert result["family"] == "shvit" and len(result["history"]) == 4

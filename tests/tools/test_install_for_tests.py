@@ -1,4 +1,4 @@
-"""tools/install_for_tests.sh installs where it need not ask, and never fails."""
+""".ci/install_for_tests installs where it need not ask, and never fails."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_what_is_installed(programs, asked, tmp_path):
         if text is not None:
             (tmp_path / name).write_text(f"#!/bin/sh\n{text.replace('{log}', str(log))}\n")
             (tmp_path / name).chmod(0o755)
-    words = [ROOT / "tools" / "install_for_tests.sh", "browser"]
+    words = [ROOT / ".ci" / "install_for_tests", "browser"]
     subprocess.run(words, env={"PATH": str(tmp_path)}, check=True, timeout=60)
     lines = [line.split() for line in log.read_text().splitlines()]
     lines = [line for line in lines if "-y" in line or "install" not in line]
