@@ -87,8 +87,7 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
     if (permuted is None) == isinstance(made.function, FastLinear):
         return False  # its channels are another axis
     graph.change(made, _folded(made.function, *affine_of(operator.function)))
-    graph.substitute(operator.result, x)
-    graph.remove(operator)
+    graph.bypass(operator, x)
     return True
 
 
@@ -130,8 +129,7 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
             graph.change(made, _folded(layer, vector))
         else:
             graph.change(made, _folded(layer, torch.ones_like(vector), vector))
-        graph.substitute(operator.result, value)
-        graph.remove(operator)
+        graph.bypass(operator, value)
         return True
     return False
 
@@ -174,8 +172,7 @@ def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
     else:
         return False
     graph.change(made)
-    graph.substitute(operator.result, operator.args[0])
-    graph.remove(operator)
+    graph.bypass(operator, operator.args[0])
     return True
 
 
@@ -193,8 +190,7 @@ def square_relu(graph: OperatorGraph, operator: Operator) -> bool:
         return False
     layer.activation = "squared_relu"
     graph.change(made)
-    graph.substitute(operator.result, operator.args[0])
-    graph.remove(operator)
+    graph.bypass(operator, operator.args[0])
     return True
 
 

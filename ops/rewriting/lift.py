@@ -178,8 +178,7 @@ def _neutral(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) ->
     other = given["other"]
     if isinstance(other, Value) or other != neutral or operator.result.shape != given["self"].shape:
         return False
-    graph.substitute(operator.result, given["self"])
-    graph.remove(operator)
+    graph.bypass(operator, given["self"])
     return True
 
 
@@ -187,8 +186,7 @@ def _pad(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> boo
     """Padding by nothing."""
     if any(given["pad"]):
         return False
-    graph.substitute(operator.result, operator.args[0])
-    graph.remove(operator)
+    graph.bypass(operator, operator.args[0])
     return True
 
 
@@ -199,8 +197,7 @@ def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> boo
     if len(parts) == len(given["tensors"]) or not parts or not same:
         return False
     if len(parts) == 1 and parts[0].shape == operator.result.shape:
-        graph.substitute(operator.result, parts[0])
-        graph.remove(operator)
+        graph.bypass(operator, parts[0])
         return True
     graph.replace(operator, operator.function, parts, given["dim"])
     return True

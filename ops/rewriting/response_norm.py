@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
+from ops.cpu.norm.response_scales import response_scales
 from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
 from ops.inference.packed_linear import Quantization, multiplied_weight
 from ops.inference.pooling import FastGlobalAvgPool2d
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
 from ops.rewriting.layers import linear
 
-__all__ = ["ResponseFeedForward", "join_response_norm", "join_squeeze"]
+__all__ = ["ResponseFeedForward", "join_response_norm", "join_response_scales", "join_squeeze"]
 
 _aten = torch.ops.aten
 
@@ -143,22 +144,63 @@ def _norm(graph: OperatorGraph, value: Value) -> _Norm | None:
         weight, share, users = _constant(product.args[0]), product.args[1], 2
     else:
         return None
-    ratio = graph.made_by(share, _aten.div.Tensor)
-    lowered = None if ratio is None else graph.made_by(ratio.args[1], _aten.add.Tensor)
-    mean = None if lowered is None else graph.made_by(lowered.args[0], _aten.mean.dim)
-    if ratio is None or lowered is None or mean is None or weight is None:
+    found = _share(graph, share)
+    if found is None or weight is None or found.x is not x:
         return None
-    norm, eps = ratio.args[0], lowered.args[1]
-    energy = graph.made_by(norm, _aten.linalg_vector_norm.default)
-    if energy is None or mean.args[0] is not norm or energy.args[0] is not x:
+    if len(x.users) != users or len(found.norm.users) != 2:
         return None
-    if len(x.shape) != 4 or len(x.users) != users or len(norm.users) != 2:
+    return _Norm(x, weight, bias, found.eps, found.channels)
+
+
+class _Share(NamedTuple):
+    """``n / (mean(n) + eps)``, where ``n`` are the norms of the channels of a map ``x``."""
+
+    x: Value
+    norm: Value
+    eps: float
+    channels: int  # their axis
+
+
+def _share(graph: OperatorGraph, value: Value) -> _Share | None:
+    ratio = graph.made_by(value, _aten.div.Tensor)
+    lowered = ratio and graph.made_by(ratio.args[1], _aten.add.Tensor)
+    mean = lowered and graph.made_by(lowered.args[0], _aten.mean.dim)
+    energy = ratio and graph.made_by(ratio.args[0], _aten.linalg_vector_norm.default)
+    if not ratio or not lowered or not mean or not energy or mean.args[0] is not ratio.args[0]:
         return None
-    (channels,) = (axis % 4 for axis in mean.args[1]) if len(mean.args[1]) == 1 else (0,)
-    axes = sorted(axis % 4 for axis in energy.args[2])
-    if axes != [axis for axis in (1, 2, 3) if axis != channels] or isinstance(eps, Value):
+    x, order, axes, *kept = energy.args
+    eps = lowered.args[1]
+    if order != 2 or [*kept, *mean.args[2:]] != [True, True] or mean.kwargs or energy.kwargs:
         return None
-    return _Norm(x, weight, bias, eps, channels)
+    if len(x.shape) != 4 or len(mean.args[1]) != 1 or isinstance(eps, Value):
+        return None
+    channels = mean.args[1][0] % 4
+    if sorted((channels, *(axis % 4 for axis in axes))) != [1, 2, 3]:
+        return None
+    return _Share(x, ratio.args[0], eps, channels)
+
+
+def join_response_scales(graph: OperatorGraph, operator: Operator) -> bool:
+    """``1 + weight * n / (mean(n) + eps)``, (B, C, 1, 1); ``n`` are the norms of an NCHW map.
+
+    :func:`ops.rewriting.epilogues.apply_gates` multiplies inputs of linear layers by them.
+    """
+    if operator.function is not _aten.add.Tensor or operator.kwargs or operator.args[1] != 1:
+        return False
+    product = graph.made_by(operator.args[0], _aten.mul.Tensor)
+    weight = product and _constant(product.args[0])
+    share = product and _share(graph, product.args[1])
+    if weight is None or share is None or share.channels != 1:
+        return False
+    x, result = share.x, operator.result
+    if weight.numel() != x.shape[1] or not is_available(response_scales, x.dtype):
+        return False
+    pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
+    given = pixels, Value.of_constant(weight.flatten().float()), share.eps
+    scales = graph.insert_before(operator, response_scales, *given, shape=x.shape[:2])
+    graph.replace(operator, _aten.reshape.default, scales, list(result.shape))
+    graph.remove_unused()
+    return True
 
 
 def _constant(value: Any) -> Tensor | None:
@@ -173,11 +215,11 @@ def join_squeeze(graph: OperatorGraph, operator: Operator) -> bool:
     if operator.kwargs.keys() != {"scale", "residual"}:
         return False
     flat = graph.made_by(operator.kwargs["scale"], _aten.flatten.using_ints)
-    gates = None if flat is None else graph.permuted(flat.args[0], NCHW)
-    excite = None if gates is None else graph.made_by(gates.args[0], FastLinear)
-    squeeze = None if excite is None else graph.made_by(excite.args[0], FastLinear)
-    pixels = None if squeeze is None else graph.permuted(squeeze.args[0], NHWC)
-    means = None if pixels is None else graph.made_by(pixels.args[0], FastGlobalAvgPool2d)
+    gates = flat and graph.permuted(flat.args[0], NCHW)
+    excite = gates and graph.made_by(gates.args[0], FastLinear)
+    squeeze = excite and graph.made_by(excite.args[0], FastLinear)
+    pixels = squeeze and graph.permuted(squeeze.args[0], NHWC)
+    means = pixels and graph.made_by(pixels.args[0], FastGlobalAvgPool2d)
     x = graph.permuted(operator.args[0], NHWC)
     if excite is None or squeeze is None or means is None or x is None:
         return False

@@ -24,9 +24,12 @@ from ops.rewriting.gates import (
 )
 from ops.rewriting.graph import Operator, OperatorGraph
 from ops.rewriting.lift import lift
-from ops.rewriting.response_norm import join_response_norm, join_squeeze
-from ops.rewriting.scales import join_response_scales, scale_shortcut
-from ops.rewriting.shortcuts import add_shortcut
+from ops.rewriting.response_norm import (
+    join_response_norm,
+    join_response_scales,
+    join_squeeze,
+)
+from ops.rewriting.shortcuts import add_shortcut, scale_shortcut
 from ops.rewriting.softmax import join_products, join_softmax
 from ops.rewriting.stem import join_stem
 from ops.rewriting.views import join_permutations, sink_permutation
