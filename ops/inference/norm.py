@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from timm.layers import RmsNorm2d
 from torch import Tensor, nn
@@ -11,9 +11,8 @@ from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.rms_norm import rms_norm
 from ops.inference.forms import stands_for
 from ops.inference.layers import ActivatedLayer, FastLayer
-from ops.norm import RMSNorm
 
-__all__ = ["FastLayerNorm", "FastRMSNorm", "FastRmsNorm2d"]
+__all__ = ["FastLayerNorm", "FastRmsNorm2d"]
 
 
 class _PackedNorm:
@@ -42,31 +41,11 @@ class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
         return _PackedNorm(self)
 
 
-class _RMSNorm(FastLayer):
-    kernels: ClassVar = (rms_norm,)
-    weight: Any
-    eps: Any
-
-    def sources(self) -> list[Tensor]:
-        return [] if self.weight is None else [self.weight]
-
-    def derive(self, x: Tensor) -> tuple[Tensor, float] | None:
-        if self.weight is None:
-            return None
-        return self.weight.detach().float(), self.eps
-
-
-class FastRMSNorm(_RMSNorm, RMSNorm):
-    """(..., dim) → (..., dim)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.derived(x)
-        return RMSNorm.forward(self, x) if packed is None else rms_norm(x, *packed)
-
-
 @stands_for(RmsNorm2d)
-class FastRmsNorm2d(_RMSNorm, RmsNorm2d):
+class FastRmsNorm2d(FastLayer, RmsNorm2d):
     """(B, C, H, W) → (B, C, H, W)."""
+
+    kernels: ClassVar = (rms_norm,)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)
@@ -74,3 +53,9 @@ class FastRmsNorm2d(_RMSNorm, RmsNorm2d):
             return RmsNorm2d.forward(self, x)
         out: Tensor = rms_norm(x.permute(0, 2, 3, 1), *packed)
         return out.permute(0, 3, 1, 2)
+
+    def sources(self) -> list[Tensor]:
+        return [self.weight]
+
+    def derive(self, x: Tensor) -> tuple[Tensor, float]:
+        return self.weight.detach().float(), self.eps

@@ -18,8 +18,8 @@ from ops.cpu.feed_forward.depthwise_mlp import (
 )
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
-from ops.inference.pooling import FastGlobalAvgPool2d
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.layers import FastGlobalAvgPool2d
 
 __all__ = ["Expansion", "join_expansion"]
 

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.gemm.linear import packed_linear
 from ops.inference.layers import FastLinear
-from ops.inference.pooling import FastGlobalAvgPool2d
 from ops.rewriting.epilogues import activation_kind
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
-from ops.rewriting.layers import linear
+from ops.rewriting.layers import FastGlobalAvgPool2d, linear
 from ops.rewriting.views import order_of
 
 __all__ = ["add_gated", "add_gated_linear", "join_channel_gates", "split_gated_linear"]

@@ -10,19 +10,22 @@ from torch import Tensor, nn
 from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
+from ops.cpu.pooling.window_means import window_means
 from ops.inference.conv import FastDepthwiseConv2d, FastMultipliedConv2d
 from ops.inference.layers import FastConv2d, FastLinear
-from ops.inference.norm import FastLayerNorm, FastRMSNorm
+from ops.inference.norm import FastLayerNorm
 from ops.inference.packed_linear import Quantization
 from ops.reparam import norm_affine
+from ops.rewriting.graph import NCHW, NHWC
 
 __all__ = [
     "Attention",
+    "FastAdaptiveAvgPool2d",
+    "FastGlobalAvgPool2d",
     "affine_of",
     "convolution",
     "layer_norm",
     "linear",
-    "rms_norm",
 ]
 
 
@@ -72,11 +75,6 @@ def _with(
     return layer.eval()
 
 
-def rms_norm(weight: Tensor, eps: float | None) -> Any:
-    """A root mean square norm over the last axis, in its inference form."""
-    return _with(FastRMSNorm(len(weight), eps, device="meta"), weight, None)
-
-
 def affine_of(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) of a batch norm, in float32 or wider."""
     wide = copy.deepcopy(norm)
@@ -101,3 +99,20 @@ class Attention(nn.Module):
         out = query.new_empty(*query.shape[:3], value.shape[3])
         attend(query, key, value, out, self.scale)
         return out.transpose(1, 2)
+
+
+class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """Means of windows of one size, (B, C, H, W) → (B, C, *output_size)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size: Any = self.output_size
+        window = [n // windows for n, windows in zip(x.shape[2:], size, strict=True)]
+        out: Tensor = window_means(x.permute(NHWC), window)
+        return out.permute(NCHW)
+
+
+class FastGlobalAvgPool2d(FastAdaptiveAvgPool2d):
+    """Means of all pixels, (B, C, H, W) → (B, C, 1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1))

@@ -11,10 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ops.cpu.norm.rms_norm import rms_norm
+from ops.cpu.pooling.window_means import window_means
 from ops.inference.packed_linear import Quantization
-from ops.inference.pooling import FastAdaptiveAvgPool2d, FastGlobalAvgPool2d
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import Attention, convolution, layer_norm, linear, rms_norm
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
+from ops.rewriting.layers import (
+    Attention,
+    FastAdaptiveAvgPool2d,
+    FastGlobalAvgPool2d,
+    convolution,
+    layer_norm,
+    linear,
+)
 
 __all__ = ["lift", "put_convolution"]
 
@@ -104,10 +112,12 @@ def _layer_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
 
 
 def _rms_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    weight = _constant(given["weight"])
-    if weight is None or weight.ndim != 1 or given["eps"] is None:
+    x, weight, eps = given["input"], _constant(given["weight"]), given["eps"]
+    if weight is None or weight.ndim != 1 or eps is None or weight.dtype != x.dtype:
         return False
-    graph.replace(operator, rms_norm(weight, given["eps"]), given["input"])
+    if not is_available(rms_norm, x.dtype):
+        return False
+    graph.replace(operator, rms_norm, x, Value.of_constant(weight.detach().float()), eps)
     return True
 
 
@@ -129,6 +139,8 @@ def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
 
 
 def _pool(graph: OperatorGraph, operator: Operator, x: Value, keepdim: bool) -> bool:
+    if not x.shape.numel() or not is_available(window_means, x.dtype):
+        return False
     layer = FastGlobalAvgPool2d()
     if keepdim:
         graph.replace(operator, layer, x)
@@ -144,6 +156,8 @@ def _adaptive_pool(graph: OperatorGraph, operator: Operator, given: dict[str, An
         return False
     if list(size) == [1, 1]:
         return _pool(graph, operator, x, True)
+    if not is_available(window_means, x.dtype):
+        return False
     graph.replace(operator, FastAdaptiveAvgPool2d(tuple(size)), x)
     return True
 

@@ -16,9 +16,8 @@ from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.cpu.norm.response_scales import response_scales
 from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
 from ops.inference.packed_linear import Quantization, multiplied_weight
-from ops.inference.pooling import FastGlobalAvgPool2d
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
-from ops.rewriting.layers import linear
+from ops.rewriting.layers import FastGlobalAvgPool2d, linear
 
 __all__ = ["ResponseFeedForward", "join_response_norm", "join_response_scales", "join_squeeze"]
 
