@@ -31,7 +31,6 @@ from ops.cpu.gemm.int8 import (
     quantize_rows,
     quantize_weight,
 )
-from ops.inference.layers import conv_kind
 from ops.inference.packed_linear import Quantization, quantization_of
 
 __all__ = [
@@ -180,13 +179,16 @@ def _layers(model: nn.Module, with_windows: bool) -> list[tuple[str, Any]]:
 
 def _is_product(conv: nn.Conv2d, with_windows: bool) -> bool:
     """Whether it is a linear layer of pixels or, if so wanted, of windows."""
-    kind = conv_kind(conv)
-    is_dense = kind == "other" and conv.groups == 1 and conv.dilation == (1, 1)
-    return kind == "pointwise" or (with_windows and is_dense)
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if not plain or conv.groups != 1 or conv.in_channels == conv.out_channels == 1:
+        return False
+    return not _has_windows(conv) or (with_windows and conv.dilation == (1, 1))
 
 
 def _has_windows(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and conv_kind(layer) == "other"
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    return (layer.kernel_size, layer.stride, layer.padding) != ((1, 1), (1, 1), (0, 0))
 
 
 def _classifiers(model: Any, layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:

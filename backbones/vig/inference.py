@@ -31,9 +31,6 @@ class ViGAttention(FastLayer, blocks.JoinedAttention):
         mixed = mixed_scan(joined, decay, x, *norms)
         return self.proj(mixed.view(shape))
 
-    def sources(self) -> list[Tensor]:
-        return [self.norm.weight, self.local_norm.weight]
-
     def derive(self, x: Tensor) -> tuple[Any, ...] | None:
         weights = (norm.weight.detach().float() for norm in (self.norm, self.local_norm))
         act = "silu" if isinstance(self.out_act, nn.SiLU) else "none"

@@ -51,9 +51,6 @@ class VRWKVAttention(FastLayer, blocks.WKVAttention):
             out = torch.sigmoid(self.receptance(for_gate)) * out
         return self.proj(out)
 
-    def sources(self) -> list[Tensor]:
-        return [self.mix_k, self.mix_v, self.mix_r, self.decay, self.first]
-
     def derive(self, x: Tensor) -> _Scan | None:
         mixes = (self.mix_k, self.mix_v, self.mix_r)
         return _Scan(torch.cat([mix.detach().float().flatten(1) for mix in mixes]), {})
@@ -87,7 +84,7 @@ class VRWKVGatedScan(FastLayer, blocks.GatedScan):
         change = shifted.view(x.shape).sub(x)
         low = derived.mix_down(for_low.view(x.shape), "tanh").chunk(5, dim=-1)
         of_decay, of_key, of_value, of_receptance, of_gate = (
-            (x + layer.times(part, "none", change)).view(shape[0], -1, shape[-1])
+            (x + layer(part, factor=change)).view(shape[0], -1, shape[-1])
             for layer, part in zip(derived.mix_up, low, strict=True)
         )
         query, key, value = (
@@ -101,13 +98,7 @@ class VRWKVGatedScan(FastLayer, blocks.GatedScan):
         decay = derived.decay_down(of_decay, "tanh")
         decay = self._heads(derived.decay_up(decay))
         out = normed_scan(query, key, value, decay, *derived.of_heads, self.norm.eps).flatten(2)
-        return self.proj(derived.gate.times(of_gate, "silu", out).view(shape))
-
-    def sources(self) -> list[Tensor]:
-        mixes = [self.mix_x, self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g]
-        low = [self.mix_down, self.mix_up, self.decay_down, self.decay_up]
-        vectors = [self.decay, self.first, self.norm.weight, self.norm.bias]
-        return [*mixes, *low, *vectors, self.gate.weight]
+        return self.proj(derived.gate(of_gate, "silu", factor=out).view(shape))
 
     def derive(self, x: Tensor) -> _GatedScan | None:
         mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
@@ -140,9 +131,6 @@ class VRWKVMlp(FastLayer, blocks.GatedSquaredMlp):
         for_key, for_gate = shifted_mixtures(x, derived, self.groups).unbind()
         out = self.value(self.norm(torch.relu(self.key(for_key)).square()))
         return torch.sigmoid(self.receptance(for_gate)) * out
-
-    def sources(self) -> list[Tensor]:
-        return [self.mix_k, self.mix_r]
 
     def derive(self, x: Tensor) -> Tensor:
         """Shares of the mixtures."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +23,7 @@ from ops.cpu.attention import linear as linear_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, fast_path_applies, tensors_of
+from ops.inference.layers import FastLayer, fast_path_applies
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
@@ -134,12 +133,6 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
                 key, value = split_heads(low.kv(coarse), 2, low.num_heads)
             grouped_attention.attend(query, key, value, out)
 
-    def sources(self) -> list[Tensor]:
-        layers: list[Any] = [] if self.high is None else [self.high.qkv, self.high.proj]
-        if self.low is not None:
-            layers += [self.low.q, self.low.kv, self.low.proj]
-        return tensors_of(*layers)
-
     def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
         if _unsupported(x) is not None:
             return None
@@ -176,7 +169,7 @@ def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
 
 @stands_for(RankAugmentedAttention)
 class FastRankAugmentedAttention(RankAugmentedAttention):
-    """Uses our kernels if available; otherwise rotates by complex products."""
+    """Uses our kernels where they pay off; otherwise, softmax attention of complex products."""
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         if not fast_path_applies(x, self.qkvo.weight) or x.dtype == torch.float64:
@@ -184,21 +177,19 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         height, width, dim = x.shape[1:]
         head_dim = dim // self.num_heads
         kernel = linear_attention if self.linear else gated_attention
+        has_kernel = kernel.unavailable(x.device, x.dtype, head_dim) is None
+        if self.linear and not has_kernel:
+            return super().forward(x, rotary)
         fast = self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
-        if fast and kernel.unavailable(x.device, x.dtype, head_dim) is None:
+        if fast and has_kernel:
             return self._attend_in_chunks(x)
         *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
         rotations = _rotations(height, width, head_dim)
         query, key, value = (
             t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv
         )  # (B, heads, HW, head_dim)
-        if self.linear:
-            out = _linear_attention(query.float(), key.float(), value.float(), rotations).to(
-                x.dtype
-            )
-        else:
-            query, key = (_rotate(t.float(), rotations).to(x.dtype) for t in (query, key))
-            out = softmax_attention(query, key, value)
+        query, key = (_rotate(t.float(), rotations).to(x.dtype) for t in (query, key))
+        out = softmax_attention(query, key, value)
         out = out.transpose(1, 2).reshape(x.shape)
         out = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).add_(out).mul_(gate)
         return self.proj(out)
@@ -227,13 +218,3 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
 def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotations).flatten(-2)
-
-
-def _linear_attention(query: Tensor, key: Tensor, value: Tensor, rotations: Tensor) -> Tensor:
-    """Like :func:`ops.attention.rank_augmented.rank_augmented_linear_attention`, in float32."""
-    q, k = (F.elu(t).add_(1) for t in (query, key))
-    logits = (q.shape[-1] ** -0.5 * q.mean(dim=2, keepdim=True)) @ k.transpose(2, 3)
-    k.mul_(logits.softmax(dim=-1).transpose(2, 3))
-    total = (q @ k.sum(dim=2).unsqueeze(-1)).add_(1e-6)  # (B, heads, N, 1)
-    state = _rotate(k, rotations).transpose(2, 3) @ value  # (B, heads, head_dim, head_dim)
-    return (_rotate(q, rotations) @ state).div_(total)

@@ -21,7 +21,6 @@ from ops.inference.forms import stands_for
 from ops.inference.layers import (
     FastConv2d,
     FastLayer,
-    tensors_of,
 )
 
 __all__ = [
@@ -96,11 +95,8 @@ class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
         derived = self.derived(x)
         return super().forward(x) if derived is None else depthwise_branches(x, *derived)
 
-    def sources(self) -> list[Tensor]:
-        return tensors_of(self.dwconv_hw, self.dwconv_w, self.dwconv_h)
-
     def derive(self, x: Tensor) -> Any:
         if unavailable((1, 1), x.device, x.dtype) is not None:
             return None
-        weights, biases = self.sources()[::2], self.sources()[1::2]
-        return [taps_first(w) for w in weights], [b.detach().float() for b in biases]
+        layers: Any = self.dwconv_hw, self.dwconv_w, self.dwconv_h
+        return [taps_first(c.weight) for c in layers], [c.bias.detach().float() for c in layers]

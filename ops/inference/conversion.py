@@ -22,7 +22,6 @@ from ops.inference import (  # noqa: F401  (they register their forms)
     kan,
     layers,
     mobile,
-    neighborhood,
     norm,
     window,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -11,18 +11,14 @@ __all__ = ["fast_form", "plain_form", "stands_for"]
 
 Form = TypeVar("Form", bound=type[nn.Module])
 
-_forms: dict[type[nn.Module], list[tuple[Callable[[Any], bool] | None, type[nn.Module]]]] = {}
+_forms: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def stands_for(
-    plain: type[nn.Module], *, where: Callable[[Any], bool] | None = None
-) -> Callable[[Form], Form]:
+def stands_for(plain: type[nn.Module]) -> Callable[[Form], Form]:
     """Register the decorated class, a subclass of ``plain``, as the inference form of ``plain``.
 
     Args:
         plain: exact class of the layers to replace; its subclasses are other layers.
-        where: predicate that selects layers; default: all. Several forms of one class must not
-            apply to the same layer.
 
     Raises:
         TypeError: the form is not a subclass of ``plain``.
@@ -32,7 +28,7 @@ def stands_for(
         if not issubclass(form, plain):
             raise TypeError(f"{form.__name__} does not stand for a {plain.__name__}")
         form.stands_for = plain  # type: ignore[attr-defined]
-        _forms.setdefault(plain, []).append((where, form))
+        _forms[plain] = form
         return form
 
     return register
@@ -40,10 +36,7 @@ def stands_for(
 
 def fast_form(module: nn.Module) -> type[nn.Module] | None:
     """The inference form of a layer, if there is one."""
-    for where, form in _forms.get(type(module), ()):
-        if where is None or where(module):
-            return form
-    return None
+    return _forms.get(type(module))
 
 
 def plain_form(module: nn.Module) -> type[nn.Module] | None:

@@ -24,7 +24,7 @@ from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.int8 import int8_unavailable
-from ops.cpu.gemm.linear import unavailable
+from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
 from ops.inference.packed_linear import (
@@ -42,16 +42,12 @@ __all__ = [
     "FastConv2d",
     "FastLayer",
     "FastLinear",
-    "activate",
-    "can_activate",
-    "conv_kind",
     "convert",
     "fast_path_applies",
     "has_onednn",
     "is_quantized",
     "plain_forms",
     "revert",
-    "tensors_of",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -130,12 +126,6 @@ def fast_path_applies(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def tensors_of(*layers: Any) -> list[Tensor]:
-    """The weights and biases of layers, whether or not they are parameters."""
-    both = (t for layer in layers for t in (layer.weight, layer.bias))
-    return [t for t in both if t is not None]
-
-
 class FastLayer(nn.Module):
     """Base class of inference layers: data derived from tensors, created on demand.
 
@@ -179,8 +169,8 @@ class FastLayer(nn.Module):
         self._made_from = None
 
     def sources(self) -> list[Tensor]:
-        """The tensors that data are derived from, of the same dtype and device."""
-        return tensors_of(self)
+        """The tensors that data may be derived from; the first in the dtype of inputs."""
+        return [*self.parameters(), *self.buffers()]
 
     def derive(self, x: Tensor) -> Any:
         """Derive data from the parameters, with ``x`` as an example input."""
@@ -219,27 +209,6 @@ class ActivatedLayer(FastLayer):
         return shown if self.quantization is None else f"{shown}, int8={self.quantization.in_range}"
 
 
-def can_activate(layer: nn.Module) -> bool:
-    """Whether a layer can apply an activation and does not have one yet."""
-    return isinstance(layer, ActivatedLayer) and layer.activation == "none"
-
-
-def activate(layer: nn.Module, kind: str) -> None:
-    """Let a layer that :func:`can_activate` apply an activation to its output."""
-    assert isinstance(layer, ActivatedLayer)
-    layer.activation = kind
-
-
-def conv_kind(conv: nn.Conv2d) -> str | None:
-    """``"depthwise"``, ``"pointwise"`` or ``"other"``; None if no form supports the padding."""
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return None
-    if conv.groups == conv.in_channels == conv.out_channels:
-        return "depthwise"
-    simple = conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    return "pointwise" if simple and conv.kernel_size == (1, 1) else "other"
-
-
 def is_quantized(*layers: Any) -> bool:
     """Whether any of the layers computes in int8."""
     return any(getattr(layer, "quantization", None) is not None for layer in layers)
@@ -263,10 +232,10 @@ class FastLinear(ActivatedLayer, nn.Linear):
         factor: Tensor | None = None,
     ) -> Tensor:
         packed = self.derived(x)
-        if packed is not None and factor is not None:
-            return packed.times(x, self.activation, factor)
         if packed is not None:
-            return packed(x, self.activation, residual, scale, residual_scale, self.clips_sum)
+            others = residual, scale, residual_scale, factor
+            out: Tensor = packed(x, self.activation, *others, self.clips_sum)
+            return out
         residual = scaled_residual(residual, residual_scale)
         out = super().forward(scaled(x, scale))
         if factor is not None:
@@ -294,7 +263,7 @@ class FastLinear(ActivatedLayer, nn.Linear):
         return packed.packed() if packed is not None and packed.is_int8 else None
 
     def derive(self, x: Tensor) -> PackedLinear | None:
-        has_kernel = unavailable(x.device, x.dtype, with_bfloat16=True) is None
+        has_kernel = packed_linear.unavailable(x.device, x.dtype) is None
         shape = self.in_features, self.out_features, self.bias is not None
         if (
             has_kernel
@@ -397,7 +366,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
         if policy.copies_windows(self.in_channels, stride, x.dtype):
-            reason = unavailable(x.device, x.dtype, with_bfloat16=True)
+            reason = packed_linear.unavailable(x.device, x.dtype)
             return PackedConv2d(self) if reason is None else None
         own = NCHWConv2d.applies(self) and packed_stem.unavailable(x.device, x.dtype) is None
         return NCHWConv2d(self) if own else None

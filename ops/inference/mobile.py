@@ -13,7 +13,7 @@ from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, fast_path_applies, tensors_of
+from ops.inference.layers import FastLayer, fast_path_applies
 
 __all__ = [
     "FastCascadedGroupAttention",
@@ -33,11 +33,6 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
     """All heads in one pass over NHWC, with bias tables cached by map size."""
 
     kernels: ClassVar = (cascaded_attention,)
-
-    def sources(self) -> list[Tensor]:
-        heads: Any = self.heads
-        layers = (layer for head in heads for layer in (head.qkv, head.dwconv))
-        return [*tensors_of(*layers), self.attention_biases]
 
     def derive(self, x: Tensor) -> _Cascade:
         heads: Any = self.heads
@@ -77,9 +72,6 @@ class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
     """Uses NHWC; small maps in one pass."""
 
     kernels: ClassVar = (cascaded_attention,)
-
-    def sources(self) -> list[Tensor]:
-        return tensors_of(self.qkv, self.norm)
 
     def derive(self, x: Tensor) -> PackedCascadedAttention | None:
         qkv: Any = self.qkv

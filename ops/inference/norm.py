@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from timm.layers import RmsNorm2d
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class FastRmsNorm2d(FastLayer, RmsNorm2d):
     """(B, C, H, W) → (B, C, H, W)."""
 
     kernels: ClassVar = (rms_norm,)
+    weight: Any
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)
@@ -53,9 +54,6 @@ class FastRmsNorm2d(FastLayer, RmsNorm2d):
             return RmsNorm2d.forward(self, x)
         out: Tensor = rms_norm(x.permute(0, 2, 3, 1), *packed)
         return out.permute(0, 3, 1, 2)
-
-    def sources(self) -> list[Tensor]:
-        return [self.weight]
 
     def derive(self, x: Tensor) -> tuple[Tensor, float]:
         return self.weight.detach().float(), self.eps

@@ -61,9 +61,6 @@ class _InPlaceAttention(FastLayer):
         """See :func:`_distinct_lines`."""
         raise NotImplementedError
 
-    def sources(self) -> list[Tensor]:
-        return [self.relative_position_bias_table]
-
     def derive(self, x: Tensor) -> Tensor | None:
         """(heads, lines, LINE): the terms added to the scores before scaling."""
         side = self._key_size()

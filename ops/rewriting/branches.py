@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ops.inference.layers import FastLinear
 from ops.inference.packed_linear import Quantization, multiplied_weight, quantization_of
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import affine_of
-from ops.rewriting.lift import put_convolution
+from ops.rewriting.lift import affine_of, put_convolution
 
 __all__ = ["merge_branches"]
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS, activation_of
 from ops.cpu.call.binding import Kernel
-from ops.inference.layers import ActivatedLayer, FastLinear, activate, can_activate
+from ops.inference.layers import ActivatedLayer, FastLinear
 from ops.inference.packed_linear import multiplied_weight
 from ops.reparam import fold_scale_after
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import affine_of, linear
+from ops.rewriting.lift import affine_of, linear
 
 __all__ = [
     "activation_kind",
@@ -28,6 +28,7 @@ __all__ = [
     "fold_norm_of_inputs",
     "fold_scale",
     "multiply_by_map",
+    "per_channel",
     "product_of",
     "square_relu",
 ]
@@ -35,6 +36,8 @@ __all__ = [
 _aten = torch.ops.aten
 _OPERATORS = {call: name for name in ACTIVATIONS for call in activation_of(name).operators}
 
+# What is applied to the sum of a linear layer and another map, and kinds of maps without it.
+_CLIPS, _UNCLIPPED = ("relu", "relu6"), {"factor", "residual_scale"}
 _FUNCTIONS = {function for function, *_ in _OPERATORS}
 
 
@@ -121,7 +124,7 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
         result = operator.result
         if made is None or result.shape != value.shape or result.dtype != value.dtype:
             continue
-        vector = _per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
+        vector = per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
         if vector is None:
             continue
         layer: Any = made.function
@@ -134,7 +137,7 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
     return False
 
 
-def _per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
+def per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
     """The numbers of the channels, if ``other`` is constant along all other axes."""
     channels = shape[axis]
     if isinstance(other, int | float):
@@ -156,19 +159,18 @@ def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
     made = operator.args[0].producer
     if made is None or graph.only_user(operator.args[0]) is not operator:
         return False
-    layer = made.function
+    layer: Any = made.function
     if isinstance(layer, Kernel):
         at = layer.activation_index
         if at is None or made.args[at:] != ["none"]:
             return False
         made.args[at] = kind
-    elif not isinstance(layer, nn.Module) or not can_activate(layer) or "factor" in made.kwargs:
+    elif not isinstance(layer, ActivatedLayer) or layer.activation != "none":
         return False
-    elif "residual" not in made.kwargs:
-        activate(layer, kind)
-    elif isinstance(layer, FastLinear) and kind in ("relu", "relu6"):
-        layer.clips_sum = True
-        activate(layer, kind)
+    elif "residual" not in made.kwargs and "factor" not in made.kwargs:
+        layer.activation = kind
+    elif isinstance(layer, FastLinear) and kind in _CLIPS and not made.kwargs.keys() & _UNCLIPPED:
+        layer.activation, layer.clips_sum = kind, True
     else:
         return False
     graph.change(made)

@@ -18,7 +18,7 @@ from ops.cpu.gemm.linear import packed_linear
 from ops.inference.layers import FastLinear
 from ops.rewriting.epilogues import activation_kind
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
-from ops.rewriting.layers import FastGlobalAvgPool2d, linear
+from ops.rewriting.lift import FastGlobalAvgPool2d, linear
 from ops.rewriting.views import order_of
 
 __all__ = ["add_gated", "add_gated_linear", "join_channel_gates", "split_gated_linear"]

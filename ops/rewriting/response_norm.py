@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.cpu.norm.response_scales import response_scales
-from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
+from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.packed_linear import Quantization, multiplied_weight
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
-from ops.rewriting.layers import FastGlobalAvgPool2d, linear
+from ops.rewriting.lift import FastGlobalAvgPool2d, linear
 
 __all__ = ["ResponseFeedForward", "join_response_norm", "join_response_scales", "join_squeeze"]
 
@@ -65,10 +65,6 @@ class SqueezedResponseFeedForward(FastLayer):
             return out
         means = x.flatten(1, 2).mean(1)
         return self.whole(x, residual, self.excite(self.squeeze(means)))
-
-    def sources(self) -> list[Tensor]:
-        layers = (self.whole.fc1, self.whole.fc2, self.squeeze, self.excite)
-        return [*tensors_of(*layers), self.whole.weight]
 
     def derive(self, x: Tensor) -> PackedResponseMlp:
         fc1, fc2 = self.whole.fc1, self.whole.fc2
@@ -187,8 +183,8 @@ def join_response_scales(graph: OperatorGraph, operator: Operator) -> bool:
     if operator.function is not _aten.add.Tensor or operator.kwargs or operator.args[1] != 1:
         return False
     product = graph.made_by(operator.args[0], _aten.mul.Tensor)
-    weight = product and _constant(product.args[0])
-    share = product and _share(graph, product.args[1])
+    weight = None if product is None else _constant(product.args[0])
+    share = None if product is None else _share(graph, product.args[1])
     if weight is None or share is None or share.channels != 1:
         return False
     x, result = share.x, operator.result

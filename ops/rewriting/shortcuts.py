@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ops.inference.layers import FastLinear
-from ops.rewriting.epilogues import product_of
+from ops.rewriting.epilogues import per_channel, product_of
 from ops.rewriting.graph import NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import linear
+from ops.rewriting.lift import linear
 from ops.rewriting.views import order_of
 
 __all__ = ["add_shortcut", "scale_shortcut"]
@@ -131,8 +131,10 @@ def scale_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
     if moved is not None and graph.only_user(affine.result) is not moved:
         return False
     axis = len(shortcut.shape) - 1 if moved is None else 1
-    vectors = [_vector(value, axis, shortcut) for value in (shift, scale)]
+    vectors = [per_channel(value, shortcut.shape, axis) for value in (shift, scale)]
     if vectors[0] is None or vectors[1] is None or shortcut.constant is not None:
+        return False
+    if not shift.dtype == scale.dtype == shortcut.dtype:
         return False
     bias = vectors[0] if layer.bias is None else layer.bias + vectors[0]
     if moved is not None:
@@ -143,12 +145,3 @@ def scale_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
     graph.replace(operator, made, *operator.args, **kwargs)
     graph.remove_unused()
     return True
-
-
-def _vector(value: Value, axis: int, beside: Value) -> Tensor | None:
-    """The numbers of the channels, if a constant has one for each of them."""
-    constant, channels = value.constant, beside.shape[axis]
-    if constant is None or constant.numel() != channels or value.dtype != beside.dtype:
-        return None
-    aligned = [1] * (len(beside.shape) - constant.ndim) + list(constant.shape)
-    return constant.flatten() if aligned[axis] == channels else None

@@ -103,6 +103,11 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         {"conv": nn.Conv2d(16, 24, 3, 2, 1, bias=False), **_norms(norm=24)},
         *(IMAGE, ["FastConv2d"]),
     ),
+    "an activation stays after a sum with a multiple of another map": (
+        lambda m, x: F.relu(m.fc(x) + 0.5 * x),
+        {**_convs(fc=SQUARE)},
+        *(IMAGE, ["FastLinear", "relu"]),
+    ),
     "a norm whose convolution is read elsewhere stays": (
         lambda m, x: m.norm(y := m.conv(x)) * y,
         {**_convs(3, conv=SQUARE), **_norms(norm=16)},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
 from ops.cpu.pooling.window_means import window_means
-from ops.rewriting.layers import FastAdaptiveAvgPool2d
+from ops.rewriting.lift import FastAdaptiveAvgPool2d
 
 OF_MAPS = {
     "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
