@@ -11,23 +11,20 @@ from torch import Tensor, nn
 from backbones.medvitv2 import blocks
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer
+from ops.inference.layers import FastForm
 from ops.reparam import norm_affine
 
 __all__ = ["MedViTV2GlobalBlock", "MedViTV2LocalBlock"]
 
 
 @stands_for(blocks.FoldedLocalBlock)
-class MedViTV2LocalBlock(FastLayer, blocks.FoldedLocalBlock):
+class MedViTV2LocalBlock(FastForm, blocks.FoldedLocalBlock):
     """The norm converts to NCHW."""
 
     kernels: ClassVar = (nchw_from_nhwc,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        affine = self.derived(x)
-        if affine is None:
-            return blocks.FoldedLocalBlock.forward(self, x)
-        x = _add_reinterpreted(self.attn, x, affine)
+    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
+        x = _add_reinterpreted(self.attn, x, derived)
         return x + self.scale.view(1, -1, 1, 1) * x + self.ffn(x)
 
     def derive(self, x: Tensor) -> Tensor | None:
@@ -35,16 +32,13 @@ class MedViTV2LocalBlock(FastLayer, blocks.FoldedLocalBlock):
 
 
 @stands_for(blocks.GlobalBlock)
-class MedViTV2GlobalBlock(FastLayer, blocks.GlobalBlock):
+class MedViTV2GlobalBlock(FastForm, blocks.GlobalBlock):
     """The second norm converts to NCHW."""
 
     kernels: ClassVar = (nchw_from_nhwc,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        affine = self.derived(x)
-        if affine is None:
-            return blocks.GlobalBlock.forward(self, x)
-        return _add_reinterpreted(self.kan, self.mix(x), affine)
+    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
+        return _add_reinterpreted(self.kan, self.mix(x), derived)
 
     def derive(self, x: Tensor) -> Tensor | None:
         return _affine(self.norm2)

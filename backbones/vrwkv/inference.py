@@ -12,7 +12,7 @@ from ops.cpu.scan.gated_scan import normed_scan
 from ops.cpu.wkv.bi_wkv import bi_wkv_forward
 from ops.cpu.wkv.shift import shifted_mixtures
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer
+from ops.inference.layers import FastForm
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = ["VRWKVAttention", "VRWKVGatedScan", "VRWKVMlp"]
@@ -26,15 +26,12 @@ class _Scan(NamedTuple):
 
 
 @stands_for(blocks.WKVAttention)
-class VRWKVAttention(FastLayer, blocks.WKVAttention):
+class VRWKVAttention(FastForm, blocks.WKVAttention):
     """One kernel for mixing, one for scan and gate."""
 
     kernels: ClassVar = (bi_wkv_forward,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            return blocks.WKVAttention.forward(self, x)
+    def fast(self, x: Tensor, derived: _Scan) -> Tensor:
         tokens = x.shape[1] * x.shape[2]
         if tokens not in derived.per_token:
             derived.per_token[tokens] = self.per_token(tokens)
@@ -69,15 +66,12 @@ class _GatedScan(NamedTuple):
 
 
 @stands_for(blocks.GatedScan)
-class VRWKVGatedScan(FastLayer, blocks.GatedScan):
+class VRWKVGatedScan(FastForm, blocks.GatedScan):
     """One kernel for scan and norm; layers apply activations, shares of mixtures, and the gate."""
 
     kernels: ClassVar = (normed_scan, shifted_mixtures)
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            return blocks.GatedScan.forward(self, x)
+    def fast(self, x: Tensor, derived: _GatedScan) -> Tensor:
         shape = x.shape
         for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
@@ -119,15 +113,12 @@ class VRWKVGatedScan(FastLayer, blocks.GatedScan):
 
 
 @stands_for(blocks.GatedSquaredMlp)
-class VRWKVMlp(FastLayer, blocks.GatedSquaredMlp):
+class VRWKVMlp(FastForm, blocks.GatedSquaredMlp):
     """One kernel for mixing."""
 
     kernels: ClassVar = (shifted_mixtures,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            return blocks.GatedSquaredMlp.forward(self, x)
+    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
         for_key, for_gate = shifted_mixtures(x, derived, self.groups).unbind()
         out = self.value(self.norm(torch.relu(self.key(for_key)).square()))
         return torch.sigmoid(self.receptance(for_gate)) * out

@@ -23,7 +23,7 @@ from ops.cpu.attention import linear as linear_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, fast_path_applies
+from ops.inference.layers import FastForm, fast_path_applies
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
@@ -94,13 +94,10 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
 
 
 @stands_for(HiLoAttention)
-class FastHiLoAttention(FastLayer, HiLoAttention):
+class FastHiLoAttention(FastForm, HiLoAttention):
     """One joint input projection, and one output projection for all heads with the shortcut."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            return HiLoAttention.forward(self, x)
+    def fast(self, x: Tensor, derived: tuple[PackedLinear, PackedLinear]) -> Tensor:
         enter, leave = derived
         height, width = x.shape[1:3]
         bottom, right = -height % self.window_size, -width % self.window_size

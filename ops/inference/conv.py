@@ -20,7 +20,7 @@ from ops.cpu.depthwise.conv import (
 from ops.inference.forms import stands_for
 from ops.inference.layers import (
     FastConv2d,
-    FastLayer,
+    FastForm,
 )
 
 __all__ = [
@@ -65,16 +65,14 @@ class FastDepthwiseConv2d(FastConv2d):
         )
 
 
-class FastMultipliedConv2d(FastConv2d):
+class FastMultipliedConv2d(FastDepthwiseConv2d):
     """A depthwise convolution with several outputs per channel, by our kernel if available.
 
     oneDNN's take up to ten times as long.
     """
 
-    def derive(self, x: Tensor) -> tuple[Any, Any]:
-        if unavailable(self.stride, x.device, x.dtype) is not None:
-            return None, self.for_onednn(x)
-        return PackedDepthwise(self), None
+    def _by_kernel(self, x: Tensor, values: int = 0) -> bool:
+        return True
 
 
 @stands_for(DilatedDepthwiseConv2d)
@@ -88,12 +86,11 @@ class FastDilatedDepthwiseConv2d(DilatedDepthwiseConv2d):
 
 
 @stands_for(InceptionDWConv2d)
-class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
+class FastInceptionDWConv2d(FastForm, InceptionDWConv2d):
     """All branches into one map, see :func:`ops.cpu.depthwise.conv.depthwise_branches`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        return super().forward(x) if derived is None else depthwise_branches(x, *derived)
+    def fast(self, x: Tensor, derived: Any) -> Tensor:
+        return depthwise_branches(x, *derived)
 
     def derive(self, x: Tensor) -> Any:
         if unavailable((1, 1), x.device, x.dtype) is not None:

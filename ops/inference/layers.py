@@ -23,7 +23,6 @@ from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.gemm.convolution import PackedConv2d
-from ops.cpu.gemm.int8 import int8_unavailable
 from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
@@ -40,6 +39,7 @@ from ops.replay.changes import TensorSnapshot
 __all__ = [
     "ActivatedLayer",
     "FastConv2d",
+    "FastForm",
     "FastLayer",
     "FastLinear",
     "convert",
@@ -191,6 +191,18 @@ class FastLayer(nn.Module):
         for name in ("_derived", "_made_from", "decisions"):
             state.pop(name, None)
         return state
+
+
+class FastForm(FastLayer):
+    """An inference form that computes with derived data, and otherwise as its plain class does."""
+
+    def forward(self, x: Tensor, *others: Any, **named: Any) -> Any:
+        derived = self.derived(x)
+        return super().forward(x, *others, **named) if derived is None else self.fast(x, derived)
+
+    def fast(self, x: Tensor, derived: Any) -> Any:
+        """The result of ``forward`` with the data of :meth:`derive`."""
+        raise NotImplementedError
 
 
 class ActivatedLayer(FastLayer):
@@ -350,10 +362,8 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         """The convolution by one of our kernels, if one is ever faster."""
         stride: Any = self.stride
         dilation: Any = self.dilation
-        if self.quantization is not None:
-            has_products = int8_unavailable(x.device, x.dtype) is None
-            if policy.linear_in_int8(has_products, x.dtype):
-                return PackedConv2d(self, self.quantization.pack)
+        if self.quantization is not None and self.quantization.applies(self.weight):
+            return PackedConv2d(self, self.quantization.pack)
         available = winograd_conv2d.unavailable(x.device, x.dtype) is None
         groups = self.in_channels // self.groups, self.out_channels // self.groups, self.groups
         applies = available and WinogradConv2d.applies(self)

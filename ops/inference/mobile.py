@@ -13,7 +13,7 @@ from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, fast_path_applies
+from ops.inference.layers import FastForm, FastLayer, fast_path_applies
 
 __all__ = [
     "FastCascadedGroupAttention",
@@ -29,7 +29,7 @@ class _Cascade(NamedTuple):
 
 
 @stands_for(CascadedGroupAttention)
-class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
+class FastCascadedGroupAttention(FastForm, CascadedGroupAttention):
     """All heads in one pass over NHWC, with bias tables cached by map size."""
 
     kernels: ClassVar = (cascaded_attention,)
@@ -39,21 +39,18 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
         projections, convs = ([getattr(h, n) for h in heads] for n in ("qkv", "dwconv"))
         return _Cascade(PackedCascadedAttention(projections, heads[0].splits[0], convs), {})
 
-    def forward(self, x: Tensor) -> Tensor:
-        cascade = self.derived(x)
+    def fast(self, x: Tensor, derived: _Cascade) -> Tensor:
         height, width = x.shape[2:]
         size = self.window_size
-        if cascade is None:
-            return super().forward(x)
         tokens = x.permute(0, 2, 3, 1)
         if height <= size and width <= size:
-            return self.proj(self._mix(tokens, cascade).permute(0, 3, 1, 2))
+            return self.proj(self._mix(tokens, derived).permute(0, 3, 1, 2))
         bottom, right = -height % size, -width % size
         if bottom or right:
             tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom))
         batch, rows, columns, dim = tokens.shape
         split = tokens.view(batch, rows // size, size, columns // size, size, dim).transpose(2, 3)
-        mixed = self._mix(split.reshape(-1, size, size, dim), cascade)
+        mixed = self._mix(split.reshape(-1, size, size, dim), derived)
         mixed = mixed.view(split.shape).transpose(2, 3).reshape(batch, rows, columns, dim)
         return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.rms_norm import rms_norm
 from ops.inference.forms import stands_for
-from ops.inference.layers import ActivatedLayer, FastLayer
+from ops.inference.layers import ActivatedLayer, FastForm
 
 __all__ = ["FastLayerNorm", "FastRmsNorm2d"]
 
@@ -42,17 +42,15 @@ class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
 
 
 @stands_for(RmsNorm2d)
-class FastRmsNorm2d(FastLayer, RmsNorm2d):
+class FastRmsNorm2d(FastForm, RmsNorm2d):
     """(B, C, H, W) → (B, C, H, W)."""
 
     kernels: ClassVar = (rms_norm,)
     weight: Any
+    eps: Any
 
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.derived(x)
-        if packed is None:
-            return RmsNorm2d.forward(self, x)
-        out: Tensor = rms_norm(x.permute(0, 2, 3, 1), *packed)
+    def fast(self, x: Tensor, derived: tuple[Tensor, float]) -> Tensor:
+        out: Tensor = rms_norm(x.permute(0, 2, 3, 1), *derived)
         return out.permute(0, 3, 1, 2)
 
     def derive(self, x: Tensor) -> tuple[Tensor, float]:

@@ -60,6 +60,11 @@ class Quantization:
     origins: tuple[Quantization, ...] = ()
     is_used: bool = False
 
+    def applies(self, weight: Tensor) -> bool:
+        """Whether a layer with this weight computes in int8 on this CPU."""
+        has_products = int8_unavailable(weight.device, weight.dtype) is None
+        return policy.linear_in_int8(has_products, weight.dtype)
+
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
         """The arguments of a kernel in int8 that is about to compute the layer."""
         for one in (self, *self.origins):
@@ -111,11 +116,8 @@ class PackedLinear:
         self._has_kernel = packed_linear.unavailable(weight.device, weight.dtype) is None
         self._for_kernel: PackedWeight | None = None
         self._for_onednn: Tensor | None = None
-        self._quantization: Quantization | None = None
-        if quantization is not None:
-            has_products = int8_unavailable(weight.device, weight.dtype) is None
-            if policy.linear_in_int8(has_products, weight.dtype):
-                self._quantization = quantization
+        applies = quantization is not None and quantization.applies(weight)
+        self._quantization = quantization if applies else None
 
     def __call__(
         self,

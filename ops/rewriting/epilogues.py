@@ -30,14 +30,12 @@ __all__ = [
     "multiply_by_map",
     "per_channel",
     "product_of",
-    "square_relu",
 ]
 
 _aten = torch.ops.aten
+_SQUARES = (_aten.square.default, _aten.pow.Tensor_Scalar)
 _OPERATORS = {call: name for name in ACTIVATIONS for call in activation_of(name).operators}
 
-# What is applied to the sum of a linear layer and another map, and kinds of maps without it.
-_CLIPS, _UNCLIPPED = ("relu", "relu6"), {"factor", "residual_scale"}
 _FUNCTIONS = {function for function, *_ in _OPERATORS}
 
 
@@ -152,45 +150,31 @@ def per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
 
 
 def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
-    """``activation(layer(x))``, also after a layer norm or a kernel that applies one."""
-    kind = activation_kind(operator)
-    if kind is None:
-        return False
-    made = operator.args[0].producer
-    if made is None or graph.only_user(operator.args[0]) is not operator:
+    """``activation(layer(x))``, also after a layer norm or a kernel that applies one.
+
+    The square of a ReLU is one, https://arxiv.org/abs/2109.08668.
+    """
+    squares = operator.function in _SQUARES and operator.args[1:] in ([], [2])
+    kind = "squared_relu" if squares else activation_kind(operator)
+    before = "relu" if squares else "none"
+    made = operator.args[0].producer if kind is not None else None
+    if kind is None or made is None or graph.only_user(operator.args[0]) is not operator:
         return False
     layer: Any = made.function
+    others = made.kwargs.keys() & {"residual", "residual_scale", "factor"}
     if isinstance(layer, Kernel):
         at = layer.activation_index
-        if at is None or made.args[at:] != ["none"]:
+        if at is None or made.args[at:] != [before]:
             return False
         made.args[at] = kind
-    elif not isinstance(layer, ActivatedLayer) or layer.activation != "none":
+    elif not isinstance(layer, ActivatedLayer) or layer.activation != before:
         return False
-    elif "residual" not in made.kwargs and "factor" not in made.kwargs:
+    elif not others:
         layer.activation = kind
-    elif isinstance(layer, FastLinear) and kind in _CLIPS and not made.kwargs.keys() & _UNCLIPPED:
+    elif isinstance(layer, FastLinear) and others == {"residual"} and kind in ("relu", "relu6"):
         layer.activation, layer.clips_sum = kind, True
     else:
         return False
-    graph.change(made)
-    graph.bypass(operator, operator.args[0])
-    return True
-
-
-def square_relu(graph: OperatorGraph, operator: Operator) -> bool:
-    """``relu(layer(x)) ** 2``, https://arxiv.org/abs/2109.08668."""
-    if operator.function not in (_aten.square.default, _aten.pow.Tensor_Scalar):
-        return False
-    made = graph.made_by(operator.args[0], ActivatedLayer)
-    if made is None or graph.only_user(operator.args[0]) is not operator:
-        return False
-    if operator.args[1:] not in ([], [2]):
-        return False
-    layer: Any = made.function
-    if layer.activation != "relu" or made.kwargs.keys() & {"residual", "factor"}:
-        return False
-    layer.activation = "squared_relu"
     graph.change(made)
     graph.bypass(operator, operator.args[0])
     return True

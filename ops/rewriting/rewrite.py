@@ -12,7 +12,6 @@ from ops.rewriting.epilogues import (
     fold_norm_of_inputs,
     fold_scale,
     multiply_by_map,
-    square_relu,
 )
 from ops.rewriting.expansion import join_expansion
 from ops.rewriting.feed_forward import join_feed_forward
@@ -47,7 +46,7 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (join_permutations, fold_norm, fold_norm_of_inputs, merge_branches, fold_scale),
     (join_permutations, sink_permutation, fold_norm, fold_scale),
     (
-        *(join_permutations, sink_permutation, split_gated_linear, apply_activation, square_relu),
+        *(join_permutations, sink_permutation, split_gated_linear, apply_activation),
         *(add_shortcut, multiply_by_map, apply_gates),
     ),
     (join_channel_gates,),
