@@ -31,20 +31,6 @@ __all__ = [
 ]
 
 
-class PackedDepthwise:
-    """A depthwise convolution with its taps in our kernel's order; the activation may change."""
-
-    def __init__(self, conv: FastConv2d) -> None:
-        bias = None if conv.bias is None else conv.bias.detach().float()
-        self._tensors = taps_first(conv.weight), bias
-        self._geometry: tuple[Any, Any, Any] = conv.stride, conv.padding, conv.dilation
-
-    def __call__(self, x: Tensor, activation: str) -> Tensor:
-        """(B, C, H, W) → (B, C, H', W')."""
-        out: Tensor = depthwise_conv2d(x, *self._tensors, *self._geometry, activation)
-        return out
-
-
 class FastDepthwiseConv2d(FastConv2d):
     """Like :class:`FastConv2d`, with our own kernel where it is faster."""
 
@@ -54,7 +40,15 @@ class FastDepthwiseConv2d(FastConv2d):
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         if unavailable(self.stride, x.device, x.dtype) is not None:
             return None, self.for_onednn(x)
-        return PackedDepthwise(self), None if self._by_kernel(x) else self.for_onednn(x)
+        bias = None if self.bias is None else self.bias.detach().float()
+        geometry: Any = self.stride, self.padding, self.dilation
+        given = taps_first(self.weight), bias, *geometry
+
+        def own(x: Tensor, activation: str) -> Tensor:
+            out: Tensor = depthwise_conv2d(x, *given, activation)
+            return out
+
+        return own, None if self._by_kernel(x) else self.for_onednn(x)
 
     def _by_kernel(self, x: Tensor, values: int = sys.maxsize) -> bool:
         """Whether it is faster for a map of ``values`` values; by default for any number."""

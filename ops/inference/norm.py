@@ -15,19 +15,6 @@ from ops.inference.layers import ActivatedLayer, FastForm
 __all__ = ["FastLayerNorm", "FastRmsNorm2d"]
 
 
-class _PackedNorm:
-    """A norm of the last axis with weight and bias in float32."""
-
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        self._affine = norm.weight.detach().float(), norm.bias.detach().float()
-        self._eps = norm.eps
-
-    def __call__(self, x: Tensor, activation: str) -> Tensor:
-        """``activation(norm(x))``, (..., dim) → (..., dim)."""
-        out: Tensor = layer_norm(x, *self._affine, self._eps, activation)
-        return out
-
-
 class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
     """``activation(norm(x))``, (..., dim) → (..., dim)."""
 
@@ -35,10 +22,13 @@ class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)
-        return self._finish(super().forward(x)) if packed is None else packed(x, self.activation)
+        if packed is None:
+            return self._finish(super().forward(x))
+        out: Tensor = layer_norm(x, *packed, self.activation)
+        return out
 
-    def derive(self, x: Tensor) -> _PackedNorm:
-        return _PackedNorm(self)
+    def derive(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        return self.weight.detach().float(), self.bias.detach().float(), self.eps
 
 
 @stands_for(RmsNorm2d)
