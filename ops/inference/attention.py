@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
         whole = height % region_size[0] == width % region_size[1] == 0
         regions = height * width // (region_size[0] * region_size[1])
         fast = whole and self.topk < regions and fast_path_applies(query, self.qkv.weight)
-        if not fast or _unsupported(query) is not None:
+        kernels = grouped_attention.grouped_attention, window_means
+        if not fast or any(k.unavailable(query.device, query.dtype) for k in kernels):
             return bilevel_routing_attention(
                 query, key, value, self.num_heads, region_size, self.topk
             )
@@ -77,12 +79,6 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
         return out.view(value.shape)
 
 
-def _unsupported(x: Tensor) -> str | None:
-    """``None`` if the kernels for attention to regions and region means are available, else why."""
-    reason = grouped_attention.grouped_attention.unavailable(x.device, x.dtype)
-    return reason or window_means.unavailable(x.device, x.dtype)
-
-
 @functools.lru_cache(maxsize=32)
 def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tensor:
     """The tokens of each region of an evenly divided map: (regions, tokens of a region)."""
@@ -96,6 +92,8 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
 @stands_for(HiLoAttention)
 class FastHiLoAttention(FastForm, HiLoAttention):
     """One joint input projection, and one output projection for all heads with the shortcut."""
+
+    kernels: ClassVar = (grouped_attention.grouped_attention, window_means)
 
     def fast(self, x: Tensor, derived: tuple[PackedLinear, PackedLinear]) -> Tensor:
         enter, leave = derived
@@ -130,9 +128,7 @@ class FastHiLoAttention(FastForm, HiLoAttention):
                 key, value = split_heads(low.kv(coarse), 2, low.num_heads)
             grouped_attention.attend(query, key, value, out)
 
-    def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
-        if _unsupported(x) is not None:
-            return None
+    def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear]:
         inputs = [] if self.high is None else [self.high.qkv]
         if self.low is not None:
             inputs += [self.low.q] if self.low.window_size > 1 else [self.low.q, self.low.kv]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +12,7 @@ from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastForm, FastLayer, fast_path_applies
+from ops.inference.layers import FastForm
 
 __all__ = [
     "FastCascadedGroupAttention",
@@ -65,27 +64,16 @@ class FastCascadedGroupAttention(FastForm, CascadedGroupAttention):
 
 
 @stands_for(SingleHeadAttention)
-class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
-    """Uses NHWC; small maps in one pass."""
+class FastSingleHeadAttention(FastForm, SingleHeadAttention):
+    """Small maps in one pass over NHWC."""
 
     kernels: ClassVar = (cascaded_attention,)
 
-    def derive(self, x: Tensor) -> PackedCascadedAttention | None:
+    def derive(self, x: Tensor) -> PackedCascadedAttention:
         qkv: Any = self.qkv
         return PackedCascadedAttention([qkv], self.qkv_splits[0], norm=self.norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight: Any = self.qkv.weight
-        if not fast_path_applies(x, weight):
-            return super().forward(x)
-        batch, _, height, width = x.shape
-        packed = self.derived(x)
-        if packed is not None and policy.single_head_by_kernel(height * width):
-            return self.proj(packed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-        attended, rest = x.split(self.input_splits, dim=1)
-        qkv = self.qkv(self.norm(attended)).permute(0, 2, 3, 1).flatten(1, 2)
-        query, key, value = qkv.to(policy.computed_in(x.dtype)).split(self.qkv_splits, dim=2)
-        logits = torch.bmm(query * query.shape[2] ** -0.5, key.transpose(1, 2))
-        attended = torch.bmm(logits.softmax(dim=-1), value).view(batch, height, width, -1)
-        mixed = torch.cat((attended.to(x.dtype), rest.permute(0, 2, 3, 1)), dim=3).relu_()
-        return self.proj(mixed.permute(0, 3, 1, 2))
+    def fast(self, x: Tensor, derived: PackedCascadedAttention) -> Tensor:
+        if not policy.single_head_by_kernel(x.shape[2] * x.shape[3]):
+            return SingleHeadAttention.forward(self, x)
+        return self.proj(derived(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))

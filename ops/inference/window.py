@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ _CPU = torch.device("cpu")  # of what is kept, whatever the default device is
 class _InPlaceAttention(FastForm):
     """Without rolling, partitioning or merging."""
 
+    kernels: ClassVar = (grouped_attention.grouped_attention,)
     window_size: int
     num_heads: int
     relative_position_bias_table: Any
@@ -61,8 +62,6 @@ class _InPlaceAttention(FastForm):
         """(heads, lines, LINE): the terms added to the scores before scaling."""
         side = getattr(self, "overlap_size", self.window_size)  # of the keys' window
         if not policy.window_attention_by_kernel(side, x.dtype):
-            return None
-        if grouped_attention.grouped_attention.unavailable(x.device, x.dtype) is not None:
             return None
         entries, _ = self._lines()
         bias = self.relative_position_bias_table.float().t()
