@@ -16,7 +16,6 @@ from ops.attention.bilevel import (
 )
 from ops.attention.hilo import HiLoAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
-from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention import gated as gated_attention
 from ops.cpu.attention import grouped as grouped_attention
@@ -143,13 +142,6 @@ class FastHiLoAttention(FastForm, HiLoAttention):
         )
 
 
-@functools.lru_cache(maxsize=8)
-def _rotations(height: int, width: int, head_dim: int) -> Tensor:
-    """The rotations as complex numbers: (height · width, head_dim / 2)."""
-    sin, cos = rotary_table(height, width, head_dim, device=torch.device("cpu"))
-    return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
-
-
 @functools.lru_cache(maxsize=32)
 def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
     """(size, head_dim): cosines, then sines, negated for even channels, of rows or columns."""
@@ -162,30 +154,19 @@ def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
 
 @stands_for(RankAugmentedAttention)
 class FastRankAugmentedAttention(RankAugmentedAttention):
-    """Uses our kernels where they pay off; otherwise, softmax attention of complex products."""
+    """Rotates, attends and gates in one pass, where that pays off."""
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        if not fast_path_applies(x, self.qkvo.weight) or x.dtype == torch.float64:
+        if not fast_path_applies(x, self.qkvo.weight) or not self._by_kernel(x):
             return super().forward(x, rotary)
+        return self._attend_in_chunks(x)
+
+    def _by_kernel(self, x: Tensor) -> bool:
         height, width, dim = x.shape[1:]
-        head_dim = dim // self.num_heads
         kernel = linear_attention if self.linear else gated_attention
-        has_kernel = kernel.unavailable(x.device, x.dtype, head_dim) is None
-        if self.linear and not has_kernel:
-            return super().forward(x, rotary)
-        fast = self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
-        if fast and has_kernel:
-            return self._attend_in_chunks(x)
-        *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
-        rotations = _rotations(height, width, head_dim)
-        query, key, value = (
-            t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv
-        )  # (B, heads, HW, head_dim)
-        query, key = (_rotate(t.float(), rotations).to(x.dtype) for t in (query, key))
-        out = softmax_attention(query, key, value)
-        out = out.transpose(1, 2).reshape(x.shape)
-        out = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).add_(out).mul_(gate)
-        return self.proj(out)
+        if kernel.unavailable(x.device, x.dtype, dim // self.num_heads) is not None:
+            return False
+        return self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
 
     def _attend_in_chunks(self, x: Tensor) -> Tensor:
         projected_bytes = 4 * x.numel() * x.element_size()
@@ -206,8 +187,3 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         head_dim = x.shape[3] // self.num_heads
         tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
         return self.proj(attend(qkvo, bias, *tables, self.num_heads))
-
-
-def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2)
