@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from backbones.medvitv2 import blocks
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastForm
+from ops.inference.layers import FastForm, stands_for
 from ops.reparam import norm_affine
 
 __all__ = ["MedViTV2GlobalBlock", "MedViTV2LocalBlock"]

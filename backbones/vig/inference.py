@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from backbones.vig import blocks
 from ops.cpu.scan.gated_scan import mixed_scan
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastForm
+from ops.inference.layers import FastForm, stands_for
 
 __all__ = ["ViGAttention"]
 

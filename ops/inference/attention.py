@@ -22,8 +22,7 @@ from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention import linear as linear_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastForm, fast_path_applies
+from ops.inference.layers import FastForm, fast_path_applies, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [

@@ -17,10 +17,10 @@ from ops.cpu.depthwise.conv import (
     taps_first,
     unavailable,
 )
-from ops.inference.forms import stands_for
 from ops.inference.layers import (
     FastConv2d,
     FastForm,
+    stands_for,
 )
 
 __all__ = [

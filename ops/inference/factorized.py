@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch, tap_positions
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, fast_path_applies
+from ops.inference.layers import FastLayer, fast_path_applies, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ops.cpu.feed_forward.kan import LARGEST_POWER, PackedKAN, kan_layer
 from ops.cpu.gemm.linear import pack_weight
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastForm
+from ops.inference.layers import FastForm, stands_for
 from ops.kan import KANLayer
 
 __all__ = ["FastKANLayer", "pack_kan"]

@@ -43,14 +43,20 @@ __all__ = [
     "FastLayer",
     "FastLinear",
     "convert",
+    "fast_form",
     "fast_path_applies",
     "has_onednn",
     "is_quantized",
+    "plain_form",
     "plain_forms",
     "revert",
+    "stands_for",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
+Form = TypeVar("Form", bound=type[nn.Module])
+
+_forms: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that they stand for
 
 _CALLS = (
     "_linear_pointwise",
@@ -71,6 +77,36 @@ def has_onednn(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     return all(hasattr(torch.ops.mkldnn, name) for name in _CALLS)
+
+
+def stands_for(plain: type[nn.Module]) -> Callable[[Form], Form]:
+    """Register the decorated class, a subclass of ``plain``, as the inference form of ``plain``.
+
+    Args:
+        plain: exact class of the layers to replace; its subclasses are other layers.
+
+    Raises:
+        TypeError: the form is not a subclass of ``plain``.
+    """
+
+    def register(form: Form) -> Form:
+        if not issubclass(form, plain):
+            raise TypeError(f"{form.__name__} does not stand for a {plain.__name__}")
+        form.stands_for = plain  # type: ignore[attr-defined]
+        _forms[plain] = form
+        return form
+
+    return register
+
+
+def fast_form(module: nn.Module) -> type[nn.Module] | None:
+    """The inference form of a layer, if there is one."""
+    return _forms.get(type(module))
+
+
+def plain_form(module: nn.Module) -> type[nn.Module] | None:
+    """The plain class of a converted layer or model."""
+    return vars(type(module)).get("stands_for")
 
 
 def convert(layer: nn.Module, fast: type[Module]) -> Module:

@@ -11,8 +11,7 @@ from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize
 from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastForm
+from ops.inference.layers import FastForm, stands_for
 
 __all__ = [
     "FastCascadedGroupAttention",

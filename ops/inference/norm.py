@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.rms_norm import rms_norm
-from ops.inference.forms import stands_for
-from ops.inference.layers import ActivatedLayer, FastForm
+from ops.inference.layers import ActivatedLayer, FastForm, stands_for
 
 __all__ = ["FastLayerNorm", "FastRmsNorm2d"]
 

@@ -21,8 +21,7 @@ from ops.attention.window import (
 from ops.cpu import policy
 from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention.grouped import LINE, ScoreTerms, split_heads
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastForm
+from ops.inference.layers import FastForm, stands_for
 
 __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
 

@@ -119,7 +119,7 @@ def recorded_form(kind: type[nn.Module], recorded: type[Recorded]) -> type[nn.Mo
         members = {
             **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},
             **recorded.methods_of(kind),
-            "stands_for": kind,  # see ops.inference.forms
+            "stands_for": kind,  # see ops.inference.layers
             "__reduce_ex__": lambda self, _: (_restore, (kind, recorded), self.__getstate__()),
         }
         form = _forms[kind, recorded] = type(kind.__name__, (recorded, kind), members)

@@ -20,7 +20,7 @@ from ops.attention.hilo import HiLoAttention
 from ops.cpu.gemm.linear import packed_linear
 from ops.inference import layers
 from ops.inference.attention import FastHiLoAttention
-from ops.inference.forms import fast_form
+from ops.inference.layers import fast_form
 from ops.replay.replay import Replay
 from ops.rewriting.module import Rewritten
 
