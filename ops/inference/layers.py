@@ -47,9 +47,7 @@ __all__ = [
     "fast_path_applies",
     "has_onednn",
     "is_quantized",
-    "plain_form",
     "plain_forms",
-    "revert",
     "stands_for",
 ]
 
@@ -104,11 +102,6 @@ def fast_form(module: nn.Module) -> type[nn.Module] | None:
     return _forms.get(type(module))
 
 
-def plain_form(module: nn.Module) -> type[nn.Module] | None:
-    """The plain class of a converted layer or model."""
-    return vars(type(module)).get("stands_for")
-
-
 def convert(layer: nn.Module, fast: type[Module]) -> Module:
     """Convert ``layer`` in place to an instance of ``fast``, a subclass of its class.
 
@@ -120,19 +113,6 @@ def convert(layer: nn.Module, fast: type[Module]) -> Module:
     layer.__class__ = fast
     assert isinstance(layer, fast)
     return layer
-
-
-def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
-    """Convert a layer of :func:`convert` back to a ``plain`` layer, in place.
-
-    Raises:
-        TypeError: the layer's class is not a subclass of ``plain``.
-    """
-    if not isinstance(layer, plain):
-        raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
-    layer.__class__ = plain
-    for name in ("_derived", "_made_from", "decisions", "_records"):
-        vars(layer).pop(name, None)
 
 
 class _Thread(threading.local):

@@ -29,6 +29,7 @@ __all__ = [
     "FastAdaptiveAvgPool2d",
     "FastGlobalAvgPool2d",
     "affine_of",
+    "constant_of",
     "convolution",
     "lift",
     "linear",
@@ -139,12 +140,13 @@ def lift(graph: OperatorGraph, operator: Operator) -> bool:
     return rule(graph, operator, given)
 
 
-def _constant(value: Any) -> Tensor | None:
+def constant_of(value: Any) -> Tensor | None:
+    """The tensor of a value that is the same in every call, if it is one."""
     return value.constant if isinstance(value, Value) else None
 
 
 def _linear(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    weight, bias = _constant(given["weight"]), _constant(given["bias"])
+    weight, bias = constant_of(given["weight"]), constant_of(given["bias"])
     if weight is None or weight.ndim != 2 or (given["bias"] is not None and bias is None):
         return False
     layer = linear(weight, bias, given["weight"].quantization)
@@ -153,7 +155,7 @@ def _linear(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> 
 
 
 def _matmul(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    x, weight = given["self"], _constant(given["other"])
+    x, weight = given["self"], constant_of(given["other"])
     if weight is None or weight.ndim != 2 or x.constant is not None or len(x.shape) < 2:
         return False
     graph.replace(operator, linear(weight.T.contiguous(), None), x)
@@ -161,7 +163,7 @@ def _matmul(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> 
 
 
 def _conv2d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    weight, bias = _constant(given["weight"]), _constant(given["bias"])
+    weight, bias = constant_of(given["weight"]), constant_of(given["bias"])
     x = given["input"]
     if weight is None or (given["bias"] is not None and bias is None) or len(x.shape) != 4:
         return False
@@ -212,7 +214,7 @@ def _layer_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
 
 
 def _rms_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    x, weight, eps = given["input"], _constant(given["weight"]), given["eps"]
+    x, weight, eps = given["input"], constant_of(given["weight"]), given["eps"]
     if weight is None or weight.ndim != 1 or eps is None or weight.dtype != x.dtype:
         return False
     if not is_available(rms_norm, x.dtype):
@@ -222,7 +224,11 @@ def _rms_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -
 
 
 def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    x, mean, var = given["input"], _constant(given["running_mean"]), _constant(given["running_var"])
+    x, mean, var = (
+        given["input"],
+        constant_of(given["running_mean"]),
+        constant_of(given["running_var"]),
+    )
     affine = [given["weight"], given["bias"]]
     varies = any(isinstance(a, Value) and a.constant is None for a in affine)
     kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}.get(len(x.shape))
@@ -231,7 +237,7 @@ def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
     norm = kind(len(mean), given["eps"], device="meta")
     norm.running_mean, norm.running_var = mean, var
     for name, value in zip(("weight", "bias"), affine, strict=True):
-        kept = _constant(value)
+        kept = constant_of(value)
         parameter = None if kept is None else nn.Parameter(kept.detach(), requires_grad=False)
         norm.register_parameter(name, parameter)
     graph.replace(operator, norm.eval(), x)

@@ -17,7 +17,7 @@ from ops.cpu.norm.response_scales import response_scales
 from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.packed_linear import Quantization, multiplied_weight
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
-from ops.rewriting.lift import FastGlobalAvgPool2d, linear
+from ops.rewriting.lift import FastGlobalAvgPool2d, constant_of, linear
 
 __all__ = ["ResponseFeedForward", "join_response_norm", "join_response_scales", "join_squeeze"]
 
@@ -75,14 +75,21 @@ class SqueezedResponseFeedForward(FastLayer):
         return PackedResponseMlp(self.squeeze, self.excite, fc1, fc2, *response, in_int8)
 
 
-class _Norm(NamedTuple):
-    """``x * (1 + weight * n / (mean(n) + eps)) + bias``, where ``n`` are the channels' norms."""
+class _Share(NamedTuple):
+    """``n / (mean(n) + eps)``, where ``n`` are the norms of the channels of a map ``x``."""
 
     x: Value
-    weight: Tensor
-    bias: Tensor | None
+    norm: Value
     eps: float
     channels: int  # their axis
+
+
+class _Norm(NamedTuple):
+    """``x * (1 + weight * share) + bias`` with a share of ``x``."""
+
+    share: _Share
+    weight: Tensor
+    bias: Tensor | None
 
 
 def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
@@ -96,10 +103,10 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
     norm = _norm(graph, normed)
     if norm is None or any(graph.only_user(value) is None for value in (x, normed)):
         return False
-    source = graph.permuted(norm.x, NCHW)
-    if (source is None) != (moved is None) or norm.channels != (3 if source is None else 1):
+    source = graph.permuted(norm.share.x, NCHW)
+    if (source is None) != (moved is None) or norm.share.channels != (3 if source is None else 1):
         return False
-    first = graph.made_by(norm.x if source is None else source.args[0], FastLinear)
+    first = graph.made_by(norm.share.x if source is None else source.args[0], FastLinear)
     if first is None or first.kwargs.keys() - {"scale"}:
         return False
     if source is not None and graph.only_user(first.result) is not source:
@@ -113,7 +120,7 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
         if fc2.quantization is not None:  # its inputs, without the norm's bias, have other ranges
             merged.quantization = Quantization(origins=(fc2.quantization,))
         fc2 = merged
-    made = ResponseFeedForward(first.function, fc2, norm.weight, norm.eps)
+    made = ResponseFeedForward(first.function, fc2, norm.weight, norm.share.eps)
     graph.replace(operator, made, *first.args, **first.kwargs, **operator.kwargs)
     graph.remove_unused()
     return True
@@ -136,7 +143,7 @@ def _norm(graph: OperatorGraph, value: Value) -> _Norm | None:
         product = None if shifted is None else graph.made_by(shifted.args[0], _aten.mul.Tensor)
         if shifted is None or product is None or shifted.args[1] != 1:
             return None
-        weight, share, users = _constant(product.args[0]), product.args[1], 2
+        weight, share, users = constant_of(product.args[0]), product.args[1], 2
     else:
         return None
     found = _share(graph, share)
@@ -144,16 +151,7 @@ def _norm(graph: OperatorGraph, value: Value) -> _Norm | None:
         return None
     if len(x.users) != users or len(found.norm.users) != 2:
         return None
-    return _Norm(x, weight, bias, found.eps, found.channels)
-
-
-class _Share(NamedTuple):
-    """``n / (mean(n) + eps)``, where ``n`` are the norms of the channels of a map ``x``."""
-
-    x: Value
-    norm: Value
-    eps: float
-    channels: int  # their axis
+    return _Norm(found, weight, bias)
 
 
 def _share(graph: OperatorGraph, value: Value) -> _Share | None:
@@ -163,16 +161,15 @@ def _share(graph: OperatorGraph, value: Value) -> _Share | None:
     energy = ratio and graph.made_by(ratio.args[0], _aten.linalg_vector_norm.default)
     if not ratio or not lowered or not mean or not energy or mean.args[0] is not ratio.args[0]:
         return None
-    x, order, axes, *kept = energy.args
-    eps = lowered.args[1]
-    if order != 2 or [*kept, *mean.args[2:]] != [True, True] or mean.kwargs or energy.kwargs:
+    x, eps = energy.args[0], lowered.args[1]
+    if energy.args[1:2] != [2] or energy.args[3:] != [True] or energy.kwargs:
         return None
-    if len(x.shape) != 4 or len(mean.args[1]) != 1 or isinstance(eps, Value):
+    if mean.args[2:] != [True] or mean.kwargs or isinstance(eps, Value) or len(x.shape) != 4:
         return None
-    channels = mean.args[1][0] % 4
-    if sorted((channels, *(axis % 4 for axis in axes))) != [1, 2, 3]:
+    axes, (channels, *others) = energy.args[2], mean.args[1] or [0]
+    if others or sorted(axis % 4 for axis in (*(axes or ()), channels)) != [1, 2, 3]:
         return None
-    return _Share(x, ratio.args[0], eps, channels)
+    return _Share(x, ratio.args[0], eps, channels % 4)
 
 
 def join_response_scales(graph: OperatorGraph, operator: Operator) -> bool:
@@ -183,7 +180,7 @@ def join_response_scales(graph: OperatorGraph, operator: Operator) -> bool:
     if operator.function is not _aten.add.Tensor or operator.kwargs or operator.args[1] != 1:
         return False
     product = graph.made_by(operator.args[0], _aten.mul.Tensor)
-    weight = None if product is None else _constant(product.args[0])
+    weight = None if product is None else constant_of(product.args[0])
     share = None if product is None else _share(graph, product.args[1])
     if weight is None or share is None or share.channels != 1:
         return False
@@ -196,10 +193,6 @@ def join_response_scales(graph: OperatorGraph, operator: Operator) -> bool:
     graph.replace(operator, _aten.reshape.default, scales, list(result.shape))
     graph.remove_unused()
     return True
-
-
-def _constant(value: Any) -> Tensor | None:
-    return value.constant if isinstance(value, Value) else None
 
 
 def join_squeeze(graph: OperatorGraph, operator: Operator) -> bool:
