@@ -76,7 +76,7 @@ class Recorded(nn.Module):
         raise NotImplementedError
 
     def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """The callable captured for ``call``: itself, or another with the same results.
+        """The callable captured for ``call``, with the same results.
 
         Raises:
             NotCapturableError: it cannot be replayed.

@@ -360,6 +360,18 @@ def test_a_response_norm_takes_no_pass_of_its_own() -> None:
     _check(model, IMAGE, "ResponseFeedForward")
 
 
+def test_norms_of_another_order_are_no_response_norm() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.gelu(m.fc1(x))
+        norm = torch.linalg.vector_norm(y, 1, dim=(1, 2), keepdim=True)
+        return m.fc2(y * (m.weight * (norm / (norm.mean(-1, keepdim=True) + 1e-6)) + 1))
+
+    model = _Call(forward, **_linear(**WIDE))
+    model.weight = nn.Parameter(torch.randn(40))
+    left = ["FastLinear", "linalg_vector_norm", "mean", "add", "div", "mul", "add", "mul"]
+    _check(model, torch.randn(2, 5, 4, 16), *left, "FastLinear")
+
+
 def test_scales_of_a_response_norm_take_one_pass() -> None:
     """Between other layers than two linear ones, as in OverLoCK."""
 
