@@ -212,9 +212,9 @@ class FastLayer(nn.Module):
 class FastForm(FastLayer):
     """An inference form that computes with derived data, and otherwise as its plain class does."""
 
-    def forward(self, x: Tensor, *others: Any, **named: Any) -> Any:
-        derived = self.derived(x)
-        return super().forward(x, *others, **named) if derived is None else self.fast(x, derived)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        derived = self.derived(args[0])
+        return super().forward(*args, **kwargs) if derived is None else self.fast(args[0], derived)
 
     def fast(self, x: Tensor, derived: Any) -> Any:
         """The result of ``forward`` with the data of :meth:`derive`."""
