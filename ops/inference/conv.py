@@ -11,17 +11,8 @@ from torch import Tensor, nn
 from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.conv import InceptionDWConv2d
 from ops.cpu import policy
-from ops.cpu.depthwise.conv import (
-    depthwise_branches,
-    depthwise_conv2d,
-    taps_first,
-    unavailable,
-)
-from ops.inference.layers import (
-    FastConv2d,
-    FastForm,
-    stands_for,
-)
+from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first, unavailable
+from ops.inference.layers import FastConv2d, FastForm, stands_for
 
 __all__ = [
     "FastDepthwiseConv2d",

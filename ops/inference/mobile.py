@@ -13,10 +13,7 @@ from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.inference.layers import FastForm, stands_for
 
-__all__ = [
-    "FastCascadedGroupAttention",
-    "FastSingleHeadAttention",
-]
+__all__ = ["FastCascadedGroupAttention", "FastSingleHeadAttention"]
 
 
 class _Cascade(NamedTuple):

@@ -16,11 +16,7 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
 from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight, quantize_weight
-from ops.cpu.gemm.linear import (
-    pack_weight,
-    packed_linear,
-    packed_linear_energy,
-)
+from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
 
 __all__ = [
@@ -212,11 +208,7 @@ class PackedLinear:
 
 
 def packed_pair(
-    first: Any,
-    second: Any,
-    x: Tensor,
-    activation: str,
-    residual: Tensor | None,
+    first: Any, second: Any, x: Tensor, activation: str, residual: Tensor | None
 ) -> Tensor | None:
     """``second(activation(first(x))) + residual`` in one pass; None if each layer needs its own.
 
