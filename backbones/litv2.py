@@ -35,8 +35,7 @@ from ops.attention.hilo import HiLoAttention
 from ops.autocast import autocasts, without_autocast
 from ops.batch_norm import BatchNorm2d
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer
+from ops.inference.layers import FastForm, stands_for
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
 from ops.patch import PatchEmbed
@@ -82,15 +81,12 @@ class DeformableConv2d(nn.Conv2d):
 
 
 @stands_for(DeformableConv2d)
-class FastDeformableConv2d(FastLayer, DeformableConv2d):
+class FastDeformableConv2d(FastForm, DeformableConv2d):
     """The inference form: sampling and linear map in one kernel."""
 
     kernels: ClassVar = (deformable_conv2d,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            return DeformableConv2d.forward(self, x)
+    def fast(self, x: Tensor, derived: Any) -> Tensor:
         out: Tensor = deformable_conv2d(x, self.offset(x), *derived, 2, 2)
         return out
 

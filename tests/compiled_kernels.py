@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import ops.neighborhood
 from ops.cpu import build, instruction_sets, policy
 from ops.cpu.build import compiler
-from ops.cpu.gemm.linear import unavailable
+from ops.cpu.gemm.linear import packed_linear
 
 # By the names of ops.cpu.activations.ACTIVATIONS.
 PLAIN_ACTIVATIONS = {
@@ -45,7 +45,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 # bfloat16 has 8 significant bits; sums are float32 for both dtypes.
 LINEAR_DTYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
-if unavailable(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not None:
+if packed_linear.unavailable(torch.device("cpu"), torch.bfloat16) is not None:
     del LINEAR_DTYPES[torch.bfloat16]
 
 

@@ -8,8 +8,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from backbones.fusing.fuse import fuse_network
-from backbones.fusing.fused import require_evaluation
+from backbones.fusing.fuse import fuse_network, require_evaluation
 from backbones.fusing.int8_state import Int8Model
 
 __all__ = ["FusableBackbone"]

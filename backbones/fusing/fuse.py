@@ -8,13 +8,12 @@ Calls of both are recorded as operators, which are rewritten, see :mod:`ops.rewr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from backbones.fusing.fused import FusedBackbone, FusedNetwork, has_hooks, named_briefly
 from backbones.fusing.int8_state import Int8Model
 from backbones.fusing.precision import Precision
 from backbones.fusing.quantization import (
@@ -26,13 +25,13 @@ from backbones.fusing.quantization import (
     unquantize,
 )
 from ops.inference import conversion
-from ops.inference.layers import convert
+from ops.inference.layers import convert, plain_forms
 from ops.reparam import fuse_children
 from ops.replay.module import recorded_form
 from ops.rewriting.module import Rewritten
 from ops.rounding import round_filters
 
-__all__ = ["fuse_network"]
+__all__ = ["FusedBackbone", "FusedNetwork", "fuse_network", "require_evaluation"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def fuse_network(
         return
     with torch.inference_mode(False):
         model.eval()
-        hooked = {name: module for name, module in model.named_modules() if has_hooks(module)}
+        hooked = {name: module for name, module in model.named_modules() if _has_hooks(module)}
         conversion.leave_inference_mode(model)
         conversion.restore_plain_forms(model)
         if is_backbone:
@@ -157,5 +156,87 @@ def _warn_of_lost_hooks(hooked: Mapping[str, nn.Module], kept: set[nn.Module]) -
     if lost := [name for name, module in hooked.items() if module not in kept]:
         _log.warning(
             "the hooks of %s were removed: fuse() folded it into its neighbours",
-            named_briefly(lost),
+            _named_briefly(lost),
         )
+
+
+# -- classes of fused networks -------------------------------------------------------------------
+
+
+class FusedNetwork(Int8Model, Rewritten):
+    """A fused network of another package; its layers are unchanged."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Like ``nn.Module.train``; raises, since replays are for evaluation."""
+        require_evaluation(self, mode)
+        return super().train(mode)
+
+
+def require_evaluation(model: nn.Module, mode: bool) -> None:
+    """Raise a RuntimeError if a fused model is to be trained."""
+    if mode:
+        raise RuntimeError(
+            f"{type(model).__name__} has been fused for inference and cannot be trained; "
+            "create the model again, or keep a copy.deepcopy from before fuse()"
+        )
+
+
+class FusedBackbone(Rewritten):
+    """Rejects inputs and modifications that a fused model's layers would silently get wrong."""
+
+    def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Any:
+        _require_images(x, self)
+        return super().program(x, call)
+
+    def eagerly(self, method: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check the images and the model, then call ``method``.
+
+        Raises:
+            TypeError: not a tensor.
+            ValueError: an image of another shape, dtype or device than the layers take.
+        """
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
+            return method(self, x, *args, **kwargs)  # symbolic values
+        with torch._C.DisableTorchFunction():  # hide this from a capture
+            _require_images(x, self)
+            gradients = torch.is_grad_enabled() and x.requires_grad
+            is_meta = x.is_meta
+        if is_meta or not any(_has_hooks(m, gradients) for m in self.modules() if m is not self):
+            return method(self, x, *args, **kwargs)
+        with plain_forms():
+            return method(self, x, *args, **kwargs)
+
+
+def _named_briefly(names: list[str]) -> str:
+    """The first name, and how many others there are."""
+    others = {0: "", 1: " and another module"}
+    return names[0] + others.get(len(names) - 1, f" and {len(names) - 1} other modules")
+
+
+def _has_hooks(module: nn.Module, gradients: bool = True) -> bool:
+    """Whether a module has hooks of its forward or, with ``gradients``, its backward pass."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return gradients and bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+def _require_images(x: Any, model: Any) -> None:
+    weight, chans = next(model.parameters()), model.in_chans
+    expected = (
+        f"{type(model).__name__} expects images (B, {chans}, H, W) of {weight.dtype} "
+        f"on {weight.device}"
+    )
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{expected}, got a {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "nested tensor" if x.is_nested else f"tensor of layout {x.layout}"
+        raise ValueError(f"{expected}, got a {kind}")
+    if weight.is_meta:
+        return
+    dtype, channels = x.dtype, (chans, chans)
+    if model.centres_images:
+        dtype, channels = torch.promote_types(dtype, weight.dtype), (1, chans)
+    fits = x.ndim == 4 and x.shape[1] in channels and 0 not in x.shape[2:]
+    fits &= dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
+    if not fits or x.device != weight.device:
+        raise ValueError(f"{expected}, got {tuple(x.shape)} of {x.dtype} on {x.device}")

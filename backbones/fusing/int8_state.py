@@ -129,6 +129,8 @@ def _require_range(in_range: Tensor, name: str) -> None:
 
 def set_quantization(model: nn.Module, known: Mapping[str, Quantization]) -> None:
     """Let these layers of a model compute in int8, and no others, before ``fuse(torch.int8)``."""
+    if isinstance(model, Int8Model):
+        model.precision = None  # of other weights
     for name, module in model.named_modules():
         if quantization_of(module) is not None:
             del module.quantization

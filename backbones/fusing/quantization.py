@@ -12,7 +12,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,6 @@ from ops.cpu.gemm.int8 import (
     quantize_rows,
     quantize_weight,
 )
-from ops.inference.layers import conv_kind
 from ops.inference.packed_linear import Quantization, quantization_of
 
 __all__ = [
@@ -78,8 +77,8 @@ def quantize(
 ) -> Precision:
     """Choose the layers of a model that compute in int8, before they are converted.
 
-    With neither images nor a largest error, a model that is in int8 already keeps its layers and
-    their ranges.
+    With neither images nor a largest error, a model that is in int8 already keeps its layers, their
+    ranges, and the reasons of the others.
 
     Args:
         model: a folded one of this library, whose layers have no inference forms yet, or any other.
@@ -97,6 +96,7 @@ def quantize(
     layers = _layers(model, with_windows)
     classifiers = _classifiers(model, layers)
     known: dict[str, Quantization] = {}
+    before = _reasons(model)
     if images is None and max_drop is None:
         named = ((name, quantization_of(layer)) for name, layer in layers)
         known = {name: quantization for name, quantization in named if quantization is not None}
@@ -118,8 +118,9 @@ def quantize(
         for entry in entries:
             if entry.layer in classifiers and not entry.reason:
                 entry.reason = "the classifier, whose errors no later layer evens out"
-        if known:
-            _keep(entries, known)
+        for entry in entries:
+            if known and not entry.reason and entry.layer not in known:
+                entry.reason = before.get(entry.layer) or "not quantised in the file"
         chosen = {entry.layer: entry for entry in entries if not entry.reason}
         result = Precision("", entries, bool(ranges))
         if max_drop is not None:
@@ -178,13 +179,16 @@ def _layers(model: nn.Module, with_windows: bool) -> list[tuple[str, Any]]:
 
 def _is_product(conv: nn.Conv2d, with_windows: bool) -> bool:
     """Whether it is a linear layer of pixels or, if so wanted, of windows."""
-    kind = conv_kind(conv)
-    is_dense = kind == "other" and conv.groups == 1 and conv.dilation == (1, 1)
-    return kind == "pointwise" or (with_windows and is_dense)
+    plain = conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
+    if not plain or conv.groups != 1 or conv.in_channels == conv.out_channels == 1:
+        return False
+    return not _has_windows(conv) or (with_windows and conv.dilation == (1, 1))
 
 
 def _has_windows(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and conv_kind(layer) == "other"
+    if not isinstance(layer, nn.Conv2d):
+        return False
+    return (layer.kernel_size, layer.stride, layer.padding) != ((1, 1), (1, 1), (0, 0))
 
 
 def _classifiers(model: Any, layers: Sequence[tuple[str, nn.Module]]) -> tuple[str, ...]:
@@ -226,10 +230,10 @@ def _entry(
     return LayerPrecision(name, in_features, out_features, "", reason)
 
 
-def _keep(entries: Iterable[LayerPrecision], known: Container[str]) -> None:
-    for entry in entries:
-        if not entry.reason and entry.layer not in known:
-            entry.reason = "not quantised in the file"
+def _reasons(model: Any) -> dict[str, str]:
+    """Why layers are not in int8, if the model was fused before."""
+    precision: Precision | None = getattr(model, "precision", None)
+    return {} if precision is None else {e.layer: e.reason for e in precision.layers}
 
 
 # -- images --------------------------------------------------------------------------------------

@@ -8,31 +8,24 @@ from torch import Tensor, nn
 
 from backbones.vig import blocks
 from ops.cpu.scan.gated_scan import mixed_scan
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer
+from ops.inference.layers import FastForm, stands_for
 
 __all__ = ["ViGAttention"]
 
 
 @stands_for(blocks.JoinedAttention)
-class ViGAttention(FastLayer, blocks.JoinedAttention):
+class ViGAttention(FastForm, blocks.JoinedAttention):
     """One kernel from the input projections to the last projection."""
 
     kernels: ClassVar = (mixed_scan,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        norms = self.derived(x)
-        if norms is None:
-            return blocks.JoinedAttention.forward(self, x)
+    def fast(self, x: Tensor, derived: tuple[Any, ...]) -> Tensor:
         x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         shape, x = x.shape, x.flatten(1, 2)
         joined = self.joined(x)
         decay = self.decay_up(joined[..., 3 * shape[-1] :])
-        mixed = mixed_scan(joined, decay, x, *norms)
+        mixed = mixed_scan(joined, decay, x, *derived)
         return self.proj(mixed.view(shape))
-
-    def sources(self) -> list[Tensor]:
-        return [self.norm.weight, self.local_norm.weight]
 
     def derive(self, x: Tensor) -> tuple[Any, ...] | None:
         weights = (norm.weight.detach().float() for norm in (self.norm, self.local_norm))

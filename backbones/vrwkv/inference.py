@@ -11,8 +11,7 @@ from backbones.vrwkv import blocks
 from ops.cpu.scan.gated_scan import normed_scan
 from ops.cpu.wkv.bi_wkv import bi_wkv_forward
 from ops.cpu.wkv.shift import shifted_mixtures
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer
+from ops.inference.layers import FastForm, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = ["VRWKVAttention", "VRWKVGatedScan", "VRWKVMlp"]
@@ -26,15 +25,12 @@ class _Scan(NamedTuple):
 
 
 @stands_for(blocks.WKVAttention)
-class VRWKVAttention(FastLayer, blocks.WKVAttention):
+class VRWKVAttention(FastForm, blocks.WKVAttention):
     """One kernel for mixing, one for scan and gate."""
 
     kernels: ClassVar = (bi_wkv_forward,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            return blocks.WKVAttention.forward(self, x)
+    def fast(self, x: Tensor, derived: _Scan) -> Tensor:
         tokens = x.shape[1] * x.shape[2]
         if tokens not in derived.per_token:
             derived.per_token[tokens] = self.per_token(tokens)
@@ -50,9 +46,6 @@ class VRWKVAttention(FastLayer, blocks.WKVAttention):
             )
             out = torch.sigmoid(self.receptance(for_gate)) * out
         return self.proj(out)
-
-    def sources(self) -> list[Tensor]:
-        return [self.mix_k, self.mix_v, self.mix_r, self.decay, self.first]
 
     def derive(self, x: Tensor) -> _Scan | None:
         mixes = (self.mix_k, self.mix_v, self.mix_r)
@@ -72,22 +65,19 @@ class _GatedScan(NamedTuple):
 
 
 @stands_for(blocks.GatedScan)
-class VRWKVGatedScan(FastLayer, blocks.GatedScan):
+class VRWKVGatedScan(FastForm, blocks.GatedScan):
     """One kernel for scan and norm; layers apply activations, shares of mixtures, and the gate."""
 
     kernels: ClassVar = (normed_scan, shifted_mixtures)
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            return blocks.GatedScan.forward(self, x)
+    def fast(self, x: Tensor, derived: _GatedScan) -> Tensor:
         shape = x.shape
         for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
         change = shifted.view(x.shape).sub(x)
         low = derived.mix_down(for_low.view(x.shape), "tanh").chunk(5, dim=-1)
         of_decay, of_key, of_value, of_receptance, of_gate = (
-            (x + layer.times(part, "none", change)).view(shape[0], -1, shape[-1])
+            (x + layer(part, factor=change)).view(shape[0], -1, shape[-1])
             for layer, part in zip(derived.mix_up, low, strict=True)
         )
         query, key, value = (
@@ -101,13 +91,7 @@ class VRWKVGatedScan(FastLayer, blocks.GatedScan):
         decay = derived.decay_down(of_decay, "tanh")
         decay = self._heads(derived.decay_up(decay))
         out = normed_scan(query, key, value, decay, *derived.of_heads, self.norm.eps).flatten(2)
-        return self.proj(derived.gate.times(of_gate, "silu", out).view(shape))
-
-    def sources(self) -> list[Tensor]:
-        mixes = [self.mix_x, self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g]
-        low = [self.mix_down, self.mix_up, self.decay_down, self.decay_up]
-        vectors = [self.decay, self.first, self.norm.weight, self.norm.bias]
-        return [*mixes, *low, *vectors, self.gate.weight]
+        return self.proj(derived.gate(of_gate, "silu", factor=out).view(shape))
 
     def derive(self, x: Tensor) -> _GatedScan | None:
         mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
@@ -128,21 +112,15 @@ class VRWKVGatedScan(FastLayer, blocks.GatedScan):
 
 
 @stands_for(blocks.GatedSquaredMlp)
-class VRWKVMlp(FastLayer, blocks.GatedSquaredMlp):
+class VRWKVMlp(FastForm, blocks.GatedSquaredMlp):
     """One kernel for mixing."""
 
     kernels: ClassVar = (shifted_mixtures,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            return blocks.GatedSquaredMlp.forward(self, x)
+    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
         for_key, for_gate = shifted_mixtures(x, derived, self.groups).unbind()
         out = self.value(self.norm(torch.relu(self.key(for_key)).square()))
         return torch.sigmoid(self.receptance(for_gate)) * out
-
-    def sources(self) -> list[Tensor]:
-        return [self.mix_k, self.mix_r]
 
     def derive(self, x: Tensor) -> Tensor:
         """Shares of the mixtures."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,15 +16,13 @@ from ops.attention.bilevel import (
 )
 from ops.attention.hilo import HiLoAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
-from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention import gated as gated_attention
 from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention import linear as linear_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, fast_path_applies, tensors_of
+from ops.inference.layers import FastForm, fast_path_applies, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
@@ -62,7 +60,8 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
         whole = height % region_size[0] == width % region_size[1] == 0
         regions = height * width // (region_size[0] * region_size[1])
         fast = whole and self.topk < regions and fast_path_applies(query, self.qkv.weight)
-        if not fast or _unsupported(query) is not None:
+        kernels = grouped_attention.grouped_attention, window_means
+        if not fast or any(k.unavailable(query.device, query.dtype) for k in kernels):
             return bilevel_routing_attention(
                 query, key, value, self.num_heads, region_size, self.topk
             )
@@ -78,12 +77,6 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
         return out.view(value.shape)
 
 
-def _unsupported(x: Tensor) -> str | None:
-    """``None`` if the kernels for attention to regions and region means are available, else why."""
-    reason = grouped_attention.grouped_attention.unavailable(x.device, x.dtype)
-    return reason or window_means.unavailable(x.device, x.dtype)
-
-
 @functools.lru_cache(maxsize=32)
 def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tensor:
     """The tokens of each region of an evenly divided map: (regions, tokens of a region)."""
@@ -95,13 +88,12 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
 
 
 @stands_for(HiLoAttention)
-class FastHiLoAttention(FastLayer, HiLoAttention):
+class FastHiLoAttention(FastForm, HiLoAttention):
     """One joint input projection, and one output projection for all heads with the shortcut."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            return HiLoAttention.forward(self, x)
+    kernels: ClassVar = (grouped_attention.grouped_attention, window_means)
+
+    def fast(self, x: Tensor, derived: tuple[PackedLinear, PackedLinear]) -> Tensor:
         enter, leave = derived
         height, width = x.shape[1:3]
         bottom, right = -height % self.window_size, -width % self.window_size
@@ -134,15 +126,7 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
                 key, value = split_heads(low.kv(coarse), 2, low.num_heads)
             grouped_attention.attend(query, key, value, out)
 
-    def sources(self) -> list[Tensor]:
-        layers: list[Any] = [] if self.high is None else [self.high.qkv, self.high.proj]
-        if self.low is not None:
-            layers += [self.low.q, self.low.kv, self.low.proj]
-        return tensors_of(*layers)
-
-    def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
-        if _unsupported(x) is not None:
-            return None
+    def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear]:
         inputs = [] if self.high is None else [self.high.qkv]
         if self.low is not None:
             inputs += [self.low.q] if self.low.window_size > 1 else [self.low.q, self.low.kv]
@@ -157,13 +141,6 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
         )
 
 
-@functools.lru_cache(maxsize=8)
-def _rotations(height: int, width: int, head_dim: int) -> Tensor:
-    """The rotations as complex numbers: (height · width, head_dim / 2)."""
-    sin, cos = rotary_table(height, width, head_dim, device=torch.device("cpu"))
-    return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
-
-
 @functools.lru_cache(maxsize=32)
 def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
     """(size, head_dim): cosines, then sines, negated for even channels, of rows or columns."""
@@ -176,32 +153,19 @@ def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
 
 @stands_for(RankAugmentedAttention)
 class FastRankAugmentedAttention(RankAugmentedAttention):
-    """Uses our kernels if available; otherwise rotates by complex products."""
+    """Rotates, attends and gates in one pass, where that pays off."""
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        if not fast_path_applies(x, self.qkvo.weight) or x.dtype == torch.float64:
+        if not fast_path_applies(x, self.qkvo.weight) or not self._by_kernel(x):
             return super().forward(x, rotary)
+        return self._attend_in_chunks(x)
+
+    def _by_kernel(self, x: Tensor) -> bool:
         height, width, dim = x.shape[1:]
-        head_dim = dim // self.num_heads
         kernel = linear_attention if self.linear else gated_attention
-        fast = self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
-        if fast and kernel.unavailable(x.device, x.dtype, head_dim) is None:
-            return self._attend_in_chunks(x)
-        *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
-        rotations = _rotations(height, width, head_dim)
-        query, key, value = (
-            t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv
-        )  # (B, heads, HW, head_dim)
-        if self.linear:
-            out = _linear_attention(query.float(), key.float(), value.float(), rotations).to(
-                x.dtype
-            )
-        else:
-            query, key = (_rotate(t.float(), rotations).to(x.dtype) for t in (query, key))
-            out = softmax_attention(query, key, value)
-        out = out.transpose(1, 2).reshape(x.shape)
-        out = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).add_(out).mul_(gate)
-        return self.proj(out)
+        if kernel.unavailable(x.device, x.dtype, dim // self.num_heads) is not None:
+            return False
+        return self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
 
     def _attend_in_chunks(self, x: Tensor) -> Tensor:
         projected_bytes = 4 * x.numel() * x.element_size()
@@ -222,18 +186,3 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         head_dim = x.shape[3] // self.num_heads
         tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
         return self.proj(attend(qkvo, bias, *tables, self.num_heads))
-
-
-def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2)
-
-
-def _linear_attention(query: Tensor, key: Tensor, value: Tensor, rotations: Tensor) -> Tensor:
-    """Like :func:`ops.attention.rank_augmented.rank_augmented_linear_attention`, in float32."""
-    q, k = (F.elu(t).add_(1) for t in (query, key))
-    logits = (q.shape[-1] ** -0.5 * q.mean(dim=2, keepdim=True)) @ k.transpose(2, 3)
-    k.mul_(logits.softmax(dim=-1).transpose(2, 3))
-    total = (q @ k.sum(dim=2).unsqueeze(-1)).add_(1e-6)  # (B, heads, N, 1)
-    state = _rotate(k, rotations).transpose(2, 3) @ value  # (B, heads, head_dim, head_dim)
-    return (_rotate(q, rotations) @ state).div_(total)

@@ -11,18 +11,8 @@ from torch import Tensor, nn
 from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.conv import InceptionDWConv2d
 from ops.cpu import policy
-from ops.cpu.depthwise.conv import (
-    depthwise_branches,
-    depthwise_conv2d,
-    taps_first,
-    unavailable,
-)
-from ops.inference.forms import stands_for
-from ops.inference.layers import (
-    FastConv2d,
-    FastLayer,
-    tensors_of,
-)
+from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first, unavailable
+from ops.inference.layers import FastConv2d, FastForm, stands_for
 
 __all__ = [
     "FastDepthwiseConv2d",
@@ -30,20 +20,6 @@ __all__ = [
     "FastInceptionDWConv2d",
     "FastMultipliedConv2d",
 ]
-
-
-class PackedDepthwise:
-    """A depthwise convolution with its taps in our kernel's order; the activation may change."""
-
-    def __init__(self, conv: FastConv2d) -> None:
-        bias = None if conv.bias is None else conv.bias.detach().float()
-        self._tensors = taps_first(conv.weight), bias
-        self._geometry: tuple[Any, Any, Any] = conv.stride, conv.padding, conv.dilation
-
-    def __call__(self, x: Tensor, activation: str) -> Tensor:
-        """(B, C, H, W) → (B, C, H', W')."""
-        out: Tensor = depthwise_conv2d(x, *self._tensors, *self._geometry, activation)
-        return out
 
 
 class FastDepthwiseConv2d(FastConv2d):
@@ -55,7 +31,15 @@ class FastDepthwiseConv2d(FastConv2d):
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         if unavailable(self.stride, x.device, x.dtype) is not None:
             return None, self.for_onednn(x)
-        return PackedDepthwise(self), None if self._by_kernel(x) else self.for_onednn(x)
+        bias = None if self.bias is None else self.bias.detach().float()
+        geometry: Any = self.stride, self.padding, self.dilation
+        given = taps_first(self.weight), bias, *geometry
+
+        def own(x: Tensor, activation: str) -> Tensor:
+            out: Tensor = depthwise_conv2d(x, *given, activation)
+            return out
+
+        return own, None if self._by_kernel(x) else self.for_onednn(x)
 
     def _by_kernel(self, x: Tensor, values: int = sys.maxsize) -> bool:
         """Whether it is faster for a map of ``values`` values; by default for any number."""
@@ -66,16 +50,14 @@ class FastDepthwiseConv2d(FastConv2d):
         )
 
 
-class FastMultipliedConv2d(FastConv2d):
+class FastMultipliedConv2d(FastDepthwiseConv2d):
     """A depthwise convolution with several outputs per channel, by our kernel if available.
 
     oneDNN's take up to ten times as long.
     """
 
-    def derive(self, x: Tensor) -> tuple[Any, Any]:
-        if unavailable(self.stride, x.device, x.dtype) is not None:
-            return None, self.for_onednn(x)
-        return PackedDepthwise(self), None
+    def _by_kernel(self, x: Tensor, values: int = 0) -> bool:
+        return True
 
 
 @stands_for(DilatedDepthwiseConv2d)
@@ -89,18 +71,14 @@ class FastDilatedDepthwiseConv2d(DilatedDepthwiseConv2d):
 
 
 @stands_for(InceptionDWConv2d)
-class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
+class FastInceptionDWConv2d(FastForm, InceptionDWConv2d):
     """All branches into one map, see :func:`ops.cpu.depthwise.conv.depthwise_branches`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        return super().forward(x) if derived is None else depthwise_branches(x, *derived)
-
-    def sources(self) -> list[Tensor]:
-        return tensors_of(self.dwconv_hw, self.dwconv_w, self.dwconv_h)
+    def fast(self, x: Tensor, derived: Any) -> Tensor:
+        return depthwise_branches(x, *derived)
 
     def derive(self, x: Tensor) -> Any:
         if unavailable((1, 1), x.device, x.dtype) is not None:
             return None
-        weights, biases = self.sources()[::2], self.sources()[1::2]
-        return [taps_first(w) for w in weights], [b.detach().float() for b in biases]
+        layers: Any = self.dwconv_hw, self.dwconv_w, self.dwconv_h
+        return [taps_first(c.weight) for c in layers], [c.bias.detach().float() for c in layers]

@@ -22,11 +22,9 @@ from ops.inference import (  # noqa: F401  (they register their forms)
     kan,
     layers,
     mobile,
-    neighborhood,
     norm,
     window,
 )
-from ops.inference.forms import fast_form, plain_form
 from ops.inference.heap import keep_freed_memory
 
 __all__ = ["leave_inference_mode", "restore_plain_forms", "slow_in_nhwc", "to_channels_last"]
@@ -56,7 +54,7 @@ def to_channels_last(model: nn.Module, *, always: bool) -> bool:
     if not always and slow_in_nhwc(model) is not None:
         return False
     for module in model.modules():
-        fast = fast_form(module)
+        fast = layers.fast_form(module)
         # Blocks' forms pass more than a map to their attention; token pooling only applies to the
         # map.
         if fast is not None and not hasattr(module, "token_pooling") and _has_kernels(fast, weight):
@@ -94,9 +92,11 @@ def _has_kernels(fast: type[nn.Module], weight: Tensor) -> bool:
 def restore_plain_forms(model: nn.Module) -> None:
     """Undo :func:`to_channels_last`, except for memory formats."""
     for module in model.modules():
-        plain = plain_form(module)
+        plain = vars(type(module)).get("stands_for")
         if plain is not None:
-            layers.revert(module, plain)
+            module.__class__ = plain
+            for name in ("_derived", "_made_from", "decisions", "_records"):
+                vars(module).pop(name, None)
 
 
 def leave_inference_mode(model: nn.Module) -> None:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch, tap_positions
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, fast_path_applies, tensors_of
+from ops.inference.layers import FastLayer, fast_path_applies, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
@@ -35,9 +34,6 @@ class FastGlobalBranch(FastLayer, GlobalBranch):
         key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)
         value = self.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return key.flatten(1, 2).unsqueeze(2), value.flatten(1, 2).unsqueeze(2)
-
-    def sources(self) -> list[Tensor]:
-        return tensors_of(self.sr)
 
     def derive(self, x: Tensor) -> PackedLinear:
         return PackedLinear(self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
@@ -72,9 +68,6 @@ class FastLocalBranch(FastLayer, LocalBranch):
             weight = self.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
             packed[windows] = PackedLinear(weight, self.kv.bias)
         return packed[windows](sequence)
-
-    def sources(self) -> list[Tensor]:
-        return tensors_of(self.kv)
 
     def derive(self, x: Tensor) -> dict[int, PackedLinear] | None:
         """Layers by number of windows; created on first use."""

@@ -10,25 +10,21 @@ from torch import Tensor
 
 from ops.cpu.feed_forward.kan import LARGEST_POWER, PackedKAN, kan_layer
 from ops.cpu.gemm.linear import pack_weight
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, tensors_of
+from ops.inference.layers import FastForm, stands_for
 from ops.kan import KANLayer
 
 __all__ = ["FastKANLayer", "pack_kan"]
 
 
 @stands_for(KANLayer)
-class FastKANLayer(FastLayer, KANLayer):
+class FastKANLayer(FastForm, KANLayer):
     """Runs in one pass if the kernel is available."""
 
     kernels: ClassVar = (kan_layer,)
 
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.derived(x)
-        return super().forward(x) if packed is None else kan_layer(x, *packed)
-
-    def sources(self) -> list[Tensor]:
-        return [self.linear.weight, self.grid, *tensors_of(self.norm)]
+    def fast(self, x: Tensor, derived: PackedKAN) -> Tensor:
+        out: Tensor = kan_layer(x, *derived)
+        return out
 
     def derive(self, x: Tensor) -> PackedKAN | None:
         return pack_kan(self)

@@ -23,8 +23,7 @@ from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.gemm.convolution import PackedConv2d
-from ops.cpu.gemm.int8 import int8_unavailable
-from ops.cpu.gemm.linear import unavailable
+from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
 from ops.inference.packed_linear import (
@@ -40,21 +39,22 @@ from ops.replay.changes import TensorSnapshot
 __all__ = [
     "ActivatedLayer",
     "FastConv2d",
+    "FastForm",
     "FastLayer",
     "FastLinear",
-    "activate",
-    "can_activate",
-    "conv_kind",
     "convert",
+    "fast_form",
     "fast_path_applies",
     "has_onednn",
     "is_quantized",
     "plain_forms",
-    "revert",
-    "tensors_of",
+    "stands_for",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
+Form = TypeVar("Form", bound=type[nn.Module])
+
+_forms: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that they stand for
 
 _CALLS = (
     "_linear_pointwise",
@@ -77,6 +77,31 @@ def has_onednn(dtype: torch.dtype) -> bool:
     return all(hasattr(torch.ops.mkldnn, name) for name in _CALLS)
 
 
+def stands_for(plain: type[nn.Module]) -> Callable[[Form], Form]:
+    """Register the decorated class, a subclass of ``plain``, as the inference form of ``plain``.
+
+    Args:
+        plain: exact class of the layers to replace; its subclasses are other layers.
+
+    Raises:
+        TypeError: the form is not a subclass of ``plain``.
+    """
+
+    def register(form: Form) -> Form:
+        if not issubclass(form, plain):
+            raise TypeError(f"{form.__name__} does not stand for a {plain.__name__}")
+        form.stands_for = plain  # type: ignore[attr-defined]
+        _forms[plain] = form
+        return form
+
+    return register
+
+
+def fast_form(module: nn.Module) -> type[nn.Module] | None:
+    """The inference form of a layer, if there is one."""
+    return _forms.get(type(module))
+
+
 def convert(layer: nn.Module, fast: type[Module]) -> Module:
     """Convert ``layer`` in place to an instance of ``fast``, a subclass of its class.
 
@@ -88,19 +113,6 @@ def convert(layer: nn.Module, fast: type[Module]) -> Module:
     layer.__class__ = fast
     assert isinstance(layer, fast)
     return layer
-
-
-def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
-    """Convert a layer of :func:`convert` back to a ``plain`` layer, in place.
-
-    Raises:
-        TypeError: the layer's class is not a subclass of ``plain``.
-    """
-    if not isinstance(layer, plain):
-        raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
-    layer.__class__ = plain
-    for name in ("_derived", "_made_from", "decisions", "_records"):
-        vars(layer).pop(name, None)
 
 
 class _Thread(threading.local):
@@ -128,12 +140,6 @@ def fast_path_applies(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
-
-
-def tensors_of(*layers: Any) -> list[Tensor]:
-    """The weights and biases of layers, whether or not they are parameters."""
-    both = (t for layer in layers for t in (layer.weight, layer.bias))
-    return [t for t in both if t is not None]
 
 
 class FastLayer(nn.Module):
@@ -179,8 +185,8 @@ class FastLayer(nn.Module):
         self._made_from = None
 
     def sources(self) -> list[Tensor]:
-        """The tensors that data are derived from, of the same dtype and device."""
-        return tensors_of(self)
+        """The tensors that data may be derived from; the first in the dtype of inputs."""
+        return [*self.parameters(), *self.buffers()]
 
     def derive(self, x: Tensor) -> Any:
         """Derive data from the parameters, with ``x`` as an example input."""
@@ -203,6 +209,18 @@ class FastLayer(nn.Module):
         return state
 
 
+class FastForm(FastLayer):
+    """An inference form that computes with derived data, and otherwise as its plain class does."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        derived = self.derived(args[0])
+        return super().forward(*args, **kwargs) if derived is None else self.fast(args[0], derived)
+
+    def fast(self, x: Tensor, derived: Any) -> Any:
+        """The result of ``forward`` with the data of :meth:`derive`."""
+        raise NotImplementedError
+
+
 class ActivatedLayer(FastLayer):
     """A layer that applies an activation to its output."""
 
@@ -217,27 +235,6 @@ class ActivatedLayer(FastLayer):
     def extra_repr(self) -> str:
         shown = f"{super().extra_repr()}, activation={self.activation}"
         return shown if self.quantization is None else f"{shown}, int8={self.quantization.in_range}"
-
-
-def can_activate(layer: nn.Module) -> bool:
-    """Whether a layer can apply an activation and does not have one yet."""
-    return isinstance(layer, ActivatedLayer) and layer.activation == "none"
-
-
-def activate(layer: nn.Module, kind: str) -> None:
-    """Let a layer that :func:`can_activate` apply an activation to its output."""
-    assert isinstance(layer, ActivatedLayer)
-    layer.activation = kind
-
-
-def conv_kind(conv: nn.Conv2d) -> str | None:
-    """``"depthwise"``, ``"pointwise"`` or ``"other"``; None if no form supports the padding."""
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return None
-    if conv.groups == conv.in_channels == conv.out_channels:
-        return "depthwise"
-    simple = conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
-    return "pointwise" if simple and conv.kernel_size == (1, 1) else "other"
 
 
 def is_quantized(*layers: Any) -> bool:
@@ -263,10 +260,10 @@ class FastLinear(ActivatedLayer, nn.Linear):
         factor: Tensor | None = None,
     ) -> Tensor:
         packed = self.derived(x)
-        if packed is not None and factor is not None:
-            return packed.times(x, self.activation, factor)
         if packed is not None:
-            return packed(x, self.activation, residual, scale, residual_scale, self.clips_sum)
+            others = residual, scale, residual_scale, factor
+            out: Tensor = packed(x, self.activation, *others, self.clips_sum)
+            return out
         residual = scaled_residual(residual, residual_scale)
         out = super().forward(scaled(x, scale))
         if factor is not None:
@@ -294,7 +291,7 @@ class FastLinear(ActivatedLayer, nn.Linear):
         return packed.packed() if packed is not None and packed.is_int8 else None
 
     def derive(self, x: Tensor) -> PackedLinear | None:
-        has_kernel = unavailable(x.device, x.dtype, with_bfloat16=True) is None
+        has_kernel = packed_linear.unavailable(x.device, x.dtype) is None
         shape = self.in_features, self.out_features, self.bias is not None
         if (
             has_kernel
@@ -381,10 +378,8 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         """The convolution by one of our kernels, if one is ever faster."""
         stride: Any = self.stride
         dilation: Any = self.dilation
-        if self.quantization is not None:
-            has_products = int8_unavailable(x.device, x.dtype) is None
-            if policy.linear_in_int8(has_products, x.dtype):
-                return PackedConv2d(self, self.quantization.pack)
+        if self.quantization is not None and self.quantization.applies(self.weight):
+            return PackedConv2d(self, self.quantization.pack)
         available = winograd_conv2d.unavailable(x.device, x.dtype) is None
         groups = self.in_channels // self.groups, self.out_channels // self.groups, self.groups
         applies = available and WinogradConv2d.applies(self)
@@ -397,7 +392,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
         if policy.copies_windows(self.in_channels, stride, x.dtype):
-            reason = unavailable(x.device, x.dtype, with_bfloat16=True)
+            reason = packed_linear.unavailable(x.device, x.dtype)
             return PackedConv2d(self) if reason is None else None
         own = NCHWConv2d.applies(self) and packed_stem.unavailable(x.device, x.dtype) is None
         return NCHWConv2d(self) if own else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -12,13 +11,9 @@ from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize
 from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, fast_path_applies, tensors_of
+from ops.inference.layers import FastForm, stands_for
 
-__all__ = [
-    "FastCascadedGroupAttention",
-    "FastSingleHeadAttention",
-]
+__all__ = ["FastCascadedGroupAttention", "FastSingleHeadAttention"]
 
 
 class _Cascade(NamedTuple):
@@ -29,36 +24,28 @@ class _Cascade(NamedTuple):
 
 
 @stands_for(CascadedGroupAttention)
-class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
+class FastCascadedGroupAttention(FastForm, CascadedGroupAttention):
     """All heads in one pass over NHWC, with bias tables cached by map size."""
 
     kernels: ClassVar = (cascaded_attention,)
-
-    def sources(self) -> list[Tensor]:
-        heads: Any = self.heads
-        layers = (layer for head in heads for layer in (head.qkv, head.dwconv))
-        return [*tensors_of(*layers), self.attention_biases]
 
     def derive(self, x: Tensor) -> _Cascade:
         heads: Any = self.heads
         projections, convs = ([getattr(h, n) for h in heads] for n in ("qkv", "dwconv"))
         return _Cascade(PackedCascadedAttention(projections, heads[0].splits[0], convs), {})
 
-    def forward(self, x: Tensor) -> Tensor:
-        cascade = self.derived(x)
+    def fast(self, x: Tensor, derived: _Cascade) -> Tensor:
         height, width = x.shape[2:]
         size = self.window_size
-        if cascade is None:
-            return super().forward(x)
         tokens = x.permute(0, 2, 3, 1)
         if height <= size and width <= size:
-            return self.proj(self._mix(tokens, cascade).permute(0, 3, 1, 2))
+            return self.proj(self._mix(tokens, derived).permute(0, 3, 1, 2))
         bottom, right = -height % size, -width % size
         if bottom or right:
             tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom))
         batch, rows, columns, dim = tokens.shape
         split = tokens.view(batch, rows // size, size, columns // size, size, dim).transpose(2, 3)
-        mixed = self._mix(split.reshape(-1, size, size, dim), cascade)
+        mixed = self._mix(split.reshape(-1, size, size, dim), derived)
         mixed = mixed.view(split.shape).transpose(2, 3).reshape(batch, rows, columns, dim)
         return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2))
 
@@ -73,30 +60,16 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
 
 
 @stands_for(SingleHeadAttention)
-class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
-    """Uses NHWC; small maps in one pass."""
+class FastSingleHeadAttention(FastForm, SingleHeadAttention):
+    """Small maps in one pass over NHWC."""
 
     kernels: ClassVar = (cascaded_attention,)
 
-    def sources(self) -> list[Tensor]:
-        return tensors_of(self.qkv, self.norm)
-
-    def derive(self, x: Tensor) -> PackedCascadedAttention | None:
+    def derive(self, x: Tensor) -> PackedCascadedAttention:
         qkv: Any = self.qkv
         return PackedCascadedAttention([qkv], self.qkv_splits[0], norm=self.norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight: Any = self.qkv.weight
-        if not fast_path_applies(x, weight):
-            return super().forward(x)
-        batch, _, height, width = x.shape
-        packed = self.derived(x)
-        if packed is not None and policy.single_head_by_kernel(height * width):
-            return self.proj(packed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-        attended, rest = x.split(self.input_splits, dim=1)
-        qkv = self.qkv(self.norm(attended)).permute(0, 2, 3, 1).flatten(1, 2)
-        query, key, value = qkv.to(policy.computed_in(x.dtype)).split(self.qkv_splits, dim=2)
-        logits = torch.bmm(query * query.shape[2] ** -0.5, key.transpose(1, 2))
-        attended = torch.bmm(logits.softmax(dim=-1), value).view(batch, height, width, -1)
-        mixed = torch.cat((attended.to(x.dtype), rest.permute(0, 2, 3, 1)), dim=3).relu_()
-        return self.proj(mixed.permute(0, 3, 1, 2))
+    def fast(self, x: Tensor, derived: PackedCascadedAttention) -> Tensor:
+        if not policy.single_head_by_kernel(x.shape[2] * x.shape[3]):
+            return SingleHeadAttention.forward(self, x)
+        return self.proj(derived(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))

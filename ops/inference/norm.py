@@ -9,24 +9,9 @@ from torch import Tensor, nn
 
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.rms_norm import rms_norm
-from ops.inference.forms import stands_for
-from ops.inference.layers import ActivatedLayer, FastLayer
-from ops.norm import RMSNorm
+from ops.inference.layers import ActivatedLayer, FastForm, stands_for
 
-__all__ = ["FastLayerNorm", "FastRMSNorm", "FastRmsNorm2d"]
-
-
-class _PackedNorm:
-    """A norm of the last axis with weight and bias in float32."""
-
-    def __init__(self, norm: nn.LayerNorm) -> None:
-        self._affine = norm.weight.detach().float(), norm.bias.detach().float()
-        self._eps = norm.eps
-
-    def __call__(self, x: Tensor, activation: str) -> Tensor:
-        """``activation(norm(x))``, (..., dim) → (..., dim)."""
-        out: Tensor = layer_norm(x, *self._affine, self._eps, activation)
-        return out
+__all__ = ["FastLayerNorm", "FastRmsNorm2d"]
 
 
 class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
@@ -36,41 +21,26 @@ class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)
-        return self._finish(super().forward(x)) if packed is None else packed(x, self.activation)
+        if packed is None:
+            return self._finish(super().forward(x))
+        out: Tensor = layer_norm(x, *packed, self.activation)
+        return out
 
-    def derive(self, x: Tensor) -> _PackedNorm:
-        return _PackedNorm(self)
+    def derive(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        return self.weight.detach().float(), self.bias.detach().float(), self.eps
 
 
-class _RMSNorm(FastLayer):
+@stands_for(RmsNorm2d)
+class FastRmsNorm2d(FastForm, RmsNorm2d):
+    """(B, C, H, W) → (B, C, H, W)."""
+
     kernels: ClassVar = (rms_norm,)
     weight: Any
     eps: Any
 
-    def sources(self) -> list[Tensor]:
-        return [] if self.weight is None else [self.weight]
-
-    def derive(self, x: Tensor) -> tuple[Tensor, float] | None:
-        if self.weight is None:
-            return None
-        return self.weight.detach().float(), self.eps
-
-
-class FastRMSNorm(_RMSNorm, RMSNorm):
-    """(..., dim) → (..., dim)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.derived(x)
-        return RMSNorm.forward(self, x) if packed is None else rms_norm(x, *packed)
-
-
-@stands_for(RmsNorm2d)
-class FastRmsNorm2d(_RMSNorm, RmsNorm2d):
-    """(B, C, H, W) → (B, C, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.derived(x)
-        if packed is None:
-            return RmsNorm2d.forward(self, x)
-        out: Tensor = rms_norm(x.permute(0, 2, 3, 1), *packed)
+    def fast(self, x: Tensor, derived: tuple[Tensor, float]) -> Tensor:
+        out: Tensor = rms_norm(x.permute(0, 2, 3, 1), *derived)
         return out.permute(0, 3, 1, 2)
+
+    def derive(self, x: Tensor) -> tuple[Tensor, float]:
+        return self.weight.detach().float(), self.eps

@@ -16,12 +16,7 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
 from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight, quantize_weight
-from ops.cpu.gemm.linear import (
-    pack_weight,
-    packed_linear,
-    packed_linear_energy,
-    unavailable,
-)
+from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
 
 __all__ = [
@@ -60,6 +55,11 @@ class Quantization:
     in_range: tuple[float, float] | None = None
     origins: tuple[Quantization, ...] = ()
     is_used: bool = False
+
+    def applies(self, weight: Tensor) -> bool:
+        """Whether a layer with this weight computes in int8 on this CPU."""
+        has_products = int8_unavailable(weight.device, weight.dtype) is None
+        return policy.linear_in_int8(has_products, weight.dtype)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedWeight:
         """The arguments of a kernel in int8 that is about to compute the layer."""
@@ -109,14 +109,11 @@ class PackedLinear:
     ) -> None:
         self._weight = weight.detach().contiguous()
         self._bias = None if bias is None else bias.detach()
-        self._has_kernel = unavailable(weight.device, weight.dtype, with_bfloat16=True) is None
+        self._has_kernel = packed_linear.unavailable(weight.device, weight.dtype) is None
         self._for_kernel: PackedWeight | None = None
         self._for_onednn: Tensor | None = None
-        self._quantization: Quantization | None = None
-        if quantization is not None:
-            has_products = int8_unavailable(weight.device, weight.dtype) is None
-            if policy.linear_in_int8(has_products, weight.dtype):
-                self._quantization = quantization
+        applies = quantization is not None and quantization.applies(weight)
+        self._quantization = quantization if applies else None
 
     def __call__(
         self,
@@ -125,9 +122,10 @@ class PackedLinear:
         residual: Tensor | None = None,
         scale: Tensor | None = None,
         residual_scale: Tensor | None = None,
+        factor: Tensor | None = None,
         clips_sum: bool = False,
     ) -> Tensor:
-        """``activation(linear(x * scale)) + residual * residual_scale``.
+        """``activation(linear(x * scale)) + residual * residual_scale``, or times ``factor``.
 
         With ``clips_sum``, ReLU or ReLU6 is applied after the residual is added.
 
@@ -137,37 +135,25 @@ class PackedLinear:
         if self._is_by_kernel(x) and (scale is not None or residual_scale is not None):
             packed: PackedWeight | None = self.packed()
         else:
-            packed = self.packed_for(x, activation)
+            packed = self.packed_for(x, activation, has_factor=factor is not None)
         if packed is not None:
-            added, other_scale = _combined(residual, residual_scale)
-            added = "add_clipped" if clips_sum else added
-            return self._by_kernel(x, packed, activation, residual, added, scale, other_scale)
+            weight, weight_scale, bias, in_range = packed
+            if factor is not None:
+                combined: tuple[Tensor | None, str] = factor, "multiply"
+            elif residual is None:
+                combined, residual_scale = (None, "none"), None
+            elif clips_sum:
+                combined = residual, "add_clipped"
+            else:
+                combined = residual, "add" if residual_scale is None else "add_scaled"
+            scales = scale, residual_scale, weight_scale, in_range
+            out: Tensor = packed_linear(x, weight, bias, activation, *combined, *scales)
+            return out
         x, residual = scaled(x, scale), scaled_residual(residual, residual_scale)
         if clips_sum:
             return activation_of(activation).plain(self._by_onednn(x, "none", residual))
-        return self._by_onednn(x, activation, residual)
-
-    def times(self, x: Tensor, activation: str, factor: Tensor) -> Tensor:
-        """``activation(linear(x)) * factor``, (B, ..., in_features) → (B, ..., out_features)."""
-        packed = self.packed_for(x, activation, has_factor=True)
-        if packed is None:
-            return self._by_onednn(x, activation, None).mul_(factor)
-        return self._by_kernel(x, packed, activation, factor, "multiply")
-
-    @staticmethod
-    def _by_kernel(
-        x: Tensor,
-        packed: PackedWeight,
-        activation: str,
-        other: Tensor | None,
-        combination: str,
-        scale: Tensor | None = None,
-        other_scale: Tensor | None = None,
-    ) -> Tensor:
-        weight, weight_scale, bias, in_range = packed
-        combined = other, combination, scale, other_scale
-        out: Tensor = packed_linear(x, weight, bias, activation, *combined, weight_scale, in_range)
-        return out
+        out = self._by_onednn(x, activation, residual)
+        return out if factor is None else out.mul_(factor)
 
     def _is_by_kernel(self, x: Tensor) -> bool:
         """Whether our kernel computes the layer for ``x``."""
@@ -221,19 +207,8 @@ class PackedLinear:
         return both[0], both[1]
 
 
-def _combined(residual: Tensor | None, scale: Tensor | None) -> tuple[str, Tensor | None]:
-    """The combination of a layer with ``residual * scale``, and the scale for the kernel."""
-    if residual is None:
-        return "none", None
-    return ("add", None) if scale is None else ("add_scaled", scale)
-
-
 def packed_pair(
-    first: Any,
-    second: Any,
-    x: Tensor,
-    activation: str,
-    residual: Tensor | None,
+    first: Any, second: Any, x: Tensor, activation: str, residual: Tensor | None
 ) -> Tensor | None:
     """``second(activation(first(x))) + residual`` in one pass; None if each layer needs its own.
 

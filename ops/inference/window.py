@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from ops.attention.window import (
 from ops.cpu import policy
 from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention.grouped import LINE, ScoreTerms, split_heads
-from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer
+from ops.inference.layers import FastForm, stands_for
 
 __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
 
@@ -30,28 +29,25 @@ __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
 _CPU = torch.device("cpu")  # of what is kept, whatever the default device is
 
 
-class _InPlaceAttention(FastLayer):
+class _InPlaceAttention(FastForm):
     """Without rolling, partitioning or merging."""
 
+    kernels: ClassVar = (grouped_attention.grouped_attention,)
     window_size: int
     num_heads: int
     relative_position_bias_table: Any
     qkv: Any
     proj: Any
 
-    def _attend(self, x: Tensor, values: Tensor) -> Tensor:
+    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
         query, key, value = split_heads(self.qkv(x), 3, self.num_heads)
         rows, key_rows, kinds = self._tokens(x.shape[1], x.shape[2])
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        terms = ScoreTerms(values, self._lines()[1], kinds)
+        terms = ScoreTerms(derived, self._lines()[1], kinds)
         (heads,) = split_heads(out, 1, self.num_heads)
         grouped_attention.attend_windows(query, key, value, rows, key_rows, terms, heads)
         projected: Tensor = self.proj(out)
         return projected
-
-    def _key_size(self) -> int:
-        """Side of the keys' window."""
-        raise NotImplementedError
 
     def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """The query tokens, key tokens and kind of each window."""
@@ -61,15 +57,10 @@ class _InPlaceAttention(FastLayer):
         """See :func:`_distinct_lines`."""
         raise NotImplementedError
 
-    def sources(self) -> list[Tensor]:
-        return [self.relative_position_bias_table]
-
     def derive(self, x: Tensor) -> Tensor | None:
         """(heads, lines, LINE): the terms added to the scores before scaling."""
-        side = self._key_size()
+        side = getattr(self, "overlap_size", self.window_size)  # of the keys' window
         if not policy.window_attention_by_kernel(side, x.dtype):
-            return None
-        if grouped_attention.grouped_attention.unavailable(x.device, x.dtype) is not None:
             return None
         entries, _ = self._lines()
         bias = self.relative_position_bias_table.float().t()
@@ -80,17 +71,6 @@ class _InPlaceAttention(FastLayer):
 @stands_for(WindowAttention)
 class FastWindowAttention(_InPlaceAttention, WindowAttention):
     """(B, H, W, dim) → (B, H, W, dim)."""
-
-    def forward(
-        self, x: Tensor, index: Tensor | None = None, masks: Tensor | None = None
-    ) -> Tensor:
-        values = self.derived(x)
-        if values is not None:
-            return self._attend(x, values)
-        return WindowAttention.forward(self, x, index, masks)
-
-    def _key_size(self) -> int:
-        return self.window_size
 
     def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, kinds = _windows(height, width, self.window_size, self.shift_size)
@@ -103,15 +83,6 @@ class FastWindowAttention(_InPlaceAttention, WindowAttention):
 @stands_for(OverlappingWindowAttention)
 class FastOverlappingWindowAttention(_InPlaceAttention, OverlappingWindowAttention):
     """(B, H, W, dim) → (B, H, W, dim)."""
-
-    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        values = self.derived(x)
-        if values is not None:
-            return self._attend(x, values)
-        return OverlappingWindowAttention.forward(self, x, index)
-
-    def _key_size(self) -> int:
-        return self.overlap_size
 
     def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, _ = _windows(height, width, self.window_size, 0)

@@ -161,7 +161,7 @@ class Capture:
             raise NotCapturableError(f"{operator} cannot be replayed")
         if mutable and any(self._index(t) is None for t in _modified(operator, args, kwargs)):
             raise NotCapturableError(f"{operator} changes what was there before")
-        call = TorchCall(str(operator), operator, self._arguments(args), self._arguments(kwargs))
+        call = TorchCall(operator, self._arguments(args), self._arguments(kwargs))
         for i in fresh:
             call.results[i] = self._add_buffer(results[i])
         self.calls.append(call)
@@ -202,17 +202,15 @@ class Capture:
 
     def kernel_called(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
         """Record a kernel call with its tensors."""
-        self._try(self._note_kernel_call, kernel, function, arguments)
+        self._try(self._note_kernel_call, function, arguments)
 
     def kernel_returned(self, kernel: Kernel, given: dict[str, Any], result: Any) -> None:
         """Do nothing: the call has already been recorded."""
 
-    def _note_kernel_call(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
+    def _note_kernel_call(self, function: Any, arguments: Sequence[Any]) -> None:
         address = ctypes.cast(function, ctypes.c_void_p).value
         assert address is not None
-        self.calls.append(
-            KernelCall(address, [*map(self._kernel_argument, arguments)], kernel.name)
-        )
+        self.calls.append(KernelCall(address, [*map(self._kernel_argument, arguments)]))
 
     def _kernel_argument(self, argument: Any) -> int | Place | Block:
         if isinstance(argument, int):

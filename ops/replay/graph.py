@@ -67,11 +67,10 @@ class Buffer:
 
 @dataclass
 class KernelCall:
-    """A kernel call: the address of its function, its arguments, and its operator's name."""
+    """A kernel call: the address of its function, and its arguments."""
 
     function: int
     arguments: list[int | Place | Block]
-    name: str = "kernel"
 
     def places(self) -> Iterator[Place]:
         """The places that the kernel reads or writes."""
@@ -89,7 +88,6 @@ class TorchCall:
     ``results`` maps the position of a result to the buffer that the call allocates for it.
     """
 
-    name: str
     function: Callable[..., Any]
     args: Any
     kwargs: dict[str, Any]
@@ -127,33 +125,9 @@ class Graph:
             leaf for leaf in pytree.tree_leaves(self.result, is_leaf=_is_view) if _is_view(leaf)
         ]
 
-    def __str__(self) -> str:
-        """One line per call, with its buffers, followed by one line per buffer."""
-        lines = []
-        for call in self.calls:
-            if isinstance(call, KernelCall):
-                used = [_named(place.buffer, place.offset) for place in call.places()]
-                lines.append(f"kernel  {call.name}({', '.join(used)})")
-            else:
-                used = [_named(view.buffer, view.offset) for view in call.views()]
-                made = ", ".join(f"%{index}" for index in call.results.values())
-                text = f"{call.name}({', '.join(used)})"
-                lines.append(f"torch   {made} = {text}" if made else f"torch   {text}")
-        returned = ", ".join(_named(view.buffer, view.offset) for view in self.results)
-        lines.append(f"return  {returned}")
-        for index, buffer in enumerate(self.buffers):
-            dtype = str(buffer.dtype).removeprefix("torch.")
-            size = "×".join(map(str, buffer.size))
-            lines.append(f"%{index}: {size} {dtype}, {buffer.nbytes} bytes")
-        return "\n".join(lines)
-
 
 def _is_view(value: Any) -> bool:
     return isinstance(value, View)
-
-
-def _named(buffer: int, offset: int) -> str:
-    return f"%{buffer}+{offset}" if offset else f"%{buffer}"
 
 
 def _leaves(value: Any) -> Iterator[Any]:

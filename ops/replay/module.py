@@ -11,14 +11,14 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from ops.cpu.build import status
-from ops.cpu.call.dispatch import is_plain_call, kernels_apply
+from ops.cpu.call.dispatch import kernels_apply
 from ops.replay.capture import Capture
 from ops.replay.changes import TensorSnapshot
 from ops.replay.graph import NotCapturableError
@@ -36,28 +36,16 @@ _DICT_FUNCTIONS = ctypes.pythonapi.PyDict_Size, ctypes.pythonapi.PyDict_Next
 
 
 class Recorded(nn.Module):
-    """Mixin, placed before a class with a tensor-to-tensor ``forward``, that replays its calls.
+    """Mixin, placed before the class of a module, whose methods may pass calls to :meth:`recorded`.
 
-    The first call with an input of a given shape, strides and dtype runs eagerly, the second is
+    The first call with an input of a given shape, strides and dtype runs a program, the second is
     captured, and later calls replay the graph for as long as no submodule, attribute, parameter or
     hook has changed. After a change, and whenever gradients, hooks inside, compilation, tracing,
-    profiling or autocast require it, the layers run eagerly. Results are bit-identical; whatever
-    else a layer does, such as counting its calls, a replay leaves out.
+    profiling or autocast require it, the layers run eagerly. Programs and replays give the same
+    bits; whatever else a layer does, such as counting its calls, a replay leaves out.
     """
 
-    eager_calls: ClassVar[int] = 1  # of a kind, before one is recorded
     _records: _Records | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x is None or not is_plain_call((x,)) or torch._C._len_torch_function_stack():
-            return self.compute(x)
-        result: Tensor = self.recorded(x, self.compute)
-        return result
-
-    def compute(self, x: Tensor) -> Tensor:
-        """Run the layers eagerly, as the class's own ``forward`` does."""
-        result: Tensor = super().forward(x)
-        return result
 
     def recorded(
         self,
@@ -75,21 +63,25 @@ class Recorded(nn.Module):
             otherwise: runs calls that cannot be replayed; default ``call``.
         """
         if self._records is None:
-            self._records = _Records(self.eager_calls)
+            self._records = _Records()
         return self._records(self, x, call, key, otherwise or call)
 
     @classmethod
     def methods_of(cls, kind: type[nn.Module]) -> dict[str, Any]:
         """The methods that :func:`recorded_form` adds to the form of ``kind``."""
-        return {}
+        raise NotImplementedError
+
+    def compute(self, x: Tensor) -> Any:
+        """The network's own ``forward``."""
+        raise NotImplementedError
 
     def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """The callable captured for ``call``: itself, or another with the same results.
+        """The callable captured for ``call``, with the same results.
 
         Raises:
             NotCapturableError: it cannot be replayed.
         """
-        return call
+        raise NotImplementedError
 
     def forget(self) -> None:
         """Drop all graphs, so that calls are captured again."""
@@ -120,21 +112,21 @@ class Recorded(nn.Module):
 _forms: dict[tuple[type[nn.Module], type[Recorded]], type[nn.Module]] = {}
 
 
-def recorded_form(kind: type[nn.Module], recorded: type[Recorded] = Recorded) -> type[nn.Module]:
+def recorded_form(kind: type[nn.Module], recorded: type[Recorded]) -> type[nn.Module]:
     """A picklable subclass of ``recorded`` and ``kind`` under the name of ``kind``."""
     form = _forms.get((kind, recorded))
     if form is None:
         members = {
             **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},
             **recorded.methods_of(kind),
-            "stands_for": kind,  # see ops.inference.forms
+            "stands_for": kind,  # see ops.inference.layers
             "__reduce_ex__": lambda self, _: (_restore, (kind, recorded), self.__getstate__()),
         }
         form = _forms[kind, recorded] = type(kind.__name__, (recorded, kind), members)
     return form
 
 
-def _restore(kind: type[nn.Module], recorded: type[Recorded] = Recorded) -> nn.Module:
+def _restore(kind: type[nn.Module], recorded: type[Recorded]) -> nn.Module:
     form = recorded_form(kind, recorded)
     return form.__new__(form)
 
@@ -142,19 +134,17 @@ def _restore(kind: type[nn.Module], recorded: type[Recorded] = Recorded) -> nn.M
 class _Records:
     """The replays of a module by input. Holds no reference to the module, to avoid a cycle.
 
-    Args:
-        wait: calls of a kind that run eagerly before one is recorded.
-
     Attributes:
         made: what programs may share, such as layers with packed weights.
     """
 
-    def __init__(self, wait: int) -> None:
+    def __init__(self) -> None:
         # A replay, a program that will be captured, the number of eager calls so far, or None if
         # calls cannot be captured.
         self._programs: dict[Hashable, Replay | Callable[[Tensor], Any] | int | None] = {}
         self._snapshot: _Snapshot | None = None
-        self._wait, self._restarts = wait, 0
+        self._wait = 0  # calls of a kind that run eagerly before one is recorded
+        self._restarts = 0
         self.made: dict[Hashable, list[Any]] = {}
 
     def __call__(
@@ -209,9 +199,6 @@ class _Records:
             _log.debug("%s is not recorded: %s", type(module).__name__, error)
             self._note(key, None)
             return call(x)
-        if program is call:
-            self._snapshot = snapshot
-            return self._capture(key, x, program)
         result = program(x)
         if self._snapshot is None:
             self._snapshot = _Snapshot(module)  # weights have been packed meanwhile

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from ops.inference.layers import FastLinear
 from ops.inference.packed_linear import Quantization, multiplied_weight, quantization_of
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import affine_of
-from ops.rewriting.lift import put_convolution
+from ops.rewriting.lift import affine_of, put_convolution
 
 __all__ = ["merge_branches"]
 
@@ -67,7 +66,8 @@ def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
     terms = [s * b.bias for s, b in ((1, first), (sign, second)) if b.bias is not None]
     bias = sum(terms[1:], terms[0]).to(left.dtype) if terms else None
     weight = weight.to(left.dtype)
-    geometry = _geometry(side, first.stride, groups)
+    padding = (side // 2, side // 2)
+    geometry = {"stride": first.stride, "padding": padding, "dilation": (1, 1), "groups": groups}
     quantization = _merged([b for b in (first, second) if b.groups is not None])
     put_convolution(graph, operator, first.x, weight, bias, geometry, quantization)
     graph.remove_unused()
@@ -123,8 +123,3 @@ def _taps(branch: _Branch, inner: int, side: int) -> Tensor:
         weight = whole
     margin = (side - weight.shape[2]) // 2
     return F.pad(weight, (margin, margin, margin, margin))
-
-
-def _geometry(side: int, stride: tuple[int, int], groups: int) -> dict[str, Any]:
-    padding = (side // 2, side // 2)
-    return {"stride": stride, "padding": padding, "dilation": (1, 1), "groups": groups}

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS, activation_of
 from ops.cpu.call.binding import Kernel
-from ops.inference.layers import ActivatedLayer, FastLinear, activate, can_activate
+from ops.inference.layers import ActivatedLayer, FastLinear
 from ops.inference.packed_linear import multiplied_weight
 from ops.reparam import fold_scale_after
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import affine_of, linear
+from ops.rewriting.lift import affine_of, linear
 
 __all__ = [
     "activation_kind",
@@ -28,11 +28,12 @@ __all__ = [
     "fold_norm_of_inputs",
     "fold_scale",
     "multiply_by_map",
+    "per_channel",
     "product_of",
-    "square_relu",
 ]
 
 _aten = torch.ops.aten
+_SQUARES = (_aten.square.default, _aten.pow.Tensor_Scalar)
 _OPERATORS = {call: name for name in ACTIVATIONS for call in activation_of(name).operators}
 
 _FUNCTIONS = {function for function, *_ in _OPERATORS}
@@ -87,8 +88,7 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
     if (permuted is None) == isinstance(made.function, FastLinear):
         return False  # its channels are another axis
     graph.change(made, _folded(made.function, *affine_of(operator.function)))
-    graph.substitute(operator.result, x)
-    graph.remove(operator)
+    graph.bypass(operator, x)
     return True
 
 
@@ -122,7 +122,7 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
         result = operator.result
         if made is None or result.shape != value.shape or result.dtype != value.dtype:
             continue
-        vector = _per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
+        vector = per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
         if vector is None:
             continue
         layer: Any = made.function
@@ -130,13 +130,12 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
             graph.change(made, _folded(layer, vector))
         else:
             graph.change(made, _folded(layer, torch.ones_like(vector), vector))
-        graph.substitute(operator.result, value)
-        graph.remove(operator)
+        graph.bypass(operator, value)
         return True
     return False
 
 
-def _per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
+def per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
     """The numbers of the channels, if ``other`` is constant along all other axes."""
     channels = shape[axis]
     if isinstance(other, int | float):
@@ -151,50 +150,33 @@ def _per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
 
 
 def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
-    """``activation(layer(x))``, also after a layer norm or a kernel that applies one."""
-    kind = activation_kind(operator)
-    if kind is None:
+    """``activation(layer(x))``, also after a layer norm or a kernel that applies one.
+
+    The square of a ReLU is one, https://arxiv.org/abs/2109.08668.
+    """
+    squares = operator.function in _SQUARES and operator.args[1:] in ([], [2])
+    kind = "squared_relu" if squares else activation_kind(operator)
+    before = "relu" if squares else "none"
+    made = operator.args[0].producer if kind is not None else None
+    if kind is None or made is None or graph.only_user(operator.args[0]) is not operator:
         return False
-    made = operator.args[0].producer
-    if made is None or graph.only_user(operator.args[0]) is not operator:
-        return False
-    layer = made.function
+    layer: Any = made.function
+    others = made.kwargs.keys() & {"residual", "residual_scale", "factor"}
     if isinstance(layer, Kernel):
         at = layer.activation_index
-        if at is None or made.args[at:] != ["none"]:
+        if at is None or made.args[at:] != [before]:
             return False
         made.args[at] = kind
-    elif not isinstance(layer, nn.Module) or not can_activate(layer) or "factor" in made.kwargs:
+    elif not isinstance(layer, ActivatedLayer) or layer.activation != before:
         return False
-    elif "residual" not in made.kwargs:
-        activate(layer, kind)
-    elif isinstance(layer, FastLinear) and kind in ("relu", "relu6"):
-        layer.clips_sum = True
-        activate(layer, kind)
+    elif not others:
+        layer.activation = kind
+    elif isinstance(layer, FastLinear) and others == {"residual"} and kind in ("relu", "relu6"):
+        layer.activation, layer.clips_sum = kind, True
     else:
         return False
     graph.change(made)
-    graph.substitute(operator.result, operator.args[0])
-    graph.remove(operator)
-    return True
-
-
-def square_relu(graph: OperatorGraph, operator: Operator) -> bool:
-    """``relu(layer(x)) ** 2``, https://arxiv.org/abs/2109.08668."""
-    if operator.function not in (_aten.square.default, _aten.pow.Tensor_Scalar):
-        return False
-    made = graph.made_by(operator.args[0], ActivatedLayer)
-    if made is None or graph.only_user(operator.args[0]) is not operator:
-        return False
-    if operator.args[1:] not in ([], [2]):
-        return False
-    layer: Any = made.function
-    if layer.activation != "relu" or made.kwargs.keys() & {"residual", "factor"}:
-        return False
-    layer.activation = "squared_relu"
-    graph.change(made)
-    graph.substitute(operator.result, operator.args[0])
-    graph.remove(operator)
+    graph.bypass(operator, operator.args[0])
     return True
 
 

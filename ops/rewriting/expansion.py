@@ -17,9 +17,9 @@ from ops.cpu.feed_forward.depthwise_mlp import (
     depthwise_expansion,
 )
 from ops.inference.conv import FastDepthwiseConv2d
-from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
-from ops.inference.pooling import FastGlobalAvgPool2d
+from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.lift import FastGlobalAvgPool2d
 
 __all__ = ["Expansion", "join_expansion"]
 
@@ -47,9 +47,6 @@ class Expansion(FastLayer):
             return both
         out = self.conv(self.fc1(x).permute(NCHW))
         return out.permute(NHWC), self.pool(out).flatten(1)
-
-    def sources(self) -> list[Tensor]:
-        return tensors_of(self.fc1, self.conv)
 
     def derive(self, x: Tensor) -> PackedExpansion:
         return PackedExpansion(self.fc1, self.conv, self.fc1.activation, self.conv.activation)

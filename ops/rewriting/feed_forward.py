@@ -11,7 +11,7 @@ from torch import Tensor
 from ops.cpu import policy
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.inference.conv import FastDepthwiseConv2d
-from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
+from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.norm import FastLayerNorm
 from ops.inference.packed_linear import packed_pair
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
@@ -74,10 +74,6 @@ class FeedForward(FastLayer):
             part = slice(start, start + chunk)
             out[part] = self.fc2(fc1(x[part]), None if shortcut is None else shortcut[part])
         return out.view(shape)
-
-    def sources(self) -> list[Tensor]:
-        parts = (self.fc1, self.conv, self.fc2)
-        return tensors_of(*(part for part in parts if part is not None))
 
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
         fc1, conv = self.fc1, self.conv

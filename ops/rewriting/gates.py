@@ -11,18 +11,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.cpu.activations import activation_of
-from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.depthwise.conv import depthwise_conv2d
-from ops.cpu.gemm.linear import packed_linear, unavailable
+from ops.cpu.gemm.linear import packed_linear
 from ops.inference.layers import FastLinear
-from ops.inference.pooling import FastGlobalAvgPool2d
 from ops.rewriting.epilogues import activation_kind
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import linear
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
+from ops.rewriting.lift import FastGlobalAvgPool2d, linear
 from ops.rewriting.views import order_of
 
 __all__ = ["add_gated", "add_gated_linear", "join_channel_gates", "split_gated_linear"]
@@ -36,53 +32,23 @@ _SAME_VALUES = (
 )
 
 
-class ChannelGates(nn.Module):
-    """The sigmoid of a convolution over the channels, (B, C, 1, 1) → (B, C, 1, 1)."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight.flatten().float())
-
-    def extra_repr(self) -> str:
-        return f"kernel_size={len(self.weight)}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        row, padding = x.view(len(x), 1, 1, x.shape[1]), len(self.weight) // 2
-        if kernels_apply((x,)) and depthwise_conv2d.unavailable(x.device, x.dtype) is None:
-            taps, one = self.weight.view(1, -1, 1), (1, 1)
-            gates: Tensor = depthwise_conv2d(row, taps, None, one, (0, padding), one, "sigmoid")
-            return gates.view(x.shape)
-        out = F.conv1d(row[:, 0].float(), self.weight.view(1, 1, -1), padding=padding)
-        return out.sigmoid().to(x.dtype).view(x.shape)
-
-
 class GatedLinear(nn.Module):
-    """``activation(gates * linear(x) + residual)``, with gates made of the means of the products.
+    """``activation(gates * linear(x) + residual)``: gates and shortcut are an epilogue.
 
-    (B, H, W, in_features), (B, H, W, out_features) → (B, H, W, out_features). These means are the
-    products of the inputs' means, so that gates and shortcut are an epilogue.
+    (B, ..., in_features), (B, out_features), (B, ..., out_features) → (B, ..., out_features).
     """
 
-    def __init__(self, linear: FastLinear, gates: ChannelGates, activation: str) -> None:
+    def __init__(self, linear: FastLinear, activation: str) -> None:
         super().__init__()
-        self.linear, self.gates, self.activation = linear, gates, activation
-        self.pool = FastGlobalAvgPool2d()
+        self.linear, self.activation = linear, activation
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        means = self.linear(self.pool(x.permute(NCHW)).flatten(1))
-        gates = self.gates(means[..., None, None])
-        packed = self.linear.derived(x)
-        if packed is None or unavailable(x.device, x.dtype, with_bfloat16=True) is not None:
-            out = self.linear(x) * gates.permute(NHWC) + residual
-            return activation_of(self.activation).plain(out)
-        weight, _, bias, _ = packed.packed()
+    def forward(self, x: Tensor, gates: Tensor, residual: Tensor) -> Tensor:
+        weight, _, bias, _ = self.linear.derived(x).packed()
         combined = self.activation, residual, "add_gated"
-        out = packed_linear(x, weight, bias, *combined, gate=gates.flatten(1))
+        out: Tensor = packed_linear(x, weight, bias, *combined, gate=gates)
         return out
 
 
@@ -187,7 +153,16 @@ def join_channel_gates(graph: OperatorGraph, operator: Operator) -> bool:
         of_channels = means.shape == gates.shape == (*x.shape[:2], 1, 1)
         if not of_channels or not x.dtype == gates.dtype == means.dtype or weight is None:
             continue
-        made = graph.insert_before(operator, ChannelGates(weight), means, shape=means.shape)
+        if not is_available(depthwise_conv2d, x.dtype):
+            continue
+        # Channels are the columns of a map of one channel.
+        taps, one = Value.of_constant(weight.view(1, -1, 1).float()), [1, 1]
+        row = graph.insert_before(
+            operator, _aten.reshape.default, means, [x.shape[0], 1, 1, x.shape[1]]
+        )
+        given = row, taps, None, one, [0, taps.shape[1] // 2], one, "sigmoid"
+        made = graph.insert_before(operator, depthwise_conv2d, *given, shape=row.shape)
+        made = graph.insert_before(operator, _aten.reshape.default, made, list(means.shape))
         graph.replace(operator, _aten.mul.Tensor, x, made)
         graph.remove_unused()
         return True
@@ -217,30 +192,42 @@ def _keeps_length(conv: Operator, shape: Sequence[int]) -> bool:
 
 
 def add_gated_linear(graph: OperatorGraph, operator: Operator) -> bool:
-    """``activation(y + x * gates)`` where a linear layer gives ``x``, and its means the gates."""
+    """``activation(y + x * gates)`` where a linear layer gives ``x``, and its means the gates.
+
+    These means are the products of the means of the layer's inputs.
+    """
     if operator.function is not _aten.addcmul.default or operator.kwargs:
         return False
     y, x, gates = operator.args
-    moved, channel_gates = graph.permuted(x, NCHW), graph.made_by(gates, ChannelGates)
-    if moved is None or channel_gates is None or graph.only_user(moved.args[0]) is not moved:
+    moved, conv = graph.permuted(x, NCHW), _source(graph, gates, depthwise_conv2d)
+    if moved is None or conv is None or graph.only_user(moved.args[0]) is not moved:
         return False
-    made, pool = graph.made_by(moved.args[0], FastLinear), channel_gates.args[0].producer
-    if made is None or made.kwargs or pool is None:
+    made = graph.made_by(moved.args[0], FastLinear)
+    pool = _source(graph, conv.args[0], FastGlobalAvgPool2d)
+    if made is None or made.kwargs or pool is None or pool.args[0] is not x:
         return False
     layer: Any = made.function
-    if pool.args[0] is not x or layer.activation != "none" or layer.quantization is not None:
+    if layer.activation != "none" or layer.quantization is not None:
         return False
     if graph.is_output(x) or {*map(id, x.users)} != {id(pool), id(operator)}:
+        return False
+    if not is_available(packed_linear, x.dtype):
         return False
     last, kind, absorbed = operator, "none", list[Operator]()
     follower = graph.only_user(operator.result)
     clip = None if follower is None else activation_kind(follower)
     if follower is not None and clip in ("relu", "relu6"):
         last, kind, absorbed = follower, clip, [operator]
+    map_ = graph.insert_before(pool, _aten.permute.default, made.args[0], NCHW)
+    means = graph.insert_before(pool, pool.function, map_, shape=(*map_.shape[:2], 1, 1))
+    means = graph.insert_before(pool, _aten.flatten.using_ints, means, 1)
+    means = graph.insert_before(pool, layer, means, shape=x.shape[:2])
+    graph.replace(pool, _aten.reshape.default, means, list(pool.result.shape))
+    flat = graph.insert_before(last, _aten.flatten.using_ints, gates, 1)
     residual = graph.insert_before(last, _aten.permute.default, y, NHWC)
-    gated = GatedLinear(layer, channel_gates.function, kind)
     shape = [x.shape[axis] for axis in NHWC]
-    value = graph.insert_before(last, gated, made.args[0], residual, shape=shape)
+    gated = GatedLinear(layer, kind)
+    value = graph.insert_before(last, gated, made.args[0], flat, residual, shape=shape)
     graph.replace(last, _aten.permute.default, value, NCHW, absorbed=absorbed)
     graph.remove_unused()
     return True

@@ -20,7 +20,7 @@ from ops.cpu.decisions import Decision
 from ops.inference.packed_linear import Quantization
 from ops.replay.trace import Step
 
-__all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Program", "Value"]
+__all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Program", "Value", "is_available"]
 
 # Orders of axes: of NCHW maps with channels last, and back.
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -59,7 +59,7 @@ class Operator(Step):
     """A function with its arguments: an operator of ATen, or a layer made from some.
 
     Attributes:
-        function: an ``OpOverload`` or an ``nn.Module``.
+        function: an ``OpOverload``, a kernel or an ``nn.Module``.
         args, kwargs: with values in place of tensors, also within lists.
         results: the values that it returns; none if it writes to an argument.
         returns_list: whether it returns several tensors.
@@ -225,6 +225,11 @@ class OperatorGraph:
             self._connect(user)
         self.outputs = pytree.tree_map_only(Value, lambda v: by if v is value else v, self.outputs)
 
+    def bypass(self, operator: Operator, value: Value) -> None:
+        """Remove an operator; what reads its result reads ``value`` instead."""
+        self.substitute(operator.result, value)
+        self.remove(operator)
+
     def remove(self, operator: Operator) -> None:
         """Remove an operator whose results nothing reads."""
         self.operators.remove(operator)
@@ -284,6 +289,11 @@ class Program:
             for value in self._freed[now]:
                 tensors.pop(value, None)
         return pytree.tree_map_only(Value, tensor, self.graph.outputs)
+
+
+def is_available(kernel: Kernel, dtype: torch.dtype) -> bool:
+    """Whether a kernel computes tensors of a dtype on the CPU, where rewritten calls run."""
+    return kernel.unavailable(torch.device("cpu"), dtype) is None
 
 
 def _tensor(argument: Any) -> Any:

@@ -6,19 +6,127 @@ channels-last map, so that all that follows knows one kind of product.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ops.attention.softmax import softmax_attention
+from ops.cpu import policy
+from ops.cpu.attention.grouped import attend, grouped_attention
+from ops.cpu.norm.rms_norm import rms_norm
+from ops.cpu.pooling.window_means import window_means
+from ops.inference.conv import FastDepthwiseConv2d, FastMultipliedConv2d
+from ops.inference.layers import FastConv2d, FastLinear
+from ops.inference.norm import FastLayerNorm
 from ops.inference.packed_linear import Quantization
-from ops.inference.pooling import FastAdaptiveAvgPool2d, FastGlobalAvgPool2d
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import Attention, convolution, layer_norm, linear, rms_norm
+from ops.reparam import norm_affine
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
 
-__all__ = ["lift", "put_convolution"]
+__all__ = [
+    "Attention",
+    "FastAdaptiveAvgPool2d",
+    "FastGlobalAvgPool2d",
+    "affine_of",
+    "constant_of",
+    "convolution",
+    "lift",
+    "linear",
+    "put_convolution",
+]
 
 _aten = torch.ops.aten
+
+
+# -- layers --------------------------------------------------------------------------------------
+
+
+def linear(
+    weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
+) -> FastLinear:
+    """A linear layer with this weight, (out_features, in_features), in its inference form."""
+    layer = FastLinear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    return _with(layer, weight, bias, quantization)
+
+
+def convolution(
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: dict[str, Any],
+    quantization: Quantization | None = None,
+) -> Any:
+    """A convolution with this weight, (out, in / groups, kh, kw), in its inference form.
+
+    Args:
+        geometry: ``stride``, ``padding``, ``dilation`` and ``groups``.
+    """
+    in_channels = weight.shape[1] * geometry["groups"]
+    size: Any = tuple(weight.shape[2:])
+    kind: type[FastConv2d] = FastConv2d
+    if geometry["groups"] == in_channels == len(weight):
+        kind = FastDepthwiseConv2d
+    elif geometry["groups"] == in_channels > 1:
+        kind = FastMultipliedConv2d
+    layer = kind(in_channels, len(weight), size, bias=bias is not None, device="meta", **geometry)
+    return _with(layer, weight, bias, quantization)
+
+
+def _with(
+    layer: Any, weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
+) -> Any:
+    for name, value in (("weight", weight), ("bias", bias)):
+        kept = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
+        layer.register_parameter(name, kept)
+    if quantization is not None:
+        layer.quantization = quantization
+    return layer.eval()
+
+
+def affine_of(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Scale and shift (C,) of a batch norm, in float32 or wider."""
+    wide = copy.deepcopy(norm)
+    return norm_affine(wide.float() if norm.running_mean.itemsize < 4 else wide)  # type: ignore[union-attr]
+
+
+class Attention(nn.Module):
+    """softmax(scale · query · keyᵀ) · value, (B, heads, N, head_dim) each, without copies."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale}"
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        own = grouped_attention.unavailable(query.device, query.dtype) is None
+        if not own or not policy.softmax_attention_by_kernel(key.shape[2], query.dtype):
+            return softmax_attention(query, key, value, self.scale)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        out = query.new_empty(*query.shape[:3], value.shape[3])
+        attend(query, key, value, out, self.scale)
+        return out.transpose(1, 2)
+
+
+class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
+    """Means of windows of one size, (B, C, H, W) → (B, C, *output_size)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size: Any = self.output_size
+        window = [n // windows for n, windows in zip(x.shape[2:], size, strict=True)]
+        out: Tensor = window_means(x.permute(NHWC), window)
+        return out.permute(NCHW)
+
+
+class FastGlobalAvgPool2d(FastAdaptiveAvgPool2d):
+    """Means of all pixels, (B, C, H, W) → (B, C, 1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__((1, 1))
+
+
+# -- rules ---------------------------------------------------------------------------------------
 
 
 def lift(graph: OperatorGraph, operator: Operator) -> bool:
@@ -32,12 +140,13 @@ def lift(graph: OperatorGraph, operator: Operator) -> bool:
     return rule(graph, operator, given)
 
 
-def _constant(value: Any) -> Tensor | None:
+def constant_of(value: Any) -> Tensor | None:
+    """The tensor of a value that is the same in every call, if it is one."""
     return value.constant if isinstance(value, Value) else None
 
 
 def _linear(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    weight, bias = _constant(given["weight"]), _constant(given["bias"])
+    weight, bias = constant_of(given["weight"]), constant_of(given["bias"])
     if weight is None or weight.ndim != 2 or (given["bias"] is not None and bias is None):
         return False
     layer = linear(weight, bias, given["weight"].quantization)
@@ -46,7 +155,7 @@ def _linear(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> 
 
 
 def _matmul(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    x, weight = given["self"], _constant(given["other"])
+    x, weight = given["self"], constant_of(given["other"])
     if weight is None or weight.ndim != 2 or x.constant is not None or len(x.shape) < 2:
         return False
     graph.replace(operator, linear(weight.T.contiguous(), None), x)
@@ -54,7 +163,7 @@ def _matmul(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> 
 
 
 def _conv2d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    weight, bias = _constant(given["weight"]), _constant(given["bias"])
+    weight, bias = constant_of(given["weight"]), constant_of(given["bias"])
     x = given["input"]
     if weight is None or (given["bias"] is not None and bias is None) or len(x.shape) != 4:
         return False
@@ -99,20 +208,27 @@ def _layer_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
         make(shape[0], dtype=x.dtype) if a is None else a.constant
         for a, make in zip(affine, neutral, strict=True)
     )
-    graph.replace(operator, layer_norm(weight, bias, given["eps"]), x)
+    layer = FastLayerNorm(len(weight), given["eps"], device="meta")
+    graph.replace(operator, _with(layer, weight, bias), x)
     return True
 
 
 def _rms_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    weight = _constant(given["weight"])
-    if weight is None or weight.ndim != 1 or given["eps"] is None:
+    x, weight, eps = given["input"], constant_of(given["weight"]), given["eps"]
+    if weight is None or weight.ndim != 1 or eps is None or weight.dtype != x.dtype:
         return False
-    graph.replace(operator, rms_norm(weight, given["eps"]), given["input"])
+    if not is_available(rms_norm, x.dtype):
+        return False
+    graph.replace(operator, rms_norm, x, Value.of_constant(weight.detach().float()), eps)
     return True
 
 
 def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    x, mean, var = given["input"], _constant(given["running_mean"]), _constant(given["running_var"])
+    x, mean, var = (
+        given["input"],
+        constant_of(given["running_mean"]),
+        constant_of(given["running_var"]),
+    )
     affine = [given["weight"], given["bias"]]
     varies = any(isinstance(a, Value) and a.constant is None for a in affine)
     kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}.get(len(x.shape))
@@ -121,7 +237,7 @@ def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
     norm = kind(len(mean), given["eps"], device="meta")
     norm.running_mean, norm.running_var = mean, var
     for name, value in zip(("weight", "bias"), affine, strict=True):
-        kept = _constant(value)
+        kept = constant_of(value)
         parameter = None if kept is None else nn.Parameter(kept.detach(), requires_grad=False)
         norm.register_parameter(name, parameter)
     graph.replace(operator, norm.eval(), x)
@@ -129,6 +245,8 @@ def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any])
 
 
 def _pool(graph: OperatorGraph, operator: Operator, x: Value, keepdim: bool) -> bool:
+    if not x.shape.numel() or not is_available(window_means, x.dtype):
+        return False
     layer = FastGlobalAvgPool2d()
     if keepdim:
         graph.replace(operator, layer, x)
@@ -144,6 +262,8 @@ def _adaptive_pool(graph: OperatorGraph, operator: Operator, given: dict[str, An
         return False
     if list(size) == [1, 1]:
         return _pool(graph, operator, x, True)
+    if not is_available(window_means, x.dtype):
+        return False
     graph.replace(operator, FastAdaptiveAvgPool2d(tuple(size)), x)
     return True
 
@@ -178,8 +298,7 @@ def _neutral(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) ->
     other = given["other"]
     if isinstance(other, Value) or other != neutral or operator.result.shape != given["self"].shape:
         return False
-    graph.substitute(operator.result, given["self"])
-    graph.remove(operator)
+    graph.bypass(operator, given["self"])
     return True
 
 
@@ -187,8 +306,7 @@ def _pad(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> boo
     """Padding by nothing."""
     if any(given["pad"]):
         return False
-    graph.substitute(operator.result, operator.args[0])
-    graph.remove(operator)
+    graph.bypass(operator, operator.args[0])
     return True
 
 
@@ -199,8 +317,7 @@ def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> boo
     if len(parts) == len(given["tensors"]) or not parts or not same:
         return False
     if len(parts) == 1 and parts[0].shape == operator.result.shape:
-        graph.substitute(operator.result, parts[0])
-        graph.remove(operator)
+        graph.bypass(operator, parts[0])
         return True
     graph.replace(operator, operator.function, parts, given["dim"])
     return True

@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +51,6 @@ class Rewritten(Recorded):
     network as it was, and so do all other calls.
     """
 
-    eager_calls: ClassVar = 0
-
     @classmethod
     def methods_of(cls, kind: type[nn.Module]) -> dict[str, Any]:
         return {name: _dispatched(getattr(kind, name)) for name in _METHODS if hasattr(kind, name)}
@@ -62,7 +60,6 @@ class Rewritten(Recorded):
         return method(self, *args, **kwargs)
 
     def compute(self, x: Tensor) -> Any:
-        """The network's own ``forward``."""
         method: Any = type(self).stands_for.forward  # type: ignore[attr-defined]
         return method(self, x) if _thread.is_recorded else self.eagerly(method, x)
 

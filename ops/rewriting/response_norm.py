@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
-from ops.inference.layers import FastLayer, FastLinear, is_quantized, tensors_of
+from ops.cpu.norm.response_scales import response_scales
+from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.packed_linear import Quantization, multiplied_weight
-from ops.inference.pooling import FastGlobalAvgPool2d
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.layers import linear
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
+from ops.rewriting.lift import FastGlobalAvgPool2d, constant_of, linear
 
-__all__ = ["ResponseFeedForward", "join_response_norm", "join_squeeze"]
+__all__ = ["ResponseFeedForward", "join_response_norm", "join_response_scales", "join_squeeze"]
 
 _aten = torch.ops.aten
 
@@ -66,10 +66,6 @@ class SqueezedResponseFeedForward(FastLayer):
         means = x.flatten(1, 2).mean(1)
         return self.whole(x, residual, self.excite(self.squeeze(means)))
 
-    def sources(self) -> list[Tensor]:
-        layers = (self.whole.fc1, self.whole.fc2, self.squeeze, self.excite)
-        return [*tensors_of(*layers), self.whole.weight]
-
     def derive(self, x: Tensor) -> PackedResponseMlp:
         fc1, fc2 = self.whole.fc1, self.whole.fc2
         in_int8: list[Any] = [None, None]
@@ -79,14 +75,21 @@ class SqueezedResponseFeedForward(FastLayer):
         return PackedResponseMlp(self.squeeze, self.excite, fc1, fc2, *response, in_int8)
 
 
-class _Norm(NamedTuple):
-    """``x * (1 + weight * n / (mean(n) + eps)) + bias``, where ``n`` are the channels' norms."""
+class _Share(NamedTuple):
+    """``n / (mean(n) + eps)``, where ``n`` are the norms of the channels of a map ``x``."""
 
     x: Value
-    weight: Tensor
-    bias: Tensor | None
+    norm: Value
     eps: float
     channels: int  # their axis
+
+
+class _Norm(NamedTuple):
+    """``x * (1 + weight * share) + bias`` with a share of ``x``."""
+
+    share: _Share
+    weight: Tensor
+    bias: Tensor | None
 
 
 def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
@@ -100,10 +103,10 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
     norm = _norm(graph, normed)
     if norm is None or any(graph.only_user(value) is None for value in (x, normed)):
         return False
-    source = graph.permuted(norm.x, NCHW)
-    if (source is None) != (moved is None) or norm.channels != (3 if source is None else 1):
+    source = graph.permuted(norm.share.x, NCHW)
+    if (source is None) != (moved is None) or norm.share.channels != (3 if source is None else 1):
         return False
-    first = graph.made_by(norm.x if source is None else source.args[0], FastLinear)
+    first = graph.made_by(norm.share.x if source is None else source.args[0], FastLinear)
     if first is None or first.kwargs.keys() - {"scale"}:
         return False
     if source is not None and graph.only_user(first.result) is not source:
@@ -117,7 +120,7 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
         if fc2.quantization is not None:  # its inputs, without the norm's bias, have other ranges
             merged.quantization = Quantization(origins=(fc2.quantization,))
         fc2 = merged
-    made = ResponseFeedForward(first.function, fc2, norm.weight, norm.eps)
+    made = ResponseFeedForward(first.function, fc2, norm.weight, norm.share.eps)
     graph.replace(operator, made, *first.args, **first.kwargs, **operator.kwargs)
     graph.remove_unused()
     return True
@@ -140,29 +143,56 @@ def _norm(graph: OperatorGraph, value: Value) -> _Norm | None:
         product = None if shifted is None else graph.made_by(shifted.args[0], _aten.mul.Tensor)
         if shifted is None or product is None or shifted.args[1] != 1:
             return None
-        weight, share, users = _constant(product.args[0]), product.args[1], 2
+        weight, share, users = constant_of(product.args[0]), product.args[1], 2
     else:
         return None
-    ratio = graph.made_by(share, _aten.div.Tensor)
-    lowered = None if ratio is None else graph.made_by(ratio.args[1], _aten.add.Tensor)
-    mean = None if lowered is None else graph.made_by(lowered.args[0], _aten.mean.dim)
-    if ratio is None or lowered is None or mean is None or weight is None:
+    found = _share(graph, share)
+    if found is None or weight is None or found.x is not x:
         return None
-    norm, eps = ratio.args[0], lowered.args[1]
-    energy = graph.made_by(norm, _aten.linalg_vector_norm.default)
-    if energy is None or mean.args[0] is not norm or energy.args[0] is not x:
+    if len(x.users) != users or len(found.norm.users) != 2:
         return None
-    if len(x.shape) != 4 or len(x.users) != users or len(norm.users) != 2:
-        return None
-    (channels,) = (axis % 4 for axis in mean.args[1]) if len(mean.args[1]) == 1 else (0,)
-    axes = sorted(axis % 4 for axis in energy.args[2])
-    if axes != [axis for axis in (1, 2, 3) if axis != channels] or isinstance(eps, Value):
-        return None
-    return _Norm(x, weight, bias, eps, channels)
+    return _Norm(found, weight, bias)
 
 
-def _constant(value: Any) -> Tensor | None:
-    return value.constant if isinstance(value, Value) else None
+def _share(graph: OperatorGraph, value: Value) -> _Share | None:
+    ratio = graph.made_by(value, _aten.div.Tensor)
+    lowered = ratio and graph.made_by(ratio.args[1], _aten.add.Tensor)
+    mean = lowered and graph.made_by(lowered.args[0], _aten.mean.dim)
+    energy = ratio and graph.made_by(ratio.args[0], _aten.linalg_vector_norm.default)
+    if not ratio or not lowered or not mean or not energy or mean.args[0] is not ratio.args[0]:
+        return None
+    x, eps = energy.args[0], lowered.args[1]
+    if energy.args[1:2] != [2] or energy.args[3:] != [True] or energy.kwargs:
+        return None
+    if mean.args[2:] != [True] or mean.kwargs or isinstance(eps, Value) or len(x.shape) != 4:
+        return None
+    axes, (channels, *others) = energy.args[2], mean.args[1] or [0]
+    if others or sorted(axis % 4 for axis in (*(axes or ()), channels)) != [1, 2, 3]:
+        return None
+    return _Share(x, ratio.args[0], eps, channels % 4)
+
+
+def join_response_scales(graph: OperatorGraph, operator: Operator) -> bool:
+    """``1 + weight * n / (mean(n) + eps)``, (B, C, 1, 1); ``n`` are the norms of an NCHW map.
+
+    :func:`ops.rewriting.epilogues.apply_gates` multiplies inputs of linear layers by them.
+    """
+    if operator.function is not _aten.add.Tensor or operator.kwargs or operator.args[1] != 1:
+        return False
+    product = graph.made_by(operator.args[0], _aten.mul.Tensor)
+    weight = None if product is None else constant_of(product.args[0])
+    share = None if product is None else _share(graph, product.args[1])
+    if weight is None or share is None or share.channels != 1:
+        return False
+    x, result = share.x, operator.result
+    if weight.numel() != x.shape[1] or not is_available(response_scales, x.dtype):
+        return False
+    pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
+    given = pixels, Value.of_constant(weight.flatten().float()), share.eps
+    scales = graph.insert_before(operator, response_scales, *given, shape=x.shape[:2])
+    graph.replace(operator, _aten.reshape.default, scales, list(result.shape))
+    graph.remove_unused()
+    return True
 
 
 def join_squeeze(graph: OperatorGraph, operator: Operator) -> bool:
@@ -173,11 +203,11 @@ def join_squeeze(graph: OperatorGraph, operator: Operator) -> bool:
     if operator.kwargs.keys() != {"scale", "residual"}:
         return False
     flat = graph.made_by(operator.kwargs["scale"], _aten.flatten.using_ints)
-    gates = None if flat is None else graph.permuted(flat.args[0], NCHW)
-    excite = None if gates is None else graph.made_by(gates.args[0], FastLinear)
-    squeeze = None if excite is None else graph.made_by(excite.args[0], FastLinear)
-    pixels = None if squeeze is None else graph.permuted(squeeze.args[0], NHWC)
-    means = None if pixels is None else graph.made_by(pixels.args[0], FastGlobalAvgPool2d)
+    gates = flat and graph.permuted(flat.args[0], NCHW)
+    excite = gates and graph.made_by(gates.args[0], FastLinear)
+    squeeze = excite and graph.made_by(excite.args[0], FastLinear)
+    pixels = squeeze and graph.permuted(squeeze.args[0], NHWC)
+    means = pixels and graph.made_by(pixels.args[0], FastGlobalAvgPool2d)
     x = graph.permuted(operator.args[0], NHWC)
     if excite is None or squeeze is None or means is None or x is None:
         return False

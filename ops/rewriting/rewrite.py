@@ -12,7 +12,6 @@ from ops.rewriting.epilogues import (
     fold_norm_of_inputs,
     fold_scale,
     multiply_by_map,
-    square_relu,
 )
 from ops.rewriting.expansion import join_expansion
 from ops.rewriting.feed_forward import join_feed_forward
@@ -24,9 +23,12 @@ from ops.rewriting.gates import (
 )
 from ops.rewriting.graph import Operator, OperatorGraph
 from ops.rewriting.lift import lift
-from ops.rewriting.response_norm import join_response_norm, join_squeeze
-from ops.rewriting.scales import join_response_scales, scale_shortcut
-from ops.rewriting.shortcuts import add_shortcut
+from ops.rewriting.response_norm import (
+    join_response_norm,
+    join_response_scales,
+    join_squeeze,
+)
+from ops.rewriting.shortcuts import add_shortcut, scale_shortcut
 from ops.rewriting.softmax import join_products, join_softmax
 from ops.rewriting.stem import join_stem
 from ops.rewriting.views import join_permutations, sink_permutation
@@ -44,7 +46,7 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (join_permutations, fold_norm, fold_norm_of_inputs, merge_branches, fold_scale),
     (join_permutations, sink_permutation, fold_norm, fold_scale),
     (
-        *(join_permutations, sink_permutation, split_gated_linear, apply_activation, square_relu),
+        *(join_permutations, sink_permutation, split_gated_linear, apply_activation),
         *(add_shortcut, multiply_by_map, apply_gates),
     ),
     (join_channel_gates,),

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from ops.inference.layers import FastLinear
-from ops.rewriting.epilogues import product_of
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.epilogues import per_channel, product_of
+from ops.rewriting.graph import NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.lift import linear
 from ops.rewriting.views import order_of
 
-__all__ = ["add_shortcut"]
+__all__ = ["add_shortcut", "scale_shortcut"]
 
 _aten = torch.ops.aten
 
@@ -113,3 +114,34 @@ def _scaled(of: _Multiple, factor: object, rank: int) -> _Multiple | None:
     wide = constant.flatten().to(torch.promote_types(constant.dtype, torch.float32))
     scale = wide if of.scale is None else wide * of.scale
     return of._replace(scale=scale, axis=axes[0] if axes else None)
+
+
+def scale_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
+    """``linear(x) + (shift + shortcut * scale)`` with a scale and a shift for each channel."""
+    layer, added = operator.function, operator.kwargs.get("residual")
+    if not isinstance(layer, FastLinear) or layer.clips_sum or layer.activation != "none":
+        return False
+    if "residual_scale" in operator.kwargs or not isinstance(added, Value):
+        return False
+    moved = graph.permuted(added, NHWC)
+    affine = graph.made_by(added if moved is None else moved.args[0], _aten.addcmul.default)
+    if affine is None or affine.kwargs or graph.only_user(added) is not operator:
+        return False
+    shift, shortcut, scale = affine.args
+    if moved is not None and graph.only_user(affine.result) is not moved:
+        return False
+    axis = len(shortcut.shape) - 1 if moved is None else 1
+    vectors = [per_channel(value, shortcut.shape, axis) for value in (shift, scale)]
+    if vectors[0] is None or vectors[1] is None or shortcut.constant is not None:
+        return False
+    if not shift.dtype == scale.dtype == shortcut.dtype:
+        return False
+    bias = vectors[0] if layer.bias is None else layer.bias + vectors[0]
+    if moved is not None:
+        shortcut = graph.insert_before(operator, _aten.permute.default, shortcut, NHWC)
+    made = linear(layer.weight, bias, layer.quantization)
+    scales = Value.of_constant(vectors[1].float())
+    kwargs = {**operator.kwargs, "residual": shortcut, "residual_scale": scales}
+    graph.replace(operator, made, *operator.args, **kwargs)
+    graph.remove_unused()
+    return True

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
 from ops.cpu import policy
-from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.norm.attention_weights import attention_weights
 from ops.cpu.norm.biased_softmax import biased_softmax
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.graph import Operator, OperatorGraph, Value, is_available
 
 __all__ = ["join_products", "join_softmax"]
 
 _aten = torch.ops.aten
-
-
-class BiasedSoftmax(nn.Module):
-    """``(x + bias).softmax(-1)``, (B, ..., K) → (B, ..., K) in ``dtype``."""
-
-    bias: Tensor
-
-    def __init__(self, bias: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-        self.register_buffer("bias", bias.contiguous())
-
-    def extra_repr(self) -> str:
-        return f"dtype={self.dtype}"
-
-    def forward(self, x: Tensor) -> Tensor:
-        if kernels_apply((x,)) and biased_softmax.unavailable(x.device, x.dtype) is None:
-            out: Tensor = biased_softmax(x, self.bias, self.dtype == torch.bfloat16)
-            return out
-        return (x + self.bias).softmax(-1).to(self.dtype)
 
 
 def join_softmax(graph: OperatorGraph, operator: Operator) -> bool:
@@ -58,32 +36,12 @@ def join_softmax(graph: OperatorGraph, operator: Operator) -> bool:
     converts = after is not None and after.function is _aten.to.dtype and not after.kwargs
     if after is not None and converts and after.args[1:] in ([torch.float32], [torch.bfloat16]):
         last = after
-    made = BiasedSoftmax(bias, last.result.dtype)
+    if not is_available(biased_softmax, x.dtype):
+        return False
     absorbed = [total] if last is operator else [operator, total]
-    graph.replace(last, made, x, absorbed=absorbed)
+    dense, half = Value.of_constant(bias.contiguous()), last.result.dtype == torch.bfloat16
+    graph.replace(last, biased_softmax, x, dense, half, absorbed=absorbed)
     return True
-
-
-class AttentionWeights(nn.Module):
-    """A softmax of products with a table: (B, heads, N, depth), (B, heads, depth, K) → its result.
-
-    Args:
-        softmax: of logits (B, heads, ..., K), with N rows in the axes between.
-    """
-
-    def __init__(self, softmax: BiasedSoftmax) -> None:
-        super().__init__()
-        self.softmax = softmax
-
-    def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        bias, half = self.softmax.bias, self.softmax.dtype == torch.bfloat16
-        known = attention_weights.unavailable(query.device, query.dtype) is None
-        if known and kernels_apply((query, key)):
-            out: Tensor = attention_weights(query, key, bias, half)
-            return out
-        products = query.to(key.dtype) @ key
-        out = self.softmax(products.view(len(query), *bias.shape))
-        return out
 
 
 def join_products(graph: OperatorGraph, operator: Operator) -> bool:
@@ -110,12 +68,14 @@ def join_products(graph: OperatorGraph, operator: Operator) -> bool:
     if any(softmax is None for softmax, _, _ in found):
         return False
     source = _before_conversion(graph, operator, query)
+    if not is_available(attention_weights, source.dtype):
+        return False
     for softmax, begin, count in found:
         assert softmax is not None
         keys = key
         if count != key.shape[-1]:
             keys = graph.insert_before(softmax, _aten.slice.Tensor, key, 3, begin, begin + count)
-        graph.replace(softmax, AttentionWeights(softmax.function), source, keys)
+        graph.replace(softmax, attention_weights, source, keys, *softmax.args[1:])
     graph.remove_unused()
     return True
 
@@ -124,7 +84,7 @@ def _softmax_of(graph: OperatorGraph, value: Value) -> Operator | None:
     """The softmax of logits (B, heads, N, K), whose rows may be in several axes."""
     while True:
         user = graph.only_user(value)
-        if user is None or isinstance(user.function, BiasedSoftmax):
+        if user is None or user.function is biased_softmax:
             return user
         if user.function not in (_aten.unflatten.int, _aten.reshape.default, _aten.view.default):
             return None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.stem.packed_stem import pack_layers, packed_stem
-from ops.inference.layers import FastConv2d, FastLayer, is_quantized, tensors_of
+from ops.inference.layers import FastConv2d, FastLayer, is_quantized
 from ops.inference.norm import FastLayerNorm
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 
@@ -37,9 +37,6 @@ class Stem(FastLayer):
             x = conv(x)
             x = x if norm is None else norm(x.permute(NHWC)).permute(NCHW)
         return x
-
-    def sources(self) -> list[Tensor]:
-        return tensors_of(*self.convs, *(norm for norm in self.norms if norm is not None))
 
     def derive(self, x: Tensor) -> Any:
         convs: Any = self.convs

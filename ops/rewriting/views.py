@@ -45,8 +45,7 @@ def join_permutations(graph: OperatorGraph, operator: Operator) -> bool:
     before = order_of(first)
     if before is None:
         if order == sorted(order):
-            graph.substitute(operator.result, operator.args[0])
-            graph.remove(operator)
+            graph.bypass(operator, operator.args[0])
             return True
         return False
     assert first is not None

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.attention.grouped import LINE, grouped_attention
-from ops.cpu.call.dispatch import kernels_apply
 from ops.inference.layers import FastLinear
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.graph import Operator, OperatorGraph, Value, is_available
 
 __all__ = ["WindowedAttention", "join_windows"]
 
@@ -85,11 +84,8 @@ class WindowedAttention(nn.Module):
         tokens = x.flatten(1, -2).contiguous()
         query, key, value = (self._heads(tokens, part) for part in self.parts)
         out = query.new_empty(query.shape)
-        if kernels_apply((x,)) and grouped_attention.unavailable(x.device, x.dtype) is None:
-            terms = self.terms, self.lines, self.kinds
-            grouped_attention(query, key, value, out, self.rows, None, None, *terms, self.scale)
-        else:
-            self._attend(query, key, value, out)
+        terms = self.terms, self.lines, self.kinds
+        grouped_attention(query, key, value, out, self.rows, None, None, *terms, self.scale)
         return out.view(*x.shape[:-1], -1)
 
     def _heads(self, x: Tensor, part: _Part) -> Tensor:
@@ -98,15 +94,6 @@ class WindowedAttention(nn.Module):
         size = batch, tokens, len(self.terms), self.head_dim
         stride = tokens * width, width, part.step, 1
         return x.as_strided(size, stride, x.storage_offset() + part.start)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-        """Without our kernel: writes to ``out``."""
-        rows = self.rows.long()
-        q, k, v = (t[:, rows].transpose(2, 3) for t in (query, key, value))
-        terms = self.terms[:, self.lines[self.kinds].long()]  # (heads, windows, blocks, N, LINE)
-        bias = terms.transpose(3, 4).flatten(2, 3)[:, :, : rows.shape[1]].transpose(0, 1)
-        scores = (q.float() @ k.float().transpose(3, 4) + bias) * self.scale
-        out[:, rows] = (scores.softmax(-1).to(v.dtype) @ v).transpose(2, 3)
 
 
 class _Scores(NamedTuple):
@@ -121,6 +108,8 @@ class _Scores(NamedTuple):
 def join_windows(graph: OperatorGraph, operator: Operator) -> bool:
     """``unpartition(linear(attention(linear(partition(x)))))`` with terms added to scores."""
     if operator.function is not _aten.softmax.int:
+        return False
+    if not is_available(grouped_attention, operator.result.dtype):
         return False
     mixed = graph.only_user(operator.result)
     scores = _scores(graph, operator)

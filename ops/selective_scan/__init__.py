@@ -91,8 +91,6 @@ def selective_scan(
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
     given = (u, delta, A, B, C, D, delta_bias, delta_softplus)
-    if backend in (None, "cpu") and (known := cpu.repeat_scan(given)) is not None:
-        return known
     batch, channels, tokens = u.shape
     groups, states = B.shape[1], A.shape[1]
     if groups < 1 or channels % groups:
@@ -153,8 +151,6 @@ def cross_selective_scan(
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
     given = (x, projected, delta_weight, A, D, delta_bias, delta_softplus)
-    if backend in (None, "cpu") and (known := cpu.repeat_cross(given)) is not None:
-        return known
     channels, (rank, states) = x.shape[3], (delta_weight.shape[2], A.shape[1])
     shapes = {
         "projected": (projected, (*x.shape[:3], 4 * (rank + 2 * states))),

@@ -21,7 +21,7 @@ from ops.cpu.selective.selective_scan import (
     sequence_scan_backward,
 )
 
-__all__ = ["cross", "repeat_cross", "repeat_scan", "scan", "unavailable"]
+__all__ = ["cross", "scan", "unavailable"]
 
 
 def unavailable(u: Tensor, A: Tensor) -> str | None:
@@ -31,19 +31,6 @@ def unavailable(u: Tensor, A: Tensor) -> str | None:
     """
     dtype = torch.float32 if u.dtype == torch.float16 else u.dtype
     return sequence_scan.unavailable(u.device, dtype)
-
-
-def repeat_scan(given: Sequence[Any]) -> Tensor | None:
-    """:func:`scan` for arguments that match an earlier call; None if they must be checked."""
-    out: Tensor | None = sequence_scan.repeat(*given)
-    return out
-
-
-def repeat_cross(given: Sequence[Any]) -> Tensor | None:
-    """:func:`cross`, likewise."""
-    x, projected, delta_weight, *others = given
-    out: Tensor | None = map_scan.repeat(x, projected, delta_weight.mT, *others)
-    return out
 
 
 def scan(

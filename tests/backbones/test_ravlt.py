@@ -9,6 +9,7 @@ from zoo import images, randomise
 
 import backbones
 from backbones.cli.parity import checkpoint, reference
+from ops.cpu import policy
 
 SHALLOW = {"depths": (1, 1, 1, 1)}
 
@@ -47,6 +48,20 @@ def test_scales_are_decayed():
     assert all(p.ndim == 1 for p in spared["params"])
     in_decay = {id(p) for p in decayed["params"]}
     assert all(id(p) in in_decay for n, p in model.named_parameters() if "gamma" in n)
+
+
+@torch.inference_mode()
+def test_large_maps_in_bfloat16_are_replayed(monkeypatch: pytest.MonkeyPatch):
+    """Whose softmax attention is left to torch."""
+    model = randomise(backbones.create_model("ravlt_t", **SHALLOW)).eval()
+    x = images(1, 3, 64, 64)
+    exact = model(x)
+    monkeypatch.setattr(policy, "rotated_attention_by_kernel", lambda tokens, dtype: False)
+    fused = model.fuse(torch.bfloat16)
+    for _ in range(3):
+        out = fused(x.bfloat16())
+    assert fused.is_replayed
+    assert ((out - exact).abs().max() / exact.abs().max()).item() < 0.1
 
 
 @torch.no_grad()

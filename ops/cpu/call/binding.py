@@ -21,7 +21,7 @@ from torch import Tensor
 from ops.cpu import policy
 from ops.cpu.build import status, unavailable_reason
 from ops.cpu.call.c_arguments import Call, arguments_by_name, names_of, pack, require_same_bytes
-from ops.cpu.call.dispatch import is_plain_call, needs_grad
+from ops.cpu.call.dispatch import is_plain_call
 from ops.cpu.call.huge_pages import ask_for_huge_pages
 from ops.cpu.call.repeated import RepeatedCall, Signature
 from ops.cpu.call.structures import parameters
@@ -148,21 +148,6 @@ class Kernel:
         if not is_plain_call(tensors):
             return self._dispatched(*args)
         return self._run_plain(args, tensors)
-
-    def repeat(self, *args: Any) -> Any:
-        """Call it again, with all arguments by position; None unless it knows their layout.
-
-        A function that checks its arguments and calls the kernel may call this first: arguments of
-        that layout have passed its checks. Where gradients, autocast, torch's modes or observers
-        matter, it returns None, too.
-        """
-        tensors = self._signature.tensors(args)
-        if needs_grad(tensors) or not is_plain_call(tensors) or _thread.observer is not None:
-            return None
-        plan = self._plans.get(self._signature.layout(args, tensors))
-        if plan is None or unavailable_reason(self.library) is not None:
-            return None
-        return self._run_planned(tensors, plan)
 
     @torch.compiler.assume_constant_result
     def unavailable(

@@ -57,7 +57,7 @@ class PackedConv2d:
 
     Raises:
         ValueError: a convolution with groups, dilation or another padding mode.
-        RuntimeError: the kernel is not available here, see :func:`ops.cpu.gemm.linear.unavailable`.
+        RuntimeError: the kernel is not available here, see :func:`ops.cpu.gemm.linear.no_products`.
     """
 
     def __init__(self, conv: nn.Conv2d, pack_int8: Callable[..., Any] | None = None) -> None:

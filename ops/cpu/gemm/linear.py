@@ -24,7 +24,6 @@ __all__ = [
     "pack_weight",
     "packed_linear",
     "packed_linear_energy",
-    "unavailable",
 ]
 
 
@@ -42,22 +41,6 @@ def no_pairs(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16 and not multiplies(dtype):
         return "bfloat16 needs a CPU with bfloat16 instructions"
     return no_products(device, dtype)
-
-
-def unavailable(
-    device: torch.device, dtype: torch.dtype, *, with_bfloat16: bool = False
-) -> str | None:
-    """``None`` if the kernel accepts such tensors, else the reason.
-
-    The first call on a machine compiles the kernel, which takes a few seconds.
-
-    Args:
-        with_bfloat16: whether to accept bfloat16 even if the kernel has to convert it to float32
-            (without AMX or AVX512-BF16), which doesn't pay off if torch need not convert.
-    """
-    if dtype == torch.bfloat16 and not with_bfloat16:
-        return f"the kernel supports float32, not {dtype}"
-    return packed_linear.unavailable(device, dtype)
 
 
 def pack_weight(weight: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from ops.cpu.threads import MACS, threads_for
 
 __all__ = [
     "COMBINATIONS",
-    "TENSORS",
     "check_scales",
     "linear_problem",
     "output_shape",
@@ -29,7 +28,6 @@ __all__ = [
 
 # In the order of `linear::Combination` in problem.h.
 COMBINATIONS = ("none", "add", "multiply", "add_scaled", "add_clipped", "add_gated")
-TENSORS = structure("gemm/problem.h", "linear::Tensors")
 
 _PROBLEM = structure("gemm/problem.h", "linear::Problem")
 

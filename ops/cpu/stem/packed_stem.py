@@ -41,8 +41,6 @@ def pack_layers(
 
     Returns:
         Float32 tensors; for bfloat16, each element of the weights holds a bfloat16 pair.
-
-    Raises:
     """
     weights, biases = [], []
     for i, conv in enumerate(convs):

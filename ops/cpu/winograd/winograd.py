@@ -18,6 +18,7 @@ from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import as_nhwc, bias_of, empty_nhwc
+from ops.cpu.gemm.convolution import convolved_size
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
@@ -100,11 +101,7 @@ def winograd_conv2d(
         raise ValueError(
             f"x must be (B, C, H, W) with the channels of the weight, got {tuple(x.shape)}"
         )
-    size = [n + 2 * p - _SIDE + 1 for n, p in zip(x.shape[2:], padding, strict=True)]
-    if min(size) < 1:
-        raise ValueError(
-            f"a map of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than 3×3"
-        )
+    size = convolved_size(x, (_SIDE, _SIDE), (1, 1), padding)
     out = empty_nhwc(x, (len(x), len(bias), *size))
 
     def arguments() -> dict[str, Any]:

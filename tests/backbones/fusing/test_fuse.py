@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from zoo import FAMILIES, RESTORATION, Mould, images, randomise, small
 
 import backbones
-from backbones.fusing.fused import FusedBackbone
+from backbones.fusing.fuse import FusedBackbone
 from ops.attention.hilo import HiLoAttention
-from ops.cpu.gemm.linear import unavailable
+from ops.cpu.gemm.linear import packed_linear
 from ops.inference import layers
 from ops.inference.attention import FastHiLoAttention
-from ops.inference.forms import fast_form
+from ops.inference.layers import fast_form
 from ops.replay.replay import Replay
 from ops.rewriting.module import Rewritten
 
@@ -110,7 +110,7 @@ def test_calls_repeat_to_the_last_bit(
     programs = list(model._records._programs.values())
     pyramids = [model.forward_intermediates(inputs[0][0], norm=True) for _ in range(4)]
     # Without kernels of bfloat16 other layers run, which need not be recorded.
-    if unavailable(torch.device("cpu"), dtype, with_bfloat16=True) is None:
+    if packed_linear.unavailable(torch.device("cpu"), dtype) is None:
         assert [type(p) for p in programs] == [Replay, Replay]
         assert {*map(type, model._records._programs.values())} == {Replay}
 

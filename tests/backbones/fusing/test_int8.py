@@ -370,6 +370,21 @@ def test_fusing_again(sample: tuple[Any, Tensor]) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_layers_left_out_keep_their_reasons(calibrated: bool) -> None:
+    """When it is fused again, however that was told, and not after other weights are loaded."""
+    x = images(*_SIZE)
+    fused = _fused(randomise(small("unireplknet")).eval(), calibrate=x if calibrated else None)
+    told = str(fused.precision)
+    assert _OWN_KERNEL in told
+    for _ in range(2):
+        assert str(backbones.fuse(fused, torch.int8).precision) == told
+    backbones.load_checkpoint(fused, fused.int8_state_dict())
+    assert _OWN_KERNEL not in str(fused.precision)
+    assert "not quantised in the file" in str(fused.precision)
+
+
+@torch.inference_mode()
 def test_measuring_leaves_the_model_alone(shvit: Any) -> None:
     x, folded = images(*_SIZE), shvit.fuse(channels_last=False)
     before, state = folded(x), copy.deepcopy(folded.state_dict())

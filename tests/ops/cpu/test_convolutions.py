@@ -25,7 +25,7 @@ from ops.cpu.direct.direct_conv import DirectConv2d
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.int8 import int8_unavailable, quantize_weight, reference
 from ops.cpu.winograd.winograd import WinogradConv2d
-from ops.inference.layers import FastConv2d, activate, convert
+from ops.inference.layers import FastConv2d, convert
 from ops.inference.packed_linear import Quantization
 
 _REASON = int8_unavailable(torch.device("cpu"), torch.float32)
@@ -189,6 +189,6 @@ def test_the_inference_form_asks_the_policy(
     monkeypatch.setattr(policy, f"{library}_by_kernel", lambda *_: pays)
     plain = conv_layer(48, 72, kernel_size=3, **geometry)
     layer, x = convert(copy.deepcopy(plain), FastConv2d), torch.randn(2, 48, 9, 10)
-    activate(layer, "relu")
+    layer.activation = "relu"
     torch.testing.assert_close(layer(x), plain(x).relu(), rtol=1e-5, atol=1e-5)
     assert isinstance(layer.derived(x)[0], KERNELS[library]) == pays

@@ -16,10 +16,10 @@ from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.gemm.linear import packed_linear
 from ops.inference import conversion
 from ops.inference.conv import FastDepthwiseConv2d
-from ops.inference.forms import plain_form
-from ops.inference.layers import FastConv2d, FastLinear, activate, convert
+from ops.inference.layers import FastConv2d, FastLinear, convert
 from ops.replay.capture import Capture
 from ops.replay.replay import Replay
 
@@ -39,8 +39,7 @@ def _check(layer: FastLinear, x: Tensor, residual: Tensor | None = None) -> None
 def _compute_by(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless it is our kernel."""
     if what in ("oneDNN", "torch"):
-        for module in ("layers", "packed_linear"):
-            monkeypatch.setattr(f"ops.inference.{module}.unavailable", lambda *_, **__: "no")
+        monkeypatch.setattr(packed_linear, "unavailable", lambda *_, **__: "no")
         monkeypatch.setattr(policy, "packs_linear", lambda *_: what == "oneDNN")
     elif what == "oneDNN for many rows":
         monkeypatch.setattr(policy, "few_rows", lambda: 8)
@@ -67,7 +66,7 @@ def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
         _check(layer, x, torch.randn(2, 40, 5).transpose(1, 2))
         with using_threads(2):
             _check(layer, torch.randn(2, 5, 24))
-    activate(layer, "relu")
+    layer.activation = "relu"
     _check(layer, torch.randn(3, 24))
     _check(layer, torch.randn(3, 24), torch.randn(3, 40))
 
@@ -80,7 +79,7 @@ def test_activations_and_factors(by: str, activation: str, monkeypatch) -> None:
     _compute_by(by, monkeypatch)
     layer, x, factor = _linear(), torch.randn(2, 5, 24), torch.randn(2, 5, 40)
     expected = PLAIN_ACTIVATIONS[activation](F.linear(x, layer.weight, layer.bias))
-    activate(layer, activation)
+    layer.activation = activation
     layer(x)  # packs the weight
     with Capture(x) as capture:
         out = layer(x)
@@ -136,7 +135,7 @@ def test_alternating_depthwise_convolutions(dtype: torch.dtype) -> None:
             for image in (x, x.to(memory_format=torch.channels_last), x[:0], x[:, :, :1]):
                 torch.testing.assert_close(layer(image), plain(image), rtol=0.02, atol=1e-5)
         if layer.activation == "none":
-            activate(layer, "relu")
+            layer.activation = "relu"
             plain = nn.Sequential(plain, nn.ReLU())
 
 
@@ -181,7 +180,7 @@ def test_layers_without_their_kernel_stay_plain(
     model = nn.Sequential(RmsNorm2d(4), HiLoAttention(4, 2)).eval()
     assert conversion.to_channels_last(model, always=False)
     assert (type(model[0]) is RmsNorm2d) is not has_kernels
-    assert plain_form(model[1]) is HiLoAttention  # which looks for its kernels at each call
+    assert (type(model[1]) is HiLoAttention) is not has_kernels
     for always in (False, True):
         model = nn.Sequential(DilatedDepthwiseConv2d(4, 7, 3)).eval()
         assert conversion.to_channels_last(model, always=always) == (always or has_kernels)

@@ -14,6 +14,7 @@ from compiled_kernels import using_threads
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ops.cpu.call.dispatch import is_plain_call
 from ops.inference import layers
 from ops.replay.module import Recorded, recorded_form
 from ops.replay.replay import Replay
@@ -44,7 +45,23 @@ class _Block(nn.Module):
         return self.fc2(both.mul(gates.unsqueeze(1)).mul(self.scale)).transpose(1, 2)
 
 
-RecordedBlock = recorded_form(_Block)
+class _Replayed(Recorded):
+    """Passes all calls that it may, which are captured as they are."""
+
+    @classmethod
+    def methods_of(cls, kind: type[nn.Module]) -> dict[str, Any]:
+        return {"compute": kind.forward, "forward": cls.forward}
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_watched = torch._C._len_torch_function_stack() or not is_plain_call((x,))
+        out: Tensor = self.compute(x) if is_watched else self.recorded(x, self.compute)
+        return out
+
+    def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        return call
+
+
+RecordedBlock = recorded_form(_Block, _Replayed)
 
 
 def _recorded(**attributes: object) -> Recorded:
@@ -262,7 +279,7 @@ def test_inputs_are_not_kept_alive() -> None:
 
 
 def test_a_model_is_freed_at_once() -> None:
-    outer = layers.convert(nn.Sequential(_recorded()), recorded_form(nn.Sequential))
+    outer = layers.convert(nn.Sequential(_recorded()), recorded_form(nn.Sequential, _Replayed))
     for block in (outer, outer[0]):
         for _ in range(3):
             block(_input())

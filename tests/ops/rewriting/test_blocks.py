@@ -21,7 +21,7 @@ from ops.cpu.attention.grouped import grouped_attention
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.conversion import to_channels_last
-from ops.inference.layers import FastLinear, activate, convert
+from ops.inference.layers import FastLinear, convert
 from ops.inference.norm import FastLayerNorm
 from ops.mobile import conv_stem
 from ops.rewriting import feed_forward, windows
@@ -41,7 +41,7 @@ def _made(*, has_conv: bool, has_norm: bool = True) -> FeedForward:
     fc1, fc2 = (convert(nn.Linear(*n), FastLinear) for n in ((24, 80), (80, 24)))
     conv = nn.Conv2d(80, 80, 3, padding=1, groups=80)
     last = convert(conv, FastDepthwiseConv2d) if has_conv else None
-    activate(fc1 if last is None else last, "gelu")
+    (fc1 if last is None else last).activation = "gelu"
     norm = convert(nn.LayerNorm(24), FastLayerNorm) if has_norm else None
     return FeedForward(fc1, fc2, last, norm).requires_grad_(False)
 
@@ -122,29 +122,24 @@ def _names(graph: OperatorGraph) -> list[str]:
     return [o.name for o in graph.operators if "reshape" not in o.name]
 
 
-@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize(("batch", "heads"), [(1, 2), (3, 1), (3, 2)])
-def test_a_swin_block_has_no_copies(
-    batch: int,
-    heads: int,
-    shift: int,
-    dtype: torch.dtype,
-    kernel: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_swin_block_has_no_copies(batch: int, heads: int, shift: int, dtype: torch.dtype) -> None:
     model, x = _block((12, 8), shift, heads).to(dtype), torch.randn(batch, 12, 8, 16).to(dtype)
     exact = copy.deepcopy(model).double()(x.double())
     to_channels_last(model, always=True)
     graph = _rewritten(model, x)
     expected = ["FastLayerNorm", "FastLinear", "WindowedAttention", "FastLinear", "FeedForward"]
     assert _names(graph) == expected, str(graph)
-    if not kernel:
-        monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "switched off")
     error = (Program(graph)(x).double() - exact).abs().max()
     bound = 1e-5 if dtype == torch.float32 else 2**-6 * (1 + exact.abs().max())
     assert error <= bound
+
+
+def test_windows_are_copied_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "switched off")
+    _check_attention(_block((12, 8), 2), torch.randn(1, 12, 8, 16), 0)
 
 
 def test_windows_of_a_padded_map() -> None:

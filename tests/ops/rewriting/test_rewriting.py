@@ -103,6 +103,11 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         {"conv": nn.Conv2d(16, 24, 3, 2, 1, bias=False), **_norms(norm=24)},
         *(IMAGE, ["FastConv2d"]),
     ),
+    "an activation stays after a sum with a multiple of another map": (
+        lambda m, x: F.relu(m.fc(x) + 0.5 * x),
+        {**_convs(fc=SQUARE)},
+        *(IMAGE, ["FastLinear", "relu"]),
+    ),
     "a norm whose convolution is read elsewhere stays": (
         lambda m, x: m.norm(y := m.conv(x)) * y,
         {**_convs(3, conv=SQUARE), **_norms(norm=16)},
@@ -355,6 +360,18 @@ def test_a_response_norm_takes_no_pass_of_its_own() -> None:
     _check(model, IMAGE, "ResponseFeedForward")
 
 
+def test_norms_of_another_order_are_no_response_norm() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.gelu(m.fc1(x))
+        norm = torch.linalg.vector_norm(y, 1, dim=(1, 2), keepdim=True)
+        return m.fc2(y * (m.weight * (norm / (norm.mean(-1, keepdim=True) + 1e-6)) + 1))
+
+    model = _Call(forward, **_linear(**WIDE))
+    model.weight = nn.Parameter(torch.randn(40))
+    left = ["FastLinear", "linalg_vector_norm", "mean", "add", "div", "mul", "add", "mul"]
+    _check(model, torch.randn(2, 5, 4, 16), *left, "FastLinear")
+
+
 def test_scales_of_a_response_norm_take_one_pass() -> None:
     """Between other layers than two linear ones, as in OverLoCK."""
 
@@ -365,9 +382,9 @@ def test_scales_of_a_response_norm_take_one_pass() -> None:
 
     model = _Call(forward, conv=nn.Conv2d(16, 16, 3, padding=1, groups=16), fc=nn.Conv2d(16, 8, 1))
     model.weight = nn.Parameter(torch.randn(1, 16, 1, 1))
-    _check(model, IMAGE, "FastDepthwiseConv2d", "ResponseScales", "FastLinear")
+    _check(model, IMAGE, "FastDepthwiseConv2d", "response_scales", "FastLinear")
     model.function = lambda m, x: 2 + m.weight * x.norm(p=2, dim=(2, 3), keepdim=True)
-    assert "ResponseScales" not in _names(_graph(model, IMAGE))
+    assert "response_scales" not in _names(_graph(model, IMAGE))
 
 
 def test_a_scaled_shortcut_is_added_by_the_linear_layer() -> None:
@@ -405,19 +422,19 @@ def test_products_are_not_stored_before_a_softmax_with_a_table() -> None:
     model = _Call(forward)
     model.table = nn.Parameter(torch.randn(16, 7, 7))
     model.split, model.softmaxes = False, 1
-    _check(model, IMAGE, "sin", "AttentionWeights")
+    _check(model, IMAGE, "sin", "attention_weights")
     model.split, model.softmaxes = True, 2
-    _check(model, IMAGE, "sin", "slice", "AttentionWeights", "slice", "AttentionWeights")
+    _check(model, IMAGE, "sin", "slice", "attention_weights", "slice", "attention_weights")
     model.softmaxes = 1
     names = _names(_graph(model, IMAGE))
-    assert "matmul" in names and "AttentionWeights" not in names
+    assert "matmul" in names and "attention_weights" not in names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_table_is_added_by_the_softmax(dtype: torch.dtype) -> None:
     model = _Call(lambda m, x: (x + m.table).softmax(dim=-1).to(dtype))
     model.table = nn.Parameter(torch.randn(16, 9, 7))
-    _check(model, IMAGE, "BiasedSoftmax")
+    _check(model, IMAGE, "biased_softmax")
     model.function = lambda m, x: (x + m.table).softmax(dim=-2)
     _check(model, IMAGE, "add", "softmax")
     model.table = nn.Parameter(torch.randn(7))
@@ -574,7 +591,8 @@ def test_gates_and_shortcut_are_an_epilogue(dtype: torch.dtype, clips: bool) -> 
     model.weight = nn.Parameter(torch.randn(1, 1, 5))
     exact, image = copy.deepcopy(model).eval().double(), IMAGE.to(dtype)
     graph = _graph(model.to(dtype), image)
-    assert _names(graph) == ["GatedLinear"], str(graph)
+    names = ["FastGlobalAvgPool2d", "FastLinear", "depthwise_conv2d", "GatedLinear"]
+    assert _names(graph) == names, str(graph)
     program = Program(graph)
     for x in (image, torch.randn_like(image)):
         with torch.no_grad():
@@ -590,7 +608,7 @@ def test_gates_of_a_map_that_is_read_elsewhere_stay() -> None:
 
     model = _Call(forward, conv=nn.Conv2d(16, 16, 1))
     model.weight = nn.Parameter(torch.randn(1, 1, 3))
-    left = ["FastLinear", "FastGlobalAvgPool2d", "ChannelGates", "addcmul", "amax"]
+    left = ["FastLinear", "FastGlobalAvgPool2d", "depthwise_conv2d", "addcmul", "amax"]
     _check(model, IMAGE, *left)
 
 
@@ -602,7 +620,7 @@ def test_a_convolution_of_another_length_makes_no_gates(padding: int) -> None:
 
     model = _Call(forward)
     model.weight = nn.Parameter(torch.randn(1, 1, 3))
-    assert "ChannelGates" not in _names(_graph(model, IMAGE))
+    assert "depthwise_conv2d" not in _names(_graph(model, IMAGE))
 
 
 @pytest.mark.parametrize("squeezes", [True, False])

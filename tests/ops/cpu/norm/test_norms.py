@@ -20,8 +20,7 @@ from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.response_scales import response_scales
 from ops.cpu.norm.rms_norm import rms_norm
 from ops.inference.layers import convert
-from ops.inference.norm import FastLayerNorm, FastRMSNorm, FastRmsNorm2d
-from ops.norm import RMSNorm
+from ops.inference.norm import FastLayerNorm, FastRmsNorm2d
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -138,7 +137,6 @@ LAYERS = pytest.mark.parametrize(
     ("norm", "fast"),
     [
         (nn.LayerNorm(20, 0.5), FastLayerNorm),
-        (RMSNorm(20, eps=0.5), FastRMSNorm),
         (RmsNorm2d(9, eps=0.2), FastRmsNorm2d),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
