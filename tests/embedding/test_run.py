@@ -77,6 +77,7 @@ def test_embeddings_are_those_of_the_plain_model(photos, checkpoint, out):
     weights = {"file": "best.safetensors", "path": str(checkpoint.absolute())}
     assert said["weights"] == {**weights, "sha256": sha256_of(checkpoint)}
     assert said["preprocessing"]["input_size"] == [3, 32, 32]
+    assert said["names"] == [f"class{number}" for number in range(5)]
     assert (said["model"], said["dim"], said["images"], said["shards"]) == ("shvit_s1", 32, 10, 3)
     assert said["versions"]["torch"] == importlib.metadata.version("torch")
 
