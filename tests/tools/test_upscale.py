@@ -82,10 +82,13 @@ def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
 
 def test_the_picture_is_right(weights, tmp_path):
     source = make(tmp_path / "a.png", size=(40, 30))
-    more = ("--tile=16", "--overlap=8", "--tta", "--compare", "--suffix=", "--format=webp")
-    assert upscale(weights, source, "--out", tmp_path / "out", *more) == 0
+    more = ("--tile=16", "--overlap=8", "--compare", "--suffix=", "--format=webp")
+    for name, words in (("plain", more), ("out", (*more, "--tta"))):
+        assert upscale(weights, source, "--out", tmp_path / name, *words) == 0
+    plain, ours = (read_picture(tmp_path / name / "a.webp").pixels for name in ("plain", "out"))
+    assert not np.array_equal(plain, ours)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.webp", "a_webp_compare.png"]
-    ours = torch.from_numpy(read_picture(tmp_path / "out/a.webp").pixels.copy())
+    ours = torch.from_numpy(ours.copy())
     x = torch.from_numpy(read_picture(source).pixels.copy()).permute(2, 0, 1) / 255
     figures = quality(ours.permute(2, 0, 1) / 255, resize_bicubic(x, 2.0), border=4)
     assert figures["psnr_y"] > 30
