@@ -34,18 +34,11 @@ def errors(model: torch.nn.Module, run: graphs.Run, shapes: list) -> list[float]
     return [found.error for found in graphs.check(model, run, shapes)]
 
 
+SLOW = [(f, fused) for f in FAMILIES for fused in (False, True) if (f, fused) != QUICK]
+
+
 @pytest.mark.parametrize(
-    ("family", "fused"),
-    [
-        pytest.param(
-            family,
-            fused,
-            id=f"{family}-fused" if fused else family,
-            marks=() if (family, fused) == QUICK else pytest.mark.slow,
-        )
-        for family in FAMILIES
-        for fused in (False, True)
-    ],
+    ("family", "fused"), [QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_every_family_with_dynamic_sizes(family, fused, tmp_path):
     model = randomise(small(family, **TWO_STAGES if (family, fused) == QUICK else {})).eval()
