@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -28,11 +29,13 @@ def tiny_checkpoint(folder: Path, seed: int = 0, classes: int = 5, **changes: An
     """Write weights of a shallow SHViT for 32×32 pixels, and their recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    model = backbones.create_model("shvit_s1", num_classes=classes, **_SHALLOW)
+    chans = {"in_chans": changes["in_chans"]} if "in_chans" in changes else {}
+    model = backbones.create_model("shvit_s1", num_classes=classes, **_SHALLOW, **chans)
     for parameter in model.parameters():  # default initialisation would nearly erase the image
         torch.nn.init.normal_(parameter, std=0.3)
     path = folder / "best.safetensors"
-    save_weights(path, model.state_dict(), {"model": "shvit_s1"})
+    names = json.dumps([f"class{number}" for number in range(classes)])
+    save_weights(path, model.state_dict(), {"model": "shvit_s1", "classes": names})
     recipe = {"model": "shvit_s1", "model_args": _SHALLOW, "num_classes": classes, "img_size": 32}
     (folder / "config.yaml").write_text(yaml.safe_dump({**recipe, "data": "x", **changes}))
     return path

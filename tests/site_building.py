@@ -61,16 +61,11 @@ class Watch:
         """No error in the console, and no request but for what is below the address."""
         log = self.browser.get_log("browser")
         assert not [entry["message"] for entry in log if entry["level"] in ("SEVERE", "WARNING")]
-        messages = [
-            json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")
-        ]
-        asked = [
-            message["params"]["request"]["url"]
-            for message in messages
-            if message["method"] == "Network.requestWillBeSent"
-        ]
-        own = (self.address, "data:", "blob:")
-        assert asked and not [url for url in asked if not url.startswith((*own, "about:"))]
+        entries = self.browser.get_log("performance")
+        messages = [json.loads(entry["message"])["message"] for entry in entries]
+        sent = [m["params"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        own = (self.address, "data:", "blob:", "about:")
+        assert sent and all(params["request"]["url"].startswith(own) for params in sent)
 
 
 if __name__ == "__main__":

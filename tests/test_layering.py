@@ -149,13 +149,6 @@ def test_import_is_cheap(tmp_path):
     assert not [name for name in added if any(_within(name, room) for room in _ON_DEMAND)]
 
 
-def test_embedding_loads_no_other_tool(tmp_path):
-    added = run_code(_ADDED.format("backbones.embedding.network"), tmp_path).split()
-    others = [*_rooms("cli", "training", "restoration", "openmmlab")]
-    assert "backbones.embedding.network" in added
-    assert not [name for name in added if any(_within(name, room) for room in others)]
-
-
 def test_a_foreign_ops_is_named(tmp_path):
     (tmp_path / "ops").mkdir()
     (tmp_path / "ops" / "__init__.py").write_text("")

@@ -52,20 +52,12 @@ class Start:
 
 
 def starts(
-    rank: int,
-    head_dim: int,
-    dtype: torch.dtype,
-    *,
-    extra: bool = False,
-    rpb: bool = False,
-    first: bool = False,
+    rank: int, head_dim: int, dtype: torch.dtype, extra: bool, rpb: bool, first: bool
 ) -> Iterator[Start]:
-    """Yield every kernel of a forward and backward call, with every tile that would be tried.
+    """Every kernel of a forward and backward call, with every tile that would be tried, or only
+    the ``first`` one, which is used without autotuning.
 
-    With ``first``, yield only the tiles that are used without autotuning.
-
-    The launcher itself is run on tensors of the meta device, and the launches are recorded instead
-    of executed.
+    The launcher runs on tensors of the meta device; launches are recorded instead of executed.
     """
     recorded: list[tuple[Any, dict[str, Any], triton.Config | None]] = []
 
@@ -112,9 +104,8 @@ def compile_start(start: Start, arch: int) -> dict[str, Any]:
             signature[parameter.name] = "constexpr"
             constexprs[(index,)] = value
             continue
-        signature[parameter.name] = _specialize(
-            (index,), value, constexprs, attributes, fixed=not parameter.do_not_specialize
-        )
+        fixed = not parameter.do_not_specialize
+        signature[parameter.name] = _specialize((index,), value, constexprs, attributes, fixed)
     source = ASTSource(function, signature, constexprs, attributes)
     options = {"num_warps": start.config.num_warps, "num_stages": start.config.num_stages}
     options |= LAUNCH_OPTIONS
@@ -122,20 +113,10 @@ def compile_start(start: Start, arch: int) -> dict[str, Any]:
     registers, spilled = _assemble(compiled.asm["ptx"], arch)
     # The kernel for delta takes no query, but its output has the same rank and dtype.
     query = start.arguments["q_ptr" if "q_ptr" in start.arguments else "out_ptr"]
-    tile = "x".join(map(str, start.config.kwargs.values())).replace(" ", "")
-    return dict(
-        kernel=function.__name__,
-        arch=arch,
-        dtype=str(query.dtype).removeprefix("torch."),
-        head_dim=query.shape[-1],
-        rank=query.dim() - 3,
-        tile=tile,
-        warps=start.config.num_warps,
-        stages=start.config.num_stages,
-        registers=registers,
-        spilled=spilled,
-        shared=compiled.metadata.shared,
-    )
+    of_query = {"dtype": str(query.dtype), "head_dim": query.shape[-1], "rank": query.dim() - 3}
+    tile = {"tile": str(start.config.kwargs), **options}
+    needed = {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
+    return {"kernel": function.__name__, "arch": arch, **of_query, **tile, **needed}
 
 
 def _specialize(
@@ -143,15 +124,12 @@ def _specialize(
     value: Any,
     constexprs: dict[tuple[int, ...], Any],
     attributes: dict[tuple[int, ...], Any],
-    *,
     fixed: bool,
 ) -> Any:
     """Type of an argument, with the specialisation that a launch would derive from its value."""
     if isinstance(value, tuple):
-        return tuple(
-            _specialize((*path, i), item, constexprs, attributes, fixed=fixed)
-            for i, item in enumerate(value)
-        )
+        items = enumerate(value)
+        return tuple(_specialize((*path, i), x, constexprs, attributes, fixed) for i, x in items)
     if value is None or (fixed and isinstance(value, int) and value == 1):
         constexprs[path] = value
         return "constexpr"
@@ -195,11 +173,11 @@ def main() -> None:
     parser.add_argument("--rpb", action="store_true", help="with a relative position bias")
     parser.add_argument("--first", action="store_true", help="only the tiles taken untuned")
     options = parser.parse_args()
-    which = {"extra": options.extra, "rpb": options.rpb, "first": options.first}
+    which = options.extra, options.rpb, options.first
     for arch, dtype, head_dim, rank in itertools.product(
         options.arch, options.dtype, options.head_dim, options.rank
     ):
-        for start in starts(rank, head_dim, getattr(torch, dtype), **which):
+        for start in starts(rank, head_dim, getattr(torch, dtype), *which):
             sys.stdout.write(json.dumps(compile_start(start, arch)) + "\n")
 
 

@@ -62,6 +62,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_rows(report):
     written = json.loads(report.read_text())
     assert written["machine"]["torch"]
+    assert report.with_suffix(".md").read_text().count("| shvit_s1 |") == 10
     for row, size in zip(written["results"], (32, 64), strict=True):
         assert (row["size"], row["batch"], row["dtype"]) == (size, 2, "float32")
         assert list(row["contenders"]) == ["eager", "fused", "fused+bfloat16", "timm", "original"]
@@ -73,13 +74,6 @@ def test_rows(report):
         assert fused["images_per_second"] == pytest.approx(2e3 / fused["milliseconds"], rel=1e-3)
     small, large = (row["macs"] for row in written["results"])
     assert 2 < large / small < 4  # without the head four times as much
-
-
-def test_table_and_picture(report):
-    assert report.with_suffix(".md").read_text().count("| shvit_s1 |") == 10
-    assert report.with_suffix(".png").read_bytes()[1:4] == b"PNG"
-    names = {p.name for p in report.parent.iterdir()} - {"__pycache__"}
-    assert names == {"original.py", "out.json", "out.md", "out.png"}
 
 
 @pytest.mark.parametrize("draws", [True, False])
@@ -119,12 +113,9 @@ def test_time_by_kind(report):
         ("aten::conv2d", [[1, 8, 9, 9], [8, 1, 3, 3]], "depthwise conv"),
         ("aten::conv2d", [[1, 8, 9, 9], [16, 8, 1, 1]], "matrix products"),
         ("mkldnn::_convolution_pointwise", [[1, 3, 9, 9], [8, 3, 3, 3]], "other conv"),
-        ("vision_backbones::depthwise_conv2d", [[1, 8, 9, 9], [9, 8]], "depthwise conv"),
         ("vision_backbones::na_cpu_forward", [], "attention"),
-        ("aten::linear", [[1, 9, 8], [8, 8]], "matrix products"),
         ("aten::layer_norm", [], "norms"),
         ("aten::gelu", [], "elementwise"),
-        ("aten::copy_", [], "moving data"),
         ("aten::reshape", [], "moving data"),
         ("some::wrapper", [], None),
     ],
@@ -148,15 +139,6 @@ def test_runs_add_to_one_report(report, tmp_path, monkeypatch):
     assert command(*words, "--sizes", 32) == 0
     again = json.loads(output.read_text())["results"]
     assert again[1:] == after[1:] and list(again[0]["contenders"]) == ["fused", "timm"]
-
-
-def test_reports_of_other_machines_stay(report, tmp_path, capsys):
-    other = json.loads(report.read_text())
-    other["machine"]["name"] = "another"
-    output = tmp_path / "other.json"
-    output.write_text(json.dumps(other))
-    assert command("--models", "shvit_s1", "--output", output) == 2
-    assert "was measured on" in capsys.readouterr().err
 
 
 def test_a_training_step_drops_no_paths():
@@ -256,15 +238,6 @@ def test_a_contender_that_fails_is_named(times):
     found = small(["eager"], {"broken": create}, rounds=2)["contenders"]
     assert found["broken"] == {"skipped": "RuntimeError: cannot make shvit_s1"}
     assert found["eager"]["calls"] > 0
-
-
-def test_bad_peers(tmp_path):
-    with pytest.raises(ValueError, match="there is no file"):
-        contender(str(tmp_path / "none.py"))
-    with pytest.raises(ValueError, match="No module named"):
-        contender("no_such_package_anywhere")
-    with pytest.raises(ValueError, match="json has no function create_model"):
-        contender("json")
 
 
 @pytest.mark.parametrize(

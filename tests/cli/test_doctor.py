@@ -8,7 +8,6 @@ import pwd
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -50,25 +49,17 @@ def test_the_report_names_fixes(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("versions", "fix"),
+    ("versions", "gone", "kept"),
     [
-        (
-            {"mmengine": "0.10.7", "onedl-mmengine": "0.11.0"},
-            "pip uninstall -y mmengine onedl-mmengine && pip install mmengine==0.10.7",
-        ),
-        (
-            {"mmcv": "2.1.0", "mmcv-lite": "2.1.0"},
-            "pip uninstall -y mmcv mmcv-lite && pip install mmcv==2.1.0",
-        ),
-        (
-            {"mmcv-lite": "2.2.0", "mmdet": "3.3.0"},
-            "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0",
-        ),
+        ("mmengine==0.10.7 onedl-mmengine==0.11.0", "mmengine onedl-mmengine", "mmengine==0.10.7"),
+        ("mmcv==2.1.0 mmcv-lite==2.1.0", "mmcv mmcv-lite", "mmcv==2.1.0"),
+        ("mmcv-lite==2.2.0 mmdet==3.3.0", "mmcv", "mmcv-lite==2.1.0"),
     ],
 )
-def test_conflicting_mm_packages(versions, fix):
-    errors = [f for f in doctor.examine_mm(versions) if f.severity == "error"]
-    assert fix in [error.fix for error in errors]
+def test_conflicting_mm_packages(versions, gone, kept):
+    findings = doctor.examine_mm(dict(word.split("==") for word in versions.split()))
+    fixes = [finding.fix for finding in findings if finding.severity == "error"]
+    assert f"pip uninstall -y {gone} && pip install {kept}" in fixes
 
 
 def test_packages_that_lack_something(monkeypatch):
@@ -104,11 +95,10 @@ def test_unusable_gpus(monkeypatch):
     assert [finding.severity for finding in doctor.examine_gpu()] == ["ok", "error"]
 
 
-@pytest.mark.parametrize("wrong", [True, False])
-def test_wrong_gradients_of_torch_are_named(wrong, monkeypatch):
-    monkeypatch.setattr(doctor, "has_wrong_gradients", lambda: wrong)
-    texts = [finding.text for finding in doctor.examine_gradients()]
-    assert [f"torch {torch.__version__}" in text for text in texts] == [True] * wrong
+def test_wrong_gradients_of_torch_are_named(monkeypatch):
+    for wrong in (True, False):
+        monkeypatch.setattr(doctor, "has_wrong_gradients", lambda wrong=wrong: wrong)
+        assert [finding.severity for finding in doctor.examine_gradients()] == ["note"] * wrong
 
 
 @pytest.mark.parametrize(
@@ -215,40 +205,23 @@ def test_packages_that_are_missing_or_old(monkeypatch):
         "timm>=1.0.31 is needed, found: 0.9.0": "pip install 'timm>=1.0.31'",
         "pyyaml>=6 is needed, found: nothing": "pip install 'pyyaml>=6'",
     }
+    said = requirements.explanation(ImportError("no module"))
+    assert said is not None and "timm>=1.0.31 (found: 0.9.0)" in said and ": no module. Run" in said
+    assert said.endswith(" `pip install 'pyyaml>=6' 'timm>=1.0.31'`.")
 
 
-@pytest.mark.parametrize("package", ["safetensors", pytest.param("timm", marks=pytest.mark.slow)])
-def test_an_import_that_fails_says_what_to_install(package, tmp_path):
-    code = f"""
-import importlib.metadata, sys
-real = importlib.metadata.version
-importlib.metadata.version = lambda name: "0.0.1" if name == "{package}" else real(name)
-for name in [name for name in sys.modules if name.partition(".")[0] == "{package}"]:
-    del sys.modules[name]
-sys.modules["{package}"] = None
-import backbones.cli.main
-"""
-    with pytest.raises(AssertionError, match="ended with 1\n") as raised:
-        run_code(code, tmp_path)
-    last = str(raised.value).splitlines()[-1]
-    assert last.startswith(f"ImportError: vision-backbones needs {package}>=")
-    assert "(found: 0.0.1)" in last and f"`pip install '{package}>=" in last
-
-
-def test_an_import_that_breaks_says_what_to_install(tmp_path):
-    """As torchvision of another torch does, which timm imports."""
+def test_an_import_that_fails_says_what_to_install(tmp_path):
+    """As one of timm with a torchvision of another torch does."""
+    before = "import sys; del sys.modules['timm']; sys.path[:0] = [sys.argv[1]]"
     (tmp_path / "timm.py").write_text("raise RuntimeError('torchvision::nms is not there')")
-    paths = [str(tmp_path), str(Path(doctor.__file__).parents[2])]
-    code = f"import sys; sys.path[:0] = {paths}; import backbones.cli.main"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    last = run.stderr.splitlines()[-1]
-    assert run.returncode == 1 and "torchvision::nms is not there" in last
+    with pytest.raises(AssertionError, match="ended with 1\n") as raised:
+        run_code(f"{before}; import backbones.cli.main", tmp_path, tmp_path)
+    last = str(raised.value).splitlines()[-1]
+    assert "torchvision::nms is not there" in last
     assert "`pip install --force-reinstall torch torchvision timm`" in last
 
 
-@pytest.mark.parametrize(
-    "required", ["torch==2.9.0", "torch (==2.9.0)", 'torch==2.9.0; python_version > "3"']
-)
+@pytest.mark.parametrize("required", ["torch==2.9.0", 'torch (==2.9.0); python_version > "3"'])
 def test_a_torchvision_of_another_torch(required, monkeypatch):
     import torchvision.ops
 
@@ -262,36 +235,13 @@ def test_a_torchvision_of_another_torch(required, monkeypatch):
     assert finding.fix == "pip install --force-reinstall torch==2.9.0 torchvision==0.24.0"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("VISION_BACKBONES_NATIVE", "maybe"), ("VISION_BACKBONES_NATIVE_ISA", "mmx")],
-)
-def test_invalid_variables(name, value, monkeypatch, capsys):
-    monkeypatch.setenv(name, value)
-    (finding,) = doctor.examine_cpu()
-    assert (finding.severity, finding.fix) == ("error", f"unset {name}")
+def test_invalid_variables(monkeypatch, capsys):
     forget_kernels(monkeypatch)
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
     assert main(["doctor", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
-    assert finding.fix in [f["fix"] for f in found if f["severity"] == "error"]
+    errors = [f["fix"] for f in found if f["severity"] == "error"]
+    assert "unset VISION_BACKBONES_NATIVE" in errors
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "False")
-    monkeypatch.delenv("VISION_BACKBONES_NATIVE_ISA", raising=False)
     (finding,) = doctor.examine_cpu()
     assert finding.severity != "error" and "switched off" in finding.text
-
-
-def test_kernels_by_where_they_came_from(monkeypatch, tmp_path):
-    kernels = {
-        "gemm": cpu.LibraryState(None, build.process.shipped / "gemm.so", "avx2", None),
-        "norm": cpu.LibraryState(None, tmp_path / "norm.so", "portable", None),
-        "stem": cpu.LibraryState(None, build.process.shipped / "stem.so", "avx2", None),
-    }
-    monkeypatch.setattr(build.process.sources, "all", lambda: dict.fromkeys(kernels))
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
-    monkeypatch.setattr(cpu, "status", kernels.__getitem__)
-    monkeypatch.setattr(doctor.openmp, "runtime", lambda: Path("/lib/libgomp.so.1"))
-    (finding,) = doctor.examine_compiler()
-    assert finding.text.partition("; ")[2] == (
-        f"2 of 3 kernels for avx2 from the package, 1 of 3 kernels for portable from {tmp_path}, "
-        "on the threads of torch's libgomp.so.1"
-    )

@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import onnx
-import openvino
 import pytest
 import torch
 import torchvision
@@ -35,18 +34,11 @@ def errors(model: torch.nn.Module, run: graphs.Run, shapes: list) -> list[float]
     return [found.error for found in graphs.check(model, run, shapes)]
 
 
+SLOW = [(f, fused) for f in FAMILIES for fused in (False, True) if (f, fused) != QUICK]
+
+
 @pytest.mark.parametrize(
-    ("family", "fused"),
-    [
-        pytest.param(
-            family,
-            fused,
-            id=f"{family}-fused" if fused else family,
-            marks=() if (family, fused) == QUICK else pytest.mark.slow,
-        )
-        for family in FAMILIES
-        for fused in (False, True)
-    ],
+    ("family", "fused"), [QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )
 def test_every_family_with_dynamic_sizes(family, fused, tmp_path):
     model = randomise(small(family, **TWO_STAGES if (family, fused) == QUICK else {})).eval()
@@ -69,28 +61,15 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbones, "create_model", create)
 
 
-@pytest.mark.parametrize(
-    ("more", "shapes", "place"),
-    [
-        (["--batch", "2"], ["2×3×64×64"], "images 2×3×64×64"),
-        pytest.param(
-            ["--dynamic"],
-            ["1×3×64×64", "3×3×32×32", "2×3×91×77"],
-            "any batch and size",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_the_command_writes_what_it_says(more, shapes, place, shallow, tmp_path, capsys):
+def test_the_command_writes_what_it_says(shallow, tmp_path, capsys):
     path = tmp_path / "shvit.pt2"
-    words = ["export", "shvit_s1", "--size", "64", "--fused", "--out", str(path)]
-    assert main([*words, *more]) == 0
+    words = ["export", "shvit_s1", "--size", "64", "--fused", "--batch", "2", "--out", str(path)]
+    assert main(words) == 0
     said = capsys.readouterr()
-    note = "note: without --checkpoint or --pretrained, shvit_s1 is exported untrained\n"
-    assert said.err == note
-    _, *compared, last = said.out.splitlines()
-    assert [line.split()[0] for line in compared] == shapes
-    assert f"shvit_s1 for {place}, " in last
+    assert said.err.endswith("shvit_s1 is exported untrained\n") and said.err.count("\n") == 1
+    _, compared, last = said.out.splitlines()
+    assert compared.split()[0] == "2×3×64×64"
+    assert "shvit_s1 for images 2×3×64×64, " in last
     assert [p.name for p in tmp_path.iterdir()] == ["shvit.pt2"]
 
 
@@ -268,20 +247,6 @@ def test_deformable_convolutions_are_decomposed(tmp_path):
     require_writable({"--out": (path, ONNX)})  # an earlier result
 
 
-@pytest.mark.slow
-def test_deformable_convolutions_run_in_openvino(tmp_path):
-    sizes = {"dims": (32, 48), "num_heads": (0, 4), "window_sizes": (1, 2), "depths": (1, 1)}
-    model = randomise(small("litv2", **sizes)).eval()
-    images = torch.randn(2, 3, 64, 96)
-    graphs.save_onnx(graphs.trace(model, images.shape, dynamic=False), tmp_path / "m.onnx")
-    compiled = openvino.Core().compile_model(
-        str(tmp_path / "m.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )
-    expected = model(images).detach()
-    result = torch.from_numpy(compiled(images.numpy())[0])
-    assert (result - expected).abs().max() < 1e-4 * expected.abs().max()
-
-
 @pytest.mark.parametrize(
     ("stride", "pad", "dilation"), [((2, 2), (0, 0), (1, 1)), ((1, 2), (2, 1), (2, 3))]
 )
@@ -295,10 +260,3 @@ def test_sampled_deformable_convolution(stride, pad, dilation):
         x, weight, offset, x, bias, *stride, *pad, *dilation, 1, 1, False
     )
     torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 3)])
-def test_pooling_for_older_translations(size):
-    x = torch.randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
-    expected = torch.nn.functional.adaptive_avg_pool2d(x, size)
-    torch.testing.assert_close(graphs._mean_pool(x, size), expected)

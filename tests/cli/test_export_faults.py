@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import signal
@@ -12,15 +11,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from faults import files_that_may_not_grow
 from torch import Tensor, nn
 
-from backbones.cli import graphs, quantizing
+from backbones.cli import graphs
 from backbones.cli.export import export
 from backbones.cli.main import main
 from backbones.common.errors import FileError
-from backbones.common.files import replacing_together
 from backbones.core.loaded import Loaded
 
 
@@ -53,17 +50,6 @@ def test_files_larger_than_the_limit(ending, tmp_path):
         export(Loaded(Plain().eval(), "plain"), path, ending, (16, 16))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "as it was"
-
-
-def test_a_full_disk_while_quantising(tmp_path, monkeypatch):
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    path = tmp_path / "x.onnx"
-    monkeypatch.setattr("onnxruntime.quantization.shape_inference.quant_pre_process", full)
-    with pytest.raises(FileError, match="no space is left in"), replacing_together(path) as scratch:
-        quantizing.quantize(scratch, [torch.zeros(1, 3, 16, 16)])
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_space_is_checked_first(tmp_path, monkeypatch, capsys):

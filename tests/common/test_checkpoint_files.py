@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import sys
 import warnings
-import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,30 +69,13 @@ def _weight(data: bytearray) -> int:
     return data.index(WEIGHTS["a.weight"].numpy().tobytes()) + 400
 
 
-def _two(data: bytearray) -> bytes:
-    file = io.BytesIO(data)
-    with zipfile.ZipFile(file, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
-        archive.writestr("a/data/0", bytes(4000))
-    return file.getvalue()
-
-
-def _text(data: bytearray) -> bytes:
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("a/readme.txt", "no weights")
-    return file.getvalue()
-
-
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda data: _flip(data, _weight(data), 0), "truncated or corrupt: Bad CRC-32 for file "),
-        (lambda data: _flip(data, _weight(data) + 3, 6), "truncated or corrupt: Bad CRC-32 for f"),
         (_folder, ".*data/0 is marked as a folder"),
-        (_two, ".*two members of the same name"),
-        (_text, "truncated or not a checkpoint: Expected"),
     ],
-    ids=["bit", "exponent", "folder", "twice", "text"],
+    ids=["bit", "folder"],
 )
 def test_damaged_archives(spoil, said, tmp_path):
     """Torch does not notice a flipped bit."""
@@ -107,10 +92,8 @@ def test_damaged_archives(spoil, said, tmp_path):
         (b"\xef\xbb\xbf\r\n <!DOCTYPE html>\n<html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
         (b"", "empty"),
-        (b"\x80", "a bare pickle"),
         (b"no weights", "neither a torch.save file nor safetensors|not a complete safetensors"),
         (pickle.dumps({"a": 1}), "a bare pickle"),
-        (pickle.dumps([1, 2], protocol=2), "a bare pickle"),
         (b"PK\x03\x04 and more", "truncated or corrupt: File is not a zip file"),
     ],
 )
@@ -156,6 +139,19 @@ def test_pickles_are_not_executed(content, blocked, form, tmp_path, monkeypatch)
     message = str(raised.value)
     assert "weights_only" not in message and "\n" not in message and "safe_globals" not in message
     assert not (tmp_path / "hostile").exists()
+
+
+def test_logs_of_openmmlab_are_skipped(tmp_path, monkeypatch):
+    """Whether its packages are installed or not: here they are gone when the file is read."""
+    name = "mmengine.logging.history_buffer"
+    history = type("HistoryBuffer", (), {"__module__": name, "__qualname__": "HistoryBuffer"})
+    with monkeypatch.context() as patch:
+        for part in ("mmengine", "mmengine.logging", name):
+            patch.setitem(sys.modules, part, SimpleNamespace(HistoryBuffer=history))
+        log = {"loss": history(), "best": np.float64(0.5)}
+        torch.save({"state_dict": WEIGHTS, "message_hub": log}, tmp_path / "epoch_1.pth")
+    monkeypatch.setitem(sys.modules, "mmengine", None)
+    assert read_file(tmp_path / "epoch_1.pth")["state_dict"].keys() == WEIGHTS.keys()
 
 
 def test_what_is_no_file_of_weights(tmp_path):

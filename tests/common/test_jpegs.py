@@ -135,15 +135,6 @@ def test_paths(kind, decoded, tmp_path, monkeypatch):
     assert installed_decoder() == "pillow"
 
 
-def test_a_file_that_goes_on_after_the_image(decoded, monkeypatch):
-    """Up to a limit, simplejpeg gets it, and beyond it Pillow."""
-    data = saved(photo(24, 31)) + bytes(1000)
-    both(data)
-    monkeypatch.setattr(images, "_MOST_BYTES", 1000)
-    both(data)
-    assert decoded == [True, False]
-
-
 def outcome(data: bytes, decoder: str) -> Any:
     try:
         return open_pixels(io.BytesIO(data), "RGB", decoder).tolist()

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from zoo import ISOTROPIC, small
+from zoo import small
 
-import backbones
 from backbones.cli.common import two_sides
 from backbones.cli.main import CommandError
 from backbones.common.memory import available_memory, live_bytes, peak_bytes
@@ -45,13 +44,11 @@ def test_free_memory_within_the_control_group(limit, free, monkeypatch):
     assert available_memory(torch.device("cpu")) == free
 
 
-@pytest.mark.parametrize("family", backbones.list_families())
+@pytest.mark.parametrize("family", ["van", "ravlt", "hat"])
 def test_sizes_beyond_memory(family, monkeypatch):
     """A system that grants more than it has would end the process later, without a word."""
     monkeypatch.setattr("backbones.cli.common.available_memory", lambda *a, **k: 2**30)
     model = small(family).eval()
-    if family in ISOTROPIC:
-        del model.stages[2:]  # all are alike
     with pytest.raises(CommandError, match=r"GiB, and 1\.0 GiB are free"):
         two_sides([65535], model)
     assert two_sides([65535], model, runs=False) == (65535, 65535)

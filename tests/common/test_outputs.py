@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,14 +143,3 @@ def test_other_files_are_replaced_only_when_asked(content, tmp_path):
         assert refusal({name: (path, kind)}).endswith("choose another name")
         require_writable({name: (path, kind)}, overwrite=True)
         assert path.read_bytes() == content
-
-
-def test_files_that_cannot_be_read(tmp_path, monkeypatch):
-    path = tmp_path / "a.csv"
-    path.write_text("query,place\n")
-
-    def refuse(file: Path, mode: str) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("builtins.open", refuse)
-    assert re.search("exists and is not", refusal({"--csv": (path, CSV)}))

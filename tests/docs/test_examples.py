@@ -100,46 +100,18 @@ def check(words: list[str]) -> None:
 
 
 def check_options(script: Path, words: list[str]) -> None:
-    """Each option stands in the script, or in a module of ours that it imports."""
-    texts = {path: path.read_text() for path in with_imports(script)}
+    """Each option stands in the script, or in a module of the library that declares options."""
+    files = [script, *script.parent.glob("*.py"), *(ROOT / "backbones").rglob("*.py")]
+    texts = {path: text_of(path) for path in files}
     declared = ("recipe.py", "loaded.py")
     fields = "".join(text for path, text in texts.items() if path.name in declared)
-    for word in words:
-        if word.startswith("--"):
-            name = word[2:].split("=")[0]
-            is_spelled = any(f'"--{name}"' in text for text in texts.values())
-            # Recipes make their options from the names of fields.
-            is_field = f"    {name.replace('-', '_')}:" in fields
-            assert is_spelled or is_field, f"{script.name} has no {word}"
-
-
-def with_imports(script: Path) -> set[Path]:
-    """The file, and those of ``backbones/`` and of its own folder that it imports in the end."""
-    found: set[Path] = set()
-    left = {script}
-    while left:
-        path = left.pop()
-        found.add(path)
-        left |= imports(path, script.parent) - found
-    return found
+    for name in (word[2:].split("=")[0] for word in words if word.startswith("--")):
+        is_spelled = any(f'"--{name}"' in text for text in texts.values())
+        # Recipes make their options from the names of fields.
+        is_field = f"    {name.replace('-', '_')}:" in fields
+        assert is_spelled or is_field, f"{script.name} has no --{name}"
 
 
 @functools.cache
-def imports(path: Path, folder: Path) -> set[Path]:
-    """The files of ours that a file imports, or of ``folder``."""
-    files = (f"{name.replace('.', '/')}.py" for name in imported_names(path))
-    return {base / file for file in files for base in (ROOT, folder) if (base / file).is_file()}
-
-
-@functools.cache
-def imported_names(path: Path) -> set[str]:
-    """The modules that a file may import, also by name; some are names within a module."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            names.update((str(node.module), *(f"{node.module}.{a.name}" for a in node.names)))
-        elif isinstance(node, ast.Constant) and str(node.value).isidentifier():
-            names.add(str(node.value))
-    return names
+def text_of(path: Path) -> str:
+    return path.read_text()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +13,8 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "moving_digits.py"
 
 
 @pytest.fixture
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("moving_digits", EXAMPLE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(EXAMPLE)))
 
 
 def test_digits_move(example):

@@ -15,19 +15,11 @@ from site_building import Watch, look_at
 from backbones.cli import parity
 
 ROOT = Path(__file__).resolve().parents[2]
-# Their modules are described as wholes; what is in them is called by the package around them.
-_OPS_WITH_BACKENDS = (
-    "ops/bi_wkv/",
-    "ops/linear_attention/",
-    "ops/neighborhood/",
-    "ops/selective_scan/",
-)
-_SHARED = (
-    *("ops/arguments.py", "ops/attention/softmax.py", "ops/autocast.py", "ops/backends.py"),
-    *("ops/cpu/", "ops/rewriting/", "ops/sizes.py", "ops/triton_devices.py"),
-)
-INTERNAL = (*_SHARED, *_OPS_WITH_BACKENDS)
-PACKAGES = ("ops/cpu/__init__.py", *(f"{folder}__init__.py" for folder in _OPS_WITH_BACKENDS))
+# Packages whose modules are described as wholes, and what is shared.
+PACKAGES = ("ops/cpu/", "ops/bi_wkv/", "ops/linear_attention/", "ops/neighborhood/")
+PACKAGES += ("ops/selective_scan/",)
+SHARED = ("ops/arguments.py", "ops/attention/softmax.py", "ops/autocast.py", "ops/backends.py")
+SHARED += ("ops/rewriting/", "ops/sizes.py", "ops/triton_devices.py")
 
 
 @pytest.fixture
@@ -88,9 +80,7 @@ def points(browser, plot):
     return len(browser.find_elements(By.CSS_SELECTOR, f"#{plot} .scatterlayer .points path"))
 
 
-@pytest.mark.parametrize(
-    "heading", ["Variant", "M params", "G MACs", "Reported top-1, %", "Parity error"]
-)
+@pytest.mark.parametrize("heading", ["Variant", "G MACs", "Reported top-1, %"])
 def test_headings_sort(zoo, heading):
     def sorted_keys():
         xpath = f"//table[@id='zoo-table']//button[.='{heading}']"
@@ -112,39 +102,6 @@ def test_headings_sort(zoo, heading):
     assert back[: len(there)] == falling
     sorted_by = zoo.find_elements(By.CSS_SELECTOR, "#zoo-table th[aria-sort='descending']")
     assert [cell.text.strip().split("\n")[0] for cell in sorted_by] == [heading]
-
-
-def axis(browser, plot):
-    """The numbers written at the lower axis, and how far apart in pixels their texts are."""
-    script = """
-        return [...document.querySelectorAll(`#${arguments[0]} .xtick text`)].map((text) => {
-            const box = text.getBoundingClientRect();
-            return [text.textContent, box.left, box.right];
-        })
-    """
-    written = browser.execute_script(script, plot)
-    gaps = [b[1] - a[2] for a, b in zip(written, written[1:], strict=False)]
-    return [float(text) for text, _, _ in written], gaps
-
-
-@pytest.mark.parametrize("plot", ["zoo-macs", "zoo-latency"])
-def test_axes_have_whole_numbers_and_one_family_a_legend(zoo, plot):
-    def fits(least):
-        numbers, gaps = axis(zoo, plot)
-        assert len(numbers) >= least and numbers == sorted(numbers) and min(gaps) > 4
-
-    fits(6)
-    family = Select(zoo.find_element(By.ID, "zoo-filters").find_element(By.NAME, "family"))
-    family.select_by_value("shvit")
-    legend = f"return document.querySelector('#{plot} .legendtext')?.textContent"
-    assert WebDriverWait(zoo, 10).until(lambda b: b.execute_script(legend)) == "shvit"
-    fits(3)
-    zoo.find_element(By.NAME, "name").send_keys("s1")
-    fits(3)
-    look_at(zoo, 390)
-    zoo.refresh()
-    WebDriverWait(zoo, 30).until(lambda b: len(axis(b, plot)[0]) > 3)
-    fits(4)
 
 
 def test_accuracies_have_a_source(site):
@@ -191,16 +148,9 @@ def test_latencies_are_measured_or_a_dash(zoo):
     for heading, key in (("CPU, ms", "latency_ms"), ("CPU fused, ms", "fused_ms")):
         shown = [None if cell is None else float(cell) for cell in column(zoo, heading)]
         assert shown == [row[key] for row in rows]
-    measured = [
-        row
-        for row in rows
-        if row["top1"] is not None
-        and row["fused_ms"] is not None
-        and row["latency_size"] == row["top1_size"]
-    ]
-    assert points(zoo, "zoo-latency") == len(measured)
-    plot = zoo.find_element(By.ID, "zoo-latency")
-    assert ("No measurement" in plot.get_attribute("textContent")) == (not measured)
+    timed = [row for row in rows if None not in (row["top1"], row["fused_ms"])]
+    measured = sum(row["latency_size"] == row["top1_size"] for row in timed)
+    assert points(zoo, "zoo-latency") == measured > 50
 
 
 def test_plots_take_the_colours_of_the_page(zoo):
@@ -219,16 +169,8 @@ def test_plots_take_the_colours_of_the_page(zoo):
     assert zoo.find_elements(By.CSS_SELECTOR, "#van_b6.found")
 
 
-@pytest.mark.parametrize(
-    ("scheme", "some"),
-    [
-        ("light", slice(0, None, 2)),
-        ("dark", slice(1, None, 2)),
-        *(pytest.param(s, slice(None), marks=pytest.mark.slow) for s in ("light", "dark")),
-    ],
-    ids=["light", "dark", "all-light", "all-dark"],
-)
-def test_all_pages(browser, address, site, watch, idle_search, scheme, some):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_pages(browser, address, site, watch, idle_search, scheme):
     """Pages open quietly and fit a telephone; one half of them in the light, one in the dark."""
     look_at(browser, 390, scheme)
     # The pages remember the scheme of the last visit.
@@ -247,17 +189,15 @@ def test_all_pages(browser, address, site, watch, idle_search, scheme, some):
             window.workers,
         ]
     """
-    wanted = {"light": "default", "dark": "slate"}[scheme]
-    for page in pages[some]:
+    wanted, first = {"light": ("default", 0), "dark": ("slate", 1)}[scheme]
+    for page in pages[first::2]:
         if page == "404.html":
             continue
         browser.get(f"{address}/{page}")
         WebDriverWait(browser, 10).until(lambda b: b.execute_script(seen)[0] == wanted, page)
         _, fits, missing, workers = browser.execute_script(seen)
-        assert fits, page
-        assert not missing, page
-        (worker,) = workers  # which the test of the search runs
-        assert worker == f"{address}/{search}", page
+        # The worker is the one that the test of the search runs.
+        assert fits and not missing and workers == [f"{address}/{search}"], page
     watch.check()
 
 
@@ -276,7 +216,8 @@ def test_the_reference_has_every_op(site):
     known = {line.split(" ", 1)[0] for line in zlib.decompress(packed).decode().splitlines()}
     for path in sorted((ROOT / "ops").rglob("*.py")):
         place = path.relative_to(ROOT).as_posix()
-        if place.startswith(INTERNAL) and place not in PACKAGES:
+        is_package = place.removesuffix("__init__.py") in PACKAGES
+        if place.startswith((*SHARED, *PACKAGES)) and not is_package:
             continue
         module = place.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for node in ast.parse(path.read_text()).body:

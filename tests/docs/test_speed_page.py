@@ -50,10 +50,7 @@ def _headings(browser: webdriver.Chrome) -> list[str]:
     ("words", "found"),
     [
         ("EPYC 9654", "AMD EPYC 9xx4"),
-        ("Core i7-12700", "Intel Core, 12th"),
-        ("Xeon Platinum 8375C", "Intel Xeon Scalable, 3rd"),
         ("ryzen 7 5800X", "AMD Ryzen 1000 to 6000"),
-        ("graviton 3", "AWS Graviton 3"),
         ("ice lake", "Intel Xeon Scalable, 3rd"),
     ],
 )
@@ -111,16 +108,3 @@ def test_a_heading_sorts(speed):
         shown = [row[place] for row in _rows(speed) if row[place] not in ("·", "failed")]
         times = [float(text.split()[0]) for text in shown]
         assert times == sorted(times, reverse=not ascending) and len(times) > 10
-
-
-def test_the_zoo_shows_the_same_times(speed, address):
-    usual = {
-        (row["model"], row["size"]): row["cells"]["float32"][0]
-        for row in _data(speed)
-        if row["cpu"] == "xeon-amx/" and row["batch"] == row["threads"] == 1
-    }
-    speed.get(f"{address}/zoo.html")
-    zoo = json.loads(speed.find_element(By.ID, "zoo-data").get_attribute("textContent"))
-    measured = [row for row in zoo if row["fused_ms"] is not None]
-    assert len(measured) > 50
-    assert all(usual[row["name"], row["latency_size"]] == row["fused_ms"] for row in measured)

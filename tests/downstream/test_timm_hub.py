@@ -31,19 +31,6 @@ def test_folder_comes_back(safe, tmp_path):
     assert torch.equal(again(x), model(x))
 
 
-def test_safetensors_come_first(tmp_path):
-    name, arguments = SMALL["unireplknet"]
-    for seed, safe in ((0, True), (1, False)):
-        torch.manual_seed(seed)
-        model = timm.create_model(name, **arguments)
-        save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=safe)
-    assert {p.name for p in tmp_path.iterdir()} >= {"model.safetensors", "pytorch_model.bin"}
-    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
-    torch.manual_seed(0)
-    expected = timm.create_model(name, **arguments).state_dict()
-    assert all(torch.equal(t, expected[name]) for name, t in again.state_dict().items())
-
-
 def test_hub_weights_are_read_as_weights_only(tmp_path, monkeypatch):
     name, arguments = SMALL["van"]
     model = timm.create_model(name, **arguments)

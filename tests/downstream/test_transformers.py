@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from zoo import CLASSIFIERS, SMALL, STRIDE_16
-
-import backbones
 
 Train = Callable[..., list[float]]
 Page = Callable[[str], dict[str, Any]]
@@ -69,63 +65,6 @@ def test_round_trip_of_every_family(transformers, family, tmp_path):
         transformers.TimmBackboneConfig(backbone=name, out_indices=[1, 2]), **arguments
     ).eval()
     assert [m.shape[1] for m in maps(x).feature_maps] == maps.channels
-
-
-def test_push_to_hub_into_a_folder(transformers, tmp_path, monkeypatch):
-    """The hub's end of the line is a folder here: what would be uploaded is what can be loaded."""
-    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: _Folder(tmp_path))
-    monkeypatch.setattr(
-        transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: _Card()
-    )
-    backbone = transformers.TimmBackboneConfig(backbone="van_b0", out_indices=[0, 1, 2, 3])
-    config = transformers.UperNetConfig(backbone_config=backbone, num_labels=2, hidden_size=32)
-    model = transformers.UperNetForSemanticSegmentation(config).eval()
-    model.push_to_hub("you/segmenter")
-    again = transformers.UperNetForSemanticSegmentation.from_pretrained(
-        tmp_path / "you/segmenter"
-    ).eval()
-    x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(again(x).logits, model(x).logits)
-
-
-class _Folder:
-    """The hub's client, as far as ``push_to_hub`` needs it."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def create_repo(self, repo_id: str, **_: Any) -> SimpleNamespace:
-        (self.root / repo_id).mkdir(parents=True)
-        return SimpleNamespace(repo_id=repo_id)
-
-    def create_commit(self, repo_id: str, operations: list[Any], **_: Any) -> str:
-        for operation in operations:
-            shutil.copy(operation.path_or_fileobj, self.root / repo_id / operation.path_in_repo)
-        return repo_id
-
-
-class _Card:
-    """The hub's description of a model, which would ask the network for a template."""
-
-    def save(self, path: str) -> None:
-        Path(path).write_text("")
-
-
-def test_weights_reach_the_models_inside(transformers, tmp_path):
-    """As the page says: official weights go into the model that is inside."""
-    weights = backbones.create_model("van_b0", num_classes=2).state_dict()
-    config = transformers.TimmWrapperConfig(architecture="van_b0", num_labels=2)
-    classifier = transformers.TimmWrapperForImageClassification(config)
-    backbones.load_checkpoint(classifier.timm_model, weights)
-    assert torch.equal(
-        classifier.timm_model.state_dict()["stem.conv.weight"], weights["stem.conv.weight"]
-    )
-    maps = transformers.TimmBackbone(
-        transformers.TimmBackboneConfig(backbone="van_b0", out_indices=[0, 1, 2, 3])
-    )
-    backbones.load_checkpoint(maps._backbone, weights)
-    loaded = maps._backbone.model.state_dict()
-    assert torch.equal(loaded["stem.conv.weight"], weights["stem.conv.weight"])
 
 
 def test_restoration_is_refused(transformers):

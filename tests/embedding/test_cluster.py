@@ -65,12 +65,3 @@ def test_a_lost_machine(cluster, checkpoint, tmp_path):
     keys, _ = table.load(out)
     assert len(set(keys)) == len(keys) == 400
     assert same(out, undisturbed)
-
-
-def test_worker_errors_are_one_line(cluster, photos, checkpoint, tmp_path, monkeypatch, capsys):
-    """A machine with different weights reports that; the command line shows a single line."""
-    more = ["--engine=ray", f"--address={cluster.address}"]
-    monkeypatch.setattr("backbones.embedding.run.sha256_of", lambda path: "0")
-    assert main(words(photos, tmp_path / "out", checkpoint, *more)) == 2
-    said = capsys.readouterr().err
-    assert "is not the file that" in said and "Traceback" not in said

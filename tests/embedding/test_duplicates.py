@@ -46,9 +46,8 @@ def reference(vectors: np.ndarray, threshold: float) -> set[tuple[int, ...]]:
     return groups
 
 
+@pytest.mark.parametrize(("threshold", "tile"), [(0.5, 7), (0.9, 7), (0.5, 1024)])
 @pytest.mark.parametrize("held", [1, 1 << 28], ids=["several passes", "one pass"])
-@pytest.mark.parametrize("tile", [7, 1024])
-@pytest.mark.parametrize("threshold", [0.5, 0.9])
 def test_by_hand(threshold, tile, held, tmp_path, monkeypatch):
     vectors = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
     table = make_table(tmp_path / "table", vectors, rows=33)
@@ -70,6 +69,9 @@ def test_equal_images_at_a_threshold_of_one(index, tmp_path):
 
 
 def test_none(tmp_path):
+    for threshold in (0, 1.01, float("nan")):
+        with pytest.raises(ValueError, match=r"threshold must be above 0 and at most 1, got"):
+            find_duplicates(tmp_path, threshold)
     assert find_duplicates(make_table(tmp_path / "a", np.eye(4, dtype=np.float32))) == []
     assert find_duplicates(make_table(tmp_path / "b", np.empty((0, 4), np.float32))) == []
     # Zero vectors are similar to nothing, not even to each other.
@@ -83,9 +85,3 @@ def test_all_equal(tmp_path, monkeypatch):
     monkeypatch.setattr(duplicates, "_MOST_PAIRS", 60 * 59 // 2 - 1)
     with pytest.raises(ThresholdError, match=r"have a cosine of at least 0.95: choose a higher"):
         find_duplicates(table)
-
-
-@pytest.mark.parametrize("threshold", [0, -0.1, 1.01, float("nan")])
-def test_thresholds_out_of_range(threshold, tmp_path):
-    with pytest.raises(ValueError, match=r"threshold must be above 0 and at most 1, got"):
-        find_duplicates(tmp_path, threshold)

@@ -9,7 +9,7 @@ import pytest
 from embedded_images import Embedded, embed_images
 
 from backbones.common.errors import MendableError
-from backbones.embedding import query, table
+from backbones.embedding import table
 from backbones.embedding.query import embed_queries
 
 
@@ -62,19 +62,3 @@ def test_the_preprocessing_must_be_the_same(embedded, tmp_path):
         MendableError, match=r"different preprocessing: input_size \[3, 32, 32\] th"
     ):
         embed_queries(embedded.table, [], moved / "best.safetensors")
-
-
-@pytest.mark.parametrize("multiplies", [False, True])
-def test_a_number_format_that_this_processor_lacks(multiplies, embedded, tmp_path, monkeypatch):
-    copy = shutil.copytree(embedded.table, tmp_path / "table")
-    table.write_metadata(copy, {**table.metadata(copy), "computed": "bfloat16"})
-    monkeypatch.setattr("backbones.common.dtypes.policy.multiplies", lambda dtype: multiplies)
-    seen = []
-    prepare = query.Network.prepare
-    monkeypatch.setattr(
-        query.Network,
-        "prepare",
-        lambda self, computed, device: (seen.append(computed), prepare(self, "float32", device)),
-    )
-    embed_queries(copy, [embedded.images / "val/class0/000.png"])
-    assert seen == ["bfloat16" if multiplies else "float32"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -63,21 +62,6 @@ def test_every_format_that_pillow_decodes(photos, tmp_path):
     found = [item.key for item in opener.items("a.tar")]
     assert {key.removeprefix("a.tar/./") for key in found if "link" not in key} >= set(images)
     assert str(opener.skipped).startswith("skipped 5 files without the ending")
-
-
-def test_folders_named_like_archives(photos, tmp_path):
-    """They hold images, or archives."""
-    shutil.move(photos, tmp_path / "x.tar")
-    assert contents(open_source(tmp_path / "x.tar")) == files(tmp_path / "x.tar")
-    found = contents(open_source(tmp_path))
-    assert found == files(tmp_path) and len(found) == 10
-    with tarfile.open(tmp_path / "z.tar", "w") as archive:
-        archive.add(tmp_path / "x.tar" / "000.png", "y.tar/000.png")
-    data = (tmp_path / "x.tar" / "000.png").read_bytes()
-    shutil.rmtree(tmp_path / "x.tar")
-    (tmp_path / "w.tar").mkdir()
-    shutil.move(tmp_path / "z.tar", tmp_path / "w.tar")
-    assert contents(open_source(tmp_path)) == {"w.tar/z.tar/y.tar/000.png": data}
 
 
 def test_a_list_of_paths(photos):

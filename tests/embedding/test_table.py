@@ -53,13 +53,6 @@ def test_shards_of_another_table(folder):
                 table.load(folder)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000])
-def test_metadata_of_something_else(tmp_path, text):
-    (tmp_path / "metadata.json").write_text(text)
-    with pytest.raises(table.TableError, match=r"metadata\.json (is damaged|does not)"):
-        table.metadata(tmp_path)
-
-
 def test_missing_table(tmp_path):
     with pytest.raises(FileNotFoundError, match="contains no embeddings: there is no metadata"):
         table.load(tmp_path)

@@ -210,21 +210,5 @@ def test_configs_of_vision_rwkv_fit_other_networks(size, name):
     check_channels(cfg.model)
 
 
-def test_averaged_weights_can_be_made():
-    """The hook of UniRepLKNet's larger detectors, on a small model."""
-    init_default_scope("mmdet")
-    (cfg,) = Config.fromfile(ROOT / "det/_base_/ema.py").custom_hooks
-    assert cfg.pop("priority") == 49  # which the runner takes out, too
-    hook = HOOKS.build(cfg)
-    model = torch.nn.BatchNorm2d(2)
-    runner = SimpleNamespace(model=model, _resume=False, _load_from=None)
-    hook.before_run(runner)
-    with torch.no_grad():
-        model.running_mean += 1
-    hook.ema_model.update_parameters(model)
-    hook.ema_model.update_parameters(model)
-    assert 0 < hook.ema_model.module.running_mean[0] <= 1
-
-
 def test_every_quick_name_exists():
     assert {_key(path) for path in LEAVES} >= QUICK

@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from mmengine.registry import MODELS
-from mmseg.models.necks import MultiLevelNeck
-from plain_tokens import PlainTokens
 
 from backbones.openmmlab import SimpleFPN, TransposedFPN, VisionBackbone
 
@@ -26,15 +24,6 @@ def test_simple_fpn_makes_a_pyramid_of_the_last_map():
     assert torch.equal(outs[4], outs[3][:, :, ::2, ::2])
     (sum(o.square().mean() for o in outs) + outs[3].sum()).backward()
     assert all(p.grad is not None for p in neck.parameters())
-
-
-@torch.no_grad()
-def test_mmseg_scales_maps_of_blocks_as_those_of_other_transformers():
-    maps = PlainTokens().forward_intermediates(
-        torch.randn(1, 3, 64, 64), (2, 5, 8, 11), intermediates_only=True
-    )
-    neck = MultiLevelNeck([16] * 4, 8, scales=[4, 2, 1, 0.5])
-    assert [m.shape[2] for m in neck(maps)] == [16, 8, 4, 2]
 
 
 def test_necks_refuse():

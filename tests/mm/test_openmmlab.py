@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fresh_python import run_code
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.model import convert_sync_batchnorm
@@ -24,7 +23,7 @@ from training_runs import a_few
 from zoo import CLASSIFIERS, SMALL, outlines
 
 import backbones
-from backbones.openmmlab import VisionBackbone, check_channels, without_sync_norm
+from backbones.openmmlab import VisionBackbone, check_channels
 
 ROOT = Path(__file__).parents[2]
 
@@ -113,14 +112,6 @@ def test_frozen_stages_stay_frozen(adapted):
     assert not any(n.startswith(("stem.", "stages.0.")) for n in moved)
 
 
-def test_norm_eval_keeps_running_statistics():
-    model = _build(norm_eval=True).train()
-    before = copy.deepcopy(dict(model.named_buffers()))
-    model(torch.randn(2, 3, 64, 64))
-    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
-    assert model.model.model.stages[0].blocks[0].training
-
-
 def test_synchronised_norms_can_be_frozen():
     """As mmengine makes them of plain ones under ``sync_bn``, which the configs set."""
     plain = _build(norm_eval=True)
@@ -193,33 +184,6 @@ def test_only_mmengine_checkpoints_are_read(tmp_path):
         backbones.load_checkpoint(backbones.create_model("van_b0"), tmp_path / "b.pth")
     # After weights have been loaded, mmengine resumes.
     assert torch.load(tmp_path / "a.pth", weights_only=True)["log"].mean() == 2.0
-
-
-_WITHOUT_MMENGINE = """
-import sys
-
-class Absent:
-    def find_spec(self, name, *rest):
-        if name.split(".")[0] in ("mmengine", "mmcv", "mmdet", "mmseg"):
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Absent())
-import backbones
-
-model = backbones.create_model("van_b0", features_only=True, depths=(1, 1, 2, 1))
-report = backbones.load_checkpoint(model, sys.argv[1])
-assert report.ignored == ["neck.weight"], report
-"""
-
-
-def test_mmengine_checkpoints_are_read_without_mmengine(tmp_path):
-    """A detector's file with its log, as training writes it, where OpenMMLab is not installed."""
-    model = nn.ModuleDict({"backbone": _build()})
-    log = {"loss": HistoryBuffer([np.float64(1.0), 3.0], [1, 1]), "best": np.float64(0.5)}
-    weights = {**model.state_dict(), "neck.weight": torch.zeros(1)}
-    path = tmp_path / "epoch_1.pth"
-    torch.save({"state_dict": weights, "message_hub": {"log_scalars": log}}, path)
-    run_code(_WITHOUT_MMENGINE, tmp_path, path)
 
 
 class _Getattr:
@@ -333,8 +297,3 @@ def test_check_channels():
         check_channels(dict(backbone=backbone, auxiliary_head=heads))
     necks = [dict(in_channels=[32, 64, 160, 256]), dict(in_channels=128)]
     check_channels(dict(backbone=backbone, neck=necks))
-
-
-def test_without_sync_norm():
-    cfg = ConfigDict(a=[dict(norm_cfg=dict(type="SyncBN"))], b=dict(type="BN"))
-    assert without_sync_norm(cfg).a[0].norm_cfg.type == "BN"

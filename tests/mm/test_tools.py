@@ -8,9 +8,7 @@ import json
 import os
 import runpy
 import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from shutil import rmtree
@@ -35,9 +33,6 @@ QUICKSTARTS = [
     "seg/quickstart_fpn",
     "seg/quickstart_upernet",
 ]
-
-
-QUICK = {"det/quickstart_mask-rcnn", "seg/quickstart_upernet"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,38 +92,6 @@ def test_a_quickstart_makes_its_set_once(name, tmp_path, monkeypatch, capsys):
     assert (data / "train.json").is_file()
 
 
-def test_concurrent_quickstarts_create_one_set(tmp_path, monkeypatch):
-    made = []
-
-    def write_set(folder: Path, train: int, val: int) -> None:
-        made.append((train, val))
-        folder.mkdir()
-        for name in ("train.json", "val.json"):
-            time.sleep(0.1)
-            (folder / name).touch()
-
-    monkeypatch.setattr(quickstart, "write_set", write_set)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(quickstart.make_once, [tmp_path / "set"] * 2, [4, 4], [2, 2]))
-    assert made == [(4, 2)]
-
-
-def test_a_set_is_created_atomically(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="val must be 1 image or more, got 0"):
-        quickstart.write_set(tmp_path / "set", 1, 0)
-    write = quickstart.write_split
-
-    def stumble(folder: Path, split: str, *args: Any) -> None:
-        if split == "val":
-            raise KeyboardInterrupt
-        write(folder, split, *args)
-
-    monkeypatch.setattr(quickstart, "write_split", stumble)
-    with pytest.raises(KeyboardInterrupt):
-        quickstart.write_set(tmp_path / "set", 1, 1)
-    assert not any(tmp_path.iterdir())
-
-
 def test_validation_pictures_share_no_pixels_with_training(tmp_path, monkeypatch):
     columns = np.broadcast_to(np.arange(255, -1, -0.5)[None, :, None], (160, 512, 3))
     picture = columns.astype(np.uint8), np.ones((160, 512), int)
@@ -167,9 +130,7 @@ def test_the_set(tool, tmp_path):
         assert (drawn & shown).sum() / (drawn | shown).sum() > 0.9
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(q, marks=[] if q in QUICK else pytest.mark.slow) for q in QUICKSTARTS]
-)
+@pytest.mark.parametrize("name", QUICKSTARTS[1::2])
 def test_train_resume_evaluate_draw(tool, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "SIDE", 64)
@@ -207,23 +168,11 @@ def test_train_resume_evaluate_draw(tool, name, tmp_path, monkeypatch):
     checkpoint = str(folder / last.format(ends[1]))
     last_options = [f"experiment_name={tmp_path.name}-test"]
     last_options += ["quickstart_data.train=8", "quickstart_data.val=2", *smaller]
-    if name.endswith("retinanet"):
-        # After four steps no score is above the usual threshold.
-        last_options.append("model.test_cfg.score_thr=0.0")
     metrics = tool.main(["test", _config(name), checkpoint, "--cfg-options", *last_options])
-    wanted = {"coco/bbox_mAP"} if detects else {"mIoU"}
-    if "mask" in name:
-        wanted.add("coco/segm_mAP")
-    assert wanted <= set(metrics)
+    assert ({"coco/bbox_mAP", "coco/segm_mAP"} if detects else {"mIoU"}) <= set(metrics)
 
     picture = tmp_path / "runs/mm/data/images/val/000.png"
     arguments = ["--config", _config(name), "--checkpoint", checkpoint, "--out", "pictures"]
-    if name.endswith("retinanet"):
-        low = tmp_path / "low.py"
-        low.write_text(
-            f"_base_ = [{_config(name)!r}]\nmodel = dict(test_cfg=dict(score_thr=0.0))\n"
-        )
-        arguments[1] = str(low)
     written = tool.main(["infer", str(picture), *arguments, "--score-thr", "0"])
     assert written == [Path("pictures/000.png")]
     assert not np.array_equal(_pixels(written[0])[..., :3], _pixels(picture))
@@ -264,6 +213,8 @@ def test_nothing_that_is_read_is_overwritten(tool, tmp_path):
 
 
 def test_a_set_replaces_nothing_unasked(tool, tmp_path):
+    with pytest.raises(ValueError, match="val must be 1 image or more, got 0"):
+        quickstart.write_set(tmp_path / "set", 1, 0)
     (tmp_path / "images" / "val").mkdir(parents=True)
     (tmp_path / "images" / "val" / "000.png").write_text("a photograph")
     words = ["--out", str(tmp_path), "--train", "2", "--val", "1"]
@@ -300,7 +251,7 @@ def test_options_reach_the_config(tool, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(q, marks=pytest.mark.slow) for q in QUICKSTARTS[:3]] + QUICKSTARTS[3:]
+    "name", [pytest.param(QUICKSTARTS[1], marks=pytest.mark.slow), QUICKSTARTS[3]]
 )
 def test_mixed_precision_on_a_cpu(tool, name, tmp_path, monkeypatch):
     """All convolutions of the training run in bfloat16, and it learns."""
@@ -322,10 +273,8 @@ def test_mixed_precision_on_a_cpu(tool, name, tmp_path, monkeypatch):
         "param_scheduler=None",
         f"experiment_name={tmp_path.name}",
     ]
-    if "mask" in name:
-        options.append("model.train_cfg.rcnn.sampler.num=8")
-    if not detects:
-        options.append("model.data_preprocessor.size=(64,64)")
+    smaller = "train_cfg.rcnn.sampler.num=8" if detects else "data_preprocessor.size=(64,64)"
+    options.append(f"model.{smaller}")
     with nn.modules.module.register_module_forward_hook(watch):
         runner = tool.main(["train", _config(name), "--amp", "--cfg-options", *options])
     # The validation at the end is in float32, as with mmengine's wrapper.
@@ -368,53 +317,22 @@ def test_the_group_of_processes_ends(monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_on_a_cpu(tool, tmp_path, monkeypatch):
-    """torchrun and gloo: each takes half of the images; one checkpoint, evaluated by both."""
-    _inside(tool, monkeypatch, tmp_path, train=4, val=2)
-    said = _run_two(ROOT / "tools/mm.py")
-    assert "[1][2/2]" in said and "[1][4/4]" not in said
-    assert "coco/bbox_mAP" in said
-    saved = torch.load(tmp_path / "runs/mm/quickstart_retinanet/epoch_1.pth", weights_only=True)
-    assert not any(name.startswith("module.") for name in saved["state_dict"])
-
-
-_STUMBLE = """
-import os, sys
-sys.path.insert(0, {tools!r})
-import mm
-from mmengine.runner import EpochBasedTrainLoop
-
-whole = EpochBasedTrainLoop.run_iter
-
-def run_iter(loop, index, batch):
-    if index == 1 and os.environ["RANK"] == "1":
-        raise RuntimeError("this process stumbled")
-    whole(loop, index, batch)
-
-EpochBasedTrainLoop.run_iter = run_iter
-mm.main()
-"""
-
-
-@pytest.mark.slow
-def test_an_error_of_one_process_ends_both(tool, tmp_path, monkeypatch):
-    """And is shown: the other one, which waits for the gradients, does not wait on."""
-    _inside(tool, monkeypatch, tmp_path, train=4, val=2)
-    (tmp_path / "stumble.py").write_text(_STUMBLE.format(tools=str(ROOT / "tools")))
-    with pytest.raises(AssertionError, match="ended with 1\n(.|\n)*this process stumbled"):
-        _run_two(tmp_path / "stumble.py")
-
-
-def _run_two(script: Path) -> str:
-    """Two processes train the first quickstart: what they print."""
+    """torchrun and gloo: one makes the set, each takes half; one checkpoint, evaluated by both."""
+    monkeypatch.chdir(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(script), "train", _config(QUICKSTARTS[0]), "--launcher=pytorch"]
-    command += ["--cfg-options"]
-    command += ["train_dataloader.batch_size=1", "train_cfg.max_epochs=1"]
+    command += [ROOT / "tools/mm.py", "train", _config(QUICKSTARTS[0]), "--launcher=pytorch"]
+    command += ["--cfg-options", "train_dataloader.batch_size=1", "train_cfg.max_epochs=1"]
+    command += ["quickstart_data.train=4", "quickstart_data.val=2"]
     command += ["train_cfg.val_interval=1", "model.test_cfg.score_thr=0.0"]
     command += ["default_hooks.checkpoint.interval=1", "default_hooks.logger.interval=1"]
     # Longer than any wait of theirs for each other, so that they end by themselves if they can.
     command += ["env_cfg.dist_cfg.timeout=120"]
-    return run(command, timeout=300, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    said = run(command, timeout=300, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    assert said.count("creating runs/mm/data") == 1
+    assert "[1][2/2]" in said and "[1][4/4]" not in said
+    assert "coco/bbox_mAP" in said
+    saved = torch.load(tmp_path / "runs/mm/quickstart_retinanet/epoch_1.pth", weights_only=True)
+    assert not any(name.startswith("module.") for name in saved["state_dict"])
 
 
 class _NoRun:

@@ -37,9 +37,7 @@ def test_half_precision_does_not_add_up_errors(tool, tmp_path):
 @pytest.mark.parametrize(
     ("spoilt", "name", "told"),
     [
-        ({"b.weight": torch.zeros(2, 3)}, "x.safetensors", "of another architecture"),
         ({"a.weight": torch.zeros(2, 4)}, "x.safetensors", "of another architecture"),
-        ({"a.weight": torch.full((2, 3), torch.nan)}, "x.safetensors", "a.weight is not finite"),
         ({"a.weight": torch.full((2, 3), torch.inf)}, "x.safetensors", "a.weight is not finite"),
         ({}, "x.pth", "must end in .safetensors"),
         (None, "x.safetensors", "no checkpoint at"),

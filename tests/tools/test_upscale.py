@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ from PIL import Image
 import backbones
 from backbones.cli.main import main
 from backbones.common.errors import DataError
-from backbones.common.progress import Progress
 from backbones.restoration import upscale_files, validate
 from backbones.restoration.metrics import quality
 from backbones.restoration.pictures import read_picture
@@ -49,8 +45,12 @@ def make(path: Path, mode: str = "RGB", size: tuple[int, int] = (20, 14)) -> Pat
 
 
 def upscale(weights: str, *words: str | Path) -> int:
-    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
-    return main(["upscale", "--device=cpu", *map(str, words), *options])
+    return main(["upscale", *map(str, words), *model_of(weights)])
+
+
+def model_of(weights: str | Path) -> list[str]:
+    words = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
+    return ["--device=cpu", *words]
 
 
 def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
@@ -82,10 +82,13 @@ def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
 
 def test_the_picture_is_right(weights, tmp_path):
     source = make(tmp_path / "a.png", size=(40, 30))
-    more = ("--tile=16", "--overlap=8", "--tta", "--compare", "--suffix=", "--format=webp")
-    assert upscale(weights, source, "--out", tmp_path / "out", *more) == 0
+    more = ("--tile=16", "--overlap=8", "--compare", "--suffix=", "--format=webp")
+    for name, words in (("plain", more), ("out", (*more, "--tta"))):
+        assert upscale(weights, source, "--out", tmp_path / name, *words) == 0
+    plain, ours = (read_picture(tmp_path / name / "a.webp").pixels for name in ("plain", "out"))
+    assert not np.array_equal(plain, ours)
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.webp", "a_webp_compare.png"]
-    ours = torch.from_numpy(read_picture(tmp_path / "out/a.webp").pixels.copy())
+    ours = torch.from_numpy(ours.copy())
     x = torch.from_numpy(read_picture(source).pixels.copy()).permute(2, 0, 1) / 255
     figures = quality(ours.permute(2, 0, 1) / 255, resize_bicubic(x, 2.0), border=4)
     assert figures["psnr_y"] > 30
@@ -102,53 +105,6 @@ def test_quality(weights, tmp_path):
     assert 2 * sizes[0] < sizes[1]
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["{0}/*.gif"], "nothing matches"),
-        (["{0}/a.png", "{0}/b/a.png"], "would both become"),
-        (["{0}/a.png", "--out={0}", "--suffix="], "would overwrite"),
-        (["{0}/a.png", "{0}/a_x2.png", "--out={0}"], "would overwrite {0}/a_x2.png"),
-        (["{0}/a.png", "{0}/a_x2_compare.png", "--out={0}", "--compare"], "would overwrite"),
-        (["{0}/a.png", "--out={0}/a.png"], "a.png is not a folder"),
-        (["{0}/a.png", "--out={0}/a.png/deeper"], "a.png is not a folder"),
-        (["{0}/a.png", "--suffix=../x"], "--suffix must be part of a file's name, not "),
-        (["{0}/a.png", "--tile=12"], "multiple of the model's window of 8, got 12"),
-        (["{0}/a.png", "--model=hat_x4"], "HAT_SRx4_ImageNet-pretrain.pth in http"),
-        (["{0}/a.png", "--model=hat_x4", "--checkpoint=/none"], "there is no checkpoint /none"),
-        (["{0}/a.png", "--model=van_b0"], "van_b0 does not output images: use one of list_models("),
-        (["{0}/a.png", "{w}", "--model-args=[1, 2]"], "--model-args must be such as"),
-        (["{0}/a.png", "{w}", "--model-args={{dim: -5}}"], "dim must be in 1"),
-        (["{0}/a.png", "{w}", "--model-args={{in_chans: 2}}"], "of 1 or 3 channels"),
-    ],
-)
-def test_impossible_requests_fail_early(words, told, weights, tmp_path, monkeypatch, capsys):
-    """Before anything is downloaded or enlarged."""
-    for name in ("a", "b/a", "a_x2", "a_x2_compare"):
-        make(tmp_path / f"{name}.png")
-    two = backbones.create_model("hat_nano_x2", in_chans=2)
-    torch.save(two.state_dict(), tmp_path / "two.pt")
-    fail = lambda *args, **kwargs: pytest.fail("it ran")  # noqa: E731
-    monkeypatch.setattr(upscale_files, "upscale_files", fail)
-    monkeypatch.setattr("backbones.common.download.urlopen", fail)
-    two_channels = f"--checkpoint={tmp_path / 'two.pt'}"
-    words = [word.format(tmp_path, w=two_channels) for word in words]
-    words = words if "--out" in " ".join(words) else [*words, f"--out={tmp_path / 'out'}"]
-    own = any("--model" in word for word in words)
-    model = [] if "--model=" in " ".join(words) else ["--model=hat_nano_x2"]
-    options = model if own else [*model, f"--model-args={ARGS}", f"--checkpoint={weights}"]
-    assert main(["upscale", "--device=cpu", *words, *options]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and told.format(tmp_path) in line
-
-
-def test_a_missing_picture_is_one_picture(weights, tmp_path, capsys):
-    """The rest go on."""
-    source = make(tmp_path / "a.png")
-    assert upscale(weights, source, tmp_path / "none.png", "--out", tmp_path / "out") == 1
-    assert "there is no file" in capsys.readouterr().err
-
-
 def test_non_finite_results(weights, tmp_path, capsys):
     """Of finite weights: products of large ones overflow."""
     tensors = torch.load(weights, weights_only=True)["model"]
@@ -162,8 +118,7 @@ def test_non_finite_results(weights, tmp_path, capsys):
     assert f"error: {tmp_path / 'a.png'}: the model's output for it is not finite\n" == said
     assert not out.exists()
     make(tmp_path / "Set/a.png", size=(40, 32))
-    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--csv={tmp_path / 'a.csv'}"]
-    options += [f"--checkpoint={tmp_path / 'large.pt'}", "--device=cpu"]
+    options = [f"--csv={tmp_path / 'a.csv'}", *model_of(tmp_path / "large.pt")]
     assert validate.main([str(tmp_path / "Set"), *options]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "is not finite" in line
@@ -171,8 +126,10 @@ def test_non_finite_results(weights, tmp_path, capsys):
 
 
 def test_running_out_of_memory_fails_one_picture(weights, tmp_path, monkeypatch, capsys):
+    """As does a picture that is missing; the rest go on."""
     first, second = make(tmp_path / "a.png"), make(tmp_path / "b.png", size=(300, 200))
     third, out = make(tmp_path / "c.png"), tmp_path / "out"
+    gone = tmp_path / "none.png"
     read = upscale_files.read_picture
 
     def short(path: Path) -> Any:
@@ -182,16 +139,17 @@ def test_running_out_of_memory_fails_one_picture(weights, tmp_path, monkeypatch,
 
     monkeypatch.setattr(upscale_files, "read_picture", short)
     monkeypatch.setattr("backbones.restoration.upscale.available_memory", lambda device: 2**20)
-    assert upscale(weights, first, second, third, "--out", out) == 1
-    one, other = sorted(capsys.readouterr().err.splitlines())
-    assert one.startswith(f"error: {first}: not enough memory")
-    assert (
-        "b.png: the free memory is not enough for 200×300" in other and "MiB are missing" in other
-    )
+    assert upscale(weights, first, second, gone, third, "--out", out) == 1
+    one, other, last = sorted(capsys.readouterr().err.splitlines())
+    assert one.startswith(f"error: {first}: not enough memory") and "there is no file" in last
+    assert "b.png: the free memory is not enough for 200×300" in other
     assert [path.name for path in out.iterdir()] == ["c_x2.png"]
     monkeypatch.setattr(upscale_files, "read_picture", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         upscale(weights, first, "--out", out)
+
+
+def test_sizes_of_memory():
     assert parse_size("800M") == 800 * 2**20 and parse_size("64") == 64 * 2**20
     assert parse_size("1.5 GiB") == 1.5 * 2**30
 
@@ -203,34 +161,6 @@ def test_outputs_are_not_inputs(tmp_path):
     assert [job.source for job in jobs] == [tmp_path / "a.png"]
     with pytest.raises(DataError, match="no images in"):
         upscale_files.plan_jobs([tmp_path / "out"], tmp_path / "out", "_x2")
-
-
-def test_progress_has_the_time_left(tmp_path):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    stream = Terminal()
-    model = backbones.create_model("hat_nano_x2", depths=(1,), num_heads=(2,))
-    upscaler = upscale_files.Upscaler(model, tile=8, overlap=8)
-    jobs = [upscale_files.Job(make(tmp_path / "a.png"), tmp_path / "out/a.png")]
-    progress = Progress(stream=stream)
-    progress.pause = 0.0
-    assert upscale_files.upscale_files(upscaler, jobs, progress=progress).written == [
-        jobs[0].target
-    ]
-    text = stream.getvalue()
-    assert "3/6" in text and "a.png (1/1)" in text and "left" in text
-
-
-@pytest.mark.parametrize("command", ["train", "validate", ""])
-def test_help(command, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["sr.py", *filter(None, [command]), "--help"])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(SystemExit, match="0"):
-        runpy.run_path(str(ROOT / "tools" / "sr.py"), run_name="__main__")
-    printed = capsys.readouterr().out
-    assert ("--model" in printed) and ("python tools/sr.py" in printed) == (not command)
 
 
 # --- validation
@@ -252,10 +182,9 @@ def test_validation_creates_missing_low_resolution_pictures(weights, tmp_path, c
         x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
         small = (resize_bicubic(x, 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
         Image.fromarray(small.numpy()).save(tmp_path / f"Both/LRbicx2/img_{number}x2.png")
-    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
     folders = [str(tmp_path / "Set5"), str(tmp_path / "Both")]
     table = tmp_path / "scores.csv"
-    assert validate.main([*folders, *options, "--device=cpu", f"--csv={table}"]) == 0
+    assert validate.main([*folders, *model_of(weights), f"--csv={table}"]) == 0
     printed = capsys.readouterr().out
     assert "Set5" in printed and "2 images" in printed and "bicubic" in printed
     rows = scores(table)
@@ -283,15 +212,8 @@ def test_pairs_by_name(truth, small, tmp_path):
 
 
 def test_validation_names_mismatched_pairs(weights, tmp_path, capsys):
-    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
-
-    def error(folder: str) -> str:
-        assert validate.main([str(tmp_path / folder), *options, "--device=cpu"]) == 2
-        return capsys.readouterr().err
-
-    assert "there is no folder" in error("none")
-    make(tmp_path / "a/HR/x.png")
-    make(tmp_path / "a/LR/y.png")
-    assert "no low-resolution image for x.png" in error("a")
-    make(tmp_path / "a/LR/x.png")
-    assert "is not 2 times smaller" in error("a")
+    words = [str(tmp_path), *model_of(weights)]
+    make(tmp_path / "HR/x.png")
+    for low, told in (("y", "no low-resolution image for x.png"), ("x", "is not 2 times smaller")):
+        make(tmp_path / f"LR/{low}.png")
+        assert validate.main(words) == 2 and told in capsys.readouterr().err
