@@ -9,6 +9,7 @@ from ops.cpu import policy
 from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.norm.attention_weights import attention_weights
 from ops.cpu.norm.biased_softmax import biased_softmax
+from ops.inference.layers import FastLinear
 from ops.rewriting.graph import Operator, OperatorGraph, Value
 
 __all__ = ["join_products", "join_softmax"]
@@ -65,32 +66,43 @@ def join_softmax(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 class AttentionWeights(nn.Module):
-    """A softmax of products with a table: (B, heads, N, depth), (B, heads, depth, K) → its result.
+    """A softmax of products with a table, of keys from a linear map of others.
+
+    (B, heads, N, depth), (B, heads, depth, P) → the softmax's result.
 
     Args:
         softmax: of logits (B, heads, ..., K), with N rows in the axes between.
+        weight: (P, K), of the map.
     """
 
-    def __init__(self, softmax: BiasedSoftmax) -> None:
+    weight: Tensor
+
+    def __init__(self, softmax: BiasedSoftmax, weight: Tensor) -> None:
         super().__init__()
         self.softmax = softmax
+        self.register_buffer("weight", weight.contiguous())
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
         bias, half = self.softmax.bias, self.softmax.dtype == torch.bfloat16
         known = attention_weights.unavailable(query.device, query.dtype) is None
         if known and kernels_apply((query, key)):
-            out: Tensor = attention_weights(query, key, bias, half)
+            out: Tensor = attention_weights(query, key, self.weight, bias, half)
             return out
-        products = query.to(key.dtype) @ key
+        products = query.to(self.weight.dtype) @ (key.to(self.weight.dtype) @ self.weight)
         out = self.softmax(products.view(len(query), *bias.shape))
         return out
 
 
 def join_products(graph: OperatorGraph, operator: Operator) -> bool:
-    """``softmax(query @ key + table)``, also of parts of the keys, with float32 products."""
+    """``softmax(query @ linear(key) + table)``, also of parts of the keys, in float32."""
     if operator.function is not _aten.matmul.default or operator.kwargs:
         return False
     (query, key), result = operator.args, operator.result
+    layer = graph.made_by(key, FastLinear)
+    if layer is None or len(layer.args) != 1 or layer.kwargs:
+        return False
+    if layer.function.bias is not None or layer.function.activation != "none":
+        return False
     if result.dtype != torch.float32 or len(result.shape) != 4 or graph.is_output(result):
         return False
     if not query.shape[:2] == key.shape[:2] == result.shape[:2]:
@@ -98,24 +110,19 @@ def join_products(graph: OperatorGraph, operator: Operator) -> bool:
     if policy.left_to_torch("gemm", result.dtype) is not None:
         return False
     split = graph.only_user(result)
-    first, found = 0, []
+    parts, found = [key.shape[-1]], [result]
     if split is not None and split.function is _aten.split_with_sizes.default:
         if split.args[2:] not in ([-1], [3]):
             return False
-        for part in split.results:
-            found.append((_softmax_of(graph, part), first, part.shape[-1]))
-            first += part.shape[-1]
-    else:
-        found.append((_softmax_of(graph, result), 0, result.shape[-1]))
-    if any(softmax is None for softmax, _, _ in found):
+        parts, found = [part.shape[-1] for part in split.results], split.results
+    softmaxes = [_softmax_of(graph, part) for part in found]
+    query, key = (_before_conversion(graph, operator, v) for v in (query, layer.args[0]))
+    if None in softmaxes or query.dtype != key.dtype:
         return False
-    source = _before_conversion(graph, operator, query)
-    for softmax, begin, count in found:
+    weights = layer.function.weight.detach().float().T.split(parts, dim=1)
+    for softmax, weight in zip(softmaxes, weights, strict=True):
         assert softmax is not None
-        keys = key
-        if count != key.shape[-1]:
-            keys = graph.insert_before(softmax, _aten.slice.Tensor, key, 3, begin, begin + count)
-        graph.replace(softmax, AttentionWeights(softmax.function), source, keys)
+        graph.replace(softmax, AttentionWeights(softmax.function, weight), query, key)
     graph.remove_unused()
     return True
 
