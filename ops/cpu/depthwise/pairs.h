@@ -1,6 +1,7 @@
-// Depthwise convolution with large windows in bfloat16: products of pairs of neighbouring pixels and
-// of taps. A strip as in depthwise.h holds the pixels in pairs. Outputs in even columns have taps
-// (0, 1), (2, 3) …; those in odd columns have (none, 0), (1, 2) …, so that both read the same pairs.
+// Depthwise convolution with large windows in bfloat16: products of pairs of neighbouring pixels
+// and of taps. A strip as in depthwise.h holds the pixels in pairs. Outputs in even columns have
+// taps (0, 1), (2, 3) …; those in odd columns have (none, 0), (1, 2) …, so that both read the same
+// pairs. A pixel that is not finite also makes outputs NaN whose windows begin or end beside it.
 #pragma once
 #include "common/dot.h"
 #include "depthwise/depthwise.h"
@@ -11,7 +12,7 @@ namespace depthwise {
 using simd::Pairs;
 
 constexpr int64_t LARGE_SIDE = 9;  // of a window, at least
-constexpr int MAX_PAIRS = simd::REGISTERS == 32 ? 7 : 5;  // of outputs in a row, with sums in registers
+constexpr int MAX_PAIRS = 7;       // of outputs in a row, with all sums in registers
 
 static bool takes_pairs(const Problem& p) {
   bool fits = p.multiplier == 1 && p.out_size[1] % 2 == 0;

@@ -98,7 +98,8 @@ static void mix_narrow_rows(const Problem& p, const Layout& l, const Tensor& que
                             int end) {
   using P = simd::Products<T>;
   static thread_local Buffer buffer;
-  const int low = l.y.start[first], rows = l.y.end(end - 1) - low, channels = static_cast<int>(p.dim);
+  const int low = l.y.start[first], rows = l.y.end(end - 1) - low;
+  const int channels = static_cast<int>(p.dim);
   const auto row = static_cast<size_t>(l.x.size) * W, plane = rows * row;
   float* const keys = buffer.get(l.z.size * plane);
   const auto line = [&](const Tensor& t, int z, int y) {
@@ -151,9 +152,10 @@ static void mix_narrow(const Problem& p, const Tensor& query, const Tensor& key,
   const int64_t height = layout.y.size, band = std::max<int64_t>(16, 2 * p.kernel[1]);
   const int64_t bands = (height + band - 1) / band;
   parallel::for_each_in_turn(p.batch * p.heads * bands, Layout::threads(p), [&](int64_t index) {
-    const int64_t at = index % bands, image = index / bands / p.heads, head = index / bands % p.heads;
-    mix_narrow_rows<T>(p, layout, query, key, weights, static_cast<int>(image),
-                       static_cast<int>(head), static_cast<int>(height * at / bands),
+    const int64_t at = index % bands, of_heads = index / bands;
+    mix_narrow_rows<T>(p, layout, query, key, weights, static_cast<int>(of_heads / p.heads),
+                       static_cast<int>(of_heads % p.heads),
+                       static_cast<int>(height * at / bands),
                        static_cast<int>(height * (at + 1) / bands));
   });
 }

@@ -35,8 +35,8 @@ struct Tensors {
 constexpr int64_t QUERIES = 64;  // of a task at least, which maps the keys of its head
 constexpr int VECTORS = 4;       // of keys at a time
 
-// Products of R queries, [R][depth], and keys, [depth][pitch], from the c-th key on. Sums of a vector
-// of keys begin with begin(r, c) and are passed to finish(r, c, sum).
+// Products of R queries, [R][depth], and keys, [depth][pitch], from the c-th key on. Sums of a
+// vector of keys begin with begin(r, c) and are passed to finish(r, c, sum).
 template <int R, int V = VECTORS, class Begin, class Finish>
 static VB_INLINE void multiply(int64_t depth, const float* query, const float* key, int64_t pitch,
                                const Begin& begin, const Finish& finish, int64_t c = 0) {
@@ -114,7 +114,8 @@ static void forward(const Problem& p, const Tensors& t) {
     const B* const table = static_cast<const B*>(t.bias) + head * p.queries * p.keys;
     T* const out = static_cast<T*>(t.out) + (image * p.heads + head) * p.queries * p.keys;
     const int64_t part = index % parts;
-    softmax::each_rows(p.queries * part / parts, p.queries * (part + 1) / parts, [&](auto size, int64_t i) {
+    const int64_t begin = p.queries * part / parts, after = p.queries * (part + 1) / parts;
+    softmax::each_rows(begin, after, [&](auto size, int64_t i) {
       constexpr int R = size.value;
       const B* bias[R];
       for (int r = 0; r < R; r++) {
