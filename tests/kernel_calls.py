@@ -236,8 +236,8 @@ CALLS: dict[str, _Call] = {
         biased_softmax, "x", x=_f(5, 3, 70, 41), bias=_f(3, 70, 41, seed=1), half=False
     ),
     "attention_weights": lambda: _of(
-        *(attention_weights, "query", "key"), query=_f(5, 3, 70, 21), key=_f(5, 3, 21, 73, seed=1),
-        bias=_f(3, 70, 73, seed=2), half=False,
+        *(attention_weights, "query", "key"), query=_f(5, 3, 70, 21), key=_f(5, 3, 21, 9, seed=1),
+        weight=_f(9, 73, seed=3), bias=_f(3, 70, 73, seed=2), half=False,
     ),
     "depthwise_conv2d": lambda: _of(depthwise_conv2d, "x", **_depthwise(7, 1, 1)),
     "depthwise_conv2d 3": lambda: _of(depthwise_conv2d, "x", **_depthwise(3, 2, 1)),

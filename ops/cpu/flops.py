@@ -135,7 +135,8 @@ def _response_mlp(given: _Given, result: Any) -> int:
 
 
 def _attention_weights(given: _Given, result: Any) -> int:
-    return int(result.numel() * given["query"].shape[3])
+    mapped = given["key"].numel() * given["weight"].shape[1]
+    return int(mapped + result.numel() * given["query"].shape[3])
 
 
 def _neighborhood(given: _Given, result: Any) -> int | None:

@@ -7,6 +7,7 @@ import torch
 from ops.cpu import policy
 from ops.cpu.norm.attention_weights import attention_weights
 from ops.cpu.norm.biased_softmax import biased_softmax
+from ops.inference.layers import FastLinear
 from ops.rewriting.graph import Operator, OperatorGraph, Value, is_available
 
 __all__ = ["join_products", "join_softmax"]
@@ -45,10 +46,15 @@ def join_softmax(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 def join_products(graph: OperatorGraph, operator: Operator) -> bool:
-    """``softmax(query @ key + table)``, also of parts of the keys, with float32 products."""
+    """``softmax(query @ linear(key) + table)``, also of parts of the keys, in float32."""
     if operator.function is not _aten.matmul.default or operator.kwargs:
         return False
     (query, key), result = operator.args, operator.result
+    layer = graph.made_by(key, FastLinear)
+    if layer is None or len(layer.args) != 1 or layer.kwargs:
+        return False
+    if layer.function.bias is not None or layer.function.activation != "none":
+        return False
     if result.dtype != torch.float32 or len(result.shape) != 4 or graph.is_output(result):
         return False
     if not query.shape[:2] == key.shape[:2] == result.shape[:2]:
@@ -56,26 +62,22 @@ def join_products(graph: OperatorGraph, operator: Operator) -> bool:
     if policy.left_to_torch("gemm", result.dtype) is not None:
         return False
     split = graph.only_user(result)
-    first, found = 0, []
+    parts, found = [key.shape[-1]], [result]
     if split is not None and split.function is _aten.split_with_sizes.default:
         if split.args[2:] not in ([-1], [3]):
             return False
-        for part in split.results:
-            found.append((_softmax_of(graph, part), first, part.shape[-1]))
-            first += part.shape[-1]
-    else:
-        found.append((_softmax_of(graph, result), 0, result.shape[-1]))
-    if any(softmax is None for softmax, _, _ in found):
+        parts, found = [part.shape[-1] for part in split.results], split.results
+    softmaxes = [_softmax_of(graph, part) for part in found]
+    query, key = (_before_conversion(graph, operator, v) for v in (query, layer.args[0]))
+    if None in softmaxes or query.dtype != key.dtype:
         return False
-    source = _before_conversion(graph, operator, query)
-    if not is_available(attention_weights, source.dtype):
+    if not is_available(attention_weights, query.dtype):
         return False
-    for softmax, begin, count in found:
+    weights = layer.function.weight.detach().float().T.split(parts, dim=1)
+    for softmax, weight in zip(softmaxes, weights, strict=True):
         assert softmax is not None
-        keys = key
-        if count != key.shape[-1]:
-            keys = graph.insert_before(softmax, _aten.slice.Tensor, key, 3, begin, begin + count)
-        graph.replace(softmax, attention_weights, source, keys, *softmax.args[1:])
+        given = query, key, Value.of_constant(weight.contiguous()), *softmax.args[1:]
+        graph.replace(softmax, attention_weights, *given)
     graph.remove_unused()
     return True
 

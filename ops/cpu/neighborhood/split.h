@@ -4,6 +4,7 @@
 #pragma once
 #include "neighborhood/forward.h"
 #include "neighborhood/key_gradients.h"
+#include "neighborhood/narrow.h"
 
 namespace na {
 
@@ -224,6 +225,7 @@ static void scores(const Problem& p, const SplitTensors& t) {
 
 template <class T>
 static void mix(const Problem& p, const SplitTensors& t) {
+  if (is_narrow(p)) return mix_narrow<T>(p, t.query, t.key, t.weights);
   using P = Products<T>;
   const int dim = static_cast<int>(p.dim), pitch = round_up(dim, W);
   for_each_split_tile<T>(p, t, true, [&](const TilePlace& place, const SplitKeys<T>& ring, int low,

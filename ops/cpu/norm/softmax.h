@@ -50,29 +50,15 @@ static VB_INLINE F end_of(int64_t length) {
   return simd::load(lanes);
 }
 
-// R rows of logits, `pitch` apart, to dense ones of the result. Stores of parts of vectors are slow
-// to load again, so that `kept`, [R][round_up(length, W)], has whole ones.
-template <int R, class B, class T>
-static void of_rows(int64_t length, const float* in, int64_t pitch, const B* const (&bias)[R], F end,
-                    float* kept, T* out) {
+// R rows of logits, round_up(length, W) apart, to dense ones of the result. `most` are their largest
+// logits, in any lanes. Stores of parts of vectors are slow to load again, so that `kept`, the
+// logits, has whole ones, with -inf at the end. They are overwritten.
+template <int R, class T>
+static VB_INLINE void of_rows(int64_t length, float* kept, F (&most)[R], T* out) {
   const int64_t last = (length - 1) / W * W, step = last + W;
   const int rest = static_cast<int>(length - last);
   const F scale = simd::set1(LOG2E);
-  F most[R], sum[R];
-  VB_UNROLL
-  for (int r = 0; r < R; r++) {
-    const F tail = simd::get(in + r * pitch + last, rest) + simd::get(bias[r] + last, rest) + end;
-    simd::store(kept + r * step + last, tail);
-    most[r] = tail;
-  }
-  for (int64_t c = 0; c < last; c += W) {
-    VB_UNROLL
-    for (int r = 0; r < R; r++) {
-      const F x = simd::load(in + r * pitch + c) + simd::load_as_float(bias[r] + c);
-      simd::store(kept + r * step + c, x);
-      most[r] = simd::max(most[r], x);
-    }
-  }
+  F sum[R];
   VB_UNROLL
   for (int r = 0; r < R; r++) most[r] = simd::set1(largest(most[r])), sum[r] = simd::zero();
   for (int64_t c = last; c >= 0; c -= W) {
@@ -97,6 +83,30 @@ static void of_rows(int64_t length, const float* in, int64_t pitch, const B* con
   }
 }
 
+// The same for logits `pitch` apart to which R rows of a table are added first.
+template <int R, class B, class T>
+static void of_sums(int64_t length, const float* in, int64_t pitch, const B* const (&bias)[R], F end,
+                    float* kept, T* out) {
+  const int64_t last = (length - 1) / W * W, step = last + W;
+  const int rest = static_cast<int>(length - last);
+  F most[R];
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    const F tail = simd::get(in + r * pitch + last, rest) + simd::get(bias[r] + last, rest) + end;
+    simd::store(kept + r * step + last, tail);
+    most[r] = tail;
+  }
+  for (int64_t c = 0; c < last; c += W) {
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      const F x = simd::load(in + r * pitch + c) + simd::load_as_float(bias[r] + c);
+      simd::store(kept + r * step + c, x);
+      most[r] = simd::max(most[r], x);
+    }
+  }
+  of_rows(length, kept, most, out);
+}
+
 // Calls work(std::integral_constant<int, R>, i) for every R rows from i on.
 template <class Work>
 static VB_INLINE void each_rows(int64_t begin, int64_t end, const Work& work) {
@@ -118,7 +128,7 @@ static void forward(const Problem& p, const Tensors& t) {
       for (int r = 0; r < R; r++) {
         bias[r] = static_cast<const B*>(t.bias) + (i + r) % p.period * p.length;
       }
-      of_rows<R>(p.length, t.in + i * p.pitch, p.pitch, bias, end, kept,
+      of_sums<R>(p.length, t.in + i * p.pitch, p.pitch, bias, end, kept,
                  static_cast<T*>(t.out) + i * p.length);
     });
   });

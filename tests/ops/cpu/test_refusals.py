@@ -212,10 +212,15 @@ CASES: list[Case] = [
     (lambda: _call("window_means", x=_0(1, 0, 2, 3)), r"must have pixels.*\(1, 0, 2, 3\)"),
     (lambda: _call("biased_softmax", x=_0(2, 0, 4), bias=_0(0, 4)), r"must be \(B, ..., K\)"),
     (
-        lambda: _call("attention_weights", key=_0(5, 3, 20, 73)),
-        r"key \(B, heads, depth, K\).* got .*\(5, 3, 20, 73\)",
+        lambda: _call("attention_weights", key=_0(5, 3, 20, 9)),
+        r"key \(B, heads, depth, P\).* got .*\(5, 3, 20, 9\)",
     ),
-    (lambda: _call("attention_weights", bias=_0(70, 3, 73)), r"got .* and \(70, 3, 73\)"),
+    (lambda: _call("attention_weights", bias=_0(70, 3, 73)), r"got .*, \(70, 3, 73\)"),
+    (lambda: _call("attention_weights", weight=_0(8, 73)), r"weight \(P, K\).* got .*\(8, 73\)"),
+    (
+        lambda: _call("attention_weights", key=_0(5, 3, 21, 9).bfloat16()),
+        "key must be torch.float32, got torch.bfloat16",
+    ),
     (lambda: _call("attention_weights", query=_0(3, 70, 21)), r"query must be \(B, heads, N"),
     (lambda: _call("attention_weights", bias=_0(3, 70, 73).double()), "bias must be torch.float32"),
     (lambda: _call("response_scales", x=_0(2, 3, 4)), r"must be \(B, H, W, dim\)"),

@@ -413,18 +413,18 @@ def test_products_are_not_stored_before_a_softmax_with_a_table() -> None:
     """Of all keys, and of parts of them, of which one is also used without a softmax."""
 
     def forward(m: Any, x: Tensor) -> Any:
-        products = x.transpose(-2, -1) @ x.sin()
+        products = x.transpose(-2, -1) @ (x.sin() @ m.map)
         parts = products.split([3, 4], dim=-1) if m.split else [products]
         tables = (m.table[..., :3], m.table[..., 3:]) if m.split else [m.table]
         found = [(p.unflatten(2, (1, 7)) + t[:, None]) for p, t in zip(parts, tables, strict=True)]
         return [p.softmax(-1) for p in found[: m.softmaxes]] + found[m.softmaxes :]
 
     model = _Call(forward)
-    model.table = nn.Parameter(torch.randn(16, 7, 7))
+    model.table, model.map = (nn.Parameter(torch.randn(s)) for s in ((16, 7, 7), (7, 7)))
     model.split, model.softmaxes = False, 1
     _check(model, IMAGE, "sin", "attention_weights")
     model.split, model.softmaxes = True, 2
-    _check(model, IMAGE, "sin", "slice", "attention_weights", "slice", "attention_weights")
+    _check(model, IMAGE, "sin", "attention_weights", "attention_weights")
     model.softmaxes = 1
     names = _names(_graph(model, IMAGE))
     assert "matmul" in names and "attention_weights" not in names

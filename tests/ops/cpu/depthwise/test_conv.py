@@ -84,6 +84,32 @@ def test_padded_squares(channels, size, side, stride, activation, has_bias, dtyp
     assert ((out - expected).abs() <= bound * steepness(activation, largest)).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.sampled_from([1, 16, 21, 70]),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    kernel=st.tuples(st.integers(9, 17), st.integers(9, 18)),
+    padding=st.tuples(st.integers(8, 13), st.integers(8, 13)),
+    activation=st.sampled_from(ACTIVATIONS),
+    has_bias=st.booleans(),
+)
+def test_large_windows_in_bfloat16(channels, size, kernel, padding, activation, has_bias) -> None:
+    """Which are computed in pairs of pixels where the CPU multiplies those."""
+    wide = torch.full((2, channels + 4, *size), torch.nan, dtype=torch.bfloat16)
+    wide = wide.contiguous(memory_format=torch.channels_last)
+    x = wide[:, 2:-2].copy_(random(2, channels, *size))
+    weight = random(channels, 1, *kernel, seed=1).bfloat16().double()
+    bias = random(channels, seed=2) if has_bias else None
+    padding = tuple(max(p, k - n) for p, k, n in zip(padding, kernel, size, strict=True))
+    given_ = taps_first(weight), _float(bias), (1, 1), padding
+    out = depthwise_conv2d(x, *given_, activation=activation)
+    expected = F.conv2d(x.double(), weight, bias, 1, padding, 1, channels)
+    largest = expected.abs()
+    expected = PLAIN_ACTIVATIONS[activation](expected)
+    bound = 2**-8 * (1 + expected.abs())
+    assert ((out - expected).abs() <= bound * steepness(activation, largest)).all()
+
+
 @pytest.mark.parametrize("channels", [48, 256])  # pixels of 256 channels share sets of the cache
 def test_squares_of_large_maps(channels: int) -> None:
     for side, stride, height, width in ((7, 1, 30, 37), (5, 2, 27, 150), (7, 2, 40, 64)):
