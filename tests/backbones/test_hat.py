@@ -73,15 +73,11 @@ def test_downloads_fail_with_instructions():
         backbones.create_model("hat_x4", pretrained=True)
 
 
-@pytest.mark.parametrize("upscale", [1, 2, 3, 4])
-@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize(("upscale", "in_chans"), [(1, 3), (3, 1), (4, 3)])
 @torch.no_grad()
 def test_scales(upscale, in_chans):
-    model = tiny(upscale=upscale, in_chans=in_chans)
-    x = images(2, in_chans, 9, 14)
-    out = model(x)
+    out = tiny(upscale=upscale, in_chans=in_chans)(images(2, in_chans, 9, 14))
     assert out.shape == (2, in_chans, 9 * upscale, 14 * upscale)
-    torch.testing.assert_close(out[1:], model(x[1:]), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from zoo import images
 
 import backbones
 from backbones.core import registry
-from backbones.training.distillation import StudentWithExits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,13 +100,6 @@ def test_learning_rates_fall_by_blocks() -> None:
     assert layers["stages.0.blocks.0.fc1.weight"] == 1
     assert layers["stages.3.blocks.2.fc1.weight"] == 12
     assert (layers["norm.weight"], layers["head.fc.weight"]) == (12, 13)
-
-
-def test_exits_of_students_sit_behind_stages() -> None:
-    student = StudentWithExits(_model(num_classes=3), stages=[0, -1])
-    assert student.indices == [2, 11]
-    logits, others = student(images(2, 3, 64, 64))
-    assert [tuple(out.shape) for out in (logits, *others)] == [(2, 3)] * 3
 
 
 # -- tables of positions ---------------------------------------------------------------------------
