@@ -132,13 +132,3 @@ def test_nano_starts_as_bicubic_and_learns_the_rest():
     # The published models have neither the shortcut nor a narrow head.
     published = backbones.create_model("hat_s_x2", depths=(1,), num_heads=(6,))
     assert not published.residual and published.head.conv_in.out_channels == 64
-
-
-def test_there_is_no_classifier():
-    model = tiny()
-    assert model.num_classes == 0
-    assert model.get_classifier() == ()
-    with pytest.raises(ValueError, match="num_classes must be 0, got 10"):
-        model.reset_classifier(10)
-    with pytest.raises(NotImplementedError, match="call the model"):
-        model.forward_head(images(1, 24, 4, 4))

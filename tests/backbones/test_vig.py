@@ -29,17 +29,6 @@ def test_mean_of_directions(variant, number):
     assert relative_error(published.train()(x), case["logits_mean_of_directions"]) <= 1e-5
 
 
-@torch.no_grad()
-def test_stages_are_groups_of_blocks():
-    model = backbones.create_model("vig_t", depths=(3, 3, 3, 3)).eval()
-    assert [len(stage.blocks) for stage in model.stages] == [3, 3, 3, 3]
-    assert [info["reduction"] for info in model.feature_info] == [16] * 12
-    names = model.convert_state_dict(
-        {f"blocks.{i}.attn_norm.weight": torch.ones(1) for i in (0, 7)}
-    )
-    assert list(names) == ["stages.0.blocks.0.norm1.weight", "stages.2.blocks.1.norm1.weight"]
-
-
 @torch.inference_mode()
 def test_the_norm_of_the_hierarchical_stem_applies_the_activation():
     fused = backbones.fuse(randomise(small("vig")).eval())

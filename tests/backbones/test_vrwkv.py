@@ -11,7 +11,7 @@ from zoo import images, outlines, randomise, small
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, relative_error
 from backbones.vrwkv import blocks
-from backbones.vrwkv.blocks import Block, GatedScan, WKVAttention, shift
+from backbones.vrwkv.blocks import Block, WKVAttention, shift
 
 VARIANTS = ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv_l")
 OTHER_FORMS = [
@@ -65,20 +65,6 @@ def test_segments_by_default():
         segments = {m.segments for m in model.modules() if isinstance(m, WKVAttention)}
         assert segments == {16 if name == "vrwkv_l" else 32}
     assert formula.stages[0].blocks[0].attn.segments == 0
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"gated": True}], ids=["vrwkv", "vrwkv6"])
-def test_the_scan_depends_on_the_size_as_published(kwargs):
-    """Decays are divided by the number of tokens, but not those of VRWKV6."""
-    model = small("vrwkv", **kwargs).eval()
-    attn = model.stages[0].blocks[0].attn
-    if kwargs:
-        assert isinstance(attn, GatedScan)
-    else:
-        decay, first = attn.per_token(50)
-        torch.testing.assert_close(decay * 50, attn.decay)
-        torch.testing.assert_close(first * 50, attn.first)
-        assert all(t.dtype == torch.float32 for t in attn.bfloat16().per_token(50))
 
 
 def test_shift():

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from plain_tokens import PlainTokens, register_plain_tokens
-from timm.models import group_parameters
 from torch import Tensor
 from zoo import images
 
@@ -91,15 +90,6 @@ def test_features_only_keeps_the_blocks_that_it_needs(indices: Any) -> None:
     assert features.feature_info.reduction() == [16] * len(expected)
     report = backbones.load_checkpoint(features, whole.state_dict())
     assert not report.unexpected and not report.missing
-
-
-def test_learning_rates_fall_by_blocks() -> None:
-    model = _model()
-    layers = group_parameters(model, model.group_matcher(), reverse=True)
-    assert layers["stem.1.pos_embed"] == layers["stem.0.weight"] == 0
-    assert layers["stages.0.blocks.0.fc1.weight"] == 1
-    assert layers["stages.3.blocks.2.fc1.weight"] == 12
-    assert (layers["norm.weight"], layers["head.fc.weight"]) == (12, 13)
 
 
 # -- tables of positions ---------------------------------------------------------------------------

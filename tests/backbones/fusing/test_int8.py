@@ -12,7 +12,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import load_file, save_file
-from timm_models import Branching, network, vit_of_transformers
+from timm_models import Branching, network
 from torch import Tensor, nn
 from zoo import FAMILIES, RESTORATION, images, randomise, small
 
@@ -283,17 +283,6 @@ def test_networks_that_do_not_say_their_size() -> None:
     assert grey.precision.quantized
 
 
-@torch.inference_mode()
-def test_a_backbone_of_transformers() -> None:
-    model, x = vit_of_transformers(), torch.randn(2, 3, 32, 32)
-    expected = model(x).last_hidden_state
-    fused: Any = backbones.fuse(model, torch.int8, calibrate=[x], max_drop=0.05)
-    assert len(fused.precision.quantized) == 12
-    for _ in range(3):
-        out = fused(pixel_values=x.to(_MAPS)).last_hidden_state
-    assert fused.is_replayed and _error(out, expected) < 0.05
-
-
 def test_parts_of_a_network_that_is_not_recorded() -> None:
     model, x = Branching().eval(), torch.rand(1, 3, 64, 64)
     fused = _fused(model, calibrate=x)
@@ -330,17 +319,6 @@ def test_copies_files_and_changes(sample: tuple[Any, Tensor], tmp_path: Path) ->
     for _ in range(2):  # after several changes, some calls run as before
         again = _run(fused, x)
     assert torch.equal(again, expected)
-
-
-@torch.inference_mode()
-def test_changed_classifiers(shvit: Any) -> None:
-    fused = shvit.fuse(torch.int8)
-    before = _run(fused)
-    fused.head.fc.weight.mul_(2)
-    fused.head.fc.bias.mul_(2)
-    torch.testing.assert_close(_run(fused), 2 * before, rtol=2**-7, atol=0)
-    fused.reset_classifier(3)
-    assert _run(fused).shape == (1, 3) and _run(fused).dtype == _MAPS
 
 
 @torch.inference_mode()
