@@ -8,7 +8,7 @@ import pytest
 import torch
 from published import assert_maps, load_published
 from torch import Tensor, nn
-from zoo import outlines
+from zoo import images, outlines, randomise
 
 import backbones
 from backbones.cli.parity import checkpoint, reference, variants
@@ -79,3 +79,14 @@ def test_the_whole_map(size):
     rpb = layer.window(size)[3]
     assert rpb is not None and rpb.shape == (2, 2 * size[0] - 1, 2 * size[1] - 1)
     assert (rpb is layer.rpb) == (size == (6, 6))
+
+
+@torch.no_grad()
+def test_a_bias_for_another_map_is_that_of_the_interpolation():
+    """What a checkpoint's table becomes, and what a model makes of its own, are the same."""
+    model = randomise(NATIsotropic(kernel_size=None, map_size=6, **SHALLOW)).eval()
+    other = NATIsotropic(kernel_size=None, map_size=4, **SHALLOW).eval()
+    report = backbones.load_checkpoint(other, model.state_dict())
+    assert len(report.resized) == 4
+    x = images(1, 3, 64, 64)
+    torch.testing.assert_close(other(x), model(x))

@@ -133,3 +133,13 @@ def test_all_calls_of_a_fused_model_are_ours(kwargs):
     fused = randomise(small("vrwkv", **kwargs)).eval().fuse()
     calls = backbones.explain(fused, 224, repeats=1).calls
     assert {call.library for call in calls} == {"ours"}
+
+
+@torch.no_grad()
+def test_position_table_of_another_size():
+    model = randomise(small("vrwkv", img_size=64)).eval()
+    larger = small("vrwkv", img_size=96).eval()
+    report = backbones.load_checkpoint(larger, model.state_dict())
+    assert report.resized == ["stem.position.pos_embed"]
+    x = images(1, 3, 96, 96)
+    torch.testing.assert_close(larger(x), model(x))
