@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-import training_runs
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
-from zoo import FAMILIES, ISOTROPIC, RESTORATION, STRIDE_16, images, randomise, small
-
-from backbones.common.processes import leave_processes
+from zoo import ISOTROPIC, RESTORATION, STRIDE_16, images, randomise, small
 
 Gradients = dict[str, Tensor]
 
@@ -147,48 +140,3 @@ def assert_same(found: Gradients, wanted: Gradients, case: Case, model: nn.Modul
     for name, gradient in wanted.items():
         error = (found[name].double() - gradient.double()).norm()
         assert error <= most * max(sizes[name], least * typical), (name, error / sizes[name])
-
-
-def start_one_of_two(
-    *arguments: Any, before: None = None, env: dict[str, str] | None = None
-) -> training_runs.Run:
-    """Start one of the two processes of :func:`shared_gradients`."""
-    process = training_runs.Run(target=_share, args=(*arguments, env or {}))
-    process.start()
-    return process
-
-
-def shared_gradients(wanted: list[Case], folder: Path) -> list[Gradients]:
-    """The gradients in two DDP processes, each with one image, after the backward pass."""
-    launched = training_runs.start_two(wanted, folder, launch=start_one_of_two)
-    assert training_runs.join(launched) == [0, 0]
-    ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    for first, second in zip(*ranks, strict=True):
-        first["images"] = torch.cat([first["images"], second["images"]])
-    return ranks[0]
-
-
-def _share(wanted: list[Case], folder: Path, env: dict[str, str]) -> None:
-    os.environ.update(env)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
-    found = []
-    for case in wanted:
-        objective = Objective(case)
-        # Some families have parameters of the original that are never used.
-        net = DistributedDataParallel(objective, find_unused_parameters=True)
-        x = pictures(case)[rank : rank + 1].clone().requires_grad_()
-        with case.autocast():
-            net(x).backward()
-        # DDP averages over the processes.
-        named = {n: p.grad * 2 for n, p in objective.named_parameters() if p.grad is not None}
-        found.append({**named, "images": x.grad})
-    torch.save(found, folder / f"{rank}.pt")
-    leave_processes()
-    os._exit(0)
-
-
-def quick_cases() -> list[Case]:
-    """One case per family in float32, in either memory format."""
-    return [case for case in cases(FAMILIES, ("float32",)) if case.mode != "frozen"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
@@ -19,18 +18,13 @@ def load_published(family: str, variant: str, **arguments: Any) -> tuple[Any, di
     return model, figures
 
 
-def dense_weights(figures: dict[str, Any], norms: Iterable[int] | None = None) -> dict[str, Tensor]:
-    """Those of the paper's dense networks, as detectors save them.
-
-    Args:
-        norms: the stages whose output norms the file has, by the original's ``norm0``, …; default:
-            all that the dense code has.
-    """
-    missing = figures.get("dense_missing") or figures["dense"]["rows_missing"]
-    rows = [row for row in figures["state_dict"] if not row[0].startswith(tuple(missing))]
-    chosen = None if norms is None else tuple(f"norm{stage}." for stage in norms)
-    rows += [row for row in figures["dense_extra"] if chosen is None or row[0].startswith(chosen)]
-    return {f"backbone.{name}": tensor for name, tensor in checkpoint(figures, rows).items()}
+def dense_weights(figures: dict[str, Any]) -> dict[str, Tensor]:
+    """Those of the paper's dense networks, as detectors save them."""
+    names = figures.get("dense_missing") or figures["dense"]["rows_missing"]
+    missing = tuple(name.removesuffix("*") for name in names)
+    rows = [row for row in figures["state_dict"] if not row[0].startswith(missing)]
+    weights = checkpoint(figures, rows + figures["dense_extra"])
+    return {f"backbone.{name}": tensor for name, tensor in weights.items()}
 
 
 def load_whole(model: Any, weights: dict[str, Tensor]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from gradient_law import (
@@ -17,40 +15,28 @@ from gradient_law import (
     cases,
     gradients,
     pictures,
-    quick_cases,
-    shared_gradients,
 )
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from zoo import FAMILIES, small
+from torch import Tensor
+from zoo import FAMILIES
 
-from ops.batch_norm import BatchNorm2d
+# One a family in either memory format is quick.
+CASES = [
+    pytest.param(
+        case,
+        id="-".join(case),
+        marks=() if case.mode != "frozen" and case.precision == "float32" else pytest.mark.slow,
+    )
+    for case in cases(FAMILIES, PRECISIONS)
+]
 
-QUICK = quick_cases()
-SLOW = [case for case in cases(FAMILIES, PRECISIONS) if case not in QUICK]
 
-
-def name_of(case: Case) -> str:
-    return "-".join(case)
-
-
-def check(case: Case) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_alone_as_in_a_batch(case):
     objective = Objective(case)
     x = pictures(case)
     with case.autocast():
         whole = gradients(objective, x, objective)
         assert_same(alone(objective, x, objective), whole, case, objective)
-
-
-@pytest.mark.parametrize("case", QUICK, ids=name_of)
-def test_alone_as_in_a_batch(case):
-    check(case)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", SLOW, ids=name_of)
-def test_alone_as_in_a_batch_in_the_other_modes(case):
-    check(case)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,29 +69,3 @@ def test_central_differences(family, memory_format):
     slopes = torch.stack([(gradient * moves[name]).sum() for name, gradient in found.items()])
     error = (moved(step) - moved(-step)) / (2 * step) - slopes.sum()
     assert error.abs() <= 1e-6 * slopes.abs().sum()
-
-
-def check_shared(wanted: list[Case], folder: Path) -> None:
-    for case, shared in zip(wanted, shared_gradients(wanted, folder), strict=True):
-        objective = Objective(case)
-        with case.autocast():
-            whole = gradients(objective, pictures(case), objective)
-        assert shared.keys() == whole.keys()
-        assert_same(shared, whole, case, objective)
-
-
-def test_a_batch_of_one_in_each_of_two_processes(tmp_path):
-    check_shared([Case(family, "frozen") for family in ("efficientvit", "shvit")], tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_batch_of_one_in_each_of_two_processes_in_every_mode(family, tmp_path):
-    check_shared(list(cases([family], PRECISIONS)), tmp_path)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_norm_of_maps_is_ours(family):
-    norms = [module for module in small(family).modules() if isinstance(module, _BatchNorm)]
-    assert all(isinstance(norm, BatchNorm2d | nn.BatchNorm1d) for norm in norms)
-    assert bool(norms) is (family not in NO_BATCH_STATISTICS)

@@ -77,9 +77,6 @@ def test_dilations_of_stages_and_blocks():
         assert dilations_of(model) == [[1, 28], [1, 7]]
 
 
-# -- dense networks --------------------------------------------------------------------------------
-
-
 # -- position biases -------------------------------------------------------------------------------
 
 
@@ -203,15 +200,3 @@ def test_incomplete_projections_are_rejected():
     tensors.pop("nat.encoder.levels.0.layers.0.attention.self.key.weight")
     with pytest.raises(backbones.CheckpointError, match=r"attn\.qkv\.weight.*attn\.query\.weight"):
         backbones.load_checkpoint(shallow(), tensors)
-
-
-# -- the rest --------------------------------------------------------------------------------------
-
-
-def test_gradients_through_padding():
-    """Of the image and of the bias, in a window larger than the map, against finite differences."""
-    torch.manual_seed(0)
-    model = NAT((8, 8), (1, 1), (2, 2), kernel_size=3, dilations=4, num_classes=0, in_chans=1)
-    model = model.double().eval()
-    x = torch.randn(1, 1, 12, 20, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: model(x).sum(), (x,), fast_mode=True)

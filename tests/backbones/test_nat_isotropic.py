@@ -8,7 +8,7 @@ import pytest
 import torch
 from published import assert_maps, load_published
 from torch import Tensor, nn
-from zoo import images, outlines, randomise, small
+from zoo import images, outlines, randomise
 
 import backbones
 from backbones.cli.parity import checkpoint, reference, variants
@@ -90,9 +90,3 @@ def test_a_bias_for_another_map_is_that_of_the_interpolation():
     assert len(report.resized) == 4
     x = images(1, 3, 64, 64)
     torch.testing.assert_close(other(x), model(x))
-
-
-def test_a_pyramid():
-    model = small("nat_isotropic", pyramid=True)
-    maps = model.forward_intermediates(images(1, 3, 64, 96), intermediates_only=True)
-    assert [tuple(m.shape[2:]) for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from published import assert_maps, load_published, load_whole
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from published import load_published
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from zoo import SMALL, images, randomise, small
 
@@ -46,20 +46,6 @@ def merged_rows(figures: dict[str, Any]) -> list[Row]:
     names = "\n".join(name for name, _, _ in rows)
     assert zlib.crc32(names.encode()) == figures["deploy"]["rows_crc32"]
     return rows
-
-
-@pytest.mark.slow  # test_parity.py has a quick one
-@pytest.mark.parametrize("variant", VARIANTS)
-@torch.no_grad()
-def test_outputs_in_float64(variant):
-    """Of float32, most of the error is the rounding of small maps, which are enlarged."""
-    model, figures = load_published("overlock", variant)
-    model.double()
-    for case in figures["cases"]:
-        last, maps = model.forward_intermediates(image(case["input"], case["seed"]).double())
-        assert relative_error(model.forward_head(last), case["logits"]) <= 5e-6
-        for value, expected in zip(maps, case["stage_outputs"], strict=True):
-            assert summary_error(value, expected) <= 5e-6
 
 
 @every_variant
@@ -116,31 +102,6 @@ def test_overview_and_auxiliary_head(variant):
             aux = model.aux_head(seen[1]).flatten()[:8]
             assert relative_error(aux, case["aux_logits_first8"]) <= TOLERANCE
         assert isinstance(logits, Tensor)
-
-
-def dense_form(variant: str, detects: bool) -> tuple[Any, dict[str, Tensor]]:
-    """Model and checkpoint of the paper's dense networks."""
-    figures = reference("overlock", variant)
-    rows = [r for r in figures["state_dict"] if not r[0].startswith(("head.", "aux_head."))]
-    extra = [r for r in figures["dense_extra"] if detects or re.match(r"extra_norm\.[0-3]", r[0])]
-    tensors = checkpoint(figures, rows) | checkpoint({"state_dict": extra})
-    arguments: dict[str, Any] = {"overview_feature": True} if detects else {}
-    model = backbones.create_model(variant, num_classes=0, out_norms=True, **arguments).eval()
-    return model, tensors
-
-
-@every_variant
-@pytest.mark.parametrize("detects", [pytest.param(False, marks=pytest.mark.slow), True])
-@torch.no_grad()
-def test_dense_checkpoints(variant, detects):
-    model, tensors = dense_form(variant, detects)
-    load_whole(model, {"state_dict": {f"backbone.{name}": t for name, t in tensors.items()}})
-    for scale in (1, 2):
-        for case in reference("overlock", variant)["cases"]:
-            last = case["features_detection_last" if detects else "features"]
-            expected = [*case["features"][:3], last if detects else last[3]]
-            assert_maps(model, case, scale * TOLERANCE, expected)
-        model.fuse()
 
 
 @torch.no_grad()
@@ -234,20 +195,6 @@ def test_initial_scales():
     assert (dense.overview_feature.scale.weight == 1e-5).all()
     assert (dense.stages[3].blocks[0].ls1.weight == 0.5).all()
     assert isinstance(dense.stages[1].blocks[0].ls, nn.Identity)
-
-
-def test_weight_decay_is_the_published_one():
-    """Of everything but vectors and biases: also of scales, response norms and position biases."""
-    model = small("overlock")
-    decayed, kept = (
-        {id(p) for p in group["params"]}
-        for group in sorted(
-            param_groups_weight_decay(model, 0.05), key=lambda g: -g["weight_decay"]
-        )
-    )
-    for name, parameter in model.named_parameters():
-        exempt = parameter.ndim <= 1 or name.endswith(".bias")
-        assert id(parameter) in (kept if exempt else decayed), name
 
 
 def test_layers_of_the_learning_rate_decay_are_in_order():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from timm.optim import param_groups_weight_decay
 from zoo import images, randomise
 
 import backbones
@@ -40,16 +39,6 @@ def test_dense_network_becomes_a_classifier():
     assert backbones.create_model("ravlt_t", num_classes=0, **SHALLOW).head_hidden_size == 1024
 
 
-def test_scales_are_decayed():
-    model = backbones.create_model("ravlt_t", **SHALLOW)
-    spared, decayed = param_groups_weight_decay(
-        model, 0.05, no_weight_decay_list=model.no_weight_decay()
-    )
-    assert all(p.ndim == 1 for p in spared["params"])
-    in_decay = {id(p) for p in decayed["params"]}
-    assert all(id(p) in in_decay for n, p in model.named_parameters() if "gamma" in n)
-
-
 @torch.inference_mode()
 def test_large_maps_in_bfloat16_are_replayed(monkeypatch: pytest.MonkeyPatch):
     """Whose softmax attention is left to torch."""
@@ -61,16 +50,6 @@ def test_large_maps_in_bfloat16_are_replayed(monkeypatch: pytest.MonkeyPatch):
     for _ in range(3):
         out = fused(x.bfloat16())
     assert fused.is_replayed
-    assert ((out - exact).abs().max() / exact.abs().max()).item() < 0.1
-
-
-@torch.no_grad()
-def test_autocast():
-    model = randomise(backbones.create_model("ravlt_t", **SHALLOW)).eval()
-    x = images(2, 3, 64, 64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = model(x).float()
-    exact = model(x)
     assert ((out - exact).abs().max() / exact.abs().max()).item() < 0.1
 
 

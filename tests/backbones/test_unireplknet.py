@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from published import load_published
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 from zoo import outlines
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, relative_error, tolerance
-from ops.frames import frames_to_image
 
 TOLERANCE = tolerance("unireplknet")
 QUICK = ("unireplknet_a", "unireplknet_n")
@@ -98,15 +96,6 @@ def test_heads_of_imagenet_22k(size):
     assert model.pretrained_cfg["input_size"] == (3, recipe["input_size"], recipe["input_size"])
 
 
-@pytest.mark.parametrize("size", ["a", "f", "p", "n", "t", "s", "b", "l", "xl"])
-def test_published_drop_path(size):
-    recipe = reference("unireplknet", f"unireplknet_{size}")["recipe"]
-    with outlines():
-        model = backbones.create_model(f"unireplknet_{size}")
-    expected = recipe.get("in1k", recipe.get("in22k_to_in1k"))["drop_path"]
-    assert model.stages[-1].blocks[-1].drop_path.drop_prob == pytest.approx(expected)
-
-
 def test_layer_decay_takes_three_blocks_together():
     with outlines():
         model = backbones.create_model("unireplknet_s")
@@ -131,20 +120,6 @@ def test_layer_decay_takes_three_blocks_together():
     for name, layer in layers.items():
         for parameter in model.get_submodule(name).parameters():
             assert scale[id(parameter)] == pytest.approx(0.8 ** (13 - layer)), name
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_videos_are_read_as_the_original_reads_them():
-    """Its figures are those of 16 frames that its engine made an image of."""
-    model, figures = load_published("unireplknet", "unireplknet_b_k400")
-    for case in figures["cases"]:
-        # Its memory is the video's: the figures' own image, of which the video was made.
-        video = image(case["input"], case["seed"]).reshape(case["video"])
-        logits = model(frames_to_image(video))
-        assert relative_error(logits, case["logits"]) <= TOLERANCE
-        tiles = model(frames_to_image(video, "tiles"))
-        assert relative_error(tiles, case["logits"]) > 1e-2
 
 
 def test_the_video_network_takes_sixteen_frames_in_one_image():

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from published import assert_maps
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from zoo import small
 
 import backbones
-from backbones.cli.parity import IN_FLOAT64, checkpoint, image, reference, relative_error
+from backbones.cli.parity import checkpoint, reference
 from backbones.vmamba import SelectiveScan2d
 
 VANILLA: dict[str, Any] = {"vanilla": True, "num_states": 3, "scan_ratio": 2}
@@ -62,41 +60,6 @@ def test_other_names(name, change):
     assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
 
 
-@torch.no_grad()
-def test_dense_copy():
-    """Its norms of the maps; the network goes on without them."""
-    figures = reference("vmamba", "vmamba_tiny_s2l5")
-    case = figures["cases"][1]
-    model = backbones.create_model("vmamba_tiny_s2l5", out_norms=True, num_classes=0).eval()
-    rows = [row for row in figures["state_dict"] if not row[0].startswith("classifier.")]
-    weights = checkpoint(figures, [*rows, *figures["dense_extra"]])
-    detector = {f"backbone.{name}": tensor for name, tensor in weights.items()}
-    report = backbones.load_checkpoint(model, detector, strict=False)
-    assert set(report.missing) == {"norm.weight", "norm.bias"} and not report.unexpected
-    assert_maps(model, case, 1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
-@pytest.mark.parametrize("name", IN_FLOAT64)
-@torch.no_grad()
-def test_rounding_of_the_first_version(name, number):
-    """Our float32 is no farther from float64 than the original's, but for luck."""
-    figures = reference("vmamba", name)
-    case = figures["cases"][number]
-    model = backbones.create_model(name).eval()
-    backbones.load_checkpoint(model, checkpoint(figures))
-    x = image(case["input"], case["seed"])
-    last, maps = model.forward_intermediates(x)
-    found = [model.forward_head(last), *maps]
-    last, maps = model.double().forward_intermediates(x.double())
-    exact = [model.forward_head(last), *maps]
-    theirs = case["check"]
-    of_theirs = [theirs["fp32_vs_fp64_logits_rel_max"], *theirs["fp32_vs_fp64_features_rel_max"]]
-    for ours, true, allowed in zip(found, exact, of_theirs, strict=True):
-        assert relative_error(ours, true) <= 1.5 * allowed
-
-
 @pytest.mark.parametrize("gated", [False, True])
 @torch.no_grad()
 def test_the_layer_is_the_published_recurrence(gated):
@@ -137,12 +100,3 @@ def test_initial_weights():
             steps = F.softplus(scan.delta_bias)
             assert 1e-3 * 0.999 <= steps.min() <= 2e-3 and 0.05 <= steps.max() <= 0.1001
             assert (scan.D == 1).all()
-
-
-def test_decayed_parameters():
-    """As published: A and the steps' bias, which are matrices, but not D."""
-    groups = param_groups_weight_decay(model := small("vmamba"), 0.05)
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    scan = model.stages[0].blocks[0].mixer
-    found = {n for n, p in scan.named_parameters(recurse=False) if id(p) in decayed}
-    assert found == {"A_log", "delta_bias", "delta_weight"}

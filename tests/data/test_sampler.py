@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -9,16 +11,22 @@ from backbones.common.processes import World
 from backbones.data.sampler import TrainSampler
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_copies_of_an_image_go_to_different_processes(size):
-    """And each has its own augmentation."""
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_processes_share_an_epoch_in_equal_parts(size, repeats):
+    """Copies of an image go to different processes, each with its own augmentation."""
     parts = []
     for rank in range(size):
-        world = World(rank, size, torch.device("cpu"))
-        parts.append([key for batch in TrainSampler(60, 5, 1, world, size) for key in batch])
-    for keys in zip(*parts, strict=True):
-        assert len({image for image, _ in keys}) == 1
-        assert len({seed for _, seed in keys}) == size
+        sampler = TrainSampler(61, 5, 42, World(rank, size, torch.device("cpu")), repeats)
+        sampler.epoch = 7
+        parts.append([key for batch in sampler for key in batch])
+    assert {len(part) for part in parts} == {61 // (5 * size) * 5}
+    keys = [key for part in parts for key in part]
+    assert len({seed for _, seed in keys}) == len(keys)
+    assert max(Counter(image for image, _ in keys).values()) == repeats
+    if repeats == size:
+        for copies in zip(*parts, strict=True):
+            assert len({image for image, _ in copies}) == 1
 
 
 def test_a_batch_is_found_again_by_its_number():

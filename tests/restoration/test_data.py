@@ -123,7 +123,7 @@ def test_validation_is_the_same_every_time():
         assert (degraded - truth).std().item() * 255 == pytest.approx(sigma, rel=0.1)
     jpeg = RestorationRecipe(task="jpeg")
     errors = [(degrade_picture(jpeg, truth, 1, n)[0] - truth).abs().mean() for n in range(4)]
-    assert errors == sorted(errors, reverse=True)  # qualities 10, 20, 30, 40
+    assert errors == sorted(set(errors), reverse=True)  # qualities 10, 20, 30, 40
     sharp, plain = (
         degrade_picture(RestorationRecipe(task="real", usm=usm), truth, 2, 0)
         for usm in (True, False)

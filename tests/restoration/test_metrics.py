@@ -47,20 +47,6 @@ def test_against_scikit_image(noise):
     assert figures["ssim_y"] == pytest.approx(expected, abs=1e-6)
 
 
-def test_several_channels():
-    image, truth = pair()
-    expected = structural_similarity(
-        image.double().numpy(),
-        truth.double().numpy(),
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-        data_range=1,
-        channel_axis=0,
-    )
-    assert ssim(image, truth) == pytest.approx(expected, abs=1e-9)
-
-
 def test_by_hand():
     truth = torch.zeros(1, 16, 16)
     assert psnr(truth + 0.1, truth) == pytest.approx(20, abs=1e-5)

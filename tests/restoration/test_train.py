@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import csv
-import signal
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 import yaml
-from gradient_law import FORMATS, Case, alone, assert_same, gradients
 from PIL import Image
 from restoration_runs import TINY, make_pictures, start, train
 from torch import nn
-from training_runs import Runs, final_state, join, kill, kill_at_call, same
-from zoo import images, randomise, small
+from training_runs import Runs, final_state, join, same
 
 import backbones
 from backbones.common.errors import RecipeError
 from backbones.hat import HAT
 from backbones.restoration.recipe import RestorationRecipe
-from backbones.restoration.train import RestorationTrainer, build_restorer
+from backbones.restoration.train import build_restorer
 from backbones.training.command_line import load_recipe
-from backbones.training.run_state import load_state
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "sr"
 # Everything random is on, and the average too.
@@ -110,35 +104,6 @@ def test_two_processes_equal_one_with_the_double_batch(runs):
             assert row[key] == pytest.approx(other[key], rel=1e-4)
 
 
-@pytest.mark.parametrize("memory_format", FORMATS)
-def test_the_gradient_of_a_patch_alone_is_that_within_a_batch(memory_format):
-    case = Case("hat", "train", memory_format)
-    model = randomise(small("hat", drop_path_rate=0.0)).train()
-    model.to(memory_format=FORMATS[memory_format])
-    truth = images(2, 3, 32, 48, seed=1)
-
-    def objective(x):
-        # The loss is a mean over patches; the images tell which of the truths is theirs.
-        chosen = truth[: len(x)] if torch.equal(x[0], spoilt[0]) else truth[1:]
-        loss, count = RestorationTrainer.compute(SimpleNamespace(net=model), (x, chosen))
-        return loss * count
-
-    spoilt = images(2, 3, 16, 24).contiguous(memory_format=FORMATS[memory_format])
-    whole = gradients(objective, spoilt, model)
-    assert_same(alone(objective, spoilt, model), whole, case, model)
-
-
-def test_two_processes_resume_bit_for_bit(runs):
-    assert join(runs.start_two(*RECIPE, "--name=undisturbed")) == [0, 0]
-    processes = runs.start_two(*RECIPE, before=(partial(kill_at_call, "link", 3), None))
-    processes[0].join()
-    kill(processes[1])
-    assert processes[0].exitcode == -signal.SIGKILL
-    assert join(runs.start_two(*RECIPE, "--resume=auto")) == [0, 0]
-    states = [runs.state(name) for name in ("undisturbed", "run")]
-    assert len(states[0]["ranks"]) == 2 and same(*states)
-
-
 @pytest.mark.parametrize("task", ["denoise", "jpeg", "real"])
 def test_other_tasks(task, runs):
     model = "--model-args=" + (TINY if task == "real" else TINY[:-1] + ", upscale: 1}")
@@ -190,23 +155,6 @@ def test_unsuitable_pictures_and_checkpoints(runs):
     runs.train("--epochs=1")
     again = ("--resume=auto", "--epochs=2", "--model-args", TINY.replace("8", "16", 1))
     assert "does not fit this recipe" in runs.refuse(*again)
-
-
-def test_nan_weights_are_never_saved(runs, monkeypatch):
-    original = RestorationTrainer.apply_gradients
-
-    def apply_gradients(self):
-        original(self)
-        if self.updates + 1 == 8:
-            with torch.no_grad():
-                next(self.model.parameters()).fill_(float("nan"))
-
-    monkeypatch.setattr(RestorationTrainer, "apply_gradients", apply_gradients)
-    said = runs.refuse("--epochs=2")
-    assert "the validation after 8 updates found psnr_y nan" in said
-    assert load_state(runs.folder / "last.pt")["updates"] == 4
-    with safetensors.safe_open(runs.folder / "best.safetensors", "pt") as file:
-        assert file.metadata()["epoch"] == "1"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)

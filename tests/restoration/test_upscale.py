@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from typing import Any
 
@@ -14,11 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 import backbones
-from backbones.common.memory import bytes_per_pixel, used_memory
+from backbones.common.memory import used_memory
 from backbones.restoration.pictures import Picture
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.upscale import Upscaler, upscale
-from ops.tiling import run_tiled
 
 
 class Bicubic(nn.Module):
@@ -90,23 +88,6 @@ def test_tiles_of_a_model_that_sees_less_than_the_overlap():
     assert max(max(shape[2:]) for shape in model.seen) == 16 + 2 * 8
 
 
-@torch.no_grad()
-def test_tiles_of_hat_without_its_global_gate():
-    """Its channel attention sees the whole image; without that nothing differs within reach."""
-    torch.manual_seed(0)
-    model = backbones.create_model("hat_nano_x2", depths=(2,), num_heads=(2,)).eval()
-    nn.init.normal_(model.head.conv_out.weight, std=0.1)
-    for name, parameter in model.named_parameters():
-        if ".se.fc2.weight" in name:
-            parameter.zero_()
-    x = torch.rand(1, 3, 96, 64)
-    whole = model(x)
-    # Reach: a window of 8 shifted by 4, twice, overlapping windows, and convolutions.
-    tiled = run_tiled(model, x, tile_size=32, overlap=32, scale=2, blend=8)
-    torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-5)
-    assert (run_tiled(model, x, tile_size=32, overlap=8, scale=2) - whole).abs().max() > 1e-4
-
-
 class Shifted(Bicubic):
     """With a slope to the right, and more red."""
 
@@ -134,26 +115,6 @@ def test_autocast():
     array = pixels(16, 16, 3)
     assert difference(upscale(model, array, amp=True), upscale(model, array)) <= 2
     assert kinds == [torch.bfloat16, torch.float32]
-
-
-def test_bytes_per_pixel():
-    """Two tensors of 4 bytes live at once, then one is dropped before the next is made."""
-
-    def chain(x: Tensor) -> Tensor:
-        for _ in range(5):
-            x = x + 1
-        return x
-
-    per_pixel = bytes_per_pixel(chain, torch.zeros(1, 1, 64, 64))
-    assert per_pixel == pytest.approx(2 * 8)
-
-
-def test_bytes_per_pixel_of_a_fused_model():
-    """Packed weights do not count, and there are fewer maps than in the plain model."""
-    plain = backbones.create_model("hat_nano_x2").eval()
-    fused = copy.deepcopy(plain).fuse()
-    x = torch.zeros(1, 3, 48, 48)
-    assert 0 < bytes_per_pixel(fused, x) <= bytes_per_pixel(plain, x)
 
 
 def test_auto_tiles_follow_the_limit():

@@ -2,12 +2,10 @@
 
 import os
 import signal
-import sys
 from functools import partial
 
 import pytest
 import torch
-from commands import run
 from training_runs import (
     free_port,
     freeze_batch_norm,
@@ -146,37 +144,3 @@ def test_sharded_weights_equal_replicated_ones(words, runs):
     # The file is that of a whole network: a single process goes on from it.
     assert join([runs.start(*words, "--resume=auto", "--epochs=3", size)]) == [0]
     assert runs.state()["updates"] == 9
-
-
-WORKER = """
-import os, sys
-from functools import partial
-from training_runs import QUICK, kill_at_call
-import train_cls
-from unittest.mock import patch
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "0":
-    kill_at_call("link", 2)
-with patch.object(train_cls.pictures, "draw_curves"), patch.object(
-    train_cls.pictures, "draw_predictions"
-):
-    sys.exit(train_cls.main([*QUICK, *sys.argv[1:]]))
-"""
-
-
-@pytest.mark.slow
-def test_an_elastic_torchrun_restarts_a_killed_worker(runs, tmp_path):
-    """``--nnodes 1:2 --max-restarts``: the others leave, all begin again and go on bit for bit."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    words = ("--save-every-steps=1", *RANDOM)
-    assert join(runs.start_two(*words, "--name=undisturbed")) == [0, 0]
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2"),
-        *("--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"),
-        *("--rdzv-conf=last_call_timeout=1,join_timeout=60", "--monitor-interval=0.2"),
-        *(str(worker), *runs.words(*words, "--resume=auto")),
-    ]
-    # Without it the processes of both turns share a store, and new ones may find dead addresses.
-    said = run(command, timeout=180, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
-    assert "resuming from" in said
-    assert same(*(runs.state(name) for name in ("undisturbed", "run")))

@@ -23,17 +23,6 @@ def _cross_entropy(net: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, 
     return F.cross_entropy(logits, targets), logits
 
 
-def test_similarity():
-    one = torch.zeros(1, 2, 4, 16)
-    one[..., 0] = 1  # all tokens look at the first
-    assert attention_similarity(one).item() == pytest.approx(1)
-    even = torch.full((1, 2, 4, 16), 1 / 16)
-    assert attention_similarity(even).item() == 0  # nothing reaches twice an even share
-    own = torch.eye(16).expand(1, 2, 16, 16)
-    assert attention_similarity(own).item() == 0  # the mean token is even
-    assert attention_similarity(own, 0.5).item() == pytest.approx(16**-0.5)
-
-
 def test_similarity_is_the_formula():
     torch.manual_seed(0)
     weights = (3 * torch.randn(3, 2, 5, 7)).softmax(-1)

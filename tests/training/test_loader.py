@@ -14,7 +14,7 @@ from backbones.common.errors import DataError
 from backbones.common.processes import World
 from backbones.data.batches import _start_worker
 from backbones.data.corrupt import CorruptImages
-from backbones.data.sampler import TrainSampler, ValidationSampler
+from backbones.data.sampler import ValidationSampler
 from backbones.training.data import open_splits
 from backbones.training.loader import TrainLoader, ValidationLoader, allow_zero_bits
 from backbones.training.recipe import Recipe
@@ -73,21 +73,6 @@ def test_an_epoch_is_repeatable_and_differs_from_the_next(make):
 def test_loader_processes_make_the_same_batches(make):
     options = {"aa": "rand-m9-mstd0.5-inc1"}
     assert equal(make(**options).epoch(0), make(workers=2, **options).epoch(0))
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_processes_share_an_epoch_in_equal_parts(size, repeats):
-    parts = []
-    for rank in range(size):
-        sampler = TrainSampler(61, 5, 42, World(rank, size, CPU), repeats)
-        sampler.epoch = 7
-        parts.append([key for batch in sampler for key in batch])
-    assert {len(part) for part in parts} == {61 // (5 * size) * 5}
-    keys = [key for part in parts for key in part]
-    assert len({seed for _, seed in keys}) == len(keys)
-    _, copies = np.unique([index for index, _ in keys], return_counts=True)
-    assert copies.max() == repeats
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -184,7 +169,8 @@ def broken(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_training_images_are_replaced_and_named(workers, make, broken, tmp_path):
-    loader = make(folder=broken, allowed=0.1, batch_size=10, workers=workers)
+    # As many as are allowed.
+    loader = make(folder=broken, allowed=2 / 30, batch_size=10, workers=workers)
     batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
     assert [len(labels) for _, labels in batches] == [10] * 6
     assert loader.corrupt.count() == 2

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from training_runs import Runs, same
+from training_runs import Runs
 
 from backbones.training.data import open_splits
 from backbones.training.multilabel import mean_auc, validation_loss
@@ -13,14 +13,6 @@ from backbones.training.recipe import Recipe
 from backbones.training.record import Meter
 
 CPU = torch.device("cpu")
-
-
-def test_auc_by_hand():
-    """Of the four pairs one is wrong and one is a tie."""
-    scores = torch.tensor([[0.1], [0.4], [0.4], [0.8]])
-    labels = torch.tensor([[0], [0], [1], [1]])
-    assert mean_auc(scores, labels) == pytest.approx(3.5 / 4)
-    assert mean_auc(-scores, labels) == pytest.approx(0.5 / 4)
 
 
 @pytest.mark.parametrize("decimals", [1, 8])
@@ -93,12 +85,6 @@ def test_a_run_learns_them(runs):
     assert row["ema_auc"] > 75 and row["val_top1"] > 70
     assert "AUC" in printed and "best AUC" in printed
     runs.train(*words, "--epochs=7", "--resume=auto")
-
-
-def test_loader_processes_change_nothing(runs):
-    for workers in ("0", "2"):
-        runs.train(f"--name={workers}", f"--workers={workers}", "--epochs=1")
-    assert same(runs.state("0"), runs.state("2"))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import yaml
 from PIL import Image
-from training_runs import MODEL_ARGS, TINY, make_images, train
+from training_runs import MODEL_ARGS, TINY
 
 import backbones
 import train_cls
@@ -61,16 +61,6 @@ def test_it_learns_and_leaves_its_files(tmp_path, capsys):
             "shvit_s1", checkpoint_path=str(folder / file), num_classes=10, **MODEL_ARGS
         )
         assert weights.keys() == model.state_dict().keys()
-
-
-def test_a_second_run_does_not_replace_the_first(tmp_path):
-    images = make_images(tmp_path / "images", {"train": 9, "val": 3})
-    arguments = (f"--data={images}", f"--output={tmp_path / 'runs'}")
-    for words in (["--epochs=1"], ["--epochs=1"], ["--resume=auto", "--epochs=2"]):
-        assert train(*arguments, *words) == 0
-    summaries = [path / "summary.csv" for path in sorted((tmp_path / "runs").iterdir())]
-    assert [path.parent.name for path in summaries] == ["shvit_s1", "shvit_s1-2"]
-    assert [len(path.read_text().splitlines()) for path in summaries] == [2, 3]
 
 
 @pytest.mark.slow

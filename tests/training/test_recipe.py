@@ -32,10 +32,6 @@ def family(tmp_path):
     return path
 
 
-def test_every_key_is_explained():
-    assert all(f.metadata["help"] and f.metadata["group"] for f in FIELDS.values())
-
-
 def test_a_dumped_recipe_reads_back_as_it_was(tmp_path):
     recipe = Recipe(
         model="van_b0",
@@ -119,8 +115,6 @@ def test_flags():
         ("--clip-grad -1", "clip_grad must be above 0"),
         ("--ema-decay 2", "ema_decay must be at least 0 and below 1, not 2.0"),
         ("--weight-decay nan", "weight_decay must be within 0 … 100, not nan"),
-        ("--lr inf", "lr must be within 0 … 1000, not inf"),
-        ("--scale 2 0.1", "scale must be 2 numbers above 0 and at most 1"),
         ("--cutmix-minmax 0.9 0.1", "cutmix_minmax must be 2 numbers within 0 … 1, each above"),
         ("--img-size-schedule {0:64,-1:32}", "img_size_schedule must be"),
         ("--in-chans 4", "in_chans must be one of 1, 3, not '4'"),
@@ -128,9 +122,7 @@ def test_flags():
         ("--aa nonsense", "aa must be a policy of rand, augmix, original"),
         ("--aa rand-x3", "rand must be followed by mNUMBER, .* not 'x3'"),
         ("--aa rand-m9-n999999", "n must be a whole number within 1 … 10"),
-        ("--aa augmix-w2.5", "w must be a whole number"),
         ("--aa rand-m9-tnothing", "not 'tnothing'"),
-        ("--epochs 1" + "0" * 400, "epochs must be within 1 …"),
         ("--lr 1" + "0" * 400, "lr must be within 0 … 1000, not inf"),
     ],
 )
@@ -175,18 +167,14 @@ def test_the_help_shows_the_ranges(capsys):
             "variants: {van_b0: 3}\nmodel: van_b0",
             "variant van_b0: must be a mapping of keys, not 3",
         ),
-        ("variants: {van_b0: {}}\nmodel: [a]", "unknown model"),
         ("variants: {}", "unknown model ''$"),
         ("ema: 2", "ema must be bool, not 2"),
-        ("mean: {a: 1}", "mean must be"),
         ("mean: 0.5", "mean must be"),
         ("model: 3", "model must be str, not 3"),
-        ("seed: 1e400", "seed must be int"),
         ("model_args: {a: 2001-01-01}", "model_args must be"),
         ("output: ''", "output is empty"),
         ('data: "a\\0b"', "data must be printable text"),
         (BOMB, "mean must be"),
-        (BOMB.replace("mean", "model_args"), "model_args must be"),
     ],
 )
 def test_invalid_files(text, message, tmp_path):

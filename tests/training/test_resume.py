@@ -19,7 +19,7 @@ from training_runs import (
     same,
 )
 
-from backbones.training.run_state import load_state, save_state
+from backbones.training.run_state import load_state
 
 # Everything random is on: dropout, drop path, erasing, mixing, an averaged model.
 RECIPE = [
@@ -227,21 +227,3 @@ def test_another_batch_size_goes_on_at_the_same_image(size, done, all_of_them, r
     said = runs.train("--epochs=1", f"--batch-size={size}", "--resume=auto")
     assert f"last.pt: epoch 1, update {done}\n" in said
     assert load_state(runs.folder / "last.pt")["updates"] == all_of_them
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *((key, value) for key in ("ranks", "recipe", "optimizer") for value in (None, 3, {})),
-        *(("model", 3), ("model", {}), ("history", None)),
-    ],
-)
-def test_invalid_state(key, value, one_epoch, runs):
-    """Without a part of it, or with another value."""
-    state = {**load_state(one_epoch / "last.pt"), key: value}
-    if value is None:
-        del state[key]
-    save_state(runs.output / "last.pt", state)
-    said = runs.refuse("--epochs=2", f"--resume={runs.output / 'last.pt'}")
-    lacks = f"has no training state (no '{key}' in it)"
-    assert lacks in said or value is not None and "does not fit this recipe" in said

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
-from zoo import FAMILIES, images, randomise, small
+from zoo import FAMILIES, Mould, images, randomise, small
 
 from backbones import CheckpointError, load_checkpoint
 from backbones.van import VAN
@@ -124,13 +124,6 @@ def test_damaged_files(kind: str, target: Target) -> None:
     check()
 
 
-@fuzz(50)
-@given(end=st.integers(0, len(LEGACY) - 1), legacy=st.booleans())
-def test_truncated_files(target: Target, end: int, legacy: bool) -> None:
-    data = LEGACY if legacy else SAFETENSORS
-    assert not target.load(data[: end % len(data)])
-
-
 SPOILT: dict[str, Callable[[Tensor], Any]] = {
     "none": lambda t: None,
     "text": lambda t: "x",
@@ -180,57 +173,34 @@ def spoil_state(state: dict[str, Tensor], edits: list[StateEdit]) -> dict[Any, A
     return spoilt
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("small_layers_too")
+@pytest.mark.parametrize("family", [*FAMILIES, "in int8"])
 def test_corrupted_states_of_every_family(family: str) -> None:
-    """Whatever fails, the model is as before."""
-    model = randomise(small(family))
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    """Whatever fails, the model is as before; in int8, whatever loads can run."""
+    x, in_int8 = images(2, 3, 64, 64), family == "in int8"
+    mould = Mould(randomise(small("shvit" if in_int8 else family)).eval())
+    model, before = mould.copy(), mould.copy().state_dict()
+    given_state = before
+    if in_int8 and not_faster_in_int8(x.device) is None:
+        given_state = dict(mould.copy().fuse(torch.int8, calibrate=x).int8_state_dict())
 
-    @fuzz(60)
-    @given(state_edits(state), st.booleans())
+    @fuzz(200 if in_int8 else 60)
+    @given(state_edits(given_state), st.booleans())
     def check(edits: list[StateEdit], strict: bool) -> None:
+        nonlocal model
         try:
-            load_checkpoint(model, spoil_state(state, edits), strict)
+            load_checkpoint(model, spoil_state(given_state, edits), strict)
         except CheckpointError as error:
             assert "\n" not in str(error)
             now = model.state_dict()
-            assert all(torch.equal(now[name], state[name]) for name in state)
-        else:
-            model.load_state_dict(state)
+            assert all(torch.equal(now[name], before[name]) for name in before)
+            return
+        if in_int8:
+            with torch.inference_mode():
+                assert model(x.to(next(model.parameters()).dtype)).shape == (2, 1000)
+        model = mould.copy()
 
     check()
 
 
 # -- in int8 -----------------------------------------------------------------------------------
-_REASON = not_faster_in_int8(torch.device("cpu"))
-
-
-@pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
-@pytest.mark.usefixtures("small_layers_too")
-def test_files_and_states_in_int8(tmp_path: Path) -> None:
-    """A new model takes what it was given and runs, or an error says in one line why not."""
-    x = images(2, 3, 64, 64)
-    state = dict(randomise(small("shvit")).eval().fuse(torch.int8, calibrate=x).int8_state_dict())
-    path = tmp_path / "spoilt.safetensors"
-
-    def load(source: Any, strict: bool = True) -> None:
-        model = small("shvit").eval()
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        try:
-            load_checkpoint(model, source, strict)
-        except CheckpointError as error:
-            assert "\n" not in str(error)
-            now = model.state_dict()
-            assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
-        else:
-            with torch.inference_mode():
-                assert model(x.to(next(model.parameters()).dtype)).shape == (2, 1000)
-
-    @fuzz(300)
-    @given(damage(), state_edits(state), st.booleans())
-    def check(change: Callable[[bytes], bytes], edits: list[StateEdit], strict: bool) -> None:
-        path.write_bytes(change(save(state)))
-        load(path)
-        load(spoil_state(state, edits), strict)
-
-    check()

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 import torch
 from plain_tokens import PlainTokens, register_plain_tokens
-from timm.models import group_parameters
 from torch import Tensor
 from zoo import images
 
 import backbones
 from backbones.core import registry
-from backbones.training.distillation import StudentWithExits
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,22 +90,6 @@ def test_features_only_keeps_the_blocks_that_it_needs(indices: Any) -> None:
     assert features.feature_info.reduction() == [16] * len(expected)
     report = backbones.load_checkpoint(features, whole.state_dict())
     assert not report.unexpected and not report.missing
-
-
-def test_learning_rates_fall_by_blocks() -> None:
-    model = _model()
-    layers = group_parameters(model, model.group_matcher(), reverse=True)
-    assert layers["stem.1.pos_embed"] == layers["stem.0.weight"] == 0
-    assert layers["stages.0.blocks.0.fc1.weight"] == 1
-    assert layers["stages.3.blocks.2.fc1.weight"] == 12
-    assert (layers["norm.weight"], layers["head.fc.weight"]) == (12, 13)
-
-
-def test_exits_of_students_sit_behind_stages() -> None:
-    student = StudentWithExits(_model(num_classes=3), stages=[0, -1])
-    assert student.indices == [2, 11]
-    logits, others = student(images(2, 3, 64, 64))
-    assert [tuple(out.shape) for out in (logits, *others)] == [(2, 3)] * 3
 
 
 # -- tables of positions ---------------------------------------------------------------------------

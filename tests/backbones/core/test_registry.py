@@ -150,11 +150,6 @@ def test_duplicates_and_missing_cfgs_raise(
         register_variants("newcomer")
 
 
-def test_fuse_takes_backbones_inside_other_modules() -> None:
-    wrapped = torch.nn.Sequential(backbones.create_model("van_b0", num_classes=0))
-    assert backbones.fuse(wrapped)[0].fused
-
-
 # ---- the base class ------------------------------------------------------------------------------
 @torch.no_grad()
 def test_a_map_with_its_own_norm_is_not_normalised_twice() -> None:

@@ -97,16 +97,18 @@ def _published_names(adapter: ViTAdapter, network: dict[str, Tensor]) -> dict[st
 def _by_hand(weights: dict[str, Tensor], network: Any, x: Tensor, each: bool) -> list[Tensor]:
     """The published computation in eval mode, from a state dict of the published names."""
 
+    def of(name: str) -> tuple[Tensor, Tensor]:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
     def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+        return F.linear(x, *of(name))
 
     def layer_norm(name: str, x: Tensor) -> Tensor:
-        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return F.layer_norm(x, x.shape[-1:], scale, shift, 1e-6)
+        return F.layer_norm(x, x.shape[-1:], *of(name), 1e-6)
 
     def batch_norm(name: str, x: Tensor) -> Tensor:
-        kinds = ("running_mean", "running_var", "weight", "bias")
-        return F.batch_norm(x, *(weights[f"{name}.{kind}"] for kind in kinds), eps=1e-5)
+        statistics = (weights[f"{name}.running_{kind}"] for kind in ("mean", "var"))
+        return F.batch_norm(x, *statistics, *of(name), eps=1e-5)
 
     def conv(name: str, norm: str, x: Tensor, stride: int) -> Tensor:
         x = F.conv2d(x, weights[f"{name}.weight"], stride=stride, padding=1)
@@ -131,8 +133,7 @@ def _by_hand(weights: dict[str, Tensor], network: Any, x: Tensor, each: bool) ->
         mixed = []
         for (h, w), part in zip(levels, hidden.split([h * w for h, w in levels], 1), strict=True):
             part = part.transpose(1, 2).reshape(len(x), -1, h, w)
-            kernel = weights[f"{name}.ffn.dwconv.dwconv.weight"]
-            bias = weights[f"{name}.ffn.dwconv.dwconv.bias"]
+            kernel, bias = of(f"{name}.ffn.dwconv.dwconv")
             part = F.conv2d(part, kernel, bias, padding=1, groups=len(kernel))
             mixed.append(part.flatten(2).transpose(1, 2))
         return c + linear(f"{name}.ffn.fc2", F.gelu(torch.cat(mixed, 1)))
@@ -145,10 +146,7 @@ def _by_hand(weights: dict[str, Tensor], network: Any, x: Tensor, each: bool) ->
     maps = [F.max_pool2d(c1, 3, 2, 1)]
     for i in (2, 3, 4):
         maps.append(conv(f"spm.conv{i}.0", f"spm.conv{i}.1", maps[-1], 2))
-    maps = [
-        F.conv2d(m, weights[f"spm.fc{i}.weight"], weights[f"spm.fc{i}.bias"])
-        for i, m in enumerate(maps, 1)
-    ]
+    maps = [F.conv2d(m, *of(f"spm.fc{i}")) for i, m in enumerate(maps, 1)]
     c = torch.cat(
         [m.flatten(2).mT + weights["level_embed"][i] for i, m in enumerate(maps[1:])], dim=1
     )
@@ -170,7 +168,7 @@ def _by_hand(weights: dict[str, Tensor], network: Any, x: Tensor, each: bool) ->
 
     parts = c.split([h * w for h, w in levels], 1)
     maps[1:] = [p.mT.reshape(len(x), -1, *size) for p, size in zip(parts, levels, strict=True)]
-    maps[0] = maps[0] + F.conv_transpose2d(maps[1], weights["up.weight"], weights["up.bias"], 2)
+    maps[0] = maps[0] + F.conv_transpose2d(maps[1], *of("up"), 2)
     added = outputs if each else [tokens] * 4
     scaled = [
         t if scale == 1 else F.interpolate(t, scale_factor=scale, mode="bilinear")
@@ -281,17 +279,14 @@ def test_classification_checkpoints_load_into_the_network() -> None:
         assert torch.equal(tensor, own[name])
     for name, tensor in adapter.adapter.state_dict().items():
         assert torch.equal(tensor, before[name])
-    again = _adapter("vrwkv")
-    report = backbones.load_checkpoint(again, adapter.state_dict())
+    own = adapter.state_dict()
+    report = backbones.load_checkpoint(_adapter("vrwkv"), own)
     assert not report.reinitialised and not report.ignored
-    for name, tensor in again.state_dict().items():
-        assert torch.equal(tensor, adapter.state_dict()[name])
     with pytest.raises(backbones.CheckpointError, match="another variant"):
         backbones.load_checkpoint(adapter, _adapter("vrwkv", stem_dim=16).state_dict())
-    missing = adapter.state_dict()
-    del missing["adapter.level_embed"]
+    del own["adapter.level_embed"]
     with pytest.raises(backbones.CheckpointError, match="1 tensors missing"):
-        backbones.load_checkpoint(adapter, missing)
+        backbones.load_checkpoint(adapter, own)
 
 
 @torch.no_grad()
@@ -313,35 +308,30 @@ def _with_another_stride() -> PlainTokens:
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "said"),
+    ("call", "said"),
     [
-        (lambda: ViTAdapter(small("van")), TypeError, "single-resolution backbone .* got VAN"),
-        (
-            lambda: ViTAdapter(small("vrwkv", features_only=True)),
-            TypeError,
-            "not wrapped by features_only",
-        ),
-        (lambda: ViTAdapter(PlainTokens(pyramid=True)), ValueError, "pyramid=False"),
-        (lambda: ViTAdapter(small("vrwkv").eval().fuse()), ValueError, r"before fuse\(\)"),
+        (lambda: ViTAdapter(small("van")), "single-resolution backbone .* got VAN"),
+        (lambda: ViTAdapter(small("vrwkv", features_only=True)), "not wrapped by features_only"),
+        (lambda: ViTAdapter(PlainTokens(pyramid=True)), "pyramid=False"),
+        (lambda: ViTAdapter(small("vrwkv").eval().fuse()), r"before fuse\(\)"),
+        (lambda: ViTAdapter(_with_another_stride()), "stride 16, got 8"),
         (
             lambda: ViTAdapter(PlainTokens(depths=(1, 1)), num_heads=2, add_tokens="each"),
-            ValueError,
             "four stages, got 2",
         ),
-        (lambda: ViTAdapter(_with_another_stride()), ValueError, "stride 16, got 8"),
-        (lambda: _adapter(num_heads=0), ValueError, "num_heads must be in 1"),
-        (lambda: _adapter(num_heads=6), ValueError, "got 6 heads for 16 channels"),
-        (lambda: _adapter(points=0), ValueError, "points must be in 1"),
-        (lambda: _adapter(value_ratio=0), ValueError, "value_ratio must be above 0"),
-        (lambda: _adapter(add_tokens="first"), ValueError, "one of 'last', 'each', 'none'"),
-        (lambda: _adapter(drop_path_rate=2), ValueError, "drop_path_rate must be in 0"),
-        (lambda: _adapter()([1]), TypeError, "x must be a tensor"),
-        (lambda: _adapter()(torch.zeros(3, 64, 64)), ValueError, r"images must be \(B, 3, H, W\)"),
-        (lambda: _adapter()(torch.zeros(1, 4, 64, 64)), ValueError, r"got \(1, 4, 64, 64\)"),
+        (lambda: _adapter(num_heads=0), "num_heads must be in 1"),
+        (lambda: _adapter(num_heads=6), "got 6 heads for 16 channels"),
+        (lambda: _adapter(points=0), "points must be in 1"),
+        (lambda: _adapter(value_ratio=0), "value_ratio must be above 0"),
+        (lambda: _adapter(add_tokens="first"), "one of 'last', 'each', 'none'"),
+        (lambda: _adapter(drop_path_rate=2), "drop_path_rate must be in 0"),
+        (lambda: _adapter()([1]), "x must be a tensor"),
+        (lambda: _adapter()(torch.zeros(3, 64, 64)), r"images must be \(B, 3, H, W\)"),
+        (lambda: _adapter()(torch.zeros(1, 4, 64, 64)), r"got \(1, 4, 64, 64\)"),
     ],
 )
-def test_refused(call: Callable[[], object], error: type[Exception], said: str) -> None:
-    with pytest.raises(error, match=said):
+def test_refused(call: Callable[[], object], said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=said):
         call()
 
 

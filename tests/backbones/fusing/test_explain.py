@@ -50,7 +50,8 @@ def test_every_family(family: str) -> None:
         assert not copies or (family == "overlock" and PARTS.fullmatch(call.layer)), call.layer
     ours = sum(call.library == "ours" for call in fused.calls)
     assert 2 * ours >= len(fused.calls)
-    assert sum(fused.share(call.seconds) for call in fused.calls) <= 1 + 1e-9
+    shares = sum(fused.share(call.seconds) for call in fused.calls)
+    assert shares + fused.share(fused.between) == pytest.approx(1)
 
 
 def test_calls_match_the_layers() -> None:
@@ -66,16 +67,6 @@ def test_calls_match_the_layers() -> None:
     assert last.rule.startswith("linear_by_kernel: rows 1 ≤ ")
     depthwise = [call for call in found.calls if call.kernel == "depthwise_conv2d"]
     assert all("depthwise_by_kernel" in call.rule for call in depthwise)
-
-
-def test_rows_add_up_to_the_total() -> None:
-    with using_threads(1):  # whose time on the CPU is taken, whatever else the machine does
-        found = backbones.explain(small("ravlt").eval().fuse(), 64, repeats=5)
-    shares = [found.share(call.seconds) for call in found.calls]
-    assert sum(shares) + found.share(found.between) == pytest.approx(1)
-    assert found.seconds == pytest.approx(
-        found.between + sum(call.seconds for call in found.calls), rel=0.5
-    )
 
 
 def test_memory_plan() -> None:

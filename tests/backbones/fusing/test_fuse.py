@@ -15,12 +15,10 @@ from torch import Tensor, nn
 from zoo import FAMILIES, RESTORATION, Mould, images, randomise, small
 
 import backbones
+from backbones.cli.parity import relative_error
 from backbones.fusing.fuse import FusedBackbone
-from ops.attention.hilo import HiLoAttention
 from ops.cpu.gemm.linear import packed_linear
 from ops.inference import layers
-from ops.inference.attention import FastHiLoAttention
-from ops.inference.layers import fast_form
 from ops.replay.replay import Replay
 from ops.rewriting.module import Rewritten
 
@@ -30,10 +28,6 @@ every_network = pytest.mark.parametrize("family", [*FAMILIES, "resnet"])  # one 
 
 def _made(family: str) -> Any:
     return network(family)[0] if family == "resnet" else randomise(small(family)).eval()
-
-
-def _relative(value: Tensor, expected: Tensor) -> float:
-    return ((value - expected).abs().max() / expected.abs().max()).item()
 
 
 def _sizes(family: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -68,10 +62,10 @@ def test_all_dtypes_and_paths(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     sizes = _sizes(family)
     expected = [model(images(*size)) for size in sizes]
     for size, value in zip(sizes, expected, strict=True):
-        assert _relative(fused(images(*size)), value) <= 1e-5
+        assert relative_error(fused(images(*size)), value) <= 1e-5
         # Whatever the memory format of the image.
         last = images(*size).contiguous(memory_format=torch.channels_last)
-        assert _relative(fused(last), value) <= 1e-5
+        assert relative_error(fused(last), value) <= 1e-5
 
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         assert torch.equal(copied(images(*sizes[0])), fused(images(*sizes[0])))
@@ -82,14 +76,14 @@ def test_all_dtypes_and_paths(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     plain = Mould(folded).copy().bfloat16()(images(*sizes[0]).bfloat16()).float()
     # As far from the truth as the plain form in that precision, which chooses other regions or
     # rounds at other places.
-    error = _relative(plain, expected[0])
-    assert _relative(out.float(), expected[0]) <= 2 * error + 1e-2
+    error = relative_error(plain, expected[0])
+    assert relative_error(out.float(), expected[0]) <= 2 * error + 1e-2
 
     double = Mould(fused).copy().double()
-    assert _relative(double(images(*sizes[0]).double()).float(), expected[0]) <= 1e-5
+    assert relative_error(double(images(*sizes[0]).double()).float(), expected[0]) <= 1e-5
 
     without_kernels(monkeypatch)
-    assert _relative(Mould(fused).copy()(images(*sizes[0])), expected[0]) <= 1e-5
+    assert relative_error(Mould(fused).copy()(images(*sizes[0])), expected[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -103,12 +97,12 @@ def test_calls_repeat_to_the_last_bit(
     model = _made(family).fuse(dtype=dtype)
     large = (34, 25) if family in RESTORATION else (130, 97)  # which are cut into windows
     inputs = [
-        [images(*size, seed=seed).to(dtype) for seed in range(4)]
+        [images(*size, seed=seed).to(dtype) for seed in range(3)]
         for size in (_sizes(family)[0], (2, 3, *large))
     ]
     repeated = [[model(x) for x in same] for same in inputs]
     programs = list(model._records._programs.values())
-    pyramids = [model.forward_intermediates(inputs[0][0], norm=True) for _ in range(4)]
+    pyramids = [model.forward_intermediates(inputs[0][0], norm=True) for _ in range(3)]
     # Without kernels of bfloat16 other layers run, which need not be recorded.
     if packed_linear.unavailable(torch.device("cpu"), dtype) is None:
         assert [type(p) for p in programs] == [Replay, Replay]
@@ -128,7 +122,7 @@ def test_calls_repeat_to_the_last_bit(
     bound = 1e-5 if dtype == torch.float32 else 0.1
     for same, outs in zip(inputs, repeated, strict=True):
         for x, out in zip(same, outs, strict=True):
-            assert _relative(out.float(), model(x).float()) <= bound
+            assert relative_error(out.float(), model(x).float()) <= bound
 
 
 @functools.cache
@@ -138,7 +132,7 @@ def _fused_output(family: str) -> tuple[Tensor, float]:
     model, x = _made(family), images(2, *_sizes(family)[0][1:])
     half = copy.deepcopy(model).fuse(dtype=torch.bfloat16)
     expected = model.fuse()(x)
-    return expected, _relative(half(x.bfloat16()), expected)
+    return expected, relative_error(half(x.bfloat16()), expected)
 
 
 @pytest.mark.parametrize("has_kernels", [True, False])
@@ -156,7 +150,7 @@ def test_bfloat16_without_cpu_support(
     half = model.fuse(dtype=torch.bfloat16)
     out = [half(x.bfloat16()) for _ in range(3)]
     assert out[0].dtype == torch.bfloat16 and torch.equal(out[0], out[2])
-    assert _relative(out[0], expected) <= 1.5 * usual + 1e-2
+    assert relative_error(out[0], expected) <= 1.5 * usual + 1e-2
     if has_kernels:
         assert [type(p) for p in half._records._programs.values()] == [Replay]
         products = ("linear", "matmul", "mm", "bmm", "baddbmm")
@@ -174,30 +168,7 @@ def test_gradients_of_the_image(family: str) -> None:
         x = images(1, 3, _side(family), _side(family)).double().requires_grad_()
         m(x).square().sum().backward()
         grads.append(x.grad)
-    assert _relative(grads[1], grads[0]) <= 1e-6
-
-
-def test_gradients_in_single_precision() -> None:
-    model = _made("unireplknet").fuse()  # without kinks
-    x = images(1, 3, 40, 40).requires_grad_()
-    model(x).square().sum().backward()
-    exact = images(1, 3, 40, 40).double().requires_grad_()
-    model.double()(exact).square().sum().backward()
-    assert _relative(x.grad, exact.grad.float()) <= 1e-4
-
-
-@every_family
-@torch.no_grad()
-def test_state_dicts_move_between_fused_models(family: str) -> None:
-    source, target = _made(family).fuse(), small(family).eval().fuse()
-    x = images(1, 3, _side(family), _side(family))
-    assigned = copy.deepcopy(target)
-    before, expected = target(x), source(x)
-    assigned(x)
-    target.load_state_dict(source.state_dict())
-    assert torch.equal(target(x), expected) and not torch.equal(expected, before)
-    assigned.load_state_dict(source.state_dict(), assign=True)
-    assert torch.equal(assigned(x), expected)
+    assert relative_error(grads[1], grads[0]) <= 1e-6
 
 
 @pytest.mark.parametrize("family", ["inception_next", "unireplknet"])
@@ -208,7 +179,7 @@ def test_torch_export_takes_the_plain_form(family: str) -> None:
     expected = model(x)
     program = torch.export.export(model, (x,))
     assert not [n for n in program.graph.nodes if "mkldnn" in str(n.target)]
-    assert _relative(program.module()(x), expected) <= 1e-5
+    assert relative_error(program.module()(x), expected) <= 1e-5
 
 
 # Of torch's own compiler, where it is imported first.
@@ -220,7 +191,7 @@ def test_torch_compile_takes_the_plain_form(family: str) -> None:
     model = _made(family).fuse()
     x = images(1, 3, 64, 64)
     compiled = torch.compile(model, fullgraph=family != "medvitv2")
-    assert _relative(compiled(x), model(x)) <= 1e-4
+    assert relative_error(compiled(x), model(x)) <= 1e-4
 
 
 def test_without_onednn_it_only_folds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,14 +216,4 @@ def test_autocast_keeps_working() -> None:
         expected = model(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             for image in (x, x.bfloat16()):  # whose dtype need not be that of the weights
-                assert _relative(model(image).float(), expected) <= 0.05
-
-
-def test_only_the_exact_class_is_replaced() -> None:
-    class Other(HiLoAttention):
-        pass
-
-    assert fast_form(HiLoAttention(8, 2)) is FastHiLoAttention
-    assert fast_form(Other(8, 2)) is None
-    with pytest.raises(TypeError, match="does not stand for"):
-        layers.convert(nn.Conv2d(1, 1, 1), layers.FastLinear)
+                assert relative_error(model(image).float(), expected) <= 0.05
