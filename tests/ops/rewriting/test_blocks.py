@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import LINEAR_DTYPES, conv_row, random, without_kernels
+from compiled_kernels import conv_row, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_graphs import graph_of, names_of
 from timm.layers import LayerNorm2d
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
@@ -23,12 +24,9 @@ from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.conversion import to_channels_last
 from ops.inference.layers import FastLinear, activate, convert
 from ops.inference.norm import FastLayerNorm
-from ops.mobile import conv_stem
-from ops.rewriting import feed_forward, windows
+from ops.rewriting import feed_forward
 from ops.rewriting.feed_forward import FeedForward
 from ops.rewriting.graph import OperatorGraph, Program
-from ops.rewriting.recorder import record
-from ops.rewriting.rewrite import rewrite
 from ops.rewriting.stem import Stem
 from ops.rewriting.windows import WindowedAttention
 
@@ -79,16 +77,6 @@ def test_fallback_to_layers_one_by_one(
     assert grown.grad is not None
 
 
-def test_bfloat16_in_one_pass() -> None:
-    made = _made(has_conv=True)
-    expected = made(X)
-    half = copy.deepcopy(made).bfloat16()
-    out = half(X.bfloat16())
-    assert (out - expected).abs().max() <= 2**-7 * (1 + expected.abs().max())
-    one_pass = isinstance(half.derived(X.bfloat16()), PackedDepthwiseMlp)
-    assert one_pass == (torch.bfloat16 in LINEAR_DTYPES)
-
-
 @pytest.mark.parametrize("residual", [True, False])
 def test_large_maps_in_pieces(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(depthwise_mlp, "unavailable", lambda *_: "switched off")
@@ -108,18 +96,8 @@ def _block(size: tuple[int, int], shift: int, heads: int = 2, side: int = 4) -> 
     return block.eval().requires_grad_(False)
 
 
-def _rewritten(model: nn.Module, x: Tensor) -> OperatorGraph:
-    graph = record(model, model, x)
-    rewrite(graph)
-    return graph
-
-
 def _attention(graph: OperatorGraph) -> list[WindowedAttention]:
     return [o.function for o in graph.operators if isinstance(o.function, WindowedAttention)]
-
-
-def _names(graph: OperatorGraph) -> list[str]:
-    return [o.name for o in graph.operators if "reshape" not in o.name]
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -137,9 +115,9 @@ def test_a_swin_block_has_no_copies(
     model, x = _block((12, 8), shift, heads).to(dtype), torch.randn(batch, 12, 8, 16).to(dtype)
     exact = copy.deepcopy(model).double()(x.double())
     to_channels_last(model, always=True)
-    graph = _rewritten(model, x)
+    graph = graph_of(model, x)
     expected = ["FastLayerNorm", "FastLinear", "WindowedAttention", "FastLinear", "FeedForward"]
-    assert _names(graph) == expected, str(graph)
+    assert names_of(graph) == expected, str(graph)
     if not kernel:
         monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "switched off")
     error = (Program(graph)(x).double() - exact).abs().max()
@@ -156,15 +134,9 @@ def test_windows_of_a_padded_map() -> None:
 def _check_attention(model: nn.Module, x: Tensor, joined: int) -> None:
     expected = copy.deepcopy(model)(x)
     to_channels_last(model, always=True)
-    graph = _rewritten(model, x)
+    graph = graph_of(model, x)
     assert len(_attention(graph)) == joined, str(graph)
     torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_large_maps_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "_MOST_INDICES", 16)
-    model, x = _block((8, 8), 0), torch.randn(1, 8, 8, 16)
-    assert not _attention(_rewritten(model, x))
 
 
 class _Attention(nn.Module):
@@ -213,9 +185,7 @@ def test_only_orders_of_tokens_are_undone(change: str, is_joined: bool) -> None:
 
 # ---- stems ---------------------------------------------------------------------------------------
 def _program(model: nn.Module, x: Tensor) -> Program:
-    graph = record(model.eval().requires_grad_(False), model, x)
-    rewrite(graph)
-    return Program(graph)
+    return Program(graph_of(model.requires_grad_(False), x))
 
 
 def _stems(program: Program) -> list[Stem]:
@@ -298,14 +268,3 @@ def test_odd_channels_of_bfloat16_are_left_to_torch() -> None:
         torch.testing.assert_close(program(x), model(x), rtol=0.05, atol=0.02)
         (stem,) = _stems(program)
         assert (stem.derived(x) is not None) == made
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_with_and_without_the_kernel(dtype: torch.dtype, compiled: bool, monkeypatch) -> None:
-    x = random(1, 3, 61, 64).to(dtype)
-    model = conv_stem(3, 64).to(dtype)
-    if not compiled:
-        without_kernels(monkeypatch)
-    rtol, atol = (0.05, 0.01) if dtype == torch.bfloat16 else (1e-4, 1e-5)
-    torch.testing.assert_close(_program(model, x)(x), model(x), rtol=rtol, atol=atol)
