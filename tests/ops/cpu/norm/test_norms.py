@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import PLAIN_ACTIVATIONS, random, using_threads, without_kernels
+from compiled_kernels import PLAIN_ACTIVATIONS, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import RmsNorm2d
@@ -49,18 +49,6 @@ def test_is_the_norm(dtype, size, dim, activation, shift) -> None:
     # Float32 keeps 24 bits of the shift, and a norm of few channels divides by their deviation.
     tolerance = (30 if dim < 15 else 1) * (_tolerance(dtype) + shift * 2e-6)
     assert (out - expected).abs().max() <= tolerance * (1 + expected.abs().max())
-
-
-@pytest.mark.parametrize("size", [(2, 30, 37, 24), (1, 1, 3, 40_003)])
-def test_threads_and_strides_change_nothing(size: tuple[int, ...]) -> None:
-    x = random(*size).float()[..., 3:]
-    weight, bias = random(2, x.shape[3], seed=1).float()
-    outs = []
-    for threads in (1, 3, 7):
-        with using_threads(threads):
-            outs.append(layer_norm(x, weight, bias, 1e-6, "gelu"))
-    torch.testing.assert_close(outs[0], F.gelu(F.layer_norm(x, weight.shape, weight, bias, 1e-6)))
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
 def test_nan_stays_within_its_pixel() -> None:
@@ -167,11 +155,3 @@ def test_layers_follow_inputs_and_weights(norm: nn.Module, fast: Any, dtype: tor
     grown = x.clone().requires_grad_()
     layer(grown).sum().backward()
     assert grown.grad is not None
-
-
-@LAYERS
-@torch.inference_mode()
-def test_layers_without_kernels(norm: nn.Module, fast: Any, monkeypatch) -> None:
-    without_kernels(monkeypatch)
-    plain, layer, x = _pair(norm, fast, torch.float32)
-    assert torch.equal(layer(x), plain(x))
