@@ -68,12 +68,6 @@ def test_merged_kernel_is_the_sum_with_its_gradients(branches: list[tuple[int, i
 
 
 # ---- depthwise MLPs ------------------------------------------------------------------------------
-def test_definition() -> None:
-    mlp, x = DWMlp(4, 6).double(), random(2, 3, 5, 4)
-    near = depthwise(mlp.fc1(x).permute(0, 3, 1, 2), mlp.dwconv.weight, 1).permute(0, 2, 3, 1)
-    torch.testing.assert_close(mlp(x), mlp.fc2(F.gelu(near + mlp.dwconv.bias)))
-
-
 # ---- patches -------------------------------------------------------------------------------------
 @torch.no_grad()
 @pytest.mark.parametrize(
