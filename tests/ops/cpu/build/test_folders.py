@@ -309,10 +309,7 @@ def test_a_lock_that_is_never_released(compilations, monkeypatch, warned) -> Non
         fcntl.flock(held, fcntl.LOCK_EX)
         assert cpu.load("small").answer() == 42
     waiting, going_on = warned()
-    assert waiting == (
-        f"Waiting for another process that compiles kernels into {str(cpu.cache_dir())!r}"
-    )
-    assert going_on.endswith("is still locked: going on without the lock")
+    assert repr(str(cpu.cache_dir())) in waiting and "still locked" in going_on
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(compilations, monkeypatch) -> None:

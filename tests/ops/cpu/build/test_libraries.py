@@ -45,12 +45,7 @@ def test_builds_once_and_says_it(sources, monkeypatch, caplog, new_process):
         assert cpu.load("small").answer() == 42
     announced, done = (r.getMessage() for r in caplog.records)
     assert announced.startswith(f"Compiling 1 C++ kernels for {cpu.instruction_set()}")
-    for word in (
-        "which the package does not contain",
-        str(cpu.cache_dir()),
-        "vision-backbones build",
-    ):
-        assert word in announced
+    assert str(cpu.cache_dir()) in announced and "vision-backbones build" in announced
     assert "Compiled the small kernel" in done
     assert cpu.unavailable_reason("small") is None
     # Nothing but the library and the lock is left behind.
