@@ -1,9 +1,6 @@
-"""Kernels of norms and of a softmax with a table, and layers that call them."""
+"""Kernels of norms and of a softmax with a table."""
 
 from __future__ import annotations
-
-import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,17 +8,12 @@ import torch.nn.functional as F
 from compiled_kernels import PLAIN_ACTIVATIONS, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import RmsNorm2d
-from torch import Tensor, nn
 
 from ops.cpu.norm.attention_weights import attention_weights
 from ops.cpu.norm.biased_softmax import biased_softmax
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.response_scales import response_scales
 from ops.cpu.norm.rms_norm import rms_norm
-from ops.inference.layers import convert
-from ops.inference.norm import FastLayerNorm, FastRMSNorm, FastRmsNorm2d
-from ops.norm import RMSNorm
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -119,39 +111,3 @@ def test_are_the_softmax_of_products(depth, keys, dtype, half):
     products = (query.double() @ key.double()).unflatten(2, (6, 7))
     expected = (products + bias.double()).softmax(-1)
     assert (out - expected).abs().max() <= (2**-9 if half else 2e-6)
-
-
-# ---- layers --------------------------------------------------------------------------------------
-LAYERS = pytest.mark.parametrize(
-    ("norm", "fast"),
-    [
-        (nn.LayerNorm(20, 0.5), FastLayerNorm),
-        (RMSNorm(20, eps=0.5), FastRMSNorm),
-        (RmsNorm2d(9, eps=0.2), FastRmsNorm2d),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-
-
-def _pair(norm: nn.Module, fast: Any, dtype: torch.dtype) -> tuple[Any, Any, Tensor]:
-    """A trained norm, its inference form, and a map."""
-    plain = copy.deepcopy(norm).requires_grad_(False).to(dtype)
-    for parameter in plain.parameters():
-        nn.init.normal_(parameter)
-    return plain, convert(copy.deepcopy(plain), fast), torch.randn(2, 9, 5, 20).to(dtype)
-
-
-@LAYERS
-@DTYPES
-def test_layers_follow_inputs_and_weights(norm: nn.Module, fast: Any, dtype: torch.dtype) -> None:
-    plain, layer, x = _pair(norm, fast, dtype)
-    exact = copy.deepcopy(plain).double()
-    for image in (x, x, x[:0], x.transpose(0, 2).contiguous().transpose(0, 2)):
-        out = layer(image)
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.double(), exact(image.double()), rtol=2**-7, atol=1e-5)
-    layer.weight.mul_(2)
-    assert not torch.allclose(layer(x), plain(x))
-    grown = x.clone().requires_grad_()
-    layer(grown).sum().backward()
-    assert grown.grad is not None
