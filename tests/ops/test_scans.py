@@ -485,10 +485,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
         for n in (0, 3)
     ),
     (SELECTIVE, "delta_bias", torch.float64, "delta_bias must be torch.float32 beside"),
-    *(
-        (name, "backend", "gpu", "triton or None, got 'gpu'")
-        for name in SCANS
-    ),
+    *((name, "backend", "gpu", "triton or None, got 'gpu'") for name in SCANS),
 ]
 
 
@@ -511,6 +508,9 @@ def test_a_wrong_tensor_is_refused_by_its_name(name: str) -> None:
                 SCANS[name].function(**{**given, argument: wrong})
             if isinstance(wrong, Tensor) and wrong.shape != right.shape:
                 assert str(tuple(wrong.shape)) in str(refused.value)
+        if (name, argument) != (GLA, "value"):  # which may have any number of channels
+            with pytest.raises(ValueError, match=" must "):
+                SCANS[name].function(**{**given, argument: right[..., 1:]})
 
 
 # ---- graphs ------------------------------------------------------------------------------------
