@@ -484,6 +484,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
         (SELECTIVE, "B", torch.zeros(2, n, 2, 9), f"groups that divide 8 channels, got {n}")
         for n in (0, 3)
     ),
+    (SELECTIVE, "C", torch.zeros(2, 2, 2, 4), r"C must be \(2, 2, 2, 9\)"),
     (SELECTIVE, "delta_bias", torch.float64, "delta_bias must be torch.float32 beside"),
     *((name, "backend", "gpu", "triton or None, got 'gpu'") for name in SCANS),
 ]
