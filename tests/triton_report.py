@@ -1,22 +1,12 @@
-"""Compile the Triton kernels of neighborhood attention and report the resources that they need.
-
-No GPU is needed. For every kernel that a call would launch, with all tiles that autotuning would
-try, a line of JSON gives the registers per thread, the bytes that are spilled, and the shared
-memory per program::
-
-    python tests/triton_report.py --arch 80 90 --dtype float32 bfloat16 --head-dim 32 64 128
+"""Compile the Triton kernels of neighborhood attention, without a GPU, for the resources they need.
 
 Spills and shared memory are of one program; a thread has at most 255 registers.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,13 +41,13 @@ class Start:
     config: triton.Config
 
 
-def starts(
-    rank: int, head_dim: int, dtype: torch.dtype, extra: bool, rpb: bool, first: bool
-) -> Iterator[Start]:
-    """Every kernel of a forward and backward call, with every tile that would be tried, or only
-    the ``first`` one, which is used without autotuning.
+def starts(rank: int, head_dim: int, dtype: torch.dtype, *, full: bool = False) -> Iterator[Start]:
+    """Yield every kernel of a forward and backward call, with the tile that is used untuned.
 
-    The launcher runs on tensors of the meta device; launches are recorded instead of executed.
+    With ``full``, of a call with additional keys and a relative position bias.
+
+    The launcher itself is run on tensors of the meta device, and the launches are recorded instead
+    of executed.
     """
     recorded: list[tuple[Any, dict[str, Any], triton.Config | None]] = []
 
@@ -71,8 +61,8 @@ def starts(
     params = NAParams(kernel_size, (1,) * rank, (1,) * rank, (False,) * rank, head_dim**-0.5)
     heads = 4
     query = tensor(2, *_SIZES[rank], heads, head_dim)
-    additional = tensor(2, 16, heads, head_dim) if extra else None
-    table = tensor(heads, *(2 * k - 1 for k in kernel_size), dtype=torch.float32) if rpb else None
+    additional = tensor(2, 16, heads, head_dim) if full else None
+    table = tensor(heads, *(2 * k - 1 for k in kernel_size), dtype=torch.float32) if full else None
     inputs = (query, query, query, additional, additional, table)
     with mock.patch.object(launch, "run", record):
         out, lse = launch.forward(*inputs, params)
@@ -83,9 +73,7 @@ def starts(
         split_launch.mix(weights, heads_first, window)
         split_launch.scatter(weights, heads_first, window)
     for kernel, arguments, config in recorded:
-        tried = tiles.fitting(rank, arguments) if config is None else [config]
-        for chosen in tried[:1] if first else tried:
-            yield Start(kernel, arguments, chosen)
+        yield Start(kernel, arguments, config or tiles.fitting(rank, arguments)[0])
 
 
 def compile_start(start: Start, arch: int) -> dict[str, Any]:
@@ -104,19 +92,21 @@ def compile_start(start: Start, arch: int) -> dict[str, Any]:
             signature[parameter.name] = "constexpr"
             constexprs[(index,)] = value
             continue
-        fixed = not parameter.do_not_specialize
-        signature[parameter.name] = _specialize((index,), value, constexprs, attributes, fixed)
+        signature[parameter.name] = _specialize(
+            (index,), value, constexprs, attributes, fixed=not parameter.do_not_specialize
+        )
     source = ASTSource(function, signature, constexprs, attributes)
     options = {"num_warps": start.config.num_warps, "num_stages": start.config.num_stages}
     options |= LAUNCH_OPTIONS
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spilled = _assemble(compiled.asm["ptx"], arch)
-    # The kernel for delta takes no query, but its output has the same rank and dtype.
-    query = start.arguments["q_ptr" if "q_ptr" in start.arguments else "out_ptr"]
-    of_query = {"dtype": str(query.dtype), "head_dim": query.shape[-1], "rank": query.dim() - 3}
-    tile = {"tile": str(start.config.kwargs), **options}
-    needed = {"registers": registers, "spilled": spilled, "shared": compiled.metadata.shared}
-    return {"kernel": function.__name__, "arch": arch, **of_query, **tile, **needed}
+    shared = compiled.metadata.shared
+    return {
+        "kernel": function.__name__,
+        "registers": registers,
+        "spilled": spilled,
+        "shared": shared,
+    }
 
 
 def _specialize(
@@ -124,12 +114,15 @@ def _specialize(
     value: Any,
     constexprs: dict[tuple[int, ...], Any],
     attributes: dict[tuple[int, ...], Any],
+    *,
     fixed: bool,
 ) -> Any:
     """Type of an argument, with the specialisation that a launch would derive from its value."""
     if isinstance(value, tuple):
-        items = enumerate(value)
-        return tuple(_specialize((*path, i), x, constexprs, attributes, fixed) for i, x in items)
+        return tuple(
+            _specialize((*path, i), item, constexprs, attributes, fixed=fixed)
+            for i, item in enumerate(value)
+        )
     if value is None or (fixed and isinstance(value, int) and value == 1):
         constexprs[path] = value
         return "constexpr"
@@ -160,26 +153,3 @@ def _assemble(ptx: str, arch: int) -> tuple[int, int]:
     if registers is None or not spilled:
         raise ValueError(f"ptxas reports no registers: {said!r}")
     return int(registers[1]), sum(map(int, spilled))
-
-
-def main() -> None:
-    """Write the report to standard output."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="default: 80 90")
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--head-dim", type=int, nargs="+", default=[32, 64])
-    parser.add_argument("--rank", type=int, nargs="+", default=[2], choices=[1, 2, 3])
-    parser.add_argument("--extra", action="store_true", help="with additional keys and values")
-    parser.add_argument("--rpb", action="store_true", help="with a relative position bias")
-    parser.add_argument("--first", action="store_true", help="only the tiles taken untuned")
-    options = parser.parse_args()
-    which = options.extra, options.rpb, options.first
-    for arch, dtype, head_dim, rank in itertools.product(
-        options.arch, options.dtype, options.head_dim, options.rank
-    ):
-        for start in starts(rank, head_dim, getattr(torch, dtype), *which):
-            sys.stdout.write(json.dumps(compile_start(start, arch)) + "\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -47,7 +47,7 @@ def sources(
         (tmp_path / name).mkdir()
     monkeypatch.setattr(folders, "_PERSISTENT", tmp_path / "lasting")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "the user's cäche"))
     for name in ("VISION_BACKBONES_NATIVE", "VISION_BACKBONES_NATIVE_ISA", "CXX"):
         monkeypatch.delenv(name, raising=False)
     new_process()

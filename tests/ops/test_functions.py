@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from zoo import randomise
 
-from ops.conv import ConvNorm
 from ops.frames import frames_to_image
-from ops.init import init_fan_out, init_linear, init_trunc_normal, trunc_normal
-from ops.mobile import ConvFFN, Residual
+from ops.init import trunc_normal
 from ops.padding import reflect_pad_to_multiple, reflected_positions
-from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after, fuse_children
+from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after
 from ops.rounding import round_filters, round_keeping_sums
 from ops.tiling import Tile, run_tiled, tile_spans
 
@@ -152,16 +149,6 @@ def test_folding(layer: Callable[[bool], Any], bias: bool, affine: bool) -> None
     assert torch.equal(made.weight, weight)
 
 
-@torch.no_grad()
-def test_fuse_children_replaces_and_descends() -> None:
-    model = nn.Sequential(ConvNorm(3, 4), nn.Sequential(Residual(ConvFFN(4, 8))))
-    x = random(2, 3, 5, 6)
-    expected = randomise(model).double().eval()(x)
-    fuse_children(model)
-    torch.testing.assert_close(model(x), expected)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-
-
 # ---- filters rounded with their sums -------------------------------------------------------------
 _DTYPES = [torch.bfloat16, torch.float16]
 
@@ -213,30 +200,6 @@ def test_only_filters_change() -> None:
 
 
 # ---- initial values ------------------------------------------------------------------------------
-def test_spread() -> None:
-    torch.manual_seed(0)
-    for layer, fan_out in (
-        (nn.Conv2d(64, 128, 3), 128 * 9),
-        (nn.Conv2d(512, 512, 5, groups=512), 25),
-        (nn.Conv2d(64, 128, (1, 7), groups=2, bias=False), 128 * 7 / 2),
-    ):
-        init_fan_out(layer)
-        assert layer.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.03)
-        init_trunc_normal(layer)
-        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.03)
-        assert layer.weight.abs().max() <= 2
-        assert layer.bias is None or not layer.bias.any()
-    for initialise in (init_fan_out, init_linear):
-        linear = nn.Linear(300, 300)
-        initialise(linear)
-        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.03)
-        assert not linear.bias.any()
-    conv = nn.Conv2d(3, 4, 3)
-    before = conv.weight.clone()
-    init_linear(conv)
-    assert torch.equal(conv.weight, before)
-
-
 @pytest.mark.slow
 def test_no_draw_falls_on_a_far_cut() -> None:
     torch.manual_seed(0)

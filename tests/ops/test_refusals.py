@@ -156,3 +156,8 @@ CASES: list[tuple[Callable[[], object], str]] = [
 def test_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_bool_is_no_number() -> None:
+    with pytest.raises(TypeError, match="length must be a whole number, got True"):
+        pool_tokens(_0(1, 4, 2), True)

@@ -151,17 +151,6 @@ def test_long_sequences(backend: str, tokens: int) -> None:
     _check("selective_scan", {**given, "delta": given["delta"] / 10}, backend, 10)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 16, 50, 64])
-def test_chunks_of_any_size(chunk: int) -> None:
-    for bonus in (False, True):
-        given = {**inputs(50, bonus=bonus), "scale": 0.5}
-        attend = linear_attention.chunked.attend
-        assert difference(attend(**given, chunk=chunk), attend(**given)) < 1e-13
-    for states in (1, 16) if chunk > 1 else ():
-        given, scan = {**selective_inputs(50, states=states), **STEPS}, selective_scan.chunked.scan
-        assert difference(scan(**given, chunk=chunk), scan(**given)) < 1e-13
-
-
 def _wkv_cases() -> dict[str, tuple[dict[str, Tensor], float, float]]:
     """Inputs, and how far outputs and gradients may be off."""
     cases = {
@@ -482,59 +471,47 @@ def test_states_that_triton_does_not_hold() -> None:
 
 # ---- refusals ----------------------------------------------------------------------------------
 GLA, SELECTIVE, MAPS = "gated_linear_attention", "selective_scan", "cross_selective_scan"
-Change = Callable[[Tensor], Any]
-REFUSED: list[tuple[str, str, Change, str]] = [
-    ("bi_wkv", "value", lambda t: t[:, 1:], r"\(2, 8, 11\)"),
-    ("bi_wkv", "decay", lambda t: t[1:], r"\(10,\)"),
-    ("bi_wkv", "first", lambda t: t[None], r"\(1, 11\)"),
-    ("bi_wkv", "key", lambda t: t.long(), "torch.int64"),
-    ("bi_wkv", "value", lambda t: t.double(), "torch.float64"),
-    ("bi_wkv", "value", lambda t: t.to("meta"), "meta"),
-    ("bi_wkv", "segments", lambda t: 0, "got 0"),
-    ("bi_wkv", "segments", lambda t: 2.0, r"got 2\.0"),
-    ("bi_wkv", "segments", lambda t: True, "got True"),
-    ("bi_wkv", "backend", lambda t: "cuda", "'cuda'"),
-    ("bi_wkv", "key", lambda t: None, "key must be a tensor"),
-    ("bi_wkv", "first", lambda t: [0.0] * 11, "first must be a tensor"),
-    (GLA, "query", lambda t: t[0], r"query must be \(B, L, H, K\)"),
-    (GLA, "key", lambda t: t[:, :8], r"key must be \(2, 9, 3, 8\)"),
-    (GLA, "value", lambda t: t[:1], r"value must be \(2, 9, 3, 5\)"),
-    (GLA, "bonus", lambda t: t[0], r"bonus must be \(3, 8\)"),
-    (GLA, "log_gate", lambda t: t.double(), "log_gate must be torch.float32"),
-    (GLA, "log_gate_back", lambda t: t.to("meta"), "log_gate_back is on meta"),
-    (GLA, "query", lambda t: t.int(), "floating-point"),
-    (GLA, "key", lambda t: t.bfloat16(), "key must be torch.float32 beside a query"),
-    (GLA, "value", lambda t: t.bfloat16(), "value must be torch.float32 beside a query"),
-    (GLA, "backend", lambda t: "gpu", "one of reference, chunked, cpu, triton"),
-    (GLA, "log_gate", lambda t: None, "log_gate must be a tensor, got None"),
-    (GLA, "bonus", lambda t: 1, "bonus must be a tensor, got 1"),
-    (SELECTIVE, "u", lambda t: t[0], "u must have 3 dimensions"),
-    (SELECTIVE, "delta", lambda t: t[:1], r"delta must be \(2, 8, 9\) beside u of \(2, 8, 9\)"),
-    (SELECTIVE, "A", lambda t: t[:4], r"A must be \(8, 2\) beside u"),
-    (SELECTIVE, "C", lambda t: t[..., :4], r"C must be \(2, 2, 2, 9\)"),
-    (SELECTIVE, "B", lambda t: torch.zeros(2, 3, 2, 9), "groups that divide 8 channels, got 3"),
-    (SELECTIVE, "B", lambda t: torch.zeros(2, 0, 2, 9), "got 0"),
-    (SELECTIVE, "D", lambda t: t[:2], r"D must be \(8,\)"),
-    (SELECTIVE, "delta_bias", lambda t: t.double(), "delta_bias must be torch.float32 beside"),
-    (SELECTIVE, "delta", lambda t: t.to("meta"), "delta is on meta, u on cpu"),
-    (SELECTIVE, "u", lambda t: t.int(), "floating-point"),
-    (SELECTIVE, "backend", lambda t: "gpu", "one of reference, chunked, cpu, triton"),
-    (SELECTIVE, "B", lambda t: None, "B must be a tensor, got None"),
-    (MAPS, "x", lambda t: t[0], "x must have 4 dimensions"),
-    (MAPS, "projected", lambda t: t[..., :5], r"projected must be \(2, 3, 3, 20\) beside x of"),
-    (MAPS, "delta_weight", lambda t: t[:2], r"delta_weight must be \(4, 5, 3\)"),
-    (MAPS, "A", lambda t: t[:5], r"A must be \(20, 1\)"),
-    (MAPS, "delta_bias", lambda t: t[:5], r"delta_bias must be \(20,\)"),
+REFUSED: list[tuple[str, str, Any, str]] = [
+    *(("bi_wkv", "segments", n, f"got {n}") for n in (0, 2.0, True)),
+    ("bi_wkv", "value", torch.float64, "torch.float64"),
+    *(
+        (GLA, n, torch.bfloat16, f"{n} must be torch.float32 beside a query")
+        for n in ("key", "value")
+    ),
+    (GLA, "log_gate", torch.float64, "log_gate must be torch.float32"),
+    (GLA, "bonus", 1, "bonus must be a tensor, got 1"),
+    *(
+        (SELECTIVE, "B", torch.zeros(2, n, 2, 9), f"groups that divide 8 channels, got {n}")
+        for n in (0, 3)
+    ),
+    (SELECTIVE, "C", torch.zeros(2, 2, 2, 4), r"C must be \(2, 2, 2, 9\)"),
+    (SELECTIVE, "delta_bias", torch.float64, "delta_bias must be torch.float32 beside"),
+    *((name, "backend", "gpu", "triton or None, got 'gpu'") for name in SCANS),
 ]
 
 
-@pytest.mark.parametrize(("name", "argument", "change", "said"), REFUSED)
-def test_refused(name: str, argument: str, change: Change, said: str) -> None:
-    given: dict[str, Any] = _single(name, 9)
-    changed = {argument: change(given.get(argument))}  # type: ignore[arg-type]
+@pytest.mark.parametrize(("name", "argument", "value", "said"), REFUSED)
+def test_refused(name: str, argument: str, value: Any, said: str) -> None:
+    given: dict[str, Any] = {**_single(name, 9), **SCANS[name].options}
+    changed = given[argument].to(value) if isinstance(value, torch.dtype) else value
     error = TypeError if "must be a tensor" in said else ValueError
     with pytest.raises(error, match=said):
-        SCANS[name].function(**{**given, **SCANS[name].options, **changed})
+        SCANS[name].function(**{**given, argument: changed})
+
+
+@every_scan
+def test_a_wrong_tensor_is_refused_by_its_name(name: str) -> None:
+    """Of another size, rank, dtype or device than fits the others."""
+    given: dict[str, Any] = {**_single(name, 9), **SCANS[name].options}
+    for argument, right in _single(name, 9).items():
+        for wrong in (right[1:], right[None], right.long(), right.to("meta"), [0.0]):
+            with pytest.raises((TypeError, ValueError), match=rf"\b{argument}\b") as refused:
+                SCANS[name].function(**{**given, argument: wrong})
+            if isinstance(wrong, Tensor) and wrong.shape != right.shape:
+                assert str(tuple(wrong.shape)) in str(refused.value)
+        if (name, argument) != (GLA, "value"):  # which may have any number of channels
+            with pytest.raises(ValueError, match=" must "):
+                SCANS[name].function(**{**given, argument: right[..., 1:]})
 
 
 # ---- graphs ------------------------------------------------------------------------------------

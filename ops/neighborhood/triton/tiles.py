@@ -95,7 +95,7 @@ def configs(rank: int) -> list[triton.Config]:
 def fitting(rank: int, arguments: dict[str, Any]) -> list[triton.Config]:
     """The configurations that fit in shared memory; those that also fit in registers come first.
 
-    Both criteria are estimates, confirmed by ``tools/triton_report.py``. If none fits, the smallest
+    Both criteria are estimates, confirmed by ``tests/triton_report.py``. If none fits, the smallest
     is returned.
     """
     item_size = arguments["q_ptr"].element_size()

@@ -26,13 +26,9 @@ from ops.attention.cascaded import (
 )
 from ops.attention.hilo import HiLoAttention
 from ops.attention.pooled import PooledAttention
-from ops.attention.single_head import SingleHeadAttention, single_head_attention
 from ops.attention.window import (
     OverlappingWindowAttention,
     WindowAttention,
-    overlap_position_index,
-    relative_position_index,
-    shift_masks,
 )
 
 
@@ -197,25 +193,6 @@ def test_layer_is_its_definition_with_its_gradients(
 
 
 # ---- windows -------------------------------------------------------------------------------------
-def test_tables_may_be_given() -> None:
-    x = random(1, 8, 8, 4)
-    module = WindowAttention(4, 4, 2, 2).double()
-    given = module(x, relative_position_index(4), shift_masks(4, 2, x.dtype))
-    assert torch.equal(given, module(x))
-    overlap = OverlappingWindowAttention(4, 4, 2).double()
-    assert torch.equal(overlap(x, overlap_position_index(4, 6)), overlap(x))
-
-
-@pytest.mark.parametrize(
-    ("alpha", "size", "low", "high"),
-    [(0.0, 2, 0, 12), (0.2, 2, 2, 10), (0.9, 2, 10, 2), (1.0, 2, 12, 0), (0.0, 1, 12, 0)],
-)
-def test_heads_are_divided(alpha: float, size: int, low: int, high: int) -> None:
-    module = HiLoAttention(48, 12, size, alpha)
-    assert (module.low.num_heads if module.low else 0) == low
-    assert (module.high.num_heads if module.high else 0) == high
-
-
 # ---- bi-level routing ----------------------------------------------------------------------------
 def maps(height: int, width: int) -> list[Tensor]:
     return [random(2, height, width, c, seed=seed) for seed, c in enumerate((8, 8, 12))]
@@ -263,20 +240,6 @@ def one_head(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | float = 0
     """(B, d, H, W) twice, (B, C, H, W) and (HW, HW) → (B, C, H, W)."""
     tokens = (t.flatten(2).transpose(1, 2).unsqueeze(2) for t in (query, key, value))
     return attend(*tokens, bias).transpose(1, 2).view(value.shape)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (3, 5), (8, 2)])
-def test_single_head(size: tuple[int, int]) -> None:
-    given = [random(2, c, *size, seed=i).requires_grad_() for i, c in enumerate((4, 4, 7))]
-    assert_same_with_gradients(single_head_attention(*given), one_head(*given), given)
-
-
-@torch.no_grad()
-def test_the_rest_of_the_channels_pass_to_the_projection() -> None:
-    layer = SingleHeadAttention(10, 3, qk_dim=2).eval()
-    layer.proj = nn.Identity()
-    x = torch.randn(1, 10, 4, 4)
-    assert torch.equal(layer(x)[:, 3:], x[:, 3:].relu())
 
 
 def cascaded(x: Tensor, projections: Any, bias: Tensor) -> Tensor:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from comparisons import assert_same_with_gradients
 from compiled_kernels import random
 from torch import Tensor
 
 from ops.attention.rank_augmented import (
-    RankAugmentedAttention,
     rank_augmented_linear_attention,
     rotary_table,
 )
@@ -56,25 +54,3 @@ def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, exact.to(dtype), rtol=2e-2, atol=1e-3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(rank_augmented_linear_attention(*maps, table), out)
-
-
-@pytest.mark.parametrize("linear", [True, False])
-def test_layer(linear: bool) -> None:
-    torch.manual_seed(0)
-    layer, x = RankAugmentedAttention(16, 2, linear=linear).double(), random(2, 3, 5, 16)
-    q, k, v, gate = layer.qkvo(x).split(16, dim=-1)
-    attended = torch.zeros_like(x).flatten(1, 2)
-    for b in range(2):
-        for h in range(2):
-            part = slice(8 * h, 8 * h + 8)
-            qh, kh, vh = (t[b].flatten(0, 1)[:, part] for t in (q, k, v))
-            if linear:
-                attended[b, :, part] = published(qh, kh, vh, 5)
-            else:
-                logits = rotated(qh, 5) @ rotated(kh, 5).T * 8**-0.5
-                attended[b, :, part] = logits.softmax(-1) @ vh
-    lepe = F.conv2d(v.movedim(-1, 1), layer.lepe.weight, layer.lepe.bias, padding=2, groups=16)
-    expected = layer.proj((attended.view(x.shape) + lepe.movedim(1, -1)) * gate)
-    torch.testing.assert_close(layer(x), expected)
-    table = rotary_table(3, 5, 8, dtype=torch.float64)
-    torch.testing.assert_close(layer(x, table), expected)

@@ -12,40 +12,17 @@ from comparisons import assert_same_with_gradients
 from compiled_kernels import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import EcaModule
-from torch import Tensor, nn
+from torch import Tensor
 from zoo import images, randomise, small
 
 import backbones
 from ops.attention import biased
 from ops.attention.biased import attend_in_turn
-from ops.attention.channel import EfficientChannelAttention
-from ops.attention.large_kernel import DilatedDepthwiseConv2d, LargeKernelAttention
-from ops.attention.pooled import PooledAttention, pool_tokens
+from ops.attention.large_kernel import DilatedDepthwiseConv2d
+from ops.attention.pooled import pool_tokens
 from ops.attention.softmax import softmax_attention
 from ops.attention.token_pooling import TokenPooling, token_attentions
 from ops.attention.window import shift_masks, window_attention
-
-
-# ---- channels ------------------------------------------------------------------------------------
-@pytest.mark.parametrize("kernel_size", [1, 3, 7])
-@pytest.mark.parametrize("shape", [(2, 5, 3, 4), (1, 2, 1, 1)])
-def test_as_timm(kernel_size: int, shape: tuple[int, ...]) -> None:
-    layer, timms = EfficientChannelAttention(kernel_size), EcaModule(kernel_size=kernel_size)
-    layer.load_state_dict(timms.state_dict())
-    x = torch.randn(shape)
-    for taken in (x, x.contiguous(memory_format=torch.channels_last)):
-        torch.testing.assert_close(layer(taken), timms(x))
-    assert layer(x[:0]).shape == (0, *shape[1:])
-
-
-def test_gates_in_half_precision() -> None:
-    """Only the means and the gates are rounded."""
-    layer = EfficientChannelAttention().bfloat16()
-    x = torch.randn(2, 32, 6, 6).bfloat16()
-    exact = layer.double()(x.double())
-    error = (layer.bfloat16()(x).double() - exact).abs()
-    assert (error <= exact.abs() * 2**-6 + 1e-3).all()
 
 
 # ---- pooled keys ---------------------------------------------------------------------------------
@@ -55,22 +32,6 @@ def test_pool_drops_the_remainder(tokens: int, length: int) -> None:
     run = min(length, tokens)
     expected = [x[:, i : i + run].mean(1) for i in range(0, tokens - run + 1, run)]
     torch.testing.assert_close(pool_tokens(x, length), torch.stack(expected, dim=1))
-
-
-@pytest.mark.parametrize("sr_ratio", [1, 2])
-def test_norms_fold_away(sr_ratio: int) -> None:
-    torch.manual_seed(0)
-    layer = randomise(PooledAttention(8, 2, sr_ratio)).double().eval()
-    norm = randomise(nn.BatchNorm2d(8)).double().eval()
-    x = torch.randn(2, 8, 3, 5, dtype=torch.float64)
-    expected = layer(norm(x).flatten(2).transpose(1, 2))
-    key = layer.k
-    weight = key.weight.clone()
-    layer.fold_norm(norm)
-    assert layer.fuse().fuse() is layer
-    assert isinstance(layer.norm, nn.Identity)
-    torch.testing.assert_close(layer(x.flatten(2).transpose(1, 2)), expected)
-    assert torch.equal(key.weight, weight)
 
 
 # ---- large kernels -------------------------------------------------------------------------------
@@ -85,27 +46,6 @@ def test_phases_make_the_same_map_and_gradients(size, kernel_size, dilation) -> 
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
     wanted = F.conv2d(x, layer.weight, layer.bias, 1, layer.padding, dilation, groups=3)
     assert_same_with_gradients(layer(x), wanted, (x, layer.weight, layer.bias))
-
-
-@torch.no_grad()
-def test_reach_is_23_pixels() -> None:
-    layer = LargeKernelAttention(2)
-    base = torch.ones(1, 2, 41, 41)
-    moved = base.clone()
-    moved[:, :, 20, 20] += 1
-    changed = (layer(moved) != layer(base)).any(1)[0].nonzero()
-    assert changed.min(0).values.tolist() == [9, 9]
-    assert changed.max(0).values.tolist() == [31, 31]
-
-
-@torch.no_grad()
-def test_it_gates_its_input() -> None:
-    layer = LargeKernelAttention(3).double()
-    x = torch.randn(1, 3, 5, 6, dtype=torch.float64)
-    torch.testing.assert_close(layer(x) / x, layer.pw(layer.dw_dilated(layer.dw(x))))
-    layer.pw.weight.zero_()
-    layer.pw.bias.fill_(1)
-    assert torch.equal(layer(x), x)
 
 
 # ---- window by window ----------------------------------------------------------------------------

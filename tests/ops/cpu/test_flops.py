@@ -1,4 +1,4 @@
-"""Counts of multiply-accumulates: of every kernel that has products, and of torch's functions.
+"""Counts of multiply-accumulates: of neighborhood attention, and of torch's functions.
 
 That they are those of whole models is tested in ``tests/backbones/fusing/test_explain.py``.
 """
@@ -10,31 +10,12 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_calls import every_kernel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from ops.cpu import flops
 from ops.neighborhood import na2d, na2d_av, na2d_qk
 from ops.replay.trace import Trace, TracedCall
-
-# They have no products, or are no part of a forward pass.
-UNCOUNTED = {
-    *("bi_wkv_backward", "bi_wkv_forward", "gated_scan", "gated_scan_backward", "mixed_scan"),
-    "normed_scan",
-    *("nhwc_from_nchw", "layer_norm", "na_cpu_backward", "na_cpu_scatter", "rms_norm"),
-    *("biased_softmax", "response_scales"),
-    *("map_scan", "map_scan_backward", "sequence_scan", "sequence_scan_backward"),
-    "shifted_mixtures",
-    *("nchw_from_nhwc", "window_means"),
-}
-
-
-def test_every_kernel_is_counted_or_known_not_to_be() -> None:
-    kernels = {kernel.name for kernel in every_kernel()}
-    assert kernels - flops._KERNELS.keys() == UNCOUNTED
-    assert flops._KERNELS.keys() <= kernels
 
 
 def _traced(function: Callable[[], object]) -> list[TracedCall]:

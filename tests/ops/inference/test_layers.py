@@ -113,16 +113,6 @@ def test_scales_of_inputs_and_residuals(compiled: bool, dtype: torch.dtype, monk
                 torch.testing.assert_close(layer(given, scale=by).float(), expected, **bounds)
 
 
-def test_new_weights_and_copies() -> None:
-    layer, x = _linear(), torch.randn(3, 24)
-    _check(layer, x)
-    other = copy.deepcopy(layer)
-    layer.weight.mul_(2)
-    _check(layer, x)
-    _check(other, x)
-    assert not torch.equal(layer(x), other(x))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_alternating_depthwise_convolutions(dtype: torch.dtype) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ops import cpu
 from ops.attention.window import OverlappingWindowAttention, WindowAttention
-from ops.cpu.attention.grouped import ScoreTerms, attend_windows, grouped_attention
+from ops.cpu.attention.grouped import ScoreTerms, attend_windows
 from ops.inference.layers import FastLinear, convert
 from ops.inference.window import FastOverlappingWindowAttention, FastWindowAttention
 
@@ -89,13 +89,6 @@ def test_another_default_device_does_not_matter() -> None:
         with torch.device("meta"):
             out = fast(x)
         assert _error(out, layer(x)) <= 1e-5
-
-
-def test_without_the_kernel_it_is_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grouped_attention, "unavailable", lambda *_: "for the test")
-    for layer in (_layer(2, 6, 4, 2), _layer(2, 6, 4)):
-        fast, x = _fast(layer), _map(layer, 1, 2, 2)
-        assert _error(fast(x), layer(x)) <= 1e-6
 
 
 VALUES, LINES = torch.zeros(2, 3, 16), torch.zeros(1, 1, 4, dtype=torch.int32)

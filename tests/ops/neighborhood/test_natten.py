@@ -40,8 +40,8 @@ def _cases_of_natten(seeds: range) -> list[Case]:
 @pytest.mark.parametrize(
     "cases",
     [
-        *([case] for case in _cases_of_natten(range(40))),
-        pytest.param(_cases_of_natten(range(40, 3000)), marks=pytest.mark.slow, id="many"),
+        *([case] for case in _cases_of_natten(range(16))),
+        pytest.param(_cases_of_natten(range(16, 3000)), marks=pytest.mark.slow, id="many"),
     ],
     ids=lambda cases: str(cases[0].seed),
 )

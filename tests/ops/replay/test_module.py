@@ -123,27 +123,12 @@ def test_the_number_of_replays_is_bounded() -> None:
     assert 0 < len(_programs(block)) <= 16
 
 
-def _load(block: nn.Module, **options: bool) -> None:
-    block.load_state_dict({name: t + 1 for name, t in block.state_dict().items()}, **options)
-
-
-def _doubled(module: nn.Module, args: object, out: Tensor) -> Tensor:
-    return 2 * out
-
-
+# Those of weights and hooks are tested with networks, in tests/backbones/fusing.
 CHANGES: dict[str, Callable[[Any], object]] = {
-    "weight in place": lambda block: block.fc2.weight.zero_(),
-    "state dict": _load,
-    "assigned state dict": lambda block: _load(block, assign=True),
-    "parameter": lambda block: setattr(
-        block.norm, "weight", nn.Parameter(torch.full((8,), 3.0), requires_grad=False)
-    ),
     "module": lambda block: setattr(block, "act", nn.Tanh()),
     "attribute": lambda block: setattr(block, "scale", 3.0),
     "attribute inside": lambda block: setattr(block.norm, "eps", 10.0),
     "forward": lambda block: setattr(block.act, "forward", lambda x: 2 * x),
-    "hook": lambda block: block.act.register_forward_hook(_doubled),
-    "pre-hook": lambda block: block.act.register_forward_pre_hook(lambda m, args: 2 * args[0]),
 }
 
 
@@ -155,25 +140,7 @@ def test_changes_are_detected(change: str) -> None:
     for _ in range(6):
         out = block(x)
         assert torch.equal(out, block.compute(x)) and not torch.equal(out, before)
-
-
-def test_after_a_change_it_is_captured_again() -> None:
-    block, x = _recorded(), _input()
-    block(x)
-    block.fc1.weight.zero_()  # a change before it is captured, then one after
-    for _ in range(2):
-        for _ in range(8):
-            assert torch.equal(block(x), block.compute(x))
-        assert _programs(block)
-        block.fc2.weight.zero_()
-    handle = block.act.register_forward_hook(_doubled)
-    for _ in range(8):
-        block(x)
-    assert not _programs(block)
-    handle.remove()
-    for _ in range(100):
-        assert torch.equal(block(x), block.compute(x))
-    assert _programs(block)
+    assert _programs(block) or change == "forward", "captured again"
 
 
 def test_hooks_of_all_modules_are_detected() -> None:
@@ -255,18 +222,6 @@ def test_what_is_not_the_same_in_every_call_is_not_captured(
     assert not _programs(block) and block.act.calls == 10
 
 
-@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.LeakyReLU(), nn.Dropout()], ids=str)
-def test_activations_in_place_and_dropout(act: nn.Module) -> None:
-    block = _recorded(act=act.eval())
-    for seed in range(4):
-        assert torch.equal(block(_input(seed)), block.compute(_input(seed)))
-    assert len(_programs(block)) == 1
-    act.train()  # activates dropout
-    for seed in range(4):
-        block(_input(seed))
-    assert bool(_programs(block)) is not isinstance(act, nn.Dropout)
-
-
 def test_inputs_are_not_kept_alive() -> None:
     block, x = _recorded(), _input()
     block(x)
@@ -306,11 +261,3 @@ def test_threads_can_share_a_replay() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(is_right, inputs, expected))
-
-
-def test_without_the_kernel_the_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ops.replay.module.unavailable", lambda: "no compiler")
-    block = _recorded()
-    for seed in range(4):
-        assert torch.equal(block(_input(seed)), block.compute(_input(seed)))
-    assert not _programs(block)

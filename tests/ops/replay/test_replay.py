@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from unittest import mock
 
@@ -16,7 +15,6 @@ from torch import Tensor
 from ops.cpu.pooling.window_means import window_means
 from ops.replay import lowering as pointwise
 from ops.replay.capture import Capture
-from ops.replay.clock import clock
 from ops.replay.graph import Buffer, NotCapturableError, View
 from ops.replay.memory_plan import Use, lay_out
 from ops.replay.replay import Replay
@@ -212,13 +210,3 @@ def test_operations_that_cannot_be_replayed(
     assert isinstance(out, Tensor)
     with pytest.raises(NotCapturableError, match=message):
         capture.finish(out)
-
-
-def test_the_clock_of_one_thread_stands_still_while_it_waits() -> None:
-    with using_threads(1):
-        now = clock()
-        begin = now()
-        time.sleep(0.05)
-        assert now() - begin < 0.04
-    with using_threads(2):
-        assert clock() is time.perf_counter

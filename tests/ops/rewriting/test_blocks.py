@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import LINEAR_DTYPES, conv_row, random, without_kernels
+from compiled_kernels import conv_row, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_graphs import graph_of, names_of
 from timm.layers import LayerNorm2d
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
@@ -18,17 +19,13 @@ from torch import Tensor, nn
 from ops import cpu
 from ops.cpu import policy
 from ops.cpu.attention.grouped import grouped_attention
-from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
-from ops.inference.conv import FastDepthwiseConv2d
+from ops.cpu.feed_forward.depthwise_mlp import depthwise_mlp
 from ops.inference.conversion import to_channels_last
 from ops.inference.layers import FastLinear, convert
 from ops.inference.norm import FastLayerNorm
-from ops.mobile import conv_stem
-from ops.rewriting import feed_forward, windows
+from ops.rewriting import feed_forward
 from ops.rewriting.feed_forward import FeedForward
 from ops.rewriting.graph import OperatorGraph, Program
-from ops.rewriting.recorder import record
-from ops.rewriting.rewrite import rewrite
 from ops.rewriting.stem import Stem
 from ops.rewriting.windows import WindowedAttention
 
@@ -36,57 +33,19 @@ from ops.rewriting.windows import WindowedAttention
 X = torch.randn(2, 9, 11, 24, generator=torch.Generator().manual_seed(0))
 
 
-def _made(*, has_conv: bool, has_norm: bool = True) -> FeedForward:
+def _made() -> FeedForward:
     torch.manual_seed(0)
     fc1, fc2 = (convert(nn.Linear(*n), FastLinear) for n in ((24, 80), (80, 24)))
-    conv = nn.Conv2d(80, 80, 3, padding=1, groups=80)
-    last = convert(conv, FastDepthwiseConv2d) if has_conv else None
-    (fc1 if last is None else last).activation = "gelu"
-    norm = convert(nn.LayerNorm(24), FastLayerNorm) if has_norm else None
-    return FeedForward(fc1, fc2, last, norm).requires_grad_(False)
+    fc1.activation = "gelu"
+    norm = convert(nn.LayerNorm(24), FastLayerNorm)
+    return FeedForward(fc1, fc2, None, norm).requires_grad_(False)
 
 
 def _expected(made: FeedForward, x: Tensor) -> Tensor:
-    hidden = x if made.norm is None else F.layer_norm(x, (24,), made.norm.weight, made.norm.bias)
-    assert made.fc1 is not None
+    assert made.norm is not None and made.fc1 is not None
+    hidden = F.layer_norm(x, (24,), made.norm.weight, made.norm.bias)
     hidden = F.linear(hidden, made.fc1.weight, made.fc1.bias)
-    if made.conv is not None:
-        hidden = hidden.permute(0, 3, 1, 2)
-        hidden = F.conv2d(hidden, made.conv.weight, made.conv.bias, padding=1, groups=80)
-        hidden = hidden.permute(0, 2, 3, 1)
     return x + F.linear(F.gelu(hidden), made.fc2.weight, made.fc2.bias)
-
-
-@pytest.mark.parametrize("has_norm", [True, False])
-@pytest.mark.parametrize("has_conv", [True, False])
-def test_fallback_to_layers_one_by_one(
-    has_conv: bool, has_norm: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = _made(has_conv=has_conv, has_norm=has_norm)
-    expected = _expected(made, X)
-    calls: list[Tensor] = []
-    monkeypatch.setattr(PackedDepthwiseMlp, "pays", lambda self, x: calls.append(x) is None)
-    torch.testing.assert_close(made(X, X), expected)
-    assert calls
-    monkeypatch.setattr(PackedDepthwiseMlp, "pays", lambda self, x: False)
-    torch.testing.assert_close(made(X, X), expected)
-    exact = copy.deepcopy(made).double()(X.double(), X.double())
-    torch.testing.assert_close(exact.float(), expected)
-    monkeypatch.setattr(depthwise_mlp, "unavailable", lambda *_: "switched off")
-    torch.testing.assert_close(copy.deepcopy(made)(X, X), expected)
-    grown = X.clone().requires_grad_()
-    made(grown, grown).sum().backward()
-    assert grown.grad is not None
-
-
-def test_bfloat16_in_one_pass() -> None:
-    made = _made(has_conv=True)
-    expected = made(X)
-    half = copy.deepcopy(made).bfloat16()
-    out = half(X.bfloat16())
-    assert (out - expected).abs().max() <= 2**-7 * (1 + expected.abs().max())
-    one_pass = isinstance(half.derived(X.bfloat16()), PackedDepthwiseMlp)
-    assert one_pass == (torch.bfloat16 in LINEAR_DTYPES)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -95,7 +54,7 @@ def test_large_maps_in_pieces(residual: bool, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(feed_forward, "packed_pair", lambda *_: None)
     monkeypatch.setattr(feed_forward, "_CHUNK_BYTES", 1 << 12)
     monkeypatch.setattr(feed_forward, "_CHUNK_ROWS", 7)
-    made = _made(has_conv=False)
+    made = _made()
     expected = _expected(made, X) - (0 if residual else X)
     torch.testing.assert_close(made(X, X if residual else None), expected)
 
@@ -108,18 +67,8 @@ def _block(size: tuple[int, int], shift: int, heads: int = 2, side: int = 4) -> 
     return block.eval().requires_grad_(False)
 
 
-def _rewritten(model: nn.Module, x: Tensor) -> OperatorGraph:
-    graph = record(model, model, x)
-    rewrite(graph)
-    return graph
-
-
 def _attention(graph: OperatorGraph) -> list[WindowedAttention]:
     return [o.function for o in graph.operators if isinstance(o.function, WindowedAttention)]
-
-
-def _names(graph: OperatorGraph) -> list[str]:
-    return [o.name for o in graph.operators if "reshape" not in o.name]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -129,9 +78,9 @@ def test_a_swin_block_has_no_copies(batch: int, heads: int, shift: int, dtype: t
     model, x = _block((12, 8), shift, heads).to(dtype), torch.randn(batch, 12, 8, 16).to(dtype)
     exact = copy.deepcopy(model).double()(x.double())
     to_channels_last(model, always=True)
-    graph = _rewritten(model, x)
+    graph = graph_of(model, x)
     expected = ["FastLayerNorm", "FastLinear", "WindowedAttention", "FastLinear", "FeedForward"]
-    assert _names(graph) == expected, str(graph)
+    assert names_of(graph) == expected, str(graph)
     error = (Program(graph)(x).double() - exact).abs().max()
     bound = 1e-5 if dtype == torch.float32 else 2**-6 * (1 + exact.abs().max())
     assert error <= bound
@@ -151,15 +100,9 @@ def test_windows_of_a_padded_map() -> None:
 def _check_attention(model: nn.Module, x: Tensor, joined: int) -> None:
     expected = copy.deepcopy(model)(x)
     to_channels_last(model, always=True)
-    graph = _rewritten(model, x)
+    graph = graph_of(model, x)
     assert len(_attention(graph)) == joined, str(graph)
     torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_large_maps_are_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "_MOST_INDICES", 16)
-    model, x = _block((8, 8), 0), torch.randn(1, 8, 8, 16)
-    assert not _attention(_rewritten(model, x))
 
 
 class _Attention(nn.Module):
@@ -208,9 +151,7 @@ def test_only_orders_of_tokens_are_undone(change: str, is_joined: bool) -> None:
 
 # ---- stems ---------------------------------------------------------------------------------------
 def _program(model: nn.Module, x: Tensor) -> Program:
-    graph = record(model.eval().requires_grad_(False), model, x)
-    rewrite(graph)
-    return Program(graph)
+    return Program(graph_of(model.requires_grad_(False), x))
 
 
 def _stems(program: Program) -> list[Stem]:
@@ -293,14 +234,3 @@ def test_odd_channels_of_bfloat16_are_left_to_torch() -> None:
         torch.testing.assert_close(program(x), model(x), rtol=0.05, atol=0.02)
         (stem,) = _stems(program)
         assert (stem.derived(x) is not None) == made
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_with_and_without_the_kernel(dtype: torch.dtype, compiled: bool, monkeypatch) -> None:
-    x = random(1, 3, 61, 64).to(dtype)
-    model = conv_stem(3, 64).to(dtype)
-    if not compiled:
-        without_kernels(monkeypatch)
-    rtol, atol = (0.05, 0.01) if dtype == torch.bfloat16 else (1e-4, 1e-5)
-    torch.testing.assert_close(_program(model, x)(x), model(x), rtol=rtol, atol=atol)

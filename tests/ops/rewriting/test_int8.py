@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from operator_graphs import IMAGE, TOKENS, Call, graph_of, names_of
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
 
@@ -15,45 +16,24 @@ from ops.cpu import policy
 from ops.cpu.gemm.int8 import int8_unavailable, quantize_weight
 from ops.inference.packed_linear import Quantization
 from ops.rewriting.graph import Program
-from ops.rewriting.recorder import record
-from ops.rewriting.rewrite import rewrite
 
 _REASON = int8_unavailable(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
 
-IMAGE = torch.randn(2, 16, 9, 7, generator=torch.Generator().manual_seed(0))
-TOKENS = IMAGE.flatten(2).transpose(1, 2).contiguous()
-_VIEWS = ("permute", "reshape", "transpose", "flatten")
+
+def _made(function: Callable[..., Any], int8: str, **layers: nn.Module) -> Call:
+    """A module of layers, some of them in int8."""
+    torch.manual_seed(0)
+    model = Call(function, **layers)
+    for name in int8.split():
+        model.get_submodule(name).quantization = Quantization()  # type: ignore[assignment]
+    return model
 
 
-class _Call(nn.Module):
-    """A module of layers, some in int8, whose forward is a function of them and of the input."""
-
-    def __init__(self, function: Callable[..., Any], int8: str, **layers: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        torch.manual_seed(0)
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        for m in self.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                nn.init.uniform_(m.weight, -1.5, -0.5)
-                assert m.running_mean is not None and m.running_var is not None
-                m.running_mean.normal_()
-                m.running_var.uniform_(0.5, 1.5)
-        for name in int8.split():
-            self.get_submodule(name).quantization = Quantization()  # type: ignore[assignment]
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(self, x)
-
-
-def _check(model: _Call, x: Tensor, *expected: str, used: str) -> Any:
+def _check(model: Call, x: Tensor, *expected: str, used: str) -> Any:
     """Assert which operators are left, that they are close, and which layers are in int8."""
-    graph = record(model.eval(), model, x)
-    rewrite(graph)
-    names = [operator.name.removeprefix("aten.").partition(".")[0] for operator in graph.operators]
-    assert [name for name in names if name not in _VIEWS] == list(expected), str(graph)
+    graph = graph_of(model, x)
+    assert names_of(graph) == list(expected), str(graph)
     with torch.no_grad():
         out, wanted = Program(graph)(x), model(x)
     error = ((out - wanted).norm() / wanted.norm()).item()
@@ -69,7 +49,7 @@ def test_norms_activations_shortcuts_and_gates() -> None:
         return x + m.norm(m.conv(F.relu(x) * gates))
 
     conv = nn.Conv2d(16, 16, 1, bias=False)
-    model = _Call(forward, "conv", conv=conv, norm=nn.BatchNorm2d(16))
+    model = _made(forward, "conv", conv=conv, norm=nn.BatchNorm2d(16))
     expected = ("FastGlobalAvgPool2d", "sigmoid", "relu", "FastLinear")
     layer = _check(model, IMAGE, *expected, used="conv")
     # Folded, with a negative scale, it has the same int8 up to the sign.
@@ -79,7 +59,7 @@ def test_norms_activations_shortcuts_and_gates() -> None:
 
 def test_dense_convolutions() -> None:
     conv = nn.Conv2d(16, 24, 3, 2, 1, bias=False)
-    model = _Call(lambda m, x: F.relu(m.norm(m.conv(x))), "conv", conv=conv)
+    model = _made(lambda m, x: F.relu(m.norm(m.conv(x))), "conv", conv=conv)
     model.norm = nn.BatchNorm2d(24)
     _check(model, IMAGE, "FastConv2d", used="conv")
 
@@ -87,7 +67,7 @@ def test_dense_convolutions() -> None:
 @pytest.mark.parametrize("int8", ["wide narrow", "wide", "narrow"])
 def test_branches_are_in_int8_if_all_are(int8: str) -> None:
     wide, narrow = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
-    model = _Call(lambda m, x: m.wide(x) + m.narrow(x) + m.norm(x), int8, wide=wide, narrow=narrow)
+    model = _made(lambda m, x: m.wide(x) + m.narrow(x) + m.norm(x), int8, wide=wide, narrow=narrow)
     model.norm = nn.BatchNorm2d(16)
     _check(model, IMAGE, "FastConv2d", used=int8 if int8 == "wide narrow" else "")
 
@@ -95,7 +75,7 @@ def test_branches_are_in_int8_if_all_are(int8: str) -> None:
 @pytest.mark.parametrize("int8", ["fc1 fc2", "fc1", "fc2"])
 def test_feed_forwards(int8: str) -> None:
     fc1, fc2 = nn.Linear(16, 64), nn.Linear(64, 16)
-    model = _Call(lambda m, x: x + m.fc2(F.gelu(m.fc1(m.norm(x)))), int8, fc1=fc1, fc2=fc2)
+    model = _made(lambda m, x: x + m.fc2(F.gelu(m.fc1(m.norm(x)))), int8, fc1=fc1, fc2=fc2)
     model.norm = nn.LayerNorm(16)
     _check(model, TOKENS, "FeedForward", used=int8)
 
@@ -108,7 +88,7 @@ def test_feed_forwards_with_a_depthwise_convolution(
     for name in ("_FEWEST_OF_DEPTHWISE", "_FEWEST_OF_DEPTHWISE_IN_TILES"):
         monkeypatch.setattr(policy, name, fewest)
     fc1, conv = nn.Conv2d(16, 64, 1), nn.Conv2d(64, 64, 3, padding=1, groups=64)
-    model = _Call(lambda m, x: m.fc2(F.relu(m.conv(m.fc1(x)))), "fc1", fc1=fc1, conv=conv)
+    model = _made(lambda m, x: m.fc2(F.relu(m.conv(m.fc1(x)))), "fc1", fc1=fc1, conv=conv)
     model.fc2 = nn.Conv2d(64, 16, 1)
     model.fc2.quantization = Quantization()  # type: ignore[assignment]
     _check(model, IMAGE, "FeedForward", used="fc1 fc2" if fewest == 1 else "")
@@ -121,7 +101,7 @@ def test_response_norms(in_range: tuple[float, float] | None) -> None:
     nn.init.normal_(norm.weight)
     nn.init.normal_(norm.bias, 3.0)
     fc1, fc2 = nn.Linear(16, 64), nn.Linear(64, 16)
-    model = _Call(lambda m, x: m.fc2(m.norm(F.gelu(m.fc1(x)))), "fc1", fc1=fc1, norm=norm, fc2=fc2)
+    model = _made(lambda m, x: m.fc2(m.norm(F.gelu(m.fc1(x)))), "fc1", fc1=fc1, norm=norm, fc2=fc2)
     fc2.quantization = Quantization(in_range)  # type: ignore[assignment]
     x = IMAGE.permute(0, 2, 3, 1).contiguous()
     layer = _check(model, x, "ResponseFeedForward", used="fc1 fc2")
@@ -131,7 +111,7 @@ def test_response_norms(in_range: tuple[float, float] | None) -> None:
 def test_other_weights_than_the_layers() -> None:
     """Products that a module computes from its weight, or with another tensor, are in floats."""
     fc = nn.Linear(16, 24)
-    model = _Call(lambda m, x: F.linear(x, m.fc.weight * 2, m.fc.bias), "fc", fc=fc)
+    model = _made(lambda m, x: F.linear(x, m.fc.weight * 2, m.fc.bias), "fc", fc=fc)
     _check(model, TOKENS, "FastLinear", used="")
-    direct = _Call(lambda m, x: F.linear(x, m.fc.weight), "fc", fc=nn.Linear(16, 24))
+    direct = _made(lambda m, x: F.linear(x, m.fc.weight), "fc", fc=nn.Linear(16, 24))
     _check(direct, TOKENS, "FastLinear", used="fc")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import _ctypes
 import ctypes
 import errno
 import fcntl
-import logging
 import os
 import pwd
 import stat
@@ -18,14 +16,14 @@ from pathlib import Path
 import pytest
 
 from ops import cpu
-from ops.cpu.build import compiler, folders, openmp
-from ops.cpu.build.folders import is_own_file, problem, shell_word
+from ops.cpu.build import folders
+from ops.cpu.build.folders import is_own_file, problem
 from ops.cpu.build.sources import Sources
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    made = tmp_path / "above" / "folder"
+    made = tmp_path / "above" / "it's a folder"
     made.mkdir(parents=True, mode=0o755)
     made.parent.chmod(0o755)
     return made
@@ -92,14 +90,6 @@ def test_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_own_file(folder / "link") and not is_own_file(folder)
     give_away(file, monkeypatch)
     assert not is_own_file(file)
-
-
-@pytest.mark.parametrize("name", ["plain", "two words", "it's", "ä"])
-def test_shell_quoting(name: str) -> None:
-    word = shell_word(Path(name))
-    done = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
-    assert done.stdout.decode() == name
-    assert shell_word(Path(f"{name}\nb")).isprintable()
 
 
 # ---- libraries that must not be loaded ---------------------------------------------------------
@@ -226,12 +216,6 @@ def _is_below_a_file(monkeypatch) -> str:
     return str(cpu.cache_dir().parent)
 
 
-def _is_a_loop_of_links(monkeypatch) -> str:
-    cpu.cache_dir().parent.mkdir()
-    cpu.cache_dir().symlink_to(cpu.cache_dir())
-    return str(cpu.cache_dir().parent)
-
-
 def _cannot_be_written(monkeypatch) -> str:
     real = folders.tempfile.mkdtemp
 
@@ -265,10 +249,7 @@ def _is_mounted_without_execution(monkeypatch) -> str:
 
 @pytest.mark.parametrize(
     "hindrance",
-    [
-        *(_is_below_a_file, _is_a_loop_of_links, _cannot_be_written, _has_no_home),
-        _is_mounted_without_execution,
-    ],
+    [_is_below_a_file, _cannot_be_written, _has_no_home, _is_mounted_without_execution],
     ids=lambda hindrance: hindrance.__name__,
 )
 def test_a_cache_that_will_not_do(
@@ -310,22 +291,6 @@ def test_a_cache_that_will_do(condition, compilations, monkeypatch, new_process,
     assert len(compilations) == 1 and not warned()
 
 
-def test_odd_names(sources, tmp_path, monkeypatch, new_process, caplog) -> None:
-    name = os.fsdecode("with spaces, 'quotes', ä\n and ".encode() + b"\xff [bytes] $HOME")
-    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / name))
-    with caplog.at_level(logging.INFO, logger="ops.cpu"):
-        first = cpu.load("small")
-    assert first.answer() == 42 and openmp.runtime() is not None
-    assert all(r.getMessage().isprintable() for r in caplog.records)
-    monkeypatch.setattr(compiler, "run", None)  # not called again
-    new_process()
-    second = cpu.load("small")
-    assert second.answer() == 42
-    for library in (first, second):  # scikit-learn cannot read the names of libraries like this
-        _ctypes.dlclose(library._handle)
-    assert cpu.status("small").path.parent == tmp_path / name / "native"
-
-
 def test_cache_dir(monkeypatch, tmp_path) -> None:
     monkeypatch.delenv("VISION_BACKBONES_CACHE_DIR", raising=False)
     if sys.platform not in ("darwin", "win32"):
@@ -344,10 +309,7 @@ def test_a_lock_that_is_never_released(compilations, monkeypatch, warned) -> Non
         fcntl.flock(held, fcntl.LOCK_EX)
         assert cpu.load("small").answer() == 42
     waiting, going_on = warned()
-    assert waiting == (
-        f"Waiting for another process that compiles kernels into {str(cpu.cache_dir())!r}"
-    )
-    assert going_on.endswith("is still locked: going on without the lock")
+    assert repr(str(cpu.cache_dir())) in waiting and "still locked" in going_on
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(compilations, monkeypatch) -> None:

@@ -18,7 +18,6 @@ from fresh_python import run_code
 from ops import cpu
 from ops.cpu import build, instruction_sets
 from ops.cpu.build import compiler, folders, libraries
-from ops.cpu.build.sources import SOURCES, Sources
 from ops.neighborhood import na2d
 
 _NAMES = ["a", "b", "c", "small"]
@@ -46,12 +45,7 @@ def test_builds_once_and_says_it(sources, monkeypatch, caplog, new_process):
         assert cpu.load("small").answer() == 42
     announced, done = (r.getMessage() for r in caplog.records)
     assert announced.startswith(f"Compiling 1 C++ kernels for {cpu.instruction_set()}")
-    for word in (
-        "which the package does not contain",
-        str(cpu.cache_dir()),
-        "vision-backbones build",
-    ):
-        assert word in announced
+    assert str(cpu.cache_dir()) in announced and "vision-backbones build" in announced
     assert "Compiled the small kernel" in done
     assert cpu.unavailable_reason("small") is None
     # Nothing but the library and the lock is left behind.
@@ -284,12 +278,6 @@ def test_switched_off(word, sources, compiled, monkeypatch):
         cpu.load("other")
 
 
-def test_invalid_switch(sources, monkeypatch):
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
-    with pytest.raises(ValueError, match=r"VISION_BACKBONES_NATIVE must be .*'false'.*'maybe'"):
-        cpu.load("small")
-
-
 # ---- ahead of time -----------------------------------------------------------------------------
 def test_prepare_compiles_all_and_loads_none(four, compilations, monkeypatch) -> None:
     richest = cpu.levels()[0]  # which this CPU need not run
@@ -348,22 +336,6 @@ def test_a_library_that_does_not_load_here_is_compiled(sources, compiled) -> Non
     assert cpu.load("small").answer() == 42
     assert cpu.status("small").path.parent == cpu.cache_dir()
     assert path.exists()
-
-
-@pytest.mark.parametrize("name", sorted(Sources().all()))
-def test_glibc_symbols_match_the_wheel_tag(name: str) -> None:
-    """manylinux_2_28; what a newer one has in place of it is named by its version."""
-    path = cpu.status(name).path
-    assert path is not None
-    versions = re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes())
-    assert max(map(int, versions), default=0) <= 28
-
-
-def test_every_kernel_of_the_package_stands_alone():
-    """No header of torch or Python: one library serves every version of them."""
-    for source in [*SOURCES.rglob("*.cpp"), *SOURCES.rglob("*.h")]:
-        text = source.read_text()
-        assert "torch/" not in text and "Python.h" not in text and "ATen" not in text, source
 
 
 def test_the_old_name_of_the_state() -> None:

@@ -1,26 +1,19 @@
-"""Kernels of norms and of a softmax with a table, and layers that call them."""
+"""Kernels of norms and of a softmax with a table."""
 
 from __future__ import annotations
-
-import copy
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import PLAIN_ACTIVATIONS, random, using_threads, without_kernels
+from compiled_kernels import PLAIN_ACTIVATIONS, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import RmsNorm2d
-from torch import Tensor, nn
 
 from ops.cpu.norm.attention_weights import attention_weights
 from ops.cpu.norm.biased_softmax import biased_softmax
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.response_scales import response_scales
 from ops.cpu.norm.rms_norm import rms_norm
-from ops.inference.layers import convert
-from ops.inference.norm import FastLayerNorm, FastRmsNorm2d
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -48,18 +41,6 @@ def test_is_the_norm(dtype, size, dim, activation, shift) -> None:
     # Float32 keeps 24 bits of the shift, and a norm of few channels divides by their deviation.
     tolerance = (30 if dim < 15 else 1) * (_tolerance(dtype) + shift * 2e-6)
     assert (out - expected).abs().max() <= tolerance * (1 + expected.abs().max())
-
-
-@pytest.mark.parametrize("size", [(2, 30, 37, 24), (1, 1, 3, 40_003)])
-def test_threads_and_strides_change_nothing(size: tuple[int, ...]) -> None:
-    x = random(*size).float()[..., 3:]
-    weight, bias = random(2, x.shape[3], seed=1).float()
-    outs = []
-    for threads in (1, 3, 7):
-        with using_threads(threads):
-            outs.append(layer_norm(x, weight, bias, 1e-6, "gelu"))
-    torch.testing.assert_close(outs[0], F.gelu(F.layer_norm(x, weight.shape, weight, bias, 1e-6)))
-    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
 def test_nan_stays_within_its_pixel() -> None:
@@ -134,46 +115,3 @@ def test_are_the_softmax_of_products(depth, keys, dtype, half):
     products = (query.double() @ (key.double() @ weight.double())).unflatten(2, (6, 7))
     expected = (products + bias.double()).softmax(-1)
     assert (out - expected).abs().max() <= (2**-9 if half else 2e-6)
-
-
-# ---- layers --------------------------------------------------------------------------------------
-LAYERS = pytest.mark.parametrize(
-    ("norm", "fast"),
-    [
-        (nn.LayerNorm(20, 0.5), FastLayerNorm),
-        (RmsNorm2d(9, eps=0.2), FastRmsNorm2d),
-    ],
-    ids=lambda value: getattr(value, "__name__", ""),
-)
-
-
-def _pair(norm: nn.Module, fast: Any, dtype: torch.dtype) -> tuple[Any, Any, Tensor]:
-    """A trained norm, its inference form, and a map."""
-    plain = copy.deepcopy(norm).requires_grad_(False).to(dtype)
-    for parameter in plain.parameters():
-        nn.init.normal_(parameter)
-    return plain, convert(copy.deepcopy(plain), fast), torch.randn(2, 9, 5, 20).to(dtype)
-
-
-@LAYERS
-@DTYPES
-def test_layers_follow_inputs_and_weights(norm: nn.Module, fast: Any, dtype: torch.dtype) -> None:
-    plain, layer, x = _pair(norm, fast, dtype)
-    exact = copy.deepcopy(plain).double()
-    for image in (x, x, x[:0], x.transpose(0, 2).contiguous().transpose(0, 2)):
-        out = layer(image)
-        assert out.dtype == dtype
-        torch.testing.assert_close(out.double(), exact(image.double()), rtol=2**-7, atol=1e-5)
-    layer.weight.mul_(2)
-    assert not torch.allclose(layer(x), plain(x))
-    grown = x.clone().requires_grad_()
-    layer(grown).sum().backward()
-    assert grown.grad is not None
-
-
-@LAYERS
-@torch.inference_mode()
-def test_layers_without_kernels(norm: nn.Module, fast: Any, monkeypatch) -> None:
-    without_kernels(monkeypatch)
-    plain, layer, x = _pair(norm, fast, torch.float32)
-    assert torch.equal(layer(x), plain(x))

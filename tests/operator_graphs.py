@@ -1,0 +1,62 @@
+"""Modules whose forward is a function, and what recording and rewriting make of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops.rewriting.graph import OperatorGraph, Program
+from ops.rewriting.recorder import record
+from ops.rewriting.rewrite import rewrite
+
+_VIEWS = ("permute", "reshape", "transpose", "flatten", "view", "unbind", "select")
+
+IMAGE = torch.randn(2, 16, 9, 7, generator=torch.Generator().manual_seed(0))
+TOKENS = IMAGE.flatten(2).transpose(1, 2).contiguous()
+
+
+class Call(nn.Module):
+    """A module of layers whose forward is a function of them and of the input."""
+
+    def __init__(self, function: Callable[..., Any], **layers: Any) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+                nn.init.uniform_(m.weight, -1.5, -0.5)
+                nn.init.normal_(m.bias)
+                assert m.running_mean is not None and m.running_var is not None
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def graph_of(model: nn.Module, x: Tensor) -> OperatorGraph:
+    """Rewritten."""
+    torch.manual_seed(0)
+    graph = record(model.eval(), model, x)
+    rewrite(graph)
+    return graph
+
+
+def names_of(graph: OperatorGraph) -> list[str]:
+    """The operators that compute something."""
+    names = [operator.name.removeprefix("aten.").partition(".")[0] for operator in graph.operators]
+    return [name for name in names if name not in _VIEWS]
+
+
+def assert_left(model: nn.Module, x: Tensor, *expected: str) -> None:
+    """Assert which operators are left, and that they compute what the model does."""
+    graph = graph_of(model, x)
+    assert names_of(graph) == list(expected), str(graph)
+    program = Program(graph)
+    for image in (x, torch.randn_like(x)):
+        with torch.no_grad():
+            torch.testing.assert_close(program(image), model(image), rtol=1e-5, atol=1e-5)
