@@ -6,11 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
-from clones import ROOT
+from clones import ROOT, fresh_clone
+from readme_renderer import markdown
 
 import backbones
 
@@ -161,7 +164,8 @@ def _urls() -> dict[str, str]:
 def test_addresses_and_versions_agree():
     repository = _urls()["Repository"]
     assert all(_urls()[name].startswith(repository) for name in ("Changelog", "Issues"))
-    names = ("CHANGELOG.md", "CITATION.cff", "SECURITY.md", ".github/ISSUE_TEMPLATE/config.yml")
+    names = ("CHANGELOG.md", "CITATION.cff", "SECURITY.md", "pyproject.toml")
+    names += (".github/ISSUE_TEMPLATE/config.yml",)
     for text in ((ROOT / name).read_text() for name in names):
         assert set(re.findall(r"https://github\.com/[\w-]+/vision-backbones", text)) == {repository}
     text = (ROOT / "CHANGELOG.md").read_text()
@@ -170,9 +174,71 @@ def test_addresses_and_versions_agree():
     assert headings == re.findall(r"^\[(.+?)\]: https://", text, re.M)
 
 
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The source distribution and a wheel of a fresh clone."""
+    folder = tmp_path_factory.mktemp("packed")
+    clone = fresh_clone(folder / "clone")
+    made = {}
+    for kind in ("sdist", "wheel"):
+        code = f"import hatchling.build as b; print(b.build_{kind}({str(folder)!r}))"
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=clone,
+            env={**os.environ, "VISION_BACKBONES_NATIVE": "0"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert run.returncode == 0, run.stderr
+        made[kind] = folder / run.stdout.split()[-1]
+    return made
+
+
+def _metadata(package: Path) -> str:
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel:
+            (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+            return wheel.read(name).decode()
+    with tarfile.open(package) as source:
+        (name,) = (n for n in source.getnames() if n.count("/") == 1 and n.endswith("/PKG-INFO"))
+        file = source.extractfile(name)
+        assert file is not None
+        return file.read().decode()
+
+
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_readme_works_on_pypi(kind, packed):
+    """Its links lead to the tag's files, which the tree has, and nothing else of it changes."""
+    head, text = _metadata(packed[kind]).split("\n\n", 1)
+    assert "Description-Content-Type: text/markdown" in head
+    shown = markdown.render(text)
+    assert shown is not None
+    found = re.findall(r' (?:href|src)="([^"#]+)', shown)
+    repository, tag = _urls()["Repository"], f"v{backbones.__version__}"
+    pages = f"{repository}/blob/{tag}/"
+    files = f"{repository.replace('github.com', 'raw.githubusercontent.com')}/{tag}/"
+    own = [address for address in found if address.startswith((pages, files))]
+    relative = [address for address in found if not address.startswith("https://")]
+    assert len(own) > 30 and not relative
+    for address in own:
+        path = address.removeprefix(pages).removeprefix(files)
+        assert (ROOT / path).is_file(), path
+        assert address.startswith(files) == path.endswith(".png"), address
+    readme = (ROOT / "README.md").read_text()
+    assert text.replace(pages, "").replace(files, "").strip() == readme.strip()
+
+
+def test_packages_pass_the_check_of_twine(packed):
+    command = [sys.executable, "-m", "twine", "check", "--strict", *packed.values()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("PASSED") == 2
+
+
 def test_the_version_stands_once():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev0)?", backbones.__version__)
-    assert 'dynamic = ["version"]' in (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version", "readme"]' in (ROOT / "pyproject.toml").read_text()
     for name in ("pyproject.toml", "README.md", "mkdocs.yml", "CITATION.cff", "Makefile"):
         lines = (ROOT / name).read_text().splitlines()
         assert not [line for line in lines if f'"{backbones.__version__}"' in line], name
