@@ -135,7 +135,7 @@ def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
     except _UNFIT as error:
         if memory_shortage(error) is not None:
             raise
-        raise CommandError(f"the figures are not of this model: {error}") from error
+        raise CommandError(f"the figures are for a different model: {error}") from error
 
 
 def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:

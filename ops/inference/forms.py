@@ -30,7 +30,7 @@ def stands_for(
 
     def register(form: Form) -> Form:
         if not issubclass(form, plain):
-            raise TypeError(f"{form.__name__} does not stand for a {plain.__name__}")
+            raise TypeError(f"{form.__name__} cannot replace a {plain.__name__}")
         form.stands_for = plain  # type: ignore[attr-defined]
         _forms.setdefault(plain, []).append((where, form))
         return form

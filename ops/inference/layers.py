@@ -84,7 +84,7 @@ def convert(layer: nn.Module, fast: type[Module]) -> Module:
         TypeError: ``fast`` is not a subclass.
     """
     if not issubclass(fast, type(layer)):
-        raise TypeError(f"{fast.__name__} does not stand for a {type(layer).__name__}")
+        raise TypeError(f"{fast.__name__} cannot replace a {type(layer).__name__}")
     layer.__class__ = fast
     assert isinstance(layer, fast)
     return layer
@@ -97,7 +97,7 @@ def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
         TypeError: the layer's class is not a subclass of ``plain``.
     """
     if not isinstance(layer, plain):
-        raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
+        raise TypeError(f"a {type(layer).__name__} cannot replace a {plain.__name__}")
     layer.__class__ = plain
     for name in ("_derived", "_made_from", "decisions", "_records"):
         vars(layer).pop(name, None)

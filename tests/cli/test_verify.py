@@ -72,7 +72,7 @@ def test_figures_of_another_shape():
         "output",
     ]
     figures["stages"].pop()
-    with pytest.raises(CommandError, match="not of this model"):
+    with pytest.raises(CommandError, match="for a different model"):
         compare(model, figures)
 
 
@@ -123,7 +123,7 @@ def test_non_finite_weights_and_outputs(value, status, told, published, tmp_path
 )
 def test_invalid_figures(figures):
     model = backbones.create_model("shvit_s1", num_classes=3).eval()
-    with pytest.raises(CommandError, match="not of this model"):
+    with pytest.raises(CommandError, match="for a different model"):
         compare(model, figures)
 
 

@@ -254,5 +254,5 @@ def test_only_the_exact_class_is_replaced() -> None:
 
     assert fast_form(HiLoAttention(8, 2)) is FastHiLoAttention
     assert fast_form(Other(8, 2)) is None
-    with pytest.raises(TypeError, match="does not stand for"):
+    with pytest.raises(TypeError, match="cannot replace"):
         layers.convert(nn.Conv2d(1, 1, 1), layers.FastLinear)

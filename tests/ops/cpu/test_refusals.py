@@ -151,7 +151,7 @@ CASES: list[Case] = [
         lambda: _deformable(_0(1, 8, 8, 8), _0(1, 8, 4, 4), pack_taps(_0(8, 8, 2, 2))[:160]),
         "not packed for 8 outputs of 32 inputs",
     ),
-    (lambda: _stem(_0(1, 3, 8, 8), ["none"]), "an activation for each"),
+    (lambda: _stem(_0(1, 3, 8, 8), ["none"]), "one activation per layer"),
     (lambda: _stem(_0(1, 3, 8, 8), ["none", "softplus"]), "'softplus'"),
     (lambda: _stem(_0(1, 7, 8, 8), _NONE), "7 to 8 channels"),
     (
