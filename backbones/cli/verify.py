@@ -265,7 +265,7 @@ def _read_figures(path: Path) -> dict[str, Any]:
 def _verify_figures(loaded: Any, figures: dict[str, Any], path: Path) -> bool:
     if figures.get("model") != loaded.name:
         of = shown(figures.get("model"))
-        raise CommandError(f"{path} has figures of {of}, not of {loaded.name}")
+        raise CommandError(f"{path} has figures for {of}, not for {loaded.name}")
     sys.stdout.write(f"these weights, compared with {path} (torch {figures.get('torch')}):\n")
     return _show(compare(loaded.model, figures), _ALLOWED)
 

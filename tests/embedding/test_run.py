@@ -346,7 +346,7 @@ def test_processes_that_die_are_replaced(photos, checkpoint, out, tmp_path, monk
     ("more", "told"),
     [
         (["--features=head:1"], "--features must be head, stage:N or stage:N:map, not 'head:1'"),
-        (["--features=stage:3"], "shvit_s1 has stages 0 … 2, no 3"),
+        (["--features=stage:3"], "shvit_s1 has stages 0 … 2, not 3"),
         (["--classes=6"], "shvit_s1 has 5 classes, fewer than the requested 6"),
         (["--dtype=float16"], "--dtype float16 is for GPUs"),
         (["--checkpoint=absent.pth"], "no checkpoint at absent.pth"),
