@@ -109,6 +109,7 @@ format: $(VENV)/test.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# See .ci/release for its steps. DRY_RUN=1 prints those that take minutes instead of running them.
+# See .ci/release for its steps. DRY_RUN=1 prints those that take minutes instead of running them, and
+# RESUME=FOLDER continues a release of which a step failed.
 release:
-	@DRY_RUN='$(DRY_RUN)' .ci/release '$(VERSION)'
+	@DRY_RUN='$(DRY_RUN)' RESUME='$(RESUME)' .ci/release '$(VERSION)'

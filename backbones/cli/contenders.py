@@ -95,7 +95,7 @@ class Runtime(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
-            raise NotImplementedError("other runtimes do not train")
+            raise NotImplementedError("other runtimes cannot train")
         try:
             if self._run is None:
                 start, self.bytes_on_disk = self._prepare(self._name, tuple(images.shape))

@@ -135,7 +135,7 @@ def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
     except _UNFIT as error:
         if memory_shortage(error) is not None:
             raise
-        raise CommandError(f"the figures are not of this model: {error}") from error
+        raise CommandError(f"the figures are for a different model: {error}") from error
 
 
 def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -265,7 +265,7 @@ def _read_figures(path: Path) -> dict[str, Any]:
 def _verify_figures(loaded: Any, figures: dict[str, Any], path: Path) -> bool:
     if figures.get("model") != loaded.name:
         of = shown(figures.get("model"))
-        raise CommandError(f"{path} has figures of {of}, not of {loaded.name}")
+        raise CommandError(f"{path} has figures for {of}, not for {loaded.name}")
     sys.stdout.write(f"these weights, compared with {path} (torch {figures.get('torch')}):\n")
     return _show(compare(loaded.model, figures), _ALLOWED)
 

@@ -30,7 +30,7 @@ def check_dtype(computed: str, device: torch.device) -> None:
     if computed == "bfloat16" and not policy.multiplies(torch.bfloat16):
         raise CommandError(
             "--dtype bfloat16: this CPU has no bfloat16 instructions (AMX, AVX512-BF16), so "
-            "float32 is faster: leave it out"
+            "float32 is faster; leave the option out"
         )
     if computed == "int8" and (reason := not_faster_in_int8(device)) is not None:
-        raise CommandError(f"--dtype int8: {reason}: leave it out")
+        raise CommandError(f"--dtype int8: {reason}; leave the option out")

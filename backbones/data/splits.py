@@ -330,7 +330,7 @@ def _find_split(root: Path, split: str) -> Path:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
                 return path
-    raise DataError(f"{root} has no split {split!r}: there is neither {' nor '.join(names)} in it")
+    raise DataError(f"{root} has no split {split!r}: expected {' or '.join(names)}")
 
 
 def _list_folder(root: Path) -> list[tuple[str, File]]:

@@ -179,4 +179,6 @@ def _in_json(path: Path, text: str) -> Iterator[tuple[str, str]]:
                 raise TypeError(entry)
             yield key, one_line(str(label))
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise LabelError(f"{path} must be JSON with labels by key, or pairs of both") from error
+        raise LabelError(
+            f"{path} must be JSON with labels by key, or a list of key-label pairs"
+        ) from error

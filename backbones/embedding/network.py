@@ -52,7 +52,9 @@ def features_of(words: str, model: Any, name: str) -> Features:
         raise CommandError(f"--features {words}: timm returns no maps of {name}; use head")
     stages = model.stage_features() if is_ours else range(len(model.feature_info))
     if not 0 <= int(found[1]) < len(stages):
-        raise CommandError(f"{name} has stages 0 … {len(stages) - 1}, no {words.partition(':')[2]}")
+        raise CommandError(
+            f"{name} has stages 0 … {len(stages) - 1}, not {words.partition(':')[2]}"
+        )
     return Features(stages[int(found[1])], found[2] is None)
 
 

@@ -147,7 +147,7 @@ class Worker:
             if sha256_of(job.checkpoint) != said["weights"]["sha256"]:
                 raise DataError(
                     f"{job.checkpoint} is not the file that {job.folder} was started with; all "
-                    "machines must have the same"
+                    "machines must use the same file"
                 )
             network = Network(said["model"], job.checkpoint, said["features"], said["classes"])
         self.job, self.network = job, network

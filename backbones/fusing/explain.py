@@ -238,7 +238,7 @@ def explain(
     config: Any = getattr(model, "pretrained_cfg", None)
     if not isinstance(model, nn.Module) or config is None:
         raise TypeError(
-            f"model must be one of create_model() or of timm, got a {type(model).__name__} "
+            f"model must come from create_model() or timm, got a {type(model).__name__} "
             "(for features_only, explain the model inside)"
         )
     weight = next(model.parameters())

@@ -63,7 +63,7 @@ def predict_all(
     tops, targets, losses, begun = [], [], [], time.monotonic()
     for number, (images, labels) in enumerate(loader):
         if labels.ndim == 2:
-            raise DataError("the images have several labels each; accuracy is not defined there")
+            raise DataError("accuracy is not defined for images with several labels")
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(images.to(own)).float()  # (B, classes)
         tops.append(logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu())

@@ -339,7 +339,7 @@ def check_sizes(recipe: Recipe, sizes: Iterable[int]) -> None:
 def _check_teacher(recipe: Recipe) -> None:
     if recipe.distill is None:
         if recipe.teacher:
-            raise RecipeError(f"teacher {recipe.teacher!r} without distill: soft, hard or ofa?")
+            raise RecipeError(f"teacher {recipe.teacher!r} needs distill: soft, hard or ofa")
         return
     weights = (recipe.teacher_checkpoint is not None) + recipe.teacher_pretrained
     if not recipe.teacher or weights != 1:

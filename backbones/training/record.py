@@ -233,4 +233,4 @@ def _start_wandb(wandb: Any, folder: Path, recipe: Recipe) -> Any:
             resume="allow",
         )
     except Exception as error:  # the network, an account, a name: it has errors of its own for each
-        raise RecipeError(f"wandb rejects the run: {first_line(error)}") from error
+        raise RecipeError(f"wandb rejected the run: {first_line(error)}") from error

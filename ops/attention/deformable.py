@@ -192,7 +192,7 @@ class DeformableAttention(nn.Module):
             ValueError: as :func:`deformable_attention`, or a number of maps other than ``levels``.
         """
         if len(sizes) != self.levels:
-            raise ValueError(f"sizes must be of {self.levels} maps, got {len(sizes)}")
+            raise ValueError(f"sizes must describe {self.levels} maps, got {len(sizes)}")
         shape = (self.num_heads, self.levels, self.points)
         value = self.value_proj(features).unflatten(2, (self.num_heads, -1))
         weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1)

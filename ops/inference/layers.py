@@ -89,7 +89,7 @@ def stands_for(plain: type[nn.Module]) -> Callable[[Form], Form]:
 
     def register(form: Form) -> Form:
         if not issubclass(form, plain):
-            raise TypeError(f"{form.__name__} does not stand for a {plain.__name__}")
+            raise TypeError(f"{form.__name__} cannot replace a {plain.__name__}")
         form.stands_for = plain  # type: ignore[attr-defined]
         _forms[plain] = form
         return form
@@ -109,7 +109,7 @@ def convert(layer: nn.Module, fast: type[Module]) -> Module:
         TypeError: ``fast`` is not a subclass.
     """
     if not issubclass(fast, type(layer)):
-        raise TypeError(f"{fast.__name__} does not stand for a {type(layer).__name__}")
+        raise TypeError(f"{fast.__name__} cannot replace a {type(layer).__name__}")
     layer.__class__ = fast
     assert isinstance(layer, fast)
     return layer

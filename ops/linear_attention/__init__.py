@@ -116,7 +116,7 @@ def _check(
             f"{tuple(query.shape)} and {tuple(value.shape)}"
         )
     if not query.dtype.is_floating_point:
-        raise ValueError(f"query must be of a floating-point dtype, got {query.dtype}")
+        raise ValueError(f"query must have a floating-point dtype, got {query.dtype}")
     precise = (query.dtype, torch.float32)
     for name, t, shape, dtypes in (
         ("key", key, query.shape, precise[:1]),
@@ -130,12 +130,12 @@ def _check(
         require_tensor(name, t)
         if t.shape != shape:
             raise ValueError(
-                f"{name} must be {tuple(shape)} beside a query of {tuple(query.shape)}, "
+                f"{name} must be {tuple(shape)} for a query of shape {tuple(query.shape)}, "
                 f"got {tuple(t.shape)}"
             )
         if t.dtype not in dtypes:
             raise ValueError(
-                f"{name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))} beside a query of "
+                f"{name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))} for a query of "
                 f"{query.dtype}, got {t.dtype}"
             )
         if t.device != query.device:

@@ -123,13 +123,13 @@ def check_tensors(
             f"{query.shape[-2]}"
         )
     if (additional_keys is None) != (additional_values is None):
-        raise ValueError("additional_keys and additional_values must be given both or neither")
+        raise ValueError("give both additional_keys and additional_values, or neither")
     if additional_keys is not None and additional_values is not None:
         _check_additional("additional_keys", additional_keys, key)
         _check_additional("additional_values", additional_values, value)
         if additional_keys.shape[1] != additional_values.shape[1]:
             raise ValueError(
-                "additional_keys and additional_values must be equally many, got "
+                "additional_keys and additional_values must have the same number of keys, got "
                 f"{additional_keys.shape[1]} and {additional_values.shape[1]}"
             )
 

@@ -116,7 +116,7 @@ class Capture:
         )
         if not graph.results:
             raise NotCapturableError(
-                f"the result, a {type(result).__name__}, does not follow from the input"
+                f"the result, a {type(result).__name__}, does not depend on the input"
             )
         return graph
 
@@ -160,7 +160,7 @@ class Capture:
         if _differs(operator, args, kwargs) or 0 < len(fresh) < len(results):
             raise NotCapturableError(f"{operator} cannot be replayed")
         if mutable and any(self._index(t) is None for t in _modified(operator, args, kwargs)):
-            raise NotCapturableError(f"{operator} changes what was there before")
+            raise NotCapturableError(f"{operator} changes an existing tensor")
         call = TorchCall(operator, self._arguments(args), self._arguments(kwargs))
         for i in fresh:
             call.results[i] = self._add_buffer(results[i])
@@ -186,7 +186,7 @@ class Capture:
         buffer = self.buffers[index]
         offset = t.data_ptr() - buffer.start
         if t.dtype != buffer.dtype or offset < 0:
-            raise NotCapturableError("a tensor has another dtype, or begins before the input")
+            raise NotCapturableError("a tensor has a different dtype, or starts before the input")
         return View(index, tuple(t.shape), t.stride(), offset // t.element_size())
 
     def _arguments(self, value: Any) -> Any:

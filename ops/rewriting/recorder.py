@@ -98,7 +98,7 @@ class _Recorder(TorchDispatchMode):
             return value
         value, changes = known
         if changes is not None and changes != self._changes.get(_storage(t), 0):
-            raise NotCapturableError("a view of what was modified in place is read")
+            raise NotCapturableError("a view of a tensor modified in place is read")
         return value
 
     def __torch_dispatch__(
@@ -172,7 +172,7 @@ class _Recorder(TorchDispatchMode):
         for value, is_written in zip(given[0], written, strict=False):
             whole = self._wholes.get(value, value) if is_written else None
             if whole is not None and (whole.constant is not None or whole in self._begun):
-                raise NotCapturableError(f"{func} modifies what was there before")
+                raise NotCapturableError(f"{func} modifies an existing tensor")
             if whole is self.source:
                 raise NotCapturableError(f"{func} modifies the input")
         self.operators.append(self._made(kernel_of(func), given, [], False))
@@ -183,7 +183,7 @@ class _Recorder(TorchDispatchMode):
         """Allow changes to a constant that was made in this call and not read by an operator."""
         known = isinstance(target, Tensor) and _storage(target) in self._fresh - self._read
         if not known or torch.Tag.nondeterministic_seeded in func.tags:
-            raise NotCapturableError(f"{func} modifies what was there before")
+            raise NotCapturableError(f"{func} modifies an existing tensor")
 
     def _note_modification(self, func: Any, args: Any, given: Any, result: Any) -> None:
         """Record an in-place operator as one that returns a new tensor."""
@@ -192,7 +192,7 @@ class _Recorder(TorchDispatchMode):
         functional = getattr(packet, overload, None)
         target = args[0]
         if functional is None or result is not target or given[0][0].constant is not None:
-            raise NotCapturableError(f"{func} modifies what was there before")
+            raise NotCapturableError(f"{func} modifies an existing tensor")
         storage = _storage(target)
         if storage == self._input_storage:
             raise NotCapturableError(f"{func} modifies the input")

@@ -182,21 +182,20 @@ def _of_channels(channels: int, A: Tensor, D: Tensor | None, delta_bias: Tensor 
 def _check(of: str, x: Tensor, others: _Shapes) -> None:
     """Check the shapes of tensors, and dtypes and devices against those of the map ``x``."""
     if not x.is_floating_point():
-        raise ValueError(f"{of} must be of a floating-point dtype, got {x.dtype}")
+        raise ValueError(f"{of} must have a floating-point dtype, got {x.dtype}")
     dtype, device = x.dtype, x.device
     for name, (t, shape) in others.items():
         if t is None:
             continue
         if t.shape != shape:
             raise ValueError(
-                f"{name} must be {tuple(shape)} beside {of} of {tuple(x.shape)}, "
+                f"{name} must be {tuple(shape)} for {of} of shape {tuple(x.shape)}, "
                 f"got {tuple(t.shape)}"
             )
         if t.dtype != dtype and t.dtype != torch.float32:
             either = dict.fromkeys((dtype, torch.float32))
             raise ValueError(
-                f"{name} must be {' or '.join(map(str, either))} beside {of} of {dtype}, "
-                f"got {t.dtype}"
+                f"{name} must be {' or '.join(map(str, either))} for {of} of {dtype}, got {t.dtype}"
             )
         if t.device != device:
             raise ValueError(f"{name} is on {t.device}, {of} on {device}")

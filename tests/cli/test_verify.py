@@ -67,7 +67,7 @@ def test_figures_of_another_shape():
     wanted = dict.fromkeys(("stage 1", "stage 2", "stage 3", "output"), 0)
     assert dict(compare(model, figures)) == wanted
     figures["stages"].pop()
-    with pytest.raises(CommandError, match="not of this model"):
+    with pytest.raises(CommandError, match="for a different model"):
         compare(model, figures)
 
 
@@ -116,7 +116,7 @@ def test_non_finite_weights_and_outputs(value, status, told, published, tmp_path
 )
 def test_invalid_figures(figures):
     model = backbones.create_model("shvit_s1", num_classes=3).eval()
-    with pytest.raises(CommandError, match="not of this model"):
+    with pytest.raises(CommandError, match="for a different model"):
         compare(model, figures)
 
 

@@ -122,7 +122,7 @@ CASES: list[tuple[Callable[[], object], str]] = [
     (lambda: DeformableAttention(8, 2, points=0), "levels and points must be 1 or more, got 1 and"),
     (
         lambda: DeformableAttention(8, 2, 3, 2)(_0(1, 1, 8), _0(1, 2), _0(1, 4, 8), [(2, 2)]),
-        "sizes must be of 3 maps, got 1",
+        "sizes must describe 3 maps, got 1",
     ),
     # Others.
     (lambda: EfficientChannelAttention(4), "kernel_size must be odd, got 4"),

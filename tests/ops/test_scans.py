@@ -474,10 +474,7 @@ GLA, SELECTIVE, MAPS = "gated_linear_attention", "selective_scan", "cross_select
 REFUSED: list[tuple[str, str, Any, str]] = [
     *(("bi_wkv", "segments", n, f"got {n}") for n in (0, 2.0, True)),
     ("bi_wkv", "value", torch.float64, "torch.float64"),
-    *(
-        (GLA, n, torch.bfloat16, f"{n} must be torch.float32 beside a query")
-        for n in ("key", "value")
-    ),
+    *((GLA, n, torch.bfloat16, f"{n} must be torch.float32 for a query") for n in ("key", "value")),
     (GLA, "log_gate", torch.float64, "log_gate must be torch.float32"),
     (GLA, "bonus", 1, "bonus must be a tensor, got 1"),
     *(
@@ -485,7 +482,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
         for n in (0, 3)
     ),
     (SELECTIVE, "C", torch.zeros(2, 2, 2, 4), r"C must be \(2, 2, 2, 9\)"),
-    (SELECTIVE, "delta_bias", torch.float64, "delta_bias must be torch.float32 beside"),
+    (SELECTIVE, "delta_bias", torch.float64, "delta_bias must be torch.float32 for"),
     *((name, "backend", "gpu", "triton or None, got 'gpu'") for name in SCANS),
 ]
 

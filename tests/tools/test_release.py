@@ -6,11 +6,16 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
-from clones import ROOT
+from clones import ROOT, fresh_clone
+from readme_renderer import markdown
+
+import backbones
 
 _WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 _TREE = ("CHANGELOG.md", "pyproject.toml", "backbones/__init__.py", ".ci/release")
@@ -37,10 +42,10 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def _release(tree: Path, version: str, dry: str = "1") -> subprocess.CompletedProcess[str]:
+def _release(tree: Path, version: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [tree / ".ci" / "release", version],
-        env={**os.environ, "DRY_RUN": dry},
+        env={**os.environ, "DRY_RUN": "1", "RESUME": "", **variables},
         capture_output=True,
         text=True,
         timeout=120,
@@ -96,47 +101,94 @@ def _without_news(tree: Path) -> None:
 )
 def test_trees_that_cannot_be_released(spoil, said, tree):
     spoil(tree)
-    run = _release(tree, "0.2.0", dry="" if "x.org" in said else "1")
+    run = _release(tree, "0.2.0", DRY_RUN="" if "x.org" in said else "1")
     assert run.returncode == 1 and said in run.stderr
 
 
-def test_a_release_comes_back_as_two_commits_and_a_tag(tree):
-    """With programs that stand for those of the long steps."""
+@pytest.fixture
+def stand_ins(tree: Path) -> dict[str, str]:
+    """An environment with programs that stand for those of the long steps, in a committed tree.
+
+    Their calls are listed in the file CALLS. ``make docs`` fails as long as the file BROKEN exists.
+    """
+    outside = tree.parent / f"{tree.name}-programs"
+    outside.mkdir()
+    environment = {"CALLS": f"{outside}/calls", "BROKEN": f"{outside}/broken", "DRY_RUN": ""}
     programs = {
-        "make": 'test "$1" != wheel || '
-        "{ mkdir -p dist; touch dist/x-$(uname -m).whl dist/x-aarch64.whl; }",
-        "python3": 'mkdir -p "$3/bin"; printf "#!/bin/sh\\n" >"$3/bin/pip"; cp "$3/bin/pip" '
-        '"$3/bin/python"; chmod +x "$3"/bin/*',
+        outside / "make": """case $1 in
+wheel) mkdir -p dist; touch dist/x-$(uname -m).whl dist/x-aarch64.whl;;
+docs) ! test -e $BROKEN || exit 7;;
+esac""",
+        outside / "python3": 'mkdir -p "$3/bin"; printf "#!/bin/sh\\n" >"$3/bin/pip"; '
+        'cp "$3/bin/pip" "$3/bin/python"; chmod +x "$3"/bin/*',
+        tree / ".ci" / "run": "",
+        tree / ".venv" / "bin" / "python": 'test "$2" != hatchling || '
+        "{ mkdir -p dist; touch dist/x.tar.gz; }",
+        # mike starts mkdocs from PATH.
+        tree / ".venv" / "bin" / "mike": "mkdocs && git branch --force gh-pages",
+        tree / ".venv" / "bin" / "mkdocs": "",
     }
-    own = tree.parent / f"{tree.name}-programs"
-    own.mkdir()
-    for name, text in programs.items():
-        (own / name).write_text(f"#!/bin/sh\n{text}\n")
-        (own / name).chmod(0o755)
-    (tree / ".ci" / "run").write_text("#!/bin/sh\n")
-    (tree / ".venv" / "bin").mkdir(parents=True)
-    (tree / ".venv" / "bin" / "python").write_text(
-        '#!/bin/sh\ntest "$2" != hatchling || { mkdir -p dist; touch dist/x.tar.gz; }\n'
-    )
-    # mike starts mkdocs from PATH.
-    (tree / ".venv" / "bin" / "mike").write_text(
-        "#!/bin/sh\nmkdocs && git branch --force gh-pages\n"
-    )
-    (tree / ".venv" / "bin" / "mkdocs").write_text("#!/bin/sh\n")
-    for path in (tree / ".ci" / "run", *(tree / ".venv" / "bin").iterdir()):
+    for path, text in programs.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'#!/bin/sh\necho "{path.name} $*" >>$CALLS\n{text}\n')
         path.chmod(0o755)
     _git(tree, "add", "--force", ".")
     _git(tree, "commit", "--quiet", "--message", "Stand-ins")
     _git(tree, "remote", "add", "origin", f"{_urls()['Repository']}.git")
+    return environment | {"PATH": f"{outside}:{os.environ['PATH']}"}
+
+
+def test_a_release_comes_back_as_two_commits_and_a_tag(tree, stand_ins, tmp_path_factory):
     before = _git(tree, "rev-parse", "HEAD").strip()
-    run = subprocess.run(
-        [tree / ".ci" / "release", "0.2.0"],
-        env={**os.environ, "DRY_RUN": "", "PATH": f"{own}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    scratch = tmp_path_factory.mktemp("scratch")
+    run = _release(tree, "0.2.0", **stand_ins, TMPDIR=str(scratch))
     assert run.returncode == 0, run.stdout + run.stderr
+    assert not list(scratch.iterdir())
+    _assert_released(tree, before)
+    assert "git push origin main gh-pages v0.2.0" in run.stdout
+
+
+def test_a_release_goes_on_where_it_failed(tree, stand_ins, tmp_path_factory):
+    before = _git(tree, "rev-parse", "HEAD").strip()
+    broken, calls = Path(stand_ins["BROKEN"]), Path(stand_ins["CALLS"])
+    broken.touch()
+    scratch = tmp_path_factory.mktemp("scratch")
+    run = _release(tree, "0.2.0", **stand_ins, TMPDIR=str(scratch))
+    assert run.returncode == 7 and "failed with status 7: make docs" in run.stderr
+    (work,) = scratch.iterdir()
+    resume = f"make release VERSION=0.2.0 RESUME={work}"
+    assert f"{work}/tree" in run.stderr and resume in run.stderr
+    assert (work / "tree" / "dist" / "SHA256SUMS").exists()
+    assert _git(tree, "rev-parse", "HEAD").strip() == before and not _git(tree, "tag")
+
+    for version, dry, said in [("0.2.1", "", "no release of 0.2.1"), ("0.2.0", "1", "exclude")]:
+        wrong = _release(tree, version, **stand_ins | {"DRY_RUN": dry}, RESUME=str(work))
+        assert wrong.returncode == 1 and said in wrong.stderr and work.exists()
+
+    broken.unlink()
+    calls.unlink()
+    run = _release(tree, "0.2.0", **stand_ins, RESUME=str(work))
+    assert run.returncode == 0, run.stdout + run.stderr
+    # Nothing that had passed runs again.
+    assert calls.read_text().startswith("make docs\n")
+    _assert_released(tree, before)
+    assert not work.exists()
+
+
+def test_a_release_of_changed_sources_starts_again(tree, stand_ins, tmp_path_factory):
+    Path(stand_ins["BROKEN"]).touch()
+    scratch = tmp_path_factory.mktemp("scratch")
+    assert _release(tree, "0.2.0", **stand_ins, TMPDIR=str(scratch)).returncode == 7
+    (work,) = scratch.iterdir()
+    (tree / "CITATION.cff").write_text("mended\n")
+    _git(tree, "add", ".")
+    _git(tree, "commit", "--quiet", "--message", "Mend it")
+    run = _release(tree, "0.2.0", **stand_ins, RESUME=str(work))
+    assert run.returncode == 1 and "no release of 0.2.0 from this commit" in run.stderr
+    assert work.exists()
+
+
+def _assert_released(tree: Path, before: str) -> None:
     subjects = _git(tree, "log", "--format=%s", f"{before}..HEAD").splitlines()
     assert subjects == ["Start 0.3.0", "Release 0.2.0"]
     assert '__version__ = "0.3.0.dev0"' in (tree / "backbones" / "__init__.py").read_text()
@@ -148,7 +200,6 @@ def test_a_release_comes_back_as_two_commits_and_a_tag(tree):
     assert re.search(r"^## \[Unreleased\]\n\n## \[0\.2\.0\] - \d{4}-\d\d-\d\d$", log, re.M)
     kept = {path.name for path in (tree / "dist" / "0.2.0").iterdir()}
     assert {"SHA256SUMS", "notes.md", "x.tar.gz"} < kept
-    assert "git push origin main gh-pages v0.2.0" in run.stdout
 
 
 def _urls() -> dict[str, str]:
@@ -159,13 +210,76 @@ def _urls() -> dict[str, str]:
 def test_addresses_and_versions_agree():
     repository = _urls()["Repository"]
     assert all(_urls()[name].startswith(repository) for name in ("Changelog", "Issues"))
-    names = ("CHANGELOG.md", "CITATION.cff", "SECURITY.md", ".github/ISSUE_TEMPLATE/config.yml")
+    names = ("CHANGELOG.md", "CITATION.cff", "SECURITY.md", "pyproject.toml")
+    names += (".github/ISSUE_TEMPLATE/config.yml",)
     for text in ((ROOT / name).read_text() for name in names):
         assert set(re.findall(r"https://github\.com/[\w-]+/vision-backbones", text)) == {repository}
     text = (ROOT / "CHANGELOG.md").read_text()
     headings = re.findall(r"^## \[(.+?)\]", text, re.M)
     assert headings[0] == "Unreleased"
     assert headings == re.findall(r"^\[(.+?)\]: https://", text, re.M)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The source distribution and a wheel of a fresh clone."""
+    folder = tmp_path_factory.mktemp("packed")
+    clone = fresh_clone(folder / "clone")
+    made = {}
+    for kind in ("sdist", "wheel"):
+        code = f"import hatchling.build as b; print(b.build_{kind}({str(folder)!r}))"
+        run = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=clone,
+            env={**os.environ, "VISION_BACKBONES_NATIVE": "0"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert run.returncode == 0, run.stderr
+        made[kind] = folder / run.stdout.split()[-1]
+    return made
+
+
+def _metadata(package: Path) -> str:
+    if package.suffix == ".whl":
+        with zipfile.ZipFile(package) as wheel:
+            (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/METADATA"))
+            return wheel.read(name).decode()
+    with tarfile.open(package) as source:
+        (name,) = (n for n in source.getnames() if n.count("/") == 1 and n.endswith("/PKG-INFO"))
+        file = source.extractfile(name)
+        assert file is not None
+        return file.read().decode()
+
+
+@pytest.mark.parametrize("kind", ["sdist", "wheel"])
+def test_readme_works_on_pypi(kind, packed):
+    """Its links lead to the tag's files, which the tree has, and nothing else of it changes."""
+    head, text = _metadata(packed[kind]).split("\n\n", 1)
+    assert "Description-Content-Type: text/markdown" in head
+    shown = markdown.render(text)
+    assert shown is not None
+    found = re.findall(r' (?:href|src)="([^"#]+)', shown)
+    repository, tag = _urls()["Repository"], f"v{backbones.__version__}"
+    pages = f"{repository}/blob/{tag}/"
+    files = f"{repository.replace('github.com', 'raw.githubusercontent.com')}/{tag}/"
+    own = [address for address in found if address.startswith((pages, files))]
+    relative = [address for address in found if not address.startswith("https://")]
+    assert len(own) > 30 and not relative
+    for address in own:
+        path = address.removeprefix(pages).removeprefix(files)
+        assert (ROOT / path).is_file(), path
+        assert address.startswith(files) == path.endswith(".png"), address
+    readme = (ROOT / "README.md").read_text()
+    assert text.replace(pages, "").replace(files, "").strip() == readme.strip()
+
+
+def test_packages_pass_the_check_of_twine(packed):
+    command = [sys.executable, "-m", "twine", "check", "--strict", *packed.values()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.count("PASSED") == 2
 
 
 @pytest.mark.parametrize(

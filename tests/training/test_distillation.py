@@ -229,7 +229,7 @@ def test_teachers_of_timm_and_their_size(teachers):
     [
         (["--distill=soft"], "needs a teacher and its weights"),
         (["--distill=soft", "--teacher=van_b0"], "needs a teacher and its weights"),
-        (["--teacher=van_b0"], "without distill"),
+        (["--teacher=van_b0"], "needs distill"),
         (["--distill=ofa", "--ofa-gamma=0.5", *OWN, "--teacher-checkpoint=x"], "ofa_gamma must be"),
         (["--distill=soft", *OWN, "--teacher-checkpoint=x"], "there is no checkpoint x"),
         (["--distill=soft", "--teacher=van_b9", "--teacher-checkpoint={own}"], "van_b9"),

@@ -96,5 +96,5 @@ def _number(count: str, text: str) -> int:
         return int(count)
     constant = re.search(rf"constexpr \w+ {count} = (\d+);", text)
     if constant is None:
-        raise ValueError(f"nothing says how much {count} is")
+        raise ValueError(f"{count} is not defined")
     return int(constant[1])

@@ -75,7 +75,7 @@ def depthwise_conv2d(
     """
     if x.ndim != 4 or taps.ndim != 3 or not x.shape[1] or taps.shape[2] % x.shape[1]:
         raise ValueError(
-            "x must be (B, C, H, W) and taps (kh, kw, C) or of a multiple of C, got "
+            "x must be (B, C, H, W) and taps (kh, kw, n · C), got "
             f"{tuple(x.shape)} and {tuple(taps.shape)}"
         )
     if bias is not None and bias.shape != taps.shape[2:]:

@@ -40,7 +40,7 @@ class DirectConv2d:
     def __init__(self, conv: nn.Conv2d) -> None:
         if not self.applies(conv):
             raise ValueError(
-                "conv must be in float32, or bfloat16 with an even number of channels a group, "
+                "conv must be in float32, or bfloat16 with an even number of channels per group, "
                 f"without dilation, padded with zeros, got {conv} in {conv.weight.dtype}"
             )
         rows = conv.weight.detach().permute(0, 2, 3, 1).flatten(1).contiguous()

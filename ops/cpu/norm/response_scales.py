@@ -35,7 +35,7 @@ def response_scales(x: Tensor, weight: Tensor, eps: float) -> Call:
     """
     if x.ndim != 4 or not x.numel() or weight.shape != x.shape[-1:]:
         raise ValueError(
-            f"x must be (B, H, W, dim) with pixels and weight (dim,), got {tuple(x.shape)} and "
+            f"x must be (B, H, W, dim) and not empty, weight (dim,), got {tuple(x.shape)} and "
             f"{tuple(weight.shape)}"
         )
     require_dtype(torch.float32, weight=weight)

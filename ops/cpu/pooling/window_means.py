@@ -39,7 +39,7 @@ def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
         )
     if min(window_size) < 1 or 0 in x.shape[1:3]:
         raise ValueError(
-            f"a window and the map must have pixels, got {tuple(window_size)} and {tuple(x.shape)}"
+            f"window and map must not be empty, got {tuple(window_size)} and {tuple(x.shape)}"
         )
     rows, columns = (-(-n // side) for n, side in zip(x.shape[1:3], window_size, strict=True))
     out = x.new_empty(x.shape[0], rows, columns, x.shape[3])

@@ -92,7 +92,7 @@ def packed_stem(
     _check_layers(x.shape[1], sizes, tuple(activations), x.dtype == torch.bfloat16, tuple(window))
     if len(norms) != len(eps) or len(norms) not in (0, len(weights)):
         raise ValueError(
-            f"there must be a norm and an eps for each of {len(weights)} layers, or none, got "
+            f"expected a norm and an eps for each of {len(weights)} layers, or none, got "
             f"{len(norms)} and {len(eps)}"
         )
     for tensor in (*weights, *biases, *norms):
@@ -142,8 +142,8 @@ def _check_layers(
         )
     if not sizes or len(sizes) != len(activations):
         raise ValueError(
-            f"there must be a layer, and an activation for each, got {len(sizes)} layers and "
-            f"{len(activations)} activations"
+            f"expected at least one layer and one activation per layer, got {len(sizes)} layers "
+            f"and {len(activations)} activations"
         )
     for act in activations:
         if act not in ACTIVATIONS:

@@ -148,7 +148,7 @@ CASES: list[Case] = [
         lambda: _deformable(_0(1, 8, 8, 8), _0(1, 8, 4, 4), pack_taps(_0(8, 8, 2, 2))[:160]),
         "not packed for 8 outputs of 32 inputs",
     ),
-    (lambda: _stem(_0(1, 3, 8, 8), ["none"]), "an activation for each"),
+    (lambda: _stem(_0(1, 3, 8, 8), ["none"]), "one activation per layer"),
     (lambda: _stem(_0(1, 3, 8, 8), ["none", "softplus"]), "'softplus'"),
     (lambda: _stem(_0(1, 7, 8, 8), _NONE), "7 to 8 channels"),
     (
@@ -203,8 +203,8 @@ CASES: list[Case] = [
     (lambda: _call("nchw_from_nhwc", affine=_0(2, 7)), r"affine must be \(2, 75\), got \(2, 7\)"),
     (lambda: _call("nchw_from_nhwc", x=_0(8, 3, 4)), r"x must be \(B, C, H, W\) of float32 or"),
     (lambda: _call("window_means", x=_0(2, 3)), r"\(B, H, W, C\) of float32 or bfloat16, got"),
-    (lambda: _call("window_means", window_size=(0, 1)), r"must have pixels, got \(0, 1\)"),
-    (lambda: _call("window_means", x=_0(1, 0, 2, 3)), r"must have pixels.*\(1, 0, 2, 3\)"),
+    (lambda: _call("window_means", window_size=(0, 1)), r"must not be empty, got \(0, 1\)"),
+    (lambda: _call("window_means", x=_0(1, 0, 2, 3)), r"must not be empty.*\(1, 0, 2, 3\)"),
     (lambda: _call("biased_softmax", x=_0(2, 0, 4), bias=_0(0, 4)), r"must be \(B, ..., K\)"),
     (
         lambda: _call("attention_weights", key=_0(5, 3, 20, 9)),
@@ -218,7 +218,7 @@ CASES: list[Case] = [
     ),
     (lambda: _call("attention_weights", query=_0(3, 70, 21)), r"query must be \(B, heads, N"),
     (lambda: _call("response_scales", x=_0(2, 3, 4)), r"must be \(B, H, W, dim\)"),
-    (lambda: _call("response_scales", x=_0(2, 0, 4, 45)), "with pixels"),
+    (lambda: _call("response_scales", x=_0(2, 0, 4, 45)), "not empty"),
     # Scans.
     (lambda: _call("mixed_scan", projected=_0(2, 50, 36)), "108 channels or more"),
     (lambda: _call("mixed_scan", decay=_0(2, 50, 108)), r"decay must be \(2, 50, 36\)"),

@@ -602,7 +602,7 @@ def test_kernels_that_write_to_what_was_read_are_not_recorded() -> None:
         return before + heads
 
     model = Call(forward, fc=nn.Linear(16, 16))
-    with pytest.raises(NotCapturableError, match="modifies what was there before"):
+    with pytest.raises(NotCapturableError, match="modifies an existing tensor"):
         record(model.eval(), model, TOKENS)
 
 
