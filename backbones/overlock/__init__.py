@@ -308,8 +308,9 @@ class OverLoCK(StagedBackbone):
         """Like the base's, for both classifiers."""
         super().reset_classifier(num_classes, global_pool)
         if isinstance(self.aux_head, AuxHead):
-            width = self.aux_head.fc.in_features
-            self.aux_head = AuxHead(width, num_classes) if num_classes else nn.Identity()
+            width, weight = self.aux_head.fc.in_features, next(self.parameters())
+            head = AuxHead(width, num_classes) if num_classes else nn.Identity()
+            self.aux_head = head.to(weight.device, weight.dtype).train(self.training)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original's classifiers and dense networks, merged or not."""

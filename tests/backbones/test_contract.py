@@ -362,7 +362,8 @@ def test_new_classifiers_are_like_the_model(family, dtype):
     x = _picture(family).to(weight)
     for num_classes in (0, 3):
         model.reset_classifier(num_classes)
-        assert dtype == "fused" or not any(m.training for m in model.head.modules())
+        assert {p.dtype for p in model.parameters()} == {weight.dtype}
+        assert dtype == "fused" or not any(m.training for m in model.modules())
         for _ in range(3 if dtype == "fused" else 1):
             out = model(x)
         assert out.shape == (1, num_classes or model.head_hidden_size)

@@ -196,7 +196,7 @@ REFUSED = [
     ("{d} --severity 9 --corrupt", "severity 9"),
     ("{d} --split=holdout", "holdout"),
     ("{m} --features head:1", "--features must be head, stage:N or stage:N:map, not 'head:1'"),
-    ("{m} --features stage:3", "shvit_s1 has stages 0 … 2, no 3"),
+    ("{m} --features stage:3", "shvit_s1 has stages 0 … 2, not 3"),
     ("{m} --classes 6", "shvit_s1 has 3 classes, fewer than the requested 6"),
     ("{m} --dtype float16", "--dtype float16 is for GPUs"),
     ("{m} --checkpoint absent.pth", "no checkpoint at absent.pth"),

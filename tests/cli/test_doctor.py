@@ -173,14 +173,6 @@ def test_what_is_said_mends_an_unusable_cache(spoil, private, monkeypatch, tmp_p
     assert doctor.examine_caches()[0].severity == "ok"
 
 
-def test_kernels_without_a_usable_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no folder can be used: …")
-    _no_folder(tmp_path, monkeypatch)
-    monkeypatch.setattr(folders, "candidates", lambda: [tmp_path / "file" / "native"])
-    (finding,) = doctor.examine_compiler()
-    assert finding.fix.startswith("export VISION_BACKBONES_CACHE_DIR=")
-
-
 def test_a_full_disk(monkeypatch, tmp_path):
     usage, large = type(shutil.disk_usage("/")), tmp_path / "large"
     large.mkdir()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,18 +31,3 @@ def test_the_code_runs(capsys):
     assert len(plt.get_fignums()) == 3
     plt.close("all")
     assert "accuracy on 397 digits" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_tour(tmp_path):
-    done = tmp_path / "tour.ipynb"
-    execute = [sys.executable, "-c", "from nbclient.cli import main; main()"]
-    options = [str(TOUR), f"--output={done.with_suffix('')}", "--timeout=300"]
-    run = subprocess.run([*execute, *options], capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-3000:]
-    cells = json.loads(done.read_text())["cells"]
-    outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
-    assert len(pictures) == 3
-    printed = "".join("".join(output.get("text", "")) for output in outputs)
-    assert "accuracy on 397 digits" in printed

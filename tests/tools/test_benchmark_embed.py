@@ -46,14 +46,6 @@ def test_each_result_is_kept_at_once(tool, run, tmp_path, monkeypatch):
     assert [result["model"] for result in found] == ["van_b0", "shvit_s1", "shvit_s2"]
 
 
-def test_a_graph_is_measured(tool, run, tmp_path, monkeypatch):
-    monkeypatch.setattr(tool, "ROWS", 1000)
-    monkeypatch.setattr(tool, "_IN_SHARD", 600)
-    (result,) = run("index")
-    assert result["recall"] > 0.95
-    assert result["bytes"] > 4 * tool.DIM * 1000
-
-
 def test_other_packages_are_measured(tool, run, tmp_path, monkeypatch):
     """Programs that stand in for them: seconds are 10, and 0.01 an image."""
     program = (

@@ -124,19 +124,6 @@ def test_calls_are_timed_without_their_compilation(tool, monkeypatch, name, roun
         assert ratios == pytest.approx((3, 3), rel=0.01)
 
 
-def test_expects_what_smaller_batches_took(tool):
-    def row(batch: int, **milliseconds: float) -> dict:
-        timed = {name: {"milliseconds": ms} for name, ms in milliseconds.items()}
-        place = {"setting": setting.name, "batch": batch, "dtype": "float32", "backward": True}
-        return {**place, "contenders": {**timed, "triton": {"skipped": "no GPU"}}}
-
-    setting = tool.Setting((4,), (3,), 5)
-    report = {"results": [row(1, cpu=9.0), row(2, cpu=4.0, natten=3000.0), row(8, cpu=1.0)]}
-    expected = tool.expected_seconds(report, setting, 8, "float32", True)
-    assert expected == pytest.approx({"cpu": 0.016, "natten": 12.0})
-    assert tool.expected_seconds(report, setting, 8, "bfloat16", True) == {}
-
-
 def made(contenders: ModuleType, name: str, setting: object) -> Callable[..., torch.Tensor]:
     return contenders.CONTENDERS["neighborhood"][name](setting, CPU)
 

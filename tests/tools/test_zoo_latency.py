@@ -38,12 +38,6 @@ def test_from_measurement_to_row(tools, tmp_path, monkeypatch):
     assert all({"date", "kernels"} <= row.keys() for row in report["results"])
 
 
-def test_without_measurements_there_are_dashes(tools):
-    zoo_page = tools("zoo_page")
-    assert "--op zoo" in zoo_page.machine_line([])
-    assert all(row.latency_ms is None and row.fused_ms is None for row in zoo_page.rows([]))
-
-
 def test_an_unknown_pattern_is_named(tools, capsys):
     with pytest.raises(SystemExit):
         tools("benchmark").zoo(["--models", "vann*"])

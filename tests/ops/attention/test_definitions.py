@@ -192,7 +192,6 @@ def test_layer_is_its_definition_with_its_gradients(
     assert_same_with_gradients(layer(x), definition(layer, x), [x, *layer.parameters()])
 
 
-# ---- windows -------------------------------------------------------------------------------------
 # ---- bi-level routing ----------------------------------------------------------------------------
 def maps(height: int, width: int) -> list[Tensor]:
     return [random(2, height, width, c, seed=seed) for seed, c in enumerate((8, 8, 12))]

@@ -186,23 +186,6 @@ def test_plain_layers_where_both_folders_are_others(
     assert not compilations
 
 
-def test_a_private_folder_created_concurrently_by_another_user(
-    compilations, private, monkeypatch
-) -> None:
-    """Between the look at the place and the making of a folder."""
-    cpu.cache_dir().parent.write_text("")
-    real = folders._make
-
-    def make(place: Path) -> None:
-        real(place)
-        if place == private:
-            place.chmod(0o777)
-
-    monkeypatch.setattr(folders, "_make", make)
-    assert cpu.load("small") is None
-    assert not compilations
-
-
 # ---- folders that will not do ------------------------------------------------------------------
 def _raising(error: BaseException) -> Callable[..., None]:
     def function(*_: object, **__: object) -> None:

@@ -197,13 +197,6 @@ def test_no_compiler(sources, monkeypatch, caplog):
     assert not cpu.cache_dir().exists()
 
 
-def test_cxx_with_unbalanced_quotes(compilations, monkeypatch, warned):
-    monkeypatch.setenv("CXX", "g++ 'x")
-    assert cpu.load("small") is None
-    (line,) = warned()
-    assert line.endswith('CXX="g++ \'x" is not a command: No closing quotation')
-
-
 def test_a_failed_kernel_does_not_stop_the_others(four) -> None:
     (four / "any" / "b.cpp").write_text("this is not C++\n")
     assert cpu.load("a").answer() == 42
@@ -336,8 +329,3 @@ def test_a_library_that_does_not_load_here_is_compiled(sources, compiled) -> Non
     assert cpu.load("small").answer() == 42
     assert cpu.status("small").path.parent == cpu.cache_dir()
     assert path.exists()
-
-
-def test_the_old_name_of_the_state() -> None:
-    with pytest.warns(DeprecationWarning, match="LibraryState"):
-        assert cpu.Kernel is cpu.LibraryState
