@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ops.cpu import policy
 from ops.cpu.build import load, unavailable_reason
+from ops.cpu.call.huge_pages import empty_weight
 from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.gemm.problem import packed_size
 
@@ -143,7 +144,7 @@ def pack_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     quantized, scale = quantize_weight(weight)
     sums = quantized.sum(1, dtype=torch.int64).float()
     out_features, in_features = weight.shape
-    packed = quantized.new_empty(packed_size(out_features, in_features, torch.int8))
+    packed = empty_weight(packed_size(out_features, in_features, torch.int8), torch.int8)
     source = quantized.contiguous()
     shape = [ctypes.c_int64(n) for n in weight.shape]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]

@@ -15,6 +15,7 @@ from torch import Tensor
 from ops.cpu.build import load, unavailable_reason
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, pack
+from ops.cpu.call.huge_pages import empty_weight
 from ops.cpu.gemm.problem import check_scales, linear_problem, output_shape, packed_size, with_rows
 from ops.cpu.policy import multiplies
 
@@ -66,7 +67,7 @@ def pack_weight(weight: Tensor) -> Tensor:
         raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
     out_features, in_features = weight.shape
     source = weight.detach().contiguous()
-    packed = source.new_empty(packed_size(out_features, in_features, weight.dtype))
+    packed = empty_weight(packed_size(out_features, in_features, weight.dtype), weight.dtype)
     half = weight.dtype == torch.bfloat16
     library.linear_pack(*map(pack, (source, out_features, in_features)), half, pack(packed))
     return packed

@@ -39,7 +39,11 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (na2d, {"key": MAP[..., :1, :]}, "same heads, got 1 and 2"),
     (na2d, {"query": _0(1, 8, 6, 3, 4)}, "divide .* got 2 and 3"),
     (na2d, {"additional_keys": EXTRA}, "both"),
-    (na2d, {"additional_keys": EXTRA, "additional_values": EXTRA[:, 1:]}, "number of keys, got 5 and 4"),
+    (
+        na2d,
+        {"additional_keys": EXTRA, "additional_values": EXTRA[:, 1:]},
+        "number of keys, got 5 and 4",
+    ),
     # Scores and sums alone, whose heads come first.
     (na2d_qk, {"key": HEADS_FIRST[:, :1]}, r"same shape, got \(1, 2, 6, 7, 4\) and \(1, 1, 6"),
     (na2d_av, {"additional_values": _0(1, 2, 5, 4)}, r"9 keys of a window and 5 additional ones"),

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ops.cpu.call.binding import observed_by
 from ops.cpu.call.c_arguments import require_same_bytes
 from ops.cpu.call.dispatch import is_plain_call, kernels_apply
-from ops.cpu.call.huge_pages import ask_for_huge_pages
+from ops.cpu.call.huge_pages import ask_for_huge_pages, empty_weight
 from ops.cpu.call.structures import structure
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
@@ -170,3 +170,18 @@ def test_the_system_is_asked_for_those_of_large_tensors(skipped: int) -> None:
             assert _advised(address)
         assert not _advised(small.data_ptr() + small.nbytes // 2)
     assert tensor.fill_(3).eq(3).all()
+
+
+def test_weights_share_huge_pages_and_no_bytes() -> None:
+    sizes = (7, 1 << 16, 3 << 18, 5 << 20, 0, 1 << 20)
+    dtypes = (torch.float32, torch.bfloat16, torch.int8) * 2
+    with torch.inference_mode():
+        weights = [empty_weight(n, dtype) for n, dtype in zip(sizes, dtypes, strict=True)]
+    for number, weight in enumerate(weights):
+        weight.fill_(number)
+    for number, weight in enumerate(weights):
+        assert (weight.numel(), weight.dtype) == (sizes[number], dtypes[number])
+        assert weight.data_ptr() % 64 == 0 and not weight.is_inference()
+        assert weight.eq(number).all()
+    if Path("/sys/kernel/mm/transparent_hugepage").exists() and SMAPS.exists():
+        assert all(_advised(weight.data_ptr()) for weight in weights[:3])
