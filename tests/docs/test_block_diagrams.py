@@ -30,12 +30,6 @@ def test_every_family_has_a_page():
     assert {page.stem for page in PAGES.glob("*.md")} == families | {"index"}
 
 
-@pytest.mark.parametrize("line", ["  convolution 3×3", "  conv", "  branches", "  residual x"])
-def test_a_line_that_is_no_step_is_named(tools, line):
-    with pytest.raises(ValueError, match=f"not a step of a diagram: '{line.strip()}'"):
-        tools("block_diagrams").parse(f"Block\n{line}\n")
-
-
 def boxes(element, x=0.0, y=0.0):
     """(left, top, right, bottom) of each rectangle, in the picture's own coordinates."""
     if match := re.match(r"translate\(([\d.]+),([\d.]+)\)", element.get("transform", "")):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 import backbones
 
 ROOT = Path(__file__).parents[2]
@@ -27,9 +25,3 @@ def test_rows_of_a_new_family(tool, monkeypatch):
         "commercial use,\n"
         "  please contact the authors)\n\nBelow.\n"
     )
-
-
-def test_a_module_without_citation_is_named(tool, monkeypatch):
-    monkeypatch.setattr(backbones.van, "__doc__", "Visual Attention Network.")
-    with pytest.raises(ValueError, match="van: cite the paper as"):
-        tool.notice("Model\n\n")
