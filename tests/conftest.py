@@ -23,11 +23,15 @@ from collections import Counter
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import hypothesis
 import needed
 import pytest
 
 with contextlib.suppress(ImportError):
     import yapf  # noqa: F401
+
+hypothesis.settings.register_profile("any speed", deadline=None)
+hypothesis.settings.load_profile("any speed")
 
 _SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGHUP") if hasattr(signal, n)]
 _IGNORED = pytest.StashKey[list[int]]()
@@ -105,10 +109,6 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
     Those of the tests, which took 6 % of their time, become rarer.
     """
     gc.disable()
-    if hasattr(session.config, "workerinput"):
-        # A worker of pytest-xdist needs it, and it collects garbage when it is imported, which
-        # takes long once torch is there.
-        import hypothesis  # noqa: F401
     gc.set_threshold(20_000, 10, 10)
     try:
         return (yield)
