@@ -11,6 +11,7 @@ weights. A file with other sizes loads into a network created with its ``attn_ke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
@@ -107,8 +108,8 @@ class ECAResNet(StagedBackbone):
         attn_kernel_sizes: of each stage's channel attention, odd.
         stem_dim: channels of the first convolution.
         bottleneck: blocks of three convolutions, see :class:`ResidualBlock`.
-        drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, linear from 0. Published: 0.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -168,8 +169,8 @@ class ECAMobileNetV2(StagedBackbone):
         dims: output channels of each block, by stage. The first block of a stage halves the map,
             except in the first stage, which has stride 2 and belongs to the stem.
         head_hidden_dim: channels before the classifier.
-        drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, linear from 0. Published: 0.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -219,17 +220,15 @@ _MOBILENET_NAMES = (
 )
 
 
-def _cfg(model_class: type[StagedBackbone]) -> dict[str, Any]:
-    return {
-        "url": "",  # published on Google Drive, one file each
-        **imagenet_cfg(model_class),
-        "interpolation": "bilinear",
-        "license": "mit",
-        "origin_url": "https://github.com/BangguWu/ECANet",
-        "paper_name": "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
-        "paper_ids": "arXiv:1910.03151",
-    }
-
+# Published on Google Drive, one file each.
+_cfg = partial(
+    imagenet_cfg,
+    interpolation="bilinear",
+    license="mit",
+    origin_url="https://github.com/BangguWu/ECANet",
+    paper_name="ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
+    paper_ids="arXiv:1910.03151",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -239,7 +238,6 @@ default_cfgs = generate_default_cfgs(
 )
 _WIDE: dict[str, Any] = dict(dims=(256, 512, 1024, 2048), bottleneck=True)
 
-# Parameters in millions: 11.7, 21.8, 25.6, 44.5, 60.2 and 3.5
 eca_resnet18 = variant(ECAResNet)
 eca_resnet34 = variant(ECAResNet, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 3, 5, 7))
 eca_resnet50 = variant(ECAResNet, **_WIDE, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 5, 5, 7))

@@ -10,9 +10,8 @@ the published weights depend.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
@@ -41,10 +40,9 @@ class ProxylessNAS(StagedBackbone):
         expansions: hidden channels of each block relative to its input; 0 for omitted blocks.
         head_hidden_dim: channels before the classifier.
         norm_eps: of the batch norms.
-        drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
             none.
-        stem_features: also return the stem's map at stride 2 as a feature.
+        others: see :class:`backbones.StagedBackbone`.
 
     Raises:
         ValueError: the three lists differ in shape, a kernel is even, or an omitted block would
@@ -128,9 +126,9 @@ class ProxylessNAS(StagedBackbone):
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the original's names, where blocks are counted through all stages."""
         blocks = [f"stages.{i}.blocks.{j}" for i, n in enumerate(self.depths[1:]) for j in range(n)]
-        return {
-            _convert_key(key, ["stem.1", *blocks]): tensor for key, tensor in state_dict.items()
-        }
+        places = enumerate(["stem.1", *blocks])
+        names = [*_RENAMES, *((rf"^blocks\.{i}\.", f"{place}.") for i, place in places)]
+        return {renamed(key, names): tensor for key, tensor in state_dict.items()}
 
 
 def _block(
@@ -171,36 +169,24 @@ _RENAMES = (
 )
 
 
-def _convert_key(key: str, blocks: Sequence[str]) -> str:
-    key = renamed(key, _RENAMES)
-    match = re.match(r"blocks\.(\d+)\.", key)
-    if match and int(match[1]) < len(blocks):
-        return f"{blocks[int(match[1])]}.{key[match.end() :]}"
-    return key
-
-
-def _cfg(variant: str) -> dict[str, Any]:
-    return {
-        "url": f"https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/{variant}.pth",
-        **imagenet_cfg(ProxylessNAS),
-        "interpolation": "bilinear",
-        "license": "mit",
-        "origin_url": "https://github.com/mit-han-lab/proxylessnas",
-        "paper_name": "ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware",
-        "paper_ids": "arXiv:1812.00332",
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    ProxylessNAS,
+    url="https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/{}.pth",
+    interpolation="bilinear",
+    license="mit",
+    origin_url="https://github.com/mit-han-lab/proxylessnas",
+    paper_name="ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware",
+    paper_ids="arXiv:1812.00332",
+)
 
 default_cfgs = generate_default_cfgs(
     {
-        "proxyless_cpu.in1k": _cfg("proxyless_cpu"),
-        "proxyless_gpu.in1k": _cfg("proxyless_gpu"),
-        "proxyless_mobile.in1k": _cfg("proxyless_mobile"),
-        "proxyless_mobile_14.in1k": _cfg("proxyless_mobile_14"),
+        f"{variant}.in1k": _cfg(variant)
+        for variant in ("proxyless_cpu", "proxyless_gpu", "proxyless_mobile", "proxyless_mobile_14")
     }
 )
 
-# ProxylessNAS-CPU, 4.4 M parameters
 proxyless_cpu = variant(
     ProxylessNAS,
     stem_dim=40,
@@ -209,7 +195,6 @@ proxyless_cpu = variant(
     expansions=((1,), (6, 3, 3, 3), (6, 3, 3, 3), (6, 0, 0, 3, 6, 3, 3, 3), (6, 3, 3, 3, 6)),
     head_hidden_dim=1432,
 )
-# ProxylessNAS-GPU, 7.1 M parameters: few blocks with large kernels
 proxyless_gpu = variant(
     ProxylessNAS,
     stem_dim=40,
@@ -218,9 +203,7 @@ proxyless_gpu = variant(
     expansions=((1,), (3, 0, 0, 0), (3, 0, 0, 3), (6, 0, 0, 3, 6, 0, 3, 3), (6, 6, 6, 6, 6)),
     head_hidden_dim=1728,
 )
-# ProxylessNAS-Mobile, 4.1 M parameters: the class's defaults
 proxyless_mobile = variant(ProxylessNAS)
-# ProxylessNAS-Mobile, 1.4 times as wide, 6.9 M parameters
 proxyless_mobile_14 = variant(
     ProxylessNAS,
     stem_dim=48,

@@ -103,9 +103,6 @@ class HAT(StagedBackbone):
             published models.
         num_classes: must be 0; there is no classifier.
         drop_path_rate: stochastic depth of the last hybrid block, increasing linearly from 0.
-
-    Raises:
-        ValueError: an unsupported ``upscale``, or ``num_classes`` > 0.
     """
 
     classifier = ()
@@ -346,25 +343,16 @@ _SMALL = {"dim": 144, "compress_ratio": 24, "squeeze_factor": 24, "drop_path_rat
 _BASE = {"dim": 180, "drop_path_rate": 0.1}
 _LARGE = {"depths": (6,) * 12, "num_heads": (6,) * 12, **_BASE}
 
-# Our own small HAT for trying things out, ×2, 0.2 M parameters
+# Our own, for trying things out.
 hat_nano_x2 = variant(HAT, **_NANO, upscale=2)
-# HAT-S for 2 times larger images, 9.5 M parameters
 hat_s_x2 = variant(HAT, **_SMALL, upscale=2)
-# HAT-S for 3 times larger images, 9.7 M parameters
 hat_s_x3 = variant(HAT, **_SMALL, upscale=3)
-# HAT-S for 4 times larger images, 9.6 M parameters
 hat_s_x4 = variant(HAT, **_SMALL, upscale=4)
-# HAT for 2 times larger images, 20.6 M parameters
 hat_x2 = variant(HAT, **_BASE, upscale=2)
-# HAT for 3 times larger images, 20.8 M parameters
 hat_x3 = variant(HAT, **_BASE, upscale=3)
-# HAT for 4 times larger images, 20.8 M parameters
 hat_x4 = variant(HAT, **_BASE, upscale=4)
-# HAT-L for 2 times larger images, 40.7 M parameters
 hat_l_x2 = variant(HAT, **_LARGE, upscale=2)
-# HAT-L for 3 times larger images, 40.9 M parameters
 hat_l_x3 = variant(HAT, **_LARGE, upscale=3)
-# HAT-L for 4 times larger images, 40.8 M parameters
 hat_l_x4 = variant(HAT, **_LARGE, upscale=4)
 
 register_variants(__name__)
