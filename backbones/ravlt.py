@@ -209,8 +209,9 @@ class RAVLT(StagedBackbone):
 _RENAMES: tuple[Rename, ...] = (
     (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
     (r"\.downsample\.reduction\.", ".downsample.conv."),
+    # Not our own names after fuse().
+    (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
     *STAGES,
-    (r"\.pos\.(?=weight|bias)", ".pos.conv."),
     (r"\.(norm[12])\.norm\.", r".\1."),
     (r"\.gamma_([12])$", r".gamma\1"),
     (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
