@@ -28,7 +28,7 @@ from backbones.core.neighborhood import (
     cfg,
     token_stages,
 )
-from backbones.core.published import STAGES, renamed
+from backbones.core.published import SWIN_NAMES, renamed
 from backbones.core.registry import register_variants, variant
 from ops.patch import PatchEmbed, PatchMerging
 
@@ -90,16 +90,7 @@ class DiNATS(NeighborhoodPyramid):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original and of its dense copies."""
-        return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
-
-
-_RENAMES = (
-    (r"^patch_embed\.proj\.", "stem.conv."),
-    (r"^patch_embed\.norm\.", "stem.norm."),
-    *STAGES,
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
+        return {renamed(key, SWIN_NAMES): tensor for key, tensor in state_dict.items()}
 
 
 _cfg = partial(cfg, DiNATS)

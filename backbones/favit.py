@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import WINDOW, checked
-from backbones.core.published import STAGES_FROM_1, imagenet_cfg, renamed
+from backbones.core.published import PVT_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
 from ops.attention.factorized import FactorizedAttention
@@ -147,8 +147,7 @@ _RENAMES = (
     (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
     (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    *STAGES_FROM_1,
+    *PVT_NAMES,
 )
 
 

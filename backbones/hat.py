@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from backbones.common.checks import flag, number, one_of, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SHARE, checked
-from backbones.core.published import renamed
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from ops.attention.window import (
@@ -386,33 +387,32 @@ def _convert_key(key: str, depths: dict[str, int]) -> str:
 _FOLDER = "https://drive.google.com/drive/folders/1HpmReFfoUqUbnAOQ7rvOeNU3uf_m69w0"
 
 
-def _cfg(note: str) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (3, 64, 64),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "first_conv": HAT.first_conv,
-        "classifier": HAT.classifier,
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/XPixelGroup/HAT",
-        "paper_name": "Activating More Pixels in Image Super-Resolution Transformer",
-        "paper_ids": "arXiv:2205.04437",
-        "notes": (note,),
-    }
+_cfg = partial(
+    imagenet_cfg,
+    HAT,
+    url="",
+    num_classes=0,
+    input_size=(3, 64, 64),
+    crop_pct=1.0,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    license="apache-2.0",
+    origin_url="https://github.com/XPixelGroup/HAT",
+    paper_name="Activating More Pixels in Image Super-Resolution Transformer",
+    paper_ids="arXiv:2205.04437",
+)
 
 
 def _published(file: str) -> dict[str, Any]:
-    return _cfg(f"{file}.pth in {_FOLDER}")
+    return _cfg(notes=(f"{file}.pth in {_FOLDER}",))
 
 
 # df2k: DIV2K and Flickr2K; in1k_df2k: pre-trained on ImageNet; real_gan: for real photographs.
 default_cfgs = generate_default_cfgs(
     {
-        "hat_nano_x2.untrained": _cfg("ours; configs/sr/quickstart.yaml trains it in minutes"),
+        "hat_nano_x2.untrained": _cfg(
+            notes=("ours; configs/sr/quickstart.yaml trains it in minutes",)
+        ),
         "hat_s_x2.df2k": _published("HAT-S_SRx2"),
         "hat_s_x3.df2k": _published("HAT-S_SRx3"),
         "hat_s_x4.df2k": _published("HAT-S_SRx4"),

@@ -28,7 +28,7 @@ from torchvision.ops import deform_conv2d
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, WINDOW, checked
-from backbones.core.published import STAGES, imagenet_cfg, renamed
+from backbones.core.published import SWIN_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import TokenStage, make_stages
 from ops.attention.hilo import HiLoAttention
@@ -223,17 +223,13 @@ def _layer_norm(dim: int) -> nn.Module:
 
 
 _RENAMES = (
-    (r"^patch_embed\.proj\.", "stem.conv."),
-    (r"^patch_embed\.norm\.", "stem.norm."),
     (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
     (r"\.downsample\.dconv\.", ".downsample.conv."),
     (r"\.downsample\.norm_layer\.", ".downsample.norm."),
     (r"\.attn\.h_", ".attn.high."),
     (r"\.attn\.l_", ".attn.low."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    *STAGES,
+    *SWIN_NAMES,
 )
 
 

@@ -33,7 +33,7 @@ from backbones.core.neighborhood import (
     layer_norm,
     token_stages,
 )
-from backbones.core.published import STAGES, renamed
+from backbones.core.published import SWIN_NAMES, renamed
 from backbones.core.registry import register_variants, variant
 
 __all__ = ["NAT"]
@@ -144,12 +144,9 @@ _RENAMES = (
     *_HUGGING_FACE,
     (r"^patch_embed\.proj\.0\.", "stem.conv1."),
     (r"^patch_embed\.proj\.1\.", "stem.conv2."),
-    (r"^patch_embed\.norm\.", "stem.norm."),
     (r"\.downsample\.reduction\.", ".downsample.conv."),
     (r"\.gamma([12])$", r".ls\1.gamma"),
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    *STAGES,
+    *SWIN_NAMES,
 )
 
 

@@ -26,7 +26,7 @@ from backbones.common.checks import one_or_several, optional, several, whole
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, KERNEL, WINDOW, checked
 from backbones.core.neighborhood import cfg, layer_norm, neighborhood
-from backbones.core.published import renamed
+from backbones.core.published import SWIN_NAMES, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage
 from ops.init import init_linear
@@ -104,12 +104,7 @@ class NATIsotropic(IsotropicBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original; ViT-rpb's files contain an index table."""
-        renames = (
-            (r"^layers\.(\d+)\.", self.place_block),
-            (r"^patch_embed\.proj\.", "stem.conv."),
-            (r"^patch_embed\.norm\.", "stem.norm."),
-            (r"^head\.(weight|bias)$", r"head.fc.\1"),
-        )
+        renames = ((r"^layers\.(\d+)\.", self.place_block), *SWIN_NAMES)
         return {
             renamed(key, renames): tensor
             for key, tensor in state_dict.items()

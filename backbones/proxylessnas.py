@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import channels_before, make_stages
 from ops.conv import ConvNorm
 from ops.mobile import MBConv, MixHead
 
@@ -99,24 +99,21 @@ class ProxylessNAS(StagedBackbone):
                 raise ValueError(f"{name} must have the shape of dims {dims}, got {values}")
         if self.depths[0] != 1 or len(dims) < 2:
             raise ValueError(f"dims must have one block at stride 2, then other stages, got {dims}")
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(self.depths)))
-        dim = stem_dim
-        stages = []
-        for i, stage in enumerate(zip(dims, kernel_sizes, expansions, strict=True)):
-            blocks = []
-            for j, (out_dim, kernel_size, expansion) in enumerate(zip(*stage, strict=True)):
-                stride = 2 if i and not j else 1
-                blocks.append(
-                    _block(dim, out_dim, kernel_size, expansion, stride, norm_eps, next(rates))
-                )
-                dim = out_dim
-            stages.append(blocks)
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            dim, stride = channels_before(stem_dim, dims, i, j), 2 if i and not j else 1
+            kernel_size, expansion = kernel_sizes[i][j], expansions[i][j]
+            return _block(dim, dims[i][j], kernel_size, expansion, stride, norm_eps, drop_path)
+
+        made: Any = make_stages(self.depths, drop_path_rate, block)
         first = ConvNorm(in_chans, stem_dim, 3, 2, norm_eps=norm_eps, act_layer=nn.ReLU6)
-        self.stem = nn.Sequential(first, *stages[0])
-        self.stages = nn.Sequential(*(Stage(blocks) for blocks in stages[1:]))
+        self.stem = nn.Sequential(first, *made[0].blocks)
+        self.stages = nn.Sequential(*made[1:])
         self.norm = nn.Identity()
-        self.head = MixHead(dim, head_hidden_dim, num_classes, global_pool, drop_rate, norm_eps)
         widths = [stage[-1] for stage in dims]
+        self.head = MixHead(
+            widths[-1], head_hidden_dim, num_classes, global_pool, drop_rate, norm_eps
+        )
         self.describe_features(
             widths[1:],
             head_hidden_size=head_hidden_dim,

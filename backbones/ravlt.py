@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SCALE, checked, widths
-from backbones.core.published import STAGES, Rename, imagenet_cfg, renamed, stem_layer
+from backbones.core.published import SWIN_NAMES, Rename, imagenet_cfg, renamed, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
@@ -211,7 +211,7 @@ _RENAMES: tuple[Rename, ...] = (
     (r"\.downsample\.reduction\.", ".downsample.conv."),
     # Not our own names after fuse().
     (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
-    *STAGES,
+    *SWIN_NAMES,
     (r"\.(norm[12])\.norm\.", r".\1."),
     (r"\.gamma_([12])$", r".gamma\1"),
     (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
@@ -219,7 +219,6 @@ _RENAMES: tuple[Rename, ...] = (
     (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
     (r"^proj\.", "head.proj.conv."),
     (r"^norm\.", "head.proj.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from backbones.common.checks import number
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import STAGES_FROM_1, imagenet_cfg, renamed
+from backbones.core.published import PVT_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.large_kernel import LargeKernelAttention
@@ -174,8 +174,7 @@ _RENAMES = (
     (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
     (r"\.layer_scale_([12])$", r".ls\1.gamma"),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    *STAGES_FROM_1,
+    *PVT_NAMES,
 )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backbones.common.checks import flag, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import RATIO, check_widths, checked, widths
-from backbones.core.published import STAGES, imagenet_cfg, renamed
+from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import TokenStage, make_stages
 from ops.init import init_linear
@@ -208,13 +208,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 _RENAMES = (
-    (r"^patch_embed\.(?:proj|0)\.", "stem.0.conv."),
-    (r"^patch_embed\.(?:norm|2)\.", "stem.0.norm."),
-    (r"^patch_embed\.5\.", "stem.2.conv."),
-    (r"^patch_embed\.7\.", "stem.2.norm."),
-    *STAGES,
-    (r"\.downsample\.1\.", ".downsample.conv."),
-    (r"\.downsample\.3\.", ".downsample.norm."),
+    *VMAMBA_NAMES,
     (r"(\.blocks\.\d+)\.(?:ln_1|norm)\.", r"\1.norm1."),
     (r"\.(?:op|self_attention)\.", ".mixer."),
     (r"\.conv2d\.", ".dwconv."),
@@ -224,9 +218,6 @@ _RENAMES = (
     (r"\.Ds$", ".D"),
     (r"\.out_norm\.", ".norm."),
     (r"\.out_proj\.", ".proj."),
-    (r"^outnorm(\d+)\.", r"out_norms.\1."),
-    (r"^classifier\.norm\.", "norm."),
-    (r"^(?:classifier\.)?head\.(weight|bias)$", r"head.fc.\1"),
 )
 
 

@@ -53,20 +53,38 @@ def _counted_from_1(name: str) -> Callable[[re.Match[str]], str]:
     return lambda match: name.format(int(match[1]) - 1)
 
 
-# Of originals where downsampling belongs to the previous stage.
-STAGES: tuple[Rename, ...] = (
+_HEAD: Rename = (r"^head\.(weight|bias)$", r"head.fc.\1")
+# Of originals in Swin Transformer's layout, where downsampling belongs to the previous stage.
+SWIN_NAMES: tuple[Rename, ...] = (
+    (r"^patch_embed\.proj\.", "stem.conv."),
+    (r"^patch_embed\.norm\.", "stem.norm."),
     (
         r"^(?:layers|levels)\.(\d+)\.downsample\.",
         lambda match: f"stages.{int(match[1]) + 1}.downsample.",
     ),
     (r"^(?:layers|levels)\.", "stages."),
+    (r"^norm(\d)\.", r"out_norms.\1."),
+    _HEAD,
 )
-# Of originals that count stages from 1.
-STAGES_FROM_1: tuple[Rename, ...] = (
+# Of originals in VMamba's layout.
+VMAMBA_NAMES: tuple[Rename, ...] = (
+    (r"^patch_embed\.(?:proj|0)\.", "stem.0.conv."),
+    (r"^patch_embed\.(?:norm|2)\.", "stem.0.norm."),
+    (r"^patch_embed\.5\.", "stem.2.conv."),
+    (r"^patch_embed\.7\.", "stem.2.norm."),
+    (r"\.downsample\.1\.", ".downsample.conv."),
+    (r"\.downsample\.3\.", ".downsample.norm."),
+    (r"^outnorm(\d+)\.", r"out_norms.\1."),
+    (r"^classifier\.", ""),
+    *SWIN_NAMES,
+)
+# Of originals in the layout of PVT, which count stages from 1.
+PVT_NAMES: tuple[Rename, ...] = (
     (r"^patch_embed1\.proj\.", "stem.conv."),
     (r"^patch_embed1\.norm\.", "stem.norm."),
     (r"^patch_embed(\d)\.proj\.", _counted_from_1("stages.{}.downsample.conv.")),
     (r"^patch_embed(\d)\.norm\.", _counted_from_1("stages.{}.downsample.norm.")),
     (r"^blocks?(\d)\.", _counted_from_1("stages.{}.blocks.")),
     (r"^norm(\d)\.", _counted_from_1("stages.{}.norm.")),
+    _HEAD,
 )

@@ -6,7 +6,7 @@ A family whose blocks need another layout or shared tables defines its own stage
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -124,3 +124,8 @@ def make_stages(
             for i, depth in enumerate(depths)
         )
     )
+
+
+def channels_before(stem_dim: int, dims: Sequence[Sequence[int]], stage: int, block: int) -> int:
+    """Input channels of a block, where ``dims`` are the output channels of each, by stage."""
+    return [stem_dim, *chain(*dims[:stage]), *dims[stage][:block]][-1]

@@ -18,14 +18,6 @@ from ops.kan import KAN
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after, norm_affine
 
-__all__ = [
-    "ConvFFN",
-    "FoldedLocalBlock",
-    "GlobalBlock",
-    "LocalBlock",
-    "apply_reinterpreted",
-]
-
 
 class ConvFFN(nn.Module):
     """Expand, depthwise, squeeze-and-excitation, project: (B, dim, H, W) → (B, dim, H, W)."""

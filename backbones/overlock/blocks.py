@@ -21,8 +21,6 @@ from ops.neighborhood import na2d_av
 from ops.position import ConvPosition
 from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after
 
-__all__ = ["Block", "ChannelAffine", "DynamicBlock", "window_offsets"]
-
 # (kernel size, dilation) of the parallel branches, by size of the large kernel. Not UniRepLKNet's.
 _BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),

@@ -23,7 +23,7 @@ from backbones.common.checks import flag, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import STAGES, imagenet_cfg, renamed
+from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, TokenStage, make_stages
 from backbones.vig.blocks import Block, GatedLinearAttention
@@ -229,16 +229,7 @@ _HIERARCHICAL = (
     (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
     (r"\.op\.", ".attn."),
     *_MIXER,
-    (r"^patch_embed\.0\.", "stem.0.conv."),
-    (r"^patch_embed\.2\.", "stem.0.norm."),
-    (r"^patch_embed\.5\.", "stem.2.conv."),
-    (r"^patch_embed\.7\.", "stem.2.norm."),
-    (r"\.downsample\.1\.", ".downsample.conv."),
-    (r"\.downsample\.3\.", ".downsample.norm."),
-    (r"^outnorm(\d+)\.", r"out_norms.\1."),
-    (r"^classifier\.norm\.", "norm."),
-    (r"^classifier\.head\.", "head.fc."),
-    *STAGES,
+    *VMAMBA_NAMES,
 )
 
 

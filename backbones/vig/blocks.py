@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from ops.linear_attention import gated_linear_attention
 from ops.norm import RMSNorm
 
-__all__ = ["GATE_DIVISOR", "HEAD_NORM_EPS", "Block", "GatedLinearAttention", "JoinedAttention"]
-
 _GATE_RANK = 16
 HEAD_NORM_EPS = 1e-6
 GATE_DIVISOR = 16  # of log gates, so that they start near 0 (slow decay)

@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from ops.bi_wkv import bi_wkv
 from ops.linear_attention import gated_linear_attention
 
-__all__ = ["Block", "GatedScan", "GatedSquaredMlp", "WKVAttention", "shift"]
-
 HEAD_DIM = 64  # of a head of VRWKV6
 _MIX_RANK = 32  # rank of VRWKV6's predicted mixing weights
 _DECAY_RANK = 64
