@@ -301,11 +301,7 @@ class HAT(StagedBackbone):
         return super().forward_features(padded)[:, :, : x.shape[2], : x.shape[3]]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Not supported.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Not supported: raises a NotImplementedError."""
         raise NotImplementedError(
             "HAT returns images and has no classifier; call the model for the image, or "
             "forward_features for the last map"
@@ -331,11 +327,7 @@ class HAT(StagedBackbone):
         return maps if intermediates_only else (last[:, :, :height, :width], maps)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """There is no classifier; ``global_pool=""`` removes the reconstruction to return features.
-
-        Raises:
-            ValueError: ``num_classes`` > 0.
-        """
+        """``num_classes`` must be 0; ``global_pool=""`` removes the reconstruction."""
         self._refuse_classes(num_classes)
         if global_pool == "":
             self.body_conv, self.head = nn.Identity(), nn.Identity()

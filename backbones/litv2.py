@@ -99,9 +99,6 @@ class DeformableMerging(nn.Module):
     """Downsampling by 2: deformable convolution, norm, GELU.
 
     (B, dim, H, W) → (B, out_dim, ⌊H/2⌋, ⌊W/2⌋).
-
-    Raises:
-        ValueError: a side of less than 2.
     """
 
     def __init__(self, dim: int, out_dim: int) -> None:

@@ -43,10 +43,6 @@ class ProxylessNAS(StagedBackbone):
         drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
             none.
         others: see :class:`backbones.StagedBackbone`.
-
-    Raises:
-        ValueError: the three lists differ in shape, a kernel is even, or an omitted block would
-            change the map's shape.
     """
 
     first_conv = "stem.0.conv"

@@ -129,10 +129,6 @@ class UniRepLKNet(StagedBackbone):
         kernel_sizes: of each stage: one for all its blocks, or a pattern that is repeated.
         head_init_scale: factor on the classifier's initial weights, 0.001 for fine-tuning.
         others: see :class:`backbones.StagedBackbone`.
-
-    Raises:
-        ValueError: even kernel sizes, or a large one without published branches, see
-            :class:`ops.large_kernel.DilatedReparamConv2d`.
     """
 
     first_conv = "stem.0"

@@ -97,9 +97,6 @@ class FoldedBlock(nn.Module):
 
     (B, dim, H, W) → (B, dim, H, W). The shortcut inside the attention includes norm and layer
     scale, so ``x + ls1(attn(norm1(x)))`` becomes ``folded_attn(x) + scale * x``.
-
-    Args:
-        block: provides attention and MLP, whose pointwise convolutions are replaced.
     """
 
     def __init__(self, block: Block) -> None:

@@ -24,10 +24,7 @@ class Resizing:
 
     The kernel :func:`ops.cpu.resize.resize.resize_part` computes only the pixels that are cropped,
     where it is available and its pixels are those of the installed Pillow; otherwise the transform
-    itself runs.
-
-    Args:
-        config: preprocessing, as resolved by timm.
+    itself runs. ``config`` is the preprocessing, as resolved by timm.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:

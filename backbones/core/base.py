@@ -236,10 +236,7 @@ class StagedBackbone(FusableBackbone):
     def stage_feature(self, stage: int, output: Any, norm: bool = False) -> Tensor:
         """The map that is returned for a stage.
 
-        Args:
-            stage: its index.
-            output: what it returned.
-            norm: apply the final norm if the stage has no output norm.
+        ``output`` is what it returned; ``norm`` applies the final norm if it has no output norm.
         """
         x = map_of(output)
         if str(stage) in self.out_norms:

@@ -64,11 +64,7 @@ class IsotropicBackbone(StagedBackbone):
             ]
 
     def block_name(self, number: int) -> str:
-        """Path of a block by its index in the whole network, as used in checkpoints.
-
-        Raises:
-            IndexError: there is no such block.
-        """
+        """Path of a block by its index in the whole network, as used in checkpoints."""
         i, j = self._places[number]
         return f"stages.{i}.blocks.{j}"
 
@@ -104,11 +100,7 @@ class IsotropicBackbone(StagedBackbone):
         return sum(len(stage.blocks) for stage in self.stages)  # type: ignore[arg-type, misc]
 
     def stage_features(self) -> list[int]:
-        """The index in ``feature_info`` of each stage's output.
-
-        Raises:
-            ValueError: the features are a pyramid.
-        """
+        """The index in ``feature_info`` of each stage's output; not for a pyramid."""
         if self.pyramid is not None:
             raise ValueError("with pyramid=True the features are not the maps of stages")
         ends = accumulate(len(stage.blocks) for stage in self.stages)  # type: ignore[arg-type]

@@ -67,13 +67,8 @@ def token_stages(
 ) -> nn.Sequential:
     """Stages of neighborhood attention, NCHW to NCHW.
 
-    Args:
-        dims, num_heads: of each stage.
-        dilations: of each block, by stage.
-        kernel_size, mlp_ratio, proj_drop_rate, layer_scale: of all blocks.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        downsample: creates the first layer of each stage except the first, from the channels of
-            the previous stage and its own.
+    ``dilations`` are of each block, by stage; ``downsample`` creates the first layer of each stage
+    except the first, from the channels of the previous stage and its own.
     """
 
     def block(i: int, j: int, drop_path: float) -> nn.Module:
@@ -132,13 +127,7 @@ def block_dilations(
 ) -> list[tuple[int, ...]]:
     """The dilation of each block, by stage.
 
-    Args:
-        dilations: one for all blocks, the name of a preset, or one or a sequence per stage.
-        depths: blocks of each stage.
-        presets: patterns by name.
-
-    Raises:
-        ValueError: an unknown name, or a wrong number of stages or blocks.
+    ``dilations`` are one for all blocks, the name of a preset, or one or a sequence per stage.
     """
     if isinstance(dilations, str):
         if dilations not in presets:

@@ -77,9 +77,6 @@ def register_variants(module: str) -> None:
 
     Args:
         module: ``__name__`` of the module that calls this, below its variants.
-
-    Raises:
-        ValueError: a name is taken, or ``default_cfgs`` has no entry for it.
     """
     for name, value in list(vars(sys.modules[module]).items()):
         if isinstance(value, FunctionType) and value in _unnamed:
@@ -121,11 +118,7 @@ def _with_pyramid(entrypoint: Callable[..., nn.Module], keyword: str) -> Callabl
 
 
 def register(entrypoint: Entrypoint) -> Entrypoint:
-    """Register a function that calls :func:`build_model`; use :func:`variant` instead.
-
-    Raises:
-        ValueError: the name is taken, or ``default_cfgs`` has no entry for it.
-    """
+    """Register a function that calls :func:`build_model`; use :func:`variant` instead."""
     text = "register(): assign variant(…) to the name, and call register_variants(__name__)"
     warnings.warn(text, DeprecationWarning, stacklevel=2)
     returned = entrypoint.__annotations__.get("return")
@@ -242,12 +235,8 @@ def build_model(
 ) -> Any:
     """Create ``model_class(**defaults, **kwargs)``, load weights, and wrap it for features.
 
-    Args:
-        model_class: the family's class.
-        name: the registered name.
-        pretrained: load the published weights.
-        defaults: the variant's arguments.
-        kwargs: the caller's: options of the factory (see :func:`create_model`) and of the class.
+    ``defaults`` are the variant's arguments, ``kwargs`` the caller's: options of the factory (see
+    :func:`create_model`) and of the class.
     """
     options = dict(kwargs)
     checkpoint_path = options.pop("checkpoint_path", None)

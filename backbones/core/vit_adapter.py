@@ -36,11 +36,6 @@ class SpatialPrior(nn.Module):
     """Convolutions of the image, and projections of their maps at strides 4, 8, 16 and 32.
 
     (B, in_chans, H, W) → four maps (B, dim, ⌈H / stride⌉, ⌈W / stride⌉).
-
-    Args:
-        in_chans: image channels.
-        hidden_dim: channels at stride 4; twice and four times as many at coarser strides.
-        dim: channels of the returned maps.
     """
 
     def __init__(self, in_chans: int, hidden_dim: int, dim: int) -> None:
@@ -90,9 +85,7 @@ class ConvMlp(nn.Module):
 class Injector(nn.Module):
     """Adds features of the branch to the network's tokens, scaled by ``gamma``, initially zero.
 
-    Args:
-        dim: channels.
-        make_attention: creates a deformable attention from a number of maps.
+    ``make_attention`` creates a deformable attention from a number of maps.
     """
 
     def __init__(self, dim: int, make_attention: Callable[[int], DeformableAttention]) -> None:
@@ -110,14 +103,7 @@ class Injector(nn.Module):
 
 
 class Extractor(nn.Module):
-    """Adds features of the network's tokens to the branch, followed by a feed-forward.
-
-    Args:
-        dim: channels.
-        make_attention: creates a deformable attention from a number of maps.
-        hidden_dim: of the feed-forward.
-        drop_path: stochastic depth of the feed-forward.
-    """
+    """Adds features of the network's tokens to the branch, followed by a feed-forward."""
 
     def __init__(
         self,
@@ -144,12 +130,7 @@ class Extractor(nn.Module):
 
 
 class Interaction(nn.Module):
-    """The layers around a stage of the network: an injector before it, extractors after it.
-
-    Args:
-        injector: see :class:`Injector`.
-        extractors: the first one, and those that the last stage has in addition.
-    """
+    """The layers around a stage of the network: an injector before it, extractors after it."""
 
     def __init__(self, injector: Injector, extractors: Sequence[Extractor]) -> None:
         super().__init__()
@@ -159,13 +140,7 @@ class Interaction(nn.Module):
 
 
 class AdapterLayers(nn.Module):
-    """All layers besides the network's; :class:`ViTAdapter` runs them.
-
-    Args:
-        prior: the convolutions.
-        interactions: one for each stage of the network.
-        dim: channels of the maps.
-    """
+    """All layers besides the network's; :class:`ViTAdapter` runs them."""
 
     def __init__(self, prior: SpatialPrior, interactions: Sequence[Interaction], dim: int) -> None:
         super().__init__()
@@ -323,12 +298,7 @@ class ViTAdapter(nn.Module):
         )
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """The four maps, fine to coarse.
-
-        Raises:
-            TypeError: ``x`` is not a tensor.
-            ValueError: not (B, in_chans, H, W).
-        """
+        """The four maps, fine to coarse, of images (B, in_chans, H, W)."""
         require_tensor("x", x)
         if x.ndim != 4 or x.shape[1] != self.network.in_chans:
             raise ValueError(

@@ -82,9 +82,6 @@ class FoldedLocalBlock(nn.Module):
 
     (B, dim, H, W) → (B, dim, H, W). The norm is also on a shortcut: with ``n = norm2(x)``,
     ``x + n + ffn(n)`` becomes ``x + scale * x + folded_ffn(x)``.
-
-    Args:
-        block: provides the first norm, the attention and the feed-forward.
     """
 
     def __init__(self, block: LocalBlock) -> None:

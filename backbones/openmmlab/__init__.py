@@ -250,10 +250,7 @@ def _layer_scales(module: nn.Module, rate: float) -> tuple[dict[str, float], set
 
 
 def check_channels(model: Mapping[str, Any]) -> None:
-    """Check that a model's config is consistent with its backbone, before building it.
-
-    Args:
-        model: the config's ``model``.
+    """Check that a config's ``model`` is consistent with its backbone, before building it.
 
     Raises:
         ValueError: invalid arguments of the backbone, or a neck (or decode head without a neck)

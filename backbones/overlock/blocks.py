@@ -170,9 +170,6 @@ class ContextMixing(nn.Module):
         dim, context_dim: channels of the map and of the context.
         num_heads: of the query and of either half of the channels.
         kernel_size: k.
-
-    Raises:
-        ValueError: ``num_heads`` does not divide half of ``dim``.
     """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, kernel_size: int) -> None:

@@ -42,9 +42,6 @@ class Stem(nn.Module):
     """9×9 convolution of stride 8, subsampling by 2, and a position table.
 
     (B, in_chs, H, W) → (B, dim, ⌈h/2⌉, ⌈w/2⌉) with h = ⌊(H + 1) / 8⌋, w likewise.
-
-    Raises:
-        ValueError: an image of less than 7 pixels a side.
     """
 
     def __init__(self, in_chs: int, dim: int) -> None:

@@ -48,9 +48,6 @@ class GatedLinearAttention(Mixing):
         num_heads: divides dim / 2.
         act: SiLU after the convolution and before the last projection.
         eval_share: factor of the sum of both directions in eval mode; in training it is 1/2.
-
-    Raises:
-        ValueError: ``dim`` is not a multiple of 2 · ``num_heads``.
     """
 
     def __init__(
@@ -149,14 +146,8 @@ def _scan(
 class Block(nn.Module):
     """Pre-norm residual attention and gated MLP.
 
-    (B, H, W, dim) → (B, H, W, dim).
-
-    Args:
-        dim: channels.
-        hidden_dim: of the MLP.
-        norm_layer: creates a norm over the last axis.
-        drop: dropout in the MLP.
-        num_heads, act, eval_share: see :class:`GatedLinearAttention`.
+    (B, H, W, dim) → (B, H, W, dim); ``num_heads``, ``act`` and ``eval_share`` are those of
+    :class:`GatedLinearAttention`.
     """
 
     def __init__(
