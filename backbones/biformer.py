@@ -15,25 +15,20 @@ or ``n_win=8`` (ADE20K).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    LayerNorm2d,
-    Mlp,
-    calculate_drop_path_rates,
-)
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import flag, optional, several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, WINDOW, checked, widths
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import imagenet_cfg, renamed, stem_layer
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import make_stages
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.softmax import softmax_attention
 from ops.batch_norm import BatchNorm2d
@@ -116,12 +111,7 @@ class BiFormer(StagedBackbone):
             varies; padding is applied after the projection and ignored by the routing; the
             convolution next to the global attention is applied to the values; the blocks' linear
             layers are initialised like PyTorch's convolutions.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0``, there is then no final norm, as in the paper's dense networks.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -160,17 +150,21 @@ class BiFormer(StagedBackbone):
         routed = [dim for dim, topk in zip(dims, topks, strict=True) if topk is not None]
         if any(dim % head_dim for dim in routed):
             raise ValueError(f"dims must be multiples of head_dim {head_dim}, got {dims}")
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
 
-        def attention(dim: int, topk: int | None) -> nn.Module:
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            dim, topk = dims[i], topks[i]
+            attn: nn.Module
             if topk is None:
-                return GlobalAttention(dim, lepe_on_value=nchw)
-            return BiLevelRoutingAttention(dim, dim // head_dim, n_win, topk, pad_input=not nchw)
+                attn = GlobalAttention(dim, lepe_on_value=nchw)
+            else:
+                heads = dim // head_dim
+                attn = BiLevelRoutingAttention(dim, heads, n_win, topk, pad_input=not nchw)
+            return Block(dim, attn, mlp_ratios[i], not swin_layout, proj_drop_rate, drop_path)
 
-        def downsample(dim: int, out_dim: int) -> nn.Module:
+        def downsample(i: int) -> nn.Module:
             if swin_layout:
-                return NormConv(dim, out_dim)
-            return ConvNorm(dim, out_dim, 3, 2, bias=True)
+                return NormConv(dims[i - 1], dims[i])
+            return ConvNorm(dims[i - 1], dims[i], 3, 2, bias=True)
 
         self.swin_layout = swin_layout
         self.stem = (
@@ -181,25 +175,7 @@ class BiFormer(StagedBackbone):
                 ConvNorm(dims[0] // 2, dims[0], 3, 2, bias=True),
             )
         )
-        self.stages = nn.Sequential(
-            *(
-                Stage(
-                    [
-                        Block(
-                            dims[i],
-                            attention(dims[i], topks[i]),
-                            mlp_ratios[i],
-                            not swin_layout,
-                            proj_drop_rate,
-                            next(rates),
-                        )
-                        for _ in range(depths[i])
-                    ],
-                    downsample=downsample(dims[i - 1], dims[i]) if i else None,
-                )
-                for i in range(len(dims))
-            )
-        )
+        self.stages = make_stages(depths, drop_path_rate, block, downsample)
         dense = num_classes == 0 and bool(out_norms)
         self.norm = nn.Identity() if dense else BatchNorm2d(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
@@ -217,6 +193,7 @@ class BiFormer(StagedBackbone):
 
 
 _RENAMES = (
+    (r"^downsample_layers\.0\.(\d)\.", stem_layer),
     (r"^stages\.(\d)\.(\d+)\.pos_embed\.", r"stages.\1.\2.pos_embed.conv."),
     (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
     (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
@@ -231,25 +208,20 @@ _RENAMES = (
 def _convert_key(key: str, swin_layout: bool) -> str:
     key = renamed(key, _RENAMES)
     if match := re.match(r"downsample_layers\.(\d)\.(\d)\.", key):
-        stage, place = int(match[1]), int(match[2])
-        rest = key[match.end() :]
-        if stage == 0:  # convolution, norm, activation, convolution, norm
-            return f"stem.{place // 3}.{('conv', 'norm')[place % 3]}.{rest}"
         parts = ("norm", "conv") if swin_layout else ("conv", "norm")
-        return f"stages.{stage}.downsample.{parts[place]}.{rest}"
+        return f"stages.{match[1]}.downsample.{parts[int(match[2])]}.{key[match.end() :]}"
     return key
 
 
-def _cfg(item: str) -> dict[str, Any]:
-    return {
-        "url": f"https://api.onedrive.com/v1.0/shares/{item}/root/content",
-        **imagenet_cfg(BiFormer),
-        "license": "mit",
-        "origin_url": "https://github.com/rayleizhu/BiFormer",
-        "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
-        "paper_ids": "arXiv:2303.08810",
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    BiFormer,
+    url="https://api.onedrive.com/v1.0/shares/{}/root/content",
+    license="mit",
+    origin_url="https://github.com/rayleizhu/BiFormer",
+    paper_name="BiFormer: Vision Transformer with Bi-Level Routing Attention",
+    paper_ids="arXiv:2303.08810",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -261,13 +233,11 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# BiFormer-T, 13.1 M parameters; its drop path is the training command's default
+# Stochastic depth of BiFormer-T and -B is the training command's default.
 biformer_tiny = variant(BiFormer, dims=(64, 128, 256, 512), depths=(2, 2, 8, 2), drop_path_rate=0.1)
-# BiFormer-S, 25.5 M parameters
 biformer_small = variant(
     BiFormer, dims=(64, 128, 256, 512), depths=(4, 4, 18, 4), drop_path_rate=0.15
 )
-# BiFormer-B, 56.8 M parameters; its drop path is the training command's default
 biformer_base = variant(
     BiFormer, dims=(96, 192, 384, 768), depths=(4, 4, 18, 4), drop_path_rate=0.1
 )
@@ -279,9 +249,7 @@ _STL: dict[str, Any] = dict(
     swin_layout=True,
     drop_path_rate=0.1,
 )
-# BiFormer in Swin-T's layout, 28.4 M parameters
 biformer_stl = variant(BiFormer, **_STL)
-# BiFormer in Swin-T's layout, the authors' second implementation, 28.4 M parameters
 biformer_stl_nchw = variant(BiFormer, **_STL, nchw=True)
 
 register_variants(__name__)

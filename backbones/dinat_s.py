@@ -12,6 +12,7 @@ detectors and segmenters use ``out_norms=True, num_classes=0`` and other dilatio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from timm.models import generate_default_cfgs
@@ -25,9 +26,9 @@ from backbones.core.neighborhood import (
     Pattern,
     block_dilations,
     cfg,
-    renamed,
     token_stages,
 )
+from backbones.core.published import SWIN_NAMES, renamed
 from backbones.core.registry import register_variants, variant
 from ops.patch import PatchEmbed, PatchMerging
 
@@ -52,16 +53,7 @@ class DiNATS(NeighborhoodPyramid):
             the name of a published set: ``"imagenet"``, ``"imagenet-384"``, ``"ade20k"`` (at 512),
             ``"ade20k-640"`` (large model) and ``"coco"``. In stages of other depths, the pattern is
             continued or truncated.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0``, there is then no final norm, as in the paper's dense networks.
-
-    Raises:
-        ValueError: sequences of the wrong length, heads that don't divide the width, or an unknown
-            name of dilations.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     @checked("dims", "num_heads", dilations=DILATIONS)
@@ -98,35 +90,22 @@ class DiNATS(NeighborhoodPyramid):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original and of its dense copies."""
-        return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
+        return {renamed(key, SWIN_NAMES): tensor for key, tensor in state_dict.items()}
 
 
-_RENAMES = (
-    (r"^patch_embed\.proj\.", "stem.conv."),
-    (r"^patch_embed\.norm\.", "stem.norm."),
-    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-
-
-def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
-    url = "dinat/checkpoints/" + file
-    return cfg(DiNATS, url, **kwargs)
-
+_cfg = partial(cfg, DiNATS)
+_1K, _22K = "dinat/checkpoints/imagenet1k/", "dinat/checkpoints/imagenet22k/"
 
 default_cfgs = generate_default_cfgs(
     {
-        "dinat_s_tiny.in1k": _cfg("imagenet1k/dinat_s_tiny_in1k_224.pth"),
-        "dinat_s_small.in1k": _cfg("imagenet1k/dinat_s_small_in1k_224.pth"),
-        "dinat_s_base.in1k": _cfg("imagenet1k/dinat_s_base_in1k_224.pth"),
-        "dinat_s_large.in22k_ft_in1k": _cfg("imagenet1k/dinat_s_large_in1k_224.pth"),
+        "dinat_s_tiny.in1k": _cfg(_1K + "dinat_s_tiny_in1k_224"),
+        "dinat_s_small.in1k": _cfg(_1K + "dinat_s_small_in1k_224"),
+        "dinat_s_base.in1k": _cfg(_1K + "dinat_s_base_in1k_224"),
+        "dinat_s_large.in22k_ft_in1k": _cfg(_1K + "dinat_s_large_in1k_224"),
         "dinat_s_large_384.in22k_ft_in1k": _cfg(
-            "imagenet1k/dinat_s_large_in1k_384.pth", input_size=(3, 384, 384), crop_pct=1.0
+            _1K + "dinat_s_large_in1k_384", input_size=(3, 384, 384), crop_pct=1.0
         ),
-        "dinat_s_large_21k.in22k": _cfg(
-            "imagenet22k/dinat_s_large_in22k_224.pth", num_classes=21841
-        ),
+        "dinat_s_large_21k.in22k": _cfg(_22K + "dinat_s_large_in22k_224", num_classes=21841),
     }
 )
 
@@ -136,11 +115,8 @@ _LARGE: dict[str, Any] = dict(
     num_heads=(6, 12, 24, 48),
 )
 
-# DiNAT_s-Tiny, 28.3 M parameters
 dinat_s_tiny = variant(DiNATS, drop_path_rate=0.2)
-# DiNAT_s-Small, 49.6 M parameters
 dinat_s_small = variant(DiNATS, depths=(2, 2, 18, 2), drop_path_rate=0.3)
-# DiNAT_s-Base, 87.8 M parameters
 dinat_s_base = variant(
     DiNATS,
     dims=(128, 256, 512, 1024),
@@ -148,11 +124,8 @@ dinat_s_base = variant(
     num_heads=(4, 8, 16, 32),
     drop_path_rate=0.5,
 )
-# DiNAT_s-Large, 196.5 M parameters
 dinat_s_large = variant(DiNATS, **_LARGE, drop_path_rate=0.35)
-# DiNAT_s-Large for images of 384×384, more dilated; 196.5 M parameters
 dinat_s_large_384 = variant(DiNATS, **_LARGE, dilations="imagenet-384", drop_path_rate=0.35)
-# DiNAT_s-Large with the classes of ImageNet-22k, 228.6 M parameters
 dinat_s_large_21k = variant(DiNATS, **_LARGE, drop_path_rate=0.2)
 
 register_variants(__name__)

@@ -10,10 +10,11 @@ weights. A file with other sizes loads into a network created with its ``attn_ke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, KERNEL, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import channels_before, make_stages
 from ops.attention.channel import EfficientChannelAttention
 from ops.conv import ConvNorm
 from ops.mobile import MBConv, MixHead
@@ -78,21 +79,6 @@ class ECAMBConv(MBConv):
         return x + self.drop_path(out) if self.has_shortcut else out
 
 
-def _stages(
-    dim: int, dims: Sequence[Sequence[int]], drop_path_rate: float, block: Callable[..., nn.Module]
-) -> list[list[nn.Module]]:
-    """``block(dim, out_dim, stride, drop_path, stage)``; later stages begin with stride 2."""
-    rates = iter(calculate_drop_path_rates(drop_path_rate, sum(map(len, dims))))
-    stages: list[list[nn.Module]] = []
-    for stage, out_dims in enumerate(dims):
-        stages.append([])
-        for out_dim in out_dims:
-            stride = 2 if stage and not stages[-1] else 1
-            stages[-1].append(block(dim, out_dim, stride, next(rates), stage))
-            dim = out_dim
-    return stages
-
-
 def _init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -107,8 +93,8 @@ class ECAResNet(StagedBackbone):
         attn_kernel_sizes: of each stage's channel attention, odd.
         stem_dim: channels of the first convolution.
         bottleneck: blocks of three convolutions, see :class:`ResidualBlock`.
-        drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, linear from 0. Published: 0.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -132,15 +118,16 @@ class ECAResNet(StagedBackbone):
         if bottleneck and any(dim % 4 for dim in dims):
             raise ValueError(f"dims must be multiples of 4 with bottleneck, got {dims}")
 
-        def block(dim: int, out_dim: int, stride: int, drop_path: float, stage: int) -> nn.Module:
-            size = attn_kernel_sizes[stage]
-            return ResidualBlock(dim, out_dim, size, stride, bottleneck, drop_path)
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            dim = dims[i] if j else (stem_dim, *dims)[i]
+            stride = 2 if i and not j else 1
+            size = attn_kernel_sizes[i]
+            return ResidualBlock(dim, dims[i], size, stride, bottleneck, drop_path)
 
-        of_blocks = [(dim,) * depth for dim, depth in zip(dims, depths, strict=True)]
-        stages = _stages(stem_dim, of_blocks, drop_path_rate, block)
+        stages = make_stages(depths, drop_path_rate, block)
         first = ConvNorm(in_chans, stem_dim, 7, 2, act_layer=nn.ReLU)
         self.stem = nn.Sequential(first, nn.MaxPool2d(3, 2, 1))
-        self.stages = nn.Sequential(*map(Stage, stages))
+        self.stages = stages
         self.norm = nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
         self.describe_features(dims)
@@ -168,8 +155,8 @@ class ECAMobileNetV2(StagedBackbone):
         dims: output channels of each block, by stage. The first block of a stage halves the map,
             except in the first stage, which has stride 2 and belongs to the stem.
         head_hidden_dim: channels before the classifier.
-        drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, linear from 0. Published: 0.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -193,9 +180,15 @@ class ECAMobileNetV2(StagedBackbone):
         super().__init__(num_classes=num_classes, in_chans=in_chans)
         if len(dims) < 2:
             raise ValueError(f"dims must have blocks at stride 2, then other stages, got {dims}")
-        blocks, *stages = _stages(stem_dim, dims, drop_path_rate, ECAMBConv)
-        self.stem = nn.Sequential(ConvNorm(in_chans, stem_dim, 3, 2, act_layer=nn.ReLU6), *blocks)
-        self.stages = nn.Sequential(*map(Stage, stages))
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            dim = channels_before(stem_dim, dims, i, j)
+            return ECAMBConv(dim, dims[i][j], 2 if i and not j else 1, drop_path, i)
+
+        made: Any = make_stages([len(stage) for stage in dims], drop_path_rate, block)
+        first = ConvNorm(in_chans, stem_dim, 3, 2, act_layer=nn.ReLU6)
+        self.stem = nn.Sequential(first, *made[0].blocks)
+        self.stages = nn.Sequential(*made[1:])
         self.norm = nn.Identity()
         self.head = MixHead(dims[-1][-1], head_hidden_dim, num_classes, global_pool, drop_rate)
         self.describe_features([stage[-1] for stage in dims[1:]], head_hidden_size=head_hidden_dim)
@@ -219,17 +212,15 @@ _MOBILENET_NAMES = (
 )
 
 
-def _cfg(model_class: type[StagedBackbone]) -> dict[str, Any]:
-    return {
-        "url": "",  # published on Google Drive, one file each
-        **imagenet_cfg(model_class),
-        "interpolation": "bilinear",
-        "license": "mit",
-        "origin_url": "https://github.com/BangguWu/ECANet",
-        "paper_name": "ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
-        "paper_ids": "arXiv:1910.03151",
-    }
-
+# Published on Google Drive, one file each.
+_cfg = partial(
+    imagenet_cfg,
+    interpolation="bilinear",
+    license="mit",
+    origin_url="https://github.com/BangguWu/ECANet",
+    paper_name="ECA-Net: Efficient Channel Attention for Deep Convolutional Neural Networks",
+    paper_ids="arXiv:1910.03151",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -239,7 +230,6 @@ default_cfgs = generate_default_cfgs(
 )
 _WIDE: dict[str, Any] = dict(dims=(256, 512, 1024, 2048), bottleneck=True)
 
-# Parameters in millions: 11.7, 21.8, 25.6, 44.5, 60.2 and 3.5
 eca_resnet18 = variant(ECAResNet)
 eca_resnet34 = variant(ECAResNet, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 3, 5, 7))
 eca_resnet50 = variant(ECAResNet, **_WIDE, depths=(3, 4, 6, 3), attn_kernel_sizes=(3, 5, 5, 7))

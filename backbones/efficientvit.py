@@ -14,11 +14,10 @@ stages), and ``kernel_sizes=(7, 5, 3, 3)`` for M0. Stages start at stride 16; wi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, KERNEL, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import make_stages
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
 from ops.conv import ConvResidual
 from ops.mobile import ConvFFN, NormLinearHead, Residual, conv_stem, residual_merging
@@ -64,16 +63,9 @@ class EfficientViT(StagedBackbone):
         img_size: square image size that the bias tables are for; a table's side is that of the
             stage's map, at most ``window_size``. Other sizes use interpolated biases, and tables
             in checkpoints are interpolated when loaded.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
         distilled: add a second classifier for a teacher's labels, see
             :class:`ops.mobile.NormLinearHead`.
-        stem_features: also return the stem's maps at strides 2, 4 and 8 as features.
-
-    Raises:
-        ValueError: ``img_size`` below 1, or invalid arguments of
-            :class:`ops.attention.cascaded.CascadedGroupAttention`.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -108,24 +100,19 @@ class EfficientViT(StagedBackbone):
         stem_features: bool = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         reductions = [16 * 2**i for i in range(len(dims))]
-        self.stem = conv_stem(in_chans, dims[0])
-        stages = []
-        for i, dim in enumerate(dims):
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
             table_size = min(window_size, -(-img_size // reductions[i]))
-            blocks = [
-                Block(
-                    dim,
-                    CascadedGroupAttention(
-                        dim, num_heads[i], qk_dim, window_size, kernel_sizes, table_size
-                    ),
-                    next(rates),
-                )
-                for _ in range(depths[i])
-            ]
-            stages.append(Stage(blocks, residual_merging(dims[i - 1], dim) if i else None))
-        self.stages = nn.Sequential(*stages)
+            attn = CascadedGroupAttention(
+                dims[i], num_heads[i], qk_dim, window_size, kernel_sizes, table_size
+            )
+            return Block(dims[i], attn, drop_path)
+
+        self.stem = conv_stem(in_chans, dims[0])
+        self.stages = make_stages(
+            depths, drop_path_rate, block, lambda i: residual_merging(dims[i - 1], dims[i])
+        )
         self.norm = nn.Identity()
         self.head = NormLinearHead(
             dims[-1], num_classes, global_pool, drop_rate, distilled=distilled
@@ -210,39 +197,29 @@ def _add_identity(kernel: Tensor) -> Tensor:
     return kernel + identity
 
 
-def _cfg(variant: str) -> dict[str, Any]:
-    releases = "https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/"
-    return {
-        "url": f"{releases}{variant}.pth",
-        **imagenet_cfg(EfficientViT),
-        "license": "mit",
-        "origin_url": "https://github.com/microsoft/Cream/tree/main/EfficientViT",
-        "paper_name": (
-            "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention"
-        ),
-        "paper_ids": "arXiv:2305.07027",
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    EfficientViT,
+    url="https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/{}.pth",
+    license="mit",
+    origin_url="https://github.com/microsoft/Cream/tree/main/EfficientViT",
+    paper_name="EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention",
+    paper_ids="arXiv:2305.07027",
+)
 
 default_cfgs = generate_default_cfgs(
     {f"efficientvit_m{i}.in1k": _cfg(f"efficientvit_m{i}") for i in range(6)}
 )
 
-# EfficientViT-M0, 2.3 M parameters
 efficientvit_m0 = variant(
     EfficientViT, dims=(64, 128, 192), num_heads=(4, 4, 4), kernel_sizes=(5, 5, 5, 5)
 )
-# EfficientViT-M1, 3.0 M parameters
 efficientvit_m1 = variant(EfficientViT, dims=(128, 144, 192), num_heads=(2, 3, 3))
-# EfficientViT-M2, 4.2 M parameters
 efficientvit_m2 = variant(EfficientViT, dims=(128, 192, 224), num_heads=(4, 3, 2))
-# EfficientViT-M3, 6.9 M parameters
 efficientvit_m3 = variant(
     EfficientViT, dims=(128, 240, 320), num_heads=(4, 3, 4), kernel_sizes=(5, 5, 5, 5)
 )
-# EfficientViT-M4, 8.8 M parameters
 efficientvit_m4 = variant(EfficientViT, dims=(128, 256, 384), num_heads=(4, 4, 4))
-# EfficientViT-M5, 12.5 M parameters
 efficientvit_m5 = variant(EfficientViT, dims=(192, 288, 384), depths=(1, 3, 4), num_heads=(3, 3, 4))
 
 register_variants(__name__)

@@ -12,19 +12,18 @@ detectors and segmenters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import WINDOW, checked
-from backbones.core.published import imagenet_cfg, renamed, renamed_stage
+from backbones.core.published import PVT_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import Stage, make_stages
 from ops.attention.factorized import FactorizedAttention
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
@@ -90,10 +89,7 @@ class FaViT(StagedBackbone):
         sr_ratios: downsampling factor of each stage's global branch, and dilation of its second
             local branch; with 1, there is no second local branch.
         window_size: taps per side of the local windows.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     @checked("dims", "num_heads", "mlp_ratios", "sr_ratios", sr_ratios=several(WINDOW))
@@ -114,28 +110,22 @@ class FaViT(StagedBackbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = PatchEmbed(in_chans, dims[0], 7, 4)
-        self.stages = nn.Sequential(
-            *(
-                FaViTStage(
-                    [
-                        Block(
-                            dims[i],
-                            num_heads[i],
-                            sr_ratios[i],
-                            mlp_ratios[i],
-                            window_size,
-                            proj_drop_rate,
-                            next(rates),
-                        )
-                        for _ in range(depths[i])
-                    ],
-                    downsample=PatchEmbed(dims[i - 1], dims[i], 3, 2) if i else None,
-                    norm=nn.LayerNorm(dims[i], eps=1e-6),
-                )
-                for i in range(len(dims))
-            )
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: Block(
+                dims[i],
+                num_heads[i],
+                sr_ratios[i],
+                mlp_ratios[i],
+                window_size,
+                proj_drop_rate,
+                rate,
+            ),
+            lambda i: PatchEmbed(dims[i - 1], dims[i], 3, 2),
+            FaViTStage,
+            norm=lambda i: nn.LayerNorm(dims[i], eps=1e-6),
         )
         self.norm = nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
@@ -144,15 +134,10 @@ class FaViT(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, which counts stages from 1."""
-        return {
-            renamed_stage(renamed(key, _RENAMES), _STAGE_PREFIXES): tensor
-            for key, tensor in state_dict.items()
-        }
+        return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
 
 
 _RENAMES = (
-    (r"^patch_embed1\.proj\.", "stem.conv."),
-    (r"^patch_embed1\.norm\.", "stem.norm."),
     (r"\.attn\.(sr|norm)\.", r".attn.global_branch.\1."),
     (r"\.attn\.kv_g\.", ".attn.global_branch.kv."),
     (r"\.attn\.local_conv_g\.", ".attn.global_branch.local_conv.conv."),
@@ -162,45 +147,25 @@ _RENAMES = (
     (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
     (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-_STAGE_PREFIXES = (
-    (r"^patch_embed(\d)\.proj\.", "stages.{}.downsample.conv."),
-    (r"^patch_embed(\d)\.norm\.", "stages.{}.downsample.norm."),
-    (r"^block(\d)\.", "stages.{}.blocks."),
-    (r"^norm(\d)\.", "stages.{}.norm."),
+    *PVT_NAMES,
 )
 
 
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",
-        **imagenet_cfg(FaViT),
-        "license": "none stated",
-        "origin_url": "https://github.com/q2479036243/FaViT",
-        "paper_name": "Factorization Vision Transformer: Modeling Long Range Dependency with "
-        "Local Window Cost",
-        "paper_ids": "arXiv:2312.08614",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs(
-    {
-        "favit_b0.untrained": _cfg(),
-        "favit_b1.untrained": _cfg(),
-        "favit_b2.untrained": _cfg(),
-        "favit_b3.untrained": _cfg(),
-    }
+_cfg = imagenet_cfg(
+    FaViT,
+    license="none stated",
+    origin_url="https://github.com/q2479036243/FaViT",
+    paper_name=(
+        "Factorization Vision Transformer: Modeling Long Range Dependency with Local Window Cost"
+    ),
+    paper_ids="arXiv:2312.08614",
 )
 
-# FaViT-B0, 3.4 M parameters
+default_cfgs = generate_default_cfgs({f"favit_b{i}.untrained": _cfg for i in range(4)})
+
 favit_b0 = variant(FaViT, dims=(32, 64, 128, 256), depths=(2, 2, 6, 2), drop_path_rate=0.1)
-# FaViT-B1, 13.0 M parameters
 favit_b1 = variant(FaViT, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), drop_path_rate=0.1)
-# FaViT-B2, 24.9 M parameters
 favit_b2 = variant(FaViT, dims=(64, 128, 256, 512), depths=(2, 3, 18, 3), drop_path_rate=0.1)
-# FaViT-B3, 48.7 M parameters
 favit_b3 = variant(FaViT, dims=(96, 192, 384, 768), depths=(2, 3, 14, 3), drop_path_rate=0.1)
 
 register_variants(__name__)

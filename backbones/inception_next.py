@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import torch
-from timm.layers import ConvMlp, DropPath, SelectAdaptivePool2d, calculate_drop_path_rates
+from timm.layers import ConvMlp, DropPath, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import KERNEL, SHARE, checked
 from backbones.core.published import imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import make_stages
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm, InceptionDWConv2d, NormConv
 from ops.init import init_trunc_normal
@@ -129,10 +129,7 @@ class InceptionNeXt(StagedBackbone):
         dims, depths, mlp_ratios: of the four stages.
         band_kernel_size: length of the 1×k and k×1 kernels.
         branch_ratio: fraction of the channels of each convolution branch.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        layer_scale: initial value of the layer scales.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     classifier = "head.fc2"
@@ -154,26 +151,14 @@ class InceptionNeXt(StagedBackbone):
         layer_scale: float = 1e-6,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = ConvNorm(in_chans, dims[0], 4, 4, padding=0, bias=True)
-        self.stages = nn.Sequential(
-            *(
-                Stage(
-                    [
-                        Block(
-                            dims[i],
-                            mlp_ratios[i],
-                            band_kernel_size,
-                            branch_ratio,
-                            next(rates),
-                            layer_scale,
-                        )
-                        for _ in range(depths[i])
-                    ],
-                    downsample=NormConv(dims[i - 1], dims[i]) if i else None,
-                )
-                for i in range(len(dims))
-            )
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: Block(
+                dims[i], mlp_ratios[i], band_kernel_size, branch_ratio, rate, layer_scale
+            ),
+            lambda i: NormConv(dims[i - 1], dims[i]),
         )
         self.norm = nn.Identity()
         self.head = MlpHead(dims[-1], num_classes, global_pool, mlp_ratio=3, drop_rate=drop_rate)
@@ -194,19 +179,15 @@ def _convert_layer(match: re.Match[str]) -> str:
     return f"{match[1]}.{names[int(match[2])]}."
 
 
-def _cfg(variant: str, size: int = 224, crop_pct: float = 0.875) -> dict[str, Any]:
-    release = "https://github.com/sail-sg/inceptionnext/releases/download/model/"
-    return {
-        "url": f"{release}inceptionnext_{variant}.pth",
-        **imagenet_cfg(InceptionNeXt),
-        "input_size": (3, size, size),
-        "crop_pct": crop_pct,
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/sail-sg/inceptionnext",
-        "paper_name": "InceptionNeXt: When Inception Meets ConvNeXt",
-        "paper_ids": "arXiv:2303.16900",
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    InceptionNeXt,
+    url="https://github.com/sail-sg/inceptionnext/releases/download/model/inceptionnext_{}.pth",
+    license="apache-2.0",
+    origin_url="https://github.com/sail-sg/inceptionnext",
+    paper_name="InceptionNeXt: When Inception Meets ConvNeXt",
+    paper_ids="arXiv:2303.16900",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -214,11 +195,12 @@ default_cfgs = generate_default_cfgs(
         "inception_next_tiny.sail_in1k": _cfg("tiny"),
         "inception_next_small.sail_in1k": _cfg("small"),
         "inception_next_base.sail_in1k": _cfg("base"),
-        "inception_next_base_384.sail_in1k": _cfg("base_384", size=384, crop_pct=1.0),
+        "inception_next_base_384.sail_in1k": _cfg(
+            "base_384", input_size=(3, 384, 384), crop_pct=1.0
+        ),
     }
 )
 
-# InceptionNeXt-A, 4.2 M parameters
 inception_next_atto = variant(
     InceptionNeXt,
     dims=(40, 80, 160, 320),
@@ -227,19 +209,15 @@ inception_next_atto = variant(
     branch_ratio=0.25,
     drop_path_rate=0.1,
 )
-# InceptionNeXt-T, 28.1 M parameters
 inception_next_tiny = variant(
     InceptionNeXt, dims=(96, 192, 384, 768), depths=(3, 3, 9, 3), drop_path_rate=0.1
 )
-# InceptionNeXt-S, 49.4 M parameters
 inception_next_small = variant(
     InceptionNeXt, dims=(96, 192, 384, 768), depths=(3, 3, 27, 3), drop_path_rate=0.3
 )
-# InceptionNeXt-B, 86.7 M parameters
 inception_next_base = variant(
     InceptionNeXt, dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3), drop_path_rate=0.4
 )
-# InceptionNeXt-B fine-tuned at 384×384, 86.7 M parameters
 inception_next_base_384 = variant(
     InceptionNeXt,
     dims=(128, 256, 512, 1024),

@@ -14,13 +14,13 @@ use ``out_norms=True, num_classes=0``, its detectors ``out_norms=(1, 2, 3), num_
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -28,9 +28,9 @@ from torchvision.ops import deform_conv2d
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, WINDOW, checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import SWIN_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import TokenStage
+from backbones.core.stage import TokenStage, make_stages
 from ops.attention.hilo import HiLoAttention
 from ops.autocast import autocasts, without_autocast
 from ops.batch_norm import BatchNorm2d
@@ -99,9 +99,6 @@ class DeformableMerging(nn.Module):
     """Downsampling by 2: deformable convolution, norm, GELU.
 
     (B, dim, H, W) → (B, out_dim, ⌊H/2⌋, ⌊W/2⌋).
-
-    Raises:
-        ValueError: a side of less than 2.
     """
 
     def __init__(self, dim: int, out_dim: int) -> None:
@@ -165,12 +162,7 @@ class LITv2(StagedBackbone):
         window_sizes: of HiLo attention in each stage; with 1, all heads attend to all tokens.
         alpha: fraction of the heads that attend to window averages.
         mlp_ratio: width of the MLPs relative to the stage.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0``, there is then no final norm, as in the paper's dense networks.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     @checked(
@@ -199,27 +191,15 @@ class LITv2(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = PatchEmbed(in_chans, dims[0])
-        self.stages = nn.Sequential(
-            *(
-                TokenStage(
-                    [
-                        Block(
-                            dims[i],
-                            num_heads[i],
-                            mlp_ratio,
-                            window_sizes[i],
-                            alpha,
-                            proj_drop_rate,
-                            next(rates),
-                        )
-                        for _ in range(depths[i])
-                    ],
-                    downsample=DeformableMerging(dims[i - 1], dims[i]) if i else None,
-                )
-                for i in range(len(dims))
-            )
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: Block(
+                dims[i], num_heads[i], mlp_ratio, window_sizes[i], alpha, proj_drop_rate, rate
+            ),
+            lambda i: DeformableMerging(dims[i - 1], dims[i]),
+            TokenStage,
         )
         dense = num_classes == 0 and bool(out_norms)
         self.norm = nn.Identity() if dense else _layer_norm(dims[-1])
@@ -232,7 +212,7 @@ class LITv2(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original's classifier, detector and segmenter."""
-        return {_convert_key(key): tensor for key, tensor in state_dict.items()}
+        return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
 
 
 def _layer_norm(dim: int) -> nn.Module:
@@ -240,38 +220,25 @@ def _layer_norm(dim: int) -> nn.Module:
 
 
 _RENAMES = (
-    (r"^patch_embed\.proj\.", "stem.conv."),
-    (r"^patch_embed\.norm\.", "stem.norm."),
     (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
     (r"\.downsample\.dconv\.", ".downsample.conv."),
     (r"\.downsample\.norm_layer\.", ".downsample.norm."),
     (r"\.attn\.h_", ".attn.high."),
     (r"\.attn\.l_", ".attn.low."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    *SWIN_NAMES,
 )
 
 
-def _convert_key(key: str) -> str:
-    key = renamed(key, _RENAMES)
-    # In the original, merging belongs to the previous stage.
-    if match := re.match(r"layers\.(\d)\.downsample\.", key):
-        return f"stages.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
-    return re.sub(r"^layers\.", "stages.", key)
-
-
-def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": f"https://github.com/ziplab/LITv2/releases/download/{file}.pth",
-        **imagenet_cfg(LITv2),
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/ziplab/LITv2",
-        "paper_name": "Fast Vision Transformers with HiLo Attention",
-        "paper_ids": "arXiv:2205.13213",
-        **kwargs,
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    LITv2,
+    url="https://github.com/ziplab/LITv2/releases/download/{}.pth",
+    license="apache-2.0",
+    origin_url="https://github.com/ziplab/LITv2",
+    paper_name="Fast Vision Transformers with HiLo Attention",
+    paper_ids="arXiv:2205.13213",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -282,38 +249,24 @@ default_cfgs = generate_default_cfgs(
             "v1.0/litv2_b_384", input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash"
         ),
         "litv2_s_alpha_0_0.in1k": _cfg("v1.1/alpha_0"),
-        "litv2_s_alpha_0_2.in1k": _cfg("v1.1/alpha_0.2"),
-        "litv2_s_alpha_0_4.in1k": _cfg("v1.1/alpha_0.4"),
-        "litv2_s_alpha_0_5.in1k": _cfg("v1.1/alpha_0.5"),
-        "litv2_s_alpha_0_7.in1k": _cfg("v1.1/alpha_0.7"),
-        "litv2_s_alpha_0_9.in1k": _cfg("v1.1/alpha_0.9"),
+        **{f"litv2_s_alpha_0_{i}.in1k": _cfg(f"v1.1/alpha_0.{i}") for i in (2, 4, 5, 7, 9)},
         "litv2_s_alpha_1_0.in1k": _cfg("v1.1/alpha_1"),
     }
 )
 
 _BASE = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
 
-# LITv2-S, 27.8 M parameters
 litv2_s = variant(LITv2, alpha=0.9, drop_path_rate=0.2)
-# LITv2-M, 48.8 M parameters
 litv2_m = variant(LITv2, depths=(2, 2, 18, 2), alpha=0.9, drop_path_rate=0.3)
-# LITv2-B, 86.5 M parameters
 litv2_b = variant(LITv2, **_BASE, alpha=0.9, drop_path_rate=0.5)
-# LITv2-B fine-tuned at 384×384, 86.5 M parameters
 litv2_b_384 = variant(LITv2, **_BASE, alpha=0.9, drop_path_rate=0.5)
-# LITv2-S with alpha 0.0: no heads attend to averages, 28.1 M parameters
 litv2_s_alpha_0_0 = variant(LITv2, alpha=0.0, drop_path_rate=0.2)
-# LITv2-S with alpha 0.2: 27.8 M parameters
 litv2_s_alpha_0_2 = variant(LITv2, alpha=0.2, drop_path_rate=0.2)
-# LITv2-S with alpha 0.4: 27.7 M parameters
 litv2_s_alpha_0_4 = variant(LITv2, alpha=0.4, drop_path_rate=0.2)
-# LITv2-S with alpha 0.5: 27.6 M parameters
 litv2_s_alpha_0_5 = variant(LITv2, alpha=0.5, drop_path_rate=0.2)
-# LITv2-S with alpha 0.7: 27.7 M parameters
 litv2_s_alpha_0_7 = variant(LITv2, alpha=0.7, drop_path_rate=0.2)
-# LITv2-S with alpha 0.9: the paper's choice, trained again, 27.8 M parameters
+# As litv2_s, trained again.
 litv2_s_alpha_0_9 = variant(LITv2, alpha=0.9, drop_path_rate=0.2)
-# LITv2-S with alpha 1.0: all heads attend to averages, 28.1 M parameters
 litv2_s_alpha_1_0 = variant(LITv2, alpha=1.0, drop_path_rate=0.2)
 
 register_variants(__name__)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,9 @@ from backbones.core.neighborhood import (
     block_dilations,
     cfg,
     layer_norm,
-    renamed,
     token_stages,
 )
+from backbones.core.published import SWIN_NAMES, renamed
 from backbones.core.registry import register_variants, variant
 
 __all__ = ["NAT"]
@@ -69,16 +70,7 @@ class NAT(NeighborhoodPyramid):
             ``"mask2former"``, ``"oneformer"`` and ``"oneformer-1280"`` require ``kernel_size=11``.
             In stages of other depths, the pattern is continued or truncated.
         layer_scale: initial value of the layer scales; None for none.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0``, there is then no final norm, as in the papers' dense networks.
-
-    Raises:
-        ValueError: sequences of the wrong length, heads that don't divide the width, or an unknown
-            name of dilations.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.conv1"
@@ -144,10 +136,7 @@ _HUGGING_FACE = (
     (r"\.attention\.output\.dense\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
-    (r"^hidden_states_norms\.stage1\.", "norm0."),
-    (r"^hidden_states_norms\.stage2\.", "norm1."),
-    (r"^hidden_states_norms\.stage3\.", "norm2."),
-    (r"^hidden_states_norms\.stage4\.", "norm3."),
+    *((rf"^hidden_states_norms\.stage{i + 1}\.", f"norm{i}.") for i in range(4)),
     (r"^layernorm\.", "norm."),
     (r"^classifier\.", "head."),
 )
@@ -155,50 +144,36 @@ _RENAMES = (
     *_HUGGING_FACE,
     (r"^patch_embed\.proj\.0\.", "stem.conv1."),
     (r"^patch_embed\.proj\.1\.", "stem.conv2."),
-    (r"^patch_embed\.norm\.", "stem.norm."),
-    (r"^levels\.(\d+)\.blocks\.", r"stages.\1.blocks."),
     (r"\.downsample\.reduction\.", ".downsample.conv."),
     (r"\.gamma([12])$", r".ls\1.gamma"),
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    *SWIN_NAMES,
 )
 
 
-def _cfg(url: str, **kwargs: Any) -> dict[str, Any]:
-    return cfg(NAT, url, **kwargs)
-
-
-def _nat(size: str) -> dict[str, Any]:
-    return _cfg(
-        f"nat/checkpoints/CLS/nat_{size}.pth",
-        paper_name="Neighborhood Attention Transformer",
-        paper_ids="arXiv:2204.07143",
-    )
-
-
+_cfg = partial(cfg, NAT)
 _1K, _22K = "dinat/checkpoints/imagenet1k/", "dinat/checkpoints/imagenet22k/"
 _LARGE_IMAGES: dict[str, Any] = dict(input_size=(3, 384, 384), crop_pct=1.0)
+_SIZES = ("mini", "tiny", "small", "base")
 
 default_cfgs = generate_default_cfgs(
     {
-        "nat_mini.in1k": _nat("mini"),
-        "nat_tiny.in1k": _nat("tiny"),
-        "nat_small.in1k": _nat("small"),
-        "nat_base.in1k": _nat("base"),
-        "dinat_mini.in1k": _cfg(_1K + "dinat_mini_in1k_224.pth"),
-        "dinat_tiny.in1k": _cfg(_1K + "dinat_tiny_in1k_224.pth"),
-        "dinat_small.in1k": _cfg(_1K + "dinat_small_in1k_224.pth"),
-        "dinat_base.in1k": _cfg(_1K + "dinat_base_in1k_224.pth"),
-        "dinat_large.in22k_ft_in1k": _cfg(_1K + "dinat_large_in22k_in1k_224.pth"),
-        "dinat_large_384.in22k_ft_in1k": _cfg(
-            _1K + "dinat_large_in22k_in1k_384.pth", **_LARGE_IMAGES
-        ),
+        **{
+            f"nat_{size}.in1k": _cfg(
+                f"nat/checkpoints/CLS/nat_{size}",
+                paper_name="Neighborhood Attention Transformer",
+                paper_ids="arXiv:2204.07143",
+            )
+            for size in _SIZES
+        },
+        **{f"dinat_{size}.in1k": _cfg(f"{_1K}dinat_{size}_in1k_224") for size in _SIZES},
+        "dinat_large.in22k_ft_in1k": _cfg(_1K + "dinat_large_in22k_in1k_224"),
+        "dinat_large_384.in22k_ft_in1k": _cfg(_1K + "dinat_large_in22k_in1k_384", **_LARGE_IMAGES),
         "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
-            _1K + "dinat_large_in22k_in1k_384_11x11.pth", **_LARGE_IMAGES
+            _1K + "dinat_large_in22k_in1k_384_11x11", **_LARGE_IMAGES
         ),
-        "dinat_large_21k.in22k": _cfg(_22K + "dinat_large_in22k_224.pth", num_classes=21841),
+        "dinat_large_21k.in22k": _cfg(_22K + "dinat_large_in22k_224", num_classes=21841),
         "dinat_large_21k_11x11.in22k": _cfg(
-            _22K + "dinat_large_in22k_224_11x11interp.pth", num_classes=21841
+            _22K + "dinat_large_in22k_224_11x11interp", num_classes=21841
         ),
     }
 )
@@ -229,33 +204,21 @@ _LARGE: dict[str, Any] = dict(
     mlp_ratio=2,
 )
 
-# NAT-Mini, 20.0 M parameters
 nat_mini = variant(NAT, **_MINI)
-# NAT-Tiny, 27.9 M parameters
 nat_tiny = variant(NAT, **_TINY)
-# NAT-Small, 50.7 M parameters
 nat_small = variant(NAT, **_SMALL, layer_scale=1e-5)
-# NAT-Base, 89.8 M parameters
 nat_base = variant(NAT, **_BASE)
-# DiNAT-Mini, 20.0 M parameters
 dinat_mini = variant(NAT, **_MINI, dilations="imagenet")
-# DiNAT-Tiny, 27.9 M parameters
 dinat_tiny = variant(NAT, **_TINY, dilations="imagenet")
-# DiNAT-Small, 50.7 M parameters; unlike NAT-Small it has no layer scale
+# Unlike NAT-Small, without layer scale.
 dinat_small = variant(NAT, **_SMALL, dilations="imagenet")
-# DiNAT-Base, 89.8 M parameters
 dinat_base = variant(NAT, **_BASE, dilations="imagenet")
-# DiNAT-Large, 200.9 M parameters
 dinat_large = variant(NAT, **_LARGE, dilations="imagenet", drop_path_rate=0.35)
-# DiNAT-Large for images of 384×384, more dilated; 200.9 M parameters
 dinat_large_384 = variant(NAT, **_LARGE, dilations="imagenet-384", drop_path_rate=0.35)
-# DiNAT-Large for images of 384×384 with windows of 11×11, 201.1 M parameters
 dinat_large_384_11x11 = variant(
     NAT, **_LARGE, kernel_size=11, dilations="imagenet", drop_path_rate=0.35
 )
-# DiNAT-Large with the classes of ImageNet-22k, 233.0 M parameters
 dinat_large_21k = variant(NAT, **_LARGE, dilations="imagenet", drop_path_rate=0.2)
-# DiNAT-Large with windows of 11×11 and the classes of ImageNet-22k, 233.2 M parameters
 dinat_large_21k_11x11 = variant(
     NAT, **_LARGE, kernel_size=11, dilations="imagenet", drop_path_rate=0.2
 )

@@ -14,7 +14,6 @@ do.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -26,11 +25,8 @@ from torch import Tensor, nn
 from backbones.common.checks import one_or_several, optional, several, whole
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, KERNEL, WINDOW, checked
-from backbones.core.neighborhood import (
-    cfg,
-    layer_norm,
-    neighborhood,
-)
+from backbones.core.neighborhood import cfg, layer_norm, neighborhood
+from backbones.core.published import SWIN_NAMES, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage
 from ops.init import init_linear
@@ -51,14 +47,7 @@ class NATIsotropic(IsotropicBackbone):
         kernel_size: side of the attention window, odd; None for the whole map.
         dilations: of the windows: one for all blocks, or a pattern that is repeated over them.
         map_size: with global attention, side in tokens of the map that the position bias is for.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        pyramid: derive maps at strides 4, 8, 16 and 32 from the last one.
-
-    Raises:
-        ValueError: heads that don't divide the width, or more dilations than blocks.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     @checked(
@@ -115,16 +104,12 @@ class NATIsotropic(IsotropicBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original; ViT-rpb's files contain an index table."""
-        converted = {}
-        for key, tensor in state_dict.items():
-            if key.endswith(".attn.relative_position_index"):
-                continue
-            if match := re.match(r"layers\.(\d+)\.", key):
-                key = f"{self.block_name(int(match[1]))}.{key[match.end() :]}"
-            key = re.sub(r"^patch_embed\.proj\.", "stem.conv.", key)
-            key = re.sub(r"^patch_embed\.norm\.", "stem.norm.", key)
-            converted[re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)] = tensor
-        return converted
+        renames = ((r"^layers\.(\d+)\.", self.place_block), *SWIN_NAMES)
+        return {
+            renamed(key, renames): tensor
+            for key, tensor in state_dict.items()
+            if not key.endswith(".attn.relative_position_index")
+        }
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Also resizes position biases to another kernel size or map."""
@@ -133,13 +118,9 @@ class NATIsotropic(IsotropicBackbone):
         return super().resize_tensor(name, tensor, shape)
 
 
-def _cfg(variant: str) -> dict[str, Any]:
-    return cfg(NATIsotropic, f"dinat/checkpoints/isotropic/{variant}_in1k_224.pth")
-
-
 default_cfgs = generate_default_cfgs(
     {
-        f"{variant}.in1k": _cfg(variant)
+        f"{variant}.in1k": cfg(NATIsotropic, f"dinat/checkpoints/isotropic/{variant}_in1k_224")
         for variant in (
             *("nat_isotropic_small", "dinat_isotropic_small", "vitrpb_small"),
             *("nat_isotropic_base", "dinat_isotropic_base", "vitrpb_base"),
@@ -150,17 +131,11 @@ default_cfgs = generate_default_cfgs(
 _SMALL: dict[str, Any] = dict(dim=384, num_heads=12, drop_path_rate=0.1)
 _BASE: dict[str, Any] = dict(dim=768, num_heads=24, drop_path_rate=0.4)
 
-# Isotropic NAT-Small, 22.0 M parameters
 nat_isotropic_small = variant(NATIsotropic, **_SMALL)
-# Isotropic NAT-Base, 86.5 M parameters
 nat_isotropic_base = variant(NATIsotropic, **_BASE)
-# Isotropic DiNAT-Small, 22.0 M parameters
 dinat_isotropic_small = variant(NATIsotropic, **_SMALL, dilations=(1, 2))
-# Isotropic DiNAT-Base, 86.5 M parameters
 dinat_isotropic_base = variant(NATIsotropic, **_BASE, dilations=(1, 2))
-# ViT-rpb-Small, 22.1 M parameters: a vision transformer with a position bias
 vitrpb_small = variant(NATIsotropic, **_SMALL, kernel_size=None)
-# ViT-rpb-Base, 86.6 M parameters: a vision transformer with a position bias
 vitrpb_base = variant(NATIsotropic, **_BASE, kernel_size=None)
 
 register_variants(__name__)

@@ -10,11 +10,10 @@ the published weights depend.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -23,7 +22,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import channels_before, make_stages
 from ops.conv import ConvNorm
 from ops.mobile import MBConv, MixHead
 
@@ -41,14 +40,9 @@ class ProxylessNAS(StagedBackbone):
         expansions: hidden channels of each block relative to its input; 0 for omitted blocks.
         head_hidden_dim: channels before the classifier.
         norm_eps: of the batch norms.
-        drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
             none.
-        stem_features: also return the stem's map at stride 2 as a feature.
-
-    Raises:
-        ValueError: the three lists differ in shape, a kernel is even, or an omitted block would
-            change the map's shape.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -101,24 +95,21 @@ class ProxylessNAS(StagedBackbone):
                 raise ValueError(f"{name} must have the shape of dims {dims}, got {values}")
         if self.depths[0] != 1 or len(dims) < 2:
             raise ValueError(f"dims must have one block at stride 2, then other stages, got {dims}")
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(self.depths)))
-        dim = stem_dim
-        stages = []
-        for i, stage in enumerate(zip(dims, kernel_sizes, expansions, strict=True)):
-            blocks = []
-            for j, (out_dim, kernel_size, expansion) in enumerate(zip(*stage, strict=True)):
-                stride = 2 if i and not j else 1
-                blocks.append(
-                    _block(dim, out_dim, kernel_size, expansion, stride, norm_eps, next(rates))
-                )
-                dim = out_dim
-            stages.append(blocks)
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            dim, stride = channels_before(stem_dim, dims, i, j), 2 if i and not j else 1
+            kernel_size, expansion = kernel_sizes[i][j], expansions[i][j]
+            return _block(dim, dims[i][j], kernel_size, expansion, stride, norm_eps, drop_path)
+
+        made: Any = make_stages(self.depths, drop_path_rate, block)
         first = ConvNorm(in_chans, stem_dim, 3, 2, norm_eps=norm_eps, act_layer=nn.ReLU6)
-        self.stem = nn.Sequential(first, *stages[0])
-        self.stages = nn.Sequential(*(Stage(blocks) for blocks in stages[1:]))
+        self.stem = nn.Sequential(first, *made[0].blocks)
+        self.stages = nn.Sequential(*made[1:])
         self.norm = nn.Identity()
-        self.head = MixHead(dim, head_hidden_dim, num_classes, global_pool, drop_rate, norm_eps)
         widths = [stage[-1] for stage in dims]
+        self.head = MixHead(
+            widths[-1], head_hidden_dim, num_classes, global_pool, drop_rate, norm_eps
+        )
         self.describe_features(
             widths[1:],
             head_hidden_size=head_hidden_dim,
@@ -128,9 +119,9 @@ class ProxylessNAS(StagedBackbone):
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the original's names, where blocks are counted through all stages."""
         blocks = [f"stages.{i}.blocks.{j}" for i, n in enumerate(self.depths[1:]) for j in range(n)]
-        return {
-            _convert_key(key, ["stem.1", *blocks]): tensor for key, tensor in state_dict.items()
-        }
+        places = enumerate(["stem.1", *blocks])
+        names = [*_RENAMES, *((rf"^blocks\.{i}\.", f"{place}.") for i, place in places)]
+        return {renamed(key, names): tensor for key, tensor in state_dict.items()}
 
 
 def _block(
@@ -171,36 +162,24 @@ _RENAMES = (
 )
 
 
-def _convert_key(key: str, blocks: Sequence[str]) -> str:
-    key = renamed(key, _RENAMES)
-    match = re.match(r"blocks\.(\d+)\.", key)
-    if match and int(match[1]) < len(blocks):
-        return f"{blocks[int(match[1])]}.{key[match.end() :]}"
-    return key
-
-
-def _cfg(variant: str) -> dict[str, Any]:
-    return {
-        "url": f"https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/{variant}.pth",
-        **imagenet_cfg(ProxylessNAS),
-        "interpolation": "bilinear",
-        "license": "mit",
-        "origin_url": "https://github.com/mit-han-lab/proxylessnas",
-        "paper_name": "ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware",
-        "paper_ids": "arXiv:1812.00332",
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    ProxylessNAS,
+    url="https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/{}.pth",
+    interpolation="bilinear",
+    license="mit",
+    origin_url="https://github.com/mit-han-lab/proxylessnas",
+    paper_name="ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware",
+    paper_ids="arXiv:1812.00332",
+)
 
 default_cfgs = generate_default_cfgs(
     {
-        "proxyless_cpu.in1k": _cfg("proxyless_cpu"),
-        "proxyless_gpu.in1k": _cfg("proxyless_gpu"),
-        "proxyless_mobile.in1k": _cfg("proxyless_mobile"),
-        "proxyless_mobile_14.in1k": _cfg("proxyless_mobile_14"),
+        f"{variant}.in1k": _cfg(variant)
+        for variant in ("proxyless_cpu", "proxyless_gpu", "proxyless_mobile", "proxyless_mobile_14")
     }
 )
 
-# ProxylessNAS-CPU, 4.4 M parameters
 proxyless_cpu = variant(
     ProxylessNAS,
     stem_dim=40,
@@ -209,7 +188,6 @@ proxyless_cpu = variant(
     expansions=((1,), (6, 3, 3, 3), (6, 3, 3, 3), (6, 0, 0, 3, 6, 3, 3, 3), (6, 3, 3, 3, 6)),
     head_hidden_dim=1432,
 )
-# ProxylessNAS-GPU, 7.1 M parameters: few blocks with large kernels
 proxyless_gpu = variant(
     ProxylessNAS,
     stem_dim=40,
@@ -218,9 +196,7 @@ proxyless_gpu = variant(
     expansions=((1,), (3, 0, 0, 0), (3, 0, 0, 3), (6, 0, 0, 3, 6, 0, 3, 3), (6, 6, 6, 6, 6)),
     head_hidden_dim=1728,
 )
-# ProxylessNAS-Mobile, 4.1 M parameters: the class's defaults
 proxyless_mobile = variant(ProxylessNAS)
-# ProxylessNAS-Mobile, 1.4 times as wide, 6.9 M parameters
 proxyless_mobile_14 = variant(
     ProxylessNAS,
     stem_dim=48,

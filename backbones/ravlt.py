@@ -11,20 +11,20 @@ segmenters use ``out_norms=True, num_classes=0``.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SCALE, checked, widths
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import SWIN_NAMES, Rename, imagenet_cfg, renamed, stem_layer
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import Stage, make_stages
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
 from ops.conv import ConvHead, ConvNorm
 from ops.init import init_trunc_normal
@@ -123,12 +123,9 @@ class RAVLT(StagedBackbone):
         linear: use linear attention, by stage; otherwise softmax attention.
         mlp_ratio: width of the MLPs.
         head_hidden_dim: width of the classifier's hidden layer.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
         out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
             With ``num_classes=0``, there is then no hidden layer, as in the paper's dense networks.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -162,7 +159,6 @@ class RAVLT(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         half = dims[0] // 2
         self.stem = nn.Sequential(
             ConvNorm(in_chans, half, 3, 2, bias=True, act_layer=nn.GELU),
@@ -170,26 +166,15 @@ class RAVLT(StagedBackbone):
             ConvNorm(half, half, 3, bias=True, act_layer=nn.GELU),
             ConvNorm(half, dims[0], 3, 2, bias=True),
         )
-        self.stages = nn.Sequential(
-            *(
-                RAVLTStage(
-                    [
-                        Block(
-                            dims[i],
-                            num_heads[i],
-                            linear[i],
-                            mlp_ratio,
-                            proj_drop_rate,
-                            next(rates),
-                            layer_scales[i],
-                        )
-                        for _ in range(depths[i])
-                    ],
-                    ConvNorm(dims[i - 1], dims[i], 3, 2, bias=True) if i else None,
-                    dims[i] // num_heads[i],
-                )
-                for i in range(len(dims))
-            )
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: Block(
+                dims[i], num_heads[i], linear[i], mlp_ratio, proj_drop_rate, rate, layer_scales[i]
+            ),
+            lambda i: ConvNorm(dims[i - 1], dims[i], 3, 2, bias=True),
+            RAVLTStage,
+            head_dim=lambda i: dims[i] // num_heads[i],
         )
         self.norm = nn.Identity()
         self.head = ConvHead(dims[-1], head_hidden_dim, num_classes, global_pool, drop_rate)
@@ -217,13 +202,16 @@ class RAVLT(StagedBackbone):
                 tensor = tensor.view(1, 1, 1, -1)
             elif key == "head.weight" or re.search(r"\.(?:qkvo|attn\.proj|fc[12])\.weight$", key):
                 tensor = tensor.flatten(1)
-            converted[_convert_key(key)] = tensor
+            converted[renamed(key, _RENAMES)] = tensor
         return converted
 
 
-_RENAMES = (
-    (r"^layers\.(\d)\.blocks\.", r"stages.\1.blocks."),
-    (r"\.pos\.(?=weight|bias)", ".pos.conv."),
+_RENAMES: tuple[Rename, ...] = (
+    (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
+    (r"\.downsample\.reduction\.", ".downsample.conv."),
+    # Not our own names after fuse().
+    (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
+    *SWIN_NAMES,
     (r"\.(norm[12])\.norm\.", r".\1."),
     (r"\.gamma_([12])$", r".gamma\1"),
     (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
@@ -231,51 +219,26 @@ _RENAMES = (
     (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
     (r"^proj\.", "head.proj.conv."),
     (r"^norm\.", "head.proj.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
 
 
-def _convert_key(key: str) -> str:
-    """Our names are unchanged: the original's never begin with ``stem`` or ``stages``."""
-    if key.startswith(("stem.", "stages.")):
-        return key
-    key = renamed(key, _RENAMES)
-    if match := re.match(r"patch_embed\.proj\.(\d+)\.", key):
-        # Repetitions of convolution, norm, activation.
-        layer, part = divmod(int(match[1]), 3)
-        return f"stem.{layer}.{('conv', 'norm')[part]}.{key[match.end() :]}"
-    if match := re.match(r"layers\.(\d)\.downsample\.(reduction|norm)\.", key):
-        # In the original, downsampling belongs to the previous stage.
-        name = match[2].replace("reduction", "conv")
-        return f"stages.{int(match[1]) + 1}.downsample.{name}.{key[match.end() :]}"
-    return key
-
-
-def _cfg(variant: str) -> dict[str, Any]:
-    return {
-        "url": f"https://huggingface.co/aldjalkdf/RAVLT/resolve/main/RAVLT_{variant}.pth",
-        **imagenet_cfg(RAVLT),
-        "license": "mit",  # of the weights, according to their model card; the code has none
-        "origin_url": "https://github.com/qhfan/RALA",
-        "paper_name": "Breaking the Low-Rank Dilemma of Linear Attention",
-        "paper_ids": "arXiv:2411.07635",
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    RAVLT,
+    url="https://huggingface.co/aldjalkdf/RAVLT/resolve/main/RAVLT_{}.pth",
+    license="mit",  # of the weights, according to their model card; the code has none
+    origin_url="https://github.com/qhfan/RALA",
+    paper_name="Breaking the Low-Rank Dilemma of Linear Attention",
+    paper_ids="arXiv:2411.07635",
+)
 
 default_cfgs = generate_default_cfgs(
-    {
-        "ravlt_t.in1k": _cfg("T"),
-        "ravlt_s.in1k": _cfg("S"),
-        "ravlt_b.in1k": _cfg("B"),
-        "ravlt_l.in1k": _cfg("L"),
-    }
+    {f"ravlt_{size.lower()}.in1k": _cfg(size) for size in ("T", "S", "B", "L")}
 )
 
-# RAVLT-T, 14.9 M parameters
 ravlt_t = variant(
     RAVLT, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), drop_path_rate=0.1
 )
-# RAVLT-S, 25.6 M parameters
 ravlt_s = variant(
     RAVLT,
     dims=(64, 128, 320, 512),
@@ -283,7 +246,6 @@ ravlt_s = variant(
     num_heads=(1, 2, 5, 8),
     drop_path_rate=0.15,
 )
-# RAVLT-B, 48.2 M parameters
 ravlt_b = variant(
     RAVLT,
     dims=(96, 192, 384, 512),
@@ -292,7 +254,6 @@ ravlt_b = variant(
     layer_scales=(1, 1, 1e-6, 1e-6),
     drop_path_rate=0.4,
 )
-# RAVLT-L, 95.2 M parameters
 ravlt_l = variant(
     RAVLT,
     dims=(96, 192, 448, 640),

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
-from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import make_stages
 from ops.attention.single_head import SingleHeadAttention
 from ops.conv import ConvResidual
 from ops.mobile import ConvFFN, NormLinearHead, Residual, conv_stem, residual_merging
@@ -60,12 +59,9 @@ class SHViT(StagedBackbone):
         dims, depths: of the three stages.
         attn_dims: channels for attention in each stage; 0 for no attention.
         qk_dim: width of query and key.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
         distilled: add a second classifier for a teacher's labels, see
             :class:`ops.mobile.NormLinearHead`.
-        stem_features: also return the stem's maps at strides 2, 4 and 8 as features.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -97,16 +93,12 @@ class SHViT(StagedBackbone):
         super().__init__(num_classes=num_classes, in_chans=in_chans)
         if 1 in attn_dims:
             raise ValueError(f"attn_dims must be 0, or 2 or more (for a norm), got {attn_dims}")
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = conv_stem(in_chans, dims[0])
-        self.stages = nn.Sequential(
-            *(
-                Stage(
-                    [Block(dims[i], attn_dims[i], qk_dim, next(rates)) for _ in range(depths[i])],
-                    downsample=residual_merging(dims[i - 1], dims[i]) if i else None,
-                )
-                for i in range(len(dims))
-            )
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: Block(dims[i], attn_dims[i], qk_dim, rate),
+            lambda i: residual_merging(dims[i - 1], dims[i]),
         )
         self.norm = nn.Identity()
         self.head = NormLinearHead(
@@ -167,34 +159,28 @@ def _convert_stage(stage: int, place: int, rest: str) -> str:
     return f"stages.{stage}.downsample.{int(inner) + (0 if place == 0 else 3)}.{rest}"
 
 
-def _cfg(variant: str, size: int = 224) -> dict[str, Any]:
-    return {
-        "url": f"https://github.com/ysj9909/SHViT/releases/download/v1.0/{variant}.pth",
-        **imagenet_cfg(SHViT),
-        "input_size": (3, size, size),
-        "license": "mit",
-        "origin_url": "https://github.com/ysj9909/SHViT",
-        "paper_name": "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
-        "paper_ids": "arXiv:2401.16456",
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    SHViT,
+    url="https://github.com/ysj9909/SHViT/releases/download/v1.0/{}.pth",
+    license="mit",
+    origin_url="https://github.com/ysj9909/SHViT",
+    paper_name="SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
+    paper_ids="arXiv:2401.16456",
+)
 
 default_cfgs = generate_default_cfgs(
     {
         "shvit_s1.in1k": _cfg("shvit_s1"),
         "shvit_s2.in1k": _cfg("shvit_s2"),
         "shvit_s3.in1k": _cfg("shvit_s3"),
-        "shvit_s4.in1k": _cfg("shvit_s4", 256),
+        "shvit_s4.in1k": _cfg("shvit_s4", input_size=(3, 256, 256)),
     }
 )
 
-# SHViT-S1, 6.3 M parameters
 shvit_s1 = variant(SHViT, dims=(128, 224, 320), depths=(2, 4, 5), attn_dims=(0, 48, 68))
-# SHViT-S2, 11.5 M parameters
 shvit_s2 = variant(SHViT, dims=(128, 308, 448), depths=(2, 4, 5), attn_dims=(0, 66, 96))
-# SHViT-S3, 14.2 M parameters
 shvit_s3 = variant(SHViT, dims=(192, 352, 448), depths=(3, 5, 5), attn_dims=(0, 75, 96))
-# SHViT-S4, 16.6 M parameters, for 256×256
 shvit_s4 = variant(SHViT, dims=(224, 336, 448), depths=(4, 7, 6), attn_dims=(0, 72, 96))
 
 register_variants(__name__)

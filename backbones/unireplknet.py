@@ -11,17 +11,12 @@ out_norms=True``; merging these fails in the original and works here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import (
-    DropPath,
-    LayerNorm2d,
-    NormMlpClassifierHead,
-    SqueezeExcite,
-    calculate_drop_path_rates,
-)
+from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, SqueezeExcite
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -30,7 +25,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import KERNEL, POOLINGS, SCALE, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import make_stages
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_trunc_normal
 from ops.large_kernel import DilatedReparamConv2d
@@ -132,18 +127,8 @@ class UniRepLKNet(StagedBackbone):
     Args:
         dims, depths: of the four stages.
         kernel_sizes: of each stage: one for all its blocks, or a pattern that is repeated.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        layer_scale: initial value of the layer scales.
         head_init_scale: factor on the classifier's initial weights, 0.001 for fine-tuning.
-        out_norms: normalise the returned maps, see
-            :meth:`backbones.StagedBackbone.describe_features`. Without a classifier, there is then
-            no norm before it, as in the paper's dense networks.
-
-    Raises:
-        ValueError: even kernel sizes, or a large one without published branches, see
-            :class:`ops.large_kernel.DilatedReparamConv2d`.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0"
@@ -175,20 +160,14 @@ class UniRepLKNet(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        patterns = [(each,) if isinstance(each, int) else each for each in kernel_sizes]
         self.stem = _stem(in_chans, dims[0])
-        stages = []
-        for i, (dim, kernels) in enumerate(zip(dims, kernel_sizes, strict=True)):
-            pattern = (kernels,) if isinstance(kernels, int) else tuple(kernels)
-            blocks = [
-                Block(dim, pattern[j % len(pattern)], next(rates), layer_scale)
-                for j in range(depths[i])
-            ]
-            downsample = (
-                nn.Sequential(nn.Conv2d(dims[i - 1], dim, 3, 2, 1), LayerNorm2d(dim)) if i else None
-            )
-            stages.append(Stage(blocks, downsample))
-        self.stages = nn.Sequential(*stages)
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: Block(dims[i], patterns[i][j % len(patterns[i])], rate, layer_scale),
+            lambda i: nn.Sequential(nn.Conv2d(dims[i - 1], dims[i], 3, 2, 1), LayerNorm2d(dims[i])),
+        )
         self.norm = nn.Identity()
         self.head = NormMlpClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate
@@ -217,10 +196,7 @@ class UniRepLKNet(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, merged or not."""
-        converted = {}
-        for key, tensor in state_dict.items():
-            key = renamed(key, _RENAMES)
-            converted[key] = tensor
+        converted = {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
         if any(key.endswith(".lk_origin.bias") for key in converted):
             return {key.replace(".lk_origin.", "."): t for key, t in converted.items()}
         return {key.replace(".lk_origin.", ".large.conv."): t for key, t in converted.items()}
@@ -247,28 +223,20 @@ _RENAMES = (
 )
 
 
-def _cfg(weights: str, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": f"https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_{weights}.pth",
-        **imagenet_cfg(UniRepLKNet),
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/AILab-CVC/UniRepLKNet",
-        "paper_name": (
-            "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point "
-            "Cloud, Time-Series and Image Recognition"
-        ),
-        "paper_ids": "arXiv:2311.15599",
-        **kwargs,
-    }
-
-
-def _cfg_384(weights: str) -> dict[str, Any]:
-    return _cfg(weights, input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash")
-
-
-def _cfg_22k(weights: str, size: int = 224) -> dict[str, Any]:
-    return _cfg(weights, input_size=(3, size, size), num_classes=21841)
-
+_cfg = partial(
+    imagenet_cfg,
+    UniRepLKNet,
+    url="https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_{}.pth",
+    license="apache-2.0",
+    origin_url="https://github.com/AILab-CVC/UniRepLKNet",
+    paper_name=(
+        "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud, "
+        "Time-Series and Image Recognition"
+    ),
+    paper_ids="arXiv:2311.15599",
+)
+_cfg_384 = partial(_cfg, input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash")
+_cfg_22k = partial(_cfg, num_classes=21841)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -283,24 +251,21 @@ default_cfgs = generate_default_cfgs(
         "unireplknet_b.in22k_ft_in1k_384": _cfg_384("b_in22k_to_in1k_384_acc87.40"),
         "unireplknet_b.in22k": _cfg_22k("b_in22k_pretrain"),
         "unireplknet_b_k400.untrained": _cfg(
-            "", url="", num_classes=400, input_size=(3, 896, 896), crop_pct=1.0
+            url="", num_classes=400, input_size=(3, 896, 896), crop_pct=1.0
         ),
         "unireplknet_l.in22k_ft_in1k_384": _cfg_384("l_in22k_to_in1k_384_acc87.88"),
-        "unireplknet_l.in22k": _cfg_22k("l_in22k_pretrain", 192),
+        "unireplknet_l.in22k": _cfg_22k("l_in22k_pretrain", input_size=(3, 192, 192)),
         "unireplknet_xl.in22k_ft_in1k_384": _cfg_384("xl_in22k_to_in1k_384_acc87.96"),
-        "unireplknet_xl.in22k": _cfg_22k("xl_in22k_pretrain", 192),
+        "unireplknet_xl.in22k": _cfg_22k("xl_in22k_pretrain", input_size=(3, 192, 192)),
     }
 )
 
-# UniRepLKNet-A, 4.6 M parameters (4.4 M fused)
 unireplknet_a = variant(
     UniRepLKNet, dims=(40, 80, 160, 320), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13)
 )
-# UniRepLKNet-F, 6.5 M parameters (6.2 M fused)
 unireplknet_f = variant(
     UniRepLKNet, dims=(48, 96, 192, 384), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13)
 )
-# UniRepLKNet-P, 11.1 M parameters (10.7 M fused)
 unireplknet_p = variant(
     UniRepLKNet,
     dims=(64, 128, 256, 512),
@@ -308,7 +273,6 @@ unireplknet_p = variant(
     kernel_sizes=(3, 13, 13, 13),
     drop_path_rate=0.1,
 )
-# UniRepLKNet-N, 18.8 M parameters (18.3 M fused)
 unireplknet_n = variant(
     UniRepLKNet,
     dims=(80, 160, 320, 640),
@@ -316,7 +280,6 @@ unireplknet_n = variant(
     kernel_sizes=(3, 13, 13, 13),
     drop_path_rate=0.1,
 )
-# UniRepLKNet-T, 31.7 M parameters (31.0 M fused)
 unireplknet_t = variant(
     UniRepLKNet,
     dims=(80, 160, 320, 640),
@@ -324,11 +287,10 @@ unireplknet_t = variant(
     kernel_sizes=(3, 13, (13, 3), 13),
     drop_path_rate=0.2,
 )
-# UniRepLKNet-S, 56.5 M parameters (55.6 M fused)
 unireplknet_s = variant(UniRepLKNet, dims=(96, 192, 384, 768), drop_path_rate=0.4)
-# UniRepLKNet-B, 99.1 M parameters; 384×384, stochastic depth of the fine-tuning
+# Stochastic depth of B, L and XL is that of the fine-tuning at 384×384.
 unireplknet_b = variant(UniRepLKNet, dims=(128, 256, 512, 1024), drop_path_rate=0.2)
-# UniRepLKNet-B for video: Kinetics-400, 16 frames as one image (ops.frames.frames_to_image),
+# For video: Kinetics-400, 16 frames as one image (ops.frames.frames_to_image),
 # kernels of 11 in stage 4; the authors published no weights
 unireplknet_b_k400 = variant(
     UniRepLKNet,
@@ -336,9 +298,7 @@ unireplknet_b_k400 = variant(
     kernel_sizes=(3, 13, (13, 3, 3), 11),
     drop_path_rate=0.4,
 )
-# UniRepLKNet-L, 220.1 M parameters; 384×384, stochastic depth of the fine-tuning
 unireplknet_l = variant(UniRepLKNet, dims=(192, 384, 768, 1536), drop_path_rate=0.3)
-# UniRepLKNet-XL, 388.7 M parameters; 384×384, stochastic depth of the fine-tuning
 unireplknet_xl = variant(UniRepLKNet, dims=(256, 512, 1024, 2048), drop_path_rate=0.3)
 
 register_variants(__name__)

@@ -10,24 +10,18 @@ segmenters of the paper use ``norm_eps=1e-5``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
-from timm.layers import (
-    ClassifierHead,
-    DropPath,
-    LayerNorm2d,
-    LayerScale2d,
-    calculate_drop_path_rates,
-)
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import number
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import imagenet_cfg, renamed, renamed_stage
+from backbones.core.published import PVT_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import make_stages
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
@@ -103,9 +97,6 @@ class FoldedBlock(nn.Module):
 
     (B, dim, H, W) → (B, dim, H, W). The shortcut inside the attention includes norm and layer
     scale, so ``x + ls1(attn(norm1(x)))`` becomes ``folded_attn(x) + scale * x``.
-
-    Args:
-        block: provides attention and MLP, whose pointwise convolutions are replaced.
     """
 
     def __init__(self, block: Block) -> None:
@@ -130,12 +121,8 @@ class VAN(StagedBackbone):
 
     Args:
         dims, depths, mlp_ratios: of the four stages.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        layer_scale: initial value of the layer scales.
         norm_eps: of the norm after each stage; the paper's dense networks use 1e-5.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     @checked("dims", "mlp_ratios", norm_eps=number(0, 1, open_below=True))
@@ -155,20 +142,13 @@ class VAN(StagedBackbone):
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = ConvNorm(in_chans, dims[0], 7, 4, bias=True)
-        self.stages = nn.Sequential(
-            *(
-                Stage(
-                    [
-                        Block(dims[i], mlp_ratios[i], proj_drop_rate, next(rates), layer_scale)
-                        for _ in range(depths[i])
-                    ],
-                    downsample=ConvNorm(dims[i - 1], dims[i], 3, 2, bias=True) if i else None,
-                    norm=LayerNorm2d(dims[i], eps=norm_eps),
-                )
-                for i in range(len(dims))
-            )
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: Block(dims[i], mlp_ratios[i], proj_drop_rate, rate, layer_scale),
+            lambda i: ConvNorm(dims[i - 1], dims[i], 3, 2, bias=True),
+            norm=lambda i: LayerNorm2d(dims[i], eps=norm_eps),
         )
         self.norm = nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
@@ -177,18 +157,13 @@ class VAN(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original (which counts from 1) and of mmpretrain."""
-        return {
-            renamed_stage(renamed(key, _RENAMES), _STAGE_PREFIXES): tensor
-            for key, tensor in state_dict.items()
-        }
+        return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
 
 
 _RENAMES = (
     (r"\.projection\.", ".proj."),
     (r"\.DW_conv\.", ".conv0."),
     (r"\.DW_D_conv\.", ".conv_spatial."),
-    (r"^patch_embed1\.proj\.", "stem.conv."),
-    (r"^patch_embed1\.norm\.", "stem.norm."),
     (r"\.proj_1\.", ".proj_in."),
     (r"\.proj_2\.", ".proj_out."),
     (r"\.spatial_gating_unit\.conv0\.", ".lka.dw."),
@@ -196,31 +171,21 @@ _RENAMES = (
     (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
     (r"\.dwconv\.dwconv\.", ".dwconv."),
     (r"\.layer_scale_([12])$", r".ls\1.gamma"),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-_STAGE_PREFIXES = (
-    (r"^patch_embed(\d)\.proj\.", "stages.{}.downsample.conv."),
-    (r"^patch_embed(\d)\.norm\.", "stages.{}.downsample.norm."),
-    (r"^blocks?(\d)\.", "stages.{}.blocks."),
-    (r"^norm(\d)\.", "stages.{}.norm."),
+    *PVT_NAMES,
 )
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        **imagenet_cfg(VAN),
-        "crop_pct": 0.9,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/Visual-Attention-Network/VAN-Classification",
-        "paper_name": "Visual Attention Network",
-        "paper_ids": "arXiv:2202.09741",
-        **kwargs,
-    }
-
-
+_cfg = partial(
+    imagenet_cfg,
+    VAN,
+    crop_pct=0.9,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    license="apache-2.0",
+    origin_url="https://github.com/Visual-Attention-Network/VAN-Classification",
+    paper_name="Visual Attention Network",
+    paper_ids="arXiv:2202.09741",
+)
 _HUB = "https://huggingface.co/Visual-Attention-Network/"
 _MM = "https://download.openmmlab.com/mmclassification/v0/van/"
 
@@ -240,19 +205,12 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# VAN-B0 (Tiny), 4.1 M parameters
 van_b0 = variant(VAN, dims=(32, 64, 160, 256), depths=(3, 3, 5, 2), drop_path_rate=0.1)
-# VAN-B1 (Small), 13.9 M parameters
 van_b1 = variant(VAN, dims=(64, 128, 320, 512), depths=(2, 2, 4, 2), drop_path_rate=0.1)
-# VAN-B2 (Base), 26.6 M parameters
 van_b2 = variant(VAN, dims=(64, 128, 320, 512), depths=(3, 3, 12, 3), drop_path_rate=0.1)
-# VAN-B3 (Large), 44.8 M parameters
 van_b3 = variant(VAN, dims=(64, 128, 320, 512), depths=(3, 5, 27, 3), drop_path_rate=0.2)
-# VAN-B4, 60.3 M parameters
 van_b4 = variant(VAN, dims=(64, 128, 320, 512), depths=(3, 6, 40, 3), drop_path_rate=0.2)
-# VAN-B5, 90.0 M parameters
 van_b5 = variant(VAN, dims=(96, 192, 480, 768), depths=(3, 3, 24, 3), drop_path_rate=0.2)
-# VAN-B6, 199.8 M parameters; 384 wide in stage 3
 van_b6 = variant(VAN, dims=(96, 192, 384, 768), depths=(6, 6, 90, 6), drop_path_rate=0.3)
 
 register_variants(__name__)

@@ -10,23 +10,22 @@ an incomplete patch of 4×4 at the right and bottom, and zero-pad odd maps befor
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp, calculate_drop_path_rates
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import flag, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import RATIO, check_widths, checked, widths
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import TokenStage
+from backbones.core.stage import TokenStage, make_stages
 from ops.init import init_linear
 from ops.patch import ConvLayerNorm, PatchMerging
 from ops.selective_scan import cross_selective_scan
@@ -136,11 +135,7 @@ class VMamba(StagedBackbone):
         mlp_ratio: width of the MLPs relative to ``dims``.
         vanilla: the first version: gated scans without MLPs, and patches of 4×4 and merged squares
             instead of strided convolutions.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        out_norms: normalise the maps returned, as the original's dense copy does: all, none, or the
-            listed stages.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -164,7 +159,6 @@ class VMamba(StagedBackbone):
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
         check_widths("scan_ratio", dims, scan_ratio)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         half = dims[0] // 2
         if vanilla:
             self.stem = nn.Sequential(ConvLayerNorm(in_chans, dims[0], 4, 4, padding=0))
@@ -172,19 +166,16 @@ class VMamba(StagedBackbone):
             self.stem = nn.Sequential(
                 ConvLayerNorm(in_chans, half), nn.GELU(), ConvLayerNorm(half, dims[0])
             )
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            hidden_dim = int(dims[i] * scan_ratio)
+            mixer = SelectiveScan2d(dims[i], hidden_dim, num_states, gated=vanilla)
+            return Block(dims[i], mixer, 0 if vanilla else mlp_ratio, drop_path)
+
         downsample = PatchMerging if vanilla else ConvLayerNorm
-        self.stages = nn.Sequential()
-        for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
-            blocks = [
-                Block(
-                    dim,
-                    SelectiveScan2d(dim, int(dim * scan_ratio), num_states, gated=vanilla),
-                    0 if vanilla else mlp_ratio,
-                    next(rates),
-                )
-                for _ in range(depth)
-            ]
-            self.stages.append(TokenStage(blocks, downsample(dims[i - 1], dim) if i else None))
+        self.stages = make_stages(
+            depths, drop_path_rate, block, lambda i: downsample(dims[i - 1], dims[i]), TokenStage
+        )
         self.norm = LayerNorm2d(dims[-1], eps=1e-5)
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
         self.describe_features(
@@ -200,13 +191,7 @@ class VMamba(StagedBackbone):
         own = self.state_dict()
         converted = {}
         for key, tensor in state_dict.items():
-            # In the original, downsampling belongs to the previous stage.
-            name = re.sub(
-                r"^layers\.(\d+)\.downsample\.",
-                lambda match: f"stages.{int(match[1]) + 1}.downsample.",
-                key,
-            )
-            name = renamed(name, _RENAMES)
+            name = renamed(key, _RENAMES)
             wanted = own.get(name, tensor)
             if ".dt_projs" in key and name.endswith(".delta_weight"):
                 tensor = tensor.reshape(4, wanted.shape[-1], -1).mT
@@ -223,13 +208,7 @@ def _init_weights(module: nn.Module) -> None:
 
 
 _RENAMES = (
-    (r"^patch_embed\.(?:proj|0)\.", "stem.0.conv."),
-    (r"^patch_embed\.(?:norm|2)\.", "stem.0.norm."),
-    (r"^patch_embed\.5\.", "stem.2.conv."),
-    (r"^patch_embed\.7\.", "stem.2.norm."),
-    (r"^layers\.", "stages."),
-    (r"\.downsample\.1\.", ".downsample.conv."),
-    (r"\.downsample\.3\.", ".downsample.norm."),
+    *VMAMBA_NAMES,
     (r"(\.blocks\.\d+)\.(?:ln_1|norm)\.", r"\1.norm1."),
     (r"\.(?:op|self_attention)\.", ".mixer."),
     (r"\.conv2d\.", ".dwconv."),
@@ -239,22 +218,18 @@ _RENAMES = (
     (r"\.Ds$", ".D"),
     (r"\.out_norm\.", ".norm."),
     (r"\.out_proj\.", ".proj."),
-    (r"^outnorm(\d+)\.", r"out_norms.\1."),
-    (r"^classifier\.norm\.", "norm."),
-    (r"^(?:classifier\.)?head\.(weight|bias)$", r"head.fc.\1"),
 )
 
 
-def _cfg(file: str) -> dict[str, Any]:
-    return {
-        "url": f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}.pth",
-        **imagenet_cfg(VMamba),
-        "license": "mit",
-        "origin_url": "https://github.com/MzeroMiko/VMamba",
-        "paper_name": "VMamba: Visual State Space Model",
-        "paper_ids": "arXiv:2401.10166",
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    VMamba,
+    url="https://github.com/MzeroMiko/VMamba/releases/download/%23{}.pth",
+    license="mit",
+    origin_url="https://github.com/MzeroMiko/VMamba",
+    paper_name="VMamba: Visual State Space Model",
+    paper_ids="arXiv:2401.10166",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -272,25 +247,16 @@ default_cfgs = generate_default_cfgs(
 _BASE = (128, 256, 512, 1024)
 _VANILLA: dict[str, Any] = dict(scan_ratio=2, num_states=16, vanilla=True)
 
-# VMamba-T with 8 blocks in stage 3, 30.2 M parameters
 vmamba_tiny_s1l8 = variant(VMamba, drop_path_rate=0.2)
-# VMamba-S with 20 blocks in stage 3, 49.0 M parameters
 vmamba_small_s1l20 = variant(VMamba, depths=(2, 2, 20, 2), drop_path_rate=0.3)
-# VMamba-B with 20 blocks in stage 3, 86.6 M parameters
 vmamba_base_s1l20 = variant(VMamba, dims=_BASE, depths=(2, 2, 20, 2), drop_path_rate=0.5)
-# VMamba-T with twice as many channels scanned, 5 blocks in stage 3, 30.7 M parameters
 vmamba_tiny_s2l5 = variant(VMamba, depths=(2, 2, 5, 2), scan_ratio=2, drop_path_rate=0.2)
-# VMamba-S with twice as many channels scanned, 15 blocks in stage 3, 50.1 M parameters
 vmamba_small_s2l15 = variant(VMamba, depths=(2, 2, 15, 2), scan_ratio=2, drop_path_rate=0.3)
-# VMamba-B with twice as many channels scanned, 15 blocks in stage 3, 88.6 M parameters
 vmamba_base_s2l15 = variant(
     VMamba, dims=_BASE, depths=(2, 2, 15, 2), scan_ratio=2, drop_path_rate=0.6
 )
-# VMamba-T of the first version, 22.9 M parameters
 vanilla_vmamba_tiny = variant(VMamba, depths=(2, 2, 9, 2), **_VANILLA, drop_path_rate=0.2)
-# VMamba-S of the first version, 44.4 M parameters
 vanilla_vmamba_small = variant(VMamba, depths=(2, 2, 27, 2), **_VANILLA, drop_path_rate=0.3)
-# VMamba-B of the first version, 76.3 M parameters
 vanilla_vmamba_base = variant(
     VMamba, dims=_BASE, depths=(2, 2, 27, 2), **_VANILLA, drop_path_rate=0.6
 )

@@ -46,8 +46,8 @@ from backbones.common.errors import MendableError as TrainingError
 from backbones.common.messages import first_line
 from backbones.common.outputs import REPORT, require_writable
 from backbones.common.processes import World
-from backbones.core.from_timm import PREFIX
 from backbones.core.loaded import preprocessing_by
+from backbones.core.registry import PREFIX
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
 from backbones.restoration.data import degrade_picture, find_pictures, load_truth

@@ -33,7 +33,7 @@ from backbones.common.arguments import whole
 from backbones.common.console import Parser
 from backbones.common.files import save_weights
 from backbones.common.images import installed_decoder, open_image, open_pixels
-from backbones.core.from_timm import PREFIX
+from backbones.core.registry import PREFIX
 from backbones.embedding import embed
 from backbones.embedding.local import cores
 from backbones.embedding.network import Network

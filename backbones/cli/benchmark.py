@@ -86,8 +86,8 @@ from backbones.common.arguments import THREADS, nonempty_path, real, whole
 from backbones.common.errors import CommandError
 from backbones.common.files import write_atomically, write_text_atomically
 from backbones.common.outputs import FIGURE, REPORT, Kind, add_overwrite, require_writable
-from backbones.core.from_timm import PREFIX
 from backbones.core.inputs import require_size, size_of
+from backbones.core.registry import PREFIX
 
 EXAMPLE = "--models unireplknet_a van_b0 --modes eager fused --threads 1 2"
 

@@ -34,46 +34,32 @@ def nonempty_path(word: str) -> Path:
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
     """A type for integers ≥ ``low`` and, if given, ≤ ``high``."""
-    span = Range(low=low, high=math.inf if high is None else high)
-
-    def convert(word: str) -> int:
-        try:
-            number = int(word)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a whole number, not {shown(word)}") from None
-        return _within(span, number)
-
-    return convert
+    return _type_of(int, "a whole number", Range(low=low, high=math.inf if high is None else high))
 
 
 def real(low: float, high: float | None = None, above: bool = False) -> Callable[[str], float]:
-    """A type for finite numbers ≥ ``low`` and, if given, ≤ ``high``.
-
-    Args:
-        above: exclude ``low`` itself.
-    """
+    """A type for finite numbers ≥ ``low`` (with ``above``, > ``low``) and, if given, ≤ ``high``."""
     highest = math.inf if high is None else high
     span = Range(above=low, high=highest) if above else Range(low=low, high=highest)
-
-    def convert(word: str) -> float:
-        try:
-            number = float(word)
-        except ValueError:
-            number = math.nan
-        if not math.isfinite(number):
-            raise argparse.ArgumentTypeError(f"must be a number, not {shown(word)}")
-        return _within(span, number)
-
-    return convert
+    return _type_of(float, "a number", span)
 
 
 _Number = TypeVar("_Number", int, float)
 
 
-def _within(span: Range, number: _Number) -> _Number:
-    if not span.holds(number):
-        raise argparse.ArgumentTypeError(f"must be {span}, not {shown(number)}")
-    return number
+def _type_of(kind: type[_Number], name: str, span: Range) -> Callable[[str], _Number]:
+    def convert(word: str) -> _Number:
+        try:
+            number = kind(word)
+            if not -math.inf < number < math.inf:
+                raise ValueError(word)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {name}, not {shown(word)}") from None
+        if not span.holds(number):
+            raise argparse.ArgumentTypeError(f"must be {span}, not {shown(number)}")
+        return number
+
+    return convert
 
 
 THREADS = whole(1, 1024)

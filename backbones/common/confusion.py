@@ -68,13 +68,9 @@ def _percent(part: int, of: int) -> float | str:
 def draw_confusions(
     path: Path, title: str, classes: Sequence[str], matrices: Mapping[str, np.ndarray]
 ) -> None:
-    """Draw confusion matrices side by side, with the most frequent confusions where it is large.
+    """Draw confusion matrices side by side, each under its heading and accuracy.
 
-    Args:
-        path: of the PNG.
-        title: heading of the picture.
-        classes: names, by number.
-        matrices: by their headings, to which the accuracy is added.
+    Where they are large, the most frequent confusions stand below.
     """
     count = len(classes)
     bars = 4.1 if count > _FIGURES else 0.0

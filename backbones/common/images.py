@@ -116,12 +116,7 @@ class Skipped:
     names: list[str] = field(default_factory=list)
 
     def add(self, names: Sequence[str], count: int | None = None) -> None:
-        """Add files.
-
-        Args:
-            names: of the files, or of the first ones.
-            count: how many; None: as many as ``names``.
-        """
+        """Add ``count`` files, of which the first have these names; None for as many as names."""
         self.count += len(names) if count is None else count
         self.names += names[: _NAMED - len(self.names)]
 
@@ -192,15 +187,9 @@ def installed_decoder() -> str:
 def open_pixels(
     source: str | Path | IO[bytes], mode: str = "RGB", decoder: str = "pillow"
 ) -> np.ndarray:
-    """Decode an image file as :func:`open_image` does, upright, to an array.
+    """:func:`open_image` as an array (H, W, 3), or (H, W, 1) for greyscale, uint8.
 
-    Args:
-        source: a path, or an open file, which stays open.
-        mode: ``RGB``, or ``L`` for greyscale.
-        decoder: one of :data:`DECODERS`, see :func:`installed_decoder`.
-
-    Returns:
-        (H, W, 3), or (H, W, 1) for greyscale, uint8.
+    ``decoder`` is one of :data:`DECODERS`, see :func:`installed_decoder`.
     """
     if decoder == "simplejpeg":
         with opened(source) as image:
@@ -245,14 +234,10 @@ def _by_simplejpeg(image: Image.Image, mode: str) -> np.ndarray | None:
 
 
 def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """Convert a decoded image to ``mode``, without a copy if it has that mode.
+    """Convert a decoded image to ``mode``, RGB or L, without a copy if it has that mode.
 
     16-bit values are scaled, where Pillow's ``convert`` would clip at 255. Alpha is dropped
     without changing colours, as in torchvision and timm.
-
-    Args:
-        image: decoded.
-        mode: ``RGB``, or ``L`` for greyscale.
     """
     if image.mode == mode:
         return image
@@ -278,12 +263,7 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
 
 
 def require_wide(size: tuple[int, int], config: dict[str, Any]) -> None:
-    """Reject images that become huge when their shorter side is resized to a model's input.
-
-    Args:
-        size: width and height of the image.
-        config: preprocessing, as timm resolves it.
-    """
+    """Reject images (width, height) that become huge when resized as ``config`` says."""
     shorter, longer = sorted(size)
     side = max(config["input_size"][1:]) / config["crop_pct"]
     limit = Image.MAX_IMAGE_PIXELS

@@ -120,12 +120,7 @@ def require_writable(
 def overwritten(
     outputs: Collection[Path], inputs: Iterable[str | Path | None]
 ) -> tuple[Path, str | Path] | None:
-    """The first output that is an input, with that input; None if there is none.
-
-    Args:
-        outputs: files to be written.
-        inputs: files that are read, and folders whose images are.
-    """
+    """The first output that is an input of :func:`require_writable`, with that input; or None."""
     there = {key: file for file in outputs if (key := _key(file)) is not None}
     if not there:
         return None  # new files overwrite nothing

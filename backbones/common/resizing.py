@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,7 @@ class Resizing:
 
     The kernel :func:`ops.cpu.resize.resize.resize_part` computes only the pixels that are cropped,
     where it is available and its pixels are those of the installed Pillow; otherwise the transform
-    itself runs.
-
-    Args:
-        config: preprocessing, as resolved by timm.
+    itself runs. ``config`` is the preprocessing, as resolved by timm.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -35,12 +33,12 @@ class Resizing:
         # In timm's order, so that the values are its own to the last bit.
         self._tables = torch.arange(256.0).div_(255).sub(mean).div_(std).numpy()
         self._is_fast = unavailable() is None
-        self._steps = _steps(self._transform) if self._is_fast and _matches_pillow() else None
+        self._plan = _plan_of(self._transform) if self._is_fast and _matches_pillow() else None
 
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """Resize and crop an image of 8 bits: (H, W), or (H, W, C), to (C, height, width)."""
         height, width = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
-        plan = None if self._steps is None else self._steps.plan(height, width)
+        plan = None if self._plan is None else self._plan(height, width)
         if plan is not None:
             pixels = np.asarray(image)
             return resize_part(pixels[:, :, None] if pixels.ndim == 2 else pixels, *plan)
@@ -57,51 +55,39 @@ class Resizing:
         return torch.stack(planes, 1)
 
 
-class _Steps:
-    """A transform that resizes and keeps the centre.
+_Plan = tuple[tuple[int, int], tuple[int, int, int, int], str]
 
-    Args:
-        size: of the shorter side, or height and width.
-        crop: height and width.
-        filter: one of :data:`ops.cpu.resize.resize.FILTERS`.
+
+def _plan_of(transform: Any) -> Callable[[int, int], _Plan | None] | None:
+    """The arguments of ``resize_part`` by height and width, or None where the transform has to run.
+
+    None if timm's transform does anything else than to resize and keep the centre.
     """
+    steps = transform.transforms
+    if [type(step) for step in steps[:-1]] != [Resize, CenterCrop]:
+        return None
+    resize, crop = steps[0], tuple(steps[1].size)
+    if resize.interpolation not in _FILTERS or resize.max_size is not None:
+        return None
+    sizes = (resize.size,) if isinstance(resize.size, int) else tuple(resize.size)
 
-    def __init__(self, size: int | tuple[int, int], crop: tuple[int, int], filter: str) -> None:
-        self.size, self.crop, self.filter = size, crop, filter
-
-    def plan(
-        self, height: int, width: int
-    ) -> tuple[tuple[int, int], tuple[int, int, int, int], str] | None:
-        """The arguments of ``resize_part`` for an image; None if the transform has to run."""
-        if isinstance(self.size, tuple):
-            new_height, new_width = self.size
-        elif width <= height:
-            new_height, new_width = int(self.size * height / width), self.size
-        else:
-            new_height, new_width = self.size, int(self.size * width / height)
-        if new_height < self.crop[0] or new_width < self.crop[1]:
+    def plan(height: int, width: int) -> _Plan | None:
+        if len(sizes) == 2:
+            new_height, new_width = sizes
+        else:  # the shorter side
+            scaled = int(sizes[0] * max(height, width) / min(height, width))
+            new_height, new_width = (sizes[0], scaled) if height < width else (scaled, sizes[0])
+        if new_height < crop[0] or new_width < crop[1]:
             return None  # it is padded
         if height > new_height and height - new_height > 2 * (width - new_width):
             return None  # newer versions of Pillow resize columns first
         if height > MOST_SCALE * new_height or width > MOST_SCALE * new_width:
             return None
-        top = round((new_height - self.crop[0]) / 2)
-        left = round((new_width - self.crop[1]) / 2)
-        return (new_height, new_width), (top, left, *self.crop), self.filter
+        top = round((new_height - crop[0]) / 2)
+        left = round((new_width - crop[1]) / 2)
+        return (new_height, new_width), (top, left, *crop), _FILTERS[resize.interpolation]
 
-
-def _steps(transform: Any) -> _Steps | None:
-    """The resizing and cropping of timm's transform; None if it does anything else."""
-    steps = transform.transforms
-    if [type(step) for step in steps[:-1]] != [Resize, CenterCrop]:
-        return None
-    resize, crop = steps[:-1]
-    if resize.interpolation not in _FILTERS or resize.max_size is not None:
-        return None
-    size = resize.size if isinstance(resize.size, int) else tuple(resize.size)
-    if isinstance(size, tuple) and len(size) == 1:
-        size = size[0]
-    return _Steps(size, tuple(crop.size), _FILTERS[resize.interpolation])
+    return plan
 
 
 @functools.cache

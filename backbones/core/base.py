@@ -28,6 +28,25 @@ class StagedBackbone(FusableBackbone):
     pool_type)`` and ``forward(x, pre_logits=False)``, as timm's ``ClassifierHead``), then call
     :meth:`describe_features`.
 
+    Families share these keywords; a constructor lists those that it has.
+
+    Keyword Args:
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        layer_scale: initial value of the layer scales.
+        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0``, there is then no final norm, if the paper's dense networks have
+            none.
+        stem_features: also return maps of the stem, at smaller strides than the stages'.
+        pyramid: return a pyramid at strides 4 to 32 derived from the last map, not the blocks'
+            maps.
+
+    Raises:
+        ValueError: an argument is out of range, or does not fit another: heads that don't divide
+            the channels, or a sequence of another length than ``depths``.
+
     Class attributes:
         classifier: path of the last linear layer (a tuple of paths where there are several).
         first_conv: path of the first convolution, which is adapted to ``in_chans``.
@@ -217,10 +236,7 @@ class StagedBackbone(FusableBackbone):
     def stage_feature(self, stage: int, output: Any, norm: bool = False) -> Tensor:
         """The map that is returned for a stage.
 
-        Args:
-            stage: its index.
-            output: what it returned.
-            norm: apply the final norm if the stage has no output norm.
+        ``output`` is what it returned; ``norm`` applies the final norm if it has no output norm.
         """
         x = map_of(output)
         if str(stage) in self.out_norms:

@@ -119,11 +119,7 @@ def load_checkpoint(
 def load_tensors(
     model: nn.Module, tensors: dict[str, Tensor], name: str, strict: bool = True
 ) -> LoadReport:
-    """:func:`load_checkpoint` of what :func:`read_checkpoint` has read from ``name``.
-
-    Raises:
-        CheckpointError, TypeError: see :func:`load_checkpoint`.
-    """
+    """:func:`load_checkpoint` of what :func:`read_checkpoint` has read from ``name``."""
     tensors, ignored = strip_prefixes(tensors)
     tensors, in_int8 = dequantized(tensors, name)
     if _is_of_timm(model):
@@ -236,10 +232,6 @@ def read_checkpoint(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]
     """The tensors of a checkpoint by name, without wrappers.
 
     Pickles are read with ``weights_only=True``: files that would execute code are rejected.
-
-    Raises:
-        TypeError, FileNotFoundError, CheckpointError, ConnectionError: see
-            :func:`load_checkpoint`.
     """
     if isinstance(source, Mapping):
         return _unwrap(source, "state dict")
@@ -257,16 +249,9 @@ def read_checkpoint(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]
 
 
 def require_finite(model: nn.Module, source: str) -> None:
-    """Reject a model with NaN or infinite weights.
+    """Raise a CheckpointError for NaN or infinite weights, which came from ``source``.
 
     :func:`load_checkpoint` includes this check; this is for weights loaded by other means.
-
-    Args:
-        model: any module.
-        source: where its weights came from, for the message.
-
-    Raises:
-        CheckpointError: it names the first such parameters or buffers of the state dict.
     """
     if bad := not_finite(model.state_dict()):
         raise CheckpointError(_not_finite_text(source, bad))
@@ -301,17 +286,11 @@ def load_pretrained(
     """Load the published weights of a model: from its cfg, the cache, or the network.
 
     Args:
-        model: as in :func:`load_checkpoint`.
         name: of the model, for messages and the cache.
         cfg: has a ``file`` (or a folder written by timm's ``save_for_hf``), a ``state_dict``,
             a ``url`` or a ``hf_hub_id``.
         published: all cfgs of the model by tag, for the error message if ``cfg`` has no weights.
         cache_dir: default: torch hub's.
-
-    Raises:
-        CheckpointError: no downloadable weights were published, or :func:`load_checkpoint`
-            rejects them.
-        ConnectionError: the download failed; it says what to fetch and where to put it.
     """
     if cfg.state_dict is not None:
         return load_checkpoint(model, cfg.state_dict)

@@ -45,15 +45,9 @@ def preprocessing_of(model: Any, **settings: Any) -> dict[str, Any]:
 
 
 def require_size(model: nn.Module, *sizes: Sequence[int]) -> None:
-    """Check that a model of timm accepts images of these sizes; many do not.
+    """Raise a ValueError if a model of timm does not accept images (H, W) of these sizes.
 
     A copy runs on the meta device. Models of this library take all sizes.
-
-    Args:
-        sizes: (H, W) each.
-
-    Raises:
-        ValueError: it does not; with timm's reason.
     """
     if isinstance(model, StagedBackbone):
         return

@@ -8,6 +8,7 @@ from the last map, see :class:`ops.pyramid.SimplePyramid`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -63,13 +64,14 @@ class IsotropicBackbone(StagedBackbone):
             ]
 
     def block_name(self, number: int) -> str:
-        """Path of a block by its index in the whole network, as used in checkpoints.
-
-        Raises:
-            IndexError: there is no such block.
-        """
+        """Path of a block by its index in the whole network, as used in checkpoints."""
         i, j = self._places[number]
         return f"stages.{i}.blocks.{j}"
+
+    def place_block(self, match: re.Match[str]) -> str:
+        """Replace a number of a block in the whole network; of other variants, it is left."""
+        number = int(match[1])
+        return f"{self.block_name(number)}." if number < len(self._places) else match[0]
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Adapts the first convolution and position embeddings."""
@@ -98,11 +100,7 @@ class IsotropicBackbone(StagedBackbone):
         return sum(len(stage.blocks) for stage in self.stages)  # type: ignore[arg-type, misc]
 
     def stage_features(self) -> list[int]:
-        """The index in ``feature_info`` of each stage's output.
-
-        Raises:
-            ValueError: the features are a pyramid.
-        """
+        """The index in ``feature_info`` of each stage's output; not for a pyramid."""
         if self.pyramid is not None:
             raise ValueError("with pyramid=True the features are not the maps of stages")
         ends = accumulate(len(stage.blocks) for stage in self.stages)  # type: ignore[arg-type]
@@ -121,25 +119,10 @@ class IsotropicBackbone(StagedBackbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Run the model and return the selected intermediate maps.
+        """Like the base's, by blocks instead of stages.
 
-        Args:
-            x: (B, in_chans, H, W).
-            indices: entries of ``feature_info``: the last n (int), all (None) or a list; negative
-                indices count from the end.
-            norm: apply the final norm to all returned maps, or to the map that the pyramid is
-                derived from.
-            stop_early: skip the blocks after the last selected one; the first return value is
-                then that block's map.
-            output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: return only the list of maps.
-
-        Returns:
-            The normalised last map and the list of selected maps, or only the list.
-
-        Raises:
-            TypeError: ``x`` is not a tensor, or indices are not integers.
-            ValueError: an index out of range, or an unknown format.
+        ``norm`` applies the final norm to all returned maps, or to the one that the pyramid is
+        derived from.
         """
         require_tensor("x", x)
         check_format(output_fmt)

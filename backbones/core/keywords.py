@@ -76,9 +76,6 @@ def checked(*each_stage: str, **own: Check) -> Callable[[Callable[P, T]], Callab
         each_stage: arguments that must have as many values as ``depths``.
         own: checks of the constructor's own keywords, and of those that it has in another form
             than :data:`KEYWORDS` says.
-
-    Raises:
-        TypeError: when decorating, a parameter has no check, or a check has no parameter.
     """
 
     def decorate(constructor: Callable[P, T]) -> Callable[P, T]:

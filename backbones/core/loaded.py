@@ -75,11 +75,7 @@ class Loaded:
 
 
 def create(name: str, **kwargs: Any) -> Any:
-    """A model in eval mode.
-
-    Raises:
-        CommandError: no such model, or invalid arguments for it.
-    """
+    """A model in eval mode; a CommandError says what is wrong with its name or arguments."""
     try:
         return registry.create_model(name, **kwargs).eval()
     except CheckpointError:
@@ -94,11 +90,7 @@ def create(name: str, **kwargs: Any) -> Any:
 
 
 def fuse(model: Any, **options: Any) -> None:
-    """:func:`backbones.fuse`.
-
-    Raises:
-        CommandError: the model cannot be fused so.
-    """
+    """:func:`backbones.fuse`, with a CommandError if the model cannot be fused so."""
     try:
         registry.fuse(model, **options)
     except ValueError as error:
@@ -113,11 +105,6 @@ def load(name: str | None, checkpoint: Path | None, pretrained: bool = False) ->
     A checkpoint of ``train_cls.py`` comes with a recipe (``config.yaml`` next to it) and class
     names, and so does a file of ``export --int8`` made from one; for any other, only the number of
     classes is known.
-
-    Raises:
-        CommandError: no model name, or an unknown one; or a checkpoint and ``pretrained``.
-        ConnectionError: the published weights cannot be downloaded.
-        FileNotFoundError, backbones.CheckpointError: see :func:`backbones.load_checkpoint`.
     """
     if checkpoint is None:
         if name is None:

@@ -7,19 +7,18 @@ https://arxiv.org/abs/2209.15001.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import ClassifierHead, LayerNorm2d
 from torch import Tensor, nn
 
 from backbones.common.checks import either, one_or_several, text
-from backbones.core import published
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import WINDOW
-from backbones.core.stage import TokenStage
+from backbones.core.published import imagenet_cfg
+from backbones.core.stage import TokenStage, make_stages
 from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import NeighborhoodBlock, resized_bias
@@ -68,33 +67,17 @@ def token_stages(
 ) -> nn.Sequential:
     """Stages of neighborhood attention, NCHW to NCHW.
 
-    Args:
-        dims, num_heads: of each stage.
-        dilations: of each block, by stage.
-        kernel_size, mlp_ratio, proj_drop_rate, layer_scale: of all blocks.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        downsample: creates the first layer of each stage except the first, from the channels of
-            the previous stage and its own.
+    ``dilations`` are of each block, by stage; ``downsample`` creates the first layer of each stage
+    except the first, from the channels of the previous stage and its own.
     """
-    depth = sum(map(len, dilations))
-    rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, depth))
-    return nn.Sequential(
-        *(
-            TokenStage(
-                [
-                    NeighborhoodBlock(
-                        neighborhood(dims[i], num_heads[i], kernel_size, dilation),
-                        mlp_ratio,
-                        proj_drop_rate,
-                        next(rates),
-                        layer_scale,
-                    )
-                    for dilation in dilations[i]
-                ],
-                downsample=downsample(dims[i - 1], dims[i]) if i else None,
-            )
-            for i in range(len(dims))
-        )
+
+    def block(i: int, j: int, drop_path: float) -> nn.Module:
+        attn = neighborhood(dims[i], num_heads[i], kernel_size, dilations[i][j])
+        return NeighborhoodBlock(attn, mlp_ratio, proj_drop_rate, drop_path, layer_scale)
+
+    depths = [len(each) for each in dilations]
+    return make_stages(
+        depths, drop_path_rate, block, lambda i: downsample(dims[i - 1], dims[i]), TokenStage
     )
 
 
@@ -144,13 +127,7 @@ def block_dilations(
 ) -> list[tuple[int, ...]]:
     """The dilation of each block, by stage.
 
-    Args:
-        dilations: one for all blocks, the name of a preset, or one or a sequence per stage.
-        depths: blocks of each stage.
-        presets: patterns by name.
-
-    Raises:
-        ValueError: an unknown name, or a wrong number of stages or blocks.
+    ``dilations`` are one for all blocks, the name of a preset, or one or a sequence per stage.
     """
     if isinstance(dilations, str):
         if dilations not in presets:
@@ -187,23 +164,12 @@ def block_dilations(
 
 # -- published checkpoints -------------------------------------------------------------------------
 
-
-def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
-    """``key`` after the replacements; a stage's final downsampling moves to the next stage."""
-    key = published.renamed(key, renames)
-    if match := re.match(r"(?:levels|layers)\.(\d+)\.downsample\.", key):
-        return f"stages.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
-    return key
-
-
-def cfg(model_class: type[StagedBackbone], url: str, **kwargs: Any) -> dict[str, Any]:
-    """The preprocessing of the published weights."""
-    return {
-        "url": "https://shi-labs.com/projects/" + url,
-        **published.imagenet_cfg(model_class),
-        "license": "mit",
-        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
-        "paper_name": "Dilated Neighborhood Attention Transformer",
-        "paper_ids": "arXiv:2209.15001",
-        **kwargs,
-    }
+# The preprocessing of the published weights.
+cfg = partial(
+    imagenet_cfg,
+    url="https://shi-labs.com/projects/{}.pth",
+    license="mit",
+    origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+    paper_name="Dilated Neighborhood Attention Transformer",
+    paper_ids="arXiv:2209.15001",
+)

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from backbones.core.base import StagedBackbone
 
+Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
-def imagenet_cfg(model_class: type[StagedBackbone]) -> dict[str, Any]:
-    """The usual entries of a cfg for ImageNet-1k at 224×224; a family's own follow them."""
+
+def imagenet_cfg(
+    model_class: type[StagedBackbone], file: str = "", *, url: str = "{}", **entries: Any
+) -> dict[str, Any]:
+    """The cfg of weights, by default for ImageNet-1k at 224×224.
+
+    Args:
+        model_class: the family's class.
+        file: replaces ``{}`` in ``url``.
+        url: of the weights; empty if there are none.
+        **entries: of the cfg, others than the usual ones or in addition to them.
+    """
     return {
+        "url": url.format(file),
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "crop_pct": 0.875,
@@ -20,24 +32,59 @@ def imagenet_cfg(model_class: type[StagedBackbone]) -> dict[str, Any]:
         "std": (0.229, 0.224, 0.225),
         "first_conv": model_class.first_conv,
         "classifier": model_class.classifier,
+        **entries,
     }
 
 
-def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
-    """``key`` after all replacements ``(regular expression, replacement)``, in order."""
-    for pattern, name in renames:
-        key = re.sub(pattern, name, key)
+def renamed(key: str, renames: Iterable[Rename]) -> str:
+    """``key`` after all replacements, in order, as of :func:`re.sub`."""
+    for pattern, replacement in renames:
+        key = re.sub(pattern, replacement, key)
     return key
 
 
-def renamed_stage(key: str, prefixes: Sequence[tuple[str, str]]) -> str:
-    """``key`` with the first matching prefix replaced, for stages that are counted from 1.
+def stem_layer(match: re.Match[str]) -> str:
+    """The name of a layer in a stem of convolutions, norms and activations, from its number."""
+    layer, part = divmod(int(match[1]), 3)
+    return f"stem.{layer}.{('conv', 'norm')[part]}."
 
-    Args:
-        prefixes: ``(regular expression, replacement)``; the expression's group is the number of a
-            stage, which fills the replacement's ``{}`` counted from 0.
-    """
-    for pattern, prefix in prefixes:
-        if match := re.match(pattern, key):
-            return prefix.format(int(match[1]) - 1) + key[match.end() :]
-    return key
+
+def _counted_from_1(name: str) -> Callable[[re.Match[str]], str]:
+    return lambda match: name.format(int(match[1]) - 1)
+
+
+_HEAD: Rename = (r"^head\.(weight|bias)$", r"head.fc.\1")
+# Of originals in Swin Transformer's layout, where downsampling belongs to the previous stage.
+SWIN_NAMES: tuple[Rename, ...] = (
+    (r"^patch_embed\.proj\.", "stem.conv."),
+    (r"^patch_embed\.norm\.", "stem.norm."),
+    (
+        r"^(?:layers|levels)\.(\d+)\.downsample\.",
+        lambda match: f"stages.{int(match[1]) + 1}.downsample.",
+    ),
+    (r"^(?:layers|levels)\.", "stages."),
+    (r"^norm(\d)\.", r"out_norms.\1."),
+    _HEAD,
+)
+# Of originals in VMamba's layout.
+VMAMBA_NAMES: tuple[Rename, ...] = (
+    (r"^patch_embed\.(?:proj|0)\.", "stem.0.conv."),
+    (r"^patch_embed\.(?:norm|2)\.", "stem.0.norm."),
+    (r"^patch_embed\.5\.", "stem.2.conv."),
+    (r"^patch_embed\.7\.", "stem.2.norm."),
+    (r"\.downsample\.1\.", ".downsample.conv."),
+    (r"\.downsample\.3\.", ".downsample.norm."),
+    (r"^outnorm(\d+)\.", r"out_norms.\1."),
+    (r"^classifier\.", ""),
+    *SWIN_NAMES,
+)
+# Of originals in the layout of PVT, which count stages from 1.
+PVT_NAMES: tuple[Rename, ...] = (
+    (r"^patch_embed1\.proj\.", "stem.conv."),
+    (r"^patch_embed1\.norm\.", "stem.norm."),
+    (r"^patch_embed(\d)\.proj\.", _counted_from_1("stages.{}.downsample.conv.")),
+    (r"^patch_embed(\d)\.norm\.", _counted_from_1("stages.{}.downsample.norm.")),
+    (r"^blocks?(\d)\.", _counted_from_1("stages.{}.blocks.")),
+    (r"^norm(\d)\.", _counted_from_1("stages.{}.norm.")),
+    _HEAD,
+)

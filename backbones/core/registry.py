@@ -8,7 +8,7 @@ import functools
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FunctionType
@@ -24,7 +24,6 @@ from backbones.common.checks import flag, several, text, whole
 from backbones.common.messages import shown
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
-from backbones.core.from_timm import PREFIX, create_timm_model
 from backbones.core.keywords import FEATURES
 from backbones.fusing.fuse import fuse_network
 from ops.attention.token_pooling import pool_tokens_before, token_attentions
@@ -43,6 +42,9 @@ class _Entry:
     family: str
     cfgs: DefaultCfg
 
+
+PREFIX = "timm/"
+"""Of the names of timm's models, wherever ours are accepted."""
 
 _entries: dict[str, _Entry] = {}
 _unnamed: dict[FunctionType, type[StagedBackbone]] = {}
@@ -75,9 +77,6 @@ def register_variants(module: str) -> None:
 
     Args:
         module: ``__name__`` of the module that calls this, below its variants.
-
-    Raises:
-        ValueError: a name is taken, or ``default_cfgs`` has no entry for it.
     """
     for name, value in list(vars(sys.modules[module]).items()):
         if isinstance(value, FunctionType) and value in _unnamed:
@@ -119,11 +118,7 @@ def _with_pyramid(entrypoint: Callable[..., nn.Module], keyword: str) -> Callabl
 
 
 def register(entrypoint: Entrypoint) -> Entrypoint:
-    """Register a function that calls :func:`build_model`; use :func:`variant` instead.
-
-    Raises:
-        ValueError: the name is taken, or ``default_cfgs`` has no entry for it.
-    """
+    """Register a function that calls :func:`build_model`; use :func:`variant` instead."""
     text = "register(): assign variant(…) to the name, and call register_variants(__name__)"
     warnings.warn(text, DeprecationWarning, stacklevel=2)
     returned = entrypoint.__annotations__.get("return")
@@ -150,8 +145,8 @@ def list_models(
         ValueError: an unknown family.
         TypeError: a filter or family that is not a string, or ``pretrained`` that is not a bool.
     """
-    if family is not None:
-        _check_name("family", family, list_families())
+    if family is not None and text("family", family) not in list_families():
+        raise ValueError(_unknown("family", family, list_families()))
     flag("pretrained", pretrained)
     patterns = [filter] if isinstance(filter, str) else several(text)("filter", filter)
     names = []
@@ -202,7 +197,7 @@ def create_model(
     architecture, _, tag = text("name", name).partition(".")
     flag("pretrained", pretrained)
     if architecture.startswith(PREFIX):
-        return create_timm_model(name, pretrained, checkpoint_path, **kwargs)
+        return _create_timm_model(name, pretrained, checkpoint_path, **kwargs)
     if architecture not in _entries:
         raise ValueError(_unknown("model", name, list(_entries)))
     if tag:
@@ -210,6 +205,25 @@ def create_model(
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
     entrypoint = _entries[architecture].entrypoint
     return entrypoint(pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
+
+
+def _create_timm_model(
+    name: str, pretrained: bool, checkpoint_path: str | Path | None, **kwargs: Any
+) -> nn.Module:
+    plain = name.removeprefix(PREFIX)
+    architecture, _, tag = plain.partition(".")
+    if not timm.models.is_model(architecture):
+        raise ValueError(_unknown("model", name, [PREFIX + n for n in timm.models.list_models()]))
+    weights = timm.models.list_models(f"{architecture}.*", pretrained=True)
+    if tag and plain not in weights:
+        raise ValueError(
+            _unknown(f"tag of {architecture}", tag, [n.partition(".")[2] for n in weights])
+        )
+    model = timm.create_model(plain, pretrained=pretrained, **kwargs)
+    if checkpoint_path not in (None, ""):
+        assert checkpoint_path is not None
+        load_checkpoint(model, checkpoint_path)
+    return model
 
 
 def build_model(
@@ -221,12 +235,8 @@ def build_model(
 ) -> Any:
     """Create ``model_class(**defaults, **kwargs)``, load weights, and wrap it for features.
 
-    Args:
-        model_class: the family's class.
-        name: the registered name.
-        pretrained: load the published weights.
-        defaults: the variant's arguments.
-        kwargs: the caller's: options of the factory (see :func:`create_model`) and of the class.
+    ``defaults`` are the variant's arguments, ``kwargs`` the caller's: options of the factory (see
+    :func:`create_model`) and of the class.
     """
     options = dict(kwargs)
     checkpoint_path = options.pop("checkpoint_path", None)
@@ -360,11 +370,6 @@ def _check_keywords(model_class: type[StagedBackbone], name: str, keywords: dict
     for keyword in keywords:
         if keyword not in valid:
             raise TypeError(f"{name}: {_unknown('keyword', keyword, valid)}")
-
-
-def _check_name(kind: str, name: str, valid: Collection[str]) -> None:
-    if text(kind, name) not in valid:
-        raise ValueError(_unknown(kind, name, list(valid)))
 
 
 def _unknown(kind: str, value: str, valid: Sequence[str]) -> str:

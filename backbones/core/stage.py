@@ -5,11 +5,12 @@ A family whose blocks need another layout or shared tables defines its own stage
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any
 
 import torch
+from timm.layers import calculate_drop_path_rates
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -91,3 +92,40 @@ class IsotropicStage(Stage):
         """Run the blocks ``first`` … ``stop`` − 1 (default: all) on a map (B, dim, h, w)."""
         x = self.run_blocks(x.permute(0, 2, 3, 1), first=first, stop=stop)
         return x.permute(0, 3, 1, 2)
+
+
+def make_stages(
+    depths: Sequence[int],
+    drop_path_rate: float,
+    block: Callable[[int, int, float], nn.Module],
+    downsample: Callable[[int], nn.Module] | None = None,
+    stage_type: Callable[..., Stage] = Stage,
+    **parts: Callable[[int], Any],
+) -> nn.Sequential:
+    """The stages of a backbone, and their parts in the order of the arguments.
+
+    Args:
+        depths: blocks of each stage.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        block: makes a block from the index of its stage, its own in the stage, and its stochastic
+            depth.
+        downsample: makes the first layer of each stage except the first, from the stage's index.
+        stage_type: the class of the stages.
+        **parts: make further arguments of that class, such as ``norm``.
+    """
+    rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+    return nn.Sequential(
+        *(
+            stage_type(
+                [block(i, j, next(rates)) for j in range(depth)],
+                downsample=downsample(i) if downsample and i else None,
+                **{name: make(i) for name, make in parts.items()},
+            )
+            for i, depth in enumerate(depths)
+        )
+    )
+
+
+def channels_before(stem_dim: int, dims: Sequence[Sequence[int]], stage: int, block: int) -> int:
+    """Input channels of a block, where ``dims`` are the output channels of each, by stage."""
+    return [stem_dim, *chain(*dims[:stage]), *dims[stage][:block]][-1]

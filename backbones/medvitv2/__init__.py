@@ -19,19 +19,17 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from timm.layers import (
-    ClassifierHead,
-    calculate_drop_path_rates,
-)
+from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import one_or_several, several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SHARE, WINDOW, checked
-from backbones.core.published import imagenet_cfg
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.medvitv2.blocks import GlobalBlock, LocalBlock
@@ -83,13 +81,7 @@ class MedViTV2(StagedBackbone):
         window_size: of neighborhood attention.
         dilation: of neighborhood attention: one for all stages, or one per stage. The published
             weights use none.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-
-    Raises:
-        ValueError: sequences of different lengths, widths not divisible by ``head_dim``, or a
-            dilation below 1.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -231,30 +223,26 @@ def _convert_key(key: str, depths: Sequence[int]) -> str:
     is_global = _is_global(stage, block, depths[stage])
     if name.startswith("patch_embed.") and not is_global:
         return f"stages.{stage}.downsample.proj." + name.removeprefix("patch_embed.")
-    for pattern, ours in (_GLOBAL_RENAMES if is_global else _LOCAL_RENAMES) + _FFN_RENAMES:
-        name = re.sub(pattern, ours, name)
+    name = renamed(name, (_GLOBAL_RENAMES if is_global else _LOCAL_RENAMES) + _FFN_RENAMES)
     return f"stages.{stage}.blocks.{block}.{name}"
 
 
-def _cfg(link: str = "") -> dict[str, Any]:
-    return {
-        "url": f"https://dl.dropbox.com/scl/fi/{link}&dl=1",
-        **imagenet_cfg(MedViTV2),
-        "crop_pct": 1.0,
-        "crop_mode": "squash",
-        "interpolation": "bilinear",
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-        "license": "mit",
-        "origin_url": "https://github.com/Omid-Nejati/MedViTV2",
-        "paper_name": "Medical Image Classification with KAN-Integrated Transformers and Dilated "
-        "Neighborhood Attention",
-        "paper_ids": "arXiv:2502.13693",
-        "notes": (
-            "weights for each MedMNIST data set: https://github.com/Omid-Nejati/MedViTV2#readme",
-        ),
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    MedViTV2,
+    url="https://dl.dropbox.com/scl/fi/{}&dl=1",
+    crop_pct=1.0,
+    crop_mode="squash",
+    interpolation="bilinear",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    license="mit",
+    origin_url="https://github.com/Omid-Nejati/MedViTV2",
+    paper_name="Medical Image Classification with KAN-Integrated Transformers and Dilated "
+    "Neighborhood Attention",
+    paper_ids="arXiv:2502.13693",
+    notes=("weights for each MedMNIST data set: https://github.com/Omid-Nejati/MedViTV2#readme",),
+)
 
 # The authors' starting point; what these weights were trained on is not stated.
 default_cfgs = generate_default_cfgs(
@@ -274,15 +262,11 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# MedViTV2-Tiny, 11.7 M parameters
 medvitv2_tiny = variant(MedViTV2, dims=(64, 128, 192, 384), depths=(2, 2, 6, 1), drop_path_rate=0.1)
-# MedViTV2-Small, 30.1 M parameters
 medvitv2_small = variant(
     MedViTV2, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), drop_path_rate=0.1
 )
-# MedViTV2-Base, 67.0 M parameters
 medvitv2_base = variant(MedViTV2, dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), drop_path_rate=0.2)
-# MedViTV2-Large, 118.3 M parameters
 medvitv2_large = variant(
     MedViTV2, dims=(96, 256, 512, 1024), depths=(2, 2, 6, 2), drop_path_rate=0.2
 )

@@ -18,14 +18,6 @@ from ops.kan import KAN
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after, norm_affine
 
-__all__ = [
-    "ConvFFN",
-    "FoldedLocalBlock",
-    "GlobalBlock",
-    "LocalBlock",
-    "apply_reinterpreted",
-]
-
 
 class ConvFFN(nn.Module):
     """Expand, depthwise, squeeze-and-excitation, project: (B, dim, H, W) → (B, dim, H, W)."""
@@ -90,9 +82,6 @@ class FoldedLocalBlock(nn.Module):
 
     (B, dim, H, W) → (B, dim, H, W). The norm is also on a shortcut: with ``n = norm2(x)``,
     ``x + n + ffn(n)`` becomes ``x + scale * x + folded_ffn(x)``.
-
-    Args:
-        block: provides the first norm, the attention and the feed-forward.
     """
 
     def __init__(self, block: LocalBlock) -> None:

@@ -143,21 +143,18 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
-        return _OPERATORS.get(name) or _Missing(name)
+        return _OPERATORS.get(name) or _missing(name)
 
 
-class _Missing:
-    """A missing operator, which raises an error when called."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+def _missing(name: str) -> Callable[..., None]:
+    def operator(*args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(
-            f"mmcv's operator {self.name!r} needs its compiled extension, and this mmcv has none. "
+            f"mmcv's operator {name!r} needs its compiled extension, and this mmcv has none. "
             f"Without it there are {', '.join(sorted(_OPERATORS))}; for the others install a "
             "compiled mmcv (the package onedl-mmcv, or a wheel of mmcv for your PyTorch)."
         )
+
+    return operator
 
 
 _OPERATORS: dict[str, Callable[..., Any]] = {

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from backbones.common.checks import flag, several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, KERNEL, checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import imagenet_cfg, renamed, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.overlock.blocks import Block, ChannelAffine, DynamicBlock, window_offsets
@@ -166,8 +166,6 @@ class OverLoCK(StagedBackbone):
             Focus-Net's two stages have the widths and kernels of the last two; the context has a
             quarter of the last width. Kernels are among 7, 13, 15 and 17.
         focus_depths, num_heads: of the Focus-Net's two stages.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, increasing linearly from 0 in the order
             Base-Net, Overview-Net, Focus-Net.
         layer_scale: initial scale of the shortcuts at strides 16 and 32.
@@ -175,9 +173,7 @@ class OverLoCK(StagedBackbone):
         out_norms: normalise the returned maps: all, none, or the listed stages. The map of stage 1
             also goes on normalised, as in the paper's dense networks.
         overview_feature: add the overview to the last map returned, as the paper's detectors do.
-
-    Raises:
-        ValueError: other kernel sizes, or heads that don't divide half of the width.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -333,10 +329,6 @@ class OverLoCK(StagedBackbone):
 
 def _convert_key(key: str, base_depth: int) -> str:
     """Our name of a tensor; our own names are unchanged."""
-    if match := re.match(r"patch_embed1\.(\d+)\.", key):
-        # Repetitions of convolution, norm, activation.
-        layer, part = divmod(int(match[1]), 3)
-        return f"stem.{layer}.{('conv', 'norm')[part]}.{key[match.end() :]}"
     overview, focus = f"stages.2.blocks.{base_depth}.", base_depth + 1
     if match := re.match(r"(sub_)?blocks(\d)\.(\d+)\.", key):
         stage, block, name = int(match[2]) - 1, int(match[3]), key[match.end() :]
@@ -396,6 +388,7 @@ _DYNAMIC = (
     *_SQUEEZE,
 )
 _RENAMES = (
+    (r"^patch_embed1\.(\d+)\.", stem_layer),
     (r"^patch_embed2\.", "stages.1.downsample."),
     (r"^patch_embed3\.", "stages.2.downsample."),
     (r"\.patch_embed4\.", ".downsample."),
@@ -418,21 +411,22 @@ _RENAMES = (
 
 def _cfgs(name: str, crop_pct: float) -> dict[str, dict[str, Any]]:
     """The weights of the training form, and the same merged."""
-    cfg = {
-        **imagenet_cfg(OverLoCK),
-        "crop_pct": crop_pct,
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/LMMMEng/OverLoCK",
-        "paper_name": (
+    cfg = partial(
+        imagenet_cfg,
+        OverLoCK,
+        url="https://github.com/LMMMEng/OverLoCK/releases/download/v1/{}.pth",
+        crop_pct=crop_pct,
+        license="apache-2.0",
+        origin_url="https://github.com/LMMMEng/OverLoCK",
+        paper_name=(
             "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic "
             "Kernels"
         ),
-        "paper_ids": "arXiv:2502.20087",
-    }
-    url = f"https://github.com/LMMMEng/OverLoCK/releases/download/v1/{name}_in1k_224"
+        paper_ids="arXiv:2502.20087",
+    )
     return {
-        f"{name}.in1k": {"url": f"{url}.pth", **cfg},
-        f"{name}.in1k_merged": {"url": f"{url}_reparam.pth", **cfg},
+        f"{name}.in1k": cfg(f"{name}_in1k_224"),
+        f"{name}.in1k_merged": cfg(f"{name}_in1k_224_reparam"),
     }
 
 
@@ -445,7 +439,6 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# OverLoCK-XT, 17.0 M parameters (16.4 M merged), and 0.3 M of the auxiliary head
 overlock_xt = variant(
     OverLoCK,
     dims=(56, 112, 256, 336),
@@ -454,7 +447,6 @@ overlock_xt = variant(
     num_heads=(8, 12),
     drop_path_rate=0.1,
 )
-# OverLoCK-T, 34.5 M parameters (33.4 M merged), and 0.5 M of the auxiliary head
 overlock_t = variant(
     OverLoCK,
     dims=(64, 128, 256, 512),
@@ -463,7 +455,6 @@ overlock_t = variant(
     num_heads=(8, 16),
     drop_path_rate=0.15,
 )
-# OverLoCK-S, 57.8 M parameters (56.2 M merged), and 0.5 M of the auxiliary head
 overlock_s = variant(
     OverLoCK,
     dims=(64, 128, 320, 512),
@@ -472,7 +463,6 @@ overlock_s = variant(
     num_heads=(16, 32),
     drop_path_rate=0.4,
 )
-# OverLoCK-B, 97.4 M parameters (94.9 M merged), and 0.6 M of the auxiliary head
 overlock_b = variant(
     OverLoCK,
     dims=(80, 160, 384, 576),

@@ -21,8 +21,6 @@ from ops.neighborhood import na2d_av
 from ops.position import ConvPosition
 from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after
 
-__all__ = ["Block", "ChannelAffine", "DynamicBlock", "window_offsets"]
-
 # (kernel size, dilation) of the parallel branches, by size of the large kernel. Not UniRepLKNet's.
 _BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
     7: ((5, 1), (3, 1), (3, 2), (3, 3)),
@@ -172,9 +170,6 @@ class ContextMixing(nn.Module):
         dim, context_dim: channels of the map and of the context.
         num_heads: of the query and of either half of the channels.
         kernel_size: k.
-
-    Raises:
-        ValueError: ``num_heads`` does not divide half of ``dim``.
     """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, kernel_size: int) -> None:

@@ -12,17 +12,10 @@ follows, only its epsilon makes a difference.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
-from timm.layers import (
-    ClassifierHead,
-    LayerNorm2d,
-    RmsNorm2d,
-    calculate_drop_path_rates,
-)
+from timm.layers import ClassifierHead, LayerNorm2d, RmsNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -30,9 +23,9 @@ from backbones.common.checks import flag, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, TokenStage
+from backbones.core.stage import IsotropicStage, TokenStage, make_stages
 from backbones.vig.blocks import Block, GatedLinearAttention
 from backbones.vig.inference import *  # noqa: F403  (registers the inference forms)
 from ops.init import init_trunc_normal
@@ -49,9 +42,6 @@ class Stem(nn.Module):
     """9×9 convolution of stride 8, subsampling by 2, and a position table.
 
     (B, in_chs, H, W) → (B, dim, ⌈h/2⌉, ⌈w/2⌉) with h = ⌊(H + 1) / 8⌋, w likewise.
-
-    Raises:
-        ValueError: an image of less than 7 pixels a side.
     """
 
     def __init__(self, in_chs: int, dim: int) -> None:
@@ -75,14 +65,9 @@ class ViG(IsotropicBackbone):
         dim, num_heads: of all blocks.
         depths: blocks of each stage.
         act: SiLU inside the attention, see :class:`GatedLinearAttention`.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
         mean_of_directions: in eval mode, normalise the mean of the two directions as in training,
             instead of half of it as in the published evaluation.
-        pyramid: return a pyramid at strides 4 to 32 derived from the last map, not the blocks'
-            maps.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.conv1"
@@ -105,25 +90,16 @@ class ViG(IsotropicBackbone):
         pyramid: bool = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        hidden_dim, norm_layer = _hidden_dim(dim, 256), partial(RMSNorm, eps=1e-6)
+        share = 0.5 if mean_of_directions else 0.25
         self.stem = Stem(in_chans, dim)
-        self.stages = nn.Sequential(
-            *(
-                IsotropicStage(
-                    Block(
-                        dim,
-                        num_heads,
-                        _hidden_dim(dim, 256),
-                        partial(RMSNorm, eps=1e-6),
-                        proj_drop_rate,
-                        next(rates),
-                        act,
-                        eval_share=0.5 if mean_of_directions else 0.25,
-                    )
-                    for _ in range(depth)
-                )
-                for depth in depths
-            )
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: Block(
+                dim, num_heads, hidden_dim, norm_layer, proj_drop_rate, rate, act, share
+            ),
+            stage_type=IsotropicStage,
         )
         self.norm = RmsNorm2d(dim, eps=1e-6)
         self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
@@ -132,17 +108,8 @@ class ViG(IsotropicBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, which numbers blocks consecutively."""
-
-        def place(match: re.Match[str]) -> str:
-            try:
-                return f"{self.block_name(int(match[1]))}."
-            except IndexError:  # of another variant
-                return match[0]
-
-        return {
-            re.sub(r"^blocks\.(\d+)\.", place, renamed(key, _PLAIN)): tensor
-            for key, tensor in state_dict.items()
-        }
+        renames = (*_PLAIN, (r"^blocks\.(\d+)\.", self.place_block))
+        return {renamed(key, renames): tensor for key, tensor in state_dict.items()}
 
 
 class HierarchicalViG(StagedBackbone):
@@ -150,12 +117,7 @@ class HierarchicalViG(StagedBackbone):
 
     Args:
         dims, depths, num_heads: of the four stages.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        out_norms: normalise the maps returned, as the original's dense copy does: all, none, or the
-            listed stages.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -176,28 +138,17 @@ class HierarchicalViG(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = nn.Sequential(
             ConvLayerNorm(in_chans, dims[0] // 2), nn.GELU(), ConvLayerNorm(dims[0] // 2, dims[0])
         )
-        self.stages = nn.Sequential(
-            *(
-                TokenStage(
-                    [
-                        Block(
-                            dims[i],
-                            num_heads[i],
-                            _hidden_dim(dims[i], 32),
-                            nn.LayerNorm,
-                            proj_drop_rate,
-                            next(rates),
-                        )
-                        for _ in range(depths[i])
-                    ],
-                    downsample=ConvLayerNorm(dims[i - 1], dims[i]) if i else None,
-                )
-                for i in range(len(dims))
-            )
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: Block(
+                dims[i], num_heads[i], _hidden_dim(dims[i], 32), nn.LayerNorm, proj_drop_rate, rate
+            ),
+            lambda i: ConvLayerNorm(dims[i - 1], dims[i]),
+            TokenStage,
         )
         self.norm = LayerNorm2d(dims[-1], eps=1e-5)
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
@@ -217,10 +168,6 @@ class HierarchicalViG(StagedBackbone):
         converted = {}
         for key, tensor in state_dict.items():
             name = renamed(key, _HIERARCHICAL)
-            # In the original, downsampling belongs to the previous stage.
-            if match := re.match(r"layers\.(\d+)\.downsample\.", name):
-                name = f"stages.{int(match[1]) + 1}.downsample.{name[match.end() :]}"
-            name = re.sub(r"^layers\.", "stages.", name)
             if tensor.shape[2:] == (1, 1) and name in own and own[name].ndim == 2:
                 tensor = tensor[:, :, 0, 0]
             converted[name] = tensor
@@ -279,29 +226,18 @@ _HIERARCHICAL = (
     (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
     (r"\.op\.", ".attn."),
     *_MIXER,
-    (r"^patch_embed\.0\.", "stem.0.conv."),
-    (r"^patch_embed\.2\.", "stem.0.norm."),
-    (r"^patch_embed\.5\.", "stem.2.conv."),
-    (r"^patch_embed\.7\.", "stem.2.norm."),
-    (r"\.downsample\.1\.", ".downsample.conv."),
-    (r"\.downsample\.3\.", ".downsample.norm."),
-    (r"^outnorm(\d+)\.", r"out_norms.\1."),
-    (r"^classifier\.norm\.", "norm."),
-    (r"^classifier\.head\.", "head.fc."),
+    *VMAMBA_NAMES,
 )
 
 
-def _cfg(model_class: type[StagedBackbone], **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": "",  # published as a folder, https://huggingface.co/hustvl/ViG
-        **imagenet_cfg(model_class),
-        "license": "mit",
-        "origin_url": "https://github.com/hustvl/ViG",
-        "paper_name": "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
-        "paper_ids": "arXiv:2405.18425",
-        **kwargs,
-    }
-
+# Published as a folder, https://huggingface.co/hustvl/ViG.
+_cfg = partial(
+    imagenet_cfg,
+    license="mit",
+    origin_url="https://github.com/hustvl/ViG",
+    paper_name="ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
+    paper_ids="arXiv:2405.18425",
+)
 
 default_cfgs = generate_default_cfgs(
     {
@@ -310,17 +246,11 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# ViG-T, 5.8 M parameters; the only one with activations in its attention
 vig_t = variant(ViG, dim=192, num_heads=3, act=True)
-# ViG-S, 22.6 M parameters
 vig_s = variant(ViG, dim=384, num_heads=6, drop_path_rate=0.2)
-# ViG-B, 89.0 M parameters
 vig_b = variant(ViG, dim=768, num_heads=12, drop_path_rate=0.5)
-# ViG-H-T, 28.6 M parameters
 vig_h_t = variant(HierarchicalViG, drop_path_rate=0.2)
-# ViG-H-S, 50.1 M parameters
 vig_h_s = variant(HierarchicalViG, depths=(2, 2, 17, 2), drop_path_rate=0.3)
-# ViG-H-B, 88.9 M parameters
 vig_h_b = variant(
     HierarchicalViG,
     dims=(128, 256, 512, 1024),

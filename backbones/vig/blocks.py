@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from ops.linear_attention import gated_linear_attention
 from ops.norm import RMSNorm
 
-__all__ = ["GATE_DIVISOR", "HEAD_NORM_EPS", "Block", "GatedLinearAttention", "JoinedAttention"]
-
 _GATE_RANK = 16
 HEAD_NORM_EPS = 1e-6
 GATE_DIVISOR = 16  # of log gates, so that they start near 0 (slow decay)
@@ -50,9 +48,6 @@ class GatedLinearAttention(Mixing):
         num_heads: divides dim / 2.
         act: SiLU after the convolution and before the last projection.
         eval_share: factor of the sum of both directions in eval mode; in training it is 1/2.
-
-    Raises:
-        ValueError: ``dim`` is not a multiple of 2 · ``num_heads``.
     """
 
     def __init__(
@@ -151,14 +146,8 @@ def _scan(
 class Block(nn.Module):
     """Pre-norm residual attention and gated MLP.
 
-    (B, H, W, dim) → (B, H, W, dim).
-
-    Args:
-        dim: channels.
-        hidden_dim: of the MLP.
-        norm_layer: creates a norm over the last axis.
-        drop: dropout in the MLP.
-        num_heads, act, eval_share: see :class:`GatedLinearAttention`.
+    (B, H, W, dim) → (B, H, W, dim); ``num_heads``, ``act`` and ``eval_share`` are those of
+    :class:`GatedLinearAttention`.
     """
 
     def __init__(

@@ -12,19 +12,13 @@ paper's formula by segments of the sequence. The default here reproduces that ke
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import (
-    ClassifierHead,
-    LayerNorm2d,
-    NormMlpClassifierHead,
-    calculate_drop_path_rates,
-)
+from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -33,7 +27,7 @@ from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, SCALE, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage
+from backbones.core.stage import IsotropicStage, make_stages
 from backbones.vrwkv.blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
 from backbones.vrwkv.inference import *  # noqa: F403  (registers the inference forms)
 from ops.init import init_trunc_normal
@@ -83,15 +77,7 @@ class VRWKV(IsotropicBackbone):
         layer_scale: initial value of the layer scales; None for none.
         img_size: image size of the position table, which is interpolated for other sizes.
         head_hidden_dim: width of a tanh layer before the classifier; None for none.
-        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
-        drop_rate: dropout before the classifier.
-        proj_drop_rate: dropout inside the feed-forwards.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
-        pyramid: return a pyramid at strides 4 to 32 derived from the last map, not the blocks'
-            maps.
-
-    Raises:
-        ValueError: ``dim`` is not such a multiple.
+        others: see :class:`backbones.StagedBackbone`.
     """
 
     @checked(
@@ -130,21 +116,14 @@ class VRWKV(IsotropicBackbone):
         if dim % multiple:
             raise ValueError(f"dim must be a multiple of {multiple}, got {dim}")
         hidden_dim, groups = int(dim * mlp_ratio), dim // HEAD_DIM if gated else 1
-        rates: list[float] = calculate_drop_path_rates(drop_path_rate, sum(depths))
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            attn = GatedScan(dim) if gated else WKVAttention(dim, segments, key_norm)
+            mlp = GatedSquaredMlp(dim, hidden_dim, groups, key_norm, proj_drop_rate)
+            return Block(dim, attn, mlp, post_norm, layer_scale, drop_path)
+
         self.stem = PatchEmbed(in_chans, dim, -(-img_size // _PATCH))
-        blocks = [
-            Block(
-                dim,
-                GatedScan(dim) if gated else WKVAttention(dim, segments, key_norm),
-                GatedSquaredMlp(dim, hidden_dim, groups, key_norm, proj_drop_rate),
-                post_norm,
-                layer_scale,
-                rate,
-            )
-            for rate in rates
-        ]
-        of_stages = iter(blocks)
-        self.stages = nn.Sequential(*(IsotropicStage(islice(of_stages, depth)) for depth in depths))
+        self.stages = make_stages(depths, drop_path_rate, block, stage_type=IsotropicStage)
         self.norm = LayerNorm2d(dim, eps=1e-5)
         if head_hidden_dim is None:
             self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
@@ -157,9 +136,10 @@ class VRWKV(IsotropicBackbone):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_trunc_normal(module)
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
         part: Any
-        for layer, block in enumerate(blocks):
-            for part in (block.attn, block.mlp):
+        for layer, each in enumerate(blocks):
+            for part in (each.attn, each.mlp):
                 part.init_weights(layer, len(blocks))
 
     def embed(self, x: Tensor) -> Tensor:
@@ -177,16 +157,8 @@ class VRWKV(IsotropicBackbone):
 
         A network without layer scales is one with scales of 1.
         """
-
-        def place(match: re.Match[str]) -> str:
-            try:
-                return f"{self.block_name(int(match[1]))}."
-            except IndexError:  # of another variant
-                return match[0]
-
-        converted = {}
-        for key, tensor in state_dict.items():
-            converted[re.sub(r"^layers\.(\d+)\.", place, renamed(key, _RENAMES))] = tensor
+        renames = (*_RENAMES, (r"^layers\.(\d+)\.", self.place_block))
+        converted = {renamed(key, renames): tensor for key, tensor in state_dict.items()}
         own = self.state_dict()
         scales = [name for name in own if name.endswith((".ls1.gamma", ".ls2.gamma"))]
         if own.keys() & converted.keys() and not any(name in converted for name in scales):
@@ -217,39 +189,30 @@ _RENAMES = (
 )
 
 
-def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": f"https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/{file}.pth",
-        **imagenet_cfg(VRWKV),
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/OpenGVLab/Vision-RWKV",
-        "paper_name": "Vision-RWKV",
-        "paper_ids": "arXiv:2403.02308",
-        **kwargs,
-    }
-
+_cfg = partial(
+    imagenet_cfg,
+    VRWKV,
+    url="https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/{}.pth",
+    license="apache-2.0",
+    origin_url="https://github.com/OpenGVLab/Vision-RWKV",
+    paper_name="Vision-RWKV",
+    paper_ids="arXiv:2403.02308",
+)
 
 default_cfgs = generate_default_cfgs(
     {
-        "vrwkv_t.in1k": _cfg("vrwkv_t_in1k_224"),
-        "vrwkv_s.in1k": _cfg("vrwkv_s_in1k_224"),
-        "vrwkv_b.in1k": _cfg("vrwkv_b_in1k_224"),
+        **{f"vrwkv_{size}.in1k": _cfg(f"vrwkv_{size}_in1k_224") for size in "tsb"},
         "vrwkv_l.in22k_ft_in1k": _cfg(
             "vrwkv_l_22kto1k_384", input_size=(3, 384, 384), crop_pct=1.0
         ),
-        "vrwkv6_t.in1k": _cfg("vrwkv6_t_in1k_224"),
-        "vrwkv6_s.in1k": _cfg("vrwkv6_s_in1k_224"),
-        "vrwkv6_b.in1k": _cfg("vrwkv6_b_in1k_224"),
+        **{f"vrwkv6_{size}.in1k": _cfg(f"vrwkv6_{size}_in1k_224") for size in "tsb"},
     }
 )
 
-# VRWKV-T, 6.2 M parameters
 vrwkv_t = variant(VRWKV, dim=192)
-# VRWKV-S, 23.8 M parameters
 vrwkv_s = variant(VRWKV, dim=384, post_norm=True, layer_scale=1.0, drop_path_rate=0.3)
-# VRWKV-B, 93.6 M parameters
 vrwkv_b = variant(VRWKV, dim=768, post_norm=True, layer_scale=1e-5, drop_path_rate=0.5)
-# VRWKV-L for 384×384, 334.9 M parameters; its position table is of 192×192
+# Its images are 384×384, and its position table is of 192×192.
 vrwkv_l = variant(
     VRWKV,
     dim=1024,
@@ -262,11 +225,8 @@ vrwkv_l = variant(
     head_hidden_dim=3072,
     drop_path_rate=0.1,
 )
-# VRWKV6-T, 7.6 M parameters
 vrwkv6_t = variant(VRWKV, dim=192, gated=True)
-# VRWKV6-S, 27.7 M parameters
 vrwkv6_s = variant(VRWKV, dim=384, gated=True, post_norm=True, layer_scale=1e-5, drop_path_rate=0.3)
-# VRWKV6-B, 104.9 M parameters
 vrwkv6_b = variant(VRWKV, dim=768, gated=True, post_norm=True, layer_scale=1e-5, drop_path_rate=0.5)
 
 register_variants(__name__)

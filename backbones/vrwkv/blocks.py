@@ -20,8 +20,6 @@ from torch import Tensor, nn
 from ops.bi_wkv import bi_wkv
 from ops.linear_attention import gated_linear_attention
 
-__all__ = ["Block", "GatedScan", "GatedSquaredMlp", "WKVAttention", "shift"]
-
 HEAD_DIM = 64  # of a head of VRWKV6
 _MIX_RANK = 32  # rank of VRWKV6's predicted mixing weights
 _DECAY_RANK = 64
@@ -58,7 +56,6 @@ class WKVAttention(nn.Module):
     the number of tokens, so outputs depend on the size of the map, by design.
 
     Args:
-        dim: channels, a multiple of 4.
         segments: of the scan; 0 for the paper's formula.
         norm: normalise the scan's output.
     """
@@ -118,9 +115,6 @@ class GatedScan(nn.Module):
     """VRWKV6: bidirectional linear attention with token-dependent mixing and decays.
 
     (B, H, W, dim) → (B, H, W, dim). See :func:`ops.linear_attention.gated_linear_attention`.
-
-    Args:
-        dim: channels, a multiple of 64.
     """
 
     def __init__(self, dim: int) -> None:
@@ -207,12 +201,7 @@ class GatedScan(nn.Module):
 class GatedSquaredMlp(nn.Module):
     """A feed-forward with a squared ReLU, times a gate: (B, H, W, dim) → (B, H, W, dim).
 
-    Args:
-        dim: channels.
-        hidden_dim: between the layers.
-        groups: of :func:`shift`.
-        norm: normalise after the squared ReLU.
-        drop: dropout after the squared ReLU.
+    ``groups`` are those of :func:`shift`; ``norm`` and ``drop`` follow the squared ReLU.
     """
 
     def __init__(
@@ -262,11 +251,8 @@ class Block(nn.Module):
     """Residual attention and feed-forward: (B, H, W, dim) → (B, H, W, dim).
 
     Args:
-        dim: channels.
-        attn, mlp: the two parts.
-        post_norm: normalise their outputs instead of their inputs.
+        post_norm: normalise the outputs of both instead of their inputs.
         layer_scale: initial value of the layer scales; None for none.
-        drop_path: of both.
     """
 
     def __init__(

@@ -107,7 +107,7 @@ def test_pretrained(photos, tmp_path, monkeypatch, capsys):
     words = ["--model", f"timm/{name}", "--checkpoint", photos / "0.png", "--pretrained"]
     assert "both name weights" in refusal(capsys, "predict", photos, *words)
     words = ["--model", "timm/test_resnet.nonsense", "--pretrained"]
-    assert "no weights 'nonsense' of test_resnet" in refusal(capsys, "predict", photos, *words)
+    assert "unknown tag of test_resnet 'nonsense'" in refusal(capsys, "predict", photos, *words)
 
 
 def test_predict_refuses(photos, tmp_path, capsys):
@@ -115,7 +115,7 @@ def test_predict_refuses(photos, tmp_path, capsys):
     words = ["predict", photos, "--model", "timm/test_resnet", "--checkpoint", file]
     cam = ["--cam", tmp_path / "a.png"]
     assert "--cam needs a model of this library" in refusal(capsys, *words, *cam)
-    assert "no model 'test_resnot'; did you mean 'timm/test_resnet'" in refusal(
+    assert "unknown model 'timm/test_resnot'; did you mean 'timm/test_resnet'" in refusal(
         capsys, *words[:2], "--model", "timm/test_resnot"
     )
     said = refusal(capsys, *words[:2], "--model=timm/test_convnext", "--checkpoint", file)

@@ -29,7 +29,8 @@ from mmseg.structures import SegDataSample
 from zoo import SMALL, outlines
 
 import backbones
-from backbones.openmmlab import VisionBackbone, adapter, check_channels, without_sync_norm
+from backbones import openmmlab
+from backbones.openmmlab import VisionBackbone, check_channels, without_sync_norm
 
 ROOT = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(path for kind in ("det", "seg") for path in ROOT.glob(f"{kind}/[a-z]*/*.py"))
@@ -83,7 +84,7 @@ def _backbone(family: str, **arguments: Any) -> SimpleNamespace:
 
 @pytest.mark.parametrize("path", LEAVES, ids=_ids)
 def test_headers_of_configs(path, monkeypatch):
-    monkeypatch.setattr(adapter, "VisionBackbone", partial(_backbone, path.parent.name))
+    monkeypatch.setattr(openmmlab, "VisionBackbone", partial(_backbone, path.parent.name))
     text = path.read_text()
     assert len(text.splitlines()) <= 16
     docstring = ast.get_docstring(ast.parse(text))

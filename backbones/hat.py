@@ -15,20 +15,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm2d, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import flag, number, one_of, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SHARE, checked
-from backbones.core.published import renamed
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.hat.blocks import HybridBlock, OverlapBlock, ResidualGroup
+from backbones.core.stage import Stage
+from ops.attention.window import (
+    OverlappingWindowAttention,
+    WindowAttention,
+    overlap_position_index,
+    relative_position_index,
+    shift_masks,
+)
 from ops.init import init_trunc_normal
 from ops.padding import reflect_pad_to_multiple
 
@@ -36,6 +44,8 @@ __all__ = ["HAT"]
 
 # Mean of the training images, DIV2K.
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)
+# Weight of the channel branch.
+CONV_SCALE = 0.01
 
 
 class Stem(nn.Module):
@@ -62,6 +72,99 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.shallow(x))
+
+
+class ChannelAttentionConv(nn.Module):
+    """Two 3×3 convolutions with a bottleneck, followed by channel attention.
+
+    (B, dim, H, W) → (B, dim, H, W).
+
+    Args:
+        compress_ratio, squeeze_factor: reduction of the width in the bottleneck and in the gate.
+    """
+
+    def __init__(self, dim: int, compress_ratio: int, squeeze_factor: int) -> None:
+        super().__init__()
+        if dim < max(compress_ratio, squeeze_factor):
+            raise ValueError(
+                f"compress_ratio {compress_ratio} and squeeze_factor {squeeze_factor} must be at "
+                f"most dim {dim}"
+            )
+        self.conv1 = nn.Conv2d(dim, dim // compress_ratio, 3, padding=1)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // compress_ratio, dim, 3, padding=1)
+        self.se = SqueezeExcite(dim, rd_channels=dim // squeeze_factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(self.conv2(self.act(self.conv1(x))))
+
+
+class HybridBlock(nn.Module):
+    """Parallel window and channel attention, then MLP: (B, H, W, dim) → (B, H, W, dim)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shift_size: int,
+        compress_ratio: int,
+        squeeze_factor: int,
+        mlp_ratio: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, window_size, num_heads, shift_size)
+        self.conv = ChannelAttentionConv(dim, compress_ratio, squeeze_factor)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, index: Tensor, masks: Tensor, overlap_index: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        gated = self.conv(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.attn(normed, index, masks)) + gated * CONV_SCALE
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class OverlapBlock(nn.Module):
+    """Attention to overlapping windows, then MLP: (B, H, W, dim) → (B, H, W, dim)."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int, overlap_ratio: float, mlp_ratio: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = OverlappingWindowAttention(dim, window_size, num_heads, overlap_ratio)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, index: Tensor, masks: Tensor, overlap_index: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), overlap_index)
+        return x + self.mlp(self.norm2(x))
+
+
+class ResidualGroup(Stage):
+    """Hybrid blocks, an overlap block and a 3×3 convolution, with a shortcut."""
+
+    def __init__(
+        self, blocks: Sequence[HybridBlock], overlap_block: OverlapBlock, dim: int
+    ) -> None:
+        super().__init__([*blocks, overlap_block])
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.window_size = overlap_block.attn.window_size
+        self.overlap_size = overlap_block.attn.overlap_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, device = self.window_size, x.device
+        deep = self.run_blocks(
+            x.permute(0, 2, 3, 1),
+            relative_position_index(size, device).flatten(),
+            shift_masks(size, size // 2, x.dtype, device),
+            overlap_position_index(size, self.overlap_size, device).flatten(),
+        )
+        return x + self.conv(deep.permute(0, 3, 1, 2))
 
 
 class Reconstruction(nn.Module):
@@ -92,8 +195,7 @@ class HAT(StagedBackbone):
         window_size: side of the windows; every second block shifts them by half a window.
         overlap_ratio: additional size of the key windows in a group's last block, relative to
             ``window_size``.
-        compress_ratio, squeeze_factor: see
-            :class:`backbones.hat.blocks.ChannelAttentionConv`.
+        compress_ratio, squeeze_factor: see :class:`ChannelAttentionConv`.
         mlp_ratio: width of the MLPs relative to ``dim``.
         upscale: 1 … 4; 1 restores an image at its size.
         in_chans: image channels. For three channels, the mean of RGB training images is subtracted.
@@ -103,9 +205,6 @@ class HAT(StagedBackbone):
             published models.
         num_classes: must be 0; there is no classifier.
         drop_path_rate: stochastic depth of the last hybrid block, increasing linearly from 0.
-
-    Raises:
-        ValueError: an unsupported ``upscale``, or ``num_classes`` > 0.
     """
 
     classifier = ()
@@ -202,11 +301,7 @@ class HAT(StagedBackbone):
         return super().forward_features(padded)[:, :, : x.shape[2], : x.shape[3]]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Not supported.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """Not supported: raises a NotImplementedError."""
         raise NotImplementedError(
             "HAT returns images and has no classifier; call the model for the image, or "
             "forward_features for the last map"
@@ -232,11 +327,7 @@ class HAT(StagedBackbone):
         return maps if intermediates_only else (last[:, :, :height, :width], maps)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """There is no classifier; ``global_pool=""`` removes the reconstruction to return features.
-
-        Raises:
-            ValueError: ``num_classes`` > 0.
-        """
+        """``num_classes`` must be 0; ``global_pool=""`` removes the reconstruction."""
         self._refuse_classes(num_classes)
         if global_pool == "":
             self.body_conv, self.head = nn.Identity(), nn.Identity()
@@ -288,33 +379,32 @@ def _convert_key(key: str, depths: dict[str, int]) -> str:
 _FOLDER = "https://drive.google.com/drive/folders/1HpmReFfoUqUbnAOQ7rvOeNU3uf_m69w0"
 
 
-def _cfg(note: str) -> dict[str, Any]:
-    return {
-        "url": "",
-        "num_classes": 0,
-        "input_size": (3, 64, 64),
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": (0.0, 0.0, 0.0),
-        "std": (1.0, 1.0, 1.0),
-        "first_conv": HAT.first_conv,
-        "classifier": HAT.classifier,
-        "license": "apache-2.0",
-        "origin_url": "https://github.com/XPixelGroup/HAT",
-        "paper_name": "Activating More Pixels in Image Super-Resolution Transformer",
-        "paper_ids": "arXiv:2205.04437",
-        "notes": (note,),
-    }
+_cfg = partial(
+    imagenet_cfg,
+    HAT,
+    url="",
+    num_classes=0,
+    input_size=(3, 64, 64),
+    crop_pct=1.0,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    license="apache-2.0",
+    origin_url="https://github.com/XPixelGroup/HAT",
+    paper_name="Activating More Pixels in Image Super-Resolution Transformer",
+    paper_ids="arXiv:2205.04437",
+)
 
 
 def _published(file: str) -> dict[str, Any]:
-    return _cfg(f"{file}.pth in {_FOLDER}")
+    return _cfg(notes=(f"{file}.pth in {_FOLDER}",))
 
 
 # df2k: DIV2K and Flickr2K; in1k_df2k: pre-trained on ImageNet; real_gan: for real photographs.
 default_cfgs = generate_default_cfgs(
     {
-        "hat_nano_x2.untrained": _cfg("ours; configs/sr/quickstart.yaml trains it in minutes"),
+        "hat_nano_x2.untrained": _cfg(
+            notes=("ours; configs/sr/quickstart.yaml trains it in minutes",)
+        ),
         "hat_s_x2.df2k": _published("HAT-S_SRx2"),
         "hat_s_x3.df2k": _published("HAT-S_SRx3"),
         "hat_s_x4.df2k": _published("HAT-S_SRx4"),
@@ -346,25 +436,16 @@ _SMALL = {"dim": 144, "compress_ratio": 24, "squeeze_factor": 24, "drop_path_rat
 _BASE = {"dim": 180, "drop_path_rate": 0.1}
 _LARGE = {"depths": (6,) * 12, "num_heads": (6,) * 12, **_BASE}
 
-# Our own small HAT for trying things out, ×2, 0.2 M parameters
+# Our own, for trying things out.
 hat_nano_x2 = variant(HAT, **_NANO, upscale=2)
-# HAT-S for 2 times larger images, 9.5 M parameters
 hat_s_x2 = variant(HAT, **_SMALL, upscale=2)
-# HAT-S for 3 times larger images, 9.7 M parameters
 hat_s_x3 = variant(HAT, **_SMALL, upscale=3)
-# HAT-S for 4 times larger images, 9.6 M parameters
 hat_s_x4 = variant(HAT, **_SMALL, upscale=4)
-# HAT for 2 times larger images, 20.6 M parameters
 hat_x2 = variant(HAT, **_BASE, upscale=2)
-# HAT for 3 times larger images, 20.8 M parameters
 hat_x3 = variant(HAT, **_BASE, upscale=3)
-# HAT for 4 times larger images, 20.8 M parameters
 hat_x4 = variant(HAT, **_BASE, upscale=4)
-# HAT-L for 2 times larger images, 40.7 M parameters
 hat_l_x2 = variant(HAT, **_LARGE, upscale=2)
-# HAT-L for 3 times larger images, 40.9 M parameters
 hat_l_x3 = variant(HAT, **_LARGE, upscale=3)
-# HAT-L for 4 times larger images, 40.8 M parameters
 hat_l_x4 = variant(HAT, **_LARGE, upscale=4)
 
 register_variants(__name__)
