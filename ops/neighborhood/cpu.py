@@ -1,7 +1,8 @@
-"""Neighborhood attention on the CPU by a compiled kernel (:mod:`ops.cpu.neighborhood.attention`).
+"""Neighborhood attention on the CPU by compiled kernels (:mod:`ops.cpu.neighborhood.attention`).
 
 https://arxiv.org/abs/2204.07143. Exact, differentiable and deterministic; float32 and bfloat16
-tensors. Memory beyond the tensors does not grow with the window.
+tensors. Memory beyond the tensors does not grow with the window. The functions of the split form
+compute float16 in float32.
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ from torch import Tensor
 from ops.cpu.build import unavailable_reason
 from ops.cpu.call.binding import registered
 from ops.cpu.call.dispatch import is_plain_call, needs_grad
-from ops.cpu.neighborhood.attention import na_cpu_backward, na_cpu_forward, na_cpu_output
+from ops.cpu.neighborhood.attention import (
+    na_cpu_backward,
+    na_cpu_forward,
+    na_cpu_mix,
+    na_cpu_output,
+    na_cpu_scatter,
+    na_cpu_scores,
+)
 from ops.neighborhood._geometry import NAParams
+from ops.neighborhood.split_tiled import Window
 
-__all__ = ["attend", "unavailable"]
+__all__ = ["attend", "mix", "scatter", "scores", "unavailable"]
 
 _MAX_DIM = 512
 
@@ -93,3 +102,25 @@ def _forward_autograd(*inputs: Any) -> Any:
         return _Differentiable.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return na_cpu_forward(*inputs)
+
+
+def scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, window: Window) -> Tensor:
+    """See :func:`ops.neighborhood.split_tiled.scores`."""
+    out: Tensor = na_cpu_scores(_wide(query), _wide(key), rpb, fill, *window)
+    return out.to(query.dtype)
+
+
+def mix(weights: Tensor, value: Tensor, window: Window) -> Tensor:
+    """See :func:`ops.neighborhood.split_tiled.mix`."""
+    out: Tensor = na_cpu_mix(_wide(weights), _wide(value), *window)
+    return out.to(value.dtype)
+
+
+def scatter(weights: Tensor, query: Tensor, window: Window) -> Tensor:
+    """See :func:`ops.neighborhood.split_tiled.scatter`."""
+    out: Tensor = na_cpu_scatter(_wide(weights), _wide(query), *window)
+    return out.to(query.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
