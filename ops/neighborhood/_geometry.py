@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "INPUTS",
     "PARAMS",
     "NAParams",
     "axis_windows",
@@ -28,11 +27,6 @@ __all__ = [
     "window_of",
 ]
 
-INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? rpb"
-)
-"""The tensors of a call in the schemas of operators."""
 PARAMS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 """:attr:`NAParams.of_operators` in the schemas of operators."""
 
