@@ -12,9 +12,9 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace, TracebackType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -101,14 +101,10 @@ class install_as_natten:  # noqa: N801 (a function that is a context manager, to
         self._undo: list[Callable[[], object]] = []
         if hasattr(sys.modules.get("natten"), _MARK):
             return  # installed already
-        if _is_installed():
+        if importlib.util.find_spec("natten") is not None:
             self._complete(version)
         else:
-            finder = _Finder(version)
-            sys.meta_path.insert(0, finder)
-            self._undo.append(lambda: sys.meta_path.remove(finder))
-            self._undo.append(_forget)
-            importlib.import_module("natten")
+            self._stand_in(version)
         _ask_transformers_again()
 
     def uninstall(self) -> None:
@@ -120,12 +116,7 @@ class install_as_natten:  # noqa: N801 (a function that is a context manager, to
     def __enter__(self) -> install_as_natten:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.uninstall()
 
     def _complete(self, version: str) -> None:
@@ -136,6 +127,21 @@ class install_as_natten:  # noqa: N801 (a function that is a context manager, to
                 if not hasattr(module, key):
                     setattr(module, key, value)
                     self._undo.append(functools.partial(delattr, module, key))
+
+    def _stand_in(self, version: str) -> None:
+        """Make the modules, and show them among the installed distributions."""
+        finder = _Finder(VERSIONS[version])
+        sys.meta_path.insert(0, finder)
+        self._undo.append(lambda: sys.meta_path.remove(finder))
+        for name, contents in _contents(version).items():
+            module = sys.modules[name] = ModuleType(name)
+            self._undo.append(functools.partial(sys.modules.pop, name, None))
+            module.__spec__ = ModuleSpec(name, None, origin=__name__, is_package=name == "natten")
+            vars(module).update({**contents, _MARK: True})
+            if name == "natten":
+                vars(module).update(__version__=VERSIONS[version], __path__=[])
+            else:
+                setattr(sys.modules["natten"], name.rpartition(".")[2], module)
 
 
 def correct_dinat() -> None:
@@ -183,38 +189,18 @@ def _dinat_forward(
 _MARK = "__stands_in__"
 
 
-def _is_installed() -> bool:
-    """Whether another NATTEN is."""
-    return importlib.util.find_spec("natten") is not None
-
-
-class _Finder(MetaPathFinder, Loader):
-    """Finds and loads our ``natten``, and shows it among the installed distributions."""
+class _Finder(MetaPathFinder):
+    """Finds the distribution, but no modules: those have been imported."""
 
     def __init__(self, version: str) -> None:
         self._version = version
-        self._contents = _contents(version)
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in self._contents:
-            return None
-        return ModuleSpec(fullname, self, origin=__name__, is_package=fullname == "natten")
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+    def find_spec(self, *args: Any) -> None:
         return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        vars(module).update(self._contents[module.__name__])
-        setattr(module, _MARK, True)
-        if module.__name__ == "natten":
-            module.__version__ = VERSIONS[self._version]  # type: ignore[attr-defined]
-            for name in self._contents:
-                if name != "natten":
-                    importlib.import_module(name)
 
     def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
         if context is None or context.name in (None, "natten"):
-            yield _Distribution(VERSIONS[self._version])
+            yield _Distribution(self._version)
 
 
 class _Distribution(importlib.metadata.Distribution):
@@ -230,11 +216,6 @@ class _Distribution(importlib.metadata.Distribution):
         raise FileNotFoundError(f"{path}: natten is {__name__}, without files of its own")
 
 
-def _forget() -> None:
-    for name in [n for n in sys.modules if n == "natten" or n.startswith("natten.")]:
-        del sys.modules[name]
-
-
 def _ask_transformers_again() -> None:
     """Forget whether transformers has found NATTEN, if it is imported."""
     utils: Any = sys.modules.get("transformers.utils.import_utils")
@@ -248,12 +229,12 @@ def _ask_transformers_again() -> None:
 
 def _contents(version: str) -> dict[str, dict[str, Any]]:
     """The contents of each module of ``natten``."""
-    settings: dict[str, Any] = dict.fromkeys(IGNORED, _ignored) | dict.fromkeys(ASKED, _no)
-    settings |= {
-        "get_memory_usage_preference": _default,
-        "has_bfloat": _yes,
+    settings: dict[str, Any] = {
+        **dict.fromkeys(IGNORED, _returns(None)),
+        **dict.fromkeys(ASKED, _returns(False)),
+        **dict.fromkeys(("has_bfloat", "has_half"), _returns(True)),
+        "get_memory_usage_preference": _returns("default"),
         "has_cuda": torch.cuda.is_available,
-        "has_half": _yes,
     }
     functions = {name: getattr(split, name) for name in split.__all__}
     functions |= {
@@ -270,22 +251,9 @@ def _contents(version: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def _ignored(*args: Any, **kwargs: Any) -> None:
-    """Accepted: a setting of NATTEN's kernels."""
-
-
-def _no(*args: Any, **kwargs: Any) -> bool:
-    """Whether one of NATTEN's kernels is used: never."""
-    return False
-
-
-def _yes(*args: Any, **kwargs: Any) -> bool:
-    """Whether a dtype is supported: on every device."""
-    return True
-
-
-def _default() -> str:
-    return "default"
+def _returns(value: Any) -> Callable[..., Any]:
+    """A function of any arguments."""
+    return lambda *args, **kwargs: value
 
 
 def _with_bias(qk: Callable[..., Tensor]) -> Callable[..., Tensor]:

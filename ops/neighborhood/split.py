@@ -178,16 +178,6 @@ def natten1dqkrpb(
     return na1d_qk(query, key, kernel_size, dilation, rpb=rpb)
 
 
-def natten1dqk(query: Tensor, key: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """:func:`na1d_qk` as NATTEN up to 0.14 has it."""
-    return na1d_qk(query, key, kernel_size, dilation)
-
-
-def natten1dav(attn: Tensor, value: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """:func:`na1d_av` as NATTEN up to 0.14 has it."""
-    return na1d_av(attn, value, kernel_size, dilation)
-
-
 def natten2dqkrpb(
     query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int
 ) -> Tensor:
@@ -195,14 +185,14 @@ def natten2dqkrpb(
     return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
 
 
-def natten2dqk(query: Tensor, key: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """:func:`na2d_qk` as NATTEN up to 0.14 has it."""
-    return na2d_qk(query, key, kernel_size, dilation)
-
-
-def natten2dav(attn: Tensor, value: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """:func:`na2d_av` as NATTEN up to 0.14 has it."""
-    return na2d_av(attn, value, kernel_size, dilation)
+natten1dqk = na1d_qk
+"""NATTEN's name up to 0.14."""
+natten1dav = na1d_av
+"""NATTEN's name up to 0.14."""
+natten2dqk = na2d_qk
+"""NATTEN's name up to 0.14."""
+natten2dav = na2d_av
+"""NATTEN's name up to 0.14."""
 
 
 def _qk(
@@ -334,13 +324,12 @@ class _Operator:
         )
         self._dispatched.register_fake(like)
         self._dispatched.register_autograd(backward, setup_context=_setup_context)
-        methods: dict[str, Callable] = {
-            "forward": run,
-            "setup_context": _setup_context,
-            "backward": backward,
+        methods: dict[str, Any] = {
+            "forward": staticmethod(run),
+            "setup_context": staticmethod(_setup_context),
+            "backward": staticmethod(backward),
         }
-        members = {key: staticmethod(method) for key, method in methods.items()}
-        self._differentiable: Any = type(name, (torch.autograd.Function,), members)
+        self._differentiable: Any = type(name, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any) -> Tensor:
         tensors = [arg for arg in args[:3] if isinstance(arg, Tensor)]
