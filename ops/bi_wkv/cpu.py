@@ -1,4 +1,4 @@
-"""Bi-WKV on the CPU by a compiled kernel (:mod:`ops.cpu.wkv.bi_wkv`), deterministic.
+"""Bi-WKV on the CPU by a compiled kernel (:mod:`ops.cpu.wkv.wkv`), deterministic.
 
 https://arxiv.org/abs/2403.02308
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ops.cpu.call.differentiable import differentiable
-from ops.cpu.wkv.bi_wkv import bi_wkv_backward, bi_wkv_forward
+from ops.cpu.wkv.wkv import bi_wkv_backward, bi_wkv_forward
 
 __all__ = ["attend", "unavailable"]
 

@@ -73,10 +73,6 @@ def attend(
         value: (B, M, heads, value_dim).
         out: (B, N, heads, value_dim).
         scale: of the logits; default head_dim^-0.5.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here.
     """
     grouped_attention(query, key, value, out, None, None, None, *_NO_TERMS, scale)
 
@@ -102,10 +98,6 @@ def attend_regions(
 
     Returns:
         (B, N, heads, value_dim).
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here.
     """
     _require_all_tokens(query, rows)
     if out is None:
@@ -136,10 +128,6 @@ def attend_windows(
             for a token of zeros.
         terms: for the N tokens of a window and its M keys.
         out: (B, N, heads, value_dim), the result.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here.
     """
     _require_all_tokens(query, rows)
     grouped_attention(query, key, value, out, rows, key_rows, None, *terms, None)

@@ -31,10 +31,6 @@ class DirectConv2d:
 
     Args:
         conv: see :meth:`applies`.
-
-    Raises:
-        ValueError: another convolution.
-        RuntimeError: the kernel is not available here.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -81,10 +77,6 @@ def direct_conv2d(
 
     Returns:
         (B, C', H', W'), channels-last; sums are in float32.
-
-    Raises:
-        ValueError: wrong dtype or number of channels, a map smaller than the window, or an unknown
-            activation.
     """
     require_activation(activation)
     require_dtype(torch.float32, weight=weight, bias=bias)

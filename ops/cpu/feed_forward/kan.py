@@ -59,9 +59,6 @@ def kan_layer(
 
     Returns:
         (..., out_features), contiguous.
-
-    Raises:
-        ValueError: inputs of the wrong width or dtype, or parameters of the wrong dtype.
     """
     affine = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     require_dtype(torch.float32, powers=powers, bias=bias, **affine)

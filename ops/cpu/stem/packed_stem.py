@@ -79,10 +79,6 @@ def packed_stem(
 
     Returns:
         (B, C', H', W'), channels-last; by default H' is ⌈H/2ⁿ⌉ for ``n`` layers.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes, an unknown activation, no layers, another stride,
-            or an image smaller than the window.
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
@@ -169,10 +165,6 @@ class NCHWConv2d:
 
     Args:
         conv: a convolution that :meth:`applies` accepts, in float32 or bfloat16.
-
-    Raises:
-        ValueError: an unsupported convolution.
-        RuntimeError: the kernel is not available here, see :func:`packed_stem`.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:

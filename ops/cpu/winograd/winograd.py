@@ -34,10 +34,6 @@ class WinogradConv2d:
 
     Args:
         conv: see :meth:`applies`, in float32.
-
-    Raises:
-        ValueError: another convolution or dtype.
-        RuntimeError: the kernel is not available here.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -88,10 +84,6 @@ def winograd_conv2d(
 
     Returns:
         (B, C', H', W'), channels-last.
-
-    Raises:
-        ValueError: wrong dtype or number of channels, a map smaller than the window, or an unknown
-            activation.
     """
     require_activation(activation)
     require_dtype(torch.float32, x=x, weight=weight, bias=bias)
