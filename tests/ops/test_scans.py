@@ -626,8 +626,8 @@ for kernel in ({kernels}):
             elif name in constants:
                 signature[name] = "constexpr"
             else:
-                pointer = name.endswith("ptr") or name.endswith("_pointer")
-                signature[name] = "*fp32" if pointer else "i32"
+                is_count = name in ("batches", "tokens", "heads", "groups", "dim", "length")
+                signature[name] = "i32" if is_count else "*fp32"
         if "scale" in signature:
             signature["scale"] = "fp32"
         source = ASTSource(kernel, signature, constants)
