@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-__all__ = ["checked", "require_like", "require_tensor"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["backend_named", "backend_of_scan"]
-
 
 def backend_named(name: str, backends: Mapping[str, ModuleType], *call: Any) -> ModuleType:
     """The backend of this name, if it supports the call.

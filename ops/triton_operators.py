@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["operator_with_gradients"]
-
 
 def operator_with_gradients(
     name: str,

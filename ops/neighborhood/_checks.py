@@ -10,16 +10,6 @@ from torch import Tensor
 
 from ops.neighborhood._geometry import NAParams
 
-__all__ = [
-    "check_additional",
-    "check_rpb",
-    "check_same_kind",
-    "check_tensors",
-    "per_axis_bool",
-    "per_axis_int",
-    "resolve_params",
-]
-
 
 def per_axis_int(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """A positive integer per axis, from an integer or a sequence of length ``rank``.

@@ -17,16 +17,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "PARAMS",
-    "NAParams",
-    "axis_windows",
-    "cross_index",
-    "cross_mask",
-    "group_of",
-    "window_of",
-]
-
 PARAMS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 """:attr:`NAParams.of_operators` in the schemas of operators."""
 

@@ -20,8 +20,6 @@ from ops.neighborhood.modules import (
 )
 from ops.neighborhood.split import na1d_av, na1d_qk, na2d_av, na2d_qk, na3d_av, na3d_qk
 
-__all__ = ["layers_of"]
-
 
 class _WithDropout(_NeighborhoodAttention):
     """Layers with dropout of attention weights, which only the split form has."""

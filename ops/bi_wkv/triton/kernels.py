@@ -17,8 +17,6 @@ from torch import Tensor
 from ops.triton_devices import LAUNCH_OPTIONS
 from ops.triton_operators import operator_with_gradients
 
-__all__ = ["scan"]
-
 _BLOCK = 32  # channels of a program
 _SLOTS = 6  # values that the backward kernel records per token and channel
 

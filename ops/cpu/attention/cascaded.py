@@ -21,8 +21,6 @@ from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import threads_for
 
-__all__ = ["PackedCascadedAttention", "cascaded_attention"]
-
 _TOKENS = 32  # per thread
 
 

@@ -17,8 +17,6 @@ from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["gated_attention", "heads_unavailable", "rank_augmented_attention"]
-
 _EPS = 1e-6
 _WHOLE = 32  # divides head_dim: two vectors of the widest instruction set
 

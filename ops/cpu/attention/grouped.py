@@ -17,17 +17,6 @@ from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
 
-__all__ = [
-    "LINE",
-    "ScoreTerms",
-    "attend",
-    "attend_regions",
-    "attend_windows",
-    "attention_threads",
-    "grouped_attention",
-    "split_heads",
-]
-
 _SMALL_MACS = 2e6
 LINE = 16  # queries per line, see ScoreTerms
 

@@ -19,8 +19,6 @@ from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["deformable_conv2d", "pack_taps"]
-
 
 def pack_taps(weight: Tensor) -> Tensor:
     """Pack the weight of a convolution, (out_chs, in_chs, k, k), for the kernel."""

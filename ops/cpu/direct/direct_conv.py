@@ -23,8 +23,6 @@ from ops.cpu.gemm.linear import no_pairs, pack_weight
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["DirectConv2d", "direct_conv2d"]
-
 
 class DirectConv2d:
     """``activation(conv(x))``.

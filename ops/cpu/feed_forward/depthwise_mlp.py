@@ -22,8 +22,6 @@ from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["PackedDepthwiseMlp", "PackedExpansion", "depthwise_expansion", "depthwise_mlp"]
-
 # float32 hidden channels per step of the convolution (chunk) and of the second layer (span). Both
 # are multiples of the packed panels' width, and the span is a multiple of the chunk.
 _CHUNK = 192

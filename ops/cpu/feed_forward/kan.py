@@ -18,8 +18,6 @@ from ops.cpu.gemm.linear import no_products
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["LARGEST_POWER", "PackedKAN", "kan_layer"]
-
 LARGEST_POWER = 30.0  # the largest exponent of two in a grid; half of FAR in kan.cpp
 
 

@@ -19,8 +19,6 @@ from ops.cpu.call.tensors import bias_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["PackedResponseMlp", "response_mlp"]
-
 _Int8 = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 # The order of the operator's weights.

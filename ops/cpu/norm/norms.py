@@ -15,8 +15,6 @@ from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["response_scales", "rms_norm"]
-
 
 @kernel("norm", "rms_norm_forward")
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Call:

@@ -16,8 +16,6 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import MACS, VALUES, threads_for
 
-__all__ = ["attention_weights", "biased_softmax"]
-
 
 @kernel("norm", "biased_softmax_forward", large_results=True)
 def biased_softmax(x: Tensor, bias: Tensor, half: bool) -> Call:

@@ -16,8 +16,6 @@ from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["window_means"]
-
 
 @kernel("pooling", "pooling_forward")
 def window_means(x: Tensor, window_size: Sequence[int]) -> Call:

@@ -20,8 +20,6 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["gated_scan", "gated_scan_backward", "mixed_scan", "normed_scan"]
-
 
 @kernel("gated_scan", "gated_scan_forward", large_results=True)
 def gated_scan(

@@ -18,8 +18,6 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["map_scan", "map_scan_backward", "sequence_scan", "sequence_scan_backward"]
-
 _PART = 128  # as in backward.h
 
 

@@ -22,8 +22,6 @@ from ops.cpu.gemm.linear import no_pairs, pack_weight
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import threads_for
 
-__all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]
-
 _PIXELS = 512  # of an image, per thread
 _STRIDES = (2, 4)  # of windows in NCHW
 _USUAL = (3, 2, 1)  # side, stride and padding of the window

@@ -23,8 +23,6 @@ from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["WinogradConv2d", "winograd_conv2d"]
-
 _SIDE, _POINTS = 3, 16
 _TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 

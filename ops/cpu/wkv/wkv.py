@@ -16,8 +16,6 @@ from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["bi_wkv_backward", "bi_wkv_forward", "shifted_mixtures"]
-
 _MOST_MIXTURES = 3
 
 

@@ -12,8 +12,6 @@ from ops.linear_attention.triton.kernels import backward_kernel, forward_kernel
 from ops.triton_devices import LAUNCH_OPTIONS
 from ops.triton_operators import operator_with_gradients
 
-__all__ = ["gated_scan"]
-
 _CHUNK = 16  # tokens between stored states
 _MOST_CELLS = 2048  # largest state of a program, in elements
 

@@ -20,8 +20,6 @@ from torch import Tensor
 from ops.triton_devices import LAUNCH_OPTIONS
 from ops.triton_operators import operator_with_gradients
 
-__all__ = ["scan"]
-
 _CHUNK = 16  # tokens between stored states
 _MOST_CELLS = 1024  # states of a program
 
