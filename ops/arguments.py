@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-__all__ = ["checked", "require_tensor"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -100,6 +98,43 @@ def require_tensor(name: str, value: Any) -> None:
     """
     if not isinstance(value, _KINDS[Tensor]):
         raise TypeError(f"{name} must be a tensor, got {reprlib.repr(value)}")
+
+
+def require_like(
+    of: str,
+    x: Tensor,
+    others: Mapping[str, tuple[Tensor | None, Sequence[int]]],
+    *,
+    or_float32: bool = True,
+) -> None:
+    """Check the shapes of tensors, and their dtypes and devices against those of another.
+
+    Args:
+        of: the name of ``x``, which must be floating-point.
+        others: tensors, or None, and the shapes that they must have, by name.
+        or_float32: whether they may be in float32 instead of the dtype of ``x``.
+
+    Raises:
+        ValueError: a tensor is different; the message names it.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"{of} must have a floating-point dtype, got {x.dtype}")
+    dtype, device = x.dtype, x.device
+    for name, (t, shape) in others.items():
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise ValueError(
+                f"{name} must be {tuple(shape)} for {of} of shape {tuple(x.shape)}, "
+                f"got {tuple(t.shape)}"
+            )
+        if t.dtype != dtype and not (or_float32 and t.dtype == torch.float32):
+            either = dict.fromkeys((dtype, torch.float32) if or_float32 else (dtype,))
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, either))} for {of} of {dtype}, got {t.dtype}"
+            )
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device}, {of} on {device}")
 
 
 def _test(hint: Any) -> Callable[[Any], bool]:

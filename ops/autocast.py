@@ -6,8 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-__all__ = ["autocasts", "without_autocast"]
-
 
 def _available(device_type: str) -> bool:
     # torch 2.8 cannot compile this query, but every device that it compiles for supports autocast.

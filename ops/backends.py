@@ -1,4 +1,4 @@
-"""Backends of an op: modules with ``unavailable``, which says why not, and ``attend``."""
+"""Backends of an op: modules with its function and, if they refuse calls, ``unavailable``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-__all__ = ["backend_named"]
+import torch
 
 
 def backend_named(name: str, backends: Mapping[str, ModuleType], *call: Any) -> ModuleType:
@@ -23,7 +23,30 @@ def backend_named(name: str, backends: Mapping[str, ModuleType], *call: Any) -> 
     """
     if name not in backends:
         raise ValueError(f"backend must be one of {', '.join(backends)} or None, got {name!r}")
-    reason = backends[name].unavailable(*call)
+    backend = backends[name]
+    reason = backend.unavailable(*call) if hasattr(backend, "unavailable") else None
     if reason is not None:
         raise NotImplementedError(f"backend {name!r} cannot do this call: {reason}")
-    return backends[name]
+    return backend
+
+
+def backend_of_scan(name: str | None, backends: Mapping[str, ModuleType], *call: Any) -> ModuleType:
+    """The backend of this name, or the first in order of preference that supports the call.
+
+    Args:
+        name: as for :func:`backend_named`, or None.
+        backends: ``triton``, ``cpu``, and ``chunked``, which supports every call, among them.
+        call: the arguments of ``unavailable``, the sequence first.
+    """
+    if name is not None:
+        return backend_named(name, backends, *call)
+    x = call[0]
+    if torch.compiler.is_exporting():
+        return backends["chunked"]
+    kernels = {"cuda": "triton", "cpu": "cpu"}.get(x.device.type)
+    if kernels is not None and backends[kernels].unavailable(*call) is None:
+        return backends[kernels]
+    kept = x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
+    if x.device.type == "meta" and kept:
+        return backends["cpu"]  # only its operators are traceable by shape and have FLOP counts
+    return backends["chunked"]

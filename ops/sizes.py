@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["larger", "smaller"]
-
 # Plain integers use Python's min and max: the compiler of torch 2.8 accepts torch.sym_min and
 # torch.sym_max for symbols only.
 

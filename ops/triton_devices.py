@@ -9,8 +9,6 @@ import os
 import torch
 from torch import Tensor
 
-__all__ = ["LAUNCH_OPTIONS", "device_problem"]
-
 # Multiply and add in one rounding. This is Triton's default until 3.10; 3.9 warns about the change
 # unless a launch says what it wants.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}

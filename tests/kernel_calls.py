@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import ops.cpu
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
-from ops.cpu.attention.gated import gated_attention
-from ops.cpu.attention.linear import rank_augmented_attention
+from ops.cpu.attention.gated import gated_attention, rank_augmented_attention
 from ops.cpu.call.binding import Kernel, observed_by
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d
@@ -32,11 +31,9 @@ from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
-from ops.cpu.norm.attention_weights import attention_weights
-from ops.cpu.norm.biased_softmax import biased_softmax
 from ops.cpu.norm.layer_norm import layer_norm
-from ops.cpu.norm.response_scales import response_scales
-from ops.cpu.norm.rms_norm import rms_norm
+from ops.cpu.norm.norms import response_scales, rms_norm
+from ops.cpu.norm.softmax import attention_weights, biased_softmax
 from ops.cpu.pooling.window_means import window_means
 from ops.cpu.scan.gated_scan import gated_scan, gated_scan_backward, mixed_scan, normed_scan
 from ops.cpu.selective.selective_scan import (
@@ -47,8 +44,7 @@ from ops.cpu.selective.selective_scan import (
 )
 from ops.cpu.stem.packed_stem import pack_layers, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
-from ops.cpu.wkv.bi_wkv import bi_wkv_backward, bi_wkv_forward
-from ops.cpu.wkv.shift import shifted_mixtures
+from ops.cpu.wkv.wkv import bi_wkv_backward, bi_wkv_forward, shifted_mixtures
 from ops.inference.attention import axis_rotations
 from ops.inference.kan import pack_kan
 from ops.kan import KANLayer

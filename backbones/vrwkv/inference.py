@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from backbones.vrwkv import blocks
 from ops.cpu.scan.gated_scan import normed_scan
-from ops.cpu.wkv.bi_wkv import bi_wkv_forward
-from ops.cpu.wkv.shift import shifted_mixtures
+from ops.cpu.wkv.wkv import bi_wkv_forward, shifted_mixtures
 from ops.inference.layers import FastForm, stands_for
 from ops.inference.packed_linear import PackedLinear
 

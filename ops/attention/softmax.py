@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["softmax_attention"]
-
 # float32 lanes of the widest vector register that torch's kernels use.
 _LANES = 16
 

@@ -1,8 +1,8 @@
 """Bi-WKV, Vision-RWKV's bidirectional scan: its formula, or what the published kernel computes.
 
 https://arxiv.org/abs/2403.02308. Each backend is a module with two functions: ``unavailable``,
-which returns ``None`` or the reason why it does not support a call, and ``attend``, which is
-differentiable.
+which returns ``None`` or the reason why it does not support a call (if it may not), and ``attend``,
+which is differentiable.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ops.arguments import require_tensor
+from ops.arguments import require_like, require_tensor
 from ops.autocast import without_autocast
-from ops.backends import backend_named
+from ops.backends import backend_of_scan
 from ops.bi_wkv import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "bi_wkv"]
@@ -71,48 +71,29 @@ def bi_wkv(
     with without_autocast(key.device):
         exact = torch.promote_types(key.dtype, torch.float32)
         inputs = (key.to(exact), value.to(exact), decay.to(exact), first.to(exact), segments)
-        chosen = _best(inputs) if backend is None else backend_named(backend, BACKENDS, *inputs)
+        if backend is None and not isinstance(key.shape[1], int):
+            # The exported graph must not contain loops that depend on the number of tokens.
+            backend = "reference"
+        chosen = backend_of_scan(backend, BACKENDS, *inputs)
         if key.numel() == 0:
             return ((key + decay + first) * value).to(key.dtype)  # its gradients are zeros
         out: Tensor = chosen.attend(*inputs)
         return out.to(key.dtype)
 
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, int | None]
-
-
 def _check(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None) -> None:
     tensors = {"key": key, "value": value, "decay": decay, "first": first}
     for name, tensor in tensors.items():
         require_tensor(name, tensor)
-    if key.ndim != 3 or value.shape != key.shape:
-        raise ValueError(
-            f"key and value must both be (B, T, C), got {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    if not decay.shape == first.shape == key.shape[-1:]:
-        raise ValueError(
-            f"decay and first must be (C,) = ({key.shape[-1]},), got {tuple(decay.shape)} and "
-            f"{tuple(first.shape)}"
-        )
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
-        if tensor.device != key.device:
-            raise ValueError(f"{name} is on {tensor.device}, key on {key.device}")
-    if value.dtype != key.dtype:
-        raise ValueError(f"value must have key's dtype, {key.dtype}, got {value.dtype}")
+    if key.ndim != 3:
+        raise ValueError(f"key must be (B, T, C), got {tuple(key.shape)}")
+    require_like("key", key, {"value": (value, key.shape)}, or_float32=False)
+    for name in ("decay", "first"):
+        tensor, shape = tensors[name], (key.shape[-1],)
+        if tensor.shape != shape or not tensor.is_floating_point() or tensor.device != key.device:
+            raise ValueError(
+                f"{name} must be {shape}, floating-point on {key.device}, got "
+                f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+            )
     if segments is not None and (type(segments) is not int or segments < 1):
         raise ValueError(f"segments must be None or an integer of 1 or more, got {segments!r}")
-
-
-def _best(inputs: Inputs) -> ModuleType:
-    """The first backend in order of preference that supports the call."""
-    if not isinstance(inputs[0].shape[1], int):
-        # The exported graph must not contain loops that depend on the number of tokens.
-        return reference
-    if not torch.compiler.is_exporting():
-        if inputs[0].device.type == "cuda" and triton.unavailable(*inputs) is None:
-            return triton
-        if cpu.unavailable(*inputs) is None:
-            return cpu
-    return chunked

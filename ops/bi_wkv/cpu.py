@@ -1,4 +1,4 @@
-"""Bi-WKV on the CPU by a compiled kernel (:mod:`ops.cpu.wkv.bi_wkv`), deterministic.
+"""Bi-WKV on the CPU by a compiled kernel (:mod:`ops.cpu.wkv.wkv`), deterministic.
 
 https://arxiv.org/abs/2403.02308
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ops.cpu.call.differentiable import differentiable
-from ops.cpu.wkv.bi_wkv import bi_wkv_backward, bi_wkv_forward
+from ops.cpu.wkv.wkv import bi_wkv_backward, bi_wkv_forward
 
 __all__ = ["attend", "unavailable"]
 
@@ -16,21 +16,14 @@ __all__ = ["attend", "unavailable"]
 def unavailable(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
-    """``None`` if this kernel supports the call, else the reason.
-
-    The first call may compile the kernel, which takes a few seconds.
-    """
+    """``None`` if this kernel supports the call, else the reason; the first call may compile it."""
     return bi_wkv_forward.unavailable(key.device, key.dtype)
 
 
 def attend(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> Tensor:
-    """See :func:`ops.bi_wkv.bi_wkv`; all tensors are float32.
-
-    Raises:
-        RuntimeError: the kernel is unavailable (check with :func:`unavailable`).
-    """
+    """See :func:`ops.bi_wkv.bi_wkv`; all tensors are float32."""
     out: Tensor = _bi_wkv(key, value, decay, first, None, segments or 0)
     return out
 

@@ -5,14 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "unavailable"]
-
-
-def unavailable(
-    key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
-) -> str | None:
-    """Supports every call."""
-    return None
+__all__ = ["attend"]
 
 
 def attend(

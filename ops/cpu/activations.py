@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Activation", "activation_of", "require_activation"]
-
 _aten = torch.ops.aten
 
 

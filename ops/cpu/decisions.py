@@ -12,8 +12,6 @@ from typing import Any, NamedTuple, ParamSpec
 
 from ops.cpu.instruction_sets import instruction_set
 
-__all__ = ["Decision", "Verdict", "observe_decisions", "rule"]
-
 
 class Decision(NamedTuple):
     """A consulted rule and its answer.

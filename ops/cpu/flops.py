@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["function_flops", "kernel_flops"]
-
 
 def kernel_flops(name: str, given: Mapping[str, Any], result: Any) -> int | None:
     """FLOPs of a call of a kernel of :mod:`ops.cpu`; None if there is no count.

@@ -10,18 +10,6 @@ import sys
 
 from ops.cpu.settings import SettingError
 
-__all__ = [
-    "COMMON_FLAGS",
-    "FLAGS",
-    "candidates",
-    "flags",
-    "instruction_set",
-    "is_emulated",
-    "levels",
-    "machine",
-    "system",
-]
-
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
 _AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["SWITCH", "SettingError", "is_switched_on"]
-
 SWITCH = "VISION_BACKBONES_NATIVE"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 

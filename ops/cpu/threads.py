@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["MACS", "VALUES", "threads_for"]
-
 # Work that keeps a thread busy for a few microseconds, about the cost of a parallel region. Using
 # fewer threads costs more than compute time: data that the others have just written have to be
 # fetched from their caches line by line.

@@ -17,9 +17,8 @@ from ops.attention.bilevel import (
 from ops.attention.hilo import HiLoAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
 from ops.cpu import policy
-from ops.cpu.attention import gated as gated_attention
 from ops.cpu.attention import grouped as grouped_attention
-from ops.cpu.attention import linear as linear_attention
+from ops.cpu.attention.gated import gated_attention, heads_unavailable, rank_augmented_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.layers import FastForm, fast_path_applies, stands_for
@@ -162,8 +161,8 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
 
     def _by_kernel(self, x: Tensor) -> bool:
         height, width, dim = x.shape[1:]
-        kernel = linear_attention if self.linear else gated_attention
-        if kernel.unavailable(x.device, x.dtype, dim // self.num_heads) is not None:
+        kernel = rank_augmented_attention if self.linear else gated_attention
+        if heads_unavailable(dim // self.num_heads) or kernel.unavailable(x.device, x.dtype):
             return False
         return self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
 
@@ -178,11 +177,7 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         qkvo = self.qkvo(x)
         value = qkvo.chunk(4, dim=-1)[2]
         bias = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        attend = (
-            linear_attention.rank_augmented_attention
-            if self.linear
-            else gated_attention.gated_attention
-        )
+        attend = rank_augmented_attention if self.linear else gated_attention
         head_dim = x.shape[3] // self.num_heads
         tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
         return self.proj(attend(qkvo, bias, *tables, self.num_heads))

@@ -8,7 +8,7 @@ from timm.layers import RmsNorm2d
 from torch import Tensor, nn
 
 from ops.cpu.norm.layer_norm import layer_norm
-from ops.cpu.norm.rms_norm import rms_norm
+from ops.cpu.norm.norms import rms_norm
 from ops.inference.layers import ActivatedLayer, FastForm, stands_for
 
 __all__ = ["FastLayerNorm", "FastRmsNorm2d"]

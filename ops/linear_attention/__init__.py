@@ -6,7 +6,7 @@ order of preference that supports the call. Each backend is a module with two fu
 
 ``unavailable(query, key, value, log_gate, log_gate_back, bonus) -> str | None``
     ``None`` if it supports the call, else the reason, for the error message of an explicit
-    ``backend=``.
+    ``backend=``. A backend without it supports every call.
 ``attend(query, key, value, log_gate, log_gate_back, bonus, scale) -> out``
     The attention, differentiable with respect to all tensors.
 
@@ -18,12 +18,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from ops.arguments import require_tensor
+from ops.arguments import checked, require_like
 from ops.autocast import without_autocast
-from ops.backends import backend_named
+from ops.backends import backend_of_scan
 from ops.linear_attention import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "gated_linear_attention"]
@@ -36,6 +35,7 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 
+@checked(ranks={"query": 4, "value": 4})
 def gated_linear_attention(
     query: Tensor,
     key: Tensor,
@@ -77,16 +77,21 @@ def gated_linear_attention(
         (B, L, H, V) in the dtype of query, differentiable with respect to all tensors.
 
     Raises:
-        TypeError: an argument is not a tensor.
+        TypeError: an argument that is not of the annotated type.
         ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
+    of_value = (*query.shape[:-1], value.shape[-1])
+    sequences = {"key": (key, query.shape), "value": (value, of_value)}
+    require_like("query", query, sequences, or_float32=False)
+    gates = {
+        "log_gate": (log_gate, query.shape),
+        "log_gate_back": (log_gate_back, query.shape),
+        "bonus": (bonus, query.shape[-2:]),
+    }
+    require_like("query", query, gates)
     tensors = (query, key, value, log_gate, log_gate_back, bonus)
-    _check(*tensors)
-    if backend is None:
-        chosen = _best_backend(tensors)
-    else:
-        chosen = backend_named(backend, BACKENDS, *tensors)
+    chosen = backend_of_scan(backend, BACKENDS, *tensors)
     if query.numel() == 0 or value.numel() == 0:
         chosen = reference
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
@@ -94,64 +99,3 @@ def gated_linear_attention(
     with without_autocast(query.device):
         out: Tensor = chosen.attend(*tensors, scale)
     return out
-
-
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_gate: Tensor,
-    log_gate_back: Tensor | None,
-    bonus: Tensor | None,
-) -> None:
-    given = {"query": query, "key": key, "value": value, "log_gate": log_gate}
-    for name, tensor in given.items():
-        require_tensor(name, tensor)
-    if query.ndim != 4 or value.ndim != 4:
-        raise ValueError(
-            "query must be (B, L, H, K) and value (B, L, H, V), got "
-            f"{tuple(query.shape)} and {tuple(value.shape)}"
-        )
-    if not query.dtype.is_floating_point:
-        raise ValueError(f"query must have a floating-point dtype, got {query.dtype}")
-    precise = (query.dtype, torch.float32)
-    for name, t, shape, dtypes in (
-        ("key", key, query.shape, precise[:1]),
-        ("value", value, (*query.shape[:-1], value.shape[-1]), precise[:1]),
-        ("log_gate", log_gate, query.shape, precise),
-        ("log_gate_back", log_gate_back, query.shape, precise),
-        ("bonus", bonus, query.shape[-2:], precise),
-    ):
-        if t is None:
-            continue
-        require_tensor(name, t)
-        if t.shape != shape:
-            raise ValueError(
-                f"{name} must be {tuple(shape)} for a query of shape {tuple(query.shape)}, "
-                f"got {tuple(t.shape)}"
-            )
-        if t.dtype not in dtypes:
-            raise ValueError(
-                f"{name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))} for a query of "
-                f"{query.dtype}, got {t.dtype}"
-            )
-        if t.device != query.device:
-            raise ValueError(f"{name} is on {t.device}, query on {query.device}")
-
-
-def _best_backend(tensors: Tensors) -> ModuleType:
-    """The first backend in order of preference that supports the call; ``chunked`` always does."""
-    if torch.compiler.is_exporting():
-        return chunked
-    device = tensors[0].device.type
-    if device == "cuda" and triton.unavailable(*tensors) is None:
-        return triton
-    if device == "cpu" and cpu.unavailable(*tensors) is None:
-        return cpu
-    kept = tensors[0].dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
-    if device == "meta" and kept:
-        return cpu  # only its operator is traceable by shape and counted by FLOP counters
-    return chunked

@@ -12,14 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CHUNK", "attend", "unavailable"]
+__all__ = ["CHUNK", "attend"]
 
 CHUNK = 16  # tokens
-
-
-def unavailable(*tensors: Tensor | None) -> str | None:
-    """``None``: this backend supports every call."""
-    return None
 
 
 def attend(

@@ -8,12 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["attend", "unavailable"]
-
-
-def unavailable(*tensors: Tensor | None) -> str | None:
-    """``None``: this backend supports every call."""
-    return None
+__all__ = ["attend"]
 
 
 def attend(

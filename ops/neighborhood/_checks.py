@@ -10,14 +10,6 @@ from torch import Tensor
 
 from ops.neighborhood._geometry import NAParams
 
-__all__ = [
-    "check_rpb",
-    "check_tensors",
-    "per_axis_bool",
-    "per_axis_int",
-    "resolve_params",
-]
-
 
 def per_axis_int(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """A positive integer per axis, from an integer or a sequence of length ``rank``.
@@ -102,8 +94,8 @@ def check_tensors(
             )
     if not query.is_floating_point():
         raise ValueError(f"query must be floating-point, got {query.dtype}")
-    _same_kind("key", key, query)
-    _same_kind("value", value, query)
+    check_same_kind("key", key, query)
+    check_same_kind("value", value, query)
     if key.shape[:-2] != query.shape[:-2] or value.shape[:-2] != query.shape[:-2]:
         raise ValueError(
             "query, key and value must agree in batch and map, got "
@@ -125,8 +117,12 @@ def check_tensors(
     if (additional_keys is None) != (additional_values is None):
         raise ValueError("give both additional_keys and additional_values, or neither")
     if additional_keys is not None and additional_values is not None:
-        _check_additional("additional_keys", additional_keys, key)
-        _check_additional("additional_values", additional_values, value)
+        for name, tensor, beside in (
+            ("additional_keys", additional_keys, key),
+            ("additional_values", additional_values, value),
+        ):
+            shape = (beside.shape[0], "any number", *beside.shape[-2:])
+            check_additional(name, tensor, beside, shape)
         if additional_keys.shape[1] != additional_values.shape[1]:
             raise ValueError(
                 "additional_keys and additional_values must have the same number of keys, got "
@@ -148,21 +144,25 @@ def check_rpb(rpb: Tensor, query: Tensor, params: NAParams) -> None:
         )
 
 
-def _check_additional(name: str, tensor: Tensor, beside: Tensor) -> None:
-    expected = (beside.shape[0], *beside.shape[-2:])
-    if tensor.dim() != 4 or (tensor.shape[0], *tensor.shape[2:]) != expected:
-        batch, heads, dim = expected
+def check_additional(
+    name: str, tensor: Tensor, beside: Tensor, shape: tuple[int | str, ...]
+) -> None:
+    """Raise ValueError unless ``tensor`` has the sizes in ``shape`` and the kind of ``beside``."""
+    if tensor.dim() != len(shape) or any(
+        not isinstance(n, str) and n != m for n, m in zip(shape, tensor.shape, strict=True)
+    ):
         raise ValueError(
-            f"{name} must be ({batch}, any number, {heads}, {dim}), got {tuple(tensor.shape)}"
+            f"{name} must be ({', '.join(map(str, shape))}), got {tuple(tensor.shape)}"
         )
-    _same_kind(name, tensor, beside)
+    check_same_kind(name, tensor, beside)
 
 
-def _same_kind(name: str, tensor: Tensor, query: Tensor) -> None:
-    if tensor.dtype != query.dtype or tensor.device != query.device:
+def check_same_kind(name: str, tensor: Tensor, beside: Tensor) -> None:
+    """Raise ValueError unless both tensors have the same dtype and device."""
+    if tensor.dtype != beside.dtype or tensor.device != beside.device:
         raise ValueError(
-            f"{name} must have the dtype and device of query, {query.dtype} on {query.device}, "
-            f"got {tensor.dtype} on {tensor.device}"
+            f"{name} must be {beside.dtype} on {beside.device}, got {tensor.dtype} on "
+            f"{tensor.device}"
         )
 
 

@@ -17,22 +17,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = [
-    "INPUTS",
-    "PARAMS",
-    "NAParams",
-    "axis_windows",
-    "cross_index",
-    "cross_mask",
-    "group_of",
-    "window_of",
-]
-
-INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? rpb"
-)
-"""The tensors of a call in the schemas of operators."""
 PARAMS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 """:attr:`NAParams.of_operators` in the schemas of operators."""
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ops.neighborhood._geometry import cross_index, cross_mask, window_of
 
-__all__ = ["Tiles", "tiles_of_map"]
-
 # Queries per tile along each axis, by the map's rank. Larger tiles share more keys, smaller ones
 # mask fewer.
 _TILE_SIZE = {1: (64,), 2: (8, 8), 3: (2, 4, 4)}

@@ -12,16 +12,22 @@ import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType, SimpleNamespace, TracebackType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ops.neighborhood import functional, split
-from ops.neighborhood.natten_layers import layers_of
+from ops.neighborhood.modules import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+    _NeighborhoodAttention,
+)
 
 __all__ = ["correct_dinat", "install_as_natten"]
 
@@ -101,14 +107,10 @@ class install_as_natten:  # noqa: N801 (a function that is a context manager, to
         self._undo: list[Callable[[], object]] = []
         if hasattr(sys.modules.get("natten"), _MARK):
             return  # installed already
-        if _is_installed():
+        if importlib.util.find_spec("natten") is not None:
             self._complete(version)
         else:
-            finder = _Finder(version)
-            sys.meta_path.insert(0, finder)
-            self._undo.append(lambda: sys.meta_path.remove(finder))
-            self._undo.append(_forget)
-            importlib.import_module("natten")
+            self._stand_in(version)
         _ask_transformers_again()
 
     def uninstall(self) -> None:
@@ -120,12 +122,7 @@ class install_as_natten:  # noqa: N801 (a function that is a context manager, to
     def __enter__(self) -> install_as_natten:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.uninstall()
 
     def _complete(self, version: str) -> None:
@@ -136,6 +133,21 @@ class install_as_natten:  # noqa: N801 (a function that is a context manager, to
                 if not hasattr(module, key):
                     setattr(module, key, value)
                     self._undo.append(functools.partial(delattr, module, key))
+
+    def _stand_in(self, version: str) -> None:
+        """Make the modules, and show them among the installed distributions."""
+        finder = _Finder(VERSIONS[version])
+        sys.meta_path.insert(0, finder)
+        self._undo.append(lambda: sys.meta_path.remove(finder))
+        for name, contents in _contents(version).items():
+            module = sys.modules[name] = ModuleType(name)
+            self._undo.append(functools.partial(sys.modules.pop, name, None))
+            module.__spec__ = ModuleSpec(name, None, origin=__name__, is_package=name == "natten")
+            vars(module).update({**contents, _MARK: True})
+            if name == "natten":
+                vars(module).update(__version__=VERSIONS[version], __path__=[])
+            else:
+                setattr(sys.modules["natten"], name.rpartition(".")[2], module)
 
 
 def correct_dinat() -> None:
@@ -183,38 +195,18 @@ def _dinat_forward(
 _MARK = "__stands_in__"
 
 
-def _is_installed() -> bool:
-    """Whether another NATTEN is."""
-    return importlib.util.find_spec("natten") is not None
-
-
-class _Finder(MetaPathFinder, Loader):
-    """Finds and loads our ``natten``, and shows it among the installed distributions."""
+class _Finder(MetaPathFinder):
+    """Finds the distribution, but no modules: those have been imported."""
 
     def __init__(self, version: str) -> None:
         self._version = version
-        self._contents = _contents(version)
 
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if fullname not in self._contents:
-            return None
-        return ModuleSpec(fullname, self, origin=__name__, is_package=fullname == "natten")
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+    def find_spec(self, *args: Any) -> None:
         return None
-
-    def exec_module(self, module: ModuleType) -> None:
-        vars(module).update(self._contents[module.__name__])
-        setattr(module, _MARK, True)
-        if module.__name__ == "natten":
-            module.__version__ = VERSIONS[self._version]  # type: ignore[attr-defined]
-            for name in self._contents:
-                if name != "natten":
-                    importlib.import_module(name)
 
     def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
         if context is None or context.name in (None, "natten"):
-            yield _Distribution(VERSIONS[self._version])
+            yield _Distribution(self._version)
 
 
 class _Distribution(importlib.metadata.Distribution):
@@ -230,11 +222,6 @@ class _Distribution(importlib.metadata.Distribution):
         raise FileNotFoundError(f"{path}: natten is {__name__}, without files of its own")
 
 
-def _forget() -> None:
-    for name in [n for n in sys.modules if n == "natten" or n.startswith("natten.")]:
-        del sys.modules[name]
-
-
 def _ask_transformers_again() -> None:
     """Forget whether transformers has found NATTEN, if it is imported."""
     utils: Any = sys.modules.get("transformers.utils.import_utils")
@@ -248,12 +235,12 @@ def _ask_transformers_again() -> None:
 
 def _contents(version: str) -> dict[str, dict[str, Any]]:
     """The contents of each module of ``natten``."""
-    settings: dict[str, Any] = dict.fromkeys(IGNORED, _ignored) | dict.fromkeys(ASKED, _no)
-    settings |= {
-        "get_memory_usage_preference": _default,
-        "has_bfloat": _yes,
+    settings: dict[str, Any] = {
+        **dict.fromkeys(IGNORED, _returns(None)),
+        **dict.fromkeys(ASKED, _returns(False)),
+        **dict.fromkeys(("has_bfloat", "has_half"), _returns(True)),
+        "get_memory_usage_preference": _returns("default"),
         "has_cuda": torch.cuda.is_available,
-        "has_half": _yes,
     }
     functions = {name: getattr(split, name) for name in split.__all__}
     functions |= {
@@ -264,28 +251,15 @@ def _contents(version: str) -> dict[str, dict[str, Any]]:
         "na3d": _fused(functional.na3d),
     }
     return {
-        "natten": {**layers_of(version), **settings},
+        "natten": {**_layers_of(version), **settings},
         "natten.context": settings,
         "natten.functional": {**functions, **settings},
     }
 
 
-def _ignored(*args: Any, **kwargs: Any) -> None:
-    """Accepted: a setting of NATTEN's kernels."""
-
-
-def _no(*args: Any, **kwargs: Any) -> bool:
-    """Whether one of NATTEN's kernels is used: never."""
-    return False
-
-
-def _yes(*args: Any, **kwargs: Any) -> bool:
-    """Whether a dtype is supported: on every device."""
-    return True
-
-
-def _default() -> str:
-    return "default"
+def _returns(value: Any) -> Callable[..., Any]:
+    """A function of any arguments."""
+    return lambda *args, **kwargs: value
 
 
 def _with_bias(qk: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -335,3 +309,96 @@ def _fused(attention: Callable[..., Any]) -> Callable[..., Tensor]:
         return out
 
     return fused
+
+
+# ---- layers ------------------------------------------------------------------------------------
+class _WithDropout(_NeighborhoodAttention):
+    """Layers with dropout of attention weights, which only the split form has."""
+
+    attn_drop: float
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        if not (self.training and self.attn_drop):
+            return super().attend(qkv)
+        tensors = qkv.unflatten(-1, (3, self.num_heads, -1)).movedim(-2, 1).unbind(dim=-2)
+        query, key, value = tensors  # (B, heads, *S, dim)
+        kernel_size, _, dilation, rpb = self.window(query.shape[2:-1])
+        of_windows: dict[str, Any] = {
+            "kernel_size": kernel_size,
+            "dilation": dilation,
+            "is_causal": self.is_causal,
+        }
+        qk, av = (getattr(split, f"na{self.rank}d_{part}") for part in ("qk", "av"))
+        weights = qk(query * self.scale, key, rpb=rpb, **of_windows).softmax(-1)
+        out = av(F.dropout(weights, self.attn_drop), value, **of_windows)
+        return out.movedim(1, -2).flatten(-2)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, attn_drop={self.attn_drop}"
+
+
+class _Of0_14(_WithDropout):  # noqa: N801 (a version)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int,
+        dilation: int | None = 1,
+        bias: bool = True,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            kernel_size,
+            dilation=dilation or 1,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale or None,
+            proj_drop=proj_drop,
+            rel_pos_bias=bias,
+            small_maps="pad",
+        )
+        self.attn_drop = attn_drop
+
+
+class _Of0_17(_WithDropout):  # noqa: N801 (a version)
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int | Sequence[int],
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] = False,
+        rel_pos_bias: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        use_experimental_ops: bool = False,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            kernel_size,
+            dilation=dilation,
+            is_causal=is_causal,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale or None,
+            proj_drop=proj_drop,
+            rel_pos_bias=rel_pos_bias,
+        )
+        self.attn_drop = attn_drop
+
+
+def _layers_of(version: str) -> dict[str, type[_NeighborhoodAttention]]:
+    """The layers of "0.14" or "0.17" by name.
+
+    Those of 0.14 have a relative position bias by default and pad small maps; those of 0.17 have
+    none by default, refuse small maps, and take a size for each axis and causal axes.
+    """
+    signature = {"0.14": _Of0_14, "0.17": _Of0_17}[version]
+    ranks = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
+    return {of.__name__: type(of.__name__, (signature, of), {}) for of in ranks}

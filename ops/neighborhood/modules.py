@@ -17,8 +17,6 @@ from ops.neighborhood._geometry import NAParams
 from ops.neighborhood.functional import BACKENDS, na1d, na2d, na3d
 from ops.sizes import larger, smaller
 
-__all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
-
 _Sizes = tuple[int, ...]
 _SMALL_MAPS = ("refuse", "shrink", "pad")
 

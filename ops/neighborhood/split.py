@@ -31,8 +31,8 @@ from torch import Tensor
 
 from ops.arguments import require_tensor
 from ops.cpu.call.dispatch import kernels_apply, needs_grad
-from ops.neighborhood import reference, split_cpu, split_tiled, split_triton
-from ops.neighborhood._checks import check_rpb, resolve_params
+from ops.neighborhood import cpu, reference, split_tiled, triton
+from ops.neighborhood._checks import check_additional, check_rpb, check_same_kind, resolve_params
 from ops.neighborhood._geometry import NAParams
 from ops.neighborhood.split_tiled import Window
 
@@ -178,16 +178,6 @@ def natten1dqkrpb(
     return na1d_qk(query, key, kernel_size, dilation, rpb=rpb)
 
 
-def natten1dqk(query: Tensor, key: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """:func:`na1d_qk` as NATTEN up to 0.14 has it."""
-    return na1d_qk(query, key, kernel_size, dilation)
-
-
-def natten1dav(attn: Tensor, value: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """:func:`na1d_av` as NATTEN up to 0.14 has it."""
-    return na1d_av(attn, value, kernel_size, dilation)
-
-
 def natten2dqkrpb(
     query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: int, dilation: int
 ) -> Tensor:
@@ -195,14 +185,14 @@ def natten2dqkrpb(
     return na2d_qk(query, key, kernel_size, dilation, rpb=rpb)
 
 
-def natten2dqk(query: Tensor, key: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """:func:`na2d_qk` as NATTEN up to 0.14 has it."""
-    return na2d_qk(query, key, kernel_size, dilation)
-
-
-def natten2dav(attn: Tensor, value: Tensor, kernel_size: int, dilation: int) -> Tensor:
-    """:func:`na2d_av` as NATTEN up to 0.14 has it."""
-    return na2d_av(attn, value, kernel_size, dilation)
+natten1dqk = na1d_qk
+"""NATTEN's name up to 0.14."""
+natten1dav = na1d_av
+"""NATTEN's name up to 0.14."""
+natten2dqk = na2d_qk
+"""NATTEN's name up to 0.14."""
+natten2dav = na2d_av
+"""NATTEN's name up to 0.14."""
 
 
 def _qk(
@@ -222,7 +212,7 @@ def _qk(
             f"query and key must have the same shape, got {tuple(query.shape)} and "
             f"{tuple(key.shape)}"
         )
-    _check_kind("key", key, query)
+    check_same_kind("key", key, query)
     params = _resolved(query, window)
     if rpb is not None:
         require_tensor("rpb", rpb)
@@ -274,23 +264,6 @@ def _av(
     return out + (attn[..., keys:].flatten(2, -2) @ additional_values).unflatten(2, size)
 
 
-def _run_scores(
-    query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, *window: Any
-) -> Tensor:
-    out: Tensor = _backend(query).scores(query, key, rpb, fill, window)
-    return out
-
-
-def _run_mix(weights: Tensor, value: Tensor, *window: Any) -> Tensor:
-    out: Tensor = _backend(value).mix(weights, value, window)
-    return out
-
-
-def _run_scatter(weights: Tensor, query: Tensor, *window: Any) -> Tensor:
-    out: Tensor = _backend(query).scatter(weights, query, window)
-    return out
-
-
 def _backward_of_scores(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     query, key = ctx.saved_tensors
     of_query, of_key, of_rpb, *_ = ctx.needs_input_grad
@@ -329,25 +302,34 @@ def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 class _Operator:
-    """A function of two tensors as an operator with gradients.
+    """A function of the backends as an operator with gradients.
 
     Plain calls bypass torch's dispatcher: its round trip takes longer than computing a small map.
     """
 
-    def __init__(self, name: str, tensors: str, run: Callable, like: Callable, backward: Callable):
+    def __init__(self, name: str, tensors: str, like: Callable, backward: Callable):
+        def run(*args: Any) -> Tensor:
+            *others, kernel_size, dilation, is_causal = args
+            function = getattr(_backend(args[1]), name)
+            out: Tensor = function(*others, (kernel_size, dilation, is_causal))
+            return out
+
         window = "int[] kernel_size, int[] dilation, bool[] is_causal"
         self._run = run
         self._dispatched = torch.library.custom_op(
-            f"vision_backbones::{name}",
+            f"vision_backbones::na_{name}",
             run,
             mutates_args=(),
             schema=f"({tensors}, {window}) -> Tensor",
         )
         self._dispatched.register_fake(like)
         self._dispatched.register_autograd(backward, setup_context=_setup_context)
-        methods = {"forward": run, "setup_context": _setup_context, "backward": backward}
-        members = {key: staticmethod(method) for key, method in methods.items()}
-        self._differentiable: Any = type(name, (torch.autograd.Function,), members)
+        methods: dict[str, Any] = {
+            "forward": staticmethod(run),
+            "setup_context": staticmethod(_setup_context),
+            "backward": staticmethod(backward),
+        }
+        self._differentiable: Any = type(name, (torch.autograd.Function,), methods)
 
     def __call__(self, *args: Any) -> Tensor:
         tensors = [arg for arg in args[:3] if isinstance(arg, Tensor)]
@@ -361,25 +343,22 @@ class _Operator:
 
 
 _scores = _Operator(
-    "na_scores",
+    "scores",
     "Tensor query, Tensor key, Tensor? rpb, float fill",
-    _run_scores,
     lambda query, key, rpb, fill, *window: query.new_empty(
         (*query.shape[:-1], math.prod(window[0]))
     ),
     _backward_of_scores,
 )
 _mix = _Operator(
-    "na_mix",
+    "mix",
     "Tensor weights, Tensor value",
-    _run_mix,
     lambda weights, value, *window: value.new_empty(value.shape),
     _backward_of_mix,
 )
 _scatter = _Operator(
-    "na_scatter",
+    "scatter",
     "Tensor weights, Tensor query",
-    _run_scatter,
     lambda weights, query, *window: query.new_empty(query.shape),
     _backward_of_scatter,
 )
@@ -399,8 +378,17 @@ def _bias_gradient(grad: Tensor, rpb: Tensor, window: Window) -> Tensor:
 
 def _backend(tensor: Tensor) -> ModuleType:
     """The module with the operators for queries or values like ``tensor``."""
-    backend = split_cpu if tensor.device.type == "cpu" else split_triton
-    return backend if tensor.numel() and backend.unavailable(tensor) is None else split_tiled
+    if not tensor.numel():
+        return split_tiled
+    if tensor.device.type == "cpu":
+        like = tensor[:0].float() if tensor.dtype == torch.float16 else tensor
+        return cpu if cpu.unavailable(like, like, like) is None else split_tiled
+    heads_last = tensor.movedim(1, -2)
+    if triton.unavailable(heads_last, heads_last, heads_last) is not None:
+        return split_tiled
+    from ops.neighborhood.triton import split_launch  # on first use, since triton is optional
+
+    return split_launch
 
 
 def _of_operators(params: NAParams) -> Window:
@@ -427,18 +415,6 @@ def _check_map(rank: int, name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_kind(name: str, tensor: Tensor, beside: Tensor) -> None:
-    if tensor.dtype != beside.dtype or tensor.device != beside.device:
-        raise ValueError(
-            f"{name} must be {beside.dtype} on {beside.device}, got {tensor.dtype} on "
-            f"{tensor.device}"
-        )
-
-
 def _check_additional(name: str, tensor: Tensor, beside: Tensor) -> None:
-    batch, heads, dim = beside.shape[0], beside.shape[1], beside.shape[-1]
-    if tensor.dim() != 4 or (*tensor.shape[:2], tensor.shape[-1]) != (batch, heads, dim):
-        raise ValueError(
-            f"{name} must be ({batch}, {heads}, any number, {dim}), got {tuple(tensor.shape)}"
-        )
-    _check_kind(name, tensor, beside)
+    batch, heads, dim = (*beside.shape[:2], beside.shape[-1])
+    check_additional(name, tensor, beside, (batch, heads, "any number", dim))

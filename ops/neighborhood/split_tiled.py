@@ -15,8 +15,6 @@ from torch import Tensor
 
 from ops.neighborhood._tiles import Tiles, tiles_of_map
 
-__all__ = ["Window", "mix", "scatter", "scores"]
-
 # Kernel size, dilation, and whether they are causal, of each axis.
 Window = tuple[Sequence[int], Sequence[int], Sequence[bool]]
 

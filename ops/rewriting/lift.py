@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
-from ops.cpu.norm.rms_norm import rms_norm
+from ops.cpu.norm.norms import rms_norm
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.conv import FastDepthwiseConv2d, FastMultipliedConv2d
 from ops.inference.layers import FastConv2d, FastLinear

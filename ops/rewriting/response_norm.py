@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
-from ops.cpu.norm.response_scales import response_scales
+from ops.cpu.norm.norms import response_scales
 from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.packed_linear import Quantization, multiplied_weight
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available

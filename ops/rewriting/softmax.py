@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from ops.cpu import policy
-from ops.cpu.norm.attention_weights import attention_weights
-from ops.cpu.norm.biased_softmax import biased_softmax
+from ops.cpu.norm.softmax import attention_weights, biased_softmax
 from ops.inference.layers import FastLinear
 from ops.rewriting.graph import Operator, OperatorGraph, Value, is_available
 

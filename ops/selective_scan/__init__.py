@@ -12,7 +12,7 @@ the call. Each backend is a module with these functions:
 
 ``unavailable(u, A) -> str | None``
     ``None`` if it supports the call, else the reason, for the error message of an explicit
-    ``backend=``.
+    ``backend=``. A backend without it supports every call.
 ``scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> out``
     :func:`selective_scan`, differentiable with respect to all tensors.
 ``cross(x, projected, delta_weight, A, D, delta_bias, delta_softplus) -> out``
@@ -27,12 +27,11 @@ from __future__ import annotations
 
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
-from ops.arguments import checked
+from ops.arguments import checked, require_like
 from ops.autocast import without_autocast
-from ops.backends import backend_named
+from ops.backends import backend_of_scan
 from ops.selective_scan import chunked, cpu, reference, triton
 from ops.selective_scan.orders import cross_merge, cross_scan, scan_in_four_orders
 
@@ -100,7 +99,7 @@ def selective_scan(
         **{"delta": (delta, u.shape), "B": (B, of_group), "C": (C, of_group)},
         **_of_channels(channels, A, D, delta_bias),
     }
-    _check("u", u, shapes)
+    require_like("u", u, shapes)
     chosen = _choose(u, A, backend)
     with without_autocast(u.device):
         out: Tensor = chosen.scan(*given)
@@ -157,7 +156,7 @@ def cross_selective_scan(
         "delta_weight": (delta_weight, (4, channels, rank)),
         **_of_channels(4 * channels, A, D, delta_bias),
     }
-    _check("x", x, shapes)
+    require_like("x", x, shapes)
     chosen = _choose(x, A, backend)
     with without_autocast(x.device):
         if hasattr(chosen, "cross"):
@@ -179,44 +178,6 @@ def _of_channels(channels: int, A: Tensor, D: Tensor | None, delta_bias: Tensor 
     }
 
 
-def _check(of: str, x: Tensor, others: _Shapes) -> None:
-    """Check the shapes of tensors, and dtypes and devices against those of the map ``x``."""
-    if not x.is_floating_point():
-        raise ValueError(f"{of} must have a floating-point dtype, got {x.dtype}")
-    dtype, device = x.dtype, x.device
-    for name, (t, shape) in others.items():
-        if t is None:
-            continue
-        if t.shape != shape:
-            raise ValueError(
-                f"{name} must be {tuple(shape)} for {of} of shape {tuple(x.shape)}, "
-                f"got {tuple(t.shape)}"
-            )
-        if t.dtype != dtype and t.dtype != torch.float32:
-            either = dict.fromkeys((dtype, torch.float32))
-            raise ValueError(
-                f"{name} must be {' or '.join(map(str, either))} for {of} of {dtype}, got {t.dtype}"
-            )
-        if t.device != device:
-            raise ValueError(f"{name} is on {t.device}, {of} on {device}")
-
-
 def _choose(x: Tensor, A: Tensor, backend: str | None) -> ModuleType:
-    """The named backend, or the first in order of preference that supports the call."""
-    chosen = _best(x, A) if backend is None else backend_named(backend, BACKENDS, x, A)
+    chosen = backend_of_scan(backend, BACKENDS, x, A)
     return reference if x.numel() == 0 or A.numel() == 0 else chosen
-
-
-def _best(x: Tensor, A: Tensor) -> ModuleType:
-    """``chunked`` supports every call."""
-    if torch.compiler.is_exporting():
-        return chunked
-    device = x.device.type
-    if device == "cuda" and triton.unavailable(x, A) is None:
-        return triton
-    if device == "cpu" and cpu.unavailable(x, A) is None:
-        return cpu
-    kept = x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
-    if device == "meta" and kept:
-        return cpu  # only its operators are traceable by shape and counted by FLOP counters
-    return chunked

@@ -11,15 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CHUNK", "scan", "unavailable"]
+__all__ = ["CHUNK", "scan"]
 
 CHUNK = 16  # tokens
 _LEVELS = 2  # of chunks, where the number of tokens is not known
-
-
-def unavailable(u: Tensor, A: Tensor) -> str | None:
-    """``None``: this backend supports every call."""
-    return None
 
 
 def scan(

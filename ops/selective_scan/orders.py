@@ -12,8 +12,6 @@ from torch import Tensor
 
 from ops.arguments import checked
 
-__all__ = ["cross_merge", "cross_scan", "scan_in_four_orders"]
-
 
 @checked(ranks={"x": 4})
 def cross_scan(x: Tensor) -> Tensor:

@@ -9,12 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["scan", "unavailable"]
-
-
-def unavailable(u: Tensor, A: Tensor) -> str | None:
-    """``None``: this backend supports every call."""
-    return None
+__all__ = ["scan"]
 
 
 def scan(

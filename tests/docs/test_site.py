@@ -18,8 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Packages whose modules are described as wholes, and what is shared.
 PACKAGES = ("ops/cpu/", "ops/bi_wkv/", "ops/linear_attention/", "ops/neighborhood/")
 PACKAGES += ("ops/selective_scan/",)
-SHARED = ("ops/arguments.py", "ops/attention/softmax.py", "ops/autocast.py", "ops/backends.py")
-SHARED += ("ops/rewriting/", "ops/sizes.py", "ops/triton_devices.py")
+SHARED = ("ops/rewriting/",)
 
 
 @pytest.fixture

@@ -474,9 +474,9 @@ GLA, SELECTIVE, MAPS = "gated_linear_attention", "selective_scan", "cross_select
 REFUSED: list[tuple[str, str, Any, str]] = [
     *(("bi_wkv", "segments", n, f"got {n}") for n in (0, 2.0, True)),
     ("bi_wkv", "value", torch.float64, "torch.float64"),
-    *((GLA, n, torch.bfloat16, f"{n} must be torch.float32 for a query") for n in ("key", "value")),
+    *((GLA, n, torch.bfloat16, f"{n} must be torch.float32 for query") for n in ("key", "value")),
     (GLA, "log_gate", torch.float64, "log_gate must be torch.float32"),
-    (GLA, "bonus", 1, "bonus must be a tensor, got 1"),
+    (GLA, "bonus", 1, "bonus must be a tensor or None, got 1"),
     *(
         (SELECTIVE, "B", torch.zeros(2, n, 2, 9), f"groups that divide 8 channels, got {n}")
         for n in (0, 3)
@@ -626,8 +626,8 @@ for kernel in ({kernels}):
             elif name in constants:
                 signature[name] = "constexpr"
             else:
-                pointer = name.endswith("ptr") or name.endswith("_pointer")
-                signature[name] = "*fp32" if pointer else "i32"
+                is_count = name in ("batches", "tokens", "heads", "groups", "dim", "length")
+                signature[name] = "i32" if is_count else "*fp32"
         if "scale" in signature:
             signature["scale"] = "fp32"
         source = ASTSource(kernel, signature, constants)

@@ -14,8 +14,9 @@ from triton_interpreter import quick_interpreter
 
 from ops.bi_wkv import bi_wkv
 from ops.linear_attention import gated_linear_attention
-from ops.linear_attention.triton.operators import gated_scan
+from ops.linear_attention.triton.launch import gated_scan
 from ops.selective_scan import cross_selective_scan, selective_scan
+from ops.selective_scan.triton.kernels import scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -137,11 +138,7 @@ def test_operators():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     for operator, given, options in (
         (gated_scan, inputs(4, 4, 4, batch=1, heads=1, dtype=torch.float32), (False, 0.5)),
-        (
-            torch.ops.vision_backbones.triton_selective_scan,
-            selective_inputs(4, dtype=torch.float32),
-            (True,),
-        ),
+        (scan, selective_inputs(4, dtype=torch.float32), (True,)),
     ):
         tensors = [t.to(DEVICE).requires_grad_() for t in given.values() if t is not None]
         torch.library.opcheck(operator, (*tensors, *options), test_utils=tests)

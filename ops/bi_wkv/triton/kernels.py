@@ -15,8 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.triton_devices import LAUNCH_OPTIONS
-
-__all__ = ["backward", "forward"]
+from ops.triton_operators import operator_with_gradients
 
 _BLOCK = 32  # channels of a program
 _SLOTS = 6  # values that the backward kernel records per token and channel
@@ -299,7 +298,7 @@ def _launch(key: Tensor, segments: int) -> tuple[tuple[int, int], tuple[int, ...
     return (triton.cdiv(dim, _BLOCK), batch), (tokens, dim, length), segments > 0
 
 
-def forward(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int) -> Tensor:
+def _forward(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int) -> Tensor:
     """(B, T, C); see :func:`ops.bi_wkv.bi_wkv`, with 0 segments instead of None."""
     key, value, decay, first = (t.contiguous() for t in (key, value, decay, first))
     out = torch.empty_like(key)
@@ -312,10 +311,10 @@ def forward(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: 
     return out
 
 
-def backward(
+def _backward(
     grad_out: Tensor, key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of key and value, and per image (B, C) of decay and first."""
+    """Gradients of key, value, decay and first."""
     tensors = [t.contiguous() for t in (grad_out, key, value, decay, first)]
     grad_key, grad_value = torch.empty_like(tensors[1]), torch.empty_like(tensors[2])
     image = (key.shape[0], key.shape[2])
@@ -326,4 +325,13 @@ def backward(
         *(*tensors, *grads, noted, *sizes),
         **{"SEGMENTS": cut, "BLOCK": _BLOCK, "num_warps": 1, **LAUNCH_OPTIONS},
     )
-    return grads
+    return (*grads[:2], grads[2].sum(0), grads[3].sum(0))
+
+
+scan = operator_with_gradients(
+    "triton_bi_wkv",
+    "Tensor key, Tensor value, Tensor decay, Tensor first, int segments",
+    _forward,
+    _backward,
+    lambda key, *others: key.new_empty(key.shape),
+)

@@ -21,8 +21,6 @@ from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import threads_for
 
-__all__ = ["PackedCascadedAttention", "cascaded_attention"]
-
 _TOKENS = 32  # per thread
 
 
@@ -39,9 +37,6 @@ class PackedCascadedAttention:
         convs: depthwise convolutions of the queries, one per head, with odd square windows, same
             padding and bias; none by default.
         norm: a norm over a head's channels and all positions together, before the projection.
-
-    Raises:
-        RuntimeError: the kernel is not available here.
     """
 
     def __init__(
@@ -70,9 +65,6 @@ class PackedCascadedAttention:
         Args:
             x: in the dtype of the weights; copied unless contiguous.
             table: (heads, HW, HW) float32, added to the logits; axes are heads, keys, queries.
-
-        Raises:
-            ValueError: wrong dtype or mismatched shapes.
         """
         out: Tensor = cascaded_attention(x, *self._parameters, table, self._qk_dim, self._eps)
         return out

@@ -1,6 +1,8 @@
-"""Softmax attention with rotations, a bias and a gate on the CPU, in one pass.
+"""Attention with rotations, a bias and a gate on the CPU: softmax, and rank-augmented linear.
 
-The kernel is that of :mod:`ops.cpu.attention.grouped`.
+The kernels, that of :mod:`ops.cpu.attention.grouped` and ``linear_attention.cpp``, read queries,
+keys, values and gates from the output of one projection. The linear one, see :mod:`ops.attention`,
+computes in float32.
 """
 
 from __future__ import annotations
@@ -11,19 +13,87 @@ import torch
 from torch import Tensor
 
 from ops.cpu.attention.grouped import attention_threads
-from ops.cpu.attention.linear import gated_out, gated_parts, heads_unavailable
 from ops.cpu.call.binding import kernel
-from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["gated_attention", "unavailable"]
+_EPS = 1e-6
+_WHOLE = 32  # divides head_dim: two vectors of the widest instruction set
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """``None`` if the kernel accepts such tensors, else the reason.
+def heads_unavailable(head_dim: int) -> str | None:
+    """``None`` if kernels can rotate heads of ``head_dim`` channels, else the reason."""
+    if head_dim % _WHOLE:
+        return f"the kernel needs head dims divisible by {_WHOLE}, not {head_dim}"
+    return None
 
-    The first call on a machine compiles the kernel, which takes a few seconds.
+
+def _allocate(
+    qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, num_heads: int
+) -> Tensor:
+    """Check the arguments of :func:`rank_augmented_attention` and allocate its result."""
+    dim = bias.shape[-1]
+    expected = (*bias.shape[:-1], 4 * dim)
+    if bias.ndim != 4 or qkvo.shape != expected or not qkvo.is_contiguous():
+        raise ValueError(f"qkvo must be contiguous and {expected}, got {tuple(qkvo.shape)}")
+    if bias.dtype != qkvo.dtype or dim % num_heads:
+        raise ValueError(
+            f"bias must be {qkvo.dtype} and {num_heads} heads divide its {dim} channels, "
+            f"got {bias.dtype}"
+        )
+    reason = heads_unavailable(dim // num_heads)
+    if reason is not None:
+        raise RuntimeError(reason)
+    tables = {"row_table": row_table, "column_table": column_table}
+    for (name, table), size in zip(tables.items(), bias.shape[1:3], strict=True):
+        shape = (size, dim // num_heads)
+        if table.shape != shape or table.dtype != torch.float32 or not table.is_contiguous():
+            raise ValueError(
+                f"{name} must be {shape}, contiguous and torch.float32, got {tuple(table.shape)} "
+                f"of {table.dtype}"
+            )
+    return torch.empty_like(bias, memory_format=torch.contiguous_format)
+
+
+def _parts(qkvo: Tensor) -> dict[str, tuple[Tensor, int]]:
+    """Queries, keys, values and gates of both kernels, by the names of their structures' fields."""
+    step = qkvo.shape[-1] // 4 * qkvo.element_size()
+    return {name: (qkvo, i * step) for i, name in enumerate(("query", "key", "value", "gate"))}
+
+
+@kernel("linear_attention", "linear_attention_forward")
+def rank_augmented_attention(
+    qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, num_heads: int
+) -> Call:
+    """``(rank_augmented_linear_attention(q, k, v, rotations of the map) + bias) * gate``.
+
+    Args:
+        qkvo: (B, H, W, 4·dim), contiguous: queries, keys, values and gates.
+        bias: (B, H, W, dim).
+        row_table, column_table: (H, head_dim) and (W, head_dim) in float32: the cosines of the
+            rotation angles of channel pairs per row and column, then their sines, negated for even
+            channels.
+        num_heads: divides dim; :func:`heads_unavailable` must accept the resulting head_dim.
+
+    Returns:
+        (B, H, W, dim), contiguous.
     """
-    return heads_unavailable(head_dim) or gated_attention.unavailable(device, dtype)
+    out = _allocate(qkvo, bias, row_table, column_table, num_heads)
+
+    def arguments() -> dict[str, Any]:
+        tokens, dim = bias.shape[1] * bias.shape[2], bias.shape[3]
+        head_dim = dim // num_heads
+        whole = (tokens * dim, dim, head_dim)
+        return {
+            **sizes_of(qkvo, "batch height width _"),
+            **{"heads": num_heads, "dim": head_dim, "scale": head_dim**-0.5, "eps": _EPS},
+            "stride": (4 * tokens * dim, 4 * dim, head_dim),
+            **{"bias_stride": whole, "out_stride": whole},
+            "threads": threads_for(bias.numel(), VALUES),
+            **_parts(qkvo),
+        }
+
+    return Call(out, arguments)
 
 
 @kernel("attention", "attention_forward")
@@ -32,14 +102,14 @@ def gated_attention(
 ) -> Call:
     """``(softmax attention of queries and keys rotated by the map + bias) * gate``.
 
-    Args, Returns, Raises: see :func:`ops.cpu.attention.linear.rank_augmented_attention`.
+    Args and Returns: see :func:`rank_augmented_attention`.
     """
-    out = gated_out(qkvo, bias, row_table, column_table, num_heads)
+    out = _allocate(qkvo, bias, row_table, column_table, num_heads)
     batch, height, width, dim = bias.shape
 
     def arguments() -> Any:
         tokens, head_dim = height * width, dim // num_heads
-        parts = gated_parts(qkvo)
+        parts = _parts(qkvo)
         whole, projected = (tokens * dim, dim, head_dim), (4 * tokens * dim, 4 * dim, head_dim)
         return {
             **{"batch": batch, "groups": 1, "heads": num_heads, "routes": 1, "width": width},

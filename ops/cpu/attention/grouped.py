@@ -17,17 +17,6 @@ from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
 
-__all__ = [
-    "LINE",
-    "ScoreTerms",
-    "attend",
-    "attend_regions",
-    "attend_windows",
-    "attention_threads",
-    "grouped_attention",
-    "split_heads",
-]
-
 _SMALL_MACS = 2e6
 LINE = 16  # queries per line, see ScoreTerms
 
@@ -73,10 +62,6 @@ def attend(
         value: (B, M, heads, value_dim).
         out: (B, N, heads, value_dim).
         scale: of the logits; default head_dim^-0.5.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here.
     """
     grouped_attention(query, key, value, out, None, None, None, *_NO_TERMS, scale)
 
@@ -102,10 +87,6 @@ def attend_regions(
 
     Returns:
         (B, N, heads, value_dim).
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here.
     """
     _require_all_tokens(query, rows)
     if out is None:
@@ -136,10 +117,6 @@ def attend_windows(
             for a token of zeros.
         terms: for the N tokens of a window and its M keys.
         out: (B, N, heads, value_dim), the result.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here.
     """
     _require_all_tokens(query, rows)
     grouped_attention(query, key, value, out, rows, key_rows, None, *terms, None)

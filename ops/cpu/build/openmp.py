@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["runtime", "use_torch_threads"]
-
 # In the order of `parallel_use` in common/parallel.h.
 _FUNCTIONS: tuple[str, ...] = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 if sys.platform == "win32":

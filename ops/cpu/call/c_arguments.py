@@ -12,18 +12,6 @@ from torch import Tensor
 
 from ops.cpu.activations import ACTIVATIONS
 
-__all__ = [
-    "Addresses",
-    "Call",
-    "arguments_by_name",
-    "names_of",
-    "numbers",
-    "pack",
-    "require_same_bytes",
-    "sizes_of",
-    "words_of",
-]
-
 
 class Call(NamedTuple):
     """The result and the C arguments of a call.

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["is_plain_call", "kernels_apply", "needs_grad", "require_dtype"]
-
 
 def _key_set(*names: str) -> int:
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)

@@ -11,8 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["ask_for_huge_pages", "empty_weight"]
-
 # Smaller tensors contain few whole huge pages. (glibc may reuse blocks of up to 32 MiB, whose pages
 # are mapped already, but it returns free memory at the end of its heap to the system.)
 _LARGE_BYTES = 4 << 20

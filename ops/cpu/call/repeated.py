@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ops.cpu.call.c_arguments import Call, pack, words_of
 
-__all__ = ["RepeatedCall", "Signature"]
-
 
 class Signature:
     """Which arguments are tensors, and the layout key of a call."""

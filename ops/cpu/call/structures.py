@@ -10,8 +10,6 @@ from typing import Any
 
 from ops.cpu.build.sources import SOURCES, included, read
 
-__all__ = ["parameters", "structure"]
-
 _OVER_LINES = re.DOTALL | re.MULTILINE
 _SCALARS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _DECLARATION = re.compile(r"^(?:const )?(\w+)\s*(.*)$")

@@ -8,8 +8,6 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_nhwc", "bias_of", "dense", "dense_channels", "empty_nhwc"]
-
 
 @overload
 def dense(t: Tensor) -> Tensor: ...

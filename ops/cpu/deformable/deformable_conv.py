@@ -19,15 +19,9 @@ from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["deformable_conv2d", "pack_taps"]
-
 
 def pack_taps(weight: Tensor) -> Tensor:
-    """Pack the weight of a convolution, (out_chs, in_chs, k, k), for the kernel.
-
-    Raises:
-        RuntimeError: the kernel is not available here.
-    """
+    """Pack the weight of a convolution, (out_chs, in_chs, k, k), for the kernel."""
     return pack_weight(weight.detach().permute(0, 2, 3, 1).flatten(1))
 
 
@@ -54,9 +48,6 @@ def deformable_conv2d(
 
     Returns:
         (B, out_chs, H', W'), channels-last.
-
-    Raises:
-        ValueError: offsets, a weight or dtypes that do not match the map, or an unknown activation.
     """
     require_activation(activation)
     height, width = ((n - kernel_size) // stride + 1 for n in x.shape[2:])

@@ -23,18 +23,12 @@ from ops.cpu.gemm.linear import no_pairs, pack_weight
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["DirectConv2d", "direct_conv2d"]
-
 
 class DirectConv2d:
     """``activation(conv(x))``.
 
     Args:
         conv: see :meth:`applies`.
-
-    Raises:
-        ValueError: another convolution.
-        RuntimeError: the kernel is not available here.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -81,10 +75,6 @@ def direct_conv2d(
 
     Returns:
         (B, C', H', W'), channels-last; sums are in float32.
-
-    Raises:
-        ValueError: wrong dtype or number of channels, a map smaller than the window, or an unknown
-            activation.
     """
     require_activation(activation)
     require_dtype(torch.float32, weight=weight, bias=bias)

@@ -22,8 +22,6 @@ from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["PackedDepthwiseMlp", "PackedExpansion", "depthwise_expansion", "depthwise_mlp"]
-
 # float32 hidden channels per step of the convolution (chunk) and of the second layer (span). Both
 # are multiples of the packed panels' width, and the span is a multiple of the chunk.
 _CHUNK = 192
@@ -44,9 +42,6 @@ class PackedDepthwiseMlp:
         conv: depthwise, of ``hidden`` channels, see :meth:`applies`; None for none.
         fc2: from ``hidden`` to ``out_features``. All layers are in float32 or bfloat16.
         activation, conv_activation: from :data:`ops.cpu.activations.ACTIVATIONS`.
-
-    Raises:
-        RuntimeError: the kernel is not available here.
     """
 
     def __init__(
@@ -109,9 +104,6 @@ class PackedDepthwiseMlp:
                 have any rank: (..., in_features).
             residual: added to the result.
             norm: over the input's last axis, with weight and bias.
-
-        Raises:
-            ValueError: wrong dtype or shape, or a norm of another width or without weight and bias.
         """
         features, dtype = self._in_features, self._dtype
         if x.shape[-1] != features or x.dtype != dtype:
@@ -135,10 +127,6 @@ class PackedExpansion:
         conv: depthwise, of ``hidden`` channels, see :meth:`PackedDepthwiseMlp.applies`. Both layers
             are in float32 or bfloat16.
         activation, conv_activation: from :data:`ops.cpu.activations.ACTIVATIONS`.
-
-    Raises:
-        ValueError: fewer than 16 channels.
-        RuntimeError: the kernel is not available here.
     """
 
     def __init__(
@@ -159,11 +147,7 @@ class PackedExpansion:
         self._activations = activation, conv_activation
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, in_features) → (B, ⌈H / stride⌉, ⌈W / stride⌉, hidden) and (B, hidden).
-
-        Raises:
-            ValueError: wrong dtype or shape.
-        """
+        """(B, H, W, in_features) → (B, ⌈H / stride⌉, ⌈W / stride⌉, hidden) and (B, hidden)."""
         if x.shape[-1] != self._in_features:
             raise ValueError(f"x must have {self._in_features} features, got {x.shape[-1]}")
         out, means = depthwise_expansion(x, *self._weights, *self._activations)

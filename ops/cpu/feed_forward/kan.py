@@ -18,8 +18,6 @@ from ops.cpu.gemm.linear import no_products
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["LARGEST_POWER", "PackedKAN", "kan_layer"]
-
 LARGEST_POWER = 30.0  # the largest exponent of two in a grid; half of FAR in kan.cpp
 
 
@@ -59,9 +57,6 @@ def kan_layer(
 
     Returns:
         (..., out_features), contiguous.
-
-    Raises:
-        ValueError: inputs of the wrong width or dtype, or parameters of the wrong dtype.
     """
     affine = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     require_dtype(torch.float32, powers=powers, bias=bias, **affine)

@@ -19,8 +19,6 @@ from ops.cpu.call.tensors import bias_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["PackedResponseMlp", "response_mlp"]
-
 _Int8 = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 # The order of the operator's weights.
@@ -44,9 +42,6 @@ class PackedResponseMlp:
         eps: of the norm.
         in_int8: for ``fc1`` and ``fc2``, what :func:`ops.cpu.gemm.linear.packed_linear` takes
             of a layer in int8: packed weight, its scales, bias and, or None, the range of inputs.
-
-    Raises:
-        RuntimeError: the kernel is not available here.
     """
 
     def __init__(
@@ -76,9 +71,6 @@ class PackedResponseMlp:
             x: in the dtype of the weights, or, if both are in int8, float32 or bfloat16; copied
                 unless contiguous.
             shortcut: (B, H, W, dim).
-
-        Raises:
-            ValueError: wrong dtype or shape.
         """
         out: Tensor = response_mlp(x, shortcut, self._weights, self._eps, *self._scales)
         return out

@@ -17,8 +17,6 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import empty_nhwc
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["nchw_from_nhwc", "nhwc_from_nchw"]
-
 
 @kernel("nchw", "nchw_from_nhwc")
 def nchw_from_nhwc(x: Tensor, affine: Tensor) -> Call:

@@ -17,15 +17,6 @@ from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.tensors import dense, dense_channels
 
-__all__ = [
-    "na_cpu_backward",
-    "na_cpu_forward",
-    "na_cpu_mix",
-    "na_cpu_output",
-    "na_cpu_scatter",
-    "na_cpu_scores",
-]
-
 _AXES = ("z", "y", "x")
 
 

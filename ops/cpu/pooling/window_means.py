@@ -16,8 +16,6 @@ from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["window_means"]
-
 
 @kernel("pooling", "pooling_forward")
 def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
@@ -29,9 +27,6 @@ def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
 
     Returns:
         (B, ⌈H/rows⌉, ⌈W/columns⌉, C), contiguous, in the dtype of ``x``; sums are in float32.
-
-    Raises:
-        ValueError: not four axes, an empty map, a wrong dtype, or an empty window.
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(

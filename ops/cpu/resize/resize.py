@@ -19,8 +19,6 @@ from ops.cpu.build import load, unavailable_reason
 from ops.cpu.call.c_arguments import require_same_bytes
 from ops.cpu.call.structures import structure
 
-__all__ = ["FILTERS", "MOST_SCALE", "look_up", "resize_part", "unavailable"]
-
 _PROBLEM, _TENSORS = (
     structure("resize/resize.cpp", f"resize::{n}") for n in ("Problem", "Tensors")
 )

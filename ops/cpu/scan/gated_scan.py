@@ -20,8 +20,6 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["gated_scan", "gated_scan_backward", "mixed_scan", "normed_scan"]
-
 
 @kernel("gated_scan", "gated_scan_forward", large_results=True)
 def gated_scan(
@@ -35,8 +33,7 @@ def gated_scan(
 ) -> Call:
     """The attention; shapes as in :mod:`ops.linear_attention`. No gradients.
 
-    Raises:
-        ValueError: gates or a bonus not in float32, or query, key and value of different dtypes.
+    Gates and bonus are float32, query, key and value of one dtype.
     """
     require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back, bonus=bonus)
     require_dtype(query.dtype, key=key, value=value)
@@ -70,8 +67,7 @@ def gated_scan_backward(
     With ``apart``, gradients of a token through itself, by the bonus, are omitted. The last
     gradient is an empty tensor if there is no second gate.
 
-    Raises:
-        ValueError: gates not in float32, or the other tensors of different dtypes.
+    Gates are float32, the other tensors of one dtype.
     """
     require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back)
     require_dtype(query.dtype, key=key, value=value, grad_out=grad_out)
@@ -119,9 +115,6 @@ def mixed_scan(
 
     Returns:
         (B, L, dim), contiguous.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes, or another activation.
     """
     batch, tokens, dim = local.shape
     if decay.shape != local.shape or projected.shape[:2] != (batch, tokens):
@@ -185,9 +178,6 @@ def normed_scan(
 
     Returns:
         (B, L, heads, V), contiguous.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
     """
     if not query.shape == key.shape == decay.shape or query.shape[:3] != value.shape[:3]:
         shapes = [tuple(t.shape) for t in (query, key, value, decay)]

@@ -18,8 +18,6 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["map_scan", "map_scan_backward", "sequence_scan", "sequence_scan_backward"]
-
 _PART = 128  # as in backward.h
 
 
@@ -36,8 +34,7 @@ def sequence_scan(
 ) -> Call:
     """The scan; shapes as in :func:`ops.selective_scan.selective_scan`. No gradients.
 
-    Raises:
-        ValueError: A, D or delta_bias not in float32, or others in a dtype other than that of u.
+    A, D and delta_bias are float32, the others in the dtype of u.
     """
     require_dtype(torch.float32, A=A, D=D, delta_bias=delta_bias)
     require_dtype(u.dtype, delta=delta, B=B, C=C)
@@ -73,9 +70,6 @@ def sequence_scan_backward(
 
     Those of A, D and delta_bias come apart by image, in a leading axis, and those of B and C by
     part of a group's channels. Those of absent parameters are given, too.
-
-    Raises:
-        ValueError: see :func:`sequence_scan`; also a ``grad_out`` in another dtype.
     """
     require_dtype(torch.float32, A=A, D=D, delta_bias=delta_bias)
     require_dtype(u.dtype, delta=delta, B=B, C=C, grad_out=grad_out)
@@ -113,8 +107,7 @@ def map_scan(
 
     Shapes as in :func:`ops.selective_scan.cross_selective_scan`, but for ``weight``: (4, R, P).
 
-    Raises:
-        ValueError: parameters not in float32, or maps of different dtypes.
+    Parameters are float32, maps of one dtype.
     """
     require_dtype(torch.float32, weight=weight, A=A, D=D, delta_bias=delta_bias)
     require_dtype(x.dtype, projected=projected)
@@ -145,9 +138,6 @@ def map_scan_backward(
 
     Those of the parameters come apart by image, in a leading axis, and that of ``projected`` by
     part of the channels. Those of absent parameters are given, too.
-
-    Raises:
-        ValueError: see :func:`map_scan`; also a ``grad_out`` in another dtype.
     """
     require_dtype(torch.float32, weight=weight, A=A, D=D, delta_bias=delta_bias)
     require_dtype(x.dtype, projected=projected, grad_out=grad_out)

@@ -22,8 +22,6 @@ from ops.cpu.gemm.linear import no_pairs, pack_weight
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import threads_for
 
-__all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]
-
 _PIXELS = 512  # of an image, per thread
 _STRIDES = (2, 4)  # of windows in NCHW
 _USUAL = (3, 2, 1)  # side, stride and padding of the window
@@ -79,10 +77,6 @@ def packed_stem(
 
     Returns:
         (B, C', H', W'), channels-last; by default H' is ⌈H/2ⁿ⌉ for ``n`` layers.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes, an unknown activation, no layers, another stride,
-            or an image smaller than the window.
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
@@ -169,10 +163,6 @@ class NCHWConv2d:
 
     Args:
         conv: a convolution that :meth:`applies` accepts, in float32 or bfloat16.
-
-    Raises:
-        ValueError: an unsupported convolution.
-        RuntimeError: the kernel is not available here, see :func:`packed_stem`.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:

@@ -23,8 +23,6 @@ from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.problem import packed_size
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["WinogradConv2d", "winograd_conv2d"]
-
 _SIDE, _POINTS = 3, 16
 _TRANSFORM = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
@@ -34,10 +32,6 @@ class WinogradConv2d:
 
     Args:
         conv: see :meth:`applies`, in float32.
-
-    Raises:
-        ValueError: another convolution or dtype.
-        RuntimeError: the kernel is not available here.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -88,10 +82,6 @@ def winograd_conv2d(
 
     Returns:
         (B, C', H', W'), channels-last.
-
-    Raises:
-        ValueError: wrong dtype or number of channels, a map smaller than the window, or an unknown
-            activation.
     """
     require_activation(activation)
     require_dtype(torch.float32, x=x, weight=weight, bias=bias)

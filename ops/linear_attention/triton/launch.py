@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ops.linear_attention.triton.kernels import backward_kernel, forward_kernel
 from ops.triton_devices import LAUNCH_OPTIONS
-
-__all__ = ["backward", "forward"]
+from ops.triton_operators import operator_with_gradients
 
 _CHUNK = 16  # tokens between stored states
 _MOST_CELLS = 2048  # largest state of a program, in elements
@@ -36,7 +35,7 @@ def _common(
     return arguments, (directions * batches * heads, triton.cdiv(value.shape[-1], block))
 
 
-def forward(
+def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -59,7 +58,7 @@ def forward(
     return out.sum(0)
 
 
-def backward(
+def _backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -103,3 +102,12 @@ def backward(
     of_gate = grad_gate[:, 0].sum(0)
     of_back = None if back is None else grad_gate[:, 1].sum(0)
     return of_query, of_key, grad_value.sum(0), of_gate, of_back
+
+
+gated_scan = operator_with_gradients(
+    "triton_gated_scan",
+    "Tensor query, Tensor key, Tensor value, Tensor gate, Tensor? back, bool apart, float scale",
+    _forward,
+    _backward,
+    lambda query, key, value, *others: value.new_empty(value.shape, dtype=torch.float32),
+)

@@ -21,12 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.neighborhood._geometry import INPUTS, PARAMS, NAParams
+from ops.neighborhood._geometry import PARAMS, NAParams
 from ops.triton_devices import device_problem
 
 __all__ = ["attend", "unavailable"]
 
 _MAX_HEAD_DIM = 256
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
+    "Tensor? rpb"
+)
 
 
 def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
@@ -77,7 +81,7 @@ def _split(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], NAParams]:
 @torch.library.custom_op(
     "vision_backbones::triton_neighborhood",
     mutates_args=(),
-    schema=f"({INPUTS}, {PARAMS}) -> (Tensor, Tensor)",
+    schema=f"({_INPUTS}, {PARAMS}) -> (Tensor, Tensor)",
 )
 def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Imported on first use, since triton is optional.
@@ -97,7 +101,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, 
     "vision_backbones::triton_neighborhood_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, {PARAMS}, "
+        f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {PARAMS}, "
         "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )

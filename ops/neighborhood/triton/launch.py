@@ -28,8 +28,6 @@ from ops.neighborhood.triton.tiles import (
 )
 from ops.triton_devices import LAUNCH_OPTIONS
 
-__all__ = ["backward", "forward", "run"]
-
 # Number of programs that fill a large GPU. Sums with few results are split into about as many.
 _PROGRAMS = 1024
 

@@ -16,8 +16,6 @@ from ops.neighborhood.triton.launch import _precision, _run_tiles, _strides, _tr
 from ops.neighborhood.triton.split import mix_kernel, scatter_kernel, scores_kernel
 from ops.neighborhood.triton.tiles import padded
 
-__all__ = ["mix", "scatter", "scores"]
-
 
 def scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, window: Window) -> Tensor:
     """See :func:`ops.neighborhood.split_tiled.scores`."""

@@ -10,8 +10,6 @@ from typing import Any
 
 import triton
 
-__all__ = ["configs", "fitting", "may_fill_keys", "may_fill_queries", "padded"]
-
 # With more shared memory per program, too few programs run on a multiprocessor.
 _SHARED_BYTES = 96 * 1024
 

@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ops.triton_devices import LAUNCH_OPTIONS
-
-__all__ = ["backward", "forward"]
+from ops.triton_operators import operator_with_gradients
 
 _CHUNK = 16  # tokens between stored states
 _MOST_CELLS = 1024  # states of a program
@@ -211,7 +210,7 @@ def _common(
     return arguments, (batch * groups, triton.cdiv(dim, block))
 
 
-def forward(u: Tensor, *others: Any) -> Tensor:
+def _forward(u: Tensor, *others: Any) -> Tensor:
     """(B, channels, L), contiguous, in the dtype of u."""
     common, grid = _common(u, *others)
     out = u.new_empty(u.shape)
@@ -225,9 +224,7 @@ def forward(u: Tensor, *others: Any) -> Tensor:
     return out
 
 
-def backward(
-    grad_out: Tensor, *inputs: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Gradients of the seven tensors in float32."""
     common, grid = _common(*inputs)
     u, _, A, B, *_ = inputs
@@ -259,4 +256,14 @@ def backward(
             **LAUNCH_OPTIONS,
         )
     of_channels = (t.sum(0) for t in (grad_a, grad_b, grad_c, grad_d, grad_bias))
-    return (grad_u, grad_delta, *of_channels)  # type: ignore[return-value]
+    return (grad_u, grad_delta, *of_channels)
+
+
+scan = operator_with_gradients(
+    "triton_selective_scan",
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor delta_bias, "
+    "bool softplus",
+    _forward,
+    _backward,
+    lambda u, *others: u.new_empty(u.shape),
+)

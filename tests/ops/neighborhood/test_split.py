@@ -24,7 +24,7 @@ from split_oracle import (
 )
 
 from ops import neighborhood
-from ops.neighborhood import na2d, na2d_av, na2d_qk, split_cpu
+from ops.neighborhood import cpu, na2d, na2d_av, na2d_qk, split
 
 CASE = Case((5, 7), (3, 4), (1, 1), (1, 1), (False, True), heads=2, dim=3, extra=2, has_rpb=True)
 
@@ -138,7 +138,7 @@ LARGE = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: "x".join(map(str, case.size)))
 def test_large_maps(case: Case, dtype: torch.dtype, which: str) -> None:
-    assert split_cpu.unavailable(make_inputs(case, dtype)["query"]) is None
+    assert split._backend(make_inputs(case, dtype)["query"]) is cpu
     assert_exact(case, which, dtype)
 
 
@@ -165,8 +165,8 @@ def test_results_do_not_depend_on_threads() -> None:
     results = []
     for threads in (1, 3):
         with using_threads(threads):
-            scores = split_cpu.scores(query, key, tensors["rpb"], 0.0, window)
-            sums = split_cpu.mix(weights, key, window), split_cpu.scatter(weights, query, window)
+            scores = cpu.scores(query, key, tensors["rpb"], 0.0, window)
+            sums = cpu.mix(weights, key, window), cpu.scatter(weights, query, window)
             results.append((scores, *sums))
     assert all(map(torch.equal, *results))
 
@@ -175,7 +175,7 @@ def test_half_precision_is_computed_in_float32() -> None:
     """In float16, a sum beyond 2,048 would not change any more by adding ones."""
     weights = torch.ones(1, 1, 3001, 3000, dtype=torch.float16)
     value = torch.ones(1, 1, 3001, 1, dtype=torch.float16)
-    out = split_cpu.mix(weights, value, ((3000,), (1,), (False,)))
+    out = cpu.mix(weights, value, ((3000,), (1,), (False,)))
     assert out.dtype == torch.float16
     assert torch.equal(out, torch.full_like(out, 3000))
 
@@ -186,6 +186,6 @@ def test_values_outside_of_a_window_do_not_matter() -> None:
     value[0, 0, 10:] = torch.nan
     weights = torch.ones(1, 1, 20, 5)
     weights[0, 0, 0, 1:] = torch.inf
-    out = split_cpu.mix(weights, value, ((5,), (1,), (True,)))
+    out = cpu.mix(weights, value, ((5,), (1,), (True,)))
     assert torch.equal(out[0, 0, :10], torch.zeros(10, 3))
     assert out[0, 0, 10:].isnan().all()

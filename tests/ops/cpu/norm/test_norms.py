@@ -9,11 +9,9 @@ from compiled_kernels import PLAIN_ACTIVATIONS, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.cpu.norm.attention_weights import attention_weights
-from ops.cpu.norm.biased_softmax import biased_softmax
 from ops.cpu.norm.layer_norm import layer_norm
-from ops.cpu.norm.response_scales import response_scales
-from ops.cpu.norm.rms_norm import rms_norm
+from ops.cpu.norm.norms import response_scales, rms_norm
+from ops.cpu.norm.softmax import attention_weights, biased_softmax
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 

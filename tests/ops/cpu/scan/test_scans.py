@@ -11,8 +11,7 @@ from torch import Tensor
 from backbones.vrwkv.blocks import shift
 from ops.bi_wkv import bi_wkv
 from ops.cpu.scan.gated_scan import mixed_scan, normed_scan
-from ops.cpu.wkv.bi_wkv import bi_wkv_forward
-from ops.cpu.wkv.shift import shifted_mixtures
+from ops.cpu.wkv.wkv import bi_wkv_forward, shifted_mixtures
 from ops.linear_attention import gated_linear_attention
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,4 +1,7 @@
-"""Weights of attention with a table, on the CPU for inference (``attention_weights.h``)."""
+"""Softmax of logits with a table added, on the CPU for inference.
+
+The kernels are ``softmax.h`` and, with the products before it, ``attention_weights.h``.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,46 @@ from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
-from ops.cpu.threads import MACS, threads_for
+from ops.cpu.threads import MACS, VALUES, threads_for
 
-__all__ = ["attention_weights"]
+
+@kernel("norm", "biased_softmax_forward", large_results=True)
+def biased_softmax(x: Tensor, bias: Tensor, half: bool) -> Call:
+    """``(x + bias).softmax(-1)``. No gradients.
+
+    Args:
+        x: (B, ..., K) float32; copied unless its rows are dense and equally far apart.
+        bias: (..., K), float32 or bfloat16, the shape of ``x`` without its first axis.
+        half: whether the result is in bfloat16.
+
+    Returns:
+        (B, ..., K), contiguous.
+    """
+    if not x.numel() or bias.shape != x.shape[1:]:
+        raise ValueError(
+            f"x must be (B, ..., K) and bias (..., K), got {tuple(x.shape)} and {tuple(bias.shape)}"
+        )
+    require_dtype(torch.float32, x=x)
+    half_bias = bias.dtype == torch.bfloat16
+    if not half_bias:
+        require_dtype(torch.float32, bias=bias)
+
+    def arguments() -> dict[str, Any]:
+        length = x.shape[-1]
+        rows = x if _are_even(x) else x.contiguous()
+        return {
+            **{"rows": x.numel() // length, "length": length, "period": bias.numel() // length},
+            **{"pitch": rows.stride(-2), "in": rows, "half_bias": half_bias, "half": half},
+            "threads": threads_for(4 * x.numel(), VALUES),
+        }
+
+    return Call(x.new_empty(x.shape, dtype=torch.bfloat16 if half else x.dtype), arguments)
+
+
+def _are_even(x: Tensor) -> bool:
+    """Whether rows are dense and equally far apart."""
+    outer = zip(x.shape[1:-1], x.stride()[1:-1], x.stride(), strict=False)
+    return x.stride(-1) == 1 and all(above == n * step for n, step, above in outer)
 
 
 @kernel("norm", "attention_weights_forward", large_results=True)
@@ -29,9 +69,6 @@ def attention_weights(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, 
 
     Returns:
         (B, heads, ..., K), contiguous.
-
-    Raises:
-        ValueError: other shapes or dtypes, or nothing to multiply.
     """
     fits = query.ndim == key.ndim == 4 and weight.ndim == 2 and bias.ndim > 1
     if (
