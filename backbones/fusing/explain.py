@@ -18,9 +18,9 @@ from backbones.fusing.int8_state import Int8Model
 from backbones.fusing.precision import Precision
 from ops.cpu.build import instruction_set
 from ops.inference.conversion import slow_in_nhwc
-from ops.replay.module import Recorded
-from ops.replay.profile import Profile, profile
-from ops.replay.trace import TracedCall
+from ops.rewriting.module import Rewritten
+from ops.rewriting.profile import Profile, profile
+from ops.rewriting.trace import TracedCall
 
 __all__ = ["BufferUse", "Explanation", "MemoryUse", "explain"]
 
@@ -95,7 +95,7 @@ class Explanation:
         is_fused: whether layers have their inference forms.
         seconds: median time of one call of the model.
         calls: kernels and functions in execution order, see
-            :class:`ops.replay.trace.TracedCall`.
+            :class:`ops.rewriting.trace.TracedCall`.
         memory: the memory plan if the model is replayed, else None.
         not_replayed: why a fused model is not replayed; None if it is.
         precision: after ``fuse(torch.int8)``, its layers and their precision, else None.
@@ -272,7 +272,7 @@ def explain(
 
 
 def _is_fused(model: nn.Module) -> bool:
-    return model.fused if isinstance(model, FusableBackbone) else isinstance(model, Recorded)
+    return model.fused if isinstance(model, FusableBackbone) else isinstance(model, Rewritten)
 
 
 def _image_shape(
@@ -310,7 +310,7 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
 
 def _obstacle(model: nn.Module, found: Profile) -> str | None:
     """Why a fused model is not replayed; None if it is, or is not fused."""
-    if not _is_fused(model) or isinstance(model, Recorded):
+    if not _is_fused(model) or isinstance(model, Rewritten):
         return found.obstacle
     return slow_in_nhwc(model) or "its layers are those of torch, not in channels last"
 

@@ -38,7 +38,7 @@ class FusableBackbone(Int8Model, nn.Module):
         and ``torch.export`` see the plain form of the folded model. For each input layout, the
         first call is recorded and rewritten (:mod:`ops.rewriting`), the second captured, and later
         ones are replayed without Python between the kernels until the model changes
-        (:mod:`ops.replay.module`). Outside of replays, malloc keeps up to
+        (:mod:`ops.rewriting.module`). Outside of replays, malloc keeps up to
         256 MiB of freed memory for the next maps (:mod:`ops.inference.heap`).
 
         Changes are detected if weights and buffers are modified by torch functions, get other

@@ -27,8 +27,7 @@ from backbones.fusing.quantization import (
 from ops.inference import conversion
 from ops.inference.layers import convert, plain_forms
 from ops.reparam import fuse_children
-from ops.replay.module import recorded_form
-from ops.rewriting.module import Rewritten
+from ops.rewriting.module import Rewritten, rewritten_form
 from ops.rounding import round_filters
 
 __all__ = ["FusedBackbone", "FusedNetwork", "fuse_network", "require_evaluation"]
@@ -113,11 +112,11 @@ def _check(dtype: Any, channels_last: Any, calibrate: Any, max_drop: Any) -> Non
 def _record(model: nn.Module, is_backbone: bool) -> None:
     """Let a network, or networks in it, record and replay their calls."""
     if is_backbone:
-        convert(model, recorded_form(type(model), FusedBackbone))
+        convert(model, rewritten_form(type(model), FusedBackbone))
         return
     for network in _networks(model):
         if not isinstance(network, torch.jit.ScriptModule):
-            convert(network, recorded_form(type(network), FusedNetwork))
+            convert(network, rewritten_form(type(network), FusedNetwork))
 
 
 def _confirm(model: nn.Module, precision: Precision, images: Any) -> None:

@@ -20,9 +20,8 @@ from ops.cpu.attention.grouped import attend
 from ops.inference.conversion import to_channels_last
 from ops.inference.layers import convert
 from ops.replay.graph import NotCapturableError
-from ops.replay.module import recorded_form
 from ops.rewriting.graph import Program
-from ops.rewriting.module import Rewritten
+from ops.rewriting.module import Rewritten, rewritten_form
 from ops.rewriting.recorder import record
 
 
@@ -627,7 +626,7 @@ def test_threads_may_record_at_once() -> None:
         for _ in range(5):
             model = nn.Sequential(_Network()).eval()
             to_channels_last(model, always=True)
-            network = convert(model, recorded_form(nn.Sequential, Rewritten))
+            network = convert(model, rewritten_form(nn.Sequential, Rewritten))
             with ThreadPoolExecutor(4) as pool:
                 for out, right in zip(pool.map(network, inputs), expected, strict=True):
                     torch.testing.assert_close(out, right)

@@ -9,8 +9,9 @@ module called that method.
 from __future__ import annotations
 
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,31 +24,24 @@ from ops.cpu.call.binding import Kernel
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.flops import function_flops, kernel_flops
 from ops.replay.capture import Capture, allocates
-from ops.replay.clock import clock
 from ops.replay.graph import tensors_in
+from ops.rewriting.graph import Operator
 
-__all__ = ["Step", "Trace", "TracedCall"]
+__all__ = ["Trace", "TracedCall", "clock"]
 
 Shape = tuple[int, ...]
 
+_RESOLUTION = 1e-6  # required resolution of the clock, in seconds
 
-class Step:
-    """A part of a program that computes what a module did.
 
-    Attributes:
-        path: of the module in its network.
-        decisions: the rules that the module consulted when the program was made.
-        rewrites: that made it.
+def clock() -> Callable[[], float]:
+    """A function that returns the time in seconds, suited to torch's current number of threads.
+
+    With a single thread, which never waits for others, this is the thread's CPU time, so other
+    processes on a busy machine do not affect it. Otherwise it is wall-clock time.
     """
-
-    path: str
-    decisions: Sequence[Decision]
-    rewrites: tuple[str, ...]
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The layer that it calls, if it is one."""
-        raise NotImplementedError
+    fine = time.get_clock_info("thread_time").resolution <= _RESOLUTION
+    return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
 
 
 @dataclass
@@ -64,7 +58,7 @@ class TracedCall:
         instruction_set: the one the kernel was compiled for; None for other libraries.
         rules: of :mod:`ops.cpu.policy`, as evaluated for this call; empty if there was no choice.
         flops: see :mod:`ops.cpu.flops`; None if not counted.
-        seconds: time of the call, without Python around it; see :mod:`ops.replay.clock`.
+        seconds: time of the call, without Python around it; see :func:`clock`.
         lowered_from: the torch function that the kernel replaces in replays, if any.
         rewrites: of :mod:`ops.rewriting`, which made the operator.
     """
@@ -199,13 +193,9 @@ class Trace(Capture):
         while frame is not None:
             if frame.f_code.co_varnames[:1] == ("self",):
                 caller = frame.f_locals.get("self")
-                if isinstance(caller, Step):
-                    module: Any = caller.module
-                    return (
-                        caller.path,
-                        getattr(module, "decisions", caller.decisions),
-                        caller.rewrites,
-                    )
+                if isinstance(caller, Operator):
+                    decisions = getattr(caller.function, "decisions", caller.decisions)
+                    return caller.path, decisions, caller.rewrites
                 found = self._modules.get(id(caller))
                 if found is not None:
                     return found[0], getattr(found[1], "decisions", ()), ()
