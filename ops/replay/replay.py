@@ -37,7 +37,7 @@ _VALUE, _PLACE, _BLOCK = range(3)  # as in ops/cpu/replay/replay.cpp
 _LARGE_BYTES = 4 << 20
 
 _Tensors = list[Any]  # of buffers, during a replay
-_Step = Callable[[_Tensors, Any], None]
+_Step = Callable[[_Tensors, Any], object]
 
 
 class Replay:

@@ -28,7 +28,7 @@ from ops.rewriting.response_norm import (
     join_response_scales,
     join_squeeze,
 )
-from ops.rewriting.shortcuts import add_shortcut, scale_shortcut
+from ops.rewriting.shortcuts import add_shortcut
 from ops.rewriting.softmax import join_products, join_softmax
 from ops.rewriting.stem import join_stem
 from ops.rewriting.views import join_permutations, sink_permutation
@@ -55,7 +55,7 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (join_response_scales, join_squeeze, join_feed_forward),
     (join_expansion,),
     (join_permutations,),
-    (scale_shortcut, join_softmax, join_stem),
+    (join_softmax, join_stem),
     (join_products,),
 )
 

@@ -254,11 +254,6 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         {**_convs(3, first=SQUARE), **_convs(conv=SQUARE), **_scale()},
         *(IMAGE, ["FastConv2d", "FastLinear"]),
     ),
-    "multiples in another order": (
-        lambda m, x: m.fc(x) + (x + 0.5 * (m.scale * x)),
-        {**_linear(fc=SQUARE), **_scale()},
-        *(TOKENS, ONE),
-    ),
     "a scale of rows is no scale of channels": (
         lambda m, x: m.fc(x) + x * m.scale,
         {**_linear(fc=SQUARE), **_scale(63, 1)},
@@ -368,16 +363,6 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         lambda m, x: 2 + m.scale * x.norm(p=2, dim=(2, 3), keepdim=True),
         _scale(1, 16, 1, 1),
         *(IMAGE, ["linalg_vector_norm", "mul", "add"]),
-    ),
-    "a scaled and shifted shortcut": (
-        lambda m, x: torch.addcmul(m.shift.view(-1, 1, 1), x, m.scale.view(-1, 1, 1)) + m.fc(x),
-        {**_convs(fc=SQUARE), **_weights(shift=(16,), scale=(16,))},
-        *(CUBE, ONE),
-    ),
-    "a shortcut with shifts of columns": (
-        lambda m, x: torch.addcmul(m.shift, x, m.scale) + m.fc(x),
-        {**_convs(fc=SQUARE), **_weights(shift=(16,), scale=(16,))},
-        *(CUBE, ["addcmul", "FastLinear"]),
     ),
     **{
         f"pooling of windows to {size} and products with a constant": (
