@@ -13,9 +13,8 @@ from torch import nn
 from backbones.common.checks import several, whole
 from backbones.common.messages import shown
 from backbones.common.tables import table
-from backbones.fusing.fusable import FusableBackbone
-from backbones.fusing.int8_state import Int8Model
-from backbones.fusing.precision import Precision
+from backbones.fusing.fuse import FusableBackbone
+from backbones.fusing.int8_state import Int8Model, Precision
 from ops.cpu.build import instruction_set
 from ops.inference.conversion import slow_in_nhwc
 from ops.rewriting.module import Rewritten

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from backbones.common.messages import first_line
-from backbones.fusing.precision import LayerPrecision, Precision
+from backbones.fusing.int8_state import LayerPrecision, Precision
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import (
     LARGEST_BYTE,

@@ -18,10 +18,8 @@ from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.inference import (  # noqa: F401  (they register their forms)
     attention,
     conv,
-    factorized,
     kan,
     layers,
-    mobile,
     norm,
     window,
 )
