@@ -16,7 +16,6 @@ from backbones.common.tables import table
 from backbones.fusing.fuse import FusableBackbone
 from backbones.fusing.int8_state import Int8Model, Precision
 from ops.cpu.build import instruction_set
-from ops.inference.conversion import slow_in_nhwc
 from ops.rewriting.module import Rewritten
 from ops.rewriting.profile import Profile, profile
 from ops.rewriting.trace import TracedCall
@@ -255,23 +254,23 @@ def explain(
         if "greater than actual input" not in str(error):
             raise
         raise ValueError(f"images of {shape[2]}×{shape[3]} are too small: {error}") from error
+    is_fused = model.fused if isinstance(model, FusableBackbone) else isinstance(model, Rewritten)
+    obstacle = found.obstacle
+    if is_fused and not isinstance(model, Rewritten):
+        obstacle = "its layers are those of torch, not in channels last"
     return Explanation(
         config.get("architecture", type(model).__name__),
         shape,
         str(weight.dtype).removeprefix("torch."),
         torch.get_num_threads(),
         instruction_set(),
-        _is_fused(model),
+        is_fused,
         found.seconds,
         found.calls,
         _memory_of(found),
-        _obstacle(model, found),
+        obstacle,
         model.precision if isinstance(model, Int8Model) else None,
     )
-
-
-def _is_fused(model: nn.Module) -> bool:
-    return model.fused if isinstance(model, FusableBackbone) else isinstance(model, Rewritten)
 
 
 def _image_shape(
@@ -305,13 +304,6 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def _obstacle(model: nn.Module, found: Profile) -> str | None:
-    """Why a fused model is not replayed; None if it is, or is not fused."""
-    if not _is_fused(model) or isinstance(model, Rewritten):
-        return found.obstacle
-    return slow_in_nhwc(model) or "its layers are those of torch, not in channels last"
 
 
 def _memory_of(found: Profile) -> MemoryUse | None:

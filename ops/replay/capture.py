@@ -161,7 +161,8 @@ class Capture:
             raise NotCapturableError(f"{operator} cannot be replayed")
         if mutable and any(self._index(t) is None for t in _modified(operator, args, kwargs)):
             raise NotCapturableError(f"{operator} changes an existing tensor")
-        call = TorchCall(operator, self._arguments(args), self._arguments(kwargs))
+        given = pytree.tree_map_only(Tensor, self._argument, (args, kwargs))
+        call = TorchCall(operator, *given)
         for i in fresh:
             call.results[i] = self._add_buffer(results[i])
         self.calls.append(call)
@@ -188,15 +189,6 @@ class Capture:
         if t.dtype != buffer.dtype or offset < 0:
             raise NotCapturableError("a tensor has a different dtype, or starts before the input")
         return View(index, tuple(t.shape), t.stride(), offset // t.element_size())
-
-    def _arguments(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._argument(value)
-        if isinstance(value, dict):
-            return {key: self._arguments(v) for key, v in value.items()}
-        if isinstance(value, tuple | list) and any(True for _ in tensors_in(value)):
-            return [self._arguments(v) for v in value]
-        return value
 
     # -- kernels ---------------------------------------------------------------------------------
 

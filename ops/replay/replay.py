@@ -23,6 +23,7 @@ from ops.replay.graph import (
     Place,
     TorchCall,
     View,
+    is_view,
 )
 from ops.replay.lowering import lowered
 from ops.replay.memory_plan import plan_memory
@@ -107,7 +108,7 @@ class Replay:
         """A function that returns the result."""
         if isinstance(result, View):
             return _reader(result, self._buffers[result.buffer])
-        leaves, structure = pytree.tree_flatten(result, is_leaf=lambda v: isinstance(v, View))
+        leaves, structure = pytree.tree_flatten(result, is_leaf=is_view)
         read = [self._filler(leaf) for leaf in leaves]
         return lambda tensors: pytree.tree_unflatten([r(tensors) for r in read], structure)
 
