@@ -8,6 +8,7 @@ Calls of both are recorded as operators, which are rewritten, see :mod:`ops.rewr
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
@@ -15,14 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.fusing.int8_state import Int8Model, Precision
-from backbones.fusing.quantization import (
-    call,
-    check_quantization,
-    confirm,
-    quantize,
-    random_images,
-    unquantize,
-)
+from backbones.fusing.quantization import confirm, quantize, unquantize
 from ops.inference import conversion
 from ops.inference.layers import convert, plain_forms
 from ops.reparam import fuse_children
@@ -94,7 +88,10 @@ def fuse_network(
             model.precision = precision
             if precision is not None and precision.quantized:
                 # Kernels of this library's blocks depend on sizes, so all files of one agree.
-                _confirm(model, precision, None if is_backbone else calibrate)
+                confirm(model, precision, None if is_backbone else calibrate)
+                for module in model.modules():
+                    if isinstance(module, Rewritten):
+                        module.forget()
         _warn_of_lost_hooks(hooked, set(model.modules()))
 
 
@@ -105,7 +102,16 @@ def _check(dtype: Any, channels_last: Any, calibrate: Any, max_drop: Any) -> Non
             f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, or "
             f"torch.int8; got {dtype!r}"
         )
-    check_quantization(dtype, channels_last, calibrate, max_drop)
+    for name, value in (("calibrate", calibrate), ("max_drop", max_drop)):
+        if value is not None and dtype != torch.int8:
+            raise ValueError(f"{name} is for dtype=torch.int8, but dtype is {dtype}")
+    if dtype == torch.int8 and channels_last is False:
+        raise ValueError("dtype=torch.int8 needs channels_last, got False")
+    number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
+    if max_drop is not None and not (number and 0 < max_drop < math.inf):
+        raise ValueError(f"max_drop must be a positive number or None, got {max_drop!r}")
+    if not isinstance(calibrate, Iterable | None) or isinstance(calibrate, str | bytes | Mapping):
+        raise ValueError(f"calibrate must give batches of images, got a {type(calibrate).__name__}")
     if not isinstance(channels_last, bool) and channels_last != "auto":
         raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
 
@@ -118,24 +124,6 @@ def _record(model: nn.Module, is_backbone: bool) -> None:
     for network in _networks(model):
         if not isinstance(network, torch.jit.ScriptModule):
             convert(network, rewritten_form(type(network), FusedNetwork))
-
-
-def _confirm(model: nn.Module, precision: Precision, images: Any) -> None:
-    """Leave out layers that are not computed in int8 in a call like the first of ``images``."""
-    first = random_images(model) if images is None else images[0]
-    image = first[0] if isinstance(first, list | tuple) else first
-    if image is None:
-        return
-    image = image[:1].to(next(model.parameters()).dtype)
-
-    def run() -> None:
-        call(model, image)
-        model(image)  # if the whole cannot be recorded, its parts are now
-
-    confirm(model, precision, run)
-    for module in model.modules():
-        if isinstance(module, Rewritten):
-            module.forget()
 
 
 def _networks(model: nn.Module, depth: int = _DEPTH) -> Iterator[nn.Module]:
@@ -257,15 +245,14 @@ class FusableBackbone(Int8Model, nn.Module):
     ) -> Model:
         """Optimise the model for inference: fold layers, then choose memory format and kernels.
 
-        Norms, branches and scales are folded into adjacent layers. Then, on a CPU with oneDNN, the
-        attention and scans get their inference forms (:mod:`ops.inference`).
-        Names and state dict are those of the folded model; outputs are equal up to rounding. The
-        model supports gradients with respect to images, but not to parameters. ``torch.compile``
-        and ``torch.export`` see the plain form of the folded model. For each input layout, the
-        first call is recorded and rewritten (:mod:`ops.rewriting`), the second captured, and later
-        ones are replayed without Python between the kernels until the model changes
-        (:mod:`ops.rewriting.module`). Outside of replays, malloc keeps up to
-        256 MiB of freed memory for the next maps (:mod:`ops.inference.heap`).
+        Norms, branches and scales are folded into adjacent layers; on a CPU with oneDNN, attention
+        and scans then get their inference forms (:mod:`ops.inference`). Names and state dict are
+        those of the folded model; outputs are equal up to rounding. There are gradients with
+        respect to images, but not to parameters; ``torch.compile`` and ``torch.export`` see the
+        plain form of the folded model. For each input layout, the first call is recorded and
+        rewritten (:mod:`ops.rewriting`), the second captured, and later ones are replayed without
+        Python between the kernels until the model changes (:mod:`ops.rewriting.module`). Outside of
+        replays, malloc keeps up to 256 MiB for the next maps (:mod:`ops.inference.heap`).
 
         Changes are detected if weights and buffers are modified by torch functions, get other
         memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if layers or hooks
@@ -277,17 +264,16 @@ class FusableBackbone(Int8Model, nn.Module):
         same ``dtype`` has no effect. Afterwards ``train()`` raises.
 
         With ``torch.int8``, linear layers and pointwise convolutions compute in int8: weights have
-        a scale for each output, inputs one for each row, or fixed ones of a calibration.
-        Everything else, and layers whose blocks have a kernel of their own, computes as before.
-        Parameters, maps and images are in bfloat16 where the CPU multiplies it, else in float32;
-        :attr:`precision` says which, and lists the layers. Where int8 is not faster (no
-        AVX512-VNNI, AVX-VNNI, AMX or SDOT), the model stays in float32 and a warning says so, once.
+        a scale for each output, inputs one for each row, or fixed ones of a calibration. Everything
+        else, and layers whose blocks have a kernel of their own, computes as before, with
+        parameters, maps and images in bfloat16 where the CPU multiplies it, else in float32;
+        :attr:`precision` lists the layers. Where int8 is not faster (no AVX512-VNNI, AVX-VNNI, AMX
+        or SDOT), the model stays in float32 and a warning says so, once.
 
         Args:
-            dtype: convert the parameters after folding, for example to ``torch.bfloat16``; images
-                must then have that dtype. On CPUs with bfloat16 arithmetic (AMX, AVX512-BF16) this
-                takes about half the time of float32, on others the same. Filters keep their
-                sums (:mod:`ops.rounding`). ``torch.int8``: see above. Default: unchanged.
+            dtype: of the parameters after folding, and of images. With bfloat16 arithmetic (AMX,
+                AVX512-BF16), ``torch.bfloat16`` takes about half the time of float32, elsewhere the
+                same. Filters keep their sums (:mod:`ops.rounding`). Default: unchanged.
             channels_last: False: only fold. True: use the channels-last format on any device.
                 ``"auto"``: use it where it was measured to be faster, which is on the CPU.
             calibrate: for ``torch.int8``: batches of preprocessed images (or tuples that begin with
