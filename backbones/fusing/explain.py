@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -151,7 +150,7 @@ class Explanation:
             [
                 call.layer or "(model)",
                 call.kernel if call.library == "ours" else f"{call.library} {call.kernel}",
-                " → ".join(_sides(shapes[:1]) for shapes in (call.inputs, call.outputs)),
+                " → ".join(_sides(*shapes[:1]) for shapes in (call.inputs, call.outputs)),
                 call.dtype,
                 call.instruction_set or "",
                 *self._times(call.seconds),
@@ -173,7 +172,7 @@ class Explanation:
     def _title(self) -> str:
         form = "fused" if self.is_fused else "not fused"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        size = _sides([self.input_shape])
+        size = _sides(self.input_shape)
         return f"{self.model}, {form}: {size} {self.dtype}, {threads}, {self.instruction_set}"
 
     def _notes(self) -> str:
@@ -248,8 +247,7 @@ def explain(
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=generator, device="cpu").to(weight.dtype)
     try:
-        with _in_evaluation(model):
-            found = profile(model, images, repeats)
+        found = profile(model, images, repeats)
     except RuntimeError as error:
         if "greater than actual input" not in str(error):
             raise
@@ -293,19 +291,6 @@ def _image_shape(
     return channels, height, width
 
 
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Temporarily put all modules into eval mode."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _memory_of(found: Profile) -> MemoryUse | None:
     if found.graph is None or found.plan is None:
         return None
@@ -322,8 +307,8 @@ def _rate(call: TracedCall) -> float | None:
     return None if call.flops is None or not call.seconds else call.flops / call.seconds / 1e9
 
 
-def _sides(shapes: Sequence[Sequence[int]]) -> str:
-    return "×".join(map(str, shapes[0])) if shapes else ""
+def _sides(shape: Sequence[int] = ()) -> str:
+    return "×".join(map(str, shape))
 
 
 def _mebibytes(nbytes: int) -> str:

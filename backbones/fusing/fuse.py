@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from backbones.common.messages import shown
 from backbones.fusing.int8_state import Int8Model, Precision
 from backbones.fusing.quantization import confirm, quantize, unquantize
 from ops.inference import conversion
@@ -144,7 +145,7 @@ def _warn_of_lost_hooks(hooked: Mapping[str, nn.Module], kept: set[nn.Module]) -
     if lost := [name for name, module in hooked.items() if module not in kept]:
         _log.warning(
             "the hooks of %s were removed: fuse() folded it into its neighbours",
-            _named_briefly(lost),
+            shown(lost),
         )
 
 
@@ -193,12 +194,6 @@ class FusedBackbone(Rewritten):
             return method(self, x, *args, **kwargs)
         with plain_forms():
             return method(self, x, *args, **kwargs)
-
-
-def _named_briefly(names: list[str]) -> str:
-    """The first name, and how many others there are."""
-    others = {0: "", 1: " and another module"}
-    return names[0] + others.get(len(names) - 1, f" and {len(names) - 1} other modules")
 
 
 def _has_hooks(module: nn.Module, gradients: bool = True) -> bool:

@@ -138,7 +138,8 @@ def _dispatched(method: Callable[..., Any]) -> Callable[..., Any]:
             return self.eagerly(method, *args, **kwargs)
         (place,) = places
         before, x, after = leaves[:place], leaves[place], leaves[place + 1 :]
-        if not is_plain_call((x,)) or not all(map(_is_hashable, (*before, *after))):
+        others = (*before, *after)
+        if not is_plain_call((x,)) or not all(isinstance(leaf, Hashable) for leaf in others):
             return self.eagerly(method, *args, **kwargs)
 
         def plain(x: Tensor) -> Any:
@@ -153,17 +154,9 @@ def _dispatched(method: Callable[..., Any]) -> Callable[..., Any]:
 
         if self._records is None:
             self._records = _Records()
-        return self._records(self, x, call, (method.__name__, structure, (*before, *after)), plain)
+        return self._records(self, x, call, (method.__name__, structure, others), plain)
 
     return dispatched
-
-
-def _is_hashable(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 class _Records:

@@ -44,12 +44,13 @@ class Profile:
 
 @torch.inference_mode()
 def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
-    """Time a network, alternating between runs as a whole and runs call by call.
+    """Time a network in eval mode, alternating between runs as a whole and runs call by call.
 
-    The state of its modules (packed weights, graphs) is restored afterwards.
+    The state of its modules (mode, packed weights, graphs) is restored afterwards.
     """
     with _state_restored(network):
         for module in network.modules():
+            module.training = False
             if isinstance(module, Rewritten):
                 module.forget()
         for _ in range(3):  # pack weights, capture a graph, replay it

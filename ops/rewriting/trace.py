@@ -101,21 +101,15 @@ class Trace(Capture):
         super().__init__(x)
         self.traced: list[TracedCall] = []
         self._modules = {id(module): (path, module) for path, module in network.named_modules()}
-        self._pending: dict[str, list[Decision]] = defaultdict(
-            list
-        )  # by layer, since its last call
-        self._rejected: dict[str, list[Decision]] = {}  # by layer: why its next calls go to torch
+        # By layer: those since its last call, and why its next calls go to torch.
+        self._pending: dict[str, list[Decision]] = defaultdict(list)
+        self._rejected: dict[str, list[Decision]] = {}
         self._clock, self._begin = clock(), 0.0
 
     def __enter__(self) -> Trace:
-        self._observation = observe_decisions(self._note_rule)
-        self._observation.__enter__()
         super().__enter__()
+        self._entered.enter_context(observe_decisions(self._note_rule))
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._observation.__exit__(*error)
 
     # -- operators of torch ----------------------------------------------------------------------
 
@@ -123,9 +117,9 @@ class Trace(Capture):
         begin = self._clock()
         result = super().call(operator, args, kwargs)
         seconds = self._clock() - begin
-        outputs = list(tensors_in((result,)))
+        outputs = tensors_in((result,))
         if _computes(operator, args, kwargs, outputs):
-            inputs = list(tensors_in((args, kwargs)))
+            inputs = tensors_in((args, kwargs))
             flops = function_flops(operator, args, kwargs, result)
             library = "oneDNN" if operator.namespace == "mkldnn" else "torch"
             self._add(library, _short(operator), inputs, outputs, None, flops, seconds)
@@ -139,8 +133,8 @@ class Trace(Capture):
 
     def kernel_returned(self, kernel: Kernel, given: dict[str, Any], result: Any) -> None:
         seconds = self._clock() - self._begin
-        inputs = list(tensors_in(given))
-        outputs = list(tensors_in((given["out"] if result is None else result,)))
+        inputs = tensors_in(given)
+        outputs = tensors_in((given["out"] if result is None else result,))
         flops = kernel_flops(kernel.name, given, result)
         isa = status(kernel.library).instruction_set
         self._add("ours", kernel.name, inputs, outputs, isa, flops, seconds)
@@ -159,13 +153,12 @@ class Trace(Capture):
     ) -> None:
         layer, decisions, rewrites = self._caller()
         rules = self._rules_of(layer, decisions, library == "ours")
-        in_bytes = any(t.dtype == torch.int8 for t in inputs)  # weights of linear layers
-        dtype = str(torch.int8 if in_bytes else outputs[0].dtype).removeprefix("torch.")
-        shapes = _shapes(inputs), _shapes(outputs)
-        self.traced.append(
-            TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)
-        )
-        self.traced[-1].rewrites = rewrites
+        in_int8 = any(t.dtype == torch.int8 for t in inputs)  # weights of linear layers
+        dtype = str(torch.int8 if in_int8 else outputs[0].dtype).removeprefix("torch.")
+        shapes = ([tuple(t.shape) for t in tensors] for tensors in (inputs, outputs))
+        made = TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)
+        made.rewrites = rewrites
+        self.traced.append(made)
 
     def _rules_of(self, layer: str, decisions: Sequence[Decision], is_ours: bool) -> list[Decision]:
         """The rules behind a call: evaluated just before it, or when weights were packed.
@@ -201,10 +194,6 @@ class Trace(Capture):
                     return found[0], getattr(found[1], "decisions", ()), ()
             frame = frame.f_back  # type: ignore[assignment]
         return "", (), ()
-
-
-def _shapes(tensors: Sequence[Tensor]) -> list[Shape]:
-    return [tuple(t.shape) for t in tensors]
 
 
 def _computes(
