@@ -115,7 +115,7 @@ def quantize(
     return result
 
 
-def confirm(model: nn.Module, precision: Precision, images: Sequence[Any] | None) -> None:
+def confirm(model: nn.Module, precision: Precision, images: Any) -> None:
     """Leave out layers that no kernel of a converted model computes in int8.
 
     Args:

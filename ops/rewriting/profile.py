@@ -74,8 +74,7 @@ def _state_restored(network: nn.Module) -> Iterator[None]:
 
 
 def _of_replays(network: Rewritten, x: Tensor, repeats: int) -> Profile:
-    forward: Any = type(network).stands_for.forward  # type: ignore[attr-defined]
-    program = network.program(x, functools.partial(forward, network))
+    program = _program(network, x)
     program(x)  # packs weights
     with Trace(x, network) as trace:
         result = program(x)
@@ -109,14 +108,19 @@ def _of_layers(network: nn.Module, x: Tensor, repeats: int) -> Profile:
 
     first = traced()
     total = _measure(first.traced, lambda: network(x), seconds, repeats)
-    obstacle: NotCapturableError | None = None
+    obstacle = None
     if isinstance(network, Rewritten):
         try:
             ModuleSnapshot(network)
-            obstacle = first.failure
+            _program(network, x)
         except NotCapturableError as error:
-            obstacle = error
-    return Profile(first.traced, total, obstacle=None if obstacle is None else str(obstacle))
+            obstacle = str(error)
+    return Profile(first.traced, total, obstacle=obstacle)
+
+
+def _program(network: Rewritten, x: Tensor) -> Callable[[Tensor], Any]:
+    forward: Any = type(network).stands_for.forward  # type: ignore[attr-defined]
+    return network.program(x, functools.partial(forward, network))
 
 
 def _measure(

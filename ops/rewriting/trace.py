@@ -155,10 +155,10 @@ class Trace(Capture):
         rules = self._rules_of(layer, decisions, library == "ours")
         in_int8 = any(t.dtype == torch.int8 for t in inputs)  # weights of linear layers
         dtype = str(torch.int8 if in_int8 else outputs[0].dtype).removeprefix("torch.")
-        shapes = ([tuple(t.shape) for t in tensors] for tensors in (inputs, outputs))
-        made = TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)
-        made.rewrites = rewrites
-        self.traced.append(made)
+        read, made = ([tuple(t.shape) for t in tensors] for tensors in (inputs, outputs))
+        call = TracedCall(layer, library, kernel, read, made, dtype, isa, rules, flops, seconds)
+        call.rewrites = rewrites
+        self.traced.append(call)
 
     def _rules_of(self, layer: str, decisions: Sequence[Decision], is_ours: bool) -> list[Decision]:
         """The rules behind a call: evaluated just before it, or when weights were packed.

@@ -444,19 +444,22 @@ def test_several_results_and_other_values_are_returned() -> None:
 
 
 @pytest.mark.parametrize(
-    "function",
+    ("function", "message"),
     [
-        lambda m, x: x if x.sum() > 0 else -x,
-        lambda m, x: x[x > 0],
-        lambda m, x: x.mul_(2),
-        lambda m, x: m.fc.weight.mul_(1).sum() + x,
-        lambda m, x: (y := x * 2, y.view(-1).add_(1), y)[2],
-        lambda m, x: 3,
+        (lambda m, x: x if x.sum() > 0 else -x, "is_nonzero.default gives a bool"),
+        (lambda m, x: x * x.sum().item(), "depends on values"),
+        (lambda m, x: x[x > 0], "index.Tensor gives depends on values"),
+        (lambda m, x: x + torch.rand(16), "rand.default is random"),
+        (lambda m, x: x + torch.empty(16).normal_(), "normal_.default is random"),
+        (lambda m, x: F.dropout(x, 0.5), "dropout.default is random"),
+        (lambda m, x: x.mul_(2), "modifies the input"),
+        (lambda m, x: m.fc.weight.mul_(1).sum() + x, "modifies an existing tensor"),
+        (lambda m, x: (y := x * 2, y.view(-1).add_(1), y)[2], "a view of a tensor modified"),
+        (lambda m, x: 3, "a int without tensors"),
     ],
-    ids=["branch", "mask", "input", "weight", "view", "number"],
 )
-def test_calls_that_cannot_be_replayed_are_recognised(function: Any) -> None:
-    with pytest.raises(NotCapturableError):
+def test_calls_that_cannot_be_replayed_are_recognised(function: Any, message: str) -> None:
+    with pytest.raises(NotCapturableError, match=message):
         record(model := Call(function, fc=nn.Linear(16, 16)), model, TOKENS.clone())
 
 
