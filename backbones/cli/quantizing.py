@@ -33,7 +33,7 @@ from backbones.common.outputs import Kind
 from backbones.common.resizing import Resizing
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, preprocessing
-from backbones.fusing.precision import Precision
+from backbones.fusing.int8_state import Precision
 
 _WANTED = "give a folder of images like those that the model will see"
 # The expensive operators; norms, softmax and sums stay in float.

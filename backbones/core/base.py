@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from backbones.common.checks import one_of
 from backbones.core.keywords import FEATURES, KEYWORDS, POOLINGS, checked
 from backbones.core.stage import Stage, map_of
-from backbones.fusing.fusable import FusableBackbone
+from backbones.fusing.fuse import FusableBackbone
 from ops.arguments import require_tensor
 
 

@@ -301,7 +301,7 @@ def fuse(
     """Optimise a model for inference: one of this library, or any other in eval mode.
 
     Modifies ``model`` in place and returns it. If backbones of this library are inside, they are
-    fused, see :meth:`backbones.fusing.fusable.FusableBackbone.fuse`; ``dtype`` converts only them.
+    fused, see :meth:`backbones.fusing.fuse.FusableBackbone.fuse`; ``dtype`` converts only them.
     Other networks, such as those of timm, torchvision and transformers, keep their layers and
     weights, which no longer require gradients: on a CPU, their calls with one tensor are recorded
     as operators, rewritten to kernels of this library, and replayed (:mod:`ops.rewriting`). Outputs
@@ -310,7 +310,7 @@ def fuse(
 
     Args:
         dtype, channels_last, calibrate, max_drop: see
-            :meth:`backbones.fusing.fusable.FusableBackbone.fuse`.
+            :meth:`backbones.fusing.fuse.FusableBackbone.fuse`.
 
     Raises:
         TypeError: ``model`` is not a module, or ``dtype`` no torch.dtype.

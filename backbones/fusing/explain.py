@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,14 +12,12 @@ from torch import nn
 from backbones.common.checks import several, whole
 from backbones.common.messages import shown
 from backbones.common.tables import table
-from backbones.fusing.fusable import FusableBackbone
-from backbones.fusing.int8_state import Int8Model
-from backbones.fusing.precision import Precision
+from backbones.fusing.fuse import FusableBackbone
+from backbones.fusing.int8_state import Int8Model, Precision
 from ops.cpu.build import instruction_set
-from ops.inference.conversion import slow_in_nhwc
-from ops.replay.module import Recorded
-from ops.replay.profile import Profile, profile
-from ops.replay.trace import TracedCall
+from ops.rewriting.module import Rewritten
+from ops.rewriting.profile import Profile, profile
+from ops.rewriting.trace import TracedCall
 
 __all__ = ["BufferUse", "Explanation", "MemoryUse", "explain"]
 
@@ -95,7 +92,7 @@ class Explanation:
         is_fused: whether layers have their inference forms.
         seconds: median time of one call of the model.
         calls: kernels and functions in execution order, see
-            :class:`ops.replay.trace.TracedCall`.
+            :class:`ops.rewriting.trace.TracedCall`.
         memory: the memory plan if the model is replayed, else None.
         not_replayed: why a fused model is not replayed; None if it is.
         precision: after ``fuse(torch.int8)``, its layers and their precision, else None.
@@ -153,7 +150,7 @@ class Explanation:
             [
                 call.layer or "(model)",
                 call.kernel if call.library == "ours" else f"{call.library} {call.kernel}",
-                " → ".join(_sides(shapes[:1]) for shapes in (call.inputs, call.outputs)),
+                " → ".join(_sides(*shapes[:1]) for shapes in (call.inputs, call.outputs)),
                 call.dtype,
                 call.instruction_set or "",
                 *self._times(call.seconds),
@@ -175,7 +172,7 @@ class Explanation:
     def _title(self) -> str:
         form = "fused" if self.is_fused else "not fused"
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        size = _sides([self.input_shape])
+        size = _sides(self.input_shape)
         return f"{self.model}, {form}: {size} {self.dtype}, {threads}, {self.instruction_set}"
 
     def _notes(self) -> str:
@@ -250,29 +247,28 @@ def explain(
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=generator, device="cpu").to(weight.dtype)
     try:
-        with _in_evaluation(model):
-            found = profile(model, images, repeats)
+        found = profile(model, images, repeats)
     except RuntimeError as error:
         if "greater than actual input" not in str(error):
             raise
         raise ValueError(f"images of {shape[2]}×{shape[3]} are too small: {error}") from error
+    is_fused = model.fused if isinstance(model, FusableBackbone) else isinstance(model, Rewritten)
+    obstacle = found.obstacle
+    if is_fused and not isinstance(model, Rewritten):
+        obstacle = "its layers are those of torch, not in channels last"
     return Explanation(
         config.get("architecture", type(model).__name__),
         shape,
         str(weight.dtype).removeprefix("torch."),
         torch.get_num_threads(),
         instruction_set(),
-        _is_fused(model),
+        is_fused,
         found.seconds,
         found.calls,
         _memory_of(found),
-        _obstacle(model, found),
+        obstacle,
         model.precision if isinstance(model, Int8Model) else None,
     )
-
-
-def _is_fused(model: nn.Module) -> bool:
-    return model.fused if isinstance(model, FusableBackbone) else isinstance(model, Recorded)
 
 
 def _image_shape(
@@ -295,26 +291,6 @@ def _image_shape(
     return channels, height, width
 
 
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Temporarily put all modules into eval mode."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _obstacle(model: nn.Module, found: Profile) -> str | None:
-    """Why a fused model is not replayed; None if it is, or is not fused."""
-    if not _is_fused(model) or isinstance(model, Recorded):
-        return found.obstacle
-    return slow_in_nhwc(model) or "its layers are those of torch, not in channels last"
-
-
 def _memory_of(found: Profile) -> MemoryUse | None:
     if found.graph is None or found.plan is None:
         return None
@@ -331,8 +307,8 @@ def _rate(call: TracedCall) -> float | None:
     return None if call.flops is None or not call.seconds else call.flops / call.seconds / 1e9
 
 
-def _sides(shapes: Sequence[Sequence[int]]) -> str:
-    return "×".join(map(str, shapes[0])) if shapes else ""
+def _sides(shape: Sequence[int] = ()) -> str:
+    return "×".join(map(str, shape))
 
 
 def _mebibytes(nbytes: int) -> str:

@@ -8,32 +8,27 @@ Calls of both are recorded as operators, which are rewritten, see :mod:`ops.rewr
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from backbones.fusing.int8_state import Int8Model
-from backbones.fusing.precision import Precision
-from backbones.fusing.quantization import (
-    call,
-    check_quantization,
-    confirm,
-    quantize,
-    random_images,
-    unquantize,
-)
+from backbones.common.messages import shown
+from backbones.fusing.int8_state import Int8Model, Precision
+from backbones.fusing.quantization import confirm, quantize, unquantize
 from ops.inference import conversion
 from ops.inference.layers import convert, plain_forms
 from ops.reparam import fuse_children
-from ops.replay.module import recorded_form
-from ops.rewriting.module import Rewritten
+from ops.rewriting.module import Rewritten, rewritten_form
 from ops.rounding import round_filters
 
-__all__ = ["FusedBackbone", "FusedNetwork", "fuse_network", "require_evaluation"]
+__all__ = ["FusableBackbone", "FusedBackbone", "FusedNetwork", "fuse_network"]
 
 _log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound="FusableBackbone")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that models run in
 _DEPTH = 2  # of the parts of a network that are recorded besides the whole
@@ -56,7 +51,7 @@ def fuse_network(
 
     Args:
         dtype, channels_last, calibrate, max_drop: see
-            :meth:`backbones.fusing.fusable.FusableBackbone.fuse`.
+            :meth:`backbones.fusing.fuse.FusableBackbone.fuse`.
         is_backbone: fold it, as a backbone of this library.
 
     Raises:
@@ -94,7 +89,10 @@ def fuse_network(
             model.precision = precision
             if precision is not None and precision.quantized:
                 # Kernels of this library's blocks depend on sizes, so all files of one agree.
-                _confirm(model, precision, None if is_backbone else calibrate)
+                confirm(model, precision, None if is_backbone else calibrate)
+                for module in model.modules():
+                    if isinstance(module, Rewritten):
+                        module.forget()
         _warn_of_lost_hooks(hooked, set(model.modules()))
 
 
@@ -105,7 +103,16 @@ def _check(dtype: Any, channels_last: Any, calibrate: Any, max_drop: Any) -> Non
             f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, or "
             f"torch.int8; got {dtype!r}"
         )
-    check_quantization(dtype, channels_last, calibrate, max_drop)
+    for name, value in (("calibrate", calibrate), ("max_drop", max_drop)):
+        if value is not None and dtype != torch.int8:
+            raise ValueError(f"{name} is for dtype=torch.int8, but dtype is {dtype}")
+    if dtype == torch.int8 and channels_last is False:
+        raise ValueError("dtype=torch.int8 needs channels_last, got False")
+    number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
+    if max_drop is not None and not (number and 0 < max_drop < math.inf):
+        raise ValueError(f"max_drop must be a positive number or None, got {max_drop!r}")
+    if not isinstance(calibrate, Iterable | None) or isinstance(calibrate, str | bytes | Mapping):
+        raise ValueError(f"calibrate must give batches of images, got a {type(calibrate).__name__}")
     if not isinstance(channels_last, bool) and channels_last != "auto":
         raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
 
@@ -113,29 +120,11 @@ def _check(dtype: Any, channels_last: Any, calibrate: Any, max_drop: Any) -> Non
 def _record(model: nn.Module, is_backbone: bool) -> None:
     """Let a network, or networks in it, record and replay their calls."""
     if is_backbone:
-        convert(model, recorded_form(type(model), FusedBackbone))
+        convert(model, rewritten_form(type(model), FusedBackbone))
         return
     for network in _networks(model):
         if not isinstance(network, torch.jit.ScriptModule):
-            convert(network, recorded_form(type(network), FusedNetwork))
-
-
-def _confirm(model: nn.Module, precision: Precision, images: Any) -> None:
-    """Leave out layers that are not computed in int8 in a call like the first of ``images``."""
-    first = random_images(model) if images is None else images[0]
-    image = first[0] if isinstance(first, list | tuple) else first
-    if image is None:
-        return
-    image = image[:1].to(next(model.parameters()).dtype)
-
-    def run() -> None:
-        call(model, image)
-        model(image)  # if the whole cannot be recorded, its parts are now
-
-    confirm(model, precision, run)
-    for module in model.modules():
-        if isinstance(module, Rewritten):
-            module.forget()
+            convert(network, rewritten_form(type(network), FusedNetwork))
 
 
 def _networks(model: nn.Module, depth: int = _DEPTH) -> Iterator[nn.Module]:
@@ -156,7 +145,7 @@ def _warn_of_lost_hooks(hooked: Mapping[str, nn.Module], kept: set[nn.Module]) -
     if lost := [name for name, module in hooked.items() if module not in kept]:
         _log.warning(
             "the hooks of %s were removed: fuse() folded it into its neighbours",
-            _named_briefly(lost),
+            shown(lost),
         )
 
 
@@ -168,11 +157,11 @@ class FusedNetwork(Int8Model, Rewritten):
 
     def train(self, mode: bool = True) -> Any:
         """Like ``nn.Module.train``; raises, since replays are for evaluation."""
-        require_evaluation(self, mode)
+        _require_evaluation(self, mode)
         return super().train(mode)
 
 
-def require_evaluation(model: nn.Module, mode: bool) -> None:
+def _require_evaluation(model: nn.Module, mode: bool) -> None:
     """Raise a RuntimeError if a fused model is to be trained."""
     if mode:
         raise RuntimeError(
@@ -207,12 +196,6 @@ class FusedBackbone(Rewritten):
             return method(self, x, *args, **kwargs)
 
 
-def _named_briefly(names: list[str]) -> str:
-    """The first name, and how many others there are."""
-    others = {0: "", 1: " and another module"}
-    return names[0] + others.get(len(names) - 1, f" and {len(names) - 1} other modules")
-
-
 def _has_hooks(module: nn.Module, gradients: bool = True) -> bool:
     """Whether a module has hooks of its forward or, with ``gradients``, its backward pass."""
     if module._forward_hooks or module._forward_pre_hooks:
@@ -240,3 +223,88 @@ def _require_images(x: Any, model: Any) -> None:
     fits &= dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
     if not fits or x.device != weight.device:
         raise ValueError(f"{expected}, got {tuple(x.shape)} of {x.dtype} on {x.device}")
+
+
+class FusableBackbone(Int8Model, nn.Module):
+    """A network of ``stages`` with :meth:`fuse`."""
+
+    stages: nn.Sequential
+
+    def fuse(
+        self: Model,
+        dtype: torch.dtype | None = None,
+        channels_last: bool | Literal["auto"] = "auto",
+        *,
+        calibrate: Iterable[Any] | Tensor | None = None,
+        max_drop: float | None = None,
+    ) -> Model:
+        """Optimise the model for inference: fold layers, then choose memory format and kernels.
+
+        Norms, branches and scales are folded into adjacent layers; on a CPU with oneDNN, attention
+        and scans then get their inference forms (:mod:`ops.inference`). Names and state dict are
+        those of the folded model; outputs are equal up to rounding. There are gradients with
+        respect to images, but not to parameters; ``torch.compile`` and ``torch.export`` see the
+        plain form of the folded model. For each input layout, the first call is recorded and
+        rewritten (:mod:`ops.rewriting`), the second captured, and later ones are replayed without
+        Python between the kernels until the model changes (:mod:`ops.rewriting.module`). Outside of
+        replays, malloc keeps up to 256 MiB for the next maps (:mod:`ops.inference.heap`).
+
+        Changes are detected if weights and buffers are modified by torch functions, get other
+        memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if layers or hooks
+        change. While modules inside have hooks, all layers run as torch computes them. Writes that
+        torch cannot see, such as through NumPy or in place through ``.data``, take effect after the
+        next call of ``fuse()``.
+
+        Modifies the model in place, puts it in eval mode and returns it; a second call with the
+        same ``dtype`` has no effect. Afterwards ``train()`` raises.
+
+        With ``torch.int8``, linear layers and pointwise convolutions compute in int8: weights have
+        a scale for each output, inputs one for each row, or fixed ones of a calibration. Everything
+        else, and layers whose blocks have a kernel of their own, computes as before, with
+        parameters, maps and images in bfloat16 where the CPU multiplies it, else in float32;
+        :attr:`precision` lists the layers. Where int8 is not faster (no AVX512-VNNI, AVX-VNNI, AMX
+        or SDOT), the model stays in float32 and a warning says so, once.
+
+        Args:
+            dtype: of the parameters after folding, and of images. With bfloat16 arithmetic (AMX,
+                AVX512-BF16), ``torch.bfloat16`` takes about half the time of float32, elsewhere the
+                same. Filters keep their sums (:mod:`ops.rounding`). Default: unchanged.
+            channels_last: False: only fold. True: use the channels-last format on any device.
+                ``"auto"``: use it where it was measured to be faster, which is on the CPU.
+            calibrate: for ``torch.int8``: batches of preprocessed images (or tuples that begin with
+                one), from which inputs get fixed ranges; each is run a few times. Default: ranges
+                of each row.
+            max_drop: for ``torch.int8``: the largest relative error of the output,
+                ‖int8 − float‖ / ‖float‖, on the images of ``calibrate`` or on random ones. The most
+                sensitive layers stay in floats, which takes a run for each layer to find out.
+                Default: all layers in int8.
+
+        Raises:
+            ValueError: ``dtype`` is not floating-point or int8, another argument is invalid, or
+                ``calibrate`` or ``max_drop`` are given for another dtype.
+            TypeError: ``dtype`` is not a torch.dtype, for example a string.
+        """
+        fuse_network(self, dtype, channels_last, calibrate, max_drop, is_backbone=True)
+        return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Like ``nn.Module.load_state_dict``, but rejects weights from before :meth:`fuse`."""
+        if self.fused and strict and (foreign := state_dict.keys() - self.state_dict().keys()):
+            raise RuntimeError(
+                f"{type(self).__name__} has been fused and needs weights that were saved after "
+                f"fuse(), not {min(foreign)} and {len(foreign) - 1} other tensors: load weights "
+                "from before fuse() into a new model, then fuse it"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
+
+    @property
+    def fused(self) -> bool:
+        """Whether :meth:`fuse` (or timm's ``reparameterize_model``) has been called."""
+        return any(stage.fused for stage in self.stages)
+
+    def train(self: Model, mode: bool = True) -> Model:
+        """Like ``nn.Module.train``; raises for a fused model, whose norms are folded."""
+        _require_evaluation(self, mode and self.fused)
+        return super().train(mode)

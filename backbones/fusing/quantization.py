@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from backbones.common.messages import first_line
-from backbones.fusing.precision import LayerPrecision, Precision
+from backbones.fusing.int8_state import LayerPrecision, Precision
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import (
     LARGEST_BYTE,
@@ -33,40 +33,13 @@ from ops.cpu.gemm.int8 import (
 )
 from ops.inference.packed_linear import Quantization, quantization_of
 
-__all__ = [
-    "call",
-    "check_quantization",
-    "confirm",
-    "quantize",
-    "random_images",
-    "unquantize",
-]
+__all__ = ["confirm", "quantize", "unquantize"]
 
 _log = logging.getLogger(__name__)
 
 _RANDOM_IMAGES = 2
 _SAMPLED = 1 << 14  # values per layer and batch that ranges are chosen for
 _SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the range seen
-
-
-def check_quantization(
-    dtype: torch.dtype | None, channels_last: bool | str, calibrate: Any, max_drop: Any
-) -> None:
-    """Check arguments of ``fuse()``; raises a ValueError that names the wrong one."""
-    if dtype != torch.int8:
-        for name, value in (("calibrate", calibrate), ("max_drop", max_drop)):
-            if value is not None:
-                raise ValueError(f"{name} is for dtype=torch.int8, but dtype is {dtype}")
-        return
-    if channels_last is False:
-        raise ValueError("dtype=torch.int8 needs channels_last, got False")
-    number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
-    if max_drop is not None and not (number and 0 < max_drop < math.inf):
-        raise ValueError(f"max_drop must be a positive number or None, got {max_drop!r}")
-    if isinstance(calibrate, str | bytes | Mapping) or not (
-        calibrate is None or isinstance(calibrate, Iterable)
-    ):
-        raise ValueError(f"calibrate must give batches of images, got a {type(calibrate).__name__}")
 
 
 def quantize(
@@ -96,7 +69,8 @@ def quantize(
     layers = _layers(model, with_windows)
     classifiers = _classifiers(model, layers)
     known: dict[str, Quantization] = {}
-    before = _reasons(model)
+    precision: Precision | None = getattr(model, "precision", None)  # if it was fused before
+    before = {} if precision is None else {e.layer: e.reason for e in precision.layers}
     if images is None and max_drop is None:
         named = ((name, quantization_of(layer)) for name, layer in layers)
         known = {name: quantization for name, quantization in named if quantization is not None}
@@ -125,7 +99,7 @@ def quantize(
         result = Precision("", entries, bool(ranges))
         if max_drop is not None:
             probes = batches
-            if probes is None and (noise := random_images(model)) is not None:
+            if probes is None and (noise := _random_images(model)) is not None:
                 probes = [noise]
             if probes is None:
                 raise ValueError(
@@ -141,12 +115,20 @@ def quantize(
     return result
 
 
-def confirm(model: nn.Module, precision: Precision, run: Callable[[], object]) -> None:
-    """Run a converted model, and leave out the layers that no kernel has computed in int8."""
-    if not precision.quantized:
+def confirm(model: nn.Module, precision: Precision, images: Any) -> None:
+    """Leave out layers that no kernel of a converted model computes in int8.
+
+    Args:
+        images: batches, of which the first image is shown to the model; None: random ones.
+    """
+    first = _random_images(model) if images is None else images[0]
+    image = first[0] if isinstance(first, list | tuple) else first
+    if image is None or not precision.quantized:
         return
+    image = image[:1].to(next(model.parameters()).dtype)
     with torch.inference_mode():
-        run()
+        _call(model, image)
+        model(image)  # if the whole cannot be recorded, its parts are now
     layers: dict[str, Any] = dict(model.named_modules())
     for entry in precision.layers:
         layer = layers[entry.layer]
@@ -230,12 +212,6 @@ def _entry(
     return LayerPrecision(name, in_features, out_features, "", reason)
 
 
-def _reasons(model: Any) -> dict[str, str]:
-    """Why layers are not in int8, if the model was fused before."""
-    precision: Precision | None = getattr(model, "precision", None)
-    return {} if precision is None else {e.layer: e.reason for e in precision.layers}
-
-
 # -- images --------------------------------------------------------------------------------------
 
 
@@ -272,7 +248,7 @@ def _channels(model: Any) -> int | None:
     return channels if isinstance(channels, int) else None
 
 
-def random_images(model: Any) -> Tensor | None:
+def _random_images(model: Any) -> Tensor | None:
     """Images of noise, (B, C, H, W), of the size that a model declares, if any."""
     config = _config(model)
     if config is None:
@@ -283,7 +259,7 @@ def random_images(model: Any) -> Tensor | None:
     return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
 
 
-def call(model: nn.Module, images: Tensor) -> Any:
+def _call(model: nn.Module, images: Tensor) -> Any:
     """``model(images)``.
 
     Raises:
@@ -319,7 +295,7 @@ def _calibrate(
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers]
     try:
         for batch in batches:
-            call(model, batch)
+            _call(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -411,7 +387,7 @@ def _keep_within(
     """Remove the most sensitive layers from ``chosen`` until the error is small enough."""
 
     def results() -> list[Tensor]:
-        leaves = pytree.tree_leaves([call(model, batch) for batch in batches])
+        leaves = pytree.tree_leaves([_call(model, batch) for batch in batches])
         return [t.double() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
 
     exact = results()

@@ -1,33 +1,42 @@
-"""Inference forms of attention layers: cached tables, fewer passes, fused shortcuts."""
+"""Inference forms of attention layers: cached tables, fewer passes, one map for all branches."""
 
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ops.attention.bilevel import (
     BiLevelRoutingAttention,
     bilevel_routing_attention,
     nearest_regions,
 )
+from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
+from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch, tap_positions
 from ops.attention.hilo import HiLoAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
+from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention import grouped as grouped_attention
+from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.cpu.attention.gated import gated_attention, heads_unavailable, rank_augmented_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
-from ops.inference.layers import FastForm, fast_path_applies, stands_for
+from ops.inference.layers import FastForm, FastLayer, fast_path_applies, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
     "FastBiLevelRoutingAttention",
+    "FastCascadedGroupAttention",
+    "FastFactorizedAttention",
+    "FastGlobalBranch",
     "FastHiLoAttention",
+    "FastLocalBranch",
     "FastRankAugmentedAttention",
+    "FastSingleHeadAttention",
     "axis_rotations",
 ]
 
@@ -181,3 +190,163 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         head_dim = x.shape[3] // self.num_heads
         tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
         return self.proj(attend(qkvo, bias, *tables, self.num_heads))
+
+
+@stands_for(GlobalBranch)
+class FastGlobalBranch(FastLayer, GlobalBranch):
+    """Computes only keys and values; non-overlapping patches go through a linear layer."""
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, dim), no side below ``sr_ratio`` → (B, h·w, 1, dim) each."""
+        packed = self.derived(x)
+        if packed is None:
+            reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        else:
+            side = self.sr_ratio
+            height, width = x.shape[1] // side, x.shape[2] // side
+            whole = x[:, : height * side, : width * side]
+            patches = whole.unflatten(2, (width, side)).unflatten(1, (height, side))
+            reduced = packed(patches.transpose(2, 3).flatten(3))
+        key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)
+        value = self.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return key.flatten(1, 2).unsqueeze(2), value.flatten(1, 2).unsqueeze(2)
+
+    def derive(self, x: Tensor) -> PackedLinear:
+        return PackedLinear(self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
+
+
+@stands_for(LocalBranch)
+class FastLocalBranch(FastLayer, LocalBranch):
+    """Only its keys and values; for few windows, the linear layer includes the average."""
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, dim) → (B, window_size², heads, head_dim) each."""
+        batch, height, width, dim = x.shape
+        heads, side = self.num_heads, self.window_size
+        taps = x.flatten(1, 2).index_select(1, _taps(height, width, side, self.dilation))
+        taps = taps.view(batch, side**2, -1, heads, dim // heads)
+        # See ops.attention.factorized.cross_window_fusion.
+        sequence = taps.transpose(2, 3).flatten(3)  # (B, side², heads, windows · head_dim)
+        key, value = self._keys_and_values_of(sequence).chunk(2, dim=-1)
+        value_map = value.reshape(batch, side, side, dim).permute(0, 3, 1, 2)
+        value = self.local_conv(value_map).permute(0, 2, 3, 1).reshape(value.shape)
+        return key, value
+
+    def _keys_and_values_of(self, sequence: Tensor) -> Tensor:
+        """(B, side², heads, windows · head_dim) → (B, side², heads, 2 · head_dim)."""
+        windows = sequence.shape[3] // self.kv.in_features
+        packed = self.derived(sequence)
+        if windows == 1:
+            return self.kv(self.fc(sequence))
+        if packed is None or not policy.averages_in_linear(sequence.shape[3]):
+            return self.kv(self.fc(sequence.unflatten(3, (-1, windows)).mean(-1)))
+        if windows not in packed:
+            weight = self.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
+            packed[windows] = PackedLinear(weight, self.kv.bias)
+        return packed[windows](sequence)
+
+    def derive(self, x: Tensor) -> dict[int, PackedLinear] | None:
+        """Layers by number of windows; created on first use."""
+        return {} if isinstance(self.fc, nn.Identity) else None
+
+
+@stands_for(FactorizedAttention)
+class FastFactorizedAttention(FactorizedAttention):
+    """Every branch writes its channels of a shared map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = (self.global_branch, *self.local_branches)
+        fast = (
+            fast_path_applies(x, self.q.weight)
+            and grouped_attention.grouped_attention.unavailable(x.device, x.dtype) is None
+        )
+        if not fast or min(x.shape[1:3]) < self.global_branch.sr_ratio or x.shape[0] == 0:
+            return super().forward(x)
+        splits = (self.global_dim, self.local_dim)
+        queries = self.q(x).flatten(1, 2)
+        mixed = torch.empty_like(queries)
+        global_map, local_map = x.split(splits, dim=3)
+        local_map = self.kv_pw(self.kv_dw(local_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        global_query, local_query = queries.split(splits, dim=2)
+        outs = mixed.split((self.global_dim, *[self.group_dim] * len(self.local_branches)), dim=2)
+        heads, width = self.num_heads, self.group_dim // self.num_heads
+        parts = (
+            global_query.unsqueeze(2),
+            *local_query.unflatten(2, (heads, -1)).split(width, dim=3),
+        )
+        maps = (global_map, *local_map.split(self.group_dim, dim=3))
+        for branch, query, part, out in zip(branches, parts, maps, outs, strict=True):
+            assert isinstance(branch, FastGlobalBranch | FastLocalBranch)
+            key, value = branch.keys_and_values(part)
+            grouped_attention.attend(query, key, value, out.unflatten(2, (query.shape[2], -1)))
+        return self.proj(mixed.view(x.shape))
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(height: int, width: int, window_size: int, dilation: int) -> Tensor:
+    """The pixel of each tap of each window, taps first: (window_size² · windows,)."""
+    cpu = torch.device("cpu")
+    rows = tap_positions(height, window_size, dilation, cpu)
+    columns = tap_positions(width, window_size, dilation, cpu)
+    # (k, k, n_y, n_x)
+    pixels = rows.t()[:, None, :, None] * width + columns.t()[None, :, None, :]
+    return pixels.flatten()
+
+
+class _Cascade(NamedTuple):
+    """The heads' layers for the kernel, and tables of biases by a map's size."""
+
+    packed: PackedCascadedAttention
+    biases: dict[tuple[int, int], Tensor]
+
+
+@stands_for(CascadedGroupAttention)
+class FastCascadedGroupAttention(FastForm, CascadedGroupAttention):
+    """All heads in one pass over NHWC, with bias tables cached by map size."""
+
+    kernels: ClassVar = (cascaded_attention,)
+
+    def derive(self, x: Tensor) -> _Cascade:
+        heads: Any = self.heads
+        projections, convs = ([getattr(h, n) for h in heads] for n in ("qkv", "dwconv"))
+        return _Cascade(PackedCascadedAttention(projections, heads[0].splits[0], convs), {})
+
+    def fast(self, x: Tensor, derived: _Cascade) -> Tensor:
+        height, width = x.shape[2:]
+        size = self.window_size
+        tokens = x.permute(0, 2, 3, 1)
+        if height <= size and width <= size:
+            return self.proj(self._mix(tokens, derived).permute(0, 3, 1, 2))
+        bottom, right = -height % size, -width % size
+        if bottom or right:
+            tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom))
+        batch, rows, columns, dim = tokens.shape
+        split = tokens.view(batch, rows // size, size, columns // size, size, dim).transpose(2, 3)
+        mixed = self._mix(split.reshape(-1, size, size, dim), derived)
+        mixed = mixed.view(split.shape).transpose(2, 3).reshape(batch, rows, columns, dim)
+        return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2))
+
+    def _mix(self, x: Tensor, cascade: _Cascade) -> Tensor:
+        """Everything except the projection: (N, h, w, dim) → (N, h, w, dim)."""
+        size = x.shape[1], x.shape[2]
+        if size not in cascade.biases:
+            table = self.attention_biases.unflatten(1, (self.table_size, self.table_size))
+            bias = distance_bias(resize_distance_table(table, *size)).float()
+            cascade.biases[size] = bias
+        return cascade.packed(x, cascade.biases[size])
+
+
+@stands_for(SingleHeadAttention)
+class FastSingleHeadAttention(FastForm, SingleHeadAttention):
+    """Small maps in one pass over NHWC."""
+
+    kernels: ClassVar = (cascaded_attention,)
+
+    def derive(self, x: Tensor) -> PackedCascadedAttention:
+        qkv: Any = self.qkv
+        return PackedCascadedAttention([qkv], self.qkv_splits[0], norm=self.norm)
+
+    def fast(self, x: Tensor, derived: PackedCascadedAttention) -> Tensor:
+        if not policy.single_head_by_kernel(x.shape[2] * x.shape[3]):
+            return SingleHeadAttention.forward(self, x)
+        return self.proj(derived(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,8 @@ class FastMultipliedConv2d(FastDepthwiseConv2d):
 @stands_for(DilatedDepthwiseConv2d)
 class FastDilatedDepthwiseConv2d(DilatedDepthwiseConv2d):
     """One convolution, since our kernel handles dilation directly."""
+
+    kernels: ClassVar = (depthwise_conv2d,)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.is_grad_enabled():  # so the call is not recorded, and torch computes it

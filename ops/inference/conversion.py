@@ -12,22 +12,18 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.cpu import policy
-from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.inference import (  # noqa: F401  (they register their forms)
     attention,
     conv,
-    factorized,
     kan,
     layers,
-    mobile,
     norm,
     window,
 )
 from ops.inference.heap import keep_freed_memory
 
-__all__ = ["leave_inference_mode", "restore_plain_forms", "slow_in_nhwc", "to_channels_last"]
+__all__ = ["leave_inference_mode", "restore_plain_forms", "to_channels_last"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,8 +47,6 @@ def to_channels_last(model: nn.Module, *, always: bool) -> bool:
     if not policy.multiplies(weight.dtype):
         _warn_not_faster(weight.dtype)
     keep_freed_memory()
-    if not always and slow_in_nhwc(model) is not None:
-        return False
     for module in model.modules():
         fast = layers.fast_form(module)
         # Blocks' forms pass more than a map to their attention; token pooling only applies to the
@@ -69,18 +63,6 @@ def _warn_not_faster(dtype: torch.dtype) -> None:
         "faster than float32, and often slower",
         str(dtype).removeprefix("torch."),
     )
-
-
-def slow_in_nhwc(model: nn.Module) -> str | None:
-    """Why oneDNN, not our kernel, computes the model's dilated depthwise convolutions, or None.
-
-    oneDNN is slow at those in NHWC: without our kernel, fused VAN-B0 takes 83 ms in that format,
-    and its plain form 71 ms in NCHW.
-    """
-    if not any(isinstance(module, DilatedDepthwiseConv2d) for module in model.modules()):
-        return None
-    weight = next(model.parameters())
-    return depthwise_conv2d.unavailable(weight.device, weight.dtype)
 
 
 def _has_kernels(fast: type[nn.Module], weight: Tensor) -> bool:

@@ -82,14 +82,9 @@ def stands_for(plain: type[nn.Module]) -> Callable[[Form], Form]:
 
     Args:
         plain: exact class of the layers to replace; its subclasses are other layers.
-
-    Raises:
-        TypeError: the form is not a subclass of ``plain``.
     """
 
     def register(form: Form) -> Form:
-        if not issubclass(form, plain):
-            raise TypeError(f"{form.__name__} cannot replace a {plain.__name__}")
         form.stands_for = plain  # type: ignore[attr-defined]
         _forms[plain] = form
         return form
@@ -146,7 +141,7 @@ class FastLayer(nn.Module):
     """Base class of inference layers: data derived from tensors, created on demand.
 
     Derived data are not part of state dicts, copies or pickles, and are created again if the
-    tensors have changed (:class:`ops.replay.changes.TensorSnapshot`) and after :meth:`forget`.
+    tensors have changed (:class:`ops.replay.changes.TensorSnapshot`).
 
     Attributes:
         kernels: what the fast path needs: without one of them, there are no derived data.
@@ -164,7 +159,7 @@ class FastLayer(nn.Module):
             return None
         if self._derived is None and self._made_from is not None:
             return None  # the plain form is always right
-        sources = self.sources()
+        sources = [*self.parameters(), *self.buffers()]  # the first in the dtype of inputs
         if not fast_path_applies(x, sources[0]):
             return None
         if self._made_from is None or not self._made_from.matches(sources):
@@ -180,14 +175,6 @@ class FastLayer(nn.Module):
             self._made_from, self.decisions = made_from, decisions
         return self._derived
 
-    def forget(self) -> None:
-        """Discard the derived data."""
-        self._made_from = None
-
-    def sources(self) -> list[Tensor]:
-        """The tensors that data may be derived from; the first in the dtype of inputs."""
-        return [*self.parameters(), *self.buffers()]
-
     def derive(self, x: Tensor) -> Any:
         """Derive data from the parameters, with ``x`` as an example input."""
         raise NotImplementedError
@@ -195,11 +182,11 @@ class FastLayer(nn.Module):
     # These two may also modify inference-mode tensors, or swap tensors' storages.
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self.forget()
+        self._made_from = None
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.forget()
+        self._made_from = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:

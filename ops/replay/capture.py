@@ -2,7 +2,8 @@
 
 A capture records the operators of torch that are called below autograd and, as an observer of
 :mod:`ops.cpu.call.binding`, the kernels with their tensors, but nothing that happens inside either.
-Operators' schemas say what they modify. A capture distinguishes tensors allocated while it lasts,
+That the calls are the same for any input is known from their recording
+(:mod:`ops.rewriting.recorder`). A capture distinguishes tensors allocated while it lasts,
 which a replay may place anywhere, from tensors that existed before, such as weights.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -141,9 +142,7 @@ class Capture:
     def _note(self, operator: OpOverload, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         results = (result,) if isinstance(result, Tensor) else result
         if not _is_tensors(results):
-            if all(self._index(t) is None for t in tensors_in((args, kwargs))):
-                return  # a number that does not depend on the input
-            raise NotCapturableError(f"{operator} gives a {type(result).__name__}")
+            return
         if any(r.is_mkldnn for r in results):
             raise NotCapturableError(f"{operator} packs a weight")
         storages = [_memory(r) for r in results]
@@ -157,11 +156,10 @@ class Capture:
             return
         if not fresh and not mutable:
             return  # views
-        if _differs(operator, args, kwargs) or 0 < len(fresh) < len(results):
+        if 0 < len(fresh) < len(results):
             raise NotCapturableError(f"{operator} cannot be replayed")
-        if mutable and any(self._index(t) is None for t in _modified(operator, args, kwargs)):
-            raise NotCapturableError(f"{operator} changes an existing tensor")
-        call = TorchCall(operator, self._arguments(args), self._arguments(kwargs))
+        given = pytree.tree_map_only(Tensor, self._argument, (args, kwargs))
+        call = TorchCall(operator, *given)
         for i in fresh:
             call.results[i] = self._add_buffer(results[i])
         self.calls.append(call)
@@ -188,15 +186,6 @@ class Capture:
         if t.dtype != buffer.dtype or offset < 0:
             raise NotCapturableError("a tensor has a different dtype, or starts before the input")
         return View(index, tuple(t.shape), t.stride(), offset // t.element_size())
-
-    def _arguments(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self._argument(value)
-        if isinstance(value, dict):
-            return {key: self._arguments(v) for key, v in value.items()}
-        if isinstance(value, tuple | list) and any(True for _ in tensors_in(value)):
-            return [self._arguments(v) for v in value]
-        return value
 
     # -- kernels ---------------------------------------------------------------------------------
 
@@ -232,27 +221,6 @@ class Capture:
             self.constants.append(t.untyped_storage())
             return t.data_ptr() + offset
         return Place(index, t.data_ptr() + offset - self.buffers[index].start)
-
-
-def _differs(operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether the results of an operator differ from call to call, or their sizes do."""
-    if operator is _aten.index.Tensor:
-        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))  # masks
-    if torch.Tag.nondeterministic_seeded not in operator.tags:
-        return bool(torch.Tag.dynamic_output_shape in operator.tags)
-    names = [argument.name for argument in operator._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    # Attention and LSTMs, whose dropout is off.
-    rates = [given.get(name, 0.0) for name in ("dropout_p", "dropout") if name in names]
-    return not rates or rates[0] > 0
-
-
-def _modified(operator: OpOverload, args: Any, kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """The tensors that an operator writes to."""
-    for position, argument in enumerate(operator._schema.arguments):
-        if argument.is_write:
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            yield from tensors_in((given,))
 
 
 def _is_tensors(result: Any) -> bool:

@@ -19,7 +19,9 @@ __all__ = [
     "Place",
     "TorchCall",
     "View",
+    "is_view",
     "tensors_in",
+    "views_in",
 ]
 
 
@@ -93,11 +95,11 @@ class TorchCall:
     kwargs: dict[str, Any]
     results: dict[int, int] = field(default_factory=dict)
 
-    def views(self) -> Iterator[View]:
+    def views(self) -> list[View]:
         """The non-constant tensors among the arguments."""
-        return (leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, View))
+        return views_in((self.args, self.kwargs))
 
-    def constants(self) -> Iterator[Tensor]:
+    def constants(self) -> list[Tensor]:
         """The arguments that existed before the capture."""
         return tensors_in((self.args, self.kwargs))
 
@@ -121,23 +123,19 @@ class Graph:
     @property
     def results(self) -> list[View]:
         """The views among the results."""
-        return [
-            leaf for leaf in pytree.tree_leaves(self.result, is_leaf=_is_view) if _is_view(leaf)
-        ]
+        return views_in(self.result)
 
 
-def _is_view(value: Any) -> bool:
+def is_view(value: Any) -> bool:
+    """Whether a value is a view, which is a leaf and no tuple."""
     return isinstance(value, View)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, View) or not isinstance(value, tuple | list | dict):
-        yield value
-        return
-    for v in value.values() if isinstance(value, dict) else value:
-        yield from _leaves(v)
+def views_in(value: Any) -> list[View]:
+    """The views in nested sequences and dictionaries."""
+    return [leaf for leaf in pytree.tree_leaves(value, is_leaf=is_view) if is_view(leaf)]
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested sequences and dictionaries."""
-    return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -21,7 +21,7 @@ from ops.cpu import policy
 from ops.cpu.build import load
 from ops.cpu.call.structures import structure
 from ops.cpu.threads import VALUES, threads_for
-from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View
+from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View, is_view
 
 __all__ = ["lowered"]
 
@@ -60,7 +60,7 @@ def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
     lower = _LOWER.get(call.function)
     if lower is None or call.kwargs or len(call.results) > 1:
         return None
-    given = pytree.tree_leaves(call.args, is_leaf=lambda a: isinstance(a, View))
+    given = pytree.tree_leaves(call.args, is_leaf=is_view)
     operands = [_operand(a, buffers) for a in given if isinstance(a, Tensor | View)]
     if call.results:
         (index,) = call.results.values()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ops.replay.graph import Buffer, KernelCall, TorchCall
 
-__all__ = ["MemoryPlan", "Use", "lay_out", "plan_memory", "uses_of"]
+__all__ = ["MemoryPlan", "Use", "lay_out", "plan_memory"]
 
 _LINE = 64  # alignment of buffers in bytes: a cache line
 
@@ -28,14 +28,6 @@ class MemoryPlan:
     nbytes: int
 
 
-def plan_memory(
-    calls: Sequence[KernelCall | TorchCall], buffers: Sequence[Buffer], results: Collection[int]
-) -> MemoryPlan:
-    """Plan the memory of calls in this order; ``results`` are the indices of returned buffers."""
-    uses = uses_of(calls, len(buffers), results)
-    return MemoryPlan(uses, *lay_out(buffers, uses))
-
-
 @dataclass
 class Use:
     """The lifetime of a buffer: first and last call, and whether torch allocates or reads it.
@@ -49,11 +41,16 @@ class Use:
     by_torch: bool = False
 
 
-def uses_of(
-    calls: Sequence[KernelCall | TorchCall], buffers: int, results: Collection[int]
-) -> list[Use]:
-    """The lifetime of each buffer; buffer 0 is the input, and ``results`` are returned."""
-    uses = [Use(len(calls), -1) for _ in range(buffers)]
+def plan_memory(
+    calls: Sequence[KernelCall | TorchCall], buffers: Sequence[Buffer], results: Collection[int]
+) -> MemoryPlan:
+    """Plan the memory of calls in this order.
+
+    Args:
+        buffers: the first is the input.
+        results: the indices of those that are returned.
+    """
+    uses = [Use(len(calls), -1) for _ in buffers]
     for now, call in enumerate(calls):
         by_torch = isinstance(call, TorchCall)
         made = list(call.results.values()) if isinstance(call, TorchCall) else []
@@ -67,7 +64,7 @@ def uses_of(
     uses[0].first = -1
     for index in (0, *results):
         uses[index].last = len(calls)
-    return uses
+    return MemoryPlan(uses, *lay_out(buffers, uses))
 
 
 def lay_out(buffers: Sequence[Buffer], uses: Sequence[Use]) -> tuple[dict[int, int], int]:

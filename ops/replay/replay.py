@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ops.cpu.build import load, unavailable_reason
-from ops.replay.clock import clock
 from ops.replay.graph import (
     Block,
     Buffer,
@@ -25,12 +23,13 @@ from ops.replay.graph import (
     Place,
     TorchCall,
     View,
+    is_view,
 )
 from ops.replay.lowering import lowered
 from ops.replay.memory_plan import plan_memory
 from ops.replay.workspace import workspace
 
-__all__ = ["Replay", "TimedReplay", "unavailable"]
+__all__ = ["Replay"]
 
 _KERNEL = "replay"
 _VALUE, _PLACE, _BLOCK = range(3)  # as in ops/cpu/replay/replay.cpp
@@ -39,12 +38,7 @@ _VALUE, _PLACE, _BLOCK = range(3)  # as in ops/cpu/replay/replay.cpp
 _LARGE_BYTES = 4 << 20
 
 _Tensors = list[Any]  # of buffers, during a replay
-_Step = Callable[[_Tensors, Any], None]
-
-
-def unavailable() -> str | None:
-    """None if graphs can be replayed here, else the reason."""
-    return unavailable_reason(_KERNEL)
+_Step = Callable[[_Tensors, Any], object]
 
 
 class Replay:
@@ -55,6 +49,8 @@ class Replay:
 
     Args:
         graph: the captured graph.
+        between_calls: called before the first call of the graph and after each; kernels are then
+            called one by one.
 
     Attributes:
         plan: the memory plan.
@@ -64,10 +60,10 @@ class Replay:
         NotCapturableError: a call's arguments are larger than the list supports.
     """
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, between_calls: Callable[[], object] | None = None) -> None:
         library = load(_KERNEL)
         if library is None:
-            raise NotCapturableError(f"there is no kernel: {unavailable()}")
+            raise NotCapturableError(f"there is no kernel: {unavailable_reason(_KERNEL)}")
         self._run = library.replay_run
         library.replay_scratch_bytes.restype = ctypes.c_int64
         self._scratch_bytes = library.replay_scratch_bytes()
@@ -85,7 +81,7 @@ class Replay:
         self._words: list[int] = []
         self._begun = 0  # start of the words that are not part of a step yet
         self._steps: list[_Step] = []
-        self._write(calls)
+        self._write(calls, between_calls)
         self._result = self._result_of(graph.result)
         self._code = (ctypes.c_int64 * len(self._words))(*self._words)
         self._code_address = ctypes.addressof(self._code)
@@ -112,13 +108,21 @@ class Replay:
         """A function that returns the result."""
         if isinstance(result, View):
             return _reader(result, self._buffers[result.buffer])
-        leaves, structure = pytree.tree_flatten(result, is_leaf=lambda v: isinstance(v, View))
+        leaves, structure = pytree.tree_flatten(result, is_leaf=is_view)
         read = [self._filler(leaf) for leaf in leaves]
         return lambda tensors: pytree.tree_unflatten([r(tensors) for r in read], structure)
 
     # -- writing the steps -----------------------------------------------------------------------
 
-    def _write(self, calls: Sequence[KernelCall | TorchCall]) -> None:
+    def _write(
+        self, calls: Sequence[KernelCall | TorchCall], between: Callable[[], object] | None
+    ) -> None:
+        def end_call() -> None:
+            if between is not None:
+                self._end_list()
+                self._steps.append(lambda tensors, bases: between())
+
+        end_call()
         begins, ends = defaultdict(list), defaultdict(list)  # buffers by first and last call
         for i, use in enumerate(self.plan.uses):
             if use.made:
@@ -140,11 +144,8 @@ class Replay:
                 self._end_list()
                 self._steps.append(_release(free))
                 free = []
-            self._call_written()
+            end_call()
         self._end_list()
-
-    def _call_written(self) -> None:
-        """Hook for subclasses, called after the steps of each call were written."""
 
     def _begin(self, index: int) -> _Step:
         """A step that creates a buffer's tensor, in the workspace or in its own memory."""
@@ -235,32 +236,6 @@ class Replay:
         if offset is None:
             return place.buffer, place.offset
         return len(self._buffers), offset + place.offset
-
-
-class TimedReplay(Replay):
-    """A replay that times each call, so kernels are called one by one."""
-
-    def __init__(self, graph: Graph) -> None:
-        self._stamps: list[float] = []
-        self._clock = clock()
-        super().__init__(graph)
-
-    def seconds(self, x: Tensor) -> list[float]:
-        """The time of each call of the graph, lowered calls included, in execution order."""
-        self._stamps = []
-        self(x)
-        return [end - begin for begin, end in itertools.pairwise(self._stamps)]
-
-    def _write(self, calls: Sequence[KernelCall | TorchCall]) -> None:
-        self._steps.append(self._stamp)
-        super()._write(calls)
-
-    def _call_written(self) -> None:
-        self._end_list()
-        self._steps.append(self._stamp)
-
-    def _stamp(self, tensors: _Tensors, bases: Any) -> None:
-        self._stamps.append(self._clock())
 
 
 def _release(indices: Sequence[int]) -> _Step:

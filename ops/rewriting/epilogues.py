@@ -1,13 +1,13 @@
 """Epilogues: what follows a product is applied while its results are in registers.
 
-Batch norms and constant scales are folded into the weights; activations, products with other maps
-and the gates of squeeze-and-excitation are applied by the kernel.
+Batch norms and constant scales are folded into the weights; activations, shortcuts, products with
+other maps and the gates of squeeze-and-excitation are applied by the kernel.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ops.rewriting.lift import affine_of, linear
 
 __all__ = [
     "activation_kind",
+    "add_shortcut",
     "apply_activation",
     "apply_gates",
     "fold_norm",
@@ -222,3 +223,62 @@ def multiply_by_map(graph: OperatorGraph, operator: Operator) -> bool:
         graph.replace(operator, made.function, *made.args, absorbed=[made], factor=other)
         return True
     return False
+
+
+class _Multiple(NamedTuple):
+    """A map as ``root * scale``, permuted to NHWC if ``is_moved``."""
+
+    root: Value
+    is_moved: bool
+    scale: Tensor | None = None
+
+
+def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
+    """``linear(x) + shortcut * scale``; more of the same shortcut only changes the scale."""
+    if operator.function is not _aten.add.Tensor or operator.kwargs:
+        return False
+    for value, other in (operator.args[:2], operator.args[1::-1]):
+        made = product_of(graph, value, plain=False)
+        if made is None or not isinstance(other, Value) or other.shape != value.shape:
+            continue
+        layer, kwargs = made.function, dict(made.kwargs)
+        if other.dtype != value.dtype or not isinstance(layer, FastLinear):
+            continue
+        if "factor" in kwargs or layer.clips_sum:
+            continue
+        root, is_moved, scale = _multiple(graph, other)
+        before = _multiple(graph, kwargs["residual"]) if "residual" in kwargs else None
+        if before is None:
+            kwargs["residual"] = other
+        elif before[:2] == (root, is_moved) and before.scale is None:
+            known = kwargs.get("residual_scale")
+            one = torch.ones(layer.out_features)
+            scale = (one if known is None else known.constant) + (one if scale is None else scale)
+        else:
+            continue
+        if scale is not None:
+            if is_moved:
+                root = graph.insert_before(operator, _aten.permute.default, root, NHWC)
+            kwargs |= {"residual": root, "residual_scale": Value.of_constant(scale.float())}
+        graph.replace(operator, layer, *made.args, absorbed=[made], **kwargs)
+        graph.remove_unused()
+        return True
+    return False
+
+
+def _multiple(graph: OperatorGraph, value: Value) -> _Multiple:
+    """The map of which another is a multiple, with a number or one for each channel."""
+    moved = graph.permuted(value, NHWC)
+    root: Value = value if moved is None else moved.args[0]
+    scale = None
+    product = graph.made_by(root, _aten.mul.Tensor)
+    for x, factor in () if product is None else (product.args[:2], product.args[1::-1]):
+        if isinstance(x, Value) and x.shape == root.shape and x.dtype == root.dtype:
+            scale = per_channel(factor, x.shape, -1 if moved is None else 1)
+        if scale is not None:
+            root = x
+            break
+    back = None if moved is None else graph.permuted(root, NCHW)
+    if back is not None:
+        return _Multiple(back.args[0], False, scale)
+    return _Multiple(root, moved is not None, scale)

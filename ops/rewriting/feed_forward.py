@@ -1,4 +1,8 @@
-"""Feed-forwards: norm, linear, depthwise convolution and linear become one layer."""
+"""Feed-forwards: norm, linear, depthwise convolution and linear become one layer.
+
+So do the first two with the means of channels, which is what an inverted bottleneck does before its
+squeeze-and-excitation. https://arxiv.org/abs/1905.02244
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,23 @@ import torch
 from torch import Tensor
 
 from ops.cpu import policy
-from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
+from ops.cpu.feed_forward.depthwise_mlp import (
+    PackedDepthwiseMlp,
+    PackedExpansion,
+    depthwise_expansion,
+    depthwise_mlp,
+)
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.norm import FastLayerNorm
 from ops.inference.packed_linear import packed_pair
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.lift import FastGlobalAvgPool2d
 
-__all__ = ["FeedForward", "join_feed_forward"]
+__all__ = ["Expansion", "FeedForward", "join_expansion", "join_feed_forward"]
 
-_permute = torch.ops.aten.permute.default
+_aten = torch.ops.aten
+_permute = _aten.permute.default
 
 # Bytes of the hidden map that fit into a core's L2 cache, and the minimum number of rows, below
 # which re-reading the weights does not pay off.
@@ -150,3 +161,63 @@ def _norm(graph: OperatorGraph, value: Value) -> _Step:
     if made is None or layer.activation != "none" or graph.only_user(value) is None:
         return _Step(None, value, [])
     return _Step(layer, made.args[0], [made])
+
+
+class Expansion(FastLayer):
+    """``conv(fc1(x))``, each layer with its activation, and the means of its channels.
+
+    (B, H, W, dim) → (B, H', W', hidden) and (B, hidden). In one pass by our kernel, or layer by
+    layer.
+    """
+
+    kernels: ClassVar = (depthwise_expansion,)
+
+    def __init__(self, fc1: FastLinear, conv: FastDepthwiseConv2d) -> None:
+        super().__init__()
+        self.fc1, self.conv = fc1, conv
+        self.pool = FastGlobalAvgPool2d()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        packed = self.derived(x)
+        if packed is not None:
+            both: tuple[Tensor, Tensor] = packed(x)
+            return both
+        out = self.conv(self.fc1(x).permute(NCHW))
+        return out.permute(NHWC), self.pool(out).flatten(1)
+
+    def derive(self, x: Tensor) -> PackedExpansion:
+        return PackedExpansion(self.fc1, self.conv, self.fc1.activation, self.conv.activation)
+
+
+def join_expansion(graph: OperatorGraph, operator: Operator) -> bool:
+    """``conv(permute(linear(x)))`` whose results are also pooled."""
+    conv = operator.function
+    if not isinstance(conv, FastDepthwiseConv2d):
+        return False
+    if not PackedDepthwiseMlp.applies(conv, is_first=True):
+        return False
+    map_ = operator.result
+    pools = [user for user in map_.users if isinstance(user.function, FastGlobalAvgPool2d)]
+    moved = graph.permuted(operator.args[0], NCHW)
+    if moved is None or not pools:
+        return False
+    first = graph.made_by(moved.args[0], FastLinear)
+    if first is None or first.kwargs or is_quantized(first.function):
+        return False
+    if graph.only_user(moved.args[0]) is None or graph.only_user(operator.args[0]) is None:
+        return False
+    batch, channels, height, width = map_.shape
+    pixels = Value(torch.Size((batch, height, width, channels)), map_.dtype)
+    means = Value(torch.Size((batch, channels)), map_.dtype)
+    layer = Expansion(first.function, conv)
+    made = graph.replace(operator, layer, *first.args, absorbed=[moved, first])
+    made.results, made.returns_list = [pixels, means], True
+    pixels.producer = means.producer = made
+    after = graph.operators[graph.operators.index(made) + 1]
+    graph.substitute(map_, graph.insert_before(after, _aten.permute.default, pixels, NCHW))
+    for pool in pools:
+        shape = list(pool.result.shape)
+        pooled = graph.insert_before(after, _aten.reshape.default, means, shape)
+        graph.substitute(pool.result, pooled)
+        graph.remove(pool)
+    return True

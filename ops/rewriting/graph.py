@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 from ops.cpu.call.binding import Kernel
 from ops.cpu.decisions import Decision
 from ops.inference.packed_linear import Quantization
-from ops.replay.trace import Step
 
 __all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Program", "Value", "is_available"]
 
@@ -55,7 +54,7 @@ class Value:
 
 
 @dataclass(eq=False)
-class Operator(Step):
+class Operator:
     """A function with its arguments: an operator of ATen, or a layer made from some.
 
     Attributes:
@@ -83,10 +82,6 @@ class Operator(Step):
         if not self.results:  # it writes to an argument
             return ()
         return tuple(made) if self.returns_list else (made,)
-
-    @property
-    def module(self) -> nn.Module | None:
-        return self.function if isinstance(self.function, nn.Module) else None
 
     @property
     def name(self) -> str:

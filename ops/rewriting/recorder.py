@@ -116,6 +116,8 @@ class _Recorder(TorchDispatchMode):
         given = pytree.tree_map_only(Tensor, self.value_of, (list(args), kwargs))
         read = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Value)]
         varies = any(v.constant is None for v in read)
+        if _is_random(func, args, kwargs):
+            raise NotCapturableError(f"{func} is random")
         if func._schema.is_mutable and not varies:
             if func is not _aten.detach_.default:  # of a new tensor made from numbers
                 self._note_constant(func, args[0])
@@ -133,7 +135,7 @@ class _Recorder(TorchDispatchMode):
             if varies:
                 raise NotCapturableError(f"{func} gives a {type(result).__name__}")
             return
-        if not varies and torch.Tag.nondeterministic_seeded not in func.tags:
+        if not varies:
             before = {*map(_storage, pytree.tree_leaves(args))} if read else {0}
             self._fresh |= {*map(_storage, results)} - before
             return  # its results are constants
@@ -182,7 +184,7 @@ class _Recorder(TorchDispatchMode):
     def _note_constant(self, func: Any, target: Any) -> None:
         """Allow changes to a constant that was made in this call and not read by an operator."""
         known = isinstance(target, Tensor) and _storage(target) in self._fresh - self._read
-        if not known or torch.Tag.nondeterministic_seeded in func.tags:
+        if not known:
             raise NotCapturableError(f"{func} modifies an existing tensor")
 
     def _note_modification(self, func: Any, args: Any, given: Any, result: Any) -> None:
@@ -234,6 +236,19 @@ def _depends_on_values(func: Any, read: list[Value]) -> bool:
     if func is _aten.index.Tensor:
         return any(v.dtype in (torch.bool, torch.uint8) for v in read[1:])
     return bool(_DEPENDS_ON_VALUES & {*func.tags})
+
+
+def _is_random(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether the results differ from call to call, as without dropout they do not."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if any(given.get(name) is False for name in ("train", "training")):
+        return False
+    # Of attention and LSTMs.
+    rates = [given.get(name, 0.0) for name in ("dropout_p", "dropout") if name in names]
+    return not rates or rates[0] > 0
 
 
 def _is_inactive_dropout(func: Any, args: Any) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from ops.rewriting.branches import merge_branches
 from ops.rewriting.epilogues import (
+    add_shortcut,
     apply_activation,
     apply_gates,
     fold_norm,
@@ -13,8 +14,7 @@ from ops.rewriting.epilogues import (
     fold_scale,
     multiply_by_map,
 )
-from ops.rewriting.expansion import join_expansion
-from ops.rewriting.feed_forward import join_feed_forward
+from ops.rewriting.feed_forward import join_expansion, join_feed_forward
 from ops.rewriting.gates import (
     add_gated,
     add_gated_linear,
@@ -28,7 +28,6 @@ from ops.rewriting.response_norm import (
     join_response_scales,
     join_squeeze,
 )
-from ops.rewriting.shortcuts import add_shortcut, scale_shortcut
 from ops.rewriting.softmax import join_products, join_softmax
 from ops.rewriting.stem import join_stem
 from ops.rewriting.views import join_permutations, sink_permutation
@@ -55,7 +54,7 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (join_response_scales, join_squeeze, join_feed_forward),
     (join_expansion,),
     (join_permutations,),
-    (scale_shortcut, join_softmax, join_stem),
+    (join_softmax, join_stem),
     (join_products,),
 )
 

@@ -222,7 +222,7 @@ def test_hooks_of_folded_layers(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         model.fuse()
     (record,) = caplog.records
-    assert "the hooks of stem.0.norm and another module were removed" in record.getMessage()
+    assert "the hooks of ['stem.0.norm', 'stem.1.norm'] were removed" in record.getMessage()
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")

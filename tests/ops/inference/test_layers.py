@@ -164,13 +164,10 @@ def test_a_dtype_without_instructions_is_named_once(monkeypatch, warned) -> None
 def test_layers_without_their_kernel_stay_plain(
     has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And dilated depthwise convolutions in NCHW, unless they always are in NHWC."""
     if not has_kernels:
         without_kernels(monkeypatch)
-    model = nn.Sequential(RmsNorm2d(4), HiLoAttention(4, 2)).eval()
+    layers = RmsNorm2d(4), HiLoAttention(4, 2), DilatedDepthwiseConv2d(4, 7, 3)
+    model = nn.Sequential(*layers).eval()
     assert conversion.to_channels_last(model, always=False)
-    assert (type(model[0]) is RmsNorm2d) is not has_kernels
-    assert (type(model[1]) is HiLoAttention) is not has_kernels
-    for always in (False, True):
-        model = nn.Sequential(DilatedDepthwiseConv2d(4, 7, 3)).eval()
-        assert conversion.to_channels_last(model, always=always) == (always or has_kernels)
+    plain = [RmsNorm2d, HiLoAttention, DilatedDepthwiseConv2d]
+    assert [type(a) is b for a, b in zip(model, plain, strict=True)] == [not has_kernels] * 3

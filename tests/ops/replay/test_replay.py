@@ -192,13 +192,8 @@ def test_only_new_memory_can_be_a_result() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: x + torch.rand(4), "rand.default cannot be replayed"),
-        (lambda x: x * x.sum().item(), "aten.item.default gives a float"),
-        (lambda x: x if bool(x.sum()) else -x, "gives a bool"),
         (lambda x: x.view(torch.int32), "different dtype"),
         (lambda x: x[:0].clone(), "does not depend on the input"),
-        (lambda x: torch.dropout(x, 0.5, True), "dropout.default cannot be replayed"),
-        (lambda x: x[x > 0], "index.Tensor cannot be replayed"),
     ],
 )
 def test_operations_that_cannot_be_replayed(

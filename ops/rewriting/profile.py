@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ops.cpu.build import status
-from ops.replay.clock import clock
-from ops.replay.graph import Graph
+from ops.replay.changes import ModuleSnapshot
+from ops.replay.graph import Graph, NotCapturableError
 from ops.replay.memory_plan import MemoryPlan
-from ops.replay.module import Recorded
-from ops.replay.replay import TimedReplay
-from ops.replay.trace import Trace, TracedCall
+from ops.replay.replay import Replay
+from ops.rewriting.module import Rewritten
+from ops.rewriting.trace import Trace, TracedCall, clock
 
 __all__ = ["Profile", "profile"]
 
@@ -41,17 +44,18 @@ class Profile:
 
 @torch.inference_mode()
 def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
-    """Time a network, alternating between runs as a whole and runs call by call.
+    """Time a network in eval mode, alternating between runs as a whole and runs call by call.
 
-    The state of its modules (packed weights, graphs) is restored afterwards.
+    The state of its modules (mode, packed weights, graphs) is restored afterwards.
     """
     with _state_restored(network):
         for module in network.modules():
-            if isinstance(module, Recorded):
+            module.training = False
+            if isinstance(module, Rewritten):
                 module.forget()
         for _ in range(3):  # pack weights, capture a graph, replay it
             network(x)
-        if isinstance(network, Recorded) and network.is_replayed:
+        if isinstance(network, Rewritten) and network.is_replayed:
             return _of_replays(network, x, repeats)
         return _of_layers(network, x, repeats)
 
@@ -69,20 +73,27 @@ def _state_restored(network: nn.Module) -> Iterator[None]:
             attributes.update({name: values[name] for name in changed})
 
 
-def _of_replays(network: Recorded, x: Tensor, repeats: int) -> Profile:
-    program = network.program(x, network.compute)
+def _of_replays(network: Rewritten, x: Tensor, repeats: int) -> Profile:
+    program = _program(network, x)
     program(x)  # packs weights
     with Trace(x, network) as trace:
         result = program(x)
     graph = trace.finish(result)
     assert len(graph.calls) == len(trace.traced)
-    replay = TimedReplay(graph)
+    now, stamps = clock(), list[float]()
+    replay = Replay(graph, between_calls=lambda: stamps.append(now()))
     for index in replay.lowered:
         call = trace.traced[index]
         call.library, call.lowered_from = "ours", call.kernel
         call.kernel, call.instruction_set = "pointwise", status("replay").instruction_set
-    replay.seconds(x)
-    total = _measure(trace.traced, lambda: network(x), lambda: replay.seconds(x), repeats)
+
+    def seconds() -> list[float]:
+        stamps.clear()
+        replay(x)
+        return [end - begin for begin, end in itertools.pairwise(stamps)]
+
+    seconds()
+    total = _measure(trace.traced, lambda: network(x), seconds, repeats)
     return Profile(trace.traced, total, graph, replay.plan)
 
 
@@ -98,9 +109,18 @@ def _of_layers(network: nn.Module, x: Tensor, repeats: int) -> Profile:
     first = traced()
     total = _measure(first.traced, lambda: network(x), seconds, repeats)
     obstacle = None
-    if isinstance(network, Recorded):
-        obstacle = network.obstacle() or (str(first.failure) if first.failure else None)
+    if isinstance(network, Rewritten):
+        try:
+            ModuleSnapshot(network)
+            _program(network, x)
+        except NotCapturableError as error:
+            obstacle = str(error)
     return Profile(first.traced, total, obstacle=obstacle)
+
+
+def _program(network: Rewritten, x: Tensor) -> Callable[[Tensor], Any]:
+    forward: Any = type(network).stands_for.forward  # type: ignore[attr-defined]
+    return network.program(x, functools.partial(forward, network))
 
 
 def _measure(

@@ -9,8 +9,9 @@ module called that method.
 from __future__ import annotations
 
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,31 +24,24 @@ from ops.cpu.call.binding import Kernel
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.flops import function_flops, kernel_flops
 from ops.replay.capture import Capture, allocates
-from ops.replay.clock import clock
 from ops.replay.graph import tensors_in
+from ops.rewriting.graph import Operator
 
-__all__ = ["Step", "Trace", "TracedCall"]
+__all__ = ["Trace", "TracedCall", "clock"]
 
 Shape = tuple[int, ...]
 
+_RESOLUTION = 1e-6  # required resolution of the clock, in seconds
 
-class Step:
-    """A part of a program that computes what a module did.
 
-    Attributes:
-        path: of the module in its network.
-        decisions: the rules that the module consulted when the program was made.
-        rewrites: that made it.
+def clock() -> Callable[[], float]:
+    """A function that returns the time in seconds, suited to torch's current number of threads.
+
+    With a single thread, which never waits for others, this is the thread's CPU time, so other
+    processes on a busy machine do not affect it. Otherwise it is wall-clock time.
     """
-
-    path: str
-    decisions: Sequence[Decision]
-    rewrites: tuple[str, ...]
-
-    @property
-    def module(self) -> nn.Module | None:
-        """The layer that it calls, if it is one."""
-        raise NotImplementedError
+    fine = time.get_clock_info("thread_time").resolution <= _RESOLUTION
+    return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
 
 
 @dataclass
@@ -64,7 +58,7 @@ class TracedCall:
         instruction_set: the one the kernel was compiled for; None for other libraries.
         rules: of :mod:`ops.cpu.policy`, as evaluated for this call; empty if there was no choice.
         flops: see :mod:`ops.cpu.flops`; None if not counted.
-        seconds: time of the call, without Python around it; see :mod:`ops.replay.clock`.
+        seconds: time of the call, without Python around it; see :func:`clock`.
         lowered_from: the torch function that the kernel replaces in replays, if any.
         rewrites: of :mod:`ops.rewriting`, which made the operator.
     """
@@ -107,21 +101,15 @@ class Trace(Capture):
         super().__init__(x)
         self.traced: list[TracedCall] = []
         self._modules = {id(module): (path, module) for path, module in network.named_modules()}
-        self._pending: dict[str, list[Decision]] = defaultdict(
-            list
-        )  # by layer, since its last call
-        self._rejected: dict[str, list[Decision]] = {}  # by layer: why its next calls go to torch
+        # By layer: those since its last call, and why its next calls go to torch.
+        self._pending: dict[str, list[Decision]] = defaultdict(list)
+        self._rejected: dict[str, list[Decision]] = {}
         self._clock, self._begin = clock(), 0.0
 
     def __enter__(self) -> Trace:
-        self._observation = observe_decisions(self._note_rule)
-        self._observation.__enter__()
         super().__enter__()
+        self._entered.enter_context(observe_decisions(self._note_rule))
         return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._observation.__exit__(*error)
 
     # -- operators of torch ----------------------------------------------------------------------
 
@@ -129,9 +117,9 @@ class Trace(Capture):
         begin = self._clock()
         result = super().call(operator, args, kwargs)
         seconds = self._clock() - begin
-        outputs = list(tensors_in((result,)))
+        outputs = tensors_in((result,))
         if _computes(operator, args, kwargs, outputs):
-            inputs = list(tensors_in((args, kwargs)))
+            inputs = tensors_in((args, kwargs))
             flops = function_flops(operator, args, kwargs, result)
             library = "oneDNN" if operator.namespace == "mkldnn" else "torch"
             self._add(library, _short(operator), inputs, outputs, None, flops, seconds)
@@ -145,8 +133,8 @@ class Trace(Capture):
 
     def kernel_returned(self, kernel: Kernel, given: dict[str, Any], result: Any) -> None:
         seconds = self._clock() - self._begin
-        inputs = list(tensors_in(given))
-        outputs = list(tensors_in((given["out"] if result is None else result,)))
+        inputs = tensors_in(given)
+        outputs = tensors_in((given["out"] if result is None else result,))
         flops = kernel_flops(kernel.name, given, result)
         isa = status(kernel.library).instruction_set
         self._add("ours", kernel.name, inputs, outputs, isa, flops, seconds)
@@ -165,13 +153,12 @@ class Trace(Capture):
     ) -> None:
         layer, decisions, rewrites = self._caller()
         rules = self._rules_of(layer, decisions, library == "ours")
-        in_bytes = any(t.dtype == torch.int8 for t in inputs)  # weights of linear layers
-        dtype = str(torch.int8 if in_bytes else outputs[0].dtype).removeprefix("torch.")
-        shapes = _shapes(inputs), _shapes(outputs)
-        self.traced.append(
-            TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)
-        )
-        self.traced[-1].rewrites = rewrites
+        in_int8 = any(t.dtype == torch.int8 for t in inputs)  # weights of linear layers
+        dtype = str(torch.int8 if in_int8 else outputs[0].dtype).removeprefix("torch.")
+        read, made = ([tuple(t.shape) for t in tensors] for tensors in (inputs, outputs))
+        call = TracedCall(layer, library, kernel, read, made, dtype, isa, rules, flops, seconds)
+        call.rewrites = rewrites
+        self.traced.append(call)
 
     def _rules_of(self, layer: str, decisions: Sequence[Decision], is_ours: bool) -> list[Decision]:
         """The rules behind a call: evaluated just before it, or when weights were packed.
@@ -199,22 +186,14 @@ class Trace(Capture):
         while frame is not None:
             if frame.f_code.co_varnames[:1] == ("self",):
                 caller = frame.f_locals.get("self")
-                if isinstance(caller, Step):
-                    module: Any = caller.module
-                    return (
-                        caller.path,
-                        getattr(module, "decisions", caller.decisions),
-                        caller.rewrites,
-                    )
+                if isinstance(caller, Operator):
+                    decisions = getattr(caller.function, "decisions", caller.decisions)
+                    return caller.path, decisions, caller.rewrites
                 found = self._modules.get(id(caller))
                 if found is not None:
                     return found[0], getattr(found[1], "decisions", ()), ()
             frame = frame.f_back  # type: ignore[assignment]
         return "", (), ()
-
-
-def _shapes(tensors: Sequence[Tensor]) -> list[Shape]:
-    return [tuple(t.shape) for t in tensors]
 
 
 def _computes(
