@@ -15,7 +15,7 @@ import os
 import queue
 import socket
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future
 from itertools import islice
 from typing import Any
@@ -46,7 +46,7 @@ def require_ray() -> Any:
 
 def run_on_cluster(
     job: Job, address: str | None, parts: Iterable[tuple[int, Any]]
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Embed with Ray: one task per part, on a core or, if ``job`` says so, a GPU.
 
     If a machine is lost, the others take over its tasks.
@@ -113,19 +113,13 @@ def _embed(job: Job, numbered: tuple[int, Any]) -> Event:
     """Embed a part, on a machine of the cluster."""
     global _worker
     number, part = numbered
-    rows = 0
-    corrupt: list[tuple[str, str]] = []
-    skipped = None
     try:
         if _worker is None or _worker[0] != job:
             torch.set_num_threads(1 if job.device == "cpu" else os.cpu_count() or 1)
             _worker = job, Worker(job)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damage that affects no pixel
-            for event in _worker[1](number, part):
-                rows += event.rows
-                corrupt += event.corrupt
-                skipped = event.skipped
+            *_, last = _worker[1](number, part)
+            return last
     except (MendableError, OSError, ValueError) as error:
         return Event(number, error=first_line(error))
-    return Event(number, rows, tuple(corrupt), done=True, skipped=skipped)

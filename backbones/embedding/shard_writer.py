@@ -31,13 +31,17 @@ class ShardWriter:
         path: of the shard; its folder must exist.
         schema: from :func:`backbones.embedding.table.schema`.
         identity: from :func:`backbones.embedding.table.identity`.
+
+    Attributes:
+        rows: added so far.
+        corrupt: keys and reasons of images that could not be decoded, for the caller to fill.
     """
 
     def __init__(self, path: Path, schema: pyarrow.Schema, identity: str) -> None:
         self._pa = require_pyarrow()
         self.path, self.schema = path, schema.with_metadata({IDENTITY_KEY: identity.encode()})
-        self._rows: list[dict[str, Any]] = []
-        self._corrupt: list[tuple[str, str]] = []
+        self.rows, self.corrupt = 0, list[tuple[str, str]]()
+        self._added: list[dict[str, Any]] = []
         self._bytes = 0
         self._writer: Any = None
 
@@ -65,20 +69,17 @@ class ShardWriter:
         }
         if classes is not None:
             columns |= {"classes": classes, "scores": scores}
-        self._rows.append(columns)
+        self.rows += len(keys)
+        self._added.append(columns)
         self._bytes += embeddings.nbytes
         if self._bytes >= _GROUP:
             self._flush()
 
-    def add_corrupt(self, key: str, reason: str) -> None:
-        """Record an image that could not be decoded."""
-        self._corrupt.append((key, reason))
-
     def _flush(self) -> None:
-        if not self._rows:
+        if not self._added:
             return
-        pa, rows = self._pa, self._rows
-        self._rows, self._bytes = [], 0
+        pa, rows = self._pa, self._added
+        self._added, self._bytes = [], 0
         arrays = [self._array(field, [part[field.name] for part in rows]) for field in self.schema]
         with writing(self.path):
             self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
@@ -117,7 +118,7 @@ class ShardWriter:
         with writing(self.path), self._stack:
             self._flush()
             self._writer.add_key_value_metadata(
-                {CORRUPT_KEY: json.dumps(self._corrupt), CHECKSUM_KEY: PLACEHOLDER}
+                {CORRUPT_KEY: json.dumps(self.corrupt), CHECKSUM_KEY: PLACEHOLDER}
             )
             self._writer.close()
             sign(self._file)
