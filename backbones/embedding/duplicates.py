@@ -10,10 +10,8 @@ import numpy as np
 
 from backbones.common.errors import MendableError
 from backbones.common.progress import counting
-from backbones.embedding.hnsw import open_graph
-from backbones.embedding.rows import blocks, by_number, unit
-from backbones.embedding.search import choose_index
-from backbones.embedding.table import count_rows, metadata
+from backbones.embedding.search import choose_index, nearest_in, open_graph
+from backbones.embedding.table import blocks, by_number, count_rows, metadata, unit
 
 __all__ = ["EXACT_ROWS", "THRESHOLD", "Member", "ThresholdError", "find_duplicates"]
 
@@ -172,7 +170,7 @@ def _neighbours(folder: str | Path, rows: int, threshold: float, progress: bool)
     graph = open_graph(folder, progress)
     with counting("compare", rows, progress) as bar:
         for block in blocks(folder):
-            similar, others = graph.search(unit(block.vectors), min(_NEIGHBOURS, rows))
+            similar, others = nearest_in(graph, unit(block.vectors), min(_NEIGHBOURS, rows))
             ones = np.broadcast_to(block.first + np.arange(len(block.keys))[:, None], others.shape)
             near = (similar >= threshold - _ROUNDING) & (others >= 0) & (others != ones)
             yield ones[near], others[near], similar[near]

@@ -16,8 +16,7 @@ import numpy as np
 from backbones.common.confusion import confusion_matrix
 from backbones.common.errors import MendableError
 from backbones.embedding.labels import LabelError, labels_of, split_of
-from backbones.embedding.rows import blocks, unit
-from backbones.embedding.table import metadata
+from backbones.embedding.table import blocks, metadata, unit
 
 __all__ = ["MOST_ROWS", "Method", "Mistake", "Report", "probe"]
 

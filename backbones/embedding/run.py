@@ -281,7 +281,7 @@ class _Work:
         self._progress = Progress(stream is not None, stream)
         self._progress.begin("check", len(images.parts))
         identity = table.identity(content)
-        columns = table.schema(content["dim"], content["dtype"], bool(content["classes"]))
+        columns = table.schema_of(content)
         opener = reader(content["source"])
         for number in range(len(images.parts)):
             self._check(number, identity, columns, opener)

@@ -152,7 +152,7 @@ class Worker:
         self._reader = reader(said["source"])
         self._images = Images(said["preprocessing"], said.get("decoder", "pillow"))
         self._identity = table.identity(said)
-        self._schema = table.schema(said["dim"], said["dtype"], bool(said["classes"]))
+        self._schema = table.schema_of(said)
         self._pool = ThreadPoolExecutor(job.decoders) if job.decoders else None
 
     def close(self) -> None:
