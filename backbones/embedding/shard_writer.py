@@ -41,7 +41,7 @@ class ShardWriter:
         self._pa = require_pyarrow()
         self.path, self.schema = path, schema.with_metadata({IDENTITY_KEY: identity.encode()})
         self.rows, self.corrupt = 0, list[tuple[str, str]]()
-        self._added: list[dict[str, Any]] = []
+        self._added: list[pyarrow.RecordBatch] = []
         self._bytes = 0
         self._writer: Any = None
 
@@ -61,38 +61,27 @@ class ShardWriter:
             embeddings: (n, dim).
             classes, scores: (n, k), if the schema has them.
         """
+        kind = self.schema.field("embedding").type
+        flat = embeddings.astype(kind.value_type.to_pandas_dtype(), copy=False).reshape(-1)
         columns: dict[str, Any] = {
             "key": keys,
             "height": [height for height, _ in sizes],
             "width": [width for _, width in sizes],
-            "embedding": embeddings,
+            "embedding": self._pa.FixedSizeListArray.from_arrays(self._pa.array(flat), type=kind),
         }
-        if classes is not None:
-            columns |= {"classes": classes, "scores": scores}
+        if classes is not None and scores is not None:
+            columns |= {"classes": classes.tolist(), "scores": scores.tolist()}
+        self._added.append(self._pa.RecordBatch.from_pydict(columns, schema=self.schema))
         self.rows += len(keys)
-        self._added.append(columns)
-        self._bytes += embeddings.nbytes
+        self._bytes += flat.nbytes
         if self._bytes >= _GROUP:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._added:
-            return
-        pa, rows = self._pa, self._added
-        self._added, self._bytes = [], 0
-        arrays = [self._array(field, [part[field.name] for part in rows]) for field in self.schema]
         with writing(self.path):
-            self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
-
-    def _array(self, field: Any, parts: list[Any]) -> Any:
-        pa = self._pa
-        if pa.types.is_fixed_size_list(field.type):
-            dtype = field.type.value_type.to_pandas_dtype()
-            flat = np.concatenate([part.astype(dtype, copy=False).reshape(-1) for part in parts])
-            return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=field.type)
-        if pa.types.is_list(field.type):
-            return pa.array([row for part in parts for row in part.tolist()], field.type)
-        return pa.array([value for part in parts for value in part], field.type)
+            if self._bytes:
+                self._writer.write_table(self._pa.Table.from_batches(self._added))
+        self._added, self._bytes = [], 0
 
     def __enter__(self) -> ShardWriter:
         with writing(self.path), ExitStack() as stack:
