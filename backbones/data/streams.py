@@ -25,15 +25,10 @@ from backbones.data.sources import decode
 
 @dataclass(frozen=True)
 class StreamSource:
-    """A stream that can be opened repeatedly.
-
-    Attributes:
-        open: returns a timm ``IterableImageDataset``.
-        size: number of images, as stated.
-        num_classes: number of classes.
-    """
+    """A stream of ``size`` images, as stated, that can be opened repeatedly."""
 
     open: Callable[[], Any]
+    """Returns a timm ``IterableImageDataset``."""
     size: int
     num_classes: int
 
@@ -42,11 +37,8 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
     """Decode, convert, augment. Unreadable training images are replaced by others.
 
     Args:
-        source: of the stream.
-        stream: the open stream.
-        transform: of the images.
+        stream: ``source``, opened.
         mode: Pillow mode, such as RGB.
-        corrupt: records unreadable images.
         seed: of the augmentation, together with the position; None for validation.
         share: keep every n-th image, for this process.
     """
