@@ -136,9 +136,12 @@ def probe(
             "probe needs scikit-learn: pip install scikit-learn (or '.[search]')"
         ) from None
     generator = np.random.default_rng(seed)
-    sides = _sides(folder, labels, test, test_labels, split, held_out, generator, source)
-    train, held, seen = sides
-    classes = _order({str(train.labels[i]) for i in train.rows})
+    train, held, seen = _sides(
+        folder, labels, test, test_labels, split, held_out, generator, source
+    )
+    classes = sorted({str(train.labels[i]) for i in train.rows})
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
     if len(classes) < 2:
         raise LabelError(f"probe needs at least two classes; {folder} has {classes}")
     number_of = {name: number for number, name in enumerate(classes)}
@@ -233,18 +236,12 @@ def _labelled(labels: Sequence[str | None]) -> list[int]:
     return [i for i, label in enumerate(labels) if label is not None]
 
 
-def _order(names: set[str]) -> list[str]:
-    """Sort names numerically if all are numbers, else alphabetically."""
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=int)
-    return sorted(names)
-
-
-def _by_class(numbers: Sequence[int], labels: Sequence[str | None]) -> dict[str, list[int]]:
+def _by_class(rows: Sequence[int], labels: Sequence[str | None]) -> list[list[int]]:
+    """The rows of each class, in the alphabetical order of the classes."""
     found: dict[str, list[int]] = {}
-    for i in numbers:
+    for i in rows:
         found.setdefault(str(labels[i]), []).append(i)
-    return found
+    return [found[name] for name in sorted(found)]
 
 
 def _stratified(
@@ -253,7 +250,7 @@ def _stratified(
     """Training and held-out rows: a share of every class is held out, unless it has one row."""
     train: list[int] = []
     test: list[int] = []
-    for _, numbers in sorted(_by_class(_labelled(labels), labels).items()):
+    for numbers in _by_class(_labelled(labels), labels):
         count = min(max(1, round(held_out * len(numbers))), len(numbers) - 1)
         order = generator.permutation(numbers).tolist()
         test += order[:count]
@@ -264,7 +261,7 @@ def _stratified(
 def _fewer(side: _Side, most: int, generator: np.random.Generator) -> list[int]:
     """Sample about ``most`` rows: the same share of every class, at least one row each."""
     chosen: list[int] = []
-    for _, inside in sorted(_by_class(side.rows, side.labels).items()):
+    for inside in _by_class(side.rows, side.labels):
         count = max(1, int(len(inside) * most / len(side.rows)))
         chosen += generator.permutation(inside)[:count].tolist()
     return chosen
@@ -293,6 +290,8 @@ class _Truth:
 
     def judge(self, name: str, found: np.ndarray, sure: np.ndarray, note: str = "") -> Method:
         """Evaluate predictions and their confidences."""
+        from scipy.stats import binomtest
+
         confusion = confusion_matrix(self.numbers, found, len(self.classes))
         right = int(np.trace(confusion))
         sizes = confusion.sum(axis=1)
@@ -308,9 +307,9 @@ class _Truth:
             )
             for i in wrong[np.argsort(-sure[wrong], kind="stable")].tolist()
         ]
-        low, high = _interval(right, len(found))
-        accuracy = right / len(found)
-        return Method(name, accuracy, low, high, float(shares.mean()), confusion, mistakes, note)
+        low, high = binomtest(right, len(found)).proportion_ci(method="wilson")
+        accuracy, per_class = right / len(found), float(shares.mean())
+        return Method(name, accuracy, low, high, per_class, confusion, mistakes, note)
 
 
 def _nearest(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, truth: _Truth, k: int) -> Method:
@@ -340,13 +339,3 @@ def _linear(
         shares = model.fit(x, y).predict_proba(x_test)
     note = "its training had not converged after 1000 iterations" if said else ""
     return truth.judge("linear probe", shares.argmax(axis=1), shares.max(axis=1), note)
-
-
-def _interval(right: int, count: int) -> tuple[float, float]:
-    """Wilson's interval at 95 % confidence."""
-    z, p = 1.96, right / count
-    middle = p + z * z / (2 * count)
-    reach = z * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5
-    scale = 1 + z * z / count
-    low = (middle - reach) / scale if right else 0.0
-    return low, (middle + reach) / scale if right < count else 1.0

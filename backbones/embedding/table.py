@@ -248,9 +248,15 @@ def count_rows(folder: str | Path) -> int:
     return total
 
 
+def keys_of(folder: str | Path) -> Iterator[str]:
+    """The keys of a complete table, in order."""
+    for batch in batches(folder, ["key"]):
+        yield from batch.column("key").to_pylist()
+
+
 def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
     """The keys, and the embeddings (n, dim) in float32, of a complete table."""
-    keys = [key for batch in batches(folder, ["key"]) for key in batch.column("key").to_pylist()]
+    keys = list(keys_of(folder))
     vectors = np.empty((len(keys), metadata(folder)["dim"]), np.float32)
     row = 0
     for batch in batches(folder, ["embedding"]):
