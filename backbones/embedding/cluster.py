@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import socket
 import warnings
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future
 from itertools import islice
 from typing import Any
 
@@ -61,31 +59,21 @@ def run_on_cluster(
     needs = {"num_cpus": 1} if job.device == "cpu" else {"num_gpus": 1}
     task = ray.remote(max_retries=_MOST_RETRIES, **needs)(_embed)
     remaining = iter(parts)
-    running: dict[Future[Event], Any] = {}
-    finished: queue.Queue[Future[Event]] = queue.Queue()
-
-    def submit(parts: Iterable[tuple[int, Any]]) -> None:
-        for part in parts:
-            reference = task.remote(sent, part)
-            future = reference.future()
-            running[future] = reference
-            future.add_done_callback(finished.put)
-
+    running: list[Any] = []
     try:
         sent = ray.put(job)
-        submit(islice(remaining, _MOST_TASKS))
+        running += [task.remote(sent, part) for part in islice(remaining, _MOST_TASKS)]
         while running:
-            future = finished.get()
-            del running[future]
-            event = future.result()
+            finished, running = ray.wait(running)
+            event: Event = ray.get(finished[0])
             if event.error:
                 raise MendableError(event.error)
-            submit(islice(remaining, 1))
+            running += [task.remote(sent, part) for part in islice(remaining, 1)]
             yield event
     except ray.exceptions.RayError as error:
         raise MendableError(f"Ray gave up: {first_line(error)}") from error
     finally:
-        for reference in running.values():
+        for reference in running:
             ray.cancel(reference)
         if started:
             ray.shutdown()

@@ -33,11 +33,10 @@ _NEIGHBOURS = 64
 
 @dataclass(frozen=True)
 class Member:
-    """An image that has near-duplicates.
+    """An image of the given height and width that has near-duplicates.
 
     Attributes:
         row: its row number in the table.
-        height, width: of the original image.
         similarity: cosine of its embedding with that of the most similar other member.
     """
 
@@ -75,8 +74,7 @@ def find_duplicates(
     rows = count_rows(folder)
     exact = choose_index(index, rows, EXACT_ROWS) == "exact"
     pairs = (_all_pairs if exact else _neighbours)(folder, rows, threshold, progress)
-    groups, nearest = Groups(rows), np.full(rows, -1, np.float32)
-    count = 0
+    groups, nearest, count = Groups(rows), np.full(rows, -1, np.float32), 0
     for one, other, similar in pairs:
         count += len(one)
         if count > _MOST_PAIRS:
@@ -103,9 +101,9 @@ class ThresholdError(MendableError, ValueError):
 
 
 class Groups:
-    """Connected components of n items; edges are added in batches.
+    """Connected components of n items, as a union-find forest.
 
-    A union-find forest: each item points to a lower one of its group, the first to itself.
+    Each item points to a lower one of its group, the first to itself.
     """
 
     def __init__(self, n: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from backbones.common.files import write_atomically
+from backbones.common.files import write_text_atomically
 from backbones.common.messages import one_line
 from backbones.embedding.sheet import Row, Tile
 
@@ -48,9 +48,7 @@ def write_page(
     """Write a page with images and a field that filters them by name.
 
     Args:
-        path: of the HTML file.
-        title: heading of the page.
-        facts: label and value pairs below the title.
+        facts: shown below the title.
         rows: images under headings.
         tables: shown above the images.
         picture: a PNG shown above the images.
@@ -64,9 +62,7 @@ def write_page(
         "sections": "\n".join(map(_section, rows)),
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = re.sub(r"@(\w+)@", lambda found: parts[found[1]], template)
-    data = page.encode(errors="backslashreplace")
-    write_atomically(path, lambda file: file.write(data))
+    write_text_atomically(path, re.sub(r"@(\w+)@", lambda found: parts[found[1]], template))
 
 
 def _text(text: str) -> str:
@@ -116,11 +112,9 @@ def _item(tile: Tile) -> str:
 
 def _encoded(image: Image.Image) -> str:
     file = io.BytesIO()
-    if max(image.size) <= _TINY:
-        image.save(file, "PNG")
-        return _address(file.getvalue(), "png")
-    image.save(file, "JPEG", quality=80)
-    return _address(file.getvalue(), "jpeg")
+    kind = "png" if max(image.size) <= _TINY else "jpeg"
+    image.save(file, kind, quality=80)
+    return _address(file.getvalue(), kind)
 
 
 def _address(data: bytes, kind: str) -> str:

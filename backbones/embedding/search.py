@@ -51,12 +51,7 @@ class GraphError(MendableError, RuntimeError):
 
 @dataclass(frozen=True)
 class Match:
-    """A search result.
-
-    Attributes:
-        row: its row number in the table.
-        score: cosine of its embedding with the query's, -1 … 1.
-    """
+    """A search result: a row of the table, and the cosine of its embedding with the query's."""
 
     key: str
     row: int
@@ -64,11 +59,7 @@ class Match:
 
 
 def choose_index(index: str, rows: int, exact_rows: int = EXACT_ROWS) -> str:
-    """Resolve ``index`` to ``"exact"`` or ``"hnsw"``.
-
-    Args:
-        index: one of :data:`INDEXES`; ``"auto"`` chooses by ``rows``.
-    """
+    """``"exact"`` or ``"hnsw"``; for ``"auto"``, by the number of rows."""
     if index not in INDEXES:
         raise ValueError(f"index must be {', '.join(INDEXES[:-1])} or {INDEXES[-1]}, got {index!r}")
     if index == "auto":

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backbones.common.errors import MendableError
-from backbones.common.files import file_problem, write_atomically
+from backbones.common.files import file_problem, write_text_atomically
 from backbones.common.messages import first_line, shown
 from backbones.embedding import checksum
 from backbones.embedding.fields import check_fields
@@ -146,8 +146,7 @@ def metadata(folder: str | Path) -> dict[str, Any]:
 def write_metadata(folder: Path, content: dict[str, Any]) -> None:
     """Write ``metadata.json``; :func:`metadata` lists its fields. The format version is added."""
     text = json.dumps({"format": _FORMAT, **content}, indent=1, ensure_ascii=False)
-    data = text.encode(errors="backslashreplace") + b"\n"
-    write_atomically(folder / METADATA, lambda file: file.write(data))
+    write_text_atomically(folder / METADATA, f"{text}\n")
 
 
 def identity(content: dict[str, Any]) -> str:
@@ -303,7 +302,7 @@ def corrupt_in(
 def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
     """Write ``corrupt.txt``: key, tab and reason of each image that could not be decoded."""
     text = "".join(f"{key}\t{reason}\n" for key, reason in corrupt)
-    write_atomically(folder / CORRUPT, lambda file: file.write(text.encode()))
+    write_text_atomically(folder / CORRUPT, text)
 
 
 def _rows(
