@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from backbones.common.checks import Check, one_of, several, text, whole
+from backbones.common.checks import Check, one_of, optional, several, text, whole
 from backbones.common.dtypes import COMPUTED
 from backbones.common.images import DECODERS
 from backbones.common.messages import shown
@@ -35,12 +35,8 @@ def check_fields(content: Mapping[str, Any]) -> None:
 
 
 def _check(within: str, content: Mapping[str, Any], rules: Mapping[str, Check]) -> None:
-    for key, check in rules.items():
-        name, is_optional = key.rstrip("?"), key.endswith("?")
-        if name in content and not (is_optional and content[name] is None):
-            check(f"{within}{name}", content[name])
-        elif not is_optional:
-            raise ValueError(f"{within}{name} is missing")
+    for name, check in rules.items():
+        check(f"{within}{name}", content.get(name))
 
 
 def _text(name: str, value: Any) -> str:
@@ -63,20 +59,21 @@ def _object(name: str, value: Any) -> Any:
     return value
 
 
-# A field whose name ends in "?" may be missing or null.
 _RULES: dict[str, Check] = {
     **{"model": _text, "weights": _object, "preprocessing": _object, "features": _text},
     **{"shape": several(whole(1, _MOST_DIM)), "dim": whole(1, _MOST_DIM), "dtype": one_of(*STORED)},
     **{"computed": one_of(*COMPUTED), "classes": whole(0, _MOST_DIM), "source": _object},
-    **{"images?": whole(0, _MOST), "shards": whole(0, _MOST), "rows": whole(1, _MOST)},
-    **{"names?": several(_text, may_be_empty=True), "decoder?": one_of(*DECODERS)},
-    **{"versions?": _object, "seal?": _text},
+    **{"images": optional(whole(0, _MOST)), "shards": whole(0, _MOST), "rows": whole(1, _MOST)},
+    "names": optional(several(_text, may_be_empty=True)),
+    **{"decoder": optional(one_of(*DECODERS)), "versions": optional(_object)},
+    "seal": optional(_text),
 }
 _PARTS: dict[str, dict[str, Check]] = {
-    "weights": {"file": _text, "path?": _path, "sha256": _text},
+    "weights": {"file": _text, "path": optional(_path), "sha256": _text},
     "source": {
-        **{"kind": _text, "path": _path, "digest?": _text, "list?": _path},
-        **{"data?": _text, "split?": _text, "column?": _text, "folder?": _path},
+        **{"kind": _text, "path": _path, "column": optional(_text), "folder": optional(_path)},
+        **dict.fromkeys(("digest", "data", "split"), optional(_text)),
+        "list": optional(_path),
     },
 }
 # What the readers of some kinds of sources need.
