@@ -59,7 +59,6 @@ class Network:
 
     Args:
         model: name; None if the checkpoint contains it.
-        checkpoint: file of the weights.
         features: ``head``, the input of the classifier, or the map of a stage, averaged over height
             and width unless it ends in ``:map``.
         classes: how many of the most likely classes to return; 0 for none.

@@ -25,8 +25,6 @@ class Table:
     """A table on a page.
 
     Attributes:
-        head: column headers.
-        rows: text of the cells, by row.
         groups: for each row, the :attr:`Tile.group` that its button filters by; empty for no
             buttons.
     """
@@ -58,9 +56,12 @@ def write_page(
         "title": _text(title),
         "facts": "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()),
         "tables": "\n".join(map(_table, tables)),
-        "picture": "" if picture is None else _picture(picture, told),
+        "picture": "",
         "sections": "\n".join(map(_section, rows)),
     }
+    if picture is not None:
+        address = _address(picture, "png")
+        parts["picture"] = f'<img class="picture" alt="{_text(told)}" src="{address}">'
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     write_text_atomically(path, re.sub(r"@(\w+)@", lambda found: parts[found[1]], template))
 
@@ -85,10 +86,6 @@ def _table(table: Table) -> str:
         f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody></table></div>"
     )
-
-
-def _picture(data: bytes, told: str) -> str:
-    return f'<img class="picture" alt="{_text(told)}" src="{_address(data, "png")}">'
 
 
 def _section(row: Row) -> str:

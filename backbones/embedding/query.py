@@ -47,8 +47,6 @@ def embed_queries(
     """Embed files with the model, weights and preprocessing of a table.
 
     Args:
-        folder: of the table.
-        paths: of the images.
         checkpoint: file of the weights, if it was moved since the table was made.
 
     Raises:

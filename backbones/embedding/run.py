@@ -40,13 +40,12 @@ _BATCH, _GPU_BATCH = 16, 256
 
 @dataclass
 class Summary:
-    """The state of the folder after a run.
+    """The state of the folder after a call that took some ``seconds``.
 
     Attributes:
         rows: of all shards.
         corrupt: keys and reasons of the images that could not be embedded.
         done: rows added by this call.
-        seconds: duration of this call.
         skipped: files in folders, and members of the archives that this call read.
     """
 
@@ -85,7 +84,7 @@ def embed(
     embedding of an uninterrupted run.
 
     Args:
-        source, split, column: see :func:`backbones.embedding.sources.open_source`.
+        source, split, column, rows: see :func:`backbones.embedding.sources.open_source`.
         out: created if missing; its parent must exist.
         model: name; optional for checkpoints of ``train_cls.py``.
         checkpoint: file of the weights.
@@ -95,7 +94,6 @@ def embed(
         dtype: of the computation: ``"float32"``, ``"bfloat16"``, on a CPU ``"int8"``, on a
             GPU ``"float16"``.
         store: dtype of the stored embeddings: ``"float32"`` or ``"float16"``.
-        rows: images per shard; see :func:`backbones.embedding.sources.open_source`.
         batch_size: images per batch; None: 16, on a GPU 256.
         workers: processes; None: one per core, or one per GPU.
         decoders: decoding threads per process; None: 1, or on GPUs the cores divided by the
@@ -126,7 +124,28 @@ def embed(
         raise CommandError(f"--out {out} is inside the source {source}; choose another folder")
     images = open_source(source, rows, split, column)
     network = Network(model, checkpoint, features, classes)
-    content = _content(network, checkpoint, images, features, dtype, store, rows)
+    content: dict[str, Any] = {
+        "model": network.name,
+        "weights": {
+            "file": checkpoint.name,
+            "path": str(checkpoint.absolute()),
+            "sha256": sha256_of(checkpoint),
+        },
+        "preprocessing": network.preprocessing,
+        "features": features,
+        "shape": list(network.shape),
+        "dim": math.prod(network.shape),
+        "dtype": store,
+        "computed": dtype,
+        "classes": network.classes,
+        "names": network.names if network.classes else [],
+        "source": images.description,
+        "images": images.images,
+        "shards": len(images.parts),
+        "rows": rows,
+        "decoder": installed_decoder(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
     with _locked(out):
         require_writable({"--out:": (out / table.CORRUPT, _CORRUPT)}, [source, checkpoint])
         content = _begin(out, content)
@@ -206,39 +225,6 @@ def _locked(out: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 (out / table.SHARDS).rmdir()
                 out.rmdir()
-
-
-def _content(
-    network: Network,
-    checkpoint: Path,
-    images: Source,
-    features: str,
-    dtype: str,
-    store: str,
-    rows: int,
-) -> dict[str, Any]:
-    return {
-        "model": network.name,
-        "weights": {
-            "file": checkpoint.name,
-            "path": str(checkpoint.absolute()),
-            "sha256": sha256_of(checkpoint),
-        },
-        "preprocessing": network.preprocessing,
-        "features": features,
-        "shape": list(network.shape),
-        "dim": math.prod(network.shape),
-        "dtype": store,
-        "computed": dtype,
-        "classes": network.classes,
-        "names": network.names if network.classes else [],
-        "source": images.description,
-        "images": images.images,
-        "shards": len(images.parts),
-        "rows": rows,
-        "decoder": installed_decoder(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
 
 
 def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:

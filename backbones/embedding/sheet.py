@@ -27,7 +27,6 @@ class Tile:
     Attributes:
         image: None if it can no longer be read.
         heading: bold text below the image, such as its score.
-        key: name of the image.
         framed: whether it is highlighted, as the query is.
         group: what a page can filter it by, such as "3 → 8".
     """
@@ -41,24 +40,14 @@ class Tile:
 
 @dataclass
 class Row:
-    """Images that belong together, wrapped into several lines if there are many.
-
-    Attributes:
-        caption: heading above them.
-    """
+    """Images that belong together, under a caption."""
 
     caption: str
     tiles: list[Tile] = field(default_factory=list)
 
 
 def draw_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Draw rows of images with their captions, headings and names.
-
-    Args:
-        path: of the PNG.
-        title: heading of the sheet.
-        rows: each with at least one tile.
-    """
+    """Draw rows of at least one image each with their captions, headings and names, as a PNG."""
     step = _SIDE + _GAP
     lines = _lines(rows)
     columns = max(4, *(line[-1].column + min(len(line[-1].row.tiles), _COLUMNS) for line in lines))

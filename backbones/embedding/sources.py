@@ -397,17 +397,12 @@ class _Archives(Reader):
             raise DataError(damage[0])
 
     def find(self, key: str) -> IO[bytes]:
-        archive, member = self._divide(key)
-        files = {_text(name): place for _, (name, *place) in list_tar(self.path(archive), [])}
-        start, size = files[member]
-        return self._open(archive, start, size)
-
-    def _divide(self, key: str) -> tuple[str, str]:
-        """Split a key into archive and member; folders in either may be named like archives."""
-        slashes = [place for place, character in enumerate(key) if character == "/"]
-        for place in slashes:
-            if _ending(key[:place]) == ".tar" and self.path(key[:place]).is_file():
-                return key[:place], key[place + 1 :]
+        # Folders, also within the archive, may be named like archives.
+        for place in (place for place, character in enumerate(key) if character == "/"):
+            archive = key[:place]
+            if _ending(archive) == ".tar" and self.path(archive).is_file():
+                files = {_text(name): at for _, (name, *at) in list_tar(self.path(archive), [])}
+                return self._open(archive, *files[key[place + 1 :]])
         raise KeyError(key)
 
     def _open(self, archive: str, start: int, size: int) -> IO[bytes]:

@@ -57,11 +57,7 @@ class TableError(MendableError, ValueError):
 
 
 class DamagedShardError(TableError):
-    """A shard is not a complete Parquet file with the rows that its writer put there.
-
-    Attributes:
-        reason: what is wrong with it.
-    """
+    """A shard is not a complete Parquet file with the rows that its writer put there."""
 
     def __init__(self, path: Path, reason: str) -> None:
         self.reason = reason
@@ -151,7 +147,7 @@ def write_metadata(folder: Path, content: dict[str, Any]) -> None:
 
 def identity(content: dict[str, Any]) -> str:
     """A digest of the fields that must be equal in all shards of a table."""
-    decisive = {key: _essence(key, content[key]) for key in _DECISIVE if key != "format"}
+    decisive = {key: essence(key, content[key]) for key in _DECISIVE if key != "format"}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -161,7 +157,7 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     for key in _DECISIVE:
         if key == "format" or (key in ("images", "shards") and found):
             continue  # derived from other fields
-        old, new = _essence(key, there[key]), _essence(key, wanted[key])
+        old, new = essence(key, there[key]), essence(key, wanted[key])
         if isinstance(old, dict) and isinstance(new, dict):
             parts = [k for k in {**old, **new} if old.get(k) != new.get(k)]
             if parts == ["digest"]:
@@ -180,7 +176,7 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     return found
 
 
-def _essence(key: str, value: Any) -> Any:
+def essence(key: str, value: Any) -> Any:
     """A field's value without the file names of weights and lists, which may be copies."""
     if key == "weights":
         return {"sha256": value["sha256"]}
@@ -282,8 +278,7 @@ def corrupt_in(
         columns: the :func:`schema` that it must have; None for any.
 
     Raises:
-        DamagedShardError: the shard is damaged.
-        TableError: the shard belongs to another table.
+        TableError: the shard is damaged, or belongs to another table.
     """
     with _opened(path, expected, columns, checksum.flaw) as file:
         try:
@@ -368,30 +363,15 @@ def _wrong(batch: pyarrow.RecordBatch) -> str | None:
 
 @dataclass
 class Block:
-    """Consecutive rows.
-
-    Attributes:
-        first: number of the first row, counted from 0.
-        keys: of the n images.
-        vectors: (n, dim), float32.
-    """
+    """Consecutive rows, of which the first has the number ``first``."""
 
     first: int
     keys: pyarrow.Array
-    vectors: np.ndarray
+    vectors: np.ndarray  # (n, dim), float32
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Scale rows to unit length, so that dot products are cosines.
-
-    Rows that are zero or not finite become 0.
-
-    Args:
-        vectors: (n, dim).
-
-    Returns:
-        (n, dim), float32.
-    """
+    """Scale vectors (n, dim) to unit length, in float32; those zero or not finite become 0."""
     with np.errstate(over="ignore", invalid="ignore"):
         vectors = vectors.astype(np.float32)
         # Scale by the maximum first: squares of large numbers would overflow.

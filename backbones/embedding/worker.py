@@ -59,9 +59,6 @@ class Job:
     Attributes:
         folder: of the table.
         content: of its ``metadata.json``.
-        checkpoint: file of the weights.
-        device: that the network runs on.
-        batch_size: images per call of the network.
         decoders: threads that decode while the network runs; 0 to alternate in one thread.
     """
 
@@ -94,14 +91,11 @@ class Event(NamedTuple):
 
 
 class Images:
-    """Decodes and resizes images as ``predict`` does, up to 8 bits.
+    """Decodes and resizes images as ``predict`` does, to 8 bits a channel.
 
     Args:
         config: preprocessing, as resolved by timm.
         decoder: one of :data:`backbones.common.images.DECODERS`; None for the fastest.
-
-    Attributes:
-        resize: from 8 bits of any size to the network's size.
     """
 
     def __init__(self, config: dict[str, Any], decoder: str | None = None) -> None:
@@ -133,6 +127,12 @@ class Images:
     def normalise(self, images: Sequence[np.ndarray]) -> Tensor:
         """Make a batch (B, C, H, W) for the network, bit-identical to timm's transform."""
         return self.resize.normalise(np.stack(images))
+
+
+class _Decoded(NamedTuple):
+    key: str
+    image: np.ndarray
+    size: tuple[int, int]
 
 
 class Worker:
@@ -245,12 +245,6 @@ def _reason(error: Exception) -> str:
     # Pillow's message contains the repr of the open file, which tells the user nothing.
     said = first_line(error).replace("cannot identify image file <_io.", "no known format: <_io.")
     return f"{type(error).__name__}: {said.partition(': <_io.')[0]}"
-
-
-class _Decoded(NamedTuple):
-    key: str
-    image: np.ndarray
-    size: tuple[int, int]
 
 
 def main() -> None:
