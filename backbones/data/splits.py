@@ -29,7 +29,7 @@ from backbones.data.sources import (
     ReaderSource,
     TorchvisionSource,
 )
-from backbones.data.streams import StreamSource, missing_shards
+from backbones.data.streams import StreamSource
 
 _MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz"
 _FOLDER_NAMES = {
@@ -269,9 +269,10 @@ def _streams(
                 f"{place.data}, split {split!r}: unknown length; append it to the shards as "
                 f"'{split}|COUNT', or give num_samples and val_num_samples"
             )
-        missing = missing_shards(reader) if is_wds else []
-        if missing:
-            raise DataError(f"{place.data}, split {split!r}: there is no shard {missing[0]}")
+        shards = reader.split_info.filenames if is_wds else []
+        for path in (os.path.join(reader.root, name) for name in shards):
+            if ":" not in path and not os.path.exists(path):
+                raise DataError(f"{place.data}, split {split!r}: there is no shard {path}")
         lengths.append(int(reader.num_samples))
     names = {number: name for name, number in (reader.class_to_idx or {}).items()}
     if not names and num_classes is None:

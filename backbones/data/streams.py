@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -114,12 +113,6 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         self.corrupt.add(name, error)
         self.corrupt.check(self.size)
         return True  # tells webdataset to go on
-
-
-def missing_shards(reader: Any) -> list[str]:
-    """The missing files among the shards of a timm reader."""
-    paths = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
-    return [path for path in paths if ":" not in path and not os.path.exists(path)]
 
 
 def _watch_shards(reader: Any, note: Callable[[str, Exception], bool]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from backbones.common.figures import INK, drawable, new_figure, save_figure
 from backbones.common.messages import one_line
@@ -115,11 +115,9 @@ def _paste(canvas: Image.Image, tile: Tile, x: int, y: int) -> None:
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), fill=_EMPTY)
     if tile.image is not None:
-        scale = _SIDE / max(tile.image.size)
-        size = [max(1, round(side * scale)) for side in tile.image.size]
         # Small images are enlarged without smoothing.
-        smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-        shown = tile.image.resize((size[0], size[1]), smooth)
-        canvas.paste(shown, (x + (_SIDE - size[0]) // 2, y + (_SIDE - size[1]) // 2))
+        is_large = max(tile.image.size) > _SIDE
+        way = Image.Resampling.LANCZOS if is_large else Image.Resampling.NEAREST
+        canvas.paste(ImageOps.pad(tile.image, (_SIDE, _SIDE), way, _EMPTY), (x, y))
     if tile.framed:
         draw.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), outline=_FRAME, width=4)

@@ -286,12 +286,13 @@ def _folder(root: Path, rows: int, column: str | None) -> Source:
         below = list_below(root)
     except OSError as error:
         raise DataError(f"cannot list {error.filename or root}: {error.strerror}") from error
-    found = {"images": below.images}
-    for ending in _CONTAINERS:
-        found[f"{ending} files"] = [name for name in below.others if _ending(name) == ending]
-    kinds = {kind: names for kind, names in found.items() if names}
+    kinds = {"images": below.images} if below.images else {}
     skipped = Skipped()
-    skipped.add([name for name in below.others if _ending(name) not in _CONTAINERS])
+    for name in below.others:
+        if (ending := _ending(name)) in _CONTAINERS:
+            kinds.setdefault(f"{ending} files", []).append(name)
+        else:
+            skipped.add([name])
     if not kinds:
         told = f"; {skipped}" if skipped else ""
         raise DataError(f"no image, .tar or .parquet below {root}{told}")

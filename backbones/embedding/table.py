@@ -47,7 +47,7 @@ IDENTITY_KEY, CORRUPT_KEY = b"backbones.embedding", b"backbones.corrupt"
 _LEAST = {"height": 1, "width": 1, "classes": 0}
 # Fields that must be equal for two shards to belong to one table; versions and names may differ.
 _DECISIVE = (
-    *("format", "model", "weights", "preprocessing", "features", "shape", "dim", "dtype"),
+    *("model", "weights", "preprocessing", "features", "shape", "dim", "dtype"),
     *("computed", "classes", "rows", "source", "images", "shards"),
 )
 
@@ -147,7 +147,7 @@ def write_metadata(folder: Path, content: dict[str, Any]) -> None:
 
 def identity(content: dict[str, Any]) -> str:
     """A digest of the fields that must be equal in all shards of a table."""
-    decisive = {key: essence(key, content[key]) for key in _DECISIVE if key != "format"}
+    decisive = {key: essence(key, content[key]) for key in _DECISIVE}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -155,24 +155,20 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """The differences between two descriptions of a table, as "model: a there, b now"."""
     found: list[str] = []
     for key in _DECISIVE:
-        if key == "format" or (key in ("images", "shards") and found):
-            continue  # derived from other fields
         old, new = essence(key, there[key]), essence(key, wanted[key])
-        if isinstance(old, dict) and isinstance(new, dict):
-            parts = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-            if parts == ["digest"]:
-                found.append(
-                    f"the images listed in {old['path']} have changed "
-                    f"({there['images'] or there['shards']} there, "
-                    f"{wanted['images'] or wanted['shards']} now)"
-                )
-                continue
-            parts = [k for k in parts if k != "digest"]
-            found += [
-                f"{key}: {k} {shown(old.get(k))} there, {shown(new.get(k))} now" for k in parts
-            ]
-        elif old != new:
+        if old == new or (found and key in ("images", "shards")):
+            continue  # the latter are derived from other fields
+        if not (isinstance(old, dict) and isinstance(new, dict)):
             found.append(f"{key}: {shown(old)} there, {shown(new)} now")
+            continue
+        parts = [k for k in old | new if old.get(k) != new.get(k) and k != "digest"]
+        found += [f"{key}: {k} {shown(old.get(k))} there, {shown(new.get(k))} now" for k in parts]
+        if not parts:
+            counts = [said["images"] or said["shards"] for said in (there, wanted)]
+            found.append(
+                f"the images listed in {old['path']} have changed ({counts[0]} there, {counts[1]} "
+                "now)"
+            )
     return found
 
 
