@@ -1,7 +1,7 @@
 """Embed parts on a Ray cluster, which schedules and retries them.
 
-Each part is one of Ray's tasks. Ray Data is not used: its executor looks for finished tasks ten
-times a second, and a core waits 0.12 s for the next one (4 ms with tasks).
+Each part is one of Ray's tasks. Ray Data is not used: its executor looks for finished tasks only
+ten times a second.
 
 Only descriptions of parts and their results are sent over the network. Each machine reads the
 source and writes its shards itself, so all of them must see both under the same paths (NFS, a

@@ -57,7 +57,6 @@ def find_duplicates(
     link them. Within a group, the image with the most pixels comes first.
 
     Args:
-        folder: of the table.
         threshold: above 0, at most 1.
         index: ``"exact"`` compares all pairs, in tiles: memory grows by 12 bytes per row, time with
             the square of the number of rows. ``"hnsw"`` compares each row with its 64 nearest
@@ -66,7 +65,6 @@ def find_duplicates(
         progress: show a bar on standard error, if that is a terminal.
 
     Raises:
-        ValueError: ``threshold`` out of range, or unknown ``index``.
         ThresholdError: nearly all pairs of many images reach the threshold.
     """
     if not 0 < threshold <= 1:

@@ -34,7 +34,6 @@ def labels_of(
     """The class of each row of a table, in order; None if unlabelled.
 
     Args:
-        folder: of the table.
         labels: classes by key; a file of them, see :func:`read_assignments`; ``"folder"`` for the
             name of the folder that contains the image; ``"source"`` for the labels of the dataset
             that was embedded (``digits``, ``medmnist/…``, ``torch/…``, ``hfds/…``).

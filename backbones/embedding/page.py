@@ -49,8 +49,7 @@ def write_page(
         facts: shown below the title.
         rows: images under headings.
         tables: shown above the images.
-        picture: a PNG shown above the images.
-        told: alternative text of the picture.
+        picture: a PNG shown above the images, described by ``told``.
     """
     parts = {
         "title": _text(title),

@@ -108,8 +108,7 @@ def probe(
     deviation 1.
 
     Args:
-        folder: of the table.
-        labels: classes, see :func:`backbones.embedding.labels.labels_of`.
+        labels, source: see :func:`backbones.embedding.labels.labels_of`.
         test: a second table of the same model to measure on; None to hold out part of the first.
         test_labels: classes of the second table; None to use ``labels``.
         split: which images to hold out, see :func:`backbones.embedding.labels.split_of`; None to
@@ -120,10 +119,8 @@ def probe(
         most_rows: limit of the rows to train on and of those to measure on. Beyond it, a share of
             every class is sampled at random, which bounds time and memory.
         seed: of the random choices.
-        source: see :func:`backbones.embedding.labels.labels_of`.
 
     Raises:
-        ValueError: a number out of range.
         LabelError: see :func:`backbones.embedding.labels.labels_of`; or there are fewer than two
             classes, or nothing is left to train on or to measure on.
         MendableError: scikit-learn is not installed, or the tables are of different models.

@@ -87,7 +87,6 @@ def embed(
         source, split, column, rows: see :func:`backbones.embedding.sources.open_source`.
         out: created if missing; its parent must exist.
         model: name; optional for checkpoints of ``train_cls.py``.
-        checkpoint: file of the weights.
         features: ``"head"``, the input of the classifier; ``"stage:N"``, the mean of that stage's
             map; ``"stage:N:map"``, the map.
         classes: how many of the most likely classes to store as well.
@@ -105,8 +104,7 @@ def embed(
 
     Raises:
         CommandError, DataError: unknown model or source, or conflicting arguments.
-        TableError: ``out`` holds embeddings of a different model, weights, preprocessing or source;
-            the message names the difference.
+        TableError: ``out`` holds embeddings of a different model, weights, preprocessing or source.
         FileError: ``out`` cannot be written.
     """
     begun = time.monotonic()

@@ -78,16 +78,12 @@ def search(
     """Find the rows of a table most similar to each of ``vectors``, best first.
 
     Args:
-        folder: of the table.
         vectors: (queries, dim), of any norm.
         top: most matches per query; fewer if the table is smaller.
         index: ``"exact"`` compares all rows; ``"hnsw"`` may miss a few, and needs faiss-cpu and
             memory for all rows; ``"auto"`` uses it beyond :data:`EXACT_ROWS`.
         without: for each query, a row to exclude, such as its own.
         progress: show a bar on standard error while a graph is built, if that is a terminal.
-
-    Raises:
-        ValueError: ``vectors`` of another shape or not finite, or ``top`` below 1.
     """
     dim = metadata(folder)["dim"]
     if vectors.ndim != 2 or vectors.shape[1] != dim:

@@ -42,11 +42,10 @@ class Shard:
         classes: np.ndarray | None = None,
         scores: np.ndarray | None = None,
     ) -> None:
-        """Add rows.
+        """Add n rows.
 
         Args:
-            keys: of n images.
-            sizes: height and width of each.
+            sizes: height and width of each image.
             embeddings: (n, dim).
             classes, scores: (n, k), if the schema has them.
         """
@@ -82,9 +81,7 @@ def writing_shard(path: Path, schema: pyarrow.Schema, identity: str) -> Iterator
     interfere.
 
     Args:
-        path: of the shard; its folder must exist.
-        schema: from :func:`backbones.embedding.table.schema`.
-        identity: from :func:`backbones.embedding.table.identity`.
+        schema, identity: from the functions of these names in :mod:`backbones.embedding.table`.
     """
     schema = schema.with_metadata({IDENTITY_KEY: identity.encode()})
     with ExitStack() as stack:

@@ -146,8 +146,7 @@ def open_source(
         column: of the images, for Parquet and ``hfds``; None for the only one there is.
 
     Raises:
-        DataError: it does not exist, contains no image or images of several kinds, or cannot be
-            read.
+        DataError: it can't be read, or contains no image or images of several kinds.
     """
     place = str(place)
     if place.partition("/")[0] in _TRAINING and not os.path.lexists(place):
@@ -262,8 +261,7 @@ def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ())
         source: see :func:`reader_of`.
 
     Raises:
-        OSError: the source or the image no longer exists or cannot be read, or the table may not
-            say where it is.
+        OSError: the image can't be read, or the table may not say where it is.
     """
     images = reader_of(folder, source)
     try:

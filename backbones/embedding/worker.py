@@ -74,11 +74,10 @@ class Event(NamedTuple):
     """Progress of a part, since it was begun.
 
     Attributes:
-        part: number of the part.
         rows: written so far.
         corrupt: keys and reasons of images that could not be decoded.
         done: whether the shard is on disk.
-        error: why the part failed; "" if it did not.
+        error: why the part failed, if it did.
         skipped: members of archives, once the part is done.
     """
 
