@@ -21,9 +21,9 @@ _MOST = 2**63 - 1
 
 def check_fields(content: Mapping[str, Any]) -> None:
     """Check the fields of a ``metadata.json``; those without a rule are ignored."""
-    _check("", content, _RULES)
-    for part, rules in _PARTS.items():
-        _check(f"{part}.", content[part], rules)
+    for key, check in _RULES.items():
+        within, _, name = key.rpartition(".")
+        check(key, (content[within] if within else content).get(name))
     source = content["source"]
     for key in _NEEDED.get(source["kind"], ()):
         if source.get(key) is None:
@@ -32,11 +32,6 @@ def check_fields(content: Mapping[str, Any]) -> None:
         raise ValueError(
             f"dim must be the product of shape, {content['shape']}, not {content['dim']}"
         )
-
-
-def _check(within: str, content: Mapping[str, Any], rules: Mapping[str, Check]) -> None:
-    for name, check in rules.items():
-        check(f"{within}{name}", content.get(name))
 
 
 def _text(name: str, value: Any) -> str:
@@ -64,17 +59,12 @@ _RULES: dict[str, Check] = {
     **{"shape": several(whole(1, _MOST_DIM)), "dim": whole(1, _MOST_DIM), "dtype": one_of(*STORED)},
     **{"computed": one_of(*COMPUTED), "classes": whole(0, _MOST_DIM), "source": _object},
     **{"images": optional(whole(0, _MOST)), "shards": whole(0, _MOST), "rows": whole(1, _MOST)},
-    "names": optional(several(_text, may_be_empty=True)),
-    **{"decoder": optional(one_of(*DECODERS)), "versions": optional(_object)},
-    "seal": optional(_text),
-}
-_PARTS: dict[str, dict[str, Check]] = {
-    "weights": {"file": _text, "path": optional(_path), "sha256": _text},
-    "source": {
-        **{"kind": _text, "path": _path, "column": optional(_text), "folder": optional(_path)},
-        **dict.fromkeys(("digest", "data", "split"), optional(_text)),
-        "list": optional(_path),
-    },
+    **{"names": optional(several(_text, may_be_empty=True)), "versions": optional(_object)},
+    **{"decoder": optional(one_of(*DECODERS)), "seal": optional(_text)},
+    **{"weights.file": _text, "weights.path": optional(_path), "weights.sha256": _text},
+    **{"source.kind": _text, "source.path": _path, "source.list": optional(_path)},
+    **{"source.column": optional(_text), "source.folder": optional(_path)},
+    **dict.fromkeys(("source.digest", "source.data", "source.split"), optional(_text)),
 }
 # What the readers of some kinds of sources need.
 _NEEDED = {"parquet": ("column",), "training": ("data", "split")}

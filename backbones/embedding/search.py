@@ -8,6 +8,7 @@ https://arxiv.org/abs/1603.09320), which is built once and stored next to the ta
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -169,8 +170,11 @@ def open_graph(folder: str | Path, progress: bool = False) -> Any:
         )
     newest = max((shard.stat().st_mtime for shard in shard_paths(folder)), default=0.0)
     if path.is_file() and path.stat().st_mtime >= newest:
-        if (kept := _read(path, rows, dim)) is not None:
-            return kept
+        # faiss believes what a file says: a flipped bit may make it hang or take all memory.
+        with contextlib.suppress(OSError, RuntimeError):
+            kept = faiss.read_index(str(path)) if verify(path) else None
+            if isinstance(kept, faiss.IndexHNSWFlat) and (kept.ntotal, kept.d) == (rows, dim):
+                return kept
         if progress:
             sys.stderr.write(
                 f"the index {one_line(str(path))} is damaged or from an earlier version: "
@@ -184,21 +188,6 @@ def open_graph(folder: str | Path, progress: bool = False) -> Any:
             bar.step(count=len(block.keys))
     _keep(index, path)
     return index
-
-
-def _read(path: Path, rows: int, dim: int) -> Any:
-    """The stored graph; None if it is damaged, or an earlier version wrote it without a checksum.
-
-    faiss itself believes what a file says: a flipped bit may make it hang or take all memory.
-    """
-    import faiss
-
-    try:
-        index = faiss.read_index(str(path)) if verify(path) else None
-    except (OSError, RuntimeError):
-        return None
-    fits = isinstance(index, faiss.IndexHNSWFlat) and (index.ntotal, index.d) == (rows, dim)
-    return index if fits else None
 
 
 def _keep(index: Any, path: Path) -> None:

@@ -418,13 +418,12 @@ def _parquet(root: Path, names: list[str], rows: int, column: str | None) -> Sou
     for name in names:
         try:
             with pa.parquet.ParquetFile(root / name) as file:
-                chosen = _image_column(file.schema_arrow, root / name, column)
+                column = _image_column(file.schema_arrow, root / name, column)
                 groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{root / name} is not a complete Parquet file: {first_line(error)}"
             ) from error
-        column = chosen
         first = begin = gathered = 0
         for number, count in enumerate(groups, start=1):
             gathered += count
