@@ -175,7 +175,7 @@ def _digits(split: str) -> tuple[ImageSource, list[str]]:
         rank_in_class[labels == number] = np.arange((labels == number).sum())
     kept = (rank_in_class % 5 == 4) == (split == "validation")
     source = ArraySource(images[kept], labels[kept], f"digits/{split}")
-    return source, _in_order({}, 10)
+    return source, [str(number) for number in range(10)]
 
 
 def _medmnist(place: _Place, name: str, split: str) -> tuple[ImageSource, list[str]]:
@@ -209,7 +209,7 @@ def _medmnist(place: _Place, name: str, split: str) -> tuple[ImageSource, list[s
         labels = labels.reshape(-1)
     count = labels.shape[1] if labels.ndim == 2 else int(arrays["train_labels"].max()) + 1
     source = ArraySource(images, labels.astype(np.int64), f"{name}/{short}")
-    return source, _in_order({}, count)
+    return source, [str(number) for number in range(count)]
 
 
 def _torchvision(place: _Place, name: str, split: str) -> tuple[ImageSource, list[str]]:
