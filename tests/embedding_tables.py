@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.embedding.shard_writer import ShardWriter
+from backbones.embedding.shard_writer import writing_shard
 from backbones.embedding.table import identity, schema, shard_path, write_metadata
 
 
@@ -38,6 +38,6 @@ def make_table(
     columns = schema(dim, dtype)
     for number, start in enumerate(starts):
         part = slice(start, start + rows)
-        with ShardWriter(shard_path(folder, number), columns, identity(content)) as writer:
+        with writing_shard(shard_path(folder, number), columns, identity(content)) as writer:
             writer.add(keys[part], sizes[part], vectors[part])
     return folder

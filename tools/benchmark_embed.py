@@ -37,8 +37,7 @@ from backbones.core.registry import PREFIX
 from backbones.embedding import embed
 from backbones.embedding.local import cores
 from backbones.embedding.network import Network
-from backbones.embedding.rows import unit
-from backbones.embedding.table import load
+from backbones.embedding.table import load, unit
 from backbones.embedding.worker import Images
 from ops.cpu import policy
 

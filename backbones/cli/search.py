@@ -20,9 +20,9 @@ from backbones.common.outputs import csv_text, json_text, write_if_asked
 from backbones.common.tables import table
 from backbones.embedding.page import write_page
 from backbones.embedding.query import embed_queries
-from backbones.embedding.rows import vectors_of
 from backbones.embedding.search import INDEXES, Match, search
 from backbones.embedding.sheet import Row, Tile, draw_sheet
+from backbones.embedding.table import vectors_of
 from backbones.embedding.thumbnails import Thumbnails, small
 
 EXAMPLE = "features/ --query photo.jpg --out similar.png"

@@ -66,7 +66,6 @@ def loader_options(
 
     Args:
         workers: loader processes.
-        pin_memory: page-locked batches, if the device is a GPU.
         persistent: keep the processes from epoch to epoch.
     """
     return {

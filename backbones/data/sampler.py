@@ -22,8 +22,6 @@ class TrainSampler(Sampler[list[Key]]):
     Args:
         size: number of images.
         batch_size: of each process.
-        seed: of the run.
-        world: this process among all.
         repeats: copies of each image (repeated augmentation).
     """
 

@@ -19,10 +19,12 @@ class ImageSource(abc.ABC):
     """Images with random access.
 
     Attributes:
+        title: of the split, for messages.
         labels: class index of each image, if known without opening it; (N, classes) of 0 and 1
             for multi-label data.
     """
 
+    title = ""
     labels: np.ndarray | None = None
 
     @abc.abstractmethod
@@ -33,9 +35,9 @@ class ImageSource(abc.ABC):
     def load(self, index: int) -> tuple[Image.Image, Any]:
         """The image, in any mode, and its class or labels. OSError if it cannot be decoded."""
 
-    @abc.abstractmethod
     def name(self, index: int) -> str:
         """The image's name for messages."""
+        return f"{self.title}[{index}]"
 
 
 class ArraySource(ImageSource):
@@ -51,9 +53,6 @@ class ArraySource(ImageSource):
         assert self.labels is not None
         label = self.labels[index]
         return Image.fromarray(self.images[index]), label if label.ndim else int(label)
-
-    def name(self, index: int) -> str:
-        return f"{self.title}[{index}]"
 
 
 class FileSource(ImageSource):
@@ -113,9 +112,6 @@ class TorchvisionSource(ImageSource):
     def load(self, index: int) -> tuple[Image.Image, int]:
         image, label = self.dataset[index]
         return image, int(label)
-
-    def name(self, index: int) -> str:
-        return f"{self.title}[{index}]"
 
 
 def _decode_path(path: str) -> Image.Image:

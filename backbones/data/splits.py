@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,9 @@ from backbones.data.sources import (
     ReaderSource,
     TorchvisionSource,
 )
-from backbones.data.streams import StreamSource, missing_shards
+from backbones.data.streams import StreamSource
 
 _MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz"
-# Exceptions of timm, torchvision and datasets for unknown names, splits or files.
-_READER_ERRORS = (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _FOLDER_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "test"),
@@ -40,12 +40,9 @@ _FOLDER_NAMES = {
 
 @dataclass
 class Splits:
-    """The two halves of a data set.
+    """The two halves of a data set, their sizes, and the names of the classes, by number.
 
     Attributes:
-        train, validation: the images.
-        classes: their names, by class number.
-        train_size, validation_size: number of images.
         multi_label: labels are (N, classes) of 0 and 1.
     """
 
@@ -96,16 +93,14 @@ def open_splits(
             ``torch/NAME``, ``wds/FOLDER``, ``hfds/NAME``, ``hfids/NAME``.
         train_split, val_split: names; shard patterns for ``wds``.
         data_dir: where the named data sets keep their files.
-        class_map: file that maps class names to numbers.
+        class_map: file with a class name per line.
         input_key, target_key: columns, fields or suffixes of images and labels.
-        download: let the source download its files.
         num_classes: of the model, if not the data's.
         num_samples, val_num_samples: numbers of images of streams that don't state them.
         batch_size, seed: for the order of streams.
 
     Raises:
-        DataError: no data, a missing split, an empty class folder, a label out of range, or splits
-            with different classes.
+        DataError: for example, no data, a missing split or a label out of range.
     """
     if not data:
         raise DataError("no data: give --data a folder, digits, medmnist/NAME, torch/NAME, …")
@@ -150,6 +145,18 @@ def _open(
     if kind == "hfds":
         return _hugging_face(place, split)
     return _folder(place, Path(place.data), split, known)
+
+
+@contextlib.contextmanager
+def _explained(place: _Place, split: str, hint: str = "") -> Iterator[None]:
+    """Raise a DataError for exceptions of timm, torchvision and datasets."""
+    try:
+        yield
+    except ImportError as error:
+        raise DataError(f"{place.data} needs a package: {error}") from error
+    # For unknown names, splits or files.
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise DataError(f"{place.data}, split {split!r}: {first_line(error)}{hint}") from error
 
 
 def _digits(split: str) -> tuple[ImageSource, list[str]]:
@@ -208,12 +215,8 @@ def _medmnist(place: _Place, name: str, split: str) -> tuple[ImageSource, list[s
 def _torchvision(place: _Place, name: str, split: str) -> tuple[ImageSource, list[str]]:
     """A split of ``torchvision.datasets``, by timm's short names such as ``cifar10``."""
     root = place.data_dir or "data"
-    try:
+    with _explained(place, split, f" (looked in {root}, see --data-dir)"):
         dataset = create_dataset(f"torch/{name}", root=root, split=split, download=place.download)
-    except _READER_ERRORS as error:
-        raise DataError(
-            f"torch/{name}, split {split!r}: {first_line(error)} (looked in {root}, see --data-dir)"
-        ) from error
     classes = [str(c) for c in getattr(dataset, "classes", [])]
     return TorchvisionSource(dataset, f"{name}/{split}"), classes
 
@@ -221,19 +224,16 @@ def _torchvision(place: _Place, name: str, split: str) -> tuple[ImageSource, lis
 def _hugging_face(place: _Place, split: str) -> tuple[ImageSource, list[str]]:
     """A split of the Hugging Face hub, or of a folder in its formats, with timm's reader."""
     options = {"input_key": place.input_key, "target_key": place.target_key}
-    try:
+    classes_by_name = _class_map(place)
+    with _explained(place, split):
         reader = create_reader(
-            place.data, root=place.data_dir, split=split, class_map=_class_map(place), **options
+            place.data, root=place.data_dir, split=split, class_map=classes_by_name, **options
         )
-    except ImportError as error:
-        raise DataError(f"{place.data} needs a package: {error}") from error
-    except _READER_ERRORS as error:
-        raise DataError(f"{place.data}, split {split!r}: {first_line(error)}") from error
     source = ReaderSource(reader)
-    names = {number: str(name) for name, number in reader.class_to_idx.items()}
+    names = {number: name for name, number in reader.class_to_idx.items()}
     assert source.labels is not None
     count = max(names, default=int(source.labels.max(initial=-1))) + 1
-    return source, [names.get(i, str(i)) for i in range(count)]
+    return source, _in_order(names, count)
 
 
 def _streams(
@@ -245,56 +245,41 @@ def _streams(
 ) -> Splits:
     """WebDataset shards or a streamed hub data set, which can only be read in order."""
     kind, _, rest = place.data.partition("/")
-    if kind == "wds":
-        name, root = "wds/", os.path.join(place.data_dir or "", rest)
-    else:
-        name, root = place.data, place.data_dir  # type: ignore[assignment]
-
-    classes_by_name = _class_map(place)
-
-    def opener(split: str, training: bool, size: int | None) -> Callable[[], Any]:
-        def open_stream() -> Any:
-            return create_dataset(
-                name,
-                root=root,
-                split=split,
-                is_training=training,
-                batch_size=batch_size,
-                num_samples=size,
-                seed=seed,
-                class_map=classes_by_name,
-                input_img_mode="",  # as in the file: timm would clip 16 bits
-                input_key=place.input_key,
-                target_key=place.target_key,
-                download=place.download and kind == "hfids",
-            )
-
-        return open_stream
-
+    is_wds = kind == "wds"
+    opened = functools.partial(
+        create_dataset,
+        "wds/" if is_wds else place.data,
+        root=os.path.join(place.data_dir or "", rest) if is_wds else place.data_dir,
+        batch_size=batch_size,
+        seed=seed,
+        class_map=_class_map(place),
+        input_img_mode="",  # as in the file: timm would clip 16 bits
+        input_key=place.input_key,
+        target_key=place.target_key,
+        download=place.download and not is_wds,
+    )
     streams, lengths = [], []
     for (split, size), training in zip(sizes, (True, False), strict=True):
-        streams.append(stream := opener(split, training, size))
-        try:
+        stream = functools.partial(opened, split=split, is_training=training, num_samples=size)
+        streams.append(stream)
+        with _explained(place, split):
             reader = stream().reader
-        except ImportError as error:
-            raise DataError(f"{place.data} needs a package: {error}") from error
-        except _READER_ERRORS as error:
-            raise DataError(f"{place.data}, split {split!r}: {first_line(error)}") from error
         if not reader.num_samples:
             raise DataError(
                 f"{place.data}, split {split!r}: unknown length; append it to the shards as "
                 f"'{split}|COUNT', or give num_samples and val_num_samples"
             )
-        missing = missing_shards(reader) if kind == "wds" else []
-        if missing:
-            raise DataError(f"{place.data}, split {split!r}: there is no shard {missing[0]}")
+        shards = reader.split_info.filenames if is_wds else []
+        for path in (os.path.join(reader.root, name) for name in shards):
+            if ":" not in path and not os.path.exists(path):
+                raise DataError(f"{place.data}, split {split!r}: there is no shard {path}")
         lengths.append(int(reader.num_samples))
-    names = {number: str(name) for name, number in (reader.class_to_idx or {}).items()}
+    names = {number: name for name, number in (reader.class_to_idx or {}).items()}
     if not names and num_classes is None:
         raise DataError(f"{place.data} does not state its number of classes: give --num-classes")
     count = max(names) + 1 if names else num_classes
     assert count is not None
-    classes = [names.get(number, str(number)) for number in range(count)]
+    classes = _in_order(names, count)
     head = count if num_classes is None else num_classes
     train, validation = (
         StreamSource(stream, size, head) for stream, size in zip(streams, lengths, strict=True)
@@ -320,8 +305,12 @@ def _folder(
         raise DataError(f"{path} has classes that training lacks: {', '.join(unknown[:5])}")
     labels = np.array([class_to_idx[c] for c, _ in files])
     names = {number: name for name, number in class_to_idx.items()}
-    classes = [names.get(number, str(number)) for number in range(max(names) + 1)]
-    return FileSource(path, [file for _, file in files], labels), classes
+    return FileSource(path, [file for _, file in files], labels), _in_order(names, max(names) + 1)
+
+
+def _in_order(names: dict[int, Any], count: int) -> list[str]:
+    """The names of ``count`` classes by number; those without a name are called by it."""
+    return [str(names.get(number, number)) for number in range(count)]
 
 
 def _find_split(root: Path, split: str) -> Path:
@@ -421,9 +410,7 @@ def _check(splits: Splits, data: str, count: int) -> None:
                     f"{data}: no class has both positive and negative validation images, so "
                     "AUC is undefined"
                 )
-            continue
-        wrong = np.flatnonzero((source.labels < 0) | (source.labels >= count))
-        if len(wrong):
+        elif len(wrong := np.flatnonzero((source.labels < 0) | (source.labels >= count))):
             i = int(wrong[0])
             raise DataError(
                 f"{data}: {source.name(i)} has label {source.labels[i]}, outside the "

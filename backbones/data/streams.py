@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,15 +24,10 @@ from backbones.data.sources import decode
 
 @dataclass(frozen=True)
 class StreamSource:
-    """A stream that can be opened repeatedly.
-
-    Attributes:
-        open: returns a timm ``IterableImageDataset``.
-        size: number of images, as stated.
-        num_classes: number of classes.
-    """
+    """A stream of ``size`` images, as stated, that can be opened repeatedly."""
 
     open: Callable[[], Any]
+    """Returns a timm ``IterableImageDataset``."""
     size: int
     num_classes: int
 
@@ -42,11 +36,8 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
     """Decode, convert, augment. Unreadable training images are replaced by others.
 
     Args:
-        source: of the stream.
-        stream: the open stream.
-        transform: of the images.
+        stream: ``source``, opened.
         mode: Pillow mode, such as RGB.
-        corrupt: records unreadable images.
         seed: of the augmentation, together with the position; None for validation.
         share: keep every n-th image, for this process.
     """
@@ -122,12 +113,6 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         self.corrupt.add(name, error)
         self.corrupt.check(self.size)
         return True  # tells webdataset to go on
-
-
-def missing_shards(reader: Any) -> list[str]:
-    """The missing files among the shards of a timm reader."""
-    paths = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
-    return [path for path in paths if ":" not in path and not os.path.exists(path)]
 
 
 def _watch_shards(reader: Any, note: Callable[[str, Exception], bool]) -> None:

@@ -36,10 +36,7 @@ def sign(file: IO[bytes]) -> None:
     Args:
         file: open for reading and writing; its metadata has :data:`PLACEHOLDER`.
     """
-    size = file.seek(0, os.SEEK_END)
-    length = _footer_length(file, size)
-    start = size - _END.size - length
-    footer = bytearray(_read(file, start, length + _END.size))
+    start, footer = _footer(file)
     place = footer.index(_MARK) + len(_MARK)
     footer[place : place + 8] = b"%08x" % _crc(file, start)
     footer[place + 9 : place + 17] = b"%08x" % zlib.crc32(footer)
@@ -47,44 +44,28 @@ def sign(file: IO[bytes]) -> None:
     file.write(footer[place : place + 17])
 
 
-def footer_flaw(path: Path) -> str | None:
-    """Why the footer of a shard cannot be trusted; None if it can, or has no checksum."""
-    return _examine(path, whole=False)
-
-
 def flaw(path: Path) -> str | None:
     """Why a shard cannot be trusted; None if it can, or has no checksum.
 
-    A file that was found intact is not read again by this process until it changes.
+    A file is not read again by this process until it changes.
     """
     found = os.stat(path)
-    try:
-        _require_intact(path, found.st_ino, found.st_size, found.st_mtime_ns)
-    except _FlawError as error:
-        return str(error)
-    return None
-
-
-class _FlawError(Exception):
-    """Carries a flaw past the cache, which keeps only intact results."""
+    return _flaw(path, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1 << 17)
-def _require_intact(path: Path, *_: int) -> None:
-    if (found := _examine(path, whole=True)) is not None:
-        raise _FlawError(found)
+def _flaw(path: Path, *_: int) -> str | None:
+    return footer_flaw(path, whole=True)
 
 
-def _examine(path: Path, whole: bool) -> str | None:
+def footer_flaw(path: Path, whole: bool = False) -> str | None:
+    """Why the footer of a shard, or the ``whole`` file, cannot be trusted; None if it can."""
     if (problem := file_problem(path)) is not None:
         return f"it {problem}"
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        length = _footer_length(file, size)
-        start = size - _END.size - length
-        if length <= 0 or start < len(_MAGIC):
+        start, footer = _footer(file)
+        if start < len(_MAGIC):
             return "it is not a complete Parquet file"
-        footer = bytearray(_read(file, start, length + _END.size))
         place = footer.find(_MARK) + len(_MARK)
         if place < len(_MARK):
             return None  # of an earlier version
@@ -97,12 +78,16 @@ def _examine(path: Path, whole: bool) -> str | None:
     return None
 
 
-def _footer_length(file: IO[bytes], size: int) -> int:
-    """0 if there is no footer."""
+def _footer(file: IO[bytes]) -> tuple[int, bytearray]:
+    """Where the footer of a Parquet file begins, and its bytes; a start of 0 if there is none."""
+    size = file.seek(0, os.SEEK_END)
     if size < _END.size:
-        return 0
+        return 0, bytearray()
     length, magic = _END.unpack(_read(file, size - _END.size, _END.size))
-    return int(length) if magic == _MAGIC else 0
+    start = size - _END.size - length
+    if magic != _MAGIC or not length or start < 0:
+        return 0, bytearray()
+    return start, bytearray(_read(file, start, size - start))
 
 
 def append_checksum(path: Path) -> None:

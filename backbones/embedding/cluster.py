@@ -1,7 +1,7 @@
 """Embed parts on a Ray cluster, which schedules and retries them.
 
-Each part is one of Ray's tasks. Ray Data is not used: its executor looks for finished tasks ten
-times a second, and a core waits 0.12 s for the next one (4 ms with tasks).
+Each part is one of Ray's tasks. Ray Data is not used: its executor looks for finished tasks only
+ten times a second.
 
 Only descriptions of parts and their results are sent over the network. Each machine reads the
 source and writes its shards itself, so all of them must see both under the same paths (NFS, a
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
-import queue
 import socket
 import warnings
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from collections.abc import Generator, Iterable
 from itertools import islice
 from typing import Any
 
@@ -46,7 +44,7 @@ def require_ray() -> Any:
 
 def run_on_cluster(
     job: Job, address: str | None, parts: Iterable[tuple[int, Any]]
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Embed with Ray: one task per part, on a core or, if ``job`` says so, a GPU.
 
     If a machine is lost, the others take over its tasks.
@@ -61,31 +59,21 @@ def run_on_cluster(
     needs = {"num_cpus": 1} if job.device == "cpu" else {"num_gpus": 1}
     task = ray.remote(max_retries=_MOST_RETRIES, **needs)(_embed)
     remaining = iter(parts)
-    running: dict[Future[Event], Any] = {}
-    finished: queue.Queue[Future[Event]] = queue.Queue()
-
-    def submit(parts: Iterable[tuple[int, Any]]) -> None:
-        for part in parts:
-            reference = task.remote(sent, part)
-            future = reference.future()
-            running[future] = reference
-            future.add_done_callback(finished.put)
-
+    running: list[Any] = []
     try:
         sent = ray.put(job)
-        submit(islice(remaining, _MOST_TASKS))
+        running += [task.remote(sent, part) for part in islice(remaining, _MOST_TASKS)]
         while running:
-            future = finished.get()
-            del running[future]
-            event = future.result()
+            finished, running = ray.wait(running)
+            event: Event = ray.get(finished[0])
             if event.error:
                 raise MendableError(event.error)
-            submit(islice(remaining, 1))
+            running += [task.remote(sent, part) for part in islice(remaining, 1)]
             yield event
     except ray.exceptions.RayError as error:
         raise MendableError(f"Ray gave up: {first_line(error)}") from error
     finally:
-        for reference in running.values():
+        for reference in running:
             ray.cancel(reference)
         if started:
             ray.shutdown()
@@ -113,19 +101,13 @@ def _embed(job: Job, numbered: tuple[int, Any]) -> Event:
     """Embed a part, on a machine of the cluster."""
     global _worker
     number, part = numbered
-    rows = 0
-    corrupt: list[tuple[str, str]] = []
-    skipped = None
     try:
         if _worker is None or _worker[0] != job:
             torch.set_num_threads(1 if job.device == "cpu" else os.cpu_count() or 1)
             _worker = job, Worker(job)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about damage that affects no pixel
-            for event in _worker[1](number, part):
-                rows += event.rows
-                corrupt += event.corrupt
-                skipped = event.skipped
+            *_, last = _worker[1](number, part)
+            return last
     except (MendableError, OSError, ValueError) as error:
         return Event(number, error=first_line(error))
-    return Event(number, rows, tuple(corrupt), done=True, skipped=skipped)

@@ -10,10 +10,8 @@ import numpy as np
 
 from backbones.common.errors import MendableError
 from backbones.common.progress import counting
-from backbones.embedding.hnsw import open_graph
-from backbones.embedding.rows import blocks, by_number, unit
-from backbones.embedding.search import choose_index
-from backbones.embedding.table import count_rows, metadata
+from backbones.embedding.search import choose_index, nearest_in, open_graph
+from backbones.embedding.table import blocks, by_number, count_rows, metadata, unit
 
 __all__ = ["EXACT_ROWS", "THRESHOLD", "Member", "ThresholdError", "find_duplicates"]
 
@@ -35,11 +33,10 @@ _NEIGHBOURS = 64
 
 @dataclass(frozen=True)
 class Member:
-    """An image that has near-duplicates.
+    """An image of the given height and width that has near-duplicates.
 
     Attributes:
         row: its row number in the table.
-        height, width: of the original image.
         similarity: cosine of its embedding with that of the most similar other member.
     """
 
@@ -60,7 +57,6 @@ def find_duplicates(
     link them. Within a group, the image with the most pixels comes first.
 
     Args:
-        folder: of the table.
         threshold: above 0, at most 1.
         index: ``"exact"`` compares all pairs, in tiles: memory grows by 12 bytes per row, time with
             the square of the number of rows. ``"hnsw"`` compares each row with its 64 nearest
@@ -69,7 +65,6 @@ def find_duplicates(
         progress: show a bar on standard error, if that is a terminal.
 
     Raises:
-        ValueError: ``threshold`` out of range, or unknown ``index``.
         ThresholdError: nearly all pairs of many images reach the threshold.
     """
     if not 0 < threshold <= 1:
@@ -77,8 +72,7 @@ def find_duplicates(
     rows = count_rows(folder)
     exact = choose_index(index, rows, EXACT_ROWS) == "exact"
     pairs = (_all_pairs if exact else _neighbours)(folder, rows, threshold, progress)
-    groups, nearest = Groups(rows), np.full(rows, -1, np.float32)
-    count = 0
+    groups, nearest, count = Groups(rows), np.full(rows, -1, np.float32), 0
     for one, other, similar in pairs:
         count += len(one)
         if count > _MOST_PAIRS:
@@ -105,9 +99,9 @@ class ThresholdError(MendableError, ValueError):
 
 
 class Groups:
-    """Connected components of n items; edges are added in batches.
+    """Connected components of n items, as a union-find forest.
 
-    A union-find forest: each item points to a lower one of its group, the first to itself.
+    Each item points to a lower one of its group, the first to itself.
     """
 
     def __init__(self, n: int) -> None:
@@ -172,7 +166,7 @@ def _neighbours(folder: str | Path, rows: int, threshold: float, progress: bool)
     graph = open_graph(folder, progress)
     with counting("compare", rows, progress) as bar:
         for block in blocks(folder):
-            similar, others = graph.search(unit(block.vectors), min(_NEIGHBOURS, rows))
+            similar, others = nearest_in(graph, unit(block.vectors), min(_NEIGHBOURS, rows))
             ones = np.broadcast_to(block.first + np.arange(len(block.keys))[:, None], others.shape)
             near = (similar >= threshold - _ROUNDING) & (others >= 0) & (others != ones)
             yield ones[near], others[near], similar[near]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backbones.common.errors import MendableError
 from backbones.common.messages import first_line, one_line, shown
 from backbones.embedding.sources import reader_of
-from backbones.embedding.table import batches, metadata
+from backbones.embedding.table import keys_of, metadata
 
 __all__ = ["LabelError", "labels_of", "read_assignments", "split_of"]
 
@@ -34,7 +34,6 @@ def labels_of(
     """The class of each row of a table, in order; None if unlabelled.
 
     Args:
-        folder: of the table.
         labels: classes by key; a file of them, see :func:`read_assignments`; ``"folder"`` for the
             name of the folder that contains the image; ``"source"`` for the labels of the dataset
             that was embedded (``digits``, ``medmnist/…``, ``torch/…``, ``hfds/…``).
@@ -43,21 +42,22 @@ def labels_of(
     Raises:
         LabelError: the file cannot be read, or no image has a class.
     """
-    find = _finder(folder, labels, source)
-    found: list[str | None] = []
-    example = ""
-    for key in _keys(folder):
-        example = example or key
-        found.append(find(key))
-    if found and not any(label is not None for label in found):
+    keys = list(keys_of(folder))
+    if labels == "folder":
+        found = [key.split("/")[-2] if "/" in key else None for key in keys]
+    elif isinstance(labels, Mapping):
+        found = [labels.get(key) for key in keys]
+    else:
+        is_source = labels == "source"
+        known = _of_source(folder, source) if is_source else read_assignments(Path(labels))
+        found = [known.get(key) for key in keys]
+    if keys and not any(label is not None for label in found):
         if labels == "folder":
-            raise LabelError(
-                f"no image of {folder} is in a class folder: its keys look like {shown(example)}"
-            )
-        told = "" if isinstance(labels, Mapping) else f"{labels}: "
-        raise LabelError(
-            f"{told}none of its keys is in {folder}, whose keys look like {shown(example)}"
-        )
+            problem = f"no image of {folder} is in a class folder: its"
+        else:
+            told = "" if isinstance(labels, Mapping) else f"{labels}: "
+            problem = f"{told}none of its keys is in {folder}, whose"
+        raise LabelError(f"{problem} keys look like {shown(keys[0])}")
     return found
 
 
@@ -74,7 +74,7 @@ def split_of(folder: str | Path, split: Mapping[str, str] | str | Path) -> list[
     if split == "folder":
         found = [
             next((_SPLITS[part] for part in key.split("/")[:-1] if part in _SPLITS), None)
-            for key in _keys(folder)
+            for key in keys_of(folder)
         ]
         if not any(found):
             raise LabelError(f"no image of {folder} is in a folder named train, test or val")
@@ -111,20 +111,8 @@ def read_assignments(path: Path) -> dict[str, str]:
     return found
 
 
-def _finder(
-    folder: str | Path, labels: Mapping[str, str] | str | Path, source: Sequence[str | Path]
-) -> Callable[[str], str | None]:
-    if isinstance(labels, Mapping):
-        return labels.get
-    if labels == "folder":
-        return lambda key: key.split("/")[-2] if "/" in key else None
-    if labels == "source":
-        return _of_source(folder, source).get
-    return read_assignments(Path(labels)).get
-
-
 def _of_source(folder: str | Path, source: Sequence[str | Path]) -> dict[str, str]:
-    """Labels by key, for images of a dataset that training supports."""
+    """Labels by key, if the images are of a dataset that training supports."""
     said = metadata(folder)["source"]
     if said["kind"] != "training":
         raise LabelError(
@@ -139,11 +127,6 @@ def _of_source(folder: str | Path, source: Sequence[str | Path]) -> dict[str, st
     return {item.key: str(int(n)) for item, n in zip(items, numbers, strict=True)}
 
 
-def _keys(folder: str | Path) -> Iterator[str]:
-    for batch in batches(folder, ["key"]):
-        yield from batch.column("key").to_pylist()
-
-
 def _in_columns(path: Path, text: str) -> Iterator[tuple[str, str]]:
     head = text.partition("\n")[0]
     separator = "\t" if "\t" in head else ","
@@ -153,8 +136,8 @@ def _in_columns(path: Path, text: str) -> Iterator[tuple[str, str]]:
         raise LabelError(f"{path} is not a table: {first_line(error)}") from error
     if not rows:
         return
-    names = [cell.strip().lower() for cell in rows[0]]
     key, label = 0, 1
+    names = [cell.strip().lower() for cell in rows[0]]
     named = [i for i, name in enumerate(names) if name in _LABEL_NAMES]
     keys = [i for i, name in enumerate(names) if name in _KEY_NAMES]
     if keys and (named or keys[0] == 0):

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def run_here(job: Job, network: Network, parts: Iterable[Part]) -> Iterator[Event]:
+def run_here(job: Job, network: Network, parts: Iterable[Part]) -> Generator[Event, None, None]:
     """Embed in this process, with one thread."""
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
@@ -52,7 +52,9 @@ def run_here(job: Job, network: Network, parts: Iterable[Part]) -> Iterator[Even
             worker.close()
 
 
-def run_in_processes(job: Job, devices: list[str], parts: Iterable[Part]) -> Iterator[Event]:
+def run_in_processes(
+    job: Job, devices: list[str], parts: Iterable[Part]
+) -> Generator[Event, None, None]:
     """Embed with one process for each of ``devices``; idle processes get the next part.
 
     A process that dies is replaced, and its part is embedded again.
@@ -60,55 +62,47 @@ def run_in_processes(job: Job, devices: list[str], parts: Iterable[Part]) -> Ite
     pending = collections.deque(parts)
     events: queue.Queue[tuple[_Process, Event | int]] = queue.Queue()
     deaths: collections.Counter[int] = collections.Counter()
-    running = {
-        _Process(replace(job, device=device), len(devices), events)
+    running = [
+        _Process(replace(job, device=device), len(devices), pending.popleft(), events)
         for device in devices[: len(pending)]
-    }
+    ]
     try:
         while running:
             process, event = events.get()
-            if isinstance(event, int):
-                running.discard(process)
-                process.close()
-                lost = process.part
-                if lost is None and not process.ready:
-                    raise MendableError(f"a process ended during start-up, with status {event}")
-                if lost is None:
-                    continue
-                deaths[lost[0]] += 1
-                if deaths[lost[0]] == _MOST_DEATHS:
+            if isinstance(event, Event):
+                if event.error:
+                    raise MendableError(event.error)
+                yield event
+                if event.done and pending:
+                    process.give(pending.popleft())
+                elif event.done:
+                    running.remove(process)
+                    process.kill()
+            elif process in running:
+                number = process.part[0]
+                deaths[number] += 1
+                if deaths[number] == _MOST_DEATHS:
                     raise MendableError(
-                        f"{_MOST_DEATHS} processes ended while computing part {lost[0]}, the last "
+                        f"{_MOST_DEATHS} processes ended while computing part {number}, the last "
                         f"with status {event} (-9: probably out of memory; use fewer --workers)"
                     )
-                yield Event(lost[0], -process.rows, again=True)
-                pending.appendleft(lost)
-                running.add(_Process(process.job, len(devices), events))
-                continue
-            if event.error:
-                raise MendableError(event.error)
-            process.note(event)
-            if event.part >= 0:
-                yield event
-            if process.part is None:
-                process.give(pending.popleft() if pending else None)
+                running.remove(process)
+                process.kill()
+                running.append(_Process(process.job, len(devices), process.part, events))
     finally:
         for process in running:
             process.kill()
 
 
 class _Process:
-    """A worker process, and the thread that receives its events.
+    """A worker process, and a thread that puts its events, and at last its status, in a queue.
 
     Attributes:
-        ready: whether it has built its network.
-        part: the part it is working on, or None.
-        rows: rows of that part so far.
+        part: the part it is working on.
     """
 
-    def __init__(self, job: Job, share: int, events: queue.Queue[Any]) -> None:
-        self.job, self.rows, self.ready = job, 0, False
-        self.part: Part | None = None
+    def __init__(self, job: Job, share: int, part: Part, events: queue.Queue[Any]) -> None:
+        self.job = job
         threads = 1 if job.device == "cpu" else max(1, cores() // share)
         path = [str(Path(backbones.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         self._process = subprocess.Popen(
@@ -121,42 +115,29 @@ class _Process:
                 "PYTHONPATH": os.pathsep.join(filter(None, path)),
             },
         )
-        self._send(job)
         self._thread = threading.Thread(target=self._listen, args=(events,), daemon=True)
         self._thread.start()
+        self._send(job)
+        self.give(part)
 
-    def note(self, event: Event) -> None:
-        """Update the state from an event of the process."""
-        self.ready = True
-        self.rows += event.rows
-        if event.done:
-            self.part = None
-
-    def give(self, part: Part | None) -> None:
-        """Send a part to the process; None ends it."""
-        self.part, self.rows = part, 0
-        if part is not None:
-            self._send(part)
-        else:
-            self.close()
+    def give(self, part: Part) -> None:
+        """Let the process embed a part."""
+        self.part = part
+        self._send(part)
 
     def kill(self) -> None:
-        """Kill the process."""
+        """End the process and the thread."""
         self._process.kill()
-        self.close()
         self._thread.join()
-
-    def _send(self, thing: Any) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it died; the listening thread reports that
-            pickle.dump(thing, self._process.stdin)
-            self._process.stdin.flush()
-
-    def close(self) -> None:
-        """Close the input of the process, which ends it."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
+
+    def _send(self, thing: Any) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died; the thread reports that
+            pickle.dump(thing, self._process.stdin)
+            self._process.stdin.flush()
 
     def _listen(self, events: queue.Queue[Any]) -> None:
         assert self._process.stdout is not None

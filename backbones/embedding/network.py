@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +19,9 @@ from backbones.core.loaded import Loaded, fuse, load, preprocessing
 FEATURES = "head, stage:N or stage:N:map"
 _WORDS = re.compile(r"head|stage:(-?\d+)(:map)?")
 
-_log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Features:
-    """Selects the output of a network that is stored as the embedding.
-
-    Attributes:
-        stage: the stage whose output is taken, as an index of ``forward_intermediates``; None for
-            the input of the classifier.
-        pooled: whether the map is averaged over height and width.
-    """
-
-    stage: int | None
-    pooled: bool
-
-
-def features_of(words: str, model: Any, name: str) -> Features:
-    """Parse the value of ``--features`` for ``model``."""
+def _stage_of(words: str, model: Any, name: str) -> int | None:
+    """The stage that ``words`` choose, as an index of ``forward_intermediates``; None for head."""
     found = _WORDS.fullmatch(words)
     if found is None:
         raise CommandError(f"--features must be {FEATURES}, not {shown(words)}")
@@ -47,7 +29,7 @@ def features_of(words: str, model: Any, name: str) -> Features:
     if is_ours and model.classifier == ():
         raise CommandError(f"{name} restores images and has no features to embed")
     if found[1] is None:
-        return Features(None, True)
+        return None
     if not is_ours and not hasattr(model, "forward_intermediates"):
         raise CommandError(f"--features {words}: timm returns no maps of {name}; use head")
     stages = model.stage_features() if is_ours else range(len(model.feature_info))
@@ -55,7 +37,7 @@ def features_of(words: str, model: Any, name: str) -> Features:
         raise CommandError(
             f"{name} has stages 0 … {len(stages) - 1}, not {words.partition(':')[2]}"
         )
-    return Features(stages[int(found[1])], found[2] is None)
+    return int(stages[int(found[1])])
 
 
 class _Headless(nn.Module):
@@ -77,8 +59,8 @@ class Network:
 
     Args:
         model: name; None if the checkpoint contains it.
-        checkpoint: file of the weights.
-        features: see :func:`features_of`.
+        features: ``head``, the input of the classifier, or the map of a stage, averaged over height
+            and width unless it ends in ``:map``.
         classes: how many of the most likely classes to return; 0 for none.
 
     Attributes:
@@ -91,7 +73,8 @@ class Network:
     def __init__(self, model: str | None, checkpoint: Path, features: str, classes: int) -> None:
         loaded: Loaded = load(model, checkpoint)
         self.name, self.model, self.names = loaded.name, loaded.model, loaded.classes
-        self.features = features_of(features, self.model, self.name)
+        self.stage = _stage_of(features, self.model, self.name)
+        self.pooled = not features.endswith(":map")
         self.classes = classes
         if classes > self.model.num_classes:
             raise CommandError(
@@ -105,7 +88,7 @@ class Network:
         self.preprocessing: dict[str, Any] = preprocessing(loaded)
         self.dtype = next(self.model.parameters()).dtype
         self.device = torch.device("cpu")
-        if self.features.stage is None and not classes:
+        if self.stage is None and not classes:
             if isinstance(self.model, StagedBackbone):
                 self.model.reset_classifier(0)  # so that forward, which is replayed, returns them
             else:
@@ -141,7 +124,7 @@ class Network:
             return self._compute(images)
 
     def _compute(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        model, stage = self.model, self.features.stage
+        model, stage = self.model, self.stage
         classes = scores = None
         if stage is None and not self.classes:
             found = model(images)
@@ -153,7 +136,7 @@ class Network:
             answer = model.forward_intermediates(images, [stage], intermediates_only=kept)
             last, maps = (None, answer) if kept else answer
             found = maps[0]
-            if self.features.pooled:
+            if self.pooled:
                 found = found.mean((2, 3), dtype=torch.float32)
         if self.classes:
             logits = model.forward_head(last)

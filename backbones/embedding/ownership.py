@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from backbones.common.files import replacing
 from backbones.embedding.table import identity
 from ops.cpu.build.folders import is_own_file
 
@@ -25,10 +26,7 @@ _BYTES = 32
 
 
 def key_path() -> Path:
-    """The file of the user's key: by default ``~/.local/state/vision-backbones/tables.key``.
-
-    ``XDG_STATE_HOME`` moves it.
-    """
+    """The file of the user's key; on Linux, ``XDG_STATE_HOME`` moves it."""
     if sys.platform == "darwin":
         base = "~/Library/Application Support"
     elif sys.platform == "win32":
@@ -39,11 +37,7 @@ def key_path() -> Path:
 
 
 def seal(content: Mapping[str, Any]) -> str | None:
-    """The seal of a table's description; None if no key can be stored.
-
-    Args:
-        content: of :func:`backbones.embedding.table.metadata`.
-    """
+    """The seal of a table's metadata; None if no key can be stored."""
     with contextlib.suppress(OSError):
         _make_key()
     key = _key()
@@ -51,7 +45,7 @@ def seal(content: Mapping[str, Any]) -> str | None:
 
 
 def is_own(content: Mapping[str, Any]) -> bool:
-    """Whether this user sealed the description, on this machine or with the same home folder."""
+    """Whether this user sealed the metadata, on this machine or with the same home folder."""
     key, there = _key(), content.get("seal")
     if key is None or there is None:
         return False
@@ -79,16 +73,7 @@ def _make_key() -> None:
     if _key() is not None or path.parts[0].startswith("~"):
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+    with replacing(path, unique=True) as temporary:
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with open(descriptor, "wb") as file:
             file.write(secrets.token_bytes(_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)  # of two processes, the first one's key is kept
-        except OSError:  # there is one, or the file system has no hard links
-            if _key() is None:
-                os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from backbones.common.files import write_atomically
+from backbones.common.files import write_text_atomically
 from backbones.common.messages import one_line
 from backbones.embedding.sheet import Row, Tile
 
@@ -25,8 +25,6 @@ class Table:
     """A table on a page.
 
     Attributes:
-        head: column headers.
-        rows: text of the cells, by row.
         groups: for each row, the :attr:`Tile.group` that its button filters by; empty for no
             buttons.
     """
@@ -48,25 +46,23 @@ def write_page(
     """Write a page with images and a field that filters them by name.
 
     Args:
-        path: of the HTML file.
-        title: heading of the page.
-        facts: label and value pairs below the title.
+        facts: shown below the title.
         rows: images under headings.
         tables: shown above the images.
-        picture: a PNG shown above the images.
-        told: alternative text of the picture.
+        picture: a PNG shown above the images, described by ``told``.
     """
     parts = {
         "title": _text(title),
         "facts": "".join(f"<dt>{_text(k)}</dt><dd>{_text(v)}</dd>" for k, v in facts.items()),
         "tables": "\n".join(map(_table, tables)),
-        "picture": "" if picture is None else _picture(picture, told),
+        "picture": "",
         "sections": "\n".join(map(_section, rows)),
     }
+    if picture is not None:
+        address = _address(picture, "png")
+        parts["picture"] = f'<img class="picture" alt="{_text(told)}" src="{address}">'
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = re.sub(r"@(\w+)@", lambda found: parts[found[1]], template)
-    data = page.encode(errors="backslashreplace")
-    write_atomically(path, lambda file: file.write(data))
+    write_text_atomically(path, re.sub(r"@(\w+)@", lambda found: parts[found[1]], template))
 
 
 def _text(text: str) -> str:
@@ -91,10 +87,6 @@ def _table(table: Table) -> str:
     )
 
 
-def _picture(data: bytes, told: str) -> str:
-    return f'<img class="picture" alt="{_text(told)}" src="{_address(data, "png")}">'
-
-
 def _section(row: Row) -> str:
     items = "\n".join(map(_item, row.tiles))
     return f'<section><h2>{_text(row.caption)}</h2>\n<ul class="images">\n{items}\n</ul></section>'
@@ -116,11 +108,9 @@ def _item(tile: Tile) -> str:
 
 def _encoded(image: Image.Image) -> str:
     file = io.BytesIO()
-    if max(image.size) <= _TINY:
-        image.save(file, "PNG")
-        return _address(file.getvalue(), "png")
-    image.save(file, "JPEG", quality=80)
-    return _address(file.getvalue(), "jpeg")
+    kind = "png" if max(image.size) <= _TINY else "jpeg"
+    image.save(file, kind, quality=80)
+    return _address(file.getvalue(), kind)
 
 
 def _address(data: bytes, kind: str) -> str:

@@ -16,8 +16,7 @@ import numpy as np
 from backbones.common.confusion import confusion_matrix
 from backbones.common.errors import MendableError
 from backbones.embedding.labels import LabelError, labels_of, split_of
-from backbones.embedding.rows import blocks, unit
-from backbones.embedding.table import metadata
+from backbones.embedding.table import blocks, essence, metadata, unit
 
 __all__ = ["MOST_ROWS", "Method", "Mistake", "Report", "probe"]
 
@@ -109,8 +108,7 @@ def probe(
     deviation 1.
 
     Args:
-        folder: of the table.
-        labels: classes, see :func:`backbones.embedding.labels.labels_of`.
+        labels, source: see :func:`backbones.embedding.labels.labels_of`.
         test: a second table of the same model to measure on; None to hold out part of the first.
         test_labels: classes of the second table; None to use ``labels``.
         split: which images to hold out, see :func:`backbones.embedding.labels.split_of`; None to
@@ -121,10 +119,8 @@ def probe(
         most_rows: limit of the rows to train on and of those to measure on. Beyond it, a share of
             every class is sampled at random, which bounds time and memory.
         seed: of the random choices.
-        source: see :func:`backbones.embedding.labels.labels_of`.
 
     Raises:
-        ValueError: a number out of range.
         LabelError: see :func:`backbones.embedding.labels.labels_of`; or there are fewer than two
             classes, or nothing is left to train on or to measure on.
         MendableError: scikit-learn is not installed, or the tables are of different models.
@@ -137,9 +133,23 @@ def probe(
             "probe needs scikit-learn: pip install scikit-learn (or '.[search]')"
         ) from None
     generator = np.random.default_rng(seed)
-    sides = _sides(folder, labels, test, test_labels, split, held_out, generator, source)
-    train, held, seen = sides
-    classes = _order({str(train.labels[i]) for i in train.rows})
+    seen = labels_of(folder, labels, source)
+    train, held = _Side(folder, seen), _Side(folder, seen)
+    if test is not None:
+        if split is not None:
+            raise ValueError("give either test or split")
+        _require_alike(folder, test)
+        held = _Side(test, labels_of(test, labels if test_labels is None else test_labels, source))
+        seen = seen + held.labels
+    elif split is not None:
+        parts = split_of(folder, split)
+        train.rows = [i for i in train.rows if parts[i] == "train"]
+        held.rows = [i for i in held.rows if parts[i] == "test"]
+    else:
+        train.rows, held.rows = _stratified(train, held_out, generator)
+    classes = sorted({str(train.labels[i]) for i in train.rows})
+    if all(name.isdecimal() for name in classes):
+        classes.sort(key=int)
     if len(classes) < 2:
         raise LabelError(f"probe needs at least two classes; {folder} has {classes}")
     number_of = {name: number for number, name in enumerate(classes)}
@@ -164,46 +174,33 @@ def probe(
     return Report(len(seen), labelled, len(y), len(y_test), classes, chance, methods, notes)
 
 
-@dataclass
 class _Side:
-    """Images to train on or to measure on: some rows of a table."""
+    """Images to train on or to measure on: some rows of a table, at first all that have a class."""
 
-    folder: str | Path
-    labels: list[str | None]
-    rows: list[int]
+    def __init__(self, folder: str | Path, labels: list[str | None]) -> None:
+        self.folder, self.labels = folder, labels
+        self.rows = [i for i, label in enumerate(labels) if label is not None]
+
+    def by_class(self) -> list[list[int]]:
+        """The rows of each class, in the alphabetical order of the classes."""
+        found: dict[str, list[int]] = {}
+        for i in self.rows:
+            found.setdefault(str(self.labels[i]), []).append(i)
+        return [found[name] for name in sorted(found)]
 
     def read(self, number_of: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Embeddings (n, dim), class numbers (n,) and keys, in the table's order."""
         rows = np.array(sorted(self.rows))
-        vectors, keys = _vectors(self.folder, rows)
+        parts, keys = [], []
+        for block in blocks(self.folder):
+            low, high = np.searchsorted(rows, (block.first, block.first + len(block.keys)))
+            inside = rows[low:high] - block.first
+            parts.append(block.vectors[inside])
+            keys += block.keys.take(inside).to_pylist()
+        vectors = np.concatenate(parts)
+        if not np.isfinite(vectors).all():
+            raise LabelError(f"{self.folder} has embeddings that are NaN or infinite")
         return vectors, np.array([number_of[str(self.labels[i])] for i in rows]), keys
-
-
-def _sides(
-    folder: str | Path,
-    labels: Labels,
-    test: str | Path | None,
-    test_labels: Labels | None,
-    split: Labels | None,
-    held_out: float,
-    generator: np.random.Generator,
-    source: Sequence[str | Path],
-) -> tuple[_Side, _Side, list[str | None]]:
-    """The images to train on, those to measure on, and the classes of all rows."""
-    known = labels_of(folder, labels, source)
-    if test is not None:
-        if split is not None:
-            raise ValueError("give either test or split")
-        _require_alike(folder, test)
-        others = labels_of(test, labels if test_labels is None else test_labels, source)
-        train, held = _Side(folder, known, _labelled(known)), _Side(test, others, _labelled(others))
-        return train, held, known + others
-    if split is None:
-        chosen = _stratified(known, held_out, generator)
-    else:
-        parts = split_of(folder, split)
-        chosen = [[i for i in _labelled(known) if parts[i] == part] for part in ("train", "test")]
-    return _Side(folder, known, chosen[0]), _Side(folder, known, chosen[1]), known
 
 
 def _check(held_out: float, neighbors: int, c: float, most_rows: int) -> None:
@@ -221,68 +218,34 @@ def _require_alike(folder: str | Path, other: str | Path) -> None:
     """Raise an error for tables whose embeddings are not comparable."""
     one, two = metadata(folder), metadata(other)
     for key in ("model", "weights", "features", "preprocessing"):
-        first, second = (
-            said[key]["sha256"] if key == "weights" else said[key] for said in (one, two)
-        )
+        first, second = essence(key, one[key]), essence(key, two[key])
         if first != second:
             raise MendableError(
                 f"{folder} and {other} cannot be compared: their {key} differ: {first}, {second}"
             )
 
 
-def _labelled(labels: Sequence[str | None]) -> list[int]:
-    return [i for i, label in enumerate(labels) if label is not None]
-
-
-def _order(names: set[str]) -> list[str]:
-    """Sort names numerically if all are numbers, else alphabetically."""
-    if all(name.isdecimal() for name in names):
-        return sorted(names, key=int)
-    return sorted(names)
-
-
-def _by_class(numbers: Sequence[int], labels: Sequence[str | None]) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for i in numbers:
-        found.setdefault(str(labels[i]), []).append(i)
-    return found
-
-
 def _stratified(
-    labels: Sequence[str | None], held_out: float, generator: np.random.Generator
-) -> list[list[int]]:
+    side: _Side, held_out: float, generator: np.random.Generator
+) -> tuple[list[int], list[int]]:
     """Training and held-out rows: a share of every class is held out, unless it has one row."""
     train: list[int] = []
     test: list[int] = []
-    for _, numbers in sorted(_by_class(_labelled(labels), labels).items()):
+    for numbers in side.by_class():
         count = min(max(1, round(held_out * len(numbers))), len(numbers) - 1)
         order = generator.permutation(numbers).tolist()
         test += order[:count]
         train += order[count:]
-    return [train, test]
+    return train, test
 
 
 def _fewer(side: _Side, most: int, generator: np.random.Generator) -> list[int]:
     """Sample about ``most`` rows: the same share of every class, at least one row each."""
     chosen: list[int] = []
-    for _, inside in sorted(_by_class(side.rows, side.labels).items()):
+    for inside in side.by_class():
         count = max(1, int(len(inside) * most / len(side.rows)))
         chosen += generator.permutation(inside)[:count].tolist()
     return chosen
-
-
-def _vectors(folder: str | Path, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Embeddings (n, dim) and keys of the given rows, in order."""
-    parts, keys = [], []
-    for block in blocks(folder):
-        low, high = np.searchsorted(rows, (block.first, block.first + len(block.keys)))
-        inside = rows[low:high] - block.first
-        parts.append(block.vectors[inside])
-        keys += block.keys.take(inside).to_pylist()
-    vectors = np.concatenate(parts)
-    if not np.isfinite(vectors).all():
-        raise LabelError(f"{folder} has embeddings that are NaN or infinite")
-    return vectors, keys
 
 
 @dataclass
@@ -292,12 +255,15 @@ class _Truth:
     keys: list[str]
     folder: str
 
-    def judge(self, name: str, found: np.ndarray, sure: np.ndarray, note: str = "") -> Method:
-        """Evaluate predictions and their confidences."""
+    def judge(self, name: str, shares: np.ndarray, note: str) -> Method:
+        """Evaluate probabilities (n, classes)."""
+        from scipy.stats import binomtest
+
+        found, sure = shares.argmax(axis=1), shares.max(axis=1)
         confusion = confusion_matrix(self.numbers, found, len(self.classes))
         right = int(np.trace(confusion))
         sizes = confusion.sum(axis=1)
-        shares = np.diag(confusion)[sizes > 0] / sizes[sizes > 0]
+        recalls = np.diag(confusion)[sizes > 0] / sizes[sizes > 0]
         wrong = np.flatnonzero(found != self.numbers)
         mistakes = [
             Mistake(
@@ -309,9 +275,9 @@ class _Truth:
             )
             for i in wrong[np.argsort(-sure[wrong], kind="stable")].tolist()
         ]
-        low, high = _interval(right, len(found))
-        accuracy = right / len(found)
-        return Method(name, accuracy, low, high, float(shares.mean()), confusion, mistakes, note)
+        low, high = binomtest(right, len(found)).proportion_ci(method="wilson")
+        accuracy, per_class = right / len(found), float(recalls.mean())
+        return Method(name, accuracy, low, high, per_class, confusion, mistakes, note)
 
 
 def _nearest(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, truth: _Truth, k: int) -> Method:
@@ -322,7 +288,7 @@ def _nearest(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, truth: _Truth, k:
     model = KNeighborsClassifier(used, weights="distance", algorithm="brute")
     shares = model.fit(unit(x), y).predict_proba(unit(x_test))
     note = f"there are only {used} training images" if used < k else ""
-    return truth.judge(f"{used} nearest", shares.argmax(axis=1), shares.max(axis=1), note)
+    return truth.judge(f"{used} nearest", shares, note)
 
 
 def _linear(
@@ -340,14 +306,4 @@ def _linear(
         warnings.simplefilter("always", ConvergenceWarning)
         shares = model.fit(x, y).predict_proba(x_test)
     note = "its training had not converged after 1000 iterations" if said else ""
-    return truth.judge("linear probe", shares.argmax(axis=1), shares.max(axis=1), note)
-
-
-def _interval(right: int, count: int) -> tuple[float, float]:
-    """Wilson's interval at 95 % confidence."""
-    z, p = 1.96, right / count
-    middle = p + z * z / (2 * count)
-    reach = z * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5
-    scale = 1 + z * z / count
-    low = (middle - reach) / scale if right else 0.0
-    return low, (middle + reach) / scale if right < count else 1.0
+    return truth.judge("linear probe", shares, note)

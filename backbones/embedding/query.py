@@ -47,8 +47,6 @@ def embed_queries(
     """Embed files with the model, weights and preprocessing of a table.
 
     Args:
-        folder: of the table.
-        paths: of the images.
         checkpoint: file of the weights, if it was moved since the table was made.
 
     Raises:
@@ -63,12 +61,10 @@ def embed_queries(
             f"{list(network.shape)}"
         )
     _require_same(folder, said["preprocessing"], network.preprocessing)
-    # If the table was computed on a GPU or in a dtype that this CPU cannot multiply, use float32.
-    device = torch.device("cpu")
-    computed = said["computed"]
+    device, computed = torch.device("cpu"), said["computed"]
     try:
         check_dtype(computed, device)
-    except CommandError:
+    except CommandError:  # computed on a GPU, or in a dtype that this CPU cannot multiply
         computed = "float32"
     network.prepare(computed, device)
     images = Images(said["preprocessing"])

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -29,7 +29,7 @@ from backbones.embedding.cluster import require_ray, run_on_cluster
 from backbones.embedding.local import cores, run_here, run_in_processes
 from backbones.embedding.network import Network
 from backbones.embedding.ownership import is_own, seal
-from backbones.embedding.sources import Source, open_source, reader
+from backbones.embedding.sources import Reader, Source, open_source, reader
 from backbones.embedding.worker import Event, Job
 
 ENGINES = ("local", "ray")
@@ -40,13 +40,12 @@ _BATCH, _GPU_BATCH = 16, 256
 
 @dataclass
 class Summary:
-    """The state of the folder after a run.
+    """The state of the folder after a call that took some ``seconds``.
 
     Attributes:
         rows: of all shards.
         corrupt: keys and reasons of the images that could not be embedded.
         done: rows added by this call.
-        seconds: duration of this call.
         skipped: files in folders, and members of the archives that this call read.
     """
 
@@ -85,17 +84,15 @@ def embed(
     embedding of an uninterrupted run.
 
     Args:
-        source, split, column: see :func:`backbones.embedding.sources.open_source`.
+        source, split, column, rows: see :func:`backbones.embedding.sources.open_source`.
         out: created if missing; its parent must exist.
         model: name; optional for checkpoints of ``train_cls.py``.
-        checkpoint: file of the weights.
         features: ``"head"``, the input of the classifier; ``"stage:N"``, the mean of that stage's
             map; ``"stage:N:map"``, the map.
         classes: how many of the most likely classes to store as well.
         dtype: of the computation: ``"float32"``, ``"bfloat16"``, on a CPU ``"int8"``, on a
             GPU ``"float16"``.
         store: dtype of the stored embeddings: ``"float32"`` or ``"float16"``.
-        rows: images per shard; see :func:`backbones.embedding.sources.open_source`.
         batch_size: images per batch; None: 16, on a GPU 256.
         workers: processes; None: one per core, or one per GPU.
         decoders: decoding threads per process; None: 1, or on GPUs the cores divided by the
@@ -107,8 +104,7 @@ def embed(
 
     Raises:
         CommandError, DataError: unknown model or source, or conflicting arguments.
-        TableError: ``out`` holds embeddings of a different model, weights, preprocessing or source;
-            the message names the difference.
+        TableError: ``out`` holds embeddings of a different model, weights, preprocessing or source.
         FileError: ``out`` cannot be written.
     """
     begun = time.monotonic()
@@ -126,7 +122,28 @@ def embed(
         raise CommandError(f"--out {out} is inside the source {source}; choose another folder")
     images = open_source(source, rows, split, column)
     network = Network(model, checkpoint, features, classes)
-    content = _content(network, checkpoint, images, features, dtype, store, rows)
+    content: dict[str, Any] = {
+        "model": network.name,
+        "weights": {
+            "file": checkpoint.name,
+            "path": str(checkpoint.absolute()),
+            "sha256": sha256_of(checkpoint),
+        },
+        "preprocessing": network.preprocessing,
+        "features": features,
+        "shape": list(network.shape),
+        "dim": math.prod(network.shape),
+        "dtype": store,
+        "computed": dtype,
+        "classes": network.classes,
+        "names": network.names if network.classes else [],
+        "source": images.description,
+        "images": images.images,
+        "shards": len(images.parts),
+        "rows": rows,
+        "decoder": installed_decoder(),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
     with _locked(out):
         require_writable({"--out:": (out / table.CORRUPT, _CORRUPT)}, [source, checkpoint])
         content = _begin(out, content)
@@ -139,11 +156,11 @@ def embed(
             batch_size or (_BATCH if target.type == "cpu" else _GPU_BATCH),
             _decoders(decoders, target, workers),
         )
-        work.show_begin(network.name)
-        if work.pending:
-            work.follow(_events(job, network, work.pending, engine, address, workers))
-        rows_there, corrupt = work.finish()
-    return Summary(rows_there, corrupt, work.done, time.monotonic() - begun, images.skipped)
+        work.show_begin(network.name, content["dim"])
+        if pending := work.pending:
+            work.follow(_events(job, network, pending, engine, address, workers))
+        corrupt = work.write_corrupt()
+    return Summary(work.rows, corrupt, work.added, time.monotonic() - begun, images.skipped)
 
 
 def _events(
@@ -153,7 +170,7 @@ def _events(
     engine: str,
     address: str | None,
     workers: int | None,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     if engine == "ray":
         return run_on_cluster(job, address, pending)
     if job.device == "cpu":
@@ -180,10 +197,7 @@ def _decoders(asked: int | None, device: torch.device, workers: int | None) -> i
 
 
 def _is_within(out: Path, source: Path) -> bool:
-    return source.is_dir() and Path(os.path.realpath(source)) in (
-        Path(os.path.realpath(out)),
-        *Path(os.path.realpath(out)).parents,
-    )
+    return source.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source))
 
 
 @contextlib.contextmanager
@@ -209,39 +223,6 @@ def _locked(out: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 (out / table.SHARDS).rmdir()
                 out.rmdir()
-
-
-def _content(
-    network: Network,
-    checkpoint: Path,
-    images: Source,
-    features: str,
-    dtype: str,
-    store: str,
-    rows: int,
-) -> dict[str, Any]:
-    return {
-        "model": network.name,
-        "weights": {
-            "file": checkpoint.name,
-            "path": str(checkpoint.absolute()),
-            "sha256": sha256_of(checkpoint),
-        },
-        "preprocessing": network.preprocessing,
-        "features": features,
-        "shape": list(network.shape),
-        "dim": math.prod(network.shape),
-        "dtype": store,
-        "computed": dtype,
-        "classes": network.classes,
-        "names": network.names if network.classes else [],
-        "source": images.description,
-        "images": images.images,
-        "shards": len(images.parts),
-        "rows": rows,
-        "decoder": installed_decoder(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
 
 
 def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -272,112 +253,98 @@ class _Work:
     """Tracks and shows which parts are done.
 
     Attributes:
-        pending: parts without a shard, with their numbers.
-        done: rows added.
+        rows: written so far, by earlier calls too.
     """
 
     def __init__(
         self, out: Path, content: dict[str, Any], images: Source, stream: TextIO | None
     ) -> None:
-        self.out, self.content, self.images = out, content, images
-        self.identity, self.done = table.identity(content), 0
-        self.columns = table.schema(content["dim"], content["dtype"], bool(content["classes"]))
-        self._reader = reader(content["source"])
-        self.corrupt: dict[int, list[tuple[str, str]]] = {}
-        self.rows = 0
-        self.pending: list[tuple[int, Any]] = []
+        self.out, self.images = out, images
+        self.rows = self._corrupt = self._done = 0
+        self._latest: dict[int, Event] = {}  # of each part
         self._progress = Progress(stream is not None, stream)
         self._progress.begin("check", len(images.parts))
-        for number, part in enumerate(images.parts):
-            if not self._take(number):
-                self.pending.append((number, part))
-            if self._progress.due():
-                self._progress.show(number + 1, "shards")
+        identity = table.identity(content)
+        columns = table.schema_of(content)
+        opener = reader(content["source"])
+        for number in range(len(images.parts)):
+            self._check(number, identity, columns, opener)
+            self._progress.step("shards")
         self._progress.end()
-        self._before = self.rows + self._corrupt_count()
-        self._new_corrupt = 0
-        self._parts = len(images.parts) - len(self.pending)
+        self._rows_before, self._seen_before = self.rows, self.rows + self._corrupt
         self._first = self._at()
         self._begun = time.monotonic()
-        self._write_corrupt()
+        self.write_corrupt()
 
-    def _take(self, number: int) -> bool:
-        """Verify a shard and count its rows; False if it is missing, damaged, or lacks images that
-        can be opened now."""
+    def _check(self, number: int, identity: str, columns: Any, opener: Reader) -> None:
+        """Take note of a shard, unless it is missing or damaged, or lacks images that can be
+        opened now."""
         path = table.shard_path(self.out, number)
         if not path.exists():
-            return False
+            return
         try:
-            rows, corrupt = table.corrupt_in(path, self.identity, self.columns)
+            rows, corrupt = table.corrupt_in(path, identity, columns)
         except table.DamagedShardError as error:
             self._progress.say(f"{path} is damaged ({error.reason}); embedding it again")
             path.unlink()
-            return False
-        if any(self._reader.is_back(key, reason) for key, reason in corrupt):
-            return False
-        self.rows += rows
-        if corrupt:
-            self.corrupt[number] = corrupt
-        return True
+            return
+        if not any(opener.is_back(key, reason) for key, reason in corrupt):
+            self._note(Event(number, rows, tuple(corrupt), done=True))
 
-    def _corrupt_count(self) -> int:
-        return sum(map(len, self.corrupt.values()))
+    def _note(self, event: Event) -> None:
+        before = self._latest.get(event.part, Event(event.part))
+        self._latest[event.part] = event
+        self.rows += event.rows - before.rows
+        self._corrupt += len(event.corrupt) - len(before.corrupt)
+        self._done += event.done
+        if event.skipped:
+            self.images.skipped.add(event.skipped.names, event.skipped.count)
 
-    def _write_corrupt(self) -> list[tuple[str, str]]:
-        ordered = [entry for number in sorted(self.corrupt) for entry in self.corrupt[number]]
-        table.write_corrupt(self.out, ordered)
-        return ordered
+    @property
+    def pending(self) -> list[tuple[int, Any]]:
+        """Parts without a shard, with their numbers."""
+        return [(i, part) for i, part in enumerate(self.images.parts) if i not in self._latest]
 
-    def show_begin(self, model: str) -> None:
+    @property
+    def added(self) -> int:
+        """Rows written by this call."""
+        return self.rows - self._rows_before
+
+    def write_corrupt(self) -> list[tuple[str, str]]:
+        """Write ``corrupt.txt``; returns its lines, in the order of the source."""
+        events = [self._latest[number] for number in sorted(self._latest)]
+        corrupt = [entry for event in events for entry in event.corrupt]
+        table.write_corrupt(self.out, corrupt)
+        return corrupt
+
+    def show_begin(self, model: str, dim: int) -> None:
         """Show what is about to be computed."""
         total = self.images.images
         count = f"{total} images" if total is not None else f"{len(self.images.parts)} archives"
-        done = f", {self._before} images done before" if self._before else ""
-        self._progress.say(
-            f"{model}: {count} into {self.out}, {self.content['dim']} numbers each{done}"
-        )
+        done = f", {self._seen_before} images done before" if self._seen_before else ""
+        self._progress.say(f"{model}: {count} into {self.out}, {dim} numbers each{done}")
         self._progress.begin("embed", total or len(self.images.parts), self._first)
 
-    def follow(self, events: Iterator[Event]) -> None:
+    def follow(self, events: Generator[Event, None, None]) -> None:
         """Consume the engine's events until all parts are done."""
-        corrupt: dict[int, list[tuple[str, str]]] = {}
         try:
             for event in events:
-                self.done += event.rows
-                if event.again:
-                    self._new_corrupt -= len(corrupt.pop(event.part, ()))
-                self._new_corrupt += len(event.corrupt)
-                corrupt.setdefault(event.part, []).extend(event.corrupt)
-                if event.skipped:
-                    self.images.skipped.add(event.skipped.names, event.skipped.count)
-                if event.done:
-                    self._parts += 1
-                    if lines := corrupt.pop(event.part):
-                        self.corrupt[event.part] = lines
+                self._note(event)
                 self._progress.done = self._at()
                 if self._progress.due():
                     self._progress.show(self._progress.done, self._figures())
         finally:
-            close = getattr(events, "close", None)
-            if close is not None:
-                close()  # ends the processes
+            events.close()  # ends the processes
             self._progress.end()
 
     def _at(self) -> int:
-        if self.images.images is None:
-            return self._parts
-        return self._before + self.done + self._new_corrupt
+        return self._done if self.images.images is None else self.rows + self._corrupt
 
     def _figures(self) -> str:
-        seconds = time.monotonic() - self._begun
-        seen = self.done + self._new_corrupt
-        parts = [f"{seen / max(seconds, 1e-9):.0f} images/s"]
+        seen = self.rows + self._corrupt - self._seen_before
+        parts = [f"{seen / max(time.monotonic() - self._begun, 1e-9):.0f} images/s"]
         if self._progress.done > self._first:
             parts.append(f"{duration(self._progress.seconds_left())} left")
-        if count := self._corrupt_count():
-            parts.append(f"{count} corrupt")
+        if self._corrupt:
+            parts.append(f"{self._corrupt} corrupt")
         return "  ".join(parts)
-
-    def finish(self) -> tuple[int, list[tuple[str, str]]]:
-        """Rows of the whole table, and its corrupt images in the order of the source."""
-        return self.rows + self.done, self._write_corrupt()

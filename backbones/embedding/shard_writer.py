@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,25 +20,19 @@ if TYPE_CHECKING:
 _GROUP = 1 << 25  # bytes of embeddings per row group
 
 
-class ShardWriter:
-    """Writes one shard atomically.
+class Shard:
+    """The rows of a shard that is being written, see :func:`writing_shard`.
 
-    If the ``with`` block raises, the partial file is removed. Two writers of the same shard, such
-    as a process presumed dead and its replacement, do not interfere.
-
-    Args:
-        path: of the shard; its folder must exist.
-        schema: from :func:`backbones.embedding.table.schema`.
-        identity: from :func:`backbones.embedding.table.identity`.
+    Attributes:
+        rows: number of rows added so far.
+        corrupt: keys and reasons of images that could not be decoded, for the caller to fill.
     """
 
-    def __init__(self, path: Path, schema: pyarrow.Schema, identity: str) -> None:
-        self._pa = require_pyarrow()
-        self.path, self.schema = path, schema.with_metadata({IDENTITY_KEY: identity.encode()})
-        self._rows: list[dict[str, Any]] = []
-        self._corrupt: list[tuple[str, str]] = []
+    def __init__(self, path: Path, schema: pyarrow.Schema, writer: Any) -> None:
+        self._path, self._schema, self._writer = path, schema, writer
+        self.rows, self.corrupt = 0, list[tuple[str, str]]()
+        self._added: list[pyarrow.RecordBatch] = []
         self._bytes = 0
-        self._writer: Any = None
 
     def add(
         self,
@@ -49,83 +42,74 @@ class ShardWriter:
         classes: np.ndarray | None = None,
         scores: np.ndarray | None = None,
     ) -> None:
-        """Add rows.
+        """Add n rows.
 
         Args:
-            keys: of n images.
-            sizes: height and width of each.
+            sizes: height and width of each image.
             embeddings: (n, dim).
             classes, scores: (n, k), if the schema has them.
         """
+        pa, kind = require_pyarrow(), self._schema.field("embedding").type
+        flat = embeddings.astype(kind.value_type.to_pandas_dtype(), copy=False).reshape(-1)
         columns: dict[str, Any] = {
             "key": keys,
             "height": [height for height, _ in sizes],
             "width": [width for _, width in sizes],
-            "embedding": embeddings,
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind),
         }
-        if classes is not None:
-            columns |= {"classes": classes, "scores": scores}
-        self._rows.append(columns)
-        self._bytes += embeddings.nbytes
+        if classes is not None and scores is not None:
+            columns |= {"classes": classes.tolist(), "scores": scores.tolist()}
+        self._added.append(pa.RecordBatch.from_pydict(columns, schema=self._schema))
+        self.rows += len(keys)
+        self._bytes += flat.nbytes
         if self._bytes >= _GROUP:
-            self._flush()
+            self.flush()
 
-    def add_corrupt(self, key: str, reason: str) -> None:
-        """Record an image that could not be decoded."""
-        self._corrupt.append((key, reason))
+    def flush(self) -> None:
+        """Write the rows added since the last call."""
+        if self._added:
+            with writing(self._path):
+                self._writer.write_table(require_pyarrow().Table.from_batches(self._added))
+        self._added, self._bytes = [], 0
 
-    def _flush(self) -> None:
-        if not self._rows:
-            return
-        pa, rows = self._pa, self._rows
-        self._rows, self._bytes = [], 0
-        arrays = [self._array(field, [part[field.name] for part in rows]) for field in self.schema]
-        with writing(self.path):
-            self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
 
-    def _array(self, field: Any, parts: list[Any]) -> Any:
-        pa = self._pa
-        if pa.types.is_fixed_size_list(field.type):
-            dtype = field.type.value_type.to_pandas_dtype()
-            flat = np.concatenate([part.astype(dtype, copy=False).reshape(-1) for part in parts])
-            return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=field.type)
-        if pa.types.is_list(field.type):
-            return pa.array([row for part in parts for row in part.tolist()], field.type)
-        return pa.array([value for part in parts for value in part], field.type)
+@contextmanager
+def writing_shard(path: Path, schema: pyarrow.Schema, identity: str) -> Iterator[Shard]:
+    """Write a shard atomically; if the block raises, the partial file is removed.
 
-    def __enter__(self) -> ShardWriter:
-        with writing(self.path), ExitStack() as stack:
-            temporary = stack.enter_context(replacing(self.path, unique=True))
-            self._file = open(temporary, "w+b")  # noqa: SIM115 - closed when the block ends
-            stack.callback(self._leave)
+    Two writers of the same shard, such as a process presumed dead and its replacement, do not
+    interfere.
+
+    Args:
+        schema, identity: from the functions of these names in :mod:`backbones.embedding.table`.
+    """
+    schema = schema.with_metadata({IDENTITY_KEY: identity.encode()})
+    with ExitStack() as stack:
+        with writing(path):
+            temporary = stack.enter_context(replacing(path, unique=True))
+            file = stack.enter_context(_closing(open(temporary, "w+b")))  # noqa: SIM115
             # Embeddings do not compress, so they are stored uncompressed for fast reading.
-            self._writer = self._pa.parquet.ParquetWriter(
-                self._file, self.schema, compression="none", use_dictionary=False
+            writer = require_pyarrow().parquet.ParquetWriter(
+                file, schema, compression="none", use_dictionary=False
             )
-            self._stack = stack.pop_all()
-        return self
+            stack.enter_context(_closing(writer))
+        shard = Shard(path, schema, writer)
+        yield shard
+        shard.flush()
+        noted = {CORRUPT_KEY: json.dumps(shard.corrupt), CHECKSUM_KEY: PLACEHOLDER}
+        with writing(path):
+            writer.add_key_value_metadata(noted)
+            writer.close()
+            sign(file)
+            file.close()
+            stack.close()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is not None:
-            self._stack.__exit__(kind, error, trace)
-            return
-        with writing(self.path), self._stack:
-            self._flush()
-            self._writer.add_key_value_metadata(
-                {CORRUPT_KEY: json.dumps(self._corrupt), CHECKSUM_KEY: PLACEHOLDER}
-            )
-            self._writer.close()
-            sign(self._file)
-            self._file.close()
 
-    def _leave(self) -> None:
-        """Close the files; buffered data that cannot be written is discarded."""
-        for file in (self._writer, self._file):
-            with suppress(OSError):
-                if file is not None:
-                    file.close()
+@contextmanager
+def _closing(file: Any) -> Iterator[Any]:
+    """Close a file; buffered data that cannot be written is discarded."""
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from backbones.common.figures import INK, drawable, new_figure, save_figure
 from backbones.common.messages import one_line
@@ -27,7 +27,6 @@ class Tile:
     Attributes:
         image: None if it can no longer be read.
         heading: bold text below the image, such as its score.
-        key: name of the image.
         framed: whether it is highlighted, as the query is.
         group: what a page can filter it by, such as "3 → 8".
     """
@@ -41,24 +40,14 @@ class Tile:
 
 @dataclass
 class Row:
-    """Images that belong together, wrapped into several lines if there are many.
-
-    Attributes:
-        caption: heading above them.
-    """
+    """Images that belong together, under a caption."""
 
     caption: str
     tiles: list[Tile] = field(default_factory=list)
 
 
 def draw_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """Draw rows of images with their captions, headings and names.
-
-    Args:
-        path: of the PNG.
-        title: heading of the sheet.
-        rows: each with at least one tile.
-    """
+    """Draw rows of at least one image each with their captions, headings and names, as a PNG."""
     step = _SIDE + _GAP
     lines = _lines(rows)
     columns = max(4, *(line[-1].column + min(len(line[-1].row.tiles), _COLUMNS) for line in lines))
@@ -126,11 +115,9 @@ def _paste(canvas: Image.Image, tile: Tile, x: int, y: int) -> None:
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), fill=_EMPTY)
     if tile.image is not None:
-        scale = _SIDE / max(tile.image.size)
-        size = [max(1, round(side * scale)) for side in tile.image.size]
         # Small images are enlarged without smoothing.
-        smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
-        shown = tile.image.resize((size[0], size[1]), smooth)
-        canvas.paste(shown, (x + (_SIDE - size[0]) // 2, y + (_SIDE - size[1]) // 2))
+        is_large = max(tile.image.size) > _SIDE
+        way = Image.Resampling.LANCZOS if is_large else Image.Resampling.NEAREST
+        canvas.paste(ImageOps.pad(tile.image, (_SIDE, _SIDE), way, _EMPTY), (x, y))
     if tile.framed:
         draw.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), outline=_FRAME, width=4)

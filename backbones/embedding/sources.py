@@ -7,12 +7,13 @@ image by key. Each worker creates its own reader from the source's description i
 from __future__ import annotations
 
 import abc
-import bisect
 import functools
 import glob
 import hashlib
 import io
+import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,15 +37,12 @@ _UNOPENED = ("OSError: it ", "DataError: it ", "PermissionError: ")
 
 
 class Item(NamedTuple):
-    """An image that has not been opened yet.
-
-    Attributes:
-        key: unique within its source, a single line of text.
-        open: returns a file, which the caller closes, or a decoded image; OSError if it fails.
-    """
+    """An image that has not been opened yet."""
 
     key: str
+    """Unique within its source, a single line of text."""
     open: Callable[[], IO[bytes] | Image.Image]
+    """Returns a file, which the caller closes, or a decoded image; OSError if it fails."""
 
 
 class Reader(abc.ABC):
@@ -73,11 +71,7 @@ class Reader(abc.ABC):
         self.skipped = Skipped()
 
     def path(self, name: str) -> Path:
-        """The path of one of the source's files.
-
-        Args:
-            name: as it is on disk, or as in a key, see :func:`_text`.
-        """
+        """The path of one of the source's files, by its name on disk or in a key."""
         path = _on_disk(self.root, name)
         if self._places is None or path in self._listed:
             return path
@@ -91,10 +85,7 @@ class Reader(abc.ABC):
 
     @abc.abstractmethod
     def items(self, part: Any) -> Iterator[Item]:
-        """The images of a part, in order.
-
-        Args:
-            part: one of :attr:`Source.parts`.
+        """The images of one of :attr:`Source.parts`, in order.
 
         Raises:
             DataError: the archive or table that holds them is damaged from this point on.
@@ -105,12 +96,7 @@ class Reader(abc.ABC):
         """The image with that key, as from :attr:`Item.open`; OSError or KeyError if none."""
 
     def is_back(self, key: str, reason: str) -> bool:
-        """Whether a file of an incomplete table, which could not be opened, now can be.
-
-        Args:
-            key: of the image, or of its archive or table.
-            reason: why it could not be read.
-        """
+        """Whether an image, archive or table that could not be opened, for ``reason``, now can."""
         if not reason.startswith(_UNOPENED):
             return False
         try:
@@ -160,8 +146,7 @@ def open_source(
         column: of the images, for Parquet and ``hfds``; None for the only one there is.
 
     Raises:
-        DataError: it does not exist, contains no image or images of several kinds, or cannot be
-            read.
+        DataError: it can't be read, or contains no image or images of several kinds.
     """
     place = str(place)
     if place.partition("/")[0] in _TRAINING and not os.path.lexists(place):
@@ -188,11 +173,7 @@ def open_source(
 def reader(
     description: dict[str, Any], places: Sequence[Path] | None = None, listed: Collection[Path] = ()
 ) -> Reader:
-    """Create the reader for a source's description.
-
-    Args:
-        places, listed: see :class:`Reader`.
-    """
+    """Create the :class:`Reader` for a source's description."""
     kind = description["kind"]
     if kind not in _READERS:
         raise TableError(
@@ -204,13 +185,10 @@ def reader(
 def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
     """Create the reader for the images of a table; it reads only from the table's source.
 
-    The source that ``metadata.json`` names is only believed in the user's own tables, see
-    :mod:`backbones.embedding.ownership`.
-
     Args:
-        folder: of the table.
         source: where the source is, as for :func:`open_source`, and further folders that its keys
-            and links may lead to; empty to believe the table.
+            and links may lead to; empty to believe the table, if it is the user's own (see
+            :mod:`backbones.embedding.ownership`).
 
     Raises:
         ForeignError: the table is not the user's own, and ``source`` is empty, or it is another
@@ -257,21 +235,19 @@ def image_files(
     Archives and tables are left out: no output has the name of one.
 
     Args:
-        description: see :class:`Reader`.
         keys: lists those of the images; only called if a folder doesn't name them.
         source: where they are besides, see :func:`reader_of`.
     """
-    if description["kind"] == "training":
-        kind, _, name = description["data"].partition("/")
-        if kind in ("torch", "torchvision"):
-            place = _dataset_folder(description["data"]) if source else description.get("folder")
-            if place is not None:
-                yield Path(place)
-        elif kind == "hfds":
-            yield Path(name)
-        return
+    dataset = description["data"] if description["kind"] == "training" else ""
+    kind, _, name = dataset.partition("/")
     roots = [Path(description["path"]), *(_root(Path(os.path.abspath(s))) for s in source)]
-    if description["kind"] == "folder":
+    if kind in ("torch", "torchvision"):
+        place = _dataset_folder(dataset) if source else description.get("folder")
+        if place is not None:
+            yield Path(place)
+    elif kind == "hfds":
+        yield Path(name)
+    elif description["kind"] == "folder":
         yield from roots
     elif description["kind"] == "list":
         readers = [reader({**description, "path": str(root)}) for root in roots]
@@ -279,16 +255,13 @@ def image_files(
 
 
 def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ()) -> bytes:
-    """Read an image's file from the source of a table of embeddings.
+    """Read the file of a table's image; what is no file in the source becomes a PNG.
 
     Args:
-        folder: of the table.
-        key: of the image, as in the table. Images that are not files in the source become PNGs.
         source: see :func:`reader_of`.
 
     Raises:
-        OSError: the source or the image no longer exists or cannot be read, or the table may not
-            say where it is, see :func:`reader_of`.
+        OSError: the image can't be read, or the table may not say where it is.
     """
     images = reader_of(folder, source)
     try:
@@ -311,12 +284,13 @@ def _folder(root: Path, rows: int, column: str | None) -> Source:
         below = list_below(root)
     except OSError as error:
         raise DataError(f"cannot list {error.filename or root}: {error.strerror}") from error
-    found = {"images": below.images}
-    for ending in _CONTAINERS:
-        found[f"{ending} files"] = [name for name in below.others if _ending(name) == ending]
-    kinds = {kind: names for kind, names in found.items() if names}
+    kinds = {"images": below.images} if below.images else {}
     skipped = Skipped()
-    skipped.add([name for name in below.others if _ending(name) not in _CONTAINERS])
+    for name in below.others:
+        if (ending := _ending(name)) in _CONTAINERS:
+            kinds.setdefault(f"{ending} files", []).append(name)
+        else:
+            skipped.add([name])
     if not kinds:
         told = f"; {skipped}" if skipped else ""
         raise DataError(f"no image, .tar or .parquet below {root}{told}")
@@ -343,8 +317,7 @@ def _list(path: Path, rows: int) -> Source:
     if not names:
         raise DataError(f"the list {path} is empty")
     if len(set(names)) < len(names):
-        seen: set[str] = set()
-        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        twice = next(name for name, count in Counter(names).items() if count > 1)
         raise DataError(f"the list {path} has {one_line(twice)} twice")
     parts = _slices(names, rows)
     return _source("list", path.parent, names, parts, len(names), list=path.name)
@@ -423,17 +396,12 @@ class _Archives(Reader):
             raise DataError(damage[0])
 
     def find(self, key: str) -> IO[bytes]:
-        archive, member = self._divide(key)
-        files = {_text(name): place for _, (name, *place) in list_tar(self.path(archive), [])}
-        start, size = files[member]
-        return self._open(archive, start, size)
-
-    def _divide(self, key: str) -> tuple[str, str]:
-        """Split a key into archive and member; folders in either may be named like archives."""
-        slashes = [place for place, character in enumerate(key) if character == "/"]
-        for place in slashes:
-            if _ending(key[:place]) == ".tar" and self.path(key[:place]).is_file():
-                return key[:place], key[place + 1 :]
+        # Folders, also within the archive, may be named like archives.
+        for place in (place for place, character in enumerate(key) if character == "/"):
+            archive = key[:place]
+            if _ending(archive) == ".tar" and self.path(archive).is_file():
+                files = {_text(name): at for _, (name, *at) in list_tar(self.path(archive), [])}
+                return self._open(archive, *files[key[place + 1 :]])
         raise KeyError(key)
 
     def _open(self, archive: str, start: int, size: int) -> IO[bytes]:
@@ -450,13 +418,12 @@ def _parquet(root: Path, names: list[str], rows: int, column: str | None) -> Sou
     for name in names:
         try:
             with pa.parquet.ParquetFile(root / name) as file:
-                chosen = _image_column(file.schema_arrow, root / name, column)
+                column = _image_column(file.schema_arrow, root / name, column)
                 groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             raise DataError(
                 f"{root / name} is not a complete Parquet file: {first_line(error)}"
             ) from error
-        column = chosen
         first = begin = gathered = 0
         for number, count in enumerate(groups, start=1):
             gathered += count
@@ -512,15 +479,13 @@ class _Tables(Reader):
 
     def find(self, key: str) -> IO[bytes]:
         name, _, number = key.rpartition("/")
-        pa = require_pyarrow()
+        row, pa = int(number), require_pyarrow()
         with pa.parquet.ParquetFile(_regular(self.path(name))) as file:
-            counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-            group = bisect.bisect_right(ends, int(number))
-            row = int(number) - (ends[group] - counts[group])
-            for place, data in enumerate(self._rows(file, [group])):
-                if place == row:
-                    return _as_file(data)
+            for group in range(file.num_row_groups):
+                count = file.metadata.row_group(group).num_rows
+                if 0 <= row < count:
+                    return _as_file(next(itertools.islice(self._rows(file, [group]), row, None)))
+                row -= count
         raise KeyError(key)
 
 
@@ -534,13 +499,12 @@ def _as_file(data: bytes | None) -> IO[bytes]:
 
 
 def _training_images(place: str, rows: int, split: str, column: str | None) -> Source:
-    described: dict[str, Any] = {"data": place, "split": split, "column": column}
-    described["folder"] = _dataset_folder(place)
-    images = open_split(**described)
-    bounds = range(0, len(images), rows)
-    parts = [(start, min(start + rows, len(images))) for start in bounds]
-    listed = [place, split, str(column), str(len(images))]
-    return _source("training", Path(os.path.abspath(".")), listed, parts, len(images), **described)
+    folder = _dataset_folder(place)
+    count = len(open_split(place, split, column, folder))
+    parts = [(start, min(start + rows, count)) for start in range(0, count, rows)]
+    listed = [place, split, str(column), str(count)]
+    facts = {"data": place, "split": split, "column": column, "folder": folder}
+    return _source("training", Path(os.path.abspath(".")), listed, parts, count, **facts)
 
 
 def _dataset_folder(place: str) -> str | None:
@@ -553,22 +517,18 @@ class _Training(Reader):
 
     @functools.cached_property
     def images(self) -> ImageSource:
-        facts = ("data", "split", "column", "folder")
-        said: dict[str, Any] = {key: self.description.get(key) for key in facts}
-        return open_split(**said)
+        said = self.description
+        return open_split(said["data"], said["split"], said.get("column"), said.get("folder"))
 
     def items(self, part: tuple[int, int]) -> Iterator[Item]:
         for index in range(*part):
-            yield Item(self._key(index), functools.partial(self._load, index))
+            yield Item(_text(self.images.name(index)), functools.partial(self._load, index))
 
     def find(self, key: str) -> Image.Image:
         index = int(key.rpartition("[")[2].rstrip("]"))
-        if not 0 <= index < len(self.images) or self._key(index) != key:
+        if not 0 <= index < len(self.images) or _text(self.images.name(index)) != key:
             raise KeyError(key)
         return self._load(index)
-
-    def _key(self, index: int) -> str:
-        return _text(self.images.name(index))
 
     def _load(self, index: int) -> Image.Image:
         return self.images.load(index)[0]

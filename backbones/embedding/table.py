@@ -16,21 +16,23 @@ that it belongs to. Their checksums are verified as they are read
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from backbones.common.errors import MendableError
-from backbones.common.files import file_problem, write_atomically
+from backbones.common.files import file_problem, write_text_atomically
 from backbones.common.messages import first_line, shown
 from backbones.embedding import checksum
-from backbones.embedding.fields import STORED, check_fields
+from backbones.embedding.fields import check_fields
 
 if TYPE_CHECKING:
     import pyarrow
@@ -45,7 +47,7 @@ IDENTITY_KEY, CORRUPT_KEY = b"backbones.embedding", b"backbones.corrupt"
 _LEAST = {"height": 1, "width": 1, "classes": 0}
 # Fields that must be equal for two shards to belong to one table; versions and names may differ.
 _DECISIVE = (
-    *("format", "model", "weights", "preprocessing", "features", "shape", "dim", "dtype"),
+    *("model", "weights", "preprocessing", "features", "shape", "dim", "dtype"),
     *("computed", "classes", "rows", "source", "images", "shards"),
 )
 
@@ -55,11 +57,7 @@ class TableError(MendableError, ValueError):
 
 
 class DamagedShardError(TableError):
-    """A shard is not a complete Parquet file with the rows that its writer put there.
-
-    Attributes:
-        reason: what is wrong with it.
-    """
+    """A shard is not a complete Parquet file with the rows that its writer put there."""
 
     def __init__(self, path: Path, reason: str) -> None:
         self.reason = reason
@@ -80,18 +78,8 @@ def require_pyarrow() -> Any:
 
 
 def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.Schema:
-    """The columns of a table.
-
-    Args:
-        dim: length of an embedding.
-        dtype: ``"float32"`` or ``"float16"``.
-        classes: include the columns ``classes`` and ``scores``.
-    """
+    """The columns of a table; ``classes`` includes the classes and their scores."""
     pa = require_pyarrow()
-    if dtype not in STORED:
-        raise ValueError(f"dtype must be {' or '.join(STORED)}, got {dtype!r}")
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, got {dim}")
     value = pa.float32() if dtype == "float32" else pa.float16()
     fields = [
         pa.field("key", pa.string(), nullable=False),
@@ -102,6 +90,11 @@ def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.S
     if classes:
         fields += [("classes", pa.list_(pa.int32())), ("scores", pa.list_(pa.float32()))]
     return pa.schema(fields)
+
+
+def schema_of(content: dict[str, Any]) -> pyarrow.Schema:
+    """The columns of a table with this :func:`metadata`."""
+    return schema(content["dim"], content["dtype"], bool(content["classes"]))
 
 
 def metadata(folder: str | Path) -> dict[str, Any]:
@@ -149,13 +142,12 @@ def metadata(folder: str | Path) -> dict[str, Any]:
 def write_metadata(folder: Path, content: dict[str, Any]) -> None:
     """Write ``metadata.json``; :func:`metadata` lists its fields. The format version is added."""
     text = json.dumps({"format": _FORMAT, **content}, indent=1, ensure_ascii=False)
-    data = text.encode(errors="backslashreplace") + b"\n"
-    write_atomically(folder / METADATA, lambda file: file.write(data))
+    write_text_atomically(folder / METADATA, f"{text}\n")
 
 
 def identity(content: dict[str, Any]) -> str:
     """A digest of the fields that must be equal in all shards of a table."""
-    decisive = {key: _essence(key, content[key]) for key in _DECISIVE if key != "format"}
+    decisive = {key: essence(key, content[key]) for key in _DECISIVE}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
@@ -163,28 +155,24 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """The differences between two descriptions of a table, as "model: a there, b now"."""
     found: list[str] = []
     for key in _DECISIVE:
-        if key == "format" or (key in ("images", "shards") and found):
-            continue  # derived from other fields
-        old, new = _essence(key, there[key]), _essence(key, wanted[key])
-        if isinstance(old, dict) and isinstance(new, dict):
-            parts = [k for k in {**old, **new} if old.get(k) != new.get(k)]
-            if parts == ["digest"]:
-                found.append(
-                    f"the images listed in {old['path']} have changed "
-                    f"({there['images'] or there['shards']} there, "
-                    f"{wanted['images'] or wanted['shards']} now)"
-                )
-                continue
-            parts = [k for k in parts if k != "digest"]
-            found += [
-                f"{key}: {k} {shown(old.get(k))} there, {shown(new.get(k))} now" for k in parts
-            ]
-        elif old != new:
+        old, new = essence(key, there[key]), essence(key, wanted[key])
+        if old == new or (found and key in ("images", "shards")):
+            continue  # the latter are derived from other fields
+        if not (isinstance(old, dict) and isinstance(new, dict)):
             found.append(f"{key}: {shown(old)} there, {shown(new)} now")
+            continue
+        parts = [k for k in old | new if old.get(k) != new.get(k) and k != "digest"]
+        found += [f"{key}: {k} {shown(old.get(k))} there, {shown(new.get(k))} now" for k in parts]
+        if not parts:
+            counts = [said["images"] or said["shards"] for said in (there, wanted)]
+            found.append(
+                f"the images listed in {old['path']} have changed ({counts[0]} there, {counts[1]} "
+                "now)"
+            )
     return found
 
 
-def _essence(key: str, value: Any) -> Any:
+def essence(key: str, value: Any) -> Any:
     """A field's value without the file names of weights and lists, which may be copies."""
     if key == "weights":
         return {"sha256": value["sha256"]}
@@ -205,19 +193,16 @@ def shard_paths(folder: str | Path) -> list[Path]:
         FileNotFoundError, TableError: see :func:`metadata`; or shards are missing.
     """
     shards = metadata(folder)["shards"]
-    held = Path(folder) / SHARDS
-    there = set(os.listdir(held)) if held.is_dir() else set()
-    # Among as many names as there are files and one more, one is missing if any is.
-    paths = [shard_path(folder, number) for number in range(min(shards, len(there) + 1))]
-    missing = next((path.name for path in paths if path.name not in there), None)
-    if missing is not None:
-        numbers = {int(found[1]) for name in there if (found := _SHARD_NAME.fullmatch(name))}
-        count = shards - sum(number < shards for number in numbers)
+    names = os.listdir(held) if (held := Path(folder) / SHARDS).is_dir() else []
+    there = {int(found[1]) for name in names if (found := _SHARD_NAME.fullmatch(name))}
+    if missing := shards - sum(number < shards for number in there):
+        first = next(number for number in itertools.count() if number not in there)
         raise TableError(
-            f"{folder} is incomplete: {count} of {shards} shards are missing ({missing}); wait for "
-            "`vision-backbones embed`, or run the same command again to continue"
+            f"{folder} is incomplete: {missing} of {shards} shards are missing "
+            f"({shard_path(folder, first).name}); wait for `vision-backbones embed`, or run the "
+            "same command again to continue"
         )
-    return paths
+    return [shard_path(folder, number) for number in range(shards)]
 
 
 def batches(
@@ -234,40 +219,47 @@ def batches(
             another table.
         ValueError: the table lacks a column.
     """
-    content = metadata(folder)
-    paths = shard_paths(folder)
-    expected = schema(content["dim"], content["dtype"], bool(content["classes"]))
+    content, paths = metadata(folder), shard_paths(folder)
+    of, expected = identity(content), schema_of(content)
     lacking = [name for name in columns or () if name not in expected.names]
     if lacking:
         have = ", ".join(expected.names)
         raise ValueError(f"{folder} has no column {lacking[0]}; its columns are {have}")
-    of = identity(content)
     for path in paths:
         yield from _rows(path, of, expected, columns, rows)
 
 
 def count_rows(folder: str | Path) -> int:
     """Count the rows of a complete table from its files' footers."""
-    content = metadata(folder)
-    paths = shard_paths(folder)
-    expected = schema(content["dim"], content["dtype"], bool(content["classes"]))
-    of, total = identity(content), 0
-    for path in paths:
+    content, total = metadata(folder), 0
+    of, expected = identity(content), schema_of(content)
+    for path in shard_paths(folder):
         with _opened(path, of, expected, checksum.footer_flaw) as file:
             total += file.metadata.num_rows
     return total
 
 
+def keys_of(folder: str | Path) -> Iterator[str]:
+    """The keys of a complete table, in order."""
+    for batch in batches(folder, ["key"]):
+        yield from batch.column("key").to_pylist()
+
+
 def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
     """The keys, and the embeddings (n, dim) in float32, of a complete table."""
-    keys = [key for batch in batches(folder, ["key"]) for key in batch.column("key").to_pylist()]
+    keys = list(keys_of(folder))
     vectors = np.empty((len(keys), metadata(folder)["dim"]), np.float32)
     row = 0
     for batch in batches(folder, ["embedding"]):
-        values = batch.column("embedding").flatten().to_numpy()
-        vectors[row : row + len(batch)] = values.reshape(len(batch), -1)
+        vectors[row : row + len(batch)] = _vectors(batch)
         row += len(batch)
     return keys, vectors
+
+
+def _vectors(batch: pyarrow.RecordBatch) -> np.ndarray:
+    column = batch.column("embedding")
+    vectors = column.flatten().to_numpy().reshape(-1, column.type.list_size)
+    return vectors.astype(np.float32, copy=False)
 
 
 def corrupt_in(
@@ -282,8 +274,7 @@ def corrupt_in(
         columns: the :func:`schema` that it must have; None for any.
 
     Raises:
-        DamagedShardError: the shard is damaged.
-        TableError: the shard belongs to another table.
+        TableError: the shard is damaged, or belongs to another table.
     """
     with _opened(path, expected, columns, checksum.flaw) as file:
         try:
@@ -302,7 +293,7 @@ def corrupt_in(
 def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
     """Write ``corrupt.txt``: key, tab and reason of each image that could not be decoded."""
     text = "".join(f"{key}\t{reason}\n" for key, reason in corrupt)
-    write_atomically(folder / CORRUPT, lambda file: file.write(text.encode()))
+    write_text_atomically(folder / CORRUPT, text)
 
 
 def _rows(
@@ -361,3 +352,76 @@ def _wrong(batch: pyarrow.RecordBatch) -> str | None:
         if least is not None and len(values) and pyarrow.compute.min(values).as_py() < least:
             return f"{name} must be at least {least}"
     return None
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Block:
+    """Consecutive rows, of which the first has the number ``first``."""
+
+    first: int
+    keys: pyarrow.Array
+    vectors: np.ndarray  # (n, dim), float32
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Scale vectors (n, dim) to unit length, in float32; those zero or not finite become 0."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        vectors = vectors.astype(np.float32)
+        # Scale by the maximum first: squares of large numbers would overflow.
+        largest = np.abs(vectors).max(axis=1, initial=0, keepdims=True)
+        usable = np.isfinite(largest) & (largest > 0)
+        vectors = np.where(usable, vectors / np.where(usable, largest, 1), 0)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)
+
+
+def blocks(folder: str | Path) -> Iterator[Block]:
+    """All rows of a table, in order and in blocks, with the embeddings as stored."""
+    first = 0
+    for batch in batches(folder, ["key", "embedding"]):
+        yield Block(first, batch.column("key"), _vectors(batch))
+        first += len(batch)
+
+
+def by_number(
+    folder: str | Path, numbers: Collection[int], columns: Sequence[str]
+) -> dict[int, dict[str, Any]]:
+    """Read some columns of the rows with the given numbers."""
+    wanted = np.unique(np.fromiter(numbers, np.int64))
+    found: dict[int, dict[str, Any]] = {}
+    first = 0
+    for batch in batches(folder, columns):
+        low, high = np.searchsorted(wanted, (first, first + len(batch)))
+        if low < high:
+            inside = wanted[low:high]
+            entries = batch.take(require_pyarrow().array(inside - first)).to_pylist()
+            found.update(zip(inside.tolist(), entries, strict=True))
+        first += len(batch)
+    return found
+
+
+def vectors_of(folder: str | Path, keys: Sequence[str]) -> tuple[list[int], np.ndarray]:
+    """Row numbers and embeddings (n, dim) of n keys of the table."""
+    import pyarrow.compute
+
+    wanted = pyarrow.array(keys, pyarrow.string())
+    found: dict[str, tuple[int, np.ndarray]] = {}
+    example = ""
+    for block in blocks(folder):
+        example = example or block.keys[0].as_py()
+        for place in np.flatnonzero(pyarrow.compute.is_in(block.keys, wanted)).tolist():
+            found[block.keys[place].as_py()] = block.first + place, block.vectors[place]
+    missing = [key for key in keys if key not in found]
+    if missing:
+        others = f"; its keys look like {shown(example)}" if example else ""
+        raise ValueError(f"{folder} has no image with the key {shown(missing[0])}{others}")
+    vectors = np.stack([found[key][1] for key in keys])
+    if len(unusable := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
+        key = shown(keys[unusable[0]])
+        raise ValueError(
+            f"the embedding of {key} in {folder} is not finite, so nothing is similar to it"
+        )
+    return [found[key][0] for key in keys], vectors

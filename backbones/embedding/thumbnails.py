@@ -21,7 +21,6 @@ class Thumbnails:
     """Makes thumbnails of a table's images by their keys.
 
     Args:
-        folder: of the table.
         source: see :func:`backbones.embedding.sources.reader_of`.
 
     Attributes:

@@ -17,7 +17,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ from backbones.common.messages import first_line
 from backbones.common.resizing import Resizing
 from backbones.embedding import table
 from backbones.embedding.network import Network
-from backbones.embedding.shard_writer import ShardWriter
+from backbones.embedding.shard_writer import Shard, writing_shard
 from backbones.embedding.sources import Item, reader
 
 # Errors for unreachable network disks and for too many open files.
@@ -59,9 +59,6 @@ class Job:
     Attributes:
         folder: of the table.
         content: of its ``metadata.json``.
-        checkpoint: file of the weights.
-        device: that the network runs on.
-        batch_size: images per call of the network.
         decoders: threads that decode while the network runs; 0 to alternate in one thread.
     """
 
@@ -74,16 +71,13 @@ class Job:
 
 
 class Event(NamedTuple):
-    """Progress of a part.
+    """Progress of a part, since it was begun.
 
     Attributes:
-        part: number of the part.
-        rows: rows written since the part's last event; those that were lost, negative, if the part
-            begins again.
-        corrupt: keys and reasons of images that could not be decoded since then.
+        rows: written so far.
+        corrupt: keys and reasons of images that could not be decoded.
         done: whether the shard is on disk.
-        error: why the part failed; "" if it did not.
-        again: whether the part begins again, because its process died.
+        error: why the part failed, if it did.
         skipped: members of archives, once the part is done.
     """
 
@@ -92,19 +86,15 @@ class Event(NamedTuple):
     corrupt: tuple[tuple[str, str], ...] = ()
     done: bool = False
     error: str = ""
-    again: bool = False
     skipped: Skipped | None = None
 
 
 class Images:
-    """Decodes and resizes images as ``predict`` does, up to 8 bits.
+    """Decodes and resizes images as ``predict`` does, to 8 bits a channel.
 
     Args:
         config: preprocessing, as resolved by timm.
         decoder: one of :data:`backbones.common.images.DECODERS`; None for the fastest.
-
-    Attributes:
-        resize: from 8 bits of any size to the network's size.
     """
 
     def __init__(self, config: dict[str, Any], decoder: str | None = None) -> None:
@@ -138,6 +128,12 @@ class Images:
         return self.resize.normalise(np.stack(images))
 
 
+class _Decoded(NamedTuple):
+    key: str
+    image: np.ndarray
+    size: tuple[int, int]
+
+
 class Worker:
     """Embeds parts and writes their shards."""
 
@@ -155,7 +151,7 @@ class Worker:
         self._reader = reader(said["source"])
         self._images = Images(said["preprocessing"], said.get("decoder", "pillow"))
         self._identity = table.identity(said)
-        self._schema = table.schema(said["dim"], said["dtype"], bool(said["classes"]))
+        self._schema = table.schema_of(said)
         self._pool = ThreadPoolExecutor(job.decoders) if job.decoders else None
 
     def close(self) -> None:
@@ -166,19 +162,15 @@ class Worker:
     def __call__(self, number: int, part: Any) -> Iterator[Event]:
         """Write shard ``number`` from the images of ``part``."""
         path = table.shard_path(self.job.folder, number)
-        corrupt: list[tuple[str, str]] = []
-        with ShardWriter(path, self._schema, self._identity) as shard:
-            decoded = self._decoded(part, corrupt)
+        with writing_shard(path, self._schema, self._identity) as shard:
+            decoded = self._decoded(part, shard.corrupt)
             while batch := list(itertools.islice(decoded, self.job.batch_size)):
-                rows = self._embed(batch, shard, corrupt)
-                yield Event(number, rows, _take(corrupt, shard))
-            last = _take(corrupt, shard)
+                self._embed(batch, shard)
+                yield Event(number, shard.rows, tuple(shard.corrupt))
         skipped, self._reader.skipped = self._reader.skipped, Skipped()
-        yield Event(number, 0, last, done=True, skipped=skipped)
+        yield Event(number, shard.rows, tuple(shard.corrupt), done=True, skipped=skipped)
 
-    def _embed(
-        self, batch: list[_Decoded], shard: ShardWriter, corrupt: list[tuple[str, str]]
-    ) -> int:
+    def _embed(self, batch: list[_Decoded], shard: Shard) -> None:
         # Pad the last batch: the fused form of a network depends on the batch size.
         padded = [image for _, image, _ in batch]
         padded += padded[-1:] * (self.job.batch_size - len(batch))
@@ -190,7 +182,7 @@ class Worker:
             beyond = ", beyond float16's range" if found[i].isfinite().all() else ""
             value = found[i].abs().max().item()
             reason = f"ValueError: its embedding reaches {value:g}{beyond}"
-            corrupt.append((batch[i].key, reason))
+            shard.corrupt.append((batch[i].key, reason))
         kept = finite.nonzero()[:, 0].tolist()
         shard.add(
             [batch[i].key for i in kept],
@@ -199,11 +191,10 @@ class Worker:
             None if classes is None else classes[: len(batch)].cpu()[finite].numpy(),
             None if scores is None else scores[: len(batch)].cpu()[finite].numpy(),
         )
-        return len(kept)
 
     def _decoded(self, part: Any, corrupt: list[tuple[str, str]]) -> Iterator[_Decoded]:
         """The images of a part that can be decoded, in order."""
-        for item, decoding in self._ahead(part, corrupt):
+        for item, decoding in self._ahead(self._items(part, corrupt)):
             try:
                 image, size = decoding()
             except DECODE_ERRORS as error:
@@ -217,27 +208,19 @@ class Worker:
                 yield _Decoded(item.key, image, size)
 
     def _ahead(
-        self, part: Any, corrupt: list[tuple[str, str]]
+        self, items: Iterator[Item]
     ) -> Iterator[tuple[Item, Callable[[], tuple[np.ndarray, tuple[int, int]]]]]:
         """Items with functions that return the decoded images, prefetched if there are threads."""
-        items = self._items(part, corrupt)
         if self._pool is None:
             for item in items:
                 yield item, functools.partial(self._images.decode, item)
             return
-        waiting: collections.deque[tuple[Item, Future[Any]]] = collections.deque()
-        try:
-            for item in items:
-                waiting.append((item, self._pool.submit(self._images.decode, item)))
-                if len(waiting) > 2 * self.job.batch_size:
-                    item, future = waiting.popleft()
-                    yield item, future.result
-            while waiting:
-                item, future = waiting.popleft()
-                yield item, future.result
-        finally:
-            for _, future in waiting:
-                future.cancel()
+        waiting: collections.deque[tuple[Item, Callable[[], Any]]] = collections.deque()
+        for item in items:
+            waiting.append((item, self._pool.submit(self._images.decode, item).result))
+            if len(waiting) > 2 * self.job.batch_size:
+                yield waiting.popleft()
+        yield from waiting
 
     def _items(self, part: Any, corrupt: list[tuple[str, str]]) -> Iterator[Item]:
         """The items of a part; those before the damage if its archive or table is damaged."""
@@ -263,20 +246,6 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {said.partition(': <_io.')[0]}"
 
 
-class _Decoded(NamedTuple):
-    key: str
-    image: np.ndarray
-    size: tuple[int, int]
-
-
-def _take(corrupt: list[tuple[str, str]], shard: ShardWriter) -> tuple[tuple[str, str], ...]:
-    taken = tuple(corrupt)
-    corrupt.clear()
-    for key, reason in taken:
-        shard.add_corrupt(key, reason)
-    return taken
-
-
 def main() -> None:
     """Process parts from standard input until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process
@@ -294,7 +263,6 @@ def main() -> None:
             job: Job = pickle.load(orders)
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
             worker = Worker(job)
-            say(Event(-1))
             while True:
                 number, part = pickle.load(orders)
                 for event in worker(number, part):

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from embedding_tables import make_table
 
-from backbones.embedding import hnsw
-from backbones.embedding.hnsw import GraphError
-from backbones.embedding.rows import unit, vectors_of
-from backbones.embedding.search import choose_index, search
+from backbones.embedding import search as search_module
+from backbones.embedding.search import GraphError, choose_index, search
+from backbones.embedding.table import unit, vectors_of
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +120,7 @@ def test_missing_inputs_are_named(table, vectors, monkeypatch):
     with pytest.raises(GraphError, match=r"pip install faiss-cpu .*, or choose --index exact"):
         search(table, vectors[:1], index="hnsw")
     monkeypatch.undo()
-    monkeypatch.setattr(hnsw, "available_memory", lambda device, unknown: 1000)
+    monkeypatch.setattr(search_module, "available_memory", lambda device, unknown: 1000)
     with pytest.raises(GraphError, match="a graph over 300 rows of 16 would take"):
         search(table, vectors[:1], index="hnsw")
 

@@ -11,7 +11,7 @@ import pytest
 from embedding_tables import make_table
 
 from backbones.embedding import shard_writer, table
-from backbones.embedding.shard_writer import ShardWriter
+from backbones.embedding.shard_writer import writing_shard
 
 VECTORS = np.arange(24, dtype=np.float32).reshape(6, 4)
 
@@ -82,8 +82,8 @@ def test_differences_are_listed(folder):
 
 
 def test_a_shard_that_fails_leaves_no_file(tmp_path):
-    shard = ShardWriter(tmp_path / "part.parquet", table.schema(4), "x")
-    with pytest.raises(ZeroDivisionError), shard:
+    writing = writing_shard(tmp_path / "part.parquet", table.schema(4), "x")
+    with pytest.raises(ZeroDivisionError), writing as shard:
         shard.add(["a"], [(1, 1)], np.zeros((1, 4), np.float32))
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
@@ -95,7 +95,7 @@ def test_large_groups_are_written_as_they_come(size, groups, tmp_path, monkeypat
     monkeypatch.setattr(shard_writer, "_GROUP", size)
     content = table.metadata(make_table(tmp_path / "table", VECTORS, rows=3))
     path = table.shard_path(tmp_path / "table", 0)
-    with ShardWriter(path, table.schema(4), table.identity(content)) as shard:
+    with writing_shard(path, table.schema(4), table.identity(content)) as shard:
         for row in range(3):
             shard.add([f"{row}.png"], [(1, 1)], VECTORS[row : row + 1])
     assert pa.parquet.ParquetFile(path).num_row_groups == groups
