@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from torch import Tensor
 
 from backbones.common.errors import DataError
 from backbones.common.files import file_problem, write_atomically
@@ -71,7 +73,10 @@ class Picture:
 
     def show(self) -> Image.Image:
         """The picture as an 8-bit Pillow image, including alpha."""
-        return _to_pillow(self)
+        array = _planes(self)
+        if self.bits > 8:
+            array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -140,7 +145,7 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
         if picture.bits == 16 and suffix in _16_BIT_SUFFIXES:
             data.write((_png_16 if suffix == ".png" else _tiff_16)(picture))
         else:
-            image = _to_pillow(picture)
+            image = picture.show()
             if suffix in (".jpg", ".jpeg", ".bmp") and picture.alpha is not None:
                 image = image.convert("L" if picture.is_grey else "RGB")
             options: dict[str, Any] = {"icc_profile": picture.icc, "exif": picture.exif}
@@ -158,6 +163,23 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
             write_atomically(path, lambda file: file.write(view))
     except _ERRORS as error:
         raise PictureError(f"cannot write {path}: {error}") from error
+
+
+def to_tensor(pixels: np.ndarray, channels: int) -> Tensor:
+    """uint8 or uint16 (H, W, 1 or 3) → float32 (channels, H, W) in 0 … 1."""
+    limit = float(np.iinfo(pixels.dtype).max)
+    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / limit
+    if x.shape[0] < channels:
+        x = x.expand(channels, -1, -1)
+    elif x.shape[0] > channels:
+        weights = torch.tensor((0.299, 0.587, 0.114)).view(3, 1, 1)
+        x = (x * weights).sum(0, keepdim=True)
+    return x.contiguous()
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """(C, H, W) in 0 … 1 → uint8 (H, W, C), rounded and clipped."""
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def _kept_exif(image: Image.Image) -> bytes | None:
@@ -262,13 +284,6 @@ def _read_16_bits(path: Path, kind: str) -> np.ndarray:
     if array.ndim == 3 and array.shape[0] in (3, 4) and array.shape[2] not in (3, 4):
         array = array.transpose(1, 2, 0)  # plane after plane
     return array.astype(np.uint16)
-
-
-def _to_pillow(picture: Picture) -> Image.Image:
-    array = _planes(picture)
-    if picture.bits > 8:
-        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 def _planes(picture: Picture) -> np.ndarray:

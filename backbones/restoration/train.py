@@ -160,7 +160,7 @@ class RestorationTrainer(TrainingLoop):
                 after = quality(self.restore(model, degraded), truth, self.scale)
                 values = [1.0, *after.values(), 0.0, 0.0]
                 if first:
-                    before = resize_bicubic(degraded, size=(truth.shape[1], truth.shape[2]))
+                    before = resize_bicubic(degraded, self.scale)
                     values[3:] = quality(before, truth, self.scale).values()
                 sums += torch.tensor(values, dtype=torch.float64, device=self.device)
             if signal := self.stop_signal():
@@ -240,7 +240,7 @@ class RestorationTrainer(TrainingLoop):
         """
         degraded, truth = self.pair(0)
         ours = self.restore(model, degraded)
-        before = quantize(resize_bicubic(degraded, size=(truth.shape[1], truth.shape[2])))
+        before = quantize(resize_bicubic(degraded, self.scale))
         panels = [Panel("low resolution", degraded)] if self.scale > 1 else []
         for name, image in (("bicubic" if panels else "input", before), ("ours", ours)):
             figures = quality(image, truth, self.scale)

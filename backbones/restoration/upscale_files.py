@@ -18,9 +18,15 @@ from backbones.common.images import has_image_ending
 from backbones.common.messages import one_line, shown
 from backbones.common.outputs import Kind, add_overwrite, require_folder, require_writable
 from backbones.common.progress import Progress, duration
-from backbones.restoration.data import to_tensor
 from backbones.restoration.panels import Panel, draw_panels, most_detailed_window
-from backbones.restoration.pictures import SUFFIXES, Picture, read_picture, read_size, write_picture
+from backbones.restoration.pictures import (
+    SUFFIXES,
+    Picture,
+    read_picture,
+    read_size,
+    to_tensor,
+    write_picture,
+)
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
@@ -196,11 +202,9 @@ def _comparison(target: Path) -> Path:
 def _draw(path: Path, job: Job, before: Picture, after: Picture) -> None:
     result = to_tensor(after.pixels, 3)
     source = to_tensor(before.pixels, 3)
-    size = (result.shape[1], result.shape[2])
-    enlarged = source if source.shape == result.shape else resize_bicubic(source, size=size)
-    step = size[0] // source.shape[1]
+    step = result.shape[1] // source.shape[1]
     panels = [
-        Panel("before" if step == 1 else "before (bicubic)", enlarged),
+        Panel("before" if step == 1 else "before (bicubic)", resize_bicubic(source, step)),
         Panel("after", result),
     ]
     draw_panels(path, panels, most_detailed_window(result, 480, step), job.source.name)

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
-from torch import Tensor
-
 from backbones.common.arguments import nonempty_path
 from backbones.common.console import Parser, guard
 from backbones.common.errors import DataError
@@ -17,9 +15,9 @@ from backbones.common.files import write_text_atomically
 from backbones.common.images import has_image_ending
 from backbones.common.outputs import add_overwrite, csv_of, csv_text, require_writable
 from backbones.common.progress import Progress
-from backbones.restoration.data import load_truth, to_tensor
-from backbones.restoration.metrics import quality, quantize
-from backbones.restoration.pictures import Picture, PictureError, read_picture
+from backbones.restoration.data import load_truth
+from backbones.restoration.metrics import quality
+from backbones.restoration.pictures import Picture, PictureError, read_picture, to_pixels, to_tensor
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
@@ -88,7 +86,7 @@ def validate(
         truth = load_truth(truth_path, 3, scale)
         height, width = truth.shape[1:]
         if input_path is None:
-            small = _to_picture(resize_bicubic(truth, 1 / scale))
+            small = Picture(to_pixels(resize_bicubic(truth, 1 / scale)))
         else:
             small = read_picture(input_path)
             if small.is_grey:
@@ -137,11 +135,6 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _key(path: Path) -> str:
     return re.sub(r"(_SRF_\d|_HR|_LR|_?x\d)+$", "", path.stem, flags=re.IGNORECASE)
-
-
-def _to_picture(image: Tensor) -> Picture:
-    pixels = (quantize(image) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-    return Picture(pixels)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
