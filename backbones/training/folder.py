@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
+import itertools
 from argparse import Namespace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _RESULTS = (
     *("summary.csv", "metrics.jsonl", "curves.png", "predictions.png", "comparison.png"),
 )
 _LISTS = ("bad_batches.txt", "corrupt_train.txt", "corrupt_validation.txt")
-_EVENTS = "events.out.tfevents.*"
+_EVENTS = "events.out.tfevents."
 _RECIPE, _FIRST_LINE = "config.yaml", b"# --- model"
 
 
@@ -66,24 +66,16 @@ class RunFolder:
             return
         parts = [Path(options.config).stem] if options.config else []
         base = "-".join(parts + [recipe.model] * (not parts or "model" in options))
-        self.path, number = output / base, 1
-        while _used(self.path) and not self._replaces:
-            number += 1
-            following = output / f"{base}-{number}"
-            if self._resumes and not _used(following):
-                break
-            self.path = following
-        try:
-            self._lock_folder(self.path)
-        except LockedError:
-            if self._resumes or self._replaces:
-                raise
-            # Another run has just begun in it.
-            while self._lock is None:
-                number += 1
-                if not _used(following := output / f"{base}-{number}"):
-                    with contextlib.suppress(LockedError):
-                        self._lock_folder(following)
+        names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+        if self._resumes:
+            earlier = itertools.takewhile(_used, (output / name for name in names))
+            self._lock_folder([output / base, *earlier][-1])
+        elif self._replaces:
+            self._lock_folder(output / base)
+        while self._lock is None:
+            if not _used(path := output / next(names)):
+                with contextlib.suppress(LockedError):  # another run has just begun in it
+                    self._lock_folder(path)
 
     def _lock_folder(self, path: Path) -> None:
         self.path, self._is_new = path, not path.exists()
@@ -121,7 +113,7 @@ class RunFolder:
         names = {*_RESULTS, *_LISTS, _RECIPE}
         names |= {f".{name}.tmp" for name in names}
         for path in self.path.iterdir():
-            if path.is_file() and (path.name in names or fnmatch.fnmatch(path.name, _EVENTS)):
+            if path.is_file() and (path.name in names or path.name.startswith(_EVENTS)):
                 path.unlink()
 
     def leave(self) -> None:
