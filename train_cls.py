@@ -12,6 +12,7 @@ weights under ``model``), ``summary.csv``, ``metrics.jsonl``, ``curves.png``, ``
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -82,9 +83,19 @@ class Trainer(TrainingLoop):
             self.dry_run(self.train_loader.blank(min(sizes), self.multi_label, self.num_classes))
 
     def resolved_recipe(self) -> Recipe:
-        """Including the settings of model and data."""
-        return build.resolved_recipe(
-            self.recipe, self.config, self.num_classes, self.lr, self.folder.name
+        """With all defaults resolved; it repeats the same run."""
+        return dataclasses.replace(
+            self.recipe,
+            img_size=self.config["input_size"][-1],
+            mean=tuple(self.config["mean"]),
+            std=tuple(self.config["std"]),
+            interpolation=self.config["interpolation"],
+            crop_pct=self.config["crop_pct"],
+            num_classes=self.num_classes,
+            lr=self.lr,
+            name=self.folder.name,
+            resume=None,
+            overwrite=False,
         )
 
     # --- a step

@@ -11,11 +11,12 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
+from torch.nn import functional as F
 
 import backbones
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.messages import first_line, joined_lines, shown
-from backbones.training.distillation import Distillation, build_teacher, labels_loss_of
+from backbones.training.distillation import Objective, build_teacher
 from backbones.training.diversity import DiverseAttention
 from backbones.training.recipe import Recipe
 from backbones.training.trained import reading_error
@@ -115,25 +116,6 @@ class BatchAugmentation:
         return images, labels
 
 
-def resolved_recipe(
-    recipe: Recipe, config: dict[str, Any], num_classes: int, lr: float, name: str
-) -> Recipe:
-    """The recipe with all defaults resolved; it repeats the same run."""
-    return dataclasses.replace(
-        recipe,
-        img_size=config["input_size"][-1],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        num_classes=num_classes,
-        lr=lr,
-        name=name,
-        resume=None,
-        overwrite=False,
-    )
-
-
 def build_loss(recipe: Recipe) -> Loss:
     """The training loss: logits (B, classes) and labels, hard or soft → scalar."""
     if recipe.bce_loss:
@@ -149,31 +131,13 @@ def build_loss(recipe: Recipe) -> Loss:
     return nn.CrossEntropyLoss()
 
 
-class LabelLoss:
-    """The objective without a teacher.
-
-    Args:
-        loss: logits (B, classes) and targets → scalar.
-        aux_weight: of the loss of an auxiliary head, if the network has one.
-    """
-
-    def __init__(self, loss: Loss, aux_weight: float = 0.0) -> None:
-        self.loss, self.aux_weight = loss, aux_weight
-
-    def __call__(
-        self, net: nn.Module, images: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and logits (B, classes) of ``net``."""
-        return labels_loss_of(net(images), targets, self.loss, self.aux_weight)
-
-
 def build_objective(
     recipe: Recipe,
     num_classes: int,
     config: dict[str, Any],
     multi_label: bool,
     device: torch.device,
-) -> LabelLoss | Distillation | DiverseAttention:
+) -> Objective | DiverseAttention:
     """The objective, a callable: network, images and targets → loss and logits.
 
     Args:
@@ -182,23 +146,20 @@ def build_objective(
         multi_label: targets are (B, classes) of 0 and 1.
         device: of the batches.
     """
-    if multi_label:
-        if recipe.mixes_images or recipe.distill is not None:
-            raise RecipeError("multi-label data does not support mixup, cutmix or distill")
-        objective: LabelLoss | Distillation = LabelLoss(_MultiLabelLoss(), recipe.aux_weight)
-    elif recipe.distill is None:
-        objective = LabelLoss(build_loss(recipe), recipe.aux_weight)
-    else:
+    if multi_label and (recipe.mixes_images or recipe.distill is not None):
+        raise RecipeError("multi-label data does not support mixup, cutmix or distill")
+    teacher = None
+    if recipe.distill is not None:
         teacher = build_teacher(recipe, num_classes, config).to(device)
-        objective = Distillation(teacher, build_loss(recipe), recipe)
+    loss = _multi_label_loss if multi_label else build_loss(recipe)
+    objective = Objective(loss, recipe, teacher)
     if not recipe.attn_diversity:
         return objective
     return DiverseAttention(objective, recipe.attn_diversity)
 
 
-class _MultiLabelLoss(nn.BCEWithLogitsLoss):
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return super().forward(input, target.to(input.dtype))
+def _multi_label_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
 
 class RunningStatsGuard:
