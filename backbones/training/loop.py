@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
-from backbones.common.files import save_weights
+from backbones.common.files import save_weights, write_text_atomically
 from backbones.common.memory import peak_memory
 from backbones.common.messages import first_line
 from backbones.common.processes import Consensus, World
@@ -25,7 +25,7 @@ from backbones.common.signals import StopRequest
 from backbones.training import build, optimization, parallel
 from backbones.training.recipe import Recipe, check_learning_rate
 from backbones.training.record import RunLog
-from backbones.training.resumable import BadSteps, DivergedError, Resumable
+from backbones.training.resumable import DivergedError, Resumable
 
 
 class TrainingLoop(Resumable):
@@ -93,7 +93,7 @@ class TrainingLoop(Resumable):
         self.consensus = Consensus(world)
 
         self.epoch = self.step = self.updates = self.skipped = 0
-        self.bad_steps = BadSteps(recipe.max_bad_steps)
+        self.bad_steps = []
         self.history: list[dict[str, Any]] = []
         self.best = -math.inf
         self.seconds = self.waited = 0.0
@@ -210,7 +210,8 @@ class TrainingLoop(Resumable):
             if self.scheduler is not None:
                 self.scheduler.step_update(self.updates)
             self.skipped += bad
-            if self.bad_steps.note(bad, self.epoch, self.step - 1):
+            self.bad_steps = [*self.bad_steps, (self.epoch, self.step - 1)] if bad else []
+            if len(self.bad_steps) == self.recipe.max_bad_steps:
                 self.stop_diverged()
             if self.updates % self.recipe.log_every == 0:
                 self.log.add({"epoch": self.epoch, "update": self.updates, **self.figures()})
@@ -303,10 +304,17 @@ class TrainingLoop(Resumable):
 
     def stop_diverged(self) -> NoReturn:
         """Stop after too many bad updates in a row; ``last.pt`` has weights from before them."""
-        names = [name for place in self.bad_steps.in_a_row for name in self.names(*place)]
-        everyone: list[str] = sum(self.world.gather(names), [])
-        left = self.roll_back(since=self.updates - len(self.bad_steps.in_a_row))
-        raise self.bad_steps.error(everyone, self.folder, self.world.is_main, left)
+        names = [name for place in self.bad_steps for name in self.names(*place)]
+        images: list[str] = sum(self.world.gather(names), [])
+        left = self.roll_back(since=self.updates - len(self.bad_steps))
+        path = self.folder / "bad_batches.txt"
+        if self.world.is_main:
+            write_text_atomically(path, "".join(f"{name}\n" for name in images))
+        raise DivergedError(
+            f"the loss was not finite in {len(self.bad_steps)} updates in a row; their "
+            f"{len(images)} images ({', '.join(images[:3])}, …) are listed in {path}; {left}. A "
+            "lower lr or clip_grad may help"
+        )
 
     def check_figures(self, figures: dict[str, float], model: nn.Module) -> None:
         """Stop without saving if a validation shows that the weights have diverged."""
