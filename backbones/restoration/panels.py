@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +81,4 @@ def draw_panels(path: Path, panels: Sequence[Panel], window: Window, title: str)
         detail = panel.image[:, top // factor : bottom // factor, left // factor : right // factor]
         picture = Image.fromarray(to_pixels(detail.expand(3, -1, -1)))
         sheet.paste(picture.resize((wide, tall), Image.Resampling.NEAREST), (x, head))
-    data = io.BytesIO()
-    sheet.save(data, format="PNG")
-    with data.getbuffer() as view:
-        write_atomically(path, lambda file: file.write(view))
+    write_atomically(path, lambda file: sheet.save(file, format="PNG"))

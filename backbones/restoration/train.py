@@ -33,16 +33,10 @@ from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 from backbones.training.build import model_error
 from backbones.training.loop import TrainingLoop
-from backbones.training.record import RESULTS, epoch_line, say_results
+from backbones.training.record import epoch_line, say_results
 from backbones.training.run import run_from_command_line
 from ops.tiling import run_tiled
 
-_RESULTS = {
-    **{name: RESULTS[name] for name in ("best.safetensors", "last.pt", "summary.csv")},
-    **{name: RESULTS[name] for name in ("metrics.jsonl", "config.yaml", "bad_batches.txt")},
-    "comparison.png": "a validation image: input, result and ground truth",
-    "corrupt_train.txt": RESULTS["corrupt_train.txt"],
-}
 _VAL_OVERLAP = 32
 _SMALLEST = 11  # the window of SSIM, within the border that does not count
 _SMALL = 32
@@ -222,7 +216,7 @@ class RestorationTrainer(TrainingLoop):
         self.draw_comparison(model.eval(), self.folder / "comparison.png")
         spent = duration(time.monotonic() - self.begun)
         self.progress.say(f"best {self.best:.2f} dB after {spent}{self.gain()}")
-        say_results(self.progress, self.folder, _RESULTS)
+        say_results(self.progress, self.folder)
 
     def gain(self) -> str:
         """The improvement over the input, or over bicubic."""

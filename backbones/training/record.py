@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ RESULTS = {
     "metrics.jsonl": "an entry every few updates",
     "curves.png": "loss and accuracy",
     "predictions.png": "validation images, predictions and labels",
+    "comparison.png": "a validation image: input, result and ground truth",
     "config.yaml": "the recipe, fully resolved",
     "bad_batches.txt": "images whose loss was not finite",
     "corrupt_train.txt": "unreadable training images",
     "corrupt_validation.txt": "unreadable validation images",
 }
-"""The files of a run, with descriptions."""
+"""The files of runs, of classifiers and of restoration models, with descriptions."""
 
 
 class Meter:
@@ -175,10 +176,10 @@ class RunLog:
             self._wandb.finish()
 
 
-def say_results(progress: Progress, folder: Path, results: Mapping[str, str] = RESULTS) -> None:
-    """List the files of a finished run, of those in ``results``."""
+def say_results(progress: Progress, folder: Path) -> None:
+    """List the files of a finished run."""
     progress.say(f"in {folder}:")
-    for name, meaning in results.items():
+    for name, meaning in RESULTS.items():
         if (folder / name).exists():
             progress.say(f"  {name:<18} {meaning}")
 
