@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import putchunk
 from torch import Tensor
 
 from backbones.common.errors import DataError
@@ -67,10 +68,6 @@ class Picture:
         """Whether there is a single channel."""
         return self.pixels.shape[2] == 1
 
-    def with_pixels(self, pixels: np.ndarray, alpha: np.ndarray | None) -> Picture:
-        """The same metadata with other pixels."""
-        return replace(self, pixels=pixels, alpha=alpha)
-
     def show(self) -> Image.Image:
         """The picture as an 8-bit Pillow image, including alpha."""
         array = _planes(self)
@@ -98,7 +95,7 @@ def read_picture(path: Path) -> Picture:
         image.load()
         frames = getattr(image, "n_frames", 1)
         icc, turn = image.info.get("icc_profile"), orientation_of(image)
-        pixels, alpha = _arrays(image, path)
+        pixels, alpha = arrays_of(image, path)
         exif = _kept_exif(image)
     note = f"only the first of its {frames} frames" if frames > 1 else ""
     return Picture(
@@ -213,8 +210,12 @@ def _explain(path: Path, error: BaseException) -> str:
     return f"{path} cannot be read: {error}"
 
 
-def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pixels (H, W, C) and alpha (H, W) as stored in the file."""
+def arrays_of(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels (H, W, C) and alpha (H, W), not yet upright.
+
+    Args:
+        path: of the file, for errors and for 16-bit colour, which Pillow does not decode.
+    """
     if _has_16_bit_colour(image):
         array = _read_16_bits(path, str(image.format))
         if array.ndim == 2:
@@ -230,19 +231,12 @@ def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | No
         return array, _alpha_of_key_colour(image.info.get("transparency"), array)
     if image.mode == "F":
         raise PictureError(f"{path} has floating-point values; save it with 8 or 16 bits")
-    if image.mode in ("P", "PA", "1", "L", "LA") or "transparency" in image.info:
-        clear = "transparency" in image.info or image.mode in ("PA", "LA")
-        grey = image.mode in ("1", "L", "LA")
-        image = image.convert("RGBA" if clear or not grey else "L")
-        array = np.asarray(image)
-        if image.mode == "L":
-            return array[:, :, None], None
-        colour = array[:, :, :1] if grey else array[:, :, :3]
-        return colour, array[:, :, 3] if clear else None
-    if image.mode in ("RGBA", "RGBa"):
+    colours = 1 if image.mode in ("1", "L", "LA") else 3
+    if image.has_transparency_data:
         array = np.asarray(image.convert("RGBA"))
-        return array[:, :, :3], array[:, :, 3]
-    return np.asarray(image.convert("RGB")), None
+        return array[:, :, :colours], array[:, :, 3]
+    array = np.asarray(image.convert("L" if colours == 1 else "RGB"))
+    return array.reshape(*array.shape[:2], colours), None
 
 
 def _alpha_of_key_colour(
@@ -308,14 +302,11 @@ def _png_16(picture: Picture) -> bytes:
     if picture.exif:
         chunks.append((b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
     chunks += [(b"IDAT", zlib.compress(filtered.tobytes(), 6)), (b"IEND", b"")]
-    out = [b"\x89PNG\r\n\x1a\n"]
+    out = io.BytesIO(b"\x89PNG\r\n\x1a\n")
+    out.seek(0, os.SEEK_END)
     for name, data in chunks:
-        out += [struct.pack(">I", len(data)), name, data, struct.pack(">I", _crc(name, data))]
-    return b"".join(out)
-
-
-def _crc(name: bytes, data: bytes) -> int:
-    return zlib.crc32(data, zlib.crc32(name))
+        putchunk(out, name, data)
+    return out.getvalue()
 
 
 def _tiff_16(picture: Picture) -> bytes:
