@@ -43,10 +43,7 @@ _SMALL = 32  # pixels, the smallest images that every network of this library su
 
 
 class Trainer(TrainingLoop):
-    """Training of a classifier: model, data and metrics; the base class has the loop.
-
-    Args: as in :class:`TrainingLoop`.
-    """
+    """Training of a classifier: model, data and metrics; the base class has the loop."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress

@@ -80,13 +80,10 @@ def load_truth(path: Path, channels: int, scale: int) -> Tensor:
 
 
 def degrade_picture(recipe: RestorationRecipe, truth: Tensor, scale: int, number: int) -> Pair:
-    """The model's input and the target for a validation picture, deterministically.
+    """The model's input and the target for validation picture ``number``, deterministically.
 
-    If there are several noise levels or qualities, pictures cycle through them.
-
-    Args:
-        truth: (C, H, W) in 0 … 1, sides multiples of ``scale``.
-        number: index of the picture.
+    If there are several noise levels or qualities, pictures cycle through them. ``truth`` is
+    (C, H, W) in 0 … 1, with sides that are multiples of ``scale``.
     """
     generator = np.random.default_rng(mix_seed(0, number))
     if recipe.task == "denoise":
@@ -112,14 +109,7 @@ def _degrade(
 
 
 class Patches(Dataset[Pair]):
-    """Pairs (C, p, p) and (C, p·scale, p·scale); unreadable pictures are replaced by others.
-
-    Args:
-        paths: the pictures.
-        recipe: the task and the size of the patches.
-        scale: of the model.
-        corrupt: records unreadable pictures.
-    """
+    """Pairs (C, p, p) and (C, p·scale, p·scale); unreadable pictures are replaced by others."""
 
     def __init__(
         self, paths: list[Path], recipe: RestorationRecipe, scale: int, corrupt: CorruptImages
@@ -183,11 +173,7 @@ def _flip(x: Tensor, which: int) -> Tensor:
 
 
 class PatchLoader:
-    """Batches of patches, by epoch, which depend only on seed, epoch and position.
-
-    Args: as in :class:`Patches`, and
-        world: this process among all.
-    """
+    """Batches of patches, by epoch, which depend only on seed, epoch and position."""
 
     def __init__(
         self,

@@ -131,7 +131,7 @@ class Pass:
 
 FIRST_PASS = Pass(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0))
 SECOND_PASS = Pass(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5))
-_QUALITY = (30, 95)
+_QUALITY = (30, 96)  # the end is excluded
 _KERNELS = ("iso", "aniso", "general iso", "general aniso", "plateau iso", "plateau aniso")
 _KERNEL_SHARES = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
 _SINC, _FINAL_SINC, _GREY_NOISE, _GAUSSIAN_NOISE = 0.1, 0.8, 0.4, 0.5
@@ -140,21 +140,16 @@ _SINC, _FINAL_SINC, _GREY_NOISE, _GAUSSIAN_NOISE = 0.1, 0.8, 0.4, 0.5
 def real_world(image: Tensor, scale: int, generator: np.random.Generator) -> Tensor:
     """Degrade an image with Real-ESRGAN's chain.
 
-    Args:
-        image: (3, H, W) in 0 … 1; sides are multiples of ``scale``.
-        scale: reduction of the size.
-
-    Returns:
-        (3, H / scale, W / scale) in 0 … 1, rounded to 8 bits.
+    (3, H, W) in 0 … 1, sides multiples of ``scale`` → (3, H / scale, W / scale), rounded to 8 bits.
     """
     height, width = image.shape[1:]
     x = _degrade_once(image, FIRST_PASS, (height, width), generator)
-    x = compress(x, int(generator.integers(_QUALITY[0], _QUALITY[1] + 1)))
+    x = compress(x, int(generator.integers(*_QUALITY)))
     x = _degrade_once(x, SECOND_PASS, (height // scale, width // scale), generator)
     last = None
     if generator.random() < _FINAL_SINC:
         last = sinc_kernel(_odd(generator), float(generator.uniform(math.pi / 3, math.pi)))
-    jpeg = int(generator.integers(_QUALITY[0], _QUALITY[1] + 1))
+    jpeg = int(generator.integers(*_QUALITY))
     compress_first = generator.random() < 0.5
     if compress_first:
         x = compress(x, jpeg)
@@ -202,10 +197,10 @@ def _random_kernel(sigma: tuple[float, float], generator: np.random.Generator) -
         lowest = math.pi / 3 if size < 13 else math.pi / 5
         return sinc_kernel(size, float(generator.uniform(lowest, math.pi)))
     kind = str(generator.choice(_KERNELS, p=_KERNEL_SHARES))
-    first = float(generator.uniform(*sigma))
-    even = not kind.endswith("aniso")
-    second, angle = (first, 0.0) if even else (float(generator.uniform(*sigma)), 0.0)
-    if not even:
+    first = second = float(generator.uniform(*sigma))
+    angle = 0.0
+    if kind.endswith("aniso"):
+        second = float(generator.uniform(*sigma))
         angle = float(generator.uniform(-math.pi, math.pi))
     shape = 1.0
     if kind.startswith("general"):

@@ -22,13 +22,7 @@ Window = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the pictures.
-
-    Attributes:
-        name: above it.
-        image: (C, H, W) in 0 … 1, C 1 or 3; smaller images are enlarged by nearest neighbour.
-        text: second line of the caption.
-    """
+    """One of the pictures, (C, H, W) in 0 … 1, C 1 or 3, with two lines of caption."""
 
     name: str
     image: Tensor
@@ -40,7 +34,7 @@ def most_detailed_window(image: Tensor, side: int, step: int) -> Window:
 
     Args:
         image: (C, H, W).
-        side: of the square; smaller images are used entirely.
+        side: of the square, which is smaller in smaller images.
         step: the square starts and ends at multiples of it.
     """
     grey = image.mean(0, keepdim=True)
@@ -55,13 +49,12 @@ def most_detailed_window(image: Tensor, side: int, step: int) -> Window:
 
 
 def draw_panels(path: Path, panels: Sequence[Panel], window: Window, title: str) -> None:
-    """Write a PNG with the panels in a row.
+    """Write a PNG with the same detail of all panels in a row, atomically.
 
     Args:
-        path: the file, written atomically.
-        panels: sizes of the images are integer fractions of the largest.
+        panels: sizes of the images are integer fractions of the largest; smaller ones are enlarged
+            by nearest neighbour.
         window: top, left, bottom, right in pixels of the largest.
-        title: of the figure.
     """
     largest = max(panel.image.shape[2] for panel in panels)
     top, left, bottom, right = window

@@ -79,10 +79,7 @@ class Sums:
 
 
 class RestorationTrainer(TrainingLoop):
-    """Training with the L1 loss on degraded patches; the best weights are selected by PSNR-Y.
-
-    Args: as in :class:`TrainingLoop`.
-    """
+    """Training with the L1 loss on degraded patches; the best weights are selected by PSNR-Y."""
 
     score_key = "psnr_y"
     recipe: RestorationRecipe
@@ -214,21 +211,16 @@ class RestorationTrainer(TrainingLoop):
         if best.exists():
             model.load_state_dict(safetensors.torch.load_file(best))
         self.draw_comparison(model.eval(), self.folder / "comparison.png")
-        spent = duration(time.monotonic() - self.begun)
-        self.progress.say(f"best {self.best:.2f} dB after {spent}{self.gain()}")
+        text = f"best {self.best:.2f} dB after {duration(time.monotonic() - self.begun)}"
+        if before := self.input_quality.get("psnr_y"):
+            what = "bicubic" if self.scale > 1 else "the input"
+            text += f": {self.best - before:+.2f} dB over {what} ({before:.2f} dB)"
+        self.progress.say(text)
         say_results(self.progress, self.folder)
-
-    def gain(self) -> str:
-        """The improvement over the input, or over bicubic."""
-        before = self.input_quality.get("psnr_y")
-        if before is None:
-            return ""
-        what = "bicubic" if self.scale > 1 else "the input"
-        return f": {self.best - before:+.2f} dB over {what} ({before:.2f} dB)"
 
     @torch.inference_mode()
     def draw_comparison(self, model: nn.Module, path: Path) -> None:
-        """A detail of input, bicubic (if sizes differ), result and ground truth, with metrics.
+        """A detail of input, bicubic (if sizes differ), result and ground truth.
 
         The metrics are for the whole picture.
         """

@@ -64,9 +64,6 @@ def resolve_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
 
     Not used in bfloat16, because oneDNN leaves parts of the weight gradient uninitialised for
     strided channels-last depthwise convolutions on a map of one pixel (torch 2.13).
-
-    Returns:
-        The recipe itself if it is set, else a copy.
     """
     if recipe.channels_last is not None:
         return recipe
@@ -78,11 +75,6 @@ class BatchAugmentation:
     """Random erasing, then mixup or CutMix, on a batch on the device.
 
     Both use the global random generators, whose states are saved in checkpoints.
-
-    Args:
-        recipe: probabilities and strengths.
-        num_classes: for the soft labels.
-        device: of the batches.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, device: torch.device) -> None:
@@ -140,11 +132,8 @@ def build_objective(
 ) -> Objective | DiverseAttention:
     """The objective, a callable: network, images and targets → loss and logits.
 
-    Args:
-        recipe: loss and teacher.
-        num_classes, config: of the student, as timm resolves it.
-        multi_label: targets are (B, classes) of 0 and 1.
-        device: of the batches.
+    Targets are (B, classes) of 0 and 1 if ``multi_label``. The student's preprocessing is
+    ``config``.
     """
     if multi_label and (recipe.mixes_images or recipe.distill is not None):
         raise RecipeError("multi-label data does not support mixup, cutmix or distill")

@@ -257,14 +257,7 @@ def add_exits(recipe: Recipe, student: Any) -> nn.Module:
 
 
 def build_teacher(recipe: Recipe, num_classes: int, config: dict[str, Any]) -> Teacher:
-    """The recipe's teacher: a model of this library, or ``timm/NAME`` or any other of timm.
-
-    Args:
-        recipe: ``teacher``, ``teacher_checkpoint`` or ``teacher_pretrained``, ``teacher_args``,
-            ``teacher_img_size``.
-        num_classes: of the student.
-        config: ``mean`` and ``std`` of the student's images.
-    """
+    """The recipe's teacher; ``config`` has the ``mean`` and ``std`` of the student's images."""
     network = load_trained(
         recipe.teacher or "",
         recipe.teacher_checkpoint,

@@ -8,6 +8,7 @@ attention, ignoring weak weights.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,19 +43,20 @@ def _above(weights: Tensor, least: float) -> Tensor:
     return torch.where(weights > least, weights, 0)
 
 
+@dataclass
 class DiverseAttention:
     """An objective plus the similarity of all attention in the network.
 
     It intercepts ``scaled_dot_product_attention`` and softmax over keys while the network runs, so
     it works with any network; the weights of fused attention are computed again.
 
-    Args:
+    Attributes:
         objective: network, images and targets → loss and logits.
         share: weight of the layers' mean similarity; 1 in the paper.
     """
 
-    def __init__(self, objective: Callable[..., tuple[Tensor, Any]], share: float) -> None:
-        self.objective, self.share = objective, share
+    objective: Callable[..., tuple[Tensor, Any]]
+    share: float
 
     def __call__(self, net: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
         """Loss and logits (B, classes) of ``net``."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
+from timm.data.auto_augment import AugmentOp
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,11 +35,8 @@ class TrainLoader:
     differs from epoch to epoch.
 
     Args:
-        source: the images, or a stream of them.
         size: number of images.
         config: ``input_size``, ``mean``, ``std``, ``interpolation`` as timm resolves them.
-        recipe: augmentation, batch size, workers.
-        world: this process among all.
         corrupt: records unreadable images.
     """
 
@@ -66,12 +64,7 @@ class TrainLoader:
         self._current: SizedBatches | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Normalised images (B, C, H, W) and labels (B,) of one epoch, on the device.
-
-        Args:
-            epoch: index; determines order and augmentation.
-            start: number of batches to skip when resuming.
-        """
+        """Normalised images (B, C, H, W) and labels (B,) of one epoch, from ``start`` on."""
         if isinstance(self.source, ImageSource):
             self._sampler.epoch, self._sampler.start = epoch, start
             loader = self._map_loader(self._image_size(epoch))
@@ -116,7 +109,8 @@ class TrainLoader:
             self._loaders.clear()  # ends the workers of the size before
             assert isinstance(self.source, ImageSource)
             transform = _train_transform(image_size, self.config, self.recipe)
-            images = _Images(self.source, transform, self.recipe.in_chans, self.corrupt, True)
+            mode = _mode(self.recipe.in_chans)
+            images = _Images(self.source, transform, mode, self.corrupt, training=True)
             self._loaders[image_size] = DataLoader(
                 images,
                 batch_sampler=self._sampler,
@@ -132,11 +126,9 @@ class TrainLoader:
         stream.set_epoch(epoch)
         stream.set_loader_cfg(num_workers=self.recipe.workers)
         transform = _train_transform(self._image_size(epoch), self.config, self.recipe)
-        seed = mix_seed(self.recipe.seed, epoch, self.world.rank)
+        seed, mode = mix_seed(self.recipe.seed, epoch, self.world.rank), _mode(self.recipe.in_chans)
         return DataLoader(
-            StreamImages(
-                self.source, stream, transform, _mode(self.recipe.in_chans), self.corrupt, seed
-            ),
+            StreamImages(self.source, stream, transform, mode, self.corrupt, seed),
             batch_size=self.recipe.batch_size,
             drop_last=True,
             generator=torch.Generator().manual_seed(seed),
@@ -178,7 +170,8 @@ class ValidationLoader:
             steps.transforms.insert(-1, corruption)  # before the image becomes an array
             self._transform = steps
         if isinstance(source, ImageSource):
-            images = _Images(source, self._transform, recipe.in_chans, corrupt, False)
+            mode = _mode(recipe.in_chans)
+            images = _Images(source, self._transform, mode, corrupt, training=False)
             self._loader: DataLoader[Any] = DataLoader(
                 images,
                 batch_sampler=ValidationSampler(size, self.batch_size, self.batches, world),
@@ -212,26 +205,22 @@ class ValidationLoader:
         return iter(_on_device(loader, self.config, self.world.device))
 
 
+@dataclass(eq=False)
 class _Images(Dataset[tuple[torch.Tensor, int]]):
     """Decode, convert, augment. Unreadable training images are replaced by others."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        transform: Callable[[Any], Any],
-        in_chans: int,
-        corrupt: CorruptImages,
-        training: bool,
-    ) -> None:
-        self.source, self.transform, self.corrupt = source, transform, corrupt
-        self.mode = _mode(in_chans)
-        self.training = training
+    source: ImageSource
+    transform: Callable[[Any], Any]
+    mode: str
+    corrupt: CorruptImages
+    training: bool
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, Any]:
         index, seed = key
         if not self.training:
-            image, label = self._read(index) or (self._blank(), self._no_label())
-            return self.transform(image), self._no_label() if seed == NO_LABEL else label
+            blank = Image.new(self.mode, (256, 256)), self._no_label()
+            image, label = self._read(index) or blank
+            return self.transform(image), blank[1] if seed == NO_LABEL else label
         with seeded(seed):
             sample = self._read(index)
             while sample is None:
@@ -253,9 +242,6 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
             return None
         self.corrupt.add_good()
         return image, label
-
-    def _blank(self) -> Any:
-        return Image.new(self.mode, (256, 256))
 
 
 def _mode(in_chans: int) -> str:
@@ -309,20 +295,13 @@ def allow_zero_bits(transform: Any) -> None:
     RandAugment uses them at its highest magnitude, and Pillow 13 rejects them. The published
     recipes were trained with versions that returned a black image, as is done here.
     """
-    for step in getattr(transform, "transforms", []):
-        if isinstance(step, (RandAugment, AugMixAugment)):
-            operations = list(step.ops)
-        elif isinstance(step, AutoAugment):
-            operations = [op for policy in step.policy for op in policy]
-        else:
-            continue
-        for operation in operations:
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", None) or sum(getattr(step, "policy", []), []):
             if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Like timm's operation of this name, which also ignores further keywords."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

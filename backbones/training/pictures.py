@@ -43,9 +43,8 @@ def pick_predictions(
     """Choose 32 of about 2000 images to show: at most 8 mistakes, the most confident first.
 
     Args:
-        model: in evaluation mode.
-        batches: normalised images (B, C, H, W) and labels (B,).
-        config: ``mean`` and ``std`` of the normalisation.
+        batches: images (B, C, H, W), normalised with the ``mean`` and ``std`` of ``config``, and
+            labels (B,).
         autocast: creates the context to call the model in.
     """
     right: list[Prediction] = []
@@ -69,14 +68,7 @@ def pick_predictions(
 
 
 def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw loss and top-1 accuracy over the epochs.
-
-    Args:
-        path: the PNG.
-        history: rows with ``epoch``, ``train_loss``, ``train_top1`` and, where it was validated,
-            ``val_loss``, ``val_top1``, ``ema_loss``, ``ema_top1``.
-        title: above it.
-    """
+    """Draw loss and top-1 accuracy over the epochs, from the rows of ``summary.csv``."""
     figure = new_figure(10.5, 4.2)
     figure.subplots_adjust(left=0.07, right=0.985, bottom=0.13, top=0.9, wspace=0.18)
     axes = figure.subplots(1, 2)
@@ -106,14 +98,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
 def draw_predictions(
     path: Path, shown: Sequence[Prediction], classes: Sequence[str], title: str
 ) -> None:
-    """Draw a grid of images with prediction and confidence; mistakes are highlighted.
-
-    Args:
-        path: the PNG.
-        shown: the images.
-        classes: names by number.
-        title: above it; a note is added if mistakes come first.
-    """
+    """Draw a grid of images with prediction and confidence; mistakes are highlighted."""
     columns = min(8, max(4, len(shown)))
     rows = max(1, -(-len(shown) // columns))
     # Long names leave no room for the confidence.

@@ -38,9 +38,7 @@ RESULTS = {
 class Meter:
     """Sums of loss, correct predictions and images, kept on the device until read.
 
-    Args:
-        device: of the losses.
-        keep_scores: also keep all logits and labels, for the area under the ROC curve.
+    With ``keep_scores``, also all logits and labels, for the area under the ROC curve.
     """
 
     def __init__(self, device: torch.device, keep_scores: bool = False) -> None:
@@ -90,13 +88,10 @@ class Meter:
 
 
 class RunLog:
-    """The files that record a run; only the main process writes.
+    """The files that record a run; nothing is written unless ``active``, in the main process.
 
-    Args:
-        folder: ``metrics.jsonl`` (an entry every ``log_every`` updates and every epoch) and
-            ``summary.csv`` (a row an epoch) go there.
-        recipe: whether to report to TensorBoard and W&B, too.
-        active: if False, all methods do nothing.
+    ``metrics.jsonl`` (an entry every ``log_every`` updates and every epoch) and ``summary.csv`` (a
+    row an epoch); on request also reports to TensorBoard and W&B.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, active: bool) -> None:
@@ -120,10 +115,6 @@ class RunLog:
         """Truncate the files to ``updates``; a resumed run repeats the rest.
 
         A run can be killed between saving an epoch and recording it, or in the middle of a line.
-
-        Args:
-            updates: the number of updates done.
-            history: the rows of its finished epochs.
         """
         path = self.folder / "metrics.jsonl"
         if not self.active or not path.exists():

@@ -103,11 +103,7 @@ class Resumable(ABC):
     # --- saving
 
     def save(self, validated: bool = False) -> None:
-        """Write ``last.pt``, unless the weights have diverged.
-
-        Args:
-            validated: whether the weights have just passed validation.
-        """
+        """Write ``last.pt``, unless the weights, if not just ``validated``, may have diverged."""
         mine = {"rng": get_rng_state(), "meter": self.meter.sums.cpu()}
         ranks = self.world.gather(mine)
         self.saved = time.monotonic()
@@ -131,13 +127,11 @@ class Resumable(ABC):
 
         This is the last validated state, if any, since a training loss may stay finite while
         weights grow without bound; otherwise, a state that was followed by a finite loss.
-        Checkpoints from before this process are not changed.
+        Checkpoints from before this process are not changed. Returns a description of the remaining
+        ones.
 
         Args:
             since: the number of updates after which nothing was finite.
-
-        Returns:
-            A description of the remaining checkpoints.
         """
         last = self.folder / "last.pt"
         previous, validated = run_state.previous_path(last), run_state.validated_path(last)
@@ -176,8 +170,7 @@ class Resumable(ABC):
         The recipe's learning rate, schedule, weight decay and similar settings apply from here on,
         even if changed.
         """
-        missing = [key for key in ("optimizer", *_COUNTERS) if key not in state]
-        missing += [key for key in ("ranks", "recipe") if not state.get(key)]
+        missing = [key for key in ("optimizer", "ranks", "recipe", *_COUNTERS) if key not in state]
         if missing:
             raise FileError(f"{path} has no training state (no {missing[0]!r} in it)")
         try:
