@@ -94,7 +94,6 @@ class Upscaler:
             on_tile: called after each tile.
 
         Raises:
-            TypeError: not a picture.
             ValueError: an unsupported kind of picture; a :class:`DataError` if ``max_memory`` is
                 too low, or the model's output is not finite.
         """
@@ -121,11 +120,7 @@ class Upscaler:
         return math.prod(len(tile_spans(n, side, self.overlap)) for n in (height, width))
 
     def tile_side(self, height: int, width: int, depth: int = 1) -> int:
-        """Side of the tiles of a picture; the picture's own without tiling.
-
-        Args:
-            depth: bytes of a value in the file, 1 or 2.
-        """
+        """Side of the tiles of a picture with values of ``depth`` bytes; its own without tiling."""
         whole = max(height, width)
         if self.tile != "auto":
             return whole if self.tile is None else int(self.tile)

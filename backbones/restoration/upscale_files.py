@@ -60,11 +60,8 @@ def plan_jobs(
     Args:
         inputs: files, folders (recursively, with the same structure in ``out``) and globs. Files
             in ``out`` are never used as a folder's inputs.
-        out: the folder for the results.
-        suffix: appended to the names of pictures.
         format: suffix of all results, such as ``png``; None for the picture's own, or PNG if that
             can't be written.
-        compare: whether comparisons will be written.
         read: other files that must not be replaced.
         overwrite: replace existing files that are no pictures, too.
     """
@@ -78,18 +75,16 @@ def plan_jobs(
             named = (p for p in path.rglob("*") if has_image_ending(p))
             # Include named pipes and broken links; reading them reports the problem.
             pictures = sorted(p for p in named if not p.is_dir() and not _below(p, out))
-            if not pictures:
-                raise DataError(f"no images in {path}")
-            found |= {p: p.relative_to(path) for p in pictures if p not in found}
         elif os.path.lexists(path) or not glob.has_magic(item):
-            found.setdefault(path, Path(path.name))
+            pictures = [path]
         else:
-            matches = [Path(m) for m in sorted(glob.glob(item, recursive=True))]
-            matches = [m for m in matches if not m.is_dir()]
-            if not matches:
-                raise DataError(f"nothing matches {item}")
-            for match in matches:
-                found.setdefault(match, Path(match.name))
+            matches = map(Path, sorted(glob.glob(item, recursive=True)))
+            pictures = [match for match in matches if not match.is_dir()]
+        if not pictures:
+            raise DataError(f"no images in {path}" if path.is_dir() else f"nothing matches {item}")
+        for picture in pictures:
+            place = picture.relative_to(path) if path.is_dir() else Path(picture.name)
+            found.setdefault(picture, place)
     jobs: list[Job] = []
     taken: dict[Path, Path] = {}
     outputs: dict[str, tuple[Path, Kind]] = {}
@@ -124,13 +119,10 @@ def upscale_files(
     large for memory).
 
     Args:
-        upscaler: the configured model.
         jobs: of :func:`plan_jobs`.
         quality: of JPEG and WebP.
         compare: for each result, also write ``NAME_compare.png`` (``NAME_jpg_compare.png`` and so
             on for formats other than PNG), a detail before and after.
-        skip_existing: skip pictures whose result exists.
-        progress: shows progress and the time left.
 
     Returns:
         The number of pictures "written", "failed" and "skipped".

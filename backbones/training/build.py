@@ -24,24 +24,22 @@ from backbones.training.trained import reading_error
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Any:
+def build_model(recipe: Recipe, num_classes: int | None, weights: bool = True) -> Any:
     """The recipe's model, with its initial weights if ``weights`` is true."""
     if not recipe.model:
         raise RecipeError("no model: give --model one of backbones.list_models()")
+    keys = {"num_classes": num_classes, "in_chans": recipe.in_chans, "drop_rate": recipe.drop}
+    keys |= {"drop_path_rate": recipe.drop_path, "global_pool": recipe.global_pool}
     try:
         model = backbones.create_model(
             recipe.model,
             pretrained=recipe.pretrained and weights,
             checkpoint_path=recipe.checkpoint if weights else None,
-            num_classes=num_classes,
-            in_chans=recipe.in_chans,
-            drop_rate=recipe.drop,
-            drop_path_rate=recipe.drop_path,
-            global_pool=recipe.global_pool,
+            **{key: value for key, value in keys.items() if value is not None},
             **recipe.model_args,
         )
     except BUILDING_ERRORS as error:
-        raise model_error(recipe, error) from error
+        raise _model_error(recipe, error) from error
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
@@ -49,7 +47,7 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Any:
     return model
 
 
-def model_error(recipe: Recipe, error: Exception) -> Exception:
+def _model_error(recipe: Recipe, error: Exception) -> Exception:
     """The exception to raise for an error while creating the model: the recipe's, or a bug."""
     if isinstance(error, (ValueError, OSError)):  # have readable messages
         return RecipeError(reading_error(error, recipe.checkpoint))

@@ -24,17 +24,12 @@ _RECIPE, _FIRST_LINE = "config.yaml", b"# --- model"
 
 
 class RunFolder:
-    """``output/name``, created if necessary, and locked inside the ``with`` block.
+    """``output/name``, created if necessary, and locked until :meth:`leave`.
 
     The default name is the config's, plus the model's if given on the command line, and a number if
     another run has that name. ``resume: auto`` selects the latest of these.
 
-    Args:
-        recipe: ``output``, ``name``, ``resume``, ``overwrite``, ``model``.
-        options: the command line, from :func:`parse_command_line`.
-
     Attributes:
-        path: the folder.
         lock_problem: why it could not be locked; "" if it is.
     """
 

@@ -15,7 +15,7 @@ from backbones.common.files import write_problem, write_text_atomically
 from backbones.common.messages import first_line
 from backbones.common.outputs import csv_of_rows
 from backbones.common.processes import World
-from backbones.common.progress import Progress, duration
+from backbones.common.progress import Progress
 from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 
@@ -173,34 +173,6 @@ def say_results(progress: Progress, folder: Path) -> None:
     for name, meaning in RESULTS.items():
         if (folder / name).exists():
             progress.say(f"  {name:<18} {meaning}")
-
-
-def describe_epoch(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
-    """A finished epoch of a classifier as a line."""
-    parts = [
-        f"loss {row['train_loss']:.3f}",
-        f"accuracy {row['train_top1']:5.1f} %",
-    ]
-    for prefix, name in (("val", "validation"), ("ema", "averaged")):
-        if f"{prefix}_top1" in row:
-            parts.append(f"{name} {row[f'{prefix}_top1']:6.2f} %")
-        if f"{prefix}_auc" in row:
-            parts.append(f"AUC {row[f'{prefix}_auc']:6.2f} %")
-    parts.append(f"{row['images_per_second']:.0f} images/s")
-    parts.append(f"{row['memory_mb'] / 1024:.1f} GiB")
-    return epoch_line(row, epochs, parts, seconds_left)
-
-
-def epoch_line(
-    row: dict[str, Any], epochs: int, figures: Sequence[str], seconds_left: float
-) -> str:
-    """A finished epoch's number, ``figures``, problems and the time left."""
-    parts = [f"epoch {row['epoch'] + 1:{len(str(epochs))}}/{epochs}", *figures]
-    if row["data_wait"] > 0.1:
-        parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
-    if row["skipped"]:
-        parts.append(f"{row['skipped']} updates skipped")
-    return "  ".join([*parts, f"{duration(seconds_left)} left"])
 
 
 def _rounded(value: Any) -> Any:
