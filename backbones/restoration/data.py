@@ -49,9 +49,8 @@ def find_photographs(names: tuple[str, ...]) -> list[Path]:
     of_skimage = Path(str(skimage.data.__file__)).parent
     of_sklearn = Path(str(sklearn.datasets.__file__)).parent / "images"
     paths = [(of_sklearn if n in _OF_SKLEARN else of_skimage) / n for n in names]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"this version of the package does not include {path.name}")
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise DataError(f"this version of the package does not include {missing[0]}")
     return paths
 
 

@@ -101,7 +101,7 @@ def read_picture(path: Path) -> Picture:
     return Picture(
         np.ascontiguousarray(upright(pixels, turn)),
         None if alpha is None else np.ascontiguousarray(upright(alpha, turn)),
-        icc if _profile_matches(icc, pixels.shape[2]) else None,
+        icc if icc and icc[16:20] == (b"GRAY" if pixels.shape[2] == 1 else b"RGB ") else None,
         exif,
         note,
     )
@@ -197,11 +197,6 @@ def _has_directories(data: bytes | None) -> bool:
     exif = Image.Exif()
     exif.load(data or b"")
     return not {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}.isdisjoint(exif)
-
-
-def _profile_matches(icc: bytes | None, channels: int) -> bool:
-    """Whether a colour profile matches the pixels, greyscale or RGB (CMYK became RGB)."""
-    return icc is not None and icc[16:20] == (b"GRAY" if channels == 1 else b"RGB ")
 
 
 def _explain(path: Path, error: BaseException) -> str:

@@ -107,22 +107,13 @@ def plan_jobs(
 
 
 def upscale_files(
-    upscaler: Upscaler,
-    jobs: Sequence[Job],
-    *,
-    quality: int = 95,
-    compare: bool = False,
-    skip_existing: bool = False,
-    progress: Progress,
+    upscaler: Upscaler, jobs: Sequence[Job], options: argparse.Namespace, progress: Progress
 ) -> Counter[str]:
     """Restore pictures one after the other, continuing after errors (unreadable, unwritable, or too
     large for memory).
 
-    Args:
-        jobs: of :func:`plan_jobs`.
-        quality: of JPEG and WebP.
-        compare: for each result, also write ``NAME_compare.png`` (``NAME_jpg_compare.png`` and so
-            on for formats other than PNG), a detail before and after.
+    With ``--compare``, each result gets a ``NAME_compare.png`` (``NAME_jpg_compare.png`` and so on
+    for formats other than PNG), a detail before and after.
 
     Returns:
         The number of pictures "written", "failed" and "skipped".
@@ -136,7 +127,7 @@ def upscale_files(
 
     planned: list[tuple[Job, int]] = []
     for job in jobs:
-        if skip_existing and job.target.exists():
+        if options.skip_existing and job.target.exists():
             counts["skipped"] += 1
             continue
         try:
@@ -156,8 +147,8 @@ def upscale_files(
             before = read_picture(job.source)
             after: Picture = upscaler(before, tick)
             job.target.parent.mkdir(parents=True, exist_ok=True)
-            write_picture(job.target, after, quality)
-            if compare:
+            write_picture(job.target, after, options.quality)
+            if options.compare:
                 _draw(_comparison(job.target), job, before, after)
         except (MendableError, OSError, MemoryError, RuntimeError) as error:
             shortage = memory_shortage(error)
@@ -238,14 +229,7 @@ def run(options: argparse.Namespace) -> int:
             amp=options.amp,
             max_memory=memory,
         )
-        counts = upscale_files(
-            upscaler,
-            jobs,
-            quality=options.quality,
-            compare=options.compare,
-            skip_existing=options.skip_existing,
-            progress=progress,
-        )
+        counts = upscale_files(upscaler, jobs, options, progress)
     except ValueError as error:
         raise DataError(str(error)) from error
     finally:

@@ -63,9 +63,6 @@ def ofa_loss(
             weighted mean over the labels.
         gamma: ≥ 1.
         temperature: of both predictions; the paper uses 1.
-
-    Returns:
-        Mean over the batch.
     """
     if labels.ndim == 1:
         labels = F.one_hot(labels, student.shape[1])
@@ -84,29 +81,19 @@ class Exit(nn.Module):
     (B, num_classes).
 
     Args:
-        in_chs: channels of the stage.
         out_chs: channels before the classifier, those of the student's last stage.
         halvings: number of times the map is halved.
-        num_classes: of the logits.
     """
 
     def __init__(self, in_chs: int, out_chs: int, halvings: int, num_classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        steps = max(halvings, 1)
+        steps, stride = max(halvings, 1), 2 if halvings else 1
         for step in range(steps):
             # Widths grow geometrically from the stage's to the last stage's.
             width = round(in_chs * (out_chs / in_chs) ** ((step + 1) / steps))
             layers += [
-                nn.Conv2d(
-                    in_chs,
-                    in_chs,
-                    3,
-                    stride=2 if halvings else 1,
-                    padding=1,
-                    groups=in_chs,
-                    bias=False,
-                ),
+                nn.Conv2d(in_chs, in_chs, 3, stride, padding=1, groups=in_chs, bias=False),
                 BatchNorm2d(in_chs),
                 nn.Conv2d(in_chs, width, 1, bias=False),
                 BatchNorm2d(width),

@@ -111,12 +111,8 @@ class TrainLoader:
             transform = _train_transform(image_size, self.config, self.recipe)
             mode = _mode(self.recipe.in_chans)
             images = _Images(self.source, transform, mode, self.corrupt, training=True)
-            self._loaders[image_size] = DataLoader(
-                images,
-                batch_sampler=self._sampler,
-                generator=torch.Generator(),
-                **_options(self.recipe, self.world),
-            )
+            loader = _data_loader(images, self.recipe, self.world, batch_sampler=self._sampler)
+            self._loaders[image_size] = loader
         return self._loaders[image_size]
 
     def _stream_loader(self, epoch: int) -> DataLoader[Any]:
@@ -127,12 +123,14 @@ class TrainLoader:
         stream.set_loader_cfg(num_workers=self.recipe.workers)
         transform = _train_transform(self._image_size(epoch), self.config, self.recipe)
         seed, mode = mix_seed(self.recipe.seed, epoch, self.world.rank), _mode(self.recipe.in_chans)
-        return DataLoader(
+        return _data_loader(
             StreamImages(self.source, stream, transform, mode, self.corrupt, seed),
+            self.recipe,
+            self.world,
             batch_size=self.recipe.batch_size,
             drop_last=True,
             generator=torch.Generator().manual_seed(seed),
-            **_options(self.recipe, self.world, persistent=False),
+            persistent=False,
         )
 
 
@@ -172,12 +170,8 @@ class ValidationLoader:
         if isinstance(source, ImageSource):
             mode = _mode(recipe.in_chans)
             images = _Images(source, self._transform, mode, corrupt, training=False)
-            self._loader: DataLoader[Any] = DataLoader(
-                images,
-                batch_sampler=ValidationSampler(size, self.batch_size, self.batches, world),
-                generator=torch.Generator(),
-                **_options(recipe, world),
-            )
+            sampler = ValidationSampler(size, self.batch_size, self.batches, world)
+            self._loader = _data_loader(images, recipe, world, batch_sampler=sampler)
 
     def __len__(self) -> int:
         return self.batches
@@ -196,12 +190,9 @@ class ValidationLoader:
         stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1
         stream.set_loader_cfg(num_workers=1)
         mode, corrupt = _mode(self.recipe.in_chans), self.corrupt
-        loader: DataLoader[Any] = DataLoader(
-            StreamImages(self.source, stream, self._transform, mode, corrupt, share=self.world),
-            batch_size=self.batch_size,
-            generator=torch.Generator(),
-            **{**_options(self.recipe, self.world, persistent=False), "num_workers": 0},
-        )
+        images = StreamImages(self.source, stream, self._transform, mode, corrupt, share=self.world)
+        here: dict[str, Any] = {"num_workers": 0, "persistent": False}
+        loader = _data_loader(images, self.recipe, self.world, batch_size=self.batch_size, **here)
         return iter(_on_device(loader, self.config, self.world.device))
 
 
@@ -284,9 +275,13 @@ def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> Pr
     )
 
 
-def _options(recipe: Recipe, world: World, persistent: bool = True) -> dict[str, Any]:
-    options = loader_options(recipe.workers, recipe.pin_memory, world.device, persistent)
-    return {**options, "collate_fn": fast_collate}
+def _data_loader(
+    images: Dataset[Any], recipe: Recipe, world: World, persistent: bool = True, **options: Any
+) -> DataLoader[Any]:
+    """A loader that draws no random numbers of the training's."""
+    usual: dict[str, Any] = {"collate_fn": fast_collate, "generator": torch.Generator()}
+    usual |= loader_options(recipe.workers, recipe.pin_memory, world.device, persistent)
+    return DataLoader(images, **{**usual, **options})
 
 
 def allow_zero_bits(transform: Any) -> None:

@@ -46,9 +46,8 @@ class TrainingLoop(Resumable):
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
     ) -> None:
-        self.recipe, self.folder, self.world = recipe, folder, world
-        self.stop, self.progress = stop, progress
-        self.device = world.device
+        super().__init__(recipe, folder, world, progress)
+        self.stop, self.device = stop, world.device
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.amp or "")
         random_seed(recipe.seed)
 
@@ -91,11 +90,6 @@ class TrainingLoop(Resumable):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.consensus = Consensus(world)
 
-        self.epoch = self.step = self.updates = self.skipped = 0
-        self.bad_steps = []
-        self.history: list[dict[str, Any]] = []
-        self.best = -math.inf
-        self.seconds = self.waited = 0.0
         self.meter = self.new_meter()
         self.log = RunLog(self.folder, recipe, world.is_main)
         self.begun = self.saved = time.monotonic()

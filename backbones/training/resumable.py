@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -59,10 +60,6 @@ class Resumable(ABC):
         resumed_from: the file that the run was resumed from, if any.
     """
 
-    recipe: Recipe
-    folder: Path
-    world: World
-    progress: Progress
     model: nn.Module
     network: nn.Module
     ema: Any
@@ -70,16 +67,19 @@ class Resumable(ABC):
     scheduler: Any
     scaler: Any
     meter: Any
-    bad_steps: list[tuple[int, int]]
     lr: float
     updates_per_epoch: int
-    epoch: int
-    step: int
-    updates: int
-    history: list[dict[str, Any]]
-    saved_at: int | None = None
-    resumed_from: Path | None = None
-    _validated = False
+
+    def __init__(self, recipe: Recipe, folder: Path, world: World, progress: Progress) -> None:
+        self.recipe, self.folder, self.world, self.progress = recipe, folder, world, progress
+        self.epoch = self.step = self.updates = self.skipped = 0
+        self.seconds = self.waited = 0.0
+        self.best = -math.inf
+        self.history: list[dict[str, Any]] = []
+        self.bad_steps: list[tuple[int, int]] = []
+        self.saved_at: int | None = None
+        self.resumed_from: Path | None = None
+        self._validated = False
 
     @abstractmethod
     def new_meter(self) -> Any:
