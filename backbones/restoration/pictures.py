@@ -95,7 +95,7 @@ def read_picture(path: Path) -> Picture:
         image.load()
         frames = getattr(image, "n_frames", 1)
         icc, turn = image.info.get("icc_profile"), orientation_of(image)
-        pixels, alpha = arrays_of(image, path)
+        pixels, alpha = _arrays(image, path)
         exif = _kept_exif(image)
     note = f"only the first of its {frames} frames" if frames > 1 else ""
     return Picture(
@@ -205,12 +205,8 @@ def _explain(path: Path, error: BaseException) -> str:
     return f"{path} cannot be read: {error}"
 
 
-def arrays_of(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pixels (H, W, C) and alpha (H, W), not yet upright.
-
-    Args:
-        path: of the file, for errors and for 16-bit colour, which Pillow does not decode.
-    """
+def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels (H, W, C) and alpha (H, W) as stored in the file."""
     if _has_16_bit_colour(image):
         array = _read_16_bits(path, str(image.format))
         if array.ndim == 2:
@@ -226,6 +222,11 @@ def arrays_of(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | 
         return array, _alpha_of_key_colour(image.info.get("transparency"), array)
     if image.mode == "F":
         raise PictureError(f"{path} has floating-point values; save it with 8 or 16 bits")
+    return arrays_of(image)
+
+
+def arrays_of(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels (H, W, C) and alpha (H, W) of an image in 8 bits."""
     colours = 1 if image.mode in ("1", "L", "LA") else 3
     if image.has_transparency_data:
         array = np.asarray(image.convert("RGBA"))
@@ -297,8 +298,8 @@ def _png_16(picture: Picture) -> bytes:
     if picture.exif:
         chunks.append((b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
     chunks += [(b"IDAT", zlib.compress(filtered.tobytes(), 6)), (b"IEND", b"")]
-    out = io.BytesIO(b"\x89PNG\r\n\x1a\n")
-    out.seek(0, os.SEEK_END)
+    out = io.BytesIO()
+    out.write(b"\x89PNG\r\n\x1a\n")
     for name, data in chunks:
         putchunk(out, name, data)
     return out.getvalue()

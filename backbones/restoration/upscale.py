@@ -277,4 +277,4 @@ def _from_pillow(image: Image.Image) -> Picture:
         raise PictureError(
             f"Pillow images of mode {image.mode} lose bits: pass the path or an array"
         )
-    return Picture(*arrays_of(image, Path("the image")))
+    return Picture(*arrays_of(image))

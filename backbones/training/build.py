@@ -28,8 +28,13 @@ def build_model(recipe: Recipe, num_classes: int | None, weights: bool = True) -
     """The recipe's model, with its initial weights if ``weights`` is true."""
     if not recipe.model:
         raise RecipeError("no model: give --model one of backbones.list_models()")
-    keys = {"num_classes": num_classes, "in_chans": recipe.in_chans, "drop_rate": recipe.drop}
-    keys |= {"drop_path_rate": recipe.drop_path, "global_pool": recipe.global_pool}
+    keys: dict[str, Any] = {
+        "num_classes": num_classes,
+        "in_chans": recipe.in_chans,
+        "drop_rate": recipe.drop,
+        "drop_path_rate": recipe.drop_path,
+        "global_pool": recipe.global_pool,
+    }
     try:
         model = backbones.create_model(
             recipe.model,

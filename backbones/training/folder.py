@@ -12,13 +12,9 @@ from backbones.common.lock import FolderLock, LockedError
 from backbones.common.messages import joined_lines
 from backbones.common.outputs import overwritten
 from backbones.training.recipe import Recipe
+from backbones.training.record import RESULTS
 
-# All files of runs, of classifiers and of restoration models, except the recipe.
-_RESULTS = (
-    *("best.safetensors", "last.pt", "last.prev.pt", "last.validated.pt", "diverged.pt"),
-    *("summary.csv", "metrics.jsonl", "curves.png", "predictions.png", "comparison.png"),
-)
-_LISTS = ("bad_batches.txt", "corrupt_train.txt", "corrupt_validation.txt")
+_FILES = (*RESULTS, "last.prev.pt", "last.validated.pt", "diverged.pt")
 _EVENTS = "events.out.tfevents."
 _RECIPE, _FIRST_LINE = "config.yaml", b"# --- model"
 
@@ -95,8 +91,7 @@ class RunFolder:
                 "was changed. Choose another --name"
             )
         read = (recipe.checkpoint, recipe.teacher_checkpoint, recipe.class_map)
-        results = [self.path / name for name in (*_RESULTS, *_LISTS, _RECIPE)]
-        if (found := overwritten(results, read)) is not None:
+        if (found := overwritten([self.path / name for name in _FILES], read)) is not None:
             raise RecipeError(
                 f"the run would overwrite {found[1]}, which it reads: choose another --name"
             )
@@ -105,8 +100,7 @@ class RunFolder:
         """With ``overwrite``, delete the earlier run's files; other files and folders are kept."""
         if not self._replaces:
             return
-        names = {*_RESULTS, *_LISTS, _RECIPE}
-        names |= {f".{name}.tmp" for name in names}
+        names = {*_FILES, *(f".{name}.tmp" for name in _FILES)}
         for path in self.path.iterdir():
             if path.is_file() and (path.name in names or path.name.startswith(_EVENTS)):
                 path.unlink()
@@ -121,4 +115,6 @@ class RunFolder:
 
 
 def _used(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _RESULTS)
+    """Whether there are results: a run that failed at once has left lists or its recipe at most."""
+    results = (name for name in _FILES if not name.endswith((".txt", ".yaml")))
+    return any((folder / name).exists() for name in results)

@@ -160,13 +160,10 @@ class ValidationLoader:
         self.batches = -(-size // (self.batch_size * world.size))
         self._current: SizedBatches | None = None
         self.equal_batches = isinstance(source, ImageSource) or world.size == 1
-        self._transform: Callable[[Any], Any]
-        if corruption is None:
-            self._transform = Resizing(config)
-        else:
-            steps: Any = create_transform(**config, is_training=False, use_prefetcher=True)
-            steps.transforms.insert(-1, corruption)  # before the image becomes an array
-            self._transform = steps
+        self._transform: Any = Resizing(config)
+        if corruption is not None:
+            self._transform = create_transform(**config, is_training=False, use_prefetcher=True)
+            self._transform.transforms.insert(-1, corruption)  # before the array is made
         if isinstance(source, ImageSource):
             mode = _mode(recipe.in_chans)
             images = _Images(source, self._transform, mode, corrupt, training=False)
