@@ -12,10 +12,11 @@ weights under ``model``), ``summary.csv``, ``metrics.jsonl``, ``curves.png``, ``
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,14 @@ from backbones.training.loader import TrainLoader, ValidationLoader
 from backbones.training.loop import TrainingLoop
 from backbones.training.multilabel import validation_loss
 from backbones.training.recipe import Recipe, check_sizes
-from backbones.training.record import Meter, describe_epoch, say_results
+from backbones.training.record import Meter
 from backbones.training.run import run_from_command_line
 
 _SMALL = 32  # pixels, the smallest images that every network of this library supports
 
 
 class Trainer(TrainingLoop):
-    """Training of a classifier: model, data and metrics; the base class has the loop.
-
-    Args: as in :class:`TrainingLoop`.
-    """
+    """Training of a classifier: model, data and metrics; the base class has the loop."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
@@ -82,20 +80,22 @@ class Trainer(TrainingLoop):
             self.dry_run(self.train_loader.blank(min(sizes), self.multi_label, self.num_classes))
 
     def resolved_recipe(self) -> Recipe:
-        """Including the settings of model and data."""
-        return build.resolved_recipe(
-            self.recipe, self.config, self.num_classes, self.lr, self.folder.name
+        """With all defaults resolved; it repeats the same run."""
+        return dataclasses.replace(
+            self.recipe,
+            img_size=self.config["input_size"][-1],
+            mean=tuple(self.config["mean"]),
+            std=tuple(self.config["std"]),
+            interpolation=self.config["interpolation"],
+            crop_pct=self.config["crop_pct"],
+            num_classes=self.num_classes,
+            lr=self.lr,
+            name=self.folder.name,
+            resume=None,
+            overwrite=False,
         )
 
     # --- a step
-
-    def batches(self) -> Iterator[Any]:
-        """Images (B, C, H, W) and labels, from the epoch's current position."""
-        return self.train_loader.epoch(self.epoch, self.step * self.recipe.accum_steps)
-
-    def names(self, epoch: int, step: int) -> list[str]:
-        """Names of this process's images of an update."""
-        return self.train_loader.names(epoch, step)
 
     def compute(self, batch: Any) -> tuple[torch.Tensor, Any]:
         """Augment, run the network, compute the loss; returns it with data for :meth:`note`."""
@@ -155,7 +155,6 @@ class Trainer(TrainingLoop):
 
     def close(self) -> None:
         """End the loader processes and the logs."""
-        self.train_loader.close()
         self.val_loader.close()
         super().close()
 
@@ -169,14 +168,19 @@ class Trainer(TrainingLoop):
             f"{now['images_per_second']:.0f} images/s  {duration(self.seconds_left())} left"
         )
 
-    def describe_epoch(self, row: dict[str, Any]) -> str:
-        """A finished epoch as a line."""
-        return describe_epoch(row, self.epochs, self.seconds_left())
+    def describe_metrics(self, row: dict[str, Any]) -> list[str]:
+        """The metrics of a finished epoch."""
+        parts = [f"loss {row['train_loss']:.3f}", f"accuracy {row['train_top1']:5.1f} %"]
+        for prefix, name in (("val", "validation"), ("ema", "averaged")):
+            if f"{prefix}_top1" in row:
+                parts.append(f"{name} {row[f'{prefix}_top1']:6.2f} %")
+            if f"{prefix}_auc" in row:
+                parts.append(f"AUC {row[f'{prefix}_auc']:6.2f} %")
+        parts.append(f"{row['images_per_second']:.0f} images/s")
+        return [*parts, f"{row['memory_mb'] / 1024:.1f} GiB"]
 
     def show_results(self) -> None:
-        """Draw predictions of the best weights and list the files."""
-        if not self.world.is_main:
-            return
+        """Draw predictions of the best weights."""
         best, seconds = self.folder / "best.safetensors", time.monotonic() - self.begun
         if best.exists() and not self.multi_label:
             # A new model, since the trained one may be sharded.
@@ -189,7 +193,6 @@ class Trainer(TrainingLoop):
             pictures.draw_predictions(path, shown, self.classes, title)
         kind = "AUC" if self.multi_label else "accuracy"
         self.progress.say(f"best {kind} {self.best:.2f} % after {duration(seconds)}")
-        say_results(self.progress, self.folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

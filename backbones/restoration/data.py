@@ -20,7 +20,7 @@ from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import Key, TrainSampler
 from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
 from backbones.restoration.metrics import quantize
-from backbones.restoration.pictures import PictureError, read_picture
+from backbones.restoration.pictures import PictureError, read_picture, to_tensor
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 
@@ -49,9 +49,8 @@ def find_photographs(names: tuple[str, ...]) -> list[Path]:
     of_skimage = Path(str(skimage.data.__file__)).parent
     of_sklearn = Path(str(sklearn.datasets.__file__)).parent / "images"
     paths = [(of_sklearn if n in _OF_SKLEARN else of_skimage) / n for n in names]
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"this version of the package does not include {path.name}")
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise DataError(f"this version of the package does not include {missing[0]}")
     return paths
 
 
@@ -70,18 +69,6 @@ def find_pictures(what: str, training: bool) -> list[Path]:
     return paths
 
 
-def to_tensor(pixels: np.ndarray, channels: int) -> Tensor:
-    """uint8 or uint16 (H, W, 1 or 3) → float32 (channels, H, W) in 0 … 1."""
-    limit = float(np.iinfo(pixels.dtype).max)
-    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / limit
-    if x.shape[0] < channels:
-        x = x.expand(channels, -1, -1)
-    elif x.shape[0] > channels:
-        weights = torch.tensor((0.299, 0.587, 0.114)).view(3, 1, 1)
-        x = (x * weights).sum(0, keepdim=True)
-    return x.contiguous()
-
-
 def load_truth(path: Path, channels: int, scale: int) -> Tensor:
     """A picture as (channels, H, W) in 0 … 1, cropped to multiples of ``scale``."""
     truth = to_tensor(read_picture(path).pixels, channels)
@@ -92,13 +79,10 @@ def load_truth(path: Path, channels: int, scale: int) -> Tensor:
 
 
 def degrade_picture(recipe: RestorationRecipe, truth: Tensor, scale: int, number: int) -> Pair:
-    """The model's input and the target for a validation picture, deterministically.
+    """The model's input and the target for validation picture ``number``, deterministically.
 
-    If there are several noise levels or qualities, pictures cycle through them.
-
-    Args:
-        truth: (C, H, W) in 0 … 1, sides multiples of ``scale``.
-        number: index of the picture.
+    If there are several noise levels or qualities, pictures cycle through them. ``truth`` is
+    (C, H, W) in 0 … 1, with sides that are multiples of ``scale``.
     """
     generator = np.random.default_rng(mix_seed(0, number))
     if recipe.task == "denoise":
@@ -124,14 +108,7 @@ def _degrade(
 
 
 class Patches(Dataset[Pair]):
-    """Pairs (C, p, p) and (C, p·scale, p·scale); unreadable pictures are replaced by others.
-
-    Args:
-        paths: the pictures.
-        recipe: the task and the size of the patches.
-        scale: of the model.
-        corrupt: records unreadable pictures.
-    """
+    """Pairs (C, p, p) and (C, p·scale, p·scale); unreadable pictures are replaced by others."""
 
     def __init__(
         self, paths: list[Path], recipe: RestorationRecipe, scale: int, corrupt: CorruptImages
@@ -153,27 +130,21 @@ class Patches(Dataset[Pair]):
         rows, columns = ((n // scale) * scale for n in pixels.shape[:2])
         top = int(generator.integers((rows - side) // scale + 1)) * scale
         left = int(generator.integers((columns - side) // scale + 1)) * scale
+        symmetry = int(generator.integers(8)) if self.recipe.symmetries else 0
         # The kernel of the bicubic reaches two pixels of the result, and half a pixel more.
         margin = 3 * scale if self.recipe.task == "sr" else 0
-        first_row, first_column = max(top - margin, 0), max(left - margin, 0)
+        above, before = min(top, margin), min(left, margin)
         region = pixels[
-            first_row : min(top + side + margin, rows),
-            first_column : min(left + side + margin, columns),
+            top - above : min(top + side + margin, rows),
+            left - before : min(left + side + margin, columns),
         ]
         truth = to_tensor(region, self.recipe.in_chans)
-        inner = (top - first_row, left - first_column)
-        patch = truth[:, inner[0] : inner[0] + side, inner[1] : inner[1] + side]
-        if self.recipe.task == "sr":
-            start = (inner[0] // scale, inner[1] // scale)
-            end = (start[0] + self.recipe.patch_size, start[1] + self.recipe.patch_size)
-            pair = quantize(resize_bicubic(truth, 1 / scale, window=(*start, *end))), patch
-            flips = self._flips(generator)
-            return _flip(pair[0], flips), _flip(pair[1], flips)
-        patch = _flip(patch, self._flips(generator))
-        return _degrade(self.recipe, patch, scale, generator)
-
-    def _flips(self, generator: np.random.Generator) -> int:
-        return int(generator.integers(8)) if self.recipe.symmetries else 0
+        patch = _flip(truth[:, above : above + side, before : before + side], symmetry)
+        if self.recipe.task != "sr":
+            return _degrade(self.recipe, patch, scale, generator)
+        small, _ = _degrade(self.recipe, truth, scale, generator)
+        row, column, size = above // scale, before // scale, self.recipe.patch_size
+        return _flip(small[:, row : row + size, column : column + size], symmetry), patch
 
     def _read(self, number: int) -> np.ndarray | None:
         if number in self._kept:
@@ -201,11 +172,7 @@ def _flip(x: Tensor, which: int) -> Tensor:
 
 
 class PatchLoader:
-    """Batches of patches, by epoch, which depend only on seed, epoch and position.
-
-    Args: as in :class:`Patches`, and
-        world: this process among all.
-    """
+    """Batches of patches, by epoch, which depend only on seed, epoch and position."""
 
     def __init__(
         self,

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from backbones.restoration.resize import resize_bicubic
+from backbones.restoration.metrics import quantize
+from backbones.restoration.pictures import to_pixels, to_tensor
 
 
 def add_noise(image: Tensor, sigma: float, generator: np.random.Generator) -> Tensor:
@@ -36,18 +37,26 @@ def compress(image: Tensor, quality: int) -> Tensor:
 
     Uses 4:2:0 chroma subsampling, like Pillow and most cameras.
     """
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(2).numpy()
     data = io.BytesIO()
-    Image.fromarray(pixels).save(data, format="JPEG", quality=int(quality))
+    pixels = to_pixels(image)
+    Image.fromarray(pixels.squeeze(2) if len(image) == 1 else pixels).save(
+        data, format="JPEG", quality=quality
+    )
     with Image.open(data) as decoded:
-        array = np.array(decoded, dtype=np.float32) / 255
-    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
+        return to_tensor(np.array(decoded).reshape(pixels.shape), len(image))
 
 
 def blur(image: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve each channel of (C, H, W) with (k, k), k odd; edges are mirrored."""
-    margin = kernel.shape[0] // 2
-    padded = F.pad(image.unsqueeze(1), (margin,) * 4, mode="reflect")
+    """Convolve each channel of (C, H, W) with a kernel of odd sides; edges are mirrored.
+
+    A kernel larger than the mirrored image loses its rim.
+    """
+    cuts = [max(k // 2 - n + 1, 0) for k, n in zip(kernel.shape, image.shape[1:], strict=True)]
+    if any(cuts):
+        kernel = kernel[cuts[0] : kernel.shape[0] - cuts[0], cuts[1] : kernel.shape[1] - cuts[1]]
+        kernel = kernel / kernel.sum()
+    above, before = (side // 2 for side in kernel.shape)
+    padded = F.pad(image.unsqueeze(1), (before, before, above, above), mode="reflect")
     return F.conv2d(padded, kernel.to(image)[None, None]).squeeze(1)
 
 
@@ -91,24 +100,12 @@ def sharpen(image: Tensor) -> Tensor:
     size = 51
     # OpenCV's rule for the sigma of a Gaussian that is given by its size.
     sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8
-    taps = gaussian_kernel(size, (sigma, sigma)).sum(0)
-    residual = image - _blur_separably(image, taps)
+    taps = gaussian_kernel(size, (sigma, sigma)).sum(0, keepdim=True)
+    residual = image - blur(blur(image, taps), taps.T)
     mask = (residual.abs() * 255 > 10).to(image)
     sharp = (image + 0.5 * residual).clamp(0, 1)
-    soft = _blur_separably(mask, taps)
+    soft = blur(blur(mask, taps), taps.T)
     return soft * sharp + (1 - soft) * image
-
-
-def _blur_separably(image: Tensor, taps: Tensor) -> Tensor:
-    """Blur with repeatedly mirrored edges, since the kernel may be larger than the image."""
-    margin = len(taps) // 2
-    for axis in (1, 2):
-        size = image.shape[axis]
-        positions = torch.arange(-margin, size + margin).remainder(max(2 * size - 2, 1))
-        positions = torch.minimum(positions, (2 * size - 2 - positions).abs()).clamp(max=size - 1)
-        padded = image.index_select(axis, positions).unfold(axis, len(taps), 1)
-        image = padded @ taps.to(image)
-    return image
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,7 @@ class Pass:
 
 FIRST_PASS = Pass(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0))
 SECOND_PASS = Pass(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5))
-_QUALITY = (30, 95)
+_QUALITY = (30, 96)  # the end is excluded
 _KERNELS = ("iso", "aniso", "general iso", "general aniso", "plateau iso", "plateau aniso")
 _KERNEL_SHARES = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
 _SINC, _FINAL_SINC, _GREY_NOISE, _GAUSSIAN_NOISE = 0.1, 0.8, 0.4, 0.5
@@ -143,30 +140,25 @@ _SINC, _FINAL_SINC, _GREY_NOISE, _GAUSSIAN_NOISE = 0.1, 0.8, 0.4, 0.5
 def real_world(image: Tensor, scale: int, generator: np.random.Generator) -> Tensor:
     """Degrade an image with Real-ESRGAN's chain.
 
-    Args:
-        image: (3, H, W) in 0 … 1; sides are multiples of ``scale``.
-        scale: reduction of the size.
-
-    Returns:
-        (3, H / scale, W / scale) in 0 … 1, rounded to 8 bits.
+    (3, H, W) in 0 … 1, sides multiples of ``scale`` → (3, H / scale, W / scale), rounded to 8 bits.
     """
     height, width = image.shape[1:]
     x = _degrade_once(image, FIRST_PASS, (height, width), generator)
-    x = compress(x, int(generator.integers(_QUALITY[0], _QUALITY[1] + 1)))
+    x = compress(x, int(generator.integers(*_QUALITY)))
     x = _degrade_once(x, SECOND_PASS, (height // scale, width // scale), generator)
     last = None
     if generator.random() < _FINAL_SINC:
         last = sinc_kernel(_odd(generator), float(generator.uniform(math.pi / 3, math.pi)))
-    jpeg = int(generator.integers(_QUALITY[0], _QUALITY[1] + 1))
+    jpeg = int(generator.integers(*_QUALITY))
     compress_first = generator.random() < 0.5
     if compress_first:
         x = compress(x, jpeg)
     x = _resize(x, (height // scale, width // scale), generator)
     if last is not None:
-        x = _cropped_blur(x, last)
+        x = blur(x, last)
     if not compress_first:
         x = compress(x, jpeg)
-    return (x.clamp(0, 1) * 255).round() / 255
+    return quantize(x)
 
 
 def _degrade_once(
@@ -174,7 +166,7 @@ def _degrade_once(
 ) -> Tensor:
     """Blur, resize to a random fraction of ``reference``, noise."""
     if generator.random() < ranges.blur:
-        x = _cropped_blur(x, _random_kernel(ranges.sigma, generator))
+        x = blur(x, _random_kernel(ranges.sigma, generator))
     kind = generator.choice(3, p=ranges.resize)
     low, high = ranges.factor
     factor = (generator.uniform(1, high), generator.uniform(low, 1), 1.0)[kind]
@@ -193,7 +185,7 @@ def _shot_noise(x: Tensor, grey: bool, scale: float, generator: np.random.Genera
     """Poisson noise with as many photons as the image has grey levels."""
     if grey:
         x = (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).unsqueeze(0)
-    x = (x.clamp(0, 1) * 255).round() / 255
+    x = quantize(x)
     levels = 2.0 ** math.ceil(math.log2(max(len(x.unique()), 2)))
     counts = generator.poisson(x.double().numpy() * levels) / levels
     return (torch.from_numpy(counts).float() - x) * scale
@@ -205,10 +197,10 @@ def _random_kernel(sigma: tuple[float, float], generator: np.random.Generator) -
         lowest = math.pi / 3 if size < 13 else math.pi / 5
         return sinc_kernel(size, float(generator.uniform(lowest, math.pi)))
     kind = str(generator.choice(_KERNELS, p=_KERNEL_SHARES))
-    first = float(generator.uniform(*sigma))
-    even = not kind.endswith("aniso")
-    second, angle = (first, 0.0) if even else (float(generator.uniform(*sigma)), 0.0)
-    if not even:
+    first = second = float(generator.uniform(*sigma))
+    angle = 0.0
+    if kind.endswith("aniso"):
+        second = float(generator.uniform(*sigma))
         angle = float(generator.uniform(-math.pi, math.pi))
     shape = 1.0
     if kind.startswith("general"):
@@ -229,20 +221,8 @@ def _odd(generator: np.random.Generator) -> int:
     return 2 * int(generator.integers(3, 11)) + 1
 
 
-def _cropped_blur(x: Tensor, kernel: Tensor) -> Tensor:
-    """:func:`blur`; a kernel larger than the image loses its rim."""
-    most = 2 * min(x.shape[1:]) - 1
-    if (extra := kernel.shape[0] - most) > 0:
-        kernel = kernel[extra // 2 : kernel.shape[0] - extra // 2]
-        kernel = kernel[:, extra // 2 : kernel.shape[1] - extra // 2]
-        kernel = kernel / kernel.sum()
-    return blur(x, kernel)
-
-
 def _resize(x: Tensor, size: tuple[int, ...], generator: np.random.Generator) -> Tensor:
     """Resize by area, bilinear or bicubic interpolation, at random."""
     mode = str(generator.choice(("area", "bilinear", "bicubic")))
-    if mode == "bicubic":
-        return resize_bicubic(x, size=(size[0], size[1]), antialias=False)
     options = {} if mode == "area" else {"align_corners": False}
     return F.interpolate(x.unsqueeze(0), size=size, mode=mode, **options).squeeze(0)

@@ -61,13 +61,10 @@ def ssim(image: Tensor, truth: Tensor) -> float:
 
 
 def quality(image: Tensor, truth: Tensor, border: int) -> dict[str, float]:
-    """``psnr_y`` and ``ssim_y`` of an image rounded to 8 bits.
+    """``psnr_y`` and ``ssim_y`` of an image (C, H, W) in 0 … 1, rounded to 8 bits.
 
-    Args:
-        image, truth: (C, H, W) in 0 … 1.
-        border: pixels to crop at each side; papers use the scale factor.
+    ``border`` pixels are cropped at each side; papers use the scale factor.
     """
-    _same_shape(image, truth)
     pair = [luma(quantize(t)) for t in (image, truth)]
     if border:
         pair = [t[..., border:-border, border:-border] for t in pair]

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from backbones.common.files import write_atomically
+from backbones.restoration.pictures import to_pixels
 
 _INK, _FAINT, _PAPER = "#222b38", "#5c6675", "#ffffff"
 _MARGIN, _TITLE = 14, 40
@@ -23,13 +22,7 @@ Window = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Panel:
-    """One of the pictures.
-
-    Attributes:
-        name: above it.
-        image: (C, H, W) in 0 … 1, C 1 or 3; smaller images are enlarged by nearest neighbour.
-        text: second line of the caption.
-    """
+    """One of the pictures, (C, H, W) in 0 … 1, C 1 or 3, with two lines of caption."""
 
     name: str
     image: Tensor
@@ -41,35 +34,27 @@ def most_detailed_window(image: Tensor, side: int, step: int) -> Window:
 
     Args:
         image: (C, H, W).
-        side: of the square; smaller images are used entirely.
+        side: of the square, which is smaller in smaller images.
         step: the square starts and ends at multiples of it.
     """
     grey = image.mean(0, keepdim=True)
-    height, width = grey.shape[1:]
-    side -= side % step
-    tall, wide = min(side, height - height % step), min(side, width - width % step)
-    change = grey.diff(dim=1).abs()[:, :, :-1] + grey.diff(dim=2).abs()[:, :-1]
+    down, across = (grey.diff(dim=d, prepend=grey.narrow(d, 0, 1)).abs() for d in (1, 2))
     # Averages over cells of step × step, then over windows of them.
-    cells = F.avg_pool2d(change, step, ceil_mode=True)
-    windows = F.avg_pool2d(
-        cells,
-        (max(min(tall // step, cells.shape[1]), 1), max(min(wide // step, cells.shape[2]), 1)),
-        1,
-    )[0]
-    best = int(windows.argmax())
-    top, left = best // windows.shape[1] * step, best % windows.shape[1] * step
-    top, left = min(top, height - height % step - tall), min(left, width - width % step - wide)
-    return top, left, top + tall, left + wide
+    cells = F.avg_pool2d(down + across, step)
+    tall, wide = (min(side // step, cells.shape[axis]) for axis in (1, 2))
+    windows = F.avg_pool2d(cells, (tall, wide), 1)[0]
+    row, column = divmod(int(windows.argmax()), windows.shape[1])
+    top, left, bottom, right = (step * n for n in (row, column, row + tall, column + wide))
+    return top, left, bottom, right
 
 
 def draw_panels(path: Path, panels: Sequence[Panel], window: Window, title: str) -> None:
-    """Write a PNG with the panels in a row.
+    """Write a PNG with the same detail of all panels in a row, atomically.
 
     Args:
-        path: the file, written atomically.
-        panels: sizes of the images are integer fractions of the largest.
+        panels: sizes of the images are integer fractions of the largest; smaller ones are enlarged
+            by nearest neighbour.
         window: top, left, bottom, right in pixels of the largest.
-        title: of the figure.
     """
     largest = max(panel.image.shape[2] for panel in panels)
     top, left, bottom, right = window
@@ -77,11 +62,8 @@ def draw_panels(path: Path, panels: Sequence[Panel], window: Window, title: str)
     wide, tall = (right - left) * zoom, (bottom - top) * zoom
     big, small = ImageFont.load_default(19), ImageFont.load_default(15)
     head = _TITLE + 52
-    sheet = Image.new(
-        "RGB",
-        (_MARGIN + (wide + _MARGIN) * len(panels), head + tall + _MARGIN),
-        _PAPER,
-    )
+    size = (_MARGIN + (wide + _MARGIN) * len(panels), head + tall + _MARGIN)
+    sheet = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_MARGIN, 10), title, fill=_INK, font=big)
     for number, panel in enumerate(panels):
@@ -90,10 +72,6 @@ def draw_panels(path: Path, panels: Sequence[Panel], window: Window, title: str)
         draw.text((x, _TITLE + 24), panel.text, fill=_FAINT, font=small)
         factor = round(largest / panel.image.shape[2])
         detail = panel.image[:, top // factor : bottom // factor, left // factor : right // factor]
-        pixels = (detail.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-        picture = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())
+        picture = Image.fromarray(to_pixels(detail.expand(3, -1, -1)))
         sheet.paste(picture.resize((wide, tall), Image.Resampling.NEAREST), (x, head))
-    data = io.BytesIO()
-    sheet.save(data, format="PNG")
-    with data.getbuffer() as view:
-        write_atomically(path, lambda file: file.write(view))
+    write_atomically(path, lambda file: sheet.save(file, format="PNG"))

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import putchunk
+from torch import Tensor
 
 from backbones.common.errors import DataError
 from backbones.common.files import file_problem, write_atomically
@@ -65,13 +68,12 @@ class Picture:
         """Whether there is a single channel."""
         return self.pixels.shape[2] == 1
 
-    def with_pixels(self, pixels: np.ndarray, alpha: np.ndarray | None) -> Picture:
-        """The same metadata with other pixels."""
-        return replace(self, pixels=pixels, alpha=alpha)
-
     def show(self) -> Image.Image:
         """The picture as an 8-bit Pillow image, including alpha."""
-        return _to_pillow(self)
+        array = _planes(self)
+        if self.bits > 8:
+            array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -99,7 +101,7 @@ def read_picture(path: Path) -> Picture:
     return Picture(
         np.ascontiguousarray(upright(pixels, turn)),
         None if alpha is None else np.ascontiguousarray(upright(alpha, turn)),
-        icc if _profile_matches(icc, pixels.shape[2]) else None,
+        icc if icc and icc[16:20] == (b"GRAY" if pixels.shape[2] == 1 else b"RGB ") else None,
         exif,
         note,
     )
@@ -140,7 +142,7 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
         if picture.bits == 16 and suffix in _16_BIT_SUFFIXES:
             data.write((_png_16 if suffix == ".png" else _tiff_16)(picture))
         else:
-            image = _to_pillow(picture)
+            image = picture.show()
             if suffix in (".jpg", ".jpeg", ".bmp") and picture.alpha is not None:
                 image = image.convert("L" if picture.is_grey else "RGB")
             options: dict[str, Any] = {"icc_profile": picture.icc, "exif": picture.exif}
@@ -158,6 +160,23 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
             write_atomically(path, lambda file: file.write(view))
     except _ERRORS as error:
         raise PictureError(f"cannot write {path}: {error}") from error
+
+
+def to_tensor(pixels: np.ndarray, channels: int) -> Tensor:
+    """uint8 or uint16 (H, W, 1 or 3) → float32 (channels, H, W) in 0 … 1."""
+    limit = float(np.iinfo(pixels.dtype).max)
+    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / limit
+    if x.shape[0] < channels:
+        x = x.expand(channels, -1, -1)
+    elif x.shape[0] > channels:
+        weights = torch.tensor((0.299, 0.587, 0.114)).view(3, 1, 1)
+        x = (x * weights).sum(0, keepdim=True)
+    return x.contiguous()
+
+
+def to_pixels(image: Tensor) -> np.ndarray:
+    """(C, H, W) in 0 … 1 → uint8 (H, W, C), rounded and clipped."""
+    return (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
 def _kept_exif(image: Image.Image) -> bytes | None:
@@ -178,11 +197,6 @@ def _has_directories(data: bytes | None) -> bool:
     exif = Image.Exif()
     exif.load(data or b"")
     return not {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}.isdisjoint(exif)
-
-
-def _profile_matches(icc: bytes | None, channels: int) -> bool:
-    """Whether a colour profile matches the pixels, greyscale or RGB (CMYK became RGB)."""
-    return icc is not None and icc[16:20] == (b"GRAY" if channels == 1 else b"RGB ")
 
 
 def _explain(path: Path, error: BaseException) -> str:
@@ -208,19 +222,17 @@ def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | No
         return array, _alpha_of_key_colour(image.info.get("transparency"), array)
     if image.mode == "F":
         raise PictureError(f"{path} has floating-point values; save it with 8 or 16 bits")
-    if image.mode in ("P", "PA", "1", "L", "LA") or "transparency" in image.info:
-        clear = "transparency" in image.info or image.mode in ("PA", "LA")
-        grey = image.mode in ("1", "L", "LA")
-        image = image.convert("RGBA" if clear or not grey else "L")
-        array = np.asarray(image)
-        if image.mode == "L":
-            return array[:, :, None], None
-        colour = array[:, :, :1] if grey else array[:, :, :3]
-        return colour, array[:, :, 3] if clear else None
-    if image.mode in ("RGBA", "RGBa"):
+    return arrays_of(image)
+
+
+def arrays_of(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels (H, W, C) and alpha (H, W) of an image in 8 bits."""
+    colours = 1 if image.mode in ("1", "L", "LA") else 3
+    if image.has_transparency_data:
         array = np.asarray(image.convert("RGBA"))
-        return array[:, :, :3], array[:, :, 3]
-    return np.asarray(image.convert("RGB")), None
+        return array[:, :, :colours], array[:, :, 3]
+    array = np.asarray(image.convert("L" if colours == 1 else "RGB"))
+    return array.reshape(*array.shape[:2], colours), None
 
 
 def _alpha_of_key_colour(
@@ -264,13 +276,6 @@ def _read_16_bits(path: Path, kind: str) -> np.ndarray:
     return array.astype(np.uint16)
 
 
-def _to_pillow(picture: Picture) -> Image.Image:
-    array = _planes(picture)
-    if picture.bits > 8:
-        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
-
-
 def _planes(picture: Picture) -> np.ndarray:
     """(H, W, C), alpha last."""
     if picture.alpha is None:
@@ -293,14 +298,11 @@ def _png_16(picture: Picture) -> bytes:
     if picture.exif:
         chunks.append((b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
     chunks += [(b"IDAT", zlib.compress(filtered.tobytes(), 6)), (b"IEND", b"")]
-    out = [b"\x89PNG\r\n\x1a\n"]
+    out = io.BytesIO()
+    out.write(b"\x89PNG\r\n\x1a\n")
     for name, data in chunks:
-        out += [struct.pack(">I", len(data)), name, data, struct.pack(">I", _crc(name, data))]
-    return b"".join(out)
-
-
-def _crc(name: bytes, data: bytes) -> int:
-    return zlib.crc32(data, zlib.crc32(name))
+        putchunk(out, name, data)
+    return out.getvalue()
 
 
 def _tiff_16(picture: Picture) -> bytes:

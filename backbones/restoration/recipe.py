@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from backbones.common.errors import RecipeError
 from backbones.common.keys import Range, again, check_ranges, key
@@ -18,13 +18,6 @@ _KEYS = (
 )
 
 
-def _classifiers_own() -> frozenset[str]:
-    fields = dataclasses.fields(Recipe)
-    return frozenset(
-        f.name for f in fields if f.metadata["group"] not in _GROUPS and f.name not in _KEYS
-    )
-
-
 @dataclass
 class RestorationRecipe(Recipe):
     """Every key of a restoration recipe, with its default: L1, Adam, as HAT was trained.
@@ -32,7 +25,9 @@ class RestorationRecipe(Recipe):
     ``python tools/sr.py train --help`` prints this list.
     """
 
-    refused: ClassVar[frozenset[str]] = _classifiers_own()
+    refused: ClassVar[frozenset[str]] = frozenset(
+        f.name for f in dataclasses.fields(Recipe) if f.metadata["group"] not in _GROUPS
+    ) - {*_KEYS}
     groups: ClassVar[tuple[str, ...]] = (*Recipe.groups, "task", "pictures")
 
     # --- other defaults than a classifier's
@@ -94,12 +89,10 @@ class RestorationRecipe(Recipe):
     def __post_init__(self) -> None:
         """Reject contradictory keys."""
         check_ranges(self)
-        wrong: list[tuple[str, Any, str]] = []
-        if not self.sigma:
-            wrong.append(("sigma", self.sigma, "one or more numbers"))
-        if self.quality[0] > self.quality[1]:
-            wrong.append(("quality", self.quality, "the lowest and the highest"))
-        if self.task == "real" and self.in_chans != 3:
-            wrong.append(("in_chans", self.in_chans, "3 with task: real"))
-        for name, value, right in wrong:
-            raise RecipeError(f"{name} must be {right}, not {value!r}")
+        for name, good, right in (
+            ("sigma", bool(self.sigma), "one or more numbers"),
+            ("quality", self.quality[0] <= self.quality[1], "the lowest and the highest"),
+            ("in_chans", self.task != "real" or self.in_chans == 3, "3 with task: real"),
+        ):
+            if not good:
+                raise RecipeError(f"{name} must be {right}, not {getattr(self, name)!r}")

@@ -61,11 +61,7 @@ def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
 
 
 def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}") -> nn.Module:
-    """A restoration model with its weights.
-
-    Args:
-        arguments: further keywords of :func:`backbones.create_model`, as YAML.
-    """
+    """A restoration model with its weights; ``arguments`` are further keywords as YAML."""
     keywords = _keywords(arguments)
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise DataError(f"there is no checkpoint {checkpoint}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import backbones
-from backbones.common.errors import BUILDING_ERRORS, DataError, RecipeError
+from backbones.common.errors import DataError, RecipeError
 from backbones.common.processes import World
 from backbones.common.progress import Progress, duration
 from backbones.common.signals import StopRequest
@@ -31,18 +30,11 @@ from backbones.restoration.panels import Panel, draw_panels, most_detailed_windo
 from backbones.restoration.pictures import PictureError, read_size
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
-from backbones.training.build import model_error
+from backbones.training.build import build_model
 from backbones.training.loop import TrainingLoop
-from backbones.training.record import RESULTS, epoch_line, say_results
 from backbones.training.run import run_from_command_line
 from ops.tiling import run_tiled
 
-_RESULTS = {
-    **{name: RESULTS[name] for name in ("best.safetensors", "last.pt", "summary.csv")},
-    **{name: RESULTS[name] for name in ("metrics.jsonl", "config.yaml", "bad_batches.txt")},
-    "comparison.png": "a validation image: input, result and ground truth",
-    "corrupt_train.txt": RESULTS["corrupt_train.txt"],
-}
 _VAL_OVERLAP = 32
 _SMALLEST = 11  # the window of SSIM, within the border that does not count
 _SMALL = 32
@@ -50,18 +42,7 @@ _SMALL = 32
 
 def build_restorer(recipe: RestorationRecipe) -> Any:
     """The network of the recipe."""
-    if not recipe.model:
-        raise RecipeError("no model: give --model one of backbones.list_models('hat*')")
-    arguments = {"in_chans": recipe.in_chans, "drop_path_rate": recipe.drop_path}
-    try:
-        model = backbones.create_model(
-            recipe.model,
-            pretrained=recipe.pretrained,
-            checkpoint_path=recipe.checkpoint,
-            **{**arguments, **recipe.model_args},
-        )
-    except BUILDING_ERRORS as error:
-        raise model_error(recipe, error) from error
+    model = build_model(recipe, None)
     scale = getattr(model, "upscale", None)
     if scale is None:
         raise RecipeError(f"{recipe.model} does not output images: use one of list_models('hat*')")
@@ -72,8 +53,6 @@ def build_restorer(recipe: RestorationRecipe) -> Any:
         )
     if recipe.task == "sr" and scale == 1:
         raise RecipeError("task sr needs a model whose upscale is 2, 3 or 4, not 1")
-    if recipe.grad_checkpointing:
-        model.set_grad_checkpointing(True)
     return model
 
 
@@ -85,10 +64,7 @@ class Sums:
 
 
 class RestorationTrainer(TrainingLoop):
-    """Training with the L1 loss on degraded patches; the best weights are selected by PSNR-Y.
-
-    Args: as in :class:`TrainingLoop`.
-    """
+    """Training with the L1 loss on degraded patches; the best weights are selected by PSNR-Y."""
 
     score_key = "psnr_y"
     recipe: RestorationRecipe
@@ -104,7 +80,7 @@ class RestorationTrainer(TrainingLoop):
         super().__init__(recipe, folder, world, stop, progress)
         model = build_restorer(recipe).to(self.device)
         self.scale: int = model.upscale
-        self.loader = PatchLoader(
+        self.train_loader = PatchLoader(
             find_pictures(recipe.train_pictures, True),
             recipe,
             self.scale,
@@ -127,12 +103,6 @@ class RestorationTrainer(TrainingLoop):
 
     def new_meter(self) -> Sums:
         return Sums(self.device)
-
-    def batches(self) -> Iterator[Pair]:
-        return self.loader.epoch(self.epoch, self.step * self.recipe.accum_steps)
-
-    def names(self, epoch: int, step: int) -> list[str]:
-        return self.loader.names(epoch, step)
 
     def compute(self, batch: Pair) -> tuple[Tensor, int]:
         degraded, truth = batch
@@ -160,7 +130,7 @@ class RestorationTrainer(TrainingLoop):
                 after = quality(self.restore(model, degraded), truth, self.scale)
                 values = [1.0, *after.values(), 0.0, 0.0]
                 if first:
-                    before = resize_bicubic(degraded, size=(truth.shape[1], truth.shape[2]))
+                    before = resize_bicubic(degraded, self.scale)
                     values[3:] = quality(before, truth, self.scale).values()
                 sums += torch.tensor(values, dtype=torch.float64, device=self.device)
             if signal := self.stop_signal():
@@ -191,10 +161,6 @@ class RestorationTrainer(TrainingLoop):
             out = run_tiled(model, x, tile_size=tile, overlap=overlap, scale=self.scale)
         return out.squeeze(0).float().cpu()
 
-    def close(self) -> None:
-        self.loader.close()
-        super().close()
-
     # --- reporting
 
     def describe(self) -> str:
@@ -204,43 +170,34 @@ class RestorationTrainer(TrainingLoop):
             f"{duration(self.seconds_left())} left"
         )
 
-    def describe_epoch(self, row: dict[str, Any]) -> str:
+    def describe_metrics(self, row: dict[str, Any]) -> list[str]:
         parts = [f"L1 {row['train_loss']:.4f}"]
         for prefix, name in (("val", "validation"), ("ema", "averaged")):
             if f"{prefix}_psnr_y" in row:
                 parts.append(f"{name} {row[f'{prefix}_psnr_y']:.2f} dB")
-        parts.append(f"{row['images_per_second']:.0f} patches/s")
-        return epoch_line(row, self.epochs, parts, self.seconds_left())
+        return [*parts, f"{row['images_per_second']:.0f} patches/s"]
 
     def show_results(self) -> None:
-        """Draw a validation picture with the best weights and list the files."""
-        if not self.world.is_main:
-            return
+        """Draw a validation picture with the best weights."""
         model, best = list(self.models().values())[-1], self.folder / "best.safetensors"
         if best.exists():
             model.load_state_dict(safetensors.torch.load_file(best))
         self.draw_comparison(model.eval(), self.folder / "comparison.png")
-        spent = duration(time.monotonic() - self.begun)
-        self.progress.say(f"best {self.best:.2f} dB after {spent}{self.gain()}")
-        say_results(self.progress, self.folder, _RESULTS)
-
-    def gain(self) -> str:
-        """The improvement over the input, or over bicubic."""
-        before = self.input_quality.get("psnr_y")
-        if before is None:
-            return ""
-        what = "bicubic" if self.scale > 1 else "the input"
-        return f": {self.best - before:+.2f} dB over {what} ({before:.2f} dB)"
+        text = f"best {self.best:.2f} dB after {duration(time.monotonic() - self.begun)}"
+        if before := self.input_quality.get("psnr_y"):
+            what = "bicubic" if self.scale > 1 else "the input"
+            text += f": {self.best - before:+.2f} dB over {what} ({before:.2f} dB)"
+        self.progress.say(text)
 
     @torch.inference_mode()
     def draw_comparison(self, model: nn.Module, path: Path) -> None:
-        """A detail of input, bicubic (if sizes differ), result and ground truth, with metrics.
+        """A detail of input, bicubic (if sizes differ), result and ground truth.
 
         The metrics are for the whole picture.
         """
         degraded, truth = self.pair(0)
         ours = self.restore(model, degraded)
-        before = quantize(resize_bicubic(degraded, size=(truth.shape[1], truth.shape[2])))
+        before = quantize(resize_bicubic(degraded, self.scale))
         panels = [Panel("low resolution", degraded)] if self.scale > 1 else []
         for name, image in (("bicubic" if panels else "input", before), ("ours", ours)):
             figures = quality(image, truth, self.scale)

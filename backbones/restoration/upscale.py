@@ -7,8 +7,10 @@ https://arxiv.org/abs/1511.02228.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from backbones.common.errors import DataError
 from backbones.common.memory import available_memory, bytes_per_pixel, used_memory
 from backbones.common.messages import shown
-from backbones.restoration.pictures import Picture, PictureError, read_picture
+from backbones.restoration.pictures import Picture, PictureError, arrays_of, read_picture
 from backbones.restoration.resize import resize_bicubic
 from ops.tiling import tile_spans, tiled_strips
 
@@ -92,7 +94,6 @@ class Upscaler:
             on_tile: called after each tile.
 
         Raises:
-            TypeError: not a picture.
             ValueError: an unsupported kind of picture; a :class:`DataError` if ``max_memory`` is
                 too low, or the model's output is not finite.
         """
@@ -119,32 +120,23 @@ class Upscaler:
         return math.prod(len(tile_spans(n, side, self.overlap)) for n in (height, width))
 
     def tile_side(self, height: int, width: int, depth: int = 1) -> int:
-        """Side of the tiles of a picture; the picture's own without tiling.
-
-        Args:
-            depth: bytes of a value in the file, 1 or 2.
-        """
+        """Side of the tiles of a picture with values of ``depth`` bytes; its own without tiling."""
         whole = max(height, width)
         if self.tile != "auto":
             return whole if self.tile is None else int(self.tile)
         if self.max_memory is None and whole <= self._probe_side():
             return whole  # no more than measuring would take
-        per_pixel, for_all = self._measure()
-        budget = for_all - self._picture_bytes(height, width, depth)
-        if self._fits(max(self._padded(height), self._padded(width)), height, width, budget):
-            return whole
-        side = min(math.isqrt(max(int(budget / per_pixel), 0)), whole)
-        side -= side % self.window
-        while side >= self.window and not self._fits(side, height, width, budget):
-            side -= self.window
-        if side < self.window:
-            least = self._tile_bytes(self.window, height, width) - budget
-            limit = "the free memory" if self.max_memory is None else "max_memory"
-            raise DataError(
-                f"{limit} is not enough for {height}×{width} pixels in tiles of {self.window} "
-                f"with an overlap of {self.overlap}: {least / 2**20:.0f} MiB are missing"
-            )
-        return side
+        per_pixel, budget = self._measure()
+        budget -= self._picture_bytes(height, width, depth)
+        for side in range(self._padded(whole), 0, -self.window):
+            missing = self._tile_bytes(side, height, width, per_pixel) - budget
+            if missing <= 0:
+                return min(side, whole)
+        limit = "the free memory" if self.max_memory is None else "max_memory"
+        raise DataError(
+            f"{limit} is not enough for {height}×{width} pixels in tiles of {self.window} "
+            f"with an overlap of {self.overlap}: {missing / 2**20:.0f} MiB are missing"
+        )
 
     # --- memory
 
@@ -162,22 +154,18 @@ class Upscaler:
             side = self._probe_side()
             probe = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
             per_pixel = bytes_per_pixel(self._network, probe)
-            if self.max_memory is None:
-                self._budget = per_pixel, _DEFAULT_SHARE * available_memory(self.device)
-            else:
-                self._budget = per_pixel, self.max_memory - used_memory(self.device)
+            free = _DEFAULT_SHARE * available_memory(self.device)
+            if self.max_memory is not None:
+                free = self.max_memory - used_memory(self.device)
+            self._budget = per_pixel, free
         return self._budget
 
-    def _tile_bytes(self, side: int, height: int, width: int) -> float:
+    def _tile_bytes(self, side: int, height: int, width: int, per_pixel: float) -> float:
         """Bytes for a tile of ``side`` with its margin, and for a row of tiles."""
-        per_pixel, _ = self._measure()
         rows, columns = (min(side + 2 * self.overlap, self._padded(n)) for n in (height, width))
         # A strip of the result, the part shared with the next one, and two copies for rounding.
         strip = 4 * 12 * rows * width * self.scale**2
         return per_pixel * rows * columns + strip
-
-    def _fits(self, side: int, height: int, width: int, budget: float) -> bool:
-        return self._tile_bytes(side, height, width) <= budget
 
     def _picture_bytes(self, height: int, width: int, depth: int) -> float:
         """Bytes of the picture, its result, and the files written from it."""
@@ -226,22 +214,18 @@ class Upscaler:
             whole = (values.clamp(0, 1) * limit).round().permute(1, 2, 0).cpu().numpy()
             out[row : row + len(whole)] = whole
             row += len(whole)
-        return picture.with_pixels(out, self._enlarge_alpha(picture.alpha))
+        return replace(picture, pixels=out, alpha=self._enlarge_alpha(picture.alpha))
 
     def _network(self, x: Tensor) -> Tensor:
         """Run the model on a float32 tile; with ``tta``, averaged over the symmetries."""
         x = x.to(self.device, self.dtype)
         if not self.tta:
             return self._model(x)
-        total: Tensor | None = None
-        for turns in range(4):
-            for mirror in (False, True):
-                seen = x.rot90(turns, (2, 3))
-                seen = self._model(seen.flip(3) if mirror else seen)
-                seen = (seen.flip(3) if mirror else seen).rot90(-turns, (2, 3))
-                total = seen if total is None else total.add_(seen)
-        assert total is not None
-        return total.div_(8)
+        total = torch.zeros((), device=self.device)
+        for turns, mirrored in itertools.product(range(4), ((), (3,))):
+            out = self._model(x.rot90(turns, (2, 3)).flip(mirrored))
+            total = total + out.flip(mirrored).rot90(-turns, (2, 3))
+        return total / 8
 
     def _model(self, x: Tensor) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -293,10 +277,4 @@ def _from_pillow(image: Image.Image) -> Picture:
         raise PictureError(
             f"Pillow images of mode {image.mode} lose bits: pass the path or an array"
         )
-    clear = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa", "La")
-    if image.mode in ("1", "L"):
-        return Picture(np.array(image.convert("L"))[:, :, None])
-    if not clear:
-        return Picture(np.array(image.convert("RGB")))
-    array = np.array(image.convert("RGBA"))
-    return Picture(array[:, :, :3], array[:, :, 3])
+    return Picture(*arrays_of(image))

@@ -8,19 +8,26 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from backbones.common.arguments import nonempty_path
+from backbones.common.arguments import nonempty_path, whole
 from backbones.common.errors import DataError, MendableError, memory_shortage
 from backbones.common.images import has_image_ending
 from backbones.common.messages import one_line, shown
 from backbones.common.outputs import Kind, add_overwrite, require_folder, require_writable
 from backbones.common.progress import Progress, duration
-from backbones.restoration.data import to_tensor
 from backbones.restoration.panels import Panel, draw_panels, most_detailed_window
-from backbones.restoration.pictures import SUFFIXES, Picture, read_picture, read_size, write_picture
+from backbones.restoration.pictures import (
+    SUFFIXES,
+    Picture,
+    read_picture,
+    read_size,
+    to_tensor,
+    write_picture,
+)
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
@@ -39,21 +46,6 @@ class Job:
     target: Path
 
 
-@dataclass
-class Report:
-    """The outcome.
-
-    Attributes:
-        written: the new files.
-        failed: pictures that could not be read or written, with the reason.
-        skipped: pictures whose result already existed.
-    """
-
-    written: list[Path] = field(default_factory=list)
-    failed: list[tuple[Path, str]] = field(default_factory=list)
-    skipped: list[Path] = field(default_factory=list)
-
-
 def plan_jobs(
     inputs: Iterable[str | Path],
     out: Path,
@@ -68,15 +60,12 @@ def plan_jobs(
     Args:
         inputs: files, folders (recursively, with the same structure in ``out``) and globs. Files
             in ``out`` are never used as a folder's inputs.
-        out: the folder for the results.
-        suffix: appended to the names of pictures.
         format: suffix of all results, such as ``png``; None for the picture's own, or PNG if that
             can't be written.
-        compare: whether comparisons will be written.
         read: other files that must not be replaced.
         overwrite: replace existing files that are no pictures, too.
     """
-    if not _is_part_of_a_name(suffix):
+    if any(character in suffix for character in (os.sep, os.altsep, "\0") if character):
         raise DataError(f"--suffix must be part of a file's name, not {shown(suffix)}")
     require_folder("--out", out)
     found: dict[Path, Path] = {}  # picture → place below out
@@ -86,18 +75,16 @@ def plan_jobs(
             named = (p for p in path.rglob("*") if has_image_ending(p))
             # Include named pipes and broken links; reading them reports the problem.
             pictures = sorted(p for p in named if not p.is_dir() and not _below(p, out))
-            if not pictures:
-                raise DataError(f"no images in {path}")
-            found |= {p: p.relative_to(path) for p in pictures if p not in found}
         elif os.path.lexists(path) or not glob.has_magic(item):
-            found.setdefault(path, Path(path.name))
+            pictures = [path]
         else:
-            matches = [Path(m) for m in sorted(glob.glob(item, recursive=True))]
-            matches = [m for m in matches if not m.is_dir()]
-            if not matches:
-                raise DataError(f"nothing matches {item}")
-            for match in matches:
-                found.setdefault(match, Path(match.name))
+            matches = map(Path, sorted(glob.glob(item, recursive=True)))
+            pictures = [match for match in matches if not match.is_dir()]
+        if not pictures:
+            raise DataError(f"no images in {path}" if path.is_dir() else f"nothing matches {item}")
+        for picture in pictures:
+            place = picture.relative_to(path) if path.is_dir() else Path(picture.name)
+            found.setdefault(picture, place)
     jobs: list[Job] = []
     taken: dict[Path, Path] = {}
     outputs: dict[str, tuple[Path, Kind]] = {}
@@ -120,37 +107,28 @@ def plan_jobs(
 
 
 def upscale_files(
-    upscaler: Upscaler,
-    jobs: Sequence[Job],
-    *,
-    quality: int = 95,
-    compare: bool = False,
-    skip_existing: bool = False,
-    progress: Progress,
-) -> Report:
+    upscaler: Upscaler, jobs: Sequence[Job], options: argparse.Namespace, progress: Progress
+) -> Counter[str]:
     """Restore pictures one after the other, continuing after errors (unreadable, unwritable, or too
     large for memory).
 
-    Args:
-        upscaler: the configured model.
-        jobs: of :func:`plan_jobs`.
-        quality: of JPEG and WebP.
-        compare: for each result, also write ``NAME_compare.png`` (``NAME_jpg_compare.png`` and so
-            on for formats other than PNG), a detail before and after.
-        skip_existing: skip pictures whose result exists.
-        progress: shows progress and the time left.
+    With ``--compare``, each result gets a ``NAME_compare.png`` (``NAME_jpg_compare.png`` and so on
+    for formats other than PNG), a detail before and after.
+
+    Returns:
+        The number of pictures "written", "failed" and "skipped".
     """
-    report = Report()
+    counts: Counter[str] = Counter()
 
     def fail(path: Path, error: Exception) -> None:
         why = str(error) if str(path) in str(error) else f"{path}: {error}"
-        report.failed.append((path, why))
+        counts["failed"] += 1
         sys.stderr.write(f"error: {one_line(why)}\n")
 
     planned: list[tuple[Job, int]] = []
     for job in jobs:
-        if skip_existing and job.target.exists():
-            report.skipped.append(job.source)
+        if options.skip_existing and job.target.exists():
+            counts["skipped"] += 1
             continue
         try:
             planned.append((job, upscaler.tiles(*read_size(job.source))))
@@ -169,8 +147,8 @@ def upscale_files(
             before = read_picture(job.source)
             after: Picture = upscaler(before, tick)
             job.target.parent.mkdir(parents=True, exist_ok=True)
-            write_picture(job.target, after, quality)
-            if compare:
+            write_picture(job.target, after, options.quality)
+            if options.compare:
                 _draw(_comparison(job.target), job, before, after)
         except (MendableError, OSError, MemoryError, RuntimeError) as error:
             shortage = memory_shortage(error)
@@ -179,12 +157,12 @@ def upscale_files(
             progress.done = until
             fail(job.source, MemoryError(shortage) if shortage else error)
             continue
-        report.written.append(job.target)
+        counts["written"] += 1
         sizes = (f"{p.pixels.shape[1]}×{p.pixels.shape[0]}" for p in (before, after))
         note = f" ({before.note})" if before.note else ""
         progress.say(f"{one_line(str(job.target))}  {' → '.join(sizes)}{note}")
     progress.end()
-    return report
+    return counts
 
 
 def _comparison(target: Path) -> Path:
@@ -196,22 +174,14 @@ def _comparison(target: Path) -> Path:
 def _draw(path: Path, job: Job, before: Picture, after: Picture) -> None:
     result = to_tensor(after.pixels, 3)
     source = to_tensor(before.pixels, 3)
-    size = (result.shape[1], result.shape[2])
-    enlarged = source if source.shape == result.shape else resize_bicubic(source, size=size)
-    step = size[0] // source.shape[1]
-    panels = [
-        Panel("before" if step == 1 else "before (bicubic)", enlarged),
-        Panel("after", result),
-    ]
+    step = result.shape[1] // source.shape[1]
+    name = "before" if step == 1 else "before (bicubic)"
+    panels = [Panel(name, resize_bicubic(source, step)), Panel("after", result)]
     draw_panels(path, panels, most_detailed_window(result, 480, step), job.source.name)
 
 
 def _below(path: Path, folder: Path) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
-def _is_part_of_a_name(text: str) -> bool:
-    return not any(c in text for c in (os.sep, os.altsep, "\0") if c)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -221,30 +191,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     text = "folder for the results"
     add("--out", required=True, type=nonempty_path, metavar="DIR", help=text)
-    add("--tile", default="auto", help="side in pixels, auto, or none (default: auto)")
+    text = "side in pixels, auto, or none (default: auto)"
+    add("--tile", type=_tile, default="auto", help=text)
     text = "margin around tiles in pixels (default: 32)"
     add("--overlap", type=int, default=32, help=text)
     add("--compare", action="store_true", help="also write a comparison image")
     add("--suffix", help="suffix of the results' names (default: _x4, …)")
     endings = [s[1:] for s in SUFFIXES]
     add("--format", choices=endings, help="format of the results (default: the input's)")
-    add("--quality", type=int, default=95, help="quality of JPEG and WebP (default: 95)")
+    text = "quality of JPEG and WebP (default: 95)"
+    add("--quality", type=whole(1, 100), default=95, help=text)
     add("--skip-existing", action="store_true", help="skip images whose result exists")
     add_overwrite(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run ``upscale``; returns 0, or 1 if a picture failed."""
-    if not 1 <= options.quality <= 100:
-        raise DataError(f"--quality must be in 1 … 100, not {shown(options.quality)}")
     model, memory = restorer_of(options)
-    suffix = options.suffix
-    if suffix is None:
-        suffix = "_restored" if model.upscale == 1 else f"_x{model.upscale}"
+    usual = "_restored" if model.upscale == 1 else f"_x{model.upscale}"
     jobs = plan_jobs(
         options.inputs,
         options.out,
-        suffix,
+        usual if options.suffix is None else options.suffix,
         options.format,
         options.compare,
         [options.checkpoint],
@@ -255,36 +223,32 @@ def run(options: argparse.Namespace) -> int:
     try:
         upscaler = Upscaler(
             model,
-            tile=_parse_tile(options.tile),
+            tile=options.tile,
             overlap=options.overlap,
             tta=options.tta,
             amp=options.amp,
             max_memory=memory,
         )
-        report = upscale_files(
-            upscaler,
-            jobs,
-            quality=options.quality,
-            compare=options.compare,
-            skip_existing=options.skip_existing,
-            progress=progress,
-        )
+        counts = upscale_files(upscaler, jobs, options, progress)
     except ValueError as error:
         raise DataError(str(error)) from error
     finally:
         progress.end()
-    parts = [f"{len(report.written)} of {len(jobs)} images in {options.out}"]
-    if report.skipped:
-        parts.append(f"{len(report.skipped)} already existed")
-    if report.failed:
-        parts.append(f"{len(report.failed)} failed")
+    parts = [f"{counts['written']} of {len(jobs)} images in {options.out}"]
+    if counts["skipped"]:
+        parts.append(f"{counts['skipped']} already existed")
+    if counts["failed"]:
+        parts.append(f"{counts['failed']} failed")
     progress.say(f"{', '.join(parts)}, {duration(time.monotonic() - begun)}")
-    return 1 if report.failed else 0
+    return 1 if counts["failed"] else 0
 
 
-def _parse_tile(text: str) -> int | str | None:
+def _tile(text: str) -> int | str | None:
+    """A type for ``--tile``."""
     if text in ("auto", "none"):
         return None if text == "none" else text
     if not re.fullmatch("[0-9]{1,9}", text):
-        raise DataError(f"--tile must be a number of pixels, auto or none, not {shown(text)}")
+        raise argparse.ArgumentTypeError(
+            f"must be a number of pixels, auto or none, not {shown(text)}"
+        )
     return int(text)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-
-from torch import Tensor
 
 from backbones.common.arguments import nonempty_path
 from backbones.common.console import Parser, guard
 from backbones.common.errors import DataError
 from backbones.common.files import write_text_atomically
 from backbones.common.images import has_image_ending
-from backbones.common.outputs import add_overwrite, csv_of, csv_text, require_writable
+from backbones.common.outputs import add_overwrite, csv_of, csv_of_rows, require_writable
 from backbones.common.progress import Progress
-from backbones.restoration.data import load_truth, to_tensor
-from backbones.restoration.metrics import quality, quantize
-from backbones.restoration.pictures import Picture, PictureError, read_picture
+from backbones.restoration.data import load_truth
+from backbones.restoration.metrics import quality
+from backbones.restoration.pictures import Picture, PictureError, read_picture, to_pixels, to_tensor
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
@@ -55,18 +53,13 @@ def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
         raise DataError(f"there is no folder {folder}")
     places = (folder / name.format(scale) for name in _TRUTHS)
     root = next((p for p in places if p.is_dir()), folder)
-    truths = [p for p in _pictures(root) if not p.stem.upper().endswith("_LR")]
+    truths = [p for p in _pictures(root) if not _is_reduced(p)]
     if not truths:
         raise DataError(f"no image in {root}")
-    candidates = [folder / name.format(scale) for name in _INPUTS]
     inputs: dict[str, Path] = {}
-    for place in candidates:
-        found = _pictures(place) if place.is_dir() else []
-        if place == root:
-            found = [p for p in found if p.stem.upper().endswith("_LR")]
-        if found:
-            inputs = {_key(p): p for p in found}
-            break
+    for place in (folder / name.format(scale) for name in _INPUTS):
+        found = _pictures(place) if place.is_dir() and not inputs else []
+        inputs |= {_key(p): p for p in found if place != root or _is_reduced(p)}
     if not inputs:
         return [(truth, None) for truth in truths]
     missing = [t.name for t in truths if _key(t) not in inputs]
@@ -88,7 +81,7 @@ def validate(
         truth = load_truth(truth_path, 3, scale)
         height, width = truth.shape[1:]
         if input_path is None:
-            small = _to_picture(resize_bicubic(truth, 1 / scale))
+            small = Picture(to_pixels(resize_bicubic(truth, 1 / scale)))
         else:
             small = read_picture(input_path)
             if small.is_grey:
@@ -127,21 +120,23 @@ def mean_score(scores: Sequence[Score]) -> Score:
 
 def write_csv(path: Path, scores: Sequence[Score]) -> None:
     """Write a row for each picture and one for the mean of each data set, atomically."""
-    rows = ([f"{v:.4f}" if isinstance(v, float) else v for v in astuple(score)] for score in scores)
-    write_text_atomically(path, csv_text([field.name for field in fields(Score)], rows))
+    rows = [
+        {key: f"{v:.4f}" if isinstance(v, float) else v for key, v in asdict(score).items()}
+        for score in scores
+    ]
+    write_text_atomically(path, csv_of_rows(rows))
 
 
 def _pictures(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if has_image_ending(p))
 
 
+def _is_reduced(path: Path) -> bool:
+    return path.stem.upper().endswith("_LR")
+
+
 def _key(path: Path) -> str:
     return re.sub(r"(_SRF_\d|_HR|_LR|_?x\d)+$", "", path.stem, flags=re.IGNORECASE)
-
-
-def _to_picture(image: Tensor) -> Picture:
-    pixels = (quantize(image) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
-    return Picture(pixels)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -49,13 +49,9 @@ class Predictions:
 def predict_all(
     model: nn.Module, loader: ValidationLoader, amp: str | None, show: Callable[[int], object]
 ) -> Predictions:
-    """Run ``model`` over every image.
+    """Run ``model``, which is in evaluation mode, over every image.
 
-    Args:
-        model: in evaluation mode, on the loader's device.
-        loader: of one process.
-        amp: None, "bf16" or "fp16".
-        show: called with the number of finished batches.
+    ``show`` is called with the number of finished batches.
     """
     device = loader.world.device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp or "")

@@ -11,11 +11,12 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import nn
+from torch.nn import functional as F
 
 import backbones
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.messages import first_line, joined_lines, shown
-from backbones.training.distillation import Distillation, build_teacher, labels_loss_of
+from backbones.training.distillation import Objective, build_teacher
 from backbones.training.diversity import DiverseAttention
 from backbones.training.recipe import Recipe
 from backbones.training.trained import reading_error
@@ -23,24 +24,27 @@ from backbones.training.trained import reading_error
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Any:
+def build_model(recipe: Recipe, num_classes: int | None, weights: bool = True) -> Any:
     """The recipe's model, with its initial weights if ``weights`` is true."""
     if not recipe.model:
         raise RecipeError("no model: give --model one of backbones.list_models()")
+    keys: dict[str, Any] = {
+        "num_classes": num_classes,
+        "in_chans": recipe.in_chans,
+        "drop_rate": recipe.drop,
+        "drop_path_rate": recipe.drop_path,
+        "global_pool": recipe.global_pool,
+    }
     try:
         model = backbones.create_model(
             recipe.model,
             pretrained=recipe.pretrained and weights,
             checkpoint_path=recipe.checkpoint if weights else None,
-            num_classes=num_classes,
-            in_chans=recipe.in_chans,
-            drop_rate=recipe.drop,
-            drop_path_rate=recipe.drop_path,
-            global_pool=recipe.global_pool,
+            **{key: value for key, value in keys.items() if value is not None},
             **recipe.model_args,
         )
     except BUILDING_ERRORS as error:
-        raise model_error(recipe, error) from error
+        raise _model_error(recipe, error) from error
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
@@ -48,7 +52,7 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Any:
     return model
 
 
-def model_error(recipe: Recipe, error: Exception) -> Exception:
+def _model_error(recipe: Recipe, error: Exception) -> Exception:
     """The exception to raise for an error while creating the model: the recipe's, or a bug."""
     if isinstance(error, (ValueError, OSError)):  # have readable messages
         return RecipeError(reading_error(error, recipe.checkpoint))
@@ -63,9 +67,6 @@ def resolve_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
 
     Not used in bfloat16, because oneDNN leaves parts of the weight gradient uninitialised for
     strided channels-last depthwise convolutions on a map of one pixel (torch 2.13).
-
-    Returns:
-        The recipe itself if it is set, else a copy.
     """
     if recipe.channels_last is not None:
         return recipe
@@ -77,11 +78,6 @@ class BatchAugmentation:
     """Random erasing, then mixup or CutMix, on a batch on the device.
 
     Both use the global random generators, whose states are saved in checkpoints.
-
-    Args:
-        recipe: probabilities and strengths.
-        num_classes: for the soft labels.
-        device: of the batches.
     """
 
     def __init__(self, recipe: Recipe, num_classes: int, device: torch.device) -> None:
@@ -115,25 +111,6 @@ class BatchAugmentation:
         return images, labels
 
 
-def resolved_recipe(
-    recipe: Recipe, config: dict[str, Any], num_classes: int, lr: float, name: str
-) -> Recipe:
-    """The recipe with all defaults resolved; it repeats the same run."""
-    return dataclasses.replace(
-        recipe,
-        img_size=config["input_size"][-1],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        num_classes=num_classes,
-        lr=lr,
-        name=name,
-        resume=None,
-        overwrite=False,
-    )
-
-
 def build_loss(recipe: Recipe) -> Loss:
     """The training loss: logits (B, classes) and labels, hard or soft → scalar."""
     if recipe.bce_loss:
@@ -149,56 +126,32 @@ def build_loss(recipe: Recipe) -> Loss:
     return nn.CrossEntropyLoss()
 
 
-class LabelLoss:
-    """The objective without a teacher.
-
-    Args:
-        loss: logits (B, classes) and targets → scalar.
-        aux_weight: of the loss of an auxiliary head, if the network has one.
-    """
-
-    def __init__(self, loss: Loss, aux_weight: float = 0.0) -> None:
-        self.loss, self.aux_weight = loss, aux_weight
-
-    def __call__(
-        self, net: nn.Module, images: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and logits (B, classes) of ``net``."""
-        return labels_loss_of(net(images), targets, self.loss, self.aux_weight)
-
-
 def build_objective(
     recipe: Recipe,
     num_classes: int,
     config: dict[str, Any],
     multi_label: bool,
     device: torch.device,
-) -> LabelLoss | Distillation | DiverseAttention:
+) -> Objective | DiverseAttention:
     """The objective, a callable: network, images and targets → loss and logits.
 
-    Args:
-        recipe: loss and teacher.
-        num_classes, config: of the student, as timm resolves it.
-        multi_label: targets are (B, classes) of 0 and 1.
-        device: of the batches.
+    Targets are (B, classes) of 0 and 1 if ``multi_label``. The student's preprocessing is
+    ``config``.
     """
-    if multi_label:
-        if recipe.mixes_images or recipe.distill is not None:
-            raise RecipeError("multi-label data does not support mixup, cutmix or distill")
-        objective: LabelLoss | Distillation = LabelLoss(_MultiLabelLoss(), recipe.aux_weight)
-    elif recipe.distill is None:
-        objective = LabelLoss(build_loss(recipe), recipe.aux_weight)
-    else:
+    if multi_label and (recipe.mixes_images or recipe.distill is not None):
+        raise RecipeError("multi-label data does not support mixup, cutmix or distill")
+    teacher = None
+    if recipe.distill is not None:
         teacher = build_teacher(recipe, num_classes, config).to(device)
-        objective = Distillation(teacher, build_loss(recipe), recipe)
+    loss = _multi_label_loss if multi_label else build_loss(recipe)
+    objective = Objective(loss, recipe, teacher)
     if not recipe.attn_diversity:
         return objective
     return DiverseAttention(objective, recipe.attn_diversity)
 
 
-class _MultiLabelLoss(nn.BCEWithLogitsLoss):
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return super().forward(input, target.to(input.dtype))
+def _multi_label_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype))
 
 
 class RunningStatsGuard:

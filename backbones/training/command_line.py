@@ -34,11 +34,6 @@ def load_recipe(
             differ, and must include the model.
         overrides: keys that take precedence; values as in YAML, or strings from a command line.
         recipe_class: the kind of recipe.
-
-    Raises:
-        RecipeError: an unknown key (it suggests the closest), a value of the wrong type or out of
-            range, a model missing from ``variants``, a missing file or one that is not a YAML
-            mapping, or contradictory values.
     """
     fields = fields_of(recipe_class)
     overrides = dict(overrides or {})

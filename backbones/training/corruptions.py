@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -49,7 +50,7 @@ class Corruption:
 
     def __init__(self, name: str, severity: int) -> None:
         try:
-            from imagecorruptions import get_corruption_names
+            from imagecorruptions import corrupt, get_corruption_names
         except ImportError:
             raise RecipeError("corruptions need pip install imagecorruptions-imaug") from None
         known = get_corruption_names("all")
@@ -58,21 +59,18 @@ class Corruption:
                 f"unknown corruption {name!r} or severity {severity}; known are 1 … 5 of "
                 f"{', '.join(known)}"
             )
-        self.name, self.severity = name, severity
+        self._corrupt = partial(corrupt, corruption_name=name, severity=severity)
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        from imagecorruptions import corrupt
-
         pixels = np.asarray(image.convert("RGB"))
         if min(pixels.shape[:2]) < 32:
             raise RecipeError(f"corruptions need images of at least 32×32 pixels, not {image.size}")
         before = np.random.get_state()
         np.random.seed(zlib.crc32(pixels.tobytes()))
         try:
-            spoilt = corrupt(pixels, corruption_name=self.name, severity=self.severity)
+            return Image.fromarray(self._corrupt(pixels)).convert(image.mode)
         finally:
             np.random.set_state(before)
-        return Image.fromarray(spoilt).convert(image.mode)
 
 
 def mean_corruption_error(
@@ -80,10 +78,8 @@ def mean_corruption_error(
 ) -> float:
     """The mean over the corruptions of the mean error over the severities, in percent.
 
-    Args:
-        errors: top-1 errors in percent by corruption, one for each severity.
-        baseline: errors in percent to divide each corruption's by, :data:`ALEXNET_ERROR` for the
-            mCE of the paper; None for the plain mean.
+    Each corruption's is divided by its ``baseline`` if given: :data:`ALEXNET_ERROR` for the paper's
+    mCE.
     """
     means = {name: sum(values) / len(values) for name, values in errors.items()}
     if baseline is not None:

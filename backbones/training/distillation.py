@@ -25,25 +25,6 @@ from ops.batch_norm import BatchNorm2d
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def labels_loss_of(
-    output: Tensor | tuple[Tensor, ...], targets: Tensor, loss: Loss, aux_weight: float
-) -> tuple[Tensor, Tensor]:
-    """The loss of the labels, and the logits, of a network.
-
-    Args:
-        output: logits (B, classes), or a tuple of them and those of auxiliary heads.
-        targets: of the loss.
-        loss: logits and targets → scalar.
-        aux_weight: of the loss of each auxiliary head.
-    """
-    heads = output if isinstance(output, tuple) else (output,)
-    logits, *auxiliary = (head.float() for head in heads)
-    total = loss(logits, targets)
-    for head in auxiliary:
-        total = total + aux_weight * loss(head, targets)
-    return total, logits
-
-
 def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """Kullback-Leibler divergence of the softened predictions, times the temperature squared.
 
@@ -82,9 +63,6 @@ def ofa_loss(
             weighted mean over the labels.
         gamma: ≥ 1.
         temperature: of both predictions; the paper uses 1.
-
-    Returns:
-        Mean over the batch.
     """
     if labels.ndim == 1:
         labels = F.one_hot(labels, student.shape[1])
@@ -103,29 +81,19 @@ class Exit(nn.Module):
     (B, num_classes).
 
     Args:
-        in_chs: channels of the stage.
         out_chs: channels before the classifier, those of the student's last stage.
         halvings: number of times the map is halved.
-        num_classes: of the logits.
     """
 
     def __init__(self, in_chs: int, out_chs: int, halvings: int, num_classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        steps = max(halvings, 1)
+        steps, stride = max(halvings, 1), 2 if halvings else 1
         for step in range(steps):
             # Widths grow geometrically from the stage's to the last stage's.
             width = round(in_chs * (out_chs / in_chs) ** ((step + 1) / steps))
             layers += [
-                nn.Conv2d(
-                    in_chs,
-                    in_chs,
-                    3,
-                    stride=2 if halvings else 1,
-                    padding=1,
-                    groups=in_chs,
-                    bias=False,
-                ),
+                nn.Conv2d(in_chs, in_chs, 3, stride, padding=1, groups=in_chs, bias=False),
                 BatchNorm2d(in_chs),
                 nn.Conv2d(in_chs, width, 1, bias=False),
                 BatchNorm2d(width),
@@ -225,42 +193,47 @@ class Teacher(nn.Module):
         return self.network(images).float()
 
 
-class Distillation:
-    """The loss of the labels and of a teacher: (1 - alpha) · labels + alpha · teacher.
+class Objective:
+    """The loss of the labels, or with a teacher (1 - alpha) · labels + alpha · teacher.
 
     Args:
-        teacher: images → logits.
         labels_loss: logits and targets → scalar.
-        recipe: ``distill`` (the method), ``distill_alpha``, ``distill_temperature``, ``ofa_gamma``,
-            ``aux_weight``. For ``ofa``, the student returns its logits and a list of the exits'
-            logits, and the losses of all of them are added.
+        recipe: ``aux_weight`` (of the loss of each auxiliary head, if the network returns their
+            logits after its own), ``distill`` (the method), ``distill_alpha``,
+            ``distill_temperature``, ``ofa_gamma``. For ``ofa``, the student returns its logits and
+            a list of the exits' logits, and the losses of all of them are added.
+        teacher: images → logits.
     """
 
-    def __init__(self, teacher: Teacher, labels_loss: Loss, recipe: Recipe) -> None:
-        self.teacher, self.labels_loss = teacher, labels_loss
-        self.kind, self.alpha = recipe.distill, recipe.distill_alpha
-        self.temperature, self.gamma = recipe.distill_temperature, recipe.ofa_gamma
-        self.aux_weight = recipe.aux_weight
+    def __init__(self, labels_loss: Loss, recipe: Recipe, teacher: Teacher | None = None) -> None:
+        self.labels_loss, self.recipe, self.teacher = labels_loss, recipe, teacher
 
     def __call__(self, net: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and logits (B, classes) of the student ``net``."""
-        output, teacher_logits = net(images), self.teacher(images)
-        branches: Sequence[Tensor] = ()
-        if self.kind == "ofa":
-            output, branches = output
-        labels_loss, logits = labels_loss_of(output, targets, self.labels_loss, self.aux_weight)
-        if self.kind == "ofa":
+        """Loss and logits (B, classes) of ``net``."""
+        recipe, output = self.recipe, net(images)
+        exits: Sequence[Tensor] = ()
+        if recipe.distill == "ofa":
+            output, exits = output
+        heads = output if isinstance(output, tuple) else (output,)
+        logits, *auxiliary = (head.float() for head in heads)
+        loss = self.labels_loss(logits, targets)
+        for head in auxiliary:
+            loss = loss + recipe.aux_weight * self.labels_loss(head, targets)
+        if self.teacher is None:
+            return loss, logits
+        taught, temperature = self.teacher(images), recipe.distill_temperature
+        if recipe.distill == "ofa":
             distilled = torch.stack(
                 [
-                    ofa_loss(branch.float(), teacher_logits, targets, self.gamma, self.temperature)
-                    for branch in (logits, *branches)
+                    ofa_loss(branch.float(), taught, targets, recipe.ofa_gamma, temperature)
+                    for branch in (logits, *exits)
                 ]
             ).sum()
-        elif self.kind == "hard":
-            distilled = hard_label_loss(logits, teacher_logits)
+        elif recipe.distill == "hard":
+            distilled = hard_label_loss(logits, taught)
         else:
-            distilled = soft_label_loss(logits, teacher_logits, self.temperature)
-        return (1 - self.alpha) * labels_loss + self.alpha * distilled, logits
+            distilled = soft_label_loss(logits, taught, temperature)
+        return (1 - recipe.distill_alpha) * loss + recipe.distill_alpha * distilled, logits
 
 
 def add_exits(recipe: Recipe, student: Any) -> nn.Module:
@@ -271,14 +244,7 @@ def add_exits(recipe: Recipe, student: Any) -> nn.Module:
 
 
 def build_teacher(recipe: Recipe, num_classes: int, config: dict[str, Any]) -> Teacher:
-    """The recipe's teacher: a model of this library, or ``timm/NAME`` or any other of timm.
-
-    Args:
-        recipe: ``teacher``, ``teacher_checkpoint`` or ``teacher_pretrained``, ``teacher_args``,
-            ``teacher_img_size``.
-        num_classes: of the student.
-        config: ``mean`` and ``std`` of the student's images.
-    """
+    """The recipe's teacher; ``config`` has the ``mean`` and ``std`` of the student's images."""
     network = load_trained(
         recipe.teacher or "",
         recipe.teacher_checkpoint,

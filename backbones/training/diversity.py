@@ -7,8 +7,8 @@ attention, ignoring weak weights.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,19 +43,20 @@ def _above(weights: Tensor, least: float) -> Tensor:
     return torch.where(weights > least, weights, 0)
 
 
+@dataclass
 class DiverseAttention:
     """An objective plus the similarity of all attention in the network.
 
     It intercepts ``scaled_dot_product_attention`` and softmax over keys while the network runs, so
     it works with any network; the weights of fused attention are computed again.
 
-    Args:
+    Attributes:
         objective: network, images and targets → loss and logits.
         share: weight of the layers' mean similarity; 1 in the paper.
     """
 
-    def __init__(self, objective: Callable[..., tuple[Tensor, Any]], share: float) -> None:
-        self.objective, self.share = objective, share
+    objective: Callable[..., tuple[Tensor, Any]]
+    share: float
 
     def __call__(self, net: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
         """Loss and logits (B, classes) of ``net``."""
@@ -104,16 +105,11 @@ def _weights(
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    *rest: Any,
+    **options: Any,
 ) -> Tensor:
     """The attention weights of ``scaled_dot_product_attention``, without dropout."""
     del value, dropout_p
-    if is_causal or enable_gqa:
-        raise RecipeError("attn_diversity does not support causal or grouped attention")
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if attn_mask is not None:
-        hidden = attn_mask.dtype == torch.bool
-        scores = scores.masked_fill(~attn_mask, -math.inf) if hidden else scores + attn_mask
-    return scores.softmax(dim=-1)
+    identity = torch.eye(key.shape[-2], dtype=key.dtype, device=key.device)
+    identity = identity.expand(*key.shape[:-1], -1)
+    return F.scaled_dot_product_attention(query, key, identity, attn_mask, 0.0, *rest, **options)

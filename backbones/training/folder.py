@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
+import itertools
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,29 +12,20 @@ from backbones.common.lock import FolderLock, LockedError
 from backbones.common.messages import joined_lines
 from backbones.common.outputs import overwritten
 from backbones.training.recipe import Recipe
+from backbones.training.record import RESULTS
 
-# All files of runs, of classifiers and of restoration models, except the recipe.
-_RESULTS = (
-    *("best.safetensors", "last.pt", "last.prev.pt", "last.validated.pt", "diverged.pt"),
-    *("summary.csv", "metrics.jsonl", "curves.png", "predictions.png", "comparison.png"),
-)
-_LISTS = ("bad_batches.txt", "corrupt_train.txt", "corrupt_validation.txt")
-_EVENTS = "events.out.tfevents.*"
+_FILES = (*RESULTS, "last.prev.pt", "last.validated.pt", "diverged.pt")
+_EVENTS = "events.out.tfevents."
 _RECIPE, _FIRST_LINE = "config.yaml", b"# --- model"
 
 
 class RunFolder:
-    """``output/name``, created if necessary, and locked inside the ``with`` block.
+    """``output/name``, created if necessary, and locked until :meth:`leave`.
 
     The default name is the config's, plus the model's if given on the command line, and a number if
     another run has that name. ``resume: auto`` selects the latest of these.
 
-    Args:
-        recipe: ``output``, ``name``, ``resume``, ``overwrite``, ``model``.
-        options: the command line, from :func:`parse_command_line`.
-
     Attributes:
-        path: the folder.
         lock_problem: why it could not be locked; "" if it is.
     """
 
@@ -66,24 +57,16 @@ class RunFolder:
             return
         parts = [Path(options.config).stem] if options.config else []
         base = "-".join(parts + [recipe.model] * (not parts or "model" in options))
-        self.path, number = output / base, 1
-        while _used(self.path) and not self._replaces:
-            number += 1
-            following = output / f"{base}-{number}"
-            if self._resumes and not _used(following):
-                break
-            self.path = following
-        try:
-            self._lock_folder(self.path)
-        except LockedError:
-            if self._resumes or self._replaces:
-                raise
-            # Another run has just begun in it.
-            while self._lock is None:
-                number += 1
-                if not _used(following := output / f"{base}-{number}"):
-                    with contextlib.suppress(LockedError):
-                        self._lock_folder(following)
+        names = itertools.chain([base], (f"{base}-{number}" for number in itertools.count(2)))
+        if self._resumes:
+            earlier = itertools.takewhile(_used, (output / name for name in names))
+            self._lock_folder([output / base, *earlier][-1])
+        elif self._replaces:
+            self._lock_folder(output / base)
+        while self._lock is None:
+            if not _used(path := output / next(names)):
+                with contextlib.suppress(LockedError):  # another run has just begun in it
+                    self._lock_folder(path)
 
     def _lock_folder(self, path: Path) -> None:
         self.path, self._is_new = path, not path.exists()
@@ -108,8 +91,7 @@ class RunFolder:
                 "was changed. Choose another --name"
             )
         read = (recipe.checkpoint, recipe.teacher_checkpoint, recipe.class_map)
-        results = [self.path / name for name in (*_RESULTS, *_LISTS, _RECIPE)]
-        if (found := overwritten(results, read)) is not None:
+        if (found := overwritten([self.path / name for name in _FILES], read)) is not None:
             raise RecipeError(
                 f"the run would overwrite {found[1]}, which it reads: choose another --name"
             )
@@ -118,10 +100,9 @@ class RunFolder:
         """With ``overwrite``, delete the earlier run's files; other files and folders are kept."""
         if not self._replaces:
             return
-        names = {*_RESULTS, *_LISTS, _RECIPE}
-        names |= {f".{name}.tmp" for name in names}
+        names = {*_FILES, *(f".{name}.tmp" for name in _FILES)}
         for path in self.path.iterdir():
-            if path.is_file() and (path.name in names or fnmatch.fnmatch(path.name, _EVENTS)):
+            if path.is_file() and (path.name in names or path.name.startswith(_EVENTS)):
                 path.unlink()
 
     def leave(self) -> None:
@@ -134,4 +115,6 @@ class RunFolder:
 
 
 def _used(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _RESULTS)
+    """Whether there are results: a run that failed at once has left lists or its recipe at most."""
+    results = (name for name in _FILES if not name.endswith((".txt", ".yaml")))
+    return any((folder / name).exists() for name in results)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import create_transform
-from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
+from timm.data.auto_augment import AugmentOp
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,11 +35,8 @@ class TrainLoader:
     differs from epoch to epoch.
 
     Args:
-        source: the images, or a stream of them.
         size: number of images.
         config: ``input_size``, ``mean``, ``std``, ``interpolation`` as timm resolves them.
-        recipe: augmentation, batch size, workers.
-        world: this process among all.
         corrupt: records unreadable images.
     """
 
@@ -66,12 +64,7 @@ class TrainLoader:
         self._current: SizedBatches | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Normalised images (B, C, H, W) and labels (B,) of one epoch, on the device.
-
-        Args:
-            epoch: index; determines order and augmentation.
-            start: number of batches to skip when resuming.
-        """
+        """Normalised images (B, C, H, W) and labels (B,) of one epoch, from ``start`` on."""
         if isinstance(self.source, ImageSource):
             self._sampler.epoch, self._sampler.start = epoch, start
             loader = self._map_loader(self._image_size(epoch))
@@ -116,13 +109,10 @@ class TrainLoader:
             self._loaders.clear()  # ends the workers of the size before
             assert isinstance(self.source, ImageSource)
             transform = _train_transform(image_size, self.config, self.recipe)
-            images = _Images(self.source, transform, self.recipe.in_chans, self.corrupt, True)
-            self._loaders[image_size] = DataLoader(
-                images,
-                batch_sampler=self._sampler,
-                generator=torch.Generator(),
-                **_options(self.recipe, self.world),
-            )
+            mode = _mode(self.recipe.in_chans)
+            images = _Images(self.source, transform, mode, self.corrupt, training=True)
+            loader = _data_loader(images, self.recipe, self.world, batch_sampler=self._sampler)
+            self._loaders[image_size] = loader
         return self._loaders[image_size]
 
     def _stream_loader(self, epoch: int) -> DataLoader[Any]:
@@ -132,15 +122,15 @@ class TrainLoader:
         stream.set_epoch(epoch)
         stream.set_loader_cfg(num_workers=self.recipe.workers)
         transform = _train_transform(self._image_size(epoch), self.config, self.recipe)
-        seed = mix_seed(self.recipe.seed, epoch, self.world.rank)
-        return DataLoader(
-            StreamImages(
-                self.source, stream, transform, _mode(self.recipe.in_chans), self.corrupt, seed
-            ),
+        seed, mode = mix_seed(self.recipe.seed, epoch, self.world.rank), _mode(self.recipe.in_chans)
+        return _data_loader(
+            StreamImages(self.source, stream, transform, mode, self.corrupt, seed),
+            self.recipe,
+            self.world,
             batch_size=self.recipe.batch_size,
             drop_last=True,
             generator=torch.Generator().manual_seed(seed),
-            **_options(self.recipe, self.world, persistent=False),
+            persistent=False,
         )
 
 
@@ -170,21 +160,15 @@ class ValidationLoader:
         self.batches = -(-size // (self.batch_size * world.size))
         self._current: SizedBatches | None = None
         self.equal_batches = isinstance(source, ImageSource) or world.size == 1
-        self._transform: Callable[[Any], Any]
-        if corruption is None:
-            self._transform = Resizing(config)
-        else:
-            steps: Any = create_transform(**config, is_training=False, use_prefetcher=True)
-            steps.transforms.insert(-1, corruption)  # before the image becomes an array
-            self._transform = steps
+        self._transform: Any = Resizing(config)
+        if corruption is not None:
+            self._transform = create_transform(**config, is_training=False, use_prefetcher=True)
+            self._transform.transforms.insert(-1, corruption)  # before the array is made
         if isinstance(source, ImageSource):
-            images = _Images(source, self._transform, recipe.in_chans, corrupt, False)
-            self._loader: DataLoader[Any] = DataLoader(
-                images,
-                batch_sampler=ValidationSampler(size, self.batch_size, self.batches, world),
-                generator=torch.Generator(),
-                **_options(recipe, world),
-            )
+            mode = _mode(recipe.in_chans)
+            images = _Images(source, self._transform, mode, corrupt, training=False)
+            sampler = ValidationSampler(size, self.batch_size, self.batches, world)
+            self._loader = _data_loader(images, recipe, world, batch_sampler=sampler)
 
     def __len__(self) -> int:
         return self.batches
@@ -203,35 +187,28 @@ class ValidationLoader:
         stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1
         stream.set_loader_cfg(num_workers=1)
         mode, corrupt = _mode(self.recipe.in_chans), self.corrupt
-        loader: DataLoader[Any] = DataLoader(
-            StreamImages(self.source, stream, self._transform, mode, corrupt, share=self.world),
-            batch_size=self.batch_size,
-            generator=torch.Generator(),
-            **{**_options(self.recipe, self.world, persistent=False), "num_workers": 0},
-        )
+        images = StreamImages(self.source, stream, self._transform, mode, corrupt, share=self.world)
+        here: dict[str, Any] = {"num_workers": 0, "persistent": False}
+        loader = _data_loader(images, self.recipe, self.world, batch_size=self.batch_size, **here)
         return iter(_on_device(loader, self.config, self.world.device))
 
 
+@dataclass(eq=False)
 class _Images(Dataset[tuple[torch.Tensor, int]]):
     """Decode, convert, augment. Unreadable training images are replaced by others."""
 
-    def __init__(
-        self,
-        source: ImageSource,
-        transform: Callable[[Any], Any],
-        in_chans: int,
-        corrupt: CorruptImages,
-        training: bool,
-    ) -> None:
-        self.source, self.transform, self.corrupt = source, transform, corrupt
-        self.mode = _mode(in_chans)
-        self.training = training
+    source: ImageSource
+    transform: Callable[[Any], Any]
+    mode: str
+    corrupt: CorruptImages
+    training: bool
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, Any]:
         index, seed = key
         if not self.training:
-            image, label = self._read(index) or (self._blank(), self._no_label())
-            return self.transform(image), self._no_label() if seed == NO_LABEL else label
+            blank = Image.new(self.mode, (256, 256)), self._no_label()
+            image, label = self._read(index) or blank
+            return self.transform(image), blank[1] if seed == NO_LABEL else label
         with seeded(seed):
             sample = self._read(index)
             while sample is None:
@@ -253,9 +230,6 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
             return None
         self.corrupt.add_good()
         return image, label
-
-    def _blank(self) -> Any:
-        return Image.new(self.mode, (256, 256))
 
 
 def _mode(in_chans: int) -> str:
@@ -298,9 +272,13 @@ def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> Pr
     )
 
 
-def _options(recipe: Recipe, world: World, persistent: bool = True) -> dict[str, Any]:
-    options = loader_options(recipe.workers, recipe.pin_memory, world.device, persistent)
-    return {**options, "collate_fn": fast_collate}
+def _data_loader(
+    images: Dataset[Any], recipe: Recipe, world: World, persistent: bool = True, **options: Any
+) -> DataLoader[Any]:
+    """A loader that draws no random numbers of the training's."""
+    usual: dict[str, Any] = {"collate_fn": fast_collate, "generator": torch.Generator()}
+    usual |= loader_options(recipe.workers, recipe.pin_memory, world.device, persistent)
+    return DataLoader(images, **{**usual, **options})
 
 
 def allow_zero_bits(transform: Any) -> None:
@@ -309,20 +287,13 @@ def allow_zero_bits(transform: Any) -> None:
     RandAugment uses them at its highest magnitude, and Pillow 13 rejects them. The published
     recipes were trained with versions that returned a black image, as is done here.
     """
-    for step in getattr(transform, "transforms", []):
-        if isinstance(step, (RandAugment, AugMixAugment)):
-            operations = list(step.ops)
-        elif isinstance(step, AutoAugment):
-            operations = [op for policy in step.policy for op in policy]
-        else:
-            continue
-        for operation in operations:
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", None) or sum(getattr(step, "policy", []), []):
             if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """Like timm's operation of this name, which also ignores further keywords."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -16,16 +16,16 @@ from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
-from backbones.common.files import save_weights
+from backbones.common.files import save_weights, write_text_atomically
 from backbones.common.memory import peak_memory
 from backbones.common.messages import first_line
 from backbones.common.processes import Consensus, World
-from backbones.common.progress import Progress
+from backbones.common.progress import Progress, duration
 from backbones.common.signals import StopRequest
 from backbones.training import build, optimization, parallel
 from backbones.training.recipe import Recipe, check_learning_rate
-from backbones.training.record import RunLog
-from backbones.training.resumable import BadSteps, DivergedError, Resumable
+from backbones.training.record import RunLog, say_results
+from backbones.training.resumable import DivergedError, Resumable
 
 
 class TrainingLoop(Resumable):
@@ -36,17 +36,18 @@ class TrainingLoop(Resumable):
 
     Attributes: as in :class:`Resumable`, and
         net: the network, or its DDP wrapper, that a step calls.
+        score_key: the validation metric that selects the best weights; higher is better.
+        train_loader: has ``epoch``, ``names`` and ``close`` like :class:`TrainLoader`.
     """
 
     score_key: str
-    """The validation metric that selects the best weights; higher is better."""
+    train_loader: Any
 
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
     ) -> None:
-        self.recipe, self.folder, self.world = recipe, folder, world
-        self.stop, self.progress = stop, progress
-        self.device = world.device
+        super().__init__(recipe, folder, world, progress)
+        self.stop, self.device = stop, world.device
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.amp or "")
         random_seed(recipe.seed)
 
@@ -55,10 +56,7 @@ class TrainingLoop(Resumable):
     ) -> None:
         """Optimizer, schedule, average and everything else around the network.
 
-        Args:
-            model: the model, on the device.
-            updates_per_epoch: number of updates.
-            network: ``model``, wrapped with parts needed only in training.
+        ``network`` is ``model``, wrapped with parts needed only in training.
         """
         recipe, world = self.recipe, self.world
         self.model, self.updates_per_epoch = model, updates_per_epoch
@@ -92,11 +90,6 @@ class TrainingLoop(Resumable):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.consensus = Consensus(world)
 
-        self.epoch = self.step = self.updates = self.skipped = 0
-        self.bad_steps = BadSteps(recipe.max_bad_steps)
-        self.history: list[dict[str, Any]] = []
-        self.best = -math.inf
-        self.seconds = self.waited = 0.0
         self.meter = self.new_meter()
         self.log = RunLog(self.folder, recipe, world.is_main)
         self.begun = self.saved = time.monotonic()
@@ -126,14 +119,6 @@ class TrainingLoop(Resumable):
         return {}
 
     @abstractmethod
-    def batches(self) -> Iterator[Any]:
-        """The batches of ``epoch`` from ``step`` on."""
-
-    @abstractmethod
-    def names(self, epoch: int, step: int) -> list[str]:
-        """Names of this process's images of an update."""
-
-    @abstractmethod
     def compute(self, batch: Any) -> tuple[Tensor, Any]:
         """The loss of a batch, computed by ``net``, and data for :meth:`note`."""
 
@@ -150,12 +135,16 @@ class TrainingLoop(Resumable):
         """Metrics over all validation images, and the signal received meanwhile, or 0."""
 
     @abstractmethod
-    def describe_epoch(self, row: dict[str, Any]) -> str:
-        """A finished epoch as a line of text."""
+    def describe(self) -> str:
+        """The epoch's metrics so far, as text for the progress bar."""
+
+    @abstractmethod
+    def describe_metrics(self, row: dict[str, Any]) -> list[str]:
+        """The metrics of a finished epoch, as parts of a line of text."""
 
     @abstractmethod
     def show_results(self) -> None:
-        """Write the pictures of a finished run."""
+        """Draw the pictures of a finished run and report its best metric."""
 
     def resolved_recipe(self) -> Recipe:
         """The resolved recipe to save with the results."""
@@ -169,6 +158,7 @@ class TrainingLoop(Resumable):
 
     def close(self) -> None:
         """End the loader processes and the logs."""
+        self.train_loader.close()
         self.log.close()
 
     # --- the loop
@@ -192,7 +182,9 @@ class TrainingLoop(Resumable):
                 )
                 return 128 + signal
         self.progress.end()
-        self.show_results()
+        if self.world.is_main:
+            self.show_results()
+            say_results(self.progress, self.folder)
         return 0
 
     def train_epoch(self) -> int:
@@ -200,7 +192,7 @@ class TrainingLoop(Resumable):
         self.net.train()
         title = f"epoch {self.epoch + 1:{len(str(self.epochs))}}/{self.epochs}"
         self.progress.begin(title, self.updates_per_epoch, self.step)
-        batches = self.batches()
+        batches = self.train_loader.epoch(self.epoch, self.step * self.recipe.accum_steps)
         while self.step < self.updates_per_epoch:
             started = time.monotonic()
             bad, signal, save = self.update(batches)
@@ -210,7 +202,8 @@ class TrainingLoop(Resumable):
             if self.scheduler is not None:
                 self.scheduler.step_update(self.updates)
             self.skipped += bad
-            if self.bad_steps.note(bad, self.epoch, self.step - 1):
+            self.bad_steps = [*self.bad_steps, (self.epoch, self.step - 1)] if bad else []
+            if len(self.bad_steps) == self.recipe.max_bad_steps:
                 self.stop_diverged()
             if self.updates % self.recipe.log_every == 0:
                 self.log.add({"epoch": self.epoch, "update": self.updates, **self.figures()})
@@ -303,10 +296,17 @@ class TrainingLoop(Resumable):
 
     def stop_diverged(self) -> NoReturn:
         """Stop after too many bad updates in a row; ``last.pt`` has weights from before them."""
-        names = [name for place in self.bad_steps.in_a_row for name in self.names(*place)]
-        everyone: list[str] = sum(self.world.gather(names), [])
-        left = self.roll_back(since=self.updates - len(self.bad_steps.in_a_row))
-        raise self.bad_steps.error(everyone, self.folder, self.world.is_main, left)
+        names = [name for place in self.bad_steps for name in self.train_loader.names(*place)]
+        images: list[str] = sum(self.world.gather(names), [])
+        left = self.roll_back(since=self.updates - len(self.bad_steps))
+        path = self.folder / "bad_batches.txt"
+        if self.world.is_main:
+            write_text_atomically(path, "".join(f"{name}\n" for name in images))
+        raise DivergedError(
+            f"the loss was not finite in {len(self.bad_steps)} updates in a row; their "
+            f"{len(images)} images ({', '.join(images[:3])}, …) are listed in {path}; {left}. A "
+            "lower lr or clip_grad may help"
+        )
 
     def check_figures(self, figures: dict[str, float], model: nn.Module) -> None:
         """Stop without saving if a validation shows that the weights have diverged."""
@@ -355,6 +355,12 @@ class TrainingLoop(Resumable):
         pace = (time.monotonic() - self.begun) / max(self.updates - self.done_before, 1)
         return left * pace
 
-    @abstractmethod
-    def describe(self) -> str:
-        """The epoch's metrics so far, as text for the progress bar."""
+    def describe_epoch(self, row: dict[str, Any]) -> str:
+        """A finished epoch as a line of text: number, metrics, problems and the time left."""
+        parts = [f"epoch {row['epoch'] + 1:{len(str(self.epochs))}}/{self.epochs}"]
+        parts += self.describe_metrics(row)
+        if row["data_wait"] > 0.1:
+            parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
+        if row["skipped"]:
+            parts.append(f"{row['skipped']} updates skipped")
+        return "  ".join([*parts, f"{duration(self.seconds_left())} left"])

@@ -6,9 +6,9 @@ import math
 import re
 from typing import Any
 
-import timm.optim
 import torch
-from timm.scheduler import create_scheduler_v2
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
@@ -46,16 +46,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
 def _create_optimizer(
     recipe: Recipe, model: nn.Module, lr: float, layer_decay: float | None
 ) -> torch.optim.Optimizer:
-    settings = {"eps": recipe.opt_eps, "betas": recipe.opt_betas, **recipe.opt_args}
-    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
-        model,
-        opt=recipe.opt,
-        lr=lr,
-        weight_decay=recipe.weight_decay,
-        momentum=recipe.momentum,
-        layer_decay=layer_decay,
-        **{key: value for key, value in settings.items() if value is not None},
-    )
+    options = {**optimizer_kwargs(recipe), "lr": lr, "layer_decay": layer_decay}
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(model, **options)
     return optimizer
 
 
@@ -122,25 +114,9 @@ def build_scheduler(
     It is stepped with every update, "plateau" with every epoch; "none" gives None.
     """
     try:
+        options = {**scheduler_kwargs(recipe), "step_on_epochs": recipe.sched == "plateau"}
         scheduler, epochs = create_scheduler_v2(
-            optimizer,
-            sched=recipe.sched,
-            num_epochs=recipe.epochs,
-            decay_epochs=recipe.decay_epochs,
-            decay_milestones=list(recipe.decay_milestones),
-            cooldown_epochs=recipe.cooldown_epochs,
-            patience_epochs=recipe.patience_epochs,
-            decay_rate=recipe.decay_rate,
-            min_lr=recipe.min_lr,
-            warmup_lr=recipe.warmup_lr,
-            warmup_epochs=recipe.warmup_epochs,
-            warmup_prefix=recipe.warmup_prefix,
-            cycle_mul=recipe.lr_cycle_mul,
-            cycle_decay=recipe.lr_cycle_decay,
-            cycle_limit=recipe.lr_cycle_limit,
-            k_decay=recipe.lr_k_decay,
-            step_on_epochs=recipe.sched == "plateau",
-            updates_per_epoch=updates_per_epoch,
+            optimizer, updates_per_epoch=updates_per_epoch, **options
         )
         epochs = int(epochs)
         _try_schedule(scheduler, epochs, updates_per_epoch)

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from backbones.common.errors import RecipeError
 from backbones.common.processes import World
@@ -77,13 +78,7 @@ def is_bounded(network: nn.Module, world: World) -> bool:
 
 def full_state(state: Any) -> Any:
     """A nested state with sharded tensors gathered to full ones; a collective call."""
-    if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
-    if isinstance(state, dict):
-        return {key: full_state(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(full_state(value) for value in state)
-    return state
+    return tree_map_only(DTensor, lambda sharded: sharded.full_tensor().cpu(), state)
 
 
 def load_state(part: Any, state: dict[str, Any]) -> None:

@@ -43,9 +43,8 @@ def pick_predictions(
     """Choose 32 of about 2000 images to show: at most 8 mistakes, the most confident first.
 
     Args:
-        model: in evaluation mode.
-        batches: normalised images (B, C, H, W) and labels (B,).
-        config: ``mean`` and ``std`` of the normalisation.
+        batches: images (B, C, H, W), normalised with the ``mean`` and ``std`` of ``config``, and
+            labels (B,).
         autocast: creates the context to call the model in.
     """
     right: list[Prediction] = []
@@ -69,16 +68,9 @@ def pick_predictions(
 
 
 def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
-    """Draw loss and top-1 accuracy over the epochs.
-
-    Args:
-        path: the PNG.
-        history: rows with ``epoch``, ``train_loss``, ``train_top1`` and, where it was validated,
-            ``val_loss``, ``val_top1``, ``ema_loss``, ``ema_top1``.
-        title: above it.
-    """
+    """Draw loss and top-1 accuracy over the epochs, from the rows of ``summary.csv``."""
     figure = new_figure(10.5, 4.2)
-    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.13, top=0.9, wspace=0.18)
+    figure.set_layout_engine("constrained")
     axes = figure.subplots(1, 2)
     for axis, key, label in zip(axes, ("loss", "top1"), ("loss", "accuracy, %"), strict=True):
         for prefix, name, color in (
@@ -97,7 +89,17 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
                 axis.plot(x, y, color=color, label=name, linewidth=2, marker=mark, markersize=4)
         style_axis(axis, label)
     axes[1].axhline(100, color=GRID, linewidth=1)
-    _mark_best(axes[1], history)
+    scores = [
+        (row[key], row["epoch"] + 1)
+        for row in history
+        for key in ("val_top1", "ema_top1")
+        if row.get(key) is not None
+    ]
+    if scores:
+        accuracy, epoch = max(scores, key=lambda score: score[0])
+        axes[1].plot(epoch, accuracy, "o", color=INK, markersize=7, fillstyle="none")
+        text = f"best {accuracy:.1f} %, epoch {epoch}"
+        axes[1].set_title(text, loc="right", fontsize=11, color=INK)
     axes[0].legend(frameon=False, fontsize=10, labelcolor=INK)
     figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=13, color=INK, fontweight="bold")
     save_figure(figure, path)
@@ -106,66 +108,27 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
 def draw_predictions(
     path: Path, shown: Sequence[Prediction], classes: Sequence[str], title: str
 ) -> None:
-    """Draw a grid of images with prediction and confidence; mistakes are highlighted.
-
-    Args:
-        path: the PNG.
-        shown: the images.
-        classes: names by number.
-        title: above it; a note is added if mistakes come first.
-    """
+    """Draw a grid of images with prediction and confidence; mistakes are highlighted."""
     columns = min(8, max(4, len(shown)))
     rows = max(1, -(-len(shown) // columns))
-    # Long names leave no room for the confidence.
-    long = max(len(name) for name in classes) > 6
-    width, height = 1.62 * columns + 0.3, (2.3 if long else 2.1) * rows + 0.55
-    figure = new_figure(width, height)
-    figure.subplots_adjust(
-        left=0.15 / width,
-        right=1 - 0.15 / width,
-        bottom=0.35 / height,
-        top=1 - (0.95 if long else 0.8) / height,
-        wspace=0.08,
-        hspace=0.48 if long else 0.34,
-    )
-    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for axis in axes:
+    long = max(len(name) for name in classes) > 6  # they leave no room for the confidence
+    figure = new_figure(1.62 * columns + 0.3, (2.25 if long else 2.05) * rows + 0.55)
+    figure.set_layout_engine("constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(shown) :]:
         axis.set_axis_off()
     for axis, item in zip(axes, shown, strict=False):
         right = item.truth == item.answer
-        color = _RIGHT if right else _WRONG
+        color, weight = (_RIGHT, "normal") if right else (_WRONG, "bold")
         axis.imshow(item.image, interpolation="nearest")
-        axis.set_axis_on()
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_edgecolor(color)
-            spine.set_linewidth(1.0 if right else 3.5)
-        mark = "✓" if right else "✗"
-        sure = f"{100 * item.confidence:.0f} %"
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(edgecolor=color, linewidth=1.0 if right else 3.5)
+        mark, sure = "✓" if right else "✗", f"{100 * item.confidence:.0f} %"
         answer = f"{mark} {short(classes[item.answer])}{chr(10) if long else '  '}{sure}"
+        axis.set_title(answer, fontsize=10, color=color, fontweight=weight)
         truth = f"truth: {short(classes[item.truth])}"
-        weight = "normal" if right else "bold"
-        axis.set_title(answer, fontsize=10 if long else 11, color=color, pad=4, fontweight=weight)
-        axis.set_xlabel(
-            truth, fontsize=9 if long else 9.5, color=INK if right else _WRONG, labelpad=3
-        )
+        axis.set_xlabel(truth, fontsize=9, color=INK if right else _WRONG)
     if shown and shown[0].answer != shown[0].truth:
         title += ", mistakes first"
     figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=13, color=INK, fontweight="bold")
     save_figure(figure, path)
-
-
-def _mark_best(axis: Any, history: Sequence[dict[str, Any]]) -> None:
-    points = [
-        (row[key], row["epoch"] + 1)
-        for row in history
-        for key in ("val_top1", "ema_top1")
-        if row.get(key) is not None
-    ]
-    if not points:
-        return
-    accuracy, epoch = max(points, key=lambda point: point[0])
-    axis.plot(epoch, accuracy, "o", color=INK, markersize=7, fillstyle="none", markeredgewidth=1.6)
-    text = f"best {accuracy:.1f} %, epoch {epoch}"
-    axis.set_title(text, loc="right", fontsize=11, color=INK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,6 @@ from backbones.common.errors import RecipeError
 from backbones.common.keys import Range, fields_of, key
 from backbones.common.messages import shown
 from backbones.core.loaded import NetworkKeys
-from backbones.training.auto_augment import check_policy
 
 _GROUPS = (
     *("model", "data", "preprocessing", "augmentation", "loss", "distillation"),
@@ -36,6 +36,32 @@ _SCHEDULES = (
 _FSDP_OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "nadamw", "sgd")
 _FALLING_TO_MIN_LR = ("cosine", "tanh", "poly", "wsd", "rsqrt", "plateau")
 _FALLING_BY_A_FACTOR = ("step", "multistep", "plateau")
+
+# Policies of timm's augmentation, the key ``aa``.
+_FLAG = Range(low=0, high=1)
+_MAGNITUDE, _NOISE = Range(low=0, high=30), Range(low=0, high=1000)
+_FIXED = ("original", "originalr", "v0", "v0r", "3a")
+_SECTIONS: Mapping[str, Mapping[str, tuple[type, Range]]] = {
+    "rand": {
+        "m": (int, _MAGNITUDE),
+        "n": (int, Range(low=1, high=10)),
+        "p": (float, _SHARE),
+        "mstd": (float, _NOISE),
+        "mmax": (int, Range(low=1, high=30)),
+        "inc": (int, _FLAG),
+    },
+    "augmix": {
+        "m": (int, _MAGNITUDE),
+        "w": (int, Range(low=1, high=10)),
+        "d": (int, Range(low=1, high=10)),
+        "a": (float, Range(low=0.01, high=1000)),
+        "b": (int, _FLAG),
+        "mstd": (float, _NOISE),
+    },
+    **{name: {"mstd": (float, _NOISE)} for name in _FIXED},
+}
+# RandAugment's sets of operations; timm uses its default for unknown names.
+_SETS = ("tweights", "t3a", "t3aw")
 
 
 @dataclass
@@ -295,7 +321,7 @@ def check(recipe: Recipe) -> None:
         good = value is None or len(value) == recipe.in_chans
         _require(recipe, name, good, f"{recipe.in_chans} numbers, one a channel")
     if recipe.aa is not None:
-        check_policy(recipe.aa)
+        _check_policy(recipe.aa)
     if recipe.sched in _FALLING_BY_A_FACTOR:
         what = f"at most 1 with sched {recipe.sched}"
         _require(recipe, "decay_rate", recipe.decay_rate <= 1, what)
@@ -309,12 +335,29 @@ def check(recipe: Recipe) -> None:
         raise RecipeError(f"mixup and cutmix need an even batch_size, not {recipe.batch_size}")
 
 
-def check_learning_rate(recipe: Recipe, lr: float) -> None:
-    """Reject a schedule whose learning rate would rise instead of falling.
+def _check_policy(text: str) -> None:
+    """Reject a policy that timm would misinterpret, partly ignore, or take forever to apply."""
+    name, *sections = text.split("-")
+    if name not in _SECTIONS:
+        raise RecipeError(f"aa must be a policy of {', '.join(_SECTIONS)}, not {shown(text)}")
+    known = _SECTIONS[name]
+    for section in sections:
+        if name == "rand" and section in _SETS:
+            continue
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section, re.ASCII)
+        if match is None or match[1] not in known:
+            right = ", ".join([f"{key}NUMBER" for key in known] + list(_SETS) * (name == "rand"))
+            raise RecipeError(
+                f"aa {shown(text)}: {name} must be followed by {right}, not {shown(section)}"
+            )
+        kind, span = known[match[1]]
+        if (kind is int and "." in match[2]) or not span.holds(kind(match[2])):
+            whole = "a whole number " if kind is int else ""
+            raise RecipeError(f"aa {shown(text)}: {match[1]} must be {whole}{span}")
 
-    Args:
-        lr: the recipe's learning rate, after scaling.
-    """
+
+def check_learning_rate(recipe: Recipe, lr: float) -> None:
+    """Reject a schedule whose learning rate would rise from ``lr``, the scaled one, not fall."""
     if recipe.sched in _FALLING_TO_MIN_LR and recipe.min_lr > lr:
         raise RecipeError(
             f"min_lr must be at most {lr:g}, the learning rate where sched {recipe.sched} "
@@ -323,11 +366,7 @@ def check_learning_rate(recipe: Recipe, lr: float) -> None:
 
 
 def check_sizes(recipe: Recipe, sizes: Iterable[int]) -> None:
-    """Reject ranges of CutMix boxes of less than a pixel.
-
-    Args:
-        sizes: sides of the training images.
-    """
+    """Reject ranges of CutMix boxes of less than a pixel in images with sides ``sizes``."""
     if recipe.cutmix_minmax is None:
         return
     size = min(sizes)

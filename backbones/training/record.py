@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from backbones.common.files import write_problem, write_text_atomically
 from backbones.common.messages import first_line
 from backbones.common.outputs import csv_of_rows
 from backbones.common.processes import World
-from backbones.common.progress import Progress, duration
+from backbones.common.progress import Progress
 from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 
@@ -26,20 +26,19 @@ RESULTS = {
     "metrics.jsonl": "an entry every few updates",
     "curves.png": "loss and accuracy",
     "predictions.png": "validation images, predictions and labels",
+    "comparison.png": "a validation image: input, result and ground truth",
     "config.yaml": "the recipe, fully resolved",
     "bad_batches.txt": "images whose loss was not finite",
     "corrupt_train.txt": "unreadable training images",
     "corrupt_validation.txt": "unreadable validation images",
 }
-"""The files of a run, with descriptions."""
+"""The files of runs, of classifiers and of restoration models, with descriptions."""
 
 
 class Meter:
     """Sums of loss, correct predictions and images, kept on the device until read.
 
-    Args:
-        device: of the losses.
-        keep_scores: also keep all logits and labels, for the area under the ROC curve.
+    With ``keep_scores``, also all logits and labels, for the area under the ROC curve.
     """
 
     def __init__(self, device: torch.device, keep_scores: bool = False) -> None:
@@ -89,13 +88,10 @@ class Meter:
 
 
 class RunLog:
-    """The files that record a run; only the main process writes.
+    """The files that record a run; nothing is written unless ``active``, in the main process.
 
-    Args:
-        folder: ``metrics.jsonl`` (an entry every ``log_every`` updates and every epoch) and
-            ``summary.csv`` (a row an epoch) go there.
-        recipe: whether to report to TensorBoard and W&B, too.
-        active: if False, all methods do nothing.
+    ``metrics.jsonl`` (an entry every ``log_every`` updates and every epoch) and ``summary.csv`` (a
+    row an epoch); on request also reports to TensorBoard and W&B.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, active: bool) -> None:
@@ -119,10 +115,6 @@ class RunLog:
         """Truncate the files to ``updates``; a resumed run repeats the rest.
 
         A run can be killed between saving an epoch and recording it, or in the middle of a line.
-
-        Args:
-            updates: the number of updates done.
-            history: the rows of its finished epochs.
         """
         path = self.folder / "metrics.jsonl"
         if not self.active or not path.exists():
@@ -175,40 +167,12 @@ class RunLog:
             self._wandb.finish()
 
 
-def say_results(progress: Progress, folder: Path, results: Mapping[str, str] = RESULTS) -> None:
-    """List the files of a finished run, of those in ``results``."""
+def say_results(progress: Progress, folder: Path) -> None:
+    """List the files of a finished run."""
     progress.say(f"in {folder}:")
-    for name, meaning in results.items():
+    for name, meaning in RESULTS.items():
         if (folder / name).exists():
             progress.say(f"  {name:<18} {meaning}")
-
-
-def describe_epoch(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
-    """A finished epoch of a classifier as a line."""
-    parts = [
-        f"loss {row['train_loss']:.3f}",
-        f"accuracy {row['train_top1']:5.1f} %",
-    ]
-    for prefix, name in (("val", "validation"), ("ema", "averaged")):
-        if f"{prefix}_top1" in row:
-            parts.append(f"{name} {row[f'{prefix}_top1']:6.2f} %")
-        if f"{prefix}_auc" in row:
-            parts.append(f"AUC {row[f'{prefix}_auc']:6.2f} %")
-    parts.append(f"{row['images_per_second']:.0f} images/s")
-    parts.append(f"{row['memory_mb'] / 1024:.1f} GiB")
-    return epoch_line(row, epochs, parts, seconds_left)
-
-
-def epoch_line(
-    row: dict[str, Any], epochs: int, figures: Sequence[str], seconds_left: float
-) -> str:
-    """A finished epoch's number, ``figures``, problems and the time left."""
-    parts = [f"epoch {row['epoch'] + 1:{len(str(epochs))}}/{epochs}", *figures]
-    if row["data_wait"] > 0.1:
-        parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
-    if row["skipped"]:
-        parts.append(f"{row['skipped']} updates skipped")
-    return "  ".join([*parts, f"{duration(seconds_left)} left"])
 
 
 def _rounded(value: Any) -> Any:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from backbones.common.errors import FileError, MendableError
-from backbones.common.files import write_text_atomically
+from backbones.common.errors import CREATION_ERRORS, FileError, MendableError
 from backbones.common.generators import get_rng_state, set_rng_state
 from backbones.common.keys import fields_of
-from backbones.common.messages import joined_lines, shown
+from backbones.common.messages import joined_lines
 from backbones.common.processes import World
 from backbones.common.progress import Progress
 from backbones.training import parallel, run_state
@@ -47,45 +46,6 @@ class DivergedError(MendableError, RuntimeError):
     """Loss or weights are not finite: too many times in a row, or in a validation."""
 
 
-class BadSteps:
-    """Count of skipped updates.
-
-    Args:
-        allowed: number of consecutive bad updates that end the run.
-
-    Attributes:
-        in_a_row: epoch and step of the current consecutive bad updates.
-    """
-
-    def __init__(self, allowed: int) -> None:
-        self.allowed = allowed
-        self.in_a_row: list[tuple[int, int]] = []
-
-    def note(self, bad: bool, epoch: int, step: int) -> bool:
-        """Record an update; returns whether there were too many bad ones in a row."""
-        if not bad:
-            self.in_a_row.clear()
-            return False
-        self.in_a_row.append((epoch, step))
-        return len(self.in_a_row) >= self.allowed
-
-    def error(self, images: Sequence[str], folder: Path, write: bool, left: str) -> DivergedError:
-        """The error to raise; writes the names of the ``images`` to a file in ``folder``.
-
-        Args:
-            left: description of the remaining checkpoints.
-        """
-        path = folder / "bad_batches.txt"
-        if write:
-            write_text_atomically(path, "".join(f"{name}\n" for name in images))
-        first = ", ".join(images[:3])
-        return DivergedError(
-            f"the loss was not finite in {len(self.in_a_row)} updates in a row; their "
-            f"{len(images)} images ({first}, …) are listed in {path}; {left}. A lower lr or "
-            "clip_grad may help"
-        )
-
-
 class Resumable(ABC):
     """A run that can be saved and resumed bit for bit.
 
@@ -94,15 +54,12 @@ class Resumable(ABC):
             distillation), if any.
         meter: sums of the epoch so far, with ``sums`` (a tensor).
         epoch, step, updates: the position: updates within the epoch, and since the start.
+        bad_steps: epoch and step of the latest consecutive updates with a non-finite loss.
         history: a row for each finished epoch.
         saved_at: the number of updates in ``last.pt``, if this process wrote it.
         resumed_from: the file that the run was resumed from, if any.
     """
 
-    recipe: Recipe
-    folder: Path
-    world: World
-    progress: Progress
     model: nn.Module
     network: nn.Module
     ema: Any
@@ -110,16 +67,19 @@ class Resumable(ABC):
     scheduler: Any
     scaler: Any
     meter: Any
-    bad_steps: BadSteps
     lr: float
     updates_per_epoch: int
-    epoch: int
-    step: int
-    updates: int
-    history: list[dict[str, Any]]
-    saved_at: int | None = None
-    resumed_from: Path | None = None
-    _validated = False
+
+    def __init__(self, recipe: Recipe, folder: Path, world: World, progress: Progress) -> None:
+        self.recipe, self.folder, self.world, self.progress = recipe, folder, world, progress
+        self.epoch = self.step = self.updates = self.skipped = 0
+        self.seconds = self.waited = 0.0
+        self.best = -math.inf
+        self.history: list[dict[str, Any]] = []
+        self.bad_steps: list[tuple[int, int]] = []
+        self.saved_at: int | None = None
+        self.resumed_from: Path | None = None
+        self._validated = False
 
     @abstractmethod
     def new_meter(self) -> Any:
@@ -143,15 +103,11 @@ class Resumable(ABC):
     # --- saving
 
     def save(self, validated: bool = False) -> None:
-        """Write ``last.pt``, unless the weights have diverged.
-
-        Args:
-            validated: whether the weights have just passed validation.
-        """
+        """Write ``last.pt``, unless the weights, if not just ``validated``, may have diverged."""
         mine = {"rng": get_rng_state(), "meter": self.meter.sums.cpu()}
         ranks = self.world.gather(mine)
         self.saved = time.monotonic()
-        if self.bad_steps.in_a_row and not validated:
+        if self.bad_steps and not validated:
             return
         if not parallel.is_bounded(self.network, self.world):
             return
@@ -171,13 +127,11 @@ class Resumable(ABC):
 
         This is the last validated state, if any, since a training loss may stay finite while
         weights grow without bound; otherwise, a state that was followed by a finite loss.
-        Checkpoints from before this process are not changed.
+        Checkpoints from before this process are not changed. Returns a description of the remaining
+        ones.
 
         Args:
             since: the number of updates after which nothing was finite.
-
-        Returns:
-            A description of the remaining checkpoints.
         """
         last = self.folder / "last.pt"
         previous, validated = run_state.previous_path(last), run_state.validated_path(last)
@@ -216,8 +170,7 @@ class Resumable(ABC):
         The recipe's learning rate, schedule, weight decay and similar settings apply from here on,
         even if changed.
         """
-        missing = [key for key in ("optimizer", *_COUNTERS) if key not in state]
-        missing += [key for key in ("ranks", "recipe") if not state.get(key)]
+        missing = [key for key in ("optimizer", "ranks", "recipe", *_COUNTERS) if key not in state]
         if missing:
             raise FileError(f"{path} has no training state (no {missing[0]!r} in it)")
         try:
@@ -233,7 +186,7 @@ class Resumable(ABC):
             elif self.world.is_main:
                 self.meter.sums.copy_(sum(rank["meter"] for rank in ranks))
             before = images_per_update(earlier, len(ranks))
-        except run_state.READING_ERRORS as error:
+        except CREATION_ERRORS as error:
             raise FileError(
                 f"{path} does not fit this recipe: {self._mismatch(state['recipe'], error)}"
             ) from error
@@ -276,14 +229,6 @@ class Resumable(ABC):
 
     def _mismatch(self, earlier: Any, error: BaseException) -> str:
         """The keys that explain a mismatch, or else the error itself."""
-        if isinstance(earlier, dict):
-            lines = [
-                f"{key}: {shown(earlier.get(key))} → {shown(getattr(self.recipe, key))}"
-                for key in _STRUCTURE
-                if key in fields_of(type(self.recipe))
-                and earlier.get(key) != getattr(self.recipe, key)
-            ]
-            if lines:
-                return ", ".join(lines)
-        text = joined_lines(error)
-        return text if len(text) < 300 else f"{text[:300]} …"
+        changed = differences(self.recipe, earlier) if isinstance(earlier, dict) else []
+        keys = [line for line in changed if line.split(":")[0] in _STRUCTURE]
+        return ", ".join(keys) or joined_lines(error, 300)

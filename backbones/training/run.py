@@ -32,17 +32,14 @@ def run_from_command_line(
 ) -> int:
     """Read the recipe, build the trainer, resume if requested, and train.
 
-    Errors that users can fix are printed in one line, see
-    :func:`backbones.common.console.guard`.
-
     Args:
         build_trainer: a subclass of :class:`TrainingLoop`.
-        recipe_class: its kind of recipe.
         argv: the command line; None for this process's.
         description: introduction of ``--help``.
 
     Returns:
-        The exit status of ``guard``, or 128 + the signal that stopped the run.
+        The exit status of :func:`backbones.common.console.guard`, which prints errors that users
+        can fix in one line, or 128 + the signal that stopped the run.
     """
 
     def command() -> int:

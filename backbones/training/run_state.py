@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
-import zipfile
-import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,12 +12,6 @@ import torch
 from backbones.common.checkpoint_files import CheckpointError, read_file
 from backbones.common.errors import FileError
 from backbones.common.files import write_atomically
-
-READING_ERRORS = (
-    *(AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, OverflowError),
-    *(RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error),
-)
-"""Exceptions of zipfile and torch for damaged or unrelated files."""
 
 
 def previous_path(path: Path) -> Path:

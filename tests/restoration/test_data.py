@@ -20,10 +20,10 @@ from backbones.restoration.data import (
     degrade_picture,
     find_pictures,
     load_truth,
-    to_tensor,
 )
 from backbones.restoration.degrade import compress
 from backbones.restoration.metrics import quantize
+from backbones.restoration.pictures import to_tensor
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 

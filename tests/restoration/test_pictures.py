@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -161,7 +162,7 @@ def test_valid_metadata_is_kept(source, tmp_path):
     image.save(tmp_path / f"a.{source}", exif=exif)
     picture = read_picture(tmp_path / f"a.{source}")
     assert picture.pixels.shape == (8, 5, 3)
-    larger = picture.with_pixels(pixels(16, 10, 3), None)
+    larger = replace(picture, pixels=pixels(16, 10, 3), alpha=None)
     for suffix in (".tif", ".png", ".jpg", ".webp"):
         write_picture(tmp_path / f"b{suffix}", larger)
         assert read_picture(tmp_path / f"b{suffix}").pixels.shape == (16, 10, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Any
 
@@ -70,6 +71,10 @@ def test_alpha_and_kinds():
     assert set(picture.alpha[:, -8:].flatten()) == {255}
     image = upscale(Bicubic(), Image.fromarray(np.dstack([array, alpha])))
     assert image.mode == "RGBA" and np.array_equal(np.asarray(image)[:, :, :3], picture.pixels)
+    data = io.BytesIO()
+    Image.fromarray(np.dstack([array, alpha])).save(data, "PNG")
+    with Image.open(data) as read:  # which has a format and no file name
+        assert np.array_equal(np.asarray(upscale(Bicubic(), read)), np.asarray(image))
     grey = upscale(Bicubic(), Image.fromarray(array[:, :, 0]))
     assert grey.mode == "L" and grey.size == (24, 20)
     kept = Upscaler(backbones.create_model("hat_nano_x2", upscale=1))(Picture(array, alpha))

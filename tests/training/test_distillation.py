@@ -17,10 +17,10 @@ from zoo import CLASSIFIERS, SMALL, small
 
 import backbones
 from backbones.common.errors import RecipeError
-from backbones.training.build import LabelLoss, build_objective
+from backbones.training.build import build_objective
 from backbones.training.distillation import (
-    Distillation,
     Exit,
+    Objective,
     StudentWithExits,
     Teacher,
     build_teacher,
@@ -101,7 +101,7 @@ def test_the_whole_loss(kind):
     teacher = Teacher(small("shvit", num_classes=3), AS_IS, AS_IS, None)
     recipe = Recipe(distill=kind, distill_alpha=0.3, distill_temperature=2.0, ofa_gamma=1.5)
     images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
-    loss, logits = Distillation(teacher, F.cross_entropy, recipe)(network, images, labels)
+    loss, logits = Objective(F.cross_entropy, recipe, teacher)(network, images, labels)
     wisdom = teacher.network(images)
     torch.testing.assert_close(logits, student(images))
     learnt = {
@@ -112,7 +112,7 @@ def test_the_whole_loss(kind):
         ),
     }[kind]()
     torch.testing.assert_close(loss, 0.7 * F.cross_entropy(logits, labels) + 0.3 * learnt)
-    label_loss, same_logits = LabelLoss(F.cross_entropy)(student, images, labels)
+    label_loss, same_logits = Objective(F.cross_entropy, Recipe())(student, images, labels)
     torch.testing.assert_close(label_loss, F.cross_entropy(same_logits, labels))
 
 
@@ -128,7 +128,7 @@ def test_an_auxiliary_head(kind):
     else:
         teacher = Teacher(small("shvit", num_classes=3), AS_IS, AS_IS, None)
         recipe = Recipe(distill=kind, distill_alpha=0.0, aux_weight=0.3)
-        objective = Distillation(teacher, F.cross_entropy, recipe)
+        objective = Objective(F.cross_entropy, recipe, teacher)
     loss, logits = objective(lambda images: answers, images, labels)
     torch.testing.assert_close(logits, answers[0])
     own, auxiliary = (F.cross_entropy(answer, labels) for answer in answers)

@@ -72,6 +72,23 @@ def test_fused_and_plain_attention_are_seen(mask):
     torch.testing.assert_close(fused.qkv.weight.grad, by_hand.qkv.weight.grad)
 
 
+def test_causal_and_grouped_attention_is_seen():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, heads, 6, 4) for heads in (4, 2, 2))
+    query.requires_grad_()
+
+    def attention(net: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        out = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=0.5, is_causal=True, enable_gqa=True
+        )
+        return out.sum() * 0, out
+
+    scores = query @ key.repeat_interleave(2, 1).transpose(2, 3) / 2
+    weights = scores.masked_fill(torch.ones(6, 6).triu(1) > 0, -torch.inf).softmax(-1)
+    loss, _ = DiverseAttention(attention, 1.0)(nn.Identity(), query, ANSWERS)
+    torch.testing.assert_close(loss, attention_similarity(weights))
+
+
 @pytest.mark.parametrize("family", ["biformer", "efficientvit", "favit", "litv2", "shvit"])
 def test_families_are_seen(family):
     model = small(family, num_classes=2)

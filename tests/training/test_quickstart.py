@@ -36,7 +36,7 @@ def test_it_learns_and_leaves_its_files(tmp_path, capsys):
     arguments = ["--config", str(QUICKSTART), f"--output={tmp_path}", "--epochs=2", "--img-size=32"]
     assert train_cls.main([*arguments, *TINY[1:], "--log-every=2"]) == 0
     folder = tmp_path / "quickstart"
-    wanted = {name for name in RESULTS if not name.startswith(("corrupt", "bad"))}
+    wanted = {name for name in RESULTS if not name.startswith(("corrupt", "bad", "comparison"))}
     assert wanted <= {path.name for path in folder.iterdir()}
     printed = capsys.readouterr().out
     assert all(name in printed for name in wanted) and str(folder) in printed
