@@ -10,6 +10,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,17 @@ from torch import Tensor
 
 from backbones.cli.cam import grad_cam
 from backbones.cli.common import read_labels
-from backbones.cli.predictions import (
-    CSV_HEAD,
-    Prediction,
-    as_csv,
-    as_entries,
-    as_table,
-    draw_predictions,
-)
 from backbones.common import images
 from backbones.common.arguments import nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CommandError, memory_shortage
+from backbones.common.figures import INK, drawable, new_figure, save_figure, short
 from backbones.common.messages import first_line, one_line
 from backbones.common.outputs import (
     FIGURE,
     add_overwrite,
     csv_of,
+    csv_text,
     json_of,
     json_text,
     require_writable,
@@ -43,6 +38,7 @@ from backbones.common.outputs import (
 )
 from backbones.common.progress import counting
 from backbones.common.resizing import Resizing
+from backbones.common.tables import table
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, load, preprocessing
@@ -50,10 +46,11 @@ from backbones.core.loaded import Loaded, fuse, load, preprocessing
 EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png"
 
 _PICTURES = 24
+_CSV_HEAD = ("image", "place", "class", "name", "confidence", "error")
+_HEAT, _STRENGTH = "inferno", 0.6
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``predict``."""
     add = parser.add_argument
     add("images", nargs="+", type=nonempty_path, metavar="IMAGE", help="files or folders")
     add("--model", help="architecture; not needed for a checkpoint of train_cls.py")
@@ -87,7 +84,7 @@ def run(options: Namespace) -> int:
     found = find_images(options.images)
     require_writable(
         {
-            "--csv": (options.csv, csv_of(*CSV_HEAD)),
+            "--csv": (options.csv, csv_of(*_CSV_HEAD)),
             "--json": (options.json, json_of("image")),
             "--cam": (options.cam, FIGURE),
         },
@@ -122,13 +119,13 @@ def run(options: Namespace) -> int:
         predict(loaded, found.images, options.topk, options.batch_size, pictures, progress=True)
     )
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
-    sys.stdout.write(as_table(predictions, names))
-    write_if_asked(options.csv, as_csv(predictions, names))
-    write_if_asked(options.json, json_text(as_entries(predictions, names)))
+    sys.stdout.write(_as_table(predictions, names))
+    write_if_asked(options.csv, _as_csv(predictions, names))
+    write_if_asked(options.json, json_text(_as_entries(predictions, names)))
     if options.cam is not None:
         shown = [prediction for prediction in predictions if prediction.image is not None]
         if shown:
-            draw_predictions(options.cam, shown, names)
+            _draw_predictions(options.cam, shown, names)
     say_skipped(found.others)
     unreadable = [prediction for prediction in predictions if prediction.error]
     for prediction in unreadable:
@@ -136,6 +133,29 @@ def run(options: Namespace) -> int:
     if unreadable:
         sys.stderr.write(f"{len(unreadable)} of {len(predictions)} images could not be read\n")
     return 1 if unreadable else 0
+
+
+@dataclass
+class Prediction:
+    """A model's prediction for one image.
+
+    Attributes:
+        classes, confidences: in descending order of confidence.
+        error: why the image could not be read; then the other fields are empty.
+        image: (H, W, 3) in 0 … 1, the model's input; only for pictures, like ``heat``.
+        heat: (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
+    """
+
+    path: Path
+    classes: list[int]
+    confidences: list[float]
+    error: str = ""
+    image: Any = None
+    heat: Any = None
+
+    def ranked(self) -> list[tuple[int, float]]:
+        """(class, confidence) pairs, the most likely first."""
+        return list(zip(self.classes, self.confidences, strict=True))
 
 
 def predict(
@@ -247,3 +267,67 @@ def _classify(
     ):
         prediction.confidences, prediction.classes = confidences, classes
     return drawn
+
+
+def _as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
+    """A text table, without unreadable images."""
+    rows = [
+        [one_line(str(p.path)) if not place else "", names[number], f"{100 * confidence:.1f} %"]
+        for p in predictions
+        for place, (number, confidence) in enumerate(p.ranked())
+    ]
+    return table(("image", "class", "confidence"), rows, left=2) if rows else ""
+
+
+def _as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
+    """CSV with a row for each predicted class and for each unreadable image."""
+    rows: list[tuple[Any, ...]] = []
+    for p in predictions:
+        if p.error:
+            rows.append((p.path, "", "", "", "", p.error))
+        for place, (number, confidence) in enumerate(p.ranked(), start=1):
+            rows.append((p.path, place, number, names[number], f"{confidence:.6f}", ""))
+    return csv_text(_CSV_HEAD, rows)
+
+
+def _as_entries(predictions: Sequence[Prediction], names: Sequence[str]) -> list[dict[str, Any]]:
+    """An entry for each image, for JSON."""
+    entries: list[dict[str, Any]] = []
+    for p in predictions:
+        if p.error:
+            entries.append({"image": str(p.path), "error": p.error})
+            continue
+        ranked = [{"class": n, "name": names[n], "confidence": round(c, 6)} for n, c in p.ranked()]
+        entries.append({"image": str(p.path), "predictions": ranked})
+    return entries
+
+
+def _draw_predictions(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
+    """Draw each image next to a copy with its heat map, with the top predictions below."""
+    from matplotlib import colormaps
+
+    columns = min(4, len(predictions))
+    rows = -(-len(predictions) // columns)
+    width, height = 3.1 * columns + 0.2, 2.25 * rows + 0.15
+    figure = new_figure(width, height)
+    edges = {"left": 0.1 / width, "right": 1 - 0.1 / width}
+    edges |= {"bottom": 0.5 / height, "top": 1 - 0.32 / height}
+    figure.subplots_adjust(**edges, wspace=0.06, hspace=0.5)
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, prediction in zip(axes, predictions, strict=False):
+        heat = prediction.heat[..., None]
+        colors = colormaps[_HEAT](heat[..., 0])[..., :3]
+        shown = prediction.image * (1 - _STRENGTH * heat) + colors * _STRENGTH * heat
+        gap = np.ones((len(heat), max(1, len(heat) // 40), 3))
+        axis.imshow(np.concatenate((prediction.image, gap, shown), axis=1))
+        name = prediction.path.name
+        title = drawable(name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}")
+        axis.set_title(title, fontsize=9, loc="left", pad=3, color="#56606e")
+        for i, (number, confidence) in enumerate(prediction.ranked()[:2]):
+            line = f"{short(names[number])}  {100 * confidence:.0f} %"
+            font = {"fontsize": 8.5} if i else {"fontsize": 10, "fontweight": "bold"}
+            place = {"transform": axis.transAxes, "va": "top"}
+            axis.text(0, -0.03 - 0.13 * i, line, color=INK, **place, **font)
+    save_figure(figure, path)
