@@ -19,7 +19,7 @@ from torch import Tensor
 
 from backbones.cli import graphs, quantizing
 from backbones.cli.common import add_size_argument, two_sides
-from backbones.common.arguments import nonempty_path, real
+from backbones.common.arguments import nonempty_path, real, whole
 from backbones.common.errors import CommandError
 from backbones.common.files import replacing_together, require_disk_space
 from backbones.common.memory import require_memory
@@ -35,7 +35,6 @@ EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``export``."""
     add = parser.add_argument
     add("model", help="name of the architecture")
     add("--out", type=nonempty_path, required=True, metavar="FILE", help="file to write")
@@ -45,13 +44,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--dynamic", action="store_true", help="dynamic batch and image size")
     add_size_argument(parser, "size to trace at (default: the model's)")
     text = "batch size if not dynamic (1)"
-    add("--batch", type=int, default=1, metavar="N", help=text)
+    add("--batch", type=whole(1), default=1, metavar="N", help=text)
     add("--fused", action="store_true", help="fold norms and branches first")
     text = "quantise: ONNX (QDQ), or safetensors for this library"
     add("--int8", action="store_true", help=text)
     add("--calibration", type=nonempty_path, metavar="FOLDER", help="folder of images for --int8")
     text = "how many of them (64)"
-    add("--calibration-images", type=int, default=64, metavar="N", help=text)
+    add("--calibration-images", type=whole(1), default=64, metavar="N", help=text)
     text = "safetensors: maximum relative error of the output; sensitive layers are not quantised"
     add("--max-drop", type=real(0, above=True), metavar="X", help=text)
     add_overwrite(parser)
@@ -79,11 +78,10 @@ def _run(options: Namespace) -> int:
         )
     if options.max_drop is not None and not ours:
         raise CommandError("--max-drop needs safetensors: use --out FILE.safetensors --int8")
-    quantizing.check_options(
-        options.int8, options.calibration, options.calibration_images, fixed_ranges=not ours
-    )
-    if options.batch < 1:
-        raise CommandError(f"--batch must be 1 or more, got {options.batch}")
+    if options.int8 and options.calibration is None and not ours:
+        raise CommandError(f"--int8 needs --calibration FOLDER; {quantizing.WANTED}")
+    if options.calibration is not None and not options.int8:
+        raise CommandError("--calibration requires --int8; add it, or omit --calibration")
     require_writable(
         {"--out": (options.out, _FORMATS[format])},
         [options.checkpoint, options.calibration],
@@ -138,12 +136,9 @@ def export(
     dynamic: bool = False,
     images: Sequence[Tensor] | None = None,
 ) -> None:
-    """Write ``path`` if its outputs equal the model's, and print a report.
+    """Write ``path`` as "onnx" or "pt2" if its outputs equal the model's, and print a report.
 
     Args:
-        format: ``"onnx"`` or ``"pt2"``.
-        size: of the images to trace with.
-        batch: batch size; ignored if ``dynamic``, like the size.
         images: (1, C, H, W) each, for int8 calibration; None for no int8.
     """
     model, name = loaded.model, loaded.name
@@ -179,12 +174,14 @@ def _write(
     """Trace the model and write the file; returns a function that runs it."""
     model, name = loaded.model, loaded.name
     _say(f"{name}: tracing at {_sizes(shape)}")
-    if format == "pt2":
-        graphs.save_program(graphs.trace(model, shape, dynamic), path)
-        return graphs.program_runner(path)
     program = graphs.trace(model, shape, dynamic)
+    if format == "pt2":
+        graphs.save_program(program, path)
+        return graphs.program_runner(path)
     _say(f"{name}: writing ONNX")
-    graphs.save_onnx(program, path, _metadata(loaded))
+    config = json.dumps(preprocessing(loaded), default=list)
+    facts = {**quantizing.metadata_of(loaded), "torch": torch.__version__, "preprocessing": config}
+    graphs.save_onnx(program, path, facts)
     _say(f"{name}: comparing with the model")
     return graphs.onnx_runner(path)
 
@@ -201,16 +198,6 @@ def _quantize(
     for number, shape in enumerate(shapes[1:], start=1):
         found = quantizing.agreement(model, runner, [graphs.noise(shape, number)])
         _say(f"  {_sizes(shape):<16} int8, noise: {found.decibels:.1f} dB")
-
-
-def _metadata(loaded: Loaded) -> dict[str, str]:
-    """The metadata needed to run the file, as strings."""
-    config: dict[str, Any] = preprocessing(loaded)
-    facts = {"model": loaded.name, "torch": torch.__version__}
-    facts["preprocessing"] = json.dumps(config, default=list)
-    if loaded.classes:
-        facts["classes"] = json.dumps(loaded.classes)
-    return facts
 
 
 def _excuse(found: graphs.Check) -> str:

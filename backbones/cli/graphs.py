@@ -10,9 +10,8 @@ import inspect
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,12 +38,7 @@ _TRACED_BATCH, _TRACED_SIZE = 3, (739, 997)
 
 
 def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export.ExportedProgram:
-    """The graph of a model in eval mode, without gradients.
-
-    Args:
-        shape: (B, C, H, W) of the images.
-        dynamic: whether batch, height and width are dynamic.
-    """
+    """The graph of a model in eval mode; if ``dynamic``, for any batch size, height and width."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     parameter = next(frozen.parameters())
     images = torch.zeros(
@@ -113,7 +107,6 @@ def save_onnx(
 
     Weights of more than 1.9 GB are stored in ``<path>.data``. Equal constants are stored once.
     """
-    _require_packages("onnx", "onnxscript")
     from onnx_ir.passes.common import DeduplicateInitializersPass
 
     try:
@@ -162,7 +155,6 @@ def program_runner(path: Path) -> Run:
 
 def onnx_runner(path: Path, threads: int = 1) -> Run:
     """A function that runs an ONNX file in onnxruntime on the CPU: images (B, C, H, W) → output."""
-    _require_packages("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -188,10 +180,7 @@ def onnx_runner(path: Path, threads: int = 1) -> Run:
 
 
 def check_shapes(shape: Sequence[int], dynamic: bool) -> list[tuple[int, ...]]:
-    """The shapes to compare at: ``shape`` and, if dynamic, a smaller and a larger, odd one.
-
-    The three have different batch sizes.
-    """
+    """The shapes to compare at; if dynamic, also a smaller and a larger, odd one."""
     batch, channels, height, width = shape
     if not dynamic:
         return [tuple(shape)]
@@ -200,8 +189,7 @@ def check_shapes(shape: Sequence[int], dynamic: bool) -> list[tuple[int, ...]]:
     return [tuple(shape), (batch + 2, channels, *smaller), (batch + 1, channels, *larger)]
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """The error of a file at one size.
 
     Attributes:
@@ -276,35 +264,21 @@ def _lift_limits(program: torch.export.ExportedProgram) -> None:
 
 def _name_axes(model: Any) -> None:
     """Name the dynamic axes of an ONNX model: batch, height, width."""
-    names = dict(
-        zip(
-            (str(axis) for axis in model.graph.inputs[0].shape),
-            ("batch", None, "height", "width"),
-            strict=True,
-        )
-    )
     import onnx_ir
 
+    batch, _, height, width = map(str, model.graph.inputs[0].shape)
+    names: dict[Any, str] = {batch: "batch", height: "height", width: "width"}
     for value in (*model.graph.inputs, *model.graph.outputs):
-        value.shape = onnx_ir.Shape(
-            [
-                axis if isinstance(axis, int) else names.get(str(axis)) or str(axis)
-                for axis in value.shape
-            ]
-        )
+        axes = [axis if isinstance(axis, int) else str(axis) for axis in value.shape]
+        value.shape = onnx_ir.Shape([names.get(axis, axis) for axis in axes])
 
 
 def require_onnx() -> None:
-    """Raise a CommandError if the packages for ONNX are not installed."""
-    _require_packages("onnx", "onnxscript", "onnxruntime")
-
-
-def _require_packages(*packages: str) -> None:
+    """Raise a CommandError if packages for ONNX are not installed."""
+    packages = ("onnx", "onnxscript", "onnxruntime")
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise CommandError(
-            f"{' and '.join(missing)} missing: pip install onnx onnxscript onnxruntime"
-        )
+        raise CommandError(f"{' and '.join(missing)} missing: pip install {' '.join(packages)}")
 
 
 def _reason(error: BaseException) -> str:

@@ -12,10 +12,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +34,12 @@ from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, preprocessing
 from backbones.fusing.precision import Precision
 
-_WANTED = "give a folder of images like those that the model will see"
+WANTED = "give a folder of images like those that the model will see"
 # The expensive operators; norms, softmax and sums stay in float.
 _QUANTIZED = ["Conv", "MatMul", "Gemm"]
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """How an int8 file compares with the model.
 
     Attributes:
@@ -60,20 +58,6 @@ class Agreement:
         return f"int8 agrees with float in {100 * self.top1:.1f} % of {images} predictions, {noise}"
 
 
-def check_options(int8: bool, folder: Path | None, count: int, fixed_ranges: bool = True) -> None:
-    """Check ``--int8``, ``--calibration`` and ``--calibration-images`` for consistency.
-
-    Args:
-        fixed_ranges: whether the format needs them, and so images.
-    """
-    if int8 and folder is None and fixed_ranges:
-        raise CommandError(f"--int8 needs --calibration FOLDER; {_WANTED}")
-    if folder is not None and not int8:
-        raise CommandError("--calibration requires --int8; add it, or omit --calibration")
-    if count < 1:
-        raise CommandError(f"--calibration-images must be 1 or more, got {count}")
-
-
 def calibration_images(
     loaded: Loaded, folder: Path, count: int, size: tuple[int, int]
 ) -> list[Tensor]:
@@ -87,7 +71,7 @@ def calibration_images(
     try:
         paths = find_images([folder]).images
     except (CommandError, OSError) as error:
-        raise CommandError(f"--calibration: {error}; {_WANTED}") from error
+        raise CommandError(f"--calibration: {error}; {WANTED}") from error
     images: list[Tensor] = []
     for path in paths[:: max(1, len(paths) // count)][:count]:
         try:
@@ -95,7 +79,7 @@ def calibration_images(
         except (OSError, ValueError, SyntaxError):
             continue
     if not images:
-        raise CommandError(f"--calibration: no readable images in {folder}; {_WANTED}")
+        raise CommandError(f"--calibration: no readable images in {folder}; {WANTED}")
     return images
 
 
@@ -133,6 +117,12 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
     os.replace(quantized, path)
 
 
+def metadata_of(loaded: Loaded) -> dict[str, str]:
+    """What a file says of its model: its name and, if known, those of its classes."""
+    classes = {"classes": json.dumps(loaded.classes)} if loaded.classes else {}
+    return {"model": loaded.name, **classes}
+
+
 def agreement(model: nn.Module, run: Run, images: Sequence[Tensor]) -> Agreement:
     """How the outputs of ``run`` compare with the model's on ``images``."""
     same, signal, noise = 0, 0.0, 0.0
@@ -167,9 +157,7 @@ def export_int8(
 
     Args:
         loaded: its model is fused in int8.
-        size: of the image to compare the file with the model on.
         images: (1, C, H, W) each, to calibrate with; None for ranges of each row.
-        max_drop: see ``fuse()``.
     """
     exact, model = copy.deepcopy(loaded.model), loaded.model
     batches = None if images is None else torch.cat(list(images)).split(_BATCH)
@@ -180,7 +168,10 @@ def export_int8(
         raise CommandError(f"{loaded.name}: {reason}")
     probe = noise((1, channels_of(exact), *size), 0)
     with replacing_together(path) as scratch:
-        save_weights(scratch, model.int8_state_dict(), _metadata(loaded))
+        facts = metadata_of(loaded)
+        if loaded.recipe is not None:
+            facts["recipe"] = dump(loaded.recipe)
+        save_weights(scratch, model.int8_state_dict(), facts)
         again = copy.deepcopy(exact)
         try:
             backbones.load_checkpoint(again, scratch)
@@ -205,13 +196,3 @@ def export_int8(
 def _run(model: Any, image: Tensor) -> Tensor:
     out: Tensor = model(image.to(next(model.parameters()).dtype))
     return out.float()
-
-
-def _metadata(loaded: Loaded) -> dict[str, str]:
-    """What :func:`backbones.core.loaded.load` reads."""
-    facts = {"model": loaded.name}
-    if loaded.classes:
-        facts["classes"] = json.dumps(loaded.classes)
-    if loaded.recipe is not None:
-        facts["recipe"] = dump(loaded.recipe)
-    return facts
