@@ -65,9 +65,8 @@ from backbones.cli.contenders import (
     reason,
 )
 from backbones.cli.measure import count_macs
-from backbones.cli.op_kinds import time_by_kind
 from backbones.cli.reports import load_report, provenance, put_rows, read_report, write_report
-from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady
+from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady, time_by_kind
 from backbones.common.arguments import THREADS, nonempty_path, real, whole
 from backbones.common.errors import CommandError
 from backbones.common.outputs import REPORT, add_overwrite, require_writable
@@ -283,7 +282,6 @@ def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``benchmark``."""
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="model to measure as on the page Speed")
     add("--models", nargs="+", metavar="NAME", help="several models, with --modes and --against")
@@ -312,11 +310,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
-    """Run ``benchmark``; 0.
-
-    Args:
-        known: what ``--against`` may name, by label.
-    """
+    """Run ``benchmark``, where ``--against`` may name the ``known``."""
     _set_defaults(options)
     unknown = {name for name in options.models if not name.startswith(PREFIX)}
     unknown -= set(backbones.list_models())

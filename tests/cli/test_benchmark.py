@@ -18,7 +18,7 @@ from backbones.cli.benchmark import INT8, Row, measure
 from backbones.cli.benchmark_report import comparison
 from backbones.cli.contenders import Runtime, contender
 from backbones.cli.main import main
-from backbones.cli.op_kinds import KINDS, kind_of
+from backbones.cli.timing import KINDS, kind_of
 
 _create_model = backbones.create_model
 # A turn is two calls then.
