@@ -15,7 +15,6 @@ _ALL = "all"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``build``."""
     parser.add_argument(
         "--isa",
         nargs="+",
@@ -26,7 +25,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Run ``build``."""
     sets = options.isa or [cpu.instruction_set()]
     for isa in cpu.levels() if _ALL in sets else dict.fromkeys(sets):
         start = time.monotonic()

@@ -78,20 +78,13 @@ class Runtime(nn.Module):
 
     It is prepared at the first call, for that input's shape, and started with torch's current
     number of threads. A call that fails raises :class:`CannotRunError`.
-
-    Args:
-        prepare: function from the model's name and the shape to what is to be run.
-        name: of the model.
-
-    Attributes:
-        bytes_on_disk: None before the first call.
     """
 
     def __init__(self, prepare: Callable[[str, tuple[int, ...]], Prepared], name: str) -> None:
         super().__init__()
         self._prepare, self._name = prepare, name
         self._run: Run | None = None
-        self.bytes_on_disk: int | None = None
+        self.bytes_on_disk: int | None = None  # before the first call
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
@@ -144,11 +137,7 @@ def openvino_core() -> Any:
 
 
 def openvino_runner(options: Mapping[str, Any], path: Path, threads: int) -> Run:
-    """A function that runs a file with OpenVINO.
-
-    Args:
-        options: further ones of its compilation.
-    """
+    """A function that runs a file with OpenVINO, compiled with further ``options``."""
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, **options}
     request = openvino_core().compile_model(str(path), "CPU", settings).create_infer_request()
 

@@ -23,7 +23,6 @@ _SHOWN = 5
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``embed``."""
     add = parser.add_argument
     text = "folder of images, .tar or .parquet files, one such file or a pattern of them, list of "
     text += "paths (.txt), digits, medmnist/NAME, torch/NAME, hfds/NAME"

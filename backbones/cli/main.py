@@ -45,11 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
-    """Run one command of :data:`COMMANDS`; the exit status, as of :func:`main`.
-
-    Args:
-        argv: the words after the command.
-    """
+    """Run one command of :data:`COMMANDS`; the exit status, as of :func:`main`."""
     path, summary = COMMANDS[name]
     program = f"vision-backbones {name}"
 

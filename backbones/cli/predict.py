@@ -168,10 +168,7 @@ def predict(
 ) -> Iterator[Prediction]:
     """Predictions in the order of ``paths``.
 
-    Args:
-        topk: number of classes per image, clipped to the model's classes.
-        pictures: number of readable images to return with their pixels and Grad-CAM.
-        progress: show a progress bar if standard error is a terminal.
+    The first ``pictures`` readable images are returned with their pixels and Grad-CAM.
     """
     config = preprocessing(loaded)
     resize = Resizing(config)
@@ -204,13 +201,10 @@ def predict(
 
 
 def find_images(places: Sequence[Path]) -> images.Listing[Path]:
-    """The given files, and the images in the given folders (recursively, sorted).
+    """The given files and the images in the given folders (recursively, sorted), and other files.
 
     Non-images with an image's name (a named pipe, a broken link) are included; reading them fails
     with an explanation.
-
-    Returns:
-        images, and the other files in the folders.
     """
     found: images.Listing[Path] = images.Listing([], [])
     for place in places:

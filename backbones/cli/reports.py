@@ -102,15 +102,11 @@ def read_report(path: Path) -> Report:
 
 
 def load_report(path: Path, machine: Mapping[str, Any]) -> Report:
-    """The report that earlier runs wrote to ``path``, or an empty one.
-
-    Args:
-        machine: this one; what the report's lacks is not compared.
-    """
+    """The report that earlier runs on this machine wrote to ``path``, or an empty one."""
     if not path.exists():
         return {"machine": dict(machine), "results": []}
     report = read_report(path)
-    there = report["machine"]
+    there = report["machine"]  # older ones lack keys
     if any(there[key] != machine.get(key) for key in there):
         raise CommandError(
             f"{path} was measured on {there}, this is {dict(machine)}; choose another --output, or "
