@@ -69,6 +69,7 @@ from backbones.cli.reports import load_report, provenance, put_rows, read_report
 from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady, time_by_kind
 from backbones.common.arguments import THREADS, nonempty_path, real, whole
 from backbones.common.errors import CommandError
+from backbones.common.messages import shown
 from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.core.from_timm import PREFIX
 from backbones.core.inputs import require_size, size_of
@@ -312,11 +313,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     """Run ``benchmark``, where ``--against`` may name the ``known``."""
     _set_defaults(options)
-    unknown = {name for name in options.models if not name.startswith(PREFIX)}
-    unknown -= set(backbones.list_models())
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise CommandError(f"unknown models {names}; see backbones.list_models()")
     if options.compare is not None and not options.compare.is_file():
         raise CommandError(f"--compare: there is no file {options.compare}")
     output = options.output.with_suffix(".json")
@@ -382,6 +378,8 @@ def _rows(options: Namespace, sizes: Mapping[str, Sequence[int]]) -> Iterator[Ro
 def _sizes(name: str, sizes: Sequence[int] | None) -> Sequence[int]:
     """The sizes to measure a model at: ``sizes``, or else its usual one."""
     if not name.startswith(PREFIX):
+        if name not in backbones.list_models():
+            raise ValueError(f"unknown model {shown(name)}; see backbones.list_models()")
         return sizes or [DEFAULT_TILE if name.startswith("hat") else DEFAULT_SIZE]
     model = backbones.create_model(name)
     require_size(model, *((size, size) for size in sizes or ()))

@@ -52,10 +52,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--address", help="Ray cluster: auto or HOST:PORT (default: start one here)")
 
 
+@exit_on_signals()
 def run(options: Namespace) -> int:
     """Run ``embed``; 1 if an image could not be decoded."""
-    with exit_on_signals():
-        done = embed(**vars(options), progress=sys.stderr)
+    done = embed(**vars(options), progress=sys.stderr)
     rate = f", {done.done / done.seconds:.0f} images/s" if done.done else ""
     sys.stdout.write(f"{done.rows} embeddings in {options.out}{rate}\n")
     if done.skipped:

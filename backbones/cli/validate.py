@@ -237,10 +237,8 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def find_candidates(options: Namespace) -> list[Candidate]:
     """The models of the command line: names, patterns, lists in files, and runs."""
-    settings = {"img_size": options.img_size, "crop_pct": options.crop_pct}
-    settings |= {"interpolation": options.interpolation, "in_chans": options.in_chans}
-    settings |= {"model_args": options.model_args}
-    given = {key: value for key, value in settings.items() if value is not None}
+    keys = ("img_size", "crop_pct", "interpolation", "in_chans", "model_args")
+    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
     found = []
     for word in options.model:
         names = backbones.list_models(word, pretrained=True) if set("*?[") & set(word) else [word]

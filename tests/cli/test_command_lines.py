@@ -220,7 +220,7 @@ REFUSED = [
     ("benchmark --against no_such_package", "No module named"),
     ("benchmark --against json", "json has no function create_model"),
     ("benchmark --against none.py", "there is no file"),
-    ("benchmark --models van_b9", "unknown models van_b9; see backbones.list_models()"),
+    ("benchmark --models van_b9", "unknown model 'van_b9'; see backbones.list_models()"),
     ("benchmark --compare no.json", "--compare: there is no file no.json"),
 ]
 SHORT = {
