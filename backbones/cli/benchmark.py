@@ -44,7 +44,7 @@ import math
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -328,7 +328,13 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     here = {key: value for key, value in machine(torch.device("cpu")).items() if key != "threads"}
     report = load_report(output, here)
     done = {row_key(row) for row in report["results"]} if options.resume else set()
-    for row in _rows(options, sizes):
+    settings = (options.threads, options.dtypes, options.directions, options.batches)
+    rows = [
+        Row(name, size, batch, threads, dtype, direction)
+        for threads, dtype, direction, batch, name in itertools.product(*settings, options.models)
+        for size in sizes[name]
+    ]
+    for row in rows:
         if row in done:
             continue
         turns = (options.rounds, options.seconds, options.turn_ms / 1e3)
@@ -366,13 +372,6 @@ def _set_defaults(options: Namespace) -> None:
     for name, (of_one, of_many) in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, of_one if one else of_many)
-
-
-def _rows(options: Namespace, sizes: Mapping[str, Sequence[int]]) -> Iterator[Row]:
-    settings = (options.threads, options.dtypes, options.directions, options.batches)
-    for threads, dtype, direction, batch, name in itertools.product(*settings, options.models):
-        for size in sizes[name]:
-            yield Row(name, size, batch, threads, dtype, direction)
 
 
 def _sizes(name: str, sizes: Sequence[int] | None) -> Sequence[int]:

@@ -53,25 +53,17 @@ def contenders_of(row: dict[str, Any], names: Iterable[str]) -> Cell:
     return next((Cell(n, None, f.get("skipped", "no time")) for n, f in found.items()), Cell())
 
 
-def _elsewhere(row: dict[str, Any], dtype: str) -> list[str]:
-    """The contenders of a row that are not ours and compute in ``dtype``.
+def _rival_dtype(name: str) -> str | None:
+    """The dtype that a contender computes in; None for ours.
 
-    NATTEN 0.17 as pip compiles it is none: it is compiled without optimisation.
+    NATTEN 0.17 as pip compiles it is no rival: it is compiled without optimisation.
     """
-
-    def dtype_of(name: str) -> str:
-        if any(word in name.split("_") for word in _TOOLKITS):
-            return "int8"
-        return "bfloat16" if name.endswith(("bf16", "bfloat16")) else "float32"
-
     ours = {name for names in _OURS.values() for name in names}
-    return [
-        name
-        for name in row["contenders"]
-        if name not in ours
-        and not name.startswith(("fused", "natten_"))
-        and dtype_of(name) == dtype
-    ]
+    if name in ours or name.startswith(("fused", "natten_")):
+        return None
+    if any(word in name.split("_") for word in _TOOLKITS):
+        return "int8"
+    return "bfloat16" if name.endswith(("bf16", "bfloat16")) else "float32"
 
 
 def rivals(row: dict[str, Any], dtype: str) -> dict[str, float]:
@@ -80,11 +72,10 @@ def rivals(row: dict[str, Any], dtype: str) -> dict[str, float]:
     if ours.milliseconds is None:
         return {}
     over = row["contenders"][ours.name].get("speedup_over", {})
-    times = {name: contenders_of(row, [name]).milliseconds for name in _elsewhere(row, dtype)}
     return {
-        name: over.get(name, time / ours.milliseconds)
-        for name, time in times.items()
-        if time is not None
+        name: over.get(name, figures["milliseconds"] / ours.milliseconds)
+        for name, figures in row["contenders"].items()
+        if _rival_dtype(name) == dtype and figures.get("milliseconds") is not None
     }
 
 

@@ -73,7 +73,7 @@ def run(options: Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Run all checks."""
-    versions = _installed()
+    versions = {name: v for name in _PACKAGES if (v := installed_version(name)) is not None}
     findings = examine_packages(versions)
     cpu = examine_cpu()
     findings += cpu + examine_gradients() + examine_gpu()
@@ -319,10 +319,6 @@ def _examine_folder(what: str, folder: Path, variable: str) -> Finding:
         severity = "warning" if free < _SCARCE_BYTES else "ok"
     fix = "" if severity == "ok" else suggest_folder(variable, free or 0)
     return Finding("cache", severity, text, fix)
-
-
-def _installed() -> dict[str, str]:
-    return {name: found for name in _PACKAGES if (found := installed_version(name)) is not None}
 
 
 def _has_no_extension() -> bool:

@@ -32,13 +32,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "a new folder, or one to resume"
     add("--out", type=nonempty_path, metavar="FOLDER", required=True, help=text)
     add("--features", default="head", metavar="WHICH", help=f"{FEATURES} (head)")
-    add(
-        "--classes",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="also store the N most likely classes (0)",
-    )
+    text = "also store the N most likely classes (0)"
+    add("--classes", type=whole(0), default=0, metavar="N", help=text)
     add("--dtype", default="float32", choices=COMPUTED, help="dtype of the computation (float32)")
     add("--store", default="float32", choices=STORED, help="dtype in the shards (float32)")
     add("--split", default="train", help="split of digits, medmnist/, torch/ or hfds/ (train)")

@@ -39,27 +39,18 @@ _TRACED_BATCH, _TRACED_SIZE = 3, (739, 997)
 
 def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export.ExportedProgram:
     """The graph of a model in eval mode; if ``dynamic``, for any batch size, height and width."""
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    parameter = next(frozen.parameters())
-    images = torch.zeros(
-        *((_TRACED_BATCH, shape[1], *_TRACED_SIZE) if dynamic else shape),
-        dtype=parameter.dtype,
-        device=parameter.device,
-    )
-    axes = torch.export.Dim.DYNAMIC
-    return _export(frozen, (images,), ({0: axes, 2: axes, 3: axes},) if dynamic else None)
-
-
-def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.export.ExportedProgram:
-    """torch.export with its ``dynamic_shapes=axes``; None if all sizes are static."""
     from torch.fx.experimental import _config
 
     symbolic_config: Any = _config
-
-    dynamic = axes is not None
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    parameter = next(frozen.parameters())
+    traced = (_TRACED_BATCH, shape[1], *_TRACED_SIZE) if dynamic else shape
+    images = torch.zeros(*traced, dtype=parameter.dtype, device=parameter.device)
+    axes = torch.export.Dim.DYNAMIC
+    sizes = ({0: axes, 2: axes, 3: axes},) if dynamic else None
     try:
         with silence(), symbolic_config.patch(backed_size_oblivious=dynamic), torch.no_grad():
-            program = _export_with_assertions(module, inputs, axes)
+            program = _export(frozen, images, sizes)
     except Exception as error:  # torch raises many kinds, some of them private
         raise CommandError(f"cannot be exported: {_reason(error)}") from error
     if dynamic:
@@ -68,22 +59,18 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.expo
     return program
 
 
-def _export_with_assertions(
-    module: nn.Module, inputs: tuple[Any, ...], axes: Any
-) -> torch.export.ExportedProgram:
+def _export(module: nn.Module, images: Tensor, sizes: Any) -> torch.export.ExportedProgram:
     """Conditions on dynamic sizes become assertions in the graph instead of limits to the sizes."""
-    arguments: dict[str, Any] = {"dynamic_shapes": axes, "strict": False}
+    arguments: dict[str, Any] = {"dynamic_shapes": sizes, "strict": False}
     option = "prefer_deferred_runtime_asserts_over_guards"
     if option in inspect.signature(torch.export.export).parameters:
-        return torch.export.export(module, inputs, **arguments | {option: axes is not None})
+        arguments[option] = sizes is not None
+        return torch.export.export(module, (images,), **arguments)
     # torch 2.8 has the option only in the function behind torch.export.export.
     private: Any = importlib.import_module("torch.export._trace")
+    arguments["allow_complex_guards_as_runtime_asserts"] = sizes is not None
     program: torch.export.ExportedProgram = private._export(
-        module,
-        inputs,
-        **arguments,
-        pre_dispatch=True,
-        allow_complex_guards_as_runtime_asserts=axes is not None,
+        module, (images,), **arguments, pre_dispatch=True
     )
     return program
 
@@ -124,9 +111,8 @@ def save_onnx(
     DeduplicateInitializersPass(_LARGEST_TABLE)(made.model)
     _name_axes(made.model)
     made.model.metadata_props.update(metadata or {})
-    made.save(
-        path, external_data=sum(t.nbytes for t in program.state_dict.values()) > _LARGEST_FILE
-    )
+    weights = sum(t.nbytes for t in program.state_dict.values())
+    made.save(path, external_data=weights > _LARGEST_FILE)
 
 
 @contextlib.contextmanager
@@ -171,9 +157,8 @@ def onnx_runner(path: Path, threads: int = 1) -> Run:
         try:
             (output,) = session.run(None, {"image": images.numpy()})
         except Exception as error:  # as above
-            raise CommandError(
-                f"onnxruntime fails at {tuple(images.shape)}: {_reason(error)}"
-            ) from error
+            where = tuple(images.shape)
+            raise CommandError(f"onnxruntime fails at {where}: {_reason(error)}") from error
         return torch.from_numpy(np.asarray(output))
 
     return run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -70,14 +69,16 @@ def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
         parts.append(Part(name, tuple(_first(output).shape[1:]), params, total - counted, side))
         counted = total
 
+    def end_stem(stage: nn.Module, inputs: Any) -> None:
+        record("stem", shadow.stem, (), inputs)
+
     with counter, _correct_attention(shadow, counter), ExitStack() as hooks:
         if field is None:
             modules = _modules_of(shadow)
         else:
             modules = [(f"stage {i}", stage) for i, stage in enumerate(shadow.stages, start=1)]
             hooks.enter_context(follow(shadow, field))
-            stem = lambda _, inputs: record("stem", shadow.stem, (), inputs)  # noqa: E731
-            hooks.enter_context(shadow.stages[0].register_forward_pre_hook(stem))
+            hooks.enter_context(shadow.stages[0].register_forward_pre_hook(end_stem))
         for name, module in modules:
             hooks.enter_context(module.register_forward_hook(partial(record, name)))
         output = shadow(images)
@@ -100,15 +101,21 @@ def count_macs(model: Any, height: int, width: int) -> int:
     return sum(part.macs for part in measure(model, height, width))
 
 
+def part_of(layer: str) -> str:
+    """The part of a network that a layer is in, by its path: a stage, or another module."""
+    names = layer.split(".")
+    staged = names[0] == "stages" and len(names) > 1
+    return f"stage {int(names[1]) + 1}" if staged else names[0] or "model"
+
+
 def _parts_of(layers: Sequence[str], names: Sequence[str]) -> Iterator[str]:
-    """The parts to which the calls of a forward pass belong, by the paths of their layers."""
+    """Those of ``names`` to which the calls of a forward pass belong, by the paths of layers."""
     now = names[0]
     for layer in layers:
-        stage = re.match(r"stages\.(\d+)", layer)
         if names[-1] == "rest":  # a model of timm
             now = next((name for name in names if f"{layer}.".startswith(f"{name}.")), "rest")
-        elif stage:
-            now = f"stage {int(stage[1]) + 1}"
+        elif (part := part_of(layer)) in names[1:-1]:
+            now = part
         elif now != "stem":
             now = "head"
         yield now

@@ -63,11 +63,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = f"draw the first {_PICTURES} images with their Grad-CAM"
     add("--cam", type=nonempty_path, metavar="PNG", help=text)
     add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
-    add(
-        "--dtype",
-        choices=COMPUTED,
-        help="fuse the model and compute in this dtype (default: not fused)",
-    )
+    text = "fuse the model and compute in this dtype (default: not fused)"
+    add("--dtype", choices=COMPUTED, help=text)
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
     add_overwrite(parser)
 
@@ -115,15 +112,13 @@ def run(options: Namespace) -> int:
         fuse(loaded.model, dtype=COMPUTED[options.dtype])
 
     pictures = _PICTURES if options.cam is not None else 0
-    predictions = list(
-        predict(loaded, found.images, options.topk, options.batch_size, pictures, progress=True)
-    )
+    predictions = [*predict(loaded, found.images, options.topk, options.batch_size, pictures)]
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
     sys.stdout.write(_as_table(predictions, names))
     write_if_asked(options.csv, _as_csv(predictions, names))
     write_if_asked(options.json, json_text(_as_entries(predictions, names)))
     if options.cam is not None:
-        shown = [prediction for prediction in predictions if prediction.image is not None]
+        shown = [prediction for prediction in predictions if prediction.heat is not None]
         if shown:
             _draw_predictions(options.cam, shown, names)
     say_skipped(found.others)
@@ -140,31 +135,21 @@ class Prediction:
     """A model's prediction for one image.
 
     Attributes:
-        classes, confidences: in descending order of confidence.
+        ranked: (class, confidence) pairs, the most likely first.
         error: why the image could not be read; then the other fields are empty.
-        image: (H, W, 3) in 0 … 1, the model's input; only for pictures, like ``heat``.
+        image: (C, H, W) in uint8, as resized for the model; only for pictures, like ``heat``.
         heat: (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
     """
 
     path: Path
-    classes: list[int]
-    confidences: list[float]
+    ranked: Sequence[tuple[int, float]] = ()
     error: str = ""
     image: Any = None
     heat: Any = None
 
-    def ranked(self) -> list[tuple[int, float]]:
-        """(class, confidence) pairs, the most likely first."""
-        return list(zip(self.classes, self.confidences, strict=True))
-
 
 def predict(
-    loaded: Loaded,
-    paths: Sequence[Path],
-    topk: int = 5,
-    batch_size: int = 16,
-    pictures: int = 0,
-    progress: bool = False,
+    loaded: Loaded, paths: Sequence[Path], topk: int = 5, batch_size: int = 16, pictures: int = 0
 ) -> Iterator[Prediction]:
     """Predictions in the order of ``paths``.
 
@@ -173,29 +158,27 @@ def predict(
     config = preprocessing(loaded)
     resize = Resizing(config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    shown = progress and len(paths) > batch_size
-    with counting("images", len(paths), shown) as bar:
+    with counting("images", len(paths), shown=len(paths) > batch_size) as bar:
         for start in range(0, len(paths), batch_size):
-            batch: list[Prediction] = []
-            readable: list[np.ndarray] = []
-            for path in paths[start : start + batch_size]:
-                prediction = Prediction(path, [], [])
+            batch = [Prediction(path) for path in paths[start : start + batch_size]]
+            for prediction in batch:
                 try:
-                    pixels = images.read_pixels(path, mode)
+                    pixels = images.read_pixels(prediction.path, mode)
                     images.require_wide((pixels.shape[1], pixels.shape[0]), config)
-                    readable.append(resize(pixels))
+                    prediction.image = resize(pixels)
                 except images.DECODE_ERRORS as error:
                     prediction.error = first_line(error)
                 except (MemoryError, RuntimeError) as error:
                     if (shortage := memory_shortage(error)) is None:
                         raise
                     prediction.error = shortage
-                batch.append(prediction)
+            readable = [prediction for prediction in batch if not prediction.error]
             if readable:
-                read = [prediction for prediction in batch if not prediction.error]
-                normalised = resize.normalise(np.stack(readable))
-                drawn = _classify(loaded.model, normalised, read, topk, config, pictures)
-                pictures -= drawn
+                normalised = resize.normalise(np.stack([p.image for p in readable]))
+                _classify(loaded.model, normalised, readable, topk, pictures)
+            for prediction in readable[pictures:]:
+                prediction.image = None
+            pictures = max(0, pictures - len(readable))
             yield from batch
             bar.step(count=len(batch))
 
@@ -230,37 +213,26 @@ def say_skipped(files: Sequence[Path]) -> None:
 
 
 def _classify(
-    model: Any,
-    batch: Tensor,
-    predictions: Sequence[Prediction],
-    topk: int,
-    config: dict[str, Any],
-    pictures: int,
-) -> int:
-    """Fill in ``predictions``; returns how many of them got pixels and Grad-CAM."""
-    drawn = min(pictures, len(predictions))
+    model: Any, batch: Tensor, predictions: Sequence[Prediction], topk: int, pictures: int
+) -> None:
+    """Fill in the ranks of ``predictions`` and, for the first ``pictures``, the heat."""
     parameter = next(model.parameters())
-    device = parameter.device
-    if drawn:
-        logits, heat = grad_cam(model, batch.to(device))
-        mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-        pixels = (batch * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-        for i in range(drawn):
-            predictions[i].image, predictions[i].heat = pixels[i].numpy(), heat[i].cpu().numpy()
+    if pictures:
+        logits, heat = grad_cam(model, batch.to(parameter.device))
+        for prediction, found in zip(predictions[:pictures], heat.cpu().numpy(), strict=False):
+            prediction.heat = found
     else:
         with torch.inference_mode():
-            logits = model(batch.to(device, parameter.dtype))
+            logits = model(batch.to(parameter.device, parameter.dtype))
     finite = logits.isfinite().all(1).tolist()
     if not all(finite):
         raise CommandError(
             f"the model's output for {predictions[finite.index(False)].path} is not finite"
         )
     best = logits.float().softmax(1).cpu().topk(min(topk, logits.shape[1]), dim=1)
-    for prediction, confidences, classes in zip(
-        predictions, best.values.tolist(), best.indices.tolist(), strict=True
-    ):
-        prediction.confidences, prediction.classes = confidences, classes
-    return drawn
+    ranks = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    for prediction, (classes, confidences) in zip(predictions, ranks, strict=True):
+        prediction.ranked = list(zip(classes, confidences, strict=True))
 
 
 def _as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
@@ -268,7 +240,7 @@ def _as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
     rows = [
         [one_line(str(p.path)) if not place else "", names[number], f"{100 * confidence:.1f} %"]
         for p in predictions
-        for place, (number, confidence) in enumerate(p.ranked())
+        for place, (number, confidence) in enumerate(p.ranked)
     ]
     return table(("image", "class", "confidence"), rows, left=2) if rows else ""
 
@@ -279,7 +251,7 @@ def _as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
     for p in predictions:
         if p.error:
             rows.append((p.path, "", "", "", "", p.error))
-        for place, (number, confidence) in enumerate(p.ranked(), start=1):
+        for place, (number, confidence) in enumerate(p.ranked, start=1):
             rows.append((p.path, place, number, names[number], f"{confidence:.6f}", ""))
     return csv_text(_CSV_HEAD, rows)
 
@@ -291,7 +263,7 @@ def _as_entries(predictions: Sequence[Prediction], names: Sequence[str]) -> list
         if p.error:
             entries.append({"image": str(p.path), "error": p.error})
             continue
-        ranked = [{"class": n, "name": names[n], "confidence": round(c, 6)} for n, c in p.ranked()]
+        ranked = [{"class": n, "name": names[n], "confidence": round(c, 6)} for n, c in p.ranked]
         entries.append({"image": str(p.path), "predictions": ranked})
     return entries
 
@@ -313,13 +285,14 @@ def _draw_predictions(path: Path, predictions: Sequence[Prediction], names: Sequ
     for axis, prediction in zip(axes, predictions, strict=False):
         heat = prediction.heat[..., None]
         colors = colormaps[_HEAT](heat[..., 0])[..., :3]
-        shown = prediction.image * (1 - _STRENGTH * heat) + colors * _STRENGTH * heat
+        image = np.broadcast_to(prediction.image.transpose(1, 2, 0) / 255, colors.shape)
+        shown = image * (1 - _STRENGTH * heat) + colors * _STRENGTH * heat
         gap = np.ones((len(heat), max(1, len(heat) // 40), 3))
-        axis.imshow(np.concatenate((prediction.image, gap, shown), axis=1))
+        axis.imshow(np.concatenate((image, gap, shown), axis=1))
         name = prediction.path.name
         title = drawable(name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}")
         axis.set_title(title, fontsize=9, loc="left", pad=3, color="#56606e")
-        for i, (number, confidence) in enumerate(prediction.ranked()[:2]):
+        for i, (number, confidence) in enumerate(prediction.ranked[:2]):
             line = f"{short(names[number])}  {100 * confidence:.0f} %"
             font = {"fontsize": 8.5} if i else {"fontsize": 10, "fontweight": "bold"}
             place = {"transform": axis.transAxes, "va": "top"}

@@ -51,19 +51,14 @@ def text_of(report: Mapping[str, Any]) -> str:
     An entry holds rows if any of its items is a list or a mapping. Reading the text and writing it
     again gives the same text.
     """
-    entries = []
-    for key, value in rounded(report).items():
-        text = _rows(value) if _holds_rows(value) else _line(value)
-        entries.append(f"{_line(key)}: {text}")
+    entries = (f"{_line(key)}: {_entry(value)}" for key, value in rounded(report).items())
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
-def _holds_rows(value: Any) -> bool:
+def _entry(value: Any) -> str:
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(isinstance(item, dict | list) for item in items)
-
-
-def _rows(value: Any) -> str:
+    if not any(isinstance(item, dict | list) for item in items):
+        return _line(value)
     if isinstance(value, dict):
         lines = [f"{_line(key)}: {_line(item)}" for key, item in value.items()]
         return "{\n" + ",\n".join(lines) + "\n}"

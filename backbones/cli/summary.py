@@ -15,7 +15,7 @@ import torch
 
 import backbones
 from backbones.cli.common import add_size_argument, two_sides
-from backbones.cli.measure import measure
+from backbones.cli.measure import measure, part_of
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError
@@ -154,7 +154,7 @@ def _draw_memory(path: Path, explained: backbones.Explanation, memory: MemoryUse
     from matplotlib.patches import Patch, Rectangle
 
     unit, scale = ("KiB", 2**10) if memory.nbytes < 2**20 else ("MiB", 2**20)
-    parts = _parts(explained)
+    parts = [part_of(call.layer) for call in explained.calls]
     ordered = sorted(memory.planned, key=lambda buffer: buffer.first)
     drawn = dict.fromkeys(parts[buffer.first] for buffer in ordered)
     colors = {part: _COLORS[i % len(_COLORS)] for i, part in enumerate(drawn)}
@@ -176,49 +176,20 @@ def _draw_memory(path: Path, explained: backbones.Explanation, memory: MemoryUse
     axis.set_xlim(0, len(parts))
     axis.set_ylim(0, 1.08 * top)
     style_axis(axis, f"offset in the workspace, {unit}", "call")
-    figure.legend(
-        handles=[Patch(color=color, label=drawable(part)) for part, color in colors.items()],
-        loc="lower left",
-        bbox_to_anchor=(0.065, 0.01),
-        ncols=min(9, len(colors)),
-        frameon=False,
-        fontsize=9.5,
-        labelcolor=INK,
-        handlelength=1.1,
-        columnspacing=1.4,
-    )
+    handles = [Patch(color=color, label=drawable(part)) for part, color in colors.items()]
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9.5, "labelcolor": INK}
+    style |= {"ncols": min(9, len(colors)), "handlelength": 1.1, "columnspacing": 1.4}
+    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.065, 0.01), **style)
     size = "×".join(map(str, explained.input_shape))
-    figure.suptitle(
-        drawable(f"{explained.model}, {size} {explained.dtype}: reuse {memory.reuse:.1f}×"),
-        x=0.012,
-        y=0.975,
-        ha="left",
-        fontsize=13,
-        color=INK,
-        fontweight="bold",
-    )
+    title = drawable(f"{explained.model}, {size} {explained.dtype}: reuse {memory.reuse:.1f}×")
+    figure.suptitle(title, x=0.012, y=0.975, ha="left", fontsize=13, color=INK, fontweight="bold")
     total = sum(buffer.nbytes for buffer in memory.planned) / scale
-    figure.text(
-        0.012,
-        0.905,
+    text = (
         f"{len(memory.planned)} buffers, {total:.2f} {unit} in total, at most "
-        f"{memory.peak / scale:.2f} {unit} live at a time; a rectangle spans its buffer's lifetime",
-        ha="left",
-        va="center",
-        fontsize=10,
-        color="#56606e",
+        f"{memory.peak / scale:.2f} {unit} live at a time; a rectangle spans its buffer's lifetime"
     )
+    figure.text(0.012, 0.905, text, ha="left", va="center", fontsize=10, color="#56606e")
     save_figure(figure, path)
-
-
-def _parts(explained: backbones.Explanation) -> list[str]:
-    """The part of the network each call belongs to: the stem, a stage, or another module."""
-    found = []
-    for call in explained.calls:
-        names = call.layer.split(".")
-        staged = names[0] == "stages" and len(names) > 1
-        found.append(f"stage {int(names[1]) + 1}" if staged else names[0] or "model")
-    return found
 
 
 def _label_largest(

@@ -18,7 +18,7 @@ import math
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,12 +108,9 @@ class Validator:
     def measure(self, candidate: Candidate) -> dict[str, Any]:
         """One row of the results."""
         options, recipe = self.options, candidate.recipe
+        classes = len(self.splits.classes)
         model = load_trained(
-            candidate.name,
-            candidate.checkpoint,
-            len(self.splits.classes),
-            recipe.in_chans,
-            recipe.model_args,
+            candidate.name, candidate.checkpoint, classes, recipe.in_chans, recipe.model_args
         )
         parameters = sum(p.numel() for p in model.parameters())
         config = preprocessing_by(recipe, model)
@@ -161,19 +158,13 @@ class Validator:
             corrupt = CorruptImages(Path(folder) / "corrupt.txt", self.options.max_corrupt)
             recipe.batch_size, recipe.val_batch_size = self.options.batch_size, None
             recipe.workers = self.options.workers
-            loader = ValidationLoader(
-                self.splits.validation,
-                self.splits.validation_size,
-                config,
-                recipe,
-                self.world,
-                corrupt,
-                corruption,
-            )
+            data = self.splits.validation, self.splits.validation_size
+            loader = ValidationLoader(*data, config, recipe, self.world, corrupt, corruption)
             self.progress.begin(title, len(loader))
             try:
-                step = lambda done: self.progress.step()  # noqa: E731
-                predictions = predict_all(model, loader, self.options.amp, step)
+                predictions = predict_all(
+                    model, loader, self.options.amp, lambda done: self.progress.step()
+                )
             finally:
                 loader.close()
                 self.progress.end()
@@ -226,9 +217,6 @@ def report_paths(folder: Path, candidate: Candidate) -> tuple[Path, Path]:
     return folder / f"{name}.classes.csv", folder / f"{name}.confusion.png"
 
 
-_REPORTED = (csv_of("class", "images"), FIGURE)
-
-
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows as CSV, atomically; their keys may differ."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +257,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "where medmnist/, torch/, hfds/, hfids/ keep files"
     add("--data-dir", type=nonempty, metavar="DIR", help=text)
     add("--download", action="store_true", help="let the source download its files")
-    add("--split", type=_split, default="validation", help="the split to measure")
+    add("--split", type=nonempty, default="validation", help="the split to measure")
     text = "maps class names to numbers"
     add("--class-map", type=nonempty, metavar="FILE", help=text)
     text = "or patterns such as 'van_*'"
@@ -306,12 +294,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_overwrite(parser)
 
 
-def _split(word: str) -> str:
-    if not word:
-        raise ArgumentTypeError("must be the name of a split, not ''")
-    return word
-
-
 def _check_outputs(options: Namespace, candidates: Sequence[Candidate]) -> None:
     outputs: dict[str, tuple[Path | None, Kind]] = {
         "--output": (options.output, csv_of("model", "checkpoint"))
@@ -321,8 +303,9 @@ def _check_outputs(options: Namespace, candidates: Sequence[Candidate]) -> None:
         outputs["the table of corruptions"] = table
     if options.report is not None:
         require_folder("--report", options.report)
+        kinds = (csv_of("class", "images"), FIGURE)
         for candidate in candidates:
-            for path, kind in zip(report_paths(options.report, candidate), _REPORTED, strict=True):
+            for path, kind in zip(report_paths(options.report, candidate), kinds, strict=True):
                 weights = candidate.checkpoint or "published"
                 outputs[f"{path.name} of {candidate.name}, {weights}"] = path, kind
     inputs = [*options.list, options.class_map, options.real_labels or None, options.data]
