@@ -47,12 +47,14 @@ class Step(NamedTuple):
 
 
 _EVERYWHERE = Step(float("inf"))
-# Defined in the families: BiFormer's global attention; MedViTV2's neighborhood attention on a map
-# whose memory is reinterpreted in another order, so that neighbours may come from anywhere; and
-# OverLoCK's dynamic blocks, whose kernels depend on the whole context. Its overview runs beside the
-# map, and its two convolutions of stride 2 are parallel.
+# Defined in the families, like their subclasses: BiFormer's global attention; MedViTV2's
+# neighborhood attention on a map whose memory is reinterpreted in another order, so that neighbours
+# may come from anywhere; OverLoCK's dynamic blocks, whose kernels depend on the whole context; and
+# the scans of VRWKV, ViG and VMamba. OverLoCK's overview runs beside the map, and its two
+# convolutions of stride 2 are parallel.
 _IN_FAMILIES = {
     **dict.fromkeys(("GlobalAttention", "LocalBlock", "FoldedLocalBlock"), _EVERYWHERE),
+    **dict.fromkeys(("WKVAttention", "GatedScan", "Mixing", "SelectiveScan2d"), _EVERYWHERE),
     **{"DynamicBlock": _EVERYWHERE, "Overview": Step(1), "Halving": Step(3, 2)},
 }
 
@@ -116,8 +118,9 @@ def step_of(module: nn.Module, height: int, width: int) -> Step | None:
 
     For parallel branches, the widest one.
     """
-    if (found := _IN_FAMILIES.get(type(module).__name__)) is not None:
-        return found
+    for base in type(module).__mro__:
+        if base.__name__ in _IN_FAMILIES:
+            return _IN_FAMILIES[base.__name__]
     for kind, rule in _RULES.items():
         if isinstance(module, kind):
             return rule if isinstance(rule, Step) else rule(module, height, width)
