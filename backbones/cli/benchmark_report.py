@@ -14,8 +14,6 @@ def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[part] for part in SETTING)
 
 
-# -- the row of the page Speed ---------------------------------------------------------------------
-
 DTYPES = ("float32", "bfloat16", "int8")
 # What a reader would use without this library, by column: titles, and the contenders of each.
 PLAIN = {
@@ -110,9 +108,6 @@ def _shown(cell: Cell) -> str:
     if cell.milliseconds is not None:
         return f"{cell.milliseconds:.2f} ms"
     return "–" if cell.failed is None else "failed"
-
-
-# -- the whole report ------------------------------------------------------------------------------
 
 
 def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -43,8 +43,6 @@ from backbones.fusing.precision import Precision
 
 # What ``--calibration`` needs.
 _WANTED = "give a folder of images like those that the model will see"
-# The expensive operators; norms, softmax and sums stay in float.
-_QUANTIZED = ["Conv", "MatMul", "Gemm"]
 _INT8 = Kind((".safetensors",), rb".{8}\{.*\.weight_scale\"")
 _BATCH = 16  # images to calibrate with at a time
 _FORMATS = {"onnx": ONNX, "pt2": PT2, "safetensors": _INT8}
@@ -293,7 +291,7 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
                 str(quantized),
                 SimpleNamespace(get_next=lambda: next(feed, None)),
                 quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=_QUANTIZED,
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],  # the expensive ones
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,

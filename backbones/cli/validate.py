@@ -96,9 +96,8 @@ class Validator:
             workers=options.workers,
         )
         self.splits: Splits = open_splits(recipe)
-        self.real = None
-        if options.real_labels is not None:
-            self.real = read_real_labels(options.real_labels)
+        real = options.real_labels
+        self.real = None if real is None else read_real_labels(real)
         names = CORRUPTIONS if options.corrupt == [] else options.corrupt or ()
         severities = sorted(set(options.severity))
         # Made here, so that an unknown name is reported before anything runs.
