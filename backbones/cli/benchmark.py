@@ -54,7 +54,7 @@ import torch
 from torch import Tensor, nn
 
 import backbones
-from backbones.cli.benchmark_report import SETTING, comparison, describe, row_key, speed_lines
+from backbones.cli.benchmark_report import describe, speed_lines
 from backbones.cli.contenders import (
     MODELS,
     CannotRunError,
@@ -101,6 +101,11 @@ class Row(NamedTuple):
     threads: int
     dtype: str
     direction: str
+
+    @classmethod
+    def of(cls, measured: Mapping[str, Any]) -> Row:
+        """That of a row of a report."""
+        return cls(*(measured[name] for name in cls._fields))
 
     def images(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -327,7 +332,7 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     peers = dict(contender(name, known) for name in options.against)
     here = {key: value for key, value in machine(torch.device("cpu")).items() if key != "threads"}
     report = load_report(output, here)
-    done = {row_key(row) for row in report["results"]} if options.resume else set()
+    done = {Row.of(row) for row in report["results"]} if options.resume else set()
     settings = (options.threads, options.dtypes, options.directions, options.batches)
     rows = [
         Row(name, size, batch, threads, dtype, direction)
@@ -339,7 +344,7 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
             continue
         turns = (options.rounds, options.seconds, options.turn_ms / 1e3)
         found = measure(row, options.modes, peers, *turns, options.profile, options.max_seconds)
-        put_rows(report, [found], SETTING)
+        put_rows(report, [found], Row._fields)
         logger.info("%s", " ".join(f"{k} {v}" for k, v in row._asdict().items()))
         for label, figures in found["contenders"].items():
             logger.info("    %-18s %s", label, describe(figures))
@@ -350,6 +355,21 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     for line in [] if old is None else comparison(old, report):
         logger.info("%s", line)
     return 0
+
+
+def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each time in both reports, with the speedup of the new one."""
+    before = {Row.of(row): row["contenders"] for row in old["results"]}
+    lines = []
+    for row in new["results"]:
+        key = Row.of(row)
+        for name, figures in row["contenders"].items():
+            was = before.get(key, {}).get(name, {}).get("milliseconds")
+            if was is not None and "milliseconds" in figures:
+                now = figures["milliseconds"]
+                place = " ".join(map(str, key))
+                lines.append(f"{place} {name}: {was:.1f} → {now:.1f} ms, {was / now:.2f}×")
+    return lines
 
 
 # The row of one model.

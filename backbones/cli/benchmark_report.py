@@ -1,18 +1,9 @@
-"""Present the reports of ``benchmark``: rows of the page Speed, comparison with an earlier one."""
+"""Present the reports of ``benchmark``: rows of the page Speed, and of the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
-
-# The settings of a row.
-SETTING = ("model", "size", "batch", "threads", "dtype", "direction")
-
-
-def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """The settings of a row as a key."""
-    return tuple(row[part] for part in SETTING)
-
 
 DTYPES = ("float32", "bfloat16", "int8")
 # What a reader would use without this library, by column: titles, and the contenders of each.
@@ -108,21 +99,6 @@ def _shown(cell: Cell) -> str:
     if cell.milliseconds is not None:
         return f"{cell.milliseconds:.2f} ms"
     return "–" if cell.failed is None else "failed"
-
-
-def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each time in both reports, with the speedup of the new one."""
-    before = {row_key(row): row["contenders"] for row in old["results"]}
-    lines = []
-    for row in new["results"]:
-        key = row_key(row)
-        for name, figures in row["contenders"].items():
-            was = before.get(key, {}).get(name, {}).get("milliseconds")
-            if was is not None and "milliseconds" in figures:
-                now = figures["milliseconds"]
-                place = " ".join(map(str, key))
-                lines.append(f"{place} {name}: {was:.1f} → {now:.1f} ms, {was / now:.2f}×")
-    return lines
 
 
 def describe(figures: dict[str, Any]) -> str:

@@ -34,17 +34,13 @@ def two_sides(
     if len(size) > 2:
         raise CommandError(f"--size must be one side, or height and width, got {shown(list(size))}")
     sides = size[0], size[-1]
-    if runs and math.prod(sides) * batch > _SMALL:
+    if runs and math.prod(sides) * batch > 512 * 512:  # less needs little memory
         require_memory(model, [(batch, channels_of(model), *sides)])
     try:
         require_size(model, sides)
     except ValueError as error:
         raise CommandError(f"--size {sides[0]} {sides[1]}: {error}") from error
     return sides
-
-
-# Up to this number of pixels, memory is not checked.
-_SMALL = 512 * 512
 
 
 def read_labels(path: Path, count: int) -> list[str]:

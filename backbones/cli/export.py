@@ -1,7 +1,7 @@
 """``vision-backbones export``: write a model as an ONNX or torch.export file and check it.
 
 The file is compared with the model, at three sizes if sizes are dynamic. A model in int8 can also
-be written as safetensors, for the library itself (``py``).
+be written as safetensors, for the library itself.
 """
 
 from __future__ import annotations

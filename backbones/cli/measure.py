@@ -63,7 +63,7 @@ def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
 
     def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal counted
-        total = _macs(counter)
+        total = counter.get_total_flops() // 2
         params = sum(p.numel() for p in module.parameters())
         side = None if field is None else field.side
         parts.append(Part(name, tuple(_first(output).shape[1:]), params, total - counted, side))
@@ -84,7 +84,7 @@ def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
         output = shadow(images)
     rest = sum(p.numel() for p in model.parameters()) - sum(part.params for part in parts)
     name, shape = "head" if is_ours else "rest", tuple(output.shape[1:])
-    parts.append(Part(name, shape, rest, _macs(counter) - counted))
+    parts.append(Part(name, shape, rest, counter.get_total_flops() // 2 - counted))
     if runs:
         calls = backbones.explain(model, (height, width), repeats=runs).calls
         names = _parts_of([call.layer for call in calls], [part.name for part in parts])
@@ -143,10 +143,6 @@ def _counter() -> FlopCounterMode:
         torch.ops.vision_backbones.na_mix: _mix_flops,
     }
     return FlopCounterMode(display=False, custom_mapping=formulas)
-
-
-def _macs(counter: FlopCounterMode) -> int:
-    return counter.get_total_flops() // 2
 
 
 def _deform_conv_flops(

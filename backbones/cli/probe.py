@@ -154,10 +154,7 @@ def _rows(find: Thumbnails, report: Report) -> list[Row]:
             for m in shown
         ]
         count = len(method.mistakes)
-        some = (
-            f", the {len(shown)} most confident shown"
-            if count > len(shown)
-            else ", most confident first"
-        )
-        rows.append(Row(f"{method.name}: {count} mistakes{some}", tiles))
+        some = count > len(shown)
+        which = f"the {len(shown)} most confident shown" if some else "most confident first"
+        rows.append(Row(f"{method.name}: {count} mistakes, {which}", tiles))
     return rows

@@ -38,10 +38,7 @@ def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "")
     if rows:
         add("--csv", type=nonempty_path, metavar="FILE", help=f"write a row for each {rows}")
     add("--json", type=nonempty_path, metavar="FILE", help="write all results")
-    text = (
-        "where the images are, if they were moved or FOLDER was made elsewhere; then folders that "
-    )
-    text += "links may lead to"
+    text = "where the images are, if they or FOLDER were moved; then folders that links may lead to"
     add("--source", type=nonempty, nargs="+", default=[], metavar="SOURCE", help=text)
     add_overwrite(parser)
 

@@ -70,9 +70,8 @@ def run(options: Namespace) -> int:
         names += map(str, queries.paths)
         numbers += [None] * len(queries.paths)
         vectors.append(queries.vectors)
-    results = search(
-        folder, np.concatenate(vectors), options.top, options.index, numbers, progress=True
-    )
+    wanted = np.concatenate(vectors)
+    results = search(folder, wanted, options.top, options.index, numbers, progress=True)
     sys.stdout.write(_as_table(names, results))
     rows = [
         (name, place, match.key, f"{match.score:.6f}")

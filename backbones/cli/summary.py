@@ -36,7 +36,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("model", help="name of the architecture")
     add_size_argument(parser, "image size: one side, or height and width (default: the model's)")
     add("--fused", action="store_true", help="apply fuse() first")
-    add("--runs", type=whole(0), help="timed runs (5; with --kernels 10); 0: no times")
+    add("--runs", type=whole(0, 10**6), help="timed runs (5; with --kernels 10); 0: no times")
     kernels = parser.add_argument_group("kernels of the model after fuse()")
     add = kernels.add_argument
     text = "list every kernel call, why it was chosen, and its time"

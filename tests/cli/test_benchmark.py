@@ -14,8 +14,7 @@ import torch
 
 import backbones
 from backbones.cli import timing
-from backbones.cli.benchmark import INT8, Row, measure
-from backbones.cli.benchmark_report import comparison
+from backbones.cli.benchmark import INT8, Row, comparison, measure
 from backbones.cli.contenders import Runtime, contender
 from backbones.cli.main import main
 from backbones.cli.timing import KINDS, kind_of
