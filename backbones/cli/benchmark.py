@@ -1,10 +1,7 @@
 """``vision-backbones benchmark``: models plain, fused and compiled, and other implementations.
 
-All contenders of a row are measured alternately in one process, so that other load affects them
-equally; compare the ratios, which are taken within a turn. A turn repeats the call for
-``--turn-ms`` and counts the second half, since the first calls run with caches filled by another
-contender, unlike in production. After half of the turns, all models are created again in reverse
-order.
+Compare the ratios: contenders of a row take turns in one process, so that other load affects them
+equally. After half of the turns, all models are created again in reverse order.
 
     vision-backbones benchmark van_b0
     vision-backbones benchmark --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
@@ -16,12 +13,10 @@ With the name of a model, the row of the page "Speed" is measured on this machin
 memory formats, compiled, those of ONNX Runtime and OpenVINO that are installed, and fused in
 float32, bfloat16 and int8.
 
-A mode is one of eager, channels_last (eager with weights in that format), fused, compile,
-fused+compile, int8 (fused, with a range for each row of inputs) and int8_calibrated (with ranges
-from four random batches); all but the last two are in the row's dtype or, with ``+bfloat16``, in
-bfloat16. ``--against`` names a contender of :data:`backbones.cli.contenders.MODELS`, or an
-importable module or a Python file with a function ``create_model(name)``, which returns its model
-for our name, or None if it has none. The label in the report is the module's or file's name, here
+The mode int8 has a range for each row of inputs, int8_calibrated ranges from four random batches;
+all others are in the row's dtype or, with ``+bfloat16``, in bfloat16. ``--against`` also names a
+module or a Python file with a function ``create_model(name)``, which returns its model for our
+name, or None if it has none. The label in the report is the module's or file's name, here
 ``original``:
 
     import sys
@@ -34,41 +29,32 @@ for our name, or None if it has none. The label in the report is the module's or
             return van_b0()
         return None
 
-Writes ``<output>.json`` after every row, and ``<output>.md`` and ``<output>.png`` at the end. Runs
-with the same ``--output`` extend the same report, so it can be measured in parts: a repeated row
-replaces the old one, and ``--resume`` measures only missing rows. ``--profile`` adds the time spent
-in kinds of operators by the plain and the fused model.
+Writes ``<output>.json`` after every row. Runs with the same ``--output`` extend the same report: a
+repeated row replaces the old one, and ``--resume`` measures only missing rows. ``--profile`` adds
+the time that the plain and the fused model spend in kinds of operators.
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import importlib.util
 import itertools
 import logging
 import math
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import backbones
-from backbones.cli.benchmark_report import (
-    SETTING,
-    comparison,
-    describe,
-    draw,
-    row_key,
-    speed_lines,
-    table,
-)
+from backbones.cli.benchmark_report import describe, speed_lines
 from backbones.cli.contenders import (
     MODELS,
     CannotRunError,
@@ -79,13 +65,12 @@ from backbones.cli.contenders import (
     reason,
 )
 from backbones.cli.measure import count_macs
-from backbones.cli.op_kinds import time_by_kind
 from backbones.cli.reports import load_report, provenance, put_rows, read_report, write_report
-from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady
+from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady, time_by_kind
 from backbones.common.arguments import THREADS, nonempty_path, real, whole
 from backbones.common.errors import CommandError
-from backbones.common.files import write_atomically, write_text_atomically
-from backbones.common.outputs import FIGURE, REPORT, Kind, add_overwrite, require_writable
+from backbones.common.messages import shown
+from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.core.inputs import require_size, size_of
 from backbones.core.registry import PREFIX
 
@@ -105,25 +90,26 @@ DEFAULT_MODELS = (
 )
 # Restoration works on tiles.
 DEFAULT_SIZE, DEFAULT_TILE = 224, 64
-CPU = torch.device("cpu")
 
 
-class Row:
+class Row(NamedTuple):
     """One model at one size, batch, number of threads, dtype and direction."""
 
-    def __init__(
-        self, model: str, size: int, batch: int, threads: int, dtype: str, direction: str
-    ) -> None:
-        self.model, self.size, self.batch = model, size, batch
-        self.threads, self.dtype, self.direction = threads, dtype, direction
+    model: str
+    size: int
+    batch: int
+    threads: int
+    dtype: str
+    direction: str
 
-    @property
-    def key(self) -> dict[str, Any]:
-        return dict(vars(self))
+    @classmethod
+    def of(cls, measured: Mapping[str, Any]) -> Row:
+        """That of a row of a report."""
+        return cls(*(measured[name] for name in cls._fields))
 
-    def images(self, batch: int) -> Tensor:
+    def images(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(batch, 3, self.size, self.size, generator=generator)
+        return torch.randn(self.batch, 3, self.size, self.size, generator=generator)
 
     def run(self, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
         """The timed function: a forward pass, or a training step with plain gradient descent."""
@@ -164,19 +150,13 @@ def _ours(name: str, mode: str, row: Row) -> nn.Module:
     if mode.startswith("fused"):
         backbones.fuse(model, dtype)
     if mode in INT8:
-        return _in_int8(model, mode, row)
+        batches = [*random_batches(row.images().shape)] if mode == "int8_calibrated" else None
+        backbones.fuse(model, dtype=torch.int8, calibrate=batches)
+        return model
     model.to(dtype)
     if mode.startswith("channels_last"):
         model.to(memory_format=torch.channels_last)
     return torch.compile(model) if "compile" in mode else model  # type: ignore[return-value]
-
-
-def _in_int8(model: nn.Module, mode: str, row: Row) -> nn.Module:
-    calibrate = (
-        [*random_batches(row.images(row.batch).shape)] if mode == "int8_calibrated" else None
-    )
-    fused: nn.Module = backbones.fuse(model, dtype=torch.int8, calibrate=calibrate)
-    return fused
 
 
 def random_batches(shape: Sequence[int]) -> Tensor:
@@ -218,7 +198,7 @@ def measure(
     takes more than ``max_seconds`` in its second call is left out.
     """
     torch.set_num_threads(row.threads)
-    images = row.images(row.batch)
+    images = row.images()
     makers: dict[str, Callable[[], nn.Module | None]] = {
         mode: functools.partial(_ours, row.model, mode, row)
         for mode in modes
@@ -238,8 +218,6 @@ def measure(
             try:
                 model = makers[name]()
                 if model is None:
-                    turns.pop(name, None)
-                    results.pop(name, None)
                     continue
                 dtype = next(model.parameters()).dtype if name in INT8 else dtype_of(name, row)
                 run = row.run(model, images.to(dtype))
@@ -291,21 +269,17 @@ def measure(
     facts = {"macs": macs, "matmul_gflops": gflops, "orders": min(rounds, 2)}
     packages = [word for label in peers for word in label.split("_") if is_installed(word)]
     facts["versions"] = {package: version(package) for package in packages}
-    return {**row.key, **facts, **provenance(), "contenders": results}
+    return {**row._asdict(), **facts, **provenance(), "contenders": results}
 
 
 def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[str, Any]:
-    ordered = sorted(times)
     median = statistics.median(times)
-
-    def percentile(share: float) -> float:
-        return 1e3 * ordered[min(len(ordered) - 1, math.ceil(share * len(ordered)) - 1)]
-
+    fastest, p90, p99 = 1e3 * np.quantile(times, (0, 0.9, 0.99), method="inverted_cdf")
     return {
         "milliseconds": 1e3 * median,
-        "fastest": 1e3 * ordered[0],
-        "p90": percentile(0.9),
-        "p99": percentile(0.99),
+        "fastest": fastest,
+        "p90": p90,
+        "p99": p99,
         "images_per_second": batch / median,
         "gflops": flops / median / 1e9,
         "fraction_of_matmul": flops / median / peak,
@@ -313,11 +287,7 @@ def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[
     }
 
 
-_TABLE = Kind((".md",), rb"[^\n]*; medians of interleaved runs\.\n")
-
-
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``benchmark``."""
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="model to measure as on the page Speed")
     add("--models", nargs="+", metavar="NAME", help="several models, with --modes and --against")
@@ -346,22 +316,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
-    """Run ``benchmark``; 0.
-
-    Args:
-        known: what ``--against`` may name, by label.
-    """
+    """Run ``benchmark``, where ``--against`` may name the ``known``."""
     _set_defaults(options)
-    unknown = {name for name in options.models if not name.startswith(PREFIX)}
-    unknown -= set(backbones.list_models())
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise CommandError(f"unknown models {names}; see backbones.list_models()")
     if options.compare is not None and not options.compare.is_file():
         raise CommandError(f"--compare: there is no file {options.compare}")
-    kinds = {".json": REPORT, ".md": _TABLE, ".png": FIGURE}
-    files = {ending: options.output.with_suffix(ending) for ending in kinds}
-    written = {f"--output, {end}:": (file, kinds[end]) for end, file in files.items()}
+    output = options.output.with_suffix(".json")
+    written = {"--output": (output, REPORT)}
     require_writable(written, [options.compare], options.overwrite, makes_folders=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -370,29 +330,46 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
         raise CommandError(str(error)) from error
     old = None if options.compare is None else read_report(options.compare)
     peers = dict(contender(name, known) for name in options.against)
-    report = load_report(files[".json"], here())
-    done = {row_key(row) for row in report["results"]} if options.resume else set()
-    for row in _rows(options, sizes):
-        if row_key(row.key) in done:
+    here = {key: value for key, value in machine(torch.device("cpu")).items() if key != "threads"}
+    report = load_report(output, here)
+    done = {Row.of(row) for row in report["results"]} if options.resume else set()
+    settings = (options.threads, options.dtypes, options.directions, options.batches)
+    rows = [
+        Row(name, size, batch, threads, dtype, direction)
+        for threads, dtype, direction, batch, name in itertools.product(*settings, options.models)
+        for size in sizes[name]
+    ]
+    for row in rows:
+        if row in done:
             continue
         turns = (options.rounds, options.seconds, options.turn_ms / 1e3)
         found = measure(row, options.modes, peers, *turns, options.profile, options.max_seconds)
-        put_rows(report, [found], SETTING)
-        logger.info("%s", " ".join(f"{k} {v}" for k, v in row.key.items()))
+        put_rows(report, [found], Row._fields)
+        logger.info("%s", " ".join(f"{k} {v}" for k, v in row._asdict().items()))
         for label, figures in found["contenders"].items():
             logger.info("    %-18s %s", label, describe(figures))
-        write_report(files[".json"], report)
+        write_report(output, report)
         torch._dynamo.reset()
         gc.collect()
     logger.info("\n%s\n", "\n".join(speed_lines(report)))
-    write_text_atomically(files[".md"], table(report))
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.info("the plot needs matplotlib: pip install matplotlib")
-    else:
-        write_atomically(files[".png"], functools.partial(draw, report))
     for line in [] if old is None else comparison(old, report):
         logger.info("%s", line)
     return 0
+
+
+def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each time in both reports, with the speedup of the new one."""
+    before = {Row.of(row): row["contenders"] for row in old["results"]}
+    lines = []
+    for row in new["results"]:
+        key = Row.of(row)
+        for name, figures in row["contenders"].items():
+            was = before.get(key, {}).get(name, {}).get("milliseconds")
+            if was is not None and "milliseconds" in figures:
+                now = figures["milliseconds"]
+                place = " ".join(map(str, key))
+                lines.append(f"{place} {name}: {was:.1f} → {now:.1f} ms, {was / now:.2f}×")
+    return lines
 
 
 # The row of one model.
@@ -417,24 +394,12 @@ def _set_defaults(options: Namespace) -> None:
             setattr(options, name, of_one if one else of_many)
 
 
-def _rows(options: Namespace, sizes: Mapping[str, Sequence[int]]) -> Iterator[Row]:
-    settings = (options.threads, options.dtypes, options.directions, options.batches)
-    for (threads, dtype, direction, batch), name in itertools.product(
-        itertools.product(*settings), options.models
-    ):
-        for size in sizes[name]:
-            yield Row(name, size, batch, threads, dtype, direction)
-
-
 def _sizes(name: str, sizes: Sequence[int] | None) -> Sequence[int]:
     """The sizes to measure a model at: ``sizes``, or else its usual one."""
     if not name.startswith(PREFIX):
+        if name not in backbones.list_models():
+            raise ValueError(f"unknown model {shown(name)}; see backbones.list_models()")
         return sizes or [DEFAULT_TILE if name.startswith("hat") else DEFAULT_SIZE]
     model = backbones.create_model(name)
     require_size(model, *((size, size) for size in sizes or ()))
     return sizes or [size_of(model)[0]]
-
-
-def here() -> dict[str, Any]:
-    """The machine; each row has its own number of threads."""
-    return {key: value for key, value in machine(CPU).items() if key != "threads"}

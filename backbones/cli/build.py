@@ -11,24 +11,17 @@ from ops import cpu
 from ops.cpu.build.folders import shell_word
 
 EXAMPLE = "--isa avx2 avx512bf16"
-_ALL = "all"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``build``."""
-    parser.add_argument(
-        "--isa",
-        nargs="+",
-        choices=[*cpu.levels(), _ALL],
-        metavar="SET",
-        help=f"instruction sets: {', '.join(cpu.levels())}, or all (default: this CPU's)",
-    )
+    sets = [*cpu.levels(), "all"]
+    text = f"instruction sets: {', '.join(cpu.levels())}, or all (default: this CPU's)"
+    parser.add_argument("--isa", nargs="+", choices=sets, metavar="SET", help=text)
 
 
 def run(options: Namespace) -> int:
-    """Run ``build``."""
     sets = options.isa or [cpu.instruction_set()]
-    for isa in cpu.levels() if _ALL in sets else dict.fromkeys(sets):
+    for isa in cpu.levels() if "all" in sets else dict.fromkeys(sets):
         start = time.monotonic()
         try:
             folder = cpu.prepare(isa)

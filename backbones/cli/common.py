@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from backbones.common.arguments import whole
 from backbones.common.errors import CommandError
-from backbones.common.memory import available_memory, peak_bytes
+from backbones.common.memory import require_memory
 from backbones.common.messages import one_line, shown
 from backbones.core.inputs import channels_of, require_size, size_of
 
 
 def add_size_argument(parser: ArgumentParser, help: str) -> None:
     """``--size S`` or ``--size H W``; see :func:`two_sides`."""
-    parser.add_argument("--size", type=int, nargs="+", metavar="PX", help=help)
+    # JPEG stores sides in 16 bits.
+    parser.add_argument("--size", type=whole(1, 65535), nargs="+", metavar="PX", help=help)
 
 
 def two_sides(
@@ -28,39 +27,20 @@ def two_sides(
 ) -> tuple[int, int]:
     """Height and width: as given by the user, or else the model's default input size.
 
-    Args:
-        model: unfused.
-        batch: number of images.
-        runs: whether the model will run, so that memory must suffice.
+    If the unfused ``model`` runs, memory must suffice for ``batch`` images.
     """
     if size is None:
         return size_of(model)
-    if len(size) > 2 or min(size) < 1 or max(size) > _LONGEST_SIDE:
-        raise CommandError(
-            f"--size must be one side, or height and width, of 1 to {_LONGEST_SIDE} pixels, got "
-            f"{shown(list(size))}"
-        )
+    if len(size) > 2:
+        raise CommandError(f"--size must be one side, or height and width, got {shown(list(size))}")
     sides = size[0], size[-1]
-    if runs and math.prod(sides) * batch > _SMALL:
-        need = peak_bytes(model, (batch, channels_of(model), *sides))
-        free = available_memory(torch.device("cpu"), unknown=sys.maxsize)
-        if need > free:
-            images = f"{batch} images" if batch > 1 else "an image"
-            raise CommandError(
-                f"--size {sides[0]} {sides[1]}: {images} of that size would take "
-                f"{need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-            )
+    if runs and math.prod(sides) * batch > 512 * 512:  # less needs little memory
+        require_memory(model, [(batch, channels_of(model), *sides)])
     try:
         require_size(model, sides)
     except ValueError as error:
         raise CommandError(f"--size {sides[0]} {sides[1]}: {error}") from error
     return sides
-
-
-# JPEG stores sides in 16 bits.
-_LONGEST_SIDE = 65535
-# Up to this number of pixels, memory is not checked.
-_SMALL = 512 * 512
 
 
 def read_labels(path: Path, count: int) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import importlib
-import importlib.util
+import runpy
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -78,20 +78,13 @@ class Runtime(nn.Module):
 
     It is prepared at the first call, for that input's shape, and started with torch's current
     number of threads. A call that fails raises :class:`CannotRunError`.
-
-    Args:
-        prepare: function from the model's name and the shape to what is to be run.
-        name: of the model.
-
-    Attributes:
-        bytes_on_disk: None before the first call.
     """
 
     def __init__(self, prepare: Callable[[str, tuple[int, ...]], Prepared], name: str) -> None:
         super().__init__()
         self._prepare, self._name = prepare, name
         self._run: Run | None = None
-        self.bytes_on_disk: int | None = None
+        self.bytes_on_disk: int | None = None  # before the first call
 
     def forward(self, images: Tensor) -> Tensor:
         if self.training:
@@ -144,11 +137,7 @@ def openvino_core() -> Any:
 
 
 def openvino_runner(options: Mapping[str, Any], path: Path, threads: int) -> Run:
-    """A function that runs a file with OpenVINO.
-
-    Args:
-        options: further ones of its compilation.
-    """
+    """A function that runs a file with OpenVINO, compiled with further ``options``."""
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, **options}
     request = openvino_core().compile_model(str(path), "CPU", settings).create_infer_request()
 
@@ -158,21 +147,19 @@ def openvino_runner(options: Mapping[str, Any], path: Path, threads: int) -> Run
     return run
 
 
-def _runtime(runner: Callable[[Path, int], Run]) -> Create:
-    return functools.partial(Runtime, functools.partial(_by_export, runner))
-
-
-def _openvino(precision: str) -> Create:
-    return _runtime(functools.partial(openvino_runner, {"INFERENCE_PRECISION_HINT": precision}))
-
-
-# By label. OpenVINO's inputs and outputs are float32 even if it computes in bfloat16.
+# OpenVINO's inputs and outputs are float32 even if it computes in bfloat16.
+_RUNNERS: dict[str, Callable[[Path, int], Run]] = {
+    "onnxruntime": graphs.onnx_runner,
+    "openvino": functools.partial(openvino_runner, {"INFERENCE_PRECISION_HINT": "f32"}),
+    "openvino_bf16": functools.partial(openvino_runner, {"INFERENCE_PRECISION_HINT": "bf16"}),
+}
 MODELS: dict[str, Create] = {
     "timm": create_timm,
     "birder": create_birder,
-    "onnxruntime": _runtime(graphs.onnx_runner),
-    "openvino": _openvino("f32"),
-    "openvino_bf16": _openvino("bf16"),
+    **{
+        label: functools.partial(Runtime, functools.partial(_by_export, runner))
+        for label, runner in _RUNNERS.items()
+    },
 }
 
 
@@ -184,20 +171,15 @@ def contender(name: str, known: Mapping[str, Create] = MODELS) -> tuple[str, Cre
         path = Path(name).expanduser()
         if not path.is_file():
             raise CommandError(f"--against: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        label = path.stem
+        found, label = runpy.run_path(str(path)), path.stem
     else:
         try:
-            module = importlib.import_module(name)
+            found, label = vars(importlib.import_module(name)), name
         except (ModuleNotFoundError, TypeError, ValueError) as error:  # "", ".x"
             raise CommandError(f"--against: {error}") from error
-        label = name
-    if not hasattr(module, "create_model"):
+    if "create_model" not in found:
         raise CommandError(f"--against: {name} has no function create_model(name)")
-    return label, module.create_model
+    return label, found["create_model"]
 
 
 def is_installed(package: str) -> bool:

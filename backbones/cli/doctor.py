@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import sys
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import torch
 import torchvision
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from backbones.common.messages import first_line
 from backbones.core.requirements import installed_version, unmet
@@ -48,24 +49,15 @@ _SCARCE_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check.
-
-    Attributes:
-        topic: heading in the report.
-        severity: ``"ok"``; ``"note"``, no action needed; ``"warning"``, something is slow or
-            missing; ``"error"``, something will fail.
-        text: what was found.
-        fix: the command that fixes it; "" if there is nothing to fix.
-    """
+    """The result of one check, and the command that fixes it ("" if there is nothing to fix)."""
 
     topic: str
-    severity: str
+    severity: str  # note: no action needed; warning: slow or missing; error: something will fail
     text: str
     fix: str = ""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``doctor``."""
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
 
 
@@ -81,7 +73,7 @@ def run(options: Namespace) -> int:
 
 def examine() -> list[Finding]:
     """Run all checks."""
-    versions = _installed()
+    versions = {name: v for name in _PACKAGES if (v := installed_version(name)) is not None}
     findings = examine_packages(versions)
     cpu = examine_cpu()
     findings += cpu + examine_gradients() + examine_gpu()
@@ -96,16 +88,11 @@ def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
     """Whether the required packages are installed in compatible versions."""
     shown = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES[:6] if name in versions)
     findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
-    problems = [
-        Finding(
-            "packages",
-            "error",
-            f"{package.requirement} is needed, found: {package.found or 'nothing'}",
-            package.fix,
-        )
-        for package in unmet()
-    ]
-    findings += problems or [Finding("packages", "ok", shown)]
+    for package in unmet():
+        text = f"{package.requirement} is needed, found: {package.found or 'nothing'}"
+        findings.append(Finding("packages", "error", text, package.fix))
+    if len(findings) == 1:
+        findings.append(Finding("packages", "ok", shown))
     return findings + _torchvision(versions)
 
 
@@ -115,22 +102,13 @@ def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
     try:
         torchvision.ops.nms(torch.zeros(1, 4, device=device), torch.zeros(1, device=device), 0.5)
     except RuntimeError as error:
-        # Either torch==2.13.0 or torch (==2.8.0), perhaps with a marker.
-        required = (
-            re.sub(r"[\s()]", "", requirement.partition(";")[0])
-            for requirement in importlib.metadata.requires("torchvision") or ()
-        )
-        pinned = next((r for r in required if r.startswith("torch==")), "torch")
-        return [
-            Finding(
-                "packages",
-                "error",
-                f"torchvision {versions.get('torchvision')} does not match torch "
-                f"{versions.get('torch')}: {first_line(error)}",
-                f"pip install --force-reinstall {shlex.quote(pinned)} "
-                f"torchvision=={(versions.get('torchvision') or '').partition('+')[0]}",
-            )
-        ]
+        required = map(Requirement, importlib.metadata.requires("torchvision") or ())
+        pinned = next((f"torch{r.specifier}" for r in required if r.name == "torch"), "torch")
+        own, torchs = versions.get("torchvision"), versions.get("torch")
+        text = f"torchvision {own} does not match torch {torchs}: {first_line(error)}"
+        version = (own or "").partition("+")[0]
+        fix = f"pip install --force-reinstall {shlex.quote(pinned)} torchvision=={version}"
+        return [Finding("packages", "error", text, fix)]
     return []
 
 
@@ -158,24 +136,20 @@ def examine_gpu() -> list[Finding]:
     """Whether torch can use the GPU, if there is one."""
     present = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
     reinstall = "pip install --force-reinstall torch torchvision"
-    build, severity, fix = torch.version.cuda, "note", ""
+    build = torch.version.cuda
     if torch.version.hip is not None:
         text = f"torch for ROCm {torch.version.hip}; the kernels need CUDA"
-    elif build is None:
-        text = f"none, and torch {torch.__version__} is for the CPU"
-        if present:
-            text = f"there is an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA"
-            severity, fix = "error", reinstall
-    elif not torch.cuda.is_available():
-        text = f"none; torch is for CUDA {build}"
-        if present:
-            text = (
-                f"torch for CUDA {build} cannot use the GPU: its driver is too old or not running"
-            )
-            severity, fix = "error", "nvidia-smi  # its driver must be as new as CUDA"
-    else:
+        return [Finding("gpu", "note", text)]
+    if build is not None and torch.cuda.is_available():
         return [_examine_gpu(n, build, reinstall) for n in range(torch.cuda.device_count())]
-    return [Finding("gpu", severity, text, fix)]
+    if not present:
+        made = f"torch {torch.__version__} is for " + (f"CUDA {build}" if build else "the CPU")
+        return [Finding("gpu", "note", f"none, and {made}")]
+    if build is None:
+        text = f"there is an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA"
+        return [Finding("gpu", "error", text, reinstall)]
+    text = f"torch for CUDA {build} cannot use the GPU: its driver is too old or not running"
+    return [Finding("gpu", "error", text, "nvidia-smi  # its driver must be as new as CUDA")]
 
 
 def _examine_gpu(number: int, build: str, reinstall: str) -> Finding:
@@ -278,36 +252,36 @@ def examine_attention() -> list[Finding]:
 
 def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> list[Finding]:
     """Whether OpenMMLab's packages are compatible."""
-    found: list[tuple[str, str]] = []
+    found: list[Finding] = []
+
+    def add(severity: str, text: str, fix: str = "") -> None:
+        found.append(Finding("openmmlab", severity, text, fix))
+
     lite = "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0"
     for kept, other in _SAME_FOLDER:
         if kept in versions and other in versions:
             # Both own the same folder: removing one takes files of the other away.
             text = f"{kept} and {other} install into the same folder and break each other"
             fix = f"pip uninstall -y {kept} {other} && pip install {kept}=={versions[kept]}"
-            found.append((text, fix))
+            add("error", text, fix)
     mmcv = versions.get("mmcv") or versions.get("mmcv-lite")
-    if "mmdet" in versions and mmcv is not None and _above(mmcv, (2, 2)):
+    if "mmdet" in versions and mmcv is not None and Version(mmcv) >= Version("2.2"):
         text = f"mmdet {versions['mmdet']} does not accept mmcv {mmcv}: install one before 2.2.0"
-        found.append((text, lite))
+        add("error", text, lite)
     if "mmengine" in versions and not has_pkg_resources:
         text = f"mmengine {versions['mmengine']} needs pkg_resources, which newer setuptools lack"
-        found.append((text, "pip install 'setuptools<81'"))
+        add("error", text, "pip install 'setuptools<81'")
     if "mmcv" in versions and _has_no_extension():
-        found.append((f"mmcv {versions['mmcv']} has no compiled operators (mmcv._ext)", lite))
-    errors = [Finding("openmmlab", "error", *each) for each in found]
-    notes = []
+        add("error", f"mmcv {versions['mmcv']} has no compiled operators (mmcv._ext)", lite)
+    if not found:
+        mm = [name for name in _PACKAGES if name.startswith(("mm", "onedl")) and name in versions]
+        if not mm:
+            text = "not installed: mmdet and mmseg need it"
+            return [Finding("openmmlab", "note", text, "pip install 'vision-backbones[mm]'")]
+        add("ok", ", ".join(f"{name} {versions[name]}" for name in mm))
     if "mmcv-lite" in versions:
-        text = "mmcv-lite has no operators; torchvision's are used where available"
-        notes = [Finding("openmmlab", "note", text)]
-    if errors:
-        return errors + notes
-    mm = [name for name in _PACKAGES if name.startswith(("mm", "onedl")) and name in versions]
-    if mm:
-        shown = ", ".join(f"{name} {versions[name]}" for name in mm)
-        return [Finding("openmmlab", "ok", shown), *notes]
-    text = "not installed: mmdet and mmseg need it"
-    return [Finding("openmmlab", "note", text, "pip install 'vision-backbones[mm]'")]
+        add("note", "mmcv-lite has no operators; torchvision's are used where available")
+    return found
 
 
 def examine_export(versions: Mapping[str, str]) -> list[Finding]:
@@ -345,15 +319,6 @@ def _examine_folder(what: str, folder: Path, variable: str) -> Finding:
         severity = "warning" if free < _SCARCE_BYTES else "ok"
     fix = "" if severity == "ok" else suggest_folder(variable, free or 0)
     return Finding("cache", severity, text, fix)
-
-
-def _installed() -> dict[str, str]:
-    return {name: found for name in _PACKAGES if (found := installed_version(name)) is not None}
-
-
-def _above(version: str, least: tuple[int, int]) -> bool:
-    numbers = version.split(".")[:2]
-    return all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) >= least
 
 
 def _has_no_extension() -> bool:
@@ -394,21 +359,19 @@ def free_bytes(folder: Path) -> int | None:
 
 def suggest_folder(variable: str, least: int) -> str:
     """The command that sets ``variable`` to a folder with more space; "" if there is none."""
-    room = {}
-    for candidate in _candidates():
-        folder = Path(candidate) / "vision-backbones"
-        if variable != _KERNELS or kernel_cache_problem(folder / "native") is None:
-            room[folder] = free_bytes(folder) or 0
-    most = max(room.values(), default=0)
-    if most <= least:
+    places = [Path(candidate) / "vision-backbones" for candidate in _candidates()]
+    if variable == _KERNELS:
+        places = [place for place in places if kernel_cache_problem(place / "native") is None]
+    roomy = max(places, key=lambda place: free_bytes(place) or 0, default=None)
+    if roomy is None or (free_bytes(roomy) or 0) <= least:
         return ""
-    return f"export {variable}={shell_word(next(f for f in room if room[f] == most))}"
+    return f"export {variable}={shell_word(roomy)}"
 
 
 def _candidates() -> Iterator[str]:
-    home = os.path.expanduser("~")
-    if home != "~":  # a home directory is known
-        yield os.path.join(home, ".cache")
+    cache = os.path.expanduser("~/.cache")
+    if not cache.startswith("~"):  # a home directory is known
+        yield cache
     for find in (os.getcwd, tempfile.gettempdir):
         with contextlib.suppress(OSError):  # the folder was removed, or there is none
             yield find()

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones.cli.results import add_outputs, add_source, check_outputs, facts, say_refused
+from backbones.cli.results import add_outputs, check_outputs, facts, say_refused
 from backbones.common.arguments import nonempty_path, real
 from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text, json_text, write_if_asked
@@ -28,18 +28,15 @@ _DRAWN, _SHOWN, _TILES = 24, 200, 16
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``duplicates``."""
     add = parser.add_argument
     add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     text = f"minimum cosine similarity ({THRESHOLD})"
     add("--threshold", type=real(0, 1, above=True), default=THRESHOLD, metavar="C", help=text)
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 200,000 rows")
     add_outputs(parser, _PICTURE, "contact sheet of the groups", "image in a group")
-    add_source(parser)
 
 
 def run(options: Namespace) -> int:
-    """Run ``duplicates``."""
     folder: Path = options.folder
     path = check_outputs(options, _PICTURE, "key", _COLUMNS)
     groups = find_duplicates(folder, options.threshold, options.index, progress=True)

@@ -23,7 +23,6 @@ _SHOWN = 5
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``embed``."""
     add = parser.add_argument
     text = "folder of images, .tar or .parquet files, one such file or a pattern of them, list of "
     text += "paths (.txt), digits, medmnist/NAME, torch/NAME, hfds/NAME"
@@ -33,13 +32,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "a new folder, or one to resume"
     add("--out", type=nonempty_path, metavar="FOLDER", required=True, help=text)
     add("--features", default="head", metavar="WHICH", help=f"{FEATURES} (head)")
-    add(
-        "--classes",
-        type=whole(0),
-        default=0,
-        metavar="N",
-        help="also store the N most likely classes (0)",
-    )
+    text = "also store the N most likely classes (0)"
+    add("--classes", type=whole(0), default=0, metavar="N", help=text)
     add("--dtype", default="float32", choices=COMPUTED, help="dtype of the computation (float32)")
     add("--store", default="float32", choices=STORED, help="dtype in the shards (float32)")
     add("--split", default="train", help="split of digits, medmnist/, torch/ or hfds/ (train)")
@@ -53,10 +47,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--address", help="Ray cluster: auto or HOST:PORT (default: start one here)")
 
 
+@exit_on_signals()
 def run(options: Namespace) -> int:
     """Run ``embed``; 1 if an image could not be decoded."""
-    with exit_on_signals():
-        done = embed(**vars(options), progress=sys.stderr)
+    done = embed(**vars(options), progress=sys.stderr)
     rate = f", {done.done / done.seconds:.0f} images/s" if done.done else ""
     sys.stdout.write(f"{done.rows} embeddings in {options.out}{rate}\n")
     if done.skipped:

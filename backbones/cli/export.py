@@ -1,41 +1,56 @@
 """``vision-backbones export``: write a model as an ONNX or torch.export file and check it.
 
 The file is compared with the model, at three sizes if sizes are dynamic. A model in int8 can also
-be written as safetensors, for the library itself (``quantizing.py``).
+be written as safetensors, for the library itself.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from backbones.cli import graphs, quantizing
+import backbones
+from backbones.cli import graphs
 from backbones.cli.common import add_size_argument, two_sides
-from backbones.common.arguments import nonempty_path, real
+from backbones.cli.predict import find_images
+from backbones.common.arguments import nonempty_path, real, whole
+from backbones.common.console import silence
 from backbones.common.errors import CommandError
-from backbones.common.files import replacing_together, require_disk_space
+from backbones.common.files import replacing_together, require_disk_space, save_weights
+from backbones.common.images import read_pixels
+from backbones.common.keys import dump
 from backbones.common.memory import require_memory
-from backbones.common.outputs import ONNX, PT2, add_overwrite, require_writable
+from backbones.common.messages import first_line
+from backbones.common.outputs import ONNX, PT2, Kind, add_overwrite, require_writable
+from backbones.common.resizing import Resizing
 from backbones.common.signals import exit_on_signals
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of, require_size
-from backbones.core.loaded import Loaded, load, preprocessing
+from backbones.core.loaded import Loaded, fuse, load, preprocessing
+from backbones.fusing.precision import Precision
 
-_FORMATS = {"onnx": ONNX, "pt2": PT2, "safetensors": quantizing.INT8}
+# What ``--calibration`` needs.
+_WANTED = "give a folder of images like those that the model will see"
+_INT8 = Kind((".safetensors",), rb".{8}\{.*\.weight_scale\"")
+_BATCH = 16  # images to calibrate with at a time
+_FORMATS = {"onnx": ONNX, "pt2": PT2, "safetensors": _INT8}
 
 EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``export``."""
     add = parser.add_argument
     add("model", help="name of the architecture")
     add("--out", type=nonempty_path, required=True, metavar="FILE", help="file to write")
@@ -45,25 +60,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--dynamic", action="store_true", help="dynamic batch and image size")
     add_size_argument(parser, "size to trace at (default: the model's)")
     text = "batch size if not dynamic (1)"
-    add("--batch", type=int, default=1, metavar="N", help=text)
+    add("--batch", type=whole(1), default=1, metavar="N", help=text)
     add("--fused", action="store_true", help="fold norms and branches first")
     text = "quantise: ONNX (QDQ), or safetensors for this library"
     add("--int8", action="store_true", help=text)
     add("--calibration", type=nonempty_path, metavar="FOLDER", help="folder of images for --int8")
     text = "how many of them (64)"
-    add("--calibration-images", type=int, default=64, metavar="N", help=text)
+    add("--calibration-images", type=whole(1), default=64, metavar="N", help=text)
     text = "safetensors: maximum relative error of the output; sensitive layers are not quantised"
     add("--max-drop", type=real(0, above=True), metavar="X", help=text)
     add_overwrite(parser)
 
 
+@exit_on_signals()
 def run(options: Namespace) -> int:
     """Run ``export``; 0 if the file is written and right."""
-    with exit_on_signals():
-        return _run(options)
-
-
-def _run(options: Namespace) -> int:
     suffix = options.out.suffix.lower().removeprefix(".")
     format = options.format or (suffix if suffix in _FORMATS else "onnx")
     ours = format == "safetensors"
@@ -79,11 +90,10 @@ def _run(options: Namespace) -> int:
         )
     if options.max_drop is not None and not ours:
         raise CommandError("--max-drop needs safetensors: use --out FILE.safetensors --int8")
-    quantizing.check_options(
-        options.int8, options.calibration, options.calibration_images, fixed_ranges=not ours
-    )
-    if options.batch < 1:
-        raise CommandError(f"--batch must be 1 or more, got {options.batch}")
+    if options.int8 and options.calibration is None and not ours:
+        raise CommandError(f"--int8 needs --calibration FOLDER; {_WANTED}")
+    if options.calibration is not None and not options.int8:
+        raise CommandError("--calibration requires --int8; add it, or omit --calibration")
     require_writable(
         {"--out": (options.out, _FORMATS[format])},
         [options.checkpoint, options.calibration],
@@ -103,7 +113,7 @@ def _run(options: Namespace) -> int:
         raise CommandError(f"{options.checkpoint} has int8 weights, which cannot be exported")
     if options.fused:
         loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
-    size = two_sides(options.size, loaded.model)
+    size = two_sides(options.size, loaded.model, runs=False)
     shape = (options.batch, channels_of(loaded.model), *size)
     shapes = graphs.check_shapes(shape, options.dynamic)
     try:
@@ -115,15 +125,13 @@ def _run(options: Namespace) -> int:
     require_disk_space(options.out.parent, weights)
     images = None
     if options.calibration is not None:
-        images = quantizing.calibration_images(
-            loaded, options.calibration, options.calibration_images, size
-        )
+        images = calibration_images(loaded, options.calibration, options.calibration_images, size)
     if options.checkpoint is None and not options.pretrained:
         sys.stderr.write(
             f"note: without --checkpoint or --pretrained, {loaded.name} is exported untrained\n"
         )
     if ours:
-        quantizing.export_int8(loaded, options.out, size, images, options.max_drop)
+        export_int8(loaded, options.out, size, images, options.max_drop)
     else:
         export(loaded, options.out, format, size, options.batch, options.dynamic, images)
     return 0
@@ -138,12 +146,9 @@ def export(
     dynamic: bool = False,
     images: Sequence[Tensor] | None = None,
 ) -> None:
-    """Write ``path`` if its outputs equal the model's, and print a report.
+    """Write ``path`` as "onnx" or "pt2" if its outputs equal the model's, and print a report.
 
     Args:
-        format: ``"onnx"`` or ``"pt2"``.
-        size: of the images to trace with.
-        batch: batch size; ignored if ``dynamic``, like the size.
         images: (1, C, H, W) each, for int8 calibration; None for no int8.
     """
     model, name = loaded.model, loaded.name
@@ -179,12 +184,14 @@ def _write(
     """Trace the model and write the file; returns a function that runs it."""
     model, name = loaded.model, loaded.name
     _say(f"{name}: tracing at {_sizes(shape)}")
-    if format == "pt2":
-        graphs.save_program(graphs.trace(model, shape, dynamic), path)
-        return graphs.program_runner(path)
     program = graphs.trace(model, shape, dynamic)
+    if format == "pt2":
+        graphs.save_program(program, path)
+        return graphs.program_runner(path)
     _say(f"{name}: writing ONNX")
-    graphs.save_onnx(program, path, _metadata(loaded))
+    config = json.dumps(preprocessing(loaded), default=list)
+    facts = {**_metadata_of(loaded), "torch": torch.__version__, "preprocessing": config}
+    graphs.save_onnx(program, path, facts)
     _say(f"{name}: comparing with the model")
     return graphs.onnx_runner(path)
 
@@ -194,23 +201,12 @@ def _quantize(
 ) -> None:
     """Quantise the file and compare it with the model, on the images and at each size."""
     _say("quantising")
-    quantizing.quantize(path, images)
+    quantize(path, images)
     runner = graphs.onnx_runner(path)
-    agreement = quantizing.agreement(model, runner, images)
-    _say(f"  {agreement.text(len(images))}")
+    _say(f"  {agreement(model, runner, images).text(len(images))}")
     for number, shape in enumerate(shapes[1:], start=1):
-        found = quantizing.agreement(model, runner, [graphs.noise(shape, number)])
+        found = agreement(model, runner, [graphs.noise(shape, number)])
         _say(f"  {_sizes(shape):<16} int8, noise: {found.decibels:.1f} dB")
-
-
-def _metadata(loaded: Loaded) -> dict[str, str]:
-    """The metadata needed to run the file, as strings."""
-    config: dict[str, Any] = preprocessing(loaded)
-    facts = {"model": loaded.name, "torch": torch.__version__}
-    facts["preprocessing"] = json.dumps(config, default=list)
-    if loaded.classes:
-        facts["classes"] = json.dumps(loaded.classes)
-    return facts
 
 
 def _excuse(found: graphs.Check) -> str:
@@ -226,3 +222,159 @@ def _sizes(shape: tuple[int, ...]) -> str:
 def _say(line: str) -> None:
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
+
+
+# -- int8 ------------------------------------------------------------------------------------------
+
+
+class Agreement(NamedTuple):
+    """How an int8 file compares with the model.
+
+    Attributes:
+        top1: share of the images with the same top-1 class; None without classes.
+        decibels: signal-to-noise ratio of the outputs.
+    """
+
+    top1: float | None
+    decibels: float
+
+    def text(self, images: int) -> str:
+        """A summary of the comparison on ``images`` images, without a full stop."""
+        noise = f"signal to noise {self.decibels:.1f} dB"
+        if self.top1 is None:
+            return f"int8 vs. float: {noise}"
+        return f"int8 agrees with float in {100 * self.top1:.1f} % of {images} predictions, {noise}"
+
+
+def calibration_images(
+    loaded: Loaded, folder: Path, count: int, size: tuple[int, int]
+) -> list[Tensor]:
+    """``count`` images (1, C, H, W), preprocessed.
+
+    They are sampled evenly from the folder; unreadable ones are skipped.
+    """
+    channels = channels_of(loaded.model)
+    config = {**preprocessing(loaded), "input_size": (channels, *size)}
+    resize, mode = Resizing(config), "L" if channels == 1 else "RGB"
+    try:
+        paths = find_images([folder]).images
+    except (CommandError, OSError) as error:
+        raise CommandError(f"--calibration: {error}; {_WANTED}") from error
+    images: list[Tensor] = []
+    for path in paths[:: max(1, len(paths) // count)][:count]:
+        try:
+            images.append(resize.normalise(resize(read_pixels(path, mode))[None]))
+        except (OSError, ValueError, SyntaxError):
+            continue
+    if not images:
+        raise CommandError(f"--calibration: no readable images in {folder}; {_WANTED}")
+    return images
+
+
+def quantize(path: Path, images: Sequence[Tensor]) -> None:
+    """Quantise an ONNX file in place, by onnxruntime's static quantisation.
+
+    Weights become per-channel int8, activations uint8 with ranges calibrated on the images.
+    """
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = path.with_name(f".prepared.{path.name}")
+    quantized = path.with_name(f".int8.{path.name}")
+    feed = iter([{"image": image.numpy()} for image in images])
+    folder, tempfile.tempdir = tempfile.tempdir, str(path.parent)  # for onnxruntime's own files
+    try:
+        with silence():
+            quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+            quantize_static(
+                str(prepared),
+                str(quantized),
+                SimpleNamespace(get_next=lambda: next(feed, None)),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "MatMul", "Gemm"],  # the expensive ones
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                extra_options={"MatMulConstBOnly": True},
+            )
+    except Exception as error:  # onnxruntime's have no public base
+        raise CommandError(f"cannot be quantised: {first_line(error)}") from error
+    finally:
+        tempfile.tempdir = folder
+        prepared.unlink(missing_ok=True)
+    os.replace(quantized, path)
+
+
+def _metadata_of(loaded: Loaded) -> dict[str, str]:
+    """What a file says of its model: its name and, if known, those of its classes."""
+    classes = {"classes": json.dumps(loaded.classes)} if loaded.classes else {}
+    return {"model": loaded.name, **classes}
+
+
+def agreement(model: nn.Module, run: graphs.Run, images: Sequence[Tensor]) -> Agreement:
+    """How the outputs of ``run`` compare with the model's on ``images``."""
+    same, signal, noise = 0, 0.0, 0.0
+    classifies = True
+    for image in images:
+        expected, got = graphs.outputs(model, run, image)
+        if not got.isfinite().all():
+            raise CommandError(f"at {tuple(image.shape)} the int8 file's output is not finite")
+        signal += expected.square().sum().item()
+        noise += (expected - got).square().sum().item()
+        classifies = expected.ndim == 2 and expected.shape[1] > 1
+        if classifies:
+            same += int(expected.argmax(1).eq(got.argmax(1)).sum())
+    decibels = 10 * math.log10(signal / noise) if noise else math.inf
+    return Agreement(same / len(images) if classifies else None, decibels)
+
+
+def export_int8(
+    loaded: Loaded,
+    path: Path,
+    size: tuple[int, int],
+    images: Sequence[Tensor] | None = None,
+    max_drop: float | None = None,
+) -> None:
+    """Write ``path`` if the model loaded from it computes the same, and print a report.
+
+    Args:
+        loaded: its model is fused in int8.
+        images: (1, C, H, W) each, to calibrate with; None for ranges of each row.
+    """
+    exact, model = copy.deepcopy(loaded.model), loaded.model
+    batches = None if images is None else torch.cat(list(images)).split(_BATCH)
+    fuse(model, dtype=torch.int8, calibrate=batches, max_drop=max_drop)
+    precision: Precision = model.precision
+    if not precision.quantized:
+        reason = precision.reason or f"no layer would gain from int8 here; {precision.summary()}"
+        raise CommandError(f"{loaded.name}: {reason}")
+    probe = graphs.noise((1, channels_of(exact), *size), 0)
+    with replacing_together(path) as scratch:
+        facts = _metadata_of(loaded)
+        if loaded.recipe is not None:
+            facts["recipe"] = dump(loaded.recipe)
+        save_weights(scratch, model.int8_state_dict(), facts)
+        again = copy.deepcopy(exact)
+        try:
+            backbones.load_checkpoint(again, scratch)
+        except backbones.CheckpointError as error:
+            problem = str(error).replace(str(scratch), str(path))
+            raise CommandError(f"{loaded.name}: {problem}; it was not written") from error
+        wrong = graphs.difference(_forward(again, probe), _forward(model, probe))
+        if wrong > graphs.TOLERANCE:
+            raise CommandError(
+                f"{loaded.name}: the file differs from the model by {wrong:.1e} of the maximum "
+                "output; it was not written"
+            )
+    _say(f"  {precision.summary()}")
+    if images is not None:
+        found = agreement(exact, lambda image: _forward(model, image), images)
+        _say(f"  {found.text(len(images))}")
+    megabytes = path.stat().st_size / 1e6
+    _say(f"{path}: {loaded.name} in int8 for any batch and size, {megabytes:.1f} MB")
+
+
+@torch.inference_mode()
+def _forward(model: Any, image: Tensor) -> Tensor:
+    out: Tensor = model(image.to(next(model.parameters()).dtype))
+    return out.float()

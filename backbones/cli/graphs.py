@@ -10,9 +10,8 @@ import inspect
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,33 +38,19 @@ _TRACED_BATCH, _TRACED_SIZE = 3, (739, 997)
 
 
 def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export.ExportedProgram:
-    """The graph of a model in eval mode, without gradients.
-
-    Args:
-        shape: (B, C, H, W) of the images.
-        dynamic: whether batch, height and width are dynamic.
-    """
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    parameter = next(frozen.parameters())
-    images = torch.zeros(
-        *((_TRACED_BATCH, shape[1], *_TRACED_SIZE) if dynamic else shape),
-        dtype=parameter.dtype,
-        device=parameter.device,
-    )
-    axes = torch.export.Dim.DYNAMIC
-    return _export(frozen, (images,), ({0: axes, 2: axes, 3: axes},) if dynamic else None)
-
-
-def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.export.ExportedProgram:
-    """torch.export with its ``dynamic_shapes=axes``; None if all sizes are static."""
+    """The graph of a model in eval mode; if ``dynamic``, for any batch size, height and width."""
     from torch.fx.experimental import _config
 
     symbolic_config: Any = _config
-
-    dynamic = axes is not None
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    parameter = next(frozen.parameters())
+    traced = (_TRACED_BATCH, shape[1], *_TRACED_SIZE) if dynamic else shape
+    images = torch.zeros(*traced, dtype=parameter.dtype, device=parameter.device)
+    axes = torch.export.Dim.DYNAMIC
+    sizes = ({0: axes, 2: axes, 3: axes},) if dynamic else None
     try:
         with silence(), symbolic_config.patch(backed_size_oblivious=dynamic), torch.no_grad():
-            program = _export_with_assertions(module, inputs, axes)
+            program = _export(frozen, images, sizes)
     except Exception as error:  # torch raises many kinds, some of them private
         raise CommandError(f"cannot be exported: {_reason(error)}") from error
     if dynamic:
@@ -74,22 +59,18 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.expo
     return program
 
 
-def _export_with_assertions(
-    module: nn.Module, inputs: tuple[Any, ...], axes: Any
-) -> torch.export.ExportedProgram:
+def _export(module: nn.Module, images: Tensor, sizes: Any) -> torch.export.ExportedProgram:
     """Conditions on dynamic sizes become assertions in the graph instead of limits to the sizes."""
-    arguments: dict[str, Any] = {"dynamic_shapes": axes, "strict": False}
+    arguments: dict[str, Any] = {"dynamic_shapes": sizes, "strict": False}
     option = "prefer_deferred_runtime_asserts_over_guards"
     if option in inspect.signature(torch.export.export).parameters:
-        return torch.export.export(module, inputs, **arguments | {option: axes is not None})
+        arguments[option] = sizes is not None
+        return torch.export.export(module, (images,), **arguments)
     # torch 2.8 has the option only in the function behind torch.export.export.
     private: Any = importlib.import_module("torch.export._trace")
+    arguments["allow_complex_guards_as_runtime_asserts"] = sizes is not None
     program: torch.export.ExportedProgram = private._export(
-        module,
-        inputs,
-        **arguments,
-        pre_dispatch=True,
-        allow_complex_guards_as_runtime_asserts=axes is not None,
+        module, (images,), **arguments, pre_dispatch=True
     )
     return program
 
@@ -113,7 +94,6 @@ def save_onnx(
 
     Weights of more than 1.9 GB are stored in ``<path>.data``. Equal constants are stored once.
     """
-    _require_packages("onnx", "onnxscript")
     from onnx_ir.passes.common import DeduplicateInitializersPass
 
     try:
@@ -131,9 +111,8 @@ def save_onnx(
     DeduplicateInitializersPass(_LARGEST_TABLE)(made.model)
     _name_axes(made.model)
     made.model.metadata_props.update(metadata or {})
-    made.save(
-        path, external_data=sum(t.nbytes for t in program.state_dict.values()) > _LARGEST_FILE
-    )
+    weights = sum(t.nbytes for t in program.state_dict.values())
+    made.save(path, external_data=weights > _LARGEST_FILE)
 
 
 @contextlib.contextmanager
@@ -162,7 +141,6 @@ def program_runner(path: Path) -> Run:
 
 def onnx_runner(path: Path, threads: int = 1) -> Run:
     """A function that runs an ONNX file in onnxruntime on the CPU: images (B, C, H, W) → output."""
-    _require_packages("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -179,19 +157,15 @@ def onnx_runner(path: Path, threads: int = 1) -> Run:
         try:
             (output,) = session.run(None, {"image": images.numpy()})
         except Exception as error:  # as above
-            raise CommandError(
-                f"onnxruntime fails at {tuple(images.shape)}: {_reason(error)}"
-            ) from error
+            where = tuple(images.shape)
+            raise CommandError(f"onnxruntime fails at {where}: {_reason(error)}") from error
         return torch.from_numpy(np.asarray(output))
 
     return run
 
 
 def check_shapes(shape: Sequence[int], dynamic: bool) -> list[tuple[int, ...]]:
-    """The shapes to compare at: ``shape`` and, if dynamic, a smaller and a larger, odd one.
-
-    The three have different batch sizes.
-    """
+    """The shapes to compare at; if dynamic, also a smaller and a larger, odd one."""
     batch, channels, height, width = shape
     if not dynamic:
         return [tuple(shape)]
@@ -200,8 +174,7 @@ def check_shapes(shape: Sequence[int], dynamic: bool) -> list[tuple[int, ...]]:
     return [tuple(shape), (batch + 2, channels, *smaller), (batch + 1, channels, *larger)]
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """The error of a file at one size.
 
     Attributes:
@@ -276,35 +249,21 @@ def _lift_limits(program: torch.export.ExportedProgram) -> None:
 
 def _name_axes(model: Any) -> None:
     """Name the dynamic axes of an ONNX model: batch, height, width."""
-    names = dict(
-        zip(
-            (str(axis) for axis in model.graph.inputs[0].shape),
-            ("batch", None, "height", "width"),
-            strict=True,
-        )
-    )
     import onnx_ir
 
+    batch, _, height, width = map(str, model.graph.inputs[0].shape)
+    names: dict[Any, str] = {batch: "batch", height: "height", width: "width"}
     for value in (*model.graph.inputs, *model.graph.outputs):
-        value.shape = onnx_ir.Shape(
-            [
-                axis if isinstance(axis, int) else names.get(str(axis)) or str(axis)
-                for axis in value.shape
-            ]
-        )
+        axes = [axis if isinstance(axis, int) else str(axis) for axis in value.shape]
+        value.shape = onnx_ir.Shape([names.get(axis, axis) for axis in axes])
 
 
 def require_onnx() -> None:
-    """Raise a CommandError if the packages for ONNX are not installed."""
-    _require_packages("onnx", "onnxscript", "onnxruntime")
-
-
-def _require_packages(*packages: str) -> None:
+    """Raise a CommandError if packages for ONNX are not installed."""
+    packages = ("onnx", "onnxscript", "onnxruntime")
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise CommandError(
-            f"{' and '.join(missing)} missing: pip install onnx onnxscript onnxruntime"
-        )
+        raise CommandError(f"{' and '.join(missing)} missing: pip install {' '.join(packages)}")
 
 
 def _reason(error: BaseException) -> str:

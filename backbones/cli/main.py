@@ -45,11 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, argv: Sequence[str]) -> int:
-    """Run one command of :data:`COMMANDS`; the exit status, as of :func:`main`.
-
-    Args:
-        argv: the words after the command.
-    """
+    """Run one command of :data:`COMMANDS`; the exit status, as of :func:`main`."""
     path, summary = COMMANDS[name]
     program = f"vision-backbones {name}"
 
@@ -62,7 +58,7 @@ def run_command(name: str, argv: Sequence[str]) -> int:
             raise CommandError(reason) from error
         parser = Parser(
             prog=program,
-            description=_sentence(summary),
+            description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=f"example:\n  {program} {module.EXAMPLE}".rstrip(),
         )
         module.add_arguments(parser)
@@ -82,10 +78,6 @@ def _without_command(words: Sequence[str]) -> int:
     name = one_line(repr(words[0]))
     sys.stderr.write(f"error: no command {name}; did you mean {' or '.join(near)}?\n")
     return 2
-
-
-def _sentence(summary: str) -> str:
-    return f"{summary[0].upper()}{summary[1:]}."
 
 
 def _overview() -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import backbones
 from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
@@ -34,7 +35,7 @@ class Part:
         macs: multiply-accumulates for one image, of convolutions and matrix products.
         receptive_field: side in pixels; infinite for the whole image; None after the stages, and
             in models of timm.
-        share: of the forward pass's time; None if not measured.
+        share: of the time of all calls, see :func:`backbones.explain`; None if not measured.
     """
 
     name: str
@@ -47,13 +48,9 @@ class Part:
 
 @torch.no_grad()
 def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
-    """The parts of a model in execution order.
+    """The parts of a model in execution order; without ``runs``, without their times.
 
     Everything except the time is determined on the meta device, without computing.
-
-    Args:
-        height, width: of the image.
-        runs: forward passes to take median times over; 0 for no times.
     """
     shadow = copy.deepcopy(model).to("meta").eval().requires_grad_(False)
     dtype = next(model.parameters()).dtype
@@ -64,30 +61,38 @@ def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
     counter = _counter()
     counted = 0
 
-    def record(name: str, module: nn.Module, value: Tensor) -> None:
+    def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal counted
-        total = _macs(counter)
+        total = counter.get_total_flops() // 2
         params = sum(p.numel() for p in module.parameters())
         side = None if field is None else field.side
-        parts.append(Part(name, tuple(value.shape[1:]), params, total - counted, side))
+        parts.append(Part(name, tuple(_first(output).shape[1:]), params, total - counted, side))
         counted = total
 
-    with (
-        counter,
-        _correct_attention(shadow, counter),
-        nullcontext() if field is None else follow(shadow, field),
-        _at_ends(shadow, record),
-    ):
+    def end_stem(stage: nn.Module, inputs: Any) -> None:
+        record("stem", shadow.stem, (), inputs)
+
+    with counter, _correct_attention(shadow, counter), ExitStack() as hooks:
+        if field is None:
+            modules = _modules_of(shadow)
+        else:
+            modules = [(f"stage {i}", stage) for i, stage in enumerate(shadow.stages, start=1)]
+            hooks.enter_context(follow(shadow, field))
+            hooks.enter_context(shadow.stages[0].register_forward_pre_hook(end_stem))
+        for name, module in modules:
+            hooks.enter_context(module.register_forward_hook(partial(record, name)))
         output = shadow(images)
     rest = sum(p.numel() for p in model.parameters()) - sum(part.params for part in parts)
-    last = Part(
-        "head" if is_ours else "rest", tuple(output.shape[1:]), rest, _macs(counter) - counted
-    )
-    parts.append(last)
+    name, shape = "head" if is_ours else "rest", tuple(output.shape[1:])
+    parts.append(Part(name, shape, rest, counter.get_total_flops() // 2 - counted))
     if runs:
-        shares = time_shares(model, height, width, runs)
-        for part, share in zip(parts, shares, strict=True):
-            part.share = share
+        calls = backbones.explain(model, (height, width), repeats=runs).calls
+        names = _parts_of([call.layer for call in calls], [part.name for part in parts])
+        seconds: dict[str, float] = defaultdict(float)
+        for name, call in zip(names, calls, strict=True):
+            seconds[name] += call.seconds
+        for part in parts:
+            part.share = seconds[part.name] / sum(seconds.values())
     return parts
 
 
@@ -96,66 +101,24 @@ def count_macs(model: Any, height: int, width: int) -> int:
     return sum(part.macs for part in measure(model, height, width))
 
 
-@torch.inference_mode()
-def time_shares(model: Any, height: int, width: int, runs: int) -> list[float]:
-    """Shares of a forward pass's time, for the parts of :func:`measure`; they add up to 1.
-
-    Each is the median over ``runs`` passes with one image, after a warm-up pass.
-    """
-    parameter = next(model.parameters())
-    images = torch.zeros(
-        1, channels_of(model), height, width, dtype=parameter.dtype, device=parameter.device
-    )
-    stamps: list[float] = []
-
-    def stamp(*_: Any) -> None:
-        if parameter.device.type == "cuda":
-            torch.cuda.synchronize(parameter.device)
-        stamps.append(time.perf_counter())
-
-    passes: list[list[float]] = []
-    with _at_ends(model, stamp):
-        for _ in range(runs + 1):
-            stamps.clear()
-            stamp()
-            model(images)
-            stamp()
-            passes.append([b - a for a, b in zip(stamps, stamps[1:], strict=False)])
-    medians = [statistics.median(column) for column in zip(*passes[1:], strict=True)]
-    return [median / sum(medians) for median in medians]
+def part_of(layer: str) -> str:
+    """The part of a network that a layer is in, by its path: a stage, or another module."""
+    names = layer.split(".")
+    staged = names[0] == "stages" and len(names) > 1
+    return f"stage {int(names[1]) + 1}" if staged else names[0] or "model"
 
 
-@contextmanager
-def _removed_after(handles: list[Any]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _at_ends(model: Any, call: Callable[[str, nn.Module, Tensor], None]) -> Iterator[None]:
-    """Call ``call(name, module, output)`` after each part but the last.
-
-    These are the stem (all before the stages) and each stage.
-    """
-
-    def stem_ended(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        call("stem", model.stem, inputs[0])
-
-    def ended(name: str) -> Callable[..., None]:
-        return lambda module, inputs, output: call(name, module, _first(output))
-
-    handles: list[Any] = []
-    if isinstance(model, StagedBackbone):
-        handles.append(model.stages[0].register_forward_pre_hook(stem_ended))
-        parts = [(f"stage {i}", stage) for i, stage in enumerate(model.stages, start=1)]
-    else:
-        parts = _modules_of(model)
-    handles += [module.register_forward_hook(ended(name)) for name, module in parts]
-    with _removed_after(handles):
-        yield
+def _parts_of(layers: Sequence[str], names: Sequence[str]) -> Iterator[str]:
+    """Those of ``names`` to which the calls of a forward pass belong, by the paths of layers."""
+    now = names[0]
+    for layer in layers:
+        if names[-1] == "rest":  # a model of timm
+            now = next((name for name in names if f"{layer}.".startswith(f"{name}.")), "rest")
+        elif (part := part_of(layer)) in names[1:-1]:
+            now = part
+        elif now != "stem":
+            now = "head"
+        yield now
 
 
 def _first(output: Any) -> Tensor:
@@ -182,10 +145,6 @@ def _counter() -> FlopCounterMode:
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
-def _macs(counter: FlopCounterMode) -> int:
-    return counter.get_total_flops() // 2
-
-
 def _deform_conv_flops(
     image: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -201,7 +160,6 @@ def _mix_flops(weights: Any, value: Any, *args: Any, out_shape: Any = None, **kw
 def _correct_attention(model: nn.Module, counter: FlopCounterMode) -> Iterator[None]:
     """Count neighborhood attention by its definition, not by a backend's full tiles."""
     before: list[int] = []
-    handles = []
     total = counter.flop_counts["Global"]
 
     def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -217,15 +175,11 @@ def _correct_attention(model: nn.Module, counter: FlopCounterMode) -> Iterator[N
         projections = math.prod(size) * 4 * dim * dim
         attention = math.prod(padded) * 2 * math.prod(window) * dim
         exact = 2 * batch * (projections + attention)
-        total[_NEIGHBORHOOD] += exact - (sum(total.values()) - before.pop())
+        total["neighborhood attention"] += exact - (sum(total.values()) - before.pop())
 
-    for module in model.modules():
-        if isinstance(module, NeighborhoodAttention2D):
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave))
-    with _removed_after(handles):
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, NeighborhoodAttention2D):
+                hooks.enter_context(module.register_forward_pre_hook(enter))
+                hooks.enter_context(module.register_forward_hook(leave))
         yield
-
-
-# The operator's name under which the corrections are counted.
-_NEIGHBORHOOD = "neighborhood attention"

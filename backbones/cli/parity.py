@@ -11,7 +11,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,16 @@ def _tensor(name: str, shape: list[int]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32).reshape(tuple(shape)))
 
 
+def float_shapes(
+    figures: dict[str, Any], rows: Iterable[tuple[str, list[int], str]] | None = None
+) -> Iterator[tuple[str, list[int]]]:
+    """Names and shapes of the tensors in floating point, without those that models derive."""
+    derived = set(figures.get("derived", ()))
+    for name, shape, dtype in figures["state_dict"] if rows is None else rows:
+        if dtype.removeprefix("torch.").startswith(("float", "bfloat")) and name not in derived:
+            yield name, shape
+
+
 def checkpoint(
     figures: dict[str, Any], rows: list[tuple[str, list[int], str]] | None = None
 ) -> dict[str, Tensor]:
@@ -87,12 +97,7 @@ def checkpoint(
     ``rows`` replaces ``figures["state_dict"]``, for another form of the same model. Integer
     tensors are omitted, since models derive them.
     """
-    derived = set(figures.get("derived", ()))
-    tensors = {
-        name: _tensor(name, shape)
-        for name, shape, dtype in (figures["state_dict"] if rows is None else rows)
-        if dtype.removeprefix("torch.").startswith(("float", "bfloat")) and name not in derived
-    }
+    tensors = {name: _tensor(name, shape) for name, shape in float_shapes(figures, rows)}
     for pattern, factor in figures.get("synth_scale", ()):
         for name in tensors:
             if re.search(pattern, name):

@@ -10,6 +10,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,17 @@ from torch import Tensor
 
 from backbones.cli.cam import grad_cam
 from backbones.cli.common import read_labels
-from backbones.cli.predictions import (
-    CSV_HEAD,
-    Prediction,
-    as_csv,
-    as_entries,
-    as_table,
-    draw_predictions,
-)
 from backbones.common import images
 from backbones.common.arguments import nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CommandError, memory_shortage
+from backbones.common.figures import INK, drawable, new_figure, save_figure, short
 from backbones.common.messages import first_line, one_line
 from backbones.common.outputs import (
     FIGURE,
     add_overwrite,
     csv_of,
+    csv_text,
     json_of,
     json_text,
     require_writable,
@@ -43,6 +38,7 @@ from backbones.common.outputs import (
 )
 from backbones.common.progress import counting
 from backbones.common.resizing import Resizing
+from backbones.common.tables import table
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, load, preprocessing
@@ -50,10 +46,11 @@ from backbones.core.loaded import Loaded, fuse, load, preprocessing
 EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png"
 
 _PICTURES = 24
+_CSV_HEAD = ("image", "place", "class", "name", "confidence", "error")
+_HEAT, _STRENGTH = "inferno", 0.6
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``predict``."""
     add = parser.add_argument
     add("images", nargs="+", type=nonempty_path, metavar="IMAGE", help="files or folders")
     add("--model", help="architecture; not needed for a checkpoint of train_cls.py")
@@ -66,11 +63,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = f"draw the first {_PICTURES} images with their Grad-CAM"
     add("--cam", type=nonempty_path, metavar="PNG", help=text)
     add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
-    add(
-        "--dtype",
-        choices=COMPUTED,
-        help="fuse the model and compute in this dtype (default: not fused)",
-    )
+    text = "fuse the model and compute in this dtype (default: not fused)"
+    add("--dtype", choices=COMPUTED, help=text)
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
     add_overwrite(parser)
 
@@ -87,7 +81,7 @@ def run(options: Namespace) -> int:
     found = find_images(options.images)
     require_writable(
         {
-            "--csv": (options.csv, csv_of(*CSV_HEAD)),
+            "--csv": (options.csv, csv_of(*_CSV_HEAD)),
             "--json": (options.json, json_of("image")),
             "--cam": (options.cam, FIGURE),
         },
@@ -118,17 +112,15 @@ def run(options: Namespace) -> int:
         fuse(loaded.model, dtype=COMPUTED[options.dtype])
 
     pictures = _PICTURES if options.cam is not None else 0
-    predictions = list(
-        predict(loaded, found.images, options.topk, options.batch_size, pictures, progress=True)
-    )
+    predictions = [*predict(loaded, found.images, options.topk, options.batch_size, pictures)]
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
-    sys.stdout.write(as_table(predictions, names))
-    write_if_asked(options.csv, as_csv(predictions, names))
-    write_if_asked(options.json, json_text(as_entries(predictions, names)))
+    sys.stdout.write(_as_table(predictions, names))
+    write_if_asked(options.csv, _as_csv(predictions, names))
+    write_if_asked(options.json, json_text(_as_entries(predictions, names)))
     if options.cam is not None:
-        shown = [prediction for prediction in predictions if prediction.image is not None]
+        shown = [prediction for prediction in predictions if prediction.heat is not None]
         if shown:
-            draw_predictions(options.cam, shown, names)
+            _draw_predictions(options.cam, shown, names)
     say_skipped(found.others)
     unreadable = [prediction for prediction in predictions if prediction.error]
     for prediction in unreadable:
@@ -138,59 +130,64 @@ def run(options: Namespace) -> int:
     return 1 if unreadable else 0
 
 
+@dataclass
+class Prediction:
+    """A model's prediction for one image.
+
+    Attributes:
+        ranked: (class, confidence) pairs, the most likely first.
+        error: why the image could not be read; then the other fields are empty.
+        image: (C, H, W) in uint8, as resized for the model; only for pictures, like ``heat``.
+        heat: (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
+    """
+
+    path: Path
+    ranked: Sequence[tuple[int, float]] = ()
+    error: str = ""
+    image: Any = None
+    heat: Any = None
+
+
 def predict(
-    loaded: Loaded,
-    paths: Sequence[Path],
-    topk: int = 5,
-    batch_size: int = 16,
-    pictures: int = 0,
-    progress: bool = False,
+    loaded: Loaded, paths: Sequence[Path], topk: int = 5, batch_size: int = 16, pictures: int = 0
 ) -> Iterator[Prediction]:
     """Predictions in the order of ``paths``.
 
-    Args:
-        topk: number of classes per image, clipped to the model's classes.
-        pictures: number of readable images to return with their pixels and Grad-CAM.
-        progress: show a progress bar if standard error is a terminal.
+    The first ``pictures`` readable images are returned with their pixels and Grad-CAM.
     """
     config = preprocessing(loaded)
     resize = Resizing(config)
     mode = "L" if config["input_size"][0] == 1 else "RGB"
-    shown = progress and len(paths) > batch_size
-    with counting("images", len(paths), shown) as bar:
+    with counting("images", len(paths), shown=len(paths) > batch_size) as bar:
         for start in range(0, len(paths), batch_size):
-            batch: list[Prediction] = []
-            readable: list[np.ndarray] = []
-            for path in paths[start : start + batch_size]:
-                prediction = Prediction(path, [], [])
+            batch = [Prediction(path) for path in paths[start : start + batch_size]]
+            for prediction in batch:
                 try:
-                    pixels = images.read_pixels(path, mode)
+                    pixels = images.read_pixels(prediction.path, mode)
                     images.require_wide((pixels.shape[1], pixels.shape[0]), config)
-                    readable.append(resize(pixels))
+                    prediction.image = resize(pixels)
                 except images.DECODE_ERRORS as error:
                     prediction.error = first_line(error)
                 except (MemoryError, RuntimeError) as error:
                     if (shortage := memory_shortage(error)) is None:
                         raise
                     prediction.error = shortage
-                batch.append(prediction)
+            readable = [prediction for prediction in batch if not prediction.error]
             if readable:
-                read = [prediction for prediction in batch if not prediction.error]
-                normalised = resize.normalise(np.stack(readable))
-                drawn = _classify(loaded.model, normalised, read, topk, config, pictures)
-                pictures -= drawn
+                normalised = resize.normalise(np.stack([p.image for p in readable]))
+                _classify(loaded.model, normalised, readable, topk, pictures)
+            for prediction in readable[pictures:]:
+                prediction.image = None
+            pictures = max(0, pictures - len(readable))
             yield from batch
             bar.step(count=len(batch))
 
 
 def find_images(places: Sequence[Path]) -> images.Listing[Path]:
-    """The given files, and the images in the given folders (recursively, sorted).
+    """The given files and the images in the given folders (recursively, sorted), and other files.
 
     Non-images with an image's name (a named pipe, a broken link) are included; reading them fails
     with an explanation.
-
-    Returns:
-        images, and the other files in the folders.
     """
     found: images.Listing[Path] = images.Listing([], [])
     for place in places:
@@ -216,34 +213,88 @@ def say_skipped(files: Sequence[Path]) -> None:
 
 
 def _classify(
-    model: Any,
-    batch: Tensor,
-    predictions: Sequence[Prediction],
-    topk: int,
-    config: dict[str, Any],
-    pictures: int,
-) -> int:
-    """Fill in ``predictions``; returns how many of them got pixels and Grad-CAM."""
-    drawn = min(pictures, len(predictions))
+    model: Any, batch: Tensor, predictions: Sequence[Prediction], topk: int, pictures: int
+) -> None:
+    """Fill in the ranks of ``predictions`` and, for the first ``pictures``, the heat."""
     parameter = next(model.parameters())
-    device = parameter.device
-    if drawn:
-        logits, heat = grad_cam(model, batch.to(device))
-        mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-        pixels = (batch * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-        for i in range(drawn):
-            predictions[i].image, predictions[i].heat = pixels[i].numpy(), heat[i].cpu().numpy()
+    if pictures:
+        logits, heat = grad_cam(model, batch.to(parameter.device))
+        for prediction, found in zip(predictions[:pictures], heat.cpu().numpy(), strict=False):
+            prediction.heat = found
     else:
         with torch.inference_mode():
-            logits = model(batch.to(device, parameter.dtype))
+            logits = model(batch.to(parameter.device, parameter.dtype))
     finite = logits.isfinite().all(1).tolist()
     if not all(finite):
         raise CommandError(
             f"the model's output for {predictions[finite.index(False)].path} is not finite"
         )
     best = logits.float().softmax(1).cpu().topk(min(topk, logits.shape[1]), dim=1)
-    for prediction, confidences, classes in zip(
-        predictions, best.values.tolist(), best.indices.tolist(), strict=True
-    ):
-        prediction.confidences, prediction.classes = confidences, classes
-    return drawn
+    ranks = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    for prediction, (classes, confidences) in zip(predictions, ranks, strict=True):
+        prediction.ranked = list(zip(classes, confidences, strict=True))
+
+
+def _as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
+    """A text table, without unreadable images."""
+    rows = [
+        [one_line(str(p.path)) if not place else "", names[number], f"{100 * confidence:.1f} %"]
+        for p in predictions
+        for place, (number, confidence) in enumerate(p.ranked)
+    ]
+    return table(("image", "class", "confidence"), rows, left=2) if rows else ""
+
+
+def _as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
+    """CSV with a row for each predicted class and for each unreadable image."""
+    rows: list[tuple[Any, ...]] = []
+    for p in predictions:
+        if p.error:
+            rows.append((p.path, "", "", "", "", p.error))
+        for place, (number, confidence) in enumerate(p.ranked, start=1):
+            rows.append((p.path, place, number, names[number], f"{confidence:.6f}", ""))
+    return csv_text(_CSV_HEAD, rows)
+
+
+def _as_entries(predictions: Sequence[Prediction], names: Sequence[str]) -> list[dict[str, Any]]:
+    """An entry for each image, for JSON."""
+    entries: list[dict[str, Any]] = []
+    for p in predictions:
+        if p.error:
+            entries.append({"image": str(p.path), "error": p.error})
+            continue
+        ranked = [{"class": n, "name": names[n], "confidence": round(c, 6)} for n, c in p.ranked]
+        entries.append({"image": str(p.path), "predictions": ranked})
+    return entries
+
+
+def _draw_predictions(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
+    """Draw each image next to a copy with its heat map, with the top predictions below."""
+    from matplotlib import colormaps
+
+    columns = min(4, len(predictions))
+    rows = -(-len(predictions) // columns)
+    width, height = 3.1 * columns + 0.2, 2.25 * rows + 0.15
+    figure = new_figure(width, height)
+    edges = {"left": 0.1 / width, "right": 1 - 0.1 / width}
+    edges |= {"bottom": 0.5 / height, "top": 1 - 0.32 / height}
+    figure.subplots_adjust(**edges, wspace=0.06, hspace=0.5)
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, prediction in zip(axes, predictions, strict=False):
+        heat = prediction.heat[..., None]
+        colors = colormaps[_HEAT](heat[..., 0])[..., :3]
+        image = np.broadcast_to(prediction.image.transpose(1, 2, 0) / 255, colors.shape)
+        shown = image * (1 - _STRENGTH * heat) + colors * _STRENGTH * heat
+        gap = np.ones((len(heat), max(1, len(heat) // 40), 3))
+        axis.imshow(np.concatenate((image, gap, shown), axis=1))
+        name = prediction.path.name
+        title = drawable(name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}")
+        axis.set_title(title, fontsize=9, loc="left", pad=3, color="#56606e")
+        for i, (number, confidence) in enumerate(prediction.ranked[:2]):
+            line = f"{short(names[number])}  {100 * confidence:.0f} %"
+            font = {"fontsize": 8.5} if i else {"fontsize": 10, "fontweight": "bold"}
+            place = {"transform": axis.transAxes, "va": "top"}
+            axis.text(0, -0.03 - 0.13 * i, line, color=INK, **place, **font)
+    save_figure(figure, path)

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from backbones.cli.results import add_outputs, add_source, check_outputs, facts, say_refused
+from backbones.cli.results import add_outputs, check_outputs, facts, say_refused
 from backbones.common.arguments import nonempty, nonempty_path, real, whole
 from backbones.common.confusion import confusions, draw_confusions
 from backbones.common.errors import CommandError
@@ -27,7 +27,6 @@ _MISTAKES, _KINDS = 120, 20
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``probe``."""
     add = parser.add_argument
     add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     which: dict[str, Any] = {"type": nonempty, "metavar": "WHICH"}
@@ -47,11 +46,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--most-rows", type=whole(2), default=MOST_ROWS, metavar="N", help=text)
     add("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="random seed (0)")
     add_outputs(parser, _PICTURE, "confusion matrix")
-    add_source(parser)
 
 
 def run(options: Namespace) -> int:
-    """Run ``probe``."""
     folder: Path = options.folder
     if options.test is not None and options.split is not None:
         raise CommandError("give either --test or --split")
@@ -157,10 +154,7 @@ def _rows(find: Thumbnails, report: Report) -> list[Row]:
             for m in shown
         ]
         count = len(method.mistakes)
-        some = (
-            f", the {len(shown)} most confident shown"
-            if count > len(shown)
-            else ", most confident first"
-        )
-        rows.append(Row(f"{method.name}: {count} mistakes{some}", tiles))
+        some = count > len(shown)
+        which = f"the {len(shown)} most confident shown" if some else "most confident first"
+        rows.append(Row(f"{method.name}: {count} mistakes, {which}", tiles))
     return rows

@@ -46,14 +46,16 @@ class Step(NamedTuple):
     shift: float = 0.0
 
 
-_EVERYWHERE = float("inf")
-# Defined in the families: BiFormer's global attention; MedViTV2's neighborhood attention on a map
-# whose memory is reinterpreted in another order, so that neighbours may come from anywhere; and
-# OverLoCK's dynamic blocks, whose kernels depend on the whole context. Its overview runs beside the
-# map, and its two convolutions of stride 2 are parallel.
+_EVERYWHERE = Step(float("inf"))
+# Defined in the families, like their subclasses: BiFormer's global attention; MedViTV2's
+# neighborhood attention on a map whose memory is reinterpreted in another order, so that neighbours
+# may come from anywhere; OverLoCK's dynamic blocks, whose kernels depend on the whole context; and
+# the scans of VRWKV, ViG and VMamba. OverLoCK's overview runs beside the map, and its two
+# convolutions of stride 2 are parallel.
 _IN_FAMILIES = {
-    **dict.fromkeys(("GlobalAttention", "LocalBlock", "FoldedLocalBlock"), Step(_EVERYWHERE)),
-    **{"DynamicBlock": Step(_EVERYWHERE), "Overview": Step(1), "Halving": Step(3, 2)},
+    **dict.fromkeys(("GlobalAttention", "LocalBlock", "FoldedLocalBlock"), _EVERYWHERE),
+    **dict.fromkeys(("WKVAttention", "GatedScan", "Mixing", "SelectiveScan2d"), _EVERYWHERE),
+    **{"DynamicBlock": _EVERYWHERE, "Overview": Step(1), "Halving": Step(3, 2)},
 }
 
 
@@ -106,8 +108,8 @@ def follow(model: nn.Module, field: ReceptiveField) -> Iterator[None]:
         for name, module in model.named_modules():
             if ".shortcut" in name:  # beside layers that reach further
                 continue
-            hooks.callback(module.register_forward_pre_hook(enter).remove)
-            hooks.callback(module.register_forward_hook(leave).remove)
+            hooks.enter_context(module.register_forward_pre_hook(enter))
+            hooks.enter_context(module.register_forward_hook(leave))
         yield
 
 
@@ -116,16 +118,13 @@ def step_of(module: nn.Module, height: int, width: int) -> Step | None:
 
     For parallel branches, the widest one.
     """
-    if (found := _IN_FAMILIES.get(type(module).__name__)) is not None:
-        return found
+    for base in type(module).__mro__:
+        if base.__name__ in _IN_FAMILIES:
+            return _IN_FAMILIES[base.__name__]
     for kind, rule in _RULES.items():
         if isinstance(module, kind):
-            return rule(module, height, width)
+            return rule if isinstance(rule, Step) else rule(module, height, width)
     return None
-
-
-def _everywhere(module: nn.Module, height: int, width: int) -> Step:
-    return Step(_EVERYWHERE)
 
 
 def _conv(module: Any, height: int, width: int) -> Step:
@@ -149,10 +148,6 @@ def _dilated(module: Any, height: int, width: int) -> Step:
     return Step(module.large.conv.kernel_size[0])
 
 
-def _merging(module: Any, height: int, width: int) -> Step:
-    return Step(2, 2, 0.5)
-
-
 def _neighborhood(module: Any, height: int, width: int) -> Step:
     # Windows are shifted inwards at borders, so the reach is from corner to corner.
     kernel_size, _, dilation, _ = module.window((height, width))
@@ -164,7 +159,7 @@ def _windows(module: Any, height: int, width: int) -> Step:
     """Non-overlapping windows: from one corner to the other, in both directions."""
     side = module.window_size
     if height <= side and width <= side:
-        return Step(_EVERYWHERE)
+        return _EVERYWHERE
     return Step(2 * side - 1)
 
 
@@ -172,21 +167,21 @@ def _overlapping(module: Any, height: int, width: int) -> Step:
     return Step(module.window_size + module.overlap_size - 1)
 
 
-_RULES: dict[type[nn.Module], Callable[[Any, int, int], Step]] = {
+_RULES: dict[type[nn.Module], Step | Callable[[Any, int, int], Step]] = {
     InceptionDWConv2d: _inception,
     DilatedReparamConv2d: _dilated,
     nn.Conv2d: _conv,
     nn.AvgPool2d: _pool,
     nn.MaxPool2d: _pool,
     NeighborhoodAttention2D: _neighborhood,
-    PatchMerging: _merging,
+    PatchMerging: Step(2, 2, 0.5),
     CascadedGroupAttention: _windows,
     OverlappingWindowAttention: _overlapping,
     WindowAttention: _windows,
-    BiLevelRoutingAttention: _everywhere,
-    FactorizedAttention: _everywhere,
-    LowFrequencyAttention: _everywhere,
-    PooledAttention: _everywhere,
-    RankAugmentedAttention: _everywhere,
-    SingleHeadAttention: _everywhere,
+    BiLevelRoutingAttention: _EVERYWHERE,
+    FactorizedAttention: _EVERYWHERE,
+    LowFrequencyAttention: _EVERYWHERE,
+    PooledAttention: _EVERYWHERE,
+    RankAugmentedAttention: _EVERYWHERE,
+    SingleHeadAttention: _EVERYWHERE,
 }

@@ -51,19 +51,14 @@ def text_of(report: Mapping[str, Any]) -> str:
     An entry holds rows if any of its items is a list or a mapping. Reading the text and writing it
     again gives the same text.
     """
-    entries = []
-    for key, value in rounded(report).items():
-        text = _rows(value) if _holds_rows(value) else _line(value)
-        entries.append(f"{_line(key)}: {text}")
+    entries = (f"{_line(key)}: {_entry(value)}" for key, value in rounded(report).items())
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
-def _holds_rows(value: Any) -> bool:
+def _entry(value: Any) -> str:
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any(isinstance(item, dict | list) for item in items)
-
-
-def _rows(value: Any) -> str:
+    if not any(isinstance(item, dict | list) for item in items):
+        return _line(value)
     if isinstance(value, dict):
         lines = [f"{_line(key)}: {_line(item)}" for key, item in value.items()]
         return "{\n" + ",\n".join(lines) + "\n}"
@@ -102,15 +97,11 @@ def read_report(path: Path) -> Report:
 
 
 def load_report(path: Path, machine: Mapping[str, Any]) -> Report:
-    """The report that earlier runs wrote to ``path``, or an empty one.
-
-    Args:
-        machine: this one; what the report's lacks is not compared.
-    """
+    """The report that earlier runs on this machine wrote to ``path``, or an empty one."""
     if not path.exists():
         return {"machine": dict(machine), "results": []}
     report = read_report(path)
-    there = report["machine"]
+    there = report["machine"]  # older ones lack keys
     if any(there[key] != machine.get(key) for key in there):
         raise CommandError(
             f"{path} was measured on {there}, this is {dict(machine)}; choose another --output, or "

@@ -27,7 +27,10 @@ from backbones.embedding.thumbnails import Thumbnails
 
 
 def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:
-    """The options of :func:`check_outputs`; ``--csv`` only if ``rows`` names its rows."""
+    """The options of :func:`check_outputs`; ``--csv`` only if ``rows`` names its rows.
+
+    ``--source`` is that of :func:`backbones.embedding.sources.reader_of`.
+    """
     add = parser.add_argument
     named = f"{what} (FOLDER/{picture})"
     add("--out", type=nonempty_path, metavar="PNG", help=named)
@@ -35,6 +38,8 @@ def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "")
     if rows:
         add("--csv", type=nonempty_path, metavar="FILE", help=f"write a row for each {rows}")
     add("--json", type=nonempty_path, metavar="FILE", help="write all results")
+    text = "where the images are, if they or FOLDER were moved; then folders that links may lead to"
+    add("--source", type=nonempty, nargs="+", default=[], metavar="SOURCE", help=text)
     add_overwrite(parser)
 
 
@@ -49,8 +54,7 @@ def check_outputs(
 
     Args:
         picture: its default name.
-        key: the first of the JSON file.
-        columns: of the CSV file.
+        key, columns: the first of the JSON file, and those of the CSV file.
         inputs: files that the command reads besides the tables.
     """
     tables = [options.folder, *filter(None, [getattr(options, "test", None)])]
@@ -97,19 +101,6 @@ def facts(folder: Path, **more: str) -> dict[str, str]:
         "model": f"{said['model']}, {weights}",
         **more,
     }
-
-
-def add_source(parser: ArgumentParser) -> None:
-    """``--source``, see :func:`backbones.embedding.sources.reader_of`."""
-    parser.add_argument(
-        "--source",
-        type=nonempty,
-        nargs="+",
-        default=[],
-        metavar="SOURCE",
-        help="where the images are, if they were moved or FOLDER was made elsewhere; then folders "
-        "that links may lead to",
-    )
 
 
 def say_refused(images: Thumbnails) -> None:

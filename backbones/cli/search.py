@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from backbones.cli.predict import find_images, say_skipped
-from backbones.cli.results import add_outputs, add_source, check_outputs, facts, say_refused
+from backbones.cli.results import add_outputs, check_outputs, facts, say_refused
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.errors import CommandError
 from backbones.common.images import DECODE_ERRORS
@@ -34,7 +34,6 @@ _QUERIES, _TILES = 20, 47
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``search``."""
     add = parser.add_argument
     add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     several: dict[str, Any] = {"nargs": "+", "default": []}
@@ -44,7 +43,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 1,000,000 rows")
     add("--checkpoint", type=nonempty_path, metavar="FILE", help="the weights, if they have moved")
     add_outputs(parser, _PICTURE, "contact sheet", "result")
-    add_source(parser)
 
 
 def run(options: Namespace) -> int:
@@ -72,9 +70,8 @@ def run(options: Namespace) -> int:
         names += map(str, queries.paths)
         numbers += [None] * len(queries.paths)
         vectors.append(queries.vectors)
-    results = search(
-        folder, np.concatenate(vectors), options.top, options.index, numbers, progress=True
-    )
+    wanted = np.concatenate(vectors)
+    results = search(folder, wanted, options.top, options.index, numbers, progress=True)
     sys.stdout.write(_as_table(names, results))
     rows = [
         (name, place, match.key, f"{match.score:.6f}")

@@ -8,20 +8,23 @@ import math
 import sys
 import textwrap
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import backbones
 from backbones.cli.common import add_size_argument, two_sides
-from backbones.cli.measure import measure
+from backbones.cli.measure import measure, part_of
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError
+from backbones.common.figures import INK, drawable, new_figure, save_figure, style_axis
 from backbones.common.outputs import FIGURE, add_overwrite, require_writable
 from backbones.common.tables import count_text, table
 from backbones.core.base import StagedBackbone
 from backbones.core.loaded import create, fuse
+from backbones.fusing.explain import BufferUse, MemoryUse
 
 EXAMPLE = "van_b0 --size 224\n  vision-backbones summary van_b0 --kernels --plot memory.png"
 
@@ -29,12 +32,11 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.i
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``summary``."""
     add = parser.add_argument
     add("model", help="name of the architecture")
     add_size_argument(parser, "image size: one side, or height and width (default: the model's)")
     add("--fused", action="store_true", help="apply fuse() first")
-    add("--runs", type=whole(0), help="timed runs (5; with --kernels 10); 0: no times")
+    add("--runs", type=whole(0, 10**6), help="timed runs (5; with --kernels 10); 0: no times")
     kernels = parser.add_argument_group("kernels of the model after fuse()")
     add = kernels.add_argument
     text = "list every kernel call, why it was chosen, and its time"
@@ -48,7 +50,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(options: Namespace) -> int:
-    """Run ``summary``; 0."""
     if options.kernels:
         return _run_kernels(options)
     for name in ("plain", "batch", "dtype", "json", "plot"):
@@ -92,21 +93,15 @@ def _run_kernels(options: Namespace) -> int:
     except ValueError as error:
         raise CommandError(str(error)) from error
     if options.plot is not None:
-        _plot(options, explained)
+        if explained.memory is None:
+            raise CommandError(
+                f"--plot {options.plot}: no memory plan, because {options.model} is not replayed: "
+                f"{explained.not_replayed}"
+            )
+        _draw_memory(options.plot, explained, explained.memory)
     text = json.dumps(explained.to_dict(), indent=1) + "\n" if options.json else str(explained)
     sys.stdout.write(text)
     return 0
-
-
-def _plot(options: Namespace, explained: backbones.Explanation) -> None:
-    from backbones.cli.memory_picture import draw_memory
-
-    if explained.memory is None:
-        raise CommandError(
-            f"--plot {options.plot}: no memory plan, because {options.model} is not replayed: "
-            f"{explained.not_replayed}"
-        )
-    draw_memory(options.plot, explained)
 
 
 _FIELD = (
@@ -144,3 +139,66 @@ def _field(side: float | None) -> str:
     if side is None:
         return ""
     return "global" if math.isinf(side) else f"{side:.0f}"
+
+
+_PEAK = "#c62828"
+# Of successive parts of the network.
+_COLORS = (
+    *("#3f78c4", "#7fa9dd", "#2f8f83", "#86c5ba", "#8a6bb8", "#bda6da", "#d08a3c", "#e6bd8b"),
+    *("#5f6b7a", "#aab3bf"),
+)
+
+
+def _draw_memory(path: Path, explained: backbones.Explanation, memory: MemoryUse) -> None:
+    """Draw each buffer of the workspace at its offset, over its lifetime."""
+    from matplotlib.patches import Patch, Rectangle
+
+    unit, scale = ("KiB", 2**10) if memory.nbytes < 2**20 else ("MiB", 2**20)
+    parts = [part_of(call.layer) for call in explained.calls]
+    ordered = sorted(memory.planned, key=lambda buffer: buffer.first)
+    drawn = dict.fromkeys(parts[buffer.first] for buffer in ordered)
+    colors = {part: _COLORS[i % len(_COLORS)] for i, part in enumerate(drawn)}
+    figure = new_figure(11, 5.2)
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.19, top=0.86)
+    axis = figure.subplots()
+    for buffer in memory.planned:
+        corner = (buffer.first, (buffer.offset or 0) / scale)
+        length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale
+        color = colors[parts[buffer.first]]
+        paint: dict[str, Any] = {"facecolor": color, "edgecolor": "white", "linewidth": 0.7}
+        axis.add_patch(Rectangle(corner, length, height, **paint))
+    top = memory.nbytes / scale
+    axis.axhline(top, color=_PEAK, linewidth=1.4)
+    place: dict[str, Any] = {"ha": "right", "va": "bottom"}
+    label = f"workspace {top:.2f} {unit}"
+    axis.text(len(parts), 1.012 * top, label, color=_PEAK, fontsize=10, **place)
+    _label_largest(axis, memory.planned, scale, top, len(parts))
+    axis.set_xlim(0, len(parts))
+    axis.set_ylim(0, 1.08 * top)
+    style_axis(axis, f"offset in the workspace, {unit}", "call")
+    handles = [Patch(color=color, label=drawable(part)) for part, color in colors.items()]
+    style: dict[str, Any] = {"frameon": False, "fontsize": 9.5, "labelcolor": INK}
+    style |= {"ncols": min(9, len(colors)), "handlelength": 1.1, "columnspacing": 1.4}
+    figure.legend(handles=handles, loc="lower left", bbox_to_anchor=(0.065, 0.01), **style)
+    size = "×".join(map(str, explained.input_shape))
+    title = drawable(f"{explained.model}, {size} {explained.dtype}: reuse {memory.reuse:.1f}×")
+    figure.suptitle(title, x=0.012, y=0.975, ha="left", fontsize=13, color=INK, fontweight="bold")
+    total = sum(buffer.nbytes for buffer in memory.planned) / scale
+    text = (
+        f"{len(memory.planned)} buffers, {total:.2f} {unit} in total, at most "
+        f"{memory.peak / scale:.2f} {unit} live at a time; a rectangle spans its buffer's lifetime"
+    )
+    figure.text(0.012, 0.905, text, ha="left", va="center", fontsize=10, color="#56606e")
+    save_figure(figure, path)
+
+
+def _label_largest(
+    axis: Any, planned: list[BufferUse], scale: float, top: float, calls: int
+) -> None:
+    """Label the rectangles that are large enough with their buffers' shapes."""
+    for buffer in planned:
+        text = "×".join(map(str, buffer.shape))
+        length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale
+        if height > 0.045 * top and length > 0.0088 * calls * len(text):
+            x, y = buffer.first + length / 2, (buffer.offset or 0) / scale + height / 2
+            axis.text(x, y, text, ha="center", va="center", fontsize=8, color="white")

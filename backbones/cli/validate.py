@@ -8,9 +8,8 @@ ImageNet's protocol: resize so that the centre crop is ``crop_pct`` of the short
 size, interpolation and normalisation that each model's ``pretrained_cfg`` (or its run's
 ``config.yaml``) states. ``--real-labels`` adds the accuracy on the reassessed labels
 (https://arxiv.org/abs/2006.07159), ``--corrupt`` that on ImageNet-C's corruptions at 5 severities
-(https://arxiv.org/abs/1903.12261). A row for each model is written to ``--output`` as soon as it is
-measured. If a model fails, its row has the error, the others continue, and the exit status is 1. It
-is 2 if nothing could be measured.
+(https://arxiv.org/abs/1903.12261). Each row is written as soon as it is measured; if a model fails,
+its row has the error and the others continue.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ import math
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,8 +31,7 @@ import backbones
 from backbones.cli.common import read_text
 from backbones.common.arguments import THREADS, nonempty, nonempty_path, real, usable_device, whole
 from backbones.common.confusion import class_report, confusion_matrix, draw_confusions
-from backbones.common.errors import CREATION_ERRORS, DataError, RecipeError
-from backbones.common.errors import MendableError as TrainingError
+from backbones.common.errors import CREATION_ERRORS, DataError, MendableError, RecipeError
 from backbones.common.files import write_text_atomically
 from backbones.common.messages import first_line
 from backbones.common.outputs import (
@@ -67,12 +64,11 @@ from backbones.training.trained import load_trained
 
 EXAMPLE = "--data /path/to/images --model van_b0 --checkpoint van_b0.pth"
 
-FAILURES = (TrainingError, backbones.CheckpointError, OSError, MemoryError, *CREATION_ERRORS)
-"""Exceptions that count as a failure of one model; the others continue."""
+# They count as a failure of one model; the others continue.
+_FAILURES = (MendableError, backbones.CheckpointError, OSError, MemoryError, *CREATION_ERRORS)
 
 
-@dataclass
-class Candidate:
+class Candidate(NamedTuple):
     """A model to measure: name, weights (None: the published ones) and recipe."""
 
     name: str
@@ -81,11 +77,7 @@ class Candidate:
 
 
 class Validator:
-    """Measures one model after the other on the same images.
-
-    Args:
-        options: the command line.
-    """
+    """Measures one model after the other on the same images."""
 
     def __init__(self, options: Namespace) -> None:
         self.options = options
@@ -93,40 +85,31 @@ class Validator:
         device = usable_device(default if options.device is None else options.device)
         self.world = World(0, 1, device)
         self.progress = Progress()
-        self.data_recipe = Recipe(
+        recipe = Recipe(
             data=options.data,
             data_dir=options.data_dir,
             download=options.download,
             class_map=options.class_map,
-            train_split=options.split,
+            train_split="train" if options.data == "digits" else options.split,  # both are fixed
             val_split=options.split,
             batch_size=options.batch_size,
             workers=options.workers,
         )
-        if options.data == "digits":  # a dataset with fixed splits
-            self.data_recipe.train_split = "train"
-        self.splits: Splits = open_splits(self.data_recipe)
-        self.real = None
-        if options.real_labels is not None:
-            self.real = read_real_labels(options.real_labels)
-        self.corruptions = (
-            list(options.corrupt or CORRUPTIONS) if options.corrupt is not None else []
-        )
-        self.severities = sorted(set(options.severity))
-        for name in self.corruptions:
-            for severity in self.severities:
-                Corruption(name, severity)  # report an unknown name before anything runs
+        self.splits: Splits = open_splits(recipe)
+        real = options.real_labels
+        self.real = None if real is None else read_real_labels(real)
+        names = CORRUPTIONS if options.corrupt == [] else options.corrupt or ()
+        severities = sorted(set(options.severity))
+        # Made here, so that an unknown name is reported before anything runs.
+        self.corruptions = {name: [Corruption(name, n) for n in severities] for name in names}
         self.corruption_rows: list[dict[str, Any]] = []
 
     def measure(self, candidate: Candidate) -> dict[str, Any]:
         """One row of the results."""
         options, recipe = self.options, candidate.recipe
+        classes = len(self.splits.classes)
         model = load_trained(
-            candidate.name,
-            candidate.checkpoint,
-            len(self.splits.classes),
-            recipe.in_chans,
-            recipe.model_args,
+            candidate.name, candidate.checkpoint, classes, recipe.in_chans, recipe.model_args
         )
         parameters = sum(p.numel() for p in model.parameters())
         config = preprocessing_by(recipe, model)
@@ -174,23 +157,13 @@ class Validator:
             corrupt = CorruptImages(Path(folder) / "corrupt.txt", self.options.max_corrupt)
             recipe.batch_size, recipe.val_batch_size = self.options.batch_size, None
             recipe.workers = self.options.workers
-            loader = ValidationLoader(
-                self.splits.validation,
-                self.splits.validation_size,
-                config,
-                recipe,
-                self.world,
-                corrupt,
-                corruption,
-            )
+            data = self.splits.validation, self.splits.validation_size
+            loader = ValidationLoader(*data, config, recipe, self.world, corrupt, corruption)
             self.progress.begin(title, len(loader))
-
-            def show(done: int) -> None:
-                if self.progress.due():
-                    self.progress.show(done, "")
-
             try:
-                predictions = predict_all(model, loader, self.options.amp, show)
+                predictions = predict_all(
+                    model, loader, self.options.amp, lambda done: self.progress.step()
+                )
             finally:
                 loader.close()
                 self.progress.end()
@@ -203,29 +176,27 @@ class Validator:
     ) -> dict[str, float]:
         """Accuracy under each corruption and severity, and the means of the errors."""
         errors: dict[str, list[float]] = {}
-        for name in self.corruptions:
-            for severity in self.severities:
-                where = f"{title}, {name} {severity}"
-                corruption = Corruption(name, severity)
-                predictions = self.predict(model, recipe, config, where, corruption)
-                errors.setdefault(name, []).append(100 - predictions.accuracy(1))
-                entry: dict[str, Any] = {"model": title, "corruption": name, "severity": severity}
-                entry |= {"top1": round(predictions.accuracy(1), 3)}
-                self.corruption_rows.append(entry | {"error": round(errors[name][-1], 3)})
+        for name, corruptions in self.corruptions.items():
+            errors[name] = []
+            for corruption in corruptions:
+                where = f"{title}, {name} {corruption.severity}"
+                top1 = self.predict(model, recipe, config, where, corruption).accuracy(1)
+                errors[name].append(100 - top1)
+                row = {"model": title, "corruption": name, "severity": corruption.severity}
+                row |= {"top1": round(top1, 3), "error": round(100 - top1, 3)}
+                self.corruption_rows.append(row)
             self.progress.say(f"{title}  {name:<18} error {np.mean(errors[name]):6.2f} %")
             write_table(corruption_path(self.options.output), self.corruption_rows)
-        row = {"corruption_error": round(mean_corruption_error(errors), 3)}
-        whole = set(CORRUPTIONS) <= set(errors) and self.severities == [1, 2, 3, 4, 5]
+        means = {"corruption_error": round(mean_corruption_error(errors), 3)}
+        whole = set(CORRUPTIONS) <= set(errors) and len(errors[CORRUPTIONS[0]]) == 5
         if whole and len(self.splits.classes) == 1000:
             own = {name: errors[name] for name in CORRUPTIONS}
-            row["mce"] = round(mean_corruption_error(own, ALEXNET_ERROR), 3)
-        return row
+            means["mce"] = round(mean_corruption_error(own, ALEXNET_ERROR), 3)
+        return means
 
     def report(self, candidate: Candidate, predictions: Predictions) -> None:
         """Write ``NAME.classes.csv`` and ``NAME.confusion.png``."""
-        folder = self.options.report
-        folder.mkdir(parents=True, exist_ok=True)
-        classes = self.splits.classes
+        folder, classes = self.options.report, self.splits.classes
         table, picture = report_paths(folder, candidate)
         matrix = confusion_matrix(predictions.labels, predictions.top5[:, 0], len(classes))
         write_table(table, class_report(matrix, classes))
@@ -245,9 +216,6 @@ def report_paths(folder: Path, candidate: Candidate) -> tuple[Path, Path]:
     return folder / f"{name}.classes.csv", folder / f"{name}.confusion.png"
 
 
-_REPORTED = (csv_of("class", "images"), FIGURE)
-
-
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows as CSV, atomically; their keys may differ."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,10 +224,8 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def find_candidates(options: Namespace) -> list[Candidate]:
     """The models of the command line: names, patterns, lists in files, and runs."""
-    settings = {"img_size": options.img_size, "crop_pct": options.crop_pct}
-    settings |= {"interpolation": options.interpolation, "in_chans": options.in_chans}
-    settings |= {"model_args": options.model_args}
-    given = {key: value for key, value in settings.items() if value is not None}
+    keys = ("img_size", "crop_pct", "interpolation", "in_chans", "model_args")
+    given = {key: value for key in keys if (value := getattr(options, key)) is not None}
     found = []
     for word in options.model:
         names = backbones.list_models(word, pretrained=True) if set("*?[") & set(word) else [word]
@@ -282,7 +248,6 @@ def find_candidates(options: Namespace) -> list[Candidate]:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``validate``."""
     models = "(--model NAME … | --list FILE … | --run FOLDER …)"
     parser.usage = f"{parser.prog} --data DATA {models} […]"
     add = parser.add_argument
@@ -291,7 +256,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     text = "where medmnist/, torch/, hfds/, hfids/ keep files"
     add("--data-dir", type=nonempty, metavar="DIR", help=text)
     add("--download", action="store_true", help="let the source download its files")
-    add("--split", type=_split, default="validation", help="the split to measure")
+    add("--split", type=nonempty, default="validation", help="the split to measure")
     text = "maps class names to numbers"
     add("--class-map", type=nonempty, metavar="FILE", help=text)
     text = "or patterns such as 'van_*'"
@@ -328,13 +293,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_overwrite(parser)
 
 
-def _split(word: str) -> str:
-    """A type for names of splits."""
-    if not word:
-        raise ArgumentTypeError("must be the name of a split, not ''")
-    return word
-
-
 def _check_outputs(options: Namespace, candidates: Sequence[Candidate]) -> None:
     outputs: dict[str, tuple[Path | None, Kind]] = {
         "--output": (options.output, csv_of("model", "checkpoint"))
@@ -344,8 +302,9 @@ def _check_outputs(options: Namespace, candidates: Sequence[Candidate]) -> None:
         outputs["the table of corruptions"] = table
     if options.report is not None:
         require_folder("--report", options.report)
+        kinds = (csv_of("class", "images"), FIGURE)
         for candidate in candidates:
-            for path, kind in zip(report_paths(options.report, candidate), _REPORTED, strict=True):
+            for path, kind in zip(report_paths(options.report, candidate), kinds, strict=True):
                 weights = candidate.checkpoint or "published"
                 outputs[f"{path.name} of {candidate.name}, {weights}"] = path, kind
     inputs = [*options.list, options.class_map, options.real_labels or None, options.data]
@@ -367,14 +326,16 @@ def run(options: Namespace) -> int:
         try:
             row = validator.measure(candidate)
             spent = duration(time.monotonic() - begun)
-            text = "  ".join(
-                f"{key} {row[key]:.2f} %" for key in ("top1", "top5", "real_top1") if key in row
-            )
-            text += "".join(
-                f"  {key} {row[key]:.2f}" for key in ("corruption_error", "mce") if key in row
-            )
+            units = {
+                "top1": " %",
+                "top5": " %",
+                "real_top1": " %",
+                "corruption_error": "",
+                "mce": "",
+            }
+            text = "  ".join(f"{k} {row[k]:.2f}{unit}" for k, unit in units.items() if k in row)
             validator.progress.say(f"{candidate.name}  {text}  ({row['images']} images, {spent})")
-        except FAILURES as error:
+        except _FAILURES as error:
             row = {"model": candidate.name, "checkpoint": candidate.checkpoint or "published"}
             row["error"] = first_line(error)
             failed.append(candidate.name)

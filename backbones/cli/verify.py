@@ -11,10 +11,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +24,6 @@ from torch import Tensor
 import backbones
 from backbones.cli import parity
 from backbones.cli.common import add_size_argument, read_text, two_sides
-from backbones.cli.identify import closest, released_file
 from backbones.common.arguments import nonempty_path
 from backbones.common.checkpoint_files import sha256_of
 from backbones.common.errors import CommandError, memory_shortage
@@ -41,7 +42,6 @@ _SHOWN = 3
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The command line of ``verify``."""
     add = parser.add_argument
     add("model", nargs="?", help="model, or a checkpoint file (default: the checkpoint's model)")
     text = "weights (default: test only the code)"
@@ -55,8 +55,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Run ``verify``; 1 if the checkpoint does not load, or an output differs."""
-    if options.checkpoint is None and _is_file(options.model):
-        options.model, options.checkpoint = None, Path(options.model)
+    word = options.model or ""
+    if options.checkpoint is None and word not in backbones.list_models() and os.path.isfile(word):
+        options.model, options.checkpoint = None, Path(word)
     require_writable(
         {"--save-figures": (options.save_figures, json_of("model"))},
         [options.checkpoint, options.figures],
@@ -96,27 +97,18 @@ def run(options: Namespace) -> int:
     return int(not right)
 
 
-def _is_file(word: str | None) -> bool:
-    """Whether the model argument is a file instead of a model's name."""
-    return word is not None and word not in backbones.list_models() and os.path.isfile(word)
-
-
 def make_figures(model: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Shape, mean, deviation, norm and first values of every stage's map and of the output.
 
     The image is deterministic, see :func:`backbones.cli.parity.image`.
     """
     shape, seed = (1, model.in_chans, *size), 0
-    maps, output = _outputs(model, parity.image(shape, seed))
-    if not all(value.isfinite().all() for value in (*maps, output)):
+    values = _outputs(model, parity.image(shape, seed))
+    if not all(value.isfinite().all() for value in values):
         raise CommandError("the outputs of these weights are not finite")
-    return {
-        "torch": torch.__version__,
-        "input": list(shape),
-        "seed": seed,
-        "stages": [parity.summary(stage) for stage in maps],
-        "output": parity.summary(output),
-    }
+    *stages, output = map(parity.summary, values)
+    facts = {"torch": torch.__version__, "input": list(shape), "seed": seed}
+    return {**facts, "stages": stages, "output": output}
 
 
 def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
@@ -125,24 +117,77 @@ def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
         shape, seed = figures["input"], figures["seed"]
         if math.prod(shape) > _LARGEST_INPUT:
             raise ValueError(f"an input of {shape} is too large")
-        maps, output = _outputs(model, parity.image(shape, seed))
+        values = _outputs(model, parity.image(shape, seed))
         expected = [*figures["stages"], figures["output"]]
-        names = [*(f"stage {i + 1}" for i in range(len(maps))), "output"]
-        return [
-            (name, parity.summary_error(value, of_it))
-            for name, value, of_it in zip(names, [*maps, output], expected, strict=True)
-        ]
+        errors = [parity.summary_error(*pair) for pair in zip(values, expected, strict=True)]
     except _UNFIT as error:
         if memory_shortage(error) is not None:
             raise
         raise CommandError(f"the figures are for a different model: {error}") from error
+    return _named(errors)
 
 
-def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
+def _named(errors: list[float]) -> list[tuple[str, float]]:
+    """The errors of the stages and of the output, with these names."""
+    names = [*(f"stage {number}" for number in range(1, len(errors))), "output"]
+    return list(zip(names, errors, strict=True))
+
+
+def _outputs(model: Any, images: Tensor) -> list[Tensor]:
+    """The maps of the stages and the output."""
     images = images.to(next(model.parameters()).dtype)
     with torch.inference_mode():
         maps = model.forward_intermediates(images, intermediates_only=True)
-        return [m.float() for m in maps], model(images).float()
+        return [value.float() for value in (*maps, model(images))]
+
+
+class Match(NamedTuple):
+    """A published model, and the names of the tensors in which a file differs, by kind."""
+
+    family: str
+    variant: str
+    kinds: dict[str, list[str]]
+
+    @property
+    def differences(self) -> int:
+        """The number of tensors that do not match."""
+        return sum(map(len, self.kinds.values()))
+
+
+def closest(tensors: Mapping[str, Tensor]) -> list[Match]:
+    """The published models with the fewest mismatching tensors; several if they tie.
+
+    Args:
+        tensors: a checkpoint's, with the original's names. Integers are derived and don't count.
+    """
+    own = {name: tuple(t.shape) for name, t in tensors.items() if t.is_floating_point()}
+    matches = [_match(own, family, variant) for family, variant in parity.variants()]
+    least = min(match.differences for match in matches)
+    return [match for match in matches if match.differences == least]
+
+
+def _match(own: dict[str, tuple[int, ...]], family: str, variant: str) -> Match:
+    figures = parity.reference(family, variant)
+    theirs = {name: tuple(shape) for name, shape in parity.float_shapes(figures)}
+    shared = own.keys() & theirs.keys()
+    kinds = {
+        "missing": sorted(theirs.keys() - shared),
+        "unexpected": sorted(own.keys() - shared - set(figures.get("derived", ()))),
+        "of another shape": sorted(name for name in shared if own[name] != theirs[name]),
+    }
+    return Match(family, variant, kinds)
+
+
+def released_file(variant_figures: Mapping[str, Any], digest: str) -> str | None:
+    """The URL of the release with a file's SHA-256 digest, if releases contain checksums.
+
+    OpenMMLab's file names end with the first eight hex digits of the checksum.
+    """
+    for weights in variant_figures.get("weights") or ():
+        name = re.search(r"-([0-9a-f]{8})\.pth", weights.get("url") or "")
+        if name is not None and digest.startswith(name[1]):
+            return str(weights["url"])
+    return None
 
 
 def _identify(path: Path) -> str | None:
@@ -159,7 +204,7 @@ def _identify(path: Path) -> str | None:
     if matches[0].differences == 0:
         for match in matches:
             figures = parity.reference(match.family, match.variant)
-            file = released_file(figures, path, digest)
+            file = released_file(figures, digest)
             if file is not None:
                 sys.stdout.write(f"release: byte for byte {file}\n")
                 return match.variant
@@ -168,7 +213,9 @@ def _identify(path: Path) -> str | None:
             f"release: names and shapes match the original's {names}; the values can't be\n"
             "  checked, because the authors publish no checksum\n"
         )
-        _list_releases(matches[0].variant)
+        for tag, cfg in published_weights(matches[0].variant).items():
+            if cfg.has_weights:
+                sys.stdout.write(f"  {matches[0].variant}.{tag}: {cfg.url}\n")
         return matches[0].variant
     ours = _own_form(tensors)
     if ours is not None:
@@ -178,8 +225,7 @@ def _identify(path: Path) -> str | None:
     if match.differences > len(tensors) // 2:
         sys.stdout.write("release: none; it does not resemble any published model\n")
         return None
-    kinds = {"missing": match.missing, "unexpected": match.unexpected}
-    differences = _some({**kinds, "of another shape": match.reshaped})
+    differences = _some(match.kinds)
     sys.stdout.write(
         f"release: none; closest is the original's {match.variant}, with {differences}\n"
     )
@@ -194,12 +240,6 @@ def _some(kinds: dict[str, list[str]]) -> str:
             more = ", …" if len(names) > _SHOWN else ""
             parts.append(f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{more})")
     return "; ".join(parts)
-
-
-def _list_releases(variant: str) -> None:
-    for tag, cfg in published_weights(variant).items():
-        if cfg.has_weights:
-            sys.stdout.write(f"  {variant}.{tag}: {cfg.url}\n")
 
 
 def _own_form(tensors: dict[str, Tensor]) -> str | None:
@@ -244,11 +284,10 @@ def _verify_code(name: str) -> bool:
         return True
     allowed = parity.tolerance(family, name)
     output, stages = parity.case_errors(family, name, 0)
-    rows = [(f"stage {i + 1}", error) for i, error in enumerate(stages)] + [("output", output)]
     sys.stdout.write(
         f"code of {name}, with synthetic weights, compared with the original's figures:\n"
     )
-    return _show(rows, allowed)
+    return _show(_named([*stages, output]), allowed)
 
 
 def _read_figures(path: Path) -> dict[str, Any]:

@@ -154,8 +154,8 @@ def peak_memory(device: torch.device) -> float:
 
 
 def require_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
-    """Check on the meta device that memory suffices for images of these shapes."""
-    free = available_memory(torch.device("cpu"))
+    """Check on the meta device that memory suffices for images of these shapes, if it is known."""
+    free = available_memory(torch.device("cpu"), unknown=sys.maxsize)
     for shape in shapes:
         needed: float = math.prod(shape) * next(model.parameters()).dtype.itemsize
         if needed <= free:  # the meta device does not count to infinity

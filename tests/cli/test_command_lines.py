@@ -173,7 +173,7 @@ REFUSED = [
     ("{e} --int8 --batch 2 --out x.safetensors", "omit --batch"),
     ("{e} --int8 --fused --out x.safetensors", "omit --fused"),
     ("{e} --size 64 --batch 9999999999 --out x.pt2", "reduce --size or --batch"),
-    ("{e} --batch 0 --out x.pt2", "--batch must be 1 or more, got 0"),
+    ("{e} --batch 0 --out x.pt2", "--batch must be at least 1, not 0"),
     ("{e} --checkpoint no.pth --out x.pt2", "no checkpoint at no.pth"),
     (f"{{e}} --out {'a' * 300}.pt2", "File name too long"),
     ("{e} --out file", "--out file must end in .onnx"),
@@ -220,7 +220,7 @@ REFUSED = [
     ("benchmark --against no_such_package", "No module named"),
     ("benchmark --against json", "json has no function create_model"),
     ("benchmark --against none.py", "there is no file"),
-    ("benchmark --models van_b9", "unknown models van_b9; see backbones.list_models()"),
+    ("benchmark --models van_b9", "unknown model 'van_b9'; see backbones.list_models()"),
     ("benchmark --compare no.json", "--compare: there is no file no.json"),
 ]
 SHORT = {

@@ -16,8 +16,8 @@ from torch import Tensor
 from zoo import FAMILIES, randomise, small
 
 import backbones
-from backbones.cli import graphs, quantizing
-from backbones.cli.export import export
+from backbones.cli import graphs
+from backbones.cli.export import Agreement, agreement, calibration_images, export
 from backbones.cli.main import main
 from backbones.common.errors import CommandError
 from backbones.common.outputs import ONNX, PT2, require_writable
@@ -199,28 +199,28 @@ def test_float32_rounding_is_tolerated():
 def test_agreement_of_predictions_and_noise():
     model = torch.nn.Flatten()
     pictures = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
-    same = quantizing.agreement(model, lambda x: x, pictures)
-    assert same == quantizing.Agreement(1.0, float("inf"))
-    half = quantizing.agreement(model, lambda x: torch.tensor([[1.0, 0.0]]), pictures)
+    same = agreement(model, lambda x: x, pictures)
+    assert same == Agreement(1.0, float("inf"))
+    half = agreement(model, lambda x: torch.tensor([[1.0, 0.0]]), pictures)
     assert half.top1 == 0.5 and half.decibels == pytest.approx(0, abs=1e-9)
     for run, said in (
         (lambda x: x * float("nan"), "at .1, 2. the int8 file's output is not finite"),
         (lambda x: x[:, :1], "the file returns"),
     ):
         with pytest.raises(CommandError, match=said):
-            quantizing.agreement(model, run, pictures)
+            agreement(model, run, pictures)
 
 
 def test_calibration_images(tmp_path):
     loaded = Loaded(small("shvit"), "shvit")
     (tmp_path / "broken.png").write_bytes(b"no image")
     with pytest.raises(CommandError, match="no readable images in .*; give a folder of"):
-        quantizing.calibration_images(loaded, tmp_path, 3, (32, 48))
+        calibration_images(loaded, tmp_path, 3, (32, 48))
     for number in range(9):  # of which every third is taken, and the first cannot be read
         Image.new("L", (50, 40), 20 * number).save(tmp_path / f"{number}.png")
     (tmp_path / "0.png").write_bytes(b"no image")
     (tmp_path / "broken.png").unlink()
-    images = quantizing.calibration_images(loaded, tmp_path, 3, (32, 48))
+    images = calibration_images(loaded, tmp_path, 3, (32, 48))
     assert [image.shape for image in images] == [(1, 3, 32, 48)] * 2
     grey = [(image * 0.225 + 0.406)[0, 2, 0, 0].item() * 255 for image in images]
     assert grey == pytest.approx([60, 120], abs=0.01)

@@ -35,7 +35,7 @@ class Plain(nn.Module):
 
 
 def test_a_size_whose_feature_maps_do_not_fit(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("backbones.common.memory.available_memory", lambda device: 4_000_000)
+    monkeypatch.setattr("backbones.common.memory.available_memory", lambda *a, **k: 4_000_000)
     words = ["export", "shvit_s1", "--size", "512", "--out", str(tmp_path / "x.pt2")]
     assert main(words) == 2  # an image has 3 MB
     assert "images of 1×3×512×512 need more than 0.0" in capsys.readouterr().err

@@ -89,9 +89,14 @@ def test_receptive_field_is_where_gradients_reach(family):
         assert rows.max() - rows.min() + 1 == field
 
 
-def test_attention_sees_everything():
-    fields = [part.receptive_field for part in measure(small("ravlt"), 64, 64)]
-    assert fields[0] == 15
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize(
+    ("family", "stem"), [("ravlt", 15), ("vig", 7), ("vmamba", 7), ("vrwkv", 16)]
+)
+def test_attention_and_scans_see_everything(family, stem, is_fused):
+    model = small(family).eval()
+    fields = [part.receptive_field for part in measure(model.fuse() if is_fused else model, 64, 64)]
+    assert fields[0] == stem
     assert fields[1:5] == [math.inf] * 4
     assert fields[5] is None
 

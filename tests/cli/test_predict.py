@@ -76,7 +76,7 @@ def test_so_many_pictures_whatever_the_batches(run_folder, photos):
     paths = [photos / f"{name}.png" for name in (0, "cut", 1, 2, 3)]
     found = list(predict(load(None, run_folder / "best.safetensors"), paths, 2, 2, pictures=3))
     assert [answer.heat is not None for answer in found] == [True, False, True, True, False]
-    assert [len(answer.classes) for answer in found] == [2, 0, 2, 2, 2]
+    assert [len(answer.ranked) for answer in found] == [2, 0, 2, 2, 2]
 
 
 def predicted(run_folder: Path, *words: str | Path) -> int:
@@ -216,7 +216,7 @@ def test_predictions_are_the_models(ending, mode, photos, tmp_path):
         pixels = create_transform(**config)(image.convert(mode))
     with torch.inference_mode():
         expected = loaded.model(pixels[None]).softmax(1)[0]
-    assert answer.confidences == sorted(expected.tolist(), reverse=True)
+    assert [share for _, share in answer.ranked] == sorted(expected.tolist(), reverse=True)
 
 
 def test_the_count_of_classes_comes_from_any_checkpoint(tmp_path):

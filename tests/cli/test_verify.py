@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import backbones
-from backbones.cli import identify, parity
+from backbones.cli import parity
 from backbones.cli.main import main
-from backbones.cli.verify import compare, make_figures
+from backbones.cli.verify import closest, compare, make_figures, released_file
 from backbones.common.checkpoint_files import sha256_of
 from backbones.common.errors import CommandError
 
@@ -81,7 +81,7 @@ def test_tables_that_follow_from_the_sizes_are_no_difference():
     assert angles
     for left_out in ([], angles):
         kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
-        (match,) = identify.closest(kept)
+        (match,) = closest(kept)
         assert (match.variant, match.differences) == ("ravlt_t", 0)
 
 
@@ -149,10 +149,10 @@ def test_without_a_checkpoint(capsys):
     assert capsys.readouterr().out.count("✓") == 4
 
 
-def test_releases_with_a_checksum_in_their_name(tmp_path):
+def test_releases_with_a_checksum_in_their_name():
     figures = parity.reference("van", "van_b4")
     digest = "f4665b92" + 56 * "0"
-    found = identify.released_file(figures, tmp_path, digest)
+    found = released_file(figures, digest)
     assert found is not None
     assert found.endswith("van-b4_3rdparty_in1k_20220909-f4665b92.pth")
-    assert identify.released_file(figures, tmp_path, 64 * "1") is None
+    assert released_file(figures, 64 * "1") is None
