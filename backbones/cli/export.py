@@ -39,7 +39,7 @@ from backbones.common.signals import exit_on_signals
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of, require_size
 from backbones.core.loaded import Loaded, fuse, load, preprocessing
-from backbones.fusing.precision import Precision
+from backbones.fusing.int8_state import Precision
 
 # What ``--calibration`` needs.
 _WANTED = "give a folder of images like those that the model will see"

@@ -59,6 +59,7 @@ class Corruption:
                 f"unknown corruption {name!r} or severity {severity}; known are 1 … 5 of "
                 f"{', '.join(known)}"
             )
+        self.severity = severity
         self._corrupt = partial(corrupt, corruption_name=name, severity=severity)
 
     def __call__(self, image: Image.Image) -> Image.Image:
