@@ -211,7 +211,6 @@ _MOBILENET_NAMES = (
     *((r"\.conv\.4\.", ".eca."), (r"\.0\.(\w+)$", r".conv.\1"), (r"\.1\.(\w+)$", r".norm.\1")),
 )
 
-
 # Published on Google Drive, one file each.
 _cfg = partial(
     imagenet_cfg,

@@ -150,7 +150,6 @@ _RENAMES = (
     *PVT_NAMES,
 )
 
-
 _cfg = imagenet_cfg(
     FaViT,
     license="none stated",

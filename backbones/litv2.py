@@ -229,7 +229,6 @@ _RENAMES = (
     *SWIN_NAMES,
 )
 
-
 _cfg = partial(
     imagenet_cfg,
     LITv2,

@@ -149,7 +149,6 @@ _RENAMES = (
     *SWIN_NAMES,
 )
 
-
 _cfg = partial(cfg, NAT)
 _1K, _22K = "dinat/checkpoints/imagenet1k/", "dinat/checkpoints/imagenet22k/"
 _LARGE_IMAGES: dict[str, Any] = dict(input_size=(3, 384, 384), crop_pct=1.0)

@@ -161,7 +161,6 @@ _RENAMES = (
     (r"\.bn\.", ".norm."),
 )
 
-
 _cfg = partial(
     imagenet_cfg,
     ProxylessNAS,

@@ -221,7 +221,6 @@ _RENAMES: tuple[Rename, ...] = (
     (r"^norm\.", "head.proj.norm."),
 )
 
-
 _cfg = partial(
     imagenet_cfg,
     RAVLT,

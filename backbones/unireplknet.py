@@ -222,7 +222,6 @@ _RENAMES = (
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
 
-
 _cfg = partial(
     imagenet_cfg,
     UniRepLKNet,

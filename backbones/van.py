@@ -174,7 +174,6 @@ _RENAMES = (
     *PVT_NAMES,
 )
 
-
 _cfg = partial(
     imagenet_cfg,
     VAN,

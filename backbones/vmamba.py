@@ -220,7 +220,6 @@ _RENAMES = (
     (r"\.out_proj\.", ".proj."),
 )
 
-
 _cfg = partial(
     imagenet_cfg,
     VMamba,

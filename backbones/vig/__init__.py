@@ -229,7 +229,6 @@ _HIERARCHICAL = (
     *VMAMBA_NAMES,
 )
 
-
 # Published as a folder, https://huggingface.co/hustvl/ViG.
 _cfg = partial(
     imagenet_cfg,

@@ -188,7 +188,6 @@ _RENAMES = (
     (r"^head\.2\.", "head.fc."),
 )
 
-
 _cfg = partial(
     imagenet_cfg,
     VRWKV,
