@@ -157,10 +157,11 @@ def embed(
             _decoders(decoders, target, workers),
         )
         work.show_begin(network.name, content["dim"])
-        if pending := work.pending:
-            work.follow(_events(job, network, pending, engine, address, workers))
+        if work.pending:
+            work.follow(_events(job, network, work.pending, engine, address, workers))
         corrupt = work.write_corrupt()
-    return Summary(work.rows, corrupt, work.added, time.monotonic() - begun, images.skipped)
+    done, seconds = work.rows - work.before, time.monotonic() - begun
+    return Summary(work.rows, corrupt, done, seconds, images.skipped)
 
 
 def _events(
@@ -253,7 +254,8 @@ class _Work:
     """Tracks and shows which parts are done.
 
     Attributes:
-        rows: written so far, by earlier calls too.
+        rows, before: written so far, and of those by earlier calls.
+        pending: parts without a shard, with their numbers.
     """
 
     def __init__(
@@ -271,14 +273,14 @@ class _Work:
             self._check(number, identity, columns, opener)
             self._progress.step("shards")
         self._progress.end()
-        self._rows_before, self._seen_before = self.rows, self.rows + self._corrupt
+        self.pending = [(i, part) for i, part in enumerate(images.parts) if i not in self._latest]
+        self.before, self._seen_before = self.rows, self.rows + self._corrupt
         self._first = self._at()
         self._begun = time.monotonic()
         self.write_corrupt()
 
     def _check(self, number: int, identity: str, columns: Any, opener: Reader) -> None:
-        """Take note of a shard, unless it is missing or damaged, or lacks images that can be
-        opened now."""
+        """Count a shard, unless it is missing, damaged, or lacks images that can be opened now."""
         path = table.shard_path(self.out, number)
         if not path.exists():
             return
@@ -299,16 +301,6 @@ class _Work:
         self._done += event.done
         if event.skipped:
             self.images.skipped.add(event.skipped.names, event.skipped.count)
-
-    @property
-    def pending(self) -> list[tuple[int, Any]]:
-        """Parts without a shard, with their numbers."""
-        return [(i, part) for i, part in enumerate(self.images.parts) if i not in self._latest]
-
-    @property
-    def added(self) -> int:
-        """Rows written by this call."""
-        return self.rows - self._rows_before
 
     def write_corrupt(self) -> list[tuple[str, str]]:
         """Write ``corrupt.txt``; returns its lines, in the order of the source."""
