@@ -30,9 +30,6 @@ Environment variables:
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 from ops.cpu.build import (
     LibraryState,
     cache_dir,
@@ -56,10 +53,3 @@ __all__ = [
     "status",
     "unavailable_reason",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Kernel":
-        warnings.warn("ops.cpu.Kernel is now LibraryState", DeprecationWarning, stacklevel=2)
-        return LibraryState
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,13 +7,14 @@ compute float16 in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ops.cpu.build import unavailable_reason
-from ops.cpu.call.binding import registered
+from ops.cpu.call.differentiable import differentiable
 from ops.cpu.call.dispatch import is_plain_call, needs_grad
 from ops.cpu.neighborhood.attention import (
     na_cpu_backward,
@@ -56,52 +57,25 @@ def attend(*call: Any) -> tuple[Tensor, Tensor | None]:
 
     Results do not depend on the number of threads, ``torch.get_num_threads()``; small calls (below
     about 2 MFLOP) use one thread.
-
-    Raises:
-        RuntimeError: the kernel is unavailable (check with :func:`unavailable`).
     """
     params: NAParams
     *tensors, params = call
     inputs = (*tensors, *params.of_operators)
-    if not is_plain_call(tensors):
-        return na_cpu_forward(*inputs)
-    if params.return_lse or needs_grad(tensors):
-        return _forward_autograd(*inputs)
+    if params.return_lse or needs_grad(tensors) or not is_plain_call(tensors):
+        out, lse = _attend(*inputs)
+        return out, lse
     return na_cpu_output(*inputs), None
 
 
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = na_cpu_forward(*inputs)
-        ctx.save_for_backward(*inputs[:6], out, lse)
-        ctx.geometry = inputs[6:]
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        *inputs, out, lse = ctx.saved_tensors
-        if grad_out is None:
-            if grad_lse is None:
-                return (None,) * 11
-            grad_out = torch.zeros_like(out)
-        grads = na_cpu_backward(grad_out, grad_lse, out, lse, *inputs, *ctx.geometry)
-        wanted = (
-            grad.to(tensor.dtype) if tensor is not None and needed else None
-            for grad, tensor, needed in zip(grads, inputs, ctx.needs_input_grad, strict=False)
-        )
-        return (*wanted, None, None, None, None, None)
+def _gradients(
+    grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
+) -> Sequence[Tensor]:
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    grads: Sequence[Tensor] = na_cpu_backward(grad_out, grad_lse, out, lse, *inputs)
+    return grads
 
 
-@torch.library.impl(registered, "na_cpu_forward", "AutogradCPU")
-def _forward_autograd(*inputs: Any) -> Any:
-    if needs_grad(inputs[:6]):
-        return _Differentiable.apply(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return na_cpu_forward(*inputs)
+_attend = differentiable(na_cpu_forward, _gradients)
 
 
 def scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, window: Window) -> Tensor:

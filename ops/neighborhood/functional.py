@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,13 +48,6 @@ from ops.backends import backend_named
 from ops.neighborhood import cpu, natten, reference, tiled, triton
 from ops.neighborhood._checks import check_rpb, check_tensors, resolve_params
 from ops.neighborhood._geometry import NAParams
-
-__all__ = [
-    "BACKENDS",
-    "na1d",
-    "na2d",
-    "na3d",
-]
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 _TENSORS = ("query", "key", "value", "additional_keys", "additional_values", "rpb")
@@ -269,19 +262,13 @@ def _check(rank: int, tensors: Tensors, window: tuple, return_lse: bool) -> NAPa
 
 
 def _autocast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
-    def cast(tensor: Tensor) -> Tensor:
-        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
+    def cast(tensor: Any) -> Any:
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(dtype)
 
-    query, key, value, additional_keys, additional_values, rpb = tensors
-    return (
-        cast(query),
-        cast(key),
-        cast(value),
-        None if additional_keys is None else cast(additional_keys),
-        None if additional_values is None else cast(additional_values),
-        rpb,
-    )
+    query, key, value, additional_keys, additional_values = map(cast, tensors[:5])
+    return query, key, value, additional_keys, additional_values, tensors[5]
 
 
 def _best_backend(tensors: Tensors, params: NAParams) -> ModuleType:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,8 +27,6 @@ from ops.cpu.call.huge_pages import ask_for_huge_pages
 from ops.cpu.call.repeated import RepeatedCall, Signature
 from ops.cpu.call.structures import parameters
 
-__all__ = ["Kernel", "Observer", "kernel", "kernel_of", "observed_by", "registered"]
-
 
 class Observer(Protocol):
     """Notified of every kernel call in its thread, before and after the call."""
@@ -38,6 +37,9 @@ class Observer(Protocol):
         """``given`` are the operator's arguments by name."""
 
 
+ObserverType = TypeVar("ObserverType", bound=Observer)
+
+
 class _Thread(threading.local):
     observer: Observer | None = None
 
@@ -45,18 +47,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class observed_by:  # noqa: N801 (a context manager that reads like a function)
-    """Context manager that notifies ``observer`` of every call in this thread."""
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-
-    def __enter__(self) -> Any:
-        self._before, _thread.observer = _thread.observer, self._observer
-        return self._observer
-
-    def __exit__(self, *error: object) -> None:
-        _thread.observer = self._before
+@contextmanager
+def observed_by(observer: ObserverType) -> Iterator[ObserverType]:
+    """Context in which ``observer`` is notified of every call in this thread."""
+    before, _thread.observer = _thread.observer, observer
+    try:
+        yield observer
+    finally:
+        _thread.observer = before
 
 
 registered = torch.library.Library("vision_backbones", "FRAGMENT")

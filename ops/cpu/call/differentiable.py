@@ -11,8 +11,6 @@ from torch import Tensor
 from ops.cpu.call.binding import Kernel, registered
 from ops.cpu.call.dispatch import is_plain_call, needs_grad
 
-__all__ = ["differentiable"]
-
 
 def differentiable(
     kernel: Kernel, gradients: Callable[..., Sequence[Tensor | None]]
@@ -22,25 +20,28 @@ def differentiable(
     So has the kernel's operator, for ``torch.compile`` and calls of the operator itself.
 
     Args:
-        kernel: gives one tensor. Its tensor arguments come first.
+        kernel: gives one tensor, or several. Its tensor arguments come first.
         gradients: maps the gradient of the result and the kernel's arguments to the gradients of
-            its tensors in order, in any dtype. It must not change the arguments.
+            its tensors in order, in any dtype. It must not change the arguments. For several
+            results, it gets their gradients, some of which may be None, and the results.
     """
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Tensor:
+        def forward(ctx: Any, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                out: Tensor = kernel(*inputs)
-            ctx.save_for_backward(*_tensors(inputs))
-            ctx.others = inputs[len(_tensors(inputs)) :]
+                out = kernel(*inputs)
+            results, tensors = () if isinstance(out, Tensor) else out, _tensors(inputs)
+            ctx.save_for_backward(*results, *tensors)
+            ctx.results, ctx.others = len(results), inputs[len(tensors) :]
+            ctx.set_materialize_grads(not results)
             return out
 
         @staticmethod
         @torch.autograd.function.once_differentiable
-        def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-            tensors = ctx.saved_tensors
-            grads = gradients(grad_out, *tensors, *ctx.others)
+        def backward(ctx: Any, *grads_out: Tensor | None) -> tuple[Any, ...]:
+            tensors = ctx.saved_tensors[ctx.results :]
+            grads = gradients(*grads_out, *ctx.saved_tensors, *ctx.others)
             wanted = (
                 grad.to(tensor.dtype) if need and grad is not None else None
                 for grad, tensor, need in zip(grads, tensors, ctx.needs_input_grad, strict=False)

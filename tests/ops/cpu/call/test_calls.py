@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def _advised(address: int) -> bool:
 @pytest.mark.parametrize("skipped", [0, 1023])
 def test_the_system_is_asked_for_those_of_large_tensors(skipped: int) -> None:
     tensor = torch.empty(48 * MIB, dtype=torch.uint8)[skipped:]
-    small = torch.empty(4 * MIB - 1, dtype=torch.uint8)
+    small = torch.frombuffer(mmap.mmap(-1, 4 * MIB - 1), dtype=torch.uint8)  # not used before
     ask_for_huge_pages(small, tensor, torch.empty(0))
     if Path("/sys/kernel/mm/transparent_hugepage").exists() and SMAPS.exists():
         end = tensor.data_ptr() + tensor.nbytes
