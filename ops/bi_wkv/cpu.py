@@ -16,21 +16,14 @@ __all__ = ["attend", "unavailable"]
 def unavailable(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
-    """``None`` if this kernel supports the call, else the reason.
-
-    The first call may compile the kernel, which takes a few seconds.
-    """
+    """``None`` if this kernel supports the call, else the reason; the first call may compile it."""
     return bi_wkv_forward.unavailable(key.device, key.dtype)
 
 
 def attend(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> Tensor:
-    """See :func:`ops.bi_wkv.bi_wkv`; all tensors are float32.
-
-    Raises:
-        RuntimeError: the kernel is unavailable (check with :func:`unavailable`).
-    """
+    """See :func:`ops.bi_wkv.bi_wkv`; all tensors are float32."""
     out: Tensor = _bi_wkv(key, value, decay, first, None, segments or 0)
     return out
 

@@ -15,10 +15,7 @@ __all__ = ["attend", "unavailable"]
 
 
 def unavailable(query: Tensor, *tensors: Tensor | None) -> str | None:
-    """``None`` if this kernel supports the call, else the reason.
-
-    The first call may compile the kernel, which takes a few seconds.
-    """
+    """``None`` if this kernel supports the call, else the reason; the first call may compile it."""
     return gated_scan.unavailable(query.device, query.dtype)
 
 
@@ -34,9 +31,6 @@ def attend(
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`.
 
     Results do not depend on the number of threads, ``torch.get_num_threads()``.
-
-    Raises:
-        RuntimeError: the kernel is unavailable (check with :func:`unavailable`).
     """
     back = None if log_gate_back is None else log_gate_back.float()
     bonus = None if bonus is None else bonus.float()

@@ -33,10 +33,7 @@ _MAX_DIM = 512
 
 
 def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
-    """``None`` if this kernel supports the call, else the reason.
-
-    The first call may compile the kernel, which takes a few seconds.
-    """
+    """``None`` if this kernel supports the call, else the reason; the first call may compile it."""
     if query.device.type != "cpu":
         return f"the compiled kernel runs on the CPU, the tensors are on {query.device.type}"
     if query.dtype not in (torch.float32, torch.bfloat16):

@@ -25,10 +25,7 @@ __all__ = ["cross", "scan", "unavailable"]
 
 
 def unavailable(u: Tensor, A: Tensor) -> str | None:
-    """``None`` if the kernels support the call, else the reason.
-
-    The first call may compile the kernels, which takes a few seconds.
-    """
+    """``None`` if the kernels support the call, else the reason; the first may compile them."""
     dtype = torch.float32 if u.dtype == torch.float16 else u.dtype
     return sequence_scan.unavailable(u.device, dtype)
 
@@ -46,9 +43,6 @@ def scan(
     """See :func:`ops.selective_scan.selective_scan`.
 
     Results do not depend on the number of threads, ``torch.get_num_threads()``.
-
-    Raises:
-        RuntimeError: the kernel is unavailable (check with :func:`unavailable`).
     """
     dtype, (u, delta, B, C) = u.dtype, _of_one_dtype(u, delta, B, C)
     parameters = (t if t is None else t.float() for t in (D, delta_bias))
