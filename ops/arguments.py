@@ -104,15 +104,14 @@ def require_like(
     of: str,
     x: Tensor,
     others: Mapping[str, tuple[Tensor | None, Sequence[int]]],
-    *,
-    or_float32: bool = True,
+    exact: Sequence[str] = (),
 ) -> None:
     """Check the shapes of tensors, and their dtypes and devices against those of another.
 
     Args:
         of: the name of ``x``, which must be floating-point.
         others: tensors, or None, and the shapes that they must have, by name.
-        or_float32: whether they may be in float32 instead of the dtype of ``x``.
+        exact: names of those that may not be in float32 instead of the dtype of ``x``.
 
     Raises:
         ValueError: a tensor is different; the message names it.
@@ -128,8 +127,8 @@ def require_like(
                 f"{name} must be {tuple(shape)} for {of} of shape {tuple(x.shape)}, "
                 f"got {tuple(t.shape)}"
             )
-        if t.dtype != dtype and not (or_float32 and t.dtype == torch.float32):
-            either = dict.fromkeys((dtype, torch.float32) if or_float32 else (dtype,))
+        if t.dtype != dtype and (t.dtype != torch.float32 or name in exact):
+            either = dict.fromkeys((dtype,) if name in exact else (dtype, torch.float32))
             raise ValueError(
                 f"{name} must be {' or '.join(map(str, either))} for {of} of {dtype}, got {t.dtype}"
             )

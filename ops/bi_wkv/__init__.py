@@ -87,7 +87,7 @@ def _check(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: i
         require_tensor(name, tensor)
     if key.ndim != 3:
         raise ValueError(f"key must be (B, T, C), got {tuple(key.shape)}")
-    require_like("key", key, {"value": (value, key.shape)}, or_float32=False)
+    require_like("key", key, {"value": (value, key.shape)}, exact=("value",))
     for name in ("decay", "first"):
         tensor, shape = tensors[name], (key.shape[-1],)
         if tensor.shape != shape or not tensor.is_floating_point() or tensor.device != key.device:

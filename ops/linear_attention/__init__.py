@@ -20,7 +20,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-from ops.arguments import checked, require_like
+from ops.arguments import require_like, require_tensor
 from ops.autocast import without_autocast
 from ops.backends import backend_of_scan
 from ops.linear_attention import chunked, cpu, reference, triton
@@ -33,9 +33,10 @@ BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu,
     "triton": triton,
 }
+_OPTIONAL = ("log_gate_back", "bonus")
+_TENSORS = ("query", "key", "value", "log_gate", *_OPTIONAL)
 
 
-@checked(ranks={"query": 4, "value": 4})
 def gated_linear_attention(
     query: Tensor,
     key: Tensor,
@@ -77,20 +78,28 @@ def gated_linear_attention(
         (B, L, H, V) in the dtype of query, differentiable with respect to all tensors.
 
     Raises:
-        TypeError: an argument that is not of the annotated type.
+        TypeError: an argument is not a tensor.
         ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
+    tensors = (query, key, value, log_gate, log_gate_back, bonus)
+    for name, tensor in zip(_TENSORS, tensors, strict=True):
+        if tensor is not None or name not in _OPTIONAL:
+            require_tensor(name, tensor)
+    if query.ndim != 4 or value.ndim != 4:
+        raise ValueError(
+            "query must be (B, L, H, K) and value (B, L, H, V), got "
+            f"{tuple(query.shape)} and {tuple(value.shape)}"
+        )
     of_value = (*query.shape[:-1], value.shape[-1])
-    sequences = {"key": (key, query.shape), "value": (value, of_value)}
-    require_like("query", query, sequences, or_float32=False)
-    gates = {
+    shapes = {
+        "key": (key, query.shape),
+        "value": (value, of_value),
         "log_gate": (log_gate, query.shape),
         "log_gate_back": (log_gate_back, query.shape),
         "bonus": (bonus, query.shape[-2:]),
     }
-    require_like("query", query, gates)
-    tensors = (query, key, value, log_gate, log_gate_back, bonus)
+    require_like("query", query, shapes, exact=("key", "value"))
     chosen = backend_of_scan(backend, BACKENDS, *tensors)
     if query.numel() == 0 or value.numel() == 0:
         chosen = reference

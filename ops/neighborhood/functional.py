@@ -227,7 +227,12 @@ _MAX_KNOWN_CALLS = 256
 def _resolve(
     rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
 ) -> _Call:
-    params = _check(rank, tensors, window, return_lse)
+    check_tensors(rank, *tensors[:5])
+    size, dim = tensors[0].shape[1:-2], tensors[0].shape[-1]
+    kernel_size, stride, dilation, is_causal, scale = window
+    params = resolve_params(size, dim, kernel_size, stride, dilation, is_causal, scale, return_lse)
+    if tensors[5] is not None:
+        check_rpb(tensors[5], tensors[0], params)
     tensors = _tidied(tensors)
     query, value, rpb = tensors[0], tensors[2], tensors[5]
     chosen: Backend
@@ -248,17 +253,6 @@ def _tidied(tensors: Tensors) -> Tensors:
     if additional_keys is not None and additional_keys.shape[1] == 0:
         additional_keys = additional_values = None
     return query, key, value, additional_keys, additional_values, rpb
-
-
-def _check(rank: int, tensors: Tensors, window: tuple, return_lse: bool) -> NAParams:
-    query, key, value, additional_keys, additional_values, rpb = tensors
-    check_tensors(rank, query, key, value, additional_keys, additional_values)
-    kernel_size, stride, dilation, is_causal, scale = window
-    size, dim = query.shape[1:-2], query.shape[-1]
-    params = resolve_params(size, dim, kernel_size, stride, dilation, is_causal, scale, return_lse)
-    if rpb is not None:
-        check_rpb(rpb, query, params)
-    return params
 
 
 def _autocast(tensors: Tensors, dtype: torch.dtype) -> Tensors:

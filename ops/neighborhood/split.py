@@ -224,7 +224,8 @@ def _qk(
         out = _scores(query, key, rpb, -math.inf, *_of_operators(params))
     if additional_keys is None:
         return out
-    _check_additional("additional_keys", additional_keys, query)
+    shape = (*query.shape[:2], "any number", query.shape[-1])
+    check_additional("additional_keys", additional_keys, query, shape)
     extra = query.flatten(2, -2) @ additional_keys.mT
     return torch.cat([out, extra.unflatten(2, query.shape[2:-1])], -1)
 
@@ -243,7 +244,8 @@ def _av(
     params = _resolved(value, window)
     size, keys, extra = value.shape[2:-1], math.prod(params.kernel_size), 0
     if additional_values is not None:
-        _check_additional("additional_values", additional_values, value)
+        shape = (*value.shape[:2], "any number", value.shape[-1])
+        check_additional("additional_values", additional_values, value, shape)
         extra = additional_values.shape[2]
     expected = (*value.shape[:-1], keys + extra)
     if attn.shape != expected:
@@ -413,8 +415,3 @@ def _check_map(rank: int, name: str, tensor: Tensor) -> None:
             f"{name} must be floating-point (batch, heads, {axes}, channels), got "
             f"{tuple(tensor.shape)} in {tensor.dtype}"
         )
-
-
-def _check_additional(name: str, tensor: Tensor, beside: Tensor) -> None:
-    batch, heads, dim = (*beside.shape[:2], beside.shape[-1])
-    check_additional(name, tensor, beside, (batch, heads, "any number", dim))

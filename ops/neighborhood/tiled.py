@@ -181,12 +181,13 @@ def _steps(
     """
     batch, *size, heads, dim = query.shape
     kernel_size, stride, dilation, is_causal = (tuple(axes) for axes in windows)
-    additional = torch.arange(math.prod(size), values.shape[1], device=query.device)
+    of_map, of_all = math.prod(size), values.shape[1]
     for tiles in tiles_of_map(tuple(size), kernel_size, stride, dilation, is_causal, query.device):
         num_queries, num_keys = tiles.visible.shape
         tokens = num_keys * (dim + values.shape[-1])
         scores = score_tensors * num_queries * num_keys
-        if len(additional):
+        if of_all > of_map:
+            additional = torch.arange(of_map, of_all, device=query.device)
             everywhere = additional.expand(len(tiles.keys), -1)
             tiles = replace(tiles, keys=torch.cat([tiles.keys, everywhere], dim=1))
         yield from tiles.split(max(1, _STEP // (batch * heads * (tokens + scores))))

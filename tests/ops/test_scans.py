@@ -476,7 +476,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("bi_wkv", "value", torch.float64, "torch.float64"),
     *((GLA, n, torch.bfloat16, f"{n} must be torch.float32 for query") for n in ("key", "value")),
     (GLA, "log_gate", torch.float64, "log_gate must be torch.float32"),
-    (GLA, "bonus", 1, "bonus must be a tensor or None, got 1"),
+    (GLA, "bonus", 1, "bonus must be a tensor, got 1"),
     *(
         (SELECTIVE, "B", torch.zeros(2, n, 2, 9), f"groups that divide 8 channels, got {n}")
         for n in (0, 3)

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 
-@overload
-def dense(t: Tensor) -> Tensor: ...
-@overload
-def dense(t: Tensor | None) -> Tensor | None: ...
 def dense(t: Tensor | None) -> Tensor | None:
     """A contiguous tensor; None stays None."""
     return None if t is None else t.contiguous()
