@@ -21,7 +21,6 @@ def fuzz(examples: int) -> settings:
     """Settings of so many cases, always the same ones."""
     return settings(
         max_examples=examples,
-        deadline=None,
         database=None,
         derandomize=True,
         suppress_health_check=list(HealthCheck),

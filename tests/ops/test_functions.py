@@ -47,7 +47,7 @@ def test_rows_put_scan_lines_side_by_side() -> None:
 
 # ---- padding by reflection -----------------------------------------------------------------------
 @given(height=st.integers(1, 20), width=st.integers(1, 20), multiple=st.integers(1, 16))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_multiples(height: int, width: int, multiple: int) -> None:
     x = torch.arange(2.0 * height * width).view(1, 2, height, width)
     padded = reflect_pad_to_multiple(x, multiple)
@@ -87,7 +87,7 @@ def test_spans() -> None:
     overlap=st.integers(1, 4),
     data=st.data(),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_equals_the_whole(
     height: int, width: int, tile_size: int, overlap: int, data: st.DataObject
 ) -> None:
@@ -158,7 +158,7 @@ def _step(x: Tensor, dtype: torch.dtype) -> Tensor:
     return 2.0 ** x.abs().clamp(min=2.0**-14).log2().floor() * torch.finfo(dtype).eps
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     dtype=st.sampled_from(_DTYPES),
     filters=st.integers(1, 20),

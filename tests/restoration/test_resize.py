@@ -49,7 +49,7 @@ def test_it_equals_torch_inside(scale):
     scale=st.sampled_from((0.25, 1 / 3, 0.5, 1.0, 2.0, 3.0, 4.0)),
     value=st.floats(-2, 2),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_constants_and_sizes(height, width, scale, value):
     x = torch.full((2, height, width), value, dtype=torch.float64)
     out = resize_bicubic(x, scale)

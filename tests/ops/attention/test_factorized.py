@@ -43,7 +43,7 @@ def naive_fusion(x: Tensor, num_heads: int, window_size: int, dilation: int) -> 
     window_size=st.integers(1, 3),
     dilation=st.integers(1, 4),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_fusion_is_its_definition(
     height: int, width: int, num_heads: int, window_size: int, dilation: int
 ) -> None:

@@ -104,7 +104,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("library", KERNELS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_is_the_convolution(library: str, data: st.DataObject) -> None:
     case = data.draw(CASES[library])

@@ -47,7 +47,7 @@ def _map(layer: Any, batch: int, rows: int, columns: int) -> Tensor:
     return torch.randn(batch, rows * side, columns * side, layer.qkv.in_features)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     heads=st.integers(1, 3),
     head_dim=st.integers(1, 20),

@@ -72,7 +72,7 @@ def _functions(draw: st.DrawFn) -> tuple[tuple[int, ...], torch.dtype, Callable[
     return shape, dtype, draw(st.sampled_from(functions))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=_functions(), threads=st.integers(1, 2))
 def test_pointwise_calls_equal_torchs_bitwise(case, threads: int) -> None:
     shape, dtype, function = case

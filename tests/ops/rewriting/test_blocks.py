@@ -199,7 +199,7 @@ def test_a_map_that_something_else_reads_ends_a_stem() -> None:
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     size=st.tuples(st.integers(1, 40), st.integers(1, 70)),
     channels=st.tuples(st.sampled_from([1, 3]), *[st.sampled_from([4, 20, 33, 70])] * 2),

@@ -68,7 +68,7 @@ class _Heads(nn.Module):
 _BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     images=st.integers(1, 3),
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),

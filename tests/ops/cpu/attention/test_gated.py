@@ -46,7 +46,7 @@ def _exact(kind: str, qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     return (out.transpose(1, 2).reshape(bias.shape) + bias.double()) * qkvo.double().chunk(4, -1)[3]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     kind=st.sampled_from(list(KERNELS)),
     batch=st.integers(1, 3),

@@ -28,7 +28,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 3),
     queries=st.integers(1, 70),

@@ -24,7 +24,7 @@ def _problem(
     return [x, 2 * offset, weight, bias]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     batch=st.integers(1, 3),
     size=st.tuples(st.integers(3, 19), st.integers(3, 23)),

@@ -25,7 +25,7 @@ def _relative(value: Tensor, expected: Tensor) -> float:
 pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     batch=st.integers(1, 2),
     channels=st.sampled_from([1, 3, 8, 16, 24, 40]),
@@ -58,7 +58,7 @@ def test_is_the_convolution(
     assert (out - PLAIN_ACTIVATIONS[activation](expected)).abs().max() < 1e-6 * scale
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     channels=st.sampled_from([1, 5, 16, 21, 64, 70]),
     size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
@@ -84,7 +84,7 @@ def test_padded_squares(channels, size, side, stride, activation, has_bias, dtyp
     assert ((out - expected).abs() <= bound * steepness(activation, largest)).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     channels=st.sampled_from([1, 16, 21, 70]),
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),

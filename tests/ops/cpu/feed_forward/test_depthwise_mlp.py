@@ -90,7 +90,7 @@ def _check_expansion(parts: nn.ModuleDict, x: Tensor, activations: tuple[str, st
     torch.testing.assert_close(means.double(), exact.mean((1, 2)), rtol=0, atol=atol)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
     batch=st.integers(1, 3),
@@ -114,7 +114,7 @@ def test_equals_the_layers_one_by_one(
     _check(_parts(*dims, bias=bias).to(dtype), x, activations, bound, **has)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
     batch=st.integers(1, 2),
@@ -139,7 +139,7 @@ def test_inverted_bottlenecks_and_expansions(
         _check_expansion(parts, x / 3, activations)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
     # Of strips, with chunks of channels in each, and of blocks of columns.

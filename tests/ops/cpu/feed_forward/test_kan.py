@@ -27,7 +27,7 @@ def _layer(
     return layer, exact.requires_grad_(False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=st.sampled_from([(1, 1), (7,), (2, 3, 5), (1, 300), (2, 0)]),
     in_features=st.sampled_from([1, 5, 16, 33, 64]),

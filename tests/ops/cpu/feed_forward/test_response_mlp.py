@@ -58,7 +58,7 @@ def _check(parts: nn.ModuleDict, x: Tensor) -> None:
     assert (out - expected).abs().max() <= tolerance * (1 + expected.abs().max())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(list(LINEAR_DTYPES)),
     batch=st.integers(1, 3),

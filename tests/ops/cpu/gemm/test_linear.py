@@ -121,7 +121,7 @@ def _numbered(number: int, packed: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", [Floats, *IN_INT8])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_is_the_layer(kind: Any, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(list(LINEAR_DTYPES if kind is Floats else _ROUNDED)))

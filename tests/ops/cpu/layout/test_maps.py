@@ -27,7 +27,7 @@ def _assert_near(out: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(**OF_MAPS, channels_last=st.booleans(), threads=st.sampled_from([1, 2]))
 def test_split_and_joined(dtype, batch, size, channels, channels_last, threads) -> None:
     x, other = random(2, batch, channels, *size).to(dtype)
@@ -50,7 +50,7 @@ def _plain(x: Tensor, window_size: tuple[int, ...]) -> Tensor:
     return F.avg_pool2d(x, window_size, **options).permute(0, 2, 3, 1)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     **OF_MAPS,
     window_size=st.tuples(st.integers(1, 19), st.integers(1, 19)),

@@ -21,7 +21,7 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 # ---- layer norm ----------------------------------------------------------------------------------
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     size=st.lists(st.integers(1, 19), min_size=1, max_size=3),

@@ -29,7 +29,7 @@ def pillows(pixels: np.ndarray, size: tuple[int, int], filter: str) -> np.ndarra
     return np.stack(planes)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), SIDES, SIDES, SIDES, SIDES, st.sampled_from([1, 3, 4]), st.booleans())
 def test_any_part_of_any_image(data, height, width, new_height, new_width, channels, black) -> None:
     """Black and white noise exceeds 0 … 255 by far; other noise rounds in all ways."""

@@ -38,7 +38,7 @@ def _agrees(
     assert (out - expected).abs().max() < tolerance * (1 + expected.abs().max())
 
 
-@settings(max_examples=140, deadline=None)
+@settings(max_examples=140)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     batch=st.integers(1, 3),
