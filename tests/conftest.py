@@ -30,7 +30,7 @@ import pytest
 with contextlib.suppress(ImportError):
     import yapf  # noqa: F401
 
-hypothesis.settings.register_profile("any speed")
+hypothesis.settings.register_profile("any speed", deadline=None)
 hypothesis.settings.load_profile("any speed")
 
 _SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGHUP") if hasattr(signal, n)]

@@ -40,8 +40,9 @@ def differentiable(
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads_out: Tensor | None) -> tuple[Any, ...]:
-            tensors = ctx.saved_tensors[ctx.results :]
-            grads = gradients(*grads_out, *ctx.saved_tensors, *ctx.others)
+            saved = ctx.saved_tensors  # once: a checkpoint computes them for one reader
+            tensors = saved[ctx.results :]
+            grads = gradients(*grads_out, *saved, *ctx.others)
             wanted = (
                 grad.to(tensor.dtype) if need and grad is not None else None
                 for grad, tensor, need in zip(grads, tensors, ctx.needs_input_grad, strict=False)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from comparisons import assert_same_with_gradients
 from compiled_kernels import random
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from zoo import images, randomise, small
@@ -35,7 +35,6 @@ def test_pool_drops_the_remainder(tokens: int, length: int) -> None:
 
 
 # ---- large kernels -------------------------------------------------------------------------------
-@settings(deadline=None)
 @given(
     size=st.tuples(st.integers(1, 31), st.integers(1, 31)),
     kernel_size=st.sampled_from([3, 5, 7]),
