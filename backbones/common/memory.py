@@ -22,14 +22,23 @@ from backbones.common.errors import CommandError
 _MARGIN = 2.0
 # oneDNN and cuDNN may reorder inputs and outputs.
 _REPACKING = ("aten::convolution", "aten::mkldnn_convolution", "aten::_convolution")
+# Measured: oneDNN keeps 90 KiB of each convolution for a shape of inputs, besides packed weights.
+_PRIMITIVE_BYTES = 128 << 10
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of live tensors that were created inside the block."""
+    """Counts the bytes of live tensors that were created inside the block.
+
+    Attributes:
+        now, peak: bytes.
+        weights: bytes of the weights of all convolutions.
+        convolutions: the shapes of their inputs and weights.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.weights = 0
+        self.convolutions: set[tuple[torch.Size, torch.Size]] = set()
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,6 +49,9 @@ class _LiveTensors(TorchDispatchMode):
         if func._schema.name in _REPACKING:
             packed = args[0].untyped_storage().nbytes() + out.untyped_storage().nbytes()
             self.peak = max(self.peak, self.now + packed)
+        if func._schema.name == "aten::conv2d":  # whole in inference mode
+            self.weights += args[1].nbytes
+            self.convolutions.add((args[0].shape, args[1].shape))
         return out
 
     def _see(self, storage: torch.UntypedStorage, before: set[int]) -> None:
@@ -62,16 +74,24 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 
 
 @torch.inference_mode()
-def bytes_per_pixel(network: Callable[[Tensor], Tensor], x: Tensor) -> float:
-    """Peak memory of ``network(x)`` over the pixels of ``x``, with a margin.
+def measure_memory(network: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, int]:
+    """Memory that ``network`` needs for its inputs.
 
     Args:
         network: with memory proportional to its input. It runs twice, to exclude what it creates
             and keeps in the first call, such as packed weights.
         x: (B, C, H, W), small but as large as two windows.
+
+    Returns:
+        Peak memory over the pixels of ``x``, with a margin; bytes that a fused network keeps for
+        each shape of inputs, above all weights in the layouts that oneDNN chooses for them.
     """
     network(x)
-    return _MARGIN * live_bytes(network, x) / (x.shape[0] * x.shape[2] * x.shape[3])
+    live = _LiveTensors()
+    with live:
+        network(x)
+    per_pixel = _MARGIN * live.peak / (x.shape[0] * x.shape[2] * x.shape[3])
+    return per_pixel, live.weights + _PRIMITIVE_BYTES * len(live.convolutions)
 
 
 def live_bytes(network: Callable[[Tensor], Tensor], x: Tensor) -> int:

@@ -20,10 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from backbones.common.errors import DataError
-from backbones.common.memory import available_memory, bytes_per_pixel, used_memory
+from backbones.common.memory import available_memory, measure_memory, used_memory
 from backbones.common.messages import shown
 from backbones.restoration.pictures import Picture, PictureError, arrays_of, read_picture
 from backbones.restoration.resize import resize_bicubic
+from ops.rewriting.module import Rewritten
 from ops.tiling import tile_spans, tiled_strips
 
 __all__ = ["Upscaler", "upscale"]
@@ -79,7 +80,7 @@ class Upscaler:
         self.dtype = next(model.parameters()).dtype
         self.tile, self.overlap = tile, overlap
         self.tta, self.amp, self.max_memory = tta, amp, max_memory
-        self._budget: tuple[float, float] | None = None
+        self._budget: tuple[float, float, float] | None = None
 
     def __call__(
         self,
@@ -124,12 +125,15 @@ class Upscaler:
         whole = max(height, width)
         if self.tile != "auto":
             return whole if self.tile is None else int(self.tile)
+        if not min(height, width):
+            return whole  # refused by tiled_strips
         if self.max_memory is None and whole <= self._probe_side():
             return whole  # no more than measuring would take
-        per_pixel, budget = self._measure()
+        per_pixel, per_shape, budget = self._measure()
         budget -= self._picture_bytes(height, width, depth)
-        for side in range(self._padded(whole), 0, -self.window):
-            missing = self._tile_bytes(side, height, width, per_pixel) - budget
+        for most in range(self._padded(whole), 0, -self.window):
+            side = self._even_side(most, height, width)
+            missing = self._tile_bytes(side, height, width, per_pixel, per_shape) - budget
             if missing <= 0:
                 return min(side, whole)
         limit = "the free memory" if self.max_memory is None else "max_memory"
@@ -148,24 +152,38 @@ class Upscaler:
         compared with the position tables."""
         return max(32, 3 * self.window)
 
-    def _measure(self) -> tuple[float, float]:
-        """Bytes per pixel of a tile, and the memory limit; measured once."""
+    def _even_side(self, most: int, height: int, width: int) -> int:
+        """The smallest side that gives as many tiles as ``most``: of fewer shapes, and smaller."""
+        return max(self._padded(-(-n // -(-n // most))) for n in (height, width))
+
+    def _measure(self) -> tuple[float, float, float]:
+        """Bytes per pixel of a tile and per shape of tiles, and the memory limit; measured once."""
         if self._budget is None:
             side = self._probe_side()
             probe = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
-            per_pixel = bytes_per_pixel(self._network, probe)
+            per_pixel, per_shape = measure_memory(self._network, probe)
+            replayed = isinstance(self.model, Rewritten) and self.device.type == "cpu"
             free = _DEFAULT_SHARE * available_memory(self.device)
             if self.max_memory is not None:
                 free = self.max_memory - used_memory(self.device)
-            self._budget = per_pixel, free
+            self._budget = per_pixel, per_shape if replayed else 0, free
         return self._budget
 
-    def _tile_bytes(self, side: int, height: int, width: int, per_pixel: float) -> float:
-        """Bytes for a tile of ``side`` with its margin, and for a row of tiles."""
-        rows, columns = (min(side + 2 * self.overlap, self._padded(n)) for n in (height, width))
+    def _tile_bytes(
+        self, side: int, height: int, width: int, per_pixel: float, per_shape: float
+    ) -> float:
+        """Bytes for the largest tile with its margin, all shapes of tiles, and a row of tiles."""
+        tall, wide = (
+            {tile.last - tile.first for tile in tile_spans(n, side, self.overlap)}
+            for n in (height, width)
+        )
+        shapes = {(rows, columns) for rows in tall for columns in wide}
+        if self.tta:
+            shapes |= {(columns, rows) for rows, columns in shapes}
+        rows, columns = (self._padded(max(extents)) for extents in (tall, wide))
         # A strip of the result, the part shared with the next one, and two copies for rounding.
         strip = 4 * 12 * rows * width * self.scale**2
-        return per_pixel * rows * columns + strip
+        return per_pixel * rows * columns + per_shape * len(shapes) + strip
 
     def _picture_bytes(self, height: int, width: int, depth: int) -> float:
         """Bytes of the picture, its result, and the files written from it."""

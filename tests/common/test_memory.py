@@ -11,7 +11,7 @@ from zoo import small
 
 from backbones.cli.common import two_sides
 from backbones.cli.main import CommandError
-from backbones.common.memory import available_memory, live_bytes, peak_bytes
+from backbones.common.memory import available_memory, live_bytes, measure_memory, peak_bytes
 
 
 @pytest.mark.parametrize("family", ["van", "litv2", "medvitv2"])
@@ -22,6 +22,13 @@ def test_the_peak_equals_the_measured_peak(family):
         measured = live_bytes(model, images)
     # The images themselves were there before.
     assert peak_bytes(model, (2, 3, 96, 64)) == pytest.approx(measured, abs=2 * images.nbytes)
+
+
+def test_what_is_kept_of_a_shape_grows_with_the_convolutions():
+    conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+    networks = torch.nn.GELU(), conv, torch.nn.Sequential(conv, torch.nn.GELU(), conv)
+    none, once, twice = (measure_memory(n, torch.zeros(1, 3, 32, 32))[1] for n in networks)
+    assert none == 0 and twice - once == conv.weight.nbytes < once  # the layout's code is shared
 
 
 def test_sizes_beyond_the_address_space():

@@ -133,6 +133,11 @@ def test_auto_tiles_follow_the_limit():
         for mebibytes in (160, 300, 1000)
     ]
     assert sides == sorted(set(sides)) and all(side % 8 == 0 for side in sides)
+    for side in sides:  # smaller ones would be more tiles
+        fewer, more = (Upscaler(model, tile=n).tiles(1000, 1000) for n in (side, side - 8))
+        assert fewer < more
+    with pytest.raises(ValueError, match="an image of 0×64 has no pixels"):
+        Upscaler(model, max_memory=used)(pixels(0, 64, 3))
     with pytest.raises(ValueError, match=r"max_memory is not enough .* MiB are missing"):
         Upscaler(model, max_memory=2**20)(pixels(64, 64, 3))
 
