@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import io
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,6 +106,7 @@ def save_onnx(
                 verbose=False,
                 input_names=["image"],
                 output_names=["output"],
+                custom_translation_table=_size_arithmetic(),
             )
     except Exception as error:  # torch.onnx raises many kinds, some of them private
         raise CommandError(f"cannot be written as ONNX: {_reason(error)}") from error
@@ -113,6 +115,20 @@ def save_onnx(
     made.model.metadata_props.update(metadata or {})
     weights = sum(t.nbytes for t in program.state_dict.values())
     made.save(path, external_data=weights > _LARGEST_FILE)
+
+
+def _size_arithmetic() -> dict[Any, Callable[..., Any]]:
+    """Translations of quotients of sizes to float64, as in Python; torch's take float32."""
+    from onnx_ir import DataType
+    from onnxscript import opset18
+
+    def to_double(size: Any) -> Any:
+        return opset18.Cast(size, to=DataType.DOUBLE)
+
+    def quotient(dividend: Any, divisor: Any) -> Any:
+        return opset18.Div(to_double(dividend), to_double(divisor))
+
+    return {operator.truediv: quotient, torch.sym_float: to_double}
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ class Part:
     Attributes:
         shape: (C, H, W) of its output map, without the batch; the output's for ``head``.
         params: parameters.
-        macs: multiply-accumulates for one image, of convolutions and matrix products.
+        macs: multiply-accumulates for one image, of convolutions and matrix products, not of scans.
         receptive_field: side in pixels; infinite for the whole image; None after the stages, and
             in models of timm.
         share: of the time of all calls, see :func:`backbones.explain`; None if not measured.
@@ -141,6 +141,7 @@ def _counter() -> FlopCounterMode:
     formulas: dict[Any, Callable[..., int]] = {
         torch.ops.torchvision.deform_conv2d: _deform_conv_flops,
         torch.ops.vision_backbones.na_mix: _mix_flops,
+        torch.ops.vision_backbones.map_scan: _map_scan_flops,
     }
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
@@ -154,6 +155,13 @@ def _deform_conv_flops(
 
 def _mix_flops(weights: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return 2 * math.prod(weights) * value[-1]
+
+
+def _map_scan_flops(
+    x: Any, projected: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """The matrix product that makes the steps, without the scan."""
+    return 2 * math.prod(x[:3]) * math.prod(weight)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from ops.large_kernel import DilatedReparamConv2d
 from ops.neighborhood import na2d_av
 from ops.position import ConvPosition
 from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after
+from ops.sizes import larger, smaller
 
 # (kernel size, dilation) of the parallel branches, by size of the large kernel. Not UniRepLKNet's.
 _BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -198,10 +199,11 @@ class ContextMixing(nn.Module):
         ``offsets`` are those of :func:`window_offsets`.
         """
         size = value.shape[2], value.shape[3]
-        larger = enlarged(size, self.kernel_sizes[1])
-        if larger != size:
+        fitted = enlarged(size, self.kernel_sizes[1])
+        is_enlarged = not _are_known(fitted) or fitted != size
+        if is_enlarged:
             value, x, context = (
-                F.interpolate(t, size=larger, mode="bilinear") for t in (value, x, context)
+                F.interpolate(t, size=fitted, mode="bilinear") for t in (value, x, context)
             )
         parts = [
             na2d_av(weights, self._to_heads(part), kernel_size).permute(0, 2, 3, 1, 4)
@@ -213,12 +215,12 @@ class ContextMixing(nn.Module):
             )
         ]  # (B, H, W, heads, d) of either half
         out = torch.cat(parts, dim=3).flatten(3).permute(0, 3, 1, 2)
-        return self.proj(F.adaptive_avg_pool2d(out, size) if larger != size else out)
+        return self.proj(adaptive_mean(out, size) if is_enlarged else out)
 
     def _kernels(self, x: Tensor, context: Tensor, offsets: Offsets) -> list[Tensor]:
         """The kernels of either half of the channels: (B, num_heads, H, W, k²) each."""
         query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, HW)
-        key = self.key(F.adaptive_avg_pool2d(context, _POOLED))
+        key = self.key(adaptive_mean(context, (_POOLED, _POOLED)))
         key = key.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, 49)
         if query.is_cpu:
             # These small products would take longer in a dtype that the CPU does not multiply.
@@ -260,12 +262,38 @@ class ContextMixing(nn.Module):
 def enlarged(size: Sequence[int], kernel_size: int) -> tuple[int, int]:
     """The size of a map to which a kernel is applied: larger if a side is below the kernel's."""
     height, width = size
-    shorter = min(size)
-    if shorter >= kernel_size:
+    shorter = smaller(height, width)
+    if isinstance(shorter, int) and shorter >= kernel_size:
         return height, width
-    # In this order, in floating point, the sides are the original's.
-    height, width = (max(kernel_size, int(kernel_size / shorter * side)) for side in size)
+    # In this order, in floating point, the sides are the original's. Symbolic ones may be too long
+    # to be enlarged, for which the quotient is at most 1.
+    height, width = (
+        larger(larger(kernel_size, side), torch.sym_int(kernel_size / shorter * side))
+        for side in size
+    )
     return height, width
+
+
+def adaptive_mean(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """``F.adaptive_avg_pool2d``, also of and to symbolic sizes, which ONNX lacks."""
+    if _are_known((*x.shape[2:], *size)):
+        return F.adaptive_avg_pool2d(x, size)
+    rows, columns = (_means(n, m, x) for n, m in zip(x.shape[2:], size, strict=True))
+    return rows @ x @ columns.mT
+
+
+def _means(source: int, target: int, like: Tensor) -> Tensor:
+    """The means of adaptive pooling along an axis, as a matrix (target, source)."""
+    place = torch.arange(source, device=like.device)
+    start = torch.arange(target, device=like.device)[:, None] * source
+    is_inside = (place >= start // target) & (place < (start + source + target - 1) // target)
+    weights = is_inside.to(like.dtype)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _are_known(sizes: Sequence[int]) -> bool:
+    """Whether none is symbolic."""
+    return all(isinstance(side, int) for side in sizes)
 
 
 Offsets = list[tuple[Tensor, Tensor]]

@@ -1,8 +1,8 @@
 """FLOP counts of the kernels and of the torch functions used with them.
 
 Multiply-accumulates of convolutions and matrix products count as two operations each. Norms,
-activations, softmax, interpolation and scans are not counted. Operators without an entry in a table
-have no count.
+activations, softmax, interpolation and scans are not counted; of VMamba's scan, the product that
+makes its steps is. Operators without an entry in a table have no count.
 """
 
 from __future__ import annotations
@@ -152,6 +152,10 @@ def _split_neighborhood(given: _Given, result: Any) -> int | None:
     return int(channels.numel() * math.prod(given["kernel_size"]))
 
 
+def _map_scan(given: _Given, result: Any) -> int:
+    return int(result.numel() * math.prod(given["weight"].shape[:2]))
+
+
 _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     **dict.fromkeys(("packed_linear", "packed_linear_energy"), _linear),
     **dict.fromkeys(("packed_mlp", "depthwise_mlp"), _mlp),
@@ -170,6 +174,7 @@ _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     "cascaded_attention": _cascaded_attention,
     "kan_layer": _kan,
     "response_mlp": _response_mlp,
+    "map_scan": _map_scan,
     **dict.fromkeys(("na_cpu_output", "na_cpu_forward"), _neighborhood),
     **dict.fromkeys(("na_cpu_mix", "na_cpu_scores"), _split_neighborhood),
 }

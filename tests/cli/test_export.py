@@ -22,6 +22,7 @@ from backbones.cli.main import main
 from backbones.common.errors import CommandError
 from backbones.common.outputs import ONNX, PT2, require_writable
 from backbones.core.loaded import Loaded
+from backbones.overlock.blocks import ContextMixing, window_offsets
 
 # From a single window, or less, to several at every stage; none divides by much.
 SHAPES = [(1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 226, 158), (1, 3, 33, 41)]
@@ -53,6 +54,27 @@ def test_every_family_with_dynamic_sizes(family, fused, tmp_path):
     assert max(errors(model, graphs.program_runner(tmp_path / "model.pt2"), SHAPES)) < 1e-5
     graphs.save_onnx(program, tmp_path / "model.onnx")
     assert max(errors(model, graphs.onnx_runner(tmp_path / "model.onnx"), SHAPES)) < 1e-5
+
+
+class Mixing(torch.nn.Module):
+    """OverLoCK's dynamic convolution of 13×13, on maps that come in as images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = randomise(ContextMixing(16, 6, 2, 13))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(x, x.flip(1), x[:, :6], window_offsets(x.shape[2:], 13, x.device))
+
+
+def test_maps_that_are_enlarged_or_not(tmp_path):
+    """To the sides that the model computes in floating point: 116 for 27 beside 3, not 117."""
+    model = Mixing().eval()
+    program = graphs.trace(model, (1, 16, 13, 13), dynamic=True)
+    graphs.save_onnx(program, tmp_path / "model.onnx")
+    shapes = [(2, 16, *size) for size in ((3, 27), (27, 3), (1, 1), (12, 13), (13, 13), (14, 23))]
+    for run in (program.module(), graphs.onnx_runner(tmp_path / "model.onnx")):
+        assert max(errors(model, run, shapes)) < 1e-5
 
 
 @pytest.fixture
