@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from zoo import CLASSIFIERS, small
 
 import backbones
-from backbones.common.console import guard
 
 
 def digits(tool: ModuleType, count: int = 5) -> Any:
@@ -142,23 +141,6 @@ def test_contenders_that_fail_are_recorded(tool, contenders, tmp_path, monkeypat
     assert found["works"]["agreement"] > 99 and found["works"]["bytes"] == 123
     assert found["fails"] == {"skipped": "KeyError: 'no such operator'"}
     assert found["fused"]["error"] < 1e-4 < found["int8"]["error"] < 0.2
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (["int8", "--checkpoints", "x", "--models", "resnet"], "unknown models resnet"),
-        (["agreement", "--checkpoints", "x", "--models", "resnet"], "unknown models resnet"),
-        (["agreement"], "arguments are required: --checkpoints"),
-        (["agreement", "--checkpoints", "x", "--against", "tvm"], "invalid choice: 'tvm'"),
-        (["parity", "resnet"], "unknown families ['resnet']"),
-        (["nonsense"], "invalid choice: 'nonsense'"),
-        ([], "arguments are required: command"),
-    ],
-)
-def test_bad_arguments(tool, words, reason, capsys):
-    assert guard(lambda: tool.main(words)) == 2
-    assert reason in capsys.readouterr().err
 
 
 def test_parity_of_a_family_is_measured_and_the_others_stay(tool, tmp_path, monkeypatch):

@@ -15,9 +15,9 @@ import torch
 from zoo import small
 
 import backbones
-from backbones.cli.contenders import CannotRunError, contender
+from backbones.cli.contenders import contender
 from backbones.common.errors import CommandError
-from ops.neighborhood import NeighborhoodAttention2D, install_as_natten
+from ops.neighborhood import NeighborhoodAttention2D
 from ops.selective_scan import selective_scan
 
 CPU = torch.device("cpu")
@@ -141,19 +141,6 @@ def test_contenders_compute_the_same(contenders, size, kernel_size, dilation):
     # Twice a multiplication and an addition for each number of keys and values in a window.
     operations = 4 * 2 * contenders.NUM_HEADS * math.prod(size) * math.prod(kernel_size) * 8
     assert setting.flops(batch=2, backward=False) == operations
-
-
-def test_contenders_that_are_not_installed(contenders, monkeypatch):
-    setting = contenders.Setting((9,), (3,), 8)
-    tensors = torch.randn(3, 1, 9, contenders.NUM_HEADS, 8)
-    with pytest.raises(CannotRunError, match=r"0\.15 to 0\.19"):
-        made(contenders, "natten-split", setting)(*tensors)
-    with install_as_natten():
-        out = made(contenders, "natten-split", setting)(*tensors)
-    assert torch.equal(out, made(contenders, "split", setting)(*tensors))
-    monkeypatch.setitem(sys.modules, "fla", None)
-    with pytest.raises(CannotRunError, match="fla is not installed"):
-        contenders.CONTENDERS["gated"]["fla"]()
 
 
 @pytest.mark.slow
