@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backbones.common.files import replacing
 from backbones.embedding.table import identity
 from ops.cpu.build.folders import is_own_file
 
@@ -73,7 +72,16 @@ def _make_key() -> None:
     if _key() is not None or path.parts[0].startswith("~"):
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with replacing(path, unique=True) as temporary:
-        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with open(descriptor, "wb") as file:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
             file.write(secrets.token_bytes(_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)  # of two processes, the first one's key is kept
+        except OSError:  # there is one, or the file system has no hard links
+            if _key() is None:
+                os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
