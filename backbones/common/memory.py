@@ -20,8 +20,6 @@ from backbones.common.errors import CommandError
 # Measured: workspaces of kernels and, above all, freed tensors below 32 MiB that the allocator
 # keeps almost double the live memory.
 _MARGIN = 2.0
-# oneDNN and cuDNN may reorder inputs and outputs.
-_REPACKING = ("aten::convolution", "aten::mkldnn_convolution", "aten::_convolution")
 # Measured: oneDNN keeps 90 KiB of each convolution for a shape of inputs, besides packed weights.
 _PRIMITIVE_BYTES = 128 << 10
 
@@ -46,9 +44,6 @@ class _LiveTensors(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
             self._see(storage, before)
-        if func._schema.name in _REPACKING:
-            packed = args[0].untyped_storage().nbytes() + out.untyped_storage().nbytes()
-            self.peak = max(self.peak, self.now + packed)
         if func._schema.name == "aten::conv2d":  # whole in inference mode
             self.weights += args[1].nbytes
             self.convolutions.add((args[0].shape, args[1].shape))
