@@ -226,11 +226,12 @@ def multiply_by_map(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 class _Multiple(NamedTuple):
-    """A map as ``root * scale``, permuted to NHWC if ``is_moved``."""
+    """A map as ``root * scale + shift``, permuted to NHWC if ``is_moved``."""
 
     root: Value
     is_moved: bool
     scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
@@ -246,7 +247,11 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
             continue
         if "factor" in kwargs or layer.clips_sum:
             continue
-        root, is_moved, scale = _multiple(graph, other)
+        root, is_moved, scale, shift = _multiple(graph, other)
+        if shift is not None and layer.activation == "none" and "residual" not in kwargs:
+            layer = _folded(layer, torch.ones_like(shift), shift)
+        elif shift is not None:
+            root, is_moved, scale = other, False, None
         before = _multiple(graph, kwargs["residual"]) if "residual" in kwargs else None
         if before is None:
             kwargs["residual"] = other
@@ -267,18 +272,23 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 def _multiple(graph: OperatorGraph, value: Value) -> _Multiple:
-    """The map of which another is a multiple, with a number or one for each channel."""
+    """The map of which another is a multiple, perhaps shifted, with numbers for each channel."""
     moved = graph.permuted(value, NHWC)
     root: Value = value if moved is None else moved.args[0]
-    scale = None
-    product = graph.made_by(root, _aten.mul.Tensor)
-    for x, factor in () if product is None else (product.args[:2], product.args[1::-1]):
+    scale = shift = None
+    axis = -1 if moved is None else 1
+    product = graph.made_by(root, _aten.mul.Tensor, _aten.addcmul.default)
+    factors = [] if product is None or product.kwargs else product.args[-2:]
+    for x, factor in (factors, factors[::-1]) if factors else ():
         if isinstance(x, Value) and x.shape == root.shape and x.dtype == root.dtype:
-            scale = per_channel(factor, x.shape, -1 if moved is None else 1)
+            scale = per_channel(factor, x.shape, axis)
+        if scale is not None and product is not None and len(product.args) == 3:
+            shift = per_channel(product.args[0], x.shape, axis)
+            scale = None if shift is None else scale
         if scale is not None:
             root = x
             break
     back = None if moved is None else graph.permuted(root, NCHW)
     if back is not None:
-        return _Multiple(back.args[0], False, scale)
-    return _Multiple(root, moved is not None, scale)
+        return _Multiple(back.args[0], False, scale, shift)
+    return _Multiple(root, moved is not None, scale, shift)

@@ -93,7 +93,9 @@ def add_gated(graph: OperatorGraph, operator: Operator) -> bool:
     if operator.function is not _aten.add.Tensor or operator.kwargs:
         return False
     for y, value in (operator.args[:2], operator.args[1::-1]):
-        if not isinstance(y, Value) or not isinstance(value, Value) or y.shape != value.shape:
+        if not isinstance(y, Value) or not isinstance(value, Value):
+            continue
+        if y.shape != value.shape and (y.constant is None or y.shape[1:] != (value.shape[1], 1, 1)):
             continue
         found = _gated(graph, value)
         if found is None or y.dtype != value.dtype:
