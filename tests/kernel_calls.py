@@ -31,6 +31,7 @@ from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
+from ops.cpu.neighborhood.attention import na_cpu_dynamic_mix
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.norms import response_scales, rms_norm
 from ops.cpu.norm.softmax import attention_weights, biased_softmax
@@ -211,6 +212,16 @@ def _map(channels: int = 20) -> Arguments:
     return {**maps, "weight": weight, "A": rate, **vectors, "softplus": True}
 
 
+def _mixes() -> Arguments:
+    sizes = (3, 4)
+    return {
+        **{"query": _f(3, 2, 12 * 13, 21), "key": _f(3, 2, 21, 9, seed=1), "kernel_sizes": sizes},
+        **{"weights": [_f(9, k * k, seed=k) for k in sizes]},
+        **{"biases": [_f(2, 12, 13, k * k, seed=k + 2) for k in sizes]},
+        **{"values": [_f(3, 2, 12, 13, 19, seed=k) for k in sizes]},
+    }
+
+
 def _of(kernel: Kernel, *batched: str, **given: Any) -> tuple[Kernel, tuple[str, ...], Arguments]:
     return kernel, batched, given
 
@@ -235,6 +246,7 @@ CALLS: dict[str, _Call] = {
         *(attention_weights, "query", "key"), query=_f(5, 3, 70, 21), key=_f(5, 3, 21, 9, seed=1),
         weight=_f(9, 73, seed=3), bias=_f(3, 70, 73, seed=2), half=False,
     ),
+    "na_cpu_dynamic_mix": lambda: _of(*(na_cpu_dynamic_mix, "query", "key"), **_mixes()),
     "depthwise_conv2d": lambda: _of(depthwise_conv2d, "x", **_depthwise(7, 1, 1)),
     "depthwise_conv2d 3": lambda: _of(depthwise_conv2d, "x", **_depthwise(3, 2, 1)),
     "depthwise_conv2d 5": lambda: _of(depthwise_conv2d, "x", **_depthwise(5, 2, 1)),

@@ -152,6 +152,13 @@ def _split_neighborhood(given: _Given, result: Any) -> int | None:
     return int(channels.numel() * math.prod(given["kernel_size"]))
 
 
+def _dynamic_mix(given: _Given, result: Any) -> int:
+    query, key, taps = given["query"], given["key"], sum(k * k for k in given["kernel_sizes"])
+    mapped = key.numel() * taps
+    pairs = query.shape[:-1].numel() * taps
+    return int(mapped + pairs * (query.shape[-1] + result.shape[-1]))
+
+
 def _map_scan(given: _Given, result: Any) -> int:
     return int(result.numel() * math.prod(given["weight"].shape[:2]))
 
@@ -176,6 +183,7 @@ _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     "response_mlp": _response_mlp,
     "map_scan": _map_scan,
     **dict.fromkeys(("na_cpu_output", "na_cpu_forward"), _neighborhood),
+    "na_cpu_dynamic_mix": _dynamic_mix,
     **dict.fromkeys(("na_cpu_mix", "na_cpu_scores"), _split_neighborhood),
 }
 

@@ -310,6 +310,14 @@ def _pad(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> boo
     return True
 
 
+def _convert(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    """Conversions to the same dtype."""
+    if given["dtype"] != given["self"].dtype or given["copy"] or given["memory_format"]:
+        return False
+    graph.bypass(operator, given["self"])
+    return True
+
+
 def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
     """Leave out empty parts, which kernels do not take."""
     parts = [part for part in given["tensors"] if part.shape.numel()]
@@ -327,6 +335,7 @@ _RULES: dict[Any, Any] = {
     _aten.pad.default: _pad,
     _aten.constant_pad_nd.default: _pad,
     _aten.cat.default: _cat,
+    _aten.to.dtype: _convert,
     _aten.add.Tensor: _neutral,
     _aten.mul.Tensor: _neutral,
     _aten.linear.default: _linear,

@@ -28,7 +28,7 @@ from ops.rewriting.response_norm import (
     join_response_scales,
     join_squeeze,
 )
-from ops.rewriting.softmax import join_products, join_softmax
+from ops.rewriting.softmax import join_mixes, join_products, join_softmax
 from ops.rewriting.stem import join_stem
 from ops.rewriting.views import join_permutations, sink_permutation
 from ops.rewriting.windows import join_windows
@@ -56,6 +56,7 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (join_permutations,),
     (join_softmax, join_stem),
     (join_products,),
+    (join_mixes,),
 )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ops.cpu import policy
+from ops.cpu.neighborhood.attention import na_cpu_dynamic_mix, na_cpu_mix
 from ops.cpu.norm.softmax import attention_weights, biased_softmax
 from ops.inference.layers import FastLinear
 from ops.rewriting.graph import Operator, OperatorGraph, Value, is_available
 
-__all__ = ["join_products", "join_softmax"]
+__all__ = ["join_mixes", "join_products", "join_softmax"]
 
 _aten = torch.ops.aten
 
@@ -77,6 +80,32 @@ def join_products(graph: OperatorGraph, operator: Operator) -> bool:
         assert softmax is not None
         given = query, key, Value.of_constant(weight.contiguous()), *softmax.args[1:]
         graph.replace(softmax, attention_weights, *given)
+    graph.remove_unused()
+    return True
+
+
+def join_mixes(graph: OperatorGraph, operator: Operator) -> bool:
+    """Neighborhoods mixed with such weights, and concatenated by heads."""
+    if operator.function is not _aten.cat.default or operator.kwargs or operator.args[1:] != [3]:
+        return False
+    given: list[list[Any]] = []
+    for part in operator.args[0]:
+        moved = graph.permuted(part, [0, 2, 3, 1, 4])
+        mix = graph.made_by(moved.args[0], na_cpu_mix) if moved is not None else None
+        made = graph.made_by(mix.args[0], attention_weights) if mix is not None else None
+        if mix is None or made is None or mix.args[3:] != [[1, 1], [False, False]]:
+            return False
+        given.append([*made.args[:4], *mix.args[1:3]])
+    queries, keys, weights, biases, values, sizes = (list(a) for a in zip(*given, strict=True))
+    squares = all(rows == columns for rows, columns in sizes)
+    shapes = {(value.shape, value.dtype) for value in values}
+    same = len({*map(id, queries)}) == len({*map(id, keys)}) == len(shapes) == 1
+    if not squares or not same or queries[0].dtype != values[0].dtype:
+        return False
+    if not is_available(na_cpu_dynamic_mix, values[0].dtype):
+        return False
+    parts = weights, biases, values, [rows for rows, _ in sizes]
+    graph.replace(operator, na_cpu_dynamic_mix, queries[0], keys[0], *parts)
     graph.remove_unused()
     return True
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
+from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense, dense_channels
 
 _AXES = ("z", "y", "x")
@@ -142,6 +143,77 @@ def na_cpu_mix(
     """Each query's sum of the values in its window, times ``weights``."""
     out = value.new_empty(value.shape)
     return Call(out, lambda: _split(out, value, weights, (kernel_size, dilation, is_causal)))
+
+
+@kernel("neighborhood", "na_dynamic_mix", large_results=True)
+def na_cpu_dynamic_mix(
+    query: Tensor,
+    key: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    values: Sequence[Tensor],
+    kernel_sizes: Sequence[int],
+) -> Call:
+    """:func:`na_cpu_mix` with :func:`ops.cpu.norm.softmax.attention_weights`, never stored.
+
+    Args:
+        query: (B, heads, H · W, depth), float32 or bfloat16; copied unless its channels are dense.
+        key: (B, heads, depth, P).
+        weights: (P, k²) each, float32.
+        biases: (heads, H, W, k²) each, float32 or bfloat16.
+        values: (B, heads, H, W, d) each, one shape.
+        kernel_sizes: k each, at most H and W.
+
+    Returns:
+        (B, H, W, len(values) · heads, d), contiguous. Tensors without another dtype above have that
+        of ``query``.
+    """
+    batch, heads, height, width, dim = values[0].shape
+    places, count = (*key.shape[:2], key.shape[3]), len(values)
+    if places[:2] != (batch, heads) or query.shape != (*places[:2], height * width, key.shape[2]):
+        raise ValueError(
+            f"query must be (B, heads, H · W, depth) and key (B, heads, depth, P), got "
+            f"{tuple(query.shape)} and {tuple(key.shape)} for values {tuple(values[0].shape)}"
+        )
+    parts = list(zip(weights, biases, values, kernel_sizes, strict=True))
+    for weight, bias, value, k in parts:
+        fits = value.shape == values[0].shape and 0 < k <= min(height, width)
+        tables = (places[2], k * k), (heads, height, width, k * k)
+        if not fits or (tuple(weight.shape), tuple(bias.shape)) != tables:
+            raise ValueError(
+                f"weights and biases must be {tables} for a {k}×{k} kernel of values "
+                f"{tuple(value.shape)}, got {tuple(weight.shape)} and {tuple(bias.shape)}"
+            )
+        require_dtype(torch.float32, weights=weight)
+        require_dtype(query.dtype, key=key, values=value)
+        if bias.dtype != torch.bfloat16:
+            require_dtype(torch.float32, biases=bias)
+    out = query.new_empty((batch, height, width, count * heads, dim))
+
+    def arguments() -> dict[str, Any]:
+        rows = dense_channels(query)
+        of_all = {
+            **{"batch": batch, "heads": heads, "queries": height * width, "depth": key.shape[2]},
+            **{"places": places[2], "query_stride": rows.stride()[:3], "key_stride": key.stride()},
+        }
+        problems, queries, tensors = [], [], []
+        for i, (weight, bias, value, k) in enumerate(parts):
+            part = out[:, :, :, i * heads : (i + 1) * heads].permute(0, 3, 1, 2, 4)
+            problem = _split(part, value, value, ((k, k), (1, 1), (False, False)))
+            begin = i * heads * dim * out.element_size()
+            place = {**problem["query"], "data": (out, begin)}
+            problems.append(problem)
+            queries.append({**of_all, "keys": k * k, "half_bias": bias.dtype == torch.bfloat16})
+            tensors.append(
+                {
+                    **{"out": place, "value": problem["key"], "query": rows, "key": key},
+                    **{"weight": weight.contiguous(), "bias": bias.contiguous()},
+                }
+            )
+        lists = {"problems": problems, "queries": queries, "tensors": tensors}
+        return {**lists, "count": count}
+
+    return Call(out, arguments)
 
 
 @kernel("neighborhood", "na_scatter", large_results=True)

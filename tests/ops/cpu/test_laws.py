@@ -23,6 +23,7 @@ IN_FLOATS = [name for name in CALLS if "int8" not in name]
 NOT_EMPTY = (
     "attention_weights",
     "biased_softmax",
+    "na_cpu_dynamic_mix",
     "response_scales",
 )  # which take images with pixels
 HALF_TOO = ("depthwise_conv2d", "depthwise_conv2d 3", "depthwise_branches", "layer_norm",

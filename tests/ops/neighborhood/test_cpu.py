@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
-from compiled_kernels import using_threads
+from compiled_kernels import random, using_threads
 from fresh_python import run_code
 from neighborhood_oracle import NA, error, normal_inputs
 
-from ops.neighborhood import na1d, na2d
+from ops.cpu.neighborhood.attention import na_cpu_dynamic_mix
+from ops.neighborhood import na1d, na2d, na2d_av
 
 _MEMORY = """
 import torch
@@ -171,3 +172,28 @@ def _peak_of_temporaries(size: int, kernel_size: int) -> int:
 def test_memory_does_not_grow_with_the_windows_of_tiles() -> None:
     small, large = _peak_of_temporaries(64, 5), _peak_of_temporaries(64, 25)
     assert large < 1.5 * small, (small, large)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "sizes", "dim", "depth"),
+    [((14, 14), (5, 13), 16, 16), ((9, 60), (1, 8), 21, 5), ((31, 4), (4, 3), 40, 33)],
+)
+def test_dynamic_mixes(size, sizes, dim, depth, dtype) -> None:
+    """Of maps whose heads lie side by side, with weights from near 0 to near 1."""
+    heads, pixels = 3, size[0] * size[1]
+    query = random(2, pixels, heads, depth).to(dtype).transpose(1, 2)
+    key = random(2, heads, depth, 49, seed=1).to(dtype)
+    weights = [random(49, k * k, seed=k).float() / 28 for k in sizes]
+    biases = [2 * random(heads, *size, k * k, seed=k).to(dtype) for k in sizes]
+    value = random(2, *size, 2, heads, dim, seed=2).to(dtype)
+    values = [value[:, :, :, i].permute(0, 3, 1, 2, 4) for i in range(2)]
+    out = na_cpu_dynamic_mix(query, key, weights, biases, values, sizes)
+    assert out.dtype == dtype and out.is_contiguous()
+    parts = []
+    for weight, bias, v, k in zip(weights, biases, values, sizes, strict=True):
+        products = (query.double() @ (key.double() @ weight.double())).unflatten(2, size)
+        mixed = na2d_av((products + bias.double()).softmax(-1), v.double(), k)
+        parts.append(mixed.permute(0, 2, 3, 1, 4))
+    expected = torch.cat(parts, dim=3)
+    assert (out - expected).abs().max() <= (0.02 if dtype == torch.bfloat16 else 4e-6)

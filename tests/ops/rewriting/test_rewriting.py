@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ops.cpu.attention.grouped import attend
 from ops.inference.conversion import to_channels_last
 from ops.inference.layers import convert
+from ops.neighborhood import na2d_av
 from ops.replay.graph import NotCapturableError
 from ops.rewriting.graph import Program
 from ops.rewriting.module import Rewritten, rewritten_form
@@ -89,6 +90,19 @@ def _products(m: Any, x: Tensor, sizes: tuple[int, ...], softmaxes: int) -> list
     tables = m.table.split(sizes, dim=-1)
     found = [p.unflatten(2, (1, 7)) + t[:, None] for p, t in zip(parts, tables, strict=True)]
     return [p.softmax(-1) for p in found[:softmaxes]] + found[softmaxes:]
+
+
+def _mixes(m: Any, x: Tensor, sizes: tuple[int, ...], dilation: int = 1) -> Tensor:
+    """Of windows whose weights are such softmaxes, by 4 heads."""
+    heads = x.unflatten(1, (4, 4))
+    query, key = heads.flatten(3).transpose(-2, -1), x.sin()[..., :1].reshape(2, 4, 4, 9)
+    areas = [k * k for k in sizes]
+    found, tables = (query @ (key @ m.map)).split(areas, dim=-1), m.table.split(areas, dim=-1)
+    parts = [
+        na2d_av((p.unflatten(2, (9, 7)) + t).softmax(-1), heads.permute(0, 1, 3, 4, 2), k, dilation)
+        for p, t, k in zip(found, tables, sizes, strict=True)
+    ]
+    return torch.cat([part.permute(0, 2, 3, 1, 4) for part in parts], dim=3)
 
 
 def _masked(m: Any, x: Tensor) -> Tensor:
@@ -254,6 +268,16 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         {**_convs(3, first=SQUARE), **_convs(conv=SQUARE), **_scale()},
         *(IMAGE, ["FastConv2d", "FastLinear"]),
     ),
+    "a scaled and shifted shortcut": (
+        lambda m, x: torch.addcmul(m.bias, x, m.scale) + m.conv(x.sin()),
+        {**_convs(conv=SQUARE), **_weights(bias=(16, 1, 1), scale=(16, 1, 1))},
+        *(IMAGE, ["sin", "FastLinear"]),
+    ),
+    "a shifted shortcut of an activated layer": (
+        lambda m, x: torch.addcmul(m.bias, x, m.scale) + F.gelu(m.conv(x.sin())),
+        {**_convs(conv=SQUARE), **_weights(bias=(16, 1, 1), scale=(16, 1, 1))},
+        *(IMAGE, ["addcmul", "sin", "FastLinear"]),
+    ),
     "a scale of rows is no scale of channels": (
         lambda m, x: m.fc(x) + x * m.scale,
         {**_linear(fc=SQUARE), **_scale(63, 1)},
@@ -386,6 +410,17 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         )
     },
     **{
+        f"mixes of windows, dilation {dilation}": (
+            lambda m, x, dilation=dilation: _mixes(m, x, (2, 3), dilation),
+            _weights(table=(4, 9, 7, 13), map=(9, 13)),
+            *(IMAGE, ["unflatten", "sin", "slice", *left]),
+        )
+        for dilation, left in (
+            (1, ["na_cpu_dynamic_mix"]),
+            (2, [*("attention_weights", "na_cpu_mix") * 2, "cat"]),
+        )
+    },
+    **{
         f"a table added by the softmax, {dtype}": (
             lambda m, x, dtype=dtype: (x + m.table).softmax(dim=-1).to(dtype),
             _weights(table=(16, 9, 7)),
@@ -412,6 +447,11 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         + 0.1 * ((y := m.conv(x)) * m.se(y.mean((2, 3), True)).sigmoid()).permute(0, 1, 2, 3),
         {**_convs(3, conv=SQUARE), **_convs(se=SQUARE)},
         *(IMAGE, ["FastConv2d", "FastGlobalAvgPool2d", "FastLinear", "mul", "addcmul"]),
+    ),
+    "a gated map is shifted in one pass": (
+        lambda m, x: (y := m.conv(x)) * m.se(y.mean((2, 3), True)).sigmoid() + m.bias,
+        {**_convs(3, conv=SQUARE), **_convs(se=SQUARE), **_weights(bias=(1, 16, 1, 1))},
+        *(IMAGE, ["FastConv2d", "FastGlobalAvgPool2d", "FastLinear", "addcmul"]),
     ),
     "gates of a map that is read elsewhere stay": (
         lambda m, x: (
