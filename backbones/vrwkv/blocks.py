@@ -241,7 +241,7 @@ class Scale(nn.Module):
 
     def __init__(self, dim: int, value: float) -> None:
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), value))
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma

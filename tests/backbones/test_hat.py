@@ -33,7 +33,7 @@ def tiny(name: str = "hat_s_x2", **kwargs: Any) -> Any:
     return backbones.create_model(name, **{**TINY, **kwargs}).eval()
 
 
-@pytest.mark.slow  # tests/ops/test_tiling.py has quick ones of tiles
+@pytest.mark.slow  # tests/ops/test_functions.py has quick ones of tiles
 @torch.no_grad()
 def test_tiles_as_published():
     """Tiles of 32 that read 16 around them; the image is padded from 40×56 to 48×64."""

@@ -601,7 +601,7 @@ def test_onnx(name: str, exported: int) -> None:
     file = io.BytesIO()
     program.save(file)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    for tokens in (21,) if axes is None else (7, 100):
+    for tokens in (exported,) if axes is None else (7, 100):
         tensors = _single(name, tokens)
         fed = zip(session.get_inputs(), tensors.values(), strict=True)
         (out,) = session.run(None, {i.name: t.numpy() for i, t in fed})
