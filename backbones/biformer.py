@@ -23,9 +23,8 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, optional, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import BLOCKS, CHANNELS, WINDOW, checked, widths
+from backbones.core.keywords import checked, widths
 from backbones.core.published import imagenet_cfg, renamed, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
@@ -116,17 +115,7 @@ class BiFormer(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked(
-        "dims",
-        "mlp_ratios",
-        "topks",
-        dims=widths(2),
-        topks=several(optional(BLOCKS)),
-        n_win=WINDOW,
-        head_dim=CHANNELS,
-        swin_layout=flag,
-        nchw=flag,
-    )
+    @checked("dims", "mlp_ratios", "topks", dims=widths(2))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

@@ -18,9 +18,8 @@ from timm.layers import ClassifierHead, DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, KERNEL, checked
+from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import channels_before, make_stages
@@ -99,7 +98,7 @@ class ECAResNet(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked("dims", "attn_kernel_sizes", attn_kernel_sizes=several(KERNEL), bottleneck=flag)
+    @checked("dims", "attn_kernel_sizes")
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -161,7 +160,7 @@ class ECAMobileNetV2(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked(dims=several(several(CHANNELS)), head_hidden_dim=CHANNELS)
+    @checked()
     def __init__(
         self,
         stem_dim: int = 32,

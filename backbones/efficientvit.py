@@ -21,9 +21,8 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, KERNEL, checked, widths
+from backbones.core.keywords import checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
@@ -72,15 +71,7 @@ class EfficientViT(StagedBackbone):
     first_conv = "stem.0.conv"
     undecayed = ("attention_biases",)
 
-    @checked(
-        "dims",
-        "num_heads",
-        dims=widths(8),
-        kernel_sizes=several(KERNEL),
-        qk_dim=CHANNELS,
-        img_size=whole(1, 1 << 20),
-        distilled=flag,
-    )
+    @checked("dims", "num_heads", dims=widths(8))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 192),

@@ -18,9 +18,8 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import WINDOW, checked
+from backbones.core.keywords import checked
 from backbones.core.published import PVT_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
@@ -92,7 +91,7 @@ class FaViT(StagedBackbone):
         others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked("dims", "num_heads", "mlp_ratios", "sr_ratios", sr_ratios=several(WINDOW))
+    @checked("dims", "num_heads", "mlp_ratios", "sr_ratios")
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

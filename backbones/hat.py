@@ -24,9 +24,9 @@ from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite, calculate_dro
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, number, one_of, whole
+from backbones.common.checks import number, one_of, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, SHARE, checked
+from backbones.core.keywords import SHARE, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
@@ -217,12 +217,8 @@ class HAT(StagedBackbone):
         "num_heads",
         window_size=whole(1, 64),
         overlap_ratio=SHARE,
-        compress_ratio=CHANNELS,
-        squeeze_factor=CHANNELS,
         upscale=one_of(1, 2, 3, 4),
         img_range=number(0, 1e6, open_below=True),
-        head_width=CHANNELS,
-        residual=flag,
     )
     def __init__(
         self,

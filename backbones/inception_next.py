@@ -18,7 +18,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import KERNEL, SHARE, checked
+from backbones.core.keywords import SHARE, checked
 from backbones.core.published import imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
@@ -134,7 +134,7 @@ class InceptionNeXt(StagedBackbone):
 
     classifier = "head.fc2"
 
-    @checked("dims", "mlp_ratios", band_kernel_size=KERNEL, branch_ratio=SHARE)
+    @checked("dims", "mlp_ratios", branch_ratio=SHARE)
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),

@@ -27,7 +27,7 @@ from torchvision.ops import deform_conv2d
 
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import SHARE, WINDOW, checked
+from backbones.core.keywords import SHARE, checked
 from backbones.core.published import SWIN_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import TokenStage, make_stages
@@ -165,14 +165,7 @@ class LITv2(StagedBackbone):
         others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked(
-        "dims",
-        "num_heads",
-        "window_sizes",
-        num_heads=several(whole(0, 1024)),
-        window_sizes=several(WINDOW),
-        alpha=SHARE,
-    )
+    @checked(*("dims", "num_heads", "window_sizes"), num_heads=several(whole(0, 1024)), alpha=SHARE)
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),

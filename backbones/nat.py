@@ -22,8 +22,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import optional
-from backbones.core.keywords import SCALE, checked, widths
+from backbones.core.keywords import checked, widths
 from backbones.core.neighborhood import (
     DILATIONS,
     PRESETS,
@@ -75,7 +74,7 @@ class NAT(NeighborhoodPyramid):
 
     first_conv = "stem.conv1"
 
-    @checked("dims", "num_heads", dims=widths(2), dilations=DILATIONS, layer_scale=optional(SCALE))
+    @checked("dims", "num_heads", dims=widths(2), dilations=DILATIONS)
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

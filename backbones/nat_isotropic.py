@@ -22,9 +22,9 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import one_or_several, optional, several, whole
+from backbones.common.checks import several
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import BLOCKS, KERNEL, WINDOW, checked
+from backbones.core.keywords import BLOCKS, checked
 from backbones.core.neighborhood import cfg, layer_norm, neighborhood
 from backbones.core.published import SWIN_NAMES, renamed
 from backbones.core.registry import register_variants, variant
@@ -50,13 +50,7 @@ class NATIsotropic(IsotropicBackbone):
         others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked(
-        depths=several(BLOCKS, count=4),
-        num_heads=whole(1, 1024),
-        kernel_size=optional(KERNEL),
-        dilations=one_or_several(WINDOW),
-        map_size=WINDOW,
-    )
+    @checked(depths=several(BLOCKS, count=4))
     def __init__(
         self,
         dim: int = 384,

@@ -17,9 +17,9 @@ from typing import Any
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import number, several, whole
+from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, checked
+from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import channels_before, make_stages
@@ -47,13 +47,7 @@ class ProxylessNAS(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked(
-        dims=several(several(CHANNELS)),
-        kernel_sizes=several(several(whole(0, 63))),
-        expansions=several(several(whole(0, 64))),
-        head_hidden_dim=CHANNELS,
-        norm_eps=number(0, 1, open_below=True),
-    )
+    @checked(kernel_sizes=several(several(whole(0, 63))), expansions=several(several(whole(0, 64))))
     def __init__(
         self,
         stem_dim: int = 32,

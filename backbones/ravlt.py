@@ -19,9 +19,8 @@ from timm.layers import DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, SCALE, checked, widths
+from backbones.core.keywords import checked, widths
 from backbones.core.published import SWIN_NAMES, Rename, imagenet_cfg, renamed, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
@@ -75,8 +74,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop)
         # 4-D, because optimizers exclude vectors from weight decay and the authors decayed these.
-        self.gamma1 = nn.Parameter(torch.full((1, 1, 1, dim), float(layer_scale)))
-        self.gamma2 = nn.Parameter(torch.full((1, 1, 1, dim), float(layer_scale)))
+        self.gamma1 = nn.Parameter(torch.full((1, 1, 1, dim), layer_scale))
+        self.gamma2 = nn.Parameter(torch.full((1, 1, 1, dim), layer_scale))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
@@ -130,16 +129,7 @@ class RAVLT(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked(
-        "dims",
-        "num_heads",
-        "layer_scales",
-        "linear",
-        dims=widths(2),
-        layer_scales=several(SCALE),
-        linear=several(flag),
-        head_hidden_dim=CHANNELS,
-    )
+    @checked("dims", "num_heads", "layer_scales", "linear", dims=widths(2))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

@@ -16,9 +16,9 @@ from functools import partial
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several, whole
+from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, checked, widths
+from backbones.core.keywords import checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
@@ -67,14 +67,7 @@ class SHViT(StagedBackbone):
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
 
-    @checked(
-        "dims",
-        "attn_dims",
-        dims=widths(8),
-        attn_dims=several(whole(0, 1 << 16)),
-        qk_dim=CHANNELS,
-        distilled=flag,
-    )
+    @checked("dims", "attn_dims", dims=widths(8), attn_dims=several(whole(0, 1 << 16)))
     def __init__(
         self,
         dims: Sequence[int] = (128, 224, 320),

@@ -20,9 +20,9 @@ from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, SqueezeExc
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import one_of, one_or_several, several
+from backbones.common.checks import one_of
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import KERNEL, POOLINGS, SCALE, checked, widths
+from backbones.core.keywords import POOLINGS, SCALE, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
@@ -140,7 +140,6 @@ class UniRepLKNet(StagedBackbone):
         "dims",
         "kernel_sizes",
         dims=widths(2),
-        kernel_sizes=several(one_or_several(KERNEL)),
         global_pool=one_of(*poolings),
         head_init_scale=SCALE,
     )

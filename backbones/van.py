@@ -16,7 +16,6 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import number
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import PVT_NAMES, imagenet_cfg, renamed
@@ -125,7 +124,7 @@ class VAN(StagedBackbone):
         others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked("dims", "mlp_ratios", norm_eps=number(0, 1, open_below=True))
+    @checked("dims", "mlp_ratios")
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 320, 512),

@@ -20,9 +20,9 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, whole
+from backbones.common.checks import whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import RATIO, check_widths, checked, widths
+from backbones.core.keywords import check_widths, checked, widths
 from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import TokenStage, make_stages
@@ -140,7 +140,7 @@ class VMamba(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked("dims", dims=widths(2), scan_ratio=RATIO, num_states=whole(1, 256), vanilla=flag)
+    @checked("dims", dims=widths(2), num_states=whole(1, 256))
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),

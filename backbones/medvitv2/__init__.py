@@ -26,9 +26,9 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import one_or_several, several
+from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, SHARE, WINDOW, checked
+from backbones.core.keywords import CHANNELS, SHARE, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
@@ -89,15 +89,7 @@ class MedViTV2(StagedBackbone):
     # an unused feed-forward in every global block.
     unused_parameters: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
 
-    @checked(
-        "dims",
-        "sr_ratios",
-        stem_dims=several(CHANNELS, count=3),
-        sr_ratios=several(WINDOW),
-        head_dim=CHANNELS,
-        mix_ratio=SHARE,
-        dilation=one_or_several(WINDOW),
-    )
+    @checked("dims", "sr_ratios", stem_dims=several(CHANNELS, count=3), mix_ratio=SHARE)
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

@@ -27,7 +27,7 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several, whole
+from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, KERNEL, checked
 from backbones.core.published import imagenet_cfg, renamed, stem_layer
@@ -185,8 +185,6 @@ class OverLoCK(StagedBackbone):
         focus_depths=several(BLOCKS, count=2),
         num_heads=several(CHANNELS, count=2),
         kernel_sizes=several(KERNEL, count=4),
-        aux_head=flag,
-        overview_feature=flag,
     )
     def __init__(
         self,

@@ -19,7 +19,6 @@ from timm.layers import ClassifierHead, LayerNorm2d, RmsNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
@@ -72,7 +71,7 @@ class ViG(IsotropicBackbone):
 
     first_conv = "stem.conv1"
 
-    @checked(num_heads=whole(1, 1024), act=flag, mean_of_directions=flag)
+    @checked()
     def __init__(
         self,
         dim: int = 384,

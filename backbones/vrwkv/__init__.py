@@ -22,9 +22,9 @@ from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, optional, several, whole
+from backbones.common.checks import several, whole
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import BLOCKS, CHANNELS, SCALE, checked
+from backbones.core.keywords import BLOCKS, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, make_stages
@@ -80,16 +80,7 @@ class VRWKV(IsotropicBackbone):
         others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked(
-        depths=several(BLOCKS, count=4),
-        gated=flag,
-        segments=whole(0, 1 << 20),
-        post_norm=flag,
-        key_norm=flag,
-        layer_scale=optional(SCALE),
-        img_size=whole(1, 1 << 20),
-        head_hidden_dim=optional(CHANNELS),
-    )
+    @checked(depths=several(BLOCKS, count=4), segments=whole(0, 1 << 20))
     def __init__(
         self,
         dim: int = 192,
