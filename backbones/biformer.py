@@ -39,10 +39,9 @@ __all__ = ["BiFormer"]
 
 
 class GlobalAttention(nn.Module):
-    """Global attention plus a 5×5 depthwise convolution: (B, H, W, dim) → (B, H, W, dim).
+    """Global attention plus a 5×5 depthwise convolution, of the input or the values.
 
-    Args:
-        lepe_on_value: apply the convolution to the values instead of the input.
+    (B, H, W, dim) → (B, H, W, dim).
     """
 
     def __init__(self, dim: int, num_heads: int = 8, *, lepe_on_value: bool = False) -> None:
@@ -66,12 +65,7 @@ class GlobalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual depthwise position term, attention and MLP: (B, dim, H, W) → (B, dim, H, W).
-
-    Args:
-        attn: (B, H, W, dim) → (B, H, W, dim).
-        pos_embed: include the 3×3 position term.
-    """
+    """Residual depthwise position term, attention and MLP: (B, dim, H, W) → (B, dim, H, W)."""
 
     def __init__(
         self,
@@ -101,7 +95,6 @@ class BiFormer(StagedBackbone):
     """BiFormer.
 
     Args:
-        dims, depths, mlp_ratios: of the four stages.
         topks: regions that each region attends to, by stage; None for global attention.
         n_win: regions per side.
         head_dim: width of the routed attention's heads; global attention has 8 heads.
@@ -110,7 +103,6 @@ class BiFormer(StagedBackbone):
             varies; padding is applied after the projection and ignored by the routing; the
             convolution next to the global attention is applied to the values; the blocks' linear
             layers are initialised like PyTorch's convolutions.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -223,10 +215,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 # Stochastic depth of BiFormer-T and -B is the training command's default.
-biformer_tiny = variant(BiFormer, dims=(64, 128, 256, 512), depths=(2, 2, 8, 2), drop_path_rate=0.1)
-biformer_small = variant(
-    BiFormer, dims=(64, 128, 256, 512), depths=(4, 4, 18, 4), drop_path_rate=0.15
-)
+biformer_tiny = variant(BiFormer, drop_path_rate=0.1)
+biformer_small = variant(BiFormer, depths=(4, 4, 18, 4), drop_path_rate=0.15)
 biformer_base = variant(
     BiFormer, dims=(96, 192, 384, 768), depths=(4, 4, 18, 4), drop_path_rate=0.1
 )

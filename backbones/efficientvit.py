@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import NORM_HEADS, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
@@ -34,10 +34,7 @@ __all__ = ["EfficientViT"]
 
 
 class Block(nn.Module):
-    """Attention between two pairs of depthwise convolution and feed-forward, all residual.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
+    """Attention between two pairs of convolution and feed-forward, residual, on (B, dim, H, W)."""
 
     def __init__(self, dim: int, attn: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -55,7 +52,6 @@ class EfficientViT(StagedBackbone):
     """EfficientViT.
 
     Args:
-        dims, depths, num_heads: of the three stages.
         kernel_sizes: of the depthwise convolutions of the queries, one per head.
         qk_dim: width of query and key of a head.
         window_size: side of the attention windows.
@@ -64,7 +60,6 @@ class EfficientViT(StagedBackbone):
             in checkpoints are interpolated when loaded.
         distilled: add a second classifier for a teacher's labels, see
             :class:`ops.mobile.NormLinearHead`.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -155,12 +150,7 @@ _RENAMES = (
     (r"\.downsample\.2\.conv2\.", ".downsample.2.reduce."),
     (r"\.downsample\.2\.conv3\.", ".downsample.2.project."),
     (r"^stem\.([012])\.(weight|bias)$", r"stem.\1.conv.\2"),
-    (r"^head\.norm\.", "head.fc.norm."),
-    (r"^head_dist\.norm\.", "head.fc_dist.norm."),
-    (r"^head\.l(?:inear)?\.", "head.fc.linear."),
-    (r"^head_dist\.l(?:inear)?\.", "head.fc_dist.linear."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    (r"^head_dist\.(weight|bias)$", r"head.fc_dist.\1"),
+    *NORM_HEADS,
 )
 
 
@@ -202,9 +192,7 @@ default_cfgs = generate_default_cfgs(
     {f"efficientvit_m{i}.in1k": _cfg(f"efficientvit_m{i}") for i in range(6)}
 )
 
-efficientvit_m0 = variant(
-    EfficientViT, dims=(64, 128, 192), num_heads=(4, 4, 4), kernel_sizes=(5, 5, 5, 5)
-)
+efficientvit_m0 = variant(EfficientViT, kernel_sizes=(5, 5, 5, 5))
 efficientvit_m1 = variant(EfficientViT, dims=(128, 144, 192), num_heads=(2, 3, 3))
 efficientvit_m2 = variant(EfficientViT, dims=(128, 192, 224), num_heads=(4, 3, 2))
 efficientvit_m3 = variant(

@@ -59,8 +59,6 @@ class NAT(NeighborhoodPyramid):
     """Neighborhood Attention Transformer, dilated or not.
 
     Args:
-        dims, depths, num_heads: of the four stages.
-        mlp_ratio: width of the MLPs relative to the stage.
         kernel_size: side of the attention window, odd.
         dilations: of the windows: one for all blocks; one per stage or per block of each stage; or
             the name of a published set: ``"imagenet"``, ``"imagenet-384"``, ``"ade20k"`` (at 512),
@@ -68,8 +66,6 @@ class NAT(NeighborhoodPyramid):
             and ``"oneformer-cityscapes"``. The last four are for the large model;
             ``"mask2former"``, ``"oneformer"`` and ``"oneformer-1280"`` require ``kernel_size=11``.
             In stages of other depths, the pattern is continued or truncated.
-        layer_scale: initial value of the layer scales; None for none.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.conv1"
@@ -176,9 +172,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_MINI: dict[str, Any] = dict(
-    dims=(64, 128, 256, 512), num_heads=(2, 4, 8, 16), mlp_ratio=3, drop_path_rate=0.2
-)
+_MINI: dict[str, Any] = dict(drop_path_rate=0.2)
 _TINY: dict[str, Any] = dict(_MINI, depths=(3, 4, 18, 5))
 _SMALL: dict[str, Any] = dict(
     dims=(96, 192, 384, 768),

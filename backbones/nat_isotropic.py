@@ -14,11 +14,11 @@ do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.layers import ClassifierHead
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ from backbones.core.keywords import BLOCKS, checked
 from backbones.core.neighborhood import cfg, layer_norm, neighborhood
 from backbones.core.published import SWIN_NAMES, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage
+from backbones.core.stage import IsotropicStage, make_stages
 from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import MapAttention, NeighborhoodBlock, resized_bias
@@ -42,12 +42,9 @@ class NATIsotropic(IsotropicBackbone):
 
     Args:
         dim, depths: width of all blocks, and number of blocks in each of four groups.
-        num_heads: of all blocks.
-        mlp_ratio: width of the MLPs relative to the blocks.
         kernel_size: side of the attention window, odd; None for the whole map.
         dilations: of the windows: one for all blocks, or a pattern that is repeated over them.
         map_size: with global attention, side in tokens of the map that the position bias is for.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     @checked(depths=several(BLOCKS, count=4))
@@ -77,20 +74,17 @@ class NATIsotropic(IsotropicBackbone):
                 f"{tuple(depths)}, got {pattern}"
             )
 
-        def attention(number: int) -> NeighborhoodAttention2D:
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            attn: NeighborhoodAttention2D
             if kernel_size is None:
-                return MapAttention(dim, num_heads, map_size)
-            return neighborhood(dim, num_heads, kernel_size, pattern[number % len(pattern)])
+                attn = MapAttention(dim, num_heads, map_size)
+            else:
+                dilation = pattern[(sum(depths[:i]) + j) % len(pattern)]
+                attn = neighborhood(dim, num_heads, kernel_size, dilation)
+            return NeighborhoodBlock(attn, mlp_ratio, proj_drop_rate, drop_path)
 
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
-        blocks: Iterator[nn.Module] = (
-            NeighborhoodBlock(attention(number), mlp_ratio, proj_drop_rate, rate)
-            for number, rate in enumerate(rates)
-        )
         self.stem = PatchEmbed(in_chans, dim, 16)
-        self.stages = nn.Sequential(
-            *(IsotropicStage([next(blocks) for _ in range(depth)]) for depth in depths)
-        )
+        self.stages = make_stages(depths, drop_path_rate, block, stage_type=IsotropicStage)
         self.norm = layer_norm(dim)
         self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
         self.describe_blocks(dim, pyramid=pyramid)

@@ -33,16 +33,10 @@ class ProxylessNAS(StagedBackbone):
     """ProxylessNAS.
 
     Args:
-        stem_dim: channels of the first convolution.
         dims: output channels of each block, by stage. The first block of a stage halves the map,
             except in the first stage, which has stride 2 and belongs to the stem.
         kernel_sizes: of each depthwise convolution; 0 to omit the block.
         expansions: hidden channels of each block relative to its input; 0 for omitted blocks.
-        head_hidden_dim: channels before the classifier.
-        norm_eps: of the batch norms.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
-            none.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"

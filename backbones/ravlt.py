@@ -50,12 +50,7 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual position term, attention and MLP, with layer scale: (B, H, W, dim) → (B, H, W, dim).
-
-    Args:
-        linear: whether attention is linear.
-        layer_scale: initial value of the layer scales.
-    """
+    """Residual position term, attention and MLP, with layer scale, on (B, H, W, dim)."""
 
     def __init__(
         self,
@@ -96,11 +91,7 @@ class Block(nn.Module):
 
 
 class RAVLTStage(Stage):
-    """A stage whose blocks use channels-last maps (B, H, W, dim) and share a rotary table.
-
-    Args:
-        head_dim: width of a head, for the table.
-    """
+    """A stage whose blocks use channels-last maps (B, H, W, dim) and share a rotary table."""
 
     def __init__(self, blocks: list[Block], downsample: nn.Module | None, head_dim: int) -> None:
         super().__init__(blocks, downsample)
@@ -117,14 +108,10 @@ class RAVLT(StagedBackbone):
     """Rank-augmented vision linear transformer.
 
     Args:
-        dims, depths, num_heads: of the four stages.
         layer_scales: initial value of the layer scales, by stage.
         linear: use linear attention, by stage; otherwise softmax attention.
-        mlp_ratio: width of the MLPs.
-        head_hidden_dim: width of the classifier's hidden layer.
-        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0``, there is then no hidden layer, as in the paper's dense networks.
-        others: see :class:`backbones.StagedBackbone`.
+        out_norms: as usual; with ``num_classes=0``, there is then no hidden layer, as in the
+            paper's dense networks.
     """
 
     first_conv = "stem.0.conv"
@@ -225,9 +212,7 @@ default_cfgs = generate_default_cfgs(
     {f"ravlt_{size.lower()}.in1k": _cfg(size) for size in ("T", "S", "B", "L")}
 )
 
-ravlt_t = variant(
-    RAVLT, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), drop_path_rate=0.1
-)
+ravlt_t = variant(RAVLT, drop_path_rate=0.1)
 ravlt_s = variant(
     RAVLT,
     dims=(64, 128, 320, 512),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import NORM_HEADS, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.single_head import SingleHeadAttention
@@ -30,12 +30,9 @@ __all__ = ["SHViT"]
 
 
 class Block(nn.Module):
-    """Residual depthwise convolution, single-head attention and feed-forward.
+    """Residual depthwise convolution, single-head attention and feed-forward, on (B, dim, H, W).
 
-    (B, dim, H, W) → (B, dim, H, W).
-
-    Args:
-        attn_dim: channels for attention; 0 for no attention, as in the first stage.
+    ``attn_dim`` are the channels for attention; 0 for no attention, as in the first stage.
     """
 
     def __init__(self, dim: int, attn_dim: int, qk_dim: int, drop_path: float = 0.0) -> None:
@@ -56,12 +53,10 @@ class SHViT(StagedBackbone):
     """Single-head vision transformer.
 
     Args:
-        dims, depths: of the three stages.
         attn_dims: channels for attention in each stage; 0 for no attention.
         qk_dim: width of query and key.
         distilled: add a second classifier for a teacher's labels, see
             :class:`ops.mobile.NormLinearHead`.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -118,12 +113,7 @@ _RENAMES = (
     (r"\.pre_norm\.", ".norm."),
     (r"\.pw([12])\.", r".fc\1."),
     (r"\.proj\.1\.", ".proj."),
-    (r"^head\.norm\.", "head.fc.norm."),
-    (r"^head_dist\.norm\.", "head.fc_dist.norm."),
-    (r"^head\.l\.", "head.fc.linear."),
-    (r"^head_dist\.l\.", "head.fc_dist.linear."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    (r"^head_dist\.(weight|bias)$", r"head.fc_dist.\1"),
+    *NORM_HEADS,
 )
 _MERGING = {"conv1": "expand", "conv2": "reduce", "conv3": "project", "se": "se"}
 

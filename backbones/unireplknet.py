@@ -57,7 +57,7 @@ class GlobalResponseNorm(nn.Module):
 class Block(nn.Module):
     """Depthwise convolution, squeeze-and-excitation, MLP with response norm, scale; residual.
 
-    (B, dim, H, W) → (B, dim, H, W). Kernels of 7 and larger are re-parameterised.
+    On (B, dim, H, W). Kernels of 7 and larger are re-parameterised.
     """
 
     gamma: nn.Parameter | None
@@ -125,10 +125,8 @@ class UniRepLKNet(StagedBackbone):
     """UniRepLKNet.
 
     Args:
-        dims, depths: of the four stages.
         kernel_sizes: of each stage: one for all its blocks, or a pattern that is repeated.
         head_init_scale: factor on the classifier's initial weights, 0.001 for fine-tuning.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0"

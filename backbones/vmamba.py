@@ -40,11 +40,8 @@ class SelectiveScan2d(nn.Module):
 
     (B, H, W, dim) → (B, H, W, dim). See :func:`ops.selective_scan.cross_selective_scan`.
 
-    Args:
-        dim: channels.
-        hidden_dim: channels that are scanned.
-        num_states: states of each of them.
-        gated: multiply the normalised sum by a second projection of the input.
+    ``hidden_dim`` channels of ``num_states`` are scanned. If ``gated``, the normalised sum is
+    multiplied by a second projection of the input.
     """
 
     def __init__(self, dim: int, hidden_dim: int, num_states: int, gated: bool = False) -> None:
@@ -129,13 +126,10 @@ class VMamba(StagedBackbone):
     """VMamba.
 
     Args:
-        dims, depths: of the stages.
         scan_ratio: channels that are scanned relative to ``dims``.
         num_states: states of each of these channels.
-        mlp_ratio: width of the MLPs relative to ``dims``.
         vanilla: the first version: gated scans without MLPs, and patches of 4×4 and merged squares
             instead of strided convolutions.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"

@@ -6,21 +6,15 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from backbones.core.base import StagedBackbone
-
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
 def imagenet_cfg(
-    model_class: type[StagedBackbone], file: str = "", *, url: str = "{}", **entries: Any
+    model_class: Any, file: str = "", *, url: str = "{}", **entries: Any
 ) -> dict[str, Any]:
-    """The cfg of weights, by default for ImageNet-1k at 224×224.
+    """The cfg of weights, by default for ImageNet-1k at 224×224; ``entries`` replace or add others.
 
-    Args:
-        model_class: the family's class.
-        file: replaces ``{}`` in ``url``.
-        url: of the weights; empty if there are none.
-        **entries: of the cfg, others than the usual ones or in addition to them.
+    ``file`` replaces ``{}`` in ``url``, which is empty if there are no weights.
     """
     return {
         "url": url.format(file),
@@ -54,6 +48,12 @@ def _counted_from_1(name: str) -> Callable[[re.Match[str]], str]:
 
 
 _HEAD: Rename = (r"^head\.(weight|bias)$", r"head.fc.\1")
+# Of heads with a norm, and another one for distillation.
+NORM_HEADS: tuple[Rename, ...] = (
+    (r"^head(_dist)?\.norm\.", r"head.fc\1.norm."),
+    (r"^head(_dist)?\.l(?:inear)?\.", r"head.fc\1.linear."),
+    (r"^head(_dist)?\.(weight|bias)$", r"head.fc\1.\2"),
+)
 # Of originals in Swin Transformer's layout, where downsampling belongs to the previous stage.
 SWIN_NAMES: tuple[Rename, ...] = (
     (r"^patch_embed\.proj\.", "stem.conv."),

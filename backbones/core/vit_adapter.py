@@ -232,11 +232,6 @@ class ViTAdapter(nn.Module):
 
     Attributes:
         feature_info: channels and strides of the maps, as of ``features_only`` models.
-
-    Raises:
-        TypeError: not a single-resolution backbone of this library.
-        ValueError: a fused one, one with ``pyramid=True``, a stride other than 16, another number
-            of stages than four with ``add_tokens="each"``, or heads that don't divide the channels.
     """
 
     @checked(network=_plain_network, add_tokens=one_of("last", "each", "none"))

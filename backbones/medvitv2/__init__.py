@@ -81,7 +81,6 @@ class MedViTV2(StagedBackbone):
         window_size: of neighborhood attention.
         dilation: of neighborhood attention: one for all stages, or one per stage. The published
             weights use none.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -255,12 +254,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 medvitv2_tiny = variant(MedViTV2, dims=(64, 128, 192, 384), depths=(2, 2, 6, 1), drop_path_rate=0.1)
-medvitv2_small = variant(
-    MedViTV2, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), drop_path_rate=0.1
-)
-medvitv2_base = variant(MedViTV2, dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), drop_path_rate=0.2)
-medvitv2_large = variant(
-    MedViTV2, dims=(96, 256, 512, 1024), depths=(2, 2, 6, 2), drop_path_rate=0.2
-)
+medvitv2_small = variant(MedViTV2, drop_path_rate=0.1)
+medvitv2_base = variant(MedViTV2, dims=(96, 192, 384, 768), drop_path_rate=0.2)
+medvitv2_large = variant(MedViTV2, dims=(96, 256, 512, 1024), drop_path_rate=0.2)
 
 register_variants(__name__)

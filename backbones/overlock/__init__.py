@@ -143,10 +143,7 @@ class AuxHead(nn.Module):
 
 
 class OverviewFeature(nn.Module):
-    """The layers that detectors add to the last map: norm, projection, small scale.
-
-    (B, dim, H, W) → (B, out_dim, H, W).
-    """
+    """Norm, projection and small scale, in detectors: (B, dim, H, W) → (B, out_dim, H, W)."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -173,7 +170,6 @@ class OverLoCK(StagedBackbone):
         out_norms: normalise the returned maps: all, none, or the listed stages. The map of stage 1
             also goes on normalised, as in the paper's dense networks.
         overview_feature: add the overview to the last map returned, as the paper's detectors do.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -445,14 +441,7 @@ overlock_xt = variant(
     num_heads=(8, 12),
     drop_path_rate=0.1,
 )
-overlock_t = variant(
-    OverLoCK,
-    dims=(64, 128, 256, 512),
-    depths=(4, 4, 6, 2),
-    focus_depths=(12, 2),
-    num_heads=(8, 16),
-    drop_path_rate=0.15,
-)
+overlock_t = variant(OverLoCK, drop_path_rate=0.15)
 overlock_s = variant(
     OverLoCK,
     dims=(64, 128, 320, 512),

@@ -61,12 +61,9 @@ class ViG(IsotropicBackbone):
     """Isotropic ViG of stride 16. The four stages are groups of its blocks.
 
     Args:
-        dim, num_heads: of all blocks.
-        depths: blocks of each stage.
         act: SiLU inside the attention, see :class:`GatedLinearAttention`.
         mean_of_directions: in eval mode, normalise the mean of the two directions as in training,
             instead of half of it as in the published evaluation.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.conv1"
@@ -112,12 +109,7 @@ class ViG(IsotropicBackbone):
 
 
 class HierarchicalViG(StagedBackbone):
-    """ViG-H, a pyramid.
-
-    Args:
-        dims, depths, num_heads: of the four stages.
-        others: see :class:`backbones.StagedBackbone`.
-    """
+    """ViG-H, a pyramid."""
 
     first_conv = "stem.0.conv"
 

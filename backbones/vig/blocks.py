@@ -144,11 +144,7 @@ def _scan(
 
 
 class Block(nn.Module):
-    """Pre-norm residual attention and gated MLP.
-
-    (B, H, W, dim) → (B, H, W, dim); ``num_heads``, ``act`` and ``eval_share`` are those of
-    :class:`GatedLinearAttention`.
-    """
+    """Pre-norm residual :class:`GatedLinearAttention` and gated MLP, on (B, H, W, dim)."""
 
     def __init__(
         self,

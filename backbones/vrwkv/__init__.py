@@ -41,10 +41,7 @@ _PATCH = 16
 class PatchEmbed(nn.Module):
     """Patches of 16×16 and a position table, normalised.
 
-    (B, in_chs, H, W) → (B, dim, ⌈H/16⌉, ⌈W/16⌉).
-
-    Args:
-        table_size: side of the position table.
+    (B, in_chs, H, W) → (B, dim, ⌈H/16⌉, ⌈W/16⌉); ``table_size`` is the position table's side.
     """
 
     def __init__(self, in_chs: int, dim: int, table_size: int) -> None:
@@ -67,17 +64,13 @@ class VRWKV(IsotropicBackbone):
 
     Args:
         dim: of all blocks, a multiple of 4; of 64 with ``gated``.
-        depths: blocks of each stage.
-        mlp_ratio: width of the feed-forwards relative to ``dim``.
         gated: VRWKV6, see :class:`backbones.vrwkv.blocks.GatedScan`.
         segments: of the scan without ``gated``: the published kernel's 32 or 16; 0 for the paper's
             formula.
         post_norm: post-norm instead of pre-norm blocks.
         key_norm: additional norms inside the blocks' parts.
-        layer_scale: initial value of the layer scales; None for none.
         img_size: image size of the position table, which is interpolated for other sizes.
         head_hidden_dim: width of a tanh layer before the classifier; None for none.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     @checked(depths=several(BLOCKS, count=4), segments=whole(0, 1 << 20))
