@@ -19,18 +19,12 @@ _RIGHT, _WRONG = "#2e7d4f", "#c62828"
 
 @dataclass
 class Prediction:
-    """A validation image with its prediction.
+    """A validation image with its prediction."""
 
-    Attributes:
-        image: (H, W, 3) in 0..1.
-        truth, answer: class indices of label and prediction.
-        confidence: probability of ``answer``.
-    """
-
-    image: np.ndarray
+    image: np.ndarray  # (H, W, 3) in 0 … 1
     truth: int
     answer: int
-    confidence: float
+    confidence: float  # probability of ``answer``
 
 
 @torch.inference_mode()
