@@ -82,8 +82,7 @@ def measure_memory(network: Callable[[Tensor], Tensor], x: Tensor) -> tuple[floa
         each shape of inputs, above all weights in the layouts that oneDNN chooses for them.
     """
     network(x)
-    live = _LiveTensors()
-    with live:
+    with (live := _LiveTensors()):
         network(x)
     per_pixel = _MARGIN * live.peak / (x.shape[0] * x.shape[2] * x.shape[3])
     return per_pixel, live.weights + _PRIMITIVE_BYTES * len(live.convolutions)
@@ -91,8 +90,7 @@ def measure_memory(network: Callable[[Tensor], Tensor], x: Tensor) -> tuple[floa
 
 def live_bytes(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Peak number of bytes of live tensors created by ``network(x)``."""
-    live = _LiveTensors()
-    with live:
+    with (live := _LiveTensors()):
         network(x)
     return live.peak
 
@@ -100,15 +98,9 @@ def live_bytes(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
 def peak_bytes(network: nn.Module, shape: Sequence[int]) -> float:
     """Bytes that ``network`` needs for an input of that shape, without weights and without running.
 
-    A copy is traced on the meta device. Workspaces of kernels and memory kept by the allocator are
-    not included.
-
-    Args:
-        network: with plain layers; fused ones work in tiles.
-        shape: (B, C, H, W), of images in the network's dtype.
-
-    Returns:
-        Bytes; infinity if a tensor would exceed the address space.
+    Infinity if a tensor would exceed the address space. A copy is traced on the meta device, which
+    must not be fused, since fused layers work in tiles. Workspaces of kernels and memory kept by
+    the allocator are not included.
     """
     shadow = copy.deepcopy(network).to("meta").eval()
     try:
@@ -135,11 +127,7 @@ def used_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device, unknown: int = 4 * 2**30) -> int:
-    """Available bytes of the GPU, or of main memory within the control group.
-
-    Args:
-        unknown: returned if the system does not provide it.
-    """
+    """Available bytes of the GPU, or of main memory within the control group, or ``unknown``."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     sizes = []
