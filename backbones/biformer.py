@@ -165,12 +165,9 @@ class BiFormer(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original's five variants and of its dense networks."""
-        converted = {}
-        for key, tensor in state_dict.items():
-            if tensor.shape[2:] == (1, 1) and not key.startswith("downsample_layers."):
-                tensor = tensor.flatten(1)  # the NCHW form has convolutions for linear layers
-            converted[_convert_key(key, self.swin_layout)] = tensor
-        return converted
+        return super().convert_state_dict(
+            {_convert_key(key, self.swin_layout): tensor for key, tensor in state_dict.items()}
+        )
 
 
 _RENAMES = (

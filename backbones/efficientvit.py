@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import NORM_HEADS, imagenet_cfg, renamed
+from backbones.core.published import FAST_NAMES, downsampling_apart, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
@@ -114,7 +114,7 @@ class EfficientViT(StagedBackbone):
         for key, tensor in state_dict.items():
             if key.endswith("attention_bias_idxs"):
                 continue
-            key = _convert_position(key)
+            key = downsampling_apart(key)
             if re.search(r"\.(?:dw[01]|downsample\.[03])\.m\.weight$", key):
                 # The original fuses only the norm; our kernel also includes the identity.
                 tensor = _add_identity(tensor)
@@ -146,30 +146,8 @@ _RENAMES = (
     (r"\.qkvs\.(\d+)\.", r".heads.\1.qkv."),
     (r"\.dws\.(\d+)\.", r".heads.\1.dwconv."),
     (r"\.proj\.1\.", ".proj."),
-    (r"\.downsample\.2\.conv1\.", ".downsample.2.expand."),
-    (r"\.downsample\.2\.conv2\.", ".downsample.2.reduce."),
-    (r"\.downsample\.2\.conv3\.", ".downsample.2.project."),
-    (r"^stem\.([012])\.(weight|bias)$", r"stem.\1.conv.\2"),
-    *NORM_HEADS,
+    *FAST_NAMES,
 )
-
-
-def _convert_position(key: str) -> str:
-    """A block's name; the original counts a stage's downsampling among its blocks."""
-    if match := re.match(r"patch_embed\.(?:conv)?(\d)\.", key):
-        # timm counts convolutions from 1, the original also the activations between them.
-        child = int(match[1]) - 1 if "conv" in match[0] else int(match[1]) // 2
-        return f"stem.{child}.{key[match.end() :]}"
-    if match := re.match(r"blocks(\d)\.(\d+)\.", key):
-        stage, place, rest = int(match[1]) - 1, int(match[2]), key[match.end() :]
-        parts = ("res1.", "patchmerge.", "res2.")
-        if stage == 0 or place >= len(parts):
-            place -= len(parts) if stage else 0
-            return f"stages.{stage}.blocks.{place}.{rest}"
-        key = f"stages.{stage}.downsample.{parts[place]}{rest}"
-    key = re.sub(r"\.downsample\.res1\.", ".downsample.", key)
-    key = re.sub(r"\.downsample\.patchmerge\.", ".downsample.2.", key)
-    return re.sub(r"\.downsample\.res2\.(\d)\.", lambda m: f".downsample.{int(m[1]) + 3}.", key)
 
 
 def _add_identity(kernel: Tensor) -> Tensor:

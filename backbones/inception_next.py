@@ -73,9 +73,7 @@ class Block(nn.Module):
 class MlpHead(nn.Module):
     """Pool, linear, GELU, norm, linear: (B, dim, H, W) → (B, num_classes).
 
-    Args:
-        mlp_ratio: width inside, relative to ``dim``.
-        num_classes: 0 returns the normalised hidden features.
+    With 0 classes, it returns the normalised hidden features.
     """
 
     def __init__(

@@ -38,17 +38,6 @@ from backbones.core.registry import register_variants, variant
 __all__ = ["NAT"]
 
 
-def _stem(in_chans: int, dim: int) -> nn.Sequential:
-    """(B, in_chans, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉)."""
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(in_chans, dim // 2, 3, 2, 1),
-            conv2=nn.Conv2d(dim // 2, dim, 3, 2, 1),
-            norm=layer_norm(dim),
-        )
-    )
-
-
 def _downsample(dim: int, out_dim: int) -> nn.Sequential:
     """(B, dim, H, W) → (B, out_dim, ⌈H/2⌉, ⌈W/2⌉)."""
     conv = nn.Conv2d(dim, out_dim, 3, 2, 1, bias=False)
@@ -90,7 +79,13 @@ class NAT(NeighborhoodPyramid):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        self.stem = _stem(in_chans, dims[0])
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(in_chans, dims[0] // 2, 3, 2, 1),
+                conv2=nn.Conv2d(dims[0] // 2, dims[0], 3, 2, 1),
+                norm=layer_norm(dims[0]),
+            )
+        )
         self.stages = token_stages(
             dims,
             num_heads,

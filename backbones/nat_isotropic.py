@@ -26,7 +26,7 @@ from backbones.common.checks import several
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, checked
 from backbones.core.neighborhood import cfg, layer_norm, neighborhood
-from backbones.core.published import SWIN_NAMES, renamed
+from backbones.core.published import SWIN_NAMES
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, make_stages
 from ops.init import init_linear
@@ -46,6 +46,8 @@ class NATIsotropic(IsotropicBackbone):
         dilations: of the windows: one for all blocks, or a pattern that is repeated over them.
         map_size: with global attention, side in tokens of the map that the position bias is for.
     """
+
+    renames = SWIN_NAMES
 
     @checked(depths=several(BLOCKS, count=4))
     def __init__(
@@ -92,12 +94,9 @@ class NATIsotropic(IsotropicBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original; ViT-rpb's files contain an index table."""
-        renames = ((r"^layers\.(\d+)\.", self.place_block), *SWIN_NAMES)
-        return {
-            renamed(key, renames): tensor
-            for key, tensor in state_dict.items()
-            if not key.endswith(".attn.relative_position_index")
-        }
+        index = ".attn.relative_position_index"
+        kept = {key: t for key, t in state_dict.items() if not key.endswith(index)}
+        return super().convert_state_dict(kept)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Also resizes position biases to another kernel size or map."""

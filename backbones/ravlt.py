@@ -10,7 +10,6 @@ segmenters use ``out_norms=True, num_classes=0``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import SWIN_NAMES, Rename, imagenet_cfg, renamed, stem_layer
+from backbones.core.published import SWIN_NAMES, Rename, imagenet_cfg, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
@@ -104,6 +103,23 @@ class RAVLTStage(Stage):
         return self.run_blocks(x, *table).permute(0, 3, 1, 2)
 
 
+# Of the original's classifiers and dense networks.
+_RENAMES: tuple[Rename, ...] = (
+    (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
+    (r"\.downsample\.reduction\.", ".downsample.conv."),
+    # Not our own names after fuse().
+    (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
+    *SWIN_NAMES,
+    (r"\.(norm[12])\.norm\.", r".\1."),
+    (r"\.gamma_([12])$", r".gamma\1"),
+    (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
+    (r"\.ffn\.", ".mlp."),
+    (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
+    (r"^proj\.", "head.proj.conv."),
+    (r"^norm\.", "head.proj.norm."),
+)
+
+
 class RAVLT(StagedBackbone):
     """Rank-augmented vision linear transformer.
 
@@ -115,6 +131,7 @@ class RAVLT(StagedBackbone):
     """
 
     first_conv = "stem.0.conv"
+    renames = _RENAMES
 
     @checked("dims", "num_heads", "layer_scales", "linear", dims=widths(2))
     def __init__(
@@ -166,37 +183,10 @@ class RAVLT(StagedBackbone):
         self.apply(init_trunc_normal)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original's classifiers and dense networks.
+        """Like the base's, without the original's tables of angles, which are constants."""
+        kept = {key: t for key, t in state_dict.items() if not key.endswith(".RoPE.angle")}
+        return super().convert_state_dict(kept)
 
-        Its pointwise convolutions are linear layers here, and its tables of angles are derived from
-        the head's width.
-        """
-        converted = {}
-        for key, tensor in state_dict.items():
-            if key.endswith(".RoPE.angle"):
-                continue
-            if re.search(r"\.gamma_[12]$", key):
-                tensor = tensor.view(1, 1, 1, -1)
-            elif key == "head.weight" or re.search(r"\.(?:qkvo|attn\.proj|fc[12])\.weight$", key):
-                tensor = tensor.flatten(1)
-            converted[renamed(key, _RENAMES)] = tensor
-        return converted
-
-
-_RENAMES: tuple[Rename, ...] = (
-    (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
-    (r"\.downsample\.reduction\.", ".downsample.conv."),
-    # Not our own names after fuse().
-    (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
-    *SWIN_NAMES,
-    (r"\.(norm[12])\.norm\.", r".\1."),
-    (r"\.gamma_([12])$", r".gamma\1"),
-    (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
-    (r"\.ffn\.", ".mlp."),
-    (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
-    (r"^proj\.", "head.proj.conv."),
-    (r"^norm\.", "head.proj.norm."),
-)
 
 _cfg = partial(
     imagenet_cfg,

@@ -110,17 +110,6 @@ class Block(nn.Module):
         return self
 
 
-def _stem(in_chans: int, dim: int) -> nn.Sequential:
-    """(B, in_chans, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉)."""
-    return nn.Sequential(
-        nn.Conv2d(in_chans, dim // 2, 3, 2, 1),
-        LayerNorm2d(dim // 2),
-        nn.GELU(),
-        nn.Conv2d(dim // 2, dim, 3, 2, 1),
-        LayerNorm2d(dim),
-    )
-
-
 class UniRepLKNet(StagedBackbone):
     """UniRepLKNet.
 
@@ -158,7 +147,14 @@ class UniRepLKNet(StagedBackbone):
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
         patterns = [(each,) if isinstance(each, int) else each for each in kernel_sizes]
-        self.stem = _stem(in_chans, dims[0])
+        half = dims[0] // 2
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, half, 3, 2, 1),
+            LayerNorm2d(half),
+            nn.GELU(),
+            nn.Conv2d(half, dims[0], 3, 2, 1),
+            LayerNorm2d(dims[0]),
+        )
         self.stages = make_stages(
             depths,
             drop_path_rate,

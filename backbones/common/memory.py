@@ -25,12 +25,9 @@ _PRIMITIVE_BYTES = 128 << 10
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of live tensors that were created inside the block.
+    """Counts the bytes of live tensors that were created inside the block: ``now`` and at ``peak``.
 
-    Attributes:
-        now, peak: bytes.
-        weights: bytes of the weights of all convolutions.
-        convolutions: the shapes of their inputs and weights.
+    And those of the ``weights`` of all ``convolutions``, whose shapes of input and weight it keeps.
     """
 
     def __init__(self) -> None:
@@ -72,10 +69,9 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 def measure_memory(network: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, int]:
     """Memory that ``network`` needs for its inputs.
 
-    Args:
-        network: with memory proportional to its input. It runs twice, to exclude what it creates
-            and keeps in the first call, such as packed weights.
-        x: (B, C, H, W), small but as large as two windows.
+    It is proportional to the input, of which ``x``, (B, C, H, W), is a small one, but as large as
+    two windows. The network runs twice, to exclude what it creates and keeps in the first call,
+    such as packed weights.
 
     Returns:
         Peak memory over the pixels of ``x``, with a margin; bytes that a fused network keeps for

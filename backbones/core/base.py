@@ -129,8 +129,19 @@ class StagedBackbone(FusableBackbone):
             self.out_norms[str(i)] = out_norm_layer(dims[i])
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename a published checkpoint's tensors to our names; our own names must be kept."""
-        return {renamed(key, self.renames): tensor for key, tensor in state_dict.items()}
+        """Rename a published checkpoint's tensors to our names; our own names must be kept.
+
+        Where shapes differ in axes of 1, as of linear layers and pointwise convolutions, ours are
+        taken.
+        """
+        own, converted = self.state_dict(), {}
+        for key, tensor in state_dict.items():
+            name = renamed(key, self.renames)
+            shape = own[name].shape if name in own else tensor.shape
+            if shape != tensor.shape and _without_ones(shape) == _without_ones(tensor.shape):
+                tensor = tensor.reshape(shape)
+            converted[name] = tensor
+        return converted
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """``tensor`` adapted to ``shape``, or None if that is impossible.
@@ -343,6 +354,10 @@ def check_format(output_fmt: str) -> None:
     """Raise a ValueError for layouts other than NCHW and NHWC."""
     if output_fmt not in ("NCHW", "NHWC"):
         raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+
+
+def _without_ones(shape: torch.Size) -> list[int]:
+    return [side for side in shape if side != 1]
 
 
 def _chosen_stages(out_norms: bool | Sequence[int], count: int) -> list[int]:

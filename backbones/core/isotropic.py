@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone, check_format
+from backbones.core.published import Rename, renamed
 from ops.arguments import require_tensor
 from ops.position import resize_position_table
 from ops.pyramid import SimplePyramid
@@ -69,6 +70,13 @@ class IsotropicBackbone(StagedBackbone):
         """Replace a number of a block in the whole network; of other variants, it is left."""
         number = int(match[1])
         return f"{self.block_name(number)}." if number < len(self._places) else match[0]
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Like the base's; blocks are numbered through all stages."""
+        places: tuple[Rename, ...] = ((r"^(?:blocks|layers)\.(\d+)\.", self.place_block),)
+        return super().convert_state_dict(
+            {renamed(key, places): tensor for key, tensor in state_dict.items()}
+        )
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Adapts the first convolution and position embeddings."""

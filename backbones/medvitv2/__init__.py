@@ -41,17 +41,6 @@ from ops.init import init_trunc_normal
 __all__ = ["MedViTV2"]
 
 
-def _stem(in_chans: int, dims: Sequence[int]) -> nn.Sequential:
-    """Four 3×3 convolutions: (B, in_chans, H, W) → (B, dims[-1], ⌈H/4⌉, ⌈W/4⌉)."""
-    widths = (in_chans, *dims, dims[-1])
-    return nn.Sequential(
-        *(
-            ConvNorm(widths[i], widths[i + 1], 3, stride, act_layer=nn.ReLU)
-            for i, stride in enumerate((2, 1, 1, 2))
-        )
-    )
-
-
 def _downsample(in_dim: int, dim: int | None, stride: int) -> nn.Module:
     """Average pooling (including odd edges) and a pointwise convolution, each if needed.
 
@@ -118,7 +107,13 @@ class MedViTV2(StagedBackbone):
             raise ValueError(f"dims must be multiples of head_dim {head_dim}, got {tuple(dims)}")
         self.depths = tuple(depths)
         rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self.stem = _stem(in_chans, stem_dims)
+        widths = (in_chans, *stem_dims, stem_dims[-1])
+        self.stem = nn.Sequential(
+            *(
+                ConvNorm(widths[i], widths[i + 1], 3, stride, act_layer=nn.ReLU)
+                for i, stride in enumerate((2, 1, 1, 2))
+            )
+        )
         stages = []
         in_dim = stem_dims[-1]
         for i, dim in enumerate(dims):
@@ -157,14 +152,11 @@ class MedViTV2(StagedBackbone):
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, which counts blocks through all stages.
 
-        Its squeeze-and-excitation uses linear layers. Missing grids are the model's constants.
+        Missing grids are the model's constants.
         """
-        converted = {}
-        for key, tensor in state_dict.items():
-            name = _convert_key(key, self.depths)
-            if re.search(r"\.se\.fc[12]\.weight$", name) and tensor.ndim == 2:
-                tensor = tensor[:, :, None, None]
-            converted[name] = tensor
+        converted = super().convert_state_dict(
+            {_convert_key(key, self.depths): tensor for key, tensor in state_dict.items()}
+        )
         for name, parameter in self.named_parameters():
             if name.endswith(".grid") and name.replace(".grid", ".linear.weight") in converted:
                 converted.setdefault(name, parameter.detach())

@@ -306,12 +306,9 @@ class OverLoCK(StagedBackbone):
         """Converts the names of the original's classifiers and dense networks, merged or not."""
         # After pruning, the names of later stages do not matter.
         depth = next((s.base_depth for s in self.stages if isinstance(s, OverviewStage)), 0)
-        converted = {}
-        for key, tensor in state_dict.items():
-            key = _convert_key(key, depth)
-            if key.endswith((".mix.tap_weight", "head.fc.weight")):
-                tensor = tensor.flatten(1)
-            converted[key] = tensor
+        converted = super().convert_state_dict(
+            {_convert_key(key, depth): tensor for key, tensor in state_dict.items()}
+        )
         for name, layer in self.named_modules():
             if isinstance(layer, DilatedReparamConv2d):
                 bias = converted.pop(f"{name}.large.conv.bias", None)

@@ -316,11 +316,8 @@ class DynamicBlock(nn.Module):
     Map (B, dim + context_dim, H, W), context (B, context_dim, H, W) → a map of the first's shape.
     The last channels of a map are its own context, which the blocks refine.
 
-    Args:
-        dim, context_dim: channels of the map proper, and of the context.
-        layer_scale: initial scale of the shortcuts (not of the branches).
-        mixes_context: whether the given context is added to the map's own.
-        num_heads, kernel_size: see :class:`ContextMixing`, also for ``offsets``.
+    With ``mixes_context``, the given context is added to the map's own. ``layer_scale`` is the
+    initial scale of the shortcuts (not of the branches).
     """
 
     def __init__(

@@ -36,10 +36,8 @@ def pick_predictions(
 ) -> list[Prediction]:
     """Choose 32 of about 2000 images to show: at most 8 mistakes, the most confident first.
 
-    Args:
-        batches: images (B, C, H, W), normalised with the ``mean`` and ``std`` of ``config``, and
-            labels (B,).
-        autocast: creates the context to call the model in.
+    Batches are images (B, C, H, W), normalised with the ``mean`` and ``std`` of ``config``, and
+    labels (B,). The model is called in ``autocast()``.
     """
     right: list[Prediction] = []
     wrong: list[Prediction] = []

@@ -52,24 +52,16 @@ class DivergedError(MendableError, RuntimeError):
 class Resumable(ABC):
     """A run that can be saved and resumed bit for bit.
 
-    Attributes:
-        model: the plain network. ``network`` includes parts that only training needs (exits for
-            distillation), if any.
-        meter: sums of the epoch so far, with ``sums`` (a tensor).
-        epoch, step, updates: the position: updates within the epoch, and since the start.
-        bad_steps: epoch and step of the latest consecutive updates with a non-finite loss.
-        history: a row for each finished epoch.
-        saved_at: the number of updates in ``last.pt``, if this process wrote it.
-        resumed_from: the file that the run was resumed from, if any.
+    Its position is ``epoch`` and ``step``, an update within it; ``updates`` count from the start.
     """
 
     model: nn.Module
-    network: nn.Module
+    network: nn.Module  # with parts that only training needs, such as exits for distillation
     ema: Any
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: Any
-    meter: Any
+    meter: Any  # of the epoch so far, with the tensor ``sums``
     lr: float
     updates_per_epoch: int
 
@@ -78,9 +70,10 @@ class Resumable(ABC):
         self.epoch = self.step = self.updates = self.skipped = 0
         self.seconds = self.waited = 0.0
         self.best = -math.inf
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []  # a row for each finished epoch
+        # Epoch and step of the latest consecutive updates with a non-finite loss.
         self.bad_steps: list[tuple[int, int]] = []
-        self.saved_at: int | None = None
+        self.saved_at: int | None = None  # updates in last.pt, if this process wrote it
         self.resumed_from: Path | None = None
         self._validated = False
 
@@ -131,10 +124,7 @@ class Resumable(ABC):
         This is the last validated state, if any, since a training loss may stay finite while
         weights grow without bound; otherwise, a state that was followed by a finite loss.
         Checkpoints from before this process are not changed. Returns a description of the remaining
-        ones.
-
-        Args:
-            since: the number of updates after which nothing was finite.
+        ones. Nothing was finite ``since`` that number of updates.
         """
         last = self.folder / "last.pt"
         previous, validated = previous_path(last), validated_path(last)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
+from backbones.core.published import VMAMBA_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, TokenStage, make_stages
 from backbones.vig.blocks import Block, GatedLinearAttention
@@ -57,6 +57,37 @@ class Stem(nn.Module):
         return self.position(self.norm2(self.conv2(x)))
 
 
+_MIXER = (
+    (r"\.in_proj\.0\.", ".dwconv."),
+    (r"\.qkv_proj\.", ".qkv."),
+    (r"\.gk_proj\.0\.", ".decay_down."),
+    (r"\.gk_proj\.1\.", ".decay_up."),
+    (r"\.g_proj\.", ".gate."),
+    (r"\.g_norm\.", ".norm."),
+    (r"\.l_norm\.", ".local_norm."),
+    (r"\.o_proj\.", ".proj."),
+)
+_PLAIN = (
+    *_MIXER,
+    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
+    (r"^patch_embed\.proj\.1\.", "stem.norm1."),
+    (r"^patch_embed\.proj\.3\.", "stem.conv2."),
+    (r"^patch_embed\.proj\.4\.", "stem.norm2."),
+    (r"^pos_embed$", "stem.position.pos_embed"),
+    (r"\.attn_norm\.", ".norm1."),
+    (r"\.mlp_norm\.", ".norm2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+_HIERARCHICAL = (
+    (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
+    (r"\.op\.", ".attn."),
+    *_MIXER,
+    *VMAMBA_NAMES,
+)
+
+
 class ViG(IsotropicBackbone):
     """Isotropic ViG of stride 16. The four stages are groups of its blocks.
 
@@ -67,6 +98,7 @@ class ViG(IsotropicBackbone):
     """
 
     first_conv = "stem.conv1"
+    renames = _PLAIN
 
     @checked()
     def __init__(
@@ -102,16 +134,12 @@ class ViG(IsotropicBackbone):
         self.describe_blocks(dim, pyramid=pyramid)
         self.apply(_init)
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, which numbers blocks consecutively."""
-        renames = (*_PLAIN, (r"^blocks\.(\d+)\.", self.place_block))
-        return {renamed(key, renames): tensor for key, tensor in state_dict.items()}
-
 
 class HierarchicalViG(StagedBackbone):
     """ViG-H, a pyramid."""
 
     first_conv = "stem.0.conv"
+    renames = _HIERARCHICAL
 
     @checked("dims", "num_heads")
     def __init__(
@@ -150,20 +178,6 @@ class HierarchicalViG(StagedBackbone):
         )
         self.apply(_init_hierarchical)
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original's classifier and backbone.
-
-        Its matrices may be 1×1 convolutions.
-        """
-        own = self.state_dict()
-        converted = {}
-        for key, tensor in state_dict.items():
-            name = renamed(key, _HIERARCHICAL)
-            if tensor.shape[2:] == (1, 1) and name in own and own[name].ndim == 2:
-                tensor = tensor[:, :, 0, 0]
-            converted[name] = tensor
-        return converted
-
 
 def _hidden_dim(dim: int, multiple: int) -> int:
     """Channels of a gated MLP with about as many weights as a plain one with ratio 4."""
@@ -189,36 +203,6 @@ def _init_hierarchical(module: nn.Module) -> None:
     elif isinstance(module, GatedLinearAttention):
         nn.init.xavier_uniform_(module.dwconv.weight, gain=_XAVIER_GAIN)
 
-
-_MIXER = (
-    (r"\.in_proj\.0\.", ".dwconv."),
-    (r"\.qkv_proj\.", ".qkv."),
-    (r"\.gk_proj\.0\.", ".decay_down."),
-    (r"\.gk_proj\.1\.", ".decay_up."),
-    (r"\.g_proj\.", ".gate."),
-    (r"\.g_norm\.", ".norm."),
-    (r"\.l_norm\.", ".local_norm."),
-    (r"\.o_proj\.", ".proj."),
-)
-_PLAIN = (
-    *_MIXER,
-    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
-    (r"^patch_embed\.proj\.1\.", "stem.norm1."),
-    (r"^patch_embed\.proj\.3\.", "stem.conv2."),
-    (r"^patch_embed\.proj\.4\.", "stem.norm2."),
-    (r"^pos_embed$", "stem.position.pos_embed"),
-    (r"\.attn_norm\.", ".norm1."),
-    (r"\.mlp_norm\.", ".norm2."),
-    (r"\.mlp\.gate_proj\.", ".mlp.fc1."),
-    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-_HIERARCHICAL = (
-    (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
-    (r"\.op\.", ".attn."),
-    *_MIXER,
-    *VMAMBA_NAMES,
-)
 
 # Published as a folder, https://huggingface.co/hustvl/ViG.
 _cfg = partial(

@@ -44,8 +44,6 @@ class GatedLinearAttention(Mixing):
     :func:`ops.linear_attention.gated_linear_attention`.
 
     Args:
-        dim: channels.
-        num_heads: divides dim / 2.
         act: SiLU after the convolution and before the last projection.
         eval_share: factor of the sum of both directions in eval mode; in training it is 1/2.
     """

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from backbones.common.checks import several, whole
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, make_stages
 from backbones.vrwkv.blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
@@ -59,6 +59,29 @@ class PatchEmbed(nn.Module):
         return self.position(x)
 
 
+_RENAMES = (
+    (r"^patch_embed\.projection\.", "stem.conv."),
+    (r"^pos_embed$", "stem.position.pos_embed"),
+    (r"^stages\.0\.blocks\.0\.ln0\.", "stem.norm."),
+    (r"^ln1\.", "norm."),
+    (r"\.ln([12])\.", r".norm\1."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"\.att\.", ".attn."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.(?:key_norm|ln_x)\.", ".norm."),
+    (r"\.output\.", ".proj."),
+    (r"\.(?:spatial|time)_(decay|first|mix)", r".\1"),
+    (r"\.time_faaaa$", ".first"),
+    (r"\.time_maa_([xwkvrg])$", r".mix_\1"),
+    (r"\.time_maa_w1$", ".mix_down"),
+    (r"\.time_maa_w2$", ".mix_up"),
+    (r"\.decay_w1$", ".decay_down"),
+    (r"\.decay_w2$", ".decay_up"),
+    (r"^head\.0\.", "head.pre_logits.fc."),
+    (r"^head\.2\.", "head.fc."),
+)
+
+
 class VRWKV(IsotropicBackbone):
     """Vision-RWKV, stride 16 throughout. The four stages are groups of its blocks.
 
@@ -72,6 +95,8 @@ class VRWKV(IsotropicBackbone):
         img_size: image size of the position table, which is interpolated for other sizes.
         head_hidden_dim: width of a tanh layer before the classifier; None for none.
     """
+
+    renames = _RENAMES
 
     @checked(depths=several(BLOCKS, count=4), segments=whole(0, 1 << 20))
     def __init__(
@@ -137,40 +162,14 @@ class VRWKV(IsotropicBackbone):
         return stem.norm(x)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, which numbers blocks consecutively.
-
-        A network without layer scales is one with scales of 1.
-        """
-        renames = (*_RENAMES, (r"^layers\.(\d+)\.", self.place_block))
-        converted = {renamed(key, renames): tensor for key, tensor in state_dict.items()}
+        """Like the base's; a network without layer scales is one with scales of 1."""
+        converted = super().convert_state_dict(state_dict)
         own = self.state_dict()
         scales = [name for name in own if name.endswith((".ls1.gamma", ".ls2.gamma"))]
         if own.keys() & converted.keys() and not any(name in converted for name in scales):
             converted |= {name: torch.ones(own[name].shape) for name in scales}
         return converted
 
-
-_RENAMES = (
-    (r"^patch_embed\.projection\.", "stem.conv."),
-    (r"^pos_embed$", "stem.position.pos_embed"),
-    (r"^layers\.0\.ln0\.", "stem.norm."),
-    (r"^ln1\.", "norm."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.gamma([12])$", r".ls\1.gamma"),
-    (r"\.att\.", ".attn."),
-    (r"\.ffn\.", ".mlp."),
-    (r"\.(?:key_norm|ln_x)\.", ".norm."),
-    (r"\.output\.", ".proj."),
-    (r"\.(?:spatial|time)_(decay|first|mix)", r".\1"),
-    (r"\.time_faaaa$", ".first"),
-    (r"\.time_maa_([xwkvrg])$", r".mix_\1"),
-    (r"\.time_maa_w1$", ".mix_down"),
-    (r"\.time_maa_w2$", ".mix_up"),
-    (r"\.decay_w1$", ".decay_down"),
-    (r"\.decay_w2$", ".decay_up"),
-    (r"^head\.0\.", "head.pre_logits.fc."),
-    (r"^head\.2\.", "head.fc."),
-)
 
 _cfg = partial(
     imagenet_cfg,
