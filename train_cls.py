@@ -34,9 +34,8 @@ from backbones.training import build, distillation, pictures
 from backbones.training.data import open_splits
 from backbones.training.loader import TrainLoader, ValidationLoader
 from backbones.training.loop import TrainingLoop
-from backbones.training.multilabel import validation_loss
 from backbones.training.recipe import Recipe, check_sizes
-from backbones.training.record import Meter
+from backbones.training.record import Meter, validation_loss
 from backbones.training.run import run_from_command_line
 
 _SMALL = 32  # pixels, the smallest images that every network of this library supports

@@ -23,9 +23,8 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, optional, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import BLOCKS, CHANNELS, WINDOW, checked, widths
+from backbones.core.keywords import checked, widths
 from backbones.core.published import imagenet_cfg, renamed, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
@@ -40,10 +39,9 @@ __all__ = ["BiFormer"]
 
 
 class GlobalAttention(nn.Module):
-    """Global attention plus a 5×5 depthwise convolution: (B, H, W, dim) → (B, H, W, dim).
+    """Global attention plus a 5×5 depthwise convolution, of the input or the values.
 
-    Args:
-        lepe_on_value: apply the convolution to the values instead of the input.
+    (B, H, W, dim) → (B, H, W, dim).
     """
 
     def __init__(self, dim: int, num_heads: int = 8, *, lepe_on_value: bool = False) -> None:
@@ -67,12 +65,7 @@ class GlobalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual depthwise position term, attention and MLP: (B, dim, H, W) → (B, dim, H, W).
-
-    Args:
-        attn: (B, H, W, dim) → (B, H, W, dim).
-        pos_embed: include the 3×3 position term.
-    """
+    """Residual depthwise position term, attention and MLP: (B, dim, H, W) → (B, dim, H, W)."""
 
     def __init__(
         self,
@@ -102,7 +95,6 @@ class BiFormer(StagedBackbone):
     """BiFormer.
 
     Args:
-        dims, depths, mlp_ratios: of the four stages.
         topks: regions that each region attends to, by stage; None for global attention.
         n_win: regions per side.
         head_dim: width of the routed attention's heads; global attention has 8 heads.
@@ -111,22 +103,11 @@ class BiFormer(StagedBackbone):
             varies; padding is applied after the projection and ignored by the routing; the
             convolution next to the global attention is applied to the values; the blocks' linear
             layers are initialised like PyTorch's convolutions.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
 
-    @checked(
-        "dims",
-        "mlp_ratios",
-        "topks",
-        dims=widths(2),
-        topks=several(optional(BLOCKS)),
-        n_win=WINDOW,
-        head_dim=CHANNELS,
-        swin_layout=flag,
-        nchw=flag,
-    )
+    @checked("dims", "mlp_ratios", "topks", dims=widths(2))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -184,12 +165,9 @@ class BiFormer(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original's five variants and of its dense networks."""
-        converted = {}
-        for key, tensor in state_dict.items():
-            if tensor.shape[2:] == (1, 1) and not key.startswith("downsample_layers."):
-                tensor = tensor.flatten(1)  # the NCHW form has convolutions for linear layers
-            converted[_convert_key(key, self.swin_layout)] = tensor
-        return converted
+        return super().convert_state_dict(
+            {_convert_key(key, self.swin_layout): tensor for key, tensor in state_dict.items()}
+        )
 
 
 _RENAMES = (
@@ -234,10 +212,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 # Stochastic depth of BiFormer-T and -B is the training command's default.
-biformer_tiny = variant(BiFormer, dims=(64, 128, 256, 512), depths=(2, 2, 8, 2), drop_path_rate=0.1)
-biformer_small = variant(
-    BiFormer, dims=(64, 128, 256, 512), depths=(4, 4, 18, 4), drop_path_rate=0.15
-)
+biformer_tiny = variant(BiFormer, drop_path_rate=0.1)
+biformer_small = variant(BiFormer, depths=(4, 4, 18, 4), drop_path_rate=0.15)
 biformer_base = variant(
     BiFormer, dims=(96, 192, 384, 768), depths=(4, 4, 18, 4), drop_path_rate=0.1
 )

@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any
 
 from timm.models import generate_default_cfgs
-from torch import Tensor
 
 from backbones.core.keywords import checked
 from backbones.core.neighborhood import (
@@ -28,7 +27,7 @@ from backbones.core.neighborhood import (
     cfg,
     token_stages,
 )
-from backbones.core.published import SWIN_NAMES, renamed
+from backbones.core.published import SWIN_NAMES
 from backbones.core.registry import register_variants, variant
 from ops.patch import PatchEmbed, PatchMerging
 
@@ -46,15 +45,14 @@ class DiNATS(NeighborhoodPyramid):
     """DiNAT_s.
 
     Args:
-        dims, depths, num_heads: of the four stages.
-        mlp_ratio: width of the MLPs relative to the stage.
         kernel_size: side of the attention window, odd.
         dilations: of the windows: one for all blocks; one per stage or per block of each stage; or
             the name of a published set: ``"imagenet"``, ``"imagenet-384"``, ``"ade20k"`` (at 512),
             ``"ade20k-640"`` (large model) and ``"coco"``. In stages of other depths, the pattern is
             continued or truncated.
-        others: see :class:`backbones.StagedBackbone`.
     """
+
+    renames = SWIN_NAMES
 
     @checked("dims", "num_heads", dilations=DILATIONS)
     def __init__(
@@ -87,10 +85,6 @@ class DiNATS(NeighborhoodPyramid):
             PatchMerging,
         )
         self.finish(dims, global_pool, drop_rate, out_norms)
-
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original and of its dense copies."""
-        return {renamed(key, SWIN_NAMES): tensor for key, tensor in state_dict.items()}
 
 
 _cfg = partial(cfg, DiNATS)

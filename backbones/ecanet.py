@@ -18,9 +18,8 @@ from timm.layers import ClassifierHead, DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, KERNEL, checked
+from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import channels_before, make_stages
@@ -84,22 +83,29 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
+# The original's names are those of torchvision's ResNet.
+_RESNET_NAMES = (
+    *((r"^conv1\.", "stem.0.conv."), (r"^bn1\.", "stem.0.norm."), (r"^fc\.", "head.fc.")),
+    *((rf"^layer{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
+    *((rf"\.conv{i + 1}\.", f".convs.{i}.conv.") for i in range(3)),
+    *((rf"\.bn{i + 1}\.", f".convs.{i}.norm.") for i in range(3)),
+    *((r"\.downsample\.0\.", ".shortcut.conv."), (r"\.downsample\.1\.", ".shortcut.norm.")),
+)
+
+
 class ECAResNet(StagedBackbone):
     """ResNet with efficient channel attention; a stage's first 3×3 convolution halves the map.
 
     Args:
         dims: output channels of each stage, multiples of 4 with ``bottleneck``.
-        depths: blocks of each stage.
         attn_kernel_sizes: of each stage's channel attention, odd.
-        stem_dim: channels of the first convolution.
         bottleneck: blocks of three convolutions, see :class:`ResidualBlock`.
-        drop_path_rate: stochastic depth of the last block, linear from 0. Published: 0.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
+    renames = _RESNET_NAMES
 
-    @checked("dims", "attn_kernel_sizes", attn_kernel_sizes=several(KERNEL), bottleneck=flag)
+    @checked("dims", "attn_kernel_sizes")
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -133,35 +139,18 @@ class ECAResNet(StagedBackbone):
         self.describe_features(dims)
         self.apply(_init_weights)
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the original's names, the same as in torchvision's ResNet."""
-        return {renamed(key, _RESNET_NAMES): tensor for key, tensor in state_dict.items()}
-
-
-_RESNET_NAMES = (
-    *((r"^conv1\.", "stem.0.conv."), (r"^bn1\.", "stem.0.norm."), (r"^fc\.", "head.fc.")),
-    *((rf"^layer{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
-    *((rf"\.conv{i + 1}\.", f".convs.{i}.conv.") for i in range(3)),
-    *((rf"\.bn{i + 1}\.", f".convs.{i}.norm.") for i in range(3)),
-    *((r"\.downsample\.0\.", ".shortcut.conv."), (r"\.downsample\.1\.", ".shortcut.norm.")),
-)
-
 
 class ECAMobileNetV2(StagedBackbone):
     """MobileNetV2 with efficient channel attention.
 
     Args:
-        stem_dim: channels of the first convolution.
         dims: output channels of each block, by stage. The first block of a stage halves the map,
             except in the first stage, which has stride 2 and belongs to the stem.
-        head_hidden_dim: channels before the classifier.
-        drop_path_rate: stochastic depth of the last block, linear from 0. Published: 0.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
 
-    @checked(dims=several(several(CHANNELS)), head_hidden_dim=CHANNELS)
+    @checked()
     def __init__(
         self,
         stem_dim: int = 32,

@@ -21,10 +21,9 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, KERNEL, checked, widths
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.keywords import checked, widths
+from backbones.core.published import FAST_NAMES, downsampling_apart, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
@@ -35,10 +34,7 @@ __all__ = ["EfficientViT"]
 
 
 class Block(nn.Module):
-    """Attention between two pairs of depthwise convolution and feed-forward, all residual.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
+    """Attention between two pairs of convolution and feed-forward, residual, on (B, dim, H, W)."""
 
     def __init__(self, dim: int, attn: nn.Module, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -56,7 +52,6 @@ class EfficientViT(StagedBackbone):
     """EfficientViT.
 
     Args:
-        dims, depths, num_heads: of the three stages.
         kernel_sizes: of the depthwise convolutions of the queries, one per head.
         qk_dim: width of query and key of a head.
         window_size: side of the attention windows.
@@ -65,22 +60,13 @@ class EfficientViT(StagedBackbone):
             in checkpoints are interpolated when loaded.
         distilled: add a second classifier for a teacher's labels, see
             :class:`ops.mobile.NormLinearHead`.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
     undecayed = ("attention_biases",)
 
-    @checked(
-        "dims",
-        "num_heads",
-        dims=widths(8),
-        kernel_sizes=several(KERNEL),
-        qk_dim=CHANNELS,
-        img_size=whole(1, 1 << 20),
-        distilled=flag,
-    )
+    @checked("dims", "num_heads", dims=widths(8))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 192),
@@ -128,7 +114,7 @@ class EfficientViT(StagedBackbone):
         for key, tensor in state_dict.items():
             if key.endswith("attention_bias_idxs"):
                 continue
-            key = _convert_position(key)
+            key = downsampling_apart(key)
             if re.search(r"\.(?:dw[01]|downsample\.[03])\.m\.weight$", key):
                 # The original fuses only the norm; our kernel also includes the identity.
                 tensor = _add_identity(tensor)
@@ -160,35 +146,8 @@ _RENAMES = (
     (r"\.qkvs\.(\d+)\.", r".heads.\1.qkv."),
     (r"\.dws\.(\d+)\.", r".heads.\1.dwconv."),
     (r"\.proj\.1\.", ".proj."),
-    (r"\.downsample\.2\.conv1\.", ".downsample.2.expand."),
-    (r"\.downsample\.2\.conv2\.", ".downsample.2.reduce."),
-    (r"\.downsample\.2\.conv3\.", ".downsample.2.project."),
-    (r"^stem\.([012])\.(weight|bias)$", r"stem.\1.conv.\2"),
-    (r"^head\.norm\.", "head.fc.norm."),
-    (r"^head_dist\.norm\.", "head.fc_dist.norm."),
-    (r"^head\.l(?:inear)?\.", "head.fc.linear."),
-    (r"^head_dist\.l(?:inear)?\.", "head.fc_dist.linear."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    (r"^head_dist\.(weight|bias)$", r"head.fc_dist.\1"),
+    *FAST_NAMES,
 )
-
-
-def _convert_position(key: str) -> str:
-    """A block's name; the original counts a stage's downsampling among its blocks."""
-    if match := re.match(r"patch_embed\.(?:conv)?(\d)\.", key):
-        # timm counts convolutions from 1, the original also the activations between them.
-        child = int(match[1]) - 1 if "conv" in match[0] else int(match[1]) // 2
-        return f"stem.{child}.{key[match.end() :]}"
-    if match := re.match(r"blocks(\d)\.(\d+)\.", key):
-        stage, place, rest = int(match[1]) - 1, int(match[2]), key[match.end() :]
-        parts = ("res1.", "patchmerge.", "res2.")
-        if stage == 0 or place >= len(parts):
-            place -= len(parts) if stage else 0
-            return f"stages.{stage}.blocks.{place}.{rest}"
-        key = f"stages.{stage}.downsample.{parts[place]}{rest}"
-    key = re.sub(r"\.downsample\.res1\.", ".downsample.", key)
-    key = re.sub(r"\.downsample\.patchmerge\.", ".downsample.2.", key)
-    return re.sub(r"\.downsample\.res2\.(\d)\.", lambda m: f".downsample.{int(m[1]) + 3}.", key)
 
 
 def _add_identity(kernel: Tensor) -> Tensor:
@@ -211,9 +170,7 @@ default_cfgs = generate_default_cfgs(
     {f"efficientvit_m{i}.in1k": _cfg(f"efficientvit_m{i}") for i in range(6)}
 )
 
-efficientvit_m0 = variant(
-    EfficientViT, dims=(64, 128, 192), num_heads=(4, 4, 4), kernel_sizes=(5, 5, 5, 5)
-)
+efficientvit_m0 = variant(EfficientViT, kernel_sizes=(5, 5, 5, 5))
 efficientvit_m1 = variant(EfficientViT, dims=(128, 144, 192), num_heads=(2, 3, 3))
 efficientvit_m2 = variant(EfficientViT, dims=(128, 192, 224), num_heads=(4, 3, 2))
 efficientvit_m3 = variant(

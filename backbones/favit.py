@@ -14,36 +14,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d
+from timm.layers import ClassifierHead, DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import WINDOW, checked
-from backbones.core.published import PVT_NAMES, imagenet_cfg, renamed
+from backbones.core.keywords import checked
+from backbones.core.published import PVT_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
 from ops.attention.factorized import FactorizedAttention
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
+from ops.patch import ConvLayerNorm
 
 __all__ = ["FaViT"]
-
-
-class PatchEmbed(nn.Module):
-    """Overlapping patches: a strided convolution and its norm.
-
-    (B, in_chs, H, W) → (B, dim, ⌈H/stride⌉, ⌈W/stride⌉).
-    """
-
-    def __init__(self, in_chs: int, dim: int, kernel_size: int, stride: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_chs, dim, kernel_size, stride, kernel_size // 2)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
 
 
 class Block(nn.Module):
@@ -81,18 +66,32 @@ class FaViTStage(Stage):
         return self.norm(self.run_blocks(x)).permute(0, 3, 1, 2)
 
 
+_RENAMES = (
+    (r"\.attn\.(sr|norm)\.", r".attn.global_branch.\1."),
+    (r"\.attn\.kv_g\.", ".attn.global_branch.kv."),
+    (r"\.attn\.local_conv_g\.", ".attn.global_branch.local_conv.conv."),
+    (r"\.attn\.kv_l\.depth_conv\.", ".attn.kv_dw."),
+    (r"\.attn\.kv_l\.point_conv\.", ".attn.kv_pw."),
+    (r"\.attn\.fcs\.(\d)\.", r".attn.local_branches.\1.fc."),
+    (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
+    (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    *PVT_NAMES,
+)
+
+
 class FaViT(StagedBackbone):
     """Factorization vision transformer.
 
     Args:
-        dims, depths, num_heads, mlp_ratios: of the four stages.
         sr_ratios: downsampling factor of each stage's global branch, and dilation of its second
             local branch; with 1, there is no second local branch.
         window_size: taps per side of the local windows.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked("dims", "num_heads", "mlp_ratios", "sr_ratios", sr_ratios=several(WINDOW))
+    renames = _RENAMES
+
+    @checked("dims", "num_heads", "mlp_ratios", "sr_ratios")
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -110,7 +109,7 @@ class FaViT(StagedBackbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        self.stem = PatchEmbed(in_chans, dims[0], 7, 4)
+        self.stem = ConvLayerNorm(in_chans, dims[0], 7, 4, padding=3)
         self.stages = make_stages(
             depths,
             drop_path_rate,
@@ -123,7 +122,7 @@ class FaViT(StagedBackbone):
                 proj_drop_rate,
                 rate,
             ),
-            lambda i: PatchEmbed(dims[i - 1], dims[i], 3, 2),
+            lambda i: ConvLayerNorm(dims[i - 1], dims[i]),
             FaViTStage,
             norm=lambda i: nn.LayerNorm(dims[i], eps=1e-6),
         )
@@ -132,23 +131,6 @@ class FaViT(StagedBackbone):
         self.describe_features(dims)
         self.apply(init_fan_out)
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, which counts stages from 1."""
-        return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
-
-
-_RENAMES = (
-    (r"\.attn\.(sr|norm)\.", r".attn.global_branch.\1."),
-    (r"\.attn\.kv_g\.", ".attn.global_branch.kv."),
-    (r"\.attn\.local_conv_g\.", ".attn.global_branch.local_conv.conv."),
-    (r"\.attn\.kv_l\.depth_conv\.", ".attn.kv_dw."),
-    (r"\.attn\.kv_l\.point_conv\.", ".attn.kv_pw."),
-    (r"\.attn\.fcs\.(\d)\.", r".attn.local_branches.\1.fc."),
-    (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
-    (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-    *PVT_NAMES,
-)
 
 _cfg = imagenet_cfg(
     FaViT,

@@ -14,22 +14,22 @@ image, which makes the original fail, the reflection is repeated. For large imag
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, number, one_of, whole
+from backbones.common.checks import number, one_of, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, SHARE, checked
+from backbones.core.keywords import SHARE, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage
+from backbones.core.stage import Stage, make_stages
 from ops.attention.window import (
     OverlappingWindowAttention,
     WindowAttention,
@@ -49,11 +49,7 @@ CONV_SCALE = 0.01
 
 
 class Stem(nn.Module):
-    """Mean subtraction, 3×3 convolution, norm: (B, in_chs, H, W) → (B, dim, H, W).
-
-    Attributes:
-        mean: (in_chs, 1, 1), of RGB images; zeros for others.
-    """
+    """Mean subtraction (of RGB images), 3×3 convolution, norm: (B, in_chs, …) → (B, dim, H, W)."""
 
     mean: Tensor
 
@@ -75,12 +71,9 @@ class Stem(nn.Module):
 
 
 class ChannelAttentionConv(nn.Module):
-    """Two 3×3 convolutions with a bottleneck, followed by channel attention.
+    """Two 3×3 convolutions with a bottleneck, followed by channel attention, on (B, dim, H, W).
 
-    (B, dim, H, W) → (B, dim, H, W).
-
-    Args:
-        compress_ratio, squeeze_factor: reduction of the width in the bottleneck and in the gate.
+    ``compress_ratio`` and ``squeeze_factor`` reduce the width in the bottleneck and in the gate.
     """
 
     def __init__(self, dim: int, compress_ratio: int, squeeze_factor: int) -> None:
@@ -149,9 +142,10 @@ class ResidualGroup(Stage):
     """Hybrid blocks, an overlap block and a 3×3 convolution, with a shortcut."""
 
     def __init__(
-        self, blocks: Sequence[HybridBlock], overlap_block: OverlapBlock, dim: int
+        self, blocks: Sequence[HybridBlock], downsample: None, overlap_block: OverlapBlock
     ) -> None:
-        super().__init__([*blocks, overlap_block])
+        super().__init__([*blocks, overlap_block], downsample)
+        dim = overlap_block.attn.proj.in_features
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.window_size = overlap_block.attn.window_size
         self.overlap_size = overlap_block.attn.overlap_size
@@ -196,7 +190,6 @@ class HAT(StagedBackbone):
         overlap_ratio: additional size of the key windows in a group's last block, relative to
             ``window_size``.
         compress_ratio, squeeze_factor: see :class:`ChannelAttentionConv`.
-        mlp_ratio: width of the MLPs relative to ``dim``.
         upscale: 1 … 4; 1 restores an image at its size.
         in_chans: image channels. For three channels, the mean of RGB training images is subtracted.
         img_range: factor between image values and the network's range.
@@ -204,7 +197,6 @@ class HAT(StagedBackbone):
         residual: learn the difference from bicubic upscaling, starting at zero; not used by the
             published models.
         num_classes: must be 0; there is no classifier.
-        drop_path_rate: stochastic depth of the last hybrid block, increasing linearly from 0.
     """
 
     classifier = ()
@@ -217,12 +209,8 @@ class HAT(StagedBackbone):
         "num_heads",
         window_size=whole(1, 64),
         overlap_ratio=SHARE,
-        compress_ratio=CHANNELS,
-        squeeze_factor=CHANNELS,
         upscale=one_of(1, 2, 3, 4),
         img_range=number(0, 1e6, open_below=True),
-        head_width=CHANNELS,
-        residual=flag,
     )
     def __init__(
         self,
@@ -247,29 +235,24 @@ class HAT(StagedBackbone):
         self._refuse_classes(num_classes)
         self.upscale, self.residual = upscale, residual
         self.window_size = window_size
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = Stem(in_chans, dim, img_range)
-        self.stages = nn.Sequential(
-            *(
-                ResidualGroup(
-                    [
-                        HybridBlock(
-                            dim,
-                            heads,
-                            window_size,
-                            window_size // 2 if block % 2 else 0,
-                            compress_ratio,
-                            squeeze_factor,
-                            mlp_ratio,
-                            next(rates),
-                        )
-                        for block in range(depth)
-                    ],
-                    OverlapBlock(dim, heads, window_size, overlap_ratio, mlp_ratio),
-                    dim,
-                )
-                for depth, heads in zip(depths, num_heads, strict=True)
-            )
+        self.stages = make_stages(
+            depths,
+            drop_path_rate,
+            lambda i, j, rate: HybridBlock(
+                dim,
+                num_heads[i],
+                window_size,
+                window_size // 2 if j % 2 else 0,
+                compress_ratio,
+                squeeze_factor,
+                mlp_ratio,
+                rate,
+            ),
+            stage_type=ResidualGroup,
+            overlap_block=lambda i: OverlapBlock(
+                dim, num_heads[i], window_size, overlap_ratio, mlp_ratio
+            ),
         )
         self.norm = LayerNorm2d(dim, eps=1e-5)
         self.body_conv: nn.Module = nn.Conv2d(dim, dim, 3, padding=1)
@@ -301,7 +284,6 @@ class HAT(StagedBackbone):
         return super().forward_features(padded)[:, :, : x.shape[2], : x.shape[3]]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Not supported: raises a NotImplementedError."""
         raise NotImplementedError(
             "HAT returns images and has no classifier; call the model for the image, or "
             "forward_features for the last map"
@@ -376,6 +358,7 @@ def _convert_key(key: str, depths: dict[str, int]) -> str:
     return key
 
 
+_SCALES = (2, 3, 4)
 _FOLDER = "https://drive.google.com/drive/folders/1HpmReFfoUqUbnAOQ7rvOeNU3uf_m69w0"
 
 
@@ -405,20 +388,12 @@ default_cfgs = generate_default_cfgs(
         "hat_nano_x2.untrained": _cfg(
             notes=("ours; configs/sr/quickstart.yaml trains it in minutes",)
         ),
-        "hat_s_x2.df2k": _published("HAT-S_SRx2"),
-        "hat_s_x3.df2k": _published("HAT-S_SRx3"),
-        "hat_s_x4.df2k": _published("HAT-S_SRx4"),
-        "hat_x2.in1k_df2k": _published("HAT_SRx2_ImageNet-pretrain"),
-        "hat_x2.df2k": _published("HAT_SRx2"),
-        "hat_x3.in1k_df2k": _published("HAT_SRx3_ImageNet-pretrain"),
-        "hat_x3.df2k": _published("HAT_SRx3"),
-        "hat_x4.in1k_df2k": _published("HAT_SRx4_ImageNet-pretrain"),
-        "hat_x4.df2k": _published("HAT_SRx4"),
+        **{f"hat_s_x{n}.df2k": _published(f"HAT-S_SRx{n}") for n in _SCALES},
+        **{f"hat_x{n}.in1k_df2k": _published(f"HAT_SRx{n}_ImageNet-pretrain") for n in _SCALES},
+        **{f"hat_x{n}.df2k": _published(f"HAT_SRx{n}") for n in _SCALES},
         "hat_x4.real_gan": _published("Real_HAT_GAN_SRx4"),
         "hat_x4.real_gan_sharper": _published("Real_HAT_GAN_SRx4_sharper"),
-        "hat_l_x2.in1k_df2k": _published("HAT-L_SRx2_ImageNet-pretrain"),
-        "hat_l_x3.in1k_df2k": _published("HAT-L_SRx3_ImageNet-pretrain"),
-        "hat_l_x4.in1k_df2k": _published("HAT-L_SRx4_ImageNet-pretrain"),
+        **{f"hat_l_x{n}.in1k_df2k": _published(f"HAT-L_SRx{n}_ImageNet-pretrain") for n in _SCALES},
     }
 )
 

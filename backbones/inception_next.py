@@ -18,7 +18,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import KERNEL, SHARE, checked
+from backbones.core.keywords import SHARE, checked
 from backbones.core.published import imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
@@ -73,9 +73,7 @@ class Block(nn.Module):
 class MlpHead(nn.Module):
     """Pool, linear, GELU, norm, linear: (B, dim, H, W) → (B, num_classes).
 
-    Args:
-        mlp_ratio: width inside, relative to ``dim``.
-        num_classes: 0 returns the normalised hidden features.
+    With 0 classes, it returns the normalised hidden features.
     """
 
     def __init__(
@@ -94,11 +92,7 @@ class MlpHead(nn.Module):
         self.reset(num_classes, pool_type)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Replace the classifier; ``pool_type=""`` removes the whole head to return the map.
-
-        Raises:
-            ValueError: a pooling with another width, which would require a new hidden layer.
-        """
+        """Replace the classifier; ``pool_type=""`` removes the whole head to return the map."""
         if pool_type == "":
             if num_classes:
                 raise ValueError(
@@ -126,15 +120,13 @@ class InceptionNeXt(StagedBackbone):
     """InceptionNeXt.
 
     Args:
-        dims, depths, mlp_ratios: of the four stages.
         band_kernel_size: length of the 1×k and k×1 kernels.
         branch_ratio: fraction of the channels of each convolution branch.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     classifier = "head.fc2"
 
-    @checked("dims", "mlp_ratios", band_kernel_size=KERNEL, branch_ratio=SHARE)
+    @checked("dims", "mlp_ratios", branch_ratio=SHARE)
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),
@@ -209,12 +201,8 @@ inception_next_atto = variant(
     branch_ratio=0.25,
     drop_path_rate=0.1,
 )
-inception_next_tiny = variant(
-    InceptionNeXt, dims=(96, 192, 384, 768), depths=(3, 3, 9, 3), drop_path_rate=0.1
-)
-inception_next_small = variant(
-    InceptionNeXt, dims=(96, 192, 384, 768), depths=(3, 3, 27, 3), drop_path_rate=0.3
-)
+inception_next_tiny = variant(InceptionNeXt, drop_path_rate=0.1)
+inception_next_small = variant(InceptionNeXt, depths=(3, 3, 27, 3), drop_path_rate=0.3)
 inception_next_base = variant(
     InceptionNeXt, dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3), drop_path_rate=0.4
 )

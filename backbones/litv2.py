@@ -27,8 +27,8 @@ from torchvision.ops import deform_conv2d
 
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import SHARE, WINDOW, checked
-from backbones.core.published import SWIN_NAMES, imagenet_cfg, renamed
+from backbones.core.keywords import SHARE, checked
+from backbones.core.published import SWIN_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import TokenStage, make_stages
 from ops.attention.hilo import HiLoAttention
@@ -96,10 +96,7 @@ class FastDeformableConv2d(FastForm, DeformableConv2d):
 
 
 class DeformableMerging(nn.Module):
-    """Downsampling by 2: deformable convolution, norm, GELU.
-
-    (B, dim, H, W) → (B, out_dim, ⌊H/2⌋, ⌊W/2⌋).
-    """
+    """Deformable convolution, norm, GELU: (B, dim, H, W) → (B, out_dim, ⌊H/2⌋, ⌊W/2⌋)."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -121,14 +118,7 @@ class DeformableMerging(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual attention (optional) and MLP.
-
-    (B, H, W, dim) → (B, H, W, dim).
-
-    Args:
-        num_heads: 0 for no attention.
-        window_size, alpha: see :class:`ops.attention.hilo.HiLoAttention`.
-    """
+    """Pre-norm residual HiLo attention (with 0 heads: none) and MLP, on (B, H, W, dim)."""
 
     def __init__(
         self,
@@ -153,26 +143,30 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+# Of the original's classifier, detector and segmenter.
+_RENAMES = (
+    (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
+    (r"\.downsample\.dconv\.", ".downsample.conv."),
+    (r"\.downsample\.norm_layer\.", ".downsample.norm."),
+    (r"\.attn\.h_", ".attn.high."),
+    (r"\.attn\.l_", ".attn.low."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    *SWIN_NAMES,
+)
+
+
 class LITv2(StagedBackbone):
     """LITv2.
 
     Args:
-        dims, depths: of the four stages.
         num_heads: attention heads of each stage; 0 for none.
         window_sizes: of HiLo attention in each stage; with 1, all heads attend to all tokens.
         alpha: fraction of the heads that attend to window averages.
-        mlp_ratio: width of the MLPs relative to the stage.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked(
-        "dims",
-        "num_heads",
-        "window_sizes",
-        num_heads=several(whole(0, 1024)),
-        window_sizes=several(WINDOW),
-        alpha=SHARE,
-    )
+    renames = _RENAMES
+
+    @checked(*("dims", "num_heads", "window_sizes"), num_heads=several(whole(0, 1024)), alpha=SHARE)
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),
@@ -210,24 +204,10 @@ class LITv2(StagedBackbone):
             if isinstance(module, nn.Linear | DWMlp):
                 module.apply(init_fan_out)
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original's classifier, detector and segmenter."""
-        return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
-
 
 def _layer_norm(dim: int) -> nn.Module:
     return LayerNorm2d(dim, eps=1e-5)
 
-
-_RENAMES = (
-    (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
-    (r"\.downsample\.dconv\.", ".downsample.conv."),
-    (r"\.downsample\.norm_layer\.", ".downsample.norm."),
-    (r"\.attn\.h_", ".attn.high."),
-    (r"\.attn\.l_", ".attn.low."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-    *SWIN_NAMES,
-)
 
 _cfg = partial(
     imagenet_cfg,

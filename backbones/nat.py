@@ -22,8 +22,7 @@ import torch
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import optional
-from backbones.core.keywords import SCALE, checked, widths
+from backbones.core.keywords import checked, widths
 from backbones.core.neighborhood import (
     DILATIONS,
     PRESETS,
@@ -39,17 +38,6 @@ from backbones.core.registry import register_variants, variant
 __all__ = ["NAT"]
 
 
-def _stem(in_chans: int, dim: int) -> nn.Sequential:
-    """(B, in_chans, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉)."""
-    return nn.Sequential(
-        OrderedDict(
-            conv1=nn.Conv2d(in_chans, dim // 2, 3, 2, 1),
-            conv2=nn.Conv2d(dim // 2, dim, 3, 2, 1),
-            norm=layer_norm(dim),
-        )
-    )
-
-
 def _downsample(dim: int, out_dim: int) -> nn.Sequential:
     """(B, dim, H, W) → (B, out_dim, ⌈H/2⌉, ⌈W/2⌉)."""
     conv = nn.Conv2d(dim, out_dim, 3, 2, 1, bias=False)
@@ -60,8 +48,6 @@ class NAT(NeighborhoodPyramid):
     """Neighborhood Attention Transformer, dilated or not.
 
     Args:
-        dims, depths, num_heads: of the four stages.
-        mlp_ratio: width of the MLPs relative to the stage.
         kernel_size: side of the attention window, odd.
         dilations: of the windows: one for all blocks; one per stage or per block of each stage; or
             the name of a published set: ``"imagenet"``, ``"imagenet-384"``, ``"ade20k"`` (at 512),
@@ -69,13 +55,11 @@ class NAT(NeighborhoodPyramid):
             and ``"oneformer-cityscapes"``. The last four are for the large model;
             ``"mask2former"``, ``"oneformer"`` and ``"oneformer-1280"`` require ``kernel_size=11``.
             In stages of other depths, the pattern is continued or truncated.
-        layer_scale: initial value of the layer scales; None for none.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.conv1"
 
-    @checked("dims", "num_heads", dims=widths(2), dilations=DILATIONS, layer_scale=optional(SCALE))
+    @checked("dims", "num_heads", dims=widths(2), dilations=DILATIONS)
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -95,7 +79,13 @@ class NAT(NeighborhoodPyramid):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        self.stem = _stem(in_chans, dims[0])
+        self.stem = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(in_chans, dims[0] // 2, 3, 2, 1),
+                conv2=nn.Conv2d(dims[0] // 2, dims[0], 3, 2, 1),
+                norm=layer_norm(dims[0]),
+            )
+        )
         self.stages = token_stages(
             dims,
             num_heads,
@@ -177,9 +167,7 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-_MINI: dict[str, Any] = dict(
-    dims=(64, 128, 256, 512), num_heads=(2, 4, 8, 16), mlp_ratio=3, drop_path_rate=0.2
-)
+_MINI: dict[str, Any] = dict(drop_path_rate=0.2)
 _TINY: dict[str, Any] = dict(_MINI, depths=(3, 4, 18, 5))
 _SMALL: dict[str, Any] = dict(
     dims=(96, 192, 384, 768),

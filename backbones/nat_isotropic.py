@@ -14,21 +14,21 @@ do.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.layers import ClassifierHead
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import one_or_several, optional, several, whole
+from backbones.common.checks import several
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import BLOCKS, KERNEL, WINDOW, checked
+from backbones.core.keywords import BLOCKS, checked
 from backbones.core.neighborhood import cfg, layer_norm, neighborhood
-from backbones.core.published import SWIN_NAMES, renamed
+from backbones.core.published import SWIN_NAMES
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage
+from backbones.core.stage import IsotropicStage, make_stages
 from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import MapAttention, NeighborhoodBlock, resized_bias
@@ -42,21 +42,14 @@ class NATIsotropic(IsotropicBackbone):
 
     Args:
         dim, depths: width of all blocks, and number of blocks in each of four groups.
-        num_heads: of all blocks.
-        mlp_ratio: width of the MLPs relative to the blocks.
         kernel_size: side of the attention window, odd; None for the whole map.
         dilations: of the windows: one for all blocks, or a pattern that is repeated over them.
         map_size: with global attention, side in tokens of the map that the position bias is for.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked(
-        depths=several(BLOCKS, count=4),
-        num_heads=whole(1, 1024),
-        kernel_size=optional(KERNEL),
-        dilations=one_or_several(WINDOW),
-        map_size=WINDOW,
-    )
+    renames = SWIN_NAMES
+
+    @checked(depths=several(BLOCKS, count=4))
     def __init__(
         self,
         dim: int = 384,
@@ -83,20 +76,17 @@ class NATIsotropic(IsotropicBackbone):
                 f"{tuple(depths)}, got {pattern}"
             )
 
-        def attention(number: int) -> NeighborhoodAttention2D:
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            attn: NeighborhoodAttention2D
             if kernel_size is None:
-                return MapAttention(dim, num_heads, map_size)
-            return neighborhood(dim, num_heads, kernel_size, pattern[number % len(pattern)])
+                attn = MapAttention(dim, num_heads, map_size)
+            else:
+                dilation = pattern[(sum(depths[:i]) + j) % len(pattern)]
+                attn = neighborhood(dim, num_heads, kernel_size, dilation)
+            return NeighborhoodBlock(attn, mlp_ratio, proj_drop_rate, drop_path)
 
-        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
-        blocks: Iterator[nn.Module] = (
-            NeighborhoodBlock(attention(number), mlp_ratio, proj_drop_rate, rate)
-            for number, rate in enumerate(rates)
-        )
         self.stem = PatchEmbed(in_chans, dim, 16)
-        self.stages = nn.Sequential(
-            *(IsotropicStage([next(blocks) for _ in range(depth)]) for depth in depths)
-        )
+        self.stages = make_stages(depths, drop_path_rate, block, stage_type=IsotropicStage)
         self.norm = layer_norm(dim)
         self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
         self.describe_blocks(dim, pyramid=pyramid)
@@ -104,12 +94,9 @@ class NATIsotropic(IsotropicBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original; ViT-rpb's files contain an index table."""
-        renames = ((r"^layers\.(\d+)\.", self.place_block), *SWIN_NAMES)
-        return {
-            renamed(key, renames): tensor
-            for key, tensor in state_dict.items()
-            if not key.endswith(".attn.relative_position_index")
-        }
+        index = ".attn.relative_position_index"
+        kept = {key: t for key, t in state_dict.items() if not key.endswith(index)}
+        return super().convert_state_dict(kept)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Also resizes position biases to another kernel size or map."""

@@ -17,9 +17,9 @@ from typing import Any
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import number, several, whole
+from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, checked
+from backbones.core.keywords import checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import channels_before, make_stages
@@ -33,27 +33,15 @@ class ProxylessNAS(StagedBackbone):
     """ProxylessNAS.
 
     Args:
-        stem_dim: channels of the first convolution.
         dims: output channels of each block, by stage. The first block of a stage halves the map,
             except in the first stage, which has stride 2 and belongs to the stem.
         kernel_sizes: of each depthwise convolution; 0 to omit the block.
         expansions: hidden channels of each block relative to its input; 0 for omitted blocks.
-        head_hidden_dim: channels before the classifier.
-        norm_eps: of the batch norms.
-        drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
-            none.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
 
-    @checked(
-        dims=several(several(CHANNELS)),
-        kernel_sizes=several(several(whole(0, 63))),
-        expansions=several(several(whole(0, 64))),
-        head_hidden_dim=CHANNELS,
-        norm_eps=number(0, 1, open_below=True),
-    )
+    @checked(kernel_sizes=several(several(whole(0, 63))), expansions=several(several(whole(0, 64))))
     def __init__(
         self,
         stem_dim: int = 32,

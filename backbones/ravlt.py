@@ -10,7 +10,6 @@ segmenters use ``out_norms=True, num_classes=0``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,10 +18,9 @@ from timm.layers import DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, SCALE, checked, widths
-from backbones.core.published import SWIN_NAMES, Rename, imagenet_cfg, renamed, stem_layer
+from backbones.core.keywords import checked, widths
+from backbones.core.published import SWIN_NAMES, Rename, imagenet_cfg, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
@@ -51,12 +49,7 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual position term, attention and MLP, with layer scale: (B, H, W, dim) → (B, H, W, dim).
-
-    Args:
-        linear: whether attention is linear.
-        layer_scale: initial value of the layer scales.
-    """
+    """Residual position term, attention and MLP, with layer scale, on (B, H, W, dim)."""
 
     def __init__(
         self,
@@ -75,8 +68,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop)
         # 4-D, because optimizers exclude vectors from weight decay and the authors decayed these.
-        self.gamma1 = nn.Parameter(torch.full((1, 1, 1, dim), float(layer_scale)))
-        self.gamma2 = nn.Parameter(torch.full((1, 1, 1, dim), float(layer_scale)))
+        self.gamma1 = nn.Parameter(torch.full((1, 1, 1, dim), layer_scale))
+        self.gamma2 = nn.Parameter(torch.full((1, 1, 1, dim), layer_scale))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
@@ -97,11 +90,7 @@ class Block(nn.Module):
 
 
 class RAVLTStage(Stage):
-    """A stage whose blocks use channels-last maps (B, H, W, dim) and share a rotary table.
-
-    Args:
-        head_dim: width of a head, for the table.
-    """
+    """A stage whose blocks use channels-last maps (B, H, W, dim) and share a rotary table."""
 
     def __init__(self, blocks: list[Block], downsample: nn.Module | None, head_dim: int) -> None:
         super().__init__(blocks, downsample)
@@ -114,32 +103,37 @@ class RAVLTStage(Stage):
         return self.run_blocks(x, *table).permute(0, 3, 1, 2)
 
 
+# Of the original's classifiers and dense networks.
+_RENAMES: tuple[Rename, ...] = (
+    (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
+    (r"\.downsample\.reduction\.", ".downsample.conv."),
+    # Not our own names after fuse().
+    (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
+    *SWIN_NAMES,
+    (r"\.(norm[12])\.norm\.", r".\1."),
+    (r"\.gamma_([12])$", r".gamma\1"),
+    (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
+    (r"\.ffn\.", ".mlp."),
+    (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
+    (r"^proj\.", "head.proj.conv."),
+    (r"^norm\.", "head.proj.norm."),
+)
+
+
 class RAVLT(StagedBackbone):
     """Rank-augmented vision linear transformer.
 
     Args:
-        dims, depths, num_heads: of the four stages.
         layer_scales: initial value of the layer scales, by stage.
         linear: use linear attention, by stage; otherwise softmax attention.
-        mlp_ratio: width of the MLPs.
-        head_hidden_dim: width of the classifier's hidden layer.
-        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0``, there is then no hidden layer, as in the paper's dense networks.
-        others: see :class:`backbones.StagedBackbone`.
+        out_norms: as usual; with ``num_classes=0``, there is then no hidden layer, as in the
+            paper's dense networks.
     """
 
     first_conv = "stem.0.conv"
+    renames = _RENAMES
 
-    @checked(
-        "dims",
-        "num_heads",
-        "layer_scales",
-        "linear",
-        dims=widths(2),
-        layer_scales=several(SCALE),
-        linear=several(flag),
-        head_hidden_dim=CHANNELS,
-    )
+    @checked("dims", "num_heads", "layer_scales", "linear", dims=widths(2))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -189,37 +183,10 @@ class RAVLT(StagedBackbone):
         self.apply(init_trunc_normal)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original's classifiers and dense networks.
+        """Like the base's, without the original's tables of angles, which are constants."""
+        kept = {key: t for key, t in state_dict.items() if not key.endswith(".RoPE.angle")}
+        return super().convert_state_dict(kept)
 
-        Its pointwise convolutions are linear layers here, and its tables of angles are derived from
-        the head's width.
-        """
-        converted = {}
-        for key, tensor in state_dict.items():
-            if key.endswith(".RoPE.angle"):
-                continue
-            if re.search(r"\.gamma_[12]$", key):
-                tensor = tensor.view(1, 1, 1, -1)
-            elif key == "head.weight" or re.search(r"\.(?:qkvo|attn\.proj|fc[12])\.weight$", key):
-                tensor = tensor.flatten(1)
-            converted[renamed(key, _RENAMES)] = tensor
-        return converted
-
-
-_RENAMES: tuple[Rename, ...] = (
-    (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
-    (r"\.downsample\.reduction\.", ".downsample.conv."),
-    # Not our own names after fuse().
-    (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
-    *SWIN_NAMES,
-    (r"\.(norm[12])\.norm\.", r".\1."),
-    (r"\.gamma_([12])$", r".gamma\1"),
-    (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
-    (r"\.ffn\.", ".mlp."),
-    (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
-    (r"^proj\.", "head.proj.conv."),
-    (r"^norm\.", "head.proj.norm."),
-)
 
 _cfg = partial(
     imagenet_cfg,
@@ -235,9 +202,7 @@ default_cfgs = generate_default_cfgs(
     {f"ravlt_{size.lower()}.in1k": _cfg(size) for size in ("T", "S", "B", "L")}
 )
 
-ravlt_t = variant(
-    RAVLT, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), num_heads=(1, 2, 4, 8), drop_path_rate=0.1
-)
+ravlt_t = variant(RAVLT, drop_path_rate=0.1)
 ravlt_s = variant(
     RAVLT,
     dims=(64, 128, 320, 512),

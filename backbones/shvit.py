@@ -9,17 +9,16 @@ with ``stem_features=True`` the stem's maps at strides 2, 4 and 8 come first amo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several, whole
+from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, checked, widths
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.keywords import checked, widths
+from backbones.core.published import FAST_NAMES, downsampling_apart, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.single_head import SingleHeadAttention
@@ -30,12 +29,9 @@ __all__ = ["SHViT"]
 
 
 class Block(nn.Module):
-    """Residual depthwise convolution, single-head attention and feed-forward.
+    """Residual depthwise convolution, single-head attention and feed-forward, on (B, dim, H, W).
 
-    (B, dim, H, W) → (B, dim, H, W).
-
-    Args:
-        attn_dim: channels for attention; 0 for no attention, as in the first stage.
+    ``attn_dim`` are the channels for attention; 0 for no attention, as in the first stage.
     """
 
     def __init__(self, dim: int, attn_dim: int, qk_dim: int, drop_path: float = 0.0) -> None:
@@ -56,25 +52,16 @@ class SHViT(StagedBackbone):
     """Single-head vision transformer.
 
     Args:
-        dims, depths: of the three stages.
         attn_dims: channels for attention in each stage; 0 for no attention.
         qk_dim: width of query and key.
         distilled: add a second classifier for a teacher's labels, see
             :class:`ops.mobile.NormLinearHead`.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
 
-    @checked(
-        "dims",
-        "attn_dims",
-        dims=widths(8),
-        attn_dims=several(whole(0, 1 << 16)),
-        qk_dim=CHANNELS,
-        distilled=flag,
-    )
+    @checked("dims", "attn_dims", dims=widths(8), attn_dims=several(whole(0, 1 << 16)))
     def __init__(
         self,
         dims: Sequence[int] = (128, 224, 320),
@@ -113,11 +100,12 @@ class SHViT(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, fused or not, and of timm."""
-        return {_convert_key(key): tensor for key, tensor in state_dict.items()}
+        return {
+            renamed(downsampling_apart(key), _RENAMES): tensor for key, tensor in state_dict.items()
+        }
 
 
 _RENAMES = (
-    (r"^blocks1\.", "stages.0.blocks."),
     (r"\.token_mixer\.", ".mixer."),
     (r"\.m\.", ".fn."),
     (r"\.(?:c|conv)\.(?=weight|bias)", ".conv."),
@@ -125,39 +113,8 @@ _RENAMES = (
     (r"\.pre_norm\.", ".norm."),
     (r"\.pw([12])\.", r".fc\1."),
     (r"\.proj\.1\.", ".proj."),
-    (r"^head\.norm\.", "head.fc.norm."),
-    (r"^head_dist\.norm\.", "head.fc_dist.norm."),
-    (r"^head\.l\.", "head.fc.linear."),
-    (r"^head_dist\.l\.", "head.fc_dist.linear."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-    (r"^head_dist\.(weight|bias)$", r"head.fc_dist.\1"),
+    *FAST_NAMES,
 )
-_MERGING = {"conv1": "expand", "conv2": "reduce", "conv3": "project", "se": "se"}
-
-
-def _convert_key(key: str) -> str:
-    key = renamed(key, _RENAMES)
-    if match := re.match(r"patch_embed\.(\d)\.", key):
-        # Convolutions are at even indices, activations between them.
-        child, rest = int(match[1]) // 2, key[match.end() :]
-        fused = "." not in rest and child < 3
-        return f"stem.{child}.conv.{rest}" if fused else f"stem.{child}.{rest}"
-    if match := re.match(r"blocks([23])\.(\d+)\.", key):
-        key = _convert_stage(int(match[1]) - 1, int(match[2]), key[match.end() :])
-    if match := re.match(r"(stages\.\d\.downsample\.2\.)(conv[123])\.", key):
-        key = match[1] + _MERGING[match[2]] + key[match.end() - 1 :]
-    return key
-
-
-def _convert_stage(stage: int, place: int, rest: str) -> str:
-    """In the original, blocks 0 to 2 of stages 2 and 3 are the downsampling."""
-    if place >= 3:
-        return f"stages.{stage}.blocks.{place - 3}.{rest}"
-    if place == 1:
-        return f"stages.{stage}.downsample.2.{rest}"
-    inner, _, rest = rest.partition(".")
-    return f"stages.{stage}.downsample.{int(inner) + (0 if place == 0 else 3)}.{rest}"
-
 
 _cfg = partial(
     imagenet_cfg,

@@ -20,9 +20,9 @@ from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, SqueezeExc
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import one_of, one_or_several, several
+from backbones.common.checks import one_of
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import KERNEL, POOLINGS, SCALE, checked, widths
+from backbones.core.keywords import POOLINGS, SCALE, checked, widths
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
@@ -57,7 +57,7 @@ class GlobalResponseNorm(nn.Module):
 class Block(nn.Module):
     """Depthwise convolution, squeeze-and-excitation, MLP with response norm, scale; residual.
 
-    (B, dim, H, W) → (B, dim, H, W). Kernels of 7 and larger are re-parameterised.
+    On (B, dim, H, W). Kernels of 7 and larger are re-parameterised.
     """
 
     gamma: nn.Parameter | None
@@ -110,25 +110,12 @@ class Block(nn.Module):
         return self
 
 
-def _stem(in_chans: int, dim: int) -> nn.Sequential:
-    """(B, in_chans, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉)."""
-    return nn.Sequential(
-        nn.Conv2d(in_chans, dim // 2, 3, 2, 1),
-        LayerNorm2d(dim // 2),
-        nn.GELU(),
-        nn.Conv2d(dim // 2, dim, 3, 2, 1),
-        LayerNorm2d(dim),
-    )
-
-
 class UniRepLKNet(StagedBackbone):
     """UniRepLKNet.
 
     Args:
-        dims, depths: of the four stages.
         kernel_sizes: of each stage: one for all its blocks, or a pattern that is repeated.
         head_init_scale: factor on the classifier's initial weights, 0.001 for fine-tuning.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0"
@@ -140,7 +127,6 @@ class UniRepLKNet(StagedBackbone):
         "dims",
         "kernel_sizes",
         dims=widths(2),
-        kernel_sizes=several(one_or_several(KERNEL)),
         global_pool=one_of(*poolings),
         head_init_scale=SCALE,
     )
@@ -161,7 +147,14 @@ class UniRepLKNet(StagedBackbone):
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
         patterns = [(each,) if isinstance(each, int) else each for each in kernel_sizes]
-        self.stem = _stem(in_chans, dims[0])
+        half = dims[0] // 2
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, half, 3, 2, 1),
+            LayerNorm2d(half),
+            nn.GELU(),
+            nn.Conv2d(half, dims[0], 3, 2, 1),
+            LayerNorm2d(dims[0]),
+        )
         self.stages = make_stages(
             depths,
             drop_path_rate,

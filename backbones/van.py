@@ -16,10 +16,9 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import number
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import PVT_NAMES, imagenet_cfg, renamed
+from backbones.core.published import PVT_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.large_kernel import LargeKernelAttention
@@ -32,10 +31,7 @@ __all__ = ["VAN"]
 
 
 class Attention(nn.Module):
-    """Pointwise, GELU, large-kernel attention, pointwise, with a shortcut.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
+    """Pointwise, GELU, large-kernel attention, pointwise, and a shortcut, on (B, dim, H, W)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -65,10 +61,7 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual attention and MLP with layer scale.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
+    """Pre-norm residual attention and MLP with layer scale, on (B, dim, H, W)."""
 
     def __init__(
         self, dim: int, mlp_ratio: float, drop: float, drop_path: float, layer_scale: float
@@ -93,10 +86,10 @@ class Block(nn.Module):
 
 
 class FoldedBlock(nn.Module):
-    """A block in eval mode with its norms and layer scales folded.
+    """A block in eval mode with its norms and layer scales folded, on (B, dim, H, W).
 
-    (B, dim, H, W) → (B, dim, H, W). The shortcut inside the attention includes norm and layer
-    scale, so ``x + ls1(attn(norm1(x)))`` becomes ``folded_attn(x) + scale * x``.
+    ``x + ls1(attn(norm1(x)))`` becomes ``folded_attn(x) + scale * x``, since the shortcut inside
+    the attention includes norm and layer scale.
     """
 
     def __init__(self, block: Block) -> None:
@@ -116,16 +109,32 @@ class FoldedBlock(nn.Module):
         return x + self.mlp(x)
 
 
+# Names of the original, which counts from 1, and of mmpretrain.
+_RENAMES = (
+    (r"\.projection\.", ".proj."),
+    (r"\.DW_conv\.", ".conv0."),
+    (r"\.DW_D_conv\.", ".conv_spatial."),
+    (r"\.proj_1\.", ".proj_in."),
+    (r"\.proj_2\.", ".proj_out."),
+    (r"\.spatial_gating_unit\.conv0\.", ".lka.dw."),
+    (r"\.spatial_gating_unit\.conv_spatial\.", ".lka.dw_dilated."),
+    (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"\.layer_scale_([12])$", r".ls\1.gamma"),
+    *PVT_NAMES,
+)
+
+
 class VAN(StagedBackbone):
     """Visual Attention Network.
 
     Args:
-        dims, depths, mlp_ratios: of the four stages.
         norm_eps: of the norm after each stage; the paper's dense networks use 1e-5.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked("dims", "mlp_ratios", norm_eps=number(0, 1, open_below=True))
+    renames = _RENAMES
+
+    @checked("dims", "mlp_ratios")
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 320, 512),
@@ -155,24 +164,6 @@ class VAN(StagedBackbone):
         self.describe_features(dims)
         self.apply(init_fan_out)
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original (which counts from 1) and of mmpretrain."""
-        return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
-
-
-_RENAMES = (
-    (r"\.projection\.", ".proj."),
-    (r"\.DW_conv\.", ".conv0."),
-    (r"\.DW_D_conv\.", ".conv_spatial."),
-    (r"\.proj_1\.", ".proj_in."),
-    (r"\.proj_2\.", ".proj_out."),
-    (r"\.spatial_gating_unit\.conv0\.", ".lka.dw."),
-    (r"\.spatial_gating_unit\.conv_spatial\.", ".lka.dw_dilated."),
-    (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-    (r"\.layer_scale_([12])$", r".ls\1.gamma"),
-    *PVT_NAMES,
-)
 
 _cfg = partial(
     imagenet_cfg,

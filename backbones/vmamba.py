@@ -20,9 +20,9 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, whole
+from backbones.common.checks import whole
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import RATIO, check_widths, checked, widths
+from backbones.core.keywords import check_widths, checked, widths
 from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import TokenStage, make_stages
@@ -40,11 +40,8 @@ class SelectiveScan2d(nn.Module):
 
     (B, H, W, dim) → (B, H, W, dim). See :func:`ops.selective_scan.cross_selective_scan`.
 
-    Args:
-        dim: channels.
-        hidden_dim: channels that are scanned.
-        num_states: states of each of them.
-        gated: multiply the normalised sum by a second projection of the input.
+    ``hidden_dim`` channels of ``num_states`` are scanned. If ``gated``, the normalised sum is
+    multiplied by a second projection of the input.
     """
 
     def __init__(self, dim: int, hidden_dim: int, num_states: int, gated: bool = False) -> None:
@@ -129,18 +126,15 @@ class VMamba(StagedBackbone):
     """VMamba.
 
     Args:
-        dims, depths: of the stages.
         scan_ratio: channels that are scanned relative to ``dims``.
         num_states: states of each of these channels.
-        mlp_ratio: width of the MLPs relative to ``dims``.
         vanilla: the first version: gated scans without MLPs, and patches of 4×4 and merged squares
             instead of strided convolutions.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
 
-    @checked("dims", dims=widths(2), scan_ratio=RATIO, num_states=whole(1, 256), vanilla=flag)
+    @checked("dims", dims=widths(2), num_states=whole(1, 256))
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),

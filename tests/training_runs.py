@@ -28,7 +28,7 @@ from torch import nn
 
 import train_cls
 from backbones.common.processes import leave_processes
-from backbones.training.run_state import load_state
+from backbones.training.resumable import load_state
 
 # A block without attention, a downsampling, and a block with attention.
 MODEL_ARGS = {"dims": [16, 24], "depths": [1, 1], "attn_dims": [0, 8]}

@@ -36,15 +36,14 @@ def whole(least: int, greatest: int, odd: bool = False) -> Check:
 
 
 def number(least: float, greatest: float, open_below: bool = False) -> Check:
-    """A number in a range; ``open_below`` excludes ``least``."""
+    """A number in a range, as a float; ``open_below`` excludes ``least``."""
 
     def check(name: str, value: Any) -> float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
             raise TypeError(f"{name} must be a number, got {shown(value)}")
         if open_below and value == least:
             raise ValueError(f"{name} must be above {least}, got {value}")
-        _in_range(name, value, least, greatest)
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
+        return float(_in_range(name, value, least, greatest))
 
     return check
 

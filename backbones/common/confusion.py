@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure
+from backbones.common.figures import GRID, INK, drawable, new_figure, save_figure, short
 
 # With more classes than the first, cells carry no figures; with more than the second, a chart of
 # the accuracy by class, without names, replaces the matrix.
@@ -113,7 +113,7 @@ def _draw_cells(axis: Any, matrix: np.ndarray, classes: Sequence[str]) -> None:
     axis.imshow(colors, interpolation="nearest")
     axis.set_xlabel("taken for", fontsize=10.5, color=INK)
     axis.set_ylabel("class", fontsize=10.5, color=INK)
-    names = [_short(name) for name in classes]
+    names = [short(name) for name in classes]
     size = 9 if count <= _FIGURES else 6.5
     turned = max(map(len, names)) > 2
     axis.set_xticks(range(count), names, fontsize=size, rotation=90 if turned else 0)
@@ -152,7 +152,7 @@ def _draw_bars(axis: Any, found: Sequence[tuple[str, str, int]]) -> None:
         axis.text(0, 0.9, "none", transform=axis.transAxes, color=INK, fontsize=10, va="top")
         return
     found = found[:_LISTED]
-    names = [f"{_short(truth)} → {_short(answer)}" for truth, answer, _ in found]
+    names = [f"{short(truth)} → {short(answer)}" for truth, answer, _ in found]
     counts = [count for _, _, count in found]
     axis.barh(range(len(found)), counts, color=_BAR, height=0.72)
     axis.set_yticks(range(len(found)), names)
@@ -160,7 +160,3 @@ def _draw_bars(axis: Any, found: Sequence[tuple[str, str, int]]) -> None:
     axis.set_xlim(0, max(counts) * 1.12)
     for place, count in enumerate(counts):
         axis.text(count + max(counts) * 0.015, place, str(count), va="center", fontsize=8)
-
-
-def _short(name: str) -> str:
-    return drawable(name if len(name) <= 16 else f"{name[:9]}…{name[-6:]}")

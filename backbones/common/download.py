@@ -39,16 +39,12 @@ def downloaded(url: str, label: str = "", cache_dir: str | Path | None = None) -
 
     If the caller raises a :class:`DamagedFileError`, the file is deleted from the cache.
 
-    Args:
-        url: http or https. Different URLs never share a file.
-        label: prefix of the file's name.
-        cache_dir: default: torch hub's.
+    The cache is torch hub's by default; ``label`` is a prefix of the file's name.
 
     Raises:
         ConnectionError: it could not be downloaded completely, or the server sent nothing for
             :data:`TIMEOUT` seconds; it says what to fetch and where to put it.
         CheckpointError: its checksum differs from the one in its name, or the caller's error.
-        OSError: the cache cannot be written.
     """
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / file_name(url, label)
@@ -80,11 +76,7 @@ def _base_name(url: str) -> str:
 
 
 def fetch(url: str, path: Path, checksum: str = "") -> None:
-    """Download ``url`` to ``path`` atomically.
-
-    Args:
-        checksum: prefix of the SHA-256 in hex.
-    """
+    """Download ``url`` to ``path`` atomically; ``checksum`` is a prefix of the SHA-256 in hex."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     digest = hashlib.sha256()
     try:

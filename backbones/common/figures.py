@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +41,8 @@ def style_axis(axis: Any, label: str, below: str = "epoch") -> None:
 
 
 def short(name: str) -> str:
-    """:func:`drawable`, cut off if it is long."""
-    return drawable(name if len(name) <= 15 else f"{name[:14]}…")
+    """:func:`drawable`, without its middle if it is long."""
+    return drawable(name if len(name) <= 16 else f"{name[:9]}…{name[-6:]}")
 
 
 def drawable(name: str) -> str:
@@ -52,17 +50,10 @@ def drawable(name: str) -> str:
     return one_line(name).encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
-@contextmanager
-def quiet_about_glyphs() -> Iterator[None]:
-    """Suppress warnings about characters that the font lacks."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        yield
-
-
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG atomically."""
     data = io.BytesIO()
-    with quiet_about_glyphs():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # the font
         figure.savefig(data, format="png")
     write_atomically(path, lambda file: file.write(data.getvalue()))

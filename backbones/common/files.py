@@ -62,10 +62,7 @@ def replacing(path: Path, unique: bool = False) -> Iterator[Path]:
     """A temporary path next to ``path``; at the end, it is flushed to disk and renamed.
 
     If the block raises, the temporary file is removed and ``path`` is unchanged. Links are
-    followed.
-
-    Args:
-        unique: use another temporary name each time, for processes that write the same file.
+    followed. ``unique`` names are for processes that write the same file.
     """
     target = Path(os.path.realpath(path))
     number = f".{secrets.token_hex(4)}" if unique else ""
@@ -86,10 +83,8 @@ def replacing(path: Path, unique: bool = False) -> Iterator[Path]:
 def replacing_together(path: Path) -> Iterator[Path]:
     """A temporary path with the same name, for libraries that write further files next to it.
 
-    Files whose names extend that of ``path`` are moved along; any others are deleted.
-
-    Raises:
-        FileError: ``path`` could not be written completely and is unchanged.
+    Files whose names extend that of ``path`` are moved along; any others are deleted. If it fails,
+    ``path`` is unchanged.
     """
     scratch = path.parent / f".export-{secrets.token_hex(4)}"
     try:

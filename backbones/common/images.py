@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, Generic, TypeVar
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError, features
+from PIL import ExifTags, Image, features
 
 from backbones.common.files import file_problem
 from backbones.common.messages import one_line
@@ -36,7 +36,6 @@ _FORMATS = (
     *("ICO", "CUR", "ICNS", "PSD", "DDS", "PCX", "DCX", "SGI", "SUN", "FITS", "XBM", "XPM", "TGA"),
     *("IM", "IMT", "BLP", "FLI", "FTEX", "GBR", "IPTC", "MCIDAS", "MSP", "PCD", "PIXAR", "SPIDER"),
 )
-_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
 # Of pixels (H, W, …), by EXIF orientation.
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -71,12 +70,7 @@ _Name = TypeVar("_Name", str, Path)
 
 @dataclass(frozen=True)
 class Listing(Generic[_Name]):
-    """Files found in folders.
-
-    Attributes:
-        images: with an image's ending.
-        others: the rest, which are skipped.
-    """
+    """Files found in folders, with an image's ending and without."""
 
     images: list[_Name]
     others: list[_Name]
@@ -105,15 +99,10 @@ def list_below(folder: str | Path) -> Listing[str]:
 
 @dataclass
 class Skipped:
-    """Files that were skipped, because their names don't end like an image's.
-
-    Attributes:
-        count: how many.
-        names: of the first ones.
-    """
+    """Files that were skipped, because their names don't end like an image's."""
 
     count: int = 0
-    names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # of the first ones
 
     def add(self, names: Sequence[str], count: int | None = None) -> None:
         """Add ``count`` files, of which the first have these names; None for as many as names."""
@@ -131,41 +120,16 @@ class Skipped:
 
 
 def opened(source: str | Path | IO[bytes]) -> Image.Image:
-    """``PIL.Image.open`` restricted to formats that start no other program.
-
-    Raises:
-        PIL.UnidentifiedImageError: another format, or not an image.
-        others of :data:`DECODE_ERRORS`: a missing file, or one that claims to be huge.
-    """
+    """``PIL.Image.open`` restricted to formats that start no other program."""
     Image.init()
-    try:
-        return Image.open(source, formats=[f for f in _FORMATS if f in Image.OPEN])
-    except UnidentifiedImageError as error:
-        if not _first_bytes(source).startswith(_POSTSCRIPT):
-            raise
-        raise UnidentifiedImageError(
-            "PostScript (EPS) is a program and is not executed: convert the image to PNG"
-        ) from error
-
-
-def _first_bytes(source: str | Path | IO[bytes]) -> bytes:
-    if isinstance(source, (str, Path)):
-        with open(source, "rb") as file:
-            return file.read(4)
-    source.seek(0)
-    return source.read(4)
+    return Image.open(source, formats=[f for f in _FORMATS if f in Image.OPEN])
 
 
 def open_image(source: str | Path | IO[bytes], mode: str = "RGB") -> Image.Image:
     """Decode an image file to 8 bits per channel, upright; of several frames, the first.
 
-    Args:
-        source: a path, or an open file, which stays open.
-        mode: ``RGB``, or ``L`` for greyscale.
-
-    Raises:
-        one of :data:`DECODE_ERRORS`: an incomplete image, one that claims to be huge, or values
-            without a known range, see :func:`as_8_bits`.
+    An open file stays open; ``mode`` is ``RGB``, or ``L`` for greyscale. Damaged images, and values
+    without a known range (:func:`as_8_bits`), raise one of :data:`DECODE_ERRORS`.
     """
     with opened(source) as image:
         image.load()

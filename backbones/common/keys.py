@@ -23,23 +23,15 @@ from backbones.common.messages import joined_lines, shown
 
 @dataclass(frozen=True)
 class Range:
-    """The allowed range of a number, of the numbers in a list, or of a mapping's values.
-
-    Attributes:
-        low, high: inclusive bounds.
-        above, below: exclusive bounds, instead of ``low`` or ``high``.
-        counts: allowed lengths of a list; empty for any.
-        rising: the numbers of a list must increase.
-        keys: the range of a mapping's keys.
-    """
+    """The allowed range of a number, of the numbers in a list, or of a mapping's values."""
 
     low: float = -math.inf
     high: float = math.inf
-    above: float = -math.inf
+    above: float = -math.inf  # exclusive bounds, instead of low or high
     below: float = math.inf
-    counts: Sequence[int] = ()
-    rising: bool = False
-    keys: Range | None = None
+    counts: Sequence[int] = ()  # allowed lengths of a list; empty for any
+    rising: bool = False  # the numbers of a list must increase
+    keys: Range | None = None  # of a mapping's keys
 
     def holds(self, value: Any) -> bool:
         """Whether ``value``, a number, a list of numbers or a mapping to numbers, is in range."""
@@ -76,12 +68,9 @@ class Range:
 
 
 def key(group: str, default: Any, help: str, allowed: Range | Sequence[Any] = ()) -> Any:
-    """A field of a recipe.
+    """A field of a recipe, of a type's values those ``allowed``, if any.
 
-    Args:
-        group: heading under which it is listed; ``"run"`` for keys that don't affect results.
-        help: its line in ``--help`` and in written recipes.
-        allowed: range, or values; empty for any value of its type.
+    Keys of the group ``"run"`` don't affect results.
     """
     metadata = {"group": group, "help": help, "allowed": allowed}
     if isinstance(default, dict):
@@ -264,11 +253,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
-
-    Raises:
-        ValueError: not YAML, or a duplicate key; the message is one line.
-    """
+    """The value of a YAML text; a ValueError of one line if it is none, or has duplicate keys."""
     try:
         return yaml.load(text, _Loader)
     except RecursionError:

@@ -23,11 +23,8 @@ class FolderLock:
     """An exclusive ``flock`` on the file :data:`LOCK_NAME` in a folder.
 
     The system releases it when the process ends, in whatever way; a remaining file has no meaning.
-    Forked children, such as loader processes, do not hold it.
-
-    Attributes:
-        problem: why there is no lock, if the system or file system does not support it; "" if
-            there is.
+    Forked children, such as loader processes, do not hold it. If the system or file system does not
+    support locks, ``problem`` says so.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -25,12 +25,9 @@ _PRIMITIVE_BYTES = 128 << 10
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of live tensors that were created inside the block.
+    """Counts the bytes of live tensors that were created inside the block: ``now`` and at ``peak``.
 
-    Attributes:
-        now, peak: bytes.
-        weights: bytes of the weights of all convolutions.
-        convolutions: the shapes of their inputs and weights.
+    And those of the ``weights`` of all ``convolutions``, whose shapes of input and weight it keeps.
     """
 
     def __init__(self) -> None:
@@ -72,18 +69,16 @@ def _storages(tree: Any) -> list[torch.UntypedStorage]:
 def measure_memory(network: Callable[[Tensor], Tensor], x: Tensor) -> tuple[float, int]:
     """Memory that ``network`` needs for its inputs.
 
-    Args:
-        network: with memory proportional to its input. It runs twice, to exclude what it creates
-            and keeps in the first call, such as packed weights.
-        x: (B, C, H, W), small but as large as two windows.
+    It is proportional to the input, of which ``x``, (B, C, H, W), is a small one, but as large as
+    two windows. The network runs twice, to exclude what it creates and keeps in the first call,
+    such as packed weights.
 
     Returns:
         Peak memory over the pixels of ``x``, with a margin; bytes that a fused network keeps for
         each shape of inputs, above all weights in the layouts that oneDNN chooses for them.
     """
     network(x)
-    live = _LiveTensors()
-    with live:
+    with (live := _LiveTensors()):
         network(x)
     per_pixel = _MARGIN * live.peak / (x.shape[0] * x.shape[2] * x.shape[3])
     return per_pixel, live.weights + _PRIMITIVE_BYTES * len(live.convolutions)
@@ -91,8 +86,7 @@ def measure_memory(network: Callable[[Tensor], Tensor], x: Tensor) -> tuple[floa
 
 def live_bytes(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
     """Peak number of bytes of live tensors created by ``network(x)``."""
-    live = _LiveTensors()
-    with live:
+    with (live := _LiveTensors()):
         network(x)
     return live.peak
 
@@ -100,15 +94,9 @@ def live_bytes(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
 def peak_bytes(network: nn.Module, shape: Sequence[int]) -> float:
     """Bytes that ``network`` needs for an input of that shape, without weights and without running.
 
-    A copy is traced on the meta device. Workspaces of kernels and memory kept by the allocator are
-    not included.
-
-    Args:
-        network: with plain layers; fused ones work in tiles.
-        shape: (B, C, H, W), of images in the network's dtype.
-
-    Returns:
-        Bytes; infinity if a tensor would exceed the address space.
+    Infinity if a tensor would exceed the address space. A copy is traced on the meta device, which
+    must not be fused, since fused layers work in tiles. Workspaces of kernels and memory kept by
+    the allocator are not included.
     """
     shadow = copy.deepcopy(network).to("meta").eval()
     try:
@@ -135,11 +123,7 @@ def used_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device, unknown: int = 4 * 2**30) -> int:
-    """Available bytes of the GPU, or of main memory within the control group.
-
-    Args:
-        unknown: returned if the system does not provide it.
-    """
+    """Available bytes of the GPU, or of main memory within the control group, or ``unknown``."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     sizes = []

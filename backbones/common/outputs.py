@@ -21,15 +21,10 @@ from backbones.common.images import has_image_ending
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of output file.
+    """A kind of output file."""
 
-    Attributes:
-        endings: of its names, in lower case; the first is the usual one.
-        begins: a regular expression for how an earlier file of this kind begins.
-    """
-
-    endings: tuple[str, ...]
-    begins: bytes
+    endings: tuple[str, ...]  # of its names, in lower case; the first is the usual one
+    begins: bytes  # a regular expression for how an earlier file of this kind begins
 
 
 def csv_of(*columns: str) -> Kind:

@@ -91,8 +91,7 @@ class Consensus:
 def world_of_processes(device: str | None) -> Iterator[World]:
     """Join the processes that torchrun started, if any, and leave the group at the end.
 
-    Args:
-        device: ``cpu``, ``cuda``, ``cuda:1``, …; None for a GPU if there is one.
+    Without ``device``, it is a GPU if there is one.
     """
     size = _world_size()
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -14,15 +14,9 @@ _BAR = "{desc} {percentage:3.0f}% {bar} {n}/{total}  {postfix}"
 
 
 class Progress:
-    """A progress bar on a terminal; elsewhere, occasional lines.
+    """A progress bar on a terminal (default: standard output); elsewhere, occasional lines.
 
-    Args:
-        active: whether anything is shown at all.
-        stream: where; None for standard output.
-        seconds_between_lines: without a terminal.
-
-    Attributes:
-        done: steps so far.
+    Nothing is shown unless ``active``. ``done`` counts the steps so far.
     """
 
     def __init__(

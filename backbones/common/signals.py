@@ -10,11 +10,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """The received signal.
-
-    Attributes:
-        signal: its number; 0 if none was received.
-    """
+    """The number of the received ``signal``; 0 if there was none."""
 
     def __init__(self) -> None:
         self.signal = 0

@@ -8,11 +8,7 @@ from collections.abc import Sequence
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, last_left: bool = False
 ) -> str:
-    """A text table; the first ``left`` columns are left-aligned, the others right-aligned.
-
-    Args:
-        last_left: left-align the last column, too.
-    """
+    """A text table; the first ``left`` columns, and the ``last_left``, are left-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
     for row in (head, ["─" * width for width in widths], *rows):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from backbones.common.checks import one_of
 from backbones.core.keywords import FEATURES, KEYWORDS, POOLINGS, checked
+from backbones.core.published import Rename, renamed
 from backbones.core.stage import Stage, map_of
 from backbones.fusing.fuse import FusableBackbone
 from ops.arguments import require_tensor
@@ -30,7 +31,11 @@ class StagedBackbone(FusableBackbone):
 
     Families share these keywords; a constructor lists those that it has.
 
-    Keyword Args:
+    Args:
+        dims, depths, num_heads: channels, blocks and attention heads of each stage; ``dim`` of all.
+        mlp_ratio, mlp_ratios: width of the MLPs relative to the stage's, of all or each stage.
+        stem_dim, head_hidden_dim: channels of the first convolution, and before the classifier.
+        norm_eps: of the norms.
         num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
@@ -43,10 +48,6 @@ class StagedBackbone(FusableBackbone):
         pyramid: return a pyramid at strides 4 to 32 derived from the last map, not the blocks'
             maps.
 
-    Raises:
-        ValueError: an argument is out of range, or does not fit another: heads that don't divide
-            the channels, or a sequence of another length than ``depths``.
-
     Class attributes:
         classifier: path of the last linear layer (a tuple of paths where there are several).
         first_conv: path of the first convolution, which is adapted to ``in_chans``.
@@ -58,6 +59,7 @@ class StagedBackbone(FusableBackbone):
         poolings: allowed values of ``global_pool``.
         optional_parts: name prefixes of parts that checkpoints may lack, or have for other classes;
             these keep their initial values.
+        renames: patterns of published names of tensors and ours, applied in order.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -67,6 +69,7 @@ class StagedBackbone(FusableBackbone):
     classifies_maps: bool = False
     poolings: tuple[str, ...] = POOLINGS
     optional_parts: tuple[str, ...] = ()
+    renames: tuple[Rename, ...] = ()
 
     stem: nn.Module
     norm: nn.Module
@@ -102,12 +105,8 @@ class StagedBackbone(FusableBackbone):
             head_hidden_size: width before the classifier; default: that of the last stage.
             stem_features: ``(child of stem, channels, reduction)`` of maps inside the stem that
                 precede the stages' features, so that a stride-16 network has a full pyramid.
-            out_norms: normalise the returned maps (not those passed to the next stage), as
-                detectors do: all of them, none, or the listed stages.
+            out_norms: see the class; maps passed to the next stage are not normalised.
             out_norm_layer: creates such a norm from a number of channels.
-
-        Raises:
-            ValueError: ``out_norms`` names an unknown stage, or there is no ``out_norm_layer``.
         """
         strides = [4 * 2**i for i in range(len(dims))] if reductions is None else reductions
         self.stem_taps = tuple(child for child, _, _ in stem_features)
@@ -130,8 +129,19 @@ class StagedBackbone(FusableBackbone):
             self.out_norms[str(i)] = out_norm_layer(dims[i])
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename a published checkpoint's tensors to our names; our own names must be kept."""
-        return state_dict
+        """Rename a published checkpoint's tensors to our names; our own names must be kept.
+
+        Where shapes differ in axes of 1, as of linear layers and pointwise convolutions, ours are
+        taken.
+        """
+        own, converted = self.state_dict(), {}
+        for key, tensor in state_dict.items():
+            name = renamed(key, self.renames)
+            shape = own[name].shape if name in own else tensor.shape
+            if shape != tensor.shape and _without_ones(shape) == _without_ones(tensor.shape):
+                tensor = tensor.reshape(shape)
+            converted[name] = tensor
+        return converted
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """``tensor`` adapted to ``shape``, or None if that is impossible.
@@ -198,10 +208,6 @@ class StagedBackbone(FusableBackbone):
 
         Returns:
             The normalised last map and the list of selected maps, or only the list.
-
-        Raises:
-            TypeError: ``x`` is not a tensor, or indices are not integers.
-            ValueError: an index out of range, or an unknown format.
         """
         require_tensor("x", x)
         check_format(output_fmt)
@@ -234,10 +240,7 @@ class StagedBackbone(FusableBackbone):
         return (self.norm(last_map) if ran_all else last_map), maps
 
     def stage_feature(self, stage: int, output: Any, norm: bool = False) -> Tensor:
-        """The map that is returned for a stage.
-
-        ``output`` is what it returned; ``norm`` applies the final norm if it has no output norm.
-        """
+        """The map of a stage's ``output``, with its output norm or, if ``norm``, the final one."""
         x = map_of(output)
         if str(stage) in self.out_norms:
             x = self.out_norms[str(stage)](x)
@@ -298,11 +301,7 @@ class StagedBackbone(FusableBackbone):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by an untrained one; with 0 classes, pooled features are returned.
 
-        The new one has the model's dtype, device and mode.
-
-        Args:
-            num_classes: ≥ 0.
-            global_pool: new pooling (``"avg"``, ``"max"``, …, ``""`` for none); default: unchanged.
+        ``global_pool`` is the new pooling (``""`` for none); default: unchanged.
         """
         num_classes = KEYWORDS["num_classes"]("num_classes", num_classes)
         self._check_pooling(num_classes, global_pool)
@@ -355,6 +354,10 @@ def check_format(output_fmt: str) -> None:
     """Raise a ValueError for layouts other than NCHW and NHWC."""
     if output_fmt not in ("NCHW", "NHWC"):
         raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+
+
+def _without_ones(shape: torch.Size) -> list[int]:
+    return [side for side in shape if side != 1]
 
 
 def _chosen_stages(out_norms: bool | Sequence[int], count: int) -> list[int]:

@@ -283,14 +283,10 @@ def load_pretrained(
     published: Mapping[str, PretrainedCfg],
     cache_dir: str | Path | None = None,
 ) -> LoadReport:
-    """Load the published weights of a model: from its cfg, the cache, or the network.
+    """Load the published weights of a model: from its cfg, the cache (torch hub's), or the network.
 
-    Args:
-        name: of the model, for messages and the cache.
-        cfg: has a ``file`` (or a folder written by timm's ``save_for_hf``), a ``state_dict``,
-            a ``url`` or a ``hf_hub_id``.
-        published: all cfgs of the model by tag, for the error message if ``cfg`` has no weights.
-        cache_dir: default: torch hub's.
+    ``cfg`` has a ``file`` (or a folder written by timm's ``save_for_hf``), a ``state_dict``, a
+    ``url`` or a ``hf_hub_id``; if none, an error lists the ``published`` ones, by tag.
     """
     if cfg.state_dict is not None:
         return load_checkpoint(model, cfg.state_dict)

@@ -32,8 +32,7 @@ def size_of(model: Any) -> tuple[int, int]:
 def preprocessing_of(model: Any, **settings: Any) -> dict[str, Any]:
     """``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
 
-    Args:
-        **settings: these, where they are not None, instead of the model's own.
+    ``settings`` replace the model's own where they are not None.
     """
     channels = channels_of(model)
     settings.setdefault("input_size", (channels, *size_of(model)))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone, check_format
+from backbones.core.published import Rename, renamed
 from ops.arguments import require_tensor
 from ops.position import resize_position_table
 from ops.pyramid import SimplePyramid
@@ -37,10 +38,7 @@ class IsotropicBackbone(StagedBackbone):
     def describe_blocks(self, dim: int, *, stride: int = 16, pyramid: bool = False) -> None:
         """Declare the feature maps; call it after all submodules have been created.
 
-        Args:
-            dim: channels of all blocks.
-            stride: of all maps relative to the image, a multiple of 4.
-            pyramid: return a pyramid derived from the last map instead of the blocks' maps.
+        ``stride`` is that of all blocks relative to the image, a multiple of 4.
         """
         places = [
             (i, j)
@@ -72,6 +70,13 @@ class IsotropicBackbone(StagedBackbone):
         """Replace a number of a block in the whole network; of other variants, it is left."""
         number = int(match[1])
         return f"{self.block_name(number)}." if number < len(self._places) else match[0]
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Like the base's; blocks are numbered through all stages."""
+        places: tuple[Rename, ...] = ((r"^(?:blocks|layers)\.(\d+)\.", self.place_block),)
+        return super().convert_state_dict(
+            {renamed(key, places): tensor for key, tensor in state_dict.items()}
+        )
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Adapts the first convolution and position embeddings."""
@@ -134,31 +139,17 @@ class IsotropicBackbone(StagedBackbone):
             maps = self.pyramid(last if norm else x, taken)
         else:
             whole = not (stop_early or intermediates_only) or taken[-1] + 1 == len(self._places)
-            x, maps = self._run_until(x, taken, self.count_features() if whole else taken[-1] + 1)
+            end, maps = self.count_features() if whole else taken[-1] + 1, []
+            for number, (i, j) in enumerate(self._places[:end]):
+                x = self.stages[i](x, j, j + 1)
+                if number in taken:
+                    maps.append(x)
             last = self.norm(x) if whole else x
             if norm:
                 maps = [self.norm(m) for m in maps]
         if output_fmt == "NHWC":
             maps = [m.permute(0, 2, 3, 1) for m in maps]
         return maps if intermediates_only else (last, maps)
-
-    def _run_until(self, x: Tensor, taken: Sequence[int], end: int) -> tuple[Tensor, list[Tensor]]:
-        """The output of the first ``end`` blocks, and the outputs of the selected ones."""
-        maps = []
-        before = 0  # number of blocks in the previous stages
-        for stage in self.stages:
-            if before >= end:
-                break
-            count = len(stage.blocks)  # type: ignore[arg-type]
-            selected = {i - before + 1 for i in taken if before <= i < before + count}
-            first = 0
-            for stop in sorted(selected | {min(count, end - before)}):
-                x = stage(x, first, stop)
-                first = stop
-                if stop in selected:
-                    maps.append(x)
-            before += count
-        return x, maps
 
     def prune_intermediate_layers(
         self,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from backbones.common.checkpoint_files import CheckpointError
+from backbones.common.console import silence
 from backbones.common.errors import CREATION_ERRORS, CommandError, RecipeError, memory_shortage
 from backbones.common.keys import Range, fields_of, key, made_of, parse_yaml, read_mapping
 from backbones.common.messages import first_line, one_line, shown
@@ -58,20 +56,13 @@ class NetworkKeys:
 
 @dataclass
 class Loaded:
-    """A model in eval mode, with information found next to its checkpoint.
-
-    Attributes:
-        name: of the architecture.
-        recipe: what the recipe of its training says of it; None if there is none.
-        report: the :class:`backbones.LoadReport` of loading; None without a checkpoint.
-        classes: class names by index; empty if unknown.
-    """
+    """A model in eval mode, with information found next to its checkpoint."""
 
     model: Any
-    name: str
+    name: str  # of the architecture
     recipe: NetworkKeys | None = None
-    classes: list[str] = field(default_factory=list)
-    report: Any = None
+    classes: list[str] = field(default_factory=list)  # names by index; empty if unknown
+    report: Any = None  # the LoadReport, with a checkpoint
 
 
 def create(name: str, **kwargs: Any) -> Any:
@@ -132,7 +123,7 @@ def load(name: str | None, checkpoint: Path | None, pretrained: bool = False) ->
             arguments["global_pool"] = recipe.global_pool
     model = create(name, **arguments)
     tensors = read_checkpoint(checkpoint)
-    with quiet():
+    with silence():  # the commands report problems themselves
         count = class_count(model, tensors)
         if count is not None and count != model.num_classes:
             model.reset_classifier(count)
@@ -144,10 +135,7 @@ def load(name: str | None, checkpoint: Path | None, pretrained: bool = False) ->
 
 
 def preprocessing(loaded: Loaded) -> dict[str, Any]:
-    """``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
-
-    Taken from the training recipe if there is one, else from the published weights.
-    """
+    """:func:`preprocessing_of`, by the training recipe if there is one."""
     if loaded.recipe is not None:
         return preprocessing_by(loaded.recipe, loaded.model)
     return preprocessing_of(loaded.model)
@@ -181,18 +169,6 @@ def class_count(model: Any, tensors: dict[str, Any]) -> int | None:
         if name in converted:
             return len(converted[name])
     return None
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the log of checkpoint loading; the commands report problems themselves."""
-    log = logging.getLogger("backbones.core.checkpoint")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _metadata(checkpoint: Path) -> dict[str, str]:

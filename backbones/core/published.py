@@ -6,21 +6,15 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from backbones.core.base import StagedBackbone
-
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
 def imagenet_cfg(
-    model_class: type[StagedBackbone], file: str = "", *, url: str = "{}", **entries: Any
+    model_class: Any, file: str = "", *, url: str = "{}", **entries: Any
 ) -> dict[str, Any]:
-    """The cfg of weights, by default for ImageNet-1k at 224×224.
+    """The cfg of weights, by default for ImageNet-1k at 224×224; ``entries`` replace or add others.
 
-    Args:
-        model_class: the family's class.
-        file: replaces ``{}`` in ``url``.
-        url: of the weights; empty if there are none.
-        **entries: of the cfg, others than the usual ones or in addition to them.
+    ``file`` replaces ``{}`` in ``url``, which is empty if there are no weights.
     """
     return {
         "url": url.format(file),
@@ -49,11 +43,39 @@ def stem_layer(match: re.Match[str]) -> str:
     return f"stem.{layer}.{('conv', 'norm')[part]}."
 
 
+def downsampling_apart(key: str) -> str:
+    """The name of a layer in EfficientViT or SHViT, which count downsampling among the blocks."""
+    if match := re.match(r"patch_embed\.(?:conv)?(\d)\.", key):
+        # timm counts convolutions from 1, the original also the activations between them.
+        child = int(match[1]) - 1 if "conv" in match[0] else int(match[1]) // 2
+        return f"stem.{child}.{key[match.end() :]}"
+    if match := re.match(r"blocks(\d)\.(\d+)\.", key):
+        stage, place, rest = int(match[1]) - 1, int(match[2]), key[match.end() :]
+        parts = ("res1.", "patchmerge.", "res2.")
+        if stage == 0 or place >= len(parts):
+            place -= len(parts) if stage else 0
+            return f"stages.{stage}.blocks.{place}.{rest}"
+        key = f"stages.{stage}.downsample.{parts[place]}{rest}"
+    key = re.sub(r"\.downsample\.res1\.", ".downsample.", key)
+    key = re.sub(r"\.downsample\.patchmerge\.", ".downsample.2.", key)
+    return re.sub(r"\.downsample\.res2\.(\d)\.", lambda m: f".downsample.{int(m[1]) + 3}.", key)
+
+
 def _counted_from_1(name: str) -> Callable[[re.Match[str]], str]:
     return lambda match: name.format(int(match[1]) - 1)
 
 
 _HEAD: Rename = (r"^head\.(weight|bias)$", r"head.fc.\1")
+# Of EfficientViT and SHViT, after :func:`downsampling_apart`. A second head is for distillation.
+FAST_NAMES: tuple[Rename, ...] = (
+    (r"\.downsample\.2\.conv1\.", ".downsample.2.expand."),
+    (r"\.downsample\.2\.conv2\.", ".downsample.2.reduce."),
+    (r"\.downsample\.2\.conv3\.", ".downsample.2.project."),
+    (r"^stem\.([012])\.(weight|bias)$", r"stem.\1.conv.\2"),
+    (r"^head(_dist)?\.norm\.", r"head.fc\1.norm."),
+    (r"^head(_dist)?\.l(?:inear)?\.", r"head.fc\1.linear."),
+    (r"^head(_dist)?\.(weight|bias)$", r"head.fc\1.\2"),
+)
 # Of originals in Swin Transformer's layout, where downsampling belongs to the previous stage.
 SWIN_NAMES: tuple[Rename, ...] = (
     (r"^patch_embed\.proj\.", "stem.conv."),

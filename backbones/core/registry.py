@@ -73,10 +73,7 @@ def register_variants(module: str) -> None:
     timm has a model of that name. A model that can return maps of its stem (``stem_features``) or
     derive a pyramid from one map (``pyramid``) is registered with timm a second time, as
     ``<name>_pyramid`` with that option on, for libraries that create encoders through timm and need
-    a pyramid from stride 2 or 4.
-
-    Args:
-        module: ``__name__`` of the module that calls this, below its variants.
+    a pyramid from stride 2 or 4. Modules call it with their ``__name__``, below their variants.
     """
     for name, value in list(vars(sys.modules[module]).items()):
         if isinstance(value, FunctionType) and value in _unnamed:
@@ -140,10 +137,6 @@ def list_models(
         filter: shell pattern or patterns, such as ``"van*"``; empty for all.
         pretrained: only those whose weights can be downloaded, as ``name.tag``.
         family: only those of one family, see :func:`list_families`.
-
-    Raises:
-        ValueError: an unknown family.
-        TypeError: a filter or family that is not a string, or ``pretrained`` that is not a bool.
     """
     if family is not None and text("family", family) not in list_families():
         raise ValueError(_unknown("family", family, list_families()))
@@ -235,8 +228,7 @@ def build_model(
 ) -> Any:
     """Create ``model_class(**defaults, **kwargs)``, load weights, and wrap it for features.
 
-    ``defaults`` are the variant's arguments, ``kwargs`` the caller's: options of the factory (see
-    :func:`create_model`) and of the class.
+    ``kwargs`` are the caller's, of :func:`create_model` and of the class.
     """
     options = dict(kwargs)
     checkpoint_path = options.pop("checkpoint_path", None)
@@ -311,10 +303,6 @@ def fuse(
     Args:
         dtype, channels_last, calibrate, max_drop: see
             :meth:`backbones.fusing.fuse.FusableBackbone.fuse`.
-
-    Raises:
-        TypeError: ``model`` is not a module, or ``dtype`` no torch.dtype.
-        ValueError: an argument is invalid, or the model takes no such images.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")

@@ -9,15 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Unmet:
-    """A package that is missing or has an incompatible version.
+    """A package that is missing or has an incompatible version."""
 
-    Attributes:
-        requirement: name and version specifier, for pip.
-        found: the installed version; None if there is none.
-    """
-
-    requirement: str
-    found: str | None
+    requirement: str  # name and version specifier, for pip
+    found: str | None  # the installed version
 
     @property
     def fix(self) -> str:

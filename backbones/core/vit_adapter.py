@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from backbones.common.checks import one_of, whole
+from backbones.common.checks import one_of
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import RATIO, checked
+from backbones.core.keywords import checked
 from backbones.core.published import renamed
 from ops.arguments import require_tensor
 from ops.attention.deformable import DeformableAttention, pixel_centres
@@ -232,21 +232,9 @@ class ViTAdapter(nn.Module):
 
     Attributes:
         feature_info: channels and strides of the maps, as of ``features_only`` models.
-
-    Raises:
-        TypeError: not a single-resolution backbone of this library.
-        ValueError: a fused one, one with ``pyramid=True``, a stride other than 16, another number
-            of stages than four with ``add_tokens="each"``, or heads that don't divide the channels.
     """
 
-    @checked(
-        network=_plain_network,
-        num_heads=whole(1, 1024),
-        points=whole(1, 64),
-        value_ratio=RATIO,
-        ffn_ratio=RATIO,
-        add_tokens=one_of("last", "each", "none"),
-    )
+    @checked(network=_plain_network, add_tokens=one_of("last", "each", "none"))
     def __init__(
         self,
         network: IsotropicBackbone,

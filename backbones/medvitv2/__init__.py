@@ -26,9 +26,9 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import one_or_several, several
+from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
-from backbones.core.keywords import CHANNELS, SHARE, WINDOW, checked
+from backbones.core.keywords import CHANNELS, SHARE, checked
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
@@ -39,17 +39,6 @@ from ops.conv import ConvNorm
 from ops.init import init_trunc_normal
 
 __all__ = ["MedViTV2"]
-
-
-def _stem(in_chans: int, dims: Sequence[int]) -> nn.Sequential:
-    """Four 3×3 convolutions: (B, in_chans, H, W) → (B, dims[-1], ⌈H/4⌉, ⌈W/4⌉)."""
-    widths = (in_chans, *dims, dims[-1])
-    return nn.Sequential(
-        *(
-            ConvNorm(widths[i], widths[i + 1], 3, stride, act_layer=nn.ReLU)
-            for i, stride in enumerate((2, 1, 1, 2))
-        )
-    )
 
 
 def _downsample(in_dim: int, dim: int | None, stride: int) -> nn.Module:
@@ -81,7 +70,6 @@ class MedViTV2(StagedBackbone):
         window_size: of neighborhood attention.
         dilation: of neighborhood attention: one for all stages, or one per stage. The published
             weights use none.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -89,15 +77,7 @@ class MedViTV2(StagedBackbone):
     # an unused feed-forward in every global block.
     unused_parameters: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
 
-    @checked(
-        "dims",
-        "sr_ratios",
-        stem_dims=several(CHANNELS, count=3),
-        sr_ratios=several(WINDOW),
-        head_dim=CHANNELS,
-        mix_ratio=SHARE,
-        dilation=one_or_several(WINDOW),
-    )
+    @checked("dims", "sr_ratios", stem_dims=several(CHANNELS, count=3), mix_ratio=SHARE)
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -127,7 +107,13 @@ class MedViTV2(StagedBackbone):
             raise ValueError(f"dims must be multiples of head_dim {head_dim}, got {tuple(dims)}")
         self.depths = tuple(depths)
         rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self.stem = _stem(in_chans, stem_dims)
+        widths = (in_chans, *stem_dims, stem_dims[-1])
+        self.stem = nn.Sequential(
+            *(
+                ConvNorm(widths[i], widths[i + 1], 3, stride, act_layer=nn.ReLU)
+                for i, stride in enumerate((2, 1, 1, 2))
+            )
+        )
         stages = []
         in_dim = stem_dims[-1]
         for i, dim in enumerate(dims):
@@ -166,14 +152,11 @@ class MedViTV2(StagedBackbone):
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, which counts blocks through all stages.
 
-        Its squeeze-and-excitation uses linear layers. Missing grids are the model's constants.
+        Missing grids are the model's constants.
         """
-        converted = {}
-        for key, tensor in state_dict.items():
-            name = _convert_key(key, self.depths)
-            if re.search(r"\.se\.fc[12]\.weight$", name) and tensor.ndim == 2:
-                tensor = tensor[:, :, None, None]
-            converted[name] = tensor
+        converted = super().convert_state_dict(
+            {_convert_key(key, self.depths): tensor for key, tensor in state_dict.items()}
+        )
         for name, parameter in self.named_parameters():
             if name.endswith(".grid") and name.replace(".grid", ".linear.weight") in converted:
                 converted.setdefault(name, parameter.detach())
@@ -263,12 +246,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 medvitv2_tiny = variant(MedViTV2, dims=(64, 128, 192, 384), depths=(2, 2, 6, 1), drop_path_rate=0.1)
-medvitv2_small = variant(
-    MedViTV2, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), drop_path_rate=0.1
-)
-medvitv2_base = variant(MedViTV2, dims=(96, 192, 384, 768), depths=(2, 2, 6, 2), drop_path_rate=0.2)
-medvitv2_large = variant(
-    MedViTV2, dims=(96, 256, 512, 1024), depths=(2, 2, 6, 2), drop_path_rate=0.2
-)
+medvitv2_small = variant(MedViTV2, drop_path_rate=0.1)
+medvitv2_base = variant(MedViTV2, dims=(96, 192, 384, 768), drop_path_rate=0.2)
+medvitv2_large = variant(MedViTV2, dims=(96, 256, 512, 1024), drop_path_rate=0.2)
 
 register_variants(__name__)

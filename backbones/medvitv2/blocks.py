@@ -45,10 +45,7 @@ def apply_reinterpreted(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class LocalBlock(nn.Module):
-    """Neighborhood attention, then a convolutional feed-forward.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
+    """Neighborhood attention, then a convolutional feed-forward, on (B, dim, H, W)."""
 
     def __init__(
         self, dim: int, head_dim: int, window_size: int, dilation: int, ffn_kernel: int, drop: float
@@ -78,10 +75,10 @@ class LocalBlock(nn.Module):
 
 
 class FoldedLocalBlock(nn.Module):
-    """A local block in eval mode with its second norm folded.
+    """A local block in eval mode with its second norm folded, on (B, dim, H, W).
 
-    (B, dim, H, W) → (B, dim, H, W). The norm is also on a shortcut: with ``n = norm2(x)``,
-    ``x + n + ffn(n)`` becomes ``x + scale * x + folded_ffn(x)``.
+    The norm is also on a shortcut: with ``n = norm2(x)``, ``x + n + ffn(n)`` becomes
+    ``x + scale * x + folded_ffn(x)``.
     """
 
     def __init__(self, block: LocalBlock) -> None:
@@ -102,10 +99,7 @@ class FoldedLocalBlock(nn.Module):
 
 
 class GroupedConv(nn.Module):
-    """Multi-head convolutional attention: a grouped 3×3 convolution and a pointwise one.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
+    """Multi-head convolutional attention: grouped 3×3 and pointwise, on (B, dim, H, W)."""
 
     def __init__(self, dim: int, head_dim: int) -> None:
         super().__init__()

@@ -70,11 +70,6 @@ class VisionBackbone(BaseModule):
     Attributes:
         channels: of the returned maps, the ``in_channels`` of a neck or head.
         reductions: their strides.
-
-    Raises:
-        ValueError: an unknown name, invalid ``out_indices`` or ``frozen_stages``, or an
-            ``init_cfg`` that is not ``Pretrained``.
-        TypeError: an unknown argument of the architecture.
     """
 
     _is_init: bool
@@ -195,10 +190,6 @@ class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     no weight decay.
 
     ``paramwise_cfg`` has the single key ``decay_rate``, in (0, 1]; 1 for equal rates.
-
-    Raises:
-        ValueError: another key, a rate out of bounds, or a model without a
-            :class:`VisionBackbone`.
     """
 
     def add_params(
@@ -250,11 +241,9 @@ def _layer_scales(module: nn.Module, rate: float) -> tuple[dict[str, float], set
 
 
 def check_channels(model: Mapping[str, Any]) -> None:
-    """Check that a config's ``model`` is consistent with its backbone, before building it.
+    """Raise a ValueError if a config's neck, or decode heads without one, expect other maps.
 
-    Raises:
-        ValueError: invalid arguments of the backbone, or a neck (or decode head without a neck)
-            that expects other maps; the message says what to write.
+    It says what to write. Nothing is built; invalid arguments of the backbone are errors, too.
     """
     backbone = model.get("backbone", {})
     if backbone.get("type") != "VisionBackbone":

@@ -24,10 +24,7 @@ _NAME = "mmcv._ext"
 def install() -> bool:
     """Install the replacement as ``mmcv._ext``, unless the compiled extension is available.
 
-    Call it before ``mmcv.ops`` is imported.
-
-    Returns:
-        Whether the replacement is in use.
+    Call it before ``mmcv.ops`` is imported. Returns whether the replacement is in use.
     """
     present = sys.modules.get(_NAME)
     if present is None and importlib.util.find_spec(_NAME) is None:

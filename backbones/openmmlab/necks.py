@@ -23,13 +23,8 @@ class SimpleFPN(BaseModule):
     convolution per level, each with a norm over channels; coarser levels by subsampling.
 
     Args:
-        in_channels: of the backbone's last map; of a list, the last value is used.
-        out_channels: of every level.
+        in_channels, out_channels: of the backbone's last map, and of every level.
         num_outs: number of levels returned, 4 (strides 4 to 32) or more.
-        init_cfg: mmengine's initialisation.
-
-    Raises:
-        ValueError: fewer levels than 4, or a map with other channels than ``in_channels``.
     """
 
     def __init__(
@@ -79,15 +74,10 @@ class TransposedFPN(BaseModule):
     papers' published detectors compute the same with their ``EfficientViTFPN``.
 
     Args:
-        in_channels: of the backbone's maps, fine to coarse.
-        out_channels: of every level.
+        in_channels, out_channels: of the backbone's maps, fine to coarse, and of every level.
         num_outs: number of levels returned.
         num_transposed: number of levels finer than the backbone's finest: 1 for RetinaNet (from
             stride 8), 2 for Mask R-CNN (from stride 4).
-        init_cfg: mmengine's initialisation.
-
-    Raises:
-        ValueError: too few levels, or maps with other channels than ``in_channels``.
     """
 
     def __init__(

@@ -46,11 +46,7 @@ def make_once(folder: Path, train: int, val: int) -> None:
 
 
 def write_set(folder: Path, train: int, val: int) -> None:
-    """Write the data set; every file is written atomically and replaces an existing one.
-
-    Args:
-        train, val: numbers of images.
-    """
+    """Write so many images; every file is written atomically and replaces an existing one."""
     counts = {"train": train, "val": val}
     for split, count in counts.items():
         if count < 1:
@@ -127,8 +123,7 @@ def write_split(
 ) -> dict[str, Any]:
     """Write images, masks and annotations of a split; returns the annotations.
 
-    Args:
-        crops: category (from 1), picture and labels of each image.
+    ``crops`` are category (from 1), picture and labels of each image.
     """
     coco: dict[str, Any] = {
         "images": [],

@@ -66,11 +66,7 @@ def _for_cpus(cfg: Config, launcher: str) -> None:
 
 
 def provide_data(cfg: Config, files: Iterable[Path] | None = None) -> None:
-    """Create the config's ``quickstart_data``, if it has one that does not exist.
-
-    Args:
-        files: the files to be read, if not the whole data set.
-    """
+    """Create the config's ``quickstart_data``, unless it exists or no ``files`` in it are read."""
     data = cfg.get("quickstart_data")
     if data is None:
         return

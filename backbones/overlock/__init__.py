@@ -27,7 +27,7 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, several, whole
+from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, KERNEL, checked
 from backbones.core.published import imagenet_cfg, renamed, stem_layer
@@ -143,10 +143,7 @@ class AuxHead(nn.Module):
 
 
 class OverviewFeature(nn.Module):
-    """The layers that detectors add to the last map: norm, projection, small scale.
-
-    (B, dim, H, W) → (B, out_dim, H, W).
-    """
+    """Norm, projection and small scale, in detectors: (B, dim, H, W) → (B, out_dim, H, W)."""
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
@@ -173,7 +170,6 @@ class OverLoCK(StagedBackbone):
         out_norms: normalise the returned maps: all, none, or the listed stages. The map of stage 1
             also goes on normalised, as in the paper's dense networks.
         overview_feature: add the overview to the last map returned, as the paper's detectors do.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.0.conv"
@@ -185,8 +181,6 @@ class OverLoCK(StagedBackbone):
         focus_depths=several(BLOCKS, count=2),
         num_heads=several(CHANNELS, count=2),
         kernel_sizes=several(KERNEL, count=4),
-        aux_head=flag,
-        overview_feature=flag,
     )
     def __init__(
         self,
@@ -312,12 +306,9 @@ class OverLoCK(StagedBackbone):
         """Converts the names of the original's classifiers and dense networks, merged or not."""
         # After pruning, the names of later stages do not matter.
         depth = next((s.base_depth for s in self.stages if isinstance(s, OverviewStage)), 0)
-        converted = {}
-        for key, tensor in state_dict.items():
-            key = _convert_key(key, depth)
-            if key.endswith((".mix.tap_weight", "head.fc.weight")):
-                tensor = tensor.flatten(1)
-            converted[key] = tensor
+        converted = super().convert_state_dict(
+            {_convert_key(key, depth): tensor for key, tensor in state_dict.items()}
+        )
         for name, layer in self.named_modules():
             if isinstance(layer, DilatedReparamConv2d):
                 bias = converted.pop(f"{name}.large.conv.bias", None)
@@ -447,14 +438,7 @@ overlock_xt = variant(
     num_heads=(8, 12),
     drop_path_rate=0.1,
 )
-overlock_t = variant(
-    OverLoCK,
-    dims=(64, 128, 256, 512),
-    depths=(4, 4, 6, 2),
-    focus_depths=(12, 2),
-    num_heads=(8, 16),
-    drop_path_rate=0.15,
-)
+overlock_t = variant(OverLoCK, drop_path_rate=0.15)
 overlock_s = variant(
     OverLoCK,
     dims=(64, 128, 320, 512),

@@ -67,10 +67,7 @@ class GlobalResponseNorm(nn.Module):
 
 
 class LargeKernel(nn.Module):
-    """A re-parameterised large depthwise convolution and a norm.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
+    """A re-parameterised large depthwise convolution and a norm, on (B, dim, H, W)."""
 
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
@@ -90,10 +87,7 @@ class LargeKernel(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Pointwise, GELU, 3×3 depthwise, response norm, pointwise.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
+    """Pointwise, GELU, 3×3 depthwise, response norm, pointwise, on (B, dim, H, W)."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -121,12 +115,9 @@ def squeeze_excite(dim: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """Depthwise convolutions, small and large, and an MLP, with a scaled shortcut.
+    """Depthwise convolutions, small and large, and an MLP, on (B, dim, H, W).
 
-    (B, dim, H, W) → (B, dim, H, W).
-
-    Args:
-        layer_scale: initial scale of the shortcut (not of the branch); None for none.
+    ``layer_scale`` is the initial scale of the shortcut (not of the branch); None for none.
     """
 
     def __init__(
@@ -165,12 +156,7 @@ class ContextMixing(nn.Module):
     The affinities of a query to 7×7 means of the context are mapped to the taps of a 5×5 kernel for
     the first half of the channels, and of a k×k kernel for the second. A softmax over the taps
     follows. At borders, windows are shifted inwards; a map that is smaller than the kernel is
-    enlarged, and its result averaged.
-
-    Args:
-        dim, context_dim: channels of the map and of the context.
-        num_heads: of the query and of either half of the channels.
-        kernel_size: k.
+    enlarged, and its result averaged. The query and either half have ``num_heads``.
     """
 
     def __init__(self, dim: int, context_dim: int, num_heads: int, kernel_size: int) -> None:
@@ -302,11 +288,8 @@ Offsets = list[tuple[Tensor, Tensor]]
 def window_offsets(size: Sequence[int], kernel_size: int, device: torch.device) -> Offsets:
     """Places in the bias tables of the 5×5 and the k×k kernel, by row and by column.
 
-    Key − query + k − 1 of each position and tap: (H · k,) and (W · k,).
-
-    Args:
-        size: of the map, before it is enlarged.
-        kernel_size: k.
+    Key − query + k − 1 of each position and tap: (H · k,) and (W · k,); ``size`` is that of the map
+    before it is enlarged.
     """
     offsets = []
     for k in (_SMALL_KERNEL, kernel_size):
@@ -320,11 +303,7 @@ def window_offsets(size: Sequence[int], kernel_size: int, device: torch.device) 
 
 
 def position_bias(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The bias of each tap at each position: (heads, 2k − 1, 2k − 1) → (heads, H, W, k²).
-
-    Args:
-        rows, columns: see :func:`window_offsets`.
-    """
+    """The bias of each tap at each position: (heads, 2k − 1, 2k − 1) → (heads, H, W, k²)."""
     kernel_size = (table.shape[-1] + 1) // 2
     table = table.index_select(1, rows).index_select(2, columns)
     table = table.unflatten(2, (-1, kernel_size)).unflatten(1, (-1, kernel_size))
@@ -337,11 +316,8 @@ class DynamicBlock(nn.Module):
     Map (B, dim + context_dim, H, W), context (B, context_dim, H, W) → a map of the first's shape.
     The last channels of a map are its own context, which the blocks refine.
 
-    Args:
-        dim, context_dim: channels of the map proper, and of the context.
-        layer_scale: initial scale of the shortcuts (not of the branches).
-        mixes_context: whether the given context is added to the map's own.
-        num_heads, kernel_size: see :class:`ContextMixing`, also for ``offsets``.
+    With ``mixes_context``, the given context is added to the map's own. ``layer_scale`` is the
+    initial scale of the shortcuts (not of the branches).
     """
 
     def __init__(

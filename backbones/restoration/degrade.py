@@ -22,12 +22,7 @@ from backbones.restoration.pictures import to_pixels, to_tensor
 
 
 def add_noise(image: Tensor, sigma: float, generator: np.random.Generator) -> Tensor:
-    """Add Gaussian noise; the result is neither rounded nor clipped.
-
-    Args:
-        image: (C, H, W) in 0 … 1.
-        sigma: standard deviation, on the scale of 0 … 255.
-    """
+    """Add Gaussian noise of ``sigma`` of 255 to (C, H, W) in 0 … 1, without clipping."""
     noise = generator.standard_normal(tuple(image.shape), dtype=np.float32)
     return image + torch.from_numpy(noise) * (sigma / 255)
 
@@ -110,23 +105,14 @@ def sharpen(image: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pass:
-    """Ranges of one of the two passes, from the paper's supplement.
+    """Ranges of one of the two passes, from the paper's supplement."""
 
-    Attributes:
-        blur: probability of blurring.
-        sigma: of the blur, in pixels.
-        resize: probabilities of enlarging, reducing, keeping the size.
-        factor: smallest and largest.
-        noise: σ of Gaussian noise, of 255.
-        shot: scale of Poisson noise.
-    """
-
-    blur: float
-    sigma: tuple[float, float]
-    resize: tuple[float, float, float]
+    blur: float  # probability
+    sigma: tuple[float, float]  # of the blur, in pixels
+    resize: tuple[float, float, float]  # probabilities of enlarging, reducing, keeping the size
     factor: tuple[float, float]
-    noise: tuple[float, float]
-    shot: tuple[float, float]
+    noise: tuple[float, float]  # σ of Gaussian noise, of 255
+    shot: tuple[float, float]  # scale of Poisson noise
 
 
 FIRST_PASS = Pass(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0))

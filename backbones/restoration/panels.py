@@ -32,10 +32,8 @@ class Panel:
 def most_detailed_window(image: Tensor, side: int, step: int) -> Window:
     """Top, left, bottom, right of the square with the most contrast between neighbours.
 
-    Args:
-        image: (C, H, W).
-        side: of the square, which is smaller in smaller images.
-        step: the square starts and ends at multiples of it.
+    The image is (C, H, W); in smaller ones, the square is smaller than ``side``. It starts and ends
+    at multiples of ``step``.
     """
     grey = image.mean(0, keepdim=True)
     down, across = (grey.diff(dim=d, prepend=grey.narrow(d, 0, 1)).abs() for d in (1, 2))
@@ -51,10 +49,8 @@ def most_detailed_window(image: Tensor, side: int, step: int) -> Window:
 def draw_panels(path: Path, panels: Sequence[Panel], window: Window, title: str) -> None:
     """Write a PNG with the same detail of all panels in a row, atomically.
 
-    Args:
-        panels: sizes of the images are integer fractions of the largest; smaller ones are enlarged
-            by nearest neighbour.
-        window: top, left, bottom, right in pixels of the largest.
+    Sizes of the images are integer fractions of the largest, in whose pixels ``window`` is; smaller
+    ones are enlarged by nearest neighbour.
     """
     largest = max(panel.image.shape[2] for panel in panels)
     top, left, bottom, right = window

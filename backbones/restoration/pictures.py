@@ -42,21 +42,13 @@ class PictureError(DataError):
 
 @dataclass(frozen=True)
 class Picture:
-    """An upright picture with its metadata.
+    """An upright picture with its metadata."""
 
-    Attributes:
-        pixels: uint8 or uint16 (H, W, 3), or (H, W, 1) if greyscale.
-        alpha: (H, W) of the same dtype; None if opaque.
-        icc: the ICC profile, if it matches the pixels.
-        exif: EXIF data, without the orientation and tags that describe the original file.
-        note: what was dropped, as text; "" if nothing.
-    """
-
-    pixels: np.ndarray
-    alpha: np.ndarray | None = None
-    icc: bytes | None = None
-    exif: bytes | None = None
-    note: str = ""
+    pixels: np.ndarray  # uint8 or uint16 (H, W, 3), or (H, W, 1) if greyscale
+    alpha: np.ndarray | None = None  # (H, W) of the same dtype; None if opaque
+    icc: bytes | None = None  # the ICC profile, if it matches the pixels
+    exif: bytes | None = None  # without the orientation and tags that describe the original file
+    note: str = ""  # what was dropped
 
     @property
     def bits(self) -> int:
@@ -129,10 +121,7 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
     """Write a picture atomically, in the format of the file's suffix.
 
     16 bits are kept in PNG and TIFF (which needs ``tifffile``), alpha in PNG, WebP and TIFF, and
-    EXIF data in all formats except BMP and 16-bit TIFF.
-
-    Args:
-        quality: of JPEG and WebP, 1 … 100.
+    EXIF data in all formats except BMP and 16-bit TIFF. ``quality`` is that of JPEG and WebP.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -200,7 +189,7 @@ def _has_directories(data: bytes | None) -> bool:
 
 
 def _explain(path: Path, error: BaseException) -> str:
-    if isinstance(error, UnidentifiedImageError) and error.__cause__ is None:
+    if isinstance(error, UnidentifiedImageError):
         return f"{path} is not a readable image (damaged, or another kind of file)"
     return f"{path} cannot be read: {error}"
 

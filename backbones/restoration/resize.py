@@ -19,12 +19,8 @@ _REACH = 3  # pixels of the smaller image; the kernel reaches two and a half
 def resize_bicubic(x: Tensor, scale: float) -> Tensor:
     """Enlarge or reduce images, without rounding or clipping.
 
-    Args:
-        x: (…, H, W), of a floating type.
-        scale: an integer, or 1 divided by one.
-
-    Returns:
-        (…, ⌈H · scale⌉, ⌈W · scale⌉).
+    (…, H, W), of a floating type → (…, ⌈H · scale⌉, ⌈W · scale⌉). ``scale`` is an integer, or 1
+    divided by one.
     """
     factor = round(max(scale, 1 / scale)) if scale > 0 else 0
     if factor == 0 or not math.isclose(scale, factor if scale >= 1 else 1 / factor):

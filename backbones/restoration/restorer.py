@@ -14,9 +14,10 @@ from torch import nn
 import backbones
 from backbones.common.arguments import THREADS, nonempty_path, usable_device
 from backbones.common.dtypes import COMPUTED, check_dtype
-from backbones.common.errors import CREATION_ERRORS, CommandError, DataError
+from backbones.common.errors import CommandError, DataError
 from backbones.common.keys import parse_yaml
 from backbones.common.messages import shown
+from backbones.core.loaded import create
 from backbones.core.outlines import outlines
 
 _DTYPES = ("float32", "bfloat16", "int8")
@@ -63,27 +64,14 @@ def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
 def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}") -> nn.Module:
     """A restoration model with its weights; ``arguments`` are further keywords as YAML."""
     keywords = _keywords(arguments)
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise DataError(f"there is no checkpoint {checkpoint}")
-    try:
-        with outlines():
-            kind = backbones.create_model(name, **keywords)
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    except CREATION_ERRORS as error:
-        if not keywords:  # a bug
-            raise
-        raise DataError(f"cannot create {name} with {shown(keywords)}: {error}") from error
-    if not hasattr(kind, "upscale"):
-        raise DataError(f"{name} does not output images: use one of list_models('hat*')")
-    try:
-        # Without a file, the error says where to find the published weights.
-        model: nn.Module = backbones.create_model(
-            name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **keywords
-        )
-    except (TypeError, ValueError) as error:
-        raise DataError(str(error)) from error
-    return model.eval()
+    with outlines():
+        if not hasattr(create(name, **keywords), "upscale"):
+            raise DataError(f"{name} does not output images: use one of list_models('hat*')")
+    # Without a file, the error says where to find the published weights.
+    model: nn.Module = create(
+        name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **keywords
+    )
+    return model
 
 
 def _keywords(arguments: str) -> dict[str, Any]:

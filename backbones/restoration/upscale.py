@@ -47,9 +47,6 @@ class Upscaler:
         amp: autocast to bfloat16.
         max_memory: memory limit of this process in bytes (on a GPU: of its memory); None for half
             of the free memory. It only affects "auto" tiles.
-
-    Raises:
-        ValueError: a model that does not output images, or invalid sizes.
     """
 
     def __init__(
@@ -264,7 +261,7 @@ _INTEGERS = ("uint8", "uint16")
 def upscale(
     model: nn.Module, picture: str | Path | Image.Image | np.ndarray, **options: Any
 ) -> Any:
-    """Restore one picture.
+    """Restore one picture (a :class:`PictureError` if it cannot be read).
 
     ::
 
@@ -273,16 +270,10 @@ def upscale(
 
     Args:
         model: see :class:`Upscaler`.
-        picture: a path, a Pillow image, or an array (H, W), (H, W, 1) or (H, W, 3) of uint8 or
-            uint16.
-        options: of :class:`Upscaler`.
+        picture: a path, or as for a call of :class:`Upscaler`, whose ``options`` these are.
 
     Returns:
         An array for an array, otherwise a Pillow image of 8 bits.
-
-    Raises:
-        PictureError: a file that cannot be read.
-        TypeError, ValueError: see :class:`Upscaler`.
     """
     upscaler = Upscaler(model, **options)
     if isinstance(picture, (str, Path)):

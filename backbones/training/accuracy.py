@@ -17,28 +17,20 @@ from torch import nn
 from backbones.common.errors import DataError
 from backbones.data.sources import ImageSource
 from backbones.training.loader import ValidationLoader
-from backbones.training.multilabel import validation_loss
+from backbones.training.record import validation_loss
 
 _IMAGENET_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 @dataclass
 class Predictions:
-    """Predictions for all readable images, in the order of the data.
+    """Predictions for all readable images, in the order of the data."""
 
-    Attributes:
-        top5: (N, ≤ 5) classes, the most likely first.
-        labels: (N,) ground truth.
-        indices: (N,) index of each image in the data.
-        loss: mean cross-entropy.
-        seconds: of the whole pass.
-    """
-
-    top5: np.ndarray
-    labels: np.ndarray
-    indices: np.ndarray
-    loss: float
-    seconds: float
+    top5: np.ndarray  # (N, ≤ 5) classes, the most likely first
+    labels: np.ndarray  # (N,) ground truth
+    indices: np.ndarray  # (N,) index of each image in the data
+    loss: float  # mean cross-entropy
+    seconds: float  # of the whole pass
 
     def accuracy(self, k: int) -> float:
         """Top-``k`` accuracy in percent."""
@@ -49,10 +41,7 @@ class Predictions:
 def predict_all(
     model: nn.Module, loader: ValidationLoader, amp: str | None, show: Callable[[int], object]
 ) -> Predictions:
-    """Run ``model``, which is in evaluation mode, over every image.
-
-    ``show`` is called with the number of finished batches.
-    """
+    """Run ``model``, in eval mode, over every image; ``show`` gets the number of done batches."""
     device = loader.world.device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp or "")
     own = next((p.dtype for p in model.parameters()), torch.float32)

@@ -33,7 +33,6 @@ def load_recipe(
         path: a YAML file of keys. Its ``variants``, if present, maps model names to keys that
             differ, and must include the model.
         overrides: keys that take precedence; values as in YAML, or strings from a command line.
-        recipe_class: the kind of recipe.
     """
     fields = fields_of(recipe_class)
     overrides = dict(overrides or {})

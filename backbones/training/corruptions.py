@@ -41,11 +41,7 @@ class Corruption:
     """A corruption of RGB images of 32×32 pixels or more.
 
     It is deterministic per image, except impulse_noise and glass_blur, which the package offers no
-    seed for.
-
-    Args:
-        name: one of :data:`CORRUPTIONS`, or speckle_noise, gaussian_blur, spatter, saturate.
-        severity: 1 … 5.
+    seed for. It is of :data:`CORRUPTIONS`, or speckle_noise, gaussian_blur, spatter or saturate.
     """
 
     def __init__(self, name: str, severity: int) -> None:

@@ -26,14 +26,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Kullback-Leibler divergence of the softened predictions, times the temperature squared.
+    """Kullback-Leibler divergence of the softened predictions; logits (B, classes).
 
-    Args:
-        student, teacher: logits (B, classes).
-        temperature: values above 1 emphasise the teacher's less likely classes.
-
-    Returns:
-        Mean over the batch; gradients have the scale of cross-entropy at any temperature.
+    Times the temperature squared, so that gradients have the scale of cross-entropy at any.
     """
     log_p = F.log_softmax(student / temperature, dim=1)
     log_q = F.log_softmax(teacher / temperature, dim=1)
@@ -77,12 +72,8 @@ class Exit(nn.Module):
     """An early exit, only used in training, that maps a stage's output to logits.
 
     Depthwise-separable convolutions (at least one) halve the map down to the resolution of the
-    student's last one, followed by mean, norm and a linear layer. (B, in_chs, H, W) →
-    (B, num_classes).
-
-    Args:
-        out_chs: channels before the classifier, those of the student's last stage.
-        halvings: number of times the map is halved.
+    student's last one, followed by mean, norm and a linear layer: (B, in_chs, H, W) →
+    (B, num_classes). ``out_chs`` are the channels of the student's last stage.
     """
 
     def __init__(self, in_chs: int, out_chs: int, halvings: int, num_classes: int) -> None:
@@ -111,12 +102,7 @@ class Exit(nn.Module):
 
 
 class StudentWithExits(nn.Module):
-    """A backbone with early exits: images → logits, and the logits of each exit.
-
-    Args:
-        student: a backbone of this library, with a classifier.
-        stages: indices of the stages with an exit; negative ones count from the end.
-    """
+    """A backbone with exits after some ``stages``: images → logits, and the logits of each exit."""
 
     def __init__(self, student: Any, stages: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -154,10 +140,8 @@ class StudentWithExits(nn.Module):
 class Teacher(nn.Module):
     """A frozen network that receives the student's batches in its own normalisation and size.
 
-    Args:
-        network: images → logits.
-        student, teacher: mean and std of the student's images and of the teacher's, per channel.
-        img_size: side of the teacher's images; None for the student's.
+    ``student`` and ``teacher`` are mean and std of their images, per channel; ``img_size`` is the
+    side of the teacher's, if different.
     """
 
     def __init__(
@@ -196,13 +180,9 @@ class Teacher(nn.Module):
 class Objective:
     """The loss of the labels, or with a teacher (1 - alpha) · labels + alpha · teacher.
 
-    Args:
-        labels_loss: logits and targets → scalar.
-        recipe: ``aux_weight`` (of the loss of each auxiliary head, if the network returns their
-            logits after its own), ``distill`` (the method), ``distill_alpha``,
-            ``distill_temperature``, ``ofa_gamma``. For ``ofa``, the student returns its logits and
-            a list of the exits' logits, and the losses of all of them are added.
-        teacher: images → logits.
+    Losses of auxiliary heads, whose logits the network returns after its own, are added with
+    ``aux_weight``. For ``ofa``, the student returns its logits and a list of the exits' logits, and
+    the losses of all of them are added.
     """
 
     def __init__(self, labels_loss: Loss, recipe: Recipe, teacher: Teacher | None = None) -> None:

@@ -27,9 +27,7 @@ def attention_similarity(weights: Tensor, threshold: float = 2.0) -> Tensor:
     Between each token's attention, averaged over the heads, and the average over the tokens; in
     both, weights below ``threshold`` times the uniform weight are set to zero.
 
-    Args:
-        weights: (…, heads, N, M), or (B, N, M) for one head: attention of N tokens to M keys.
-        threshold: 2 in the paper's code.
+    ``weights`` are (…, heads, N, M), or (B, N, M) for one head: attention of N tokens to M keys.
     """
     if weights.ndim > 3:
         weights = weights.mean(dim=-3)
@@ -49,14 +47,10 @@ class DiverseAttention:
 
     It intercepts ``scaled_dot_product_attention`` and softmax over keys while the network runs, so
     it works with any network; the weights of fused attention are computed again.
-
-    Attributes:
-        objective: network, images and targets → loss and logits.
-        share: weight of the layers' mean similarity; 1 in the paper.
     """
 
-    objective: Callable[..., tuple[Tensor, Any]]
-    share: float
+    objective: Callable[..., tuple[Tensor, Any]]  # network, images and targets → loss and logits
+    share: float  # weight of the layers' mean similarity; 1 in the paper
 
     def __call__(self, net: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
         """Loss and logits (B, classes) of ``net``."""

@@ -23,10 +23,8 @@ class RunFolder:
     """``output/name``, created if necessary, and locked until :meth:`leave`.
 
     The default name is the config's, plus the model's if given on the command line, and a number if
-    another run has that name. ``resume: auto`` selects the latest of these.
-
-    Attributes:
-        lock_problem: why it could not be locked; "" if it is.
+    another run has that name. ``resume: auto`` selects the latest of these. ``lock_problem`` is why
+    it could not be locked, if so.
     """
 
     def __init__(self, recipe: Recipe, options: Namespace) -> None:

@@ -32,16 +32,11 @@ class TrainingLoop(Resumable):
     """The state of a run and its loop; subclasses implement the task.
 
     A subclass builds its data, calls :meth:`set_up` at the end of its ``__init__``, and implements
-    the abstract methods.
-
-    Attributes: as in :class:`Resumable`, and
-        net: the network, or its DDP wrapper, that a step calls.
-        score_key: the validation metric that selects the best weights; higher is better.
-        train_loader: has ``epoch``, ``names`` and ``close`` like :class:`TrainLoader`.
+    the abstract methods. A step calls ``net``, the network or its DDP wrapper.
     """
 
-    score_key: str
-    train_loader: Any
+    score_key: str  # the validation metric that selects the best weights; higher is better
+    train_loader: Any  # has ``epoch``, ``names`` and ``close`` like :class:`TrainLoader`
 
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress

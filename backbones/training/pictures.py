@@ -19,18 +19,12 @@ _RIGHT, _WRONG = "#2e7d4f", "#c62828"
 
 @dataclass
 class Prediction:
-    """A validation image with its prediction.
+    """A validation image with its prediction."""
 
-    Attributes:
-        image: (H, W, 3) in 0..1.
-        truth, answer: class indices of label and prediction.
-        confidence: probability of ``answer``.
-    """
-
-    image: np.ndarray
+    image: np.ndarray  # (H, W, 3) in 0 … 1
     truth: int
     answer: int
-    confidence: float
+    confidence: float  # probability of ``answer``
 
 
 @torch.inference_mode()
@@ -42,10 +36,8 @@ def pick_predictions(
 ) -> list[Prediction]:
     """Choose 32 of about 2000 images to show: at most 8 mistakes, the most confident first.
 
-    Args:
-        batches: images (B, C, H, W), normalised with the ``mean`` and ``std`` of ``config``, and
-            labels (B,).
-        autocast: creates the context to call the model in.
+    Batches are images (B, C, H, W), normalised with the ``mean`` and ``std`` of ``config``, and
+    labels (B,). The model is called in ``autocast()``.
     """
     right: list[Prediction] = []
     wrong: list[Prediction] = []

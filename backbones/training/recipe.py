@@ -69,14 +69,12 @@ class Recipe(NetworkKeys):
     """Every key of a classification recipe, with its default. Names follow timm's ``train.py``.
 
     ``python train_cls.py --help`` prints this list. "None" stands for YAML's ``null``.
-
-    Class attributes:
-        groups: the order of the groups.
-        refused: inherited keys that a recipe of another kind does not have.
     """
 
-    groups: ClassVar[tuple[str, ...]] = _GROUPS
-    refused: ClassVar[frozenset[str]] = frozenset()
+    groups: ClassVar[tuple[str, ...]] = _GROUPS  # in this order
+    refused: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # inherited keys that another kind does not have
 
     # --- the model
     pretrained: bool = _MODEL(False, "start from the published weights")

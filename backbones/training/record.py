@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from backbones.common.errors import FileError, RecipeError
 from backbones.common.files import write_problem, write_text_atomically
@@ -16,7 +18,6 @@ from backbones.common.messages import first_line
 from backbones.common.outputs import csv_of_rows
 from backbones.common.processes import World
 from backbones.common.progress import Progress
-from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 
 RESULTS = {
@@ -46,12 +47,9 @@ class Meter:
         self._scores: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if keep_scores else None
 
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch.
+        """Add a batch: logits (B, classes), labels (B,), or (B, classes) of 0 and 1.
 
-        Args:
-            loss_sum: over its images.
-            logits: (B, classes).
-            labels: (B,), or (B, classes) of 0 and 1; images with negative labels are not counted.
+        Images with negative labels are not counted.
         """
         if labels.ndim == 2:
             counted = labels[:, 0] >= 0
@@ -69,11 +67,8 @@ class Meter:
     def read(self, world: World | None = None) -> dict[str, float]:
         """Means ``loss``, ``top1`` and ``top5`` (in percent), and the ``count`` of images.
 
-        For multi-label data, ``top1`` is the fraction of correct binary decisions; ``auc`` is
-        included if scores are kept.
-
-        Args:
-            world: over all of its processes; None for this one alone.
+        Over all processes of ``world``, or this one alone. For multi-label data, ``top1`` is the
+        fraction of correct binary decisions; ``auc`` is included if scores are kept.
         """
         sums = self.sums if world is None else world.sum(self.sums.clone())
         loss, top1, top5, count = sums.tolist()
@@ -85,6 +80,43 @@ class Meter:
             scores, labels = (torch.cat(parts) for parts in zip(*everyone, strict=True))
             means["auc"] = 100 * mean_auc(scores, labels)
         return {**means, "count": count}
+
+
+def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of a validation batch, summed over its images.
+
+    Cross-entropy or, for multi-label data, binary cross-entropy averaged over the classes.
+
+    Logits are (B, classes), labels (B,), or (B, classes) of 0 and 1; negative ones are ignored.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
+    counted = labels[:, 0] >= 0
+    target = labels.clamp(min=0).to(logits.dtype)
+    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(dim=1)
+    return (losses * counted).sum()
+
+
+def mean_auc(scores: Tensor, labels: Tensor) -> float:
+    """Area under the ROC curve, averaged over the classes, MedMNIST's metric.
+
+    The fraction of pairs of a positive and a negative image that the scores order correctly; ties
+    count half.
+
+    Scores are (N, classes), any increasing function of the probability, labels (N, classes) of 0
+    and 1. Classes with only positive or only negative images are ignored; NaN if none are left.
+    """
+    areas = []
+    for score, label in zip(scores.double().T, labels.T, strict=True):
+        positives = int((label > 0).sum())
+        negatives = len(label) - positives
+        if positives and negatives:
+            _, place, counts = torch.unique(score, return_inverse=True, return_counts=True)
+            ends = counts.cumsum(0).double()
+            ranks = (ends - (counts - 1) / 2)[place]  # from 1; equal scores share the mean rank
+            wins = ranks[label > 0].sum() - positives * (positives + 1) / 2
+            areas.append(float(wins) / (positives * negatives))
+    return sum(areas) / len(areas) if areas else float("nan")
 
 
 class RunLog:

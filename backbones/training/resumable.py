@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
 
+from backbones.common.checkpoint_files import CheckpointError, read_file
 from backbones.common.errors import CREATION_ERRORS, FileError, MendableError
+from backbones.common.files import write_atomically
 from backbones.common.generators import get_rng_state, set_rng_state
 from backbones.common.keys import fields_of
 from backbones.common.messages import joined_lines
 from backbones.common.processes import World
 from backbones.common.progress import Progress
-from backbones.training import parallel, run_state
+from backbones.training import parallel
 from backbones.training.distillation import StudentWithExits
 from backbones.training.optimization import images_per_update, learning_rate
 from backbones.training.recipe import Recipe, differences
@@ -49,24 +52,16 @@ class DivergedError(MendableError, RuntimeError):
 class Resumable(ABC):
     """A run that can be saved and resumed bit for bit.
 
-    Attributes:
-        model: the plain network. ``network`` includes parts that only training needs (exits for
-            distillation), if any.
-        meter: sums of the epoch so far, with ``sums`` (a tensor).
-        epoch, step, updates: the position: updates within the epoch, and since the start.
-        bad_steps: epoch and step of the latest consecutive updates with a non-finite loss.
-        history: a row for each finished epoch.
-        saved_at: the number of updates in ``last.pt``, if this process wrote it.
-        resumed_from: the file that the run was resumed from, if any.
+    Its position is ``epoch`` and ``step``, an update within it; ``updates`` count from the start.
     """
 
     model: nn.Module
-    network: nn.Module
+    network: nn.Module  # with parts that only training needs, such as exits for distillation
     ema: Any
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: Any
-    meter: Any
+    meter: Any  # of the epoch so far, with the tensor ``sums``
     lr: float
     updates_per_epoch: int
 
@@ -75,9 +70,10 @@ class Resumable(ABC):
         self.epoch = self.step = self.updates = self.skipped = 0
         self.seconds = self.waited = 0.0
         self.best = -math.inf
-        self.history: list[dict[str, Any]] = []
+        self.history: list[dict[str, Any]] = []  # a row for each finished epoch
+        # Epoch and step of the latest consecutive updates with a non-finite loss.
         self.bad_steps: list[tuple[int, int]] = []
-        self.saved_at: int | None = None
+        self.saved_at: int | None = None  # updates in last.pt, if this process wrote it
         self.resumed_from: Path | None = None
         self._validated = False
 
@@ -120,7 +116,7 @@ class Resumable(ABC):
         }
         state |= {"ranks": ranks, "recipe": dataclasses.asdict(self.recipe)}
         if self.world.is_main:
-            run_state.save_state(self.folder / "last.pt", state, validated)
+            save_state(self.folder / "last.pt", state, validated)
 
     def roll_back(self, since: int) -> str:
         """Restore ``last.pt`` to a state before divergence; the current one is ``diverged.pt``.
@@ -128,13 +124,10 @@ class Resumable(ABC):
         This is the last validated state, if any, since a training loss may stay finite while
         weights grow without bound; otherwise, a state that was followed by a finite loss.
         Checkpoints from before this process are not changed. Returns a description of the remaining
-        ones.
-
-        Args:
-            since: the number of updates after which nothing was finite.
+        ones. Nothing was finite ``since`` that number of updates.
         """
         last = self.folder / "last.pt"
-        previous, validated = run_state.previous_path(last), run_state.validated_path(last)
+        previous, validated = previous_path(last), validated_path(last)
         if self.saved_at is None and self.resumed_from is not None:
             return f"it was resumed from {self.resumed_from}, which is unchanged"
         if self.world.is_main and self.saved_at is not None and not self._validated:
@@ -154,7 +147,7 @@ class Resumable(ABC):
     def restore_latest(self) -> None:
         """Resume from the latest intact checkpoint or the one given by ``recipe.resume``."""
         if self.recipe.resume == "auto":
-            found = run_state.load_latest(self.folder / "last.pt")
+            found = load_latest(self.folder / "last.pt")
             if found is not None:
                 state, path, problem = found
                 if problem:
@@ -162,7 +155,7 @@ class Resumable(ABC):
                 self.resume(state, path)
         elif self.recipe.resume is not None:
             path = Path(self.recipe.resume)
-            self.resume(run_state.load_state(path), path)
+            self.resume(load_state(path), path)
 
     def resume(self, state: dict[str, Any], path: Path) -> None:
         """Continue from ``state``, bit for bit with the same number of processes.
@@ -232,3 +225,80 @@ class Resumable(ABC):
         changed = differences(self.recipe, earlier) if isinstance(earlier, dict) else []
         keys = [line for line in changed if line.split(":")[0] in _STRUCTURE]
         return ", ".join(keys) or joined_lines(error, 300)
+
+
+# --- files
+
+
+def previous_path(path: Path) -> Path:
+    """The path of the previous checkpoint: ``last.pt`` → ``last.prev.pt``."""
+    return path.with_suffix(f".prev{path.suffix}")
+
+
+def validated_path(path: Path) -> Path:
+    """The path of the last checkpoint that passed validation: ``last.validated.pt``.
+
+    A hard link to ``path`` until that is replaced.
+    """
+    return path.with_suffix(f".validated{path.suffix}")
+
+
+def save_state(path: Path, state: dict[str, Any], validated: bool = False) -> None:
+    """Save ``state`` (tensors and plain Python values) as ``path``, the old file as ``.prev``.
+
+    If ``validated``, it also becomes :func:`validated_path`, where hard links are supported.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+        if path.exists():  # only now that the new file is complete
+            try:
+                _link(path, previous_path(path))
+            except OSError:  # a file system without hard links
+                os.replace(path, previous_path(path))
+
+    write_atomically(path, write)
+    if validated:
+        with contextlib.suppress(OSError):
+            _link(path, validated_path(path))
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a file of :func:`save_state` onto the CPU, after verifying its checksums."""
+    try:
+        state = read_file(path)
+    except FileNotFoundError:
+        raise FileError(f"there is no checkpoint {path}") from None
+    except (CheckpointError, OSError) as error:
+        raise FileError(str(error)) from error
+    if not isinstance(state, dict) or "model" not in state:
+        raise FileError(f"{path} has no training state (no 'model' in it)")
+    return state
+
+
+def load_latest(path: Path) -> tuple[dict[str, Any], Path, str] | None:
+    """The state of ``path``, or of the previous checkpoint if ``path`` is missing or damaged.
+
+    With its file, and a sentence on what was wrong, if anything; None if neither file exists.
+    """
+    candidates = [p for p in (path, previous_path(path)) if p.exists()]
+    if not candidates:
+        return None
+    problems: list[str] = []
+    for candidate in candidates:
+        try:
+            return load_state(candidate), candidate, "; ".join(problems)
+        except FileError as error:
+            problems.append(str(error))
+    raise FileError("; ".join(problems))
+
+
+def _link(path: Path, other: Path) -> None:
+    """Hard-link the file, so that ``path`` exists at every moment."""
+    link = other.with_name(f".{other.name}.tmp")
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, other)
+    link.unlink(missing_ok=True)  # which stays where both were the same file already

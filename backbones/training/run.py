@@ -32,14 +32,8 @@ def run_from_command_line(
 ) -> int:
     """Read the recipe, build the trainer, resume if requested, and train.
 
-    Args:
-        build_trainer: a subclass of :class:`TrainingLoop`.
-        argv: the command line; None for this process's.
-        description: introduction of ``--help``.
-
-    Returns:
-        The exit status of :func:`backbones.common.console.guard`, which prints errors that users
-        can fix in one line, or 128 + the signal that stopped the run.
+    Returns the exit status of :func:`backbones.common.console.guard`, or 128 + the signal that
+    stopped the run. ``description`` introduces ``--help``.
     """
 
     def command() -> int:

@@ -31,12 +31,8 @@ def load_trained(
 ) -> nn.Module:
     """Create a network and load all of its weights, including the classifier's.
 
-    Args:
-        name: a model of this library or of timm; ``timm/NAME`` for timm's own if both have a model
-            of that name.
-        checkpoint: file of the weights; None for the published ones.
-        num_classes, in_chans: required classes and image channels.
-        arguments: further keywords of ``create_model``.
+    ``name`` is a model of this library or of timm; ``timm/NAME`` is timm's own if both have a model
+    of that name. Without ``checkpoint``, the weights are the published ones.
     """
     options = {"num_classes": num_classes, "in_chans": in_chans, **(arguments or {})}
     published = checkpoint is None

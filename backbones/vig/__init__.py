@@ -19,11 +19,10 @@ from timm.layers import ClassifierHead, LayerNorm2d, RmsNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
+from backbones.core.published import VMAMBA_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, TokenStage, make_stages
 from backbones.vig.blocks import Block, GatedLinearAttention
@@ -58,21 +57,50 @@ class Stem(nn.Module):
         return self.position(self.norm2(self.conv2(x)))
 
 
+_MIXER = (
+    (r"\.in_proj\.0\.", ".dwconv."),
+    (r"\.qkv_proj\.", ".qkv."),
+    (r"\.gk_proj\.0\.", ".decay_down."),
+    (r"\.gk_proj\.1\.", ".decay_up."),
+    (r"\.g_proj\.", ".gate."),
+    (r"\.g_norm\.", ".norm."),
+    (r"\.l_norm\.", ".local_norm."),
+    (r"\.o_proj\.", ".proj."),
+)
+_PLAIN = (
+    *_MIXER,
+    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
+    (r"^patch_embed\.proj\.1\.", "stem.norm1."),
+    (r"^patch_embed\.proj\.3\.", "stem.conv2."),
+    (r"^patch_embed\.proj\.4\.", "stem.norm2."),
+    (r"^pos_embed$", "stem.position.pos_embed"),
+    (r"\.attn_norm\.", ".norm1."),
+    (r"\.mlp_norm\.", ".norm2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+_HIERARCHICAL = (
+    (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
+    (r"\.op\.", ".attn."),
+    *_MIXER,
+    *VMAMBA_NAMES,
+)
+
+
 class ViG(IsotropicBackbone):
     """Isotropic ViG of stride 16. The four stages are groups of its blocks.
 
     Args:
-        dim, num_heads: of all blocks.
-        depths: blocks of each stage.
         act: SiLU inside the attention, see :class:`GatedLinearAttention`.
         mean_of_directions: in eval mode, normalise the mean of the two directions as in training,
             instead of half of it as in the published evaluation.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
     first_conv = "stem.conv1"
+    renames = _PLAIN
 
-    @checked(num_heads=whole(1, 1024), act=flag, mean_of_directions=flag)
+    @checked()
     def __init__(
         self,
         dim: int = 384,
@@ -106,21 +134,12 @@ class ViG(IsotropicBackbone):
         self.describe_blocks(dim, pyramid=pyramid)
         self.apply(_init)
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, which numbers blocks consecutively."""
-        renames = (*_PLAIN, (r"^blocks\.(\d+)\.", self.place_block))
-        return {renamed(key, renames): tensor for key, tensor in state_dict.items()}
-
 
 class HierarchicalViG(StagedBackbone):
-    """ViG-H, a pyramid.
-
-    Args:
-        dims, depths, num_heads: of the four stages.
-        others: see :class:`backbones.StagedBackbone`.
-    """
+    """ViG-H, a pyramid."""
 
     first_conv = "stem.0.conv"
+    renames = _HIERARCHICAL
 
     @checked("dims", "num_heads")
     def __init__(
@@ -159,20 +178,6 @@ class HierarchicalViG(StagedBackbone):
         )
         self.apply(_init_hierarchical)
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original's classifier and backbone.
-
-        Its matrices may be 1×1 convolutions.
-        """
-        own = self.state_dict()
-        converted = {}
-        for key, tensor in state_dict.items():
-            name = renamed(key, _HIERARCHICAL)
-            if tensor.shape[2:] == (1, 1) and name in own and own[name].ndim == 2:
-                tensor = tensor[:, :, 0, 0]
-            converted[name] = tensor
-        return converted
-
 
 def _hidden_dim(dim: int, multiple: int) -> int:
     """Channels of a gated MLP with about as many weights as a plain one with ratio 4."""
@@ -198,36 +203,6 @@ def _init_hierarchical(module: nn.Module) -> None:
     elif isinstance(module, GatedLinearAttention):
         nn.init.xavier_uniform_(module.dwconv.weight, gain=_XAVIER_GAIN)
 
-
-_MIXER = (
-    (r"\.in_proj\.0\.", ".dwconv."),
-    (r"\.qkv_proj\.", ".qkv."),
-    (r"\.gk_proj\.0\.", ".decay_down."),
-    (r"\.gk_proj\.1\.", ".decay_up."),
-    (r"\.g_proj\.", ".gate."),
-    (r"\.g_norm\.", ".norm."),
-    (r"\.l_norm\.", ".local_norm."),
-    (r"\.o_proj\.", ".proj."),
-)
-_PLAIN = (
-    *_MIXER,
-    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
-    (r"^patch_embed\.proj\.1\.", "stem.norm1."),
-    (r"^patch_embed\.proj\.3\.", "stem.conv2."),
-    (r"^patch_embed\.proj\.4\.", "stem.norm2."),
-    (r"^pos_embed$", "stem.position.pos_embed"),
-    (r"\.attn_norm\.", ".norm1."),
-    (r"\.mlp_norm\.", ".norm2."),
-    (r"\.mlp\.gate_proj\.", ".mlp.fc1."),
-    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-_HIERARCHICAL = (
-    (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
-    (r"\.op\.", ".attn."),
-    *_MIXER,
-    *VMAMBA_NAMES,
-)
 
 # Published as a folder, https://huggingface.co/hustvl/ViG.
 _cfg = partial(

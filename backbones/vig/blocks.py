@@ -44,8 +44,6 @@ class GatedLinearAttention(Mixing):
     :func:`ops.linear_attention.gated_linear_attention`.
 
     Args:
-        dim: channels.
-        num_heads: divides dim / 2.
         act: SiLU after the convolution and before the last projection.
         eval_share: factor of the sum of both directions in eval mode; in training it is 1/2.
     """
@@ -144,11 +142,7 @@ def _scan(
 
 
 class Block(nn.Module):
-    """Pre-norm residual attention and gated MLP.
-
-    (B, H, W, dim) → (B, H, W, dim); ``num_heads``, ``act`` and ``eval_share`` are those of
-    :class:`GatedLinearAttention`.
-    """
+    """Pre-norm residual :class:`GatedLinearAttention` and gated MLP, on (B, H, W, dim)."""
 
     def __init__(
         self,

@@ -22,10 +22,10 @@ from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.common.checks import flag, optional, several, whole
+from backbones.common.checks import several, whole
 from backbones.core.isotropic import IsotropicBackbone
-from backbones.core.keywords import BLOCKS, CHANNELS, SCALE, checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.keywords import BLOCKS, checked
+from backbones.core.published import imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, make_stages
 from backbones.vrwkv.blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
@@ -41,10 +41,7 @@ _PATCH = 16
 class PatchEmbed(nn.Module):
     """Patches of 16×16 and a position table, normalised.
 
-    (B, in_chs, H, W) → (B, dim, ⌈H/16⌉, ⌈W/16⌉).
-
-    Args:
-        table_size: side of the position table.
+    (B, in_chs, H, W) → (B, dim, ⌈H/16⌉, ⌈W/16⌉); ``table_size`` is the position table's side.
     """
 
     def __init__(self, in_chs: int, dim: int, table_size: int) -> None:
@@ -62,34 +59,46 @@ class PatchEmbed(nn.Module):
         return self.position(x)
 
 
+_RENAMES = (
+    (r"^patch_embed\.projection\.", "stem.conv."),
+    (r"^pos_embed$", "stem.position.pos_embed"),
+    (r"^stages\.0\.blocks\.0\.ln0\.", "stem.norm."),
+    (r"^ln1\.", "norm."),
+    (r"\.ln([12])\.", r".norm\1."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"\.att\.", ".attn."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.(?:key_norm|ln_x)\.", ".norm."),
+    (r"\.output\.", ".proj."),
+    (r"\.(?:spatial|time)_(decay|first|mix)", r".\1"),
+    (r"\.time_faaaa$", ".first"),
+    (r"\.time_maa_([xwkvrg])$", r".mix_\1"),
+    (r"\.time_maa_w1$", ".mix_down"),
+    (r"\.time_maa_w2$", ".mix_up"),
+    (r"\.decay_w1$", ".decay_down"),
+    (r"\.decay_w2$", ".decay_up"),
+    (r"^head\.0\.", "head.pre_logits.fc."),
+    (r"^head\.2\.", "head.fc."),
+)
+
+
 class VRWKV(IsotropicBackbone):
     """Vision-RWKV, stride 16 throughout. The four stages are groups of its blocks.
 
     Args:
         dim: of all blocks, a multiple of 4; of 64 with ``gated``.
-        depths: blocks of each stage.
-        mlp_ratio: width of the feed-forwards relative to ``dim``.
         gated: VRWKV6, see :class:`backbones.vrwkv.blocks.GatedScan`.
         segments: of the scan without ``gated``: the published kernel's 32 or 16; 0 for the paper's
             formula.
         post_norm: post-norm instead of pre-norm blocks.
         key_norm: additional norms inside the blocks' parts.
-        layer_scale: initial value of the layer scales; None for none.
         img_size: image size of the position table, which is interpolated for other sizes.
         head_hidden_dim: width of a tanh layer before the classifier; None for none.
-        others: see :class:`backbones.StagedBackbone`.
     """
 
-    @checked(
-        depths=several(BLOCKS, count=4),
-        gated=flag,
-        segments=whole(0, 1 << 20),
-        post_norm=flag,
-        key_norm=flag,
-        layer_scale=optional(SCALE),
-        img_size=whole(1, 1 << 20),
-        head_hidden_dim=optional(CHANNELS),
-    )
+    renames = _RENAMES
+
+    @checked(depths=several(BLOCKS, count=4), segments=whole(0, 1 << 20))
     def __init__(
         self,
         dim: int = 192,
@@ -153,40 +162,14 @@ class VRWKV(IsotropicBackbone):
         return stem.norm(x)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, which numbers blocks consecutively.
-
-        A network without layer scales is one with scales of 1.
-        """
-        renames = (*_RENAMES, (r"^layers\.(\d+)\.", self.place_block))
-        converted = {renamed(key, renames): tensor for key, tensor in state_dict.items()}
+        """Like the base's; a network without layer scales is one with scales of 1."""
+        converted = super().convert_state_dict(state_dict)
         own = self.state_dict()
         scales = [name for name in own if name.endswith((".ls1.gamma", ".ls2.gamma"))]
         if own.keys() & converted.keys() and not any(name in converted for name in scales):
             converted |= {name: torch.ones(own[name].shape) for name in scales}
         return converted
 
-
-_RENAMES = (
-    (r"^patch_embed\.projection\.", "stem.conv."),
-    (r"^pos_embed$", "stem.position.pos_embed"),
-    (r"^layers\.0\.ln0\.", "stem.norm."),
-    (r"^ln1\.", "norm."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.gamma([12])$", r".ls\1.gamma"),
-    (r"\.att\.", ".attn."),
-    (r"\.ffn\.", ".mlp."),
-    (r"\.(?:key_norm|ln_x)\.", ".norm."),
-    (r"\.output\.", ".proj."),
-    (r"\.(?:spatial|time)_(decay|first|mix)", r".\1"),
-    (r"\.time_faaaa$", ".first"),
-    (r"\.time_maa_([xwkvrg])$", r".mix_\1"),
-    (r"\.time_maa_w1$", ".mix_down"),
-    (r"\.time_maa_w2$", ".mix_up"),
-    (r"\.decay_w1$", ".decay_down"),
-    (r"\.decay_w2$", ".decay_up"),
-    (r"^head\.0\.", "head.pre_logits.fc."),
-    (r"^head\.2\.", "head.fc."),
-)
 
 _cfg = partial(
     imagenet_cfg,

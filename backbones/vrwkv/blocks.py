@@ -28,10 +28,7 @@ _DECAY_RANK = 64
 def shift(x: Tensor, groups: int = 1) -> Tensor:
     """Shift a quarter of the channels each from the left, right, upper and lower neighbour.
 
-    (B, H, W, C) → (B, H, W, C), with zero padding.
-
-    Args:
-        groups: number of channel groups that are quartered separately; 4 · groups divides C.
+    (B, H, W, C) → (B, H, W, C), with zero padding; ``groups`` of channels are quartered separately.
     """
     left, right, up, down = x.unflatten(-1, (groups, 4, -1)).unbind(-2)
     none = (0, 0)
@@ -52,12 +49,9 @@ def _mix_weight(dim: int) -> nn.Parameter:
 class WKVAttention(nn.Module):
     """Bi-WKV attention with a gate.
 
-    (B, H, W, dim) → (B, H, W, dim). See :func:`ops.bi_wkv.bi_wkv`. Decay and bonus are divided by
-    the number of tokens, so outputs depend on the size of the map, by design.
-
-    Args:
-        segments: of the scan; 0 for the paper's formula.
-        norm: normalise the scan's output.
+    (B, H, W, dim) → (B, H, W, dim). See :func:`ops.bi_wkv.bi_wkv`; with 0 ``segments``, it is the
+    paper's formula. Decay and bonus are divided by the number of tokens, so outputs depend on the
+    size of the map, by design.
     """
 
     def __init__(self, dim: int, segments: int, norm: bool = False) -> None:

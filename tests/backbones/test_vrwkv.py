@@ -108,11 +108,11 @@ def test_published_first_values():
 
 
 def test_post_norm_and_scales():
-    block = small("vrwkv", post_norm=True, layer_scale=0.5, key_norm=True).stages[0].blocks[0]
+    block = small("vrwkv", post_norm=True, layer_scale=2, key_norm=True).stages[0].blocks[0]
     assert isinstance(block, Block)
     x = images(1, 4, 4, 64)
-    expected = x + 0.5 * block.norm1(block.attn(x))
-    torch.testing.assert_close(block(x), expected + 0.5 * block.norm2(block.mlp(expected)))
+    expected = x + 2 * block.norm1(block.attn(x))
+    torch.testing.assert_close(block(x), expected + 2 * block.norm2(block.mlp(expected)))
 
 
 @torch.no_grad()

@@ -130,11 +130,9 @@ def test_no_program_is_started_for_an_image(postscript):
     data = postscript.read_bytes()
     with_preview = b"\xc5\xd0\xd3\xc6" + bytes(28) + data
     for source in (postscript, str(postscript), io.BytesIO(data), io.BytesIO(with_preview)):
-        with pytest.raises(
-            OSError, match="PostScript .EPS. is a program .* convert the image to PNG"
-        ):
+        with pytest.raises(OSError, match="cannot identify image file"):
             open_image(source)
-    with pytest.raises(OSError, match="PostScript"):
+    with pytest.raises(OSError, match="cannot identify image file"):
         decode(io.BytesIO(data))
-    with pytest.raises(PictureError, match=r"cat\.jpg cannot be read: PostScript"):
+    with pytest.raises(PictureError, match=r"cat\.jpg is not a readable image"):
         read_picture(postscript)

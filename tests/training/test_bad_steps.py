@@ -10,7 +10,7 @@ from training_runs import make_images, same
 
 import train_cls
 from backbones.training.build import BatchAugmentation
-from backbones.training.run_state import load_state, save_state
+from backbones.training.resumable import load_state, save_state
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,8 @@ from sklearn.metrics import roc_auc_score
 from training_runs import Runs
 
 from backbones.training.data import open_splits
-from backbones.training.multilabel import mean_auc, validation_loss
 from backbones.training.recipe import Recipe
-from backbones.training.record import Meter
+from backbones.training.record import Meter, mean_auc, validation_loss
 
 CPU = torch.device("cpu")
 

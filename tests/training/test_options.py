@@ -28,7 +28,7 @@ from backbones.core.base import StagedBackbone
 from backbones.training import build, optimization
 from backbones.training.command_line import load_recipe
 from backbones.training.recipe import Recipe
-from backbones.training.run_state import load_state
+from backbones.training.resumable import load_state
 
 FOLDER = Path(__file__).parents[2] / "configs" / "cls"
 LOSSES = (

@@ -19,7 +19,7 @@ from training_runs import (
     same,
 )
 
-from backbones.training.run_state import load_state
+from backbones.training.resumable import load_state
 
 # Everything random is on: dropout, drop path, erasing, mixing, an averaged model.
 RECIPE = [

@@ -7,7 +7,7 @@ import torch
 from faults import Malicious
 
 from backbones.common.errors import FileError
-from backbones.training.run_state import load_latest, load_state, previous_path, save_state
+from backbones.training.resumable import load_latest, load_state, previous_path, save_state
 
 STATE = {"model": {"weight": torch.arange(1000.0)}, "epoch": 3, "history": [{"loss": 0.5}]}
 
