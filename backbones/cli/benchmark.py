@@ -7,7 +7,6 @@ equally. After half of the turns, all models are created again in reverse order.
     vision-backbones benchmark --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
     vision-backbones benchmark --modes eager fused fused+bfloat16 --against birder ~/original.py
     vision-backbones benchmark --models ravlt_t --sizes 224 384 512 768 1024 --modes fused
-    vision-backbones benchmark --compare runs/benchmark.json --output runs/benchmark_new
 
 With the name of a model, the row of the page "Speed" is measured on this machine: eager in both
 memory formats, compiled, those of ONNX Runtime and OpenVINO that are installed, and fused in
@@ -65,7 +64,7 @@ from backbones.cli.contenders import (
     reason,
 )
 from backbones.cli.measure import count_macs
-from backbones.cli.reports import load_report, provenance, put_rows, read_report, write_report
+from backbones.cli.reports import load_report, provenance, put_rows, write_report
 from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady, time_by_kind
 from backbones.common.arguments import THREADS, nonempty_path, real, whole
 from backbones.common.errors import CommandError
@@ -310,7 +309,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--max-seconds", type=real(0), default=math.inf, metavar="S", help=text)
     add("--profile", action="store_true", help="also profile by kind of operator")
     add("--resume", action="store_true", help="skip rows that the output already has")
-    add("--compare", type=nonempty_path, metavar="OLD.json", help="an earlier report")
     add("--output", type=nonempty_path, default=Path("runs/benchmark"))
     add_overwrite(parser)
 
@@ -318,17 +316,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     """Run ``benchmark``, where ``--against`` may name the ``known``."""
     _set_defaults(options)
-    if options.compare is not None and not options.compare.is_file():
-        raise CommandError(f"--compare: there is no file {options.compare}")
     output = options.output.with_suffix(".json")
     written = {"--output": (output, REPORT)}
-    require_writable(written, [options.compare], options.overwrite, makes_folders=True)
+    require_writable(written, overwrite=options.overwrite, makes_folders=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         sizes = {name: _sizes(name, options.sizes) for name in options.models}
     except ValueError as error:
         raise CommandError(str(error)) from error
-    old = None if options.compare is None else read_report(options.compare)
     peers = dict(contender(name, known) for name in options.against)
     here = {key: value for key, value in machine(torch.device("cpu")).items() if key != "threads"}
     report = load_report(output, here)
@@ -352,24 +347,7 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
         torch._dynamo.reset()
         gc.collect()
     logger.info("\n%s\n", "\n".join(speed_lines(report)))
-    for line in [] if old is None else comparison(old, report):
-        logger.info("%s", line)
     return 0
-
-
-def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each time in both reports, with the speedup of the new one."""
-    before = {Row.of(row): row["contenders"] for row in old["results"]}
-    lines = []
-    for row in new["results"]:
-        key = Row.of(row)
-        for name, figures in row["contenders"].items():
-            was = before.get(key, {}).get(name, {}).get("milliseconds")
-            if was is not None and "milliseconds" in figures:
-                now = figures["milliseconds"]
-                place = " ".join(map(str, key))
-                lines.append(f"{place} {name}: {was:.1f} → {now:.1f} ms, {was / now:.2f}×")
-    return lines
 
 
 # The row of one model.
