@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.embedding.shard_writer import writing_shard
-from backbones.embedding.table import identity, schema, shard_path, write_metadata
+from backbones.embedding.table import identity, schema, shard_path, write_metadata, writing_shard
 
 
 def make_table(

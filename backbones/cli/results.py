@@ -21,9 +21,9 @@ from backbones.common.outputs import (
     json_of,
     require_writable,
 )
+from backbones.embedding.sheet import Thumbnails
 from backbones.embedding.sources import image_files
 from backbones.embedding.table import METADATA, batches, count_rows, metadata, shard_paths
-from backbones.embedding.thumbnails import Thumbnails
 
 
 def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:

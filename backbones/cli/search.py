@@ -21,9 +21,8 @@ from backbones.common.tables import table
 from backbones.embedding.page import write_page
 from backbones.embedding.query import embed_queries
 from backbones.embedding.search import INDEXES, Match, search
-from backbones.embedding.sheet import Row, Tile, draw_sheet
+from backbones.embedding.sheet import Row, Thumbnails, Tile, draw_sheet, small
 from backbones.embedding.table import vectors_of
-from backbones.embedding.thumbnails import Thumbnails, small
 
 EXAMPLE = "features/ --query photo.jpg --out similar.png"
 

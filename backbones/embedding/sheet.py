@@ -1,23 +1,76 @@
-"""Contact sheets: rows of thumbnails, each with a heading and a name below it."""
+"""Thumbnails of a table's images, and contact sheets: rows of them with headings and names."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from backbones.common.errors import DataError
 from backbones.common.figures import INK, drawable, new_figure, save_figure
+from backbones.common.images import DECODE_ERRORS, as_8_bits, open_image
 from backbones.common.messages import one_line
+from backbones.embedding.sources import ForeignError, OutsideError, Reader, reader_of
 
 _COLUMNS = 8  # most images of a line
 # In pixels.
+_THUMBNAIL = 200
 _SIDE, _GAP, _MARGIN = 150, 14, 16
 _TITLE, _CAPTION, _BELOW = 44, 30, 44
 _MUTED, _FRAME, _EMPTY = "#56606e", "#1f5fbf", "#eef1f5"
+
+
+class Thumbnails:
+    """Makes thumbnails of a table's images by their keys.
+
+    Args:
+        source: see :func:`backbones.embedding.sources.reader_of`.
+
+    Attributes:
+        refused: why images were not even looked for, a sentence for the first one; "" if all were.
+    """
+
+    def __init__(self, folder: str | Path, source: Sequence[str | Path] = ()) -> None:
+        self.refused = ""
+        self._reader: Reader | None = None
+        try:
+            self._reader = reader_of(folder, source)
+        except ForeignError as error:
+            self.refused = str(error)
+
+    def __call__(self, key: str) -> Image.Image | None:
+        """The thumbnail of an image; None if it is missing or unreadable, or may not be read."""
+        if self._reader is None:
+            return None
+        try:
+            return small(self._reader.find(key))
+        except (OutsideError, DataError) as error:
+            self.refused = self.refused or str(error)
+        except DECODE_ERRORS:  # these include a reader's error for a missing key
+            pass
+        return None
+
+
+def small(source: Path | IO[bytes] | Image.Image) -> Image.Image:
+    """Shrink an image to a longer side of at most 200 pixels, in RGB."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damage that affects no pixel
+        if isinstance(source, Image.Image):
+            image = as_8_bits(source)
+        elif isinstance(source, Path):
+            image = open_image(source)
+        else:
+            with source:
+                image = open_image(source)
+    if max(image.size) > _THUMBNAIL:
+        image = image.copy()
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+    return image
 
 
 @dataclass

@@ -8,9 +8,8 @@ Columns: ``key`` (the path relative to the source, or shard and member), ``heigh
 the image after its orientation is applied, ``embedding`` (a list of ``dim`` numbers; for a map, the
 C·H·W values of its ``shape``) and, if requested, ``classes`` and their ``scores``, most likely
 first.
-Shards are written atomically (:mod:`backbones.embedding.shard_writer`), and each names the metadata
-that it belongs to. Their checksums are verified as they are read
-(:mod:`backbones.embedding.checksum`).
+Shards are written atomically, and each names the metadata that it belongs to. Their checksums are
+verified as they are read (:mod:`backbones.embedding.checksum`).
 """
 
 from __future__ import annotations
@@ -18,21 +17,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backbones.common.checks import Check, one_of, optional, several, text, whole
+from backbones.common.dtypes import COMPUTED
 from backbones.common.errors import MendableError
-from backbones.common.files import file_problem, write_text_atomically
+from backbones.common.files import file_problem, replacing, write_text_atomically, writing
+from backbones.common.images import DECODERS
 from backbones.common.messages import first_line, shown
 from backbones.embedding import checksum
-from backbones.embedding.fields import check_fields
 
 if TYPE_CHECKING:
     import pyarrow
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 METADATA, SHARDS, CORRUPT = "metadata.json", "shards", "corrupt.txt"
 _SHARD_NAME = re.compile(r"part-(\d{5,18})\.parquet")
 _FORMAT = 1
+STORED = ("float32", "float16")  # the dtypes of embeddings
+_GROUP = 1 << 25  # bytes of embeddings per row group
 # Keys in a shard's metadata: the metadata.json it belongs to, and the images that could not be
 # decoded.
 IDENTITY_KEY, CORRUPT_KEY = b"backbones.embedding", b"backbones.corrupt"
@@ -133,10 +137,65 @@ def metadata(folder: str | Path) -> dict[str, Any]:
     if lacking:
         raise TableError(f"{path} lacks {', '.join(lacking)}")
     try:
-        check_fields(content)
+        _check_fields(content)
     except (TypeError, ValueError) as error:
         raise TableError(f"{path} is damaged: {error}") from error
     return content
+
+
+_MOST_DIM = 2**31 - 1  # of Arrow's lists of fixed size
+_MOST = 2**63 - 1
+
+
+def _check_fields(content: Mapping[str, Any]) -> None:
+    """Check the fields of a ``metadata.json``; those without a rule are ignored."""
+    for key, check in _RULES.items():
+        within, _, name = key.rpartition(".")
+        check(key, (content[within] if within else content).get(name))
+    source = content["source"]
+    for key in _NEEDED.get(source["kind"], ()):
+        if source.get(key) is None:
+            raise ValueError(f"source.{key} is missing")
+    if math.prod(content["shape"]) != content["dim"]:
+        raise ValueError(
+            f"dim must be the product of shape, {content['shape']}, not {content['dim']}"
+        )
+
+
+def _text(name: str, value: Any) -> str:
+    try:
+        os.fsencode(text(name, value))
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be a string, got {shown(value)}") from None
+    return value
+
+
+def _path(name: str, value: Any) -> str:
+    if "\0" in _text(name, value):
+        raise ValueError(f"{name} must be a path, got {shown(value)}")
+    return value
+
+
+def _object(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be an object, got {shown(value)}")
+    return value
+
+
+_RULES: dict[str, Check] = {
+    **{"model": _text, "weights": _object, "preprocessing": _object, "features": _text},
+    **{"shape": several(whole(1, _MOST_DIM)), "dim": whole(1, _MOST_DIM), "dtype": one_of(*STORED)},
+    **{"computed": one_of(*COMPUTED), "classes": whole(0, _MOST_DIM), "source": _object},
+    **{"images": optional(whole(0, _MOST)), "shards": whole(0, _MOST), "rows": whole(1, _MOST)},
+    **{"names": optional(several(_text, may_be_empty=True)), "versions": optional(_object)},
+    **{"decoder": optional(one_of(*DECODERS)), "seal": optional(_text)},
+    **{"weights.file": _text, "weights.path": optional(_path), "weights.sha256": _text},
+    **{"source.kind": _text, "source.path": _path, "source.list": optional(_path)},
+    **{"source.column": optional(_text), "source.folder": optional(_path)},
+    **dict.fromkeys(("source.digest", "source.data", "source.split"), optional(_text)),
+}
+# What the readers of some kinds of sources need.
+_NEEDED = {"parquet": ("column",), "training": ("data", "split")}
 
 
 def write_metadata(folder: Path, content: dict[str, Any]) -> None:
@@ -352,6 +411,107 @@ def _wrong(batch: pyarrow.RecordBatch) -> str | None:
         if least is not None and len(values) and pyarrow.compute.min(values).as_py() < least:
             return f"{name} must be at least {least}"
     return None
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+class Shard:
+    """The rows of a shard that is being written, see :func:`writing_shard`.
+
+    Attributes:
+        rows: number of rows added so far.
+        corrupt: keys and reasons of images that could not be decoded, for the caller to fill.
+    """
+
+    def __init__(self, path: Path, schema: pyarrow.Schema, writer: Any) -> None:
+        self._path, self._schema, self._writer = path, schema, writer
+        self.rows, self.corrupt = 0, list[tuple[str, str]]()
+        self._added: list[pyarrow.RecordBatch] = []
+        self._bytes = 0
+
+    def add(
+        self,
+        keys: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        embeddings: np.ndarray,
+        classes: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
+    ) -> None:
+        """Add n rows.
+
+        Args:
+            sizes: height and width of each image.
+            embeddings: (n, dim).
+            classes, scores: (n, k), if the schema has them.
+        """
+        pa, kind = require_pyarrow(), self._schema.field("embedding").type
+        flat = embeddings.astype(kind.value_type.to_pandas_dtype(), copy=False).reshape(-1)
+        columns: dict[str, Any] = {
+            "key": keys,
+            "height": [height for height, _ in sizes],
+            "width": [width for _, width in sizes],
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind),
+        }
+        if classes is not None and scores is not None:
+            columns |= {"classes": classes.tolist(), "scores": scores.tolist()}
+        self._added.append(pa.RecordBatch.from_pydict(columns, schema=self._schema))
+        self.rows += len(keys)
+        self._bytes += flat.nbytes
+        if self._bytes >= _GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows added since the last call."""
+        if self._added:
+            with writing(self._path):
+                self._writer.write_table(require_pyarrow().Table.from_batches(self._added))
+        self._added, self._bytes = [], 0
+
+
+@contextmanager
+def writing_shard(path: Path, schema: pyarrow.Schema, identity: str) -> Iterator[Shard]:
+    """Write a shard atomically; if the block raises, the partial file is removed.
+
+    Two writers of the same shard, such as a process presumed dead and its replacement, do not
+    interfere.
+
+    Args:
+        schema, identity: from the functions of these names.
+    """
+    schema = schema.with_metadata({IDENTITY_KEY: identity.encode()})
+    with ExitStack() as stack:
+        with writing(path):
+            temporary = stack.enter_context(replacing(path, unique=True))
+            file = stack.enter_context(_closing(open(temporary, "w+b")))  # noqa: SIM115
+            # Embeddings do not compress, so they are stored uncompressed for fast reading.
+            writer = require_pyarrow().parquet.ParquetWriter(
+                file, schema, compression="none", use_dictionary=False
+            )
+            stack.enter_context(_closing(writer))
+        shard = Shard(path, schema, writer)
+        yield shard
+        shard.flush()
+        noted = {
+            CORRUPT_KEY: json.dumps(shard.corrupt),
+            checksum.CHECKSUM_KEY: checksum.PLACEHOLDER,
+        }
+        with writing(path):
+            writer.add_key_value_metadata(noted)
+            writer.close()
+            checksum.sign(file)
+            file.close()
+            stack.close()
+
+
+@contextmanager
+def _closing(file: Any) -> Iterator[Any]:
+    """Close a file; buffered data that cannot be written is discarded."""
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 # -- rows ------------------------------------------------------------------------------------------
