@@ -133,7 +133,7 @@ def run(options: Namespace) -> int:
     if ours:
         export_int8(loaded, options.out, size, images, options.max_drop)
     else:
-        export(loaded, options.out, format, size, options.batch, options.dynamic, images)
+        export(loaded, options.out, format, shapes, images)
     return 0
 
 
@@ -141,19 +141,16 @@ def export(
     loaded: Loaded,
     path: Path,
     format: str,
-    size: tuple[int, int],
-    batch: int = 1,
-    dynamic: bool = False,
+    shapes: Sequence[tuple[int, ...]],
     images: Sequence[Tensor] | None = None,
 ) -> None:
     """Write ``path`` as "onnx" or "pt2" if its outputs equal the model's, and print a report.
 
     Args:
+        shapes: to compare at; the file is for any batch and size if there are several.
         images: (1, C, H, W) each, for int8 calibration; None for no int8.
     """
-    model, name = loaded.model, loaded.name
-    shape = (batch, channels_of(model), *size)
-    shapes = graphs.check_shapes(shape, dynamic)
+    model, name, shape, dynamic = loaded.model, loaded.name, shapes[0], len(shapes) > 1
     try:
         with replacing_together(path) as scratch:
             run = _write(loaded, scratch, format, shape, dynamic)

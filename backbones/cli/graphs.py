@@ -81,9 +81,7 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     file = io.BytesIO()  # torch's own writer hides I/O errors
     with silence():
         torch.export.save(program, file)
-    # Path.write_bytes would keep a view in a traceback, of which Python 3.13 complains.
-    with file.getbuffer() as view, path.open("wb") as out:
-        out.write(view)
+    path.write_bytes(file.getvalue())
 
 
 def save_onnx(

@@ -23,7 +23,7 @@ from backbones.common.outputs import (
 )
 from backbones.embedding.sheet import Thumbnails
 from backbones.embedding.sources import image_files
-from backbones.embedding.table import METADATA, batches, count_rows, metadata, shard_paths
+from backbones.embedding.table import METADATA, count_rows, keys_of, metadata, shard_paths
 
 
 def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:
@@ -81,12 +81,7 @@ def _made_of(folder: Path, source: Sequence[str]) -> Iterator[Path]:
     yield from (folder / METADATA, *shard_paths(folder))
     if said["weights"].get("path") is not None:  # tables of the first version lack it
         yield Path(said["weights"]["path"])
-
-    def keys() -> Iterator[str]:
-        for batch in batches(folder, ["key"]):
-            yield from batch.column(0).to_pylist()
-
-    yield from image_files(said["source"], keys, source)
+    yield from image_files(said["source"], lambda: keys_of(folder), source)
 
 
 def facts(folder: Path, **more: str) -> dict[str, str]:
