@@ -81,24 +81,19 @@ def require_pyarrow() -> Any:
     return pyarrow
 
 
-def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.Schema:
-    """The columns of a table; ``classes`` includes the classes and their scores."""
+def schema_of(content: dict[str, Any]) -> pyarrow.Schema:
+    """The columns of a table with this :func:`metadata`."""
     pa = require_pyarrow()
-    value = pa.float32() if dtype == "float32" else pa.float16()
+    value = pa.float32() if content["dtype"] == "float32" else pa.float16()
     fields = [
         pa.field("key", pa.string(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
-        pa.field("embedding", pa.list_(value, dim), nullable=False),
+        pa.field("embedding", pa.list_(value, content["dim"]), nullable=False),
     ]
-    if classes:
+    if content["classes"]:
         fields += [("classes", pa.list_(pa.int32())), ("scores", pa.list_(pa.float32()))]
     return pa.schema(fields)
-
-
-def schema_of(content: dict[str, Any]) -> pyarrow.Schema:
-    """The columns of a table with this :func:`metadata`."""
-    return schema(content["dim"], content["dtype"], bool(content["classes"]))
 
 
 def metadata(folder: str | Path) -> dict[str, Any]:
@@ -279,21 +274,18 @@ def batches(
         ValueError: the table lacks a column.
     """
     content, paths = metadata(folder), shard_paths(folder)
-    of, expected = identity(content), schema_of(content)
-    lacking = [name for name in columns or () if name not in expected.names]
-    if lacking:
-        have = ", ".join(expected.names)
-        raise ValueError(f"{folder} has no column {lacking[0]}; its columns are {have}")
+    have = schema_of(content).names
+    if lacking := [name for name in columns or () if name not in have]:
+        raise ValueError(f"{folder} has no column {lacking[0]}; its columns are {', '.join(have)}")
     for path in paths:
-        yield from _rows(path, of, expected, columns, rows)
+        yield from _rows(path, content, columns, rows)
 
 
 def count_rows(folder: str | Path) -> int:
     """Count the rows of a complete table from its files' footers."""
     content, total = metadata(folder), 0
-    of, expected = identity(content), schema_of(content)
     for path in shard_paths(folder):
-        with _opened(path, of, expected, checksum.footer_flaw) as file:
+        with _opened(path, content, checksum.footer_flaw) as file:
             total += file.metadata.num_rows
     return total
 
@@ -321,21 +313,18 @@ def _vectors(batch: pyarrow.RecordBatch) -> np.ndarray:
     return vectors.astype(np.float32, copy=False)
 
 
-def corrupt_in(
-    path: Path, expected: str, columns: pyarrow.Schema | None = None
-) -> tuple[int, list[tuple[str, str]]]:
+def corrupt_in(path: Path, content: dict[str, Any]) -> tuple[int, list[tuple[str, str]]]:
     """A shard's number of rows, and keys and reasons of its images that could not be decoded.
 
     The whole shard is read, and so verified.
 
     Args:
-        expected: the :func:`identity` that the shard must have.
-        columns: the :func:`schema` that it must have; None for any.
+        content: the :func:`metadata` of its table.
 
     Raises:
         TableError: the shard is damaged, or belongs to another table.
     """
-    with _opened(path, expected, columns, checksum.flaw) as file:
+    with _opened(path, content, checksum.flaw) as file:
         try:
             noted = json.loads(file.metadata.metadata[CORRUPT_KEY])
             corrupt = [(key, reason) for key, reason in noted]
@@ -344,7 +333,7 @@ def corrupt_in(
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise DamagedShardError(path, "it has no list of corrupt images") from error
         count = file.metadata.num_rows
-    if sum(map(len, _rows(path, expected, columns, rows=256))) != count:
+    if sum(map(len, _rows(path, content, rows=256))) != count:
         raise DamagedShardError(path, f"it does not have the {count} rows that it declares")
     return count, corrupt
 
@@ -356,14 +345,10 @@ def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
 
 
 def _rows(
-    path: Path,
-    of: str,
-    expected: pyarrow.Schema | None,
-    columns: Sequence[str] | None = None,
-    rows: int = 8192,
+    path: Path, content: dict[str, Any], columns: Sequence[str] | None = None, rows: int = 8192
 ) -> Iterator[pyarrow.RecordBatch]:
     """The verified rows of a shard."""
-    with _opened(path, of, expected, checksum.flaw) as file:
+    with _opened(path, content, checksum.flaw) as file:
         for batch in file.iter_batches(batch_size=rows, columns=columns):
             batch.validate(full=True)
             if (wrong := _wrong(batch)) is not None:
@@ -373,7 +358,7 @@ def _rows(
 
 @contextmanager
 def _opened(
-    path: Path, of: str, expected: pyarrow.Schema | None, flaw: Callable[[Path], str | None]
+    path: Path, content: dict[str, Any], flaw: Callable[[Path], str | None]
 ) -> Iterator[Any]:
     """Open a shard after verifying its checksum, its table and its columns."""
     pa = require_pyarrow()
@@ -382,12 +367,12 @@ def _opened(
             raise DamagedShardError(path, reason)
         with pa.parquet.ParquetFile(path) as file:
             found = file.schema_arrow
-            if (found.metadata or {}).get(IDENTITY_KEY) != of.encode():
+            if (found.metadata or {}).get(IDENTITY_KEY) != identity(content).encode():
                 raise TableError(
                     f"{path} belongs to other embeddings (another model, weights, preprocessing or "
                     f"source) than the {METADATA} beside it"
                 )
-            if expected is not None and not found.equals(expected):
+            if not found.equals(schema_of(content)):
                 raise DamagedShardError(path, f"its columns differ from those in {METADATA}")
             # Keys differ, so each takes some bits.
             if not 0 <= file.metadata.num_rows <= 8 * os.path.getsize(path):
@@ -470,16 +455,16 @@ class Shard:
 
 
 @contextmanager
-def writing_shard(path: Path, schema: pyarrow.Schema, identity: str) -> Iterator[Shard]:
+def writing_shard(path: Path, content: dict[str, Any]) -> Iterator[Shard]:
     """Write a shard atomically; if the block raises, the partial file is removed.
 
     Two writers of the same shard, such as a process presumed dead and its replacement, do not
     interfere.
 
     Args:
-        schema, identity: from the functions of these names.
+        content: the :func:`metadata` of its table.
     """
-    schema = schema.with_metadata({IDENTITY_KEY: identity.encode()})
+    schema = schema_of(content).with_metadata({IDENTITY_KEY: identity(content).encode()})
     with ExitStack() as stack:
         with writing(path):
             temporary = stack.enter_context(replacing(path, unique=True))

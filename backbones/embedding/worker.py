@@ -149,8 +149,6 @@ class Worker:
         network.prepare(said["computed"], torch.device(job.device))
         self._reader = reader(said["source"])
         self._images = Images(said["preprocessing"], said.get("decoder", "pillow"))
-        self._identity = table.identity(said)
-        self._schema = table.schema_of(said)
         self._pool = ThreadPoolExecutor(job.decoders) if job.decoders else None
 
     def close(self) -> None:
@@ -161,7 +159,7 @@ class Worker:
     def __call__(self, number: int, part: Any) -> Iterator[Event]:
         """Write shard ``number`` from the images of ``part``."""
         path = table.shard_path(self.job.folder, number)
-        with table.writing_shard(path, self._schema, self._identity) as shard:
+        with table.writing_shard(path, self.job.content) as shard:
             decoded = self._decoded(part, shard.corrupt)
             while batch := list(itertools.islice(decoded, self.job.batch_size)):
                 self._embed(batch, shard)
