@@ -16,7 +16,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -200,10 +200,10 @@ def _quantize(
     _say("quantising")
     quantize(path, images)
     runner = graphs.onnx_runner(path)
-    _say(f"  {agreement(model, runner, images).text(len(images))}")
+    _say(f"  {agreement(model, runner, images)[0]}")
     for number, shape in enumerate(shapes[1:], start=1):
-        found = agreement(model, runner, [graphs.noise(shape, number)])
-        _say(f"  {_sizes(shape):<16} int8, noise: {found.decibels:.1f} dB")
+        _, decibels = agreement(model, runner, [graphs.noise(shape, number)])
+        _say(f"  {_sizes(shape):<16} int8, noise: {decibels:.1f} dB")
 
 
 def _excuse(found: graphs.Check) -> str:
@@ -222,25 +222,6 @@ def _say(line: str) -> None:
 
 
 # -- int8 ------------------------------------------------------------------------------------------
-
-
-class Agreement(NamedTuple):
-    """How an int8 file compares with the model.
-
-    Attributes:
-        top1: share of the images with the same top-1 class; None without classes.
-        decibels: signal-to-noise ratio of the outputs.
-    """
-
-    top1: float | None
-    decibels: float
-
-    def text(self, images: int) -> str:
-        """A summary of the comparison on ``images`` images, without a full stop."""
-        noise = f"signal to noise {self.decibels:.1f} dB"
-        if self.top1 is None:
-            return f"int8 vs. float: {noise}"
-        return f"int8 agrees with float in {100 * self.top1:.1f} % of {images} predictions, {noise}"
 
 
 def calibration_images(
@@ -308,8 +289,8 @@ def _metadata_of(loaded: Loaded) -> dict[str, str]:
     return {"model": loaded.name, **classes}
 
 
-def agreement(model: nn.Module, run: graphs.Run, images: Sequence[Tensor]) -> Agreement:
-    """How the outputs of ``run`` compare with the model's on ``images``."""
+def agreement(model: nn.Module, run: graphs.Run, images: Sequence[Tensor]) -> tuple[str, float]:
+    """How the outputs of ``run`` in int8 agree with the model's: in words, and the noise in dB."""
     same, signal, noise = 0, 0.0, 0.0
     classifies = True
     for image in images:
@@ -322,7 +303,11 @@ def agreement(model: nn.Module, run: graphs.Run, images: Sequence[Tensor]) -> Ag
         if classifies:
             same += int(expected.argmax(1).eq(got.argmax(1)).sum())
     decibels = 10 * math.log10(signal / noise) if noise else math.inf
-    return Agreement(same / len(images) if classifies else None, decibels)
+    text = f"signal to noise {decibels:.1f} dB"
+    if not classifies:
+        return f"int8 vs. float: {text}", decibels
+    share = f"{100 * same / len(images):.1f} % of {len(images)} predictions"
+    return f"int8 agrees with float in {share}, {text}", decibels
 
 
 def export_int8(
@@ -365,8 +350,7 @@ def export_int8(
             )
     _say(f"  {precision.summary()}")
     if images is not None:
-        found = agreement(exact, lambda image: _forward(model, image), images)
-        _say(f"  {found.text(len(images))}")
+        _say(f"  {agreement(exact, lambda image: _forward(model, image), images)[0]}")
     megabytes = path.stat().st_size / 1e6
     _say(f"{path}: {loaded.name} in int8 for any batch and size, {megabytes:.1f} MB")
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
@@ -103,9 +103,10 @@ def draw_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
     """Draw rows of at least one image each with their captions, headings and names, as a PNG."""
     step = _SIDE + _GAP
     lines = _lines(rows)
-    columns = max(4, *(line[-1].column + min(len(line[-1].row.tiles), _COLUMNS) for line in lines))
+    ends = [column + min(len(row.tiles), _COLUMNS) for *_, (row, column) in lines]
+    columns = max(4, *ends)
     heights = [
-        _CAPTION + -(-len(line[0].row.tiles) // columns) * (_SIDE + _BELOW) for line in lines
+        _CAPTION + -(-len(row.tiles) // columns) * (_SIDE + _BELOW) for (row, _), *_ in lines
     ]
     width = 2 * _MARGIN + columns * step - _GAP
     height = _TITLE + sum(heights) + _MARGIN
@@ -121,11 +122,11 @@ def draw_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
     write(_MARGIN, 12, title, 13, INK, bold=True)
     top = _TITLE
     for line, taken in zip(lines, heights, strict=True):
-        for place in line:
-            left = _MARGIN + place.column * step
-            room = 21 * min(len(place.row.tiles), columns)
-            write(left, top + 8, short_key(place.row.caption, room), 9.5, _MUTED)
-            for number, tile in enumerate(place.row.tiles):
+        for row, column in line:
+            left = _MARGIN + column * step
+            room = 21 * min(len(row.tiles), columns)
+            write(left, top + 8, short_key(row.caption, room), 9.5, _MUTED)
+            for number, tile in enumerate(row.tiles):
                 x = left + number % columns * step
                 y = top + _CAPTION + number // columns * (_SIDE + _BELOW)
                 _paste(canvas, tile, x, y)
@@ -138,21 +139,16 @@ def draw_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
     save_figure(figure, path)
 
 
-class _Place(NamedTuple):
-    row: Row
-    column: int
-
-
-def _lines(rows: Sequence[Row]) -> list[list[_Place]]:
-    """Pack short rows side by side, separated by a column; longer rows get their own lines."""
-    lines: list[list[_Place]] = []
+def _lines(rows: Sequence[Row]) -> list[list[tuple[Row, int]]]:
+    """Rows with their first columns, short ones side by side; longer rows get their own lines."""
+    lines: list[list[tuple[Row, int]]] = []
     free = -1
     for row in rows:
         count = len(row.tiles)
         if count > free:
             lines.append([])
             free = _COLUMNS
-        lines[-1].append(_Place(row, _COLUMNS - free))
+        lines[-1].append((row, _COLUMNS - free))
         free -= count + 1
     return lines
 

@@ -177,7 +177,8 @@ def test_graphs_that_are_not_written(model, differs, said, tmp_path, monkeypatch
         scaled = lambda path: lambda x: loaded.model(x) * 1.001  # noqa: E731
         monkeypatch.setattr(graphs, "program_runner", scaled)
     with pytest.raises(CommandError, match=said) as raised:
-        export(loaded, path, "pt2", (64, 64), dynamic=not differs and model is Wrong)
+        shapes = graphs.check_shapes((1, 3, 64, 64), not differs and model is Wrong)
+        export(loaded, path, "pt2", shapes)
     assert "\n" not in str(raised.value)
     assert path.read_text() == "as it was" and [p.name for p in tmp_path.iterdir()] == [path.name]
 
