@@ -3,11 +3,6 @@
 Compare the ratios: contenders of a row take turns in one process, so that other load affects them
 equally. After half of the turns, all models are created again in reverse order.
 
-    vision-backbones benchmark van_b0
-    vision-backbones benchmark --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
-    vision-backbones benchmark --modes eager fused fused+bfloat16 --against birder ~/original.py
-    vision-backbones benchmark --models ravlt_t --sizes 224 384 512 768 1024 --modes fused
-
 With the name of a model, the row of the page "Speed" is measured on this machine: eager in both
 memory formats, compiled, those of ONNX Runtime and OpenVINO that are installed, and fused in
 float32, bfloat16 and int8.

@@ -235,7 +235,7 @@ def calibration_images(
     config = {**preprocessing(loaded), "input_size": (channels, *size)}
     resize, mode = Resizing(config), "L" if channels == 1 else "RGB"
     try:
-        paths = find_images([folder]).images
+        paths, _ = find_images([folder])
     except (CommandError, OSError) as error:
         raise CommandError(f"--calibration: {error}; {_WANTED}") from error
     images: list[Tensor] = []

@@ -81,14 +81,14 @@ def run(options: Namespace) -> int:
         if options.cam is not None:
             raise CommandError("--cam needs the layers before fuse(): leave out --dtype")
         check_dtype(options.dtype, device)
-    found = find_images(options.images)
+    found, skipped = find_images(options.images)
     require_writable(
         {
             "--csv": (options.csv, csv_of(*_CSV_HEAD)),
             "--json": (options.json, json_of("image")),
             "--cam": (options.cam, FIGURE),
         },
-        [options.checkpoint, options.labels, *options.images, *found.images],
+        [options.checkpoint, options.labels, *options.images, *found],
         options.overwrite,
     )
     loaded = load(options.model, options.checkpoint, options.pretrained)
@@ -115,7 +115,7 @@ def run(options: Namespace) -> int:
         fuse(loaded.model, dtype=COMPUTED[options.dtype])
 
     pictures = _PICTURES if options.cam is not None else 0
-    predictions = [*predict(loaded, found.images, options.topk, options.batch_size, pictures)]
+    predictions = [*predict(loaded, found, options.topk, options.batch_size, pictures)]
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
     sys.stdout.write(_as_table(predictions, names))
     write_if_asked(options.csv, _as_csv(predictions, names))
@@ -124,7 +124,8 @@ def run(options: Namespace) -> int:
         shown = [prediction for prediction in predictions if prediction.heat is not None]
         if shown:
             _draw_predictions(options.cam, shown, names)
-    say_skipped(found.others)
+    if skipped:
+        sys.stderr.write(f"{skipped}\n")
     unreadable = [prediction for prediction in predictions if prediction.error]
     for prediction in unreadable:
         sys.stderr.write(f"cannot read {one_line(str(prediction.path))}: {prediction.error}\n")
@@ -186,33 +187,26 @@ def predict(
             bar.step(count=len(batch))
 
 
-def find_images(places: Sequence[Path]) -> images.Listing[Path]:
+def find_images(places: Sequence[Path]) -> tuple[list[Path], images.Skipped]:
     """The given files and the images in the given folders (recursively, sorted), and other files.
 
     Non-images with an image's name (a named pipe, a broken link) are included; reading them fails
     with an explanation.
     """
-    found: images.Listing[Path] = images.Listing([], [])
+    found: list[Path] = []
+    skipped = images.Skipped()
     for place in places:
         if place.is_dir():
             inside = images.list_below(place)
             if not inside.images:
                 raise CommandError(f"no images in {place}")
-            found.images.extend(place / name for name in inside.images)
-            found.others.extend(place / name for name in inside.others)
+            found += (place / name for name in inside.images)
+            skipped.add([str(place / name) for name in inside.others])
         elif os.path.lexists(place):
-            found.images.append(place)
+            found.append(place)
         else:
             raise FileNotFoundError(f"no image at {place}")
-    return found
-
-
-def say_skipped(files: Sequence[Path]) -> None:
-    """Print how many files in folders were skipped."""
-    skipped = images.Skipped()
-    skipped.add(list(map(str, files)))
-    if skipped:
-        sys.stderr.write(f"{skipped}\n")
+    return found, skipped
 
 
 def _classify(

@@ -20,7 +20,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -285,7 +285,7 @@ def count_rows(folder: str | Path) -> int:
     """Count the rows of a complete table from its files' footers."""
     content, total = metadata(folder), 0
     for path in shard_paths(folder):
-        with _opened(path, content, checksum.footer_flaw) as file:
+        with _opened(path, content, footer_only=True) as file:
             total += file.metadata.num_rows
     return total
 
@@ -324,7 +324,7 @@ def corrupt_in(path: Path, content: dict[str, Any]) -> tuple[int, list[tuple[str
     Raises:
         TableError: the shard is damaged, or belongs to another table.
     """
-    with _opened(path, content, checksum.flaw) as file:
+    with _opened(path, content) as file:
         try:
             noted = json.loads(file.metadata.metadata[CORRUPT_KEY])
             corrupt = [(key, reason) for key, reason in noted]
@@ -348,7 +348,7 @@ def _rows(
     path: Path, content: dict[str, Any], columns: Sequence[str] | None = None, rows: int = 8192
 ) -> Iterator[pyarrow.RecordBatch]:
     """The verified rows of a shard."""
-    with _opened(path, content, checksum.flaw) as file:
+    with _opened(path, content) as file:
         for batch in file.iter_batches(batch_size=rows, columns=columns):
             batch.validate(full=True)
             if (wrong := _wrong(batch)) is not None:
@@ -357,13 +357,11 @@ def _rows(
 
 
 @contextmanager
-def _opened(
-    path: Path, content: dict[str, Any], flaw: Callable[[Path], str | None]
-) -> Iterator[Any]:
+def _opened(path: Path, content: dict[str, Any], footer_only: bool = False) -> Iterator[Any]:
     """Open a shard after verifying its checksum, its table and its columns."""
     pa = require_pyarrow()
     try:
-        if (reason := flaw(path)) is not None:
+        if (reason := checksum.flaw(path, footer_only)) is not None:
             raise DamagedShardError(path, reason)
         with pa.parquet.ParquetFile(path) as file:
             found = file.schema_arrow
