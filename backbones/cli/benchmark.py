@@ -39,7 +39,6 @@ import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,15 +48,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.cli.benchmark_report import describe, speed_lines
-from backbones.cli.contenders import (
-    MODELS,
-    CannotRunError,
-    Create,
-    Runtime,
-    contender,
-    is_installed,
-    reason,
-)
+from backbones.cli.contenders import MODELS, CannotRunError, Create, Runtime, contender, reason
 from backbones.cli.measure import count_macs
 from backbones.cli.reports import load_report, provenance, put_rows, write_report
 from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady, time_by_kind
@@ -67,6 +58,7 @@ from backbones.common.messages import shown
 from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.core.inputs import require_size, size_of
 from backbones.core.registry import PREFIX
+from backbones.core.requirements import installed_version
 
 EXAMPLE = "--models unireplknet_a van_b0 --modes eager fused --threads 1 2"
 
@@ -261,8 +253,8 @@ def measure(
             results[name]["time_by_kind"] = time_by_kind(runs[name])
     gflops = {dtype: peak / 1e9 for dtype, peak in peaks.items()}
     facts = {"macs": macs, "matmul_gflops": gflops, "orders": min(rounds, 2)}
-    packages = [word for label in peers for word in label.split("_") if is_installed(word)]
-    facts["versions"] = {package: version(package) for package in packages}
+    words = [word for label in peers for word in label.split("_") if word]
+    facts["versions"] = {word: found for word in words if (found := installed_version(word))}
     return {**row._asdict(), **facts, **provenance(), "contenders": results}
 
 
@@ -355,7 +347,7 @@ def _set_defaults(options: Namespace) -> None:
     one = options.model is not None
     if one and options.models:
         raise CommandError(f"give either {options.model!r} or --models, not both")
-    peers = [name for name in _ROW_PEERS if is_installed(name.split("_")[0])]
+    peers = [name for name in _ROW_PEERS if installed_version(name.split("_")[0])]
     defaults: dict[str, tuple[list[Any], list[Any]]] = {
         "models": ([options.model], list(DEFAULT_MODELS)),
         "batches": ([1], [1, 8]),
