@@ -88,11 +88,6 @@ class Row(NamedTuple):
     dtype: str
     direction: str
 
-    @classmethod
-    def of(cls, measured: Mapping[str, Any]) -> Row:
-        """That of a row of a report."""
-        return cls(*(measured[name] for name in cls._fields))
-
     def images(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(self.batch, 3, self.size, self.size, generator=generator)
@@ -314,7 +309,8 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     peers = dict(contender(name, known) for name in options.against)
     here = {key: value for key, value in machine(torch.device("cpu")).items() if key != "threads"}
     report = load_report(output, here)
-    done = {Row.of(row) for row in report["results"]} if options.resume else set()
+    there = report["results"] if options.resume else []
+    done = {tuple(row[name] for name in Row._fields) for row in there}
     settings = (options.threads, options.dtypes, options.directions, options.batches)
     rows = [
         Row(name, size, batch, threads, dtype, direction)

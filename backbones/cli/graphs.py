@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from backbones.common.console import silence
 from backbones.common.errors import CommandError
+from backbones.common.messages import first_line
 
 Run = Callable[[Tensor], Tensor]
 
@@ -284,8 +285,7 @@ def _reason(error: BaseException) -> str:
     """The first line of an exception's root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def with_common_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
