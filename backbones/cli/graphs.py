@@ -190,12 +190,9 @@ def check_shapes(shape: Sequence[int], dynamic: bool) -> list[tuple[int, ...]]:
 
 
 class Check(NamedTuple):
-    """The error of a file at one size.
+    """The maximum error of a file at one size, relative to the maximum output.
 
-    Attributes:
-        shape: of the images.
-        error: the maximum difference, relative to the maximum output.
-        allowed: ``TOLERANCE``; more where float32 itself differs that much from float64.
+    ``allowed`` is ``TOLERANCE``, or more where float32 itself differs that much from float64.
     """
 
     shape: tuple[int, ...]

@@ -50,8 +50,6 @@ class Network:
         classes: how many of the most likely classes to return; 0 for none.
 
     Attributes:
-        name: of the model.
-        preprocessing: see :func:`backbones.core.loaded.preprocessing`.
         names: of the classes, if known.
         shape: of an image's embedding.
     """

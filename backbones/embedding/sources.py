@@ -226,12 +226,9 @@ def _root(place: Path) -> Path:
 
 
 def image_files(folder: str | Path, source: Sequence[str | Path] = ()) -> Iterator[Path]:
-    """The files of a table's images, or the folders that they are in.
+    """The files of a table's images, or the folders that they are in; ``source`` names more.
 
     Archives and tables are left out: no output has the name of one.
-
-    Args:
-        source: where they are besides, see :func:`reader_of`.
     """
     description = metadata(folder)["source"]
     dataset = description["data"] if description["kind"] == "training" else ""

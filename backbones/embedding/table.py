@@ -318,9 +318,6 @@ def corrupt_in(path: Path, content: dict[str, Any]) -> tuple[int, list[tuple[str
 
     The whole shard is read, and so verified.
 
-    Args:
-        content: the :func:`metadata` of its table.
-
     Raises:
         TableError: the shard is damaged, or belongs to another table.
     """
@@ -458,9 +455,6 @@ def writing_shard(path: Path, content: dict[str, Any]) -> Iterator[Shard]:
 
     Two writers of the same shard, such as a process presumed dead and its replacement, do not
     interfere.
-
-    Args:
-        content: the :func:`metadata` of its table.
     """
     schema = schema_of(content).with_metadata({IDENTITY_KEY: identity(content).encode()})
     with ExitStack() as stack:

@@ -53,20 +53,14 @@ _OUT_OF_REACH = {
 
 @dataclass(frozen=True)
 class Job:
-    """The configuration of a worker process.
-
-    Attributes:
-        folder: of the table.
-        content: of its ``metadata.json``.
-        decoders: threads that decode while the network runs; 0 to alternate in one thread.
-    """
+    """The configuration of a worker process."""
 
     folder: Path
-    content: dict[str, Any]
+    content: dict[str, Any]  # of metadata.json
     checkpoint: Path
     device: str
     batch_size: int
-    decoders: int
+    decoders: int  # threads that decode while the network runs; 0 to alternate in one thread
 
 
 class Event(NamedTuple):
