@@ -61,9 +61,9 @@ def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
     counter = _counter()
     counted = 0
 
-    for module in shadow.modules():
-        if isinstance(module, NeighborhoodAttention2D):
-            module.attend = partial(_attend_in_windows, module)
+    for layer in shadow.modules():
+        if isinstance(layer, NeighborhoodAttention2D):
+            layer.attend = partial(_attend_in_windows, layer)  # type: ignore[method-assign]
 
     def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal counted
@@ -171,7 +171,7 @@ def _map_scan_flops(
 def _attend_in_windows(module: Any, qkv: Tensor) -> Tensor:
     """Neighborhood attention by its definition: backends work on full tiles, which count more."""
     query, key, value = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(dim=-3)
-    *window, rpb = module.window(query.shape[1:-2])
-    params = NAParams(*window, module.is_causal, module.scale, False)
+    kernel_size, stride, dilation, rpb = module.window(query.shape[1:-2])
+    params = NAParams(kernel_size, stride, dilation, module.is_causal, module.scale, False)
     out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
     return out.flatten(-2)
