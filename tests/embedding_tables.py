@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.embedding.shard_writer import writing_shard
-from backbones.embedding.table import identity, schema, shard_path, write_metadata
+from backbones.embedding.table import shard_path, write_metadata, writing_shard
 
 
 def make_table(
@@ -35,9 +34,8 @@ def make_table(
     }
     (folder / "shards").mkdir(parents=True)
     write_metadata(folder, content)
-    columns = schema(dim, dtype)
     for number, start in enumerate(starts):
         part = slice(start, start + rows)
-        with writing_shard(shard_path(folder, number), columns, identity(content)) as writer:
+        with writing_shard(shard_path(folder, number), content) as writer:
             writer.add(keys[part], sizes[part], vectors[part])
     return folder

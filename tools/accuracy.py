@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.cli import parity as originals
-from backbones.cli.contenders import is_installed, reason
+from backbones.cli.contenders import reason
 from backbones.cli.reports import load_report, put_rows, write_report
 from backbones.cli.timing import machine, processor_name
 from backbones.common.arguments import nonempty_path
@@ -48,6 +47,7 @@ from backbones.common.outputs import REPORT, require_writable
 from backbones.common.processes import World
 from backbones.core.loaded import preprocessing_by
 from backbones.core.registry import PREFIX
+from backbones.core.requirements import installed_version
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
 from backbones.restoration.data import degrade_picture, find_pictures, load_truth
@@ -397,7 +397,7 @@ def of_agreement(name: str, checkpoints: Path, toolkits: Sequence[str]) -> dict[
                 found[title] = {"skipped": reason(error)}
             else:
                 found[title] = {**compare(outputs, exact, run.labels), **size}
-    versions = {package: version(package) for package in PACKAGES if is_installed(package)}
+    versions = {name: v for name in PACKAGES if (v := installed_version(name))}
     counts = {"images": len(run.labels), "calibration_images": len(images)}
     return {"model": name, **counts, "contenders": found, "versions": versions}
 

@@ -3,12 +3,6 @@
 Compare the ratios: contenders of a row take turns in one process, so that other load affects them
 equally. After half of the turns, all models are created again in reverse order.
 
-    vision-backbones benchmark van_b0
-    vision-backbones benchmark --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
-    vision-backbones benchmark --modes eager fused fused+bfloat16 --against birder ~/original.py
-    vision-backbones benchmark --models ravlt_t --sizes 224 384 512 768 1024 --modes fused
-    vision-backbones benchmark --compare runs/benchmark.json --output runs/benchmark_new
-
 With the name of a model, the row of the page "Speed" is measured on this machine: eager in both
 memory formats, compiled, those of ONNX Runtime and OpenVINO that are installed, and fused in
 float32, bfloat16 and int8.
@@ -45,7 +39,6 @@ import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,17 +48,9 @@ from torch import Tensor, nn
 
 import backbones
 from backbones.cli.benchmark_report import describe, speed_lines
-from backbones.cli.contenders import (
-    MODELS,
-    CannotRunError,
-    Create,
-    Runtime,
-    contender,
-    is_installed,
-    reason,
-)
+from backbones.cli.contenders import MODELS, CannotRunError, Create, Runtime, contender, reason
 from backbones.cli.measure import count_macs
-from backbones.cli.reports import load_report, provenance, put_rows, read_report, write_report
+from backbones.cli.reports import load_report, provenance, put_rows, write_report
 from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady, time_by_kind
 from backbones.common.arguments import THREADS, nonempty_path, real, whole
 from backbones.common.errors import CommandError
@@ -73,6 +58,7 @@ from backbones.common.messages import shown
 from backbones.common.outputs import REPORT, add_overwrite, require_writable
 from backbones.core.inputs import require_size, size_of
 from backbones.core.registry import PREFIX
+from backbones.core.requirements import installed_version
 
 EXAMPLE = "--models unireplknet_a van_b0 --modes eager fused --threads 1 2"
 
@@ -101,11 +87,6 @@ class Row(NamedTuple):
     threads: int
     dtype: str
     direction: str
-
-    @classmethod
-    def of(cls, measured: Mapping[str, Any]) -> Row:
-        """That of a row of a report."""
-        return cls(*(measured[name] for name in cls._fields))
 
     def images(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -267,8 +248,8 @@ def measure(
             results[name]["time_by_kind"] = time_by_kind(runs[name])
     gflops = {dtype: peak / 1e9 for dtype, peak in peaks.items()}
     facts = {"macs": macs, "matmul_gflops": gflops, "orders": min(rounds, 2)}
-    packages = [word for label in peers for word in label.split("_") if is_installed(word)]
-    facts["versions"] = {package: version(package) for package in packages}
+    words = [word for label in peers for word in label.split("_") if word]
+    facts["versions"] = {word: found for word in words if (found := installed_version(word))}
     return {**row._asdict(), **facts, **provenance(), "contenders": results}
 
 
@@ -310,7 +291,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--max-seconds", type=real(0), default=math.inf, metavar="S", help=text)
     add("--profile", action="store_true", help="also profile by kind of operator")
     add("--resume", action="store_true", help="skip rows that the output already has")
-    add("--compare", type=nonempty_path, metavar="OLD.json", help="an earlier report")
     add("--output", type=nonempty_path, default=Path("runs/benchmark"))
     add_overwrite(parser)
 
@@ -318,21 +298,19 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
     """Run ``benchmark``, where ``--against`` may name the ``known``."""
     _set_defaults(options)
-    if options.compare is not None and not options.compare.is_file():
-        raise CommandError(f"--compare: there is no file {options.compare}")
     output = options.output.with_suffix(".json")
     written = {"--output": (output, REPORT)}
-    require_writable(written, [options.compare], options.overwrite, makes_folders=True)
+    require_writable(written, overwrite=options.overwrite, makes_folders=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         sizes = {name: _sizes(name, options.sizes) for name in options.models}
     except ValueError as error:
         raise CommandError(str(error)) from error
-    old = None if options.compare is None else read_report(options.compare)
     peers = dict(contender(name, known) for name in options.against)
     here = {key: value for key, value in machine(torch.device("cpu")).items() if key != "threads"}
     report = load_report(output, here)
-    done = {Row.of(row) for row in report["results"]} if options.resume else set()
+    there = report["results"] if options.resume else []
+    done = {tuple(row[name] for name in Row._fields) for row in there}
     settings = (options.threads, options.dtypes, options.directions, options.batches)
     rows = [
         Row(name, size, batch, threads, dtype, direction)
@@ -352,24 +330,7 @@ def run(options: Namespace, known: Mapping[str, Create] = MODELS) -> int:
         torch._dynamo.reset()
         gc.collect()
     logger.info("\n%s\n", "\n".join(speed_lines(report)))
-    for line in [] if old is None else comparison(old, report):
-        logger.info("%s", line)
     return 0
-
-
-def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each time in both reports, with the speedup of the new one."""
-    before = {Row.of(row): row["contenders"] for row in old["results"]}
-    lines = []
-    for row in new["results"]:
-        key = Row.of(row)
-        for name, figures in row["contenders"].items():
-            was = before.get(key, {}).get(name, {}).get("milliseconds")
-            if was is not None and "milliseconds" in figures:
-                now = figures["milliseconds"]
-                place = " ".join(map(str, key))
-                lines.append(f"{place} {name}: {was:.1f} → {now:.1f} ms, {was / now:.2f}×")
-    return lines
 
 
 # The row of one model.
@@ -382,7 +343,7 @@ def _set_defaults(options: Namespace) -> None:
     one = options.model is not None
     if one and options.models:
         raise CommandError(f"give either {options.model!r} or --models, not both")
-    peers = [name for name in _ROW_PEERS if is_installed(name.split("_")[0])]
+    peers = [name for name in _ROW_PEERS if installed_version(name.split("_")[0])]
     defaults: dict[str, tuple[list[Any], list[Any]]] = {
         "models": ([options.model], list(DEFAULT_MODELS)),
         "batches": ([1], [1, 8]),

@@ -13,7 +13,6 @@ import runpy
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +179,3 @@ def contender(name: str, known: Mapping[str, Create] = MODELS) -> tuple[str, Cre
     if "create_model" not in found:
         raise CommandError(f"--against: {name} has no function create_model(name)")
     return label, found["create_model"]
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package is installed, which then has a version."""
-    try:
-        return bool(version(package))
-    except (PackageNotFoundError, ValueError):
-        return False

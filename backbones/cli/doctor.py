@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -11,9 +10,8 @@ import platform
 import shlex
 import shutil
 import sys
-import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -196,9 +194,7 @@ def examine_compiler() -> list[Finding]:
         without = ", ".join(name for name in names if reasons[name] == reason)
         if not cpu.is_switched_on():
             fix = "unset VISION_BACKBONES_NATIVE"
-        elif found is not None and all(
-            kernel_cache_problem(folder) for folder in folders.candidates()
-        ):
+        elif found is not None and usable_kernel_cache() is None:
             fix = kernel_cache_fix()
         elif found is not None and command:
             fix = "unset CXX"
@@ -299,9 +295,7 @@ def examine_caches() -> list[Finding]:
     """The cache folders, and whether they are usable."""
     folder = cpu.cache_dir()
     if (problem := kernel_cache_problem(folder)) is not None:
-        instead = next(
-            (place for place in folders.candidates() if kernel_cache_problem(place) is None), None
-        )
+        instead = usable_kernel_cache()
         then = f"they are cached in {shell_word(instead)}" if instead else "slower paths are used"
         text = f"compiled kernels: {problem.reason}; {then}"
         kernels = Finding("cache", "warning", text, kernel_cache_fix())
@@ -317,7 +311,7 @@ def _examine_folder(what: str, folder: Path, variable: str) -> Finding:
     else:
         text = f"{what}: {shell_word(folder)}, {free / 1e9:.1f} GB free"
         severity = "warning" if free < _SCARCE_BYTES else "ok"
-    fix = "" if severity == "ok" else suggest_folder(variable, free or 0)
+    fix = "" if severity == "ok" else f"export {variable}=/path/to/another/folder"
     return Finding("cache", severity, text, fix)
 
 
@@ -343,9 +337,6 @@ def _report(findings: list[Finding]) -> str:
     return "\n".join([*lines, "", summary or "no problems found", ""])
 
 
-_KERNELS = "VISION_BACKBONES_CACHE_DIR"
-
-
 def free_bytes(folder: Path) -> int | None:
     """Free bytes on the disk of an existing or new ``folder``; None if it cannot be written."""
     try:
@@ -357,26 +348,6 @@ def free_bytes(folder: Path) -> int | None:
         return None
 
 
-def suggest_folder(variable: str, least: int) -> str:
-    """The command that sets ``variable`` to a folder with more space; "" if there is none."""
-    places = [Path(candidate) / "vision-backbones" for candidate in _candidates()]
-    if variable == _KERNELS:
-        places = [place for place in places if kernel_cache_problem(place / "native") is None]
-    roomy = max(places, key=lambda place: free_bytes(place) or 0, default=None)
-    if roomy is None or (free_bytes(roomy) or 0) <= least:
-        return ""
-    return f"export {variable}={shell_word(roomy)}"
-
-
-def _candidates() -> Iterator[str]:
-    cache = os.path.expanduser("~/.cache")
-    if not cache.startswith("~"):  # a home directory is known
-        yield cache
-    for find in (os.getcwd, tempfile.gettempdir):
-        with contextlib.suppress(OSError):  # the folder was removed, or there is none
-            yield find()
-
-
 def kernel_cache_problem(folder: Path) -> Problem | None:
     """Why compiled kernels cannot be cached in ``folder``; None if they can."""
     problem = build.process.problem(folder)
@@ -385,7 +356,15 @@ def kernel_cache_problem(folder: Path) -> Problem | None:
     return problem
 
 
+def usable_kernel_cache() -> Path | None:
+    """The first folder in which compiled kernels can be cached; None if there is none."""
+    return next((p for p in folders.candidates() if kernel_cache_problem(p) is None), None)
+
+
 def kernel_cache_fix() -> str:
-    """The command that makes the user's kernel cache usable; "" if there is none."""
-    problem = kernel_cache_problem(cpu.cache_dir())
-    return (problem.fix if problem else "") or suggest_folder(_KERNELS, 0)
+    """The command that makes the user's kernel cache usable; "" if it is."""
+    if (problem := kernel_cache_problem(cpu.cache_dir())) is None:
+        return ""
+    usable = usable_kernel_cache()
+    folder = "/path/to/another/folder" if usable is None else shell_word(usable.parent)
+    return problem.fix or f"export VISION_BACKBONES_CACHE_DIR={folder}"

@@ -15,9 +15,8 @@ from backbones.common.tables import table
 from backbones.embedding.duplicates import THRESHOLD, Member, find_duplicates
 from backbones.embedding.page import write_page
 from backbones.embedding.search import INDEXES
-from backbones.embedding.sheet import Row, Tile, draw_sheet
+from backbones.embedding.sheet import Row, Thumbnails, Tile, draw_sheet
 from backbones.embedding.table import count_rows
-from backbones.embedding.thumbnails import Thumbnails
 
 EXAMPLE = "features/ --threshold 0.98 --csv duplicates.csv"
 

@@ -12,10 +12,9 @@ from backbones.common.arguments import nonempty, nonempty_path, whole
 from backbones.common.dtypes import COMPUTED
 from backbones.common.messages import one_line
 from backbones.common.signals import exit_on_signals
-from backbones.embedding.fields import STORED
 from backbones.embedding.network import FEATURES
 from backbones.embedding.run import ENGINES, embed
-from backbones.embedding.table import CORRUPT
+from backbones.embedding.table import CORRUPT, STORED
 
 EXAMPLE = "photos/ --model van_b0 --checkpoint van_b0.pth --out features/"
 

@@ -16,7 +16,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,7 @@ def run(options: Namespace) -> int:
     if ours:
         export_int8(loaded, options.out, size, images, options.max_drop)
     else:
-        export(loaded, options.out, format, size, options.batch, options.dynamic, images)
+        export(loaded, options.out, format, shapes, images)
     return 0
 
 
@@ -141,19 +141,16 @@ def export(
     loaded: Loaded,
     path: Path,
     format: str,
-    size: tuple[int, int],
-    batch: int = 1,
-    dynamic: bool = False,
+    shapes: Sequence[tuple[int, ...]],
     images: Sequence[Tensor] | None = None,
 ) -> None:
     """Write ``path`` as "onnx" or "pt2" if its outputs equal the model's, and print a report.
 
     Args:
+        shapes: to compare at; the file is for any batch and size if there are several.
         images: (1, C, H, W) each, for int8 calibration; None for no int8.
     """
-    model, name = loaded.model, loaded.name
-    shape = (batch, channels_of(model), *size)
-    shapes = graphs.check_shapes(shape, dynamic)
+    model, name, shape, dynamic = loaded.model, loaded.name, shapes[0], len(shapes) > 1
     try:
         with replacing_together(path) as scratch:
             run = _write(loaded, scratch, format, shape, dynamic)
@@ -203,10 +200,10 @@ def _quantize(
     _say("quantising")
     quantize(path, images)
     runner = graphs.onnx_runner(path)
-    _say(f"  {agreement(model, runner, images).text(len(images))}")
+    _say(f"  {agreement(model, runner, images)[0]}")
     for number, shape in enumerate(shapes[1:], start=1):
-        found = agreement(model, runner, [graphs.noise(shape, number)])
-        _say(f"  {_sizes(shape):<16} int8, noise: {found.decibels:.1f} dB")
+        _, decibels = agreement(model, runner, [graphs.noise(shape, number)])
+        _say(f"  {_sizes(shape):<16} int8, noise: {decibels:.1f} dB")
 
 
 def _excuse(found: graphs.Check) -> str:
@@ -227,25 +224,6 @@ def _say(line: str) -> None:
 # -- int8 ------------------------------------------------------------------------------------------
 
 
-class Agreement(NamedTuple):
-    """How an int8 file compares with the model.
-
-    Attributes:
-        top1: share of the images with the same top-1 class; None without classes.
-        decibels: signal-to-noise ratio of the outputs.
-    """
-
-    top1: float | None
-    decibels: float
-
-    def text(self, images: int) -> str:
-        """A summary of the comparison on ``images`` images, without a full stop."""
-        noise = f"signal to noise {self.decibels:.1f} dB"
-        if self.top1 is None:
-            return f"int8 vs. float: {noise}"
-        return f"int8 agrees with float in {100 * self.top1:.1f} % of {images} predictions, {noise}"
-
-
 def calibration_images(
     loaded: Loaded, folder: Path, count: int, size: tuple[int, int]
 ) -> list[Tensor]:
@@ -257,7 +235,7 @@ def calibration_images(
     config = {**preprocessing(loaded), "input_size": (channels, *size)}
     resize, mode = Resizing(config), "L" if channels == 1 else "RGB"
     try:
-        paths = find_images([folder]).images
+        paths, _ = find_images([folder])
     except (CommandError, OSError) as error:
         raise CommandError(f"--calibration: {error}; {_WANTED}") from error
     images: list[Tensor] = []
@@ -311,8 +289,8 @@ def _metadata_of(loaded: Loaded) -> dict[str, str]:
     return {"model": loaded.name, **classes}
 
 
-def agreement(model: nn.Module, run: graphs.Run, images: Sequence[Tensor]) -> Agreement:
-    """How the outputs of ``run`` compare with the model's on ``images``."""
+def agreement(model: nn.Module, run: graphs.Run, images: Sequence[Tensor]) -> tuple[str, float]:
+    """How the outputs of ``run`` in int8 agree with the model's: in words, and the noise in dB."""
     same, signal, noise = 0, 0.0, 0.0
     classifies = True
     for image in images:
@@ -325,7 +303,11 @@ def agreement(model: nn.Module, run: graphs.Run, images: Sequence[Tensor]) -> Ag
         if classifies:
             same += int(expected.argmax(1).eq(got.argmax(1)).sum())
     decibels = 10 * math.log10(signal / noise) if noise else math.inf
-    return Agreement(same / len(images) if classifies else None, decibels)
+    text = f"signal to noise {decibels:.1f} dB"
+    if not classifies:
+        return f"int8 vs. float: {text}", decibels
+    share = f"{100 * same / len(images):.1f} % of {len(images)} predictions"
+    return f"int8 agrees with float in {share}, {text}", decibels
 
 
 def export_int8(
@@ -368,8 +350,7 @@ def export_int8(
             )
     _say(f"  {precision.summary()}")
     if images is not None:
-        found = agreement(exact, lambda image: _forward(model, image), images)
-        _say(f"  {found.text(len(images))}")
+        _say(f"  {agreement(exact, lambda image: _forward(model, image), images)[0]}")
     megabytes = path.stat().st_size / 1e6
     _say(f"{path}: {loaded.name} in int8 for any batch and size, {megabytes:.1f} MB")
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from backbones.common.console import silence
 from backbones.common.errors import CommandError
+from backbones.common.messages import first_line
 
 Run = Callable[[Tensor], Tensor]
 
@@ -81,9 +82,7 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     file = io.BytesIO()  # torch's own writer hides I/O errors
     with silence():
         torch.export.save(program, file)
-    # Path.write_bytes would keep a view in a traceback, of which Python 3.13 complains.
-    with file.getbuffer() as view, path.open("wb") as out:
-        out.write(view)
+    path.write_bytes(file.getvalue())
 
 
 def save_onnx(
@@ -191,12 +190,9 @@ def check_shapes(shape: Sequence[int], dynamic: bool) -> list[tuple[int, ...]]:
 
 
 class Check(NamedTuple):
-    """The error of a file at one size.
+    """The maximum error of a file at one size, relative to the maximum output.
 
-    Attributes:
-        shape: of the images.
-        error: the maximum difference, relative to the maximum output.
-        allowed: ``TOLERANCE``; more where float32 itself differs that much from float64.
+    ``allowed`` is ``TOLERANCE``, or more where float32 itself differs that much from float64.
     """
 
     shape: tuple[int, ...]
@@ -286,8 +282,7 @@ def _reason(error: BaseException) -> str:
     """The first line of an exception's root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def with_common_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

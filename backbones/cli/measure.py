@@ -6,7 +6,7 @@ import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ import backbones
 from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
-from ops.neighborhood import NeighborhoodAttention2D
+from ops.neighborhood import BACKENDS, NAParams, NeighborhoodAttention2D
 
 
 @dataclass
@@ -61,6 +61,10 @@ def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
     counter = _counter()
     counted = 0
 
+    for layer in shadow.modules():
+        if isinstance(layer, NeighborhoodAttention2D):
+            layer.attend = partial(_attend_in_windows, layer)  # type: ignore[method-assign]
+
     def record(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         nonlocal counted
         total = counter.get_total_flops() // 2
@@ -72,7 +76,7 @@ def measure(model: Any, height: int, width: int, runs: int = 0) -> list[Part]:
     def end_stem(stage: nn.Module, inputs: Any) -> None:
         record("stem", shadow.stem, (), inputs)
 
-    with counter, _correct_attention(shadow, counter), ExitStack() as hooks:
+    with counter, ExitStack() as hooks:
         if field is None:
             modules = _modules_of(shadow)
         else:
@@ -164,30 +168,10 @@ def _map_scan_flops(
     return 2 * math.prod(x[:3]) * math.prod(weight)
 
 
-@contextmanager
-def _correct_attention(model: nn.Module, counter: FlopCounterMode) -> Iterator[None]:
-    """Count neighborhood attention by its definition, not by a backend's full tiles."""
-    before: list[int] = []
-    total = counter.flop_counts["Global"]
-
-    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        before.append(sum(total.values()))
-
-    def leave(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        batch, *size, dim = inputs[0].shape
-        padded = [
-            max(n, k * d) if module.small_maps == "pad" else n
-            for n, k, d in zip(size, module.kernel_size, module.dilation, strict=True)
-        ]
-        window = [min(k, n) for k, n in zip(module.kernel_size, padded, strict=True)]
-        projections = math.prod(size) * 4 * dim * dim
-        attention = math.prod(padded) * 2 * math.prod(window) * dim
-        exact = 2 * batch * (projections + attention)
-        total["neighborhood attention"] += exact - (sum(total.values()) - before.pop())
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, NeighborhoodAttention2D):
-                hooks.enter_context(module.register_forward_pre_hook(enter))
-                hooks.enter_context(module.register_forward_hook(leave))
-        yield
+def _attend_in_windows(module: Any, qkv: Tensor) -> Tensor:
+    """Neighborhood attention by its definition: backends work on full tiles, which count more."""
+    query, key, value = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(dim=-3)
+    kernel_size, stride, dilation, rpb = module.window(query.shape[1:-2])
+    params = NAParams(kernel_size, stride, dilation, module.is_causal, module.scale, False)
+    out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
+    return out.flatten(-2)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from backbones.cli.cam import grad_cam
 from backbones.cli.common import read_labels
+from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.common import images
 from backbones.common.arguments import nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
@@ -42,12 +42,15 @@ from backbones.common.tables import table
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, load, preprocessing
+from backbones.core.stage import map_of, with_map
 
 EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png"
 
 _PICTURES = 24
 _CSV_HEAD = ("image", "place", "class", "name", "confidence", "error")
 _HEAT, _STRENGTH = "inferno", 0.6
+# Coarser maps don't localise anything.
+_LEAST_SIDE = 4
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,14 +81,14 @@ def run(options: Namespace) -> int:
         if options.cam is not None:
             raise CommandError("--cam needs the layers before fuse(): leave out --dtype")
         check_dtype(options.dtype, device)
-    found = find_images(options.images)
+    found, skipped = find_images(options.images)
     require_writable(
         {
             "--csv": (options.csv, csv_of(*_CSV_HEAD)),
             "--json": (options.json, json_of("image")),
             "--cam": (options.cam, FIGURE),
         },
-        [options.checkpoint, options.labels, *options.images, *found.images],
+        [options.checkpoint, options.labels, *options.images, *found],
         options.overwrite,
     )
     loaded = load(options.model, options.checkpoint, options.pretrained)
@@ -112,7 +115,7 @@ def run(options: Namespace) -> int:
         fuse(loaded.model, dtype=COMPUTED[options.dtype])
 
     pictures = _PICTURES if options.cam is not None else 0
-    predictions = [*predict(loaded, found.images, options.topk, options.batch_size, pictures)]
+    predictions = [*predict(loaded, found, options.topk, options.batch_size, pictures)]
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
     sys.stdout.write(_as_table(predictions, names))
     write_if_asked(options.csv, _as_csv(predictions, names))
@@ -121,7 +124,8 @@ def run(options: Namespace) -> int:
         shown = [prediction for prediction in predictions if prediction.heat is not None]
         if shown:
             _draw_predictions(options.cam, shown, names)
-    say_skipped(found.others)
+    if skipped:
+        sys.stderr.write(f"{skipped}\n")
     unreadable = [prediction for prediction in predictions if prediction.error]
     for prediction in unreadable:
         sys.stderr.write(f"cannot read {one_line(str(prediction.path))}: {prediction.error}\n")
@@ -138,7 +142,7 @@ class Prediction:
         ranked: (class, confidence) pairs, the most likely first.
         error: why the image could not be read; then the other fields are empty.
         image: (C, H, W) in uint8, as resized for the model; only for pictures, like ``heat``.
-        heat: (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
+        heat: (H, W) in 0 … 1, see :func:`grad_cam`.
     """
 
     path: Path
@@ -183,33 +187,26 @@ def predict(
             bar.step(count=len(batch))
 
 
-def find_images(places: Sequence[Path]) -> images.Listing[Path]:
+def find_images(places: Sequence[Path]) -> tuple[list[Path], images.Skipped]:
     """The given files and the images in the given folders (recursively, sorted), and other files.
 
     Non-images with an image's name (a named pipe, a broken link) are included; reading them fails
     with an explanation.
     """
-    found: images.Listing[Path] = images.Listing([], [])
+    found: list[Path] = []
+    skipped = images.Skipped()
     for place in places:
         if place.is_dir():
             inside = images.list_below(place)
             if not inside.images:
                 raise CommandError(f"no images in {place}")
-            found.images.extend(place / name for name in inside.images)
-            found.others.extend(place / name for name in inside.others)
+            found += (place / name for name in inside.images)
+            skipped.add([str(place / name) for name in inside.others])
         elif os.path.lexists(place):
-            found.images.append(place)
+            found.append(place)
         else:
             raise FileNotFoundError(f"no image at {place}")
-    return found
-
-
-def say_skipped(files: Sequence[Path]) -> None:
-    """Print how many files in folders were skipped."""
-    skipped = images.Skipped()
-    skipped.add(list(map(str, files)))
-    if skipped:
-        sys.stderr.write(f"{skipped}\n")
+    return found, skipped
 
 
 def _classify(
@@ -233,6 +230,65 @@ def _classify(
     ranks = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     for prediction, (classes, confidences) in zip(predictions, ranks, strict=True):
         prediction.ranked = list(zip(classes, confidences, strict=True))
+
+
+def grad_cam(
+    model: StagedBackbone, images: Tensor, classes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Grad-CAM heat maps: a feature map's channels, weighted by the gradient of one logit.
+
+    Ramprasaath R. Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via
+    Gradient-based Localization", https://arxiv.org/abs/1610.02391.
+
+    Works for every family, since all stages return maps (B, C, h, w). It uses the last map of 4 × 4
+    or larger, which is the last stage's at the usual input sizes.
+
+    Args:
+        images: (B, C, H, W).
+        classes: (B,); default: the most likely class of each image.
+
+    Returns:
+        Logits (B, num_classes), and heat (B, H, W) in 0 … 1, where 0 means no evidence.
+    """
+    field = ReceptiveField()
+    with torch.no_grad(), follow(model, field):
+        outputs = [model.stem(images)]
+        grids = [(field.start, field.stride)]
+        for stage in model.stages:
+            outputs.append(stage(outputs[-1]))
+            grids.append((field.start, field.stride))
+    sides = [min(map_of(output).shape[2:]) for output in outputs]
+    # The stem's map is not a candidate; outputs[i + 1] is that of stage i.
+    taken = max((i for i in range(1, len(outputs)) if sides[i] >= _LEAST_SIDE), default=1)
+    with torch.enable_grad():
+        features = map_of(outputs[taken]).detach().requires_grad_()
+        last = with_map(outputs[taken], features)
+        for stage in list(model.stages)[taken:]:
+            last = stage(last)
+        logits = model.forward_head(model.norm(map_of(last)))
+        chosen = logits.argmax(1) if classes is None else classes
+        score = logits.gather(1, chosen[:, None]).sum()
+        (gradient,) = torch.autograd.grad(score, features)
+    weights = gradient.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
+    heat = (weights * features.detach()).sum(1).relu()  # (B, h, w)
+    heat = upsample_heat(heat, images.shape[2:], *grids[taken])  # (B, H, W)
+    peak = heat.amax(dim=(1, 2), keepdim=True)
+    return logits.detach(), heat / peak.clamp(min=torch.finfo(heat.dtype).tiny)
+
+
+def upsample_heat(heat: Tensor, size: Sequence[int], start: float, stride: int) -> Tensor:
+    """Interpolate heat from the cells of a map to pixels: (B, h, w) → (B, H, W).
+
+    Linear between the centres of the cells, which are ``start + i * stride`` pixels from the edge
+    (see :class:`ReceptiveField`), and constant beyond the outermost.
+    """
+    for axis, side in zip((1, 2), size, strict=True):
+        cells = torch.arange(heat.shape[axis], device=heat.device)
+        pixels = torch.arange(side, device=heat.device) + 0.5
+        places = ((pixels - start) / stride).clamp(0, len(cells) - 1)
+        shares = (1 - (places[:, None] - cells).abs()).clamp(min=0).to(heat)  # (side, cells)
+        heat = torch.einsum("pc,bcw->bpw" if axis == 1 else "pc,bhc->bhp", shares, heat)
+    return heat
 
 
 def _as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:

@@ -16,8 +16,7 @@ from backbones.common.outputs import json_text, write_if_asked
 from backbones.common.tables import table
 from backbones.embedding.page import Table, write_page
 from backbones.embedding.probe import MOST_ROWS, Method, Mistake, Report, probe
-from backbones.embedding.sheet import Row, Tile
-from backbones.embedding.thumbnails import Thumbnails
+from backbones.embedding.sheet import Row, Thumbnails, Tile
 
 EXAMPLE = "features/ --labels labels.csv --html probe.html"
 

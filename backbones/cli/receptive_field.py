@@ -18,18 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.cascaded import CascadedGroupAttention
-from ops.attention.factorized import FactorizedAttention
-from ops.attention.hilo import LowFrequencyAttention
-from ops.attention.pooled import PooledAttention
-from ops.attention.rank_augmented import RankAugmentedAttention
-from ops.attention.single_head import SingleHeadAttention
-from ops.attention.window import OverlappingWindowAttention, WindowAttention
-from ops.conv import InceptionDWConv2d
-from ops.large_kernel import DilatedReparamConv2d
-from ops.neighborhood import NeighborhoodAttention2D
-from ops.patch import PatchMerging
 
 
 class Step(NamedTuple):
@@ -47,16 +36,6 @@ class Step(NamedTuple):
 
 
 _EVERYWHERE = Step(float("inf"))
-# Defined in the families, like their subclasses: BiFormer's global attention; MedViTV2's
-# neighborhood attention on a map whose memory is reinterpreted in another order, so that neighbours
-# may come from anywhere; OverLoCK's dynamic blocks, whose kernels depend on the whole context; and
-# the scans of VRWKV, ViG and VMamba. OverLoCK's overview runs beside the map, and its two
-# convolutions of stride 2 are parallel.
-_IN_FAMILIES = {
-    **dict.fromkeys(("GlobalAttention", "LocalBlock", "FoldedLocalBlock"), _EVERYWHERE),
-    **dict.fromkeys(("WKVAttention", "GatedScan", "Mixing", "SelectiveScan2d"), _EVERYWHERE),
-    **{"DynamicBlock": _EVERYWHERE, "Overview": Step(1), "Halving": Step(3, 2)},
-}
 
 
 class ReceptiveField:
@@ -118,11 +97,8 @@ def step_of(module: nn.Module, height: int, width: int) -> Step | None:
 
     For parallel branches, the widest one.
     """
-    for base in type(module).__mro__:
-        if base.__name__ in _IN_FAMILIES:
-            return _IN_FAMILIES[base.__name__]
-    for kind, rule in _RULES.items():
-        if isinstance(module, kind):
+    for kind in type(module).__mro__:
+        if (rule := _RULES.get(kind.__name__)) is not None:
             return rule if isinstance(rule, Step) else rule(module, height, width)
     return None
 
@@ -167,21 +143,19 @@ def _overlapping(module: Any, height: int, width: int) -> Step:
     return Step(module.window_size + module.overlap_size - 1)
 
 
-_RULES: dict[type[nn.Module], Step | Callable[[Any, int, int], Step]] = {
-    InceptionDWConv2d: _inception,
-    DilatedReparamConv2d: _dilated,
-    nn.Conv2d: _conv,
-    nn.AvgPool2d: _pool,
-    nn.MaxPool2d: _pool,
-    NeighborhoodAttention2D: _neighborhood,
-    PatchMerging: Step(2, 2, 0.5),
-    CascadedGroupAttention: _windows,
-    OverlappingWindowAttention: _overlapping,
-    WindowAttention: _windows,
-    BiLevelRoutingAttention: _EVERYWHERE,
-    FactorizedAttention: _EVERYWHERE,
-    LowFrequencyAttention: _EVERYWHERE,
-    PooledAttention: _EVERYWHERE,
-    RankAugmentedAttention: _EVERYWHERE,
-    SingleHeadAttention: _EVERYWHERE,
+# By the names of classes, since families define some of them. The kernels of OverLoCK's dynamic
+# blocks depend on the whole context, MedViTV2's LocalBlock reinterprets a map's memory in another
+# order, so that neighbours may come from anywhere, and scans see everything. OverLoCK's overview
+# runs beside the map, and its two convolutions of stride 2 are parallel.
+_RULES: dict[str, Step | Callable[[Any, int, int], Step]] = {
+    **{"Conv2d": _conv, "AvgPool2d": _pool, "MaxPool2d": _pool, "PatchMerging": Step(2, 2, 0.5)},
+    **{"InceptionDWConv2d": _inception, "DilatedReparamConv2d": _dilated},
+    **{"NeighborhoodAttention2D": _neighborhood, "OverlappingWindowAttention": _overlapping},
+    **dict.fromkeys(("CascadedGroupAttention", "WindowAttention"), _windows),
+    **dict.fromkeys(("BiLevelRoutingAttention", "FactorizedAttention"), _EVERYWHERE),
+    **dict.fromkeys(("LowFrequencyAttention", "PooledAttention"), _EVERYWHERE),
+    **dict.fromkeys(("RankAugmentedAttention", "SingleHeadAttention"), _EVERYWHERE),
+    **dict.fromkeys(("GlobalAttention", "LocalBlock", "FoldedLocalBlock"), _EVERYWHERE),
+    **dict.fromkeys(("WKVAttention", "GatedScan", "Mixing", "SelectiveScan2d"), _EVERYWHERE),
+    **{"DynamicBlock": _EVERYWHERE, "Overview": Step(1), "Halving": Step(3, 2)},
 }

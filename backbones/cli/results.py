@@ -21,9 +21,9 @@ from backbones.common.outputs import (
     json_of,
     require_writable,
 )
+from backbones.embedding.sheet import Thumbnails
 from backbones.embedding.sources import image_files
-from backbones.embedding.table import METADATA, batches, count_rows, metadata, shard_paths
-from backbones.embedding.thumbnails import Thumbnails
+from backbones.embedding.table import METADATA, count_rows, metadata, shard_paths
 
 
 def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:
@@ -77,16 +77,11 @@ def check_outputs(
 
 def _made_of(folder: Path, source: Sequence[str]) -> Iterator[Path]:
     """The files of a table, its weights, and the files and folders of its images."""
-    said = metadata(folder)
     yield from (folder / METADATA, *shard_paths(folder))
-    if said["weights"].get("path") is not None:  # tables of the first version lack it
-        yield Path(said["weights"]["path"])
-
-    def keys() -> Iterator[str]:
-        for batch in batches(folder, ["key"]):
-            yield from batch.column(0).to_pylist()
-
-    yield from image_files(said["source"], keys, source)
+    weights = metadata(folder)["weights"].get("path")
+    if weights is not None:  # tables of the first version lack it
+        yield Path(weights)
+    yield from image_files(folder, source)
 
 
 def facts(folder: Path, **more: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from backbones.cli.predict import find_images, say_skipped
+from backbones.cli.predict import find_images
 from backbones.cli.results import add_outputs, check_outputs, facts, say_refused
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.errors import CommandError
@@ -21,9 +21,8 @@ from backbones.common.tables import table
 from backbones.embedding.page import write_page
 from backbones.embedding.query import embed_queries
 from backbones.embedding.search import INDEXES, Match, search
-from backbones.embedding.sheet import Row, Tile, draw_sheet
+from backbones.embedding.sheet import Row, Thumbnails, Tile, draw_sheet, small
 from backbones.embedding.table import vectors_of
-from backbones.embedding.thumbnails import Thumbnails, small
 
 EXAMPLE = "features/ --query photo.jpg --out similar.png"
 
@@ -50,8 +49,7 @@ def run(options: Namespace) -> int:
     if not options.query and not options.key:
         raise CommandError("give --query IMAGE, or the --key of an image in FOLDER")
     folder: Path = options.folder
-    found = find_images(options.query)
-    paths = found.images
+    paths, skipped = find_images(options.query)
     inputs = [*options.query, *paths, options.checkpoint]
     path = check_outputs(options, _PICTURE, "query", _COLUMNS, inputs)
     names: list[str] = []
@@ -88,7 +86,8 @@ def run(options: Namespace) -> int:
         if options.html is not None:
             write_page(options.html, title, facts(folder, score="cosine, at most 1"), drawn)
         say_refused(images)
-    say_skipped(found.others)
+    if skipped:
+        sys.stderr.write(f"{skipped}\n")
     for query, reason in unreadable:
         sys.stderr.write(f"cannot read {one_line(str(query))}: {reason}\n")
     return 1 if unreadable else 0

@@ -1,9 +1,5 @@
 """``vision-backbones validate``: accuracy of classifiers, real labels, robustness, confusions.
 
-    vision-backbones validate --data /path/to/imagenet --model van_b0 'shvit_*' timm/resnet18
-    vision-backbones validate --data /path/to/images --model van_b0 --checkpoint best.safetensors
-    vision-backbones validate --data digits --run runs/quickstart --report report --corrupt
-
 ImageNet's protocol: resize so that the centre crop is ``crop_pct`` of the shorter side, with the
 size, interpolation and normalisation that each model's ``pretrained_cfg`` (or its run's
 ``config.yaml``) states. ``--real-labels`` adds the accuracy on the reassessed labels
@@ -326,13 +322,8 @@ def run(options: Namespace) -> int:
         try:
             row = validator.measure(candidate)
             spent = duration(time.monotonic() - begun)
-            units = {
-                "top1": " %",
-                "top5": " %",
-                "real_top1": " %",
-                "corruption_error": "",
-                "mce": "",
-            }
+            units = dict.fromkeys(("top1", "top5", "real_top1"), " %")
+            units |= {"corruption_error": "", "mce": ""}
             text = "  ".join(f"{k} {row[k]:.2f}{unit}" for k, unit in units.items() if k in row)
             validator.progress.say(f"{candidate.name}  {text}  ({row['images']} images, {spent})")
         except _FAILURES as error:

@@ -1,15 +1,11 @@
 """``vision-backbones verify``: identify a checkpoint, load it, and check outputs.
 
-Two comparisons are made stage by stage. With deterministic synthetic weights, outputs are compared
-with the original's recorded figures, which tests the code on this machine. With the user's weights,
-they are compared with figures saved elsewhere by ``--save-figures``, which tests checkpoint,
-machine and versions together.
+With deterministic synthetic weights, the outputs of every stage are compared with the original's
+recorded figures, which tests the code on this machine. Those of the user's weights must be finite.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
 import sys
@@ -23,13 +19,11 @@ from torch import Tensor
 
 import backbones
 from backbones.cli import parity
-from backbones.cli.common import add_size_argument, read_text, two_sides
+from backbones.cli.common import add_size_argument, two_sides
 from backbones.common.arguments import nonempty_path
 from backbones.common.checkpoint_files import sha256_of
-from backbones.common.errors import CommandError, memory_shortage
-from backbones.common.files import write_text_atomically
-from backbones.common.messages import one_line, shown
-from backbones.common.outputs import add_overwrite, json_of, json_text, require_writable
+from backbones.common.errors import CommandError
+from backbones.common.messages import one_line
 from backbones.common.tables import count_text, table
 from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.loaded import create, load
@@ -46,11 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("model", nargs="?", help="model, or a checkpoint file (default: the checkpoint's model)")
     text = "weights (default: test only the code)"
     add("--checkpoint", type=nonempty_path, metavar="FILE", help=text)
-    saved = "save figures of every stage, to compare elsewhere"
-    add("--save-figures", type=nonempty_path, metavar="JSON", help=saved)
-    add("--figures", type=nonempty_path, metavar="JSON", help="compare with saved figures")
-    add_size_argument(parser, "image size for --save-figures (default: the model's)")
-    add_overwrite(parser)
+    add_size_argument(parser, "image size for the outputs of the checkpoint (default: the model's)")
 
 
 def run(options: Namespace) -> int:
@@ -58,21 +48,13 @@ def run(options: Namespace) -> int:
     word = options.model or ""
     if options.checkpoint is None and word not in backbones.list_models() and os.path.isfile(word):
         options.model, options.checkpoint = None, Path(word)
-    require_writable(
-        {"--save-figures": (options.save_figures, json_of("model"))},
-        [options.checkpoint, options.figures],
-        options.overwrite,
-    )
     if options.checkpoint is None:
         if options.model is None:
             raise CommandError("give a MODEL, a --checkpoint FILE, or both")
-        if options.figures is not None or options.save_figures is not None:
-            raise CommandError("figures depend on weights: give --checkpoint FILE")
         create(options.model)  # raises for an unknown name
         return int(not _verify_code(options.model))
     if not options.checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {options.checkpoint}")
-    known = None if options.figures is None else _read_figures(options.figures)
     looks_like = _identify(options.checkpoint)
     name = looks_like if options.model is None else options.model
     if name is None:
@@ -81,64 +63,18 @@ def run(options: Namespace) -> int:
     if loads is None:
         return 1
     right = _verify_code(loads.name)
-    if options.save_figures is not None:
-        size = two_sides(options.size, loads.model)
-        figures = {"model": loads.name, **make_figures(loads.model, size)}
-        write_text_atomically(options.save_figures, json_text(figures))
-        sys.stdout.write(f"figures of these weights: saved as {options.save_figures}\n")
-    if known is not None:
-        right &= _verify_figures(loads, known, options.figures)
-    elif options.save_figures is None:
-        make_figures(loads.model, two_sides(options.size, loads.model))
-        sys.stdout.write(
-            "outputs of these weights: nothing to compare with; run with\n  --save-figures "
-            "figures.json where they are correct, then with --figures figures.json here\n"
-        )
+    _require_finite(loads.model, two_sides(options.size, loads.model))
     return int(not right)
 
 
-def make_figures(model: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Shape, mean, deviation, norm and first values of every stage's map and of the output.
-
-    The image is deterministic, see :func:`backbones.cli.parity.image`.
-    """
-    shape, seed = (1, model.in_chans, *size), 0
-    values = _outputs(model, parity.image(shape, seed))
-    if not all(value.isfinite().all() for value in values):
-        raise CommandError("the outputs of these weights are not finite")
-    *stages, output = map(parity.summary, values)
-    facts = {"torch": torch.__version__, "input": list(shape), "seed": seed}
-    return {**facts, "stages": stages, "output": output}
-
-
-def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
-    """Relative error of every stage and of the output against :func:`make_figures`."""
-    try:
-        shape, seed = figures["input"], figures["seed"]
-        if math.prod(shape) > _LARGEST_INPUT:
-            raise ValueError(f"an input of {shape} is too large")
-        values = _outputs(model, parity.image(shape, seed))
-        expected = [*figures["stages"], figures["output"]]
-        errors = [parity.summary_error(*pair) for pair in zip(values, expected, strict=True)]
-    except _UNFIT as error:
-        if memory_shortage(error) is not None:
-            raise
-        raise CommandError(f"the figures are for a different model: {error}") from error
-    return _named(errors)
-
-
-def _named(errors: list[float]) -> list[tuple[str, float]]:
-    """The errors of the stages and of the output, with these names."""
-    names = [*(f"stage {number}" for number in range(1, len(errors))), "output"]
-    return list(zip(names, errors, strict=True))
-
-
-def _outputs(model: Any, images: Tensor) -> list[Tensor]:
-    """The maps of the stages and the output."""
-    images = images.to(next(model.parameters()).dtype)
+def _require_finite(model: Any, size: tuple[int, int]) -> None:
+    """Run the model once, on noise."""
+    images = parity.image((1, model.in_chans, *size)).to(next(model.parameters()).dtype)
     with torch.inference_mode():
-        maps = model.forward_intermediates(images, intermediates_only=True)
-        return [value.float() for value in (*maps, model(images))]
+        finite = bool(model(images).isfinite().all())
+    if not finite:
+        raise CommandError("the outputs of these weights are not finite")
+    sys.stdout.write("outputs of these weights: finite\n")
 
 
 class Match(NamedTuple):
@@ -287,38 +223,8 @@ def _verify_code(name: str) -> bool:
     sys.stdout.write(
         f"code of {name}, with synthetic weights, compared with the original's figures:\n"
     )
-    return _show(_named([*stages, output]), allowed)
-
-
-def _read_figures(path: Path) -> dict[str, Any]:
-    text = read_text(path, "--figures")
-    try:
-        figures = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CommandError(f"{path} is not JSON: {error}") from error
-    if not isinstance(figures, dict):
-        raise CommandError(f"{path} was not written by --save-figures")
-    return figures
-
-
-def _verify_figures(loaded: Any, figures: dict[str, Any], path: Path) -> bool:
-    if figures.get("model") != loaded.name:
-        of = shown(figures.get("model"))
-        raise CommandError(f"{path} has figures for {of}, not for {loaded.name}")
-    sys.stdout.write(f"these weights, compared with {path} (torch {figures.get('torch')}):\n")
-    return _show(compare(loaded.model, figures), _ALLOWED)
-
-
-# Relative; kernels of other machines sum in a different order.
-_ALLOWED = 1e-4
-# Raised for invalid figures, or those of another model.
-_UNFIT = (LookupError, TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
-# Largest input that figures may have: three channels of 8192 × 8192.
-_LARGEST_INPUT = 3 * 8192**2
-
-
-def _show(rows: list[tuple[str, float]], allowed: float) -> bool:
-    right = all(error <= allowed for _, error in rows)  # NaN is not
-    cells = [[name, f"{error:.1e}", "✓" if error <= allowed else "✗"] for name, error in rows]
+    errors = {f"stage {number}": error for number, error in enumerate(stages, start=1)}
+    errors["output"] = output
+    cells = [[name, f"{e:.1e}", "✓" if e <= allowed else "✗"] for name, e in errors.items()]
     sys.stdout.write(table(("", "error", f"≤ {allowed:.0e}"), cells))
-    return right
+    return all(error <= allowed for error in errors.values())  # NaN is not

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Generic, TypeVar
+from typing import IO, Any
 
 import numpy as np
 from PIL import ExifTags, Image, features
@@ -65,18 +65,15 @@ def has_image_ending(name: str | Path) -> bool:
     return os.path.splitext(name)[1].lower() in image_endings()
 
 
-_Name = TypeVar("_Name", str, Path)
-
-
 @dataclass(frozen=True)
-class Listing(Generic[_Name]):
+class Listing:
     """Files found in folders, with an image's ending and without."""
 
-    images: list[_Name]
-    others: list[_Name]
+    images: list[str]
+    others: list[str]
 
 
-def list_below(folder: str | Path) -> Listing[str]:
+def list_below(folder: str | Path) -> Listing:
     """Sorted relative paths of all entries in a folder and its subfolders, except for folders.
 
     Linked folders are not followed. Entries that aren't files (named pipes, broken links) are
@@ -86,7 +83,7 @@ def list_below(folder: str | Path) -> Listing[str]:
     def fail(error: OSError) -> None:
         raise error
 
-    found: Listing[str] = Listing([], [])
+    found = Listing([], [])
     for inner, _, names in os.walk(folder, onerror=fail):
         below = os.path.relpath(inner, folder)
         for name in names:

@@ -64,9 +64,7 @@ def loader_options(
 ) -> dict[str, Any]:
     """Options of a ``DataLoader`` for batches that go to ``device``.
 
-    Args:
-        workers: loader processes.
-        persistent: keep the processes from epoch to epoch.
+    Its processes are kept from epoch to epoch if they are ``persistent``.
     """
     return {
         "num_workers": workers,

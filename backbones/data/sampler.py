@@ -20,7 +20,6 @@ class TrainSampler(Sampler[list[Key]]):
     """Batches of keys: a permutation by seed and epoch, divided among the processes.
 
     Args:
-        size: number of images.
         batch_size: of each process.
         repeats: copies of each image (repeated augmentation).
     """

@@ -44,22 +44,17 @@ def sign(file: IO[bytes]) -> None:
     file.write(footer[place : place + 17])
 
 
-def flaw(path: Path) -> str | None:
-    """Why a shard cannot be trusted; None if it can, or has no checksum.
+def flaw(path: Path, footer_only: bool = False) -> str | None:
+    """Why a shard, or only its footer, cannot be trusted; None if it can, or has no checksum.
 
     A file is not read again by this process until it changes.
     """
     found = os.stat(path)
-    return _flaw(path, found.st_ino, found.st_size, found.st_mtime_ns)
+    return _flaw(path, footer_only, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1 << 17)
-def _flaw(path: Path, *_: int) -> str | None:
-    return footer_flaw(path, whole=True)
-
-
-def footer_flaw(path: Path, whole: bool = False) -> str | None:
-    """Why the footer of a shard, or the ``whole`` file, cannot be trusted; None if it can."""
+def _flaw(path: Path, footer_only: bool, *_: int) -> str | None:
     if (problem := file_problem(path)) is not None:
         return f"it {problem}"
     with open(path, "rb") as file:
@@ -73,7 +68,7 @@ def footer_flaw(path: Path, whole: bool = False) -> str | None:
         footer[place + 9 : place + 17] = b"00000000"
         if end != b"%08x" % zlib.crc32(footer):
             return "the checksum of its footer is wrong"
-        if whole and body != b"%08x" % _crc(file, start):
+        if not footer_only and body != b"%08x" % _crc(file, start):
             return "its checksum is wrong"
     return None
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from backbones.common.dtypes import COMPUTED
 from backbones.common.errors import CommandError
@@ -40,20 +40,6 @@ def _stage_of(words: str, model: Any, name: str) -> int | None:
     return int(stages[int(found[1])])
 
 
-class _Headless(nn.Module):
-    """A model of timm that returns the input of its classifier."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.pretrained_cfg = model, model.pretrained_cfg
-
-    def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.model.forward_head(
-            self.model.forward_features(images), pre_logits=True
-        )
-        return features
-
-
 class Network:
     """A model with the weights of a checkpoint, ready to embed images.
 
@@ -64,8 +50,6 @@ class Network:
         classes: how many of the most likely classes to return; 0 for none.
 
     Attributes:
-        name: of the model.
-        preprocessing: see :func:`backbones.core.loaded.preprocessing`.
         names: of the classes, if known.
         shape: of an image's embedding.
     """
@@ -89,10 +73,7 @@ class Network:
         self.dtype = next(self.model.parameters()).dtype
         self.device = torch.device("cpu")
         if self.stage is None and not classes:
-            if isinstance(self.model, StagedBackbone):
-                self.model.reset_classifier(0)  # so that forward, which is replayed, returns them
-            else:
-                self.model = _Headless(self.model)
+            self.model.reset_classifier(0)  # so that forward, which is replayed, returns features
         blank = torch.zeros(1, *self.preprocessing["input_size"])
         self.shape = tuple(self(blank)[0].shape[1:])
 

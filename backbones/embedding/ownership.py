@@ -13,7 +13,6 @@ import hmac
 import json
 import os
 import secrets
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,8 @@ _BYTES = 32
 
 
 def key_path() -> Path:
-    """The file of the user's key; on Linux, ``XDG_STATE_HOME`` moves it."""
-    if sys.platform == "darwin":
-        base = "~/Library/Application Support"
-    elif sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
-    else:
-        base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    """The file of the user's key."""
+    base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     return Path(os.path.expanduser(base)) / "vision-backbones" / "tables.key"
 
 

@@ -45,11 +45,7 @@ def write_page(
 ) -> None:
     """Write a page with images and a field that filters them by name.
 
-    Args:
-        facts: shown below the title.
-        rows: images under headings.
-        tables: shown above the images.
-        picture: a PNG shown above the images, described by ``told``.
+    ``picture`` is a PNG, described by ``told``.
     """
     parts = {
         "title": _text(title),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from backbones.common.files import file_problem
 from backbones.common.images import DECODE_ERRORS, read_pixels
 from backbones.common.messages import first_line
 from backbones.embedding.network import Network
-from backbones.embedding.table import metadata
+from backbones.embedding.table import differences, metadata
 from backbones.embedding.worker import Images
 
 __all__ = ["Queries", "embed_queries"]
@@ -55,12 +56,9 @@ def embed_queries(
     """
     said = metadata(folder)
     network = Network(said["model"], _weights(folder, said, checkpoint), said["features"], 0)
-    if list(network.shape) != said["shape"]:
-        raise MendableError(
-            f"{folder} contains embeddings of shape {said['shape']}, but its model returns "
-            f"{list(network.shape)}"
-        )
-    _require_same(folder, said["preprocessing"], network.preprocessing)
+    made = {"shape": network.shape, "preprocessing": network.preprocessing}
+    if different := differences(said, said | json.loads(json.dumps(made))):
+        raise MendableError(f"{folder} was made with other settings: {'; '.join(different)}")
     device, computed = torch.device("cpu"), said["computed"]
     try:
         check_dtype(computed, device)
@@ -102,12 +100,3 @@ def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | 
             f"is {found[:16]}…, not {weights['sha256'][:16]}…"
         )
     return path
-
-
-def _require_same(folder: str | Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise an error for queries that would be preprocessed differently from the table's images."""
-    now = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
-    differing = [key for key in there | now if there.get(key) != now.get(key)]
-    if differing:
-        told = ", ".join(f"{k} {there.get(k)} there, {now.get(k)} now" for k in differing)
-        raise MendableError(f"{folder} was made with different preprocessing: {told}")

@@ -251,92 +251,84 @@ def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Work:
-    """Tracks and shows which parts are done.
+    """Which parts are done, shown as they are embedded.
 
     Attributes:
-        rows, before: written so far, and of those by earlier calls.
         pending: parts without a shard, with their numbers.
+        before: rows written by earlier calls.
     """
 
     def __init__(
         self, out: Path, content: dict[str, Any], images: Source, stream: TextIO | None
     ) -> None:
         self.out, self.images = out, images
-        self.rows = self._corrupt = self._done = 0
         self._latest: dict[int, Event] = {}  # of each part
         self._progress = Progress(stream is not None, stream)
         self._progress.begin("check", len(images.parts))
-        identity = table.identity(content)
-        columns = table.schema_of(content)
         opener = reader(content["source"])
         for number in range(len(images.parts)):
-            self._check(number, identity, columns, opener)
+            self._check(number, content, opener)
             self._progress.step("shards")
         self._progress.end()
         self.pending = [(i, part) for i, part in enumerate(images.parts) if i not in self._latest]
-        self.before, self._seen_before = self.rows, self.rows + self._corrupt
-        self._first = self._at()
+        self.before, self._seen_before = self.rows, self.rows + len(self.write_corrupt())
         self._begun = time.monotonic()
-        self.write_corrupt()
 
-    def _check(self, number: int, identity: str, columns: Any, opener: Reader) -> None:
+    @property
+    def rows(self) -> int:
+        """The rows written so far."""
+        return sum(event.rows for event in self._latest.values())
+
+    def _check(self, number: int, content: dict[str, Any], opener: Reader) -> None:
         """Count a shard, unless it is missing, damaged, or lacks images that can be opened now."""
         path = table.shard_path(self.out, number)
         if not path.exists():
             return
         try:
-            rows, corrupt = table.corrupt_in(path, identity, columns)
+            rows, corrupt = table.corrupt_in(path, content)
         except table.DamagedShardError as error:
             self._progress.say(f"{path} is damaged ({error.reason}); embedding it again")
             path.unlink()
             return
         if not any(opener.is_back(key, reason) for key, reason in corrupt):
-            self._note(Event(number, rows, tuple(corrupt), done=True))
-
-    def _note(self, event: Event) -> None:
-        before = self._latest.get(event.part, Event(event.part))
-        self._latest[event.part] = event
-        self.rows += event.rows - before.rows
-        self._corrupt += len(event.corrupt) - len(before.corrupt)
-        self._done += event.done
-        if event.skipped:
-            self.images.skipped.add(event.skipped.names, event.skipped.count)
+            self._latest[number] = Event(number, rows, tuple(corrupt), done=True)
 
     def write_corrupt(self) -> list[tuple[str, str]]:
         """Write ``corrupt.txt``; returns its lines, in the order of the source."""
-        events = [self._latest[number] for number in sorted(self._latest)]
-        corrupt = [entry for event in events for entry in event.corrupt]
+        corrupt = [entry for _, event in sorted(self._latest.items()) for entry in event.corrupt]
         table.write_corrupt(self.out, corrupt)
         return corrupt
-
-    def show_begin(self, model: str, dim: int) -> None:
-        """Show what is about to be computed."""
-        total = self.images.images
-        count = f"{total} images" if total is not None else f"{len(self.images.parts)} archives"
-        done = f", {self._seen_before} images done before" if self._seen_before else ""
-        self._progress.say(f"{model}: {count} into {self.out}, {dim} numbers each{done}")
-        self._progress.begin("embed", total or len(self.images.parts), self._first)
 
     def follow(self, events: Generator[Event, None, None]) -> None:
         """Consume the engine's events until all parts are done."""
         try:
             for event in events:
-                self._note(event)
-                self._progress.done = self._at()
+                self._latest[event.part] = event
+                if event.skipped:
+                    self.images.skipped.add(event.skipped.names, event.skipped.count)
                 if self._progress.due():
-                    self._progress.show(self._progress.done, self._figures())
+                    self._show()
         finally:
             events.close()  # ends the processes
             self._progress.end()
 
-    def _at(self) -> int:
-        return self._done if self.images.images is None else self.rows + self._corrupt
+    def show_begin(self, model: str, dim: int) -> None:
+        """Show what is about to be computed."""
+        total, parts = self.images.images, len(self.images.parts)
+        count = f"{parts} archives" if total is None else f"{total} images"
+        done = f", {self._seen_before} images done before" if self._seen_before else ""
+        self._progress.say(f"{model}: {count} into {self.out}, {dim} numbers each{done}")
+        self._first = len(self._latest) if total is None else self._seen_before
+        self._progress.begin("embed", total or parts, self._first)
 
-    def _figures(self) -> str:
-        seen = self.rows + self._corrupt - self._seen_before
-        parts = [f"{seen / max(time.monotonic() - self._begun, 1e-9):.0f} images/s"]
+    def _show(self) -> None:
+        corrupt = sum(len(event.corrupt) for event in self._latest.values())
+        seen, done = self.rows + corrupt, sum(event.done for event in self._latest.values())
+        self._progress.done = done if self.images.images is None else seen
+        rate = (seen - self._seen_before) / max(time.monotonic() - self._begun, 1e-9)
+        parts = [f"{rate:.0f} images/s"]
         if self._progress.done > self._first:
             parts.append(f"{duration(self._progress.seconds_left())} left")
-        if self._corrupt:
-            parts.append(f"{self._corrupt} corrupt")
-        return "  ".join(parts)
+        if corrupt:
+            parts.append(f"{corrupt} corrupt")
+        self._progress.show(self._progress.done, "  ".join(parts))

@@ -1,23 +1,76 @@
-"""Contact sheets: rows of thumbnails, each with a heading and a name below it."""
+"""Thumbnails of a table's images, and contact sheets: rows of them with headings and names."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps
 
+from backbones.common.errors import DataError
 from backbones.common.figures import INK, drawable, new_figure, save_figure
+from backbones.common.images import DECODE_ERRORS, as_8_bits, open_image
 from backbones.common.messages import one_line
+from backbones.embedding.sources import ForeignError, OutsideError, Reader, reader_of
 
 _COLUMNS = 8  # most images of a line
 # In pixels.
+_THUMBNAIL = 200
 _SIDE, _GAP, _MARGIN = 150, 14, 16
 _TITLE, _CAPTION, _BELOW = 44, 30, 44
 _MUTED, _FRAME, _EMPTY = "#56606e", "#1f5fbf", "#eef1f5"
+
+
+class Thumbnails:
+    """Makes thumbnails of a table's images by their keys.
+
+    Args:
+        source: see :func:`backbones.embedding.sources.reader_of`.
+
+    Attributes:
+        refused: why images were not even looked for, a sentence for the first one; "" if all were.
+    """
+
+    def __init__(self, folder: str | Path, source: Sequence[str | Path] = ()) -> None:
+        self.refused = ""
+        self._reader: Reader | None = None
+        try:
+            self._reader = reader_of(folder, source)
+        except ForeignError as error:
+            self.refused = str(error)
+
+    def __call__(self, key: str) -> Image.Image | None:
+        """The thumbnail of an image; None if it is missing or unreadable, or may not be read."""
+        if self._reader is None:
+            return None
+        try:
+            return small(self._reader.find(key))
+        except (OutsideError, DataError) as error:
+            self.refused = self.refused or str(error)
+        except DECODE_ERRORS:  # these include a reader's error for a missing key
+            pass
+        return None
+
+
+def small(source: Path | IO[bytes] | Image.Image) -> Image.Image:
+    """Shrink an image to a longer side of at most 200 pixels, in RGB."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damage that affects no pixel
+        if isinstance(source, Image.Image):
+            image = as_8_bits(source)
+        elif isinstance(source, Path):
+            image = open_image(source)
+        else:
+            with source:
+                image = open_image(source)
+    if max(image.size) > _THUMBNAIL:
+        image = image.copy()
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+    return image
 
 
 @dataclass
@@ -50,9 +103,10 @@ def draw_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
     """Draw rows of at least one image each with their captions, headings and names, as a PNG."""
     step = _SIDE + _GAP
     lines = _lines(rows)
-    columns = max(4, *(line[-1].column + min(len(line[-1].row.tiles), _COLUMNS) for line in lines))
+    ends = [column + min(len(row.tiles), _COLUMNS) for *_, (row, column) in lines]
+    columns = max(4, *ends)
     heights = [
-        _CAPTION + -(-len(line[0].row.tiles) // columns) * (_SIDE + _BELOW) for line in lines
+        _CAPTION + -(-len(row.tiles) // columns) * (_SIDE + _BELOW) for (row, _), *_ in lines
     ]
     width = 2 * _MARGIN + columns * step - _GAP
     height = _TITLE + sum(heights) + _MARGIN
@@ -68,11 +122,11 @@ def draw_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
     write(_MARGIN, 12, title, 13, INK, bold=True)
     top = _TITLE
     for line, taken in zip(lines, heights, strict=True):
-        for place in line:
-            left = _MARGIN + place.column * step
-            room = 21 * min(len(place.row.tiles), columns)
-            write(left, top + 8, short_key(place.row.caption, room), 9.5, _MUTED)
-            for number, tile in enumerate(place.row.tiles):
+        for row, column in line:
+            left = _MARGIN + column * step
+            room = 21 * min(len(row.tiles), columns)
+            write(left, top + 8, short_key(row.caption, room), 9.5, _MUTED)
+            for number, tile in enumerate(row.tiles):
                 x = left + number % columns * step
                 y = top + _CAPTION + number // columns * (_SIDE + _BELOW)
                 _paste(canvas, tile, x, y)
@@ -85,21 +139,16 @@ def draw_sheet(path: Path, title: str, rows: Sequence[Row]) -> None:
     save_figure(figure, path)
 
 
-class _Place(NamedTuple):
-    row: Row
-    column: int
-
-
-def _lines(rows: Sequence[Row]) -> list[list[_Place]]:
-    """Pack short rows side by side, separated by a column; longer rows get their own lines."""
-    lines: list[list[_Place]] = []
+def _lines(rows: Sequence[Row]) -> list[list[tuple[Row, int]]]:
+    """Rows with their first columns, short ones side by side; longer rows get their own lines."""
+    lines: list[list[tuple[Row, int]]] = []
     free = -1
     for row in rows:
         count = len(row.tiles)
         if count > free:
             lines.append([])
             free = _COLUMNS
-        lines[-1].append(_Place(row, _COLUMNS - free))
+        lines[-1].append((row, _COLUMNS - free))
         free -= count + 1
     return lines
 

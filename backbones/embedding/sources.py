@@ -28,7 +28,7 @@ from backbones.common.messages import first_line, one_line, shown
 from backbones.data.sources import ImageSource
 from backbones.data.splits import list_tar, open_split
 from backbones.embedding.ownership import is_own
-from backbones.embedding.table import TableError, metadata, require_pyarrow
+from backbones.embedding.table import TableError, keys_of, metadata, require_pyarrow
 
 _IN_FOLDER = ("medmnist", "torch", "torchvision")
 _TRAINING = (*_IN_FOLDER, "digits", "hfds")
@@ -225,19 +225,12 @@ def _root(place: Path) -> Path:
     return place if place.is_dir() else place.parent
 
 
-def image_files(
-    description: dict[str, Any],
-    keys: Callable[[], Iterable[str]],
-    source: Sequence[str | Path] = (),
-) -> Iterator[Path]:
-    """The files of a source's images, or the folders that they are in.
+def image_files(folder: str | Path, source: Sequence[str | Path] = ()) -> Iterator[Path]:
+    """The files of a table's images, or the folders that they are in; ``source`` names more.
 
     Archives and tables are left out: no output has the name of one.
-
-    Args:
-        keys: lists those of the images; only called if a folder doesn't name them.
-        source: where they are besides, see :func:`reader_of`.
     """
+    description = metadata(folder)["source"]
     dataset = description["data"] if description["kind"] == "training" else ""
     kind, _, name = dataset.partition("/")
     roots = [Path(description["path"]), *(_root(Path(os.path.abspath(s))) for s in source)]
@@ -251,7 +244,7 @@ def image_files(
         yield from roots
     elif description["kind"] == "list":
         readers = [reader({**description, "path": str(root)}) for root in roots]
-        yield from (images.path(key) for key in keys() for images in readers)
+        yield from (images.path(key) for key in keys_of(folder) for images in readers)
 
 
 def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ()) -> bytes:

@@ -8,9 +8,8 @@ Columns: ``key`` (the path relative to the source, or shard and member), ``heigh
 the image after its orientation is applied, ``embedding`` (a list of ``dim`` numbers; for a map, the
 C·H·W values of its ``shape``) and, if requested, ``classes`` and their ``scores``, most likely
 first.
-Shards are written atomically (:mod:`backbones.embedding.shard_writer`), and each names the metadata
-that it belongs to. Their checksums are verified as they are read
-(:mod:`backbones.embedding.checksum`).
+Shards are written atomically, and each names the metadata that it belongs to. Their checksums are
+verified as they are read (:mod:`backbones.embedding.checksum`).
 """
 
 from __future__ import annotations
@@ -18,21 +17,24 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backbones.common.checks import Check, one_of, optional, several, text, whole
+from backbones.common.dtypes import COMPUTED
 from backbones.common.errors import MendableError
-from backbones.common.files import file_problem, write_text_atomically
+from backbones.common.files import file_problem, replacing, write_text_atomically, writing
+from backbones.common.images import DECODERS
 from backbones.common.messages import first_line, shown
 from backbones.embedding import checksum
-from backbones.embedding.fields import check_fields
 
 if TYPE_CHECKING:
     import pyarrow
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
 METADATA, SHARDS, CORRUPT = "metadata.json", "shards", "corrupt.txt"
 _SHARD_NAME = re.compile(r"part-(\d{5,18})\.parquet")
 _FORMAT = 1
+STORED = ("float32", "float16")  # the dtypes of embeddings
+_GROUP = 1 << 25  # bytes of embeddings per row group
 # Keys in a shard's metadata: the metadata.json it belongs to, and the images that could not be
 # decoded.
 IDENTITY_KEY, CORRUPT_KEY = b"backbones.embedding", b"backbones.corrupt"
@@ -77,24 +81,19 @@ def require_pyarrow() -> Any:
     return pyarrow
 
 
-def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.Schema:
-    """The columns of a table; ``classes`` includes the classes and their scores."""
+def schema_of(content: dict[str, Any]) -> pyarrow.Schema:
+    """The columns of a table with this :func:`metadata`."""
     pa = require_pyarrow()
-    value = pa.float32() if dtype == "float32" else pa.float16()
+    value = pa.float32() if content["dtype"] == "float32" else pa.float16()
     fields = [
         pa.field("key", pa.string(), nullable=False),
         pa.field("height", pa.int32(), nullable=False),
         pa.field("width", pa.int32(), nullable=False),
-        pa.field("embedding", pa.list_(value, dim), nullable=False),
+        pa.field("embedding", pa.list_(value, content["dim"]), nullable=False),
     ]
-    if classes:
+    if content["classes"]:
         fields += [("classes", pa.list_(pa.int32())), ("scores", pa.list_(pa.float32()))]
     return pa.schema(fields)
-
-
-def schema_of(content: dict[str, Any]) -> pyarrow.Schema:
-    """The columns of a table with this :func:`metadata`."""
-    return schema(content["dim"], content["dtype"], bool(content["classes"]))
 
 
 def metadata(folder: str | Path) -> dict[str, Any]:
@@ -133,10 +132,65 @@ def metadata(folder: str | Path) -> dict[str, Any]:
     if lacking:
         raise TableError(f"{path} lacks {', '.join(lacking)}")
     try:
-        check_fields(content)
+        _check_fields(content)
     except (TypeError, ValueError) as error:
         raise TableError(f"{path} is damaged: {error}") from error
     return content
+
+
+_MOST_DIM = 2**31 - 1  # of Arrow's lists of fixed size
+_MOST = 2**63 - 1
+
+
+def _check_fields(content: Mapping[str, Any]) -> None:
+    """Check the fields of a ``metadata.json``; those without a rule are ignored."""
+    for key, check in _RULES.items():
+        within, _, name = key.rpartition(".")
+        check(key, (content[within] if within else content).get(name))
+    source = content["source"]
+    for key in _NEEDED.get(source["kind"], ()):
+        if source.get(key) is None:
+            raise ValueError(f"source.{key} is missing")
+    if math.prod(content["shape"]) != content["dim"]:
+        raise ValueError(
+            f"dim must be the product of shape, {content['shape']}, not {content['dim']}"
+        )
+
+
+def _text(name: str, value: Any) -> str:
+    try:
+        os.fsencode(text(name, value))
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} must be a string, got {shown(value)}") from None
+    return value
+
+
+def _path(name: str, value: Any) -> str:
+    if "\0" in _text(name, value):
+        raise ValueError(f"{name} must be a path, got {shown(value)}")
+    return value
+
+
+def _object(name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be an object, got {shown(value)}")
+    return value
+
+
+_RULES: dict[str, Check] = {
+    **{"model": _text, "weights": _object, "preprocessing": _object, "features": _text},
+    **{"shape": several(whole(1, _MOST_DIM)), "dim": whole(1, _MOST_DIM), "dtype": one_of(*STORED)},
+    **{"computed": one_of(*COMPUTED), "classes": whole(0, _MOST_DIM), "source": _object},
+    **{"images": optional(whole(0, _MOST)), "shards": whole(0, _MOST), "rows": whole(1, _MOST)},
+    **{"names": optional(several(_text, may_be_empty=True)), "versions": optional(_object)},
+    **{"decoder": optional(one_of(*DECODERS)), "seal": optional(_text)},
+    **{"weights.file": _text, "weights.path": optional(_path), "weights.sha256": _text},
+    **{"source.kind": _text, "source.path": _path, "source.list": optional(_path)},
+    **{"source.column": optional(_text), "source.folder": optional(_path)},
+    **dict.fromkeys(("source.digest", "source.data", "source.split"), optional(_text)),
+}
+# What the readers of some kinds of sources need.
+_NEEDED = {"parquet": ("column",), "training": ("data", "split")}
 
 
 def write_metadata(folder: Path, content: dict[str, Any]) -> None:
@@ -220,21 +274,18 @@ def batches(
         ValueError: the table lacks a column.
     """
     content, paths = metadata(folder), shard_paths(folder)
-    of, expected = identity(content), schema_of(content)
-    lacking = [name for name in columns or () if name not in expected.names]
-    if lacking:
-        have = ", ".join(expected.names)
-        raise ValueError(f"{folder} has no column {lacking[0]}; its columns are {have}")
+    have = schema_of(content).names
+    if lacking := [name for name in columns or () if name not in have]:
+        raise ValueError(f"{folder} has no column {lacking[0]}; its columns are {', '.join(have)}")
     for path in paths:
-        yield from _rows(path, of, expected, columns, rows)
+        yield from _rows(path, content, columns, rows)
 
 
 def count_rows(folder: str | Path) -> int:
     """Count the rows of a complete table from its files' footers."""
     content, total = metadata(folder), 0
-    of, expected = identity(content), schema_of(content)
     for path in shard_paths(folder):
-        with _opened(path, of, expected, checksum.footer_flaw) as file:
+        with _opened(path, content, footer_only=True) as file:
             total += file.metadata.num_rows
     return total
 
@@ -262,21 +313,15 @@ def _vectors(batch: pyarrow.RecordBatch) -> np.ndarray:
     return vectors.astype(np.float32, copy=False)
 
 
-def corrupt_in(
-    path: Path, expected: str, columns: pyarrow.Schema | None = None
-) -> tuple[int, list[tuple[str, str]]]:
+def corrupt_in(path: Path, content: dict[str, Any]) -> tuple[int, list[tuple[str, str]]]:
     """A shard's number of rows, and keys and reasons of its images that could not be decoded.
 
     The whole shard is read, and so verified.
 
-    Args:
-        expected: the :func:`identity` that the shard must have.
-        columns: the :func:`schema` that it must have; None for any.
-
     Raises:
         TableError: the shard is damaged, or belongs to another table.
     """
-    with _opened(path, expected, columns, checksum.flaw) as file:
+    with _opened(path, content) as file:
         try:
             noted = json.loads(file.metadata.metadata[CORRUPT_KEY])
             corrupt = [(key, reason) for key, reason in noted]
@@ -285,7 +330,7 @@ def corrupt_in(
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             raise DamagedShardError(path, "it has no list of corrupt images") from error
         count = file.metadata.num_rows
-    if sum(map(len, _rows(path, expected, columns, rows=256))) != count:
+    if sum(map(len, _rows(path, content, rows=256))) != count:
         raise DamagedShardError(path, f"it does not have the {count} rows that it declares")
     return count, corrupt
 
@@ -297,14 +342,10 @@ def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
 
 
 def _rows(
-    path: Path,
-    of: str,
-    expected: pyarrow.Schema | None,
-    columns: Sequence[str] | None = None,
-    rows: int = 8192,
+    path: Path, content: dict[str, Any], columns: Sequence[str] | None = None, rows: int = 8192
 ) -> Iterator[pyarrow.RecordBatch]:
     """The verified rows of a shard."""
-    with _opened(path, of, expected, checksum.flaw) as file:
+    with _opened(path, content) as file:
         for batch in file.iter_batches(batch_size=rows, columns=columns):
             batch.validate(full=True)
             if (wrong := _wrong(batch)) is not None:
@@ -313,22 +354,20 @@ def _rows(
 
 
 @contextmanager
-def _opened(
-    path: Path, of: str, expected: pyarrow.Schema | None, flaw: Callable[[Path], str | None]
-) -> Iterator[Any]:
+def _opened(path: Path, content: dict[str, Any], footer_only: bool = False) -> Iterator[Any]:
     """Open a shard after verifying its checksum, its table and its columns."""
     pa = require_pyarrow()
     try:
-        if (reason := flaw(path)) is not None:
+        if (reason := checksum.flaw(path, footer_only)) is not None:
             raise DamagedShardError(path, reason)
         with pa.parquet.ParquetFile(path) as file:
             found = file.schema_arrow
-            if (found.metadata or {}).get(IDENTITY_KEY) != of.encode():
+            if (found.metadata or {}).get(IDENTITY_KEY) != identity(content).encode():
                 raise TableError(
                     f"{path} belongs to other embeddings (another model, weights, preprocessing or "
                     f"source) than the {METADATA} beside it"
                 )
-            if expected is not None and not found.equals(expected):
+            if not found.equals(schema_of(content)):
                 raise DamagedShardError(path, f"its columns differ from those in {METADATA}")
             # Keys differ, so each takes some bits.
             if not 0 <= file.metadata.num_rows <= 8 * os.path.getsize(path):
@@ -352,6 +391,104 @@ def _wrong(batch: pyarrow.RecordBatch) -> str | None:
         if least is not None and len(values) and pyarrow.compute.min(values).as_py() < least:
             return f"{name} must be at least {least}"
     return None
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+class Shard:
+    """The rows of a shard that is being written, see :func:`writing_shard`.
+
+    Attributes:
+        rows: number of rows added so far.
+        corrupt: keys and reasons of images that could not be decoded, for the caller to fill.
+    """
+
+    def __init__(self, path: Path, schema: pyarrow.Schema, writer: Any) -> None:
+        self._path, self._schema, self._writer = path, schema, writer
+        self.rows, self.corrupt = 0, list[tuple[str, str]]()
+        self._added: list[pyarrow.RecordBatch] = []
+        self._bytes = 0
+
+    def add(
+        self,
+        keys: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        embeddings: np.ndarray,
+        classes: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
+    ) -> None:
+        """Add n rows.
+
+        Args:
+            sizes: height and width of each image.
+            embeddings: (n, dim).
+            classes, scores: (n, k), if the schema has them.
+        """
+        pa, kind = require_pyarrow(), self._schema.field("embedding").type
+        flat = embeddings.astype(kind.value_type.to_pandas_dtype(), copy=False).reshape(-1)
+        columns: dict[str, Any] = {
+            "key": keys,
+            "height": [height for height, _ in sizes],
+            "width": [width for _, width in sizes],
+            "embedding": pa.FixedSizeListArray.from_arrays(pa.array(flat), type=kind),
+        }
+        if classes is not None and scores is not None:
+            columns |= {"classes": classes.tolist(), "scores": scores.tolist()}
+        self._added.append(pa.RecordBatch.from_pydict(columns, schema=self._schema))
+        self.rows += len(keys)
+        self._bytes += flat.nbytes
+        if self._bytes >= _GROUP:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the rows added since the last call."""
+        if self._added:
+            with writing(self._path):
+                self._writer.write_table(require_pyarrow().Table.from_batches(self._added))
+        self._added, self._bytes = [], 0
+
+
+@contextmanager
+def writing_shard(path: Path, content: dict[str, Any]) -> Iterator[Shard]:
+    """Write a shard atomically; if the block raises, the partial file is removed.
+
+    Two writers of the same shard, such as a process presumed dead and its replacement, do not
+    interfere.
+    """
+    schema = schema_of(content).with_metadata({IDENTITY_KEY: identity(content).encode()})
+    with ExitStack() as stack:
+        with writing(path):
+            temporary = stack.enter_context(replacing(path, unique=True))
+            file = stack.enter_context(_closing(open(temporary, "w+b")))  # noqa: SIM115
+            # Embeddings do not compress, so they are stored uncompressed for fast reading.
+            writer = require_pyarrow().parquet.ParquetWriter(
+                file, schema, compression="none", use_dictionary=False
+            )
+            stack.enter_context(_closing(writer))
+        shard = Shard(path, schema, writer)
+        yield shard
+        shard.flush()
+        noted = {
+            CORRUPT_KEY: json.dumps(shard.corrupt),
+            checksum.CHECKSUM_KEY: checksum.PLACEHOLDER,
+        }
+        with writing(path):
+            writer.add_key_value_metadata(noted)
+            writer.close()
+            checksum.sign(file)
+            file.close()
+            stack.close()
+
+
+@contextmanager
+def _closing(file: Any) -> Iterator[Any]:
+    """Close a file; buffered data that cannot be written is discarded."""
+    try:
+        yield file
+    finally:
+        with suppress(OSError):
+            file.close()
 
 
 # -- rows ------------------------------------------------------------------------------------------

@@ -41,7 +41,6 @@ from backbones.common.messages import first_line
 from backbones.common.resizing import Resizing
 from backbones.embedding import table
 from backbones.embedding.network import Network
-from backbones.embedding.shard_writer import Shard, writing_shard
 from backbones.embedding.sources import Item, reader
 
 # Errors for unreachable network disks and for too many open files.
@@ -54,20 +53,14 @@ _OUT_OF_REACH = {
 
 @dataclass(frozen=True)
 class Job:
-    """The configuration of a worker process.
-
-    Attributes:
-        folder: of the table.
-        content: of its ``metadata.json``.
-        decoders: threads that decode while the network runs; 0 to alternate in one thread.
-    """
+    """The configuration of a worker process."""
 
     folder: Path
-    content: dict[str, Any]
+    content: dict[str, Any]  # of metadata.json
     checkpoint: Path
     device: str
     batch_size: int
-    decoders: int
+    decoders: int  # threads that decode while the network runs; 0 to alternate in one thread
 
 
 class Event(NamedTuple):
@@ -150,8 +143,6 @@ class Worker:
         network.prepare(said["computed"], torch.device(job.device))
         self._reader = reader(said["source"])
         self._images = Images(said["preprocessing"], said.get("decoder", "pillow"))
-        self._identity = table.identity(said)
-        self._schema = table.schema_of(said)
         self._pool = ThreadPoolExecutor(job.decoders) if job.decoders else None
 
     def close(self) -> None:
@@ -162,7 +153,7 @@ class Worker:
     def __call__(self, number: int, part: Any) -> Iterator[Event]:
         """Write shard ``number`` from the images of ``part``."""
         path = table.shard_path(self.job.folder, number)
-        with writing_shard(path, self._schema, self._identity) as shard:
+        with table.writing_shard(path, self.job.content) as shard:
             decoded = self._decoded(part, shard.corrupt)
             while batch := list(itertools.islice(decoded, self.job.batch_size)):
                 self._embed(batch, shard)
@@ -170,7 +161,7 @@ class Worker:
         skipped, self._reader.skipped = self._reader.skipped, Skipped()
         yield Event(number, shard.rows, tuple(shard.corrupt), done=True, skipped=skipped)
 
-    def _embed(self, batch: list[_Decoded], shard: Shard) -> None:
+    def _embed(self, batch: list[_Decoded], shard: table.Shard) -> None:
         # Pad the last batch: the fused form of a network depends on the batch size.
         padded = [image for _, image, _ in batch]
         padded += padded[-1:] * (self.job.batch_size - len(batch))

@@ -14,7 +14,7 @@ import torch
 
 import backbones
 from backbones.cli import timing
-from backbones.cli.benchmark import INT8, Row, comparison, measure
+from backbones.cli.benchmark import INT8, Row, measure
 from backbones.cli.contenders import Runtime, contender
 from backbones.cli.main import main
 from backbones.cli.timing import KINDS, kind_of
@@ -72,16 +72,6 @@ def test_rows(report):
         assert fused["images_per_second"] == pytest.approx(2e3 / fused["milliseconds"], rel=1e-3)
     small, large = (row["macs"] for row in written["results"])
     assert 2 < large / small < 4  # without the head four times as much
-
-
-def test_comparison(report):
-    new = json.loads(report.read_text())
-    old = json.loads(report.read_text())
-    old["results"][0]["contenders"]["fused"]["milliseconds"] *= 2
-    del old["results"][1]
-    lines = comparison(old, new)
-    assert len(lines) == 5
-    assert [line for line in lines if " fused:" in line][0].endswith("2.00×")
 
 
 def test_time_by_kind(report):

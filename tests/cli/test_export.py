@@ -17,7 +17,7 @@ from zoo import FAMILIES, randomise, small
 
 import backbones
 from backbones.cli import graphs
-from backbones.cli.export import Agreement, agreement, calibration_images, export
+from backbones.cli.export import agreement, calibration_images, export
 from backbones.cli.main import main
 from backbones.common.errors import CommandError
 from backbones.common.outputs import ONNX, PT2, require_writable
@@ -177,7 +177,8 @@ def test_graphs_that_are_not_written(model, differs, said, tmp_path, monkeypatch
         scaled = lambda path: lambda x: loaded.model(x) * 1.001  # noqa: E731
         monkeypatch.setattr(graphs, "program_runner", scaled)
     with pytest.raises(CommandError, match=said) as raised:
-        export(loaded, path, "pt2", (64, 64), dynamic=not differs and model is Wrong)
+        shapes = graphs.check_shapes((1, 3, 64, 64), not differs and model is Wrong)
+        export(loaded, path, "pt2", shapes)
     assert "\n" not in str(raised.value)
     assert path.read_text() == "as it was" and [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -221,10 +222,10 @@ def test_float32_rounding_is_tolerated():
 def test_agreement_of_predictions_and_noise():
     model = torch.nn.Flatten()
     pictures = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
-    same = agreement(model, lambda x: x, pictures)
-    assert same == Agreement(1.0, float("inf"))
-    half = agreement(model, lambda x: torch.tensor([[1.0, 0.0]]), pictures)
-    assert half.top1 == 0.5 and half.decibels == pytest.approx(0, abs=1e-9)
+    told, decibels = agreement(model, lambda x: x, pictures)
+    assert "in 100.0 % of 2 predictions" in told and decibels == float("inf")
+    told, decibels = agreement(model, lambda x: torch.tensor([[1.0, 0.0]]), pictures)
+    assert "in 50.0 % of 2 predictions" in told and decibels == pytest.approx(0, abs=1e-9)
     for run, said in (
         (lambda x: x * float("nan"), "at .1, 2. the int8 file's output is not finite"),
         (lambda x: x[:, :1], "the file returns"),

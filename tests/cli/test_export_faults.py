@@ -47,7 +47,7 @@ def test_files_larger_than_the_limit(ending, tmp_path):
     path.write_text("as it was")
     said = f"cannot write {path}: `ulimit -f` or the file"
     with files_that_may_not_grow(2000), pytest.raises(FileError, match=said):
-        export(Loaded(Plain().eval(), "plain"), path, ending, (16, 16))
+        export(Loaded(Plain().eval(), "plain"), path, ending, [(1, 3, 16, 16)])
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "as it was"
 

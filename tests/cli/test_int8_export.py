@@ -11,7 +11,6 @@ from embedding_runs import make_photos
 from safetensors.torch import load_file
 
 import backbones
-from backbones.cli import verify
 from backbones.cli.main import main
 from backbones.common.files import save_weights
 from backbones.core.loaded import load
@@ -69,9 +68,8 @@ def test_the_file_stands_alone(trained, photos, tmp_path, capsys):
     assert "--cam needs weights from before fuse()" in capsys.readouterr().err
     words = ["embed", str(photos), "--checkpoint", str(path), "--out", str(tmp_path / "embedded")]
     assert main(words) == 0
-    errors = verify.compare(loaded.model, verify.make_figures(loaded.model, (64, 64)))
-    assert max(error for _, error in errors) < 1e-5
-    capsys.readouterr()
+    assert main(["verify", "shvit_s1", "--checkpoint", str(path)]) == 0
+    assert "outputs of these weights: finite" in capsys.readouterr().out
     words = ["export", "shvit_s1", "--checkpoint", str(path), "--out", str(tmp_path / "x.onnx")]
     assert main(words) == 2
     assert "has int8 weights, which cannot be exported" in capsys.readouterr().err

@@ -95,6 +95,15 @@ def test_macs_of_neighborhood_attention_are_those_of_its_window():
     assert before - count_macs(model, 64, 64) == tokens * (4 * dim * dim + 2 * 49 * dim)
 
 
+def test_macs_of_global_attention_grow_with_the_square_of_the_map():
+    """Also beyond the size that its position bias is for, 14 × 14."""
+    with outlines():
+        model = backbones.create_model("vitrpb_small")
+    stages = [[p.macs for p in measure(model, n, n) if p.name[:5] == "stage"] for n in (224, 448)]
+    quadratic = sum(stages[1]) - 4 * sum(stages[0])
+    assert quadratic == 12 * 2 * 384 * (28**4 - 4 * 14**4)
+
+
 def test_macs_of_a_query_that_is_a_parameter():
     """As in the attention pooling of SigLIP: a view of a parameter is the input of a layer."""
     arguments = {"global_pool": "map", "class_token": False, "img_size": 32, "depth": 1}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,8 @@ import torch
 import backbones
 from backbones.cli import parity
 from backbones.cli.main import main
-from backbones.cli.verify import closest, compare, make_figures, released_file
+from backbones.cli.verify import closest, released_file
 from backbones.common.checkpoint_files import sha256_of
-from backbones.common.errors import CommandError
 
 
 @pytest.fixture(scope="module")
@@ -30,45 +28,11 @@ def test_a_release(published, capsys):
     assert "names and shapes match the original's shvit_s1" in out
     assert "shvit_s1.in1k: https://github.com/ysj9909/SHViT/releases" in out
     assert "into shvit_s1, 1000 classes, strictly" in out
-    assert "nothing to compare with" in out
+    assert "outputs of these weights: finite" in out
     assert out.count("✓") == 4
     assert sha256_of(published) in out
     assert main(["verify", str(published)]) == 0  # a file in the place of a model
     assert capsys.readouterr().out == out
-
-
-def test_saved_figures(published, tmp_path, monkeypatch, capsys):
-    """Right figures do not hide wrong code, nor right code wrong figures."""
-    errors = [0.0, 0.0, 0.0]
-    monkeypatch.setattr(parity, "case_errors", lambda *case: (0.0, errors))
-    words = ["verify", "shvit_s1", "--checkpoint", str(published)]
-    figures = tmp_path / "figures.json"
-    assert main([*words, "--save-figures", str(figures), "--size", "64"]) == 0
-    content = json.loads(figures.read_text())
-    assert content["input"] == [1, 3, 64, 64]
-    assert main([*words, "--figures", str(figures)]) == 0
-    errors[1] = 1.0
-    assert main([*words, "--figures", str(figures)]) == 1
-    errors[1] = 0.0
-    content["stages"][1]["mean"] += 0.1
-    figures.write_text(json.dumps(content))
-    capsys.readouterr()
-    assert main([*words, "--figures", str(figures)]) == 1
-    (wrong,) = (line for line in capsys.readouterr().out.splitlines() if "✗" in line)
-    assert wrong.startswith("stage 2")
-    content["model"] = "van_b0"
-    figures.write_text(json.dumps(content))
-    assert main([*words, "--figures", str(figures)]) == 2
-
-
-def test_figures_of_another_shape():
-    model = backbones.create_model("shvit_s1", num_classes=3).eval()
-    figures = make_figures(model, (64, 64))
-    wanted = dict.fromkeys(("stage 1", "stage 2", "stage 3", "output"), 0)
-    assert dict(compare(model, figures)) == wanted
-    figures["stages"].pop()
-    with pytest.raises(CommandError, match="for a different model"):
-        compare(model, figures)
 
 
 def test_tables_that_follow_from_the_sizes_are_no_difference():
@@ -97,27 +61,17 @@ def test_non_finite_weights_and_outputs(value, status, told, published, tmp_path
             tensor.fill_(value)
     torch.save(tensors, tmp_path / "bad.pth")
     words = ["verify", "--checkpoint", str(tmp_path / "bad.pth"), "--size", "32"]
-    for more in ([], ["--save-figures", str(tmp_path / "figures.json")]):
-        assert main([*words, *more]) == status
-        said = capsys.readouterr()
-        assert told in (said.err if status == 2 else said.out)
-    assert not (tmp_path / "figures.json").exists()
+    assert main(words) == status
+    said = capsys.readouterr()
+    assert told in (said.err if status == 2 else said.out)
 
 
-@pytest.mark.parametrize(
-    "figures",
-    [
-        {},
-        {"seed": 0, "input": [1, 3, 10**6, 10**6]},
-        {"seed": 0, "input": 5},
-        {"seed": 0, "input": [1, 5, 32, 32], "stages": [], "output": {}},
-        {"seed": 0, "input": [1, 3, 32, 32], "stages": [{}] * 3, "output": []},
-    ],
-)
-def test_invalid_figures(figures):
-    model = backbones.create_model("shvit_s1", num_classes=3).eval()
-    with pytest.raises(CommandError, match="for a different model"):
-        compare(model, figures)
+def test_code_that_differs(monkeypatch, capsys):
+    for wrong in (1.0, float("nan")):
+        monkeypatch.setattr(parity, "case_errors", lambda *_, wrong=wrong: (0.0, [0.0, wrong, 0.0]))
+        assert main(["verify", "shvit_s1"]) == 1
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "✗" in line)
+        assert line.startswith("stage 2")
 
 
 def test_checkpoints_that_do_not_load(published, tmp_path, capsys):

@@ -119,5 +119,5 @@ def test_a_kind_of_source_that_is_unknown(folder):
 def test_a_shape_that_the_model_does_not_make(photos, checkpoint, tmp_path):
     assert main(words(photos, tmp_path / "out", checkpoint)) == 0
     edit(tmp_path / "out", "shape", [2, 16])
-    with pytest.raises(MendableError, match=r"of shape \[2, 16\], but its model returns \[32\]"):
+    with pytest.raises(MendableError, match=r"shape: \[2, 16\] there, \[32\] now"):
         embed_queries(tmp_path / "out", [photos / "000.png"])

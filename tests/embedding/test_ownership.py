@@ -18,8 +18,8 @@ from embedding_tables import make_table
 from backbones.cli.main import main
 from backbones.embedding import ownership, table
 from backbones.embedding.labels import labels_of
+from backbones.embedding.sheet import Thumbnails
 from backbones.embedding.sources import ForeignError, OutsideError, image_bytes
-from backbones.embedding.thumbnails import Thumbnails
 
 
 @pytest.fixture(autouse=True)

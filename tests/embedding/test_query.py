@@ -59,6 +59,6 @@ def test_the_preprocessing_must_be_the_same(embedded, tmp_path):
     recipe = moved / "config.yaml"
     recipe.write_text(recipe.read_text().replace("img_size: 32", "img_size: 64"))
     with pytest.raises(
-        MendableError, match=r"different preprocessing: input_size \[3, 32, 32\] th"
+        MendableError, match=r"other settings: preprocessing: input_size \[3, 32, 32\] th"
     ):
         embed_queries(embedded.table, [], moved / "best.safetensors")

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 from embedding_tables import make_table
 
-from backbones.embedding import shard_writer, table
-from backbones.embedding.shard_writer import writing_shard
+from backbones.embedding import table
+from backbones.embedding.table import writing_shard
 
 VECTORS = np.arange(24, dtype=np.float32).reshape(6, 4)
 
@@ -81,21 +81,22 @@ def test_differences_are_listed(folder):
         assert (table.identity(now) == table.identity(before)) is (not told)
 
 
-def test_a_shard_that_fails_leaves_no_file(tmp_path):
-    writing = writing_shard(tmp_path / "part.parquet", table.schema(4), "x")
+def test_a_shard_that_fails_leaves_no_file(folder, tmp_path):
+    (tmp_path / "new").mkdir()
+    writing = writing_shard(tmp_path / "new" / "part.parquet", table.metadata(folder))
     with pytest.raises(ZeroDivisionError), writing as shard:
-        shard.add(["a"], [(1, 1)], np.zeros((1, 4), np.float32))
+        shard.add(["a"], [(1, 1)], VECTORS[:1])
         raise ZeroDivisionError
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "new").iterdir())
 
 
 @pytest.mark.parametrize(("size", "groups"), [(1 << 25, 1), (16, 3), (32, 2)])
 def test_large_groups_are_written_as_they_come(size, groups, tmp_path, monkeypatch):
     """Maps of many images are not accumulated in memory."""
-    monkeypatch.setattr(shard_writer, "_GROUP", size)
+    monkeypatch.setattr(table, "_GROUP", size)
     content = table.metadata(make_table(tmp_path / "table", VECTORS, rows=3))
     path = table.shard_path(tmp_path / "table", 0)
-    with writing_shard(path, table.schema(4), table.identity(content)) as shard:
+    with writing_shard(path, content) as shard:
         for row in range(3):
             shard.add([f"{row}.png"], [(1, 1)], VECTORS[row : row + 1])
     assert pa.parquet.ParquetFile(path).num_row_groups == groups
