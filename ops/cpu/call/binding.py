@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ops.cpu import policy
 from ops.cpu.build import status, unavailable_reason
-from ops.cpu.call.c_arguments import Call, arguments_by_name, names_of, pack, require_same_bytes
+from ops.cpu.call.c_arguments import Call, arguments_by_name, names_of, pack
 from ops.cpu.call.dispatch import is_plain_call
 from ops.cpu.call.huge_pages import ask_for_huge_pages
 from ops.cpu.call.repeated import RepeatedCall, Signature
@@ -216,9 +216,6 @@ class Kernel:
         arguments = self._arguments(args, call, first.dtype)
         if not arguments:
             return call, ()
-        library = status(self.library).library
-        for argument in arguments:
-            require_same_bytes(library, argument)
         if observer is not None:
             observer.kernel_called(self, function, arguments)
         with torch._C.DisableTorchFunction():
@@ -235,8 +232,8 @@ class Kernel:
         contiguous (``x`` is the C function's ``in``), the result ``out``, and the dtype.
         """
         given = call.arguments()
-        if not isinstance(given, dict):
-            return given
+        if not given:
+            return ()
         of_function, known, shared = self._interface
         if not given.keys() <= known:
             raise TypeError(f"{self.function} takes no {sorted(given.keys() - known)}")

@@ -20,8 +20,6 @@ from ops.cpu.call.tensors import bias_of, empty_nhwc
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["PackedConv2d", "convolved_size", "packed_conv2d"]
-
 _FEW_CHANNELS = 4  # of images
 _SHORTEST_RUN = 32  # bytes, of a window's row that is worth copying by itself
 

@@ -19,18 +19,6 @@ from ops.cpu.call.huge_pages import empty_weight
 from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.gemm.problem import packed_size
 
-__all__ = [
-    "LARGEST_BYTE",
-    "LARGEST_INPUT",
-    "LEAST_STEP",
-    "int8_unavailable",
-    "not_faster_in_int8",
-    "pack_int8_weight",
-    "quantize_rows",
-    "quantize_weight",
-    "reference",
-]
-
 LARGEST_INPUT = 1 << 16  # features, whose sums fit into 32 bits
 LARGEST_BYTE = 255  # of inputs
 LEAST_STEP = torch.finfo(torch.float32).tiny  # a smaller scale counts as 0

@@ -12,24 +12,11 @@ from torch import Tensor
 
 from ops.cpu.activations import require_activation
 from ops.cpu.build import status
-from ops.cpu.call.c_arguments import numbers
 from ops.cpu.call.dispatch import require_dtype
-from ops.cpu.call.structures import structure
 from ops.cpu.threads import MACS, threads_for
-
-__all__ = [
-    "COMBINATIONS",
-    "check_scales",
-    "linear_problem",
-    "output_shape",
-    "packed_size",
-    "with_rows",
-]
 
 # In the order of `linear::Combination` in problem.h.
 COMBINATIONS = ("none", "add", "multiply", "add_scaled", "add_clipped", "add_gated")
-
-_PROBLEM = structure("gemm/problem.h", "linear::Problem")
 
 
 def packed_size(out_features: int, in_features: int, dtype: torch.dtype) -> int:
@@ -174,7 +161,7 @@ def linear_problem(
     other_stride: int = 0,
     by_image: bool = False,
     half_scale: bool = False,
-) -> Any:
+) -> dict[str, Any]:
     """The sizes of a layer applied to ``x``, (B, ..., in_features), or to as many other rows.
 
     Args:
@@ -184,7 +171,7 @@ def linear_problem(
         half_scale: whether scales are in bfloat16.
     """
     rows, in_features = math.prod(x.shape[:-1]), in_features or x.shape[-1]
-    sizes = {
+    return {
         **{"rows": rows, "in_features": in_features, "out_features": out_features},
         **{"in_stride": in_stride or in_features, "out_stride": out_features},
         "other_stride": other_stride or out_features,
@@ -193,4 +180,3 @@ def linear_problem(
         **{"bfloat16": x.dtype == torch.bfloat16, "half_scale": half_scale},
         "threads": threads_for(rows * in_features * out_features, MACS),
     }
-    return numbers(_PROBLEM, sizes)
