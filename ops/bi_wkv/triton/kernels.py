@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ops.triton_operators import operator_with_gradients
+from ops.operators import operator_with_gradients
 from ops.triton_devices import LAUNCH_OPTIONS
 
 _BLOCK = 32  # channels of a program

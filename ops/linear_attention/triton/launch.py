@@ -9,15 +9,21 @@ import triton
 from torch import Tensor
 
 from ops.linear_attention.triton.kernels import backward_kernel, forward_kernel
+from ops.operators import operator_with_gradients
 from ops.triton_devices import LAUNCH_OPTIONS
-from ops.triton_operators import operator_with_gradients
 
 _CHUNK = 16  # tokens between stored states
 _MOST_CELLS = 2048  # largest state of a program, in elements
 
 
 def _common(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, back: Tensor | None, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    back: Tensor | None,
+    apart: bool,
+    scale: float,
 ) -> tuple[dict[str, Any], tuple[int, int]]:
     """Arguments common to all kernels, and the grid."""
     batches, tokens, heads, dim = query.shape
@@ -29,47 +35,34 @@ def _common(
         **{f"{name}_strides": t.stride() for name, t in named.items()},
         **{"batches": batches, "tokens": tokens, "heads": heads, "scale": scale},
         **{"DIM": dim, "VALUE_DIM": value.shape[-1], "PADDED_DIM": padded, "BLOCK": block},
-        "CHUNK": _CHUNK,
+        **{"CHUNK": _CHUNK, "APART": apart},
     }
     directions = 1 if back is None else 2
     return arguments, (directions * batches * heads, triton.cdiv(value.shape[-1], block))
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    back: Tensor | None,
-    apart: bool,
-    scale: float,
-) -> Tensor:
+def _forward(*inputs: Any) -> Tensor:
     """The sum of the directions: (B, L, H, V) in float32."""
-    common, grid = _common(query, key, value, gate, back, scale)
+    common, grid = _common(*inputs)
+    _, _, value, _, back, *_ = inputs
     directions = 1 if back is None else 2
     out = value.new_empty(directions, *value.shape, dtype=torch.float32)
-    with torch.cuda.device_of(query):
+    with torch.cuda.device_of(value):
         forward_kernel[grid](
             **common,
             **{"out_ptr": out, "grad_ptr": None, "grad_q_ptr": None, "states_ptr": None},
-            **{"grad_strides": (0,) * 4, "APART": apart, "FOR_BACKWARD": False},
+            **{"grad_strides": (0,) * 4, "FOR_BACKWARD": False},
             **LAUNCH_OPTIONS,
         )
     return out.sum(0)
 
 
 def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    back: Tensor | None,
-    apart: bool,
-    scale: float,
+    grad_out: Tensor, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of the five tensors in float32."""
-    common, grid = _common(query, key, value, gate, back, scale)
+    common, grid = _common(*inputs)
+    query, _, value, _, back, *_ = inputs
     batches, tokens, heads, dim = query.shape
     directions = 1 if back is None else 2
     value_dim, blocks = value.shape[-1], grid[1]
@@ -88,14 +81,14 @@ def _backward(
         forward_kernel[grid](
             **common,
             **gradient,
-            **{"out_ptr": None, "grad_q_ptr": grad_query, "APART": apart, "FOR_BACKWARD": True},
+            **{"out_ptr": None, "grad_q_ptr": grad_query, "FOR_BACKWARD": True},
             **LAUNCH_OPTIONS,
         )
         backward_kernel[grid](
             **common,
             **gradient,
             **{"scratch_ptr": scratch, "grad_k_ptr": grad_key, "grad_v_ptr": grad_value},
-            **{"grad_gate_ptr": grad_gate, "APART": apart},
+            **{"grad_gate_ptr": grad_gate},
             **LAUNCH_OPTIONS,
         )
     of_query, of_key = (g[:, :directions].sum((0, 1)) for g in (grad_query, grad_key))

@@ -17,36 +17,19 @@ from ops.neighborhood.triton.geometry import (
     dot,
     end_key,
     first_key,
-    head_start,
+    in_map,
     in_window,
-    load_rows,
+    load_sums,
+    load_tokens,
     store_rows,
-    token_offsets,
 )
 
 
 @triton.jit
 def grad_extra_kernel(
-    q_ptr,
-    extra_k_ptr,
-    extra_v_ptr,
-    grad_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    partial_k_ptr,
-    partial_v_ptr,
-    q_strides,
-    extra_k_strides,
-    extra_v_strides,
-    grad_out_strides,
-    lse_strides,
-    size,
-    batches,
-    kv_heads,
-    heads_per_kv,
-    num_extra,
-    splits,
-    scale,
+    q_ptr, extra_k_ptr, extra_v_ptr, grad_out_ptr, lse_ptr, delta_ptr, partial_k_ptr, partial_v_ptr,
+    q_strides, extra_k_strides, extra_v_strides, grad_out_strides, lse_strides,
+    size, batches, kv_heads, heads_per_kv, num_extra, splits, scale,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
@@ -54,7 +37,7 @@ def grad_extra_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     """Gradients of the additional keys and values, which every query attends to.
 
     There are few additional keys and many queries, so the queries are split among programs. The
@@ -67,15 +50,11 @@ def grad_extra_kernel(
     kv_head = pid // tiles // splits % kv_heads
     batch = pid // tiles // splits // kv_heads
     valid = extra < num_extra
-    extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + kv_head * extra_k_strides[2]
-    extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + kv_head * extra_v_strides[2]
-    k = load_rows(
-        extra_k_ptr, extra * extra_k_strides[1], extra_k_strides[3], valid, DIM, PADDED_DIM
+    at = (0, 0, extra)
+    k = load_tokens(extra_k_ptr, extra_k_strides, batch, kv_head, at, valid, DIM, PADDED_DIM)
+    v = load_tokens(
+        extra_v_ptr, extra_v_strides, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM
     )
-    v = load_rows(
-        extra_v_ptr, extra * extra_v_strides[1], extra_v_strides[3], valid,
-        VALUE_DIM, PADDED_VALUE_DIM,
-    )  # fmt: skip
     tokens = size[0] * size[1] * size[2]
     blocks = tl.cdiv(tl.cdiv(tokens, COLUMNS), splits)
     acc_k = tl.zeros([ROWS, PADDED_DIM], tl.float32)
@@ -84,21 +63,14 @@ def grad_extra_kernel(
         head = kv_head * heads_per_kv + index // blocks
         token = (split * blocks + index % blocks) * COLUMNS + tl.arange(0, COLUMNS)
         token_valid = token < tokens
-        z = token // (size[1] * size[2])
-        y = token // size[2] % size[1]
-        x = token % size[2]
-        s = q_strides
-        q_at = z * s[1] + y * s[2] + x * s[3]
-        q_head = q_ptr + head_start(s, batch, head)
-        q = load_rows(q_head, q_at, s[5], token_valid, DIM, PADDED_DIM)
-        s = grad_out_strides
-        grad_at = z * s[1] + y * s[2] + x * s[3]
-        grad_head = grad_out_ptr + head_start(s, batch, head)
-        grad_out = load_rows(grad_head, grad_at, s[5], token_valid, VALUE_DIM, PADDED_VALUE_DIM)
-        s = lse_strides
-        lse_at = head_start(s, batch, head) + z * s[1] + y * s[2] + x * s[3]
-        lse = tl.load(lse_ptr + lse_at, mask=token_valid, other=0.0) * LOG2_E
-        delta = tl.load(delta_ptr + lse_at, mask=token_valid, other=0.0)
+        token_at = (token // (size[1] * size[2]), token // size[2] % size[1], token % size[2])
+        q = load_tokens(q_ptr, q_strides, batch, head, token_at, token_valid, DIM, PADDED_DIM)
+        grad_out = load_tokens(
+            *(grad_out_ptr, grad_out_strides, batch, head),
+            *(token_at, token_valid, VALUE_DIM, PADDED_VALUE_DIM),
+        )
+        lse, delta = load_sums(lse_ptr, delta_ptr, lse_strides, batch, head, token_at, token_valid)
+        lse *= LOG2_E
         scores = dot(k, tl.trans(q), PRECISION) * (scale * LOG2_E)
         scores = tl.where(valid[:, None] & token_valid[None, :], scores, float("-inf"))
         p = tl.math.exp2(scores - lse[None, :])
@@ -112,25 +84,9 @@ def grad_extra_kernel(
 
 @triton.jit
 def grad_bias_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    bias_ptr,
-    grad_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    partial_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    grad_out_strides,
-    lse_strides,
-    size,
-    batches,
-    heads,
-    heads_per_kv,
-    splits,
-    scale,
+    q_ptr, k_ptr, v_ptr, bias_ptr, grad_out_ptr, lse_ptr, delta_ptr, partial_ptr,
+    q_strides, k_strides, v_strides, grad_out_strides, lse_strides,
+    size, batches, heads, heads_per_kv, splits, scale,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     DILATION: tl.constexpr,
@@ -141,7 +97,7 @@ def grad_bias_kernel(
     PADDED_VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
-):
+):  # fmt: skip
     """Gradient of the relative position bias, summed without atomics in a fixed order.
 
     Each program handles one head, one distance from query to key along z and y, and one distance
@@ -197,24 +153,19 @@ def grad_bias_kernel(
             key = (key_z, key_y, key_x0 + span)
             query_valid = query[2] < length[2]
             key_valid = (key[2] >= 0) & (key[2] < length[2])
-            q_at = token_offsets(q_strides, query, group, DILATION)
-            q_head = q_ptr + head_start(q_strides, batch, head)
-            q = load_rows(q_head, q_at, q_strides[5], query_valid, DIM, PADDED_DIM)
-            k_at = token_offsets(k_strides, key, group, DILATION)
-            k_head = k_ptr + head_start(k_strides, batch, kv_head)
-            k = load_rows(k_head, k_at, k_strides[5], key_valid, DIM, PADDED_DIM)
-            v_at = token_offsets(v_strides, key, group, DILATION)
-            v_head = v_ptr + head_start(v_strides, batch, kv_head)
-            v = load_rows(v_head, v_at, v_strides[5], key_valid, VALUE_DIM, PADDED_VALUE_DIM)
-            grad_at = token_offsets(grad_out_strides, query, group, DILATION)
-            grad_head = grad_out_ptr + head_start(grad_out_strides, batch, head)
-            grad_out = load_rows(
-                grad_head, grad_at, grad_out_strides[5], query_valid, VALUE_DIM, PADDED_VALUE_DIM
+            query_at, key_at = in_map(query, group, DILATION), in_map(key, group, DILATION)
+            q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+            k = load_tokens(k_ptr, k_strides, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
+            v = load_tokens(
+                v_ptr, v_strides, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM
             )
-            lse_at = head_start(lse_strides, batch, head)
-            lse_at += token_offsets(lse_strides, query, group, DILATION)
-            lse = tl.load(lse_ptr + lse_at, mask=query_valid, other=0.0)
-            delta = tl.load(delta_ptr + lse_at, mask=query_valid, other=0.0)
+            grad_out = load_tokens(
+                *(grad_out_ptr, grad_out_strides, batch, head),
+                *(query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM),
+            )
+            lse, delta = load_sums(
+                lse_ptr, delta_ptr, lse_strides, batch, head, query_at, query_valid
+            )
 
             query_x = query[2][:, None]
             key_x = key[2][None, :]

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
+from ops.neighborhood.split_tiled import Window
 from ops.neighborhood.triton.backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
 from ops.neighborhood.triton.backward_shared import grad_bias_kernel, grad_extra_kernel
 from ops.neighborhood.triton.forward import forward_kernel
+from ops.neighborhood.triton.split import scores_kernel, sums_kernel
 from ops.neighborhood.triton.tiles import (
     configs,
     fitting,
@@ -57,7 +59,7 @@ def _tuned(kernel: Any, rank: int) -> Any:
         configs=configs(rank),
         key=[
             "work", "heads_per_kv", "KERNEL", "STRIDE", "DILATION", "CAUSAL",
-            "PADDED_DIM", "PADDED_VALUE_DIM", "HAS_BIAS", "PRECISION",
+            "PADDED_DIM", "PADDED_VALUE_DIM", "HAS_BIAS", "PRECISION", "OF_KEYS",
         ],
         prune_configs_by={"early_config_prune": prune},
     )(kernel)  # fmt: skip
@@ -105,8 +107,9 @@ def _precision() -> str:
     return "tf32" if allowed == "tf32" else "tf32x3"
 
 
-def _common(query: Tensor, key: Tensor, value: Tensor, params: NAParams) -> dict[str, Any]:
+def _common(inputs: Inputs, params: NAParams) -> dict[str, Any]:
     """Arguments of all kernels except the one for delta."""
+    query, key, value, *_ = inputs
     rank = params.rank
     return {
         "q_ptr": query,
@@ -122,14 +125,14 @@ def _common(query: Tensor, key: Tensor, value: Tensor, params: NAParams) -> dict
     }
 
 
-def _windows(key: Tensor, value: Tensor, rpb: Tensor | None, params: NAParams) -> dict[str, Any]:
+def _windows(inputs: Inputs, params: NAParams) -> dict[str, Any]:
     """Further arguments of the kernels that iterate over windows."""
     return {
-        "k_ptr": key,
-        "v_ptr": value,
-        "bias_ptr": rpb,
-        "k_strides": _strides(key, params.rank),
-        "v_strides": _strides(value, params.rank),
+        "k_ptr": inputs.key,
+        "v_ptr": inputs.value,
+        "bias_ptr": inputs.rpb,
+        "k_strides": _strides(inputs.key, params.rank),
+        "v_strides": _strides(inputs.value, params.rank),
         "KERNEL": _triple(params.kernel_size, 1),
         "STRIDE": _triple(params.stride, 1),
         "DILATION": _triple(params.dilation, 1),
@@ -137,49 +140,42 @@ def _windows(key: Tensor, value: Tensor, rpb: Tensor | None, params: NAParams) -
     }
 
 
-def _extra(additional_keys: Tensor | None, additional_values: Tensor | None) -> dict[str, Any]:
-    absent = (0, 0, 0, 0)
+def _extra(inputs: Inputs) -> dict[str, Any]:
+    additional_keys, additional_values = inputs.additional_keys, inputs.additional_values
+    absent = (0,) * 6
     return {
         "extra_k_ptr": additional_keys,
         "extra_v_ptr": additional_values,
-        "extra_k_strides": absent if additional_keys is None else additional_keys.stride(),
-        "extra_v_strides": absent if additional_values is None else additional_values.stride(),
+        "extra_k_strides": absent if additional_keys is None else _strides(additional_keys, 1),
+        "extra_v_strides": absent if additional_values is None else _strides(additional_values, 1),
         "num_extra": 0 if additional_keys is None else additional_keys.shape[1],
     }
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor]:
     """Output [B, *S, H, D_v] and natural log-sum-exp [B, *S, H], both contiguous."""
-    rank = params.rank
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    query, rank = inputs.query, params.rank
+    out = query.new_empty(*query.shape[:-1], inputs.value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     arguments = {
-        **_common(query, key, value, params),
-        **_windows(key, value, rpb, params),
-        **_extra(additional_keys, additional_values),
+        **_common(inputs, params),
+        **_windows(inputs, params),
+        **_extra(inputs),
         "out_ptr": out,
         "lse_ptr": lse,
         "out_strides": _strides(out, rank),
         "lse_strides": _strides(lse, rank),
         "heads": query.shape[-2],
         "RANK": rank,
-        "HAS_EXTRA": additional_keys is not None,
-        "HAS_BIAS": rpb is not None,
+        "HAS_EXTRA": inputs.additional_keys is not None,
+        "HAS_BIAS": inputs.rpb is not None,
     }
     with torch.cuda.device_of(query):
         _run_tiles(_forward, query.shape[0] * query.shape[-2], arguments)
     return out, lse
 
 
-def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, params: NAParams) -> Tensor:
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor, params: NAParams) -> Tensor:
     rank = params.rank
     delta = out.new_empty(out.shape[:-1], dtype=torch.float32)
     rows = max(1, 4096 // padded(out.shape[-1]))
@@ -189,13 +185,12 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, params: NAPar
         "grad_lse_ptr": grad_lse,
         "delta_ptr": delta,
         "grad_out_strides": _strides(grad_out, rank),
-        "grad_lse_strides": (0,) * 5 if grad_lse is None else _strides(grad_lse, rank),
+        "grad_lse_strides": _strides(grad_lse, rank),
         "size": _triple(out.shape[1 : 1 + rank], 1),
         "heads": out.shape[-2],
         "rows": delta.numel(),
         "VALUE_DIM": out.shape[-1],
         "PADDED_VALUE_DIM": padded(out.shape[-1]),
-        "HAS_GRAD_LSE": grad_lse is not None,
     }
     grid = (triton.cdiv(delta.numel(), rows),)
     run(delta_kernel, grid, arguments, triton.Config({"ROWS": rows}))
@@ -204,39 +199,33 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, params: NAPar
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
+    grad_lse: Tensor,
     out: Tensor,
     lse: Tensor,
+    inputs: Inputs,
     params: NAParams,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, additional keys, additional values and rpb.
 
-    ``out`` and ``lse`` are the results of :func:`forward`. ``needed`` selects the gradients to
-    compute: of query, of key and value, of additional keys and values, and of rpb. The others are
-    None.
+    ``out`` and ``lse`` are the results of :func:`forward`. Gradients that are not ``needed`` are
+    None, unless another one takes the same pass.
     """
+    query, key, value, additional_keys, additional_values, rpb = inputs
     rank = params.rank
     batches, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
     out, lse = out.contiguous(), lse.contiguous()
     grad_query = grad_key = grad_value = grad_extra_keys = grad_extra_values = grad_rpb = None
     with torch.cuda.device_of(query):
         common = {
-            **_common(query, key, value, params),
+            **_common(inputs, params),
             "grad_out_ptr": grad_out,
             "lse_ptr": lse,
             "delta_ptr": _delta(out, grad_out, grad_lse, params),
             "grad_out_strides": _strides(grad_out, rank),
             "lse_strides": _strides(lse, rank),
         }
-        windows = _windows(key, value, rpb, params)
-        extra = _extra(additional_keys, additional_values)
+        windows, extra = _windows(inputs, params), _extra(inputs)
         shape = {"RANK": rank, "HAS_BIAS": rpb is not None}
         if needed[0]:
             grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -251,7 +240,7 @@ def backward(
                 "HAS_EXTRA": additional_keys is not None,
             }
             _run_tiles(_grad_query, batches * heads, arguments)
-        if needed[1]:
+        if needed[1] or needed[2]:
             grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
             grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
             arguments = {
@@ -265,11 +254,11 @@ def backward(
                 "kv_heads": kv_heads,
             }
             _run_tiles(_grad_key_value, batches * kv_heads, arguments)
-        if needed[2] and additional_keys is not None and additional_values is not None:
+        if additional_keys is not None and additional_values is not None and any(needed[3:5]):
             grad_extra_keys, grad_extra_values = _grad_extra(
                 additional_keys, additional_values, {**common, **extra}
             )
-        if needed[3] and rpb is not None:
+        if needed[5] and rpb is not None:
             grad_rpb = _grad_rpb(rpb, batches, {**common, **windows})
     return grad_query, grad_key, grad_value, grad_extra_keys, grad_extra_values, grad_rpb
 
@@ -340,3 +329,65 @@ def _grad_rpb(rpb: Tensor, batches: int, arguments: dict[str, Any]) -> Tensor:
     table = F.pad(sums[..., 0, :], (0, 0, 0, 1)) + F.pad(sums[..., 1, :], (0, 0, 1, 0))
     table = table.flatten(-2)[..., span : span + wide[2]]
     return torch.empty_like(rpb).copy_(table.reshape(rpb.shape))
+
+
+# ---- scores and sums alone, of tensors that are heads first --------------------------------------
+def scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, window: Window) -> Tensor:
+    """See :func:`ops.neighborhood.split_tiled.scores`."""
+    shape = (*query.shape[:-1], math.prod(window[0]))
+    # Windows without causal axes are full.
+    out = query.new_full(shape, fill) if any(window[2]) else query.new_empty(shape)
+    bias = {"bias_ptr": None if rpb is None else rpb.contiguous(), "HAS_BIAS": rpb is not None}
+    _run_split(scores_kernel, query, key, out, window, bias)
+    return out
+
+
+def mix(weights: Tensor, value: Tensor, window: Window) -> Tensor:
+    """See :func:`ops.neighborhood.split_tiled.mix`."""
+    out = value.new_empty(value.shape)
+    _run_split(sums_kernel, out, value, weights, window, {"OF_KEYS": True})
+    return out
+
+
+def scatter(weights: Tensor, query: Tensor, window: Window) -> Tensor:
+    """See :func:`ops.neighborhood.split_tiled.scatter`."""
+    out = query.new_empty(query.shape)
+    _run_split(sums_kernel, query, out, weights, window, {"OF_KEYS": False})
+    return out
+
+
+def _run_split(
+    kernel: Any,
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    window: Window,
+    more: dict[str, Any],
+) -> None:
+    rank = query.dim() - 3
+    kernel_size, dilation, is_causal = window
+
+    def strides(tensor: Tensor) -> tuple[int, ...]:
+        return _strides(tensor.movedim(1, -2), rank)
+
+    arguments = {
+        "q_ptr": query,
+        "k_ptr": key,
+        "w_ptr": weights,
+        "q_strides": strides(query),
+        "k_strides": strides(key),
+        "w_strides": strides(weights),
+        "size": _triple(query.shape[2:-1], 1),
+        "heads": query.shape[1],
+        "RANK": rank,
+        "KERNEL": _triple(kernel_size, 1),
+        "STRIDE": (1, 1, 1),
+        "DILATION": _triple(dilation, 1),
+        "CAUSAL": _triple(is_causal, False),
+        "DIM": query.shape[-1],
+        "PADDED_DIM": padded(query.shape[-1]),
+        "PRECISION": _precision(),
+        **more,
+    }
+    with torch.cuda.device_of(query):
+        _run_tiles(kernel, query.shape[0] * query.shape[1], arguments)
