@@ -253,7 +253,8 @@ def _autocast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
             return tensor
         return tensor.to(dtype)
 
-    return Inputs(*map(cast, inputs[:5]), inputs.rpb)
+    query, key, value, additional_keys, additional_values = map(cast, inputs[:5])
+    return Inputs(query, key, value, additional_keys, additional_values, inputs.rpb)
 
 
 def _best_backend(inputs: Inputs, params: NAParams) -> ModuleType:

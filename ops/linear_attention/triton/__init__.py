@@ -34,7 +34,7 @@ def attend(
 ) -> Tensor:
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`."""
     # Imported on first use: registering operators takes time, and triton is optional.
-    from ops.linear_attention.triton.launch import gated_scan
+    from ops.linear_attention.triton.kernels import gated_scan
 
     back = None if log_gate_back is None else log_gate_back.float()
     apart = bonus is not None

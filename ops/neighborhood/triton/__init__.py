@@ -69,7 +69,8 @@ def _split(arguments: Sequence[Any]) -> tuple[Inputs, NAParams]:
     """An operator's arguments as tensors and parameters."""
     *tensors, rpb, kernel_size, stride, dilation, is_causal, scale = arguments
     params = NAParams(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal), scale)
-    return Inputs(*tensors, None if rpb is None else rpb.contiguous()), params
+    table = None if rpb is None else rpb.contiguous()
+    return Inputs._make((*tensors, table)), params
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:

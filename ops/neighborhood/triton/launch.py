@@ -17,8 +17,13 @@ from torch import Tensor
 
 from ops.neighborhood._geometry import Inputs, NAParams
 from ops.neighborhood.split_tiled import Window
-from ops.neighborhood.triton.backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
-from ops.neighborhood.triton.backward_shared import grad_bias_kernel, grad_extra_kernel
+from ops.neighborhood.triton.backward import (
+    delta_kernel,
+    grad_bias_kernel,
+    grad_extra_kernel,
+    grad_key_value_kernel,
+    grad_query_kernel,
+)
 from ops.neighborhood.triton.forward import forward_kernel
 from ops.neighborhood.triton.split import scores_kernel, sums_kernel
 from ops.neighborhood.triton.tiles import (
@@ -66,11 +71,12 @@ def _tuned(kernel: Any, rank: int) -> Any:
 
 
 def run(kernel: Any, grid: Any, arguments: dict[str, Any], config: triton.Config | None) -> None:
-    """Launch a kernel; if ``config`` is None, autotune its tiles."""
+    """Launch a kernel with those arguments that it has; without ``config``, autotune its tiles."""
+    own = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     if config is None:
-        _tuned(kernel, arguments["RANK"])[grid](**arguments, **LAUNCH_OPTIONS)
+        _tuned(kernel, arguments["RANK"])[grid](**own, **LAUNCH_OPTIONS)
     else:
-        kernel[grid](**arguments, **config.all_kwargs(), **LAUNCH_OPTIONS)
+        kernel[grid](**own, **config.all_kwargs(), **LAUNCH_OPTIONS)
 
 
 def _run_tiles(kernel: Any, batch_heads: int, arguments: dict[str, Any]) -> None:
@@ -107,48 +113,41 @@ def _precision() -> str:
     return "tf32" if allowed == "tf32" else "tf32x3"
 
 
-def _common(inputs: Inputs, params: NAParams) -> dict[str, Any]:
-    """Arguments of all kernels except the one for delta."""
-    query, key, value, *_ = inputs
-    rank = params.rank
+def _arguments(inputs: Inputs, params: NAParams) -> dict[str, Any]:
+    """The arguments of kernels that follow from the inputs."""
+    query, key, value, additional_keys, additional_values, rpb = inputs
+    rank, absent = params.rank, (0,) * 6
     return {
         "q_ptr": query,
+        "k_ptr": key,
+        "v_ptr": value,
+        "extra_k_ptr": additional_keys,
+        "extra_v_ptr": additional_values,
+        "bias_ptr": rpb,
         "q_strides": _strides(query, rank),
+        "k_strides": _strides(key, rank),
+        "v_strides": _strides(value, rank),
+        "extra_k_strides": absent if additional_keys is None else _strides(additional_keys, 1),
+        "extra_v_strides": absent if additional_values is None else _strides(additional_values, 1),
         "size": _triple(query.shape[1 : 1 + rank], 1),
+        "batches": query.shape[0],
+        "heads": query.shape[-2],
+        "kv_heads": key.shape[-2],
         "heads_per_kv": query.shape[-2] // key.shape[-2],
+        "num_extra": 0 if additional_keys is None else additional_keys.shape[1],
         "scale": params.scale,
-        "DIM": query.shape[-1],
-        "VALUE_DIM": value.shape[-1],
-        "PADDED_DIM": padded(query.shape[-1]),
-        "PADDED_VALUE_DIM": padded(value.shape[-1]),
-        "PRECISION": _precision(),
-    }
-
-
-def _windows(inputs: Inputs, params: NAParams) -> dict[str, Any]:
-    """Further arguments of the kernels that iterate over windows."""
-    return {
-        "k_ptr": inputs.key,
-        "v_ptr": inputs.value,
-        "bias_ptr": inputs.rpb,
-        "k_strides": _strides(inputs.key, params.rank),
-        "v_strides": _strides(inputs.value, params.rank),
+        "RANK": rank,
         "KERNEL": _triple(params.kernel_size, 1),
         "STRIDE": _triple(params.stride, 1),
         "DILATION": _triple(params.dilation, 1),
         "CAUSAL": _triple(params.is_causal, False),
-    }
-
-
-def _extra(inputs: Inputs) -> dict[str, Any]:
-    additional_keys, additional_values = inputs.additional_keys, inputs.additional_values
-    absent = (0,) * 6
-    return {
-        "extra_k_ptr": additional_keys,
-        "extra_v_ptr": additional_values,
-        "extra_k_strides": absent if additional_keys is None else _strides(additional_keys, 1),
-        "extra_v_strides": absent if additional_values is None else _strides(additional_values, 1),
-        "num_extra": 0 if additional_keys is None else additional_keys.shape[1],
+        "DIM": query.shape[-1],
+        "VALUE_DIM": value.shape[-1],
+        "PADDED_DIM": padded(query.shape[-1]),
+        "PADDED_VALUE_DIM": padded(value.shape[-1]),
+        "HAS_EXTRA": additional_keys is not None,
+        "HAS_BIAS": rpb is not None,
+        "PRECISION": _precision(),
     }
 
 
@@ -158,39 +157,31 @@ def forward(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor]:
     out = query.new_empty(*query.shape[:-1], inputs.value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     arguments = {
-        **_common(inputs, params),
-        **_windows(inputs, params),
-        **_extra(inputs),
+        **_arguments(inputs, params),
         "out_ptr": out,
         "lse_ptr": lse,
         "out_strides": _strides(out, rank),
         "lse_strides": _strides(lse, rank),
-        "heads": query.shape[-2],
-        "RANK": rank,
-        "HAS_EXTRA": inputs.additional_keys is not None,
-        "HAS_BIAS": inputs.rpb is not None,
     }
     with torch.cuda.device_of(query):
         _run_tiles(_forward, query.shape[0] * query.shape[-2], arguments)
     return out, lse
 
 
-def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor, params: NAParams) -> Tensor:
-    rank = params.rank
+def _delta(
+    out: Tensor, grad_out: Tensor, grad_lse: Tensor, rank: int, arguments: dict[str, Any]
+) -> Tensor:
     delta = out.new_empty(out.shape[:-1], dtype=torch.float32)
     rows = max(1, 4096 // padded(out.shape[-1]))
     arguments = {
+        **arguments,
         "out_ptr": out,
         "grad_out_ptr": grad_out,
         "grad_lse_ptr": grad_lse,
         "delta_ptr": delta,
         "grad_out_strides": _strides(grad_out, rank),
         "grad_lse_strides": _strides(grad_lse, rank),
-        "size": _triple(out.shape[1 : 1 + rank], 1),
-        "heads": out.shape[-2],
         "rows": delta.numel(),
-        "VALUE_DIM": out.shape[-1],
-        "PADDED_VALUE_DIM": padded(out.shape[-1]),
     }
     grid = (triton.cdiv(delta.numel(), rows),)
     run(delta_kernel, grid, arguments, triton.Config({"ROWS": rows}))
@@ -217,49 +208,34 @@ def backward(
     out, lse = out.contiguous(), lse.contiguous()
     grad_query = grad_key = grad_value = grad_extra_keys = grad_extra_values = grad_rpb = None
     with torch.cuda.device_of(query):
-        common = {
-            **_common(inputs, params),
+        common = _arguments(inputs, params)
+        common |= {
             "grad_out_ptr": grad_out,
             "lse_ptr": lse,
-            "delta_ptr": _delta(out, grad_out, grad_lse, params),
+            "delta_ptr": _delta(out, grad_out, grad_lse, rank, common),
             "grad_out_strides": _strides(grad_out, rank),
             "lse_strides": _strides(lse, rank),
         }
-        windows, extra = _windows(inputs, params), _extra(inputs)
-        shape = {"RANK": rank, "HAS_BIAS": rpb is not None}
         if needed[0]:
             grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-            arguments = {
-                **common,
-                **windows,
-                **extra,
-                **shape,
-                "grad_q_ptr": grad_query,
-                "grad_q_strides": _strides(grad_query, rank),
-                "heads": heads,
-                "HAS_EXTRA": additional_keys is not None,
-            }
-            _run_tiles(_grad_query, batches * heads, arguments)
+            of_query = {"grad_q_ptr": grad_query, "grad_q_strides": _strides(grad_query, rank)}
+            _run_tiles(_grad_query, batches * heads, {**common, **of_query})
         if needed[1] or needed[2]:
             grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
             grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-            arguments = {
-                **common,
-                **windows,
-                **shape,
+            of_keys = {
                 "grad_k_ptr": grad_key,
                 "grad_v_ptr": grad_value,
                 "grad_k_strides": _strides(grad_key, rank),
                 "grad_v_strides": _strides(grad_value, rank),
-                "kv_heads": kv_heads,
             }
-            _run_tiles(_grad_key_value, batches * kv_heads, arguments)
+            _run_tiles(_grad_key_value, batches * kv_heads, {**common, **of_keys})
         if additional_keys is not None and additional_values is not None and any(needed[3:5]):
             grad_extra_keys, grad_extra_values = _grad_extra(
-                additional_keys, additional_values, {**common, **extra}
+                additional_keys, additional_values, common
             )
         if needed[5] and rpb is not None:
-            grad_rpb = _grad_rpb(rpb, batches, {**common, **windows})
+            grad_rpb = _grad_rpb(rpb, batches, common)
     return grad_query, grad_key, grad_value, grad_extra_keys, grad_extra_values, grad_rpb
 
 
@@ -281,8 +257,6 @@ def _grad_extra(
         **arguments,
         "partial_k_ptr": partial_keys,
         "partial_v_ptr": partial_values,
-        "batches": batches,
-        "kv_heads": kv_heads,
         "splits": splits,
     }
     config = triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=4, num_stages=1)
@@ -317,8 +291,6 @@ def _grad_rpb(rpb: Tensor, batches: int, arguments: dict[str, Any]) -> Tensor:
     arguments = {
         **arguments,
         "partial_ptr": partial,
-        "batches": batches,
-        "heads": heads,
         "splits": splits,
     }
     config = triton.Config({"SPAN": span}, num_warps=4, num_stages=1)
