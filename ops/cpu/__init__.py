@@ -38,8 +38,12 @@ from ops.cpu.build import (
     status,
     unavailable_reason,
 )
-from ops.cpu.instruction_sets import instruction_set, levels
-from ops.cpu.settings import SettingError, is_switched_on
+from ops.cpu.instruction_sets import (
+    SettingError,
+    instruction_set,
+    is_switched_on,
+    levels,
+)
 
 __all__ = [
     "LibraryState",

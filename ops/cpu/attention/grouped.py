@@ -172,7 +172,7 @@ def grouped_attention(
             "regions": None if routes is None else routes.contiguous(),
         }
 
-    return Call(None, arguments if out.numel() else tuple)
+    return Call(None, arguments if out.numel() else dict)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:

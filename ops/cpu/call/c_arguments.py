@@ -32,7 +32,7 @@ class Call(NamedTuple):
     """
 
     result: Any
-    arguments: Callable[[], Mapping[str, Any] | tuple[()]]
+    arguments: Callable[[], Mapping[str, Any]]
 
     def results(self) -> list[Tensor]:
         """The allocated tensors."""
@@ -68,27 +68,28 @@ def arguments_by_name(
         if kind is None:
             found.append(value)
         else:
-            each = value if isinstance(value, list) else [value]
-            found.append([word for fields in each for word in _words(kind, fields)])
+            found.append([])
+            for fields in value if isinstance(value, list) else (value,):
+                _add_words(found[-1], kind, fields)
     return found
 
 
-def _words(kind: Any, value: Any) -> Words:
-    """``value`` as stored in a structure, an array, a pointer or a number of type ``kind``."""
+def _add_words(words: Words, kind: Any, value: Any) -> None:
+    """Add ``value`` as stored in a number, a pointer, an array or a structure of type ``kind``."""
     if value is None:
-        return [0] * (ctypes.sizeof(kind) // 8)
-    if isinstance(value, Mapping):
-        return [word for name, of in kind._fields_ for word in _words(of, value.get(name))]
-    if issubclass(kind, ctypes.Array):
-        each = zip(range(kind._length_), value, strict=True)
-        return [word for _, one in each for word in _words(kind._type_, one)]
-    if isinstance(value, Tensor):
-        return [(value, 0)]
-    if isinstance(value, str):
-        return [ACTIVATIONS.index(value)]
-    if kind is ctypes.c_double:
-        return [*struct.unpack("=q", struct.pack("=d", value))]
-    return [value if isinstance(value, tuple) else operator.index(value)]
+        words += [0] * (ctypes.sizeof(kind) // 8)
+    elif kind is ctypes.c_int64:
+        words.append(ACTIVATIONS.index(value) if type(value) is str else operator.index(value))
+    elif kind is ctypes.c_void_p:
+        words.append((value, 0) if isinstance(value, Tensor) else value)
+    elif kind is ctypes.c_double:
+        words += struct.unpack("=q", struct.pack("=d", value))
+    elif isinstance(value, dict):
+        for name, of in kind._fields_:
+            _add_words(words, of, value.get(name))
+    else:
+        for _, number in zip(range(kind._length_), value, strict=True):
+            _add_words(words, kind._type_, number)
 
 
 def pack(argument: int | Tensor | Words) -> Any:

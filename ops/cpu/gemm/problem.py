@@ -20,11 +20,7 @@ COMBINATIONS = ("none", "add", "multiply", "add_scaled", "add_clipped", "add_gat
 
 
 def packed_size(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """The number of elements of a linear layer's packed weight.
-
-    Raises:
-        RuntimeError: the kernel is not available here.
-    """
+    """The number of elements of a linear layer's packed weight."""
     gemm = status("gemm")
     if gemm.library is None:
         raise RuntimeError(f"the kernel of linear layers is not available: {gemm.reason}")
@@ -51,9 +47,6 @@ def output_shape(
 
     Args:
         shape: the shape of the input, if it differs from that of ``x``.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes, an unknown activation or combination.
     """
     require_activation(activation)
     if combination not in COMBINATIONS or (combination == "none") != (other is None):
@@ -103,11 +96,7 @@ def check_scales(
     other_scale: Tensor | None,
     gate: Tensor | None = None,
 ) -> None:
-    """Check the scales of :func:`ops.cpu.gemm.linear.packed_linear`.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-    """
+    """Check the scales of :func:`ops.cpu.gemm.linear.packed_linear`."""
     if scale is not None and scale.shape != (x.shape[0], x.shape[-1]):
         raise ValueError(f"scale must be {(x.shape[0], x.shape[-1])}, got {tuple(scale.shape)}")
     if scale is not None and scale.dtype not in (torch.float32, x.dtype):

@@ -112,7 +112,7 @@ def na_cpu_backward(
             "grad_rpb": None if rpb is None else grads[5],
         }
 
-    return Call(tuple(grads), tuple if empty else arguments)
+    return Call(tuple(grads), dict if empty else arguments)
 
 
 @kernel("neighborhood", "na_scores", large_results=True)
