@@ -15,7 +15,7 @@ def operator_with_gradients(
     forward: Callable[..., Any],
     backward: Callable[..., Sequence[Tensor | None]],
     like: Callable[..., Any],
-    returns: str = "Tensor",
+    results: int = 1,
 ) -> Callable[..., Any]:
     """Register an operator, and ``{name}_backward`` for its gradients.
 
@@ -28,10 +28,9 @@ def operator_with_gradients(
             their gradients, the results, the inputs, and, by the name ``needed``, whether each
             tensor's gradient is used; those that are not may be None.
         like: the result for fake inputs.
-        returns: as in a schema.
+        results: how many tensors the operator returns, one or two.
     """
-    count, results = parameters.count("Tensor"), returns.count("Tensor")
-    is_one = results == 1
+    count, is_one = parameters.count("Tensor"), results == 1
     saved = [] if is_one else [f"Tensor out{i}" for i in range(results)]
     of_backward = [*(f"Tensor grad{i}" for i in range(results)), *saved, parameters]
 
@@ -46,7 +45,7 @@ def operator_with_gradients(
         f"vision_backbones::{name}",
         forward,
         mutates_args=(),
-        schema=f"({parameters}) -> {returns}",
+        schema=f"({parameters}) -> {'Tensor' if is_one else '(Tensor, Tensor)'}",
     )
     operator.register_fake(like)
     operator_of_gradients = torch.library.custom_op(

@@ -52,6 +52,7 @@ from ops.neighborhood._geometry import Inputs, NAParams
 # Has `attend`.
 Backend = ModuleType | SimpleNamespace
 Call = tuple[NAParams, Backend]
+_NAMES = Inputs._fields
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -171,7 +172,7 @@ def _attend(
     """Check the arguments, pick a backend, call it."""
     for place, tensor in enumerate(inputs):
         if place < 3 or tensor is not None:
-            require_tensor(Inputs._fields[place], tensor)
+            require_tensor(_NAMES[place], tensor)
     device = inputs.query.device
     if autocasts(device):
         # Like scaled_dot_product_attention: cast everything except float64 to autocast's dtype.

@@ -114,7 +114,7 @@ _attend = operator_with_gradients(
     _forward,
     _backward,
     lambda query, keys, values, *others: _empty_outputs(query, values, others[-1]),
-    "(Tensor, Tensor)",
+    results=2,
 )
 
 

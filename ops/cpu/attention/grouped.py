@@ -129,7 +129,7 @@ def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
         )
 
 
-@kernel("attention", "attention_forward", returns="()", mutates=("out",))
+@kernel("attention", "attention_forward", returns=0, mutates=("out",))
 def grouped_attention(
     query: Tensor,
     key: Tensor,

@@ -126,7 +126,7 @@ def packed_linear(
     return Call(x.new_empty(shape), arguments)
 
 
-@kernel("gemm", "linear_forward", returns="(Tensor, Tensor)", refuses=no_products)
+@kernel("gemm", "linear_forward", returns=2, refuses=no_products)
 def packed_linear_energy(
     x: Tensor,
     weight: Tensor,

@@ -41,7 +41,7 @@ def na_cpu_output(
     return Call(out, lambda: _forward(inputs, window, out))
 
 
-@kernel("neighborhood", "na_forward", returns="(Tensor, Tensor)", large_results=True)
+@kernel("neighborhood", "na_forward", returns=2, large_results=True)
 def na_cpu_forward(
     query: Tensor,
     key: Tensor,
@@ -63,12 +63,7 @@ def na_cpu_forward(
     return Call((out, lse), lambda: _forward(inputs, window, out, lse))
 
 
-@kernel(
-    "neighborhood",
-    "na_backward",
-    returns="(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    large_results=True,
-)
+@kernel("neighborhood", "na_backward", returns=6, large_results=True)
 def na_cpu_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,

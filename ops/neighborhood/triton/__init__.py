@@ -105,5 +105,5 @@ _attend = operator_with_gradients(
     _forward,
     _backward,
     _like,
-    "(Tensor, Tensor)",
+    results=2,
 )
