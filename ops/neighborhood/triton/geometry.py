@@ -257,10 +257,10 @@ def visible(
 
 
 @triton.jit
-def bias_offset(
-    head, query, key, RANK: tl.constexpr, KERNEL: tl.constexpr, ROWS_ARE_QUERIES: tl.constexpr
+def bias_entries(
+    ptr, head, query, key, RANK: tl.constexpr, KERNEL: tl.constexpr, ROWS_ARE_QUERIES: tl.constexpr
 ):
-    """Offset of each pair's entry in the bias table: linear in key and query, so separable."""
+    """Pointers to each pair's entry in the bias table: linear in key and query, so separable."""
     wide_y: tl.constexpr = 2 * KERNEL[1] - 1
     wide_x: tl.constexpr = 2 * KERNEL[2] - 1
     centre: tl.constexpr = ((KERNEL[0] - 1) * wide_y + KERNEL[1] - 1) * wide_x + KERNEL[2] - 1
@@ -269,8 +269,9 @@ def bias_offset(
     if RANK >= 2:
         q += (query[0] * wide_y + query[1]) * wide_x
         k += (key[0] * wide_y + key[1]) * wide_x
-    k += centre + head * ((2 * KERNEL[0] - 1) * wide_y * wide_x)
-    return k[None, :] - q[:, None] if ROWS_ARE_QUERIES else k[:, None] - q[None, :]
+    k += centre
+    ptr += head * ((2 * KERNEL[0] - 1) * wide_y * wide_x)
+    return ptr + (k[None, :] - q[:, None] if ROWS_ARE_QUERIES else k[:, None] - q[None, :])
 
 
 @triton.jit
@@ -286,7 +287,7 @@ def finish_scores(
 ):  # fmt: skip
     """Add the bias, and mask pairs outside the windows unless the block is interior."""
     if HAS_BIAS:
-        bias_at = bias_ptr + bias_offset(head, query, key, RANK, KERNEL, ROWS_ARE_QUERIES)
+        bias_at = bias_entries(bias_ptr, head, query, key, RANK, KERNEL, ROWS_ARE_QUERIES)
     if MAY_FILL and interior:
         if HAS_BIAS:
             scores += tl.load(bias_at).to(tl.float32) * LOG2_E

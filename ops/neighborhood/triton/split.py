@@ -13,7 +13,7 @@ import triton.language as tl
 from ops.neighborhood.triton.geometry import (
     at_queries,
     below,
-    bias_offset,
+    bias_entries,
     block_counts,
     block_origin,
     dot,
@@ -84,7 +84,7 @@ def scores_kernel(
         scores = dot(q, tl.trans(k), PRECISION)
         seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, True)
         if HAS_BIAS:
-            bias_at = bias_ptr + bias_offset(head, query, key, RANK, KERNEL, True)
+            bias_at = bias_entries(bias_ptr, head, query, key, RANK, KERNEL, True)
             scores += tl.load(bias_at, mask=seen, other=0.0).to(tl.float32)
         places = window_places(query, key, length, KERNEL, CAUSAL, True)
         tl.store(
