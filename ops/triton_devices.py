@@ -37,8 +37,15 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def device_problem(tensor: Tensor) -> str | None:
-    """Why Triton's kernels can't run on the tensor's device; None if they can."""
+def problem_of(tensor: Tensor, *dtypes: torch.dtype) -> str | None:
+    """Why Triton's kernels can't compute such tensors, of these dtypes; None if they can.
+
+    Args:
+        dtypes: of the kernels; by default float32, float16 and bfloat16.
+    """
+    dtypes = dtypes or (torch.float32, torch.float16, torch.bfloat16)
+    if tensor.dtype not in dtypes:
+        return f"the kernels compute in {', '.join(map(str, dtypes))}, got {tensor.dtype}"
     if _PROBLEM is not None:
         return _PROBLEM
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreting()):

@@ -22,8 +22,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from ops.neighborhood._geometry import NAParams
-from ops.neighborhood.triton import launch, split_launch, tiles
+from ops.neighborhood._geometry import Inputs, NAParams
+from ops.neighborhood.triton import launch, tiles
 from ops.triton_devices import LAUNCH_OPTIONS
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -63,15 +63,15 @@ def starts(rank: int, head_dim: int, dtype: torch.dtype, *, full: bool = False) 
     query = tensor(2, *_SIZES[rank], heads, head_dim)
     additional = tensor(2, 16, heads, head_dim) if full else None
     table = tensor(heads, *(2 * k - 1 for k in kernel_size), dtype=torch.float32) if full else None
-    inputs = (query, query, query, additional, additional, table)
+    inputs = Inputs(query, query, query, additional, additional, table)
     with mock.patch.object(launch, "run", record):
-        out, lse = launch.forward(*inputs, params)
-        launch.backward(out, lse, *inputs, out, lse, params, (True, True, True, True))
+        out, lse = launch.forward(inputs, params)
+        launch.backward(out, lse, out, lse, inputs, params, (True,) * 6)
         heads_first = query.movedim(-2, 1)
         window = (params.kernel_size, params.dilation, params.is_causal)
-        weights = split_launch.scores(heads_first, heads_first, table, 0.0, window)
-        split_launch.mix(weights, heads_first, window)
-        split_launch.scatter(weights, heads_first, window)
+        weights = launch.scores(heads_first, heads_first, table, 0.0, window)
+        launch.mix(weights, heads_first, window)
+        launch.scatter(weights, heads_first, window)
     for kernel, arguments, config in recorded:
         yield Start(kernel, arguments, config or tiles.fitting(rank, arguments)[0])
 

@@ -28,6 +28,7 @@ from ops.cpu import build
 from ops.cpu.build import compiler, folders, openmp
 from ops.cpu.build.folders import Problem, shell_word
 from ops.neighborhood import BACKENDS, NAParams
+from ops.neighborhood._geometry import Inputs
 
 EXAMPLE = ""
 
@@ -234,7 +235,7 @@ def examine_attention() -> list[Finding]:
     params = NAParams((7, 7), (1, 1), (1, 1), (False, False), 32**-0.5, False)
     findings = []
     for name, backend in BACKENDS.items():
-        reason = backend.unavailable(query, query, query, None, None, None, params)
+        reason = backend.unavailable(Inputs(query, query, query), params)
         if reason is None:
             findings.append(Finding("attention", "ok", f"{name}: usable on {device}"))
             continue

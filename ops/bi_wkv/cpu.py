@@ -5,6 +5,8 @@ https://arxiv.org/abs/2403.02308
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ops.cpu.call.differentiable import differentiable
@@ -28,15 +30,8 @@ def attend(
     return out
 
 
-def _gradients(
-    grad_out: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    first: Tensor,
-    gate: Tensor | None,
-    segments: int,
-) -> list[Tensor | None]:
+def _gradients(grad_out: Tensor, *call: Any) -> list[Tensor | None]:
+    key, value, decay, first, gate, segments = call
     of_gate = None
     if gate is not None:
         share = gate.sigmoid()

@@ -7,12 +7,9 @@ pure torch, and :func:`unavailable_reason` returns the reason.
 
 A wheel has a library for each kernel and instruction set in ``compiled``; the file names contain a
 digest of the sources. Missing libraries are compiled together, one kernel per CPU at a time, with a
-progress bar, or ahead of time by ``vision-backbones build``. They are kept in the user's cache.
-Libraries are loaded only if they are intact and only from folders that nobody but the user and root
-can change (:mod:`ops.cpu.build.folders`). If the cache is unusable (others can write to it, it is
-not writable, mounted noexec, or the disk is full), a private folder below ``/var/tmp`` or the
-temporary directory is used instead, and a warning is logged once. If that is unusable as well, so
-are the kernels.
+progress bar, or ahead of time by ``vision-backbones build``. They are kept in the user's cache, see
+:mod:`ops.cpu.build.folders`, or, if that is not usable, in a private folder below ``/var/tmp`` or
+the temporary directory.
 
 Kernels run on the threads of torch's OpenMP runtime (:mod:`ops.cpu.build.openmp`).
 
@@ -38,8 +35,12 @@ from ops.cpu.build import (
     status,
     unavailable_reason,
 )
-from ops.cpu.instruction_sets import instruction_set, levels
-from ops.cpu.settings import SettingError, is_switched_on
+from ops.cpu.instruction_sets import (
+    SettingError,
+    instruction_set,
+    is_switched_on,
+    levels,
+)
 
 __all__ = [
     "LibraryState",

@@ -59,10 +59,6 @@ def activation_of(name: str) -> Activation:
 
 
 def require_activation(name: str) -> None:
-    """Raise an error for activations that kernels cannot apply.
-
-    Raises:
-        ValueError: the name is not in :data:`ACTIVATIONS`.
-    """
+    """Raise a ValueError for activations that kernels cannot apply."""
     if name not in _TABLE:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {name!r}")

@@ -1,4 +1,4 @@
-"""The instruction sets that kernels are compiled for, and the newest one of this CPU."""
+"""The instruction sets that kernels are compiled for, and what CPU and environment allow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import platform
 import sys
 
-from ops.cpu.settings import SettingError
+SWITCH = "VISION_BACKBONES_NATIVE"
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
 _AVX512 = [
@@ -30,6 +31,23 @@ _LEVELS = {
     "aarch64": ["neonbf16", "neon", "portable"],
 }
 _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # what other systems call them
+
+
+class SettingError(ValueError):
+    """An environment variable has an invalid value; the message lists the valid ones."""
+
+
+def is_switched_on() -> bool:
+    """Whether the environment allows kernels to be compiled and loaded.
+
+    Raises:
+        SettingError: ``VISION_BACKBONES_NATIVE`` is neither a yes nor a no.
+    """
+    chosen = os.environ.get(SWITCH, "")
+    word = chosen.strip().lower()
+    if word not in ("", *_YES, *_NO):
+        raise SettingError(f"{SWITCH} must be one of {[*_YES, *_NO]}, got {chosen!r}")
+    return word not in _NO
 
 
 def flags(isa: str) -> list[str]:

@@ -1,9 +1,8 @@
 """The rules that select the kernel of each layer: ours, oneDNN's or torch's.
 
 Every rule is a function of dtype, sizes and :mod:`ops.cpu.instruction_sets`. No other module checks
-the hardware, so ``VISION_BACKBONES_NATIVE_ISA`` gives the decisions of a plainer CPU. Docstrings
-give reasons and measurements. To measure a rule again, run the affected models with both answers,
-in alternation::
+the hardware, so ``VISION_BACKBONES_NATIVE_ISA`` gives the decisions of a plainer CPU. Limits are
+measured. To measure a rule again, run the affected models with both answers, in alternation::
 
     python tools/benchmark.py --models shvit_s4 --batches 1 8 --modes fused
 
@@ -39,7 +38,6 @@ __all__ = [
     "maps_of_int8",
     "multiplies",
     "no_int8_products",
-    "packs_linear",
     "pays_in_int8",
     "response_mlp_in_int8",
     "rotated_attention_by_kernel",
@@ -51,6 +49,18 @@ __all__ = [
     "windows_pay_in_int8",
     "winograd_by_kernel",
 ]
+
+
+def _from(shown: str, value: int, limit: int) -> Verdict:
+    """Whether a value, ``shown`` as in a reason, reaches the limit."""
+    reaches = value >= limit
+    return Verdict(reaches, f"{shown} {'≥' if reaches else '<'} {{limit}}", limit)
+
+
+def _up_to(shown: str, value: int, limit: int) -> Verdict:
+    """Whether a value, ``shown`` as in a reason, does not exceed the limit."""
+    exceeds = value > limit
+    return Verdict(not exceeds, f"{shown} {'>' if exceeds else '≤'} {{limit}}", limit)
 
 
 # -- CPUs without known vector instructions -------------------------------------------------------
@@ -66,8 +76,7 @@ def left_to_torch(library: str, dtype: torch.dtype) -> str | None:
     """Why torch is used instead of the kernels of ``library``, or None if the kernels are used.
 
     Compiled for no particular instruction set, kernels that are mostly matrix products take up to
-    twice as long as MKL and oneDNN, which have code for every CPU. With those libraries, fused
-    SHViT-S4 and InceptionNeXt-T went from 0.6 and 0.4 to 1.1 times the speed of their plain forms.
+    twice as long as MKL and oneDNN, which have code for every CPU.
     """
     if (
         library in _PRODUCTS
@@ -90,9 +99,9 @@ def rounds_once() -> bool:
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether torch has fast matrix products of ``dtype``, float32 or bfloat16, on this CPU.
 
-    If not, oneDNN rejects bfloat16 or takes many times as long as for float32 (EfficientViT on
-    AVX2: 398 ms, and 12 ms in float32). A CPU that is not x86 may support bfloat16 without any of
-    our instruction sets; one emulated by selecting the plainest instruction set does not.
+    If not, oneDNN rejects bfloat16 or takes many times as long as for float32. A CPU that is not
+    x86 may support bfloat16 without any of our instruction sets; one emulated by selecting the
+    plainest instruction set does not.
     """
     if dtype != torch.bfloat16:
         return True
@@ -122,13 +131,10 @@ def by_tiles(dtype: torch.dtype) -> bool:
 
 
 def no_int8_products(has_instructions: bool) -> str | None:
-    """Why linear layers in int8 does not pay on this CPU, or None if they do.
+    """Why linear layers in int8 do not pay on this CPU, or None if they do.
 
-    At one image, SHViT-S4 and InceptionNeXt-T are 1.4 times as fast as in bfloat16 with AMX, 2.2
-    and 2.5 times as fast as in float32 with AVX512-VNNI, and 2.2 and 2.7 times with AVX-VNNI. The
-    older instructions of AVX2 for bytes saturate unless weights have 7 bits, and three of them do
-    the products of four of float32. On ARM, where nothing was measured, SDOT multiplies four times
-    as many bytes as FMLA floats.
+    The older instructions of AVX2 for int8 saturate unless weights have 7 bits, and three of them
+    do the products of four of float32. On ARM, nothing was measured.
 
     Args:
         has_instructions: whether the CPU has AVX512-VNNI, with AVX2 AVX-VNNI, or FEAT_DotProd.
@@ -156,30 +162,22 @@ _FEWEST_IN_INT8_OF_TILES = 1 << 15
 def pays_in_int8(in_features: int, out_features: int, dtype: torch.dtype) -> Verdict:
     """Layers that ``fuse(torch.int8)`` may choose: weights large enough to offset quantising rows.
 
-    From 3136 rows, with AMX, bfloat16 takes 26 µs for 32 → 32 features, 154 for 128 → 128 and 524
-    for 256 → 256; int8 81, 195 and 479. With VNNI, float32 takes 95, 800 and 3099, and int8
-    135, 402 and 1524. VAN-B0 and FaViT-B0 took 1.19 and 1.15 times as long as in bfloat16 with all
-    layers in int8; with these, 1.00 and 1.04 times.
+    With AMX, int8 overtakes bfloat16 between 128 → 128 and 256 → 256 features, and with VNNI
+    float32 between 32 → 32 and 128 → 128.
     """
     limit = _FEWEST_IN_INT8_OF_TILES if by_tiles(dtype) else _FEWEST_IN_INT8
-    if in_features * out_features < limit:
-        return Verdict(False, "weights {in_features}·{out_features} < {limit}", limit)
-    return Verdict(True, "weights {in_features}·{out_features} ≥ {limit}", limit)
+    return _from("weights {in_features}·{out_features}", in_features * out_features, limit)
 
 
 @rule(yes="int8", no="floats")
 def windows_pay_in_int8(in_channels: int, dtype: torch.dtype) -> Verdict:
     """Dense convolutions that ``fuse(torch.int8)`` may choose, besides :func:`pays_in_int8`.
 
-    With AVX512-VNNI and BF16, those of ResNet-50 run at 325 to 415 GFLOP/s for one image, and in
-    bfloat16 at 204 to 211; the first one, which copies windows of an image in three channels, takes
-    1.22 ms, and 1.33 in bfloat16. With AMX, nothing was measured.
+    Those of an image in three channels gain little. With AMX, nothing was measured.
     """
     if by_tiles(dtype):
         return Verdict(False, "tiles of floats")
-    if in_channels < _FEWEST_CHANNELS:
-        return Verdict(False, "{in_channels} channels < {limit}", _FEWEST_CHANNELS)
-    return Verdict(True, "{in_channels} channels ≥ {limit}", _FEWEST_CHANNELS)
+    return _from("{in_channels} channels", in_channels, _FEWEST_CHANNELS)
 
 
 # Channels from which on feed-forwards with a response norm multiply int8.
@@ -190,12 +188,9 @@ _FEWEST_OF_RESPONSE = 64
 def response_mlp_in_int8(dim: int) -> Verdict:
     """UniRepLKNet's feed-forwards, in which rows are scaled and quantised before each layer.
 
-    For eight images, with AMX, those of UniRepLKNet-A take 8.9 ms with 40 channels, 4.3 with 80 and
-    7.2 with 160; in bfloat16 6.8, 4.5 and 10.1.
+    With AMX, int8 overtakes bfloat16 between 40 and 80 channels.
     """
-    if dim < _FEWEST_OF_RESPONSE:
-        return Verdict(False, "{dim} channels < {limit}", _FEWEST_OF_RESPONSE)
-    return Verdict(True, "{dim} channels ≥ {limit}", _FEWEST_OF_RESPONSE)
+    return _from("{dim} channels", dim, _FEWEST_OF_RESPONSE)
 
 
 # Channels from which on feed-forwards with a depthwise convolution multiply int8.
@@ -207,21 +202,14 @@ _FEWEST_OF_DEPTHWISE_IN_TILES = 192
 def depthwise_mlp_in_int8(dim: int, dtype: torch.dtype) -> Verdict:
     """Feed-forwards with a depthwise convolution, whose kernel in floats never writes hidden rows.
 
-    At eight images with AMX, VAN-B1 is 1.14 times as fast as in bfloat16 with this limit, 0.99 with
-    128 and 0.73 without one; LITv2-S 1.17, 1.15 and 0.94; RAVLT-T 1.07, 1.10 and 1.11. With VNNI,
-    VAN-B0 is 1.30 times as fast as in float32 with this limit, 1.28 with 128 and 1.10 without one.
+    Without a limit, VAN and LITv2 are slower than in bfloat16 with AMX.
     """
     limit = _FEWEST_OF_DEPTHWISE_IN_TILES if by_tiles(dtype) else _FEWEST_OF_DEPTHWISE
-    if dim < limit:
-        return Verdict(False, "{dim} channels < {limit}", limit)
-    return Verdict(True, "{dim} channels ≥ {limit}", limit)
+    return _from("{dim} channels", dim, limit)
 
 
 def maps_of_int8() -> torch.dtype:
-    """The dtype of maps between layers in int8: bfloat16 where torch multiplies it.
-
-    SHViT-S4 takes 6.2 ms with maps of float32 and 4.9 with bfloat16, with AMX.
-    """
+    """The dtype of maps between layers in int8: bfloat16 where torch multiplies it."""
     return torch.bfloat16 if multiplies(torch.bfloat16) else torch.float32
 
 
@@ -236,11 +224,8 @@ _NARROW = 32
 def few_rows() -> int:
     """The row count up to which our linear kernel, which prefetches weights, beats oneDNN's.
 
-    There is no limit with AVX2 and AVX-512, since the kernel prefetches output cache lines: 0.99 to
-    1.02 of oneDNN's time in ten models at eight images, 1.15 times as fast in MedViTV2 at
-    1024×1024. With AMX, up to 4096 rather than 2048: in bfloat16 NAT, BiFormer and ViG-H are 1.06
-    times as fast, and VRWKV-T at 16 images 1.19; in float32 1.02 to 1.03, and 1.10. Without a
-    limit, VRWKV-T at 32 images takes 1.15 times as long in bfloat16.
+    There is no limit with AVX2 and AVX-512, since the kernel prefetches output cache lines. With
+    AMX, half the limit slows down NAT, BiFormer, ViG and VRWKV, and none VRWKV at 32 images.
     """
     return _FEW_ROWS.get(instruction_set(), sys.maxsize)
 
@@ -273,32 +258,6 @@ def linear_by_kernel(
     return Verdict(False, "rows {rows} > {limit}", most)
 
 
-# Weights of a layer up to which torch's own product, which copies them in every call, is faster.
-_MOST_UNPACKED = 1 << 18
-# Features from which on maps are small enough for a separate pass that adds the bias.
-_FEWEST_WITH_BIAS = 192
-
-
-@rule(yes="packed weights", no="torch")
-def packs_linear(
-    in_features: int, out_features: int, has_bias: bool, activation: str, dtype: torch.dtype
-) -> Verdict:
-    """Whether, without a kernel of ours, oneDNN replaces torch's own layer: for large weights.
-
-    Its calls take 20 µs, MKL's 6, and looking for changes of weights another 45 when the caches are
-    full of other data. For 192 features from 196 rows, all of it is a third of the product. oneDNN
-    also adds biases and applies activations in the same pass.
-    """
-    if activation != "none" or (has_bias and min(in_features, out_features) < _FEWEST_WITH_BIAS):
-        return Verdict(True, "features {in_features} → {out_features} with a bias or an activation")
-    if dtype != torch.float32 or not torch.backends.mkl.is_available():
-        return Verdict(True, "MKL does not compute it")
-    if in_features * out_features <= _MOST_UNPACKED:
-        reason = "weights {in_features}·{out_features} ≤ {limit}"
-        return Verdict(False, reason, _MOST_UNPACKED)
-    return Verdict(True, "weights {in_features}·{out_features} > {limit}", _MOST_UNPACKED)
-
-
 # -- convolutions --------------------------------------------------------------------------------
 
 # With fewer channels, copying windows is slow. Maps with so few are images in NCHW.
@@ -320,8 +279,7 @@ _CONVOLVES = ("avx512", "avx512bf16")
 def copies_windows(in_channels: int, stride: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether windows are copied and multiplied, rather than read from an image in NCHW.
 
-    With AMX, which multiplies them in tiles, so are those of an image: SHViT's first convolution
-    takes 0.16 ms, and 0.58 if it is read from NCHW.
+    With AMX, which multiplies them in tiles, so are those of an image.
     """
     if in_channels >= _FEWEST_CHANNELS or by_tiles(dtype):
         return True
@@ -354,9 +312,7 @@ def winograd_by_kernel(
 ) -> Verdict:
     """3×3 convolutions without stride, whose windows are transformed for fewer products.
 
-    On a Zen 4, one of ResNet-50 with 128 channels takes 1.2 ms, by oneDNN 2.1; with AVX2 only, 1.3
-    and 2.3. In groups of 24 of 576 channels, 0.38 ms and 0.61; with AVX2 only, 0.55 and 0.53. With
-    fewer channels than the limit, transforms take longer than products.
+    With fewer channels than the limit, transforms take longer than products.
 
     Args:
         in_channels, out_channels: of a group.
@@ -377,9 +333,7 @@ def direct_by_kernel(
 ) -> Verdict:
     """Convolutions in groups, and dense ones in bfloat16, with AVX-512 but without AMX.
 
-    On a Zen 4, one with stride 2 in groups of 24 of 576 channels takes 0.51 ms, by oneDNN 0.66; in
-    bfloat16 0.25 and 0.37; with AVX2 only, 0.69 and 0.57. In groups of 8 or fewer, most of a vector
-    is empty.
+    In groups of 8 or fewer, most of a vector is empty.
 
     Args:
         in_channels, out_channels: of a group.
@@ -401,8 +355,7 @@ def direct_by_kernel(
 def conv_by_kernel(in_channels: int, is_nchw: bool, dtype: torch.dtype) -> Verdict:
     """Our strided convolution of few channels: unless an image in NHWC had to be copied to NCHW.
 
-    1.3 to 2 times as fast as oneDNN's in the first layers of all families. Where windows are copied
-    (:func:`copies_windows`), our convolution always is, by as much with AMX.
+    Where windows are copied (:func:`copies_windows`), our convolution is always faster.
     """
     reason = "{in_channels} channels in NCHW" if is_nchw else "{in_channels} channels in NHWC"
     return Verdict(is_nchw, reason)
@@ -433,10 +386,6 @@ def depthwise_by_kernel(
     oneDNN would copy a slice of the channels, which our kernel reads in place; in bfloat16, oneDNN
     handles whole vectors only. Without known vector instructions, our 3×3 takes three times as long
     as oneDNN's.
-
-    With a limit of 524288 values rather than 131072, one image of EfficientNet-B0 takes 12.4
-    instead of 13.4 ms (Zen 4), MobileNetV3-L 6.8 instead of 7.4; in bfloat16 8.6 instead of 9.7,
-    and 4.4 instead of 4.8.
     """
     rows, columns = kernel_size
     if values <= _SMALL_MAP:
@@ -476,9 +425,7 @@ def softmax_attention_by_kernel(keys: int, dtype: torch.dtype) -> Verdict:
 def _softmax_attention(keys: int, dtype: torch.dtype, named: str) -> Verdict:
     if not by_tiles(dtype):
         return Verdict(True, named + ", not in tiles")
-    if keys <= _MOST_KEYS_OF_TILES:
-        return Verdict(True, named + " ≤ {limit}", _MOST_KEYS_OF_TILES)
-    return Verdict(False, named + " > {limit}", _MOST_KEYS_OF_TILES)
+    return _up_to(named, keys, _MOST_KEYS_OF_TILES)
 
 
 @rule(yes="windows where they lie", no="copies of windows")
@@ -491,34 +438,19 @@ def window_attention_by_kernel(window_size: int, dtype: torch.dtype) -> Verdict:
 
 @rule(yes="rotated attention in one pass", no="torch")
 def rotated_attention_by_kernel(tokens: int, dtype: torch.dtype) -> Verdict:
-    """RAVLT's softmax attention in one pass, except for large maps in bfloat16, left to torch.
-
-    RAVLT-T is 1.08 times as fast at one image and at eight in float32, 1.02 and 1.06 in bfloat16.
-    """
-    if tokens <= _MOST_TOKENS:
-        return Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
-    if dtype != torch.bfloat16 or not multiplies(dtype):
+    """RAVLT's softmax attention in one pass, except for large maps in bfloat16, left to torch."""
+    if tokens > _MOST_TOKENS and (dtype != torch.bfloat16 or not multiplies(dtype)):
         return Verdict(True, "tokens {tokens}, not in products of bfloat16")
-    return Verdict(False, "tokens {tokens} > {limit}", _MOST_TOKENS)
+    return _up_to("tokens {tokens}", tokens, _MOST_TOKENS)
 
 
 @rule(yes="attention in one pass", no="torch")
 def single_head_by_kernel(tokens: int) -> Verdict:
-    """SHViT's attention in one pass for small maps; torch's products are faster for larger ones.
-
-    SHViT-S4: from 17.2 to 14.9 ms at one image, from 79.1 to 76.9 at eight.
-    """
-    if tokens <= _MOST_TOKENS:
-        return Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
-    return Verdict(False, "tokens {tokens} > {limit}", _MOST_TOKENS)
+    """SHViT's attention in one pass for small maps; torch's products are faster for larger ones."""
+    return _up_to("tokens {tokens}", tokens, _MOST_TOKENS)
 
 
 @rule(yes="means by the linear layer", no="means, then the linear layer")
 def averages_in_linear(features: int) -> Verdict:
-    """FaViT's means of runs of a sequence, folded into the next linear layer up to 1024 inputs.
-
-    FaViT-B0: from 23.1 to 21.8 ms at one image, from 113.2 to 110.9 at eight.
-    """
-    if features <= _LARGEST_SEQUENCE:
-        return Verdict(True, "features {features} ≤ {limit}", _LARGEST_SEQUENCE)
-    return Verdict(False, "features {features} > {limit}", _LARGEST_SEQUENCE)
+    """FaViT's means of runs of a sequence, folded into the next linear layer up to 1024 inputs."""
+    return _up_to("features {features}", features, _LARGEST_SEQUENCE)

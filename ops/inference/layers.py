@@ -277,16 +277,8 @@ class FastLinear(ActivatedLayer, nn.Linear):
         packed = self.derived(x) if self.quantization is not None else None
         return packed.packed() if packed is not None and packed.is_int8 else None
 
-    def derive(self, x: Tensor) -> PackedLinear | None:
-        has_kernel = packed_linear.unavailable(x.device, x.dtype) is None
-        shape = self.in_features, self.out_features, self.bias is not None
-        if (
-            has_kernel
-            or self.quantization is not None
-            or policy.packs_linear(*shape, self.activation, x.dtype)
-        ):
-            return PackedLinear(self.weight, self.bias, self.quantization)
-        return None
+    def derive(self, x: Tensor) -> PackedLinear:
+        return PackedLinear(self.weight, self.bias, self.quantization)
 
 
 class OneDNNWeight:

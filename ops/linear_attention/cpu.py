@@ -6,6 +6,8 @@ To save memory, the backward pass recomputes the states within a chunk from the 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ops.cpu.call.differentiable import differentiable
@@ -39,16 +41,8 @@ def attend(
     return out
 
 
-def _gradients(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_gate: Tensor,
-    log_gate_back: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-) -> list[Tensor | None]:
+def _gradients(grad_out: Tensor, *call: Any) -> list[Tensor | None]:
+    query, key, value, log_gate, log_gate_back, bonus, scale = call
     sequences = (query, key, value, log_gate, log_gate_back)
     grads = [*gated_scan_backward(grad_out, *sequences, bonus is not None, scale), None]
     if bonus is not None:

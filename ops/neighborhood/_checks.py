@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 
 
 def per_axis_int(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
@@ -77,15 +77,9 @@ def resolve_params(
     )
 
 
-def check_tensors(
-    rank: int,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-) -> None:
-    """Raise ValueError unless the tensors have compatible shapes with ``rank`` map axes."""
+def check_tensors(rank: int, inputs: Inputs) -> None:
+    """Raise ValueError unless all but rpb have compatible shapes with ``rank`` map axes."""
+    query, key, value, additional_keys, additional_values, _ = inputs
     axes = ("length", "height, width", "depth, height, width")[rank - 1]
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != rank + 3:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,17 @@ PARAMS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, flo
 """:attr:`NAParams.of_operators` in the schemas of operators."""
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a call; shapes as in :mod:`ops.neighborhood.functional`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    rpb: Tensor | None = None
 
 
 @dataclass(frozen=True)

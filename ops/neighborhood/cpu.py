@@ -24,7 +24,7 @@ from ops.cpu.neighborhood.attention import (
     na_cpu_scatter,
     na_cpu_scores,
 )
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 from ops.neighborhood.split_tiled import Window
 
 __all__ = ["attend", "mix", "scatter", "scores", "unavailable"]
@@ -32,8 +32,9 @@ __all__ = ["attend", "mix", "scatter", "scores", "unavailable"]
 _MAX_DIM = 512
 
 
-def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
+def unavailable(inputs: Inputs, params: NAParams | None = None) -> str | None:
     """``None`` if this kernel supports the call, else the reason; the first call may compile it."""
+    query, _, value, *_ = inputs
     if query.device.type != "cpu":
         return f"the compiled kernel runs on the CPU, the tensors are on {query.device.type}"
     if query.dtype not in (torch.float32, torch.bfloat16):
@@ -49,19 +50,17 @@ def _unavailable_reason() -> str | None:
     return unavailable_reason("neighborhood")
 
 
-def attend(*call: Any) -> tuple[Tensor, Tensor | None]:
+def attend(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention, differentiable in all tensors; shapes as in ``ops.neighborhood``.
 
     Results do not depend on the number of threads, ``torch.get_num_threads()``; small calls (below
     about 2 MFLOP) use one thread.
     """
-    params: NAParams
-    *tensors, params = call
-    inputs = (*tensors, *params.of_operators)
-    if params.return_lse or needs_grad(tensors) or not is_plain_call(tensors):
-        out, lse = _attend(*inputs)
+    arguments = (*inputs, *params.of_operators)
+    if params.return_lse or needs_grad(inputs) or not is_plain_call(inputs):
+        out, lse = _attend(*arguments)
         return out, lse
-    return na_cpu_output(*inputs), None
+    return na_cpu_output(*arguments), None
 
 
 def _gradients(

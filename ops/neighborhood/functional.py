@@ -3,10 +3,10 @@
 https://arxiv.org/abs/2204.07143. They check their arguments and call the first backend in order of
 preference that supports the call. Each backend is a module with two functions:
 
-``unavailable(query, key, value, additional_keys, additional_values, rpb, params) -> str | None``
+``unavailable(inputs, params) -> str | None``
     ``None`` if it supports the call, else the reason, for the error message of an explicit
     ``backend=``. Cheap: depends on shapes, dtypes and devices, never on values.
-``attend(query, key, value, additional_keys, additional_values, rpb, params) -> (out, lse)``
+``attend(inputs, params) -> (out, lse)``
     The attention, differentiable with respect to all tensors through both ``out`` and ``lse``. If
     ``params.return_lse`` is false, ``lse`` may be ``None``.
 
@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,12 +47,12 @@ from ops.autocast import autocasts, without_autocast
 from ops.backends import backend_named
 from ops.neighborhood import cpu, natten, reference, tiled, triton
 from ops.neighborhood._checks import check_rpb, check_tensors, resolve_params
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 
-Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
-_TENSORS = ("query", "key", "value", "additional_keys", "additional_values", "rpb")
 # Has `attend`.
 Backend = ModuleType | SimpleNamespace
+Call = tuple[NAParams, Backend]
+_NAMES = Inputs._fields
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -111,9 +111,9 @@ def na1d(
             unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
-    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    inputs = Inputs(query, key, value, additional_keys, additional_values, rpb)
     window = (kernel_size, stride, dilation, is_causal, scale)
-    return _attend(1, tensors, window, return_lse, backend)
+    return _attend(1, inputs, window, return_lse, backend)
 
 
 def na2d(
@@ -136,9 +136,9 @@ def na2d(
     query (B, H, W, heads, D), key and value likewise, rpb (heads, 2·k₁ − 1, 2·k₂ − 1), lse
     (B, H, W, heads); everything else as in :func:`na1d`.
     """
-    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    inputs = Inputs(query, key, value, additional_keys, additional_values, rpb)
     window = (kernel_size, stride, dilation, is_causal, scale)
-    return _attend(2, tensors, window, return_lse, backend)
+    return _attend(2, inputs, window, return_lse, backend)
 
 
 def na3d(
@@ -161,146 +161,132 @@ def na3d(
     query (B, T, H, W, heads, D), key and value likewise, rpb (heads, 2·k₁ − 1, 2·k₂ − 1,
     2·k₃ − 1), lse (B, T, H, W, heads); everything else as in :func:`na1d`.
     """
-    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    inputs = Inputs(query, key, value, additional_keys, additional_values, rpb)
     window = (kernel_size, stride, dilation, is_causal, scale)
-    return _attend(3, tensors, window, return_lse, backend)
+    return _attend(3, inputs, window, return_lse, backend)
 
 
 def _attend(
-    rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
+    rank: int, inputs: Inputs, window: tuple, return_lse: bool, backend: str | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check the arguments, pick a backend, call it."""
-    for place, tensor in enumerate(tensors):
+    for place, tensor in enumerate(inputs):
         if place < 3 or tensor is not None:
-            require_tensor(_TENSORS[place], tensor)
-    device = tensors[0].device
+            require_tensor(_NAMES[place], tensor)
+    device = inputs.query.device
     if autocasts(device):
         # Like scaled_dot_product_attention: cast everything except float64 to autocast's dtype.
-        tensors = _autocast(tensors, torch.get_autocast_dtype(device.type))
+        inputs = _autocast(inputs, torch.get_autocast_dtype(device.type))
         with without_autocast(device):
-            return _attend(rank, tensors, window, return_lse, backend)
+            return _attend(rank, inputs, window, return_lse, backend)
 
-    params, chosen = _resolved(rank, tensors, window, return_lse, backend)
-    out, lse = chosen.attend(*_tidied(tensors), params)
+    params, chosen = _resolved(rank, inputs, window, return_lse, backend)
+    out, lse = chosen.attend(_tidied(inputs), params)
     return (out, lse) if return_lse else out
 
 
-class _Call(NamedTuple):
-    """A resolved call: its parameters and the backend."""
-
-    params: NAParams
-    backend: Backend
-
-
 def _resolved(
-    rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
-) -> _Call:
+    rank: int, inputs: Inputs, window: tuple, return_lse: bool, backend: str | None
+) -> Call:
     """Resolve a call; raises ValueError for invalid arguments.
 
     Results are cached: models repeat their calls, and with cold caches the checks take as long as
     the attention on a small map.
     """
     if torch.compiler.is_compiling():
-        return _resolve(rank, tensors, window, return_lse, backend)
+        return _resolve(rank, inputs, window, return_lse, backend)
     # Include types in the key, since 7 == 7.0 and 1 == True.
     window_types = [tuple(map(type, w)) if type(w) is tuple else type(w) for w in window]
     try:
-        kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in inputs]
         call = (rank, *kinds, window, *window_types, return_lse, backend, torch.get_num_threads())
         known = _known_calls.get(call)
     except (TypeError, RuntimeError):  # symbolic sizes, windows in lists; no strides
-        return _resolve(rank, tensors, window, return_lse, backend)
+        return _resolve(rank, inputs, window, return_lse, backend)
     if known is None:
-        known = _resolve(rank, tensors, window, return_lse, backend)
+        known = _resolve(rank, inputs, window, return_lse, backend)
         # On a GPU, the choice depends on more, such as whether gradients are required.
-        if tensors[0].device.type == "cpu" and known.backend not in (triton, natten):
+        if inputs.query.device.type == "cpu" and known[1] not in (triton, natten):
             if len(_known_calls) >= _MAX_KNOWN_CALLS:
                 _known_calls.clear()
             _known_calls[call] = known
     return known
 
 
-_known_calls: dict[tuple, _Call] = {}
+_known_calls: dict[tuple, Call] = {}
 _MAX_KNOWN_CALLS = 256
 
 
 def _resolve(
-    rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
-) -> _Call:
-    check_tensors(rank, *tensors[:5])
-    size, dim = tensors[0].shape[1:-2], tensors[0].shape[-1]
+    rank: int, inputs: Inputs, window: tuple, return_lse: bool, backend: str | None
+) -> Call:
+    check_tensors(rank, inputs)
+    size, dim = inputs.query.shape[1:-2], inputs.query.shape[-1]
     kernel_size, stride, dilation, is_causal, scale = window
     params = resolve_params(size, dim, kernel_size, stride, dilation, is_causal, scale, return_lse)
-    if tensors[5] is not None:
-        check_rpb(tensors[5], tensors[0], params)
-    tensors = _tidied(tensors)
-    query, value, rpb = tensors[0], tensors[2], tensors[5]
+    if inputs.rpb is not None:
+        check_rpb(inputs.rpb, inputs.query, params)
+    inputs = _tidied(inputs)
     chosen: Backend
     if backend is not None:
-        chosen = backend_named(backend, BACKENDS, *tensors, params)
-    elif _is_full_attention(query, rpb, params):
-        return _Call(params, _WHOLE_MAP)
+        chosen = backend_named(backend, BACKENDS, inputs, params)
+    elif _is_full_attention(inputs, params):
+        return params, _WHOLE_MAP
     else:
-        chosen = _best_backend(tensors, params)
-    return _Call(params, reference if query.numel() == 0 or value.numel() == 0 else chosen)
+        chosen = _best_backend(inputs, params)
+    is_empty = inputs.query.numel() == 0 or inputs.value.numel() == 0
+    return params, reference if is_empty else chosen
 
 
-def _tidied(tensors: Tensors) -> Tensors:
+def _tidied(inputs: Inputs) -> Inputs:
     """The tensors as backends expect them: rpb in the dtype of lse, no empty additional keys."""
-    query, key, value, additional_keys, additional_values, rpb = tensors
+    query, key, value, additional_keys, additional_values, rpb = inputs
     if rpb is not None:
         rpb = rpb.to(torch.promote_types(query.dtype, torch.float32))
     if additional_keys is not None and additional_keys.shape[1] == 0:
         additional_keys = additional_values = None
-    return query, key, value, additional_keys, additional_values, rpb
+    return Inputs(query, key, value, additional_keys, additional_values, rpb)
 
 
-def _autocast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+def _autocast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     def cast(tensor: Any) -> Any:
         if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
             return tensor
         return tensor.to(dtype)
 
-    query, key, value, additional_keys, additional_values = map(cast, tensors[:5])
-    return query, key, value, additional_keys, additional_values, tensors[5]
+    query, key, value, additional_keys, additional_values = map(cast, inputs[:5])
+    return Inputs(query, key, value, additional_keys, additional_values, inputs.rpb)
 
 
-def _best_backend(tensors: Tensors, params: NAParams) -> ModuleType:
+def _best_backend(inputs: Inputs, params: NAParams) -> ModuleType:
     """The first backend in order of preference that supports the call; ``tiled`` always does."""
-    device = tensors[0].device.type
+    device = inputs.query.device.type
     if torch.compiler.is_exporting():
         # The only backend whose graph is the same for every size of the map.
         return reference
     if device == "cuda":
-        if natten.is_fused(*tensors[:3]) and natten.unavailable(*tensors, params) is None:
+        if natten.is_fused(inputs) and natten.unavailable(inputs, params) is None:
             return natten
-        if triton.unavailable(*tensors, params) is None:
+        if triton.unavailable(inputs, params) is None:
             return triton
-    if device == "cpu" and cpu.unavailable(*tensors, params) is None:
+    if device == "cpu" and cpu.unavailable(inputs, params) is None:
         return cpu
     return tiled
 
 
-def _is_full_attention(query: Tensor, rpb: Tensor | None, params: NAParams) -> bool:
+def _is_full_attention(inputs: Inputs, params: NAParams) -> bool:
     """Whether every query attends to the whole map, so that torch's own attention suffices."""
-    if any(params.is_causal) or rpb is not None or params.return_lse:
+    if any(params.is_causal) or inputs.rpb is not None or params.return_lse:
         return False
     # Symbolic sizes must not be specialised.
     return all(
         statically_known_true(k == n)
-        for k, n in zip(params.kernel_size, query.shape[1:-2], strict=True)
+        for k, n in zip(params.kernel_size, inputs.query.shape[1:-2], strict=True)
     )
 
 
-def _full_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, None]:
+def _full_attention(inputs: Inputs, params: NAParams) -> tuple[Tensor, None]:
+    query, key, value, additional_keys, additional_values, _ = inputs
     size, repeats = query.shape[1:-2], query.shape[-2] // key.shape[-2]
     query, key, value = (tensor.flatten(1, -3) for tensor in (query, key, value))
     if additional_keys is not None and additional_values is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ops.init import trunc_normal
 from ops.neighborhood._checks import per_axis_bool, per_axis_int
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 from ops.neighborhood.functional import BACKENDS, na1d, na2d, na3d
 from ops.sizes import larger, smaller
 
@@ -120,7 +120,7 @@ class _NeighborhoodAttention(nn.Module):
             assert isinstance(out, Tensor)
         else:  # a window that depends on symbolic sizes, which the function would specialise
             params = NAParams(kernel_size, stride, dilation, self.is_causal, self.scale, False)
-            out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
+            out, _ = BACKENDS["reference"].attend(Inputs(query, key, value, rpb=rpb), params)
         return out.flatten(-2)
 
     def window(self, size: Sequence[int]) -> tuple[_Sizes, _Sizes, _Sizes, Tensor | None]:

@@ -12,41 +12,33 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 
 __all__ = ["attend", "is_fused", "unavailable"]
 
 
-def is_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_fused(inputs: Inputs) -> bool:
     """Whether NATTEN has a compiled kernel for these tensors; PyPI's package has none."""
     if _library() is None:
         return False
-    kernel = _kernel("choose_backend", query, key, value)
+    kernel = _kernel("choose_backend", *inputs[:3])
     return kernel is not None and not kernel.startswith("flex")
 
 
-def unavailable(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> str | None:
+def unavailable(inputs: Inputs, params: NAParams) -> str | None:
     """``None`` if NATTEN supports this call on this device, else the reason."""
     if _library() is None:
         return "natten is not installed; `pip install natten`"
+    query, key, value, additional_keys, _, rpb = inputs
     if rpb is not None:
         return "natten has no relative position bias"
     if 1 in params.kernel_size:
         return f"natten needs kernel sizes of 2 or more, got {params.kernel_size}"
     if params.scale == 0:
         return "natten treats a scale of 0 as its default"
-    tensors = (query, key, value, additional_keys, additional_values)
     if query.device.type == "cpu":
         # There NATTEN runs on torch's flex attention.
-        if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        if any(tensor is not None and tensor.requires_grad for tensor in inputs):
             return "natten has no backward on CPU and rejects tensors that require gradients there"
         if torch.compiler.is_compiling():
             return "natten cannot be compiled on CPU"
@@ -62,66 +54,43 @@ def unavailable(
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, Tensor]:
+def attend(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor]:
     """Neighborhood attention and its lse; shapes as in :mod:`ops.neighborhood`."""
-    out, lse = _run(query, key, value, additional_keys, additional_values, params)
-    differentiable = (query, key, additional_keys)
+    out, lse = _run(inputs, params)
+    differentiable = (inputs.query, inputs.key, inputs.additional_keys)
     if params.return_lse and any(t is not None and t.requires_grad for t in differentiable):
-        lse = _with_gradient(lse, query, key, additional_keys, params)
+        lse = _with_gradient(lse, inputs, params)
     return out, lse
 
 
-def _with_gradient(
-    lse: Tensor, query: Tensor, key: Tensor, additional_keys: Tensor | None, params: NAParams
-) -> Tensor:
+def _with_gradient(lse: Tensor, inputs: Inputs, params: NAParams) -> Tensor:
     """The lse with its gradient, which NATTEN's kernels lack.
 
     With the weights p of the attention held constant, scale · query · Σ p·key has the gradient of
     the lse in query and in key; and Σ p·key is the attention with the keys for values.
     """
-    mean_key, _ = _run(
-        query.detach(),
-        key.detach(),
-        key,
-        None if additional_keys is None else additional_keys.detach(),
-        additional_keys,
-        params,
-    )
+    query, key, _, additional_keys, *_ = inputs
+    constant = None if additional_keys is None else additional_keys.detach()
+    of_keys = Inputs(query.detach(), key.detach(), key, constant, additional_keys)
+    mean_key, _ = _run(of_keys, params)
     same_gradient = params.scale * (query.to(lse.dtype) * mean_key).sum(-1)
     return lse.detach() + (same_gradient - same_gradient.detach())
 
 
-def _run(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, Tensor]:
+def _run(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor]:
     library = _library()
     assert library is not None
     attention = (library.na1d, library.na2d, library.na3d)[params.rank - 1]
     # NATTEN rejects a non-contiguous query with additional keys.
     return attention(
-        query.contiguous(),
-        key.contiguous(),
-        value.contiguous(),
+        *(tensor.contiguous() for tensor in inputs[:3]),
         kernel_size=params.kernel_size,
         stride=params.stride,
         dilation=params.dilation,
         is_causal=params.is_causal,
         scale=params.scale,
-        additional_keys=additional_keys,
-        additional_values=additional_values,
+        additional_keys=inputs.additional_keys,
+        additional_values=inputs.additional_values,
         return_lse=True,
     )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.neighborhood._geometry import (
+    Inputs,
     NAParams,
     axis_windows,
     cross_index,
@@ -29,16 +30,9 @@ def unavailable(*call: Any) -> str | None:
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, Tensor]:
+def attend(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor]:
     """Neighborhood attention and its lse; shapes as in :mod:`ops.neighborhood`."""
+    query, key, value, additional_keys, additional_values, rpb = inputs
     size, dtype = query.shape[1:-2], query.dtype
     precise = torch.promote_types(dtype, torch.float32)
     repeats = query.shape[-2] // key.shape[-2]

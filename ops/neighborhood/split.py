@@ -33,7 +33,7 @@ from ops.arguments import require_tensor
 from ops.cpu.call.dispatch import kernels_apply, needs_grad
 from ops.neighborhood import cpu, reference, split_tiled, triton
 from ops.neighborhood._checks import check_additional, check_rpb, check_same_kind, resolve_params
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 from ops.neighborhood.split_tiled import Window
 
 __all__ = [
@@ -384,13 +384,13 @@ def _backend(tensor: Tensor) -> ModuleType:
         return split_tiled
     if tensor.device.type == "cpu":
         like = tensor[:0].float() if tensor.dtype == torch.float16 else tensor
-        return cpu if cpu.unavailable(like, like, like) is None else split_tiled
+        return cpu if cpu.unavailable(Inputs(like, like, like)) is None else split_tiled
     heads_last = tensor.movedim(1, -2)
-    if triton.unavailable(heads_last, heads_last, heads_last) is not None:
+    if triton.unavailable(Inputs(heads_last, heads_last, heads_last)) is not None:
         return split_tiled
-    from ops.neighborhood.triton import split_launch  # on first use, since triton is optional
+    from ops.neighborhood.triton import launch  # on first use, since triton is optional
 
-    return split_launch
+    return launch
 
 
 def _of_operators(params: NAParams) -> Window:

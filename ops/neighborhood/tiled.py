@@ -10,7 +10,7 @@ read it, and so does a non-finite key, in gradients and if no lse is requested.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.neighborhood._geometry import PARAMS, NAParams
+from ops.neighborhood._geometry import PARAMS, Inputs, NAParams
 from ops.neighborhood._tiles import Tiles, tiles_of_map
+from ops.operators import operator_with_gradients
 
 __all__ = ["attend", "unavailable"]
 
@@ -32,19 +33,12 @@ def unavailable(*call: Any) -> str | None:
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, Tensor | None]:
+def attend(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention and its lse; shapes as in :mod:`ops.neighborhood`.
 
     Second derivatives are not supported.
     """
+    query, key, value, additional_keys, additional_values, rpb = inputs
     repeats = query.shape[-2] // key.shape[-2]
 
     def tokens(of_map: Tensor, additional: Tensor | None) -> Tensor:
@@ -54,37 +48,18 @@ def attend(
         return flat if repeats == 1 else flat.repeat_interleave(repeats, dim=-2)
 
     keys, values = tokens(key, additional_keys), tokens(value, additional_values)
-    out, lse = _forward(query, keys, values, rpb, *params.of_operators, params.return_lse)
+    out, lse = _attend(query, keys, values, rpb, *params.of_operators, params.return_lse)
     return out, lse if params.return_lse else None
 
 
-_INPUTS = "Tensor query, Tensor keys, Tensor values, Tensor? rpb"
-
-
-@torch.library.custom_op(
-    "vision_backbones::na_tiled",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {PARAMS}, bool return_lse) -> (Tensor, Tensor)",
-)
-def _forward(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rpb: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor]:
+def _forward(*call: Any) -> tuple[Tensor, Tensor]:
+    query, keys, values, rpb, *windows, scale, return_lse = call
     out, lse = _empty_outputs(query, values, return_lse)
     query_tokens, out_tokens = query.flatten(1, -3), out.flatten(1, -3)
     # Computed explicitly where torch's fused attention does not apply: it returns no lse, and
     # supports neither a bias of higher precision than the query nor, on the CPU, two head dims.
     explicit = return_lse or query.shape[-1] != values.shape[-1]
     explicit |= rpb is not None and rpb.dtype != query.dtype
-    windows = (kernel_size, stride, dilation, is_causal)
     for tiles in _steps(query, values, windows, score_tensors=2 if explicit else 0):
         q, k, v = _gather_all(query_tokens, keys, values, tiles)
         if explicit:
@@ -101,37 +76,17 @@ def _forward(
     return out, lse
 
 
-@_forward.register_fake
-def _(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(query, values, return_lse=others[-1])
-
-
-@torch.library.custom_op(
-    "vision_backbones::na_tiled_backward",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {PARAMS}, Tensor grad_out, Tensor? grad_lse) -> Tensor[]",
-)
 def _backward(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    rpb: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-) -> list[Tensor]:
-    """Gradients of the tensors given."""
+    grad_out: Tensor, grad_lse: Tensor, out: Tensor, lse: Tensor, *call: Any, needed: list[bool]
+) -> list[Tensor | None]:
+    """Gradients of query, keys, values and rpb."""
+    query, keys, values, rpb, *windows, scale, return_lse = call
     inputs = [query, keys, values] if rpb is None else [query, keys, values, rpb]
     precise = _precise(query.dtype)
     grads = [torch.zeros(t.shape, dtype=precise, device=t.device) for t in inputs]
     query_tokens, grad_query = query.flatten(1, -3), grads[0].flatten(1, -3)
     grad_out_tokens = grad_out.flatten(1, -3)
-    grad_lse_tokens = None if grad_lse is None else grad_lse.flatten(1, -2).unsqueeze(-1)
-    windows = (kernel_size, stride, dilation, is_causal)
+    grad_lse_tokens = grad_lse.flatten(1, -2).unsqueeze(-1) if return_lse else None
     for tiles in _steps(query, values, windows, score_tensors=3):
         of_tile = _gather_all(query_tokens, keys, values, tiles)
         q, k, v = (t.to(precise).contiguous() for t in of_tile)
@@ -150,30 +105,21 @@ def _backward(
         if rpb is not None:
             of_window = grad_scores[..., : tiles.visible.shape[1]].sum(0).flatten(1)
             grads[3].view(len(rpb), -1).index_add_(1, tiles.offsets.flatten(), of_window)
-    return [grad.to(t.dtype) for grad, t in zip(grads, inputs, strict=True)]
+    return [*grads, None] if rpb is None else [*grads]
 
 
-@_backward.register_fake
-def _(*arguments: Any) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape) for tensor in arguments[:4] if tensor is not None]
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *ctx.parameters, ctx.return_lse = inputs[4:]
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _backward_of_op(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    of_lse = grad_lse if ctx.return_lse else None
-    grads = _backward(*ctx.saved_tensors, *ctx.parameters, grad_out, of_lse)
-    return (*grads, *[None] * (10 - len(grads)))
-
-
-_forward.register_autograd(_backward_of_op, setup_context=_setup_context)
+_attend = operator_with_gradients(
+    "na_tiled",
+    f"Tensor query, Tensor keys, Tensor values, Tensor? rpb, {PARAMS}, bool return_lse",
+    _forward,
+    _backward,
+    lambda query, keys, values, *others: _empty_outputs(query, values, others[-1]),
+    results=2,
+)
 
 
 def _steps(
-    query: Tensor, values: Tensor, windows: tuple[list, ...], score_tensors: int
+    query: Tensor, values: Tensor, windows: Sequence[list], score_tensors: int
 ) -> Iterator[Tiles]:
     """The tiles of the map with the additional keys, in portions with small temporary tensors.
 

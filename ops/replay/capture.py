@@ -23,7 +23,6 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.cpu.call.binding import Kernel, kernel_of, observed_by
-from ops.cpu.call.c_arguments import words_of
 from ops.replay.graph import (
     Block,
     Buffer,
@@ -206,10 +205,7 @@ class Capture:
             return argument
         if isinstance(argument, Tensor):
             return self._place_of(argument)
-        words = words_of(argument)
-        if words is None:
-            return Block(bytes(argument), ())
-        found = [w if isinstance(w, int) else self._place_of(*w) for w in words]
+        found = [w if isinstance(w, int) else self._place_of(*w) for w in argument]
         places = tuple((8 * i, w) for i, w in enumerate(found) if isinstance(w, Place))
         numbers = [0 if isinstance(w, Place) else w for w in found]
         return Block(struct.pack(f"={len(numbers)}q", *numbers), places)

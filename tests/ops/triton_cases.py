@@ -14,7 +14,7 @@ from triton_interpreter import quick_interpreter
 
 from ops.bi_wkv import bi_wkv
 from ops.linear_attention import gated_linear_attention
-from ops.linear_attention.triton.launch import gated_scan
+from ops.linear_attention.triton.kernels import gated_scan
 from ops.selective_scan import cross_selective_scan, selective_scan
 from ops.selective_scan.triton.kernels import scan
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.triton_devices import device_problem
+from ops.triton_devices import problem_of
 
 __all__ = ["attend", "unavailable"]
 
@@ -20,9 +20,7 @@ def unavailable(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
     """``None`` if the kernels support the call, else the reason."""
-    if key.dtype != torch.float32:
-        return f"the kernels compute in float32, not {key.dtype}"
-    return device_problem(key)
+    return problem_of(key, torch.float32)
 
 
 def attend(

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.operators import operator_with_gradients
 from ops.triton_devices import LAUNCH_OPTIONS
-from ops.triton_operators import operator_with_gradients
 
 _BLOCK = 32  # channels of a program
 _SLOTS = 6  # values that the backward kernel records per token and channel
@@ -24,7 +24,15 @@ _NOTHING = tl.constexpr(-1e30)  # the scale of an empty sum
 
 
 @triton.jit
-def _add(scale, a, b, exponent, x, y):
+def _empty(BLOCK: tl.constexpr):
+    """The scale and the two sums of no terms."""
+    zero = tl.zeros([BLOCK], tl.float32)
+    return zero + _NOTHING, zero, zero
+
+
+@triton.jit
+def _add(sums, exponent, x, y):
+    scale, a, b = sums
     greatest = tl.maximum(scale, exponent)
     kept = tl.exp(scale - greatest)
     new = tl.exp(exponent - greatest)
@@ -32,11 +40,53 @@ def _add(scale, a, b, exponent, x, y):
 
 
 @triton.jit
-def _add_four(scale, a, b, c, d, exponent, x, y, z, w):
+def _cleared(where, sums):
+    scale, a, b = sums
+    return tl.where(where, _NOTHING, scale), tl.where(where, 0.0, a), tl.where(where, 0.0, b)
+
+
+@triton.jit
+def _note(slot, dim, mask, values):
+    tl.store(slot, values[0], mask)
+    tl.store(slot + dim, values[1], mask)
+    tl.store(slot + 2 * dim, values[2], mask)
+
+
+@triton.jit
+def _noted(slot, dim, mask):
+    first = tl.load(slot, mask, 0.0)
+    return first, tl.load(slot + dim, mask, 0.0), tl.load(slot + 2 * dim, mask, 0.0)
+
+
+# With each sum, its derivative with respect to the decay: the sum of terms times distance.
+@triton.jit
+def _empty_with_slopes(BLOCK: tl.constexpr):
+    zero = tl.zeros([BLOCK], tl.float32)
+    return zero + _NOTHING, zero, zero, zero, zero
+
+
+@triton.jit
+def _add_with_slopes(sums, exponent, x, y, dx, dy):
+    scale, a, b, da, db = sums
     greatest = tl.maximum(scale, exponent)
     kept = tl.exp(scale - greatest)
     new = tl.exp(exponent - greatest)
-    return greatest, a * kept + x * new, b * kept + y * new, c * kept + z * new, d * kept + w * new
+    a, b = a * kept + x * new, b * kept + y * new
+    return greatest, a, b, da * kept + dx * new, db * kept + dy * new
+
+
+@triton.jit
+def _add_token(sums, exponent, value):
+    """One token farther from the others, add the next, whose distance is 0."""
+    scale, a, b, da, db = sums
+    return _add_with_slopes((scale, a, b, da + a, db + b), exponent, value, 1.0, 0.0, 0.0)
+
+
+@triton.jit
+def _cleared_with_slopes(where, sums):
+    scale, a, b, da, db = sums
+    scale, a, b = _cleared(where, (scale, a, b))
+    return scale, a, b, tl.where(where, 0.0, da), tl.where(where, 0.0, db)
 
 
 @triton.jit
@@ -55,18 +105,11 @@ def _weights(decay):
 
 @triton.jit
 def _forward_kernel(
-    key,
-    value,
-    decay,
-    first,
-    out,
-    noted,
-    tokens,
-    dim,
-    length,
+    key, value, decay, first, out, noted,
+    tokens, dim, length,
     SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < dim
     image = tl.program_id(1).to(tl.int64) * tokens * dim
@@ -74,72 +117,42 @@ def _forward_kernel(
     u = tl.load(first + channel, mask, 0.0)
     up, factor, _, _ = _weights(w)
     step = w * SEGMENTS
-    zero = tl.zeros([BLOCK], tl.float32)
-    nothing = zero + _NOTHING
     slots = noted + image * 3 + channel
 
-    scale, a, b = nothing, zero, zero
+    after = _empty(BLOCK)
     for back in range(tokens):
         t = tokens - 1 - back
-        slot = slots + t * 3 * dim
-        tl.store(slot, scale, mask)
-        tl.store(slot + dim, a, mask)
-        tl.store(slot + 2 * dim, b, mask)
+        _note(slots + t * 3 * dim, dim, mask, after)
         k = tl.load(key + image + t * dim + channel, mask, 0.0)
         v = tl.load(value + image + t * dim + channel, mask, 0.0)
-        scale, a, b = _add(scale, a, b, k - w * t, v, zero + 1)
+        after = _add(after, k - w * t, v, 1.0)
 
-    scale, a, b = nothing, zero, zero
-    near, near_a, near_b = nothing, zero, zero
-    far, far_a, far_b = nothing, zero, zero
+    before, near, far = _empty(BLOCK), _empty(BLOCK), _empty(BLOCK)
     for t in range(tokens):
         k = tl.load(key + image + t * dim + channel, mask, 0.0)
         v = tl.load(value + image + t * dim + channel, mask, 0.0)
-        slot = slots + t * 3 * dim
-        after = tl.load(slot, mask, 0.0)
-        after_a = tl.load(slot + dim, mask, 0.0)
-        after_b = tl.load(slot + 2 * dim, mask, 0.0)
-        all_, all_a, all_b = _add(nothing, zero, zero, u + k, v, zero + 1)
-        all_, all_a, all_b = _add(all_, all_a, all_b, scale - w * (t - 1) - step, a, b)
-        all_, all_a, all_b = _add(all_, all_a, all_b, after + w * (t + 1) - step, after_a, after_b)
-        scale, a, b = _add(scale, a, b, k + w * t, v, zero + 1)
+        scale, a, b = _noted(slots + t * 3 * dim, dim, mask)
+        total = _add(_empty(BLOCK), u + k, v, 1.0)
+        total = _add(total, before[0] - w * (t - 1) - step, before[1], before[2])
+        total = _add(total, scale + w * (t + 1) - step, a, b)
+        before = _add(before, k + w * t, v, 1.0)
         if SEGMENTS:
             begins = t % length == 0
-            near = tl.where(begins, nothing, near)
-            near_a = tl.where(begins, zero, near_a)
-            near_b = tl.where(begins, zero, near_b)
-            far, far_a, far_b = _add(far, far_a, far_b, k - w * t, v, zero + 1)
-            far = tl.where(begins, nothing, far)
-            far_a = tl.where(begins, zero, far_a)
-            far_b = tl.where(begins, zero, far_b)
-            all_, all_a, all_b = _add(
-                all_, all_a, all_b, near - w * t + up, factor * near_a, factor * near_b
-            )
-            all_, all_a, all_b = _add(
-                all_, all_a, all_b, far + w * t + up, -factor * far_a, -factor * far_b
-            )
-            near, near_a, near_b = _add(near, near_a, near_b, k + w * t, v, zero + 1)
-        tl.store(out + image + t * dim + channel, all_a / all_b, mask)
+            near = _cleared(begins, near)
+            far = _cleared(begins, _add(far, k - w * t, v, 1.0))
+            total = _add(total, near[0] - w * t + up, factor * near[1], factor * near[2])
+            total = _add(total, far[0] + w * t + up, -factor * far[1], -factor * far[2])
+            near = _add(near, k + w * t, v, 1.0)
+        tl.store(out + image + t * dim + channel, total[1] / total[2], mask)
 
 
 @triton.jit
 def _backward_kernel(
-    grad_out,
-    key,
-    value,
-    decay,
-    first,
-    grad_key,
-    grad_value,
-    grad_decay,
-    grad_first,
-    noted,
-    tokens,
-    dim,
-    length,
+    grad_out, key, value, decay, first, grad_key, grad_value, grad_decay, grad_first, noted,
+    tokens, dim, length,
     SEGMENTS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < dim
     image = tl.program_id(1).to(tl.int64) * tokens * dim
@@ -148,147 +161,96 @@ def _backward_kernel(
     up, factor, near_slope, far_slope = _weights(w)
     step = w * SEGMENTS
     zero = tl.zeros([BLOCK], tl.float32)
-    one = zero + 1
-    nothing = zero + _NOTHING
     slots = noted + image * 6 + channel
 
-    # With each sum, its derivative with respect to the decay: the sum of terms times distance.
-    scale, a, b, da, db = nothing, zero, zero, zero, zero
+    after = _empty_with_slopes(BLOCK)
     for back in range(tokens):
         t = tokens - 1 - back
         slot = slots + t * 6 * dim
-        tl.store(slot, scale, mask)
-        tl.store(slot + dim, a, mask)
-        tl.store(slot + 2 * dim, b, mask)
+        scale, a, b, da, db = after
+        _note(slot, dim, mask, (scale, a, b))
         tl.store(slot + 3 * dim, da, mask)
         tl.store(slot + 4 * dim, db, mask)
         k = tl.load(key + image + t * dim + channel, mask, 0.0)
         v = tl.load(value + image + t * dim + channel, mask, 0.0)
-        scale, a, b, da, db = _add_four(scale, a, b, da + a, db + b, k - w * t, v, one, zero, zero)
+        after = _add_token(after, k - w * t, v)
 
-    scale, a, b, da, db = nothing, zero, zero, zero, zero
-    near, near_a, near_b, near_da, near_db = nothing, zero, zero, zero, zero
-    far, far_a, far_b, far_da, far_db = nothing, zero, zero, zero, zero
-    earlier, earlier_a, earlier_b = nothing, zero, zero
+    before, near, far = (
+        _empty_with_slopes(BLOCK), _empty_with_slopes(BLOCK), _empty_with_slopes(BLOCK)
+    )  # fmt: skip
+    earlier = _empty(BLOCK)
     of_decay = zero
     of_first = zero
     for t in range(tokens):
         k = tl.load(key + image + t * dim + channel, mask, 0.0)
         v = tl.load(value + image + t * dim + channel, mask, 0.0)
         slot = slots + t * 6 * dim
-        after = tl.load(slot, mask, 0.0)
-        after_a = tl.load(slot + dim, mask, 0.0)
-        after_b = tl.load(slot + 2 * dim, mask, 0.0)
-        after_da = tl.load(slot + 3 * dim, mask, 0.0)
-        after_db = tl.load(slot + 4 * dim, mask, 0.0)
-        all_, all_a, all_b, all_da, all_db = _add_four(
-            nothing, zero, zero, zero, zero, u + k, v, one, zero, zero
+        total = _add_with_slopes(_empty_with_slopes(BLOCK), u + k, v, 1.0, 0.0, 0.0)
+        scale, a, b, da, db = before
+        total = _add_with_slopes(
+            *(total, scale - w * (t - 1) - step, a, b, -da - a * SEGMENTS, -db - b * SEGMENTS)
         )
-        all_, all_a, all_b, all_da, all_db = _add_four(
-            *(all_, all_a, all_b, all_da, all_db),
-            *(scale - w * (t - 1) - step, a, b, -da - a * SEGMENTS, -db - b * SEGMENTS),
+        scale, a, b = _noted(slot, dim, mask)
+        da = tl.load(slot + 3 * dim, mask, 0.0)
+        db = tl.load(slot + 4 * dim, mask, 0.0)
+        total = _add_with_slopes(
+            *(total, scale + w * (t + 1) - step, a, b, -da - a * SEGMENTS, -db - b * SEGMENTS)
         )
-        all_, all_a, all_b, all_da, all_db = _add_four(
-            *(all_, all_a, all_b, all_da, all_db),
-            *(after + w * (t + 1) - step, after_a, after_b),
-            *(-after_da - after_a * SEGMENTS, -after_db - after_b * SEGMENTS),
-        )
-        scale, a, b, da, db = _add_four(scale, a, b, da + a, db + b, k + w * t, v, one, zero, zero)
+        before = _add_token(before, k + w * t, v)
         if SEGMENTS:
             begins = t % length == 0
-            near = tl.where(begins, nothing, near)
-            near_a = tl.where(begins, zero, near_a)
-            near_b = tl.where(begins, zero, near_b)
-            near_da = tl.where(begins, zero, near_da)
-            near_db = tl.where(begins, zero, near_db)
-            far, far_a, far_b, far_da, far_db = _add_four(
-                far, far_a, far_b, far_da + far_a, far_db + far_b, k - w * t, v, one, zero, zero
+            near = _cleared_with_slopes(begins, near)
+            far = _cleared_with_slopes(begins, _add_token(far, k - w * t, v))
+            scale, a, b, da, db = near
+            total = _add_with_slopes(
+                *(total, scale - w * t + up, factor * a, factor * b),
+                *(near_slope * a - factor * da, near_slope * b - factor * db),
             )
-            far = tl.where(begins, nothing, far)
-            far_a = tl.where(begins, zero, far_a)
-            far_b = tl.where(begins, zero, far_b)
-            far_da = tl.where(begins, zero, far_da)
-            far_db = tl.where(begins, zero, far_db)
-            all_, all_a, all_b, all_da, all_db = _add_four(
-                *(all_, all_a, all_b, all_da, all_db),
-                *(near - w * t + up, factor * near_a, factor * near_b),
-                *(near_slope * near_a - factor * near_da, near_slope * near_b - factor * near_db),
+            scale, a, b, da, db = far
+            total = _add_with_slopes(
+                *(total, scale + w * t + up, -factor * a, -factor * b),
+                *(-far_slope * a - factor * da, -far_slope * b - factor * db),
             )
-            all_, all_a, all_b, all_da, all_db = _add_four(
-                *(all_, all_a, all_b, all_da, all_db),
-                *(far + w * t + up, -factor * far_a, -factor * far_b),
-                *(-far_slope * far_a - factor * far_da, -far_slope * far_b - factor * far_db),
-            )
-            near, near_a, near_b, near_da, near_db = _add_four(
-                near,
-                near_a,
-                near_b,
-                near_da + near_a,
-                near_db + near_b,
-                k + w * t,
-                v,
-                one,
-                zero,
-                zero,
-            )
-        result = all_a / all_b
-        grad = tl.load(grad_out + image + t * dim + channel, mask, 0.0) / all_b
-        of_decay += grad * (all_da - result * all_db)
-        of_first += grad * tl.exp(u + k - all_) * (v - result)
+            near = _add_token(near, k + w * t, v)
+        scale, a, b, da, db = total
+        result = a / b
+        grad = tl.load(grad_out + image + t * dim + channel, mask, 0.0) / b
+        of_decay += grad * (da - result * db)
+        of_first += grad * tl.exp(u + k - scale) * (v - result)
         # Record the token's scale and its terms of the gradients of values and weights, then the
         # accumulated terms of the tokens before it.
-        tl.store(slot, -all_, mask)
-        tl.store(slot + dim, grad, mask)
-        tl.store(slot + 2 * dim, -grad * result, mask)
-        tl.store(slot + 3 * dim, earlier, mask)
-        tl.store(slot + 4 * dim, earlier_a, mask)
-        tl.store(slot + 5 * dim, earlier_b, mask)
-        earlier, earlier_a, earlier_b = _add(
-            earlier, earlier_a, earlier_b, w * t - all_, grad, -grad * result
-        )
+        _note(slot, dim, mask, (-scale, grad, -grad * result))
+        _note(slot + 3 * dim, dim, mask, earlier)
+        earlier = _add(earlier, w * t - scale, grad, -grad * result)
     place = tl.program_id(1) * dim + channel
     tl.store(grad_decay + place, of_decay, mask)
     tl.store(grad_first + place, of_first, mask)
 
-    later, later_a, later_b = nothing, zero, zero
-    near, near_a, near_b = nothing, zero, zero
-    far, far_a, far_b = nothing, zero, zero
+    later, nearer, farther = _empty(BLOCK), _empty(BLOCK), _empty(BLOCK)
     for back in range(tokens):
         i = tokens - 1 - back
         slot = slots + i * 6 * dim
-        inverse = tl.load(slot, mask, 0.0)
-        x = tl.load(slot + dim, mask, 0.0)
-        y = tl.load(slot + 2 * dim, mask, 0.0)
-        earlier = tl.load(slot + 3 * dim, mask, 0.0)
-        earlier_a = tl.load(slot + 4 * dim, mask, 0.0)
-        earlier_b = tl.load(slot + 5 * dim, mask, 0.0)
-        all_, all_a, all_b = _add(nothing, zero, zero, u + inverse, x, y)
-        all_, all_a, all_b = _add(
-            all_, all_a, all_b, earlier - w * (i - 1) - step, earlier_a, earlier_b
-        )
-        all_, all_a, all_b = _add(all_, all_a, all_b, later + w * (i + 1) - step, later_a, later_b)
-        later, later_a, later_b = _add(later, later_a, later_b, inverse - w * i, x, y)
+        inverse, x, y = _noted(slot, dim, mask)
+        scale, a, b = _noted(slot + 3 * dim, dim, mask)
+        terms = _add(_empty(BLOCK), u + inverse, x, y)
+        terms = _add(terms, scale - w * (i - 1) - step, a, b)
+        terms = _add(terms, later[0] + w * (i + 1) - step, later[1], later[2])
+        later = _add(later, inverse - w * i, x, y)
         if SEGMENTS:
             ends = i % length == length - 1
-            near = tl.where(ends, nothing, near)
-            near_a = tl.where(ends, zero, near_a)
-            near_b = tl.where(ends, zero, near_b)
-            far = tl.where(ends, nothing, far)
-            far_a = tl.where(ends, zero, far_a)
-            far_b = tl.where(ends, zero, far_b)
-            all_, all_a, all_b = _add(
-                all_, all_a, all_b, near + w * i + up, factor * near_a, factor * near_b
-            )
-            near, near_a, near_b = _add(near, near_a, near_b, inverse - w * i, x, y)
-            far, far_a, far_b = _add(far, far_a, far_b, inverse + w * i, x, y)
-            taken = tl.where(i % length == 0, nothing, far - w * i + up)
-            all_, all_a, all_b = _add(all_, all_a, all_b, taken, -factor * far_a, -factor * far_b)
+            nearer = _cleared(ends, nearer)
+            farther = _cleared(ends, farther)
+            terms = _add(terms, nearer[0] + w * i + up, factor * nearer[1], factor * nearer[2])
+            nearer = _add(nearer, inverse - w * i, x, y)
+            farther = _add(farther, inverse + w * i, x, y)
+            taken = tl.where(i % length == 0, _NOTHING, farther[0] - w * i + up)
+            terms = _add(terms, taken, -factor * farther[1], -factor * farther[2])
         offset = image + i * dim + channel
         k = tl.load(key + offset, mask, 0.0)
         v = tl.load(value + offset, mask, 0.0)
-        weight = tl.exp(k + all_)
-        tl.store(grad_value + offset, weight * all_a, mask)
-        tl.store(grad_key + offset, weight * (all_a * v + all_b), mask)
+        weight = tl.exp(k + terms[0])
+        tl.store(grad_value + offset, weight * terms[1], mask)
+        tl.store(grad_key + offset, weight * (terms[1] * v + terms[2]), mask)
 
 
 def _launch(key: Tensor, segments: int) -> tuple[tuple[int, int], tuple[int, ...], bool]:

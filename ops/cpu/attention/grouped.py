@@ -129,7 +129,7 @@ def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
         )
 
 
-@kernel("attention", "attention_forward", returns="()", mutates=("out",))
+@kernel("attention", "attention_forward", returns=0, mutates=("out",))
 def grouped_attention(
     query: Tensor,
     key: Tensor,
@@ -172,7 +172,7 @@ def grouped_attention(
             "regions": None if routes is None else routes.contiguous(),
         }
 
-    return Call(None, arguments if out.numel() else tuple)
+    return Call(None, arguments if out.numel() else dict)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:

@@ -47,11 +47,7 @@ def command() -> list[str]:
 
 
 def find_compilers(chosen: Sequence[str]) -> list[list[str]]:
-    """The commands to try: ``chosen`` first if it exists; ziglang's clang if there is no other.
-
-    Raises:
-        NoCompilerError: there is none.
-    """
+    """The commands to try: ``chosen`` first if it exists; ziglang's clang if there is no other."""
     found: list[list[str]] = []
     # On Windows, GCC misaligns vectors on the stack, and Visual Studio's clang has other options.
     usual = [] if sys.platform == "win32" else [["c++"], ["g++"], ["clang++"]]

@@ -20,7 +20,7 @@ from ops.cpu import instruction_sets
 from ops.cpu.build import compiler, folders, openmp
 from ops.cpu.build.compiler import CompilerError, NoCompilerError, RefusedError
 from ops.cpu.build.sources import GEMM, SOURCES, SUFFIX, Sources
-from ops.cpu.settings import SWITCH, is_switched_on
+from ops.cpu.instruction_sets import SWITCH, is_switched_on
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ops.cpu import policy
 from ops.cpu.build import status, unavailable_reason
-from ops.cpu.call.c_arguments import Call, arguments_by_name, names_of, pack, require_same_bytes
+from ops.cpu.call.c_arguments import Call, arguments_by_name, names_of, pack
 from ops.cpu.call.dispatch import is_plain_call
 from ops.cpu.call.huge_pages import ask_for_huge_pages
 from ops.cpu.call.repeated import RepeatedCall, Signature
@@ -94,7 +94,7 @@ class Kernel:
         describe: checks the arguments, see :class:`ops.cpu.call.c_arguments.Call`.
         library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
         function: the C function; it returns 0, or 1 if it ran out of memory.
-        returns: the return type in the schema.
+        returns: the number of tensors that it returns; 0 for None.
         mutates: parameters that are written to.
         large_results: whether results may be large enough to benefit from huge pages.
         refuses: returns why the kernel refuses a device and dtype that other kernels accept, or
@@ -112,7 +112,7 @@ class Kernel:
         library: str,
         function: str,
         *,
-        returns: str = "Tensor",
+        returns: int = 1,
         mutates: Sequence[str] = (),
         large_results: bool = False,
         refuses: Callable[[torch.device, torch.dtype], str | None] | None = None,
@@ -128,7 +128,8 @@ class Kernel:
             f"{_TYPES[p.annotation]}{'(a!)' if p.name in mutates else ''} {p.name}"
             for p in self._parameters
         )
-        registered.define(f"{self.name}({schema}) -> {returns}")
+        returned = "Tensor" if returns == 1 else f"({', '.join(['Tensor'] * returns)})"
+        registered.define(f"{self.name}({schema}) -> {returned}")
         registered.impl(self.name, self.run, "CPU")
         # torch.library.register_fake would look up its caller's source: 10 ms per import.
         registered.impl(self.name, lambda *a: describe(*a).result, "Meta")
@@ -216,9 +217,6 @@ class Kernel:
         arguments = self._arguments(args, call, first.dtype)
         if not arguments:
             return call, ()
-        library = status(self.library).library
-        for argument in arguments:
-            require_same_bytes(library, argument)
         if observer is not None:
             observer.kernel_called(self, function, arguments)
         with torch._C.DisableTorchFunction():
@@ -235,8 +233,8 @@ class Kernel:
         contiguous (``x`` is the C function's ``in``), the result ``out``, and the dtype.
         """
         given = call.arguments()
-        if not isinstance(given, dict):
-            return given
+        if not given:
+            return ()
         of_function, known, shared = self._interface
         if not given.keys() <= known:
             raise TypeError(f"{self.function} takes no {sorted(given.keys() - known)}")

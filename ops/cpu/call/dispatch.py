@@ -85,11 +85,7 @@ def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def require_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
-    """Check the dtypes of tensors, since a kernel receives only addresses.
-
-    Raises:
-        ValueError: a tensor has a different dtype; the message names it.
-    """
+    """Check the dtypes of tensors, since a kernel receives only addresses."""
     for name, t in tensors.items():
         if t is not None and t.dtype != dtype:
             raise ValueError(f"{name} must be {dtype}, got {t.dtype}")

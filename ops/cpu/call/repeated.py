@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.call.c_arguments import Call, pack, words_of
+from ops.cpu.call.c_arguments import Call, pack
 
 
 class Signature:
@@ -76,28 +76,26 @@ class RepeatedCall:
             return None
         known = [*tensors, *results]
         index = {id(t): i for i, t in enumerate(known)}
-        of_arguments = [
-            [(argument, 0)] if isinstance(argument, Tensor) else words_of(argument)
-            for argument in arguments
-        ]
-        words = [word for of_one in of_arguments for word in of_one or ()]
-        if any(not isinstance(word, int) and id(word[0]) not in index for word in words):
+        given = [a for a in arguments if isinstance(a, Tensor)]
+        mixed = [a for a in arguments if _has_addresses(a)]
+        pointers = [word for words in mixed for word in words if not isinstance(word, int)]
+        if any(id(t) not in index for t in (*given, *(t for t, _ in pointers))):
             return None
-        keys = {w: w if isinstance(w, int) else (index[id(w[0])], w[1]) for w in words}
-        shifted = sorted({k for k in keys.values() if isinstance(k, tuple) and k[1]})
-        constants = sorted({k for k in keys.values() if isinstance(k, int)})
+        shifted = sorted({(index[id(t)], offset) for t, offset in pointers if offset})
+        constants = sorted({word for words in mixed for word in words if isinstance(word, int)})
         place: dict[Any, int] = {(i, 0): i for i in range(len(known))}
         for key in (*shifted, *constants):
             place[key] = len(place)
         templates: list[Any] = []
-        for argument, of_one in zip(arguments, of_arguments, strict=True):
-            if of_one is None:
-                templates.append(pack(argument))
-            elif isinstance(argument, Tensor):
-                templates.append(place[keys[of_one[0]]])
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                templates.append(index[id(argument)])
+            elif _has_addresses(argument):
+                keys = [w if isinstance(w, int) else (index[id(w[0])], w[1]) for w in argument]
+                pick = operator.itemgetter(*(place[key] for key in keys), 0)
+                templates.append((struct.Struct(f"={len(keys)}q"), pick))
             else:
-                pick = operator.itemgetter(*(place[keys[word]] for word in of_one), 0)
-                templates.append((struct.Struct(f"={len(of_one)}q"), pick))
+                templates.append(pack(argument))
         layouts = [(t.shape, t.stride(), t.dtype) for t in results]
         return cls(templates, shifted, constants, layouts, type(call.result))
 
@@ -113,3 +111,7 @@ class RepeatedCall:
             else t
             for t in self._templates
         ]
+
+
+def _has_addresses(argument: Any) -> bool:
+    return isinstance(argument, list) and not all(isinstance(word, int) for word in argument)

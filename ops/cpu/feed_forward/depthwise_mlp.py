@@ -169,7 +169,7 @@ def _chunk(hidden: int) -> int:
     return next(n for n in range(_CHUNK, 0, -_LINE * 2) if not 0 < hidden % n < _LINE)
 
 
-@kernel("depthwise_mlp", "depthwise_mlp_forward", returns="(Tensor, Tensor)", refuses=no_products)
+@kernel("depthwise_mlp", "depthwise_mlp_forward", returns=2, refuses=no_products)
 def depthwise_expansion(
     x: Tensor,
     weight1: Tensor,

@@ -20,8 +20,6 @@ from ops.cpu.call.tensors import bias_of, empty_nhwc
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["PackedConv2d", "convolved_size", "packed_conv2d"]
-
 _FEW_CHANNELS = 4  # of images
 _SHORTEST_RUN = 32  # bytes, of a window's row that is worth copying by itself
 
@@ -29,11 +27,7 @@ _SHORTEST_RUN = 32  # bytes, of a window's row that is worth copying by itself
 def convolved_size(
     x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> list[int]:
-    """Rows and columns of a convolution of ``x``, (B, C, H, W).
-
-    Raises:
-        ValueError: a map smaller than the window.
-    """
+    """Rows and columns of a convolution of ``x``, (B, C, H, W), if it is not too small."""
     size = [
         (n + 2 * p - k) // s + 1
         for n, k, s, p in zip(x.shape[2:], kernel_size, stride, padding, strict=True)
@@ -54,10 +48,6 @@ class PackedConv2d:
         pack_int8: gives packed weight, its scales, bias and, or None, the range of inputs for a
             weight (out_features, in_features) and a bias, to compute in int8; see
             :func:`ops.cpu.gemm.linear.packed_linear`.
-
-    Raises:
-        ValueError: a convolution with groups, dilation or another padding mode.
-        RuntimeError: the kernel is not available here, see :func:`ops.cpu.gemm.linear.no_products`.
     """
 
     def __init__(self, conv: nn.Conv2d, pack_int8: Callable[..., Any] | None = None) -> None:
@@ -114,10 +104,6 @@ def packed_conv2d(
 
     Returns:
         (B, C', H', W'), channels-last.
-
-    Raises:
-        ValueError: wrong dtype or number of channels, a map smaller than the window, or an unknown
-            activation.
     """
     channels, *sides = geometry
     wanted = weight.dtype if weight_scale is None else x.dtype

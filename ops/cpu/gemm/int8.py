@@ -19,18 +19,6 @@ from ops.cpu.call.huge_pages import empty_weight
 from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.gemm.problem import packed_size
 
-__all__ = [
-    "LARGEST_BYTE",
-    "LARGEST_INPUT",
-    "LEAST_STEP",
-    "int8_unavailable",
-    "not_faster_in_int8",
-    "pack_int8_weight",
-    "quantize_rows",
-    "quantize_weight",
-    "reference",
-]
-
 LARGEST_INPUT = 1 << 16  # features, whose sums fit into 32 bits
 LARGEST_BYTE = 255  # of inputs
 LEAST_STEP = torch.finfo(torch.float32).tiny  # a smaller scale counts as 0
@@ -39,10 +27,7 @@ _LARGEST_WEIGHT = 127
 
 def int8_unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """``None`` if the kernel supports maps of this dtype on this CPU, else the reason."""
-    reason = packed_linear.unavailable(
-        device, dtype, even_if_slower=True
-    ) or packed_linear.unavailable(device, dtype)
-    library = load("gemm")
+    reason, library = packed_linear.unavailable(device, dtype), load("gemm")
     if reason is not None or library is None:
         return reason or unavailable_reason("gemm")
     return policy.no_int8_products(bool(library.linear_multiplies_bytes()))
@@ -128,10 +113,6 @@ def pack_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         A flat int8 tensor, valid only on this process's CPU, and (2, out_features) float32: the
         outputs' scales, and minus the sums of their dequantised weights.
-
-    Raises:
-        ValueError: not a matrix, or too many inputs.
-        RuntimeError: the kernel is not available here.
     """
     if weight.ndim != 2 or weight.shape[1] > LARGEST_INPUT:
         raise ValueError(

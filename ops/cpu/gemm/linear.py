@@ -69,7 +69,8 @@ def pack_weight(weight: Tensor) -> Tensor:
     source = weight.detach().contiguous()
     packed = empty_weight(packed_size(out_features, in_features, weight.dtype), weight.dtype)
     half = weight.dtype == torch.bfloat16
-    library.linear_pack(*map(pack, (source, out_features, in_features)), half, pack(packed))
+    sizes = pack(out_features), pack(in_features)
+    library.linear_pack(pack(source), *sizes, half, pack(packed))
     return packed
 
 
@@ -125,7 +126,7 @@ def packed_linear(
     return Call(x.new_empty(shape), arguments)
 
 
-@kernel("gemm", "linear_forward", returns="(Tensor, Tensor)", refuses=no_products)
+@kernel("gemm", "linear_forward", returns=2, refuses=no_products)
 def packed_linear_energy(
     x: Tensor,
     weight: Tensor,

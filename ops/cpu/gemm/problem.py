@@ -12,32 +12,15 @@ from torch import Tensor
 
 from ops.cpu.activations import require_activation
 from ops.cpu.build import status
-from ops.cpu.call.c_arguments import numbers
 from ops.cpu.call.dispatch import require_dtype
-from ops.cpu.call.structures import structure
 from ops.cpu.threads import MACS, threads_for
-
-__all__ = [
-    "COMBINATIONS",
-    "check_scales",
-    "linear_problem",
-    "output_shape",
-    "packed_size",
-    "with_rows",
-]
 
 # In the order of `linear::Combination` in problem.h.
 COMBINATIONS = ("none", "add", "multiply", "add_scaled", "add_clipped", "add_gated")
 
-_PROBLEM = structure("gemm/problem.h", "linear::Problem")
-
 
 def packed_size(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """The number of elements of a linear layer's packed weight.
-
-    Raises:
-        RuntimeError: the kernel is not available here.
-    """
+    """The number of elements of a linear layer's packed weight."""
     gemm = status("gemm")
     if gemm.library is None:
         raise RuntimeError(f"the kernel of linear layers is not available: {gemm.reason}")
@@ -64,9 +47,6 @@ def output_shape(
 
     Args:
         shape: the shape of the input, if it differs from that of ``x``.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes, an unknown activation or combination.
     """
     require_activation(activation)
     if combination not in COMBINATIONS or (combination == "none") != (other is None):
@@ -116,11 +96,7 @@ def check_scales(
     other_scale: Tensor | None,
     gate: Tensor | None = None,
 ) -> None:
-    """Check the scales of :func:`ops.cpu.gemm.linear.packed_linear`.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-    """
+    """Check the scales of :func:`ops.cpu.gemm.linear.packed_linear`."""
     if scale is not None and scale.shape != (x.shape[0], x.shape[-1]):
         raise ValueError(f"scale must be {(x.shape[0], x.shape[-1])}, got {tuple(scale.shape)}")
     if scale is not None and scale.dtype not in (torch.float32, x.dtype):
@@ -174,7 +150,7 @@ def linear_problem(
     other_stride: int = 0,
     by_image: bool = False,
     half_scale: bool = False,
-) -> Any:
+) -> dict[str, Any]:
     """The sizes of a layer applied to ``x``, (B, ..., in_features), or to as many other rows.
 
     Args:
@@ -184,7 +160,7 @@ def linear_problem(
         half_scale: whether scales are in bfloat16.
     """
     rows, in_features = math.prod(x.shape[:-1]), in_features or x.shape[-1]
-    sizes = {
+    return {
         **{"rows": rows, "in_features": in_features, "out_features": out_features},
         **{"in_stride": in_stride or in_features, "out_stride": out_features},
         "other_stride": other_stride or out_features,
@@ -193,4 +169,3 @@ def linear_problem(
         **{"bfloat16": x.dtype == torch.bfloat16, "half_scale": half_scale},
         "threads": threads_for(rows * in_features * out_features, MACS),
     }
-    return numbers(_PROBLEM, sizes)

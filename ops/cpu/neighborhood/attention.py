@@ -42,7 +42,7 @@ def na_cpu_output(
     return Call(out, lambda: _forward(inputs, window, out))
 
 
-@kernel("neighborhood", "na_forward", returns="(Tensor, Tensor)", large_results=True)
+@kernel("neighborhood", "na_forward", returns=2, large_results=True)
 def na_cpu_forward(
     query: Tensor,
     key: Tensor,
@@ -64,12 +64,7 @@ def na_cpu_forward(
     return Call((out, lse), lambda: _forward(inputs, window, out, lse))
 
 
-@kernel(
-    "neighborhood",
-    "na_backward",
-    returns="(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    large_results=True,
-)
+@kernel("neighborhood", "na_backward", returns=6, large_results=True)
 def na_cpu_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
@@ -113,7 +108,7 @@ def na_cpu_backward(
             "grad_rpb": None if rpb is None else grads[5],
         }
 
-    return Call(tuple(grads), tuple if empty else arguments)
+    return Call(tuple(grads), dict if empty else arguments)
 
 
 @kernel("neighborhood", "na_scores", large_results=True)

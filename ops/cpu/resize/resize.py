@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from ops.cpu.build import load, unavailable_reason
-from ops.cpu.call.c_arguments import require_same_bytes
 from ops.cpu.call.structures import structure
 
 _PROBLEM, _TENSORS = (
@@ -161,7 +160,6 @@ def _call(function: str, *arguments: Any) -> None:
         if isinstance(argument, np.ndarray):
             packed.append(ctypes.c_void_p(argument.ctypes.data))
         elif isinstance(argument, ctypes.Structure):
-            require_same_bytes(library, argument)
             packed.append(ctypes.byref(argument))
         else:
             packed.append(argument)

@@ -46,12 +46,7 @@ def gated_scan(
     return Call(query.new_empty(value.shape), arguments)
 
 
-@kernel(
-    "gated_scan",
-    "gated_scan_backward",
-    returns="(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    large_results=True,
-)
+@kernel("gated_scan", "gated_scan_backward", returns=5, large_results=True)
 def gated_scan_backward(
     grad_out: Tensor,
     query: Tensor,

@@ -49,12 +49,7 @@ def sequence_scan(
     return Call(u.new_empty(u.shape), arguments)
 
 
-@kernel(
-    "selective_scan",
-    "selective_scan_sequences_backward",
-    returns="(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    large_results=True,
-)
+@kernel("selective_scan", "selective_scan_sequences_backward", returns=7, large_results=True)
 def sequence_scan_backward(
     grad_out: Tensor,
     u: Tensor,
@@ -118,12 +113,7 @@ def map_scan(
     return Call(x.new_empty(x.shape), arguments)
 
 
-@kernel(
-    "selective_scan",
-    "selective_scan_map_backward",
-    returns="(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    large_results=True,
-)
+@kernel("selective_scan", "selective_scan_map_backward", returns=6, large_results=True)
 def map_scan_backward(
     grad_out: Tensor,
     x: Tensor,

@@ -43,7 +43,7 @@ def bi_wkv_forward(
     return Call(key.new_empty(key.shape), lambda: _sizes(key, segments))
 
 
-@kernel("wkv", "wkv_backward", returns="(Tensor, Tensor, Tensor, Tensor)")
+@kernel("wkv", "wkv_backward", returns=4)
 def bi_wkv_backward(
     grad_out: Tensor,
     key: Tensor,

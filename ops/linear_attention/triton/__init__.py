@@ -7,10 +7,9 @@ imported), which is how they are tested. States and sums are float32; results ar
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ops.triton_devices import device_problem
+from ops.triton_devices import problem_of
 
 __all__ = ["attend", "unavailable"]
 
@@ -19,11 +18,9 @@ _MAX_DIM = 256
 
 def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
     """None if the kernels support this call, else the reason."""
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
     if query.shape[-1] > _MAX_DIM:
         return f"the kernels support up to {_MAX_DIM} key channels per head, got {query.shape[-1]}"
-    return device_problem(query)
+    return problem_of(query)
 
 
 def attend(
@@ -37,7 +34,7 @@ def attend(
 ) -> Tensor:
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`."""
     # Imported on first use: registering operators takes time, and triton is optional.
-    from ops.linear_attention.triton.launch import gated_scan
+    from ops.linear_attention.triton.kernels import gated_scan
 
     back = None if log_gate_back is None else log_gate_back.float()
     apart = bonus is not None

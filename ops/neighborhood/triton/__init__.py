@@ -21,23 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.neighborhood._geometry import PARAMS, NAParams
-from ops.triton_devices import device_problem
+from ops.neighborhood._geometry import PARAMS, Inputs, NAParams
+from ops.operators import operator_with_gradients
+from ops.triton_devices import problem_of
 
 __all__ = ["attend", "unavailable"]
 
 _MAX_HEAD_DIM = 256
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? rpb"
-)
 
 
-def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
+def unavailable(inputs: Inputs, params: NAParams | None = None) -> str | None:
     """None if the kernels support this call, else the reason."""
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
-    problem = device_problem(query)
+    query, key, value, *_ = inputs
+    problem = problem_of(query)
     if problem is not None:
         return problem
     widest = max(query.shape[-1], value.shape[-1])
@@ -58,84 +54,56 @@ def _span(tensor: Tensor) -> int:
     )
 
 
-def attend(*call: Any) -> tuple[Tensor, Tensor]:
+def attend(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor]:
     """Neighborhood attention and its log-sum-exp, differentiable in all tensors.
 
     Shapes as in :mod:`ops.neighborhood`. Second derivatives are not supported.
     """
-    params: NAParams
-    *tensors, params = call
     out: Tensor
     lse: Tensor
-    out, lse = _attend_op(*tensors, *params.of_operators)
+    out, lse = _attend(*inputs, *params.of_operators)
     return out, lse
 
 
-def _split(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], NAParams]:
+def _split(arguments: Sequence[Any]) -> tuple[Inputs, NAParams]:
     """An operator's arguments as tensors and parameters."""
     *tensors, rpb, kernel_size, stride, dilation, is_causal, scale = arguments
     params = NAParams(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal), scale)
-    return (*tensors, None if rpb is None else rpb.contiguous()), params
+    table = None if rpb is None else rpb.contiguous()
+    return Inputs._make((*tensors, table)), params
 
 
-@torch.library.custom_op(
-    "vision_backbones::triton_neighborhood",
-    mutates_args=(),
-    schema=f"({_INPUTS}, {PARAMS}) -> (Tensor, Tensor)",
-)
-def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Imported on first use, since triton is optional.
     from ops.neighborhood.triton import launch
 
-    tensors, params = _split(arguments)
-    return launch.forward(*(*tensors, params))
+    return launch.forward(*_split(arguments))
 
 
-@_attend_op.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *arguments: Any,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    from ops.neighborhood.triton import launch
+
+    return launch.backward(grad_out, grad_lse, out, lse, *_split(arguments), needed)
+
+
+def _like(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "vision_backbones::triton_neighborhood_backward",
-    mutates_args=(),
-    schema=(
-        f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {PARAMS}, "
-        "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    ),
+_attend = operator_with_gradients(
+    "triton_neighborhood",
+    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
+    f"Tensor? rpb, {PARAMS}",
+    _forward,
+    _backward,
+    _like,
+    results=2,
 )
-def _backward_op(grad_out: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    from ops.neighborhood.triton import launch
-
-    inputs, (out, lse), (*parameters, needed) = arguments[:6], arguments[6:8], arguments[8:]
-    tensors, params = _split((*inputs, *parameters))
-    grads = launch.backward(grad_out, grad_lse, *(*tensors, out, lse, params, needed))
-    # Operators can't return None; an empty tensor replaces a gradient that is not needed.
-    return tuple(out.new_empty(0) if grad is None else grad for grad in grads)
-
-
-@_backward_op.register_fake
-def _(grad_out: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    needed = arguments[-1]
-    wanted = (needed[0], needed[1], needed[1], needed[2], needed[2], needed[3])
-    return tuple(
-        tensor.new_empty(tensor.shape) if tensor is not None and want else grad_out.new_empty(0)
-        for tensor, want in zip(arguments[:6], wanted, strict=True)
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:6], *output)
-    ctx.params = inputs[6:]
-
-
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad
-    needed = [needs[0], needs[1] or needs[2], needs[3] or needs[4], needs[5]]
-    grads = _backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.params, needed)
-    used = (grad if need else None for grad, need in zip(grads, needs, strict=False))
-    return (*used, None, None, None, None, None)
-
-
-_attend_op.register_autograd(_backward, setup_context=_setup_context)

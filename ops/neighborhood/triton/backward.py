@@ -17,37 +17,32 @@ from ops.neighborhood.triton.geometry import (
     block_origin,
     covers,
     dot,
-    end_keys,
-    end_queries,
+    end_key,
     finish_scores,
-    first_keys,
-    first_queries,
-    head_start,
+    first_key,
+    in_map,
+    in_window,
     last_of,
     load_rows,
+    load_sums,
+    load_tokens,
     positions,
     program,
+    seeing_queries,
+    seen_keys,
     store_rows,
-    token_offsets,
+    store_tokens,
 )
 
 
 @triton.jit
 def delta_kernel(
-    out_ptr,
-    grad_out_ptr,
-    grad_lse_ptr,
-    delta_ptr,
-    grad_out_strides,
-    grad_lse_strides,
-    size,
-    heads,
-    rows,
+    out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, grad_out_strides, grad_lse_strides,
+    size, heads, rows,
     VALUE_DIM: tl.constexpr,
     PADDED_VALUE_DIM: tl.constexpr,
-    HAS_GRAD_LSE: tl.constexpr,
     ROWS: tl.constexpr,
-):
+):  # fmt: skip
     """Sum of out * grad_out over the value dim, minus grad_lse.
 
     The gradient of a score is p * (grad_out · v - delta). `out` and `delta` are contiguous.
@@ -64,39 +59,19 @@ def delta_kernel(
     out = load_rows(out_ptr, row * VALUE_DIM, 1, valid, VALUE_DIM, PADDED_VALUE_DIM)
     grad = load_rows(grad_out_ptr, grad_at, s[5], valid, VALUE_DIM, PADDED_VALUE_DIM)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    if HAS_GRAD_LSE:
-        s = grad_lse_strides
-        lse_at = batch * s[0] + z * s[1] + y * s[2] + x * s[3] + head * s[4]
-        delta -= tl.load(grad_lse_ptr + lse_at, mask=valid, other=0.0)
+    s = grad_lse_strides
+    lse_at = batch * s[0] + z * s[1] + y * s[2] + x * s[3] + head * s[4]
+    delta -= tl.load(grad_lse_ptr + lse_at, mask=valid, other=0.0)
     tl.store(delta_ptr + row, delta, mask=valid)
 
 
 @triton.jit(do_not_specialize=["work"])
 def grad_query_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    extra_k_ptr,
-    extra_v_ptr,
-    bias_ptr,
-    grad_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_q_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    extra_k_strides,
-    extra_v_strides,
-    grad_out_strides,
-    lse_strides,
-    grad_q_strides,
-    size,
-    heads,
-    heads_per_kv,
-    num_extra,
-    scale,
-    work,
+    q_ptr, k_ptr, v_ptr, extra_k_ptr, extra_v_ptr, bias_ptr,
+    grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr,
+    q_strides, k_strides, v_strides, extra_k_strides, extra_v_strides,
+    grad_out_strides, lse_strides, grad_q_strides,
+    size, heads, heads_per_kv, num_extra, scale, work,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -112,7 +87,7 @@ def grad_query_kernel(
     MAY_FILL: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Gradient of a tile of queries; iterates over the same key blocks as the forward pass."""
     batch, head, group, origin, length = program(size, heads, DILATION, TILE)
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
@@ -121,28 +96,18 @@ def grad_query_kernel(
     ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     query = positions(origin, TILE)
     query_valid = below(query, length)
-    q_ptr += head_start(q_strides, batch, head)
-    k_ptr += head_start(k_strides, batch, kv_head)
-    v_ptr += head_start(v_strides, batch, kv_head)
-    grad_out_ptr += head_start(grad_out_strides, batch, head)
-    lse_start = head_start(lse_strides, batch, head)
-    if HAS_BIAS:
-        bias_ptr += head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
-    q_at = token_offsets(q_strides, query, group, DILATION)
-    q = load_rows(q_ptr, q_at, q_strides[5], query_valid, DIM, PADDED_DIM)
-    grad_at = token_offsets(grad_out_strides, query, group, DILATION)
-    grad_out = load_rows(
-        grad_out_ptr, grad_at, grad_out_strides[5], query_valid, VALUE_DIM, PADDED_VALUE_DIM
+    query_at = in_map(query, group, DILATION)
+    q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+    grad_out = load_tokens(
+        *(grad_out_ptr, grad_out_strides, batch, head),
+        *(query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM),
     )
-    lse_at = lse_start + token_offsets(lse_strides, query, group, DILATION)
-    lse = tl.load(lse_ptr + lse_at, mask=query_valid, other=0.0) * LOG2_E
-    delta = tl.load(delta_ptr + lse_at, mask=query_valid, other=0.0)
+    lse, delta = load_sums(lse_ptr, delta_ptr, lse_strides, batch, head, query_at, query_valid)
+    lse *= LOG2_E
 
     last = last_of(origin, length, TILE)
-    low = first_keys(origin, length, KERNEL, STRIDE, CAUSAL)
-    end = end_keys(last, length, KERNEL, STRIDE, CAUSAL)
-    common_low = first_keys(last, length, KERNEL, STRIDE, CAUSAL)
-    common_end = end_keys(origin, length, KERNEL, STRIDE, CAUSAL)
+    low, end = seen_keys(origin, last, length, KERNEL, STRIDE, CAUSAL)
+    common_low, common_end = seen_keys(last, origin, length, KERNEL, STRIDE, CAUSAL)
     # Rows beyond the end of an axis have no window and no entry in the bias table.
     whole = covers(origin, length, origin, TILE)
     counts = block_counts(low, end, BLOCK)
@@ -152,14 +117,15 @@ def grad_query_kernel(
         block = block_origin(index, low, counts, BLOCK)
         key = positions(block, BLOCK)
         key_valid = below(key, end)
-        k_at = token_offsets(k_strides, key, group, DILATION)
-        k = load_rows(k_ptr, k_at, k_strides[5], key_valid, DIM, PADDED_DIM)
-        v_at = token_offsets(v_strides, key, group, DILATION)
-        v = load_rows(v_ptr, v_at, v_strides[5], key_valid, VALUE_DIM, PADDED_VALUE_DIM)
+        key_at = in_map(key, group, DILATION)
+        k = load_tokens(k_ptr, k_strides, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
+        v = load_tokens(
+            v_ptr, v_strides, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM
+        )
         scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
         interior = whole & covers(common_low, common_end, block, BLOCK)
         scores = finish_scores(
-            scores, bias_ptr, query, key, length, interior,
+            scores, bias_ptr, head, query, key, length, interior,
             RANK, KERNEL, STRIDE, CAUSAL, HAS_BIAS, MAY_FILL, True,
         )  # fmt: skip
         p = tl.math.exp2(scores - lse[:, None])
@@ -168,18 +134,15 @@ def grad_query_kernel(
 
     if HAS_EXTRA:
         COLUMNS: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
-        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + kv_head * extra_k_strides[2]
-        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + kv_head * extra_v_strides[2]
         for start in range(0, num_extra, COLUMNS):
             extra = start + tl.arange(0, COLUMNS)
-            valid = extra < num_extra
-            k = load_rows(
-                extra_k_ptr, extra * extra_k_strides[1], extra_k_strides[3], valid, DIM, PADDED_DIM
+            at, valid = (0, 0, extra), extra < num_extra
+            k = load_tokens(
+                extra_k_ptr, extra_k_strides, batch, kv_head, at, valid, DIM, PADDED_DIM
             )
-            v = load_rows(
-                extra_v_ptr, extra * extra_v_strides[1], extra_v_strides[3], valid,
-                VALUE_DIM, PADDED_VALUE_DIM,
-            )  # fmt: skip
+            v = load_tokens(
+                extra_v_ptr, extra_v_strides, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM
+            )
             # Keys beyond the last are loaded as zeros and contribute nothing to the gradient.
             scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
             scores = tl.where(valid[None, :], scores, float("-inf"))
@@ -187,34 +150,18 @@ def grad_query_kernel(
             grad_scores = p * (dot(grad_out, tl.trans(v), PRECISION) - delta[:, None])
             acc += dot(grad_scores.to(k.dtype), k, PRECISION)
 
-    grad_q_ptr += head_start(grad_q_strides, batch, head)
-    out_at = token_offsets(grad_q_strides, query, group, DILATION)
-    store_rows(grad_q_ptr, out_at, grad_q_strides[5], query_valid, acc * scale, DIM, PADDED_DIM)
+    acc *= scale
+    store_tokens(
+        grad_q_ptr, grad_q_strides, batch, head, query_at, query_valid, acc, DIM, PADDED_DIM
+    )
 
 
 @triton.jit(do_not_specialize=["work"])
 def grad_key_value_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    bias_ptr,
-    grad_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    grad_k_ptr,
-    grad_v_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    grad_out_strides,
-    lse_strides,
-    grad_k_strides,
-    grad_v_strides,
-    size,
-    kv_heads,
-    heads_per_kv,
-    scale,
-    work,
+    q_ptr, k_ptr, v_ptr, bias_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
+    q_strides, k_strides, v_strides,
+    grad_out_strides, lse_strides, grad_k_strides, grad_v_strides,
+    size, kv_heads, heads_per_kv, scale, work,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -229,25 +176,22 @@ def grad_key_value_kernel(
     MAY_FILL: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Gradients of a tile of keys and values; iterates over the queries that see any of them."""
     batch, kv_head, group, origin, length = program(size, kv_heads, DILATION, TILE)
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
         return
     ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    TABLE: tl.constexpr = (2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1)
     key = positions(origin, TILE)
     key_valid = below(key, length)
-    k_at = token_offsets(k_strides, key, group, DILATION)
-    k_ptr += head_start(k_strides, batch, kv_head)
-    k = load_rows(k_ptr, k_at, k_strides[5], key_valid, DIM, PADDED_DIM)
-    v_at = token_offsets(v_strides, key, group, DILATION)
-    v_ptr += head_start(v_strides, batch, kv_head)
-    v = load_rows(v_ptr, v_at, v_strides[5], key_valid, VALUE_DIM, PADDED_VALUE_DIM)
+    key_at = in_map(key, group, DILATION)
+    k = load_tokens(k_ptr, k_strides, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
+    v = load_tokens(
+        v_ptr, v_strides, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM
+    )
 
     last = last_of(origin, length, TILE)
-    low = first_queries(origin, length, KERNEL, STRIDE, CAUSAL)
-    end = end_queries(last, length, KERNEL, STRIDE, CAUSAL)
+    low, end = seeing_queries(origin, last, length, KERNEL, STRIDE, CAUSAL)
     counts = block_counts(low, end, BLOCK)
     blocks = counts[0] * counts[1] * counts[2]
 
@@ -258,26 +202,21 @@ def grad_key_value_kernel(
         block = block_origin(index % blocks, low, counts, BLOCK)
         query = positions(block, BLOCK)
         query_valid = below(query, end)
-        q_at = token_offsets(q_strides, query, group, DILATION)
-        q_head = q_ptr + head_start(q_strides, batch, head)
-        q = load_rows(q_head, q_at, q_strides[5], query_valid, DIM, PADDED_DIM)
-        grad_at = token_offsets(grad_out_strides, query, group, DILATION)
-        grad_head = grad_out_ptr + head_start(grad_out_strides, batch, head)
-        grad_out = load_rows(
-            grad_head, grad_at, grad_out_strides[5], query_valid, VALUE_DIM, PADDED_VALUE_DIM
+        query_at = in_map(query, group, DILATION)
+        q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+        grad_out = load_tokens(
+            *(grad_out_ptr, grad_out_strides, batch, head),
+            *(query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM),
         )
-        lse_at = head_start(lse_strides, batch, head)
-        lse_at += token_offsets(lse_strides, query, group, DILATION)
-        lse = tl.load(lse_ptr + lse_at, mask=query_valid, other=0.0) * LOG2_E
-        delta = tl.load(delta_ptr + lse_at, mask=query_valid, other=0.0)
+        lse, delta = load_sums(lse_ptr, delta_ptr, lse_strides, batch, head, query_at, query_valid)
+        lse *= LOG2_E
 
         scores = dot(k, tl.trans(q), PRECISION) * (scale * LOG2_E)
         block_last = (block[0] + BLOCK[0] - 1, block[1] + BLOCK[1] - 1, block[2] + BLOCK[2] - 1)
-        common_low = first_keys(block_last, length, KERNEL, STRIDE, CAUSAL)
-        common_end = end_keys(block, length, KERNEL, STRIDE, CAUSAL)
+        common_low, common_end = seen_keys(block_last, block, length, KERNEL, STRIDE, CAUSAL)
         interior = covers(common_low, common_end, origin, TILE) & below(block_last, length)
         scores = finish_scores(
-            scores, bias_ptr + head * TABLE if HAS_BIAS else bias_ptr, query, key, length, interior,
+            scores, bias_ptr, head, query, key, length, interior,
             RANK, KERNEL, STRIDE, CAUSAL, HAS_BIAS, MAY_FILL, False,
         )  # fmt: skip
         p = tl.math.exp2(scores - lse[None, :])
@@ -285,9 +224,170 @@ def grad_key_value_kernel(
         grad_scores = p * (dot(v, tl.trans(grad_out), PRECISION) - delta[None, :])
         acc_k += dot(grad_scores.to(q.dtype), q, PRECISION)
 
-    grad_k_ptr += head_start(grad_k_strides, batch, kv_head)
-    out_at = token_offsets(grad_k_strides, key, group, DILATION)
-    store_rows(grad_k_ptr, out_at, grad_k_strides[5], key_valid, acc_k * scale, DIM, PADDED_DIM)
-    grad_v_ptr += head_start(grad_v_strides, batch, kv_head)
-    out_at = token_offsets(grad_v_strides, key, group, DILATION)
-    store_rows(grad_v_ptr, out_at, grad_v_strides[5], key_valid, acc_v, VALUE_DIM, PADDED_VALUE_DIM)
+    acc_k *= scale
+    store_tokens(
+        grad_k_ptr, grad_k_strides, batch, kv_head, key_at, key_valid, acc_k, DIM, PADDED_DIM
+    )
+    store_tokens(
+        *(grad_v_ptr, grad_v_strides, batch, kv_head),
+        *(key_at, key_valid, acc_v, VALUE_DIM, PADDED_VALUE_DIM),
+    )
+
+
+# ---- gradients shared by all queries -------------------------------------------------------------
+@triton.jit
+def grad_extra_kernel(
+    q_ptr, extra_k_ptr, extra_v_ptr, grad_out_ptr, lse_ptr, delta_ptr, partial_k_ptr, partial_v_ptr,
+    q_strides, extra_k_strides, extra_v_strides, grad_out_strides, lse_strides,
+    size, batches, kv_heads, heads_per_kv, num_extra, splits, scale,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the additional keys and values, which every query attends to.
+
+    There are few additional keys and many queries, so the queries are split among programs. The
+    partial sums, [splits, B, N, H_kv, D] and contiguous, are added afterwards in a fixed order.
+    """
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(num_extra, ROWS)
+    extra = pid % tiles * ROWS + tl.arange(0, ROWS)
+    split = pid // tiles % splits
+    kv_head = pid // tiles // splits % kv_heads
+    batch = pid // tiles // splits // kv_heads
+    valid = extra < num_extra
+    at = (0, 0, extra)
+    k = load_tokens(extra_k_ptr, extra_k_strides, batch, kv_head, at, valid, DIM, PADDED_DIM)
+    v = load_tokens(
+        extra_v_ptr, extra_v_strides, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM
+    )
+    tokens = size[0] * size[1] * size[2]
+    blocks = tl.cdiv(tl.cdiv(tokens, COLUMNS), splits)
+    acc_k = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    acc_v = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
+    for index in range(heads_per_kv * blocks):
+        head = kv_head * heads_per_kv + index // blocks
+        token = (split * blocks + index % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        token_valid = token < tokens
+        token_at = (token // (size[1] * size[2]), token // size[2] % size[1], token % size[2])
+        q = load_tokens(q_ptr, q_strides, batch, head, token_at, token_valid, DIM, PADDED_DIM)
+        grad_out = load_tokens(
+            *(grad_out_ptr, grad_out_strides, batch, head),
+            *(token_at, token_valid, VALUE_DIM, PADDED_VALUE_DIM),
+        )
+        lse, delta = load_sums(lse_ptr, delta_ptr, lse_strides, batch, head, token_at, token_valid)
+        lse *= LOG2_E
+        scores = dot(k, tl.trans(q), PRECISION) * (scale * LOG2_E)
+        scores = tl.where(valid[:, None] & token_valid[None, :], scores, float("-inf"))
+        p = tl.math.exp2(scores - lse[None, :])
+        acc_v += dot(p.to(grad_out.dtype), grad_out, PRECISION)
+        grad_scores = p * (dot(v, tl.trans(grad_out), PRECISION) - delta[None, :])
+        acc_k += dot(grad_scores.to(q.dtype), q, PRECISION)
+    row = ((split * batches + batch).to(tl.int64) * num_extra + extra) * kv_heads + kv_head
+    store_rows(partial_k_ptr, row * DIM, 1, valid, acc_k * scale, DIM, PADDED_DIM)
+    store_rows(partial_v_ptr, row * VALUE_DIM, 1, valid, acc_v, VALUE_DIM, PADDED_VALUE_DIM)
+
+
+@triton.jit
+def grad_bias_kernel(
+    q_ptr, k_ptr, v_ptr, bias_ptr, grad_out_ptr, lse_ptr, delta_ptr, partial_ptr,
+    q_strides, k_strides, v_strides, grad_out_strides, lse_strides,
+    size, batches, heads, heads_per_kv, splits, scale,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the relative position bias, summed without atomics in a fixed order.
+
+    Each program handles one head, one distance from query to key along z and y, and one distance
+    between a span of keys and its span of queries along x. The distances along x then form the same
+    [SPAN, SPAN] matrix for all lines of all images, so the score gradients are accumulated in
+    place, and summing the diagonals once at the end gives the table's entries. Entry l of a
+    program's 2 * SPAN partial sums belongs to the distance
+    (spans_away - 1) * SPAN + l - (KERNEL_x - 1).
+    """
+    wide_z: tl.constexpr = 2 * KERNEL[0] - 1
+    wide_y: tl.constexpr = 2 * KERNEL[1] - 1
+    wide_x: tl.constexpr = 2 * KERNEL[2] - 1
+    SPANS: tl.constexpr = (wide_x - 1 + SPAN + SPAN - 1) // SPAN
+    pid = tl.program_id(0)
+    spans_away = pid % SPANS
+    table_y = pid // SPANS % wide_y
+    table_z = pid // (SPANS * wide_y) % wide_z
+    head = pid // (SPANS * wide_y * wide_z) % heads
+    split = pid // (SPANS * wide_y * wide_z) // heads
+    kv_head = head // heads_per_kv
+    bias_ptr += ((head * wide_z + table_z) * wide_y + table_y) * wide_x
+
+    tiles = tl.cdiv(tl.cdiv(size[2], DILATION[2]), SPAN)
+    lines = batches * size[0] * size[1] * DILATION[2] * tiles
+    per_split = tl.cdiv(lines, splits)
+    span = tl.arange(0, SPAN)
+    acc = tl.zeros([SPAN, SPAN], tl.float32)
+    for line in range(split * per_split, tl.minimum((split + 1) * per_split, lines)):
+        query_x0 = line % tiles * SPAN
+        key_x0 = query_x0 - (KERNEL[2] - 1) + spans_away * SPAN
+        image_line = line // (tiles * DILATION[2])
+        z = image_line // size[1] % size[0]
+        y = image_line % size[1]
+        batch = image_line // size[1] // size[0]
+        group = (z % DILATION[0], y % DILATION[1], line // tiles % DILATION[2])
+        length = (
+            (size[0] - group[0] + DILATION[0] - 1) // DILATION[0],
+            (size[1] - group[1] + DILATION[1] - 1) // DILATION[1],
+            (size[2] - group[2] + DILATION[2] - 1) // DILATION[2],
+        )
+        query_z = z // DILATION[0]
+        query_y = y // DILATION[1]
+        key_z = query_z + table_z - (KERNEL[0] - 1)
+        key_y = query_y + table_y - (KERNEL[1] - 1)
+        last_x = tl.minimum(query_x0 + SPAN, length[2]) - 1
+        low_x = first_key(query_x0, length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+        end_x = end_key(last_x, length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+        meets = in_window(query_z, key_z, length[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+        meets &= in_window(query_y, key_y, length[1], KERNEL[1], STRIDE[1], CAUSAL[1])
+        meets &= (last_x >= query_x0) & (low_x < key_x0 + SPAN) & (end_x > key_x0)
+        if meets:
+            query = (query_z, query_y, query_x0 + span)
+            key = (key_z, key_y, key_x0 + span)
+            query_valid = query[2] < length[2]
+            key_valid = (key[2] >= 0) & (key[2] < length[2])
+            query_at, key_at = in_map(query, group, DILATION), in_map(key, group, DILATION)
+            q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+            k = load_tokens(k_ptr, k_strides, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
+            v = load_tokens(
+                v_ptr, v_strides, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM
+            )
+            grad_out = load_tokens(
+                *(grad_out_ptr, grad_out_strides, batch, head),
+                *(query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM),
+            )
+            lse, delta = load_sums(
+                lse_ptr, delta_ptr, lse_strides, batch, head, query_at, query_valid
+            )
+
+            query_x = query[2][:, None]
+            key_x = key[2][None, :]
+            seen = in_window(query_x, key_x, length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+            bias_at = bias_ptr + (key_x - query_x + (KERNEL[2] - 1))
+            bias = tl.load(bias_at, mask=seen, other=0.0).to(tl.float32)
+            scores = dot(q, tl.trans(k), PRECISION) * scale + bias
+            scores = tl.where(seen, scores, float("-inf"))
+            p = tl.math.exp2((scores - lse[:, None]) * LOG2_E)
+            acc += p * (dot(grad_out, tl.trans(v), PRECISION) - delta[:, None])
+
+    partial_ptr += pid.to(tl.int64) * (2 * SPAN)
+    diagonal = span[None, :] - span[:, None] + SPAN
+    for entry in range(2 * SPAN):
+        tl.store(partial_ptr + entry, tl.sum(tl.where(diagonal == entry, acc, 0.0)))

@@ -15,21 +15,20 @@ from ops.neighborhood.triton.geometry import (
     LN_2,
     LOG2_E,
     LOWEST,
+    at_queries,
     below,
     block_counts,
     block_origin,
     covers,
     dot,
-    end_keys,
     finish_scores,
-    first_keys,
-    head_start,
+    in_map,
     last_of,
-    load_rows,
+    load_tokens,
     positions,
     program,
-    store_rows,
-    token_offsets,
+    seen_keys,
+    store_tokens,
 )
 
 
@@ -46,27 +45,9 @@ def _attend_block(scores, v, acc, top, total, PRECISION: tl.constexpr):
 
 @triton.jit(do_not_specialize=["work"])
 def forward_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    extra_k_ptr,
-    extra_v_ptr,
-    bias_ptr,
-    out_ptr,
-    lse_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    extra_k_strides,
-    extra_v_strides,
-    out_strides,
-    lse_strides,
-    size,
-    heads,
-    heads_per_kv,
-    num_extra,
-    scale,
-    work,
+    q_ptr, k_ptr, v_ptr, extra_k_ptr, extra_v_ptr, bias_ptr, out_ptr, lse_ptr,
+    q_strides, k_strides, v_strides, extra_k_strides, extra_v_strides, out_strides, lse_strides,
+    size, heads, heads_per_kv, num_extra, scale, work,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -82,7 +63,7 @@ def forward_kernel(
     MAY_FILL: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Output and log-sum-exp of a tile of queries."""
     batch, head, group, origin, length = program(size, heads, DILATION, TILE)
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
@@ -91,20 +72,13 @@ def forward_kernel(
     ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     query = positions(origin, TILE)
     query_valid = below(query, length)
-    q_ptr += head_start(q_strides, batch, head)
-    k_ptr += head_start(k_strides, batch, kv_head)
-    v_ptr += head_start(v_strides, batch, kv_head)
-    if HAS_BIAS:
-        bias_ptr += head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
-    q_at = token_offsets(q_strides, query, group, DILATION)
-    q = load_rows(q_ptr, q_at, q_strides[5], query_valid, DIM, PADDED_DIM)
+    query_at = in_map(query, group, DILATION)
+    q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
 
     last = last_of(origin, length, TILE)
-    low = first_keys(origin, length, KERNEL, STRIDE, CAUSAL)
-    end = end_keys(last, length, KERNEL, STRIDE, CAUSAL)
+    low, end = seen_keys(origin, last, length, KERNEL, STRIDE, CAUSAL)
     # Keys that both the first and the last query see are seen by all queries of the tile.
-    common_low = first_keys(last, length, KERNEL, STRIDE, CAUSAL)
-    common_end = end_keys(origin, length, KERNEL, STRIDE, CAUSAL)
+    common_low, common_end = seen_keys(last, origin, length, KERNEL, STRIDE, CAUSAL)
     # Rows beyond the end of an axis have no window and no entry in the bias table.
     whole = covers(origin, length, origin, TILE)
     counts = block_counts(low, end, BLOCK)
@@ -116,42 +90,39 @@ def forward_kernel(
         block = block_origin(index, low, counts, BLOCK)
         key = positions(block, BLOCK)
         key_valid = below(key, end)
-        k_at = token_offsets(k_strides, key, group, DILATION)
-        k = load_rows(k_ptr, k_at, k_strides[5], key_valid, DIM, PADDED_DIM)
-        v_at = token_offsets(v_strides, key, group, DILATION)
-        v = load_rows(v_ptr, v_at, v_strides[5], key_valid, VALUE_DIM, PADDED_VALUE_DIM)
+        key_at = in_map(key, group, DILATION)
+        k = load_tokens(k_ptr, k_strides, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
+        v = load_tokens(
+            v_ptr, v_strides, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM
+        )
         scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
         interior = whole & covers(common_low, common_end, block, BLOCK)
         scores = finish_scores(
-            scores, bias_ptr, query, key, length, interior,
+            scores, bias_ptr, head, query, key, length, interior,
             RANK, KERNEL, STRIDE, CAUSAL, HAS_BIAS, MAY_FILL, True,
         )  # fmt: skip
         acc, top, total = _attend_block(scores, v, acc, top, total, PRECISION)
 
     if HAS_EXTRA:
         COLUMNS: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
-        extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + kv_head * extra_k_strides[2]
-        extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + kv_head * extra_v_strides[2]
         for start in range(0, num_extra, COLUMNS):
             extra = start + tl.arange(0, COLUMNS)
-            valid = extra < num_extra
-            k = load_rows(
-                extra_k_ptr, extra * extra_k_strides[1], extra_k_strides[3], valid, DIM, PADDED_DIM
+            at, valid = (0, 0, extra), extra < num_extra
+            k = load_tokens(
+                extra_k_ptr, extra_k_strides, batch, kv_head, at, valid, DIM, PADDED_DIM
             )
-            v = load_rows(
-                extra_v_ptr, extra * extra_v_strides[1], extra_v_strides[3], valid,
-                VALUE_DIM, PADDED_VALUE_DIM,
-            )  # fmt: skip
+            v = load_tokens(
+                extra_v_ptr, extra_v_strides, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM
+            )
             scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
             scores = tl.where(valid[None, :], scores, float("-inf"))
             acc, top, total = _attend_block(scores, v, acc, top, total, PRECISION)
 
-    out_ptr += head_start(out_strides, batch, head)
-    out_at = token_offsets(out_strides, query, group, DILATION)
     # Rows beyond the end of an axis have seen no key.
     total = tl.where(query_valid, total, 1.0)
-    acc = acc / total[:, None]
-    store_rows(out_ptr, out_at, out_strides[5], query_valid, acc, VALUE_DIM, PADDED_VALUE_DIM)
-    lse_ptr += head_start(lse_strides, batch, head)
-    lse_at = token_offsets(lse_strides, query, group, DILATION)
-    tl.store(lse_ptr + lse_at, (top + tl.math.log2(total)) * LN_2, mask=query_valid)
+    out = acc / total[:, None]
+    store_tokens(
+        out_ptr, out_strides, batch, head, query_at, query_valid, out, VALUE_DIM, PADDED_VALUE_DIM
+    )
+    lse_at = at_queries(lse_ptr, lse_strides, batch, head, query_at)
+    tl.store(lse_at, (top + tl.math.log2(total)) * LN_2, mask=query_valid)

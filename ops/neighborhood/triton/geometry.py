@@ -156,39 +156,39 @@ def last_of(origin, length, BOX: tl.constexpr):
 
 
 @triton.jit
-def first_keys(query, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    return (
-        first_key(query[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
-        first_key(query[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
-        first_key(query[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
+def seen_keys(
+    first, last, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """The box from the first key that `first` sees to the last one that `last` sees."""
+    low = (
+        first_key(first[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
+        first_key(first[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
+        first_key(first[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
     )
+    end = (
+        end_key(last[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
+        end_key(last[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
+        end_key(last[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
+    )
+    return low, end
 
 
 @triton.jit
-def end_keys(query, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    return (
-        end_key(query[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
-        end_key(query[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
-        end_key(query[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
+def seeing_queries(
+    first, last, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr
+):
+    """The box of the queries that see any key from `first` to `last`."""
+    low = (
+        first_query(first[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
+        first_query(first[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
+        first_query(first[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
     )
-
-
-@triton.jit
-def first_queries(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    return (
-        first_query(key[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
-        first_query(key[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
-        first_query(key[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
+    end = (
+        end_query(last[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
+        end_query(last[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
+        end_query(last[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
     )
-
-
-@triton.jit
-def end_queries(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    return (
-        end_query(key[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
-        end_query(key[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
-        end_query(key[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
-    )
+    return low, end
 
 
 @triton.jit
@@ -257,10 +257,10 @@ def visible(
 
 
 @triton.jit
-def bias_offset(
-    query, key, RANK: tl.constexpr, KERNEL: tl.constexpr, ROWS_ARE_QUERIES: tl.constexpr
+def bias_entries(
+    ptr, head, query, key, RANK: tl.constexpr, KERNEL: tl.constexpr, ROWS_ARE_QUERIES: tl.constexpr
 ):
-    """Offset of each pair's entry in a head's bias table: linear in key and query, so separable."""
+    """Pointers to each pair's entry in the bias table: linear in key and query, so separable."""
     wide_y: tl.constexpr = 2 * KERNEL[1] - 1
     wide_x: tl.constexpr = 2 * KERNEL[2] - 1
     centre: tl.constexpr = ((KERNEL[0] - 1) * wide_y + KERNEL[1] - 1) * wide_x + KERNEL[2] - 1
@@ -269,20 +269,14 @@ def bias_offset(
     if RANK >= 2:
         q += (query[0] * wide_y + query[1]) * wide_x
         k += (key[0] * wide_y + key[1]) * wide_x
-    if ROWS_ARE_QUERIES:
-        return (k + centre)[None, :] - q[:, None]
-    else:
-        return (k + centre)[:, None] - q[None, :]
+    k += centre
+    ptr += head * ((2 * KERNEL[0] - 1) * wide_y * wide_x)
+    return ptr + (k[None, :] - q[:, None] if ROWS_ARE_QUERIES else k[:, None] - q[None, :])
 
 
 @triton.jit
 def finish_scores(
-    scores,
-    bias_ptr,
-    query,
-    key,
-    length,
-    interior,
+    scores, bias_ptr, head, query, key, length, interior,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -290,19 +284,13 @@ def finish_scores(
     HAS_BIAS: tl.constexpr,
     MAY_FILL: tl.constexpr,
     ROWS_ARE_QUERIES: tl.constexpr,
-):
+):  # fmt: skip
     """Add the bias, and mask pairs outside the windows unless the block is interior."""
     if HAS_BIAS:
-        bias_at = bias_ptr + bias_offset(query, key, RANK, KERNEL, ROWS_ARE_QUERIES)
-    if MAY_FILL:
-        if interior:
-            if HAS_BIAS:
-                scores += tl.load(bias_at).to(tl.float32) * LOG2_E
-        else:
-            seen = visible(query, key, length, RANK, KERNEL, STRIDE, CAUSAL, ROWS_ARE_QUERIES)
-            if HAS_BIAS:
-                scores += tl.load(bias_at, mask=seen, other=0.0).to(tl.float32) * LOG2_E
-            scores = tl.where(seen, scores, float("-inf"))
+        bias_at = bias_entries(bias_ptr, head, query, key, RANK, KERNEL, ROWS_ARE_QUERIES)
+    if MAY_FILL and interior:
+        if HAS_BIAS:
+            scores += tl.load(bias_at).to(tl.float32) * LOG2_E
     else:
         seen = visible(query, key, length, RANK, KERNEL, STRIDE, CAUSAL, ROWS_ARE_QUERIES)
         if HAS_BIAS:
@@ -315,37 +303,72 @@ def finish_scores(
 
 
 @triton.jit
-def head_start(strides, batch, head):
-    # 64 bits: a tensor may have more than 2^31 elements; one head of one image may not.
-    return batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
-
-
-@triton.jit
-def token_offsets(strides, position, group, DILATION: tl.constexpr):
+def in_map(position, group, DILATION: tl.constexpr):
+    """Positions of a dilation group as those of the map."""
     return (
-        (position[0] * DILATION[0] + group[0]) * strides[1]
-        + (position[1] * DILATION[1] + group[1]) * strides[2]
-        + (position[2] * DILATION[2] + group[2]) * strides[3]
+        position[0] * DILATION[0] + group[0],
+        position[1] * DILATION[1] + group[1],
+        position[2] * DILATION[2] + group[2],
     )
 
 
 @triton.jit
-def rows_mask(valid, DIM: tl.constexpr, PADDED: tl.constexpr):
-    if DIM == PADDED:
-        return valid[:, None]
-    else:
-        return valid[:, None] & (tl.arange(0, PADDED) < DIM)[None, :]
+def of_head(ptr, strides, batch, head):
+    # 64 bits: a tensor may have more than 2^31 elements; one head of one image may not.
+    return ptr + (batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4])
+
+
+@triton.jit
+def token_offsets(strides, position):
+    return position[0] * strides[1] + position[1] * strides[2] + position[2] * strides[3]
+
+
+@triton.jit
+def _rows(ptr, offsets, dim_stride, valid, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Pointers to rows of `DIM` elements, and their mask."""
+    column = tl.arange(0, PADDED)
+    mask = valid[:, None] if DIM == PADDED else valid[:, None] & (column < DIM)[None, :]
+    return ptr + offsets[:, None] + (column * dim_stride)[None, :], mask
 
 
 @triton.jit
 def load_rows(ptr, offsets, dim_stride, valid, DIM: tl.constexpr, PADDED: tl.constexpr):
-    columns = tl.arange(0, PADDED) * dim_stride
-    mask = rows_mask(valid, DIM, PADDED)
-    return tl.load(ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+    at, mask = _rows(ptr, offsets, dim_stride, valid, DIM, PADDED)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, offsets, dim_stride, valid, rows, DIM: tl.constexpr, PADDED: tl.constexpr):
-    columns = tl.arange(0, PADDED) * dim_stride
-    mask = rows_mask(valid, DIM, PADDED)
-    tl.store(ptr + offsets[:, None] + columns[None, :], rows.to(ptr.dtype.element_ty), mask=mask)
+    at, mask = _rows(ptr, offsets, dim_stride, valid, DIM, PADDED)
+    tl.store(at, rows.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_tokens(
+    ptr, strides, batch, head, position, valid, DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    """The rows of the tokens of a head at positions of the map."""
+    ptr = of_head(ptr, strides, batch, head)
+    return load_rows(ptr, token_offsets(strides, position), strides[5], valid, DIM, PADDED)
+
+
+@triton.jit
+def store_tokens(
+    ptr, strides, batch, head, position, valid, rows, DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    ptr = of_head(ptr, strides, batch, head)
+    store_rows(ptr, token_offsets(strides, position), strides[5], valid, rows, DIM, PADDED)
+
+
+@triton.jit
+def at_queries(ptr, strides, batch, head, position):
+    """Pointers to the numbers of the queries at positions of the map, one each."""
+    return of_head(ptr, strides, batch, head) + token_offsets(strides, position)
+
+
+@triton.jit
+def load_sums(lse_ptr, delta_ptr, strides, batch, head, position, valid):
+    """The log-sum-exp and delta of the queries at positions of the map."""
+    lse = tl.load(at_queries(lse_ptr, strides, batch, head, position), mask=valid, other=0.0)
+    delta = tl.load(at_queries(delta_ptr, strides, batch, head, position), mask=valid, other=0.0)
+    return lse, delta

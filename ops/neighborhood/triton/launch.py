@@ -15,10 +15,17 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from ops.neighborhood._geometry import NAParams
-from ops.neighborhood.triton.backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
-from ops.neighborhood.triton.backward_shared import grad_bias_kernel, grad_extra_kernel
+from ops.neighborhood._geometry import Inputs, NAParams
+from ops.neighborhood.split_tiled import Window
+from ops.neighborhood.triton.backward import (
+    delta_kernel,
+    grad_bias_kernel,
+    grad_extra_kernel,
+    grad_key_value_kernel,
+    grad_query_kernel,
+)
 from ops.neighborhood.triton.forward import forward_kernel
+from ops.neighborhood.triton.split import scores_kernel, sums_kernel
 from ops.neighborhood.triton.tiles import (
     configs,
     fitting,
@@ -57,18 +64,19 @@ def _tuned(kernel: Any, rank: int) -> Any:
         configs=configs(rank),
         key=[
             "work", "heads_per_kv", "KERNEL", "STRIDE", "DILATION", "CAUSAL",
-            "PADDED_DIM", "PADDED_VALUE_DIM", "HAS_BIAS", "PRECISION",
+            "PADDED_DIM", "PADDED_VALUE_DIM", "HAS_BIAS", "PRECISION", "OF_KEYS",
         ],
         prune_configs_by={"early_config_prune": prune},
     )(kernel)  # fmt: skip
 
 
 def run(kernel: Any, grid: Any, arguments: dict[str, Any], config: triton.Config | None) -> None:
-    """Launch a kernel; if ``config`` is None, autotune its tiles."""
+    """Launch a kernel with those arguments that it has; without ``config``, autotune its tiles."""
+    own = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     if config is None:
-        _tuned(kernel, arguments["RANK"])[grid](**arguments, **LAUNCH_OPTIONS)
+        _tuned(kernel, arguments["RANK"])[grid](**own, **LAUNCH_OPTIONS)
     else:
-        kernel[grid](**arguments, **config.all_kwargs(), **LAUNCH_OPTIONS)
+        kernel[grid](**own, **config.all_kwargs(), **LAUNCH_OPTIONS)
 
 
 def _run_tiles(kernel: Any, batch_heads: int, arguments: dict[str, Any]) -> None:
@@ -105,97 +113,75 @@ def _precision() -> str:
     return "tf32" if allowed == "tf32" else "tf32x3"
 
 
-def _common(query: Tensor, key: Tensor, value: Tensor, params: NAParams) -> dict[str, Any]:
-    """Arguments of all kernels except the one for delta."""
-    rank = params.rank
+def _arguments(inputs: Inputs, params: NAParams) -> dict[str, Any]:
+    """The arguments of kernels that follow from the inputs."""
+    query, key, value, additional_keys, additional_values, rpb = inputs
+    rank, absent = params.rank, (0,) * 6
     return {
         "q_ptr": query,
-        "q_strides": _strides(query, rank),
-        "size": _triple(query.shape[1 : 1 + rank], 1),
-        "heads_per_kv": query.shape[-2] // key.shape[-2],
-        "scale": params.scale,
-        "DIM": query.shape[-1],
-        "VALUE_DIM": value.shape[-1],
-        "PADDED_DIM": padded(query.shape[-1]),
-        "PADDED_VALUE_DIM": padded(value.shape[-1]),
-        "PRECISION": _precision(),
-    }
-
-
-def _windows(key: Tensor, value: Tensor, rpb: Tensor | None, params: NAParams) -> dict[str, Any]:
-    """Further arguments of the kernels that iterate over windows."""
-    return {
         "k_ptr": key,
         "v_ptr": value,
+        "extra_k_ptr": additional_keys,
+        "extra_v_ptr": additional_values,
         "bias_ptr": rpb,
-        "k_strides": _strides(key, params.rank),
-        "v_strides": _strides(value, params.rank),
+        "q_strides": _strides(query, rank),
+        "k_strides": _strides(key, rank),
+        "v_strides": _strides(value, rank),
+        "extra_k_strides": absent if additional_keys is None else _strides(additional_keys, 1),
+        "extra_v_strides": absent if additional_values is None else _strides(additional_values, 1),
+        "size": _triple(query.shape[1 : 1 + rank], 1),
+        "batches": query.shape[0],
+        "heads": query.shape[-2],
+        "kv_heads": key.shape[-2],
+        "heads_per_kv": query.shape[-2] // key.shape[-2],
+        "num_extra": 0 if additional_keys is None else additional_keys.shape[1],
+        "scale": params.scale,
+        "RANK": rank,
         "KERNEL": _triple(params.kernel_size, 1),
         "STRIDE": _triple(params.stride, 1),
         "DILATION": _triple(params.dilation, 1),
         "CAUSAL": _triple(params.is_causal, False),
+        "DIM": query.shape[-1],
+        "VALUE_DIM": value.shape[-1],
+        "PADDED_DIM": padded(query.shape[-1]),
+        "PADDED_VALUE_DIM": padded(value.shape[-1]),
+        "HAS_EXTRA": additional_keys is not None,
+        "HAS_BIAS": rpb is not None,
+        "PRECISION": _precision(),
     }
 
 
-def _extra(additional_keys: Tensor | None, additional_values: Tensor | None) -> dict[str, Any]:
-    absent = (0, 0, 0, 0)
-    return {
-        "extra_k_ptr": additional_keys,
-        "extra_v_ptr": additional_values,
-        "extra_k_strides": absent if additional_keys is None else additional_keys.stride(),
-        "extra_v_strides": absent if additional_values is None else additional_values.stride(),
-        "num_extra": 0 if additional_keys is None else additional_keys.shape[1],
-    }
-
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, Tensor]:
+def forward(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor]:
     """Output [B, *S, H, D_v] and natural log-sum-exp [B, *S, H], both contiguous."""
-    rank = params.rank
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    query, rank = inputs.query, params.rank
+    out = query.new_empty(*query.shape[:-1], inputs.value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     arguments = {
-        **_common(query, key, value, params),
-        **_windows(key, value, rpb, params),
-        **_extra(additional_keys, additional_values),
+        **_arguments(inputs, params),
         "out_ptr": out,
         "lse_ptr": lse,
         "out_strides": _strides(out, rank),
         "lse_strides": _strides(lse, rank),
-        "heads": query.shape[-2],
-        "RANK": rank,
-        "HAS_EXTRA": additional_keys is not None,
-        "HAS_BIAS": rpb is not None,
     }
     with torch.cuda.device_of(query):
         _run_tiles(_forward, query.shape[0] * query.shape[-2], arguments)
     return out, lse
 
 
-def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, params: NAParams) -> Tensor:
-    rank = params.rank
+def _delta(
+    out: Tensor, grad_out: Tensor, grad_lse: Tensor, rank: int, arguments: dict[str, Any]
+) -> Tensor:
     delta = out.new_empty(out.shape[:-1], dtype=torch.float32)
     rows = max(1, 4096 // padded(out.shape[-1]))
     arguments = {
+        **arguments,
         "out_ptr": out,
         "grad_out_ptr": grad_out,
         "grad_lse_ptr": grad_lse,
         "delta_ptr": delta,
         "grad_out_strides": _strides(grad_out, rank),
-        "grad_lse_strides": (0,) * 5 if grad_lse is None else _strides(grad_lse, rank),
-        "size": _triple(out.shape[1 : 1 + rank], 1),
-        "heads": out.shape[-2],
+        "grad_lse_strides": _strides(grad_lse, rank),
         "rows": delta.numel(),
-        "VALUE_DIM": out.shape[-1],
-        "PADDED_VALUE_DIM": padded(out.shape[-1]),
-        "HAS_GRAD_LSE": grad_lse is not None,
     }
     grid = (triton.cdiv(delta.numel(), rows),)
     run(delta_kernel, grid, arguments, triton.Config({"ROWS": rows}))
@@ -204,73 +190,52 @@ def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, params: NAPar
 
 def backward(
     grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
+    grad_lse: Tensor,
     out: Tensor,
     lse: Tensor,
+    inputs: Inputs,
     params: NAParams,
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, additional keys, additional values and rpb.
 
-    ``out`` and ``lse`` are the results of :func:`forward`. ``needed`` selects the gradients to
-    compute: of query, of key and value, of additional keys and values, and of rpb. The others are
-    None.
+    ``out`` and ``lse`` are the results of :func:`forward`. Gradients that are not ``needed`` are
+    None, unless another one takes the same pass.
     """
+    query, key, value, additional_keys, additional_values, rpb = inputs
     rank = params.rank
     batches, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
     out, lse = out.contiguous(), lse.contiguous()
     grad_query = grad_key = grad_value = grad_extra_keys = grad_extra_values = grad_rpb = None
     with torch.cuda.device_of(query):
-        common = {
-            **_common(query, key, value, params),
+        common = _arguments(inputs, params)
+        common |= {
             "grad_out_ptr": grad_out,
             "lse_ptr": lse,
-            "delta_ptr": _delta(out, grad_out, grad_lse, params),
+            "delta_ptr": _delta(out, grad_out, grad_lse, rank, common),
             "grad_out_strides": _strides(grad_out, rank),
             "lse_strides": _strides(lse, rank),
         }
-        windows = _windows(key, value, rpb, params)
-        extra = _extra(additional_keys, additional_values)
-        shape = {"RANK": rank, "HAS_BIAS": rpb is not None}
         if needed[0]:
             grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-            arguments = {
-                **common,
-                **windows,
-                **extra,
-                **shape,
-                "grad_q_ptr": grad_query,
-                "grad_q_strides": _strides(grad_query, rank),
-                "heads": heads,
-                "HAS_EXTRA": additional_keys is not None,
-            }
-            _run_tiles(_grad_query, batches * heads, arguments)
-        if needed[1]:
+            of_query = {"grad_q_ptr": grad_query, "grad_q_strides": _strides(grad_query, rank)}
+            _run_tiles(_grad_query, batches * heads, {**common, **of_query})
+        if needed[1] or needed[2]:
             grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
             grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-            arguments = {
-                **common,
-                **windows,
-                **shape,
+            of_keys = {
                 "grad_k_ptr": grad_key,
                 "grad_v_ptr": grad_value,
                 "grad_k_strides": _strides(grad_key, rank),
                 "grad_v_strides": _strides(grad_value, rank),
-                "kv_heads": kv_heads,
             }
-            _run_tiles(_grad_key_value, batches * kv_heads, arguments)
-        if needed[2] and additional_keys is not None and additional_values is not None:
+            _run_tiles(_grad_key_value, batches * kv_heads, {**common, **of_keys})
+        if additional_keys is not None and additional_values is not None and any(needed[3:5]):
             grad_extra_keys, grad_extra_values = _grad_extra(
-                additional_keys, additional_values, {**common, **extra}
+                additional_keys, additional_values, common
             )
-        if needed[3] and rpb is not None:
-            grad_rpb = _grad_rpb(rpb, batches, {**common, **windows})
+        if needed[5] and rpb is not None:
+            grad_rpb = _grad_rpb(rpb, batches, common)
     return grad_query, grad_key, grad_value, grad_extra_keys, grad_extra_values, grad_rpb
 
 
@@ -292,8 +257,6 @@ def _grad_extra(
         **arguments,
         "partial_k_ptr": partial_keys,
         "partial_v_ptr": partial_values,
-        "batches": batches,
-        "kv_heads": kv_heads,
         "splits": splits,
     }
     config = triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=4, num_stages=1)
@@ -328,8 +291,6 @@ def _grad_rpb(rpb: Tensor, batches: int, arguments: dict[str, Any]) -> Tensor:
     arguments = {
         **arguments,
         "partial_ptr": partial,
-        "batches": batches,
-        "heads": heads,
         "splits": splits,
     }
     config = triton.Config({"SPAN": span}, num_warps=4, num_stages=1)
@@ -340,3 +301,65 @@ def _grad_rpb(rpb: Tensor, batches: int, arguments: dict[str, Any]) -> Tensor:
     table = F.pad(sums[..., 0, :], (0, 0, 0, 1)) + F.pad(sums[..., 1, :], (0, 0, 1, 0))
     table = table.flatten(-2)[..., span : span + wide[2]]
     return torch.empty_like(rpb).copy_(table.reshape(rpb.shape))
+
+
+# ---- scores and sums alone, of tensors that are heads first --------------------------------------
+def scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, window: Window) -> Tensor:
+    """See :func:`ops.neighborhood.split_tiled.scores`."""
+    shape = (*query.shape[:-1], math.prod(window[0]))
+    # Windows without causal axes are full.
+    out = query.new_full(shape, fill) if any(window[2]) else query.new_empty(shape)
+    bias = {"bias_ptr": None if rpb is None else rpb.contiguous(), "HAS_BIAS": rpb is not None}
+    _run_split(scores_kernel, query, key, out, window, bias)
+    return out
+
+
+def mix(weights: Tensor, value: Tensor, window: Window) -> Tensor:
+    """See :func:`ops.neighborhood.split_tiled.mix`."""
+    out = value.new_empty(value.shape)
+    _run_split(sums_kernel, out, value, weights, window, {"OF_KEYS": True})
+    return out
+
+
+def scatter(weights: Tensor, query: Tensor, window: Window) -> Tensor:
+    """See :func:`ops.neighborhood.split_tiled.scatter`."""
+    out = query.new_empty(query.shape)
+    _run_split(sums_kernel, query, out, weights, window, {"OF_KEYS": False})
+    return out
+
+
+def _run_split(
+    kernel: Any,
+    query: Tensor,
+    key: Tensor,
+    weights: Tensor,
+    window: Window,
+    more: dict[str, Any],
+) -> None:
+    rank = query.dim() - 3
+    kernel_size, dilation, is_causal = window
+
+    def strides(tensor: Tensor) -> tuple[int, ...]:
+        return _strides(tensor.movedim(1, -2), rank)
+
+    arguments = {
+        "q_ptr": query,
+        "k_ptr": key,
+        "w_ptr": weights,
+        "q_strides": strides(query),
+        "k_strides": strides(key),
+        "w_strides": strides(weights),
+        "size": _triple(query.shape[2:-1], 1),
+        "heads": query.shape[1],
+        "RANK": rank,
+        "KERNEL": _triple(kernel_size, 1),
+        "STRIDE": (1, 1, 1),
+        "DILATION": _triple(dilation, 1),
+        "CAUSAL": _triple(is_causal, False),
+        "DIM": query.shape[-1],
+        "PADDED_DIM": padded(query.shape[-1]),
+        "PRECISION": _precision(),
+        **more,
+    }
+    with torch.cuda.device_of(query):
+        _run_tiles(kernel, query.shape[0] * query.shape[1], arguments)

@@ -11,24 +11,22 @@ import triton
 import triton.language as tl
 
 from ops.neighborhood.triton.geometry import (
+    at_queries,
     below,
-    bias_offset,
+    bias_entries,
     block_counts,
     block_origin,
     dot,
-    end_keys,
-    end_queries,
     first_key,
-    first_keys,
-    first_queries,
-    head_start,
+    in_map,
     last_of,
-    load_rows,
+    load_tokens,
     pairs,
     positions,
     program,
-    store_rows,
-    token_offsets,
+    seeing_queries,
+    seen_keys,
+    store_tokens,
     visible,
 )
 
@@ -41,12 +39,7 @@ def _along(query, key, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
 
 @triton.jit
 def window_places(
-    query,
-    key,
-    length,
-    KERNEL: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ROWS_ARE_QUERIES: tl.constexpr,
+    query, key, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr, ROWS_ARE_QUERIES: tl.constexpr
 ):
     """Place of each pair's key among those of the query's window, row-major over the axes."""
     q, k = pairs(query, key, ROWS_ARE_QUERIES)
@@ -58,16 +51,7 @@ def window_places(
 
 @triton.jit(do_not_specialize=["work"])
 def scores_kernel(
-    q_ptr,
-    k_ptr,
-    w_ptr,
-    bias_ptr,
-    q_strides,
-    k_strides,
-    w_strides,
-    size,
-    heads,
-    work,
+    q_ptr, k_ptr, w_ptr, bias_ptr, q_strides, k_strides, w_strides, size, heads, work,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -79,50 +63,38 @@ def scores_kernel(
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """The scores of a tile of queries; those of keys that a causal window lacks are not written."""
     batch, head, group, origin, length = program(size, heads, DILATION, TILE)
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
         return
     query = positions(origin, TILE)
     query_valid = below(query, length)
-    q_ptr += head_start(q_strides, batch, head)
-    k_ptr += head_start(k_strides, batch, head)
-    w_ptr += head_start(w_strides, batch, head)
-    if HAS_BIAS:
-        bias_ptr += head * ((2 * KERNEL[0] - 1) * (2 * KERNEL[1] - 1) * (2 * KERNEL[2] - 1))
-    q_at = token_offsets(q_strides, query, group, DILATION)
-    q = load_rows(q_ptr, q_at, q_strides[5], query_valid, DIM, PADDED_DIM)
-    w_at = token_offsets(w_strides, query, group, DILATION)
-    low = first_keys(origin, length, KERNEL, STRIDE, CAUSAL)
-    end = end_keys(last_of(origin, length, TILE), length, KERNEL, STRIDE, CAUSAL)
+    query_at = in_map(query, group, DILATION)
+    q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+    w_at = at_queries(w_ptr, w_strides, batch, head, query_at)
+    last = last_of(origin, length, TILE)
+    low, end = seen_keys(origin, last, length, KERNEL, STRIDE, CAUSAL)
     counts = block_counts(low, end, BLOCK)
     for index in range(counts[0] * counts[1] * counts[2]):
         key = positions(block_origin(index, low, counts, BLOCK), BLOCK)
         key_valid = below(key, end)
-        k_at = token_offsets(k_strides, key, group, DILATION)
-        k = load_rows(k_ptr, k_at, k_strides[5], key_valid, DIM, PADDED_DIM)
+        key_at = in_map(key, group, DILATION)
+        k = load_tokens(k_ptr, k_strides, batch, head, key_at, key_valid, DIM, PADDED_DIM)
         scores = dot(q, tl.trans(k), PRECISION)
         seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, True)
         if HAS_BIAS:
-            bias_at = bias_ptr + bias_offset(query, key, RANK, KERNEL, True)
+            bias_at = bias_entries(bias_ptr, head, query, key, RANK, KERNEL, True)
             scores += tl.load(bias_at, mask=seen, other=0.0).to(tl.float32)
         places = window_places(query, key, length, KERNEL, CAUSAL, True)
-        out = w_ptr + w_at[:, None] + places * w_strides[5]
-        tl.store(out, scores.to(w_ptr.dtype.element_ty), mask=seen)
+        tl.store(
+            w_at[:, None] + places * w_strides[5], scores.to(w_ptr.dtype.element_ty), mask=seen
+        )
 
 
 @triton.jit(do_not_specialize=["work"])
-def mix_kernel(
-    q_ptr,
-    k_ptr,
-    w_ptr,
-    q_strides,
-    k_strides,
-    w_strides,
-    size,
-    heads,
-    work,
+def sums_kernel(
+    q_ptr, k_ptr, w_ptr, q_strides, k_strides, w_strides, size, heads, work,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -131,83 +103,41 @@ def mix_kernel(
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
+    OF_KEYS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
-    """Writes q, for a tile of queries: the sums of the keys in their windows, times weights."""
+):  # fmt: skip
+    """Weighted sums: `OF_KEYS`, of the keys in each query's window, in q; else of the queries that
+    see each key, in k."""
     batch, head, group, origin, length = program(size, heads, DILATION, TILE)
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
         return
     ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    query = positions(origin, TILE)
-    query_valid = below(query, length)
-    q_ptr += head_start(q_strides, batch, head)
-    k_ptr += head_start(k_strides, batch, head)
-    w_ptr += head_start(w_strides, batch, head)
-    w_at = token_offsets(w_strides, query, group, DILATION)
-    low = first_keys(origin, length, KERNEL, STRIDE, CAUSAL)
-    end = end_keys(last_of(origin, length, TILE), length, KERNEL, STRIDE, CAUSAL)
+    out_ptr, out_strides = (q_ptr, q_strides) if OF_KEYS else (k_ptr, k_strides)
+    in_ptr, in_strides = (k_ptr, k_strides) if OF_KEYS else (q_ptr, q_strides)
+    own = positions(origin, TILE)
+    own_valid = below(own, length)
+    last = last_of(origin, length, TILE)
+    if OF_KEYS:
+        low, end = seen_keys(origin, last, length, KERNEL, STRIDE, CAUSAL)
+    else:
+        low, end = seeing_queries(origin, last, length, KERNEL, STRIDE, CAUSAL)
     counts = block_counts(low, end, BLOCK)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     for index in range(counts[0] * counts[1] * counts[2]):
-        key = positions(block_origin(index, low, counts, BLOCK), BLOCK)
-        key_valid = below(key, end)
-        k_at = token_offsets(k_strides, key, group, DILATION)
-        k = load_rows(k_ptr, k_at, k_strides[5], key_valid, DIM, PADDED_DIM)
-        seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, True)
-        places = window_places(query, key, length, KERNEL, CAUSAL, True)
-        w = tl.load(w_ptr + w_at[:, None] + places * w_strides[5], mask=seen, other=0.0)
-        acc += dot(w, k, PRECISION)
-    q_at = token_offsets(q_strides, query, group, DILATION)
-    store_rows(q_ptr, q_at, q_strides[5], query_valid, acc, DIM, PADDED_DIM)
-
-
-@triton.jit(do_not_specialize=["work"])
-def scatter_kernel(
-    q_ptr,
-    k_ptr,
-    w_ptr,
-    q_strides,
-    k_strides,
-    w_strides,
-    size,
-    heads,
-    work,
-    RANK: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Writes k, for a tile of keys: the sums of the queries that see them, times weights."""
-    batch, head, group, origin, length = program(size, heads, DILATION, TILE)
-    if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
-        return
-    ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    key = positions(origin, TILE)
-    key_valid = below(key, length)
-    q_ptr += head_start(q_strides, batch, head)
-    k_ptr += head_start(k_strides, batch, head)
-    w_ptr += head_start(w_strides, batch, head)
-    low = first_queries(origin, length, KERNEL, STRIDE, CAUSAL)
-    end = end_queries(last_of(origin, length, TILE), length, KERNEL, STRIDE, CAUSAL)
-    counts = block_counts(low, end, BLOCK)
-    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for index in range(counts[0] * counts[1] * counts[2]):
-        query = positions(block_origin(index, low, counts, BLOCK), BLOCK)
-        query_valid = below(query, end)
-        q_at = token_offsets(q_strides, query, group, DILATION)
-        q = load_rows(q_ptr, q_at, q_strides[5], query_valid, DIM, PADDED_DIM)
-        # Keys beyond the axis are seen by nobody; their rows are not stored.
-        seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, False) & query_valid[None, :]
-        places = window_places(query, key, length, KERNEL, CAUSAL, False)
-        w_at = token_offsets(w_strides, query, group, DILATION)
-        w = tl.load(w_ptr + w_at[None, :] + places * w_strides[5], mask=seen, other=0.0)
-        acc += dot(w, q, PRECISION)
-    k_at = token_offsets(k_strides, key, group, DILATION)
-    store_rows(k_ptr, k_at, k_strides[5], key_valid, acc, DIM, PADDED_DIM)
+        other = positions(block_origin(index, low, counts, BLOCK), BLOCK)
+        other_valid = below(other, end)
+        other_at = in_map(other, group, DILATION)
+        rows = load_tokens(in_ptr, in_strides, batch, head, other_at, other_valid, DIM, PADDED_DIM)
+        query, key = (own, other) if OF_KEYS else (other, own)
+        seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, OF_KEYS)
+        if not OF_KEYS:
+            # Keys beyond the axis are seen by nobody; their rows are not stored.
+            seen &= other_valid[None, :]
+        w_at = at_queries(w_ptr, w_strides, batch, head, in_map(query, group, DILATION))
+        w_at = w_at[:, None] if OF_KEYS else w_at[None, :]
+        places = window_places(query, key, length, KERNEL, CAUSAL, OF_KEYS)
+        w = tl.load(w_at + places * w_strides[5], mask=seen, other=0.0)
+        acc += dot(w, rows, PRECISION)
+    own_at = in_map(own, group, DILATION)
+    store_tokens(out_ptr, out_strides, batch, head, own_at, own_valid, acc, DIM, PADDED_DIM)

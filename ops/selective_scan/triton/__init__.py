@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.triton_devices import device_problem
+from ops.triton_devices import problem_of
 
 __all__ = ["scan", "unavailable"]
 
@@ -19,11 +19,9 @@ _MOST_STATES = 256
 
 def unavailable(u: Tensor, A: Tensor) -> str | None:
     """``None`` if the kernels support the call, else the reason."""
-    if u.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernels compute in float32, float16 or bfloat16, got {u.dtype}"
     if A.shape[1] > _MOST_STATES:
         return f"the kernels support up to {_MOST_STATES} states per channel, got {A.shape[1]}"
-    return device_problem(u)
+    return problem_of(u)
 
 
 def scan(

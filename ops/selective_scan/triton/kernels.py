@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.operators import operator_with_gradients
 from ops.triton_devices import LAUNCH_OPTIONS
-from ops.triton_operators import operator_with_gradients
 
 _CHUNK = 16  # tokens between stored states
 _MOST_CELLS = 1024  # states of a program

@@ -132,9 +132,6 @@ _MANY = 10**6  # rows, values or tokens, more than any limit
         # The narrower side counts, whichever it is.
         ("amx", policy.linear_by_kernel, (_MANY, 256, 8, HALF, "none"), True, "256 → 8, one ≤"),
         ("amx", policy.linear_by_kernel, (_MANY, 8, 256, HALF, "none"), True, "8 → 256, one ≤"),
-        ("avx512", policy.packs_linear, (32, 2048, True, "none", FLOAT), True, "with a bias"),
-        ("avx512", policy.packs_linear, (2048, 32, True, "none", FLOAT), True, "with a bias"),
-        ("avx512", policy.packs_linear, (32, 2048, False, "none", FLOAT), False, "≤"),
         ("portable", policy.depthwise_by_kernel,
          (_MANY, 64, (3, 3), _ONE, _ONE, True, FLOAT), False, "values"),
         ("avx512", policy.depthwise_by_kernel,

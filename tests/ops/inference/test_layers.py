@@ -38,15 +38,14 @@ def _check(layer: FastLinear, x: Tensor, residual: Tensor | None = None) -> None
 
 def _compute_by(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless it is our kernel."""
-    if what in ("oneDNN", "torch"):
+    if what == "oneDNN":
         monkeypatch.setattr(packed_linear, "unavailable", lambda *_, **__: "no")
-        monkeypatch.setattr(policy, "packs_linear", lambda *_: what == "oneDNN")
     elif what == "oneDNN for many rows":
         monkeypatch.setattr(policy, "few_rows", lambda: 8)
         monkeypatch.setattr(policy, "_NARROW", 8)
 
 
-BY = pytest.mark.parametrize("by", ["our kernel", "oneDNN for many rows", "oneDNN", "torch"])
+BY = pytest.mark.parametrize("by", ["our kernel", "oneDNN for many rows", "oneDNN"])
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -18,7 +18,7 @@ from ops.neighborhood import (
     tiled,
     triton,
 )
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 from ops.neighborhood.functional import _best_backend
 
 
@@ -39,8 +39,9 @@ def test_takes_sequences_of_any_kind() -> None:
 PARAMS = NAParams((3,), (1,), (1,), (False,), 0.5)
 
 
-def _on(device: str) -> tuple[Any, ...]:
-    return SimpleNamespace(device=torch.device(device)), None, None, None, None, None
+def _on(device: str) -> Inputs:
+    query: Any = SimpleNamespace(device=torch.device(device))
+    return Inputs(query, query, query)
 
 
 def test_backend_order_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

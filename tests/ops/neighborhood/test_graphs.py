@@ -63,7 +63,7 @@ def test_operator_of_tiles(full: bool, return_lse: bool) -> None:
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     windows = ([3, 2], [1, 2], [1, 2], [True, False])
     rpb = () if full else (None,)
-    torch.library.opcheck(tiled._forward, (*tensors, *rpb, *windows, 0.3, return_lse))
+    torch.library.opcheck(tiled._attend, (*tensors, *rpb, *windows, 0.3, return_lse))
 
 
 def test_second_derivatives() -> None:

@@ -16,7 +16,7 @@ from neighborhood_oracle import NA, Case, Limits, error, make_inputs, random_cas
 from torch import Tensor
 
 from ops.neighborhood import na1d, na2d, natten, reference
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 
 NATTEN = {1: library.na1d, 2: library.na2d, 3: library.na3d}
 
@@ -76,7 +76,7 @@ def test_as_backend(extra: int) -> None:
 )
 def test_refuses_what_natten_cannot_do(dim: int, more: dict[str, Any], reason: str) -> None:
     tensors = torch.randn(3, 1, 9, 2, dim)
-    assert not natten.is_fused(*tensors)
+    assert not natten.is_fused(Inputs(*tensors))
     with pytest.raises(NotImplementedError, match=reason):
         na1d(*tensors, **{"kernel_size": 3, **more}, backend="natten")
 
@@ -92,7 +92,7 @@ def test_refuses_gradients_and_compilation_on_the_cpu() -> None:
 
 def test_says_that_natten_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(natten, "_library", lambda: None)
-    assert not natten.is_fused(*torch.randn(3, 1, 9, 2, 16))
+    assert not natten.is_fused(Inputs(*torch.randn(3, 1, 9, 2, 16)))
     with pytest.raises(NotImplementedError, match="pip install natten"):
         na1d(*torch.randn(3, 1, 9, 2, 16), 3, backend="natten")
 
@@ -103,19 +103,18 @@ def test_gradient_of_the_lse(monkeypatch: pytest.MonkeyPatch, extra: bool) -> No
     # for them.
     params = NAParams((3, 4), (2, 1), (1, 2), (False, True), 0.7)
 
-    def kernels(query: Tensor, key: Tensor, value: Tensor, *others: object) -> tuple:
-        out, lse = reference.attend(query, key, value, *others[:2], None, params)
+    def kernels(inputs: Inputs, params: NAParams) -> tuple:
+        out, lse = reference.attend(inputs, params)
         return out, lse.detach()
 
     monkeypatch.setattr(natten, "_run", kernels)
     shapes = [(2, 7, 9, 4, 5), (2, 7, 9, 2, 5), (2, 7, 9, 2, 3), (2, 3, 2, 5), (2, 3, 2, 3)]
     tensors = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    arguments = [*tensors, None] if extra else [*tensors[:3], None, None, None]
-    tensors = [t for t in arguments if t is not None]
+    arguments = tensors if extra else tensors[:3]
     weights = torch.randn(2, 7, 9, 4, dtype=torch.float64)
 
     def gradients(backend: object) -> tuple[Tensor, ...]:
-        out, lse = backend.attend(*arguments, params)
-        return torch.autograd.grad(out.square().sum() + (lse * weights).sum(), tensors)
+        out, lse = backend.attend(Inputs(*arguments), params)
+        return torch.autograd.grad(out.square().sum() + (lse * weights).sum(), arguments)
 
     torch.testing.assert_close(gradients(natten), gradients(reference))

@@ -11,7 +11,7 @@ from triton_runs import run_cases
 
 from ops import triton_devices
 from ops.neighborhood import triton
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 
 CASES = Path(__file__).with_name("triton_cases.py")
 # The slow cases are shared by as many processes, so that they can run beside each other.
@@ -32,7 +32,7 @@ def call(**changes) -> str | None:
     """What `unavailable` says about a small call, changed as told."""
     query = torch.zeros(1, 8, 1, changes.pop("dim", 8), **changes)
     params = NAParams((3,), (1,), (1,), (False,), 1.0)
-    return triton.unavailable(query, query, query, None, None, None, params)
+    return triton.unavailable(Inputs(query, query, query), params)
 
 
 def test_unsupported_says_why(monkeypatch):
@@ -57,7 +57,7 @@ def test_says_what_triton_it_needs(monkeypatch):
     assert call() == "triton is not installed"
 
 
-KERNELS = "forward delta grad_query grad_key_value scores mix scatter"
+KERNELS = "forward delta grad_query grad_key_value scores sums"
 
 
 # Which imports a module that Python 3.12 and later warn about.

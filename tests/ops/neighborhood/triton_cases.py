@@ -23,8 +23,8 @@ from triton_interpreter import quick_interpreter
 
 from ops.neighborhood import split
 from ops.neighborhood import triton as backend
-from ops.neighborhood._geometry import NAParams
-from ops.neighborhood.triton import launch, split_launch, tiles
+from ops.neighborhood._geometry import Inputs, NAParams
+from ops.neighborhood.triton import launch, tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -52,7 +52,7 @@ def quickly():
     with quick_interpreter(), pytest.MonkeyPatch.context() as patch:
         if triton.knobs.runtime.interpret:
             patch.setattr(launch, "_PROGRAMS", 6)  # there is no GPU to fill
-        patch.setattr(split, "_backend", lambda tensor: split_launch)
+        patch.setattr(split, "_backend", lambda tensor: launch)
         yield
 
 
@@ -137,7 +137,7 @@ def test_blocks_without_a_mask(case):
 def run(case: oracle.Case, inputs: oracle.Inputs) -> tuple[Tensor, Tensor]:
     scale = case.dim**-0.5 if case.scale is None else case.scale
     params = NAParams(case.kernel_size, case.stride, case.dilation, case.is_causal, scale)
-    return backend.attend(*vars(inputs).values(), params)
+    return backend.attend(Inputs(**vars(inputs)), params)
 
 
 @pytest.mark.slow
@@ -236,13 +236,13 @@ def test_opcheck(case):
     tensors = tuple(vars(inputs).values())
     windows = (case.kernel_size, case.stride, case.dilation, case.is_causal)
     parameters = (*map(list, windows), 0.3)
-    torch.library.opcheck(backend._attend_op, (*tensors, *parameters))
+    torch.library.opcheck(backend._attend, (*tensors, *parameters))
     detached = [None if t is None else t.detach() for t in tensors]
-    out, lse = backend._attend_op(*detached, *parameters)
-    needed = [True, True, inputs.additional_keys is not None, inputs.rpb is not None]
+    out, lse = backend._attend(*detached, *parameters)
+    needed = [t is not None for t in tensors]
     torch.library.opcheck(
-        backend._backward_op,
-        (torch.randn_like(out), torch.randn_like(lse), *detached, out, lse, *parameters, needed),
+        torch.ops.vision_backbones.triton_neighborhood_backward,
+        (torch.randn_like(out), torch.randn_like(lse), out, lse, *detached, *parameters, needed),
     )
 
 
@@ -273,7 +273,7 @@ MORE = [(SPLIT, F16), *((case, dtype) for case in (DEEP, LONG) for dtype in (BF1
 
 def check_split(case: oracle.Case, which: str, dtype: torch.dtype) -> None:
     query = split_oracle.make_inputs(case, dtype)["query"].to(DEVICE).movedim(1, -2)
-    assert backend.unavailable(query, query, query) is None
+    assert backend.unavailable(Inputs(query, query, query)) is None
     split_oracle.assert_exact(case, which, dtype, DEVICE)
 
 

@@ -14,11 +14,12 @@ from fresh_python import run_code
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ops.cpu.build import load
+from ops.cpu.call import binding
 from ops.cpu.call.binding import observed_by
-from ops.cpu.call.c_arguments import require_same_bytes
 from ops.cpu.call.dispatch import is_plain_call, kernels_apply
 from ops.cpu.call.huge_pages import ask_for_huge_pages, empty_weight
-from ops.cpu.call.structures import structure
+from ops.cpu.call.structures import parameters
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first
 from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
 from ops.cpu.gemm.mlp import packed_mlp
@@ -85,16 +86,16 @@ def test_a_tensor_given_twice_says_nothing_about_the_next_call() -> None:
         torch.testing.assert_close(out, expected)
 
 
-def test_a_library_with_other_structures_is_refused() -> None:
-    class Library:
-        @staticmethod
-        def norm_Problem_bytes() -> int:  # noqa: N802
-            return 7
-
-    problem = structure("norm/norm.h", "norm::Problem")(eps=0.5)
-    said = f"norm::Problem has 7 bytes in the library and {ctypes.sizeof(problem)} here"
-    with pytest.raises(RuntimeError, match=said):
-        require_same_bytes(Library(), problem)  # type: ignore[arg-type]
+def test_libraries_have_the_structures_that_were_parsed() -> None:
+    checked = set()
+    for called in binding._kernels.values():
+        library = load(called.library)
+        for kind in filter(None, parameters(called.library, called.function).values()):
+            size = getattr(library, f"{kind.__name__.replace('::', '_')}_bytes")
+            size.restype = ctypes.c_int64
+            assert size() == ctypes.sizeof(kind), (called, kind)
+            checked.add(kind)
+    assert len(checked) > 40
 
 
 _WITHOUT_MEMORY = """
