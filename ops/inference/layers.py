@@ -20,10 +20,10 @@ from ops.cpu import policy
 from ops.cpu.activations import activation_of
 from ops.cpu.call.binding import Kernel
 from ops.cpu.call.dispatch import kernels_apply
-from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.policy import Decision, observe_decisions
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
 from ops.inference.packed_linear import (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ops.cpu.call.binding import Kernel
-from ops.cpu.decisions import Decision
+from ops.cpu.policy import Decision
 from ops.inference.packed_linear import Quantization
 
 __all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Program", "Value", "is_available"]

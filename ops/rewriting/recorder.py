@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ops.cpu.call.binding import kernel_of
-from ops.cpu.decisions import Decision, observe_decisions
+from ops.cpu.policy import Decision, observe_decisions
 from ops.inference.packed_linear import quantization_of
 from ops.replay.graph import NotCapturableError
 from ops.rewriting.graph import Operator, OperatorGraph, Value

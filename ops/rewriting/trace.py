@@ -21,8 +21,8 @@ from torch._ops import OpOverload
 
 from ops.cpu.build import status
 from ops.cpu.call.binding import Kernel
-from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.flops import function_flops, kernel_flops
+from ops.cpu.policy import Decision, observe_decisions
 from ops.replay.capture import Capture, allocates
 from ops.replay.graph import tensors_in
 from ops.rewriting.graph import Operator
