@@ -27,7 +27,7 @@ class Call(nn.Module):
         for name, layer in layers.items():
             setattr(self, name, layer)
         for m in self.modules():
-            if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(m, nn.BatchNorm2d):
                 nn.init.uniform_(m.weight, -1.5, -0.5)
                 nn.init.normal_(m.bias)
                 assert m.running_mean is not None and m.running_var is not None

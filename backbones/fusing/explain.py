@@ -16,8 +16,7 @@ from backbones.fusing.fuse import FusableBackbone
 from backbones.fusing.int8_state import Int8Model, Precision
 from ops.cpu.build import instruction_set
 from ops.rewriting.module import Rewritten
-from ops.rewriting.profile import Profile, profile
-from ops.rewriting.trace import TracedCall
+from ops.rewriting.profile import Profile, TracedCall, profile
 
 __all__ = ["BufferUse", "Explanation", "MemoryUse", "explain"]
 
@@ -92,7 +91,7 @@ class Explanation:
         is_fused: whether layers have their inference forms.
         seconds: median time of one call of the model.
         calls: kernels and functions in execution order, see
-            :class:`ops.rewriting.trace.TracedCall`.
+            :class:`ops.rewriting.profile.TracedCall`.
         memory: the memory plan if the model is replayed, else None.
         not_replayed: why a fused model is not replayed; None if it is.
         precision: after ``fuse(torch.int8)``, its layers and their precision, else None.

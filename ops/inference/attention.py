@@ -9,13 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.attention.bilevel import (
-    BiLevelRoutingAttention,
-    bilevel_routing_attention,
-    nearest_regions,
-)
+from ops.attention.bilevel import BiLevelRoutingAttention, nearest_regions
 from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
-from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch, tap_positions
+from ops.attention.factorized import FactorizedAttention, tap_positions
 from ops.attention.hilo import HiLoAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
 from ops.attention.single_head import SingleHeadAttention
@@ -25,16 +21,14 @@ from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attenti
 from ops.cpu.attention.gated import gated_attention, heads_unavailable, rank_augmented_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
-from ops.inference.layers import FastForm, FastLayer, fast_path_applies, stands_for
+from ops.inference.layers import FastForm, fast_path_applies, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
     "FastBiLevelRoutingAttention",
     "FastCascadedGroupAttention",
     "FastFactorizedAttention",
-    "FastGlobalBranch",
     "FastHiLoAttention",
-    "FastLocalBranch",
     "FastRankAugmentedAttention",
     "FastSingleHeadAttention",
     "axis_rotations",
@@ -46,43 +40,37 @@ _PROJECTED_BYTES = 8 << 20
 
 
 @stands_for(BiLevelRoutingAttention)
-class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
-    """Attends to regions in place."""
+class FastBiLevelRoutingAttention(FastForm, BiLevelRoutingAttention):
+    """Attends to regions in place, see :func:`ops.attention.bilevel.bilevel_routing_attention`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        bottom, right = -height % self.n_win, -width % self.n_win
-        if self.pad_input and (bottom or right):
+    kernels: ClassVar = (grouped_attention.grouped_attention, window_means)
+
+    def derive(self, x: Tensor) -> tuple[()]:
+        return ()
+
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
+        height, width, dim = x.shape[1:]
+        bottom, right = (-n % self.n_win if self.pad_input else 0 for n in (height, width))
+        rows, columns = height + bottom, width + right
+        region_size = max(1, rows // self.n_win), max(1, columns // self.n_win)
+        regions = rows * columns // (region_size[0] * region_size[1])
+        whole = rows % region_size[0] == columns % region_size[1] == 0
+        if not whole or self.topk >= regions:
+            return BiLevelRoutingAttention.forward(self, x)
+        if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        region_size = (max(1, x.shape[1] // self.n_win), max(1, x.shape[2] // self.n_win))
         query, key, value = self.qkv(x).chunk(3, dim=-1)
-        out = self._attend(query, key, value, region_size)
-        out = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + out
-        return self.proj(out[:, :height, :width])
-
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, region_size: tuple[int, int]
-    ) -> Tensor:
-        """See :func:`ops.attention.bilevel.bilevel_routing_attention`."""
-        height, width, dim = query.shape[1:]
-        whole = height % region_size[0] == width % region_size[1] == 0
-        regions = height * width // (region_size[0] * region_size[1])
-        fast = whole and self.topk < regions and fast_path_applies(query, self.qkv.weight)
-        kernels = grouped_attention.grouped_attention, window_means
-        if not fast or any(k.unavailable(query.device, query.dtype) for k in kernels):
-            return bilevel_routing_attention(
-                query, key, value, self.num_heads, region_size, self.topk
-            )
         # Half precision would produce ties.
-        wide = torch.promote_types(query.dtype, torch.float32)
+        wide = torch.promote_types(x.dtype, torch.float32)
         query_mean, key_mean = (
             window_means(t, region_size).flatten(1, 2).to(wide) for t in (query, key)
         )
         routes = nearest_regions(query_mean, key_mean, self.topk)
         q, k, v = (t.flatten(1, 2).unflatten(2, (self.num_heads, -1)) for t in (query, key, value))
-        rows = _region_rows(height, width, region_size)
-        out = grouped_attention.attend_regions(q, k, v, rows, routes, dim**-0.5)
-        return out.view(value.shape)
+        tokens = _region_rows(rows, columns, region_size)
+        attended = grouped_attention.attend_regions(q, k, v, tokens, routes, dim**-0.5)
+        lepe = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj((lepe + attended.view(x.shape))[:, :height, :width])
 
 
 @functools.lru_cache(maxsize=32)
@@ -192,94 +180,92 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         return self.proj(attend(qkvo, bias, *tables, self.num_heads))
 
 
-@stands_for(GlobalBranch)
-class FastGlobalBranch(FastLayer, GlobalBranch):
-    """Computes only keys and values; non-overlapping patches go through a linear layer."""
-
-    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, dim), no side below ``sr_ratio`` → (B, h·w, 1, dim) each."""
-        packed = self.derived(x)
-        if packed is None:
-            reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        else:
-            side = self.sr_ratio
-            height, width = x.shape[1] // side, x.shape[2] // side
-            whole = x[:, : height * side, : width * side]
-            patches = whole.unflatten(2, (width, side)).unflatten(1, (height, side))
-            reduced = packed(patches.transpose(2, 3).flatten(3))
-        key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)
-        value = self.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return key.flatten(1, 2).unsqueeze(2), value.flatten(1, 2).unsqueeze(2)
-
-    def derive(self, x: Tensor) -> PackedLinear:
-        return PackedLinear(self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
-
-
-@stands_for(LocalBranch)
-class FastLocalBranch(FastLayer, LocalBranch):
-    """Only its keys and values; for few windows, the linear layer includes the average."""
-
-    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, dim) → (B, window_size², heads, head_dim) each."""
-        batch, height, width, dim = x.shape
-        heads, side = self.num_heads, self.window_size
-        taps = x.flatten(1, 2).index_select(1, _taps(height, width, side, self.dilation))
-        taps = taps.view(batch, side**2, -1, heads, dim // heads)
-        # See ops.attention.factorized.cross_window_fusion.
-        sequence = taps.transpose(2, 3).flatten(3)  # (B, side², heads, windows · head_dim)
-        key, value = self._keys_and_values_of(sequence).chunk(2, dim=-1)
-        value_map = value.reshape(batch, side, side, dim).permute(0, 3, 1, 2)
-        value = self.local_conv(value_map).permute(0, 2, 3, 1).reshape(value.shape)
-        return key, value
-
-    def _keys_and_values_of(self, sequence: Tensor) -> Tensor:
-        """(B, side², heads, windows · head_dim) → (B, side², heads, 2 · head_dim)."""
-        windows = sequence.shape[3] // self.kv.in_features
-        packed = self.derived(sequence)
-        if windows == 1:
-            return self.kv(self.fc(sequence))
-        if packed is None or not policy.averages_in_linear(sequence.shape[3]):
-            return self.kv(self.fc(sequence.unflatten(3, (-1, windows)).mean(-1)))
-        if windows not in packed:
-            weight = self.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
-            packed[windows] = PackedLinear(weight, self.kv.bias)
-        return packed[windows](sequence)
-
-    def derive(self, x: Tensor) -> dict[int, PackedLinear] | None:
-        """Layers by number of windows; created on first use."""
-        return {} if isinstance(self.fc, nn.Identity) else None
-
-
 @stands_for(FactorizedAttention)
-class FastFactorizedAttention(FactorizedAttention):
+class FastFactorizedAttention(FastForm, FactorizedAttention):
     """Every branch writes its channels of a shared map."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        branches = (self.global_branch, *self.local_branches)
-        fast = (
-            fast_path_applies(x, self.q.weight)
-            and grouped_attention.grouped_attention.unavailable(x.device, x.dtype) is None
-        )
-        if not fast or min(x.shape[1:3]) < self.global_branch.sr_ratio or x.shape[0] == 0:
-            return super().forward(x)
+    kernels: ClassVar = (grouped_attention.grouped_attention,)
+
+    def derive(self, x: Tensor) -> tuple[PackedLinear, list[dict[int, PackedLinear]]]:
+        """The global branch's layer of patches, and the local ones' by number of windows."""
+        sr = self.global_branch.sr
+        patches = PackedLinear(sr.weight.permute(0, 2, 3, 1).flatten(1), sr.bias)
+        return patches, [{} for _ in self.local_branches]  # created on first use
+
+    def fast(
+        self, x: Tensor, derived: tuple[PackedLinear, list[dict[int, PackedLinear]]]
+    ) -> Tensor:
+        of_patches, of_windows = derived
+        if min(x.shape[1:3]) < self.global_branch.sr_ratio or x.shape[0] == 0:
+            return FactorizedAttention.forward(self, x)
         splits = (self.global_dim, self.local_dim)
         queries = self.q(x).flatten(1, 2)
         mixed = torch.empty_like(queries)
         global_map, local_map = x.split(splits, dim=3)
         local_map = self.kv_pw(self.kv_dw(local_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         global_query, local_query = queries.split(splits, dim=2)
-        outs = mixed.split((self.global_dim, *[self.group_dim] * len(self.local_branches)), dim=2)
-        heads, width = self.num_heads, self.group_dim // self.num_heads
-        parts = (
-            global_query.unsqueeze(2),
-            *local_query.unflatten(2, (heads, -1)).split(width, dim=3),
+        global_out, *outs = mixed.split(
+            (self.global_dim, *[self.group_dim] * len(of_windows)), dim=2
         )
-        maps = (global_map, *local_map.split(self.group_dim, dim=3))
-        for branch, query, part, out in zip(branches, parts, maps, outs, strict=True):
-            assert isinstance(branch, FastGlobalBranch | FastLocalBranch)
-            key, value = branch.keys_and_values(part)
-            grouped_attention.attend(query, key, value, out.unflatten(2, (query.shape[2], -1)))
+        key, value = _global_keys_and_values(self.global_branch, global_map, of_patches)
+        grouped_attention.attend(global_query.unsqueeze(2), key, value, global_out.unsqueeze(2))
+        heads, width = self.num_heads, self.group_dim // self.num_heads
+        for branch, packed, query, part, out in zip(
+            self.local_branches,
+            of_windows,
+            local_query.unflatten(2, (heads, -1)).split(width, dim=3),
+            local_map.split(self.group_dim, dim=3),
+            outs,
+            strict=True,
+        ):
+            key, value = _local_keys_and_values(branch, part, packed)
+            grouped_attention.attend(query, key, value, out.unflatten(2, (heads, -1)))
         return self.proj(mixed.view(x.shape))
+
+
+def _global_keys_and_values(
+    branch: Any, x: Tensor, of_patches: PackedLinear
+) -> tuple[Tensor, Tensor]:
+    """(B, H, W, dim), no side below ``sr_ratio`` → (B, h·w, 1, dim) each.
+
+    Patches do not overlap, so a linear layer reads them where they are.
+    """
+    side = branch.sr_ratio
+    height, width = x.shape[1] // side, x.shape[2] // side
+    whole = x[:, : height * side, : width * side]
+    patches = whole.unflatten(2, (width, side)).unflatten(1, (height, side))
+    reduced = of_patches(patches.transpose(2, 3).flatten(3))
+    key, value = branch.kv(branch.norm(reduced)).chunk(2, dim=-1)
+    value = branch.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return key.flatten(1, 2).unsqueeze(2), value.flatten(1, 2).unsqueeze(2)
+
+
+def _local_keys_and_values(
+    branch: Any, x: Tensor, packed: dict[int, PackedLinear]
+) -> tuple[Tensor, Tensor]:
+    """(B, H, W, dim) → (B, window_size², heads, head_dim) each.
+
+    For few windows, the linear layer, which ``packed`` keeps, includes the average.
+    """
+    batch, height, width, dim = x.shape
+    heads, side = branch.num_heads, branch.window_size
+    taps = x.flatten(1, 2).index_select(1, _taps(height, width, side, branch.dilation))
+    taps = taps.view(batch, side**2, -1, heads, dim // heads)
+    # See ops.attention.factorized.cross_window_fusion.
+    sequence = taps.transpose(2, 3).flatten(3)  # (B, side², heads, windows · head_dim)
+    windows = sequence.shape[3] // branch.kv.in_features
+    averages = windows > 1 and isinstance(branch.fc, nn.Identity)
+    if averages and policy.averages_in_linear(sequence.shape[3]):
+        if windows not in packed:
+            weight = branch.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
+            packed[windows] = PackedLinear(weight, branch.kv.bias)
+        both = packed[windows](sequence)
+    else:
+        means = sequence if windows == 1 else sequence.unflatten(3, (-1, windows)).mean(-1)
+        both = branch.kv(branch.fc(means))
+    key, value = both.chunk(2, dim=-1)
+    value_map = value.reshape(batch, side, side, dim).permute(0, 3, 1, 2)
+    return key, branch.local_conv(value_map).permute(0, 2, 3, 1).reshape(value.shape)
 
 
 @functools.lru_cache(maxsize=64)

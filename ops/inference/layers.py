@@ -1,12 +1,10 @@
 """Linear layers and convolutions with packed weights, fused activation and residual add.
 
-Maps are channels-last, so a pointwise convolution is a linear layer on the last axis. oneDNN is
-called through the private functions that torch's compiler uses, hence the checks.
+Maps are channels-last, so a pointwise convolution is a linear layer on the last axis.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,10 +18,10 @@ from ops.cpu import policy
 from ops.cpu.activations import activation_of
 from ops.cpu.call.binding import Kernel
 from ops.cpu.call.dispatch import kernels_apply
-from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.policy import Decision, observe_decisions
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
 from ops.inference.packed_linear import (
@@ -43,8 +41,8 @@ __all__ = [
     "FastLayer",
     "FastLinear",
     "convert",
-    "fast_form",
     "fast_path_applies",
+    "forms",
     "has_onednn",
     "is_quantized",
     "plain_forms",
@@ -54,27 +52,17 @@ __all__ = [
 Module = TypeVar("Module", bound=nn.Module)
 Form = TypeVar("Form", bound=type[nn.Module])
 
-_forms: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that they stand for
-
-_CALLS = (
-    "_linear_pointwise",
-    "_reorder_linear_weight",
-    "_convolution_pointwise",
-    "_reorder_convolution_weight",
-)
+forms: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that they stand for
 
 _MOST_SHAPES = 16  # whose layouts of a weight are kept, as many as there are replays
 
 
-@functools.cache
 def has_onednn(dtype: torch.dtype) -> bool:
     """Whether torch provides oneDNN's linear layers and convolutions for ``dtype``.
 
     On CPUs without bfloat16 arithmetic, these compute in float32 and round the results.
     """
-    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
-        return False
-    return all(hasattr(torch.ops.mkldnn, name) for name in _CALLS)
+    return dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
 
 
 def stands_for(plain: type[nn.Module]) -> Callable[[Form], Form]:
@@ -86,15 +74,10 @@ def stands_for(plain: type[nn.Module]) -> Callable[[Form], Form]:
 
     def register(form: Form) -> Form:
         form.stands_for = plain  # type: ignore[attr-defined]
-        _forms[plain] = form
+        forms[plain] = form
         return form
 
     return register
-
-
-def fast_form(module: nn.Module) -> type[nn.Module] | None:
-    """The inference form of a layer, if there is one."""
-    return _forms.get(type(module))
 
 
 def convert(layer: nn.Module, fast: type[Module]) -> Module:
@@ -359,15 +342,14 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         dilation: Any = self.dilation
         if self.quantization is not None and self.quantization.applies(self.weight):
             return PackedConv2d(self, self.quantization.pack)
-        available = winograd_conv2d.unavailable(x.device, x.dtype) is None
         groups = self.in_channels // self.groups, self.out_channels // self.groups, self.groups
-        applies = available and WinogradConv2d.applies(self)
-        if applies and policy.winograd_by_kernel(*groups, x.dtype):
-            return WinogradConv2d(self)
-        available = direct_conv2d.unavailable(x.device, x.dtype) is None
-        applies = available and DirectConv2d.applies(self)
-        if applies and policy.direct_by_kernel(*groups, x.dtype):
-            return DirectConv2d(self)
+        for kernel, kind, pays in (
+            (winograd_conv2d, WinogradConv2d, policy.winograd_by_kernel),
+            (direct_conv2d, DirectConv2d, policy.direct_by_kernel),
+        ):
+            available = kernel.unavailable(x.device, x.dtype) is None
+            if available and kind.applies(self) and pays(*groups, x.dtype):
+                return kind(self)
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
         if policy.copies_windows(self.in_channels, stride, x.dtype):

@@ -37,9 +37,8 @@ class TensorSnapshot:
         self._ids = list(map(id, self._tensors))
         self._versions = list(map(_version, self._versioned))
         self._memory = list(map(_memory, self._tensors))
-        self._kept = [
-            t.detach() for t in self._tensors
-        ]  # so that no other tensor reuses the memory
+        # So that no other tensor reuses the memory.
+        self._kept = [t.detach() for t in self._tensors]
 
     def matches(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, unchanged."""

@@ -149,11 +149,8 @@ class Replay:
 
     def _begin(self, index: int) -> _Step:
         """A step that creates a buffer's tensor, in the workspace or in its own memory."""
-        buffer, offset, shared = (
-            self._buffers[index],
-            self.plan.offsets.get(index),
-            len(self._buffers),
-        )
+        buffer, shared = self._buffers[index], len(self._buffers)
+        offset = self.plan.offsets.get(index)
         size, stride, dtype = buffer.size, buffer.stride, buffer.dtype
         if offset is None:
 

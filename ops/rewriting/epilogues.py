@@ -18,7 +18,7 @@ from ops.inference.layers import ActivatedLayer, FastLinear
 from ops.inference.packed_linear import multiplied_weight
 from ops.reparam import fold_scale_after
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
-from ops.rewriting.lift import affine_of, linear
+from ops.rewriting.lift import affine_of
 
 __all__ = [
     "activation_kind",
@@ -26,7 +26,6 @@ __all__ = [
     "apply_activation",
     "apply_gates",
     "fold_norm",
-    "fold_norm_of_inputs",
     "fold_scale",
     "multiply_by_map",
     "per_channel",
@@ -90,27 +89,6 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
         return False  # its channels are another axis
     graph.change(made, _folded(made.function, *affine_of(operator.function)))
     graph.bypass(operator, x)
-    return True
-
-
-def fold_norm_of_inputs(graph: OperatorGraph, operator: Operator) -> bool:
-    """``linear(batch_norm(x))`` → ``linear'(x)``, for vectors."""
-    layer = operator.function
-    if not isinstance(layer, FastLinear) or layer.quantization is not None or operator.kwargs:
-        return False
-    made = graph.made_by(operator.args[0], nn.BatchNorm1d)
-    if made is None or graph.only_user(made.result) is not operator:
-        return False
-    scale, shift = affine_of(made.function)
-    weight = layer.weight.detach().to(torch.promote_types(layer.weight.dtype, torch.float32))
-    bias = weight @ shift.to(weight.dtype)
-    if layer.bias is not None:
-        bias = bias + layer.bias
-    dtype = layer.weight.dtype
-    folded = linear((weight * scale).to(dtype), bias.to(dtype))
-    folded.activation = layer.activation
-    graph.replace(operator, folded, made.args[0])
-    graph.remove_unused()
     return True
 
 

@@ -66,7 +66,7 @@ def split_gated_linear(graph: OperatorGraph, operator: Operator) -> bool:
         if halves is None or {*halves.results} != {half, other} or len(halves.results) != 2:
             continue
         whole, last = halves.args[0], len(half.shape) - 1
-        axis = halves.args[2] if len(halves.args) > 2 else halves.kwargs.get("dim", 0)
+        axis = halves.given["dim"]
         product = graph.made_by(whole, FastLinear)
         if axis % len(half.shape) != last or half.shape != other.shape or product is None:
             continue
@@ -182,14 +182,13 @@ def _source(graph: OperatorGraph, value: Value, kind: Any) -> Operator | None:
 
 def _keeps_length(conv: Operator, shape: Sequence[int]) -> bool:
     """Whether a convolution of (B, 1, C) has one filter, of odd size, and as many results."""
-    size = conv.args[1].shape
-    given = [*conv.args[2:], *(None, [1], [0], [1], 1)[len(conv.args) - 2 :]]
+    size, given = conv.args[1].shape, conv.given
+    geometry = [given[name] for name in ("bias", "stride", "padding", "dilation", "groups")]
     return (
-        not conv.kwargs
-        and tuple(conv.args[0].shape) == (shape[0], 1, shape[1])
+        tuple(conv.args[0].shape) == (shape[0], 1, shape[1])
         and tuple(size[:2]) == (1, 1)
         and size[2] % 2 == 1
-        and given == [None, [1], [size[2] // 2], [1], 1]
+        and geometry == [None, [1], [size[2] // 2], [1], 1]
     )
 
 

@@ -16,10 +16,19 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ops.cpu.call.binding import Kernel
-from ops.cpu.decisions import Decision
+from ops.cpu.policy import Decision
 from ops.inference.packed_linear import Quantization
 
-__all__ = ["NCHW", "NHWC", "Operator", "OperatorGraph", "Program", "Value", "is_available"]
+__all__ = [
+    "NCHW",
+    "NHWC",
+    "Operator",
+    "OperatorGraph",
+    "Program",
+    "Value",
+    "by_name",
+    "is_available",
+]
 
 # Orders of axes: of NCHW maps with channels last, and back.
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
@@ -97,6 +106,11 @@ class Operator:
         """The only result."""
         (result,) = self.results
         return result
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The arguments of an operator of ATen by name."""
+        return by_name(self.function, self.args, self.kwargs)
 
     def values(self) -> Iterator[Value]:
         """The values among its arguments."""
@@ -284,6 +298,13 @@ class Program:
             for value in self._freed[now]:
                 tensors.pop(value, None)
         return pytree.tree_map_only(Value, tensor, self.graph.outputs)
+
+
+def by_name(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an operator of ATen by name, with defaults for those not given."""
+    arguments = function._schema.arguments
+    defaults = {a.name: a.default_value for a in arguments}
+    return {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
 
 
 def is_available(kernel: Kernel, dtype: torch.dtype) -> bool:

@@ -7,6 +7,7 @@ channels-last map, so that all that follows knows one kind of product.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def _with(
     return layer.eval()
 
 
-def affine_of(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def affine_of(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Scale and shift (C,) of a batch norm, in float32 or wider."""
     wide = copy.deepcopy(norm)
     return norm_affine(wide.float() if norm.running_mean.itemsize < 4 else wide)  # type: ignore[union-attr]
@@ -132,12 +133,7 @@ class FastGlobalAvgPool2d(FastAdaptiveAvgPool2d):
 def lift(graph: OperatorGraph, operator: Operator) -> bool:
     """Replace an operator by a layer that computes the same."""
     rule = _RULES.get(operator.function)
-    if rule is None:
-        return False
-    names = [argument.name for argument in operator.function._schema.arguments]
-    defaults = {a.name: a.default_value for a in operator.function._schema.arguments}
-    given = {**defaults, **dict(zip(names, operator.args, strict=False)), **operator.kwargs}
-    return rule(graph, operator, given)
+    return rule is not None and rule(graph, operator, operator.given)
 
 
 def constant_of(value: Any) -> Tensor | None:
@@ -224,17 +220,13 @@ def _rms_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -
 
 
 def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    x, mean, var = (
-        given["input"],
-        constant_of(given["running_mean"]),
-        constant_of(given["running_var"]),
-    )
+    x = given["input"]
+    mean, var = (constant_of(given[name]) for name in ("running_mean", "running_var"))
     affine = [given["weight"], given["bias"]]
     varies = any(isinstance(a, Value) and a.constant is None for a in affine)
-    kind = {2: nn.BatchNorm1d, 4: nn.BatchNorm2d}.get(len(x.shape))
-    if given["training"] or mean is None or var is None or varies or kind is None:
+    if given["training"] or mean is None or var is None or varies or len(x.shape) != 4:
         return False
-    norm = kind(len(mean), given["eps"], device="meta")
+    norm = nn.BatchNorm2d(len(mean), given["eps"], device="meta")
     norm.running_mean, norm.running_var = mean, var
     for name, value in zip(("weight", "bias"), affine, strict=True):
         kept = constant_of(value)
@@ -331,7 +323,7 @@ def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> boo
     return True
 
 
-_RULES: dict[Any, Any] = {
+_RULES: dict[Any, Callable[[OperatorGraph, Operator, dict[str, Any]], bool]] = {
     _aten.pad.default: _pad,
     _aten.constant_pad_nd.default: _pad,
     _aten.cat.default: _cat,

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ops.cpu.call.binding import kernel_of
-from ops.cpu.decisions import Decision, observe_decisions
+from ops.cpu.policy import Decision, observe_decisions
 from ops.inference.packed_linear import quantization_of
 from ops.replay.graph import NotCapturableError
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.graph import Operator, OperatorGraph, Value, by_name
 
 __all__ = ["record"]
 
@@ -242,12 +242,11 @@ def _is_random(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether the results differ from call to call, as without dropout they do not."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return False
-    names = [argument.name for argument in func._schema.arguments]
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = by_name(func, args, kwargs)
     if any(given.get(name) is False for name in ("train", "training")):
         return False
     # Of attention and LSTMs.
-    rates = [given.get(name, 0.0) for name in ("dropout_p", "dropout") if name in names]
+    rates = [given[name] for name in ("dropout_p", "dropout") if name in given]
     return not rates or rates[0] > 0
 
 

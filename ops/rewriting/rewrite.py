@@ -10,7 +10,6 @@ from ops.rewriting.epilogues import (
     apply_activation,
     apply_gates,
     fold_norm,
-    fold_norm_of_inputs,
     fold_scale,
     multiply_by_map,
 )
@@ -42,7 +41,7 @@ Rewrite = Callable[[OperatorGraph, Operator], bool]
 _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (lift,),
     (join_windows,),
-    (join_permutations, fold_norm, fold_norm_of_inputs, merge_branches, fold_scale),
+    (join_permutations, fold_norm, merge_branches, fold_scale),
     (join_permutations, sink_permutation, fold_norm, fold_scale),
     (
         *(join_permutations, sink_permutation, split_gated_linear, apply_activation),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from ops.cpu import policy
 from ops.cpu.stem.packed_stem import pack_layers, packed_stem
 from ops.inference.layers import FastConv2d, FastLayer, is_quantized
 from ops.inference.norm import FastLayerNorm
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph
 
 __all__ = ["Stem", "join_stem"]
 
@@ -54,28 +54,34 @@ class Stem(FastLayer):
         return *packed, norms, [0.0 if n is None else n.eps for _, n in pairs]
 
 
-class _Layers(NamedTuple):
-    """The layers of a stem found so far, and the map that they compute."""
-
-    operators: list[Operator]
-    convs: list[nn.Module]
-    norms: list[nn.Module | None]
-    result: Value
-    is_nhwc: bool = False
-
-
 def join_stem(graph: OperatorGraph, operator: Operator) -> bool:
     """At least two convolutions, each with a layer norm or without; the first reads the image."""
     if not _is_usual(operator) or operator.args[0] is not graph.source:
         return False
-    found = _Layers([operator], [operator.function], [None], operator.result)
-    while (longer := _continued(graph, found)) is not None:
-        found = longer
-    if len(found.convs) < 2:
+    convs: list[Any] = [operator.function]
+    norms: list[Any] = [None]
+    last, is_nhwc = operator, False
+    while (user := graph.only_user(last.result)) is not None:
+        if _is_usual(user):
+            convs, norms, last = [*convs, user.function], [*norms, None], user
+            continue
+        norm = graph.only_user(user.result) if graph.permuted(user.result, NHWC) is user else None
+        if norm is None or not isinstance(norm.function, FastLayerNorm):
+            break
+        if norms[-1] is not None or convs[-1].activation != "none":
+            break
+        norms[-1] = norm.function
+        after = graph.only_user(norm.result)
+        is_nhwc = after is None or graph.permuted(after.result, NCHW) is not after
+        if after is None or is_nhwc:
+            last = norm
+            break
+        last = after
+    if len(convs) < 2:
         return False
-    last, stem = found.operators[-1], Stem(found.convs, found.norms)
-    if found.is_nhwc:
-        batch, height, width, channels = found.result.shape
+    stem = Stem(convs, norms)
+    if is_nhwc:
+        batch, height, width, channels = last.result.shape
         shape = batch, channels, height, width
         value = graph.insert_before(last, stem, graph.source, shape=shape)
         graph.replace(last, _permute, value, NHWC)
@@ -83,27 +89,6 @@ def join_stem(graph: OperatorGraph, operator: Operator) -> bool:
         graph.replace(last, stem, graph.source)
     graph.remove_unused()
     return True
-
-
-def _continued(graph: OperatorGraph, found: _Layers) -> _Layers | None:
-    """The stem with the norm or convolution that alone reads its map."""
-    user = None if found.is_nhwc else graph.only_user(found.result)
-    if user is None:
-        return None
-    if _is_usual(user):
-        convs, norms = [*found.convs, user.function], [*found.norms, None]
-        return _Layers([*found.operators, user], convs, norms, user.result)
-    before: Any = found.convs[-1]
-    norm = graph.only_user(user.result) if graph.permuted(user.result, NHWC) is user else None
-    if norm is None or not isinstance(norm.function, FastLayerNorm):
-        return None
-    if found.norms[-1] is not None or before.activation != "none":
-        return None
-    operators, norms = [*found.operators, user, norm], [*found.norms[:-1], norm.function]
-    after = graph.only_user(norm.result)
-    if after is None or graph.permuted(after.result, NCHW) is not after:
-        return _Layers(operators, found.convs, norms, norm.result, is_nhwc=True)
-    return _Layers([*operators, after], found.convs, norms, after.result)
 
 
 def _is_usual(operator: Operator) -> bool:

@@ -16,6 +16,7 @@ from ops.cpu import policy
 from ops.cpu.attention.grouped import LINE, grouped_attention
 from ops.inference.layers import FastLinear
 from ops.rewriting.graph import Operator, OperatorGraph, Value, is_available
+from ops.rewriting.lift import constant_of
 
 __all__ = ["WindowedAttention", "join_windows"]
 
@@ -41,8 +42,7 @@ class WindowedAttention(nn.Module):
 
     Args:
         rows: (windows, N), the tokens of each window; each token is in one of them.
-        bias: (heads, N, N), added to the scores of all windows.
-        masks: (windows, N, N), added to those of all heads.
+        bias: (windows, heads, N, N), added to the scores; many windows have the same.
         parts: of queries, keys and values among the inputs.
         head_dim: of each head.
         scale: of the logits.
@@ -57,19 +57,17 @@ class WindowedAttention(nn.Module):
         self,
         rows: Tensor,
         bias: Tensor,
-        masks: Tensor,
         parts: tuple[_Part, _Part, _Part],
         head_dim: int,
         scale: float,
     ) -> None:
         super().__init__()
         self.parts, self.head_dim, self.scale = parts, head_dim, scale
-        kinds, of_window = masks.float().unique(dim=0, return_inverse=True)
-        both = (bias.float()[:, None] + kinds) / scale  # (heads, kinds, N, N)
-        heads, count, tokens, _ = both.shape
+        kinds, of_window = bias.unique(dim=0, return_inverse=True)
+        count, heads, tokens, _ = kinds.shape
         blocks = -(-tokens // LINE)
-        padded = both.new_zeros(heads, count, blocks * LINE, tokens)
-        padded[:, :, :tokens] = both
+        padded = kinds.new_zeros(heads, count, blocks * LINE, tokens)
+        padded[:, :, :tokens] = kinds.transpose(0, 1) / scale
         terms = padded.unflatten(2, (blocks, LINE)).transpose(3, 4).reshape(heads, -1, LINE)
         lines = torch.arange(terms.shape[1], dtype=torch.int32).view(count, blocks, tokens)
         self.register_buffer("rows", rows.int().contiguous())
@@ -97,12 +95,11 @@ class WindowedAttention(nn.Module):
 
 
 class _Scores(NamedTuple):
-    """``scale · product + bias + masks``, before the softmax."""
+    """``scale · product + bias``, before the softmax."""
 
     product: Operator
     scale: float
-    bias: Tensor  # (heads, N, N)
-    masks: Tensor  # (windows, N, N), or one for all windows
+    bias: Tensor  # (groups, heads, N, N)
 
 
 def join_windows(graph: OperatorGraph, operator: Operator) -> bool:
@@ -136,17 +133,17 @@ def join_windows(graph: OperatorGraph, operator: Operator) -> bool:
         return False
     final = _final(graph, projected.result, rows)
     windows = _in_one_image(rows, x)
-    if final is None or windows is None or len(scores.masks) not in (1, len(windows)):
+    if final is None or windows is None or len(scores.bias) % len(windows):
         return False
+    bias = scores.bias.unflatten(0, (-1, len(windows)))
     heads, head_dim = mixed.result.shape[1], mixed.result.shape[3]
-    if heads != len(scores.bias) or query.shape[3] != head_dim:
+    if query.shape[3] != head_dim or not torch.equal(bias, bias[:1].expand_as(bias)):
         return False
     if not policy.softmax_attention_by_kernel(rows.shape[-1], x.dtype):
         return False
     scale = scores.scale * math.prod(factor for _, _, factor in found)
     of_parts: Any = tuple(parts)
-    masks = scores.masks.expand(len(windows), -1, -1)
-    attention = WindowedAttention(windows, scores.bias, masks, of_parts, head_dim, scale)
+    attention = WindowedAttention(windows, bias[0], of_parts, head_dim, scale)
     pixels, layer = x.shape[:-1], projected.function
     inputs = first.function.out_features
     value = graph.insert_before(projected, first.function, x, shape=(*pixels, inputs))
@@ -165,43 +162,27 @@ def _scores(graph: OperatorGraph, operator: Operator) -> _Scores | None:
     given = [*operator.args[1:], *operator.kwargs.values()]
     if given not in ([-1], [len(operator.result.shape) - 1]):
         return None
-    value, constants = operator.args[0], []
-    while True:
-        made = value.producer
-        if made is None or graph.only_user(value) is None:
+    value, steps = operator.args[0], []
+    while (made := graph.made_by(value, _aten.reshape.default, _aten.add.Tensor)) is not None:
+        adds = made.function is _aten.add.Tensor
+        if graph.only_user(value) is None or (
+            adds and (made.kwargs or constant_of(made.args[1]) is None)
+        ):
             return None
-        if made.function is _aten.reshape.default:
-            value = made.args[0]
-        elif made.function is _aten.add.Tensor and not made.kwargs:
-            value, table = made.args
-            if not isinstance(table, Value) or table.constant is None:
-                return None
-            constants.append(table.constant)
-        else:
-            break
-    scale = 1.0
-    if made.function is _aten.mul.Tensor and isinstance(made.args[1], int | float):
-        scale, made = float(made.args[1]), graph.made_by(made.args[0], _aten.matmul.default)
-    if made is None or made.function is not _aten.matmul.default or len(value.shape) != 4:
+        steps.append(made)
+        value = made.args[0]
+    scale, scaled = 1.0, graph.made_by(value, _aten.mul.Tensor)
+    if scaled is not None and isinstance(scaled.args[1], int | float):
+        scale = float(scaled.args[1])
+    product = graph.made_by(value if scaled is None else scaled.args[0], _aten.matmul.default)
+    if product is None or graph.only_user(value) is None or not steps or len(value.shape) != 4:
         return None
-    if not constants:
-        return None
-    groups, heads, tokens, keys = value.shape
-    bias, masks = None, None
-    for table in constants:
-        if table.shape[-2:] != (tokens, keys) or tokens != keys:
-            return None
-        outer = table.shape[:-2]
-        if outer.numel() == heads and outer[-1:] == (heads,) and bias is None:
-            bias = table.reshape(heads, tokens, keys)
-        elif outer[-1:] == (1,) and groups % outer.numel() == 0 and masks is None:
-            masks = table.reshape(-1, tokens, keys)
-        else:
-            return None
-    dense: Any = bias if bias is not None else masks
-    bias = dense.new_zeros(heads, tokens, keys) if bias is None else bias
-    masks = dense.new_zeros(1, tokens, keys) if masks is None else masks
-    return _Scores(made, scale, bias, masks)
+    bias = torch.zeros(value.shape, device="cpu")
+    for step in reversed(steps):
+        adds = step.function is _aten.add.Tensor
+        bias = bias + step.args[1].constant.float() if adds else bias.reshape(step.result.shape)
+    square = value.shape[2] == value.shape[3]
+    return _Scores(product, scale, bias) if square and bias.shape == value.shape else None
 
 
 _Steps = list[tuple[Operator, int]]

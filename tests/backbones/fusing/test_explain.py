@@ -16,7 +16,7 @@ from zoo import FAMILIES, images, small
 import backbones
 from backbones.cli.measure import count_macs
 from backbones.fusing.explain import BufferUse, MemoryUse
-from ops.rewriting.trace import TracedCall
+from ops.rewriting.profile import TracedCall
 
 # Fused models that compute a little less, or more, than the plain ones: branches that become one
 # convolution (OverLoCK, UniRepLKNet), a mean that a linear layer takes over (FaViT) or that is

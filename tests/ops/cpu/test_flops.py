@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from ops.neighborhood import na2d, na2d_av, na2d_qk
-from ops.rewriting.trace import Trace, TracedCall
+from ops.rewriting.profile import Trace, TracedCall
 
 
 def _traced(function: Callable[[], object]) -> list[TracedCall]:

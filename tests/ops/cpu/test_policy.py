@@ -18,9 +18,9 @@ from compiled_kernels import using_threads
 from hypothesis import strategies as st
 
 from ops.cpu import instruction_sets, policy
-from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.policy import Decision, observe_decisions
 from ops.cpu.threads import MACS, VALUES, threads_for
 
 SETS = {machine: instruction_sets.levels(machine) for machine in ("x86_64", "aarch64")}

@@ -126,7 +126,8 @@ class _Attention(nn.Module):
         if changes("mixed_keys"):
             key = key.flip(2)
         scores = query @ key.transpose(-2, -1)
-        scores = scores * 0.3 + self.bias if changes("scales_scores") else scores + self.bias
+        table = self.bias[0] if changes("shares_table") else self.bias
+        scores = scores * 0.3 + table if changes("scales_scores") else scores + table
         out = scores.softmax(-1) @ value
         if changes("heads_first"):
             out = out.reshape(batch * rows, columns, dim)
@@ -139,7 +140,7 @@ class _Attention(nn.Module):
 @pytest.mark.parametrize(
     ("change", "is_joined"),
     [
-        *[("", True), ("joined", True), ("scales_scores", True)],
+        *[("", True), ("joined", True), ("scales_scores", True), ("shares_table", True)],
         *[("mixed_keys", False), ("heads_first", False), ("turned", True)],
     ],
 )

@@ -164,16 +164,6 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         )
         for groups in (1, 16)
     },
-    "a norm of vectors before a linear layer": (
-        lambda m, x: F.relu(m.fc(m.norm(x.mean((2, 3))))),
-        {"norm": nn.BatchNorm1d(16), **_linear(fc=(16, 9))},
-        *(IMAGE, ["FastGlobalAvgPool2d", "FastLinear"]),
-    ),
-    "a norm of vectors that is read elsewhere": (
-        lambda m, x: m.fc(y := m.norm(x.mean((2, 3)))) + y,
-        {"norm": nn.BatchNorm1d(16), **_linear(fc=SQUARE)},
-        *(IMAGE, ["FastGlobalAvgPool2d", "BatchNorm1d", "FastLinear"]),
-    ),
     **{
         # By our kernel, or by oneDNN with a stride that the kernel does not take.
         f"several outputs of each channel, {stride} apart": (
