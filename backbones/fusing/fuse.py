@@ -261,7 +261,7 @@ class FusableBackbone(Int8Model, nn.Module):
         With ``torch.int8``, linear layers and pointwise convolutions compute in int8: weights have
         a scale for each output, inputs one for each row, or fixed ones of a calibration. Everything
         else, and layers whose blocks have a kernel of their own, computes as before, with
-        parameters, maps and images in bfloat16 where the CPU multiplies it, else in float32;
+        parameters, maps and images in bfloat16 on CPUs with such instructions, else in float32;
         :attr:`precision` lists the layers. Where int8 is not faster (no AVX512-VNNI, AVX-VNNI, AMX
         or SDOT), the model stays in float32 and a warning says so, once.
 

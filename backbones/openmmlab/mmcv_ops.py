@@ -1,11 +1,15 @@
 """Replacement of mmcv's compiled operators by torchvision's, where available.
 
 ``mmcv-lite`` lacks mmcv's extension ``mmcv._ext``, which mmdet imports anyway. This replacement
-computes the same values; operators that torchvision lacks raise an error when called.
+computes the same values; operators that torchvision lacks raise an error when called. Where mmcv
+is compiled, torchvision's operators run on CPUs only: mmcv's lack bfloat16 and focal loss there,
+and its RoIAlign reads channels-last maps as if they were contiguous, which gives wrong values.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -22,16 +26,35 @@ _NAME = "mmcv._ext"
 
 
 def install() -> bool:
-    """Install the replacement as ``mmcv._ext``, unless the compiled extension is available.
+    """Install the replacement as ``mmcv._ext``, or inside a compiled extension for CPUs.
 
-    Call it before ``mmcv.ops`` is imported. Returns whether the replacement is in use.
+    Call it before ``mmcv.ops`` is imported. Returns whether mmcv is without its compiled extension.
     """
     present = sys.modules.get(_NAME)
     if present is None and importlib.util.find_spec(_NAME) is None:
         present = sys.modules[_NAME] = _StandIn(_NAME, __doc__)
         # mmengine uses the loader to detect whether mmcv is compiled, which it is not.
         present.__spec__ = ModuleSpec(_NAME, None)
-    return isinstance(present, _StandIn)
+    present = present or importlib.import_module(_NAME)
+    if isinstance(present, _StandIn):
+        return True
+    for name in _OPERATORS.keys() & vars(present).keys():
+        compiled = getattr(present, name)
+        if not hasattr(compiled, "__wrapped__"):
+            setattr(present, name, _for_cpus(_OPERATORS[name], compiled))
+    return False
+
+
+def _for_cpus(ours: Callable[..., Any], compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """``ours`` for tensors on a CPU, unless it lacks the call; otherwise ``compiled``."""
+
+    @functools.wraps(compiled)
+    def operator(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.is_cpu and kwargs.get("pool_mode", 1) == 1:
+            return ours(x, *args, **kwargs)
+        return compiled(x.contiguous(), *args, **kwargs)
+
+    return operator
 
 
 def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:

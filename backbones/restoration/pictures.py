@@ -315,5 +315,5 @@ def _tifffile(kind: str) -> Any:
     try:
         import tifffile
     except ImportError:
-        raise PictureError(f"{kind} needs pip install tifffile") from None
+        raise PictureError(f"{kind} needs tifffile: pip install tifffile") from None
     return tifffile

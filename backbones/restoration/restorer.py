@@ -80,7 +80,9 @@ def _keywords(arguments: str) -> dict[str, Any]:
     except ValueError as error:
         raise DataError(f"--model-args {shown(arguments)} is not YAML: {error}") from error
     if keywords is not None and not isinstance(keywords, dict):
-        raise DataError(f"--model-args must be such as '{{upscale: 1}}', not {shown(arguments)}")
+        raise DataError(
+            f"--model-args must be a mapping such as '{{upscale: 1}}', not {shown(arguments)}"
+        )
     return {str(key): value for key, value in (keywords or {}).items()}
 
 
@@ -90,5 +92,5 @@ def parse_size(text: str) -> int:
     unit = " KMGT".index(match[2].upper() or "M") if match is not None else 0
     size = float(match[1]) * 1024**unit if match is not None else 0
     if not 1 <= size < sys.maxsize:
-        raise DataError(f"--max-memory must be such as 800M or 2G, not {shown(text)}")
+        raise DataError(f"--max-memory must be a size such as 800M or 2G, not {shown(text)}")
     return int(size)

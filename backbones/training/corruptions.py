@@ -48,7 +48,9 @@ class Corruption:
         try:
             from imagecorruptions import corrupt, get_corruption_names
         except ImportError:
-            raise RecipeError("corruptions need pip install imagecorruptions-imaug") from None
+            raise RecipeError(
+                "corruptions need a package: pip install imagecorruptions-imaug"
+            ) from None
         known = get_corruption_names("all")
         if name not in known or not 1 <= severity <= 5:
             raise RecipeError(

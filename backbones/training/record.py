@@ -215,7 +215,7 @@ def _module(name: str, package: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise RecipeError(f"{package} needs pip install {package}") from None
+        raise RecipeError(f"{package} is missing: pip install {package}") from None
 
 
 def _start_wandb(wandb: Any, folder: Path, recipe: Recipe) -> Any:

@@ -115,6 +115,7 @@
       && (!family.value || row.family === family.value)
       && (!batch.value || row.batch === Number(batch.value))
       && (!threads.value || row.threads === Number(threads.value))
+      && (!dtype.value || row.cells[dtype.value] !== null)
       && (!losses.checked || loses(row)));
   }
 

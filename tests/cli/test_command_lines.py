@@ -209,7 +209,7 @@ REFUSED = [
         "upscale photos --out out --model van_b0",
         "van_b0 does not output images: use one",
     ),
-    ("{u} --model-args [1] photos", "--model-args must be such as"),
+    ("{u} --model-args [1] photos", "--model-args must be a mapping"),
     ('{u} --model-args {"dim":-5} photos', "dim must be in 1"),
     ("upscale photos --out out --model hat_x4", "HAT_SRx4_ImageNet-pretrain.pth in http"),
     ("upscale photos --out out --model hat_x4 --checkpoint no", "there is no checkpoint no"),

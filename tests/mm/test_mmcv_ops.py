@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 
 import mmcv
 import pytest
 import torch
+import torchvision
 from mmcv.ops import RoIAlign, nms, sigmoid_focal_loss, soft_nms
 from torch.nn import functional as F
 
@@ -88,13 +88,17 @@ def test_other_operators_explain_themselves():
         soft_nms(torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([1.0]))
 
 
-def test_compiled_operators_are_left_alone(tmp_path, monkeypatch):
-    """Imported already, or merely found on mmcv's path."""
-    assert mmcv_ops.install()  # where there are none
-    compiled = ModuleType("mmcv._ext")
-    monkeypatch.setitem(sys.modules, "mmcv._ext", compiled)
-    assert not mmcv_ops.install() and sys.modules["mmcv._ext"] is compiled
+def test_compiled_operators_serve_gpus_and_maxima(tmp_path, monkeypatch):
+    """On a CPU they lack bfloat16, and read channels-last maps as if these were contiguous."""
+    (tmp_path / "_ext.py").write_text(
+        "def roi_align_forward(x, *args, pool_mode):\n    return x.is_contiguous()\n"
+    )
+    monkeypatch.setattr(mmcv, "__path__", [str(tmp_path), *mmcv.__path__])
     monkeypatch.delitem(sys.modules, "mmcv._ext")
-    (tmp_path / "_ext.py").write_text("")
-    monkeypatch.setattr(mmcv, "__path__", [*mmcv.__path__, str(tmp_path)])
-    assert not mmcv_ops.install() and "mmcv._ext" not in sys.modules
+    assert not mmcv_ops.install() and not mmcv_ops.install()
+    operator = sys.modules["mmcv._ext"].roi_align_forward
+    x, out = torch.rand(1, 3, 4, 4).to(memory_format=torch.channels_last), torch.empty(1, 3, 1, 1)
+    whole = (torch.tensor([[0.0, 0, 0, 4, 4]]), out, None, None, 1, 1, 1.0, 4)
+    assert operator(x, *whole, pool_mode=1, aligned=False) is None
+    torch.testing.assert_close(out, torchvision.ops.roi_align(x, whole[0], 1, 1.0, 4))
+    assert operator(x, pool_mode=0) and operator(x.to("meta"), pool_mode=1)

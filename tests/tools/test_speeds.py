@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,6 +62,20 @@ def test_the_newest_row_counts_and_earlier_ones_fill_gaps(tool, docs):
     # A loss of an earlier row is not forgotten, and ratios are of one row.
     assert found.over["float32"] == (pytest.approx(0.9), "openvino")
     assert found.ratios == {"eager": 4.0, "OpenVINO": pytest.approx(0.9)}
+
+
+def test_processors_are_found_by_the_names_that_they_report():
+    known = json.loads((DOCS / "performance" / "cpus.json").read_text())["processors"]
+    for isa, names in {
+        "amx": "Xeon(R) Platinum 8488C; Xeon(R) Gold 6430; XEON(R) 6747P; m7i",
+        "avx512bf16": "Ryzen 9 9950X 16-Core; Ryzen 7 7840U; Ryzen 7 8845HS; EPYC 9R14; EPYC 4565P",
+        "avx512": "Core(TM) i7-1065G7; Core(TM) i9-10980XE; i7-11700K; Xeon(R) Gold 6338",
+        "avx2": "Core(TM) i7-8700; Ryzen 5 5600X; Ryzen 7 7730U; EPYC 7R32; Xeon(R) CPU E5-2680 v4",
+        **{"neonbf16": "Apple M2; Apple M4 Max; Graviton4; m7g", "neon": "Apple M1 Pro; m6g"},
+    }.items():
+        for name in names.lower().split("; "):
+            found = [each for each in known if re.search(each["pattern"], name)]
+            assert [each["instruction_set"] for each in found] == [isa], name
 
 
 def test_cpus_and_restrictions_stand_apart(tool, docs):

@@ -31,6 +31,3 @@ def test_from_measurement_to_row(tools, tmp_path, monkeypatch):
     measured = {name for name, row in rows.items() if row.fused_ms is not None}
     assert measured == {"efficientvit_m0", "shvit_s4"}
     assert rows["shvit_s4"].latency_size == rows["shvit_s4"].top1_size == 256
-    for name in measured:
-        assert rows[name].latency_ms > 0 and rows[name].fused_ms > 0
-    assert all({"date", "kernels"} <= row.keys() for row in report["results"])
