@@ -59,7 +59,7 @@ class CompiledKernels(BuildHookInterface):
         """``ziglang`` if there is no compiler; for editable installs as well, which look alike."""
         with _engine(Path(self.root)) as engine:
             target = self._target(engine)
-            if target is None or not engine.settings.is_switched_on():
+            if target is None or not engine.instruction_sets.is_switched_on():
                 return []
             try:
                 _find_compilers(engine, target)
@@ -92,7 +92,7 @@ class CompiledKernels(BuildHookInterface):
 
     def _compile(self, engine: types.SimpleNamespace, target: _Target) -> list[Path]:
         """Compile the libraries, or reuse those cached in ``build`` for the same sources."""
-        if not engine.settings.is_switched_on():
+        if not engine.instruction_sets.is_switched_on():
             return []
         try:
             compilers = _find_compilers(engine, target)
@@ -174,7 +174,7 @@ def _find_compilers(engine: types.SimpleNamespace, target: _Target) -> list[list
 @contextmanager
 def _engine(root: Path) -> Iterator[types.SimpleNamespace]:
     """Modules of ``ops.cpu``, without importing the packages, since torch is not available."""
-    names = ("build.compiler", "build.sources", "instruction_sets", "settings")
+    names = ("build.compiler", "build.sources", "instruction_sets")
     before = {k: v for k, v in sys.modules.items() if k.partition(".")[0] == "ops"}
     for name in before:
         del sys.modules[name]
