@@ -20,7 +20,7 @@ import backbones
 from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
-from ops.neighborhood import BACKENDS, NAParams, NeighborhoodAttention2D
+from ops.neighborhood import BACKENDS, Inputs, NAParams, NeighborhoodAttention2D
 
 
 @dataclass
@@ -173,5 +173,5 @@ def _attend_in_windows(module: Any, qkv: Tensor) -> Tensor:
     query, key, value = qkv.unflatten(-1, (3, module.num_heads, -1)).unbind(dim=-3)
     kernel_size, stride, dilation, rpb = module.window(query.shape[1:-2])
     params = NAParams(kernel_size, stride, dilation, module.is_causal, module.scale, False)
-    out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
+    out, _ = BACKENDS["reference"].attend(Inputs(query, key, value, rpb=rpb), params)
     return out.flatten(-2)

@@ -48,7 +48,7 @@ def to_channels_last(model: nn.Module, *, always: bool) -> bool:
         _warn_not_faster(weight.dtype)
     keep_freed_memory()
     for module in model.modules():
-        fast = layers.forms.get(type(module))
+        fast = layers.FORMS.get(type(module))
         # Blocks' forms pass more than a map to their attention; token pooling only applies to the
         # map.
         if fast is not None and not hasattr(module, "token_pooling") and _has_kernels(fast, weight):

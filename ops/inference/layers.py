@@ -35,6 +35,7 @@ from ops.inference.packed_linear import (
 from ops.replay.changes import TensorSnapshot
 
 __all__ = [
+    "FORMS",
     "ActivatedLayer",
     "FastConv2d",
     "FastForm",
@@ -42,7 +43,6 @@ __all__ = [
     "FastLinear",
     "convert",
     "fast_path_applies",
-    "forms",
     "has_onednn",
     "is_quantized",
     "plain_forms",
@@ -52,7 +52,7 @@ __all__ = [
 Module = TypeVar("Module", bound=nn.Module)
 Form = TypeVar("Form", bound=type[nn.Module])
 
-forms: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that they stand for
+FORMS: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that they stand for
 
 _MOST_SHAPES = 16  # whose layouts of a weight are kept, as many as there are replays
 
@@ -74,7 +74,7 @@ def stands_for(plain: type[nn.Module]) -> Callable[[Form], Form]:
 
     def register(form: Form) -> Form:
         form.stands_for = plain  # type: ignore[attr-defined]
-        forms[plain] = form
+        FORMS[plain] = form
         return form
 
     return register

@@ -6,7 +6,7 @@ backend; ``modules.py`` has the layers; the other files are backends and code th
 
 from __future__ import annotations
 
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import Inputs, NAParams
 from ops.neighborhood.as_natten import correct_dinat, install_as_natten
 from ops.neighborhood.functional import BACKENDS, na1d, na2d, na3d
 from ops.neighborhood.modules import (
@@ -31,6 +31,7 @@ from ops.neighborhood.split import (
 
 __all__ = [
     "BACKENDS",
+    "Inputs",
     "NAParams",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",

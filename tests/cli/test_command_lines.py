@@ -212,7 +212,7 @@ REFUSED = [
     ("{u} --model-args [1] photos", "--model-args must be a mapping"),
     ('{u} --model-args {"dim":-5} photos', "dim must be in 1"),
     ("upscale photos --out out --model hat_x4", "HAT_SRx4_ImageNet-pretrain.pth in http"),
-    ("upscale photos --out out --model hat_x4 --checkpoint no", "there is no checkpoint no"),
+    ("upscale photos --out out --model hat_x4 --checkpoint no", "no checkpoint at no"),
     ("benchmark --against no_such_package", "No module named"),
     ("benchmark --against json", "json has no function create_model"),
     ("benchmark --against none.py", "there is no file"),
