@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from backbones.cli.cam import grad_cam
 from backbones.cli.common import read_labels
-from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.common import images
 from backbones.common.arguments import nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
@@ -42,15 +42,12 @@ from backbones.common.tables import table
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, load, preprocessing
-from backbones.core.stage import map_of, with_map
 
 EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png"
 
 _PICTURES = 24
 _CSV_HEAD = ("image", "place", "class", "name", "confidence", "error")
 _HEAT, _STRENGTH = "inferno", 0.6
-# Coarser maps don't localise anything.
-_LEAST_SIDE = 4
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -142,7 +139,7 @@ class Prediction:
         ranked: (class, confidence) pairs, the most likely first.
         error: why the image could not be read; then the other fields are empty.
         image: (C, H, W) in uint8, as resized for the model; only for pictures, like ``heat``.
-        heat: (H, W) in 0 … 1, see :func:`grad_cam`.
+        heat: (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
     """
 
     path: Path
@@ -230,65 +227,6 @@ def _classify(
     ranks = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     for prediction, (classes, confidences) in zip(predictions, ranks, strict=True):
         prediction.ranked = list(zip(classes, confidences, strict=True))
-
-
-def grad_cam(
-    model: StagedBackbone, images: Tensor, classes: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Grad-CAM heat maps: a feature map's channels, weighted by the gradient of one logit.
-
-    Ramprasaath R. Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via
-    Gradient-based Localization", https://arxiv.org/abs/1610.02391.
-
-    Works for every family, since all stages return maps (B, C, h, w). It uses the last map of 4 × 4
-    or larger, which is the last stage's at the usual input sizes.
-
-    Args:
-        images: (B, C, H, W).
-        classes: (B,); default: the most likely class of each image.
-
-    Returns:
-        Logits (B, num_classes), and heat (B, H, W) in 0 … 1, where 0 means no evidence.
-    """
-    field = ReceptiveField()
-    with torch.no_grad(), follow(model, field):
-        outputs = [model.stem(images)]
-        grids = [(field.start, field.stride)]
-        for stage in model.stages:
-            outputs.append(stage(outputs[-1]))
-            grids.append((field.start, field.stride))
-    sides = [min(map_of(output).shape[2:]) for output in outputs]
-    # The stem's map is not a candidate; outputs[i + 1] is that of stage i.
-    taken = max((i for i in range(1, len(outputs)) if sides[i] >= _LEAST_SIDE), default=1)
-    with torch.enable_grad():
-        features = map_of(outputs[taken]).detach().requires_grad_()
-        last = with_map(outputs[taken], features)
-        for stage in list(model.stages)[taken:]:
-            last = stage(last)
-        logits = model.forward_head(model.norm(map_of(last)))
-        chosen = logits.argmax(1) if classes is None else classes
-        score = logits.gather(1, chosen[:, None]).sum()
-        (gradient,) = torch.autograd.grad(score, features)
-    weights = gradient.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
-    heat = (weights * features.detach()).sum(1).relu()  # (B, h, w)
-    heat = upsample_heat(heat, images.shape[2:], *grids[taken])  # (B, H, W)
-    peak = heat.amax(dim=(1, 2), keepdim=True)
-    return logits.detach(), heat / peak.clamp(min=torch.finfo(heat.dtype).tiny)
-
-
-def upsample_heat(heat: Tensor, size: Sequence[int], start: float, stride: int) -> Tensor:
-    """Interpolate heat from the cells of a map to pixels: (B, h, w) → (B, H, W).
-
-    Linear between the centres of the cells, which are ``start + i * stride`` pixels from the edge
-    (see :class:`ReceptiveField`), and constant beyond the outermost.
-    """
-    for axis, side in zip((1, 2), size, strict=True):
-        cells = torch.arange(heat.shape[axis], device=heat.device)
-        pixels = torch.arange(side, device=heat.device) + 0.5
-        places = ((pixels - start) / stride).clamp(0, len(cells) - 1)
-        shares = (1 - (places[:, None] - cells).abs()).clamp(min=0).to(heat)  # (side, cells)
-        heat = torch.einsum("pc,bcw->bpw" if axis == 1 else "pc,bhc->bhp", shares, heat)
-    return heat
 
 
 def _as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from gradient_law import FORMATS
 from torch import Tensor, nn
 from zoo import CLASSIFIERS, images, randomise, small
 
-from backbones.cli.predict import grad_cam, upsample_heat
+from backbones.cli.cam import grad_cam, upsample_heat
 from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.stage import map_of
 from backbones.overlock import OverviewStage
