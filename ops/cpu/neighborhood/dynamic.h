@@ -64,7 +64,7 @@ class DynamicWeights {
                       static_cast<const T*>(t.key) + image * p.key_stride[0] +
                           head * p.key_stride[1],
                       t.weight, pitch_, scratch_, mapped_);
-    if constexpr (P::COUNT == 2) pair_channels();
+    if constexpr (P::COUNT == 2) pair_channels<P>();
   }
 
   // Those of a row of queries; rows are asked for in order.
@@ -83,12 +83,13 @@ class DynamicWeights {
  private:
   static constexpr int64_t QUERIES = 48;  // at a time, so that few of them are computed one by one
 
+  template <class Pairs>
   void pair_channels() {
     for (int64_t k = 0; k < steps_; k++) {
       const float* const first = mapped_ + 2 * k * pitch_;
       for (int64_t c = 0; c < pitch_; c += W) {
         const F second = 2 * k + 1 < p_.depth ? simd::load(first + pitch_ + c) : simd::zero();
-        simd::store(mapped_ + k * pitch_ + c, P::pack(simd::load(first + c), second));
+        simd::store(mapped_ + k * pitch_ + c, Pairs::pack(simd::load(first + c), second));
       }
     }
   }
