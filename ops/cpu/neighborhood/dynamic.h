@@ -115,7 +115,16 @@ class DynamicWeights {
     for (size_t b = 0; b < R * p_.keys * sizeof(B); b += CACHE_LINE) __builtin_prefetch(next + b);
     F most[R], sum[R];
     for (int r = 0; r < R; r++) most[r] = simd::set1(-std::numeric_limits<float>::infinity());
-    multiply<R, weights::VECTORS>(rows, bias, logits, most);
+    const int rest = static_cast<int>((p_.keys - 1) % W + 1);
+    const auto from_table = [&](int r, int64_t c) VB_INLINE_LAMBDA {
+      if (c + W < pitch_) return simd::load_as_float(bias[r] + c);
+      return simd::get(bias[r] + c, rest) + end_;
+    };
+    const auto keep = [&](int r, int64_t c, F logit) VB_INLINE_LAMBDA {
+      simd::store(logits + r * pitch_ + c, logit);
+      most[r] = simd::max(most[r], logit);
+    };
+    weights::multiply<R, P>(steps_, rows, mapped_, pitch_, from_table, keep);
     const F scale = simd::set1(softmax::LOG2E);
     for (int r = 0; r < R; r++) {
       most[r] = simd::set1(-softmax::LOG2E * softmax::largest(most[r]));
@@ -135,48 +144,6 @@ class DynamicWeights {
       }
     }
     for (int r = 0; r < R; r++) factors_[place + r] = 1.f / simd::reduce_add(sum[r]);
-  }
-
-  // The logits of R queries, and the largest ones in any lanes.
-  template <int R, int V>
-  VB_INLINE void multiply(const float* rows, const B* const (&bias)[R], float* logits, F (&most)[R],
-                          int64_t c = 0) {
-    const int rest = static_cast<int>((p_.keys - 1) % W + 1);
-    for (; c + V * W <= pitch_; c += V * W) {
-      F sum[R][V];
-      VB_UNROLL
-      for (int r = 0; r < R; r++) {
-        VB_UNROLL
-        for (int v = 0; v < V; v++) {
-          const B* const at = bias[r] + c + v * W;
-          const bool is_last = c + (v + 1) * W == pitch_;
-          sum[r][v] = is_last ? simd::get(at, rest) + end_ : simd::load_as_float(at);
-        }
-      }
-      const float* from = mapped_ + c;
-      for (int64_t k = 0; k < steps_; k++, from += pitch_) {
-        F keys[V];
-        VB_UNROLL
-        for (int v = 0; v < V; v++) keys[v] = simd::load(from + v * W);
-        VB_UNROLL
-        for (int r = 0; r < R; r++) {
-          const F q = simd::set1(rows[r * steps_ + k]);
-          VB_UNROLL
-          for (int v = 0; v < V; v++) P::add_product(sum[r][v], q, keys[v]);
-        }
-      }
-      VB_UNROLL
-      for (int r = 0; r < R; r++) {
-        VB_UNROLL
-        for (int v = 0; v < V; v++) {
-          simd::store(logits + r * pitch_ + c + v * W, sum[r][v]);
-          most[r] = simd::max(most[r], sum[r][v]);
-        }
-      }
-    }
-    if constexpr (V > 1) {
-      if (c < pitch_) multiply<R, V / 2>(rows, bias, logits, most, c);
-    }
   }
 
   const weights::Problem& p_;

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include "common/dot.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -35,9 +36,10 @@ struct Tensors {
 constexpr int64_t QUERIES = 64;  // of a task at least, which maps the keys of its head
 constexpr int VECTORS = 4;       // of keys at a time
 
-// Products of R queries, [R][depth], and keys, [depth][pitch], from the c-th key on. Sums of a
-// vector of keys begin with begin(r, c) and are passed to finish(r, c, sum).
-template <int R, int V = VECTORS, class Begin, class Finish>
+// Products of R queries, [R][depth], and keys, [depth][pitch], from the c-th key on, of Floats or of
+// Pairs of channels. Sums of a vector of keys begin with begin(r, c) and are passed to
+// finish(r, c, sum).
+template <int R, class P = simd::Floats, int V = VECTORS, class Begin, class Finish>
 static VB_INLINE void multiply(int64_t depth, const float* query, const float* key, int64_t pitch,
                                const Begin& begin, const Finish& finish, int64_t c = 0) {
   for (; c + V * W <= pitch; c += V * W) {
@@ -56,7 +58,7 @@ static VB_INLINE void multiply(int64_t depth, const float* query, const float* k
       for (int r = 0; r < R; r++) {
         const F q = simd::set1(query[r * depth + k]);
         VB_UNROLL
-        for (int v = 0; v < V; v++) sum[r][v] = simd::fma(q, keys[v], sum[r][v]);
+        for (int v = 0; v < V; v++) P::add_product(sum[r][v], q, keys[v]);
       }
     }
     VB_UNROLL
@@ -66,7 +68,7 @@ static VB_INLINE void multiply(int64_t depth, const float* query, const float* k
     }
   }
   if constexpr (V > 1) {
-    if (c < pitch) multiply<R, V / 2>(depth, query, key, pitch, begin, finish, c);
+    if (c < pitch) multiply<R, P, V / 2>(depth, query, key, pitch, begin, finish, c);
   }
 }
 
