@@ -28,24 +28,17 @@ template <class T>
 static VB_INLINE void gather(const T* in, int64_t pitch, int lanes, int count, float* out) {
   for (int i = 0; i < count; i += W) {
     const int tokens = std::min(W, count - i);
-    float copied[W][W];
-    const float* rows[W];
-    bool direct = false;
     if constexpr (std::is_same_v<T, float>) {
-      direct = lanes == W && tokens == W && pitch * sizeof(T) % SET_BYTES != 0;
-      VB_UNROLL
-      for (int l = 0; l < W; l++) rows[l] = direct ? in + l * pitch + i : copied[l];
-    } else {
-      VB_UNROLL
-      for (int l = 0; l < W; l++) rows[l] = copied[l];
+      if (lanes == W && tokens == W && pitch * sizeof(T) % SET_BYTES != 0) {
+        simd::transpose(in + i, pitch, out + i * W, W, W);
+        continue;
+      }
     }
-    for (int l = 0; l < W && !direct; l++) {
+    float copied[W][W];
+    for (int l = 0; l < W; l++) {
       simd::store(copied[l], l < lanes ? simd::get(in + l * pitch + i, tokens) : simd::zero());
     }
-    F columns[W];
-    simd::transpose(rows, columns);
-    VB_UNROLL
-    for (int j = 0; j < W; j++) simd::store(out + (i + j) * W, columns[j]);
+    simd::transpose(copied[0], W, out + i * W, W, W);
   }
 }
 
@@ -121,20 +114,32 @@ struct Sequences {
   T* out(const Block& b) const {
     return static_cast<T*>(t.out) + ((image * p.groups + group) * p.dim + b.first) * p.tokens;
   }
-  // Prefetches the chunk from a token on: so many rows defeat the hardware prefetcher.
+  // Prefetches the chunk from a token on: so many rows defeat the hardware prefetcher. Of the next
+  // block, whose rows need not be close, it prefetches two rows at a time.
   VB_INLINE void fetch(const Block& b, int64_t first) {
-    if (first >= p.tokens) return;
-    const int64_t last = std::min(first + CHUNK, p.tokens) - 1;  // in the line that it enters
-    const T *u = row(t.u, b.first) + last, *delta = row(t.delta, b.first) + last;
-    T* to = out(b) + last;
-    for (int l = 0; l < b.lanes; l++) {
-      __builtin_prefetch(u + l * t.u.row, memory::READ, L2);
-      __builtin_prefetch(delta + l * t.delta.row, memory::READ, L2);
-      __builtin_prefetch(to + l * p.tokens, memory::WRITE, L2);
+    const T *const u = row(t.u, b.first), *const delta = row(t.delta, b.first);
+    T* const to = out(b);
+    const auto fetch_row = [&](int64_t l, int64_t token) VB_INLINE_LAMBDA {
+      __builtin_prefetch(u + l * t.u.row + token, memory::READ, L2);
+      __builtin_prefetch(delta + l * t.delta.row + token, memory::READ, L2);
+      __builtin_prefetch(to + l * p.tokens + token, memory::WRITE, L2);
+    };
+    const int64_t next = W + 2 * (first / CHUNK - 1);
+    for (int64_t l = next; l < std::min<int64_t>(next + 2, 2 * W); l++) {
+      fetch_row(l, 0);
+      fetch_row(l, std::min<int64_t>(CHUNK, p.tokens) - 1);
+    }
+    const bool ends = first >= p.tokens;
+    // In the line that a chunk enters; after the last block, of the next group.
+    const int64_t last = std::min(first + CHUNK, p.tokens) - 1;
+    if (!ends) {
+      for (int l = 0; l < b.lanes; l++) fetch_row(l, last);
+    } else if (b.first + W < p.dim) {
+      return;
     }
     for (int64_t n = 0; n < p.states; n++) {
-      __builtin_prefetch(row(t.before, n) + last);
-      __builtin_prefetch(row(t.after, n) + last);
+      __builtin_prefetch(row(t.before, n) + (ends ? t.before.group : last));
+      __builtin_prefetch(row(t.after, n) + (ends ? t.after.group : last));
     }
   }
 };
