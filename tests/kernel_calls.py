@@ -36,6 +36,7 @@ from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.norms import response_scales, rms_norm
 from ops.cpu.norm.softmax import attention_weights, biased_softmax
 from ops.cpu.pooling.window_means import window_means
+from ops.cpu.pooling.window_pool import window_pool
 from ops.cpu.scan.gated_scan import gated_scan, gated_scan_backward, mixed_scan, normed_scan
 from ops.cpu.selective.selective_scan import (
     map_scan,
@@ -277,6 +278,10 @@ CALLS: dict[str, _Call] = {
         *(nhwc_from_nchw, "nchw", "x"), nchw=_f(2, 75, 19, 21), x=_nhwc(_f(2, 75, 19, 21, seed=1))
     ),
     "window_means": lambda: _of(window_means, "x", x=_f(2, 19, 31, 75), window_size=[4, 5]),
+    "window_pool": lambda: _of(
+        *(window_pool, "x"), x=_f(2, 19, 31, 75), window_size=[3, 5], stride=[2, 3],
+        padding=[1, 2], size=[10, 11],
+    ),
     "gated_attention": lambda: _of(gated_attention, "qkvo", "bias", **_gated()),
     "rank_augmented_attention": lambda: _of(rank_augmented_attention, "qkvo", "bias", **_gated()),
     "cascaded_attention": lambda: _of(cascaded_attention, "x", **_cascaded()),

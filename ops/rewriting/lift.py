@@ -18,6 +18,7 @@ from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
 from ops.cpu.norm.norms import rms_norm
 from ops.cpu.pooling.window_means import window_means
+from ops.cpu.pooling.window_pool import window_pool
 from ops.inference.conv import FastDepthwiseConv2d, FastMultipliedConv2d
 from ops.inference.layers import FastConv2d, FastLinear
 from ops.inference.norm import FastLayerNorm
@@ -191,7 +192,7 @@ def put_convolution(
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return tuple(value) if len(value) == 2 else (value[0], value[0])
+    return (value[0], value[-1])
 
 
 def _layer_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
@@ -267,6 +268,29 @@ def _mean(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bo
     return {a % 4 for a in axes} == {2, 3} and _pool(graph, operator, x, given["keepdim"])
 
 
+def _window_pool(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    x, size = given["self"], operator.result.shape
+    plain = _pair(given.get("dilation", [1])) == (1, 1) and given.get("divisor_override") is None
+    if not plain or len(x.shape) != 4 or not x.shape.numel():
+        return False
+    if not is_available(window_pool, x.dtype):
+        return False
+    sides = [_pair(given[name] or given["kernel_size"]) for name in ("kernel_size", "stride")]
+    means = operator.function is _aten.avg_pool2d.default
+    options = (
+        *sides,
+        _pair(given["padding"]),
+        size[2:],
+        means,
+        means and given["count_include_pad"],
+    )
+    pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
+    shape = (size[0], *size[2:], size[1])
+    made = graph.insert_before(operator, window_pool, pixels, *options, shape=shape)
+    graph.replace(operator, _aten.permute.default, made, NCHW)
+    return True
+
+
 def _attention(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
     q, k, v = (given[name] for name in ("query", "key", "value"))
     mask = given["attn_mask"]
@@ -338,5 +362,7 @@ _RULES: dict[Any, Callable[[OperatorGraph, Operator, dict[str, Any]], bool]] = {
     _aten.batch_norm.default: _batch_norm,
     _aten.adaptive_avg_pool2d.default: _adaptive_pool,
     _aten.mean.dim: _mean,
+    _aten.max_pool2d.default: _window_pool,
+    _aten.avg_pool2d.default: _window_pool,
     _aten.scaled_dot_product_attention.default: _attention,
 }

@@ -387,6 +387,18 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         for size, pooling in (((3, 7), "FastAdaptiveAvgPool2d"), ((2, 7), "adaptive_avg_pool2d"))
     },
     **{
+        f"{pool.__name__} of {options}": (
+            lambda m, x, pool=pool, options=options: pool(x, **options),
+            *({}, IMAGE, [left]),
+        )
+        for pool, options, left in (
+            (F.max_pool2d, {"kernel_size": 3, "stride": 2, "padding": 1}, "window_pool"),
+            (F.max_pool2d, {"kernel_size": 3, "stride": 2, "ceil_mode": True}, "window_pool"),
+            (F.max_pool2d, {"kernel_size": 2, "dilation": 2}, "max_pool2d"),
+            (F.avg_pool2d, {"kernel_size": 2, "divisor_override": 3}, "avg_pool2d"),
+        )
+    },
+    **{
         f"products before {softmaxes} softmaxes with a table, in parts of {sizes}": (
             lambda m, x, sizes=sizes, count=softmaxes: _products(m, x, sizes, count),
             _weights(table=(16, 7, 7), map=(7, 7)),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
 from ops.cpu.pooling.window_means import window_means
+from ops.cpu.pooling.window_pool import window_pool
 from ops.rewriting.lift import FastAdaptiveAvgPool2d
 
 OF_MAPS = {
@@ -67,6 +68,31 @@ def test_is_the_mean(dtype, batch, size, channels, window_size, layout) -> None:
     expected = _plain(x, tuple(map(min, window_size, size)))
     assert out.dtype == dtype and out.is_contiguous()
     _assert_near(out, expected)
+
+
+@settings(max_examples=80)
+@given(
+    **OF_MAPS,
+    window_size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.integers(1, 4),
+    pads=st.booleans(),
+    means=st.sampled_from([None, False, True]),
+    ceil_mode=st.booleans(),
+)
+def test_is_the_pooling(dtype, batch, size, channels, window_size, stride, pads, means, ceil_mode):
+    x = random(batch, *(n + 4 for n in size), channels).to(dtype)
+    x[:, 1, 2, 0] = torch.nan
+    padding = [w // 2 * pads for w in window_size]
+    args, images = (window_size, stride, padding, ceil_mode), x.double().permute(0, 3, 1, 2)
+    if means is None:
+        expected = F.max_pool2d(images, *args[:3], ceil_mode=ceil_mode)
+    else:
+        expected = F.avg_pool2d(images, *args, count_include_pad=means)
+    counted = (means is not None, bool(means))
+    out = window_pool(x, window_size, [stride] * 2, padding, expected.shape[2:], *counted)
+    expected = expected.permute(0, 2, 3, 1)
+    assert torch.equal(out.isnan(), expected.isnan())
+    _assert_near(out.nan_to_num(), expected.nan_to_num())
 
 
 def test_means_of_many_pixels_keep_their_digits() -> None:
