@@ -27,6 +27,7 @@ from backbones.training.distillation import StudentWithExits
 from backbones.training.optimization import images_per_update, learning_rate
 from backbones.training.recipe import Recipe, differences
 
+_FORMAT = 1  # of last.pt; files without one are of this format
 _COUNTERS = ("epoch", "step", "updates", "skipped", "history", "best", "seconds", "waited")
 # Keys that determine the tensors and the optimizer's groups.
 _STRUCTURE = (
@@ -114,7 +115,8 @@ class Resumable(ABC):
         state |= {
             name: parallel.full_state(part.state_dict()) for name, part in self.parts().items()
         }
-        state |= {"ranks": ranks, "recipe": dataclasses.asdict(self.recipe)}
+        recipe = dataclasses.asdict(self.recipe)
+        state |= {"ranks": ranks, "recipe": recipe, "format": _FORMAT}
         if self.world.is_main:
             save_state(self.folder / "last.pt", state, validated)
 
@@ -275,6 +277,11 @@ def load_state(path: Path) -> dict[str, Any]:
         raise FileError(str(error)) from error
     if not isinstance(state, dict) or "model" not in state:
         raise FileError(f"{path} has no training state (no 'model' in it)")
+    if state.get("format", _FORMAT) != _FORMAT:
+        raise FileError(
+            f"{path} has format {state['format']}, this version reads {_FORMAT}: resume with the "
+            "version that wrote it, or a newer one"
+        )
     return state
 
 

@@ -48,6 +48,7 @@ def test_no_file(path):
 def test_a_foreign_file(path):
     for state, said in (
         ({"weights": torch.zeros(1)}, "has no training state"),
+        ({"model": {}, "format": 2}, "has format 2, this version reads 1: resume with"),
         ({"model": Malicious()}, "more than tensors .*: eval; it was not executed"),
     ):
         torch.save(state, path)
