@@ -194,11 +194,11 @@ def find_images(places: Sequence[Path]) -> tuple[list[Path], images.Skipped]:
     skipped = images.Skipped()
     for place in places:
         if place.is_dir():
-            inside = images.list_below(place)
-            if not inside.images:
+            inside, others = images.list_below(place)
+            if not inside:
                 raise CommandError(f"no images in {place}")
-            found += (place / name for name in inside.images)
-            skipped.add([str(place / name) for name in inside.others])
+            found += (place / name for name in inside)
+            skipped.add([str(place / name) for name in others])
         elif os.path.lexists(place):
             found.append(place)
         else:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from backbones.common.arguments import nonempty, nonempty_path
@@ -22,7 +21,6 @@ from backbones.common.outputs import (
     require_writable,
 )
 from backbones.embedding.sheet import Thumbnails
-from backbones.embedding.sources import image_files
 from backbones.embedding.table import METADATA, count_rows, metadata, shard_paths
 
 
@@ -70,18 +68,9 @@ def check_outputs(
     }
     if columns:
         outputs["--csv"] = (options.csv, csv_of(*columns))
-    made_of = (file for folder in tables for file in _made_of(folder, options.source))
-    require_writable(outputs, itertools.chain(inputs, made_of), options.overwrite)
+    described = (folder / METADATA for folder in tables)
+    require_writable(outputs, [*inputs, *described], options.overwrite)
     return path
-
-
-def _made_of(folder: Path, source: Sequence[str]) -> Iterator[Path]:
-    """The files of a table, its weights, and the files and folders of its images."""
-    yield from (folder / METADATA, *shard_paths(folder))
-    weights = metadata(folder)["weights"].get("path")
-    if weights is not None:  # tables of the first version lack it
-        yield Path(weights)
-    yield from image_files(folder, source)
 
 
 def facts(folder: Path, **more: str) -> dict[str, str]:

@@ -326,11 +326,11 @@ def _list_folder(root: Path) -> list[tuple[str, File]]:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     files: list[tuple[str, File]] = []
     for folder in folders:
-        below = list_below(folder)
-        if not below.images:
-            held = f"has no images, but {below.others[0]}" if below.others else "is empty"
+        images, others = list_below(folder)
+        if not images:
+            held = f"has no images, but {others[0]}" if others else "is empty"
             raise DataError(f"the class folder {folder} {held}")
-        files += [(folder.name, (str(folder / name), 0, 0)) for name in below.images]
+        files += [(folder.name, (str(folder / name), 0, 0)) for name in images]
     return files
 
 

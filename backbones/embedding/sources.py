@@ -28,7 +28,7 @@ from backbones.common.messages import first_line, one_line, shown
 from backbones.data.sources import ImageSource
 from backbones.data.splits import list_tar, open_split
 from backbones.embedding.ownership import is_own
-from backbones.embedding.table import TableError, keys_of, metadata, require_pyarrow
+from backbones.embedding.table import TableError, metadata, require_pyarrow
 
 _IN_FOLDER = ("medmnist", "torch", "torchvision")
 _TRAINING = (*_IN_FOLDER, "digits", "hfds")
@@ -218,33 +218,8 @@ def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
     for named in places:
         if not named.exists():
             raise ForeignError(f"--source {one_line(str(named))} does not exist")
-    return reader(said, [_root(places[0]), *places[1:]])
-
-
-def _root(place: Path) -> Path:
-    return place if place.is_dir() else place.parent
-
-
-def image_files(folder: str | Path, source: Sequence[str | Path] = ()) -> Iterator[Path]:
-    """The files of a table's images, or the folders that they are in; ``source`` names more.
-
-    Archives and tables are left out: no output has the name of one.
-    """
-    description = metadata(folder)["source"]
-    dataset = description["data"] if description["kind"] == "training" else ""
-    kind, _, name = dataset.partition("/")
-    roots = [Path(description["path"]), *(_root(Path(os.path.abspath(s))) for s in source)]
-    if kind in ("torch", "torchvision"):
-        place = _dataset_folder(dataset) if source else description.get("folder")
-        if place is not None:
-            yield Path(place)
-    elif kind == "hfds":
-        yield Path(name)
-    elif description["kind"] == "folder":
-        yield from roots
-    elif description["kind"] == "list":
-        readers = [reader({**description, "path": str(root)}) for root in roots]
-        yield from (images.path(key) for key in keys_of(folder) for images in readers)
+    root = places[0] if places[0].is_dir() else places[0].parent
+    return reader(said, [root, *places[1:]])
 
 
 def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ()) -> bytes:
@@ -274,12 +249,12 @@ def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ())
 
 def _folder(root: Path, rows: int, column: str | None) -> Source:
     try:
-        below = list_below(root)
+        images, others = list_below(root)
     except OSError as error:
         raise DataError(f"cannot list {error.filename or root}: {error.strerror}") from error
-    kinds = {"images": below.images} if below.images else {}
+    kinds = {"images": images} if images else {}
     skipped = Skipped()
-    for name in below.others:
+    for name in others:
         if (ending := _ending(name)) in _CONTAINERS:
             kinds.setdefault(f"{ending} files", []).append(name)
         else:

@@ -282,10 +282,10 @@ def batches(
 
 
 def count_rows(folder: str | Path) -> int:
-    """Count the rows of a complete table from its files' footers."""
+    """Count the rows of a complete table."""
     content, total = metadata(folder), 0
     for path in shard_paths(folder):
-        with _opened(path, content, footer_only=True) as file:
+        with _opened(path, content) as file:
             total += file.metadata.num_rows
     return total
 
@@ -354,11 +354,11 @@ def _rows(
 
 
 @contextmanager
-def _opened(path: Path, content: dict[str, Any], footer_only: bool = False) -> Iterator[Any]:
+def _opened(path: Path, content: dict[str, Any]) -> Iterator[Any]:
     """Open a shard after verifying its checksum, its table and its columns."""
     pa = require_pyarrow()
     try:
-        if (reason := checksum.flaw(path, footer_only)) is not None:
+        if (reason := checksum.flaw(path)) is not None:
             raise DamagedShardError(path, reason)
         with pa.parquet.ParquetFile(path) as file:
             found = file.schema_arrow

@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from backbones.common.arguments import nonempty_path, whole
@@ -38,12 +37,7 @@ EXAMPLE = "photos/ --model hat_x4 --checkpoint HAT_SRx4.pth --out enlarged"
 _PICTURE = Kind(SUFFIXES, rb"\x89PNG|\xff\xd8\xff|RIFF.{4}WEBP|II\*\0|MM\0\*|BM")
 
 
-@dataclass(frozen=True)
-class Job:
-    """A picture to read and the file to write."""
-
-    source: Path
-    target: Path
+Job = tuple[Path, Path]  # the picture to read and the file to write
 
 
 def plan_jobs(
@@ -55,7 +49,7 @@ def plan_jobs(
     read: Iterable[Path | None] = (),
     overwrite: bool = False,
 ) -> list[Job]:
-    """The files to read and the files to write.
+    """The pictures to read with the files to write.
 
     Args:
         inputs: files, folders (recursively, with the same structure in ``out``) and globs. Files
@@ -101,7 +95,7 @@ def plan_jobs(
                 )
             taken[file] = source
             outputs[f"{source} as"] = file, _PICTURE
-        jobs.append(Job(source, target))
+        jobs.append((source, target))
     require_writable(outputs, [*found, *read], overwrite, makes_folders=True)
     return jobs
 
@@ -126,17 +120,17 @@ def upscale_files(
         sys.stderr.write(f"error: {one_line(why)}\n")
 
     planned: list[tuple[Job, int]] = []
-    for job in jobs:
-        if options.skip_existing and job.target.exists():
+    for source, target in jobs:
+        if options.skip_existing and target.exists():
             counts["skipped"] += 1
             continue
         try:
-            planned.append((job, upscaler.tiles(*read_size(job.source))))
+            planned.append(((source, target), upscaler.tiles(*read_size(source))))
         except DataError as error:
-            fail(job.source, error)
+            fail(source, error)
     progress.begin("tiles", sum(tiles for _, tiles in planned))
-    for number, (job, tiles) in enumerate(planned, start=1):
-        until, at = progress.done + tiles, f"{job.source.name} ({number}/{len(planned)})"
+    for number, ((source, target), tiles) in enumerate(planned, start=1):
+        until, at = progress.done + tiles, f"{source.name} ({number}/{len(planned)})"
 
         def tick(until: int = until, at: str = at) -> None:
             progress.done = min(progress.done + 1, until)
@@ -144,23 +138,23 @@ def upscale_files(
                 progress.show(progress.done, f"{at}  {duration(progress.seconds_left())} left")
 
         try:
-            before = read_picture(job.source)
+            before = read_picture(source)
             after: Picture = upscaler(before, tick)
-            job.target.parent.mkdir(parents=True, exist_ok=True)
-            write_picture(job.target, after, options.quality)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_picture(target, after, options.quality)
             if options.compare:
-                _draw(_comparison(job.target), job, before, after)
+                _draw(_comparison(target), source.name, before, after)
         except (MendableError, OSError, MemoryError, RuntimeError) as error:
             shortage = memory_shortage(error)
             if shortage is None and not isinstance(error, (MendableError, OSError)):
                 raise
             progress.done = until
-            fail(job.source, MemoryError(shortage) if shortage else error)
+            fail(source, MemoryError(shortage) if shortage else error)
             continue
         counts["written"] += 1
         sizes = (f"{p.pixels.shape[1]}×{p.pixels.shape[0]}" for p in (before, after))
         note = f" ({before.note})" if before.note else ""
-        progress.say(f"{one_line(str(job.target))}  {' → '.join(sizes)}{note}")
+        progress.say(f"{one_line(str(target))}  {' → '.join(sizes)}{note}")
     progress.end()
     return counts
 
@@ -171,13 +165,12 @@ def _comparison(target: Path) -> Path:
     return target.with_name(f"{target.stem}{kind}_compare.png")
 
 
-def _draw(path: Path, job: Job, before: Picture, after: Picture) -> None:
-    result = to_tensor(after.pixels, 3)
-    source = to_tensor(before.pixels, 3)
+def _draw(path: Path, title: str, before: Picture, after: Picture) -> None:
+    result, source = (to_tensor(picture.pixels, 3) for picture in (after, before))
     step = result.shape[1] // source.shape[1]
     name = "before" if step == 1 else "before (bicubic)"
     panels = [Panel(name, resize_bicubic(source, step)), Panel("after", result)]
-    draw_panels(path, panels, most_detailed_window(result, 480, step), job.source.name)
+    draw_panels(path, panels, most_detailed_window(result, 480, step), title)
 
 
 def _below(path: Path, folder: Path) -> bool:

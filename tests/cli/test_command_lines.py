@@ -158,7 +158,7 @@ REFUSED = [
     ("search table --query photos/0.png --checkpoint x.pth", "as --checkpoint"),
     ("search table --query photos/0.png --out photos/0.png", "would overwrite"),
     ("search table --key x --html a --csv a", "--html and --csv"),
-    ("duplicates table --csv table/shards/part-00000.parquet", "would overwrite"),
+    ("duplicates table --json table/metadata.json --overwrite", "would overwrite"),
     ("probe table", "the following arguments are required: --labels"),
     ("probe table --labels source", "come from a folder, which has no classes"),
     ("probe table --labels folder --split folder --test table", "give either --test or --split"),
