@@ -216,15 +216,6 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def require_wide(size: tuple[int, int], config: dict[str, Any]) -> None:
-    """Reject images (width, height) that become huge when resized as ``config`` says."""
-    shorter, longer = sorted(size)
-    side = max(config["input_size"][1:]) / config["crop_pct"]
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and side * side * longer > 2 * limit * shorter:
-        raise ValueError(f"an image of {size[0]}×{size[1]} pixels is too narrow to be resized")
-
-
 def upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:
     """Pixels (H, W, …) with an EXIF orientation applied; values other than 1 … 8 are ignored."""
     turn = _TURNS.get(orientation)
