@@ -172,7 +172,7 @@ REFUSED = [
     ("{e} --int8 --dynamic --out x.safetensors", "omit --dynamic"),
     ("{e} --int8 --batch 2 --out x.safetensors", "omit --batch"),
     ("{e} --int8 --fused --out x.safetensors", "omit --fused"),
-    ("{e} --size 64 --batch 9999999999 --out x.pt2", "reduce --size or --batch"),
+    ("{e} --size 64 --batch 9999999999 --out x.pt2", "not enough memory: "),
     ("{e} --batch 0 --out x.pt2", "--batch must be at least 1, not 0"),
     ("{e} --checkpoint no.pth --out x.pt2", "no checkpoint at no.pth"),
     (f"{{e}} --out {'a' * 300}.pt2", "File name too long"),
