@@ -60,9 +60,7 @@ class Recipe(NetworkKeys):
     """
 
     groups: ClassVar[tuple[str, ...]] = _GROUPS  # in this order
-    refused: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # inherited keys that another kind does not have
+    refused: ClassVar[frozenset[str]] = frozenset()  # inherited keys that another kind lacks
 
     # --- the model
     pretrained: bool = _MODEL(False, "start from the published weights")
