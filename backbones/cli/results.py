@@ -8,7 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from backbones.common.arguments import nonempty, nonempty_path
+from backbones.common.arguments import FILE, nonempty, nonempty_path
 from backbones.common.errors import CommandError
 from backbones.common.messages import one_line
 from backbones.common.outputs import (
@@ -32,10 +32,10 @@ def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "")
     add = parser.add_argument
     named = f"{what} (FOLDER/{picture})"
     add("--out", type=nonempty_path, metavar="PNG", help=named)
-    add("--html", type=nonempty_path, metavar="FILE", help="HTML page in a single file")
+    add("--html", **FILE, help="HTML page in a single file")
     if rows:
-        add("--csv", type=nonempty_path, metavar="FILE", help=f"write a row for each {rows}")
-    add("--json", type=nonempty_path, metavar="FILE", help="write all results")
+        add("--csv", **FILE, help=f"write a row for each {rows}")
+    add("--json", **FILE, help="write all results")
     text = "where the images are, if they or FOLDER were moved; then folders that links may lead to"
     add("--source", type=nonempty, nargs="+", default=[], metavar="SOURCE", help=text)
     add_overwrite(parser)
@@ -50,10 +50,8 @@ def check_outputs(
 ) -> Path:
     """The path of the image; outputs that could not or should not be written raise an error early.
 
-    Args:
-        picture: its default name.
-        key, columns: the first of the JSON file, and those of the CSV file.
-        inputs: files that the command reads besides the tables.
+    ``picture`` is its default name, ``key`` the first of the JSON file, ``columns`` those of the
+    CSV file, and ``inputs`` what the command reads besides the tables.
     """
     tables = [options.folder, *filter(None, [getattr(options, "test", None)])]
     for folder in tables:

@@ -57,7 +57,6 @@ def plan_jobs(
         format: suffix of all results, such as ``png``; None for the picture's own, or PNG if that
             can't be written.
         read: other files that must not be replaced.
-        overwrite: replace existing files that are no pictures, too.
     """
     if any(character in suffix for character in (os.sep, os.altsep, "\0") if character):
         raise DataError(f"--suffix must be part of a file's name, not {shown(suffix)}")
@@ -68,7 +67,9 @@ def plan_jobs(
         if path.is_dir():
             named = (p for p in path.rglob("*") if has_image_ending(p))
             # Include named pipes and broken links; reading them reports the problem.
-            pictures = sorted(p for p in named if not p.is_dir() and not _below(p, out))
+            real = os.path.realpath(out)
+            outside = (p for p in named if not Path(os.path.realpath(p)).is_relative_to(real))
+            pictures = sorted(p for p in outside if not p.is_dir())
         elif os.path.lexists(path) or not glob.has_magic(item):
             pictures = [path]
         else:
@@ -104,13 +105,7 @@ def upscale_files(
     upscaler: Upscaler, jobs: Sequence[Job], options: argparse.Namespace, progress: Progress
 ) -> Counter[str]:
     """Restore pictures one after the other, continuing after errors (unreadable, unwritable, or too
-    large for memory).
-
-    With ``--compare``, each result gets a ``NAME_compare.png`` (``NAME_jpg_compare.png`` and so on
-    for formats other than PNG), a detail before and after.
-
-    Returns:
-        The number of pictures "written", "failed" and "skipped".
+    large for memory); returns the number of those "written", "failed" and "skipped".
     """
     counts: Counter[str] = Counter()
 
@@ -160,7 +155,7 @@ def upscale_files(
 
 
 def _comparison(target: Path) -> Path:
-    """The name of a comparison; distinct for results that differ only in the suffix."""
+    """The name of a comparison, ``NAME_compare.png``, or ``NAME_jpg_compare.png`` and so on."""
     kind = "" if target.suffix == ".png" else f"_{target.suffix[1:]}"
     return target.with_name(f"{target.stem}{kind}_compare.png")
 
@@ -173,27 +168,19 @@ def _draw(path: Path, title: str, before: Picture, after: Picture) -> None:
     draw_panels(path, panels, most_detailed_window(result, 480, step), title)
 
 
-def _below(path: Path, folder: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add = parser.add_argument
     add("inputs", nargs="+", type=nonempty_path, metavar="IN", help="image, folder or glob")
     add_model_arguments(parser)
-    text = "folder for the results"
-    add("--out", required=True, type=nonempty_path, metavar="DIR", help=text)
-    text = "side in pixels, auto, or none (default: auto)"
-    add("--tile", type=_tile, default="auto", help=text)
-    text = "margin around tiles in pixels (default: 32)"
-    add("--overlap", type=int, default=32, help=text)
+    add("--out", required=True, type=nonempty_path, metavar="DIR", help="folder for the results")
+    add("--tile", type=_tile, default="auto", help="side in pixels, auto, or none (default: auto)")
+    add("--overlap", type=int, default=32, help="margin around tiles in pixels (default: 32)")
     add("--compare", action="store_true", help="also write a comparison image")
     add("--suffix", help="suffix of the results' names (default: _x4, …)")
     endings = [s[1:] for s in SUFFIXES]
     add("--format", choices=endings, help="format of the results (default: the input's)")
-    text = "quality of JPEG and WebP (default: 95)"
-    add("--quality", type=whole(1, 100), default=95, help=text)
+    add("--quality", type=whole(1, 100), default=95, help="quality of JPEG and WebP (default: 95)")
     add("--skip-existing", action="store_true", help="skip images whose result exists")
     add_overwrite(parser)
 
@@ -214,14 +201,8 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress()
     begun = time.monotonic()
     try:
-        upscaler = Upscaler(
-            model,
-            tile=options.tile,
-            overlap=options.overlap,
-            tta=options.tta,
-            amp=options.amp,
-            max_memory=memory,
-        )
+        given = {name: getattr(options, name) for name in ("tile", "overlap", "tta", "amp")}
+        upscaler = Upscaler(model, **given, max_memory=memory)
         counts = upscale_files(upscaler, jobs, options, progress)
     except ValueError as error:
         raise DataError(str(error)) from error

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbones.common.arguments import nonempty_path
+from backbones.common.arguments import FILE, nonempty_path
 from backbones.common.console import Parser, guard
 from backbones.common.errors import DataError
 from backbones.common.files import write_text_atomically
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, text = parser.add_argument, "folders, one per data set"
     add("folders", nargs="+", type=nonempty_path, metavar="FOLDER", help=text)
     add_model_arguments(parser)
-    add("--csv", type=nonempty_path, metavar="FILE", help="a row for each image")
+    add("--csv", **FILE, help="a row for each image")
     add_overwrite(parser)
 
 
