@@ -30,9 +30,9 @@ from backbones.common.progress import Progress, duration
 from backbones.common.signals import StopRequest
 from backbones.core.loaded import preprocessing_by
 from backbones.data.corrupt import CorruptImages
-from backbones.training import build, distillation, pictures
-from backbones.training.data import open_splits
-from backbones.training.loader import TrainLoader, ValidationLoader
+from backbones.training import build, pictures
+from backbones.training.distillation import StudentWithExits
+from backbones.training.loader import TrainLoader, ValidationLoader, open_splits
 from backbones.training.loop import TrainingLoop
 from backbones.training.recipe import Recipe, check_sizes
 from backbones.training.record import Meter, validation_loss
@@ -58,7 +58,9 @@ class Trainer(TrainingLoop):
         self.config = preprocessing_by(recipe, model)
         sizes = [self.config["input_size"][-1], *recipe.img_size_schedule.values()]
         check_sizes(recipe, sizes)
-        network = distillation.add_exits(recipe, model).to(self.device)
+        network = model
+        if recipe.distill == "ofa":
+            network = StudentWithExits(model, recipe.ofa_stages).to(self.device)
         self.objective = build.build_objective(
             recipe, self.num_classes, self.config, self.multi_label, self.device
         )

@@ -76,13 +76,13 @@ def _run(argv: list[str], before: Callable[[], None] | None) -> None:
 
 def decode_slowly() -> None:
     """Slow down decoding, so that there is time to kill this process."""
-    decode = worker.Images.decode
+    decode = worker.Worker.decode
 
     def slowly(*args: Any) -> Any:
         time.sleep(0.01)
         return decode(*args)
 
-    worker.Images.decode = slowly
+    worker.Worker.decode = slowly
 
 
 def same(one: Path, other: Path) -> bool:

@@ -55,8 +55,7 @@ from backbones.restoration.metrics import quality
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.restorer import load_restorer
 from backbones.training.command_line import load_recipe
-from backbones.training.data import open_splits
-from backbones.training.loader import ValidationLoader
+from backbones.training.loader import ValidationLoader, open_splits
 from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
 

@@ -33,12 +33,12 @@ from backbones.common.arguments import whole
 from backbones.common.console import Parser
 from backbones.common.files import save_weights
 from backbones.common.images import installed_decoder, open_image, open_pixels
+from backbones.common.resizing import Resizing
 from backbones.core.registry import PREFIX
 from backbones.embedding import embed
 from backbones.embedding.local import cores
 from backbones.embedding.network import Network
 from backbones.embedding.table import load, unit
-from backbones.embedding.worker import Images
 from ops.cpu import policy
 
 # -- images and weights ----------------------------------------------------------------------------
@@ -244,15 +244,19 @@ def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterat
     files = [p.read_bytes() for p in sorted(make_photos(folder / "d", 1, count=64).rglob("*.jpg"))]
     config = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.9}
     config |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_mode": "center"}
-    images = Images(config)
+    resize = Resizing(config)
     transforms = [
         create_transform(**config, is_training=False, use_prefetcher=fast) for fast in (True, False)
     ]
     decoded = [open_image(io.BytesIO(data)) for data in files]
     pixels = [np.asarray(image) for image in decoded]
-    cropped = [images.resize(array) for array in pixels]
+    cropped = [resize(array) for array in pixels]
     size, decoder = 16, installed_decoder()
-    batch = images.normalise(cropped[:size])
+
+    def normalise(i: int) -> Any:
+        return resize.normalise(np.stack(cropped[i : i + size]))
+
+    batch = normalise(0)
     network = Network(MODELS[0], make_checkpoint(folder / "network", MODELS[0]), "head", 0)
     network.prepare("float32", torch.device("cpu"))
     for _ in range(3):
@@ -261,10 +265,10 @@ def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterat
         "embed's decoding": lambda i: open_pixels(io.BytesIO(files[i]), "RGB", decoder),
         "Pillow": lambda i: open_image(io.BytesIO(files[i])),
         **{name: lambda i, f=f: f(files[i]) for name, f in _decoders().items()},
-        "embed's resizing and cropping": lambda i: images.resize(pixels[i]),
+        "embed's resizing and cropping": lambda i: resize(pixels[i]),
         "timm's resizing and cropping": lambda i: transforms[0](decoded[i]),
         "timm's resizing, cropping, normalising": lambda i: transforms[1](decoded[i]),
-        "embed's normalising": lambda i: i % size or images.normalise(cropped[i : i + size]),
+        "embed's normalising": lambda i: i % size or normalise(i),
         f"{MODELS[0]}'s network": lambda i: i % size or network(batch),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}

@@ -117,7 +117,7 @@ def measure(
 
     flops = setting.flops(batch, backward)
     ours = OURS[device.type]
-    matmul = timing.matmul_flops() / statistics.median(times.pop("matmul"))
+    matmul = timing.MATMUL_FLOPS / statistics.median(times.pop("matmul"))
     for name, of_name in times.items():
         median = statistics.median(of_name)
         results[name].update(

@@ -35,8 +35,7 @@ from backbones.common.signals import StopRequest
 from backbones.data.corrupt import CorruptImages
 from backbones.restoration.data import TRAINING, VALIDATION, find_photographs
 from backbones.training import build, optimization
-from backbones.training.data import open_splits
-from backbones.training.loader import TrainLoader
+from backbones.training.loader import TrainLoader, open_splits
 from backbones.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)

@@ -51,7 +51,7 @@ from backbones.cli.benchmark_report import describe, speed_lines
 from backbones.cli.contenders import MODELS, CannotRunError, Create, Runtime, contender, reason
 from backbones.cli.measure import count_macs
 from backbones.cli.reports import load_report, provenance, put_rows, write_report
-from backbones.cli.timing import PeakMemory, machine, matmul, matmul_flops, steady, time_by_kind
+from backbones.cli.timing import MATMUL_FLOPS, PeakMemory, machine, matmul, steady, time_by_kind
 from backbones.common.arguments import THREADS, nonempty_path, real, whole
 from backbones.common.errors import CommandError
 from backbones.common.messages import shown
@@ -229,7 +229,7 @@ def measure(
     height, width = images.shape[2:]
     macs = count_macs(backbones.create_model(row.model), height, width)
     medians = {name: list(map(statistics.median, of_name)) for name, of_name in turns.items()}
-    peaks = {dtype: matmul_flops() / statistics.median(medians.pop(dtype)) for dtype in yardsticks}
+    peaks = {dtype: MATMUL_FLOPS / statistics.median(medians.pop(dtype)) for dtype in yardsticks}
     passes = 1 if row.direction == "forward" else 3
     for name, of_name in medians.items():
         peak = peaks[str(dtype_of(name, row)).removeprefix("torch.")]
@@ -274,8 +274,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--models", nargs="+", metavar="NAME", help="several models, with --modes and --against")
     sizes = "default 224, for HAT 64, for timm's its own"
     add("--sizes", nargs="+", type=whole(1, 65535), metavar="N", help=sizes)
-    text = "default 1 and 8, of MODEL 1"
-    add("--batches", nargs="+", type=whole(1), metavar="N", help=text)
+    add("--batches", nargs="+", type=whole(1), metavar="N", help="default 1 and 8, of MODEL 1")
     add("--threads", nargs="+", type=THREADS, default=[1], metavar="N")
     add("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
     modes = [*FLOAT_MODES, *INT8, *(mode + LOW_PRECISION for mode in FLOAT_MODES)]

@@ -27,12 +27,8 @@ def grad_cam(
     Works for every family, since all stages return maps (B, C, h, w). It uses the last map of 4 × 4
     or larger, which is the last stage's at the usual input sizes.
 
-    Args:
-        images: (B, C, H, W).
-        classes: (B,); default: the most likely class of each image.
-
-    Returns:
-        Logits (B, num_classes), and heat (B, H, W) in 0 … 1, where 0 means no evidence.
+    (B, C, H, W) and classes (B,), by default the most likely ones, → logits (B, num_classes), and
+    heat (B, H, W) in 0 … 1, where 0 means no evidence.
     """
     field = ReceptiveField()
     with torch.no_grad(), follow(model, field):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any
 
 from backbones.common.arguments import whole
 from backbones.common.errors import CommandError
-from backbones.common.memory import require_memory
 from backbones.common.messages import one_line, shown
-from backbones.core.inputs import channels_of, require_size, size_of
+from backbones.core.inputs import require_size, size_of
 
 
 def add_size_argument(parser: ArgumentParser, help: str) -> None:
@@ -22,20 +20,13 @@ def add_size_argument(parser: ArgumentParser, help: str) -> None:
     parser.add_argument("--size", type=whole(1, 65535), nargs="+", metavar="PX", help=help)
 
 
-def two_sides(
-    size: Sequence[int] | None, model: Any, batch: int = 1, runs: bool = True
-) -> tuple[int, int]:
-    """Height and width: as given by the user, or else the model's default input size.
-
-    If the unfused ``model`` runs, memory must suffice for ``batch`` images.
-    """
+def two_sides(size: Sequence[int] | None, model: Any) -> tuple[int, int]:
+    """Height and width: as given by the user, or else the model's default input size."""
     if size is None:
         return size_of(model)
     if len(size) > 2:
         raise CommandError(f"--size must be one side, or height and width, got {shown(list(size))}")
     sides = size[0], size[-1]
-    if runs and math.prod(sides) * batch > 512 * 512:  # less needs little memory
-        require_memory(model, [(batch, channels_of(model), *sides)])
     try:
         require_size(model, sides)
     except ValueError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 
-from backbones.common.arguments import nonempty, nonempty_path, whole
+from backbones.common.arguments import FILE, nonempty, nonempty_path, whole
 from backbones.common.dtypes import COMPUTED
 from backbones.common.messages import one_line
 from backbones.common.signals import exit_on_signals
@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     text += "paths (.txt), digits, medmnist/NAME, torch/NAME, hfds/NAME"
     add("source", type=nonempty, metavar="SOURCE", help=text)
     add("--model", help="model name; optional for checkpoints of train_cls.py")
-    add("--checkpoint", type=nonempty_path, metavar="FILE", help="weights")
+    add("--checkpoint", **FILE, help="weights")
     text = "a new folder, or one to resume"
     add("--out", type=nonempty_path, metavar="FOLDER", required=True, help=text)
     add("--features", default="head", metavar="WHICH", help=f"{FEATURES} (head)")

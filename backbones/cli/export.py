@@ -25,13 +25,12 @@ import backbones
 from backbones.cli import graphs
 from backbones.cli.common import add_size_argument, two_sides
 from backbones.cli.predict import find_images
-from backbones.common.arguments import nonempty_path, real, whole
+from backbones.common.arguments import FILE, nonempty_path, real, whole
 from backbones.common.console import silence
 from backbones.common.errors import CommandError
-from backbones.common.files import replacing_together, require_disk_space, save_weights
+from backbones.common.files import replacing_together, save_weights
 from backbones.common.images import read_pixels
 from backbones.common.keys import dump
-from backbones.common.memory import require_memory
 from backbones.common.messages import first_line
 from backbones.common.outputs import ONNX, PT2, Kind, add_overwrite, require_writable
 from backbones.common.resizing import Resizing
@@ -55,15 +54,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("model", help="name of the architecture")
     add("--out", type=nonempty_path, required=True, metavar="FILE", help="file to write")
     add("--format", choices=_FORMATS, help="default: by the suffix of --out")
-    add("--checkpoint", type=nonempty_path, metavar="FILE", help="default: untrained")
+    add("--checkpoint", **FILE, help="default: untrained")
     add("--pretrained", action="store_true", help="download the published weights")
     add("--dynamic", action="store_true", help="dynamic batch and image size")
     add_size_argument(parser, "size to trace at (default: the model's)")
-    text = "batch size if not dynamic (1)"
-    add("--batch", type=whole(1), default=1, metavar="N", help=text)
+    add("--batch", type=whole(1), default=1, metavar="N", help="batch size if not dynamic (1)")
     add("--fused", action="store_true", help="fold norms and branches first")
-    text = "quantise: ONNX (QDQ), or safetensors for this library"
-    add("--int8", action="store_true", help=text)
+    add("--int8", action="store_true", help="quantise: ONNX (QDQ), or safetensors for this library")
     add("--calibration", type=nonempty_path, metavar="FOLDER", help="folder of images for --int8")
     text = "how many of them (64)"
     add("--calibration-images", type=whole(1), default=64, metavar="N", help=text)
@@ -113,16 +110,13 @@ def run(options: Namespace) -> int:
         raise CommandError(f"{options.checkpoint} has int8 weights, which cannot be exported")
     if options.fused:
         loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
-    size = two_sides(options.size, loaded.model, runs=False)
+    size = two_sides(options.size, loaded.model)
     shape = (options.batch, channels_of(loaded.model), *size)
     shapes = graphs.check_shapes(shape, options.dynamic)
     try:
         require_size(loaded.model, *(shape[2:] for shape in shapes))
     except ValueError as error:
         raise CommandError(f"{loaded.name}: {error}; omit --dynamic") from error
-    require_memory(loaded.model, shapes)
-    weights = sum(t.nbytes for t in loaded.model.state_dict().values())
-    require_disk_space(options.out.parent, weights)
     images = None
     if options.calibration is not None:
         images = calibration_images(loaded, options.calibration, options.calibration_images, size)
@@ -156,7 +150,11 @@ def export(
             run = _write(loaded, scratch, format, shape, dynamic)
             worst = 0.0
             for found in graphs.check(model, run, shapes):
-                _say(f"  {_sizes(found.shape):<16} error {found.error:.1e}{_excuse(found)}")
+                line = f"  {_sizes(found.shape):<16} error {found.error:.1e}"
+                if found.allowed > graphs.TOLERANCE:
+                    line += "; these weights amplify rounding errors, up to "
+                    line += f"{found.allowed:.1e} is expected"
+                _say(line)
                 if found.error > found.allowed:
                     raise CommandError(
                         f"the file differs from the model by {found.error:.1e} of the maximum "
@@ -206,12 +204,6 @@ def _quantize(
         _say(f"  {_sizes(shape):<16} int8, noise: {decibels:.1f} dB")
 
 
-def _excuse(found: graphs.Check) -> str:
-    if found.allowed == graphs.TOLERANCE:
-        return ""
-    return f"; these weights amplify rounding errors, up to {found.allowed:.1e} is expected"
-
-
 def _sizes(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape))
 
@@ -231,9 +223,8 @@ def calibration_images(
 
     They are sampled evenly from the folder; unreadable ones are skipped.
     """
-    channels = channels_of(loaded.model)
-    config = {**preprocessing(loaded), "input_size": (channels, *size)}
-    resize, mode = Resizing(config), "L" if channels == 1 else "RGB"
+    config = {**preprocessing(loaded), "input_size": (channels_of(loaded.model), *size)}
+    resize = Resizing(config)
     try:
         paths, _ = find_images([folder])
     except (CommandError, OSError) as error:
@@ -241,7 +232,7 @@ def calibration_images(
     images: list[Tensor] = []
     for path in paths[:: max(1, len(paths) // count)][:count]:
         try:
-            images.append(resize.normalise(resize(read_pixels(path, mode))[None]))
+            images.append(resize.normalise(resize(read_pixels(path, resize.mode))[None]))
         except (OSError, ValueError, SyntaxError):
             continue
     if not images:

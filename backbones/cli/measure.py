@@ -28,22 +28,15 @@ class Part:
     """The stem, a stage, or the head (everything after the stages).
 
     Of a model of timm: a module that has weights (of containers, their entries), or the rest.
-
-    Attributes:
-        shape: (C, H, W) of its output map, without the batch; the output's for ``head``.
-        params: parameters.
-        macs: multiply-accumulates for one image, of convolutions and matrix products, not of scans.
-        receptive_field: side in pixels; infinite for the whole image; None after the stages, and
-            in models of timm.
-        share: of the time of all calls, see :func:`backbones.explain`; None if not measured.
     """
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # (C, H, W) of its output map; the output's for ``head``
     params: int
-    macs: int
+    macs: int  # for one image, of convolutions and matrix products, not of scans
+    # Side in pixels, infinite for the whole image; None after the stages, and in models of timm.
     receptive_field: float | None = None
-    share: float | None = None
+    share: float | None = None  # of the time of all calls, see :func:`backbones.explain`
 
 
 @torch.no_grad()

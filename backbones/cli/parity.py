@@ -148,11 +148,7 @@ def summary_error(value: Tensor, figures: dict[str, Any]) -> float:
 
 @torch.no_grad()
 def case_errors(family: str, variant: str, number: int) -> tuple[float, list[float]]:
-    """Load the synthetic checkpoint into a new model and run a case, most in float32.
-
-    Returns:
-        The relative error of the output (logits, or the image), and that of each stage's map.
-    """
+    """Relative errors of a case with the synthetic checkpoint: the output's, each stage's map's."""
     figures = reference(family, variant)
     case = figures["cases"][number]
     chosen = {k: v for k, v in case.get("kwargs", {}).items() if k == "n_win"}

@@ -21,7 +21,7 @@ from torch import Tensor
 from backbones.cli.cam import grad_cam
 from backbones.cli.common import read_labels
 from backbones.common import images
-from backbones.common.arguments import nonempty_path, usable_device, whole
+from backbones.common.arguments import FILE, nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CommandError, memory_shortage
 from backbones.common.figures import INK, drawable, new_figure, save_figure, short
@@ -54,12 +54,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("images", nargs="+", type=nonempty_path, metavar="IMAGE", help="files or folders")
     add("--model", help="architecture; not needed for a checkpoint of train_cls.py")
-    add("--checkpoint", type=nonempty_path, metavar="FILE", help="weights")
+    add("--checkpoint", **FILE, help="weights")
     add("--pretrained", action="store_true", help="download the weights published for --model")
-    add("--labels", type=nonempty_path, metavar="FILE", help="class names: one per line, or JSON")
+    add("--labels", **FILE, help="class names: one per line, or JSON")
     add("--topk", type=whole(1), default=5, metavar="N", help="classes to show per image (5)")
-    add("--csv", type=nonempty_path, metavar="FILE", help="write a row for each predicted class")
-    add("--json", type=nonempty_path, metavar="FILE", help="write an entry for each image")
+    add("--csv", **FILE, help="write a row for each predicted class")
+    add("--json", **FILE, help="write an entry for each image")
     text = f"draw the first {_PICTURES} images with their Grad-CAM"
     add("--cam", type=nonempty_path, metavar="PNG", help=text)
     add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
@@ -133,20 +133,13 @@ def run(options: Namespace) -> int:
 
 @dataclass
 class Prediction:
-    """A model's prediction for one image.
-
-    Attributes:
-        ranked: (class, confidence) pairs, the most likely first.
-        error: why the image could not be read; then the other fields are empty.
-        image: (C, H, W) in uint8, as resized for the model; only for pictures, like ``heat``.
-        heat: (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
-    """
+    """A model's prediction for one image."""
 
     path: Path
-    ranked: Sequence[tuple[int, float]] = ()
-    error: str = ""
-    image: Any = None
-    heat: Any = None
+    ranked: Sequence[tuple[int, float]] = ()  # class and confidence, the most likely first
+    error: str = ""  # why the image could not be read
+    image: Any = None  # (C, H, W) in uint8, as resized for the model; only for pictures, like:
+    heat: Any = None  # (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`
 
 
 def predict(
@@ -156,17 +149,14 @@ def predict(
 
     The first ``pictures`` readable images are returned with their pixels and Grad-CAM.
     """
-    config = preprocessing(loaded)
-    resize = Resizing(config)
-    mode = "L" if config["input_size"][0] == 1 else "RGB"
+    resize = Resizing(preprocessing(loaded))
     with counting("images", len(paths), shown=len(paths) > batch_size) as bar:
         for start in range(0, len(paths), batch_size):
             batch = [Prediction(path) for path in paths[start : start + batch_size]]
             for prediction in batch:
                 try:
-                    pixels = images.read_pixels(prediction.path, mode)
-                    images.require_wide((pixels.shape[1], pixels.shape[0]), config)
-                    prediction.image = resize(pixels)
+                    pixels = images.read_pixels(prediction.path, resize.mode)
+                    prediction.image = resize.fit(pixels)
                 except images.DECODE_ERRORS as error:
                     prediction.error = first_line(error)
                 except (MemoryError, RuntimeError) as error:
@@ -194,11 +184,11 @@ def find_images(places: Sequence[Path]) -> tuple[list[Path], images.Skipped]:
     skipped = images.Skipped()
     for place in places:
         if place.is_dir():
-            inside = images.list_below(place)
-            if not inside.images:
+            inside, others = images.list_below(place)
+            if not inside:
                 raise CommandError(f"no images in {place}")
-            found += (place / name for name in inside.images)
-            skipped.add([str(place / name) for name in inside.others])
+            found += (place / name for name in inside)
+            skipped.add([str(place / name) for name in others])
         elif os.path.lexists(place):
             found.append(place)
         else:

@@ -15,7 +15,7 @@ from backbones.common.messages import one_line
 from backbones.common.outputs import json_text, write_if_asked
 from backbones.common.tables import table
 from backbones.embedding.page import Table, write_page
-from backbones.embedding.probe import MOST_ROWS, Method, Mistake, Report, probe
+from backbones.embedding.probe import MOST_ROWS, Method, Report, probe
 from backbones.embedding.sheet import Row, Thumbnails, Tile
 
 EXAMPLE = "features/ --labels labels.csv --html probe.html"
@@ -111,16 +111,15 @@ def _entries(report: Report) -> dict[str, Any]:
         method.name: {
             **{k: getattr(method, k) for k in ("accuracy", "low", "high", "per_class", "note")},
             "confusions": confusions(method.confusion, report.classes),
-            "mistakes": list(map(_entry, method.mistakes)),
+            "mistakes": [
+                {"key": m.key, "class": m.truth, "taken_for": m.answer}
+                | {"confidence": round(m.confidence, 6)}
+                for m in method.mistakes
+            ],
         }
         for method in report.methods
     }
     return {**counts, "classes": report.classes, "notes": report.notes, "methods": methods}
-
-
-def _entry(mistake: Mistake) -> dict[str, Any]:
-    told = {"key": mistake.key, "class": mistake.truth, "taken_for": mistake.answer}
-    return {**told, "confidence": round(mistake.confidence, 6)}
 
 
 def _group(method: Method, truth: str, answer: str) -> str:

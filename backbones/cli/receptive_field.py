@@ -22,35 +22,24 @@ from ops.attention.cascaded import CascadedGroupAttention
 
 
 class Step(NamedTuple):
-    """The spatial extent of a layer.
+    """The spatial extent of a layer."""
 
-    Attributes:
-        reach: input positions per side that an output depends on; infinite for all of them.
-        stride: input positions between adjacent outputs.
-        shift: from the first input position to the centre of the first output's field.
-    """
-
-    reach: float
-    stride: int = 1
-    shift: float = 0.0
+    reach: float  # input positions per side that an output depends on; infinite for all of them
+    stride: int = 1  # input positions between adjacent outputs
+    shift: float = 0.0  # from the first input position to the centre of the first output's field
 
 
 _EVERYWHERE = Step(float("inf"))
 
 
 class ReceptiveField:
-    """The receptive field accumulated over a network's layers in execution order.
-
-    Attributes:
-        side: pixels; infinite after global attention.
-        stride: pixels between adjacent positions of the map.
-        start: pixels from the image's edge to the centre of the first position's field; that of
-            position i is at ``start + i * stride``.
-    """
+    """The receptive field accumulated over a network's layers in execution order."""
 
     def __init__(self) -> None:
-        self.side: float = 1.0
-        self.stride = 1
+        self.side: float = 1.0  # in pixels; infinite after global attention
+        self.stride = 1  # pixels between adjacent positions of the map
+        # Pixels from the image's edge to the centre of the first position's field; that of position
+        # i is at ``start + i * stride``.
         self.start = 0.5
 
     def pass_through(self, step: Step) -> None:
@@ -120,10 +109,6 @@ def _inception(module: Any, height: int, width: int) -> Step:
     return Step(max(module.dwconv_h.kernel_size[0], module.dwconv_hw.kernel_size[0]))
 
 
-def _dilated(module: Any, height: int, width: int) -> Step:
-    return Step(module.large.conv.kernel_size[0])
-
-
 def _neighborhood(module: Any, height: int, width: int) -> Step:
     # Windows are shifted inwards at borders, so the reach is from corner to corner.
     kernel_size, _, dilation, _ = module.window((height, width))
@@ -139,18 +124,15 @@ def _windows(module: Any, height: int, width: int) -> Step:
     return Step(2 * side - 1)
 
 
-def _overlapping(module: Any, height: int, width: int) -> Step:
-    return Step(module.window_size + module.overlap_size - 1)
-
-
 # By the names of classes, since families define some of them. The kernels of OverLoCK's dynamic
 # blocks depend on the whole context, MedViTV2's LocalBlock reinterprets a map's memory in another
 # order, so that neighbours may come from anywhere, and scans see everything. OverLoCK's overview
 # runs beside the map, and its two convolutions of stride 2 are parallel.
 _RULES: dict[str, Step | Callable[[Any, int, int], Step]] = {
     **{"Conv2d": _conv, "AvgPool2d": _pool, "MaxPool2d": _pool, "PatchMerging": Step(2, 2, 0.5)},
-    **{"InceptionDWConv2d": _inception, "DilatedReparamConv2d": _dilated},
-    **{"NeighborhoodAttention2D": _neighborhood, "OverlappingWindowAttention": _overlapping},
+    **{"InceptionDWConv2d": _inception, "NeighborhoodAttention2D": _neighborhood},
+    "DilatedReparamConv2d": lambda module, *_: Step(module.large.conv.kernel_size[0]),
+    "OverlappingWindowAttention": lambda m, *_: Step(m.window_size + m.overlap_size - 1),
     **dict.fromkeys(("CascadedGroupAttention", "WindowAttention"), _windows),
     **dict.fromkeys(("BiLevelRoutingAttention", "FactorizedAttention"), _EVERYWHERE),
     **dict.fromkeys(("LowFrequencyAttention", "PooledAttention"), _EVERYWHERE),

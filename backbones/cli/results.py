@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from backbones.common.arguments import nonempty, nonempty_path
+from backbones.common.arguments import FILE, nonempty, nonempty_path
 from backbones.common.errors import CommandError
 from backbones.common.messages import one_line
 from backbones.common.outputs import (
@@ -22,7 +21,6 @@ from backbones.common.outputs import (
     require_writable,
 )
 from backbones.embedding.sheet import Thumbnails
-from backbones.embedding.sources import image_files
 from backbones.embedding.table import METADATA, count_rows, metadata, shard_paths
 
 
@@ -34,10 +32,10 @@ def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "")
     add = parser.add_argument
     named = f"{what} (FOLDER/{picture})"
     add("--out", type=nonempty_path, metavar="PNG", help=named)
-    add("--html", type=nonempty_path, metavar="FILE", help="HTML page in a single file")
+    add("--html", **FILE, help="HTML page in a single file")
     if rows:
-        add("--csv", type=nonempty_path, metavar="FILE", help=f"write a row for each {rows}")
-    add("--json", type=nonempty_path, metavar="FILE", help="write all results")
+        add("--csv", **FILE, help=f"write a row for each {rows}")
+    add("--json", **FILE, help="write all results")
     text = "where the images are, if they or FOLDER were moved; then folders that links may lead to"
     add("--source", type=nonempty, nargs="+", default=[], metavar="SOURCE", help=text)
     add_overwrite(parser)
@@ -52,10 +50,8 @@ def check_outputs(
 ) -> Path:
     """The path of the image; outputs that could not or should not be written raise an error early.
 
-    Args:
-        picture: its default name.
-        key, columns: the first of the JSON file, and those of the CSV file.
-        inputs: files that the command reads besides the tables.
+    ``picture`` is its default name, ``key`` the first of the JSON file, ``columns`` those of the
+    CSV file, and ``inputs`` what the command reads besides the tables.
     """
     tables = [options.folder, *filter(None, [getattr(options, "test", None)])]
     for folder in tables:
@@ -70,18 +66,9 @@ def check_outputs(
     }
     if columns:
         outputs["--csv"] = (options.csv, csv_of(*columns))
-    made_of = (file for folder in tables for file in _made_of(folder, options.source))
-    require_writable(outputs, itertools.chain(inputs, made_of), options.overwrite)
+    described = (folder / METADATA for folder in tables)
+    require_writable(outputs, [*inputs, *described], options.overwrite)
     return path
-
-
-def _made_of(folder: Path, source: Sequence[str]) -> Iterator[Path]:
-    """The files of a table, its weights, and the files and folders of its images."""
-    yield from (folder / METADATA, *shard_paths(folder))
-    weights = metadata(folder)["weights"].get("path")
-    if weights is not None:  # tables of the first version lack it
-        yield Path(weights)
-    yield from image_files(folder, source)
 
 
 def facts(folder: Path, **more: str) -> dict[str, str]:

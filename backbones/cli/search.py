@@ -12,7 +12,7 @@ import numpy as np
 
 from backbones.cli.predict import find_images
 from backbones.cli.results import add_outputs, check_outputs, facts, say_refused
-from backbones.common.arguments import nonempty_path, whole
+from backbones.common.arguments import FILE, nonempty_path, whole
 from backbones.common.errors import CommandError
 from backbones.common.images import DECODE_ERRORS
 from backbones.common.messages import one_line
@@ -40,7 +40,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--key", metavar="KEY", help="keys of images in FOLDER", **several)
     add("--top", type=whole(1), default=12, metavar="N", help="results per query (12)")
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 1,000,000 rows")
-    add("--checkpoint", type=nonempty_path, metavar="FILE", help="the weights, if they have moved")
+    add("--checkpoint", **FILE, help="the weights, if they have moved")
     add_outputs(parser, _PICTURE, "contact sheet", "result")
 
 

@@ -57,7 +57,7 @@ def run(options: Namespace) -> int:
             raise CommandError(f"--{name} requires --kernels")
     runs = 5 if options.runs is None else options.runs
     model = create(options.model)
-    height, width = two_sides(options.size, model, runs=runs > 0)
+    height, width = two_sides(options.size, model)
     if options.fused:
         fuse(model)
     sys.stdout.write(describe(options.model, model, height, width, runs))
@@ -78,7 +78,7 @@ def _run_kernels(options: Namespace) -> int:
     require_writable({"--plot": (options.plot, FIGURE)}, overwrite=options.overwrite)
     model = create(options.model)
     batch = options.batch or 1
-    size = two_sides(options.size, model, batch)
+    size = two_sides(options.size, model)
     dtype = _DTYPES[options.dtype or "float32"]
     if options.plain and dtype == torch.int8:
         raise CommandError("--dtype int8 is for fused models: leave out --plain")

@@ -19,8 +19,9 @@ from ops.cpu.instruction_sets import instruction_set
 from ops.inference.heap import return_freed_memory
 from ops.replay.workspace import workspace
 
-# The machine's reference: a product of two square matrices of this size.
+# The machine's reference: a product of two square matrices of this size, and its FLOPs.
 MATMUL_SIZE = 1024
+MATMUL_FLOPS = 2 * MATMUL_SIZE**3
 
 
 class PeakMemory:
@@ -108,11 +109,6 @@ def matmul(dtype: torch.dtype, device: torch.device | None = None) -> Callable[[
     """The product of two square matrices of size :data:`MATMUL_SIZE`."""
     matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
     return lambda: matrix @ matrix
-
-
-def matmul_flops() -> int:
-    """FLOPs of :func:`matmul`."""
-    return 2 * MATMUL_SIZE**3
 
 
 PRODUCTS, DEPTHWISE, CONVOLUTIONS = "matrix products", "depthwise conv", "other conv"

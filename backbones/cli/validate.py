@@ -53,8 +53,7 @@ from backbones.training.corruptions import (
     Corruption,
     mean_corruption_error,
 )
-from backbones.training.data import open_splits
-from backbones.training.loader import ValidationLoader
+from backbones.training.loader import ValidationLoader, open_splits
 from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
 
@@ -247,16 +246,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     models = "(--model NAME … | --list FILE … | --run FOLDER …)"
     parser.usage = f"{parser.prog} --data DATA {models} […]"
     add = parser.add_argument
-    text = "as for train_cls.py; a single split suffices"
-    add("--data", required=True, type=nonempty, help=text)
+    add("--data", required=True, type=nonempty, help="as for train_cls.py; a single split suffices")
     text = "where medmnist/, torch/, hfds/, hfids/ keep files"
     add("--data-dir", type=nonempty, metavar="DIR", help=text)
     add("--download", action="store_true", help="let the source download its files")
     add("--split", type=nonempty, default="validation", help="the split to measure")
-    text = "maps class names to numbers"
-    add("--class-map", type=nonempty, metavar="FILE", help=text)
-    text = "or patterns such as 'van_*'"
-    add("--model", nargs="+", default=[], metavar="NAME", help=text)
+    add("--class-map", type=nonempty, metavar="FILE", help="maps class names to numbers")
+    add("--model", nargs="+", default=[], metavar="NAME", help="or patterns such as 'van_*'")
     text = "weights of a single model (default: published)"
     add("--checkpoint", type=nonempty, metavar="FILE", help=text)
     several: dict[str, Any] = {"nargs": "+", "type": nonempty_path, "default": []}
@@ -265,8 +261,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--model-args", metavar="YAML", help="further keywords of create_model")
     add("--in-chans", type=whole(1), metavar="N", help="channels of the input")
     add("--img-size", type=whole(1, 65535), metavar="N", help="instead of the model's own")
-    text = "instead of the model's own"
-    add("--crop-pct", type=real(0, 1, above=True), metavar="X", help=text)
+    add("--crop-pct", type=real(0, 1, above=True), metavar="X", help="instead of the model's own")
     add("--interpolation", metavar="NAME", help="instead of the model's own")
     add("--batch-size", type=whole(1), default=128, metavar="N")
     add("--workers", type=whole(0, 256), default=4, metavar="N")

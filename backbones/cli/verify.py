@@ -20,7 +20,7 @@ from torch import Tensor
 import backbones
 from backbones.cli import parity
 from backbones.cli.common import add_size_argument, two_sides
-from backbones.common.arguments import nonempty_path
+from backbones.common.arguments import FILE
 from backbones.common.checkpoint_files import sha256_of
 from backbones.common.errors import CommandError
 from backbones.common.messages import one_line
@@ -38,8 +38,7 @@ _SHOWN = 3
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("model", nargs="?", help="model, or a checkpoint file (default: the checkpoint's model)")
-    text = "weights (default: test only the code)"
-    add("--checkpoint", type=nonempty_path, metavar="FILE", help=text)
+    add("--checkpoint", **FILE, help="weights (default: test only the code)")
     add_size_argument(parser, "image size for the outputs of the checkpoint (default: the model's)")
 
 
@@ -63,18 +62,14 @@ def run(options: Namespace) -> int:
     if loads is None:
         return 1
     right = _verify_code(loads.name)
-    _require_finite(loads.model, two_sides(options.size, loads.model))
-    return int(not right)
-
-
-def _require_finite(model: Any, size: tuple[int, int]) -> None:
-    """Run the model once, on noise."""
-    images = parity.image((1, model.in_chans, *size)).to(next(model.parameters()).dtype)
+    model = loads.model
+    images = parity.image((1, model.in_chans, *two_sides(options.size, model)))
     with torch.inference_mode():
-        finite = bool(model(images).isfinite().all())
-    if not finite:
+        output = model(images.to(next(model.parameters()).dtype))
+    if not output.isfinite().all():
         raise CommandError("the outputs of these weights are not finite")
     sys.stdout.write("outputs of these weights: finite\n")
+    return int(not right)
 
 
 class Match(NamedTuple):

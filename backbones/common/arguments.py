@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,10 @@ def nonempty(word: str) -> str:
 def nonempty_path(word: str) -> Path:
     """:func:`nonempty` as a path."""
     return Path(nonempty(word))
+
+
+FILE: dict[str, Any] = {"type": nonempty_path, "metavar": "FILE"}
+"""The further arguments of an option that names a file."""
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:

@@ -82,12 +82,7 @@ def read_file(path: Path) -> Any:
     The format, safetensors or that of ``torch.save``, is detected from the content, not the name.
     Pickles are read with ``weights_only=True``, so that files that would execute code are rejected.
     In zip files (``torch.save`` since torch 1.6), all checksums are verified; older files and
-    safetensors have none.
-
-    Raises:
-        DamagedFileError: truncated, corrupt, or not a weight file.
-        CheckpointError: it contains more than tensors and plain values.
-        OSError: it cannot be opened.
+    safetensors have none. A file with more than tensors and plain values is a CheckpointError.
     """
     with open(path, "rb") as file:
         head = file.read(_HEAD)

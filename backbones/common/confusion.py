@@ -34,12 +34,7 @@ def confusions(matrix: np.ndarray, classes: Sequence[str]) -> list[tuple[str, st
 
 
 def class_report(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each class with its metrics and the most frequent mistake.
-
-    Returns:
-        Rows with ``class``, ``images``, ``recall``, ``precision``, ``f1`` (percent; "" where it
-        is 0/0), ``taken_for`` and ``taken_for_images``: the most frequent mistake.
-    """
+    """A row for each class: metrics in percent ("" where it is 0/0), the most frequent mistake."""
     rows = []
     for number, name in enumerate(classes):
         right, images = int(matrix[number, number]), int(matrix[number].sum())

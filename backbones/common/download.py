@@ -37,14 +37,9 @@ def is_url(source: str) -> bool:
 def downloaded(url: str, label: str = "", cache_dir: str | Path | None = None) -> Iterator[Path]:
     """The file at ``url``, downloaded to the cache atomically unless it is there.
 
-    If the caller raises a :class:`DamagedFileError`, the file is deleted from the cache.
-
-    The cache is torch hub's by default; ``label`` is a prefix of the file's name.
-
-    Raises:
-        ConnectionError: it could not be downloaded completely, or the server sent nothing for
-            :data:`TIMEOUT` seconds; it says what to fetch and where to put it.
-        CheckpointError: its checksum differs from the one in its name, or the caller's error.
+    If the caller raises a :class:`DamagedFileError`, the file is deleted from the cache. That is
+    torch hub's by default; ``label`` is a prefix of the file's name. A ConnectionError says what to
+    fetch and where to put it.
     """
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
     path = folder / file_name(url, label)

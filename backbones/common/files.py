@@ -15,7 +15,7 @@ from typing import IO
 import safetensors.torch
 import torch
 
-from backbones.common.errors import CommandError, FileError
+from backbones.common.errors import FileError
 from backbones.common.messages import first_line
 
 # Where there may be no more or no larger files.
@@ -31,9 +31,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 
     In any case, ``path`` is either the old file or the complete new one. Links are followed;
     devices and pipes (``/dev/stdout``) are written to directly.
-
-    Raises:
-        FileError: the file cannot be written (disk full, no permission); ``path`` is unchanged.
     """
     with writing(path):
         if path.exists() and not path.is_file() and not path.is_dir():
@@ -172,13 +169,3 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
-
-
-def require_disk_space(folder: Path, size: int) -> None:
-    """Check that a disk has ``size`` bytes left."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise CommandError(
-            f"no space left on the disk: {folder} needs {size / 1e6:.0f} MB, only "
-            f"{free / 1e6:.0f} MB are free"
-        )

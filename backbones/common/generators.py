@@ -15,15 +15,10 @@ from torch.utils.data import get_worker_info
 def get_rng_state(cuda: bool = True) -> dict[str, Any]:
     """The states of Python's, NumPy's and torch's generators, in types allowed by weights_only."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words = torch.from_numpy(np.asarray(keys, dtype=np.int64))
     return {
         "python": random.getstate(),
-        "numpy": (
-            kind,
-            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
-            position,
-            has_gauss,
-            cached,
-        ),
+        "numpy": (kind, words, position, has_gauss, cached),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if cuda and torch.cuda.is_initialized() else None,
     }

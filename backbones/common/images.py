@@ -65,16 +65,8 @@ def has_image_ending(name: str | Path) -> bool:
     return os.path.splitext(name)[1].lower() in image_endings()
 
 
-@dataclass(frozen=True)
-class Listing:
-    """Files found in folders, with an image's ending and without."""
-
-    images: list[str]
-    others: list[str]
-
-
-def list_below(folder: str | Path) -> Listing:
-    """Sorted relative paths of all entries in a folder and its subfolders, except for folders.
+def list_below(folder: str | Path) -> tuple[list[str], list[str]]:
+    """The images and the other entries in a folder and its subfolders, as sorted relative paths.
 
     Linked folders are not followed. Entries that aren't files (named pipes, broken links) are
     listed too; reading them fails with the reason.
@@ -83,15 +75,16 @@ def list_below(folder: str | Path) -> Listing:
     def fail(error: OSError) -> None:
         raise error
 
-    found = Listing([], [])
+    images: list[str] = []
+    others: list[str] = []
     for inner, _, names in os.walk(folder, onerror=fail):
         below = os.path.relpath(inner, folder)
         for name in names:
             path = name if below == os.curdir else os.path.join(below, name)
-            (found.images if has_image_ending(name) else found.others).append(path)
-    for paths in (found.images, found.others):
+            (images if has_image_ending(name) else others).append(path)
+    for paths in (images, others):
         paths.sort(key=lambda name: name.split(os.sep))
-    return found
+    return images, others
 
 
 @dataclass
@@ -221,15 +214,6 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # Pillow warns when converting directly to RGB
     return image if image.mode == mode else image.convert(mode)
-
-
-def require_wide(size: tuple[int, int], config: dict[str, Any]) -> None:
-    """Reject images (width, height) that become huge when resized as ``config`` says."""
-    shorter, longer = sorted(size)
-    side = max(config["input_size"][1:]) / config["crop_pct"]
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and side * side * longer > 2 * limit * shorter:
-        raise ValueError(f"an image of {size[0]}×{size[1]} pixels is too narrow to be resized")
 
 
 def upright(pixels: np.ndarray, orientation: Any) -> np.ndarray:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from backbones.common.errors import CommandError
 
 # Measured: workspaces of kernels and, above all, freed tensors below 32 MiB that the allocator
 # keeps almost double the live memory.
@@ -40,20 +36,16 @@ class _LiveTensors(TorchDispatchMode):
         before = {id(storage) for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
-            self._see(storage, before)
+            if id(storage) in before or storage in self._known:
+                continue
+            self._known[storage] = size = storage.nbytes()
+            self.now += size
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._forget, size)
         if func._schema.name == "aten::conv2d":  # whole in inference mode
             self.weights += args[1].nbytes
             self.convolutions.add((args[0].shape, args[1].shape))
         return out
-
-    def _see(self, storage: torch.UntypedStorage, before: set[int]) -> None:
-        if id(storage) in before or storage in self._known:
-            return
-        size = storage.nbytes()
-        self._known[storage] = size
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, size)
 
     def _forget(self, size: int) -> None:
         self.now -= size
@@ -73,40 +65,14 @@ def measure_memory(network: Callable[[Tensor], Tensor], x: Tensor) -> tuple[floa
     two windows. The network runs twice, to exclude what it creates and keeps in the first call,
     such as packed weights.
 
-    Returns:
-        Peak memory over the pixels of ``x``, with a margin; bytes that a fused network keeps for
-        each shape of inputs, above all weights in the layouts that oneDNN chooses for them.
+    Returns: peak memory over the pixels of ``x``, with a margin; bytes that a fused network keeps
+    for each shape of inputs, above all weights in the layouts that oneDNN chooses for them.
     """
     network(x)
     with (live := _LiveTensors()):
         network(x)
     per_pixel = _MARGIN * live.peak / (x.shape[0] * x.shape[2] * x.shape[3])
     return per_pixel, live.weights + _PRIMITIVE_BYTES * len(live.convolutions)
-
-
-def live_bytes(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """Peak number of bytes of live tensors created by ``network(x)``."""
-    with (live := _LiveTensors()):
-        network(x)
-    return live.peak
-
-
-def peak_bytes(network: nn.Module, shape: Sequence[int]) -> float:
-    """Bytes that ``network`` needs for an input of that shape, without weights and without running.
-
-    Infinity if a tensor would exceed the address space. A copy is traced on the meta device, which
-    must not be fused, since fused layers work in tiles. Workspaces of kernels and memory kept by
-    the allocator are not included.
-    """
-    shadow = copy.deepcopy(network).to("meta").eval()
-    try:
-        with torch.inference_mode():
-            dtype = next(shadow.parameters()).dtype
-            return live_bytes(shadow, torch.empty(*shape, dtype=dtype, device="meta"))
-    except RuntimeError as error:
-        if "calculation overflowed" in str(error):
-            return math.inf
-        raise
 
 
 def used_memory(device: torch.device) -> int:
@@ -150,17 +116,3 @@ def peak_memory(device: torch.device) -> float:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def require_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
-    """Check on the meta device that memory suffices for images of these shapes, if it is known."""
-    free = available_memory(torch.device("cpu"), unknown=sys.maxsize)
-    for shape in shapes:
-        needed: float = math.prod(shape) * next(model.parameters()).dtype.itemsize
-        if needed <= free:  # the meta device does not count to infinity
-            needed += peak_bytes(model, shape)
-        if needed > free:
-            raise CommandError(
-                f"images of {'×'.join(map(str, shape))} need more than {needed / 1e9:.3g} GB of "
-                f"memory, but only {free / 1e9:.3g} GB are free; reduce --size or --batch"
-            )

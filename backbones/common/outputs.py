@@ -88,13 +88,11 @@ def require_writable(
     """Check output files before any work is done. Links are resolved.
 
     An output is not an input, has an ending of its kind, and replaces no existing file of another
-    kind unless ``overwrite``.
+    kind unless ``overwrite``, which is None if the command has no such option.
 
     Args:
         outputs: files and their kinds by option; None for options that are not given.
-        inputs: files that are read, and folders whose images are. Iterated only if an output
-            exists.
-        overwrite: the value of ``--overwrite``; None if the command has no such option.
+        inputs: files that are read, and folders whose images are.
         makes_folders: whether missing folders will be created.
         streams: whether devices and pipes may be outputs.
     """

@@ -93,9 +93,11 @@ def world_of_processes(device: str | None) -> Iterator[World]:
 
     Without ``device``, it is a GPU if there is one.
     """
-    size = _world_size()
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise RecipeError(f"WORLD_SIZE must be the number of processes, not {shown(text)}")
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and size > 1:
+    if name == "cuda" and int(text) > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     target = usable_device(name, "device")
     if target.type == "cuda":
@@ -121,10 +123,3 @@ def leave_processes() -> None:
     """
     _kept_groups.append(dist.group.WORLD)
     dist.destroy_process_group()
-
-
-def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise RecipeError(f"WORLD_SIZE must be the number of processes, not {shown(text)}")
-    return int(text)

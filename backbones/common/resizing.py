@@ -24,11 +24,14 @@ class Resizing:
 
     The kernel :func:`ops.cpu.resize.resize.resize_part` computes only the pixels that are cropped,
     where it is available and its pixels are those of the installed Pillow; otherwise the transform
-    itself runs. ``config`` is the preprocessing, as resolved by timm.
+    itself runs. ``config`` is the preprocessing, as resolved by timm; the images that it is for are
+    read in ``mode``, Pillow's ``RGB`` or ``L``.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
+        self.mode = "L" if config["input_size"][0] == 1 else "RGB"
         self._transform = create_transform(**config, is_training=False, use_prefetcher=True)
+        self._side = max(config["input_size"][1:]) / config["crop_pct"]
         mean, std = (torch.tensor(config[key]).view(-1, 1) for key in ("mean", "std"))
         # In timm's order, so that the values are its own to the last bit.
         self._tables = torch.arange(256.0).div_(255).sub(mean).div_(std).numpy()
@@ -45,6 +48,15 @@ class Resizing:
         if isinstance(image, np.ndarray):
             image = Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
         return np.asarray(self._transform(image))
+
+    def fit(self, pixels: np.ndarray) -> np.ndarray:
+        """Resize and crop an array; ValueError if it is so narrow that it would become huge."""
+        height, width = pixels.shape[:2]
+        shorter, longer = sorted((height, width))
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and self._side * self._side * longer > 2 * limit * shorter:
+            raise ValueError(f"an image of {width}×{height} pixels is too narrow to be resized")
+        return self(pixels)
 
     def normalise(self, images: np.ndarray) -> Tensor:
         """A batch (B, C, H, W) for the network, bit-identical to timm's transform."""

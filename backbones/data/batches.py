@@ -59,6 +59,17 @@ class SizedBatches:
             )
 
 
+class Closable:
+    """A loader whose batches ``_current`` are being iterated over, if any."""
+
+    _current: SizedBatches | None = None
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self._current is not None:
+            self._current.close()
+
+
 def loader_options(
     workers: int, pin_memory: bool, device: torch.device, persistent: bool = True
 ) -> dict[str, Any]:

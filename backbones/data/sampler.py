@@ -40,9 +40,11 @@ class TrainSampler(Sampler[list[Key]]):
         for number in range(self.start, self.batches):
             yield self._keys(order, seeds, number)
 
-    def batch(self, epoch: int, number: int) -> list[Key]:
-        """The keys of one batch."""
-        return self._keys(*self._epoch_order(epoch), number)
+    def images(self, epoch: int, update: int, accum_steps: int) -> list[int]:
+        """The numbers of the images of an update, which has several batches."""
+        order, seeds = self._epoch_order(epoch)
+        batches = range(update * accum_steps, (update + 1) * accum_steps)
+        return [index for batch in batches for index, _ in self._keys(order, seeds, batch)]
 
     def _epoch_order(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))

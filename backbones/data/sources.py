@@ -16,15 +16,11 @@ File = tuple[str, int, int]  # name; offset and length within an archive
 
 
 class ImageSource(abc.ABC):
-    """Images with random access.
+    """Images with random access."""
 
-    Attributes:
-        title: of the split, for messages.
-        labels: class index of each image, if known without opening it; (N, classes) of 0 and 1
-            for multi-label data.
-    """
-
-    title = ""
+    title = ""  # of the split, for messages
+    # Class index of each image, if known without opening it; (N, classes) of 0 and 1 if it has
+    # several labels.
     labels: np.ndarray | None = None
 
     @abc.abstractmethod

@@ -40,18 +40,14 @@ _FOLDER_NAMES = {
 
 @dataclass
 class Splits:
-    """The two halves of a data set, their sizes, and the names of the classes, by number.
-
-    Attributes:
-        multi_label: labels are (N, classes) of 0 and 1.
-    """
+    """The two halves of a data set, their sizes, and the names of the classes, by number."""
 
     train: ImageSource | StreamSource
     validation: ImageSource | StreamSource
     classes: list[str]
     train_size: int
     validation_size: int
-    multi_label: bool = False
+    multi_label: bool = False  # labels are (N, classes) of 0 and 1
 
     def head_size(self, num_classes: int | None) -> int:
         """The number of classes of the model: ``num_classes``, or else the data's."""
@@ -88,19 +84,9 @@ def open_splits(
 ) -> Splits:
     """Open both splits of a data set and check them.
 
-    Args:
-        data: folder of ``train/`` and ``val/`` (or ``.tar`` files), ``digits``, ``medmnist/NAME``,
-            ``torch/NAME``, ``wds/FOLDER``, ``hfds/NAME``, ``hfids/NAME``.
-        train_split, val_split: names; shard patterns for ``wds``.
-        data_dir: where the named data sets keep their files.
-        class_map: file with a class name per line.
-        input_key, target_key: columns, fields or suffixes of images and labels.
-        num_classes: of the model, if not the data's.
-        num_samples, val_num_samples: numbers of images of streams that don't state them.
-        batch_size, seed: for the order of streams.
-
-    Raises:
-        DataError: for example, no data, a missing split or a label out of range.
+    ``data`` is a folder of ``train/`` and ``val/`` (or ``.tar`` files), ``digits``,
+    ``medmnist/NAME``, ``torch/NAME``, ``wds/FOLDER``, ``hfds/NAME`` or ``hfids/NAME``. The other
+    arguments are keys of a recipe, which ``train_cls.py --help`` explains.
     """
     if not data:
         raise DataError("no data: give --data a folder, digits, medmnist/NAME, torch/NAME, …")
@@ -121,9 +107,7 @@ def open_split(
 ) -> ImageSource:
     """Open one split of ``digits``, ``medmnist/NAME``, ``torch/NAME`` or ``hfds/NAME``.
 
-    Args:
-        column: of the images (``hfds``).
-        folder: where the data set's files are.
+    ``column`` is that of the images (``hfds``); the data set's files are in ``folder``.
     """
     source, _ = _open(_Place(data, folder, input_key=column), split)
     if not len(source):
@@ -326,11 +310,11 @@ def _list_folder(root: Path) -> list[tuple[str, File]]:
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     files: list[tuple[str, File]] = []
     for folder in folders:
-        below = list_below(folder)
-        if not below.images:
-            held = f"has no images, but {below.others[0]}" if below.others else "is empty"
+        images, others = list_below(folder)
+        if not images:
+            held = f"has no images, but {others[0]}" if others else "is empty"
             raise DataError(f"the class folder {folder} {held}")
-        files += [(folder.name, (str(folder / name), 0, 0)) for name in below.images]
+        files += [(folder.name, (str(folder / name), 0, 0)) for name in images]
     return files
 
 
@@ -339,9 +323,8 @@ def list_tar(
 ) -> list[tuple[str, File]]:
     """The images of an uncompressed archive, each after its class, the folder that holds it.
 
-    Args:
-        damage: gets a sentence where the archive breaks off; None makes an error of it.
-        skipped: gets the names of the members that are no images, except for folders.
+    ``damage`` gets a sentence where the archive breaks off; None makes an error of it. ``skipped``
+    gets the names of the members that are no images, except for folders.
     """
     files = []
     try:

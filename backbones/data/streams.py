@@ -35,11 +35,8 @@ class StreamSource:
 class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
     """Decode, convert, augment. Unreadable training images are replaced by others.
 
-    Args:
-        stream: ``source``, opened.
-        mode: Pillow mode, such as RGB.
-        seed: of the augmentation, together with the position; None for validation.
-        share: keep every n-th image, for this process.
+    ``stream`` is ``source``, opened. The augmentation is seeded by ``seed``, None for validation,
+    and the position. Of the images, this process's ``share`` is kept.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """Checksums of a table's files, so that a flipped bit never changes a result.
 
 A shard keeps two CRC-32s in the metadata of its Parquet footer: of all bytes before the footer, and
-of the rest with that second number as zeros. So a footer, which a command reads first, can be
-trusted without reading the file, and every byte is covered. Shards of earlier versions have none.
+of the rest with that second number as zeros. Shards of earlier versions have none.
 Other files of a table end in the CRC-32 of what precedes it.
 """
 
@@ -44,17 +43,17 @@ def sign(file: IO[bytes]) -> None:
     file.write(footer[place : place + 17])
 
 
-def flaw(path: Path, footer_only: bool = False) -> str | None:
-    """Why a shard, or only its footer, cannot be trusted; None if it can, or has no checksum.
+def flaw(path: Path) -> str | None:
+    """Why a shard cannot be trusted; None if it can, or has no checksum.
 
     A file is not read again by this process until it changes.
     """
     found = os.stat(path)
-    return _flaw(path, footer_only, found.st_ino, found.st_size, found.st_mtime_ns)
+    return _flaw(path, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1 << 17)
-def _flaw(path: Path, footer_only: bool, *_: int) -> str | None:
+def _flaw(path: Path, *_: int) -> str | None:
     if (problem := file_problem(path)) is not None:
         return f"it {problem}"
     with open(path, "rb") as file:
@@ -66,9 +65,7 @@ def _flaw(path: Path, footer_only: bool, *_: int) -> str | None:
             return None  # of an earlier version
         body, end = bytes(footer[place : place + 8]), bytes(footer[place + 9 : place + 17])
         footer[place + 9 : place + 17] = b"00000000"
-        if end != b"%08x" % zlib.crc32(footer):
-            return "the checksum of its footer is wrong"
-        if not footer_only and body != b"%08x" % _crc(file, start):
+        if end != b"%08x" % zlib.crc32(footer) or body != b"%08x" % _crc(file, start):
             return "its checksum is wrong"
     return None
 

@@ -1,11 +1,8 @@
-"""Embed parts on a Ray cluster, which schedules and retries them.
+"""Embed parts on a Ray cluster, which schedules and retries them, each as one of its tasks.
 
-Each part is one of Ray's tasks. Ray Data is not used: its executor looks for finished tasks only
-ten times a second.
-
-Only descriptions of parts and their results are sent over the network. Each machine reads the
-source and writes its shards itself, so all of them must see both under the same paths (NFS, a
-shared volume).
+Ray Data is not used: its executor looks for finished tasks only ten times a second. Only
+descriptions of parts and their results are sent over the network: each machine reads the source and
+writes its shards itself, so all of them must see both under the same paths.
 """
 
 from __future__ import annotations
@@ -47,10 +44,8 @@ def run_on_cluster(
 ) -> Generator[Event, None, None]:
     """Embed with Ray: one task per part, on a core or, if ``job`` says so, a GPU.
 
-    If a machine is lost, the others take over its tasks.
-
-    Args:
-        address: of the cluster, as for ``ray.init``; None starts one on this machine.
+    If a machine is lost, the others take over its tasks. ``address`` is that of ``ray.init``; None
+    starts a cluster on this machine.
     """
     ray = require_ray()
     started = not ray.is_initialized()

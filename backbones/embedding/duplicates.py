@@ -63,9 +63,6 @@ def find_duplicates(
             neighbours in a graph and may miss some; it needs faiss-cpu and memory for all rows.
             ``"auto"`` uses it beyond :data:`EXACT_ROWS`.
         progress: show a bar on standard error, if that is a terminal.
-
-    Raises:
-        ThresholdError: nearly all pairs of many images reach the threshold.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must be above 0 and at most 1, got {threshold}")
@@ -99,13 +96,10 @@ class ThresholdError(MendableError, ValueError):
 
 
 class Groups:
-    """Connected components of n items, as a union-find forest.
-
-    Each item points to a lower one of its group, the first to itself.
-    """
+    """Connected components of n items, as a union-find forest."""
 
     def __init__(self, n: int) -> None:
-        self._above = np.arange(n)
+        self._above = np.arange(n)  # a lower item of the group; of its first item, itself
 
     def find(self, things: np.ndarray) -> np.ndarray:
         """The first item of the group of each of ``things``."""

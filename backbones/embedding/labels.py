@@ -38,9 +38,6 @@ def labels_of(
             name of the folder that contains the image; ``"source"`` for the labels of the dataset
             that was embedded (``digits``, ``medmnist/…``, ``torch/…``, ``hfds/…``).
         source: see :func:`backbones.embedding.sources.reader_of`; for ``"source"``.
-
-    Raises:
-        LabelError: the file cannot be read, or no image has a class.
     """
     keys = list(keys_of(folder))
     if labels == "folder":
@@ -67,9 +64,6 @@ def split_of(folder: str | Path, split: Mapping[str, str] | str | Path) -> list[
     Args:
         split: like ``labels`` of :func:`labels_of`, with the values train and test (or val, valid,
             validation); ``"folder"`` for the first of these words in the image's path.
-
-    Raises:
-        LabelError: another value in a file, or no image is in a split.
     """
     if split == "folder":
         found = [
@@ -91,9 +85,6 @@ def read_assignments(path: Path) -> dict[str, str]:
 
     A header row (``key,label``) is optional; with one, further columns are allowed and ignored.
     JSON is an object of labels by key, or a list of pairs or of objects with ``key`` and ``label``.
-
-    Raises:
-        LabelError: the file cannot be read, has another format, or gives a key two labels.
     """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")

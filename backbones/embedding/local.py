@@ -95,11 +95,7 @@ def run_in_processes(
 
 
 class _Process:
-    """A worker process, and a thread that puts its events, and at last its status, in a queue.
-
-    Attributes:
-        part: the part it is working on.
-    """
+    """A worker process, and a thread that puts its events, and at last its status, in a queue."""
 
     def __init__(self, job: Job, share: int, part: Part, events: queue.Queue[Any]) -> None:
         self.job = job
@@ -122,7 +118,7 @@ class _Process:
 
     def give(self, part: Part) -> None:
         """Let the process embed a part."""
-        self.part = part
+        self.part = part  # which it is working on
         self._send(part)
 
     def kill(self) -> None:

@@ -48,10 +48,6 @@ class Network:
         features: ``head``, the input of the classifier, or the map of a stage, averaged over height
             and width unless it ends in ``:map``.
         classes: how many of the most likely classes to return; 0 for none.
-
-    Attributes:
-        names: of the classes, if known.
-        shape: of an image's embedding.
     """
 
     def __init__(self, model: str | None, checkpoint: Path, features: str, classes: int) -> None:
@@ -75,14 +71,10 @@ class Network:
         if self.stage is None and not classes:
             self.model.reset_classifier(0)  # so that forward, which is replayed, returns features
         blank = torch.zeros(1, *self.preprocessing["input_size"])
-        self.shape = tuple(self(blank)[0].shape[1:])
+        self.shape = tuple(self(blank)[0].shape[1:])  # of an image's embedding
 
     def prepare(self, computed: str, device: torch.device) -> None:
-        """Prepare for inference: fuse on a CPU, autocast on a GPU.
-
-        Args:
-            computed: float32, bfloat16, int8 on a CPU, or float16 on a GPU.
-        """
+        """Prepare to compute in a dtype of :data:`COMPUTED`: fuse on a CPU, autocast on a GPU."""
         self.dtype, self.device = COMPUTED[computed], device
         if device.type == "cpu":
             fuse(self.model, dtype=self.dtype if self.dtype != torch.float32 else None)

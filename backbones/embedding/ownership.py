@@ -13,6 +13,7 @@ import hmac
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,16 @@ _BYTES = 32
 
 
 def key_path() -> Path:
-    """The file of the user's key."""
+    """The file of the user's key; RuntimeError without a home folder."""
     base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(os.path.expanduser(base)) / "vision-backbones" / "tables.key"
+    return Path(base).expanduser() / "vision-backbones" / "tables.key"
 
 
 def seal(content: Mapping[str, Any]) -> str | None:
     """The seal of a table's metadata; None if no key can be stored."""
-    with contextlib.suppress(OSError):
-        _make_key()
+    with contextlib.suppress(OSError, RuntimeError):
+        if _key() is None:
+            _make_key(key_path())
     key = _key()
     return None if key is None else _sealed(key, content)
 
@@ -52,30 +54,17 @@ def _sealed(key: bytes, content: Mapping[str, Any]) -> str:
 
 def _key() -> bytes | None:
     """The stored key; None if there is none, or others could have written it."""
-    path = key_path()
     try:
+        path = key_path()
         key = path.read_bytes() if is_own_file(path) else b""
-    except OSError:
+    except (OSError, RuntimeError):
         return None
     return key if len(key) == _BYTES else None
 
 
-def _make_key() -> None:
-    """Store a new key, unless there is one."""
-    path = key_path()
-    if _key() is not None or path.parts[0].startswith("~"):
-        return
+def _make_key(path: Path) -> None:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)  # of two processes, the first one's key is kept
-        except OSError:  # there is one, or the file system has no hard links
-            if _key() is None:
-                os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # readable by the user alone
+    with open(descriptor, "wb") as file:
+        file.write(secrets.token_bytes(_BYTES))
+    os.replace(temporary, path)

@@ -22,16 +22,11 @@ _TINY = 64
 
 @dataclass
 class Table:
-    """A table on a page.
-
-    Attributes:
-        groups: for each row, the :attr:`Tile.group` that its button filters by; empty for no
-            buttons.
-    """
+    """A table on a page."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
-    groups: Sequence[str] = ()
+    groups: Sequence[str] = ()  # for each row, the ``Tile.group`` that its button filters by
 
 
 def write_page(

@@ -121,11 +121,16 @@ def probe(
         seed: of the random choices.
 
     Raises:
-        LabelError: see :func:`backbones.embedding.labels.labels_of`; or there are fewer than two
-            classes, or nothing is left to train on or to measure on.
-        MendableError: scikit-learn is not installed, or the tables are of different models.
+        MendableError: too few labels or classes, tables of different models, no scikit-learn.
     """
-    _check(held_out, neighbors, c, most_rows)
+    for name, value, good, right in (
+        ("held_out", held_out, 0 < held_out < 1, "between 0 and 1"),
+        ("neighbors", neighbors, neighbors >= 1, "at least 1"),
+        ("c", c, 0 < c < float("inf"), "above 0"),
+        ("most_rows", most_rows, most_rows >= 2, "at least 2"),
+    ):
+        if not good:
+            raise ValueError(f"{name} must be {right}, got {value}")
     try:
         import sklearn  # noqa: F401
     except ImportError:
@@ -203,17 +208,6 @@ class _Side:
         return vectors, np.array([number_of[str(self.labels[i])] for i in rows]), keys
 
 
-def _check(held_out: float, neighbors: int, c: float, most_rows: int) -> None:
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
-    if neighbors < 1:
-        raise ValueError(f"neighbors must be at least 1, got {neighbors}")
-    if not 0 < c < float("inf"):
-        raise ValueError(f"c must be above 0, got {c}")
-    if most_rows < 2:
-        raise ValueError(f"most_rows must be at least 2, got {most_rows}")
-
-
 def _require_alike(folder: str | Path, other: str | Path) -> None:
     """Raise an error for tables whose embeddings are not comparable."""
     one, two = metadata(folder), metadata(other)
@@ -265,16 +259,10 @@ class _Truth:
         sizes = confusion.sum(axis=1)
         recalls = np.diag(confusion)[sizes > 0] / sizes[sizes > 0]
         wrong = np.flatnonzero(found != self.numbers)
-        mistakes = [
-            Mistake(
-                self.keys[i],
-                self.folder,
-                self.classes[self.numbers[i]],
-                self.classes[found[i]],
-                float(sure[i]),
-            )
-            for i in wrong[np.argsort(-sure[wrong], kind="stable")].tolist()
-        ]
+        names, mistakes = self.classes, list[Mistake]()
+        for i in wrong[np.argsort(-sure[wrong], kind="stable")].tolist():
+            pair = names[self.numbers[i]], names[found[i]]
+            mistakes.append(Mistake(self.keys[i], self.folder, *pair, float(sure[i])))
         low, high = binomtest(right, len(found)).proportion_ci(method="wilson")
         accuracy, per_class = right / len(found), float(recalls.mean())
         return Method(name, accuracy, low, high, per_class, confusion, mistakes, note)

@@ -17,9 +17,9 @@ from backbones.common.errors import CommandError, MendableError
 from backbones.common.files import file_problem
 from backbones.common.images import DECODE_ERRORS, read_pixels
 from backbones.common.messages import first_line
+from backbones.common.resizing import Resizing
 from backbones.embedding.network import Network
 from backbones.embedding.table import differences, metadata
-from backbones.embedding.worker import Images
 
 __all__ = ["Queries", "embed_queries"]
 
@@ -49,10 +49,6 @@ def embed_queries(
 
     Args:
         checkpoint: file of the weights, if it was moved since the table was made.
-
-    Raises:
-        MendableError: the weights are missing or differ, or this version of the library
-            preprocesses images differently from the table.
     """
     said = metadata(folder)
     network = Network(said["model"], _weights(folder, said, checkpoint), said["features"], 0)
@@ -65,21 +61,21 @@ def embed_queries(
     except CommandError:  # computed on a GPU, or in a dtype that this CPU cannot multiply
         computed = "float32"
     network.prepare(computed, device)
-    images = Images(said["preprocessing"])
+    resize = Resizing(said["preprocessing"])
     queries = Queries([], np.empty((0, said["dim"]), np.float32))
     vectors = [queries.vectors]
     for start in range(0, len(paths), _BATCH):
         decoded = []
         for path in map(Path, paths[start : start + _BATCH]):
             try:
-                decoded.append(images.fit(read_pixels(path, images.mode)))
+                decoded.append(resize.fit(read_pixels(path, resize.mode)))
                 queries.paths.append(path)
             except DECODE_ERRORS as error:
                 queries.unreadable.append((path, first_line(error)))
         if decoded:
             count = len(decoded)
             decoded += decoded[-1:] * (_BATCH - count)
-            found, _, _ = network(images.normalise(decoded))
+            found, _, _ = network(resize.normalise(np.stack(decoded)))
             vectors.append(found[:count].flatten(1).numpy())
     queries.vectors = np.concatenate(vectors)
     return queries

@@ -40,20 +40,13 @@ _BATCH, _GPU_BATCH = 16, 256
 
 @dataclass
 class Summary:
-    """The state of the folder after a call that took some ``seconds``.
+    """The state of the folder after a call that took some ``seconds``."""
 
-    Attributes:
-        rows: of all shards.
-        corrupt: keys and reasons of the images that could not be embedded.
-        done: rows added by this call.
-        skipped: files in folders, and members of the archives that this call read.
-    """
-
-    rows: int
-    corrupt: list[tuple[str, str]]
-    done: int
+    rows: int  # of all shards
+    corrupt: list[tuple[str, str]]  # keys and reasons of the images that could not be embedded
+    done: int  # rows added by this call
     seconds: float
-    skipped: Skipped
+    skipped: Skipped  # files in folders, and members of the archives that this call read
 
 
 def embed(
@@ -80,15 +73,13 @@ def embed(
     """Embed all images of ``source`` into the folder ``out``; the same call resumes a partial run.
 
     :mod:`backbones.embedding.table` defines the format. However a call ends, finished shards are
-    kept and the next call computes the rest: each image is in the table exactly once, with the
-    embedding of an uninterrupted run.
+    kept and the next call computes the rest, with the embeddings of an uninterrupted run.
 
     Args:
         source, split, column, rows: see :func:`backbones.embedding.sources.open_source`.
         out: created if missing; its parent must exist.
         model: name; optional for checkpoints of ``train_cls.py``.
-        features: ``"head"``, the input of the classifier; ``"stage:N"``, the mean of that stage's
-            map; ``"stage:N:map"``, the map.
+        features: see :class:`backbones.embedding.network.Network`.
         classes: how many of the most likely classes to store as well.
         dtype: of the computation: ``"float32"``, ``"bfloat16"``, on a CPU ``"int8"``, on a
             GPU ``"float16"``.
@@ -102,10 +93,7 @@ def embed(
         address: of the Ray cluster; None starts one on this machine.
         progress: stream for the progress bar; None shows none.
 
-    Raises:
-        CommandError, DataError: unknown model or source, or conflicting arguments.
-        TableError: ``out`` holds embeddings of a different model, weights, preprocessing or source.
-        FileError: ``out`` cannot be written.
+    An error says what to change: a MendableError, or an OSError for missing files.
     """
     begun = time.monotonic()
     table.require_pyarrow()
@@ -118,8 +106,12 @@ def embed(
     target = usable_device(device)
     check_dtype(dtype, target)
     out, checkpoint = Path(out), Path(checkpoint)
-    if _is_within(out, Path(source)):
+    place = Path(os.path.realpath(out))
+    if os.path.isdir(source) and place.is_relative_to(os.path.realpath(source)):
         raise CommandError(f"--out {out} is inside the source {source}; choose another folder")
+    if decoders is None:
+        processes = 1 if target.type == "cpu" else workers or torch.cuda.device_count()
+        decoders = 1 if target.type == "cpu" else max(1, cores() // processes)
     images = open_source(source, rows, split, column)
     network = Network(model, checkpoint, features, classes)
     content: dict[str, Any] = {
@@ -154,7 +146,7 @@ def embed(
             checkpoint.absolute(),
             device,
             batch_size or (_BATCH if target.type == "cpu" else _GPU_BATCH),
-            _decoders(decoders, target, workers),
+            decoders,
         )
         work.show_begin(network.name, content["dim"])
         if work.pending:
@@ -186,19 +178,7 @@ def _events(
     return run_in_processes(job, devices, pending)
 
 
-def _decoders(asked: int | None, device: torch.device, workers: int | None) -> int:
-    if asked is not None:
-        return asked
-    if device.type == "cpu":
-        return 1
-    return max(1, cores() // (workers or torch.cuda.device_count()))
-
-
 # -- the folder ------------------------------------------------------------------------------------
-
-
-def _is_within(out: Path, source: Path) -> bool:
-    return source.is_dir() and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(source))
 
 
 @contextlib.contextmanager
@@ -251,12 +231,7 @@ def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Work:
-    """Which parts are done, shown as they are embedded.
-
-    Attributes:
-        pending: parts without a shard, with their numbers.
-        before: rows written by earlier calls.
-    """
+    """Which parts are done, shown as they are embedded."""
 
     def __init__(
         self, out: Path, content: dict[str, Any], images: Source, stream: TextIO | None
@@ -270,6 +245,7 @@ class _Work:
             self._check(number, content, opener)
             self._progress.step("shards")
         self._progress.end()
+        # Parts without a shard, with their numbers; and the rows written by earlier calls.
         self.pending = [(i, part) for i, part in enumerate(images.parts) if i not in self._latest]
         self.before, self._seen_before = self.rows, self.rows + len(self.write_corrupt())
         self._begun = time.monotonic()

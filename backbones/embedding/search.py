@@ -186,14 +186,6 @@ def open_graph(folder: str | Path, progress: bool = False) -> Any:
         for block in blocks(folder):
             index.add(unit(block.vectors))
             bar.step(count=len(block.keys))
-    _keep(index, path)
-    return index
-
-
-def _keep(index: Any, path: Path) -> None:
-    """Write the graph atomically, replacing graphs of earlier versions of the table."""
-    import faiss
-
     try:
         with replacing(path, unique=True) as temporary:
             faiss.write_index(index, str(temporary))
@@ -202,3 +194,4 @@ def _keep(index: Any, path: Path) -> None:
                 earlier.unlink()
     except (OSError, RuntimeError) as error:
         raise GraphError(f"cannot write {path}: {first_line(error)}") from error
+    return index

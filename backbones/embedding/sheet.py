@@ -26,17 +26,10 @@ _MUTED, _FRAME, _EMPTY = "#56606e", "#1f5fbf", "#eef1f5"
 
 
 class Thumbnails:
-    """Makes thumbnails of a table's images by their keys.
-
-    Args:
-        source: see :func:`backbones.embedding.sources.reader_of`.
-
-    Attributes:
-        refused: why images were not even looked for, a sentence for the first one; "" if all were.
-    """
+    """Makes thumbnails of a table's images by their keys, see :func:`.sources.reader_of`."""
 
     def __init__(self, folder: str | Path, source: Sequence[str | Path] = ()) -> None:
-        self.refused = ""
+        self.refused = ""  # why images were not even looked for; the first one's reason
         self._reader: Reader | None = None
         try:
             self._reader = reader_of(folder, source)
@@ -75,20 +68,13 @@ def small(source: Path | IO[bytes] | Image.Image) -> Image.Image:
 
 @dataclass
 class Tile:
-    """One image of a sheet.
+    """One image of a sheet."""
 
-    Attributes:
-        image: None if it can no longer be read.
-        heading: bold text below the image, such as its score.
-        framed: whether it is highlighted, as the query is.
-        group: what a page can filter it by, such as "3 → 8".
-    """
-
-    image: Image.Image | None
-    heading: str
+    image: Image.Image | None  # None if it can no longer be read
+    heading: str  # bold text below it, such as its score
     key: str
-    framed: bool = False
-    group: str = ""
+    framed: bool = False  # highlighted, as the query is
+    group: str = ""  # what a page can filter it by, such as "3 → 8"
 
 
 @dataclass

@@ -104,13 +104,9 @@ def metadata(folder: str | Path) -> dict[str, Any]:
     numbers and ``computed``, the dtype of the computation; ``classes``, the number stored per
     image, and their ``names``; ``source`` (``kind``, ``path``, …); the number of ``images`` in it
     (None if unknown before reading), the number of ``shards`` and the ``rows`` per shard;
-    ``decoder``, one of :data:`backbones.common.images.DECODERS` ("pillow" if missing);
+    ``decoder``, one of :data:`backbones.common.images.DECODERS`;
     ``versions``; and ``seal``, by which :mod:`backbones.embedding.ownership` knows the user's own
-    tables.
-
-    Raises:
-        FileNotFoundError: the folder does not exist or has no ``metadata.json``.
-        TableError: the file is damaged, has another format, or a field cannot be as it says.
+    tables. A missing file is a FileNotFoundError, and one that cannot be right a TableError.
     """
     path = Path(folder) / METADATA
     if path.exists() and (reason := file_problem(path)) is not None:
@@ -241,11 +237,7 @@ def shard_path(folder: str | Path, number: int) -> Path:
 
 
 def shard_paths(folder: str | Path) -> list[Path]:
-    """The files of a complete table, in order.
-
-    Raises:
-        FileNotFoundError, TableError: see :func:`metadata`; or shards are missing.
-    """
+    """The files of a table, in order; a TableError if it is not complete."""
     shards = metadata(folder)["shards"]
     names = os.listdir(held) if (held := Path(folder) / SHARDS).is_dir() else []
     there = {int(found[1]) for name in names if (found := _SHARD_NAME.fullmatch(name))}
@@ -267,11 +259,6 @@ def batches(
     Args:
         columns: which columns to read; None for all.
         rows: most rows per batch.
-
-    Raises:
-        FileNotFoundError, TableError: see :func:`shard_paths`; or a shard is damaged or belongs to
-            another table.
-        ValueError: the table lacks a column.
     """
     content, paths = metadata(folder), shard_paths(folder)
     have = schema_of(content).names
@@ -282,10 +269,10 @@ def batches(
 
 
 def count_rows(folder: str | Path) -> int:
-    """Count the rows of a complete table from its files' footers."""
+    """Count the rows of a complete table."""
     content, total = metadata(folder), 0
     for path in shard_paths(folder):
-        with _opened(path, content, footer_only=True) as file:
+        with _opened(path, content) as file:
             total += file.metadata.num_rows
     return total
 
@@ -317,9 +304,6 @@ def corrupt_in(path: Path, content: dict[str, Any]) -> tuple[int, list[tuple[str
     """A shard's number of rows, and keys and reasons of its images that could not be decoded.
 
     The whole shard is read, and so verified.
-
-    Raises:
-        TableError: the shard is damaged, or belongs to another table.
     """
     with _opened(path, content) as file:
         try:
@@ -354,11 +338,11 @@ def _rows(
 
 
 @contextmanager
-def _opened(path: Path, content: dict[str, Any], footer_only: bool = False) -> Iterator[Any]:
+def _opened(path: Path, content: dict[str, Any]) -> Iterator[Any]:
     """Open a shard after verifying its checksum, its table and its columns."""
     pa = require_pyarrow()
     try:
-        if (reason := checksum.flaw(path, footer_only)) is not None:
+        if (reason := checksum.flaw(path)) is not None:
             raise DamagedShardError(path, reason)
         with pa.parquet.ParquetFile(path) as file:
             found = file.schema_arrow
@@ -397,16 +381,13 @@ def _wrong(batch: pyarrow.RecordBatch) -> str | None:
 
 
 class Shard:
-    """The rows of a shard that is being written, see :func:`writing_shard`.
-
-    Attributes:
-        rows: number of rows added so far.
-        corrupt: keys and reasons of images that could not be decoded, for the caller to fill.
-    """
+    """The rows of a shard that is being written, see :func:`writing_shard`."""
 
     def __init__(self, path: Path, schema: pyarrow.Schema, writer: Any) -> None:
         self._path, self._schema, self._writer = path, schema, writer
-        self.rows, self.corrupt = 0, list[tuple[str, str]]()
+        self.rows = 0  # added so far
+        # Keys and reasons of images that could not be decoded, for the caller to fill.
+        self.corrupt: list[tuple[str, str]] = []
         self._added: list[pyarrow.RecordBatch] = []
         self._bytes = 0
 
@@ -418,13 +399,7 @@ class Shard:
         classes: np.ndarray | None = None,
         scores: np.ndarray | None = None,
     ) -> None:
-        """Add n rows.
-
-        Args:
-            sizes: height and width of each image.
-            embeddings: (n, dim).
-            classes, scores: (n, k), if the schema has them.
-        """
+        """Add n rows: keys, heights and widths, (n, dim) and, if the schema has them, (n, k)."""
         pa, kind = require_pyarrow(), self._schema.field("embedding").type
         flat = embeddings.astype(kind.value_type.to_pandas_dtype(), copy=False).reshape(-1)
         columns: dict[str, Any] = {
@@ -460,12 +435,13 @@ def writing_shard(path: Path, content: dict[str, Any]) -> Iterator[Shard]:
     with ExitStack() as stack:
         with writing(path):
             temporary = stack.enter_context(replacing(path, unique=True))
-            file = stack.enter_context(_closing(open(temporary, "w+b")))  # noqa: SIM115
+            file = open(temporary, "w+b")  # noqa: SIM115
+            stack.callback(_close, file)
             # Embeddings do not compress, so they are stored uncompressed for fast reading.
             writer = require_pyarrow().parquet.ParquetWriter(
                 file, schema, compression="none", use_dictionary=False
             )
-            stack.enter_context(_closing(writer))
+            stack.callback(_close, writer)
         shard = Shard(path, schema, writer)
         yield shard
         shard.flush()
@@ -481,14 +457,9 @@ def writing_shard(path: Path, content: dict[str, Any]) -> Iterator[Shard]:
             stack.close()
 
 
-@contextmanager
-def _closing(file: Any) -> Iterator[Any]:
-    """Close a file; buffered data that cannot be written is discarded."""
-    try:
-        yield file
-    finally:
-        with suppress(OSError):
-            file.close()
+def _close(file: Any) -> None:
+    with suppress(OSError):  # of buffered data that cannot be written
+        file.close()
 
 
 # -- rows ------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pickle
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from backbones.common.checkpoint_files import sha256_of
 from backbones.common.errors import DataError, MendableError, memory_shortage
@@ -35,7 +34,6 @@ from backbones.common.images import (
     as_8_bits,
     installed_decoder,
     open_pixels,
-    require_wide,
 )
 from backbones.common.messages import first_line
 from backbones.common.resizing import Resizing
@@ -64,67 +62,17 @@ class Job:
 
 
 class Event(NamedTuple):
-    """Progress of a part, since it was begun.
-
-    Attributes:
-        rows: written so far.
-        corrupt: keys and reasons of images that could not be decoded.
-        done: whether the shard is on disk.
-        error: why the part failed, if it did.
-        skipped: members of archives, once the part is done.
-    """
+    """Progress of a part, since it was begun."""
 
     part: int
-    rows: int = 0
-    corrupt: tuple[tuple[str, str], ...] = ()
-    done: bool = False
-    error: str = ""
-    skipped: Skipped | None = None
+    rows: int = 0  # written so far
+    corrupt: tuple[tuple[str, str], ...] = ()  # keys and reasons of undecodable images
+    done: bool = False  # whether the shard is on disk
+    error: str = ""  # why the part failed, if it did
+    skipped: Skipped | None = None  # members of archives, once the part is done
 
 
-class Images:
-    """Decodes and resizes images as ``predict`` does, to 8 bits a channel.
-
-    Args:
-        config: preprocessing, as resolved by timm.
-        decoder: one of :data:`backbones.common.images.DECODERS`; None for the fastest.
-    """
-
-    def __init__(self, config: dict[str, Any], decoder: str | None = None) -> None:
-        self.config = config
-        self.mode = "L" if config["input_size"][0] == 1 else "RGB"
-        self.decoder = decoder or installed_decoder()
-        if self.decoder == "simplejpeg" and installed_decoder() != "simplejpeg":
-            raise MendableError(
-                "the table was started with simplejpeg, which can't be used here: pip install "
-                "simplejpeg, and Pillow from its official wheel"
-            )
-        self.resize = Resizing(config)
-
-    def decode(self, item: Item) -> tuple[np.ndarray, tuple[int, int]]:
-        """Open and decode an image: (C, H, W) uint8, and its original height and width."""
-        source = item.open()
-        if isinstance(source, Image.Image):
-            pixels = np.asarray(as_8_bits(source, self.mode))
-        else:
-            with source:
-                pixels = open_pixels(source, self.mode, self.decoder)
-        return self.fit(pixels), (pixels.shape[0], pixels.shape[1])
-
-    def fit(self, pixels: np.ndarray) -> np.ndarray:
-        """Resize and crop (H, W, C) to the network's size, (C, height, width)."""
-        require_wide((pixels.shape[1], pixels.shape[0]), self.config)
-        return self.resize(pixels)
-
-    def normalise(self, images: Sequence[np.ndarray]) -> Tensor:
-        """Make a batch (B, C, H, W) for the network, bit-identical to timm's transform."""
-        return self.resize.normalise(np.stack(images))
-
-
-class _Decoded(NamedTuple):
-    key: str
-    image: np.ndarray
-    size: tuple[int, int]
+_Decoded = tuple[str, np.ndarray, tuple[int, int]]  # key, pixels, original size
 
 
 class Worker:
@@ -142,7 +90,7 @@ class Worker:
         self.job, self.network = job, network
         network.prepare(said["computed"], torch.device(job.device))
         self._reader = reader(said["source"])
-        self._images = Images(said["preprocessing"], said.get("decoder", "pillow"))
+        self._resize, self._decoder = Resizing(said["preprocessing"]), installed_decoder()
         self._pool = ThreadPoolExecutor(job.decoders) if job.decoders else None
 
     def close(self) -> None:
@@ -165,7 +113,7 @@ class Worker:
         # Pad the last batch: the fused form of a network depends on the batch size.
         padded = [image for _, image, _ in batch]
         padded += padded[-1:] * (self.job.batch_size - len(batch))
-        found, classes, scores = self.network(self._images.normalise(padded))
+        found, classes, scores = self.network(self._resize.normalise(np.stack(padded)))
         found = found[: len(batch)].flatten(1).cpu()
         stored = found.half() if self.job.content["dtype"] == "float16" else found
         finite = stored.isfinite().all(1)
@@ -173,11 +121,11 @@ class Worker:
             beyond = ", beyond float16's range" if found[i].isfinite().all() else ""
             value = found[i].abs().max().item()
             reason = f"ValueError: its embedding reaches {value:g}{beyond}"
-            shard.corrupt.append((batch[i].key, reason))
-        kept = finite.nonzero()[:, 0].tolist()
+            shard.corrupt.append((batch[i][0], reason))
+        kept = [batch[i] for i in finite.nonzero()[:, 0].tolist()]
         shard.add(
-            [batch[i].key for i in kept],
-            [batch[i].size for i in kept],
+            [key for key, _, _ in kept],
+            [size for _, _, size in kept],
             stored[finite].numpy(),
             None if classes is None else classes[: len(batch)].cpu()[finite].numpy(),
             None if scores is None else scores[: len(batch)].cpu()[finite].numpy(),
@@ -196,7 +144,17 @@ class Worker:
                     raise
                 corrupt.append((item.key, shortage))
             else:
-                yield _Decoded(item.key, image, size)
+                yield item.key, image, size
+
+    def decode(self, item: Item) -> tuple[np.ndarray, tuple[int, int]]:
+        """Open, decode and resize an image: (C, H, W) uint8, and its original height and width."""
+        source, mode = item.open(), self._resize.mode
+        if isinstance(source, Image.Image):
+            pixels = np.asarray(as_8_bits(source, mode))
+        else:
+            with source:
+                pixels = open_pixels(source, mode, self._decoder)
+        return self._resize.fit(pixels), (pixels.shape[0], pixels.shape[1])
 
     def _ahead(
         self, items: Iterator[Item]
@@ -204,11 +162,11 @@ class Worker:
         """Items with functions that return the decoded images, prefetched if there are threads."""
         if self._pool is None:
             for item in items:
-                yield item, functools.partial(self._images.decode, item)
+                yield item, functools.partial(self.decode, item)
             return
         waiting: collections.deque[tuple[Item, Callable[[], Any]]] = collections.deque()
         for item in items:
-            waiting.append((item, self._pool.submit(self._images.decode, item).result))
+            waiting.append((item, self._pool.submit(self.decode, item).result))
             if len(waiting) > 2 * self.job.batch_size:
                 yield waiting.popleft()
         yield from waiting

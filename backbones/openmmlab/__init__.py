@@ -64,12 +64,9 @@ class VisionBackbone(BaseModule):
         init_cfg: ``dict(type="Pretrained", checkpoint=...)``: a file or URL of a classification
             or dense checkpoint, the original's or ours, or the name of published weights, such as
             ``"van_b2.in1k"``. Used by :meth:`init_weights`.
-        **arguments: further arguments of the architecture (``img_size``, ``n_win``,
-            ``norm_eps``, …); unknown ones raise an error.
+        **arguments: further arguments of the architecture (``img_size``, ``n_win``, …).
 
-    Attributes:
-        channels: of the returned maps, the ``in_channels`` of a neck or head.
-        reductions: their strides.
+    ``channels`` and ``reductions`` are those of the returned maps.
     """
 
     _is_init: bool
@@ -96,13 +93,8 @@ class VisionBackbone(BaseModule):
                 f"backbone inside a detector by itself, got {init_cfg}"
             )
         super().__init__(dict(init_cfg) if init_cfg is not None else None)
-        common = dict(
-            num_classes=0,
-            in_chans=in_channels,
-            drop_path_rate=drop_path_rate,
-            out_norms=out_norms,
-            **arguments,
-        )
+        common = dict(num_classes=0, in_chans=in_channels, out_norms=out_norms, **arguments)
+        common["drop_path_rate"] = drop_path_rate
         self.model: Any
         if adapter is None:
             indices = None if out_indices is None else tuple(out_indices)

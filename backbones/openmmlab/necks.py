@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from ops.pyramid import SimplePyramid
 
+_INITIAL = {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"}
+
 
 @MODELS.register_module()
 class SimpleFPN(BaseModule):
@@ -34,9 +36,7 @@ class SimpleFPN(BaseModule):
         num_outs: int = 5,
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            dict(init_cfg or {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"})
-        )
+        super().__init__(dict(init_cfg or _INITIAL))
         self.in_channels = in_channels
         self.num_outs = num_outs
         self.pyramid = SimplePyramid(in_channels)
@@ -88,9 +88,7 @@ class TransposedFPN(BaseModule):
         num_transposed: int = 1,
         init_cfg: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            dict(init_cfg or {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"})
-        )
+        super().__init__(dict(init_cfg or _INITIAL))
         levels = num_transposed + len(in_channels)
         if num_transposed < 0 or num_outs < levels:
             raise ValueError(

@@ -15,7 +15,7 @@ from backbones.common.errors import DataError
 from backbones.common.generators import mix_seed
 from backbones.common.images import has_image_ending
 from backbones.common.processes import World
-from backbones.data.batches import SizedBatches, loader_options
+from backbones.data.batches import Closable, SizedBatches, loader_options
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import Key, TrainSampler
 from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
@@ -171,7 +171,7 @@ def _flip(x: Tensor, which: int) -> Tensor:
     return (x.transpose(1, 2) if which & 4 else x).contiguous()
 
 
-class PatchLoader:
+class PatchLoader(Closable):
     """Batches of patches, by epoch, which depend only on seed, epoch and position."""
 
     def __init__(
@@ -193,7 +193,6 @@ class PatchLoader:
             generator=torch.Generator(),
             **loader_options(recipe.workers, recipe.pin_memory, world.device),
         )
-        self._current: SizedBatches | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Pair]:
         """Pairs (B, C, p, p) and (B, C, p·scale, p·scale) on the device, from ``start`` on."""
@@ -203,14 +202,7 @@ class PatchLoader:
         for degraded, truth in self._current:
             yield degraded.to(device, non_blocking=True), truth.to(device, non_blocking=True)
 
-    def close(self) -> None:
-        """End the loader processes."""
-        if self._current is not None:
-            self._current.close()
-
     def names(self, epoch: int, update: int) -> list[str]:
         """Names of this process's pictures of an update."""
-        accum = self.recipe.accum_steps
-        batches = range(update * accum, (update + 1) * accum)
-        keys = [key for batch in batches for key in self._sampler.batch(epoch, batch)]
-        return [str(self.paths[index % len(self.paths)]) for index, _ in keys]
+        indices = self._sampler.images(epoch, update, self.recipe.accum_steps)
+        return [str(self.paths[index % len(self.paths)]) for index in indices]

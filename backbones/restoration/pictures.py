@@ -140,8 +140,12 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
                 options |= {"quality": quality, "subsampling": 0}
             elif suffix == ".webp":
                 options |= {"quality": quality}
-            elif suffix in (".tif", ".tiff") and not _has_directories(picture.exif):
-                options |= {"compression": "tiff_adobe_deflate"}
+            elif suffix in (".tif", ".tiff"):
+                exif = Image.Exif()
+                exif.load(picture.exif or b"")
+                # Pillow can't compress a TIFF with camera or GPS tags.
+                if {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}.isdisjoint(exif):
+                    options |= {"compression": "tiff_adobe_deflate"}
             elif suffix == ".bmp":
                 options = {}
             image.save(data, format=Image.registered_extensions()[suffix], **options)
@@ -179,13 +183,6 @@ def _kept_exif(image: Image.Image) -> bytes | None:
             camera.pop(tag, None)
         return exif.tobytes() if len(exif) else None
     return None
-
-
-def _has_directories(data: bytes | None) -> bool:
-    """Whether there are camera or GPS tags, with which Pillow can't compress a TIFF."""
-    exif = Image.Exif()
-    exif.load(data or b"")
-    return not {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}.isdisjoint(exif)
 
 
 def _explain(path: Path, error: BaseException) -> str:

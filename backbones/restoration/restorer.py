@@ -6,13 +6,12 @@ import argparse
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 import backbones
-from backbones.common.arguments import THREADS, nonempty_path, usable_device
+from backbones.common.arguments import FILE, THREADS, usable_device
 from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CommandError, DataError
 from backbones.common.keys import parse_yaml
@@ -27,15 +26,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options for the model."""
     add = parser.add_argument
     add("--model", required=True, help="one of backbones.list_models('hat*')")
-    add("--checkpoint", type=nonempty_path, metavar="FILE", help="its weights")
+    add("--checkpoint", **FILE, help="its weights")
     text = "further keywords, such as '{upscale: 1}'"
     add("--model-args", default="{}", metavar="YAML", help=text)
-    text = "such as 2G or 800M (default: half of what is free)"
-    add("--max-memory", metavar="SIZE", help=text)
+    add("--max-memory", metavar="SIZE", help="such as 2G or 800M (default: half of what is free)")
     add("--tta", action="store_true", help="average over 8 flips and rotations")
     add("--amp", action="store_true", help="autocast to bfloat16")
-    text = "dtype on a CPU, instead of --amp (float32)"
-    add("--dtype", choices=_DTYPES, help=text)
+    add("--dtype", choices=_DTYPES, help="dtype on a CPU, instead of --amp (float32)")
     add("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     add("--threads", type=THREADS, help="CPU threads")
 
@@ -63,7 +60,15 @@ def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
 
 def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}") -> nn.Module:
     """A restoration model with its weights; ``arguments`` are further keywords as YAML."""
-    keywords = _keywords(arguments)
+    try:
+        keywords = parse_yaml(arguments)
+    except ValueError as error:
+        raise DataError(f"--model-args {shown(arguments)} is not YAML: {error}") from error
+    if not isinstance(keywords, dict | None):
+        raise DataError(
+            f"--model-args must be a mapping such as '{{upscale: 1}}', not {shown(arguments)}"
+        )
+    keywords = {str(key): value for key, value in (keywords or {}).items()}
     with outlines():
         if not hasattr(create(name, **keywords), "upscale"):
             raise DataError(f"{name} does not output images: use one of list_models('hat*')")
@@ -72,18 +77,6 @@ def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}
         name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **keywords
     )
     return model
-
-
-def _keywords(arguments: str) -> dict[str, Any]:
-    try:
-        keywords = parse_yaml(arguments)
-    except ValueError as error:
-        raise DataError(f"--model-args {shown(arguments)} is not YAML: {error}") from error
-    if keywords is not None and not isinstance(keywords, dict):
-        raise DataError(
-            f"--model-args must be a mapping such as '{{upscale: 1}}', not {shown(arguments)}"
-        )
-    return {str(key): value for key, value in (keywords or {}).items()}
 
 
 def parse_size(text: str) -> int:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import safetensors.torch
@@ -56,13 +57,6 @@ def build_restorer(recipe: RestorationRecipe) -> Any:
     return model
 
 
-class Sums:
-    """Loss and number of patches, kept on the device until they are read."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
-
-
 class RestorationTrainer(TrainingLoop):
     """Training with the L1 loss on degraded patches; the best weights are selected by PSNR-Y."""
 
@@ -101,8 +95,9 @@ class RestorationTrainer(TrainingLoop):
 
     # --- called by the loop
 
-    def new_meter(self) -> Sums:
-        return Sums(self.device)
+    def new_meter(self) -> SimpleNamespace:
+        """Sums of the loss and of the number of patches, on the device until they are read."""
+        return SimpleNamespace(sums=torch.zeros(2, dtype=torch.float64, device=self.device))
 
     def compute(self, batch: Pair) -> tuple[Tensor, int]:
         degraded, truth = batch

@@ -91,20 +91,24 @@ class Upscaler:
                 (H, W, 3) of uint8 or uint16; the result has the same type.
             on_tile: called after each tile.
 
-        Raises:
-            ValueError: an unsupported kind of picture; a :class:`DataError` if ``max_memory`` is
-                too low, or the model's output is not finite.
+        A :class:`DataError` says that ``max_memory`` is too low, or that the model's output is not
+        finite.
         """
         if isinstance(picture, Picture):
             return self._restore(picture, on_tile)
         if isinstance(picture, Image.Image):
-            return self._restore(_from_pillow(picture), on_tile).show()
+            if picture.mode.startswith(("I", "F")):
+                raise PictureError(
+                    f"Pillow images of mode {picture.mode} lose bits: pass the path or an array"
+                )
+            return self._restore(Picture(*arrays_of(picture)), on_tile).show()
         if not isinstance(picture, np.ndarray):
             raise TypeError(
                 f"picture must be a Pillow image or a NumPy array, got {shown(picture)}"
             )
         array = picture[:, :, None] if picture.ndim == 2 else picture
-        if array.ndim != 3 or array.shape[2] not in (1, 3) or array.dtype.name not in _INTEGERS:
+        kind = array.dtype.name
+        if array.ndim != 3 or array.shape[2] not in (1, 3) or kind not in ("uint8", "uint16"):
             raise ValueError(
                 "arrays must be (H, W), (H, W, 1) or (H, W, 3) of uint8 or uint16, got "
                 f"{picture.shape} of {picture.dtype}"
@@ -203,8 +207,7 @@ class Upscaler:
         x = x.unsqueeze(1) if self.channels == 1 else x.expand(3, -1, -1).unsqueeze(0)
         out = np.empty((height * self.scale, width * self.scale, colours), picture.pixels.dtype)
         side, row = self.tile_side(height, width, picture.bits // 8), 0
-        cut = side < max(height, width)
-        overlap = self.overlap if cut else 0
+        overlap = self.overlap if side < max(height, width) else 0
 
         def network(tile: Tensor) -> Tensor:
             out = self._network(tile)
@@ -212,15 +215,8 @@ class Upscaler:
                 on_tile()
             return out
 
-        strips = tiled_strips(
-            network,
-            x,
-            tile_size=side,
-            overlap=overlap,
-            scale=self.scale,
-            blend=min(overlap, side) // 2,
-        )
-        for strip in strips:
+        blend = {"blend": min(overlap, side) // 2, "scale": self.scale}
+        for strip in tiled_strips(network, x, tile_size=side, overlap=overlap, **blend):
             values = strip.squeeze(0 if self.channels == 3 else 1)  # (3 or colours, rows, W)
             if not values.isfinite().all():
                 raise DataError("the model's output for it is not finite")
@@ -255,9 +251,6 @@ class Upscaler:
         return large.round().clamp(0, float(limit)).numpy().astype(alpha.dtype)
 
 
-_INTEGERS = ("uint8", "uint16")
-
-
 def upscale(
     model: nn.Module, picture: str | Path | Image.Image | np.ndarray, **options: Any
 ) -> Any:
@@ -269,21 +262,11 @@ def upscale(
         upscale(model, "photo.jpg").save("photo_x4.png")
 
     Args:
-        model: see :class:`Upscaler`.
         picture: a path, or as for a call of :class:`Upscaler`, whose ``options`` these are.
 
-    Returns:
-        An array for an array, otherwise a Pillow image of 8 bits.
+    Returns an array for an array, otherwise a Pillow image of 8 bits.
     """
     upscaler = Upscaler(model, **options)
     if isinstance(picture, (str, Path)):
         return upscaler(read_picture(Path(picture))).show()
     return upscaler(picture)
-
-
-def _from_pillow(image: Image.Image) -> Picture:
-    if image.mode.startswith(("I", "F")):
-        raise PictureError(
-            f"Pillow images of mode {image.mode} lose bits: pass the path or an array"
-        )
-    return Picture(*arrays_of(image))

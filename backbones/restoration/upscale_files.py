@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from backbones.common.arguments import nonempty_path, whole
@@ -38,12 +37,7 @@ EXAMPLE = "photos/ --model hat_x4 --checkpoint HAT_SRx4.pth --out enlarged"
 _PICTURE = Kind(SUFFIXES, rb"\x89PNG|\xff\xd8\xff|RIFF.{4}WEBP|II\*\0|MM\0\*|BM")
 
 
-@dataclass(frozen=True)
-class Job:
-    """A picture to read and the file to write."""
-
-    source: Path
-    target: Path
+Job = tuple[Path, Path]  # the picture to read and the file to write
 
 
 def plan_jobs(
@@ -55,7 +49,7 @@ def plan_jobs(
     read: Iterable[Path | None] = (),
     overwrite: bool = False,
 ) -> list[Job]:
-    """The files to read and the files to write.
+    """The pictures to read with the files to write.
 
     Args:
         inputs: files, folders (recursively, with the same structure in ``out``) and globs. Files
@@ -63,7 +57,6 @@ def plan_jobs(
         format: suffix of all results, such as ``png``; None for the picture's own, or PNG if that
             can't be written.
         read: other files that must not be replaced.
-        overwrite: replace existing files that are no pictures, too.
     """
     if any(character in suffix for character in (os.sep, os.altsep, "\0") if character):
         raise DataError(f"--suffix must be part of a file's name, not {shown(suffix)}")
@@ -74,7 +67,9 @@ def plan_jobs(
         if path.is_dir():
             named = (p for p in path.rglob("*") if has_image_ending(p))
             # Include named pipes and broken links; reading them reports the problem.
-            pictures = sorted(p for p in named if not p.is_dir() and not _below(p, out))
+            real = os.path.realpath(out)
+            outside = (p for p in named if not Path(os.path.realpath(p)).is_relative_to(real))
+            pictures = sorted(p for p in outside if not p.is_dir())
         elif os.path.lexists(path) or not glob.has_magic(item):
             pictures = [path]
         else:
@@ -101,7 +96,7 @@ def plan_jobs(
                 )
             taken[file] = source
             outputs[f"{source} as"] = file, _PICTURE
-        jobs.append(Job(source, target))
+        jobs.append((source, target))
     require_writable(outputs, [*found, *read], overwrite, makes_folders=True)
     return jobs
 
@@ -110,13 +105,7 @@ def upscale_files(
     upscaler: Upscaler, jobs: Sequence[Job], options: argparse.Namespace, progress: Progress
 ) -> Counter[str]:
     """Restore pictures one after the other, continuing after errors (unreadable, unwritable, or too
-    large for memory).
-
-    With ``--compare``, each result gets a ``NAME_compare.png`` (``NAME_jpg_compare.png`` and so on
-    for formats other than PNG), a detail before and after.
-
-    Returns:
-        The number of pictures "written", "failed" and "skipped".
+    large for memory); returns the number of those "written", "failed" and "skipped".
     """
     counts: Counter[str] = Counter()
 
@@ -126,17 +115,17 @@ def upscale_files(
         sys.stderr.write(f"error: {one_line(why)}\n")
 
     planned: list[tuple[Job, int]] = []
-    for job in jobs:
-        if options.skip_existing and job.target.exists():
+    for source, target in jobs:
+        if options.skip_existing and target.exists():
             counts["skipped"] += 1
             continue
         try:
-            planned.append((job, upscaler.tiles(*read_size(job.source))))
+            planned.append(((source, target), upscaler.tiles(*read_size(source))))
         except DataError as error:
-            fail(job.source, error)
+            fail(source, error)
     progress.begin("tiles", sum(tiles for _, tiles in planned))
-    for number, (job, tiles) in enumerate(planned, start=1):
-        until, at = progress.done + tiles, f"{job.source.name} ({number}/{len(planned)})"
+    for number, ((source, target), tiles) in enumerate(planned, start=1):
+        until, at = progress.done + tiles, f"{source.name} ({number}/{len(planned)})"
 
         def tick(until: int = until, at: str = at) -> None:
             progress.done = min(progress.done + 1, until)
@@ -144,44 +133,39 @@ def upscale_files(
                 progress.show(progress.done, f"{at}  {duration(progress.seconds_left())} left")
 
         try:
-            before = read_picture(job.source)
+            before = read_picture(source)
             after: Picture = upscaler(before, tick)
-            job.target.parent.mkdir(parents=True, exist_ok=True)
-            write_picture(job.target, after, options.quality)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_picture(target, after, options.quality)
             if options.compare:
-                _draw(_comparison(job.target), job, before, after)
+                _draw(_comparison(target), source.name, before, after)
         except (MendableError, OSError, MemoryError, RuntimeError) as error:
             shortage = memory_shortage(error)
             if shortage is None and not isinstance(error, (MendableError, OSError)):
                 raise
             progress.done = until
-            fail(job.source, MemoryError(shortage) if shortage else error)
+            fail(source, MemoryError(shortage) if shortage else error)
             continue
         counts["written"] += 1
         sizes = (f"{p.pixels.shape[1]}×{p.pixels.shape[0]}" for p in (before, after))
         note = f" ({before.note})" if before.note else ""
-        progress.say(f"{one_line(str(job.target))}  {' → '.join(sizes)}{note}")
+        progress.say(f"{one_line(str(target))}  {' → '.join(sizes)}{note}")
     progress.end()
     return counts
 
 
 def _comparison(target: Path) -> Path:
-    """The name of a comparison; distinct for results that differ only in the suffix."""
+    """The name of a comparison, ``NAME_compare.png``, or ``NAME_jpg_compare.png`` and so on."""
     kind = "" if target.suffix == ".png" else f"_{target.suffix[1:]}"
     return target.with_name(f"{target.stem}{kind}_compare.png")
 
 
-def _draw(path: Path, job: Job, before: Picture, after: Picture) -> None:
-    result = to_tensor(after.pixels, 3)
-    source = to_tensor(before.pixels, 3)
+def _draw(path: Path, title: str, before: Picture, after: Picture) -> None:
+    result, source = (to_tensor(picture.pixels, 3) for picture in (after, before))
     step = result.shape[1] // source.shape[1]
     name = "before" if step == 1 else "before (bicubic)"
     panels = [Panel(name, resize_bicubic(source, step)), Panel("after", result)]
-    draw_panels(path, panels, most_detailed_window(result, 480, step), job.source.name)
-
-
-def _below(path: Path, folder: Path) -> bool:
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    draw_panels(path, panels, most_detailed_window(result, 480, step), title)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,18 +173,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("inputs", nargs="+", type=nonempty_path, metavar="IN", help="image, folder or glob")
     add_model_arguments(parser)
-    text = "folder for the results"
-    add("--out", required=True, type=nonempty_path, metavar="DIR", help=text)
-    text = "side in pixels, auto, or none (default: auto)"
-    add("--tile", type=_tile, default="auto", help=text)
-    text = "margin around tiles in pixels (default: 32)"
-    add("--overlap", type=int, default=32, help=text)
+    add("--out", required=True, type=nonempty_path, metavar="DIR", help="folder for the results")
+    add("--tile", type=_tile, default="auto", help="side in pixels, auto, or none (default: auto)")
+    add("--overlap", type=int, default=32, help="margin around tiles in pixels (default: 32)")
     add("--compare", action="store_true", help="also write a comparison image")
     add("--suffix", help="suffix of the results' names (default: _x4, …)")
     endings = [s[1:] for s in SUFFIXES]
     add("--format", choices=endings, help="format of the results (default: the input's)")
-    text = "quality of JPEG and WebP (default: 95)"
-    add("--quality", type=whole(1, 100), default=95, help=text)
+    add("--quality", type=whole(1, 100), default=95, help="quality of JPEG and WebP (default: 95)")
     add("--skip-existing", action="store_true", help="skip images whose result exists")
     add_overwrite(parser)
 
@@ -221,14 +201,8 @@ def run(options: argparse.Namespace) -> int:
     progress = Progress()
     begun = time.monotonic()
     try:
-        upscaler = Upscaler(
-            model,
-            tile=options.tile,
-            overlap=options.overlap,
-            tta=options.tta,
-            amp=options.amp,
-            max_memory=memory,
-        )
+        given = {name: getattr(options, name) for name in ("tile", "overlap", "tta", "amp")}
+        upscaler = Upscaler(model, **given, max_memory=memory)
         counts = upscale_files(upscaler, jobs, options, progress)
     except ValueError as error:
         raise DataError(str(error)) from error

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from backbones.common.arguments import nonempty_path
+from backbones.common.arguments import FILE, nonempty_path
 from backbones.common.console import Parser, guard
 from backbones.common.errors import DataError
 from backbones.common.files import write_text_atomically
@@ -27,18 +27,9 @@ _TRUTHS = ("HR", "GT", "GTmod12", "GTmod{}", "original", "image_SRF_{}")
 _INPUTS = ("LR", "LR/X{}", "LRbicx{}", "LR_bicubic/X{}", "X{}", "image_SRF_{}")
 
 
-@dataclass(frozen=True)
-class Score:
-    """Scores of the model and of bicubic upscaling for a picture."""
-
-    dataset: str
-    picture: str
-    height: int
-    width: int
-    psnr_y: float
-    ssim_y: float
-    bicubic_psnr_y: float
-    bicubic_ssim_y: float
+Row = dict[str, Any]  # of the CSV file
+_FIGURES = ("psnr_y", "ssim_y", "bicubic_psnr_y", "bicubic_ssim_y")
+_COLUMNS = ("dataset", "picture", "height", "width", *_FIGURES)
 
 
 def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
@@ -70,13 +61,13 @@ def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
 
 def validate(
     upscaler: Upscaler, folder: Path, on_picture: Callable[[str], object] | None = None
-) -> list[Score]:
+) -> list[Row]:
     """Score the model on a folder, excluding a border of ``scale`` pixels.
 
     Missing low-resolution pictures are made bicubically from the ground truth, as in the papers
     (see :mod:`backbones.restoration.resize`), and rounded to 8 bits.
     """
-    scale, scores = upscaler.scale, []
+    scale, rows = upscaler.scale, list[Row]()
     for truth_path, input_path in find_pairs(folder, scale):
         truth = load_truth(truth_path, 3, scale)
         height, width = truth.shape[1:]
@@ -93,38 +84,13 @@ def validate(
                 )
         ours = to_tensor(upscaler(small).pixels, 3)
         bicubic = resize_bicubic(to_tensor(small.pixels, 3), scale)
-        after, before = quality(ours, truth, scale), quality(bicubic, truth, scale)
-        scores.append(
-            Score(
-                folder.name,
-                truth_path.name,
-                height,
-                width,
-                **after,
-                **{f"bicubic_{key}": value for key, value in before.items()},
-            )
-        )
+        place = (folder.name, truth_path.name, height, width)
+        figures = (quality(ours, truth, scale), quality(bicubic, truth, scale))
+        values = (value for one in figures for value in one.values())
+        rows.append(dict(zip(_COLUMNS, (*place, *values), strict=True)))
         if on_picture is not None:
             on_picture(truth_path.name)
-    return scores
-
-
-def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean over a data set's pictures, as reported in papers."""
-    means = [
-        sum(getattr(score, name) for score in scores) / len(scores)
-        for name in ("psnr_y", "ssim_y", "bicubic_psnr_y", "bicubic_ssim_y")
-    ]
-    return Score(scores[0].dataset, "mean", 0, 0, *means)
-
-
-def write_csv(path: Path, scores: Sequence[Score]) -> None:
-    """Write a row for each picture and one for the mean of each data set, atomically."""
-    rows = [
-        {key: f"{v:.4f}" if isinstance(v, float) else v for key, v in asdict(score).items()}
-        for score in scores
-    ]
-    write_text_atomically(path, csv_of_rows(rows))
+    return rows
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -144,15 +110,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add, text = parser.add_argument, "folders, one per data set"
     add("folders", nargs="+", type=nonempty_path, metavar="FOLDER", help=text)
     add_model_arguments(parser)
-    add("--csv", type=nonempty_path, metavar="FILE", help="a row for each image")
+    add("--csv", **FILE, help="a row for each image")
     add_overwrite(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run ``sr.py validate`` and print a line for each data set; returns 0."""
-    columns = [field.name for field in fields(Score)]
     require_writable(
-        {"--csv": (options.csv, csv_of(*columns))},
+        {"--csv": (options.csv, csv_of(*_COLUMNS))},
         [options.checkpoint, *options.folders],
         options.overwrite,
     )
@@ -162,20 +127,22 @@ def run(options: argparse.Namespace) -> int:
     upscaler = Upscaler(model, tta=options.tta, amp=options.amp, max_memory=memory)
     pairs = {folder: find_pairs(folder, upscaler.scale) for folder in options.folders}
     progress = Progress()
-    scores: list[Score] = []
+    rows: list[Row] = []
     for folder in options.folders:
         progress.begin(folder.name, len(pairs[folder]))
         of_folder = validate(upscaler, folder, progress.step)
-        mean = mean_score(of_folder)
-        scores += [*of_folder, mean]
+        mean = {key: sum(row[key] for row in of_folder) / len(of_folder) for key in _FIGURES}
+        unsized = {"dataset": folder.name, "picture": "mean", "height": 0, "width": 0}
+        rows += [*of_folder, {**unsized, **mean}]
         progress.end()
         progress.say(
-            f"{folder.name:<12} {len(of_folder):4} images  PSNR-Y {mean.psnr_y:6.2f} dB  "
-            f"SSIM-Y {mean.ssim_y:.4f}  (bicubic {mean.bicubic_psnr_y:6.2f}  "
-            f"{mean.bicubic_ssim_y:.4f})"
+            f"{folder.name:<12} {len(of_folder):4} images  PSNR-Y {mean['psnr_y']:6.2f} dB  "
+            f"SSIM-Y {mean['ssim_y']:.4f}  (bicubic {mean['bicubic_psnr_y']:6.2f}  "
+            f"{mean['bicubic_ssim_y']:.4f})"
         )
     if options.csv is not None:
-        write_csv(options.csv, scores)
+        text = [{k: f"{v:.4f}" if k in _FIGURES else v for k, v in row.items()} for row in rows]
+        write_text_atomically(options.csv, csv_of_rows(text))
     return 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from backbones.common.console import Parser
 from backbones.common.errors import RecipeError
 from backbones.common.keys import (
     fields_of,
@@ -60,15 +61,12 @@ def parse_command_line(
     is ``--ema`` or ``--no-ema``, ``null`` is ``none``, a list takes several words, and a mapping
     is quoted YAML. Additional options are ``--config FILE`` and ``--print-config``.
     """
-    parser = _Parser(
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML recipe, such as configs/cls/*.yaml")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved recipe and exit"
     )
+    parser.argument_default = argparse.SUPPRESS  # of the keys
     groups: dict[str, Any] = {}
     fields, hints = fields_of(recipe_class), typing.get_type_hints(recipe_class)
     for f in fields.values():
@@ -85,7 +83,7 @@ def parse_command_line(
     return load_recipe(options.config, given, recipe_class), options
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     """Raises RecipeErrors instead of printing a hundred lines of usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
@@ -100,27 +98,15 @@ def _add_flag(group: Any, f: dataclasses.Field[Any], inner: Any) -> None:
     limits = f"; {span}" if (span := range_of(f)) is not None else ""
     text = f"{f.metadata['help']}{limits} (default: {default})".replace("%", "%%")
     if inner is bool:
-        group.add_argument(
-            *flags,
-            nargs="?",
-            const=True,
-            default=argparse.SUPPRESS,
-            help=text,
-            metavar="true|false",
-        )
-        negated = [flag.replace("--", "--no-", 1) for flag in flags if f.name != "no_aug"]
-        if negated:
-            group.add_argument(
-                *negated,
-                dest=f.name,
-                action="store_false",
-                default=argparse.SUPPRESS,
-                help=argparse.SUPPRESS,
-            )
+        group.add_argument(*flags, nargs="?", const=True, help=text, metavar="true|false")
+        if f.name != "no_aug":
+            negated = [flag.replace("--", "--no-", 1) for flag in flags]
+            hidden = argparse.SUPPRESS
+            group.add_argument(*negated, dest=f.name, action="store_false", help=hidden)
         return
     nargs = "+" if typing.get_origin(inner) is tuple else None
     metavar = "X" if nargs else f.name.upper()
-    group.add_argument(*flags, nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=text)
+    group.add_argument(*flags, nargs=nargs, metavar=metavar, help=text)
 
 
 def _row(variants: Any, model: Any, where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -140,8 +140,7 @@ class StudentWithExits(nn.Module):
 class Teacher(nn.Module):
     """A frozen network that receives the student's batches in its own normalisation and size.
 
-    ``student`` and ``teacher`` are mean and std of their images, per channel; ``img_size`` is the
-    side of the teacher's, if different.
+    ``student`` and ``teacher`` are mean and std of their images; ``img_size`` is the teacher's.
     """
 
     def __init__(
@@ -203,12 +202,9 @@ class Objective:
             return loss, logits
         taught, temperature = self.teacher(images), recipe.distill_temperature
         if recipe.distill == "ofa":
-            distilled = torch.stack(
-                [
-                    ofa_loss(branch.float(), taught, targets, recipe.ofa_gamma, temperature)
-                    for branch in (logits, *exits)
-                ]
-            ).sum()
+            options = (taught, targets, recipe.ofa_gamma, temperature)
+            losses = [ofa_loss(branch.float(), *options) for branch in (logits, *exits)]
+            distilled = torch.stack(losses).sum()
         elif recipe.distill == "hard":
             distilled = hard_label_loss(logits, taught)
         else:
@@ -216,22 +212,10 @@ class Objective:
         return (1 - recipe.distill_alpha) * loss + recipe.distill_alpha * distilled, logits
 
 
-def add_exits(recipe: Recipe, student: Any) -> nn.Module:
-    """The student, with exits if the recipe's distillation needs them."""
-    if recipe.distill != "ofa":
-        return student
-    return StudentWithExits(student, recipe.ofa_stages)
-
-
 def build_teacher(recipe: Recipe, num_classes: int, config: dict[str, Any]) -> Teacher:
     """The recipe's teacher; ``config`` has the ``mean`` and ``std`` of the student's images."""
-    network = load_trained(
-        recipe.teacher or "",
-        recipe.teacher_checkpoint,
-        num_classes,
-        recipe.in_chans,
-        recipe.teacher_args,
-    )
+    weights = recipe.teacher_checkpoint, num_classes, recipe.in_chans
+    network = load_trained(recipe.teacher or "", *weights, recipe.teacher_args)
     own = dict(getattr(network, "pretrained_cfg", None) or {})
     stats = own.get("mean", config["mean"]), own.get("std", config["std"])
     if len(stats[0]) != recipe.in_chans:

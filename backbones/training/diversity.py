@@ -25,20 +25,15 @@ def attention_similarity(weights: Tensor, threshold: float = 2.0) -> Tensor:
     """Similarity of the tokens' attention in a layer: the mean cosine, in 0 … 1.
 
     Between each token's attention, averaged over the heads, and the average over the tokens; in
-    both, weights below ``threshold`` times the uniform weight are set to zero.
-
-    ``weights`` are (…, heads, N, M), or (B, N, M) for one head: attention of N tokens to M keys.
+    both, weights below ``threshold`` times the uniform weight are set to zero. ``weights`` are
+    (…, heads, N, M), or (B, N, M) for one head: attention of N tokens to M keys.
     """
     if weights.ndim > 3:
         weights = weights.mean(dim=-3)
     least = threshold / weights.shape[-1]
     mean = weights.mean(dim=-2, keepdim=True)
-    similarity = F.cosine_similarity(_above(mean, least), _above(weights, least), dim=-1)
-    return similarity.mean()
-
-
-def _above(weights: Tensor, least: float) -> Tensor:
-    return torch.where(weights > least, weights, 0)
+    strong_mean, strong = (torch.where(part > least, part, 0) for part in (mean, weights))
+    return F.cosine_similarity(strong_mean, strong, dim=-1).mean()
 
 
 @dataclass

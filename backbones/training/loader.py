@@ -20,24 +20,38 @@ from backbones.common.generators import mix_seed, seeded
 from backbones.common.images import DECODE_ERRORS, as_8_bits
 from backbones.common.processes import World
 from backbones.common.resizing import Resizing
-from backbones.data.batches import SizedBatches, loader_options
+from backbones.data import splits
+from backbones.data.batches import Closable, SizedBatches, loader_options
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler
 from backbones.data.sources import ImageSource
+from backbones.data.splits import Splits
 from backbones.data.streams import StreamImages, StreamSource
 from backbones.training.recipe import Recipe
 
+_DATA_KEYS = (
+    *("train_split", "val_split", "data_dir", "class_map", "input_key", "target_key", "download"),
+    *("num_classes", "num_samples", "val_num_samples", "batch_size", "seed"),
+)
 
-class TrainLoader:
-    """Shuffled, augmented training batches, by epoch.
 
-    Every process gets the same number of batches of the same size; the remainder is dropped, and
-    differs from epoch to epoch.
+def open_splits(recipe: Recipe) -> Splits:
+    """:func:`backbones.data.splits.open_splits` of a recipe."""
+    return splits.open_splits(recipe.data, **{key: getattr(recipe, key) for key in _DATA_KEYS})
 
-    Args:
-        size: number of images.
-        config: ``input_size``, ``mean``, ``std``, ``interpolation`` as timm resolves them.
-        corrupt: records unreadable images.
+
+# Keys that are arguments of timm's training transform, too.
+_TRANSFORM_KEYS = (
+    *("no_aug", "train_crop_mode", "scale", "ratio", "hflip", "vflip"),
+    *("grayscale_prob", "gaussian_blur_prob"),
+)
+
+
+class TrainLoader(Closable):
+    """Shuffled, augmented training batches, by epoch, preprocessed by timm's ``config``.
+
+    Every process gets the same number of batches of the same size; the remainder of the ``size``
+    images is dropped, and differs from epoch to epoch.
     """
 
     def __init__(
@@ -61,7 +75,6 @@ class TrainLoader:
             size, recipe.batch_size, recipe.seed, world, max(1, recipe.aug_repeats)
         )
         self._loaders: dict[int, DataLoader[Any]] = {}
-        self._current: SizedBatches | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised images (B, C, H, W) and labels (B,) of one epoch, from ``start`` on."""
@@ -83,19 +96,12 @@ class TrainLoader:
         images = torch.zeros(batch, self.recipe.in_chans, size, size, device=device)
         return images, torch.zeros(shape, dtype=torch.int64, device=device)
 
-    def close(self) -> None:
-        """End the loader processes."""
-        if self._current is not None:
-            self._current.close()
-
     def names(self, epoch: int, update: int) -> list[str]:
         """Names of this process's images of an update; not available for streams."""
         if not isinstance(self.source, ImageSource):
             return ["(a stream does not name its images)"]
-        accum = self.recipe.accum_steps
-        batches = range(update * accum, (update + 1) * accum)
-        keys = [key for batch in batches for key in self._sampler.batch(epoch, batch)]
-        return [self.source.name(index) for index, _ in keys]
+        indices = self._sampler.images(epoch, update, self.recipe.accum_steps)
+        return [self.source.name(index) for index in indices]
 
     def _image_size(self, epoch: int) -> int:
         """The image size of an epoch: the schedule's, or else the model's."""
@@ -134,14 +140,12 @@ class TrainLoader:
         )
 
 
-class ValidationLoader:
+class ValidationLoader(Closable):
     """Every validation image exactly once over all processes, in order.
 
     Every process gets the same number of batches; padding and unreadable images have the label
     :data:`NO_LABEL`. (For streams, the number may differ by one, see ``equal_batches``.)
-
-    Args: as in :class:`TrainLoader`, and
-        corruption: applied to every image at its final size.
+    ``corruption`` is applied to every image at its final size.
     """
 
     def __init__(
@@ -158,7 +162,6 @@ class ValidationLoader:
         self.corrupt = corrupt
         self.batch_size = recipe.val_batch_size or recipe.batch_size
         self.batches = -(-size // (self.batch_size * world.size))
-        self._current: SizedBatches | None = None
         self.equal_batches = isinstance(source, ImageSource) or world.size == 1
         self._transform: Any = Resizing(config)
         if corruption is not None:
@@ -172,11 +175,6 @@ class ValidationLoader:
 
     def __len__(self) -> int:
         return self.batches
-
-    def close(self) -> None:
-        """End the loader processes."""
-        if self._current is not None:
-            self._current.close()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if isinstance(self.source, ImageSource):
@@ -243,15 +241,8 @@ def _train_transform(
     transform: Callable[[Any], torch.Tensor] = create_transform(
         (recipe.in_chans, image_size, image_size),
         is_training=True,
-        no_aug=recipe.no_aug,
-        train_crop_mode=recipe.train_crop_mode,
-        scale=recipe.scale,
-        ratio=recipe.ratio,
-        hflip=recipe.hflip,
-        vflip=recipe.vflip,
+        **{key: getattr(recipe, key) for key in _TRANSFORM_KEYS},
         color_jitter=recipe.color_jitter if recipe.in_chans == 3 else 0.0,
-        grayscale_prob=recipe.grayscale_prob,
-        gaussian_blur_prob=recipe.gaussian_blur_prob,
         auto_augment=recipe.aa,
         interpolation=recipe.train_interpolation,
         mean=config["mean"],

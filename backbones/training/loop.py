@@ -64,9 +64,8 @@ class TrainingLoop(Resumable):
         self.ema = None
         if recipe.ema:
             # Shared-out weights and whole buffers do not go into one foreach call.
-            self.ema = ModelEmaV3(
-                model, recipe.ema_decay, use_warmup=recipe.ema_warmup, foreach=not recipe.fsdp
-            )
+            options = {"use_warmup": recipe.ema_warmup, "foreach": not recipe.fsdp}
+            self.ema = ModelEmaV3(model, recipe.ema_decay, **options)
         if recipe.compile:
             self.network.compile()
         if recipe.fsdp:
@@ -168,9 +167,7 @@ class TrainingLoop(Resumable):
                 last = self.folder / "last.pt"
                 saved = f"saved in {last}"
                 if self.saved_at != self.updates:
-                    saved = (
-                        f"not saved, because the loss is not finite; {last}, if present, is older"
-                    )
+                    saved = f"not saved: the loss is not finite; {last}, if present, is older"
                 self.progress.say(
                     f"stopped by signal {signal} after {self.updates} updates, {saved}; "
                     "--resume auto continues"

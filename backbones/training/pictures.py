@@ -36,8 +36,7 @@ def pick_predictions(
 ) -> list[Prediction]:
     """Choose 32 of about 2000 images to show: at most 8 mistakes, the most confident first.
 
-    Batches are images (B, C, H, W), normalised with the ``mean`` and ``std`` of ``config``, and
-    labels (B,). The model is called in ``autocast()``.
+    ``config`` has the ``mean`` and ``std`` that the images (B, C, H, W) are normalised with.
     """
     right: list[Prediction] = []
     wrong: list[Prediction] = []

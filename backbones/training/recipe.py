@@ -37,31 +37,19 @@ _FSDP_OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "nadamw", "sgd")
 _FALLING_TO_MIN_LR = ("cosine", "tanh", "poly", "wsd", "rsqrt", "plateau")
 _FALLING_BY_A_FACTOR = ("step", "multistep", "plateau")
 
-# Policies of timm's augmentation, the key ``aa``.
-_FLAG = Range(low=0, high=1)
-_MAGNITUDE, _NOISE = Range(low=0, high=30), Range(low=0, high=1000)
-_FIXED = ("original", "originalr", "v0", "v0r", "3a")
-_SECTIONS: Mapping[str, Mapping[str, tuple[type, Range]]] = {
+# Policies of timm's augmentation, the key ``aa``, and the values of their sections.
+_WHOLE, _REAL, _FLAG = r"[1-9]\d?", r"\d{1,3}(\.\d+)?", "[01]"
+_POLICIES: Mapping[str, Mapping[str, str]] = {
     "rand": {
-        "m": (int, _MAGNITUDE),
-        "n": (int, Range(low=1, high=10)),
-        "p": (float, _SHARE),
-        "mstd": (float, _NOISE),
-        "mmax": (int, Range(low=1, high=30)),
-        "inc": (int, _FLAG),
+        **{"m": r"\d{1,2}", "n": _WHOLE, "p": r"[01](\.\d+)?", "mstd": _REAL, "mmax": _WHOLE},
+        **{"inc": _FLAG, "t": "weights|3aw?"},
     },
     "augmix": {
-        "m": (int, _MAGNITUDE),
-        "w": (int, Range(low=1, high=10)),
-        "d": (int, Range(low=1, high=10)),
-        "a": (float, Range(low=0.01, high=1000)),
-        "b": (int, _FLAG),
-        "mstd": (float, _NOISE),
+        **{"m": r"\d{1,2}", "w": _WHOLE, "d": _WHOLE, "a": rf"(?!0(\.0+)?$){_REAL}", "b": _FLAG},
+        "mstd": _REAL,
     },
-    **{name: {"mstd": (float, _NOISE)} for name in _FIXED},
+    **dict.fromkeys(("original", "originalr", "v0", "v0r", "3a"), {"mstd": _REAL}),
 }
-# RandAugment's sets of operations; timm uses its default for unknown names.
-_SETS = ("tweights", "t3a", "t3aw")
 
 
 @dataclass
@@ -72,9 +60,7 @@ class Recipe(NetworkKeys):
     """
 
     groups: ClassVar[tuple[str, ...]] = _GROUPS  # in this order
-    refused: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # inherited keys that another kind does not have
+    refused: ClassVar[frozenset[str]] = frozenset()  # inherited keys that another kind lacks
 
     # --- the model
     pretrained: bool = _MODEL(False, "start from the published weights")
@@ -336,22 +322,16 @@ def check(recipe: Recipe) -> None:
 def _check_policy(text: str) -> None:
     """Reject a policy that timm would misinterpret, partly ignore, or take forever to apply."""
     name, *sections = text.split("-")
-    if name not in _SECTIONS:
-        raise RecipeError(f"aa must be a policy of {', '.join(_SECTIONS)}, not {shown(text)}")
-    known = _SECTIONS[name]
+    if name not in _POLICIES:
+        raise RecipeError(f"aa must be a policy of {', '.join(_POLICIES)}, not {shown(text)}")
+    known = _POLICIES[name]
+    pattern = "|".join(f"{key}({value})" for key, value in known.items())
     for section in sections:
-        if name == "rand" and section in _SETS:
-            continue
-        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section, re.ASCII)
-        if match is None or match[1] not in known:
-            right = ", ".join([f"{key}NUMBER" for key in known] + list(_SETS) * (name == "rand"))
+        if re.fullmatch(pattern, section, re.ASCII) is None:
             raise RecipeError(
-                f"aa {shown(text)}: {name} must be followed by {right}, not {shown(section)}"
+                f"aa {shown(text)}: {name} may be followed by {', '.join(known)}, each with its "
+                f"value, not {shown(section)}"
             )
-        kind, span = known[match[1]]
-        if (kind is int and "." in match[2]) or not span.holds(kind(match[2])):
-            whole = "a whole number " if kind is int else ""
-            raise RecipeError(f"aa {shown(text)}: {match[1]} must be {whole}{span}")
 
 
 def check_learning_rate(recipe: Recipe, lr: float) -> None:

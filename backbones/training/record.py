@@ -85,8 +85,6 @@ class Meter:
 def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of a validation batch, summed over its images.
 
-    Cross-entropy or, for multi-label data, binary cross-entropy averaged over the classes.
-
     Logits are (B, classes), labels (B,), or (B, classes) of 0 and 1; negative ones are ignored.
     """
     if labels.ndim == 1:
@@ -99,9 +97,6 @@ def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 def mean_auc(scores: Tensor, labels: Tensor) -> float:
     """Area under the ROC curve, averaged over the classes, MedMNIST's metric.
-
-    The fraction of pairs of a positive and a negative image that the scores order correctly; ties
-    count half.
 
     Scores are (N, classes), any increasing function of the probability, labels (N, classes) of 0
     and 1. Classes with only positive or only negative images are ignored; NaN if none are left.
@@ -219,14 +214,8 @@ def _module(name: str, package: str) -> Any:
 
 
 def _start_wandb(wandb: Any, folder: Path, recipe: Recipe) -> Any:
+    options = {"project": recipe.wandb, "config": vars(recipe), "resume": "allow"}
     try:
-        return wandb.init(
-            project=recipe.wandb,
-            name=folder.name,
-            id=folder.name,
-            dir=str(folder),
-            config=vars(recipe),
-            resume="allow",
-        )
+        return wandb.init(name=folder.name, id=folder.name, dir=str(folder), **options)
     except Exception as error:  # the network, an account, a name: it has errors of its own for each
         raise RecipeError(f"wandb rejected the run: {first_line(error)}") from error

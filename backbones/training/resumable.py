@@ -35,13 +35,8 @@ _STRUCTURE = (
     *("ofa_stages", "opt", "opt_args", "opt_betas", "weight_decay", "layer_decay", "lr_factors"),
     *("sched", "task", "data"),
 )
-# Keys that the optimizer's groups hold under these names.
-_SETTINGS = {
-    "weight_decay": "weight_decay",
-    "momentum": "momentum",
-    "opt_betas": "betas",
-    "opt_eps": "eps",
-}
+# Keys that the optimizer's groups hold, without "opt_".
+_SETTINGS = ("weight_decay", "momentum", "opt_betas", "opt_eps")
 # The plateau scheduler's own state; the rest comes from the recipe.
 _PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
@@ -210,8 +205,8 @@ class Resumable(ABC):
         for name in _COUNTERS:
             setattr(self, name, state[name])
         changed = [
-            setting
-            for key, setting in _SETTINGS.items()
+            key.removeprefix("opt_")
+            for key in _SETTINGS
             if getattr(earlier, key) != getattr(self.recipe, key)
         ]
         now, before = self.recipe.opt_args, earlier.opt_args
@@ -238,10 +233,7 @@ def previous_path(path: Path) -> Path:
 
 
 def validated_path(path: Path) -> Path:
-    """The path of the last checkpoint that passed validation: ``last.validated.pt``.
-
-    A hard link to ``path`` until that is replaced.
-    """
+    """``last.validated.pt``, which passed validation: a hard link to ``path`` at first."""
     return path.with_suffix(f".validated{path.suffix}")
 
 

@@ -29,10 +29,10 @@ def load_trained(
     in_chans: int = 3,
     arguments: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Create a network and load all of its weights, including the classifier's.
+    """Create a network of this library or of timm and load all weights, the classifier's too.
 
-    ``name`` is a model of this library or of timm; ``timm/NAME`` is timm's own if both have a model
-    of that name. Without ``checkpoint``, the weights are the published ones.
+    ``timm/NAME`` is timm's own if both have a model of that name. Without ``checkpoint``, the
+    weights are the published ones.
     """
     options = {"num_classes": num_classes, "in_chans": in_chans, **(arguments or {})}
     published = checkpoint is None
@@ -50,12 +50,8 @@ def load_trained(
         else:
             if checkpoint is not None and not checkpoint.endswith((".npz", ".npy")):
                 read_checkpoint(checkpoint)  # says what is wrong with it, which timm does not
-            network = timm.create_model(
-                name.removeprefix("timm/"),
-                pretrained=published,
-                checkpoint_path=checkpoint or "",
-                **options,
-            )
+            weights = {"pretrained": published, "checkpoint_path": checkpoint or ""}
+            network = timm.create_model(name.removeprefix("timm/"), **weights, **options)
             require_finite(network, checkpoint or name)
     except (pickle.UnpicklingError, *BUILDING_ERRORS) as error:
         if isinstance(error, RecipeError):

@@ -178,25 +178,3 @@ def test_files_of_others_are_replaced_only_when_asked(command, embedded, tmp_pat
         assert f"--{option} {file} exists and is not an earlier" in said and "--overwrite" in said
         assert contents(tmp_path) == {**results, file: b"mine"}
         assert run(*words, "--overwrite") == 0
-
-
-@pytest.mark.parametrize("kind", ["folder", "list"])
-def test_images_that_have_moved_are_not_overwritten(kind, embedded, tmp_path, capsys):
-    """Where ``--source`` says that they are, whatever their names."""
-    there, moved, table = tmp_path / "there", tmp_path / "moved", tmp_path / "table"
-    shutil.copytree(embedded.images / "val", there)
-    (there / "a\tb.png").write_bytes((there / "class2" / "002.png").read_bytes())
-    names = sorted(str(path.relative_to(there)) for path in there.rglob("*.png"))
-    (there / "list.txt").write_text("".join(f"{name}\n" for name in names))
-    inner = "" if kind == "folder" else "list.txt"
-    words = ["embed", there / inner, "--checkpoint", embedded.checkpoint, "--workers=1"]
-    assert run(*words, "--out", table) == 0
-    before = list(contents(there).values())
-    words = ["duplicates", table, "--index=exact", "--overwrite", "--out"]
-    for place in (there, moved):
-        for name in (names[0], "a\tb.png"):
-            assert run(*words, place / name, "--source", place / inner) == 2
-            assert "would overwrite" in capsys.readouterr().err
-        if place == there:
-            there.rename(moved)
-    assert list(contents(moved).values()) == before

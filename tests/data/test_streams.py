@@ -14,8 +14,7 @@ from backbones.common.errors import DataError
 from backbones.common.processes import World
 from backbones.data.corrupt import CorruptImages
 from backbones.data.streams import StreamImages, StreamSource
-from backbones.training.data import open_splits
-from backbones.training.loader import ValidationLoader
+from backbones.training.loader import ValidationLoader, open_splits
 from backbones.training.recipe import Recipe
 from backbones.training.resumable import load_state
 

@@ -30,15 +30,6 @@ def flip(path: Path, place: int, bit: int = 3) -> None:
     path.write_bytes(data)
 
 
-def test_the_footer_alone_is_verified_to_count_rows(folder):
-    path = table.shard_path(folder, 0)
-    flip(path, 100)
-    assert table.count_rows(folder) == 40
-    flip(path, -20)
-    with pytest.raises(table.DamagedShardError, match="the checksum of its footer is wrong"):
-        table.count_rows(folder)
-
-
 def rewrite(path: Path, column: Any = None, name: str = "embedding", **facts: str) -> None:
     """Write a shard as an earlier version did, without a checksum.
 

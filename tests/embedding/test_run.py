@@ -22,7 +22,6 @@ from timm.data import create_transform
 
 import backbones
 from backbones.cli.main import main
-from backbones.common import images
 from backbones.common.checkpoint_files import sha256_of
 from backbones.common.errors import CommandError
 from backbones.common.files import save_weights
@@ -346,32 +345,6 @@ def test_ray_or_its_cluster_is_missing(photos, checkpoint, out, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "ray", None)
     assert run(photos, out, checkpoint, "--engine=ray") == 2
     assert "pip install ray" in capsys.readouterr().err
-
-
-def test_the_decoder_stays_the_same(photos, checkpoint, out, monkeypatch, capsys):
-    """A table is finished with the decoder it was begun with, or not at all."""
-    other = photos.parent / "other"
-    monkeypatch.setattr(images.features, "check_feature", lambda name: False)
-    assert run(photos, out, checkpoint) == 0
-    assert table.metadata(out)["decoder"] == "pillow"
-    table.shard_path(out, 1).unlink()
-    monkeypatch.undo()
-    used: list[str] = []
-    plain = worker.Images.__init__
-
-    def noting(self: worker.Images, *given: Any) -> None:
-        plain(self, *given)
-        used.append(self.decoder)
-
-    monkeypatch.setattr(worker.Images, "__init__", noting)
-    assert run(photos, out, checkpoint) == 0
-    assert run(photos, other, checkpoint) == 0
-    assert used == ["pillow", "simplejpeg"]
-    table.shard_path(other, 1).unlink()
-    monkeypatch.setattr(images.features, "check_feature", lambda name: False)
-    capsys.readouterr()
-    assert run(photos, other, checkpoint) == 2
-    assert "started with simplejpeg, which can't be used here" in capsys.readouterr().err
 
 
 def test_a_vanished_source_is_not_a_corrupt_image(photos, checkpoint, monkeypatch):

@@ -158,7 +158,7 @@ def test_outputs_are_not_inputs(tmp_path):
     make(tmp_path / "a.png")
     make(tmp_path / "out/a_x2.png")
     jobs = upscale_files.plan_jobs([tmp_path], tmp_path / "out", "_x2")
-    assert [job.source for job in jobs] == [tmp_path / "a.png"]
+    assert [source for source, _ in jobs] == [tmp_path / "a.png"]
     with pytest.raises(DataError, match="no images in"):
         upscale_files.plan_jobs([tmp_path / "out"], tmp_path / "out", "_x2")
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from training_runs import Runs
 
-from backbones.training.data import open_splits
+from backbones.training.loader import open_splits
 from backbones.training.recipe import Recipe
 from backbones.training.record import Meter, mean_auc, validation_loss
 
