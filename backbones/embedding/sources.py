@@ -14,7 +14,7 @@ import io
 import itertools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -52,18 +52,28 @@ class Reader(abc.ABC):
         description: of the source, from ``metadata.json``: ``kind``, ``path`` and more.
         places: folders that files are read from, after resolving links; the first one is the
             source's. None for any, wherever names and links lead.
+        listed: files outside of these that may be read, too.
+
+    Attributes:
+        skipped: files in the parts read so far.
     """
 
-    def __init__(self, description: dict[str, Any], places: Sequence[Path] | None = None) -> None:
+    def __init__(
+        self,
+        description: dict[str, Any],
+        places: Sequence[Path] | None = None,
+        listed: Collection[Path] = (),
+    ) -> None:
         self.description = description
         self.root = Path(description["path"]) if places is None else places[0]
         self._places = None if places is None else [Path(os.path.realpath(p)) for p in places]
-        self.skipped = Skipped()  # files in the parts read so far
+        self._listed = listed
+        self.skipped = Skipped()
 
     def path(self, name: str) -> Path:
         """The path of one of the source's files, by its name on disk or in a key."""
         path = _on_disk(self.root, name)
-        if self._places is None:
+        if self._places is None or path in self._listed:
             return path
         real = Path(os.path.realpath(path))
         if any(real.is_relative_to(place) for place in self._places):
@@ -77,7 +87,8 @@ class Reader(abc.ABC):
     def items(self, part: Any) -> Iterator[Item]:
         """The images of one of :attr:`Source.parts`, in order.
 
-        A DataError says that the archive or table that holds them is damaged from there on.
+        Raises:
+            DataError: the archive or table that holds them is damaged from this point on.
         """
 
     @abc.abstractmethod
@@ -105,12 +116,19 @@ class ForeignError(MendableError, OSError):
 
 @dataclass
 class Source:
-    """Images in a fixed order."""
+    """Images in a fixed order.
 
-    description: dict[str, Any]  # see :class:`Reader`; includes a digest of the listing
-    parts: Sequence[Any]  # the arguments of :meth:`Reader.items`
-    images: int | None  # the number of them; None if unknown before reading
-    skipped: Skipped = field(default_factory=Skipped)  # files in the folder
+    Attributes:
+        description: see :class:`Reader`; includes a digest of the listing.
+        parts: the arguments of :meth:`Reader.items`, one for each part.
+        images: number of images; None if unknown before reading.
+        skipped: files in the folder.
+    """
+
+    description: dict[str, Any]
+    parts: Sequence[Any]
+    images: int | None
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 def open_source(
@@ -126,6 +144,9 @@ def open_source(
         rows: images per part; each ``.tar`` shard is a part of its own.
         split: for the last four kinds.
         column: of the images, for Parquet and ``hfds``; None for the only one there is.
+
+    Raises:
+        DataError: it can't be read, or contains no image or images of several kinds.
     """
     place = str(place)
     if place.partition("/")[0] in _TRAINING and not os.path.lexists(place):
@@ -149,23 +170,29 @@ def open_source(
     return _containers(path.parent, [path.name], rows, column)
 
 
-def reader(description: dict[str, Any], places: Sequence[Path] | None = None) -> Reader:
+def reader(
+    description: dict[str, Any], places: Sequence[Path] | None = None, listed: Collection[Path] = ()
+) -> Reader:
     """Create the :class:`Reader` for a source's description."""
     kind = description["kind"]
     if kind not in _READERS:
         raise TableError(
             f"the kind of source must be one of {', '.join(_READERS)}, not {shown(kind)}"
         )
-    return _READERS[kind](description, places)
+    return _READERS[kind](description, places, listed)
 
 
 def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
-    """Create the reader for the images of a table.
+    """Create the reader for the images of a table; it reads only from the table's source.
 
     Args:
         source: where the source is, as for :func:`open_source`, and further folders that its keys
-            and links may lead to; nothing else is read. Empty to believe the table, if it is the
-            user's own (see :mod:`backbones.embedding.ownership`; otherwise a ForeignError).
+            and links may lead to; empty to believe the table, if it is the user's own (see
+            :mod:`backbones.embedding.ownership`).
+
+    Raises:
+        ForeignError: the table is not the user's own, and ``source`` is empty, or it is another
+            dataset than the table's.
     """
     content = metadata(folder)
     said = content["source"]
@@ -185,7 +212,8 @@ def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
             )
         return reader({**said, "folder": _dataset_folder(place)} if source else said)
     if not source:
-        return reader(said)
+        root = Path(place)
+        return reader(said, [root], _entries(root, said) if said["kind"] == "list" else ())
     places = [Path(os.path.abspath(named)) for named in source]
     for named in places:
         if not named.exists():
@@ -197,8 +225,11 @@ def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
 def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ()) -> bytes:
     """Read the file of a table's image; what is no file in the source becomes a PNG.
 
-    ``source`` is that of :func:`reader_of`. An OSError says that the image can't be read, or that
-    the table may not say where it is.
+    Args:
+        source: see :func:`reader_of`.
+
+    Raises:
+        OSError: the image can't be read, or the table may not say where it is.
     """
     images = reader_of(folder, source)
     try:
@@ -248,10 +279,9 @@ def _folder(root: Path, rows: int, column: str | None) -> Source:
 
 def _list(path: Path, rows: int) -> Source:
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+        names = _names_in(path)
     except OSError as error:
         raise DataError(f"cannot read the list {path}: {error.strerror}") from error
-    names = [name for line in text.splitlines() if (name := line.strip())]
     if not names:
         raise DataError(f"the list {path} is empty")
     if len(set(names)) < len(names):
@@ -259,6 +289,20 @@ def _list(path: Path, rows: int) -> Source:
         raise DataError(f"the list {path} has {one_line(twice)} twice")
     parts = _slices(names, rows)
     return _source("list", path.parent, names, parts, len(names), list=path.name)
+
+
+def _names_in(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    return [name for line in lines if (name := line.strip())]
+
+
+def _entries(root: Path, description: dict[str, Any]) -> Collection[Path]:
+    """The files that a list names, unless it has changed since it was embedded."""
+    try:
+        names = _names_in(root / (description.get("list") or ""))
+    except OSError:
+        return ()
+    return {root / name for name in names} if _digest(names) == description.get("digest") else ()
 
 
 class _Files(Reader):
@@ -475,8 +519,12 @@ def _source(
     images: int | None,
     **more: Any,
 ) -> Source:
-    digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
-    return Source({"kind": kind, "path": str(root), **more, "digest": digest}, parts, images)
+    description = {"kind": kind, "path": str(root), **more, "digest": _digest(listed)}
+    return Source(description, parts, images)
+
+
+def _digest(listed: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
 
 
 def _slices(names: list[str], rows: int) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Images of others' tables are read only from where the user said that they are."""
+"""Images are read only from the source of a table, and only if the user said where that is."""
 
 from __future__ import annotations
 
@@ -72,6 +72,13 @@ def test_a_source_from_elsewhere_is_asked_for(command, tmp_path, photos, capsys)
     assert "not shown" not in capsys.readouterr().err
 
 
+def seal(folder: Path) -> list[Path]:
+    """Make a table the user's own, which needs no ``--source``."""
+    content = table.metadata(folder)
+    table.write_metadata(folder, {**content, "seal": ownership.seal(content)})
+    return []
+
+
 @pytest.mark.parametrize(
     ("kind", "key"),
     [
@@ -89,7 +96,9 @@ def test_a_source_from_elsewhere_is_asked_for(command, tmp_path, photos, capsys)
         ("parquet", "linked/a.parquet/0"),
     ],
 )
-def test_keys_stay_below_the_source(kind, key, tmp_path, photos, capsys):
+@pytest.mark.parametrize("sealed", [False, True])
+def test_keys_stay_below_the_source(kind, key, sealed, tmp_path, photos, capsys):
+    """Even in the user's own table, where somebody may have edited the keys."""
     secret = tmp_path / "secret.png"
     (photos / "link.png").symlink_to(secret)
     (photos / "linked").symlink_to(tmp_path)
@@ -104,15 +113,18 @@ def test_keys_stay_below_the_source(kind, key, tmp_path, photos, capsys):
     key = key.replace("{0}", str(tmp_path))
     more = {"column": "image"} if kind == "parquet" else {}
     folder = foreign(tmp_path, kind, photos, key, "000.png", "inner.jpg", digest="", **more)
+    source = seal(folder) if sealed else [photos]
     with pytest.raises(OutsideError, match="leads outside the source .*photos, to .*, and is not"):
-        image_bytes(folder, key, [photos])
+        image_bytes(folder, key, source)
     assert image_bytes(folder, key, [photos, tmp_path]) == secret.read_bytes()
     if kind != "folder":
         return
     # A link to the source, and one within, are no way out.
     wanted = (photos / "sub" / "001.jpg").read_bytes()
     assert image_bytes(folder, "inner.jpg", [tmp_path / "other"]) == wanted
-    page = page_of(folder, "search", "--key", "000.png", "--source", photos)
+    page = page_of(
+        folder, "search", "--key", "000.png", *(["--source", photos] if not sealed else [])
+    )
     assert (page.count("cannot be read"), page.count("<img")) == (1, 2)
     assert capsys.readouterr().err.count("note: images are not shown: ") == 1
 
@@ -148,8 +160,12 @@ def test_lists_lead_where_they_say(tmp_path, photos, checkpoint):
     assert table.load(out)[0] == keys
     for key in keys:
         assert image_bytes(out, key) == (photos / key.rpartition("/")[2]).read_bytes()
+    with pytest.raises(OutsideError, match="leads outside the source"):
+        image_bytes(out, "../secret.png")
+    listed.write_text("\n".join([*keys, "../secret.png"]))
+    for key in (*keys, "../secret.png"):  # it is not the list that was embedded
         with pytest.raises(OutsideError, match="leads outside the source"):
-            image_bytes(out, key, [listed])
+            image_bytes(out, key)
 
 
 def test_datasets_are_not_fetched_for_others(tmp_path, monkeypatch):
