@@ -100,6 +100,38 @@ def require_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {reprlib.repr(value)}")
 
 
+def require_shapes(
+    known: Mapping[str, int] | None = None, **tensors: tuple[Tensor | None, str]
+) -> dict[str, int]:
+    """Check the shapes of tensors, or None, against their axes, as in ``"batch heads 2 dim"``.
+
+    An axis is a number or a name, whose size in the first tensor is that in all others, unless it
+    is ``known``. ``...`` stands for any number of axes, which may differ.
+
+    Returns:
+        The sizes by name.
+
+    Raises:
+        ValueError: the shape of a tensor is different; the message names it.
+    """
+    sizes = dict(known or {})
+    for name, (t, axes) in tensors.items():
+        if t is None:
+            continue
+        before, _, after = (part.split() for part in axes.partition("..."))
+        free = t.ndim - len(before) - len(after)
+        fits = free == 0 or (free > 0 and "..." in axes)
+        found = (*t.shape[: len(before)], *t.shape[t.ndim - len(after) :]) if fits else ()
+        for axis, size in zip((*before, *after), found, strict=fits):
+            own = int(axis) if axis.isdecimal() else sizes.setdefault(axis, size)
+            fits = fits and size == own
+        if not fits:
+            wanted = [str(sizes.get(axis, axis)) for axis in axes.split()]
+            shape = ", ".join(wanted) if len(wanted) > 1 else f"{wanted[0]},"
+            raise ValueError(f"{name} must be ({shape}), got {tuple(t.shape)}")
+    return sizes
+
+
 def require_like(
     of: str,
     x: Tensor,
