@@ -293,22 +293,21 @@ def scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, window: 
     shape = (*query.shape[:-1], math.prod(window[0]))
     # Windows without causal axes are full.
     out = query.new_full(shape, fill) if any(window[2]) else query.new_empty(shape)
-    bias = {"bias_ptr": None if rpb is None else rpb.contiguous(), "HAS_BIAS": rpb is not None}
-    _run_split(scores_kernel, query, key, out, window, bias)
+    _run_split(scores_kernel, query, key, out, window, None if rpb is None else rpb.contiguous())
     return out
 
 
 def mix(weights: Tensor, value: Tensor, window: Window) -> Tensor:
     """See :func:`ops.neighborhood.split_tiled.mix`."""
     out = value.new_empty(value.shape)
-    _run_split(sums_kernel, out, value, weights, window, {"OF_KEYS": True})
+    _run_split(sums_kernel, out, value, weights, window, OF_KEYS=True)
     return out
 
 
 def scatter(weights: Tensor, query: Tensor, window: Window) -> Tensor:
     """See :func:`ops.neighborhood.split_tiled.scatter`."""
     out = query.new_empty(query.shape)
-    _run_split(sums_kernel, query, out, weights, window, {"OF_KEYS": False})
+    _run_split(sums_kernel, query, out, weights, window, OF_KEYS=False)
     return out
 
 
@@ -318,26 +317,14 @@ def _run_split(
     key: Tensor,
     weights: Tensor,
     window: Window,
-    more: dict[str, Any],
+    rpb: Tensor | None = None,
+    **options: bool,
 ) -> None:
-    rank = query.dim() - 3
-    kernel_size, dilation, is_causal = window
-
-    arguments = {
-        "q_ref": _ref(query.movedim(1, -2), rank),
-        "k_ref": _ref(key.movedim(1, -2), rank),
-        "w_ref": _ref(weights.movedim(1, -2), rank),
-        "size": _triple(query.shape[2:-1], 1),
-        "heads": query.shape[1],
-        "RANK": rank,
-        "KERNEL": _triple(kernel_size, 1),
-        "STRIDE": (1, 1, 1),
-        "DILATION": _triple(dilation, 1),
-        "CAUSAL": _triple(is_causal, False),
-        "DIM": query.shape[-1],
-        "PADDED_DIM": padded(query.shape[-1]),
-        "PRECISION": _precision(),
-        **more,
-    }
+    kernel_size, dilation, is_causal = map(tuple, window)
+    params = NAParams(kernel_size, (1,) * len(kernel_size), dilation, is_causal, 1.0)
+    heads_last, key, weights = (t.movedim(1, -2) for t in (query, key, weights))
+    arguments = _arguments(Inputs(heads_last, key, key, rpb=rpb), params)
+    del arguments["PADDED_VALUE_DIM"]  # a tile holds one row for each position
+    arguments |= {"w_ref": _ref(weights, params.rank), **options}
     with torch.cuda.device_of(query):
         _run_tiles(kernel, query.shape[0] * query.shape[1], arguments)
