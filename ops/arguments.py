@@ -101,7 +101,7 @@ def require_tensor(name: str, value: Any) -> None:
 
 
 def require_shapes(
-    known: Mapping[str, int] | None = None, **tensors: tuple[Tensor | None, str]
+    known: Mapping[str, int] | None = None, /, **tensors: tuple[Tensor | None, str]
 ) -> dict[str, int]:
     """Check the shapes of tensors, or None, against their axes, as in ``"batch heads 2 dim"``.
 

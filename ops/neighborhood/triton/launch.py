@@ -320,8 +320,9 @@ def _run_split(
     rpb: Tensor | None = None,
     **options: bool,
 ) -> None:
-    kernel_size, dilation, is_causal = map(tuple, window)
-    params = NAParams(kernel_size, (1,) * len(kernel_size), dilation, is_causal, 1.0)
+    kernel_size, dilation, is_causal = window
+    strides = (1,) * len(kernel_size)
+    params = NAParams(tuple(kernel_size), strides, tuple(dilation), tuple(is_causal), 1.0)
     heads_last, key, weights = (t.movedim(1, -2) for t in (query, key, weights))
     arguments = _arguments(Inputs(heads_last, key, key, rpb=rpb), params)
     del arguments["PADDED_VALUE_DIM"]  # a tile holds one row for each position
