@@ -115,21 +115,37 @@ def require_shapes(
         ValueError: the shape of a tensor is different; the message names it.
     """
     sizes = dict(known or {})
+    parse = _axes if torch.compiler.is_compiling() else _known_axes
     for name, (t, axes) in tensors.items():
         if t is None:
             continue
-        before, _, after = (part.split() for part in axes.partition("..."))
-        free = t.ndim - len(before) - len(after)
-        fits = free == 0 or (free > 0 and "..." in axes)
-        found = (*t.shape[: len(before)], *t.shape[t.ndim - len(after) :]) if fits else ()
-        for axis, size in zip((*before, *after), found, strict=fits):
-            own = int(axis) if axis.isdecimal() else sizes.setdefault(axis, size)
-            fits = fits and size == own
+        before, after, is_open = parse(axes)
+        shape = t.shape
+        free = len(shape) - len(before) - len(after)
+        fits = free == 0 or (is_open and free > 0)
+        if fits:
+            found = shape if free == 0 else (*shape[: len(before)], *shape[len(before) + free :])
+            for axis, size in zip(before + after, found, strict=True):
+                if size != (axis if type(axis) is int else sizes.setdefault(axis, size)):
+                    fits = False
         if not fits:
             wanted = [str(sizes.get(axis, axis)) for axis in axes.split()]
-            shape = ", ".join(wanted) if len(wanted) > 1 else f"{wanted[0]},"
-            raise ValueError(f"{name} must be ({shape}), got {tuple(t.shape)}")
+            text = ", ".join(wanted) if len(wanted) > 1 else f"{wanted[0]},"
+            raise ValueError(f"{name} must be ({text}), got {tuple(shape)}")
     return sizes
+
+
+def _axes(axes: str) -> tuple[tuple[Any, ...], tuple[Any, ...], bool]:
+    """The axes before and after ``...``, names or numbers, and whether there are those."""
+    before, rest, after = axes.partition("...")
+
+    def split(part: str) -> tuple[Any, ...]:
+        return tuple(int(axis) if axis.isdecimal() else axis for axis in part.split())
+
+    return split(before), split(after), bool(rest)
+
+
+_known_axes = functools.cache(_axes)
 
 
 def require_like(
