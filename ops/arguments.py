@@ -100,6 +100,54 @@ def require_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {reprlib.repr(value)}")
 
 
+def require_shapes(
+    known: Mapping[str, int] | None = None, /, **tensors: tuple[Tensor | None, str]
+) -> dict[str, int]:
+    """Check the shapes of tensors, or None, against their axes, as in ``"batch heads 2 dim"``.
+
+    An axis is a number or a name, whose size in the first tensor is that in all others, unless it
+    is ``known``. ``...`` stands for any number of axes, which may differ.
+
+    Returns:
+        The sizes by name.
+
+    Raises:
+        ValueError: the shape of a tensor is different; the message names it.
+    """
+    sizes = dict(known or {})
+    parse = _axes if torch.compiler.is_compiling() else _known_axes
+    for name, (t, axes) in tensors.items():
+        if t is None:
+            continue
+        before, after, is_open = parse(axes)
+        shape = t.shape
+        free = len(shape) - len(before) - len(after)
+        fits = free == 0 or (is_open and free > 0)
+        if fits:
+            found = shape if free == 0 else (*shape[: len(before)], *shape[len(before) + free :])
+            for axis, size in zip(before + after, found, strict=True):
+                if size != (axis if type(axis) is int else sizes.setdefault(axis, size)):
+                    fits = False
+        if not fits:
+            wanted = [str(sizes.get(axis, axis)) for axis in axes.split()]
+            text = ", ".join(wanted) if len(wanted) > 1 else f"{wanted[0]},"
+            raise ValueError(f"{name} must be ({text}), got {tuple(shape)}")
+    return sizes
+
+
+def _axes(axes: str) -> tuple[tuple[Any, ...], tuple[Any, ...], bool]:
+    """The axes before and after ``...``, names or numbers, and whether there are those."""
+    before, rest, after = axes.partition("...")
+
+    def split(part: str) -> tuple[Any, ...]:
+        return tuple(int(axis) if axis.isdecimal() else axis for axis in part.split())
+
+    return split(before), split(after), bool(rest)
+
+
+_known_axes = functools.cache(_axes)
+
+
 def require_like(
     of: str,
     x: Tensor,

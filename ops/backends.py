@@ -1,4 +1,11 @@
-"""Backends of an op: modules with its function and, if they refuse calls, ``unavailable``."""
+"""Backends of an op: a module for each of its implementations.
+
+An op checks its arguments and calls the first backend in order of preference that supports the
+call, or the one that the caller names. A backend that refuses calls has ``unavailable(*call)``:
+None if it supports the call, else the reason, for the message of an explicit ``backend=``. It is
+cheap and depends on shapes, dtypes and devices, never on values. Backends may assume that no tensor
+is empty; they must handle arbitrary strides and ``None`` for absent tensors.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ops.arguments import checked
+from ops.arguments import checked, require_shapes
 from ops.attention.softmax import softmax_attention
 from ops.sizes import larger, smaller
 
@@ -164,11 +164,8 @@ def _check(
     region_size: tuple[int, int],
     topk: int,
 ) -> None:
-    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1]:
-        raise ValueError(
-            "query and key must be (B, H, W, qk_dim) and value (B, H, W, dim), got "
-            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
+    axes = "batch height width qk_dim"
+    require_shapes(query=(query, axes), key=(key, axes), value=(value, "batch height width dim"))
     if num_heads < 1 or query.shape[-1] % num_heads or value.shape[-1] % num_heads:
         raise ValueError(
             f"num_heads must divide qk_dim {query.shape[-1]} and dim {value.shape[-1]}, "

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops.arguments import checked
+from ops.arguments import checked, require_shapes
 from ops.autocast import without_autocast
 
 __all__ = ["DeformableAttention", "deformable_attention", "pixel_centres"]
 
 
-@checked(ranks={"value": 4, "locations": 6, "weights": 5})
+@checked()
 def deformable_attention(
     value: Tensor, sizes: Sequence[Sequence[int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
@@ -46,24 +46,13 @@ def deformable_attention(
         TypeError: an argument of another type.
     """
     _check_sizes(sizes)
-    pixels = sum(height * width for height, width in sizes)
-    if pixels != value.shape[1]:
-        raise ValueError(
-            f"value has {value.shape[1]} pixels, but maps of {[tuple(size) for size in sizes]} "
-            f"have {pixels}"
-        )
-    batch, _, heads, head_dim = value.shape
-    expected = (batch, locations.shape[1], heads, len(sizes))
-    if (
-        tuple(locations.shape[:4]) != expected
-        or locations.shape[5] != 2
-        or weights.shape != locations.shape[:5]
-    ):
-        raise ValueError(
-            f"for value {tuple(value.shape)} and {len(sizes)} maps, locations must be (B, N, heads,"
-            f" maps, points, 2) = {(*expected, 'points', 2)} and weights the same without the last "
-            f"axis, got {tuple(locations.shape)} and {tuple(weights.shape)}"
-        )
+    require_shapes(
+        {"pixels": sum(height * width for height, width in sizes), "maps": len(sizes)},
+        value=(value, "batch pixels heads head_dim"),
+        locations=(locations, "batch queries heads maps points 2"),
+        weights=(weights, "batch queries heads maps points"),
+    )
+    batch, _, heads, _ = value.shape
     dtype = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
     with without_autocast(value.device):
         # To (B · heads, …), which grid_sample treats as a batch, with positions from −1 to 1.

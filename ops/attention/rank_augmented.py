@@ -10,7 +10,7 @@ import torch
 from timm.layers import apply_rot_embed, build_rotary_pos_embed
 from torch import Tensor, nn
 
-from ops.arguments import checked
+from ops.arguments import checked, require_shapes
 from ops.attention.softmax import softmax_attention
 from ops.autocast import autocasts, without_autocast
 
@@ -49,18 +49,14 @@ def rank_augmented_linear_attention(
     Raises:
         ValueError: incompatible shapes.
     """
-    shape = query.shape
-    if query.ndim != 4 or key.shape != shape or value.shape != shape:
-        raise ValueError(
-            "query, key and value must all be (B, num_heads, N, head_dim), got "
-            f"{tuple(shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
-        )
-    if rotary is not None and not rotary[0].shape == rotary[1].shape == shape[2:]:
-        raise ValueError(
-            f"rotary must be two tables {tuple(shape[2:])}, got {tuple(rotary[0].shape)} and "
-            f"{tuple(rotary[1].shape)}"
-        )
-    scale = shape[-1] ** -0.5 if scale is None else scale
+    axes = "batch num_heads tokens head_dim"
+    require_shapes(
+        query=(query, axes),
+        key=(key, axes),
+        value=(value, axes),
+        **{f"rotary[{i}]": (t, "tokens head_dim") for i, t in enumerate(rotary or ())},
+    )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if autocasts(query.device):
         with without_autocast(query.device):
             return _linear_attention(query, key, value, rotary, scale, eps)

@@ -1,8 +1,7 @@
 """Bi-WKV, Vision-RWKV's bidirectional scan: its formula, or what the published kernel computes.
 
-https://arxiv.org/abs/2403.02308. Each backend is a module with two functions: ``unavailable``,
-which returns ``None`` or the reason why it does not support a call (if it may not), and ``attend``,
-which is differentiable.
+https://arxiv.org/abs/2403.02308. Each backend, see :mod:`ops.backends`, is a module with a
+differentiable ``attend``.
 """
 
 from __future__ import annotations

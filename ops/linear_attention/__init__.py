@@ -1,17 +1,9 @@
 """Gated linear attention: a unidirectional or bidirectional scan along a sequence.
 
 https://arxiv.org/abs/2312.06635; both directions: https://arxiv.org/abs/2405.18425; the bonus:
-https://arxiv.org/abs/2404.05892. The function checks its arguments and calls the first backend in
-order of preference that supports the call. Each backend is a module with two functions:
-
-``unavailable(query, key, value, log_gate, log_gate_back, bonus) -> str | None``
-    ``None`` if it supports the call, else the reason, for the error message of an explicit
-    ``backend=``. A backend without it supports every call.
-``attend(query, key, value, log_gate, log_gate_back, bonus, scale) -> out``
-    The attention, differentiable with respect to all tensors.
-
-Backends may assume that arguments have been checked and that no tensor is empty. They must handle
-arbitrary strides, gates of higher precision than the rest, and ``None`` for absent tensors.
+https://arxiv.org/abs/2404.05892. Each backend, see :mod:`ops.backends`, is a module with
+``attend(query, key, value, log_gate, log_gate_back, bonus, scale)``, which is differentiable with
+respect to all tensors and accepts gates of higher precision than the rest.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.neighborhood._geometry import Inputs, NAParams
 
 
@@ -80,48 +81,26 @@ def resolve_params(
 def check_tensors(rank: int, inputs: Inputs) -> None:
     """Raise ValueError unless all but rpb have compatible shapes with ``rank`` map axes."""
     query, key, value, additional_keys, additional_values, _ = inputs
-    axes = ("length", "height, width", "depth, height, width")[rank - 1]
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor.dim() != rank + 3:
-            raise ValueError(
-                f"{name} must be (batch, {axes}, heads, dim), got {tuple(tensor.shape)}"
-            )
+    of_map = ("batch length", "batch height width", "batch depth height width")[rank - 1]
+    sizes = require_shapes(
+        query=(query, f"{of_map} heads dim"),
+        key=(key, f"{of_map} kv_heads dim"),
+        value=(value, f"{of_map} kv_heads value_dim"),
+        additional_keys=(additional_keys, "batch additional kv_heads dim"),
+        additional_values=(additional_values, "batch additional kv_heads value_dim"),
+    )
     if not query.is_floating_point():
         raise ValueError(f"query must be floating-point, got {query.dtype}")
-    check_same_kind("key", key, query)
-    check_same_kind("value", value, query)
-    if key.shape[:-2] != query.shape[:-2] or value.shape[:-2] != query.shape[:-2]:
+    for name, tensor in zip(Inputs._fields[1:5], inputs[1:5], strict=True):
+        if tensor is not None:
+            check_same_kind(name, tensor, query)
+    heads, kv_heads = sizes["heads"], sizes["kv_heads"]
+    if kv_heads == 0 or heads % kv_heads != 0:
         raise ValueError(
-            "query, key and value must agree in batch and map, got "
-            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        )
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(
-            f"query and key must have the same dim, got {query.shape[-1]} and {key.shape[-1]}"
-        )
-    if key.shape[-2] != value.shape[-2]:
-        raise ValueError(
-            f"key and value must have the same heads, got {key.shape[-2]} and {value.shape[-2]}"
-        )
-    if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2] != 0:
-        raise ValueError(
-            f"the heads of key and value must divide those of query, got {key.shape[-2]} and "
-            f"{query.shape[-2]}"
+            f"the heads of key and value must divide those of query, got {kv_heads} and {heads}"
         )
     if (additional_keys is None) != (additional_values is None):
         raise ValueError("give both additional_keys and additional_values, or neither")
-    if additional_keys is not None and additional_values is not None:
-        for name, tensor, beside in (
-            ("additional_keys", additional_keys, key),
-            ("additional_values", additional_values, value),
-        ):
-            shape = (beside.shape[0], "any number", *beside.shape[-2:])
-            check_additional(name, tensor, beside, shape)
-        if additional_keys.shape[1] != additional_values.shape[1]:
-            raise ValueError(
-                "additional_keys and additional_values must have the same number of keys, got "
-                f"{additional_keys.shape[1]} and {additional_values.shape[1]}"
-            )
 
 
 def check_rpb(rpb: Tensor, query: Tensor, params: NAParams) -> None:
@@ -138,16 +117,10 @@ def check_rpb(rpb: Tensor, query: Tensor, params: NAParams) -> None:
         )
 
 
-def check_additional(
-    name: str, tensor: Tensor, beside: Tensor, shape: tuple[int | str, ...]
-) -> None:
-    """Raise ValueError unless ``tensor`` has the sizes in ``shape`` and the kind of ``beside``."""
-    if tensor.dim() != len(shape) or any(
-        not isinstance(n, str) and n != m for n, m in zip(shape, tensor.shape, strict=True)
-    ):
-        raise ValueError(
-            f"{name} must be ({', '.join(map(str, shape))}), got {tuple(tensor.shape)}"
-        )
+def check_additional(name: str, tensor: Tensor, beside: Tensor) -> None:
+    """Raise ValueError unless ``tensor``, (B, H, N, D), fits to ``beside``, (B, H, *S, D)."""
+    sizes = {"batch": beside.shape[0], "heads": beside.shape[1], "dim": beside.shape[-1]}
+    require_shapes(sizes, **{name: (tensor, "batch heads additional dim")})
     check_same_kind(name, tensor, beside)
 
 

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 PARAMS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
 """:attr:`NAParams.of_operators` in the schemas of operators."""
-
-IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
 
 class Inputs(NamedTuple):
@@ -60,25 +58,6 @@ class NAParams:
         return (self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale)
 
 
-def window_of(
-    place: IntOrTensor, group_size: IntOrTensor, kernel_size: int, stride: int, is_causal: bool
-) -> tuple[IntOrTensor, IntOrTensor]:
-    """First place and number of places in the window of the query at ``place`` of its group.
-
-    Both ends of the window are monotonic in the query's place, no window is empty, and the windows
-    of a group cover all of its places.
-    """
-    # The queries of a stride share the window of their leader.
-    first = place // stride * stride
-    if is_causal:
-        leader = _at_most(first + stride - 1, group_size - 1)
-        start = _at_least_zero(leader - kernel_size + 1)
-        return start, place - start + 1
-    leader = _at_most(first + stride // 2, group_size - 1)
-    start = _at_most(_at_least_zero(leader - kernel_size // 2), group_size - kernel_size)
-    return start, start * 0 + kernel_size
-
-
 def group_of(position: Tensor, dilation: int) -> Tensor:
     """The dilation group of every position, position mod dilation.
 
@@ -93,9 +72,12 @@ def axis_windows(
     stride: int,
     dilation: int,
     is_causal: bool,
-    device: torch.device | None = None,
+    device: torch.device | str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`window_of` for every query of an axis; ``size`` may be symbolic.
+    """The windows of all queries of an axis; ``size`` may be symbolic.
+
+    Both ends of the window are monotonic in the query's place, no window is empty, and the windows
+    of a group cover all of its places.
 
     Returns:
         start, length: int64 (size,); query i attends to places start[i] … start[i] + length[i] − 1
@@ -103,7 +85,16 @@ def axis_windows(
     """
     position = torch.arange(size, device=device)
     group_size = (size - group_of(position, dilation) + dilation - 1) // dilation
-    return window_of(position // dilation, group_size, kernel_size, stride, is_causal)
+    place = position // dilation
+    # The queries of a stride share the window of their leader.
+    first = place // stride * stride
+    if is_causal:
+        leader = torch.minimum(first + stride - 1, group_size - 1)
+        start = (leader - kernel_size + 1).clamp(min=0)
+        return start, place - start + 1
+    leader = torch.minimum(first + stride // 2, group_size - 1)
+    start = torch.minimum((leader - kernel_size // 2).clamp(min=0), group_size - kernel_size)
+    return start, start * 0 + kernel_size
 
 
 def cross_index(outer: Tensor, inner: Tensor, size: int) -> Tensor:
@@ -121,15 +112,3 @@ def cross_mask(outer: Tensor, inner: Tensor) -> Tensor:
 
 def _cross(outer: Tensor, inner: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     return combine(outer[:, None, :, None], inner[None, :, None, :]).flatten(2).flatten(0, 1)
-
-
-def _at_most(value: IntOrTensor, limit: IntOrTensor) -> IntOrTensor:
-    if isinstance(value, Tensor):
-        return torch.minimum(value, limit)
-    return min(value, limit)
-
-
-def _at_least_zero(value: IntOrTensor) -> IntOrTensor:
-    if isinstance(value, Tensor):
-        return value.clamp(min=0)
-    return max(value, 0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ops.neighborhood._geometry import cross_index, cross_mask, window_of
+from ops.neighborhood._geometry import axis_windows, cross_index, cross_mask
 
 # Queries per tile along each axis, by the map's rank. Larger tiles share more keys, smaller ones
 # mask fewer.
@@ -97,16 +97,15 @@ def _tiles_of_axis(
 ) -> list[Tiles]:
     """The tiles of one axis; no tile spans several dilation groups."""
     congruent: dict[tuple, list[tuple[int, int]]] = {}
+    windows = axis_windows(n, kernel_size, stride, dilation, is_causal, "cpu")
+    starts_and_lengths = torch.stack(windows, 1).tolist()
     for group in range(dilation):
-        group_size = (n - group + dilation - 1) // dilation
-        step = _even_tile_size(group_size, tile_size, stride)
-        for first in range(0, group_size, step):
-            windows = [
-                window_of(place, group_size, kernel_size, stride, is_causal)
-                for place in range(first, min(first + step, group_size))
-            ]
-            first_key = windows[0][0]
-            layout = tuple((start - first_key, length) for start, length in windows)
+        of_group = starts_and_lengths[group::dilation]
+        step = _even_tile_size(len(of_group), tile_size, stride)
+        for first in range(0, len(of_group), step):
+            first_key = of_group[first][0]
+            of_tile = of_group[first : first + step]
+            layout = tuple((start - first_key, length) for start, length in of_tile)
             position = (first * dilation + group, first_key * dilation + group)
             congruent.setdefault((first_key - first, layout), []).append(position)
     return [

@@ -1,20 +1,11 @@
 """Neighborhood attention as functions, with NATTEN's names and semantics.
 
-https://arxiv.org/abs/2204.07143. They check their arguments and call the first backend in order of
-preference that supports the call. Each backend is a module with two functions:
-
-``unavailable(inputs, params) -> str | None``
-    ``None`` if it supports the call, else the reason, for the error message of an explicit
-    ``backend=``. Cheap: depends on shapes, dtypes and devices, never on values.
-``attend(inputs, params) -> (out, lse)``
-    The attention, differentiable with respect to all tensors through both ``out`` and ``lse``. If
-    ``params.return_lse`` is false, ``lse`` may be ``None``.
-
-Backends may assume that arguments have been checked (shapes, equal dtypes and devices, no empty
-tensor), and that ``params`` is a fully resolved :class:`NAParams`. They must handle arbitrary
-strides; fewer key and value heads H_kv than query heads H (query head h uses key head
-h // (H // H_kv)); a value dim that differs from the query dim; and ``None`` for absent
-optional tensors. Shapes:
+https://arxiv.org/abs/2204.07143. Each backend, see :mod:`ops.backends`, is a module with two
+functions, ``unavailable(inputs, params)`` and ``attend(inputs, params) -> (out, lse)``, which is
+differentiable with respect to all tensors through both ``out`` and ``lse``. If
+``params.return_lse`` is false, ``lse`` may be ``None``. Backends must handle fewer key and value
+heads H_kv than query heads H (query head h uses key head h // (H // H_kv)), and a value dim that
+differs from the query dim. Shapes:
 
 =================  ==========================================================================
 query              (B, \\*S, H, D)

@@ -224,8 +224,7 @@ def _qk(
         out = _scores(query, key, rpb, -math.inf, *_of_operators(params))
     if additional_keys is None:
         return out
-    shape = (*query.shape[:2], "any number", query.shape[-1])
-    check_additional("additional_keys", additional_keys, query, shape)
+    check_additional("additional_keys", additional_keys, query)
     extra = query.flatten(2, -2) @ additional_keys.mT
     return torch.cat([out, extra.unflatten(2, query.shape[2:-1])], -1)
 
@@ -244,8 +243,7 @@ def _av(
     params = _resolved(value, window)
     size, keys, extra = value.shape[2:-1], math.prod(params.kernel_size), 0
     if additional_values is not None:
-        shape = (*value.shape[:2], "any number", value.shape[-1])
-        check_additional("additional_values", additional_values, value, shape)
+        check_additional("additional_values", additional_values, value)
         extra = additional_values.shape[2]
     expected = (*value.shape[:-1], keys + extra)
     if attn.shape != expected:

@@ -7,20 +7,13 @@ https://arxiv.org/abs/2312.00752; four orders: https://arxiv.org/abs/2401.10166.
 NHWC map instead, which neither copies the map into four sequences nor expands the steps.
 :func:`cross_scan` and :func:`cross_merge` make these sequences and sum them on their own.
 
-The functions check their arguments and call the first backend in order of preference that supports
-the call. Each backend is a module with these functions:
+Each backend, see :mod:`ops.backends`, is a module with these functions, which accept tensors of
+float32 beside maps of lower precision:
 
-``unavailable(u, A) -> str | None``
-    ``None`` if it supports the call, else the reason, for the error message of an explicit
-    ``backend=``. A backend without it supports every call.
 ``scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> out``
     :func:`selective_scan`, differentiable with respect to all tensors.
 ``cross(x, projected, delta_weight, A, D, delta_bias, delta_softplus) -> out``
     :func:`cross_selective_scan`, likewise. A backend without it scans the four sequences.
-
-Backends may assume that arguments have been checked and that no tensor is empty. They must handle
-arbitrary strides, tensors of float32 beside maps of lower precision, and ``None`` for absent
-tensors.
 """
 
 from __future__ import annotations

@@ -621,8 +621,8 @@ for kernel in ({kernels}):
         constants = {{n: v for n, v in constants.items() if n in kernel.arg_names}}
         signature = {{}}
         for name in kernel.arg_names:
-            if name.endswith("strides"):
-                signature[name] = ("i32",) * 4
+            if name.endswith("_ref"):
+                signature[name] = ("*fp32", *("i32",) * 4)
             elif name in constants:
                 signature[name] = "constexpr"
             else:

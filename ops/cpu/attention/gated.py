@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.attention.grouped import attention_threads
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.threads import VALUES, threads_for
 
 _EPS = 1e-6
@@ -33,25 +35,24 @@ def _allocate(
 ) -> Tensor:
     """Check the arguments of :func:`rank_augmented_attention` and allocate its result."""
     dim = bias.shape[-1]
-    expected = (*bias.shape[:-1], 4 * dim)
-    if bias.ndim != 4 or qkvo.shape != expected or not qkvo.is_contiguous():
-        raise ValueError(f"qkvo must be contiguous and {expected}, got {tuple(qkvo.shape)}")
-    if bias.dtype != qkvo.dtype or dim % num_heads:
+    head_dim = dim // num_heads
+    require_shapes(
+        {"head_dim": head_dim, "parts": 4 * dim},
+        bias=(bias, "batch height width dim"),
+        qkvo=(qkvo, "batch height width parts"),
+        row_table=(row_table, "height head_dim"),
+        column_table=(column_table, "width head_dim"),
+    )
+    require_dtype(qkvo.dtype, bias=bias)
+    require_dtype(torch.float32, row_table=row_table, column_table=column_table)
+    if not qkvo.is_contiguous() or dim % num_heads:
         raise ValueError(
-            f"bias must be {qkvo.dtype} and {num_heads} heads divide its {dim} channels, "
-            f"got {bias.dtype}"
+            f"qkvo must be contiguous and {num_heads} heads divide {dim} channels, got strides "
+            f"{qkvo.stride()}"
         )
-    reason = heads_unavailable(dim // num_heads)
+    reason = heads_unavailable(head_dim)
     if reason is not None:
         raise RuntimeError(reason)
-    tables = {"row_table": row_table, "column_table": column_table}
-    for (name, table), size in zip(tables.items(), bias.shape[1:3], strict=True):
-        shape = (size, dim // num_heads)
-        if table.shape != shape or table.dtype != torch.float32 or not table.is_contiguous():
-            raise ValueError(
-                f"{name} must be {shape}, contiguous and torch.float32, got {tuple(table.shape)} "
-                f"of {table.dtype}"
-            )
     return torch.empty_like(bias, memory_format=torch.contiguous_format)
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
@@ -144,12 +145,28 @@ def grouped_attention(
     scale: float | None,
 ) -> Call:
     """The kernel of the functions above; ``terms`` to ``kinds`` are :class:`ScoreTerms`."""
-    _check(query, key, value, out)
+    require_shapes(
+        query=(query, "batch queries heads dim"),
+        key=(key, "batch keys heads dim"),
+        value=(value, "batch keys heads value_dim"),
+        out=(out, "batch queries heads value_dim"),
+    )
+    if out.stride(3) != 1:
+        raise ValueError(f"out must have dense channels, got strides {out.stride()}")
+    require_dtype(query.dtype, key=key, value=value, out=out)
     require_dtype(torch.int32, rows=rows, key_rows=key_rows, lines=lines, kinds=kinds)
     require_dtype(torch.int64, routes=routes)
     require_dtype(torch.float32, terms=terms)
-    if rows is not None and terms is not None and lines is not None:
-        _check_terms(query.shape[2], rows, key_rows, terms, lines, kinds)
+    if rows is not None and terms is not None:
+        seen = rows if key_rows is None else key_rows
+        require_shapes(
+            {"heads": query.shape[2], "lines_of_rows": -(-rows.shape[1] // LINE)},
+            rows=(rows, "windows rows"),
+            key_rows=(seen, "windows keys"),
+            terms=(terms, f"heads lines {LINE}"),
+            lines=(lines, "kinds lines_of_rows keys"),
+            kinds=(kinds, "windows"),
+        )
 
     def arguments() -> Any:
         q, k, v = map(dense_channels, (query, key, value))
@@ -173,40 +190,3 @@ def grouped_attention(
         }
 
     return Call(None, arguments if out.numel() else dict)
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-    batch, queries, heads, dim = query.shape
-    keys, value_dim = value.shape[1], value.shape[3]
-    fits = key.shape == (batch, keys, heads, dim)
-    fits &= value.shape == (batch, keys, heads, value_dim)
-    if not fits or out.shape != (batch, queries, heads, value_dim) or out.stride(3) != 1:
-        raise ValueError(
-            "query must be (B, N, heads, head_dim), key (B, M, heads, head_dim), value "
-            "(B, M, heads, value_dim) and out (B, N, heads, value_dim) with dense channels, got "
-            f"{', '.join(str(tuple(t.shape)) for t in (query, key, value, out))}"
-        )
-    require_dtype(query.dtype, key=key, value=value, out=out)
-
-
-def _check_terms(
-    heads: int,
-    rows: Tensor,
-    key_rows: Tensor | None,
-    terms: Tensor,
-    lines: Tensor,
-    kinds: Tensor | None,
-) -> None:
-    own, seen = rows.shape[1], (rows if key_rows is None else key_rows).shape[1]
-    wanted = f"({heads}, lines, {LINE}) and (kinds, {-(-own // LINE)}, {seen})"
-    if (
-        terms.ndim != 3
-        or terms.shape[::2] != (heads, LINE)
-        or lines.shape[1:] != (-(-own // LINE), seen)
-        or (kinds is not None and len(kinds) != len(rows))
-        or (key_rows is not None and len(key_rows) != len(rows))
-    ):
-        raise ValueError(
-            f"windows of {own} tokens that see {seen} take terms and lines of {wanted}, and a kind "
-            f"and a row of keys each, got {tuple(terms.shape)}, {tuple(lines.shape)}"
-        )

@@ -84,6 +84,13 @@ def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
     return True
 
 
+def require_values(**tensors: Tensor) -> None:
+    """Check that tensors are not empty, for kernels that need a value of each row."""
+    for name, t in tensors.items():
+        if not t.numel():
+            raise ValueError(f"{name} must not be empty, got {tuple(t.shape)}")
+
+
 def require_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
     """Check the dtypes of tensors, since a kernel receives only addresses."""
     for name, t in tensors.items():

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.activations import require_activation
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import as_nhwc
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.problem import packed_size
@@ -51,15 +53,11 @@ def deformable_conv2d(
     """
     require_activation(activation)
     height, width = ((n - kernel_size) // stride + 1 for n in x.shape[2:])
-    expected = (x.shape[0], 2 * kernel_size**2, height, width)
-    if min(expected[2:]) < 1 or offset.shape != expected:
-        raise ValueError(f"offset must be {expected}, got {tuple(offset.shape)}")
-    dtypes = (x.dtype, weight.dtype, bias.dtype)
-    if x.dtype not in (torch.float32, torch.bfloat16) or dtypes[1:] != (x.dtype, torch.float32):
-        raise ValueError(
-            "x and weight must be float32, or both bfloat16, and bias float32; "
-            f"got {', '.join(map(str, dtypes))}"
-        )
+    offsets = {"offsets": 2 * kernel_size**2, "out_height": height, "out_width": width}
+    axes = "batch offsets out_height out_width"
+    require_shapes(offsets, x=(x, "batch channels height width"), offset=(offset, axes))
+    require_dtype(x.dtype, weight=weight)
+    require_dtype(torch.float32, bias=bias)
     inputs = x.shape[1] * kernel_size**2
     if weight.numel() != packed_size(len(bias), inputs, x.dtype):
         raise ValueError(f"weight is not packed for {len(bias)} outputs of {inputs} inputs")

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.dispatch import require_dtype
@@ -60,11 +61,8 @@ def kan_layer(
     """
     affine = {"norm_weight": norm_weight, "norm_bias": norm_bias}
     require_dtype(torch.float32, powers=powers, bias=bias, **affine)
-    if x.shape[-1:] != norm_weight.shape or x.dtype != weight.dtype:
-        raise ValueError(
-            f"x must be (..., {len(norm_weight)}) of {weight.dtype}, got {tuple(x.shape)} of "
-            f"{x.dtype}"
-        )
+    require_shapes(norm_weight=(norm_weight, "in_features"), x=(x, "... in_features"))
+    require_dtype(weight.dtype, x=x)
     if weight.numel() != packed_size(len(bias), len(norm_weight) * len(powers), x.dtype):
         raise ValueError(
             f"weight is not packed for {len(bias)} outputs of {len(norm_weight)} inputs at "

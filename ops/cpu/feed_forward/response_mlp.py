@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.dispatch import require_dtype
@@ -106,13 +107,9 @@ def response_mlp(
     dim = len(weights[3])
     floats = [w.dtype for w in (weights[4], weights[7]) if w.dtype != torch.int8]
     dtype = floats[0] if floats else x.dtype
-    if x.ndim != 4 or x.shape[3] != dim or x.dtype != dtype:
-        raise ValueError(f"x must be (B, H, W, {dim}), {dtype}, got {tuple(x.shape)}, {x.dtype}")
-    if shortcut.shape != x.shape or shortcut.dtype != dtype:
-        raise ValueError(
-            f"shortcut must be {tuple(x.shape)}, {dtype}, got {tuple(shortcut.shape)}, "
-            f"{shortcut.dtype}"
-        )
+    axes = "images height width dim"
+    require_shapes({"dim": dim}, x=(x, axes), shortcut=(shortcut, axes))
+    require_dtype(dtype, x=x, shortcut=shortcut)
 
     named = dict(zip(_WEIGHTS, weights, strict=True))
     for name, scale in (("weight1", weight_scale1), ("weight2", weight_scale2)):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.dispatch import require_dtype
@@ -29,10 +30,8 @@ def nchw_from_nhwc(x: Tensor, affine: Tensor) -> Call:
     Returns:
         (B, C, H, W), contiguous, in the dtype of ``x``.
     """
-    _check_map(x)
+    require_shapes(x=(x, "batch channels height width"), affine=(affine, "2 channels"))
     require_dtype(torch.float32, affine=affine)
-    if affine.shape != (2, x.shape[1]):
-        raise ValueError(f"affine must be (2, {x.shape[1]}), got {tuple(affine.shape)}")
     return Call(x.new_empty(x.shape), lambda: {**_sizes(x), "in": _nhwc(x)})
 
 
@@ -47,20 +46,12 @@ def nhwc_from_nchw(nchw: Tensor, x: Tensor) -> Call:
     Returns:
         (B, C, H, W), channels-last, in the dtype of ``x``.
     """
-    _check_map(x)
+    axes = "batch channels height width"
+    require_shapes(x=(x, axes), nchw=(nchw, axes))
     require_dtype(x.dtype, nchw=nchw)
-    if nchw.shape != x.shape:
-        raise ValueError(f"nchw must be {tuple(x.shape)}, got {tuple(nchw.shape)}")
     return Call(
         empty_nhwc(x, x.shape), lambda: {**_sizes(x), "in": nchw.contiguous(), "other": _nhwc(x)}
     )
-
-
-def _check_map(x: Tensor) -> None:
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"x must be (B, C, H, W) of float32 or bfloat16, got {tuple(x.shape)} of {x.dtype}"
-        )
 
 
 def _nhwc(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.dispatch import require_dtype
@@ -164,21 +165,23 @@ def na_cpu_dynamic_mix(
         of ``query``.
     """
     batch, heads, height, width, dim = values[0].shape
-    places, count = (*key.shape[:2], key.shape[3]), len(values)
-    if places[:2] != (batch, heads) or query.shape != (*places[:2], height * width, key.shape[2]):
-        raise ValueError(
-            f"query must be (B, heads, H · W, depth) and key (B, heads, depth, P), got "
-            f"{tuple(query.shape)} and {tuple(key.shape)} for values {tuple(values[0].shape)}"
-        )
+    count, map_axes = len(values), "batch heads height width dim"
+    sizes = require_shapes(
+        {"pixels": height * width},
+        values=(values[0], map_axes),
+        query=(query, "batch heads pixels depth"),
+        key=(key, "batch heads depth places"),
+    )
     parts = list(zip(weights, biases, values, kernel_sizes, strict=True))
     for weight, bias, value, k in parts:
-        fits = value.shape == values[0].shape and 0 < k <= min(height, width)
-        tables = (places[2], k * k), (heads, height, width, k * k)
-        if not fits or (tuple(weight.shape), tuple(bias.shape)) != tables:
-            raise ValueError(
-                f"weights and biases must be {tables} for a {k}×{k} kernel of values "
-                f"{tuple(value.shape)}, got {tuple(weight.shape)} and {tuple(bias.shape)}"
-            )
+        if not 0 < k <= min(height, width):
+            raise ValueError(f"a {k}×{k} kernel does not fit a map of {height}×{width}")
+        require_shapes(
+            {**sizes, "keys": k * k},
+            values=(value, map_axes),
+            weights=(weight, "places keys"),
+            biases=(bias, "heads height width keys"),
+        )
         require_dtype(torch.float32, weights=weight)
         require_dtype(query.dtype, key=key, values=value)
         if bias.dtype != torch.bfloat16:
@@ -189,7 +192,11 @@ def na_cpu_dynamic_mix(
         rows = dense_channels(query)
         of_all = {
             **{"batch": batch, "heads": heads, "queries": height * width, "depth": key.shape[2]},
-            **{"places": places[2], "query_stride": rows.stride()[:3], "key_stride": key.stride()},
+            **{
+                "places": sizes["places"],
+                "query_stride": rows.stride()[:3],
+                "key_stride": key.stride(),
+            },
         }
         problems, queries, tensors = [], [], []
         for i, (weight, bias, value, k) in enumerate(parts):

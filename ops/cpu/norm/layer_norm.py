@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.activations import require_activation
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
@@ -36,11 +37,7 @@ def layer_norm(
         ValueError: mismatched shapes or dtypes, or an unknown activation.
     """
     require_activation(activation)
-    if not weight.shape == bias.shape == x.shape[-1:]:
-        raise ValueError(
-            "x must be (..., dim), weight and bias (dim,), got "
-            f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
-        )
+    require_shapes(x=(x, "... dim"), weight=(weight, "dim"), bias=(bias, "dim"))
     require_dtype(torch.float32, weight=weight, bias=bias)
 
     def arguments() -> dict[str, int]:

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
-from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.dispatch import require_dtype, require_values
 from ops.cpu.threads import VALUES, threads_for
 
 
@@ -28,11 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Call:
     Returns:
         (..., dim), contiguous, in the dtype of ``x``; sums are in float32.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"x must be (..., dim) and weight (dim,), got {tuple(x.shape)} and "
-            f"{tuple(weight.shape)}"
-        )
+    require_shapes(x=(x, "... dim"), weight=(weight, "dim"))
     require_dtype(torch.float32, weight=weight)
 
     def arguments() -> dict[str, int]:
@@ -54,11 +51,8 @@ def response_scales(x: Tensor, weight: Tensor, eps: float) -> Call:
     Returns:
         (B, dim) in the dtype of ``x``; sums are in float32.
     """
-    if x.ndim != 4 or not x.numel() or weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"x must be (B, H, W, dim) and not empty, weight (dim,), got {tuple(x.shape)} and "
-            f"{tuple(weight.shape)}"
-        )
+    require_shapes(x=(x, "batch height width dim"), weight=(weight, "dim"))
+    require_values(x=x)
     require_dtype(torch.float32, weight=weight)
 
     def arguments() -> dict[str, Any]:

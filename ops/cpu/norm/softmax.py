@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
-from ops.cpu.call.dispatch import require_dtype
+from ops.cpu.call.dispatch import require_dtype, require_values
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import MACS, VALUES, threads_for
 
@@ -29,10 +30,9 @@ def biased_softmax(x: Tensor, bias: Tensor, half: bool) -> Call:
     Returns:
         (B, ..., K), contiguous.
     """
-    if not x.numel() or bias.shape != x.shape[1:]:
-        raise ValueError(
-            f"x must be (B, ..., K) and bias (..., K), got {tuple(x.shape)} and {tuple(bias.shape)}"
-        )
+    require_values(x=x)
+    if bias.shape != x.shape[1:]:
+        raise ValueError(f"bias must be {tuple(x.shape[1:])}, got {tuple(bias.shape)}")
     require_dtype(torch.float32, x=x)
     half_bias = bias.dtype == torch.bfloat16
     if not half_bias:
@@ -70,37 +70,28 @@ def attention_weights(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, 
     Returns:
         (B, heads, ..., K), contiguous.
     """
-    fits = query.ndim == key.ndim == 4 and weight.ndim == 2 and bias.ndim > 1
-    if (
-        not fits
-        or not (query.numel() and key.numel() and weight.numel())
-        or key.shape != (*query.shape[:2], query.shape[3], len(weight))
-        or (
-            (len(bias), bias.shape[1:-1].numel(), bias.shape[-1])
-            != (*query.shape[1:3], weight.shape[1])
-        )
-    ):
-        shapes = ", ".join(str(tuple(t.shape)) for t in (query, key, weight, bias))
-        raise ValueError(
-            "query must be (B, heads, N, depth), key (B, heads, depth, P), weight (P, K) and bias "
-            f"(heads, ..., K), got {shapes}"
-        )
+    require_values(query=query, key=key, weight=weight)
+    sizes = require_shapes(
+        query=(query, "batch heads queries depth"),
+        key=(key, "batch heads depth places"),
+        weight=(weight, "places keys"),
+        bias=(bias, "heads ... keys"),
+    )
+    require_shapes(sizes, bias=(bias.reshape(len(bias), -1, bias.shape[-1]), "heads queries keys"))
     require_dtype(torch.float32, weight=weight)
     require_dtype(query.dtype, key=key)
     for name, t in (("query", query), ("bias", bias)):
         if t.dtype != torch.bfloat16:
             require_dtype(torch.float32, **{name: t})
-    (batch, heads, queries, depth), (places, keys) = query.shape, weight.shape
 
     def arguments() -> dict[str, Any]:
         rows = dense_channels(query)
         return {
-            **{"batch": batch, "heads": heads, "queries": queries, "depth": depth},
-            **{"places": places, "keys": keys, "query": rows, "query_stride": rows.stride()[:3]},
+            **{**sizes, "query": rows, "query_stride": rows.stride()[:3]},
             **{"key": key, "key_stride": key.stride(), "half": half},
             **{"half_input": query.dtype == torch.bfloat16},
             "half_bias": bias.dtype == torch.bfloat16,
-            "threads": threads_for(query.numel() * keys, MACS),
+            "threads": threads_for(query.numel() * sizes["keys"], MACS),
         }
 
     dtype = torch.bfloat16 if half else torch.float32

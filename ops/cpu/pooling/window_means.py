@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
-from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import VALUES, threads_for
 
@@ -28,10 +28,7 @@ def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
     Returns:
         (B, ⌈H/rows⌉, ⌈W/columns⌉, C), contiguous, in the dtype of ``x``; sums are in float32.
     """
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"x must be (B, H, W, C) of float32 or bfloat16, got {tuple(x.shape)} of {x.dtype}"
-        )
+    sizes = require_shapes(x=(x, "batch height width channels"))
     if min(window_size) < 1 or 0 in x.shape[1:3]:
         raise ValueError(
             f"window and map must not be empty, got {tuple(window_size)} and {tuple(x.shape)}"
@@ -42,7 +39,7 @@ def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
     def arguments() -> Any:
         nhwc = dense_channels(x)
         return {
-            **sizes_of(x, "batch height width channels"),
+            **sizes,
             "stride": nhwc.stride()[:3],
             "window": tuple(window_size),
             "threads": threads_for(x.numel(), VALUES),

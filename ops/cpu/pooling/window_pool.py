@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
-from ops.cpu.call.c_arguments import Call, sizes_of
+from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.tensors import dense_channels
 from ops.cpu.threads import VALUES, threads_for
 
@@ -39,10 +39,7 @@ def window_pool(
     Returns:
         (B, *size, C), contiguous, in the dtype of ``x``.
     """
-    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"x must be (B, H, W, C) of float32 or bfloat16, got {tuple(x.shape)} of {x.dtype}"
-        )
+    sizes = require_shapes(x=(x, "batch height width channels"))
     for n, window, step, pad, count in zip(
         x.shape[1:3], window_size, stride, padding, size, strict=True
     ):
@@ -57,7 +54,7 @@ def window_pool(
     def arguments() -> Any:
         nhwc = dense_channels(x)
         return {
-            **sizes_of(x, "batch height width channels"),
+            **sizes,
             "map_stride": nhwc.stride()[:3],
             "window": tuple(window_size),
             **{"stride": tuple(stride), "padding": tuple(padding)},

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.dispatch import require_dtype
@@ -112,18 +113,19 @@ def mixed_scan(
         (B, L, dim), contiguous.
     """
     batch, tokens, dim = local.shape
-    if decay.shape != local.shape or projected.shape[:2] != (batch, tokens):
-        raise ValueError(
-            f"decay must be {tuple(local.shape)} and projected {(batch, tokens)} × channels, got "
-            f"{tuple(decay.shape)} and {tuple(projected.shape)}"
-        )
+    require_shapes(
+        {"width": dim // num_heads},
+        local=(local, "batch tokens dim"),
+        decay=(decay, "batch tokens dim"),
+        projected=(projected, "batch tokens channels"),
+        norm=(norm, "width"),
+        local_norm=(local_norm, "width"),
+    )
     if projected.shape[2] < 3 * dim or dim % (2 * num_heads):
         raise ValueError(
             f"projected must have {3 * dim} channels or more and {num_heads} heads divide "
             f"{dim // 2}, got {projected.shape[2]}"
         )
-    if not norm.shape == local_norm.shape == (dim // num_heads,):
-        raise ValueError(f"norms must have {dim // num_heads} weights, got {tuple(norm.shape)}")
     if activation not in ("none", "silu"):
         raise ValueError(f"activation must be 'none' or 'silu', got {activation!r}")
     require_dtype(torch.float32, norm=norm, local_norm=local_norm)
@@ -174,27 +176,23 @@ def normed_scan(
     Returns:
         (B, L, heads, V), contiguous.
     """
-    if not query.shape == key.shape == decay.shape or query.shape[:3] != value.shape[:3]:
-        shapes = [tuple(t.shape) for t in (query, key, value, decay)]
-        raise ValueError(
-            "query, key and decay must be (B, L, heads, K) and value (B, L, heads, V), got "
-            + ", ".join(map(str, shapes))
-        )
-    of_keys, of_values = query.shape[2:], value.shape[2:]
-    if not (decay_bias.shape == bonus.shape == of_keys and weight.shape == bias.shape == of_values):
-        shapes = [tuple(t.shape) for t in (decay_bias, bonus, weight, bias)]
-        raise ValueError(
-            f"decay_bias and bonus must be {tuple(of_keys)}, weight and bias {tuple(of_values)}, "
-            "got " + ", ".join(map(str, shapes))
-        )
+    axes = "batch tokens heads"
+    sequences = {"query": query, "key": key, "decay": decay}
+    require_shapes(
+        **{name: (t, f"{axes} keys") for name, t in sequences.items()},
+        value=(value, f"{axes} values"),
+        decay_bias=(decay_bias, "heads keys"),
+        bonus=(bonus, "heads keys"),
+        weight=(weight, "heads values"),
+        bias=(bias, "heads values"),
+    )
     require_dtype(torch.float32, decay_bias=decay_bias, bonus=bonus, weight=weight, bias=bias)
     require_dtype(query.dtype, key=key, value=value, decay=decay)
 
     def arguments() -> dict[str, Any]:
-        sequences = {"query": query, "key": key, "value": value, "decay": decay}
         return {
             **_sizes(*query.shape, value.shape[-1]),
-            **{name: _sequence(t) for name, t in sequences.items()},
+            **{name: _sequence(t) for name, t in {**sequences, "value": value}.items()},
             **{"apart": True, "scale": 1.0},
         }
 

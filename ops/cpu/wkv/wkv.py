@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call, sizes_of
 from ops.cpu.call.dispatch import require_dtype
@@ -74,16 +75,9 @@ def bi_wkv_backward(
 def _check(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int, other: Tensor | None
 ) -> None:
-    if key.ndim != 3 or any(t is not None and t.shape != key.shape for t in (value, other)):
-        raise ValueError(
-            "key, value and what goes with them must be (B, T, C), got "
-            + ", ".join(str(tuple(t.shape)) for t in (key, value, other) if t is not None)
-        )
-    if not decay.shape == first.shape == key.shape[-1:]:
-        raise ValueError(
-            f"decay and first must be ({key.shape[-1]},), got {tuple(decay.shape)} and "
-            f"{tuple(first.shape)}"
-        )
+    axes = "batch tokens dim"
+    others = {"gate or gradient": (other, axes), "decay": (decay, "dim"), "first": (first, "dim")}
+    require_shapes(key=(key, axes), value=(value, axes), **others)
     if segments < 0:
         raise ValueError(f"segments must be 0 or more, got {segments}")
     require_dtype(torch.float32, decay=decay, first=first)
@@ -113,23 +107,12 @@ def shifted_mixtures(x: Tensor, shares: Tensor, groups: int = 1) -> Call:
     Returns:
         (rows, B, H, W, C), contiguous.
     """
-    if x.ndim != 4 or shares.ndim != 2 or shares.shape[1] != x.shape[3]:
-        raise ValueError(
-            f"x must be (B, H, W, C) and shares (n, C), got {tuple(x.shape)} and "
-            f"{tuple(shares.shape)}"
-        )
+    sizes = require_shapes(x=(x, "batch height width dim"), shares=(shares, "mixtures dim"))
     if not 1 <= len(shares) <= _MOST_MIXTURES:
         raise ValueError(f"shares must have 1 … {_MOST_MIXTURES} rows, got {len(shares)}")
     if groups < 1 or x.shape[3] % (4 * groups):
         raise ValueError(f"4 · groups must divide {x.shape[3]} channels, got groups {groups}")
     require_dtype(torch.float32, shares=shares)
 
-    def arguments() -> Any:
-        threads = threads_for(x.numel(), VALUES)
-        return {
-            **sizes_of(x, "batch height width dim"),
-            "mixtures": len(shares),
-            "threads": threads,
-        }
-
-    return Call(x.new_empty(len(shares), *x.shape), arguments)
+    result = x.new_empty(len(shares), *x.shape)
+    return Call(result, lambda: {**sizes, "threads": threads_for(x.numel(), VALUES)})

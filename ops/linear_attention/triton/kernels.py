@@ -4,8 +4,8 @@ https://arxiv.org/abs/2312.06635. A program's state, (K, BLOCK), stays in regist
 token to the last. The backward pass loads the state before each chunk and recomputes those within
 the chunk into a scratch buffer of the program. There are no atomics.
 
-Strides are those of (B, L, H, C) tensors, in elements. Results are float32 and contiguous, separate
-for each direction and, if they are sums over blocks of values, for each block.
+A `ref` is a tensor's pointer and its strides as (B, L, H, C), in elements. Results are float32 and
+contiguous, separate for each direction and, if they are sums over blocks of values, for each block.
 """
 # Kernel annotations are Triton's, not Python's.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -27,21 +27,19 @@ _MOST_CELLS = 2048  # largest state of a program, in elements
 
 
 @triton.jit
-def _row(ptr, strides, batch, token, head, at, inside):
+def _row(ref, batch, token, head, at, inside):
     """Channels `at` of a token, in float32; 0 where they are not `inside`."""
-    ptr += batch * strides[0] + token * strides[1] + head * strides[2]
-    return tl.load(ptr + at * strides[3], mask=inside, other=0.0).to(tl.float32)
+    ptr = ref[0] + (batch * ref[1] + token * ref[2] + head * ref[3])
+    return tl.load(ptr + at * ref[4], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _gate(
-    gate_ptr, back_ptr, gate_strides, back_strides, direction, batch, token, head, at, inside
-):  # fmt: skip
+def _gate(gate_ref, back_ref, direction, batch, token, head, at, inside):
     """Log gates of a token in a direction."""
     if direction == 1:
-        gate = _row(back_ptr, back_strides, batch, token, head, at, inside)
+        gate = _row(back_ref, batch, token, head, at, inside)
     else:
-        gate = _row(gate_ptr, gate_strides, batch, token, head, at, inside)
+        gate = _row(gate_ref, batch, token, head, at, inside)
     return gate
 
 
@@ -67,8 +65,7 @@ def _token(i, tokens, direction):
 
 @triton.jit
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, gate_ptr, back_ptr, out_ptr, grad_ptr, grad_q_ptr, states_ptr,
-    q_strides, k_strides, v_strides, gate_strides, back_strides, grad_strides,
+    q_ref, k_ref, v_ref, gate_ref, back_ref, out_ptr, grad_ref, grad_q_ptr, states_ptr,
     batches, tokens, heads, scale,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -89,12 +86,9 @@ def forward_kernel(
     state = tl.zeros([PADDED_DIM, BLOCK], tl.float32)
     for i in range(tokens):
         token = _token(i, tokens, direction)
-        k = _row(k_ptr, k_strides, batch, token, head, channel, valid)
-        v = _row(v_ptr, v_strides, batch, token, head, column, inside)
-        gate = _gate(
-            gate_ptr, back_ptr, gate_strides, back_strides,
-            direction, batch, token, head, channel, valid,
-        )  # fmt: skip
+        k = _row(k_ref, batch, token, head, channel, valid)
+        v = _row(v_ref, batch, token, head, column, inside)
+        gate = _gate(gate_ref, back_ref, direction, batch, token, head, channel, valid)
         if FOR_BACKWARD:
             place = (program * chunks + i // CHUNK) * DIM
             at = (place + channel)[:, None] * VALUE_DIM + column[None, :]
@@ -105,21 +99,20 @@ def forward_kernel(
         seen = before if APART else state
         place = (image + token) * heads + head
         if FOR_BACKWARD:
-            grad = _row(grad_ptr, grad_strides, batch, token, head, column, inside)
+            grad = _row(grad_ref, batch, token, head, column, inside)
             grad_q = tl.sum(seen * grad[None, :], 1) * scale
             place += block * 2 * batches * tokens * heads
             tl.store(grad_q_ptr + place * DIM + channel, grad_q, mask=valid)
         else:
-            q = _row(q_ptr, q_strides, batch, token, head, channel, valid)
+            q = _row(q_ref, batch, token, head, channel, valid)
             out = tl.sum(seen * q[:, None], 0) * scale
             tl.store(out_ptr + place * VALUE_DIM + column, out, mask=inside)
 
 
 @triton.jit
 def backward_kernel(
-    q_ptr, k_ptr, v_ptr, gate_ptr, back_ptr, grad_ptr, states_ptr, scratch_ptr,
+    q_ref, k_ref, v_ref, gate_ref, back_ref, grad_ref, states_ptr, scratch_ptr,
     grad_k_ptr, grad_v_ptr, grad_gate_ptr,
-    q_strides, k_strides, v_strides, gate_strides, back_strides, grad_strides,
     batches, tokens, heads, scale,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -150,26 +143,20 @@ def backward_kernel(
         state = tl.load(states_ptr + at, mask=mask, other=0.0)
         for i in range(count):
             token = _token(first + i, tokens, direction)
-            k = _row(k_ptr, k_strides, batch, token, head, channel, valid)
-            v = _row(v_ptr, v_strides, batch, token, head, column, inside)
-            gate = _gate(
-                gate_ptr, back_ptr, gate_strides, back_strides,
-                direction, batch, token, head, channel, valid,
-            )  # fmt: skip
+            k = _row(k_ref, batch, token, head, channel, valid)
+            v = _row(v_ref, batch, token, head, column, inside)
+            gate = _gate(gate_ref, back_ref, direction, batch, token, head, channel, valid)
             tl.store(scratch_ptr + i * PADDED_DIM * BLOCK + cell, state)
             state = _step(state, gate, k, v)
         tl.debug_barrier()
         for passed in range(count):
             i = count - 1 - passed
             token = _token(first + i, tokens, direction)
-            q = _row(q_ptr, q_strides, batch, token, head, channel, valid) * scale
-            k = _row(k_ptr, k_strides, batch, token, head, channel, valid)
-            v = _row(v_ptr, v_strides, batch, token, head, column, inside)
-            grad = _row(grad_ptr, grad_strides, batch, token, head, column, inside)
-            gate = _gate(
-                gate_ptr, back_ptr, gate_strides, back_strides,
-                direction, batch, token, head, channel, valid,
-            )  # fmt: skip
+            q = _row(q_ref, batch, token, head, channel, valid) * scale
+            k = _row(k_ref, batch, token, head, channel, valid)
+            v = _row(v_ref, batch, token, head, column, inside)
+            grad = _row(grad_ref, batch, token, head, column, inside)
+            gate = _gate(gate_ref, back_ref, direction, batch, token, head, channel, valid)
             decay = tl.exp(gate)
             before = tl.load(scratch_ptr + i * PADDED_DIM * BLOCK + cell)
             own = q[:, None] * grad[None, :]
@@ -204,8 +191,7 @@ def _common(
     block = min(max(16, triton.next_power_of_2(value.shape[-1])), max(16, _MOST_CELLS // padded))
     named = {"q": query, "k": key, "v": value, "gate": gate, "back": gate if back is None else back}
     arguments = {
-        **{f"{name}_ptr": t for name, t in named.items()},
-        **{f"{name}_strides": t.stride() for name, t in named.items()},
+        **{f"{name}_ref": (t, *t.stride()) for name, t in named.items()},
         **{"batches": batches, "tokens": tokens, "heads": heads, "scale": scale},
         **{"DIM": dim, "VALUE_DIM": value.shape[-1], "PADDED_DIM": padded, "BLOCK": block},
         **{"CHUNK": _CHUNK, "APART": apart},
@@ -223,8 +209,8 @@ def _forward(*inputs: Any) -> Tensor:
     with torch.cuda.device_of(value):
         forward_kernel[grid](
             **common,
-            **{"out_ptr": out, "grad_ptr": None, "grad_q_ptr": None, "states_ptr": None},
-            **{"grad_strides": (0,) * 4, "FOR_BACKWARD": False},
+            **{"out_ptr": out, "grad_ref": None, "grad_q_ptr": None, "states_ptr": None},
+            **{"FOR_BACKWARD": False},
             **LAUNCH_OPTIONS,
         )
     return out.sum(0)
@@ -249,7 +235,7 @@ def _backward(
     grad_value = empty(directions, batches, tokens, heads, value_dim)
     states = empty(grid[0], triton.cdiv(tokens, _CHUNK), dim, value_dim)
     scratch = empty(grid[0], blocks, _CHUNK, common["PADDED_DIM"], common["BLOCK"])
-    gradient = {"grad_ptr": grad_out, "grad_strides": grad_out.stride(), "states_ptr": states}
+    gradient = {"grad_ref": (grad_out, *grad_out.stride()), "states_ptr": states}
     with torch.cuda.device_of(query):
         forward_kernel[grid](
             **common,

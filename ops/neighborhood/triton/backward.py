@@ -1,4 +1,4 @@
-"""Triton kernels for the backward pass of neighborhood attention, without atomics.
+"""Triton kernels of the gradients of keys, values and biases, without atomics.
 
 Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143),
 with the recomputed scores of Dao, "FlashAttention-2" (2023, https://arxiv.org/abs/2307.08691).
@@ -37,8 +37,7 @@ from ops.neighborhood.triton.geometry import (
 
 @triton.jit
 def delta_kernel(
-    out_ptr, grad_out_ptr, grad_lse_ptr, delta_ptr, grad_out_strides, grad_lse_strides,
-    size, heads, rows,
+    out_ptr, grad_out_ref, grad_lse_ref, delta_ptr, size, heads, rows,
     VALUE_DIM: tl.constexpr,
     PADDED_VALUE_DIM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -54,113 +53,30 @@ def delta_kernel(
     y = row // heads // size[2] % size[1]
     z = row // heads // size[2] // size[1] % size[0]
     batch = row // heads // size[2] // size[1] // size[0]
-    s = grad_out_strides
-    grad_at = batch * s[0] + z * s[1] + y * s[2] + x * s[3] + head * s[4]
+    s = grad_out_ref
+    grad_at = batch * s[1] + z * s[2] + y * s[3] + x * s[4] + head * s[5]
     out = load_rows(out_ptr, row * VALUE_DIM, 1, valid, VALUE_DIM, PADDED_VALUE_DIM)
-    grad = load_rows(grad_out_ptr, grad_at, s[5], valid, VALUE_DIM, PADDED_VALUE_DIM)
+    grad = load_rows(s[0], grad_at, s[6], valid, VALUE_DIM, PADDED_VALUE_DIM)
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    s = grad_lse_strides
-    lse_at = batch * s[0] + z * s[1] + y * s[2] + x * s[3] + head * s[4]
-    delta -= tl.load(grad_lse_ptr + lse_at, mask=valid, other=0.0)
+    s = grad_lse_ref
+    lse_at = batch * s[1] + z * s[2] + y * s[3] + x * s[4] + head * s[5]
+    delta -= tl.load(s[0] + lse_at, mask=valid, other=0.0)
     tl.store(delta_ptr + row, delta, mask=valid)
 
 
-@triton.jit(do_not_specialize=["work"])
-def grad_query_kernel(
-    q_ptr, k_ptr, v_ptr, extra_k_ptr, extra_v_ptr, bias_ptr,
-    grad_out_ptr, lse_ptr, delta_ptr, grad_q_ptr,
-    q_strides, k_strides, v_strides, extra_k_strides, extra_v_strides,
-    grad_out_strides, lse_strides, grad_q_strides,
-    size, heads, heads_per_kv, num_extra, scale, work,
-    RANK: tl.constexpr,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    DILATION: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_VALUE_DIM: tl.constexpr,
-    HAS_EXTRA: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    MAY_FILL: tl.constexpr,
-    TILE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Gradient of a tile of queries; iterates over the same key blocks as the forward pass."""
-    batch, head, group, origin, length = program(size, heads, DILATION, TILE)
-    if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
-        return
-    kv_head = head // heads_per_kv
-    ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    query = positions(origin, TILE)
-    query_valid = below(query, length)
-    query_at = in_map(query, group, DILATION)
-    q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
-    grad_out = load_tokens(
-        *(grad_out_ptr, grad_out_strides, batch, head),
-        *(query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM),
-    )
-    lse, delta = load_sums(lse_ptr, delta_ptr, lse_strides, batch, head, query_at, query_valid)
-    lse *= LOG2_E
-
-    last = last_of(origin, length, TILE)
-    low, end = seen_keys(origin, last, length, KERNEL, STRIDE, CAUSAL)
-    common_low, common_end = seen_keys(last, origin, length, KERNEL, STRIDE, CAUSAL)
-    # Rows beyond the end of an axis have no window and no entry in the bias table.
-    whole = covers(origin, length, origin, TILE)
-    counts = block_counts(low, end, BLOCK)
-
-    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for index in range(counts[0] * counts[1] * counts[2]):
-        block = block_origin(index, low, counts, BLOCK)
-        key = positions(block, BLOCK)
-        key_valid = below(key, end)
-        key_at = in_map(key, group, DILATION)
-        k = load_tokens(k_ptr, k_strides, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
-        v = load_tokens(
-            v_ptr, v_strides, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM
-        )
-        scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
-        interior = whole & covers(common_low, common_end, block, BLOCK)
-        scores = finish_scores(
-            scores, bias_ptr, head, query, key, length, interior,
-            RANK, KERNEL, STRIDE, CAUSAL, HAS_BIAS, MAY_FILL, True,
-        )  # fmt: skip
-        p = tl.math.exp2(scores - lse[:, None])
-        grad_scores = p * (dot(grad_out, tl.trans(v), PRECISION) - delta[:, None])
-        acc += dot(grad_scores.to(k.dtype), k, PRECISION)
-
-    if HAS_EXTRA:
-        COLUMNS: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
-        for start in range(0, num_extra, COLUMNS):
-            extra = start + tl.arange(0, COLUMNS)
-            at, valid = (0, 0, extra), extra < num_extra
-            k = load_tokens(
-                extra_k_ptr, extra_k_strides, batch, kv_head, at, valid, DIM, PADDED_DIM
-            )
-            v = load_tokens(
-                extra_v_ptr, extra_v_strides, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM
-            )
-            # Keys beyond the last are loaded as zeros and contribute nothing to the gradient.
-            scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
-            scores = tl.where(valid[None, :], scores, float("-inf"))
-            p = tl.math.exp2(scores - lse[:, None])
-            grad_scores = p * (dot(grad_out, tl.trans(v), PRECISION) - delta[:, None])
-            acc += dot(grad_scores.to(k.dtype), k, PRECISION)
-
-    acc *= scale
-    store_tokens(
-        grad_q_ptr, grad_q_strides, batch, head, query_at, query_valid, acc, DIM, PADDED_DIM
-    )
+@triton.jit
+def _add_block(acc_k, acc_v, scores, v, q, grad_out, lse, delta, PRECISION: tl.constexpr):
+    """Add what a block of queries gives to the gradients of keys and values."""
+    p = tl.math.exp2(scores - lse[None, :])
+    acc_v += dot(p.to(grad_out.dtype), grad_out, PRECISION)
+    grad_scores = p * (dot(v, tl.trans(grad_out), PRECISION) - delta[None, :])
+    acc_k += dot(grad_scores.to(q.dtype), q, PRECISION)
+    return acc_k, acc_v
 
 
 @triton.jit(do_not_specialize=["work"])
 def grad_key_value_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, grad_out_ptr, lse_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
-    q_strides, k_strides, v_strides,
-    grad_out_strides, lse_strides, grad_k_strides, grad_v_strides,
+    q_ref, k_ref, v_ref, bias_ptr, grad_out_ref, lse_ref, delta_ptr, grad_k_ref, grad_v_ref,
     size, kv_heads, heads_per_kv, scale, work,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
@@ -185,10 +101,8 @@ def grad_key_value_kernel(
     key = positions(origin, TILE)
     key_valid = below(key, length)
     key_at = in_map(key, group, DILATION)
-    k = load_tokens(k_ptr, k_strides, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
-    v = load_tokens(
-        v_ptr, v_strides, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM
-    )
+    k = load_tokens(k_ref, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
+    v = load_tokens(v_ref, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM)
 
     last = last_of(origin, length, TILE)
     low, end = seeing_queries(origin, last, length, KERNEL, STRIDE, CAUSAL)
@@ -203,12 +117,11 @@ def grad_key_value_kernel(
         query = positions(block, BLOCK)
         query_valid = below(query, end)
         query_at = in_map(query, group, DILATION)
-        q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+        q = load_tokens(q_ref, batch, head, query_at, query_valid, DIM, PADDED_DIM)
         grad_out = load_tokens(
-            *(grad_out_ptr, grad_out_strides, batch, head),
-            *(query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM),
+            grad_out_ref, batch, head, query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM
         )
-        lse, delta = load_sums(lse_ptr, delta_ptr, lse_strides, batch, head, query_at, query_valid)
+        lse, delta = load_sums(lse_ref, delta_ptr, batch, head, query_at, query_valid)
         lse *= LOG2_E
 
         scores = dot(k, tl.trans(q), PRECISION) * (scale * LOG2_E)
@@ -219,26 +132,17 @@ def grad_key_value_kernel(
             scores, bias_ptr, head, query, key, length, interior,
             RANK, KERNEL, STRIDE, CAUSAL, HAS_BIAS, MAY_FILL, False,
         )  # fmt: skip
-        p = tl.math.exp2(scores - lse[None, :])
-        acc_v += dot(p.to(grad_out.dtype), grad_out, PRECISION)
-        grad_scores = p * (dot(v, tl.trans(grad_out), PRECISION) - delta[None, :])
-        acc_k += dot(grad_scores.to(q.dtype), q, PRECISION)
+        acc_k, acc_v = _add_block(acc_k, acc_v, scores, v, q, grad_out, lse, delta, PRECISION)
 
     acc_k *= scale
-    store_tokens(
-        grad_k_ptr, grad_k_strides, batch, kv_head, key_at, key_valid, acc_k, DIM, PADDED_DIM
-    )
-    store_tokens(
-        *(grad_v_ptr, grad_v_strides, batch, kv_head),
-        *(key_at, key_valid, acc_v, VALUE_DIM, PADDED_VALUE_DIM),
-    )
+    store_tokens(grad_k_ref, batch, kv_head, key_at, key_valid, acc_k, DIM, PADDED_DIM)
+    store_tokens(grad_v_ref, batch, kv_head, key_at, key_valid, acc_v, VALUE_DIM, PADDED_VALUE_DIM)
 
 
 # ---- gradients shared by all queries -------------------------------------------------------------
 @triton.jit
 def grad_extra_kernel(
-    q_ptr, extra_k_ptr, extra_v_ptr, grad_out_ptr, lse_ptr, delta_ptr, partial_k_ptr, partial_v_ptr,
-    q_strides, extra_k_strides, extra_v_strides, grad_out_strides, lse_strides,
+    q_ref, extra_k_ref, extra_v_ref, grad_out_ref, lse_ref, delta_ptr, partial_k_ptr, partial_v_ptr,
     size, batches, kv_heads, heads_per_kv, num_extra, splits, scale,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -261,10 +165,8 @@ def grad_extra_kernel(
     batch = pid // tiles // splits // kv_heads
     valid = extra < num_extra
     at = (0, 0, extra)
-    k = load_tokens(extra_k_ptr, extra_k_strides, batch, kv_head, at, valid, DIM, PADDED_DIM)
-    v = load_tokens(
-        extra_v_ptr, extra_v_strides, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM
-    )
+    k = load_tokens(extra_k_ref, batch, kv_head, at, valid, DIM, PADDED_DIM)
+    v = load_tokens(extra_v_ref, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM)
     tokens = size[0] * size[1] * size[2]
     blocks = tl.cdiv(tl.cdiv(tokens, COLUMNS), splits)
     acc_k = tl.zeros([ROWS, PADDED_DIM], tl.float32)
@@ -274,19 +176,15 @@ def grad_extra_kernel(
         token = (split * blocks + index % blocks) * COLUMNS + tl.arange(0, COLUMNS)
         token_valid = token < tokens
         token_at = (token // (size[1] * size[2]), token // size[2] % size[1], token % size[2])
-        q = load_tokens(q_ptr, q_strides, batch, head, token_at, token_valid, DIM, PADDED_DIM)
+        q = load_tokens(q_ref, batch, head, token_at, token_valid, DIM, PADDED_DIM)
         grad_out = load_tokens(
-            *(grad_out_ptr, grad_out_strides, batch, head),
-            *(token_at, token_valid, VALUE_DIM, PADDED_VALUE_DIM),
+            grad_out_ref, batch, head, token_at, token_valid, VALUE_DIM, PADDED_VALUE_DIM
         )
-        lse, delta = load_sums(lse_ptr, delta_ptr, lse_strides, batch, head, token_at, token_valid)
+        lse, delta = load_sums(lse_ref, delta_ptr, batch, head, token_at, token_valid)
         lse *= LOG2_E
         scores = dot(k, tl.trans(q), PRECISION) * (scale * LOG2_E)
         scores = tl.where(valid[:, None] & token_valid[None, :], scores, float("-inf"))
-        p = tl.math.exp2(scores - lse[None, :])
-        acc_v += dot(p.to(grad_out.dtype), grad_out, PRECISION)
-        grad_scores = p * (dot(v, tl.trans(grad_out), PRECISION) - delta[None, :])
-        acc_k += dot(grad_scores.to(q.dtype), q, PRECISION)
+        acc_k, acc_v = _add_block(acc_k, acc_v, scores, v, q, grad_out, lse, delta, PRECISION)
     row = ((split * batches + batch).to(tl.int64) * num_extra + extra) * kv_heads + kv_head
     store_rows(partial_k_ptr, row * DIM, 1, valid, acc_k * scale, DIM, PADDED_DIM)
     store_rows(partial_v_ptr, row * VALUE_DIM, 1, valid, acc_v, VALUE_DIM, PADDED_VALUE_DIM)
@@ -294,8 +192,7 @@ def grad_extra_kernel(
 
 @triton.jit
 def grad_bias_kernel(
-    q_ptr, k_ptr, v_ptr, bias_ptr, grad_out_ptr, lse_ptr, delta_ptr, partial_ptr,
-    q_strides, k_strides, v_strides, grad_out_strides, lse_strides,
+    q_ref, k_ref, v_ref, bias_ptr, grad_out_ref, lse_ref, delta_ptr, partial_ptr,
     size, batches, heads, heads_per_kv, splits, scale,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -364,18 +261,13 @@ def grad_bias_kernel(
             query_valid = query[2] < length[2]
             key_valid = (key[2] >= 0) & (key[2] < length[2])
             query_at, key_at = in_map(query, group, DILATION), in_map(key, group, DILATION)
-            q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
-            k = load_tokens(k_ptr, k_strides, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
-            v = load_tokens(
-                v_ptr, v_strides, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM
-            )
+            q = load_tokens(q_ref, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+            k = load_tokens(k_ref, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
+            v = load_tokens(v_ref, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM)
             grad_out = load_tokens(
-                *(grad_out_ptr, grad_out_strides, batch, head),
-                *(query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM),
+                grad_out_ref, batch, head, query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM
             )
-            lse, delta = load_sums(
-                lse_ptr, delta_ptr, lse_strides, batch, head, query_at, query_valid
-            )
+            lse, delta = load_sums(lse_ref, delta_ptr, batch, head, query_at, query_valid)
 
             query_x = query[2][:, None]
             key_x = key[2][None, :]

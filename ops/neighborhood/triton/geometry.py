@@ -10,8 +10,9 @@ monotonically along an axis, these positions form a box whose corners follow fro
 last position of the tile. The iteration starts at the box's low corner without any alignment, which
 keeps the number of blocks small for small windows.
 
-Coordinates are relative to the dilation group, in triples (z, y, x). Strides are those of
-[B, Z, Y, X, H, D] tensors, in elements. Scores are scaled by log2(e), so that exp2 can be used.
+Coordinates are relative to the dilation group, in triples (z, y, x). Kernels get a tensor, `q_ref`,
+as a tuple: its pointer, then its strides as [B, Z, Y, X, H, D], in elements. Scores are scaled by
+log2(e), so that exp2 can be used.
 """
 # Kernel annotations are Triton's, not Python's.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -313,14 +314,15 @@ def in_map(position, group, DILATION: tl.constexpr):
 
 
 @triton.jit
-def of_head(ptr, strides, batch, head):
+def at_head(ptr, ref, batch, head):
+    """`ptr` at a head of an image in a tensor with the strides of `ref`."""
     # 64 bits: a tensor may have more than 2^31 elements; one head of one image may not.
-    return ptr + (batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4])
+    return ptr + (batch.to(tl.int64) * ref[1] + head.to(tl.int64) * ref[5])
 
 
 @triton.jit
-def token_offsets(strides, position):
-    return position[0] * strides[1] + position[1] * strides[2] + position[2] * strides[3]
+def token_offsets(ref, position):
+    return position[0] * ref[2] + position[1] * ref[3] + position[2] * ref[4]
 
 
 @triton.jit
@@ -344,31 +346,27 @@ def store_rows(ptr, offsets, dim_stride, valid, rows, DIM: tl.constexpr, PADDED:
 
 
 @triton.jit
-def load_tokens(
-    ptr, strides, batch, head, position, valid, DIM: tl.constexpr, PADDED: tl.constexpr
-):
+def load_tokens(ref, batch, head, position, valid, DIM: tl.constexpr, PADDED: tl.constexpr):
     """The rows of the tokens of a head at positions of the map."""
-    ptr = of_head(ptr, strides, batch, head)
-    return load_rows(ptr, token_offsets(strides, position), strides[5], valid, DIM, PADDED)
+    ptr = at_head(ref[0], ref, batch, head)
+    return load_rows(ptr, token_offsets(ref, position), ref[6], valid, DIM, PADDED)
 
 
 @triton.jit
-def store_tokens(
-    ptr, strides, batch, head, position, valid, rows, DIM: tl.constexpr, PADDED: tl.constexpr
-):
-    ptr = of_head(ptr, strides, batch, head)
-    store_rows(ptr, token_offsets(strides, position), strides[5], valid, rows, DIM, PADDED)
+def store_tokens(ref, batch, head, position, valid, rows, DIM: tl.constexpr, PADDED: tl.constexpr):
+    ptr = at_head(ref[0], ref, batch, head)
+    store_rows(ptr, token_offsets(ref, position), ref[6], valid, rows, DIM, PADDED)
 
 
 @triton.jit
-def at_queries(ptr, strides, batch, head, position):
+def at_queries(ptr, ref, batch, head, position):
     """Pointers to the numbers of the queries at positions of the map, one each."""
-    return of_head(ptr, strides, batch, head) + token_offsets(strides, position)
+    return at_head(ptr, ref, batch, head) + token_offsets(ref, position)
 
 
 @triton.jit
-def load_sums(lse_ptr, delta_ptr, strides, batch, head, position, valid):
+def load_sums(lse_ref, delta_ptr, batch, head, position, valid):
     """The log-sum-exp and delta of the queries at positions of the map."""
-    lse = tl.load(at_queries(lse_ptr, strides, batch, head, position), mask=valid, other=0.0)
-    delta = tl.load(at_queries(delta_ptr, strides, batch, head, position), mask=valid, other=0.0)
+    lse = tl.load(at_queries(lse_ref[0], lse_ref, batch, head, position), mask=valid, other=0.0)
+    delta = tl.load(at_queries(delta_ptr, lse_ref, batch, head, position), mask=valid, other=0.0)
     return lse, delta

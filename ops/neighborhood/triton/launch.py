@@ -22,9 +22,8 @@ from ops.neighborhood.triton.backward import (
     grad_bias_kernel,
     grad_extra_kernel,
     grad_key_value_kernel,
-    grad_query_kernel,
 )
-from ops.neighborhood.triton.forward import forward_kernel
+from ops.neighborhood.triton.queries import queries_kernel
 from ops.neighborhood.triton.split import scores_kernel, sums_kernel
 from ops.neighborhood.triton.tiles import (
     configs,
@@ -48,13 +47,14 @@ def _fixed(arguments: dict[str, Any]) -> triton.Config | None:
     return None
 
 
-_forward = triton.heuristics({"MAY_FILL": may_fill_queries})(forward_kernel)
-_grad_query = triton.heuristics({"MAY_FILL": may_fill_queries})(grad_query_kernel)
+_queries = triton.heuristics({"MAY_FILL": may_fill_queries})(queries_kernel)
 _grad_key_value = triton.heuristics({"MAY_FILL": may_fill_keys})(grad_key_value_kernel)
 
 
 @functools.cache
-def _tuned(kernel: Any, rank: int) -> Any:
+def _tuned(kernel: Any, rank: int, dtype: torch.dtype) -> Any:
+    """With a tuning result for each ``dtype``, which the key of Triton's cache lacks."""
+
     def prune(
         candidates: list[triton.Config], named: dict[str, Any], **keywords: Any
     ) -> list[triton.Config]:
@@ -64,7 +64,7 @@ def _tuned(kernel: Any, rank: int) -> Any:
         configs=configs(rank),
         key=[
             "work", "heads_per_kv", "KERNEL", "STRIDE", "DILATION", "CAUSAL",
-            "PADDED_DIM", "PADDED_VALUE_DIM", "HAS_BIAS", "PRECISION", "OF_KEYS",
+            "PADDED_DIM", "PADDED_VALUE_DIM", "HAS_BIAS", "PRECISION", "GRADIENT", "OF_KEYS",
         ],
         prune_configs_by={"early_config_prune": prune},
     )(kernel)  # fmt: skip
@@ -74,7 +74,8 @@ def run(kernel: Any, grid: Any, arguments: dict[str, Any], config: triton.Config
     """Launch a kernel with those arguments that it has; without ``config``, autotune its tiles."""
     own = {name: arguments[name] for name in kernel.arg_names if name in arguments}
     if config is None:
-        _tuned(kernel, arguments["RANK"])[grid](**own, **LAUNCH_OPTIONS)
+        tuned = _tuned(kernel, arguments["RANK"], arguments["q_ref"][0].dtype)
+        tuned[grid](**own, **LAUNCH_OPTIONS)
     else:
         kernel[grid](**own, **config.all_kwargs(), **LAUNCH_OPTIONS)
 
@@ -99,10 +100,15 @@ def _triple(values: Sequence[Any], fill: Any) -> tuple[Any, Any, Any]:
     return first, second, third
 
 
-def _strides(tensor: Tensor, rank: int) -> tuple[int, ...]:
-    """Strides of [B, Z, Y, X, H, ...] from a tensor of `rank` axes between batch and heads."""
+def _ref(tensor: Tensor | None, rank: int) -> tuple[Any, ...] | None:
+    """A tensor of `rank` axes between batch and heads: its pointer, strides of [B, Z, Y, X, H, …].
+
+    None for an absent one.
+    """
+    if tensor is None:
+        return None
     strides = tensor.stride()
-    return (strides[0], *_triple(strides[1 : 1 + rank], 0), *strides[1 + rank :])
+    return (tensor, strides[0], *_triple(strides[1 : 1 + rank], 0), *strides[1 + rank :])
 
 
 def _precision() -> str:
@@ -116,19 +122,14 @@ def _precision() -> str:
 def _arguments(inputs: Inputs, params: NAParams) -> dict[str, Any]:
     """The arguments of kernels that follow from the inputs."""
     query, key, value, additional_keys, additional_values, rpb = inputs
-    rank, absent = params.rank, (0,) * 6
+    rank = params.rank
     return {
-        "q_ptr": query,
-        "k_ptr": key,
-        "v_ptr": value,
-        "extra_k_ptr": additional_keys,
-        "extra_v_ptr": additional_values,
+        "q_ref": _ref(query, rank),
+        "k_ref": _ref(key, rank),
+        "v_ref": _ref(value, rank),
+        "extra_k_ref": _ref(additional_keys, 1),
+        "extra_v_ref": _ref(additional_values, 1),
         "bias_ptr": rpb,
-        "q_strides": _strides(query, rank),
-        "k_strides": _strides(key, rank),
-        "v_strides": _strides(value, rank),
-        "extra_k_strides": absent if additional_keys is None else _strides(additional_keys, 1),
-        "extra_v_strides": absent if additional_values is None else _strides(additional_values, 1),
         "size": _triple(query.shape[1 : 1 + rank], 1),
         "batches": query.shape[0],
         "heads": query.shape[-2],
@@ -153,34 +154,27 @@ def _arguments(inputs: Inputs, params: NAParams) -> dict[str, Any]:
 
 def forward(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor]:
     """Output [B, *S, H, D_v] and natural log-sum-exp [B, *S, H], both contiguous."""
-    query, rank = inputs.query, params.rank
+    query = inputs.query
     out = query.new_empty(*query.shape[:-1], inputs.value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
     arguments = {
         **_arguments(inputs, params),
-        "out_ptr": out,
-        "lse_ptr": lse,
-        "out_strides": _strides(out, rank),
-        "lse_strides": _strides(lse, rank),
+        **{"out_ref": _ref(out, params.rank), "lse_ref": _ref(lse, params.rank)},
+        **{"grad_out_ref": None, "delta_ptr": None, "GRADIENT": False},
     }
     with torch.cuda.device_of(query):
-        _run_tiles(_forward, query.shape[0] * query.shape[-2], arguments)
+        _run_tiles(_queries, query.shape[0] * query.shape[-2], arguments)
     return out, lse
 
 
-def _delta(
-    out: Tensor, grad_out: Tensor, grad_lse: Tensor, rank: int, arguments: dict[str, Any]
-) -> Tensor:
+def _delta(out: Tensor, grad_lse: Tensor, rank: int, arguments: dict[str, Any]) -> Tensor:
     delta = out.new_empty(out.shape[:-1], dtype=torch.float32)
     rows = max(1, 4096 // padded(out.shape[-1]))
     arguments = {
         **arguments,
         "out_ptr": out,
-        "grad_out_ptr": grad_out,
-        "grad_lse_ptr": grad_lse,
+        "grad_lse_ref": _ref(grad_lse, rank),
         "delta_ptr": delta,
-        "grad_out_strides": _strides(grad_out, rank),
-        "grad_lse_strides": _strides(grad_lse, rank),
         "rows": delta.numel(),
     }
     grid = (triton.cdiv(delta.numel(), rows),)
@@ -209,26 +203,16 @@ def backward(
     grad_query = grad_key = grad_value = grad_extra_keys = grad_extra_values = grad_rpb = None
     with torch.cuda.device_of(query):
         common = _arguments(inputs, params)
-        common |= {
-            "grad_out_ptr": grad_out,
-            "lse_ptr": lse,
-            "delta_ptr": _delta(out, grad_out, grad_lse, rank, common),
-            "grad_out_strides": _strides(grad_out, rank),
-            "lse_strides": _strides(lse, rank),
-        }
+        common |= {"grad_out_ref": _ref(grad_out, rank), "lse_ref": _ref(lse, rank)}
+        common["delta_ptr"] = _delta(out, grad_lse, rank, common)
         if needed[0]:
             grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-            of_query = {"grad_q_ptr": grad_query, "grad_q_strides": _strides(grad_query, rank)}
-            _run_tiles(_grad_query, batches * heads, {**common, **of_query})
+            of_query = {"out_ref": _ref(grad_query, rank), "GRADIENT": True}
+            _run_tiles(_queries, batches * heads, {**common, **of_query})
         if needed[1] or needed[2]:
             grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
             grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-            of_keys = {
-                "grad_k_ptr": grad_key,
-                "grad_v_ptr": grad_value,
-                "grad_k_strides": _strides(grad_key, rank),
-                "grad_v_strides": _strides(grad_value, rank),
-            }
+            of_keys = {"grad_k_ref": _ref(grad_key, rank), "grad_v_ref": _ref(grad_value, rank)}
             _run_tiles(_grad_key_value, batches * kv_heads, {**common, **of_keys})
         if additional_keys is not None and additional_values is not None and any(needed[3:5]):
             grad_extra_keys, grad_extra_values = _grad_extra(
@@ -250,7 +234,7 @@ def _grad_extra(
     programs = triton.cdiv(num_extra, rows) * batches * kv_heads
     # Give each program a few blocks. Independent of the GPU, so that the sums are, too.
     splits = max(1, min(triton.cdiv(_PROGRAMS, programs), tokens // (4 * columns)))
-    lse = arguments["lse_ptr"]
+    lse = arguments["lse_ref"][0]
     partial_keys = lse.new_empty(splits, *additional_keys.shape)
     partial_values = lse.new_empty(splits, *additional_values.shape)
     arguments = {
@@ -282,12 +266,12 @@ def _grad_rpb(rpb: Tensor, batches: int, arguments: dict[str, Any]) -> Tensor:
     wide = _triple(rpb.shape[1:], 1)
     dims = arguments["PADDED_DIM"] + arguments["PADDED_VALUE_DIM"]
     per_group = triton.cdiv(size[2], dilation[2])
-    span = _bias_span(per_group, dims * arguments["q_ptr"].element_size())
+    span = _bias_span(per_group, dims * arguments["q_ref"][0].element_size())
     spans = triton.cdiv(wide[2] - 1 + span, span)
     programs = heads * wide[0] * wide[1] * spans
     lines = batches * size[0] * size[1] * dilation[2] * triton.cdiv(per_group, span)
     splits = max(1, min(triton.cdiv(_PROGRAMS, programs), lines))
-    partial = arguments["lse_ptr"].new_empty(splits, heads, wide[0] * wide[1], spans, 2, span)
+    partial = arguments["lse_ref"][0].new_empty(splits, heads, wide[0] * wide[1], spans, 2, span)
     arguments = {
         **arguments,
         "partial_ptr": partial,
@@ -309,22 +293,21 @@ def scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, window: 
     shape = (*query.shape[:-1], math.prod(window[0]))
     # Windows without causal axes are full.
     out = query.new_full(shape, fill) if any(window[2]) else query.new_empty(shape)
-    bias = {"bias_ptr": None if rpb is None else rpb.contiguous(), "HAS_BIAS": rpb is not None}
-    _run_split(scores_kernel, query, key, out, window, bias)
+    _run_split(scores_kernel, query, key, out, window, None if rpb is None else rpb.contiguous())
     return out
 
 
 def mix(weights: Tensor, value: Tensor, window: Window) -> Tensor:
     """See :func:`ops.neighborhood.split_tiled.mix`."""
     out = value.new_empty(value.shape)
-    _run_split(sums_kernel, out, value, weights, window, {"OF_KEYS": True})
+    _run_split(sums_kernel, out, value, weights, window, OF_KEYS=True)
     return out
 
 
 def scatter(weights: Tensor, query: Tensor, window: Window) -> Tensor:
     """See :func:`ops.neighborhood.split_tiled.scatter`."""
     out = query.new_empty(query.shape)
-    _run_split(sums_kernel, query, out, weights, window, {"OF_KEYS": False})
+    _run_split(sums_kernel, query, out, weights, window, OF_KEYS=False)
     return out
 
 
@@ -334,32 +317,15 @@ def _run_split(
     key: Tensor,
     weights: Tensor,
     window: Window,
-    more: dict[str, Any],
+    rpb: Tensor | None = None,
+    **options: bool,
 ) -> None:
-    rank = query.dim() - 3
     kernel_size, dilation, is_causal = window
-
-    def strides(tensor: Tensor) -> tuple[int, ...]:
-        return _strides(tensor.movedim(1, -2), rank)
-
-    arguments = {
-        "q_ptr": query,
-        "k_ptr": key,
-        "w_ptr": weights,
-        "q_strides": strides(query),
-        "k_strides": strides(key),
-        "w_strides": strides(weights),
-        "size": _triple(query.shape[2:-1], 1),
-        "heads": query.shape[1],
-        "RANK": rank,
-        "KERNEL": _triple(kernel_size, 1),
-        "STRIDE": (1, 1, 1),
-        "DILATION": _triple(dilation, 1),
-        "CAUSAL": _triple(is_causal, False),
-        "DIM": query.shape[-1],
-        "PADDED_DIM": padded(query.shape[-1]),
-        "PRECISION": _precision(),
-        **more,
-    }
+    strides = (1,) * len(kernel_size)
+    params = NAParams(tuple(kernel_size), strides, tuple(dilation), tuple(is_causal), 1.0)
+    heads_last, key, weights = (t.movedim(1, -2) for t in (query, key, weights))
+    arguments = _arguments(Inputs(heads_last, key, key, rpb=rpb), params)
+    del arguments["PADDED_VALUE_DIM"]  # a tile holds one row for each position
+    arguments |= {"w_ref": _ref(weights, params.rank), **options}
     with torch.cuda.device_of(query):
         _run_tiles(kernel, query.shape[0] * query.shape[1], arguments)

@@ -51,7 +51,7 @@ def window_places(
 
 @triton.jit(do_not_specialize=["work"])
 def scores_kernel(
-    q_ptr, k_ptr, w_ptr, bias_ptr, q_strides, k_strides, w_strides, size, heads, work,
+    q_ref, k_ref, w_ref, bias_ptr, size, heads, work,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -71,8 +71,8 @@ def scores_kernel(
     query = positions(origin, TILE)
     query_valid = below(query, length)
     query_at = in_map(query, group, DILATION)
-    q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
-    w_at = at_queries(w_ptr, w_strides, batch, head, query_at)
+    q = load_tokens(q_ref, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+    w_at = at_queries(w_ref[0], w_ref, batch, head, query_at)
     last = last_of(origin, length, TILE)
     low, end = seen_keys(origin, last, length, KERNEL, STRIDE, CAUSAL)
     counts = block_counts(low, end, BLOCK)
@@ -80,21 +80,19 @@ def scores_kernel(
         key = positions(block_origin(index, low, counts, BLOCK), BLOCK)
         key_valid = below(key, end)
         key_at = in_map(key, group, DILATION)
-        k = load_tokens(k_ptr, k_strides, batch, head, key_at, key_valid, DIM, PADDED_DIM)
+        k = load_tokens(k_ref, batch, head, key_at, key_valid, DIM, PADDED_DIM)
         scores = dot(q, tl.trans(k), PRECISION)
         seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, True)
         if HAS_BIAS:
             bias_at = bias_entries(bias_ptr, head, query, key, RANK, KERNEL, True)
             scores += tl.load(bias_at, mask=seen, other=0.0).to(tl.float32)
         places = window_places(query, key, length, KERNEL, CAUSAL, True)
-        tl.store(
-            w_at[:, None] + places * w_strides[5], scores.to(w_ptr.dtype.element_ty), mask=seen
-        )
+        tl.store(w_at[:, None] + places * w_ref[6], scores.to(w_ref[0].dtype.element_ty), mask=seen)
 
 
 @triton.jit(do_not_specialize=["work"])
 def sums_kernel(
-    q_ptr, k_ptr, w_ptr, q_strides, k_strides, w_strides, size, heads, work,
+    q_ref, k_ref, w_ref, size, heads, work,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -113,8 +111,7 @@ def sums_kernel(
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
         return
     ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    out_ptr, out_strides = (q_ptr, q_strides) if OF_KEYS else (k_ptr, k_strides)
-    in_ptr, in_strides = (k_ptr, k_strides) if OF_KEYS else (q_ptr, q_strides)
+    out_ref, in_ref = (q_ref, k_ref) if OF_KEYS else (k_ref, q_ref)
     own = positions(origin, TILE)
     own_valid = below(own, length)
     last = last_of(origin, length, TILE)
@@ -128,16 +125,16 @@ def sums_kernel(
         other = positions(block_origin(index, low, counts, BLOCK), BLOCK)
         other_valid = below(other, end)
         other_at = in_map(other, group, DILATION)
-        rows = load_tokens(in_ptr, in_strides, batch, head, other_at, other_valid, DIM, PADDED_DIM)
+        rows = load_tokens(in_ref, batch, head, other_at, other_valid, DIM, PADDED_DIM)
         query, key = (own, other) if OF_KEYS else (other, own)
         seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, OF_KEYS)
         if not OF_KEYS:
             # Keys beyond the axis are seen by nobody; their rows are not stored.
             seen &= other_valid[None, :]
-        w_at = at_queries(w_ptr, w_strides, batch, head, in_map(query, group, DILATION))
+        w_at = at_queries(w_ref[0], w_ref, batch, head, in_map(query, group, DILATION))
         w_at = w_at[:, None] if OF_KEYS else w_at[None, :]
         places = window_places(query, key, length, KERNEL, CAUSAL, OF_KEYS)
-        w = tl.load(w_at + places * w_strides[5], mask=seen, other=0.0)
+        w = tl.load(w_at + places * w_ref[6], mask=seen, other=0.0)
         acc += dot(w, rows, PRECISION)
     own_at = in_map(own, group, DILATION)
-    store_tokens(out_ptr, out_strides, batch, head, own_at, own_valid, acc, DIM, PADDED_DIM)
+    store_tokens(out_ref, batch, head, own_at, own_valid, acc, DIM, PADDED_DIM)

@@ -96,7 +96,7 @@ def fitting(rank: int, arguments: dict[str, Any]) -> list[triton.Config]:
     Both criteria are estimates, confirmed by ``tests/triton_report.py``. If none fits, the smallest
     is returned.
     """
-    item_size = arguments["q_ptr"].element_size()
+    item_size = arguments["q_ref"][0].element_size()
     dims = arguments["PADDED_DIM"] + arguments.get("PADDED_VALUE_DIM", 0)
     candidates = configs(rank)
     chosen: list[tuple[bool, triton.Config]] = []

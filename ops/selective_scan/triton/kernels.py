@@ -3,7 +3,8 @@
 A program's states, [BLOCK, STATES], stay in registers from the first token to the last. The
 backward pass loads the states before each chunk and recomputes those within the chunk into a
 scratch buffer of the program. There are no atomics: sums over channels come apart by block, and
-those over images by image, until torch adds them.
+those over images by image, until torch adds them. A `ref` is a tensor's pointer and its strides as
+(B, G, rows, L), in elements.
 """
 # Kernel annotations are Triton's, not Python's.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
@@ -25,16 +26,14 @@ _MOST_CELLS = 1024  # states of a program
 
 
 @triton.jit
-def _at(ptr, strides, image, group, rows, token):
-    """Places in (B, G, rows, L) with these strides in elements."""
-    return ptr + image * strides[0] + group * strides[1] + rows * strides[2] + token * strides[3]
+def _at(ref, image, group, rows, token):
+    return ref[0] + image * ref[1] + group * ref[2] + rows * ref[3] + token * ref[4]
 
 
 @triton.jit
-def _load(ptr, strides, image, group, rows, token, inside):
+def _load(ref, image, group, rows, token, inside):
     """Rows of a token in float32; 0 where they are not `inside`."""
-    at = _at(ptr, strides, image, group, rows, token)
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    return tl.load(_at(ref, image, group, rows, token), mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -66,8 +65,7 @@ def _rates(a_ptr, first, channel, inside, STATES: tl.constexpr, PADDED: tl.const
 
 @triton.jit
 def forward_kernel(
-    u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, bias_ptr, out_ptr, states_ptr,
-    u_strides, delta_strides, b_strides, c_strides, out_strides,
+    u_ref, delta_ref, a_ptr, b_ref, c_ref, d_ptr, bias_ptr, out_ref, states_ptr,
     tokens, groups, dim,
     STATES: tl.constexpr,
     PADDED: tl.constexpr,
@@ -86,25 +84,24 @@ def forward_kernel(
     chunks = (tokens + CHUNK - 1) // CHUNK
     state = tl.zeros([BLOCK, PADDED], tl.float32)
     for t in range(tokens):
-        u = _load(u_ptr, u_strides, image, group, channel, t, inside)
-        step = _load(delta_ptr, delta_strides, image, group, channel, t, inside) + bias
+        u = _load(u_ref, image, group, channel, t, inside)
+        step = _load(delta_ref, image, group, channel, t, inside) + bias
         step = _softplus(step) if SOFTPLUS else step
-        before = _load(b_ptr, b_strides, image, group, number, t, number < STATES)
+        before = _load(b_ref, image, group, number, t, number < STATES)
         if FOR_BACKWARD:
             place = (image * chunks + t // CHUNK) * groups * dim * STATES
             tl.store(states_ptr + place + cell, state, mask=valid & (t % CHUNK == 0))
         state = state * tl.exp(step[:, None] * rate) + (step * u)[:, None] * before[None, :]
         if not FOR_BACKWARD:
-            after = _load(c_ptr, c_strides, image, group, number, t, number < STATES)
+            after = _load(c_ref, image, group, number, t, number < STATES)
             out = tl.sum(state * after[None, :], 1) + own * u
-            tl.store(_at(out_ptr, out_strides, image, group, channel, t), out, mask=inside)
+            tl.store(_at(out_ref, image, group, channel, t), out, mask=inside)
 
 
 @triton.jit
 def backward_kernel(
-    u_ptr, delta_ptr, a_ptr, b_ptr, c_ptr, d_ptr, bias_ptr, grad_ptr, states_ptr, scratch_ptr,
+    u_ref, delta_ref, a_ptr, b_ref, c_ref, d_ptr, bias_ptr, grad_ref, states_ptr, scratch_ptr,
     grad_u_ptr, grad_delta_ptr, grad_a_ptr, grad_b_ptr, grad_c_ptr, grad_d_ptr, grad_bias_ptr,
-    u_strides, delta_strides, b_strides, c_strides, grad_strides,
     tokens, groups, dim,
     STATES: tl.constexpr,
     PADDED: tl.constexpr,
@@ -139,22 +136,22 @@ def backward_kernel(
         state = tl.load(states_ptr + place + cell, mask=valid, other=0.0)
         for i in range(count):
             t = begin + i
-            u = _load(u_ptr, u_strides, image, group, channel, t, inside)
-            step = _load(delta_ptr, delta_strides, image, group, channel, t, inside) + bias
+            u = _load(u_ref, image, group, channel, t, inside)
+            step = _load(delta_ref, image, group, channel, t, inside) + bias
             step = _softplus(step) if SOFTPLUS else step
-            before = _load(b_ptr, b_strides, image, group, number, t, exists)
+            before = _load(b_ref, image, group, number, t, exists)
             tl.store(scratch_ptr + i * BLOCK * PADDED, state)
             state = state * tl.exp(step[:, None] * rate) + (step * u)[:, None] * before[None, :]
         tl.debug_barrier()
         for passed in range(count):
             i = count - 1 - passed
             t = begin + i
-            u = _load(u_ptr, u_strides, image, group, channel, t, inside)
-            z = _load(delta_ptr, delta_strides, image, group, channel, t, inside) + bias
+            u = _load(u_ref, image, group, channel, t, inside)
+            z = _load(delta_ref, image, group, channel, t, inside) + bias
             step = _softplus(z) if SOFTPLUS else z
-            before = _load(b_ptr, b_strides, image, group, number, t, exists)
-            after = _load(c_ptr, c_strides, image, group, number, t, exists)
-            grad = _load(grad_ptr, grad_strides, image, group, channel, t, inside)
+            before = _load(b_ref, image, group, number, t, exists)
+            after = _load(c_ref, image, group, number, t, exists)
+            grad = _load(grad_ref, image, group, channel, t, inside)
             earlier = tl.load(scratch_ptr + i * BLOCK * PADDED)
             decay = tl.exp(step[:, None] * rate)
             state = earlier * decay + (step * u)[:, None] * before[None, :]
@@ -201,8 +198,7 @@ def _common(
     strided = {**rows, "b": B, "c": C}
     dense = {"a": A, "d": D, "bias": delta_bias}
     arguments = {
-        **{f"{name}_ptr": t for name, t in strided.items()},
-        **{f"{name}_strides": t.stride() for name, t in strided.items()},
+        **{f"{name}_ref": (t, *t.stride()) for name, t in strided.items()},
         **{f"{name}_ptr": t.contiguous() for name, t in dense.items()},
         **{"tokens": tokens, "groups": groups, "dim": dim, "STATES": A.shape[1]},
         **{"PADDED": padded, "BLOCK": block, "CHUNK": _CHUNK, "SOFTPLUS": softplus},
@@ -214,11 +210,11 @@ def _forward(u: Tensor, *others: Any) -> Tensor:
     """(B, channels, L), contiguous, in the dtype of u."""
     common, grid = _common(u, *others)
     out = u.new_empty(u.shape)
-    strides = out.unflatten(1, (common["groups"], -1)).stride()
+    out_ref = (out, *out.unflatten(1, (common["groups"], -1)).stride())
     with torch.cuda.device_of(u):
         forward_kernel[grid](
             **common,
-            **{"out_ptr": out, "out_strides": strides, "states_ptr": None, "FOR_BACKWARD": False},
+            **{"out_ref": out_ref, "states_ptr": None, "FOR_BACKWARD": False},
             **LAUNCH_OPTIONS,
         )
     return out
@@ -243,13 +239,12 @@ def _backward(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     with torch.cuda.device_of(u):
         forward_kernel[grid](
             **common,
-            **{"out_ptr": None, "out_strides": (0,) * 4},
-            **{"states_ptr": states, "FOR_BACKWARD": True},
+            **{"out_ref": None, "states_ptr": states, "FOR_BACKWARD": True},
             **LAUNCH_OPTIONS,
         )
         backward_kernel[grid](
             **common,
-            **{"grad_ptr": grad, "grad_strides": grad.stride(), "states_ptr": states},
+            **{"grad_ref": (grad, *grad.stride()), "states_ptr": states},
             **{"scratch_ptr": scratch, "grad_u_ptr": grad_u, "grad_delta_ptr": grad_delta},
             **{"grad_a_ptr": grad_a, "grad_b_ptr": grad_b, "grad_c_ptr": grad_c},
             **{"grad_d_ptr": grad_d, "grad_bias_ptr": grad_bias},

@@ -35,14 +35,14 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (na2d_qk, {"kernel_size": 7}, r"7 · 1 = 7 > 6 along axis 0"),
     (na2d, {"stride": (1, 4)}, r"4 > 3 along axis 1"),
     (na2d, {"backend": "fna"}, r"reference, tiled, .* got 'fna'"),
-    (na2d, {"key": MAP[..., :3]}, "same dim, got 4 and 3"),
-    (na2d, {"key": MAP[..., :1, :]}, "same heads, got 1 and 2"),
+    (na2d, {"key": MAP[..., :3]}, r"key must be \(1, 8, 6, 2, 4\), got \(1, 8, 6, 2, 3\)"),
+    (na2d, {"key": MAP[..., :1, :]}, r"value must be \(1, 8, 6, 1, 4\), got \(1, 8, 6, 2, 4\)"),
     (na2d, {"query": _0(1, 8, 6, 3, 4)}, "divide .* got 2 and 3"),
     (na2d, {"additional_keys": EXTRA}, "both"),
     (
         na2d,
         {"additional_keys": EXTRA, "additional_values": EXTRA[:, 1:]},
-        "number of keys, got 5 and 4",
+        r"additional_values must be \(1, 5, 2, 4\), got \(1, 4",
     ),
     # Scores and sums alone, whose heads come first.
     (na2d_qk, {"key": HEADS_FIRST[:, :1]}, r"same shape, got \(1, 2, 6, 7, 4\) and \(1, 1, 6"),
@@ -94,5 +94,5 @@ def test_a_wrong_argument_is_refused_by_its_name(function: Callable[..., Any]) -
         if isinstance(right, Tensor):
             for wrong in (right[None], right[:, :-1], right.to("meta"), right.long(), [0.0]):
                 # Or by that of the first one that does not fit.
-                with pytest.raises((TypeError, ValueError), match=f"{name}|attn must|key must"):
+                with pytest.raises((TypeError, ValueError), match=f"{name}|(attn|key|values) must"):
                     function(**{**given, name: wrong})

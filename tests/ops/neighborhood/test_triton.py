@@ -57,7 +57,7 @@ def test_says_what_triton_it_needs(monkeypatch):
     assert call() == "triton is not installed"
 
 
-KERNELS = "forward delta grad_query grad_key_value scores sums"
+KERNELS = "queries delta grad_key_value scores sums"
 
 
 # Which imports a module that Python 3.12 and later warn about.

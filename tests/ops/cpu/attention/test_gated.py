@@ -92,5 +92,5 @@ def test_rejects_bad_arguments(kind: str) -> None:
     assert heads_unavailable(48) == said
     with pytest.raises(RuntimeError, match=said):
         _attend(kind, qkvo, bias, 1)
-    with pytest.raises(ValueError, match=r"qkvo must be contiguous and \(1, 3, 3, 128\)"):
+    with pytest.raises(ValueError, match=r"qkvo must be \(1, 3, 3, 128\), got"):
         _attend(kind, qkvo, bias[..., :32], 1)

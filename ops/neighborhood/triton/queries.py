@@ -1,7 +1,8 @@
-"""Triton kernel for the forward pass of neighborhood attention.
+"""Triton kernel of a tile of queries: neighborhood attention, or the gradient of the queries.
 
 Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143),
-with the online softmax of Dao, "FlashAttention-2" (2023, https://arxiv.org/abs/2307.08691).
+with the online softmax and the recomputed scores of Dao, "FlashAttention-2" (2023,
+https://arxiv.org/abs/2307.08691).
 """
 
 # Kernel annotations are Triton's, not Python's.
@@ -24,6 +25,7 @@ from ops.neighborhood.triton.geometry import (
     finish_scores,
     in_map,
     last_of,
+    load_sums,
     load_tokens,
     positions,
     program,
@@ -43,11 +45,18 @@ def _attend_block(scores, v, acc, top, total, PRECISION: tl.constexpr):
     return acc, new_top, total
 
 
+@triton.jit
+def _grad_block(scores, k, v, acc, grad_out, lse, delta, PRECISION: tl.constexpr):
+    p = tl.math.exp2(scores - lse[:, None])
+    grad_scores = p * (dot(grad_out, tl.trans(v), PRECISION) - delta[:, None])
+    acc += dot(grad_scores.to(k.dtype), k, PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=["work"])
-def forward_kernel(
-    q_ptr, k_ptr, v_ptr, extra_k_ptr, extra_v_ptr, bias_ptr, out_ptr, lse_ptr,
-    q_strides, k_strides, v_strides, extra_k_strides, extra_v_strides, out_strides, lse_strides,
-    size, heads, heads_per_kv, num_extra, scale, work,
+def queries_kernel(
+    q_ref, k_ref, v_ref, extra_k_ref, extra_v_ref, bias_ptr, out_ref, lse_ref,
+    grad_out_ref, delta_ptr, size, heads, heads_per_kv, num_extra, scale, work,
     RANK: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -60,11 +69,12 @@ def forward_kernel(
     HAS_EXTRA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    GRADIENT: tl.constexpr,
     MAY_FILL: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Output and log-sum-exp of a tile of queries."""
+    """Output and log-sum-exp of a tile of queries or, if `GRADIENT`, their gradient as `out`."""
     batch, head, group, origin, length = program(size, heads, DILATION, TILE)
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
         return
@@ -73,7 +83,13 @@ def forward_kernel(
     query = positions(origin, TILE)
     query_valid = below(query, length)
     query_at = in_map(query, group, DILATION)
-    q = load_tokens(q_ptr, q_strides, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+    q = load_tokens(q_ref, batch, head, query_at, query_valid, DIM, PADDED_DIM)
+    if GRADIENT:
+        grad_out = load_tokens(
+            grad_out_ref, batch, head, query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM
+        )
+        lse, delta = load_sums(lse_ref, delta_ptr, batch, head, query_at, query_valid)
+        lse *= LOG2_E
 
     last = last_of(origin, length, TILE)
     low, end = seen_keys(origin, last, length, KERNEL, STRIDE, CAUSAL)
@@ -83,46 +99,50 @@ def forward_kernel(
     whole = covers(origin, length, origin, TILE)
     counts = block_counts(low, end, BLOCK)
 
-    acc = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
-    top = tl.full([ROWS], LOWEST, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PADDED_DIM if GRADIENT else PADDED_VALUE_DIM], tl.float32)
+    if not GRADIENT:
+        top = tl.full([ROWS], LOWEST, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
     for index in range(counts[0] * counts[1] * counts[2]):
         block = block_origin(index, low, counts, BLOCK)
         key = positions(block, BLOCK)
-        key_valid = below(key, end)
-        key_at = in_map(key, group, DILATION)
-        k = load_tokens(k_ptr, k_strides, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
-        v = load_tokens(
-            v_ptr, v_strides, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM
-        )
+        valid = below(key, end)
+        at = in_map(key, group, DILATION)
+        k = load_tokens(k_ref, batch, kv_head, at, valid, DIM, PADDED_DIM)
+        v = load_tokens(v_ref, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM)
         scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
         interior = whole & covers(common_low, common_end, block, BLOCK)
         scores = finish_scores(
             scores, bias_ptr, head, query, key, length, interior,
             RANK, KERNEL, STRIDE, CAUSAL, HAS_BIAS, MAY_FILL, True,
         )  # fmt: skip
-        acc, top, total = _attend_block(scores, v, acc, top, total, PRECISION)
+        if GRADIENT:
+            acc = _grad_block(scores, k, v, acc, grad_out, lse, delta, PRECISION)
+        else:
+            acc, top, total = _attend_block(scores, v, acc, top, total, PRECISION)
 
     if HAS_EXTRA:
         COLUMNS: tl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
         for start in range(0, num_extra, COLUMNS):
             extra = start + tl.arange(0, COLUMNS)
             at, valid = (0, 0, extra), extra < num_extra
-            k = load_tokens(
-                extra_k_ptr, extra_k_strides, batch, kv_head, at, valid, DIM, PADDED_DIM
-            )
-            v = load_tokens(
-                extra_v_ptr, extra_v_strides, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM
-            )
+            # Keys beyond the last are loaded as zeros and contribute nothing to the gradient.
+            k = load_tokens(extra_k_ref, batch, kv_head, at, valid, DIM, PADDED_DIM)
+            v = load_tokens(extra_v_ref, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM)
             scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
             scores = tl.where(valid[None, :], scores, float("-inf"))
-            acc, top, total = _attend_block(scores, v, acc, top, total, PRECISION)
+            if GRADIENT:
+                acc = _grad_block(scores, k, v, acc, grad_out, lse, delta, PRECISION)
+            else:
+                acc, top, total = _attend_block(scores, v, acc, top, total, PRECISION)
 
-    # Rows beyond the end of an axis have seen no key.
-    total = tl.where(query_valid, total, 1.0)
-    out = acc / total[:, None]
-    store_tokens(
-        out_ptr, out_strides, batch, head, query_at, query_valid, out, VALUE_DIM, PADDED_VALUE_DIM
-    )
-    lse_at = at_queries(lse_ptr, lse_strides, batch, head, query_at)
-    tl.store(lse_at, (top + tl.math.log2(total)) * LN_2, mask=query_valid)
+    if GRADIENT:
+        acc *= scale
+        store_tokens(out_ref, batch, head, query_at, query_valid, acc, DIM, PADDED_DIM)
+    else:
+        # Rows beyond the end of an axis have seen no key.
+        total = tl.where(query_valid, total, 1.0)
+        out = acc / total[:, None]
+        store_tokens(out_ref, batch, head, query_at, query_valid, out, VALUE_DIM, PADDED_VALUE_DIM)
+        lse_at = at_queries(lse_ref[0], lse_ref, batch, head, query_at)
+        tl.store(lse_at, (top + tl.math.log2(total)) * LN_2, mask=query_valid)
