@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import FAST_NAMES, downsampling_apart, imagenet_cfg, renamed
+from backbones.core.published import FAST_BLOCKS, FAST_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
@@ -114,12 +114,11 @@ class EfficientViT(StagedBackbone):
         for key, tensor in state_dict.items():
             if key.endswith("attention_bias_idxs"):
                 continue
-            key = downsampling_apart(key)
+            key = renamed(key, FAST_BLOCKS)
             if re.search(r"\.(?:dw[01]|downsample\.[03])\.m\.weight$", key):
                 # The original fuses only the norm; our kernel also includes the identity.
                 tensor = _add_identity(tensor)
-            key = renamed(key, _RENAMES)
-            converted[key] = tensor
+            converted[renamed(key, _RENAMES)] = tensor
         return converted
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:

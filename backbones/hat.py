@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from backbones.common.checks import number, one_of, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import children, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
 from ops.attention.window import (
@@ -342,10 +342,8 @@ _RENAMES = (
     (r"^conv_last\.", "head.conv_out."),
     (r"^layers\.(\d+)\.residual_group\.", r"stages.\1."),
     (r"^layers\.", "stages."),
-    (r"\.conv_block\.cab\.0\.", ".conv.conv1."),
-    (r"\.conv_block\.cab\.2\.", ".conv.conv2."),
-    (r"\.conv_block\.cab\.3\.attention\.1\.", ".conv.se.fc1."),
-    (r"\.conv_block\.cab\.3\.attention\.3\.", ".conv.se.fc2."),
+    *children(r"\.conv_block\.cab", ".conv.conv1", None, ".conv.conv2"),
+    *children(r"\.conv_block\.cab\.3\.attention", None, ".conv.se.fc1", None, ".conv.se.fc2"),
 )
 
 

@@ -8,7 +8,6 @@ stride s has ⌊H/s⌋ rows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, checked
-from backbones.core.published import imagenet_cfg
+from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.batch_norm import BatchNorm2d
@@ -125,6 +124,10 @@ class InceptionNeXt(StagedBackbone):
     """
 
     classifier = "head.fc2"
+    renames = (  # of the original, which timm shares
+        *children("^stem", "stem.conv", "stem.norm"),
+        *children(r"\.downsample", ".downsample.norm", ".downsample.conv"),
+    )
 
     @checked("dims", "mlp_ratios", branch_ratio=SHARE)
     def __init__(
@@ -156,19 +159,6 @@ class InceptionNeXt(StagedBackbone):
         self.head = MlpHead(dims[-1], num_classes, global_pool, mlp_ratio=3, drop_rate=drop_rate)
         self.describe_features(dims, head_hidden_size=self.head.num_features)
         self.apply(init_trunc_normal)
-
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, which timm shares."""
-        return {
-            re.sub(r"(^stem|\.downsample)\.([01])\.", _convert_layer, key): tensor
-            for key, tensor in state_dict.items()
-        }
-
-
-def _convert_layer(match: re.Match[str]) -> str:
-    """Convolution and norm in the stem, norm and convolution in the downsampling."""
-    names = ("conv", "norm") if match[1] == "stem" else ("norm", "conv")
-    return f"{match[1]}.{names[int(match[2])]}."
 
 
 _cfg = partial(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backbones.common.checks import one_of
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import POOLINGS, SCALE, checked, widths
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import children, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.batch_norm import BatchNorm2d
@@ -208,8 +208,7 @@ _RENAMES = (
     (r"\.pwconv1\.1\.", ".fc1."),
     (r"\.act\.1\.gamma$", ".grn.weight"),
     (r"\.act\.1\.beta$", ".grn.bias"),
-    (r"\.pwconv2\.0\.", ".fc2."),
-    (r"\.pwconv2\.2\.", ".norm2."),
+    *children(r"\.pwconv2", ".fc2", None, ".norm2"),
     (r"^norm(\d)\.", r"out_norms.\1."),
     (r"^norm\.", "head.norm."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),

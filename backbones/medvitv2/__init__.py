@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SHARE, checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import children, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.medvitv2.blocks import GlobalBlock, LocalBlock
@@ -182,14 +182,12 @@ _GLOBAL_RENAMES = (
     (r"^kan\.layers\.(\d+)\.spline_linear\.", r"kan.\1.linear."),
 )
 _FFN_RENAMES = (
-    (r"^(ffn|unused)\.0\.", r"\1.expand.conv."),
-    (r"^(ffn|unused)\.1\.", r"\1.expand.norm."),
-    (r"^(ffn|unused)\.3\.", r"\1.dwconv.conv."),
-    (r"^(ffn|unused)\.4\.", r"\1.dwconv.norm."),
-    (r"^(ffn|unused)\.6\.fc\.0\.", r"\1.se.fc1."),
-    (r"^(ffn|unused)\.6\.fc\.2\.", r"\1.se.fc2."),
-    (r"^(ffn|unused)\.7\.", r"\1.project.conv."),
-    (r"^(ffn|unused)\.8\.", r"\1.project.norm."),
+    *children(
+        "^(ffn|unused)",
+        *(r"\1.expand.conv", r"\1.expand.norm", None, r"\1.dwconv.conv", r"\1.dwconv.norm"),
+        *(None, r"\1.se", r"\1.project.conv", r"\1.project.norm"),
+    ),
+    *children(r"\.se\.fc", ".se.fc1", None, ".se.fc2"),
 )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import VMAMBA_NAMES, imagenet_cfg
+from backbones.core.published import VMAMBA_NAMES, children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, TokenStage, make_stages
 from backbones.vig.blocks import Block, GatedLinearAttention
@@ -60,8 +60,7 @@ class Stem(nn.Module):
 _MIXER = (
     (r"\.in_proj\.0\.", ".dwconv."),
     (r"\.qkv_proj\.", ".qkv."),
-    (r"\.gk_proj\.0\.", ".decay_down."),
-    (r"\.gk_proj\.1\.", ".decay_up."),
+    *children(r"\.gk_proj", ".decay_down", ".decay_up"),
     (r"\.g_proj\.", ".gate."),
     (r"\.g_norm\.", ".norm."),
     (r"\.l_norm\.", ".local_norm."),
@@ -69,10 +68,7 @@ _MIXER = (
 )
 _PLAIN = (
     *_MIXER,
-    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
-    (r"^patch_embed\.proj\.1\.", "stem.norm1."),
-    (r"^patch_embed\.proj\.3\.", "stem.conv2."),
-    (r"^patch_embed\.proj\.4\.", "stem.norm2."),
+    *children(r"^patch_embed\.proj", "stem.conv1", "stem.norm1", None, "stem.conv2", "stem.norm2"),
     (r"^pos_embed$", "stem.position.pos_embed"),
     (r"\.attn_norm\.", ".norm1."),
     (r"\.mlp_norm\.", ".norm2."),
