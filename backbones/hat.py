@@ -289,24 +289,14 @@ class HAT(StagedBackbone):
             "forward_features for the last map"
         )
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Like the base class; maps are cropped to the image's size."""
-        image = reflect_pad_to_multiple(x, self.window_size)
+    def take_maps(
+        self, x: Tensor, taken: Sequence[int], norm: bool, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Like the base's; maps are cropped to the image's size."""
         height, width = x.shape[2:]
-        last, maps = super().forward_intermediates(
-            image, indices, norm, stop_early or intermediates_only, output_fmt
-        )
-        rows = 2 if output_fmt == "NCHW" else 1
-        maps = [m.narrow(rows, 0, height).narrow(rows + 1, 0, width) for m in maps]
-        return maps if intermediates_only else (last[:, :, :height, :width], maps)
+        image = reflect_pad_to_multiple(x, self.window_size)
+        last, maps = super().take_maps(image, taken, norm, whole)
+        return last[:, :, :height, :width], [m[:, :, :height, :width] for m in maps]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """``num_classes`` must be 0; ``global_pool=""`` removes the reconstruction."""

@@ -93,11 +93,6 @@ class MlpHead(nn.Module):
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
         """Replace the classifier; ``pool_type=""`` removes the whole head to return the map."""
         if pool_type == "":
-            if num_classes:
-                raise ValueError(
-                    "this head classifies vectors: global_pool='' requires num_classes=0, "
-                    f"got {num_classes}"
-                )
             self.global_pool, self.fc1 = nn.Identity(), nn.Identity()
             self.act, self.norm = nn.Identity(), nn.Identity()
         elif pool_type is not None:

@@ -210,8 +210,21 @@ class StagedBackbone(FusableBackbone):
             The normalised last map and the list of selected maps, or only the list.
         """
         require_tensor("x", x)
-        check_format(output_fmt)
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         taken = self._take_indices(indices)
+        last, maps = self.take_maps(x, taken, norm, not (stop_early or intermediates_only))
+        if output_fmt == "NHWC":
+            maps = [m.permute(0, 2, 3, 1) for m in maps]
+        return maps if intermediates_only else (last, maps)
+
+    def take_maps(
+        self, x: Tensor, taken: Sequence[int], norm: bool, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last map, and the ``taken`` ones, as :meth:`forward_intermediates` returns them.
+
+        Without ``whole``, stages after the last one taken are skipped.
+        """
         last = len(self.stages) - 1
         first_stage = len(self.stem_taps)
         maps = []
@@ -223,21 +236,14 @@ class StagedBackbone(FusableBackbone):
                     maps.append(x)
         else:
             x = self.stem(x)
-        ran_all = not (stop_early or intermediates_only)
+        whole = whole or taken[-1] == first_stage + last
         for i, stage in enumerate(self.stages):
-            if not ran_all and first_stage + i > max(taken):
+            if not whole and first_stage + i > taken[-1]:
                 break
             x = stage(x)
             if first_stage + i in taken:
                 maps.append(self.stage_feature(i, x, norm and i == last))
-        else:
-            ran_all = True
-        if output_fmt == "NHWC":
-            maps = [m.permute(0, 2, 3, 1) for m in maps]
-        if intermediates_only:
-            return maps
-        last_map = map_of(x)
-        return (self.norm(last_map) if ran_all else last_map), maps
+        return (self.norm(map_of(x)) if whole else map_of(x)), maps
 
     def stage_feature(self, stage: int, output: Any, norm: bool = False) -> Tensor:
         """The map of a stage's ``output``, with its output norm or, if ``norm``, the final one."""
@@ -273,6 +279,15 @@ class StagedBackbone(FusableBackbone):
     ) -> list[int]:
         """Remove the layers that the selected maps don't need; returns their absolute indices."""
         taken = self._take_indices(indices)
+        cut = self.prune_stages(taken)
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return taken
+
+    def prune_stages(self, taken: Sequence[int]) -> bool:
+        """Remove the layers that precede norm and head; whether the last map is one of another."""
         first_stage = len(self.stem_taps)
         kept = max(1, taken[-1] + 1 - first_stage)
         cut = kept < len(self.stages)
@@ -281,14 +296,10 @@ class StagedBackbone(FusableBackbone):
         for key in list(self.out_norms):
             if int(key) + first_stage not in taken:
                 del self.out_norms[key]
-        if prune_norm or cut:
-            self.norm = nn.Identity()
-        if prune_head or cut:
-            self.reset_classifier(0, "")
         if cut:
             self.num_features = self.feature_info[first_stage + kept - 1]["num_chs"]
             self.head_hidden_size = self.num_features
-        return taken
+        return cut
 
     # -- classifier ------------------------------------------------------------------------------
 
@@ -313,11 +324,12 @@ class StagedBackbone(FusableBackbone):
     def _check_pooling(self, num_classes: int, global_pool: str | None = None) -> None:
         """Reject unknown poolings, and classifiers without pooling."""
         if global_pool is None:
-            global_pool = getattr(getattr(self.head, "global_pool", None), "pool_type", "avg")
+            global_pool = getattr(getattr(self.head, "global_pool", None), "pool_type", "")
         one_of(*self.poolings)("global_pool", global_pool)
         if num_classes and global_pool == "" and not self.classifies_maps:
             raise ValueError(
-                f"global_pool='' does not pool the map, so num_classes must be 0, got {num_classes}"
+                "global_pool='' does not pool the map (as 'avg' does), so num_classes must be 0, "
+                f"got {num_classes}"
             )
 
     # -- training --------------------------------------------------------------------------------
@@ -348,12 +360,6 @@ class StagedBackbone(FusableBackbone):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay."""
         return {n for n, _ in self.named_parameters() if n.rsplit(".", 1)[-1] in self.undecayed}
-
-
-def check_format(output_fmt: str) -> None:
-    """Raise a ValueError for layouts other than NCHW and NHWC."""
-    if output_fmt not in ("NCHW", "NHWC"):
-        raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
 
 
 def _without_ones(shape: torch.Size) -> list[int]:

@@ -282,17 +282,11 @@ class OverLoCK(StagedBackbone):
             x = x + self.overview_feature(output[2])
         return x
 
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
+    def prune_stages(self, taken: Sequence[int]) -> bool:
         """Like the base's; also drops the addition to a map that is not selected."""
-        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if taken[-1] < 3 and self.overview_feature is not None:
             self.overview_feature = nn.Identity()
-        return taken
+        return super().prune_stages(taken)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Like the base's, for both classifiers."""
