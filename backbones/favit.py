@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from timm.layers import ClassifierHead, DropPath
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import PVT_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage, make_stages
+from backbones.core.stage import TokenStage, make_stages
 from ops.attention.factorized import FactorizedAttention
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
@@ -56,14 +56,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class FaViTStage(Stage):
-    """A stage whose blocks and norm use channels-last maps (B, H, W, dim)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        return self.norm(self.run_blocks(x)).permute(0, 3, 1, 2)
 
 
 _RENAMES = (
@@ -123,8 +115,8 @@ class FaViT(StagedBackbone):
                 rate,
             ),
             lambda i: ConvLayerNorm(dims[i - 1], dims[i]),
-            FaViTStage,
-            norm=lambda i: nn.LayerNorm(dims[i], eps=1e-6),
+            TokenStage,
+            norm=lambda i: LayerNorm2d(dims[i], eps=1e-6),
         )
         self.norm = nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)

@@ -85,9 +85,24 @@ class ProxylessNAS(StagedBackbone):
             raise ValueError(f"dims must have one block at stride 2, then other stages, got {dims}")
 
         def block(i: int, j: int, drop_path: float) -> nn.Module:
-            dim, stride = channels_before(stem_dim, dims, i, j), 2 if i and not j else 1
+            dim, out_dim = channels_before(stem_dim, dims, i, j), dims[i][j]
+            stride = 2 if i and not j else 1
             kernel_size, expansion = kernel_sizes[i][j], expansions[i][j]
-            return _block(dim, dims[i][j], kernel_size, expansion, stride, norm_eps, drop_path)
+            if kernel_size == expansion == 0:  # the search left it out
+                if stride != 1 or dim != out_dim:
+                    raise ValueError(
+                        f"a block of stride {stride} from {dim} to {out_dim} channels cannot be "
+                        "omitted"
+                    )
+                return nn.Identity()
+            if kernel_size % 2 == 0 or not expansion:
+                raise ValueError(
+                    "a block needs an odd kernel size and an expansion of 1 or more (or 0 for "
+                    f"both, to omit it), got {kernel_size} and {expansion}"
+                )
+            return MBConv(
+                dim, out_dim, kernel_size, expansion, stride, norm_eps=norm_eps, drop_path=drop_path
+            )
 
         made: Any = make_stages(self.depths, drop_path_rate, block)
         first = ConvNorm(in_chans, stem_dim, 3, 2, norm_eps=norm_eps, act_layer=nn.ReLU6)
@@ -110,32 +125,6 @@ class ProxylessNAS(StagedBackbone):
         places = enumerate(["stem.1", *blocks])
         names = [*_RENAMES, *((rf"^blocks\.{i}\.", f"{place}.") for i, place in places)]
         return {renamed(key, names): tensor for key, tensor in state_dict.items()}
-
-
-def _block(
-    dim: int,
-    out_dim: int,
-    kernel_size: int,
-    expansion: int,
-    stride: int,
-    norm_eps: float,
-    drop_path: float,
-) -> nn.Module:
-    """An inverted bottleneck, or an identity if the search left it out."""
-    if kernel_size == expansion == 0:
-        if stride != 1 or dim != out_dim:
-            raise ValueError(
-                f"a block of stride {stride} from {dim} to {out_dim} channels cannot be omitted"
-            )
-        return nn.Identity()
-    if kernel_size % 2 == 0 or not expansion:
-        raise ValueError(
-            "a block needs an odd kernel size and an expansion of 1 or more (or 0 for both, to "
-            f"omit it), got {kernel_size} and {expansion}"
-        )
-    return MBConv(
-        dim, out_dim, kernel_size, expansion, stride, norm_eps=norm_eps, drop_path=drop_path
-    )
 
 
 _RENAMES = (

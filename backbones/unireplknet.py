@@ -64,8 +64,6 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int, drop_path: float, layer_scale: float) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel sizes must be odd, got {kernel_size}")
         self.dwconv: nn.Module = (
             DilatedReparamConv2d(dim, kernel_size)
             if kernel_size >= 7

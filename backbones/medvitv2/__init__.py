@@ -96,13 +96,9 @@ class MedViTV2(StagedBackbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        count = len(dims)
-        dilations = (dilation,) * count if isinstance(dilation, int) else tuple(dilation)
-        if not len(depths) == len(sr_ratios) == len(dilations) == count:
-            raise ValueError(
-                f"dims, depths, sr_ratios and dilation must have the same length, got {dims}, "
-                f"{depths}, {sr_ratios} and {dilation}"
-            )
+        dilations = (dilation,) * len(dims) if isinstance(dilation, int) else tuple(dilation)
+        if len(dilations) != len(dims):
+            raise ValueError(f"dims and dilation must have the same length, got {dims}, {dilation}")
         if any(dim % head_dim for dim in dims):
             raise ValueError(f"dims must be multiples of head_dim {head_dim}, got {tuple(dims)}")
         self.depths = tuple(depths)
