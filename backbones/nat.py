@@ -184,10 +184,7 @@ _BASE: dict[str, Any] = dict(
     drop_path_rate=0.5,
 )
 _LARGE: dict[str, Any] = dict(
-    dims=(192, 384, 768, 1536),
-    depths=(3, 4, 18, 5),
-    num_heads=(6, 12, 24, 48),
-    mlp_ratio=2,
+    dims=(192, 384, 768, 1536), depths=(3, 4, 18, 5), num_heads=(6, 12, 24, 48), mlp_ratio=2
 )
 
 nat_mini = variant(NAT, **_MINI)

@@ -173,10 +173,7 @@ class RAVLT(StagedBackbone):
         self.norm = nn.Identity()
         self.head = ConvHead(dims[-1], head_hidden_dim, num_classes, global_pool, drop_rate)
         self.describe_features(
-            dims,
-            head_hidden_size=head_hidden_dim,
-            out_norms=out_norms,
-            out_norm_layer=LayerNorm2d,
+            dims, head_hidden_size=head_hidden_dim, out_norms=out_norms, out_norm_layer=LayerNorm2d
         )
         if self.out_norms and num_classes == 0:
             self.head.reset(0, "")

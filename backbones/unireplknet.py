@@ -122,11 +122,7 @@ class UniRepLKNet(StagedBackbone):
     poolings = tuple(pool for pool in POOLINGS if "cat" not in pool)
 
     @checked(
-        "dims",
-        "kernel_sizes",
-        dims=widths(2),
-        global_pool=one_of(*poolings),
-        head_init_scale=SCALE,
+        "dims", "kernel_sizes", dims=widths(2), global_pool=one_of(*poolings), head_init_scale=SCALE
     )
     def __init__(
         self,
@@ -249,19 +245,11 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-unireplknet_a = variant(
-    UniRepLKNet, dims=(40, 80, 160, 320), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13)
-)
-unireplknet_f = variant(
-    UniRepLKNet, dims=(48, 96, 192, 384), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13)
-)
-unireplknet_p = variant(
-    UniRepLKNet,
-    dims=(64, 128, 256, 512),
-    depths=(2, 2, 6, 2),
-    kernel_sizes=(3, 13, 13, 13),
-    drop_path_rate=0.1,
-)
+_LIGHT: dict[str, Any] = dict(depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13))
+
+unireplknet_a = variant(UniRepLKNet, dims=(40, 80, 160, 320), **_LIGHT)
+unireplknet_f = variant(UniRepLKNet, dims=(48, 96, 192, 384), **_LIGHT)
+unireplknet_p = variant(UniRepLKNet, dims=(64, 128, 256, 512), **_LIGHT, drop_path_rate=0.1)
 unireplknet_n = variant(
     UniRepLKNet,
     dims=(80, 160, 320, 640),

@@ -272,10 +272,7 @@ class StagedBackbone(FusableBackbone):
         return taken
 
     def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the layers that the selected maps don't need; returns their absolute indices."""
         taken = self._take_indices(indices)

@@ -126,10 +126,7 @@ def register(entrypoint: Entrypoint) -> Entrypoint:
 
 
 def list_models(
-    filter: str | Sequence[str] = "",
-    *,
-    pretrained: bool = False,
-    family: str | None = None,
+    filter: str | Sequence[str] = "", *, pretrained: bool = False, family: str | None = None
 ) -> list[str]:
     """Names of the models, sorted.
 
@@ -161,10 +158,7 @@ def list_families() -> list[str]:
 
 
 def create_model(
-    name: str,
-    pretrained: bool = False,
-    checkpoint_path: str | Path | None = None,
-    **kwargs: Any,
+    name: str, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any
 ) -> Any:
     """Create a model by name.
 
@@ -326,9 +320,7 @@ def empty_cache() -> None:
 
 
 def _resolve_cfg(
-    name: str,
-    given: str | dict[str, Any] | PretrainedCfg | None,
-    overlay: dict[str, Any] | None,
+    name: str, given: str | dict[str, Any] | PretrainedCfg | None, overlay: dict[str, Any] | None
 ) -> PretrainedCfg:
     """The cfg to use: the default, a tag's, or the caller's, with the overlay applied."""
     cfgs = _entries[name].cfgs

@@ -144,8 +144,7 @@ def _has_weight(module: nn.Module) -> bool:
 def _warn_of_lost_hooks(hooked: Mapping[str, nn.Module], kept: set[nn.Module]) -> None:
     if lost := [name for name, module in hooked.items() if module not in kept]:
         _log.warning(
-            "the hooks of %s were removed: fuse() folded it into its neighbours",
-            shown(lost),
+            "the hooks of %s were removed: fuse() folded it into its neighbours", shown(lost)
         )
 
 
