@@ -105,6 +105,7 @@ class RAVLTStage(Stage):
 
 # Of the original's classifiers and dense networks.
 _RENAMES: tuple[Rename, ...] = (
+    (r".*\.RoPE\.angle$", ""),  # a constant
     (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
     (r"\.downsample\.reduction\.", ".downsample.conv."),
     # Not our own names after fuse().
@@ -178,11 +179,6 @@ class RAVLT(StagedBackbone):
         if self.out_norms and num_classes == 0:
             self.head.reset(0, "")
         self.apply(init_trunc_normal)
-
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Like the base's, without the original's tables of angles, which are constants."""
-        kept = {key: t for key, t in state_dict.items() if not key.endswith(".RoPE.angle")}
-        return super().convert_state_dict(kept)
 
 
 _cfg = partial(

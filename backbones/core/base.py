@@ -59,7 +59,8 @@ class StagedBackbone(FusableBackbone):
         poolings: allowed values of ``global_pool``.
         optional_parts: name prefixes of parts that checkpoints may lack, or have for other classes;
             these keep their initial values.
-        renames: patterns of published names of tensors and ours, applied in order.
+        renames: patterns of published names of tensors and ours, applied in order. Tensors whose
+            names become empty are left out.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -136,7 +137,8 @@ class StagedBackbone(FusableBackbone):
         """
         own, converted = self.state_dict(), {}
         for key, tensor in state_dict.items():
-            name = renamed(key, self.renames)
+            if not (name := renamed(key, self.renames)):
+                continue
             shape = own[name].shape if name in own else tensor.shape
             if shape != tensor.shape and _without_ones(shape) == _without_ones(tensor.shape):
                 tensor = tensor.reshape(shape)

@@ -8,7 +8,6 @@ from the last map, see :class:`ops.pyramid.SimplePyramid`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
-from backbones.core.published import Rename, renamed
+from backbones.core.published import children, renamed
 from ops.position import resize_position_table
 from ops.pyramid import SimplePyramid
 
@@ -65,14 +64,10 @@ class IsotropicBackbone(StagedBackbone):
         i, j = self._places[number]
         return f"stages.{i}.blocks.{j}"
 
-    def place_block(self, match: re.Match[str]) -> str:
-        """Replace a number of a block in the whole network; of other variants, it is left."""
-        number = int(match[1])
-        return f"{self.block_name(number)}." if number < len(self._places) else match[0]
-
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Like the base's; blocks are numbered through all stages."""
-        places: tuple[Rename, ...] = ((r"^(?:blocks|layers)\.(\d+)\.", self.place_block),)
+        blocks = map(self.block_name, range(len(self._places)))
+        places = children("^(?:blocks|layers)", *blocks)
         return super().convert_state_dict(
             {renamed(key, places): tensor for key, tensor in state_dict.items()}
         )
