@@ -123,7 +123,7 @@ def load_tensors(
     report = LoadReport(name, ignored=ignored)
     is_ours = not _is_of_timm(model)
     backbone: Any = _backbone_of(model) if is_ours else model
-    target, is_fused, fit = backbone, False, lambda *_: None
+    target, is_fused = backbone, False
     # Prefixes of parts that the model lacks, that may be missing, or of other classes.
     absent: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -142,7 +142,7 @@ def load_tensors(
         optional = ("out_norms.", "pyramid.", "token_pooling.", "adapter.", *parts)
         absent = _absent_parts(backbone, isinstance(model, FeatureGetterNet))
         target = _fused_like(backbone, tensors, absent) or backbone
-        is_fused, fit = target.fused, target.resize_tensor
+        is_fused = target.fused
     own = target.state_dict()
 
     fitted: dict[str, Tensor] = {}
@@ -153,7 +153,7 @@ def load_tensors(
             (report.ignored if key.startswith(absent) else report.unexpected).append(key)
         elif tensor.shape == own[key].shape:
             fitted[key] = tensor
-        elif (resized := fit(key, tensor, own[key].shape)) is not None:
+        elif is_ours and (resized := target.resize_tensor(key, tensor, own[key].shape)) is not None:
             fitted[key] = resized
             report.resized.append(key)
         elif key.startswith(classifiers):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, KERNEL, checked
-from backbones.core.published import children, imagenet_cfg, renamed, stem_layer
+from backbones.core.published import Rename, children, imagenet_cfg, renamed, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.overlock.blocks import Block, ChannelAffine, DynamicBlock, window_offsets
@@ -356,7 +356,7 @@ _DYNAMIC = (
     *children("^mlp", *_MLP),
     *_SQUEEZE,
 )
-_RENAMES = (
+_RENAMES: tuple[Rename, ...] = (
     (r"^patch_embed1\.(\d+)\.", stem_layer),
     (r"^patch_embed2\.", "stages.1.downsample."),
     (r"^patch_embed3\.", "stages.2.downsample."),
