@@ -41,7 +41,6 @@ _RENAMES = (
     (r"\.attn\.fcs\.(\d)\.", r".attn.local_branches.\1.fc."),
     (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
     (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
     *PVT_NAMES,
 )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import ConvMlp, DropPath, SelectAdaptivePool2d
@@ -178,6 +179,8 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+_BASE: dict[str, Any] = dict(dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3))
+
 inception_next_atto = variant(
     InceptionNeXt,
     dims=(40, 80, 160, 320),
@@ -188,15 +191,7 @@ inception_next_atto = variant(
 )
 inception_next_tiny = variant(InceptionNeXt, drop_path_rate=0.1)
 inception_next_small = variant(InceptionNeXt, depths=(3, 3, 27, 3), drop_path_rate=0.3)
-inception_next_base = variant(
-    InceptionNeXt, dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3), drop_path_rate=0.4
-)
-inception_next_base_384 = variant(
-    InceptionNeXt,
-    dims=(128, 256, 512, 1024),
-    depths=(3, 3, 27, 3),
-    drop_path_rate=0.7,
-    drop_rate=0.5,
-)
+inception_next_base = variant(InceptionNeXt, **_BASE, drop_path_rate=0.4)
+inception_next_base_384 = variant(InceptionNeXt, **_BASE, drop_path_rate=0.7, drop_rate=0.5)
 
 register_variants(__name__)

@@ -121,5 +121,6 @@ PVT_NAMES: tuple[Rename, ...] = (
     (r"^patch_embed(\d)\.norm\.", _counted_from_1("stages.{}.downsample.norm.")),
     (r"^blocks?(\d)\.", _counted_from_1("stages.{}.blocks.")),
     (r"^norm(\d)\.", _counted_from_1("stages.{}.norm.")),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
     _HEAD,
 )

@@ -110,34 +110,23 @@ class MedViTV2(StagedBackbone):
                 for i, stride in enumerate((2, 1, 1, 2))
             )
         )
-        stages = []
-        in_dim = stem_dims[-1]
+
+        def block(i: int, j: int, in_dim: int) -> nn.Module:
+            dim, drop = dims[i], next(rates)
+            if not _is_global(i, j, depths[i]):
+                kernel_size = 3 if i else 7  # of the feed-forward
+                return LocalBlock(dim, head_dim, window_size, dilations[i], kernel_size, drop)
+            projects = i > 0 and j == 0
+            return GlobalBlock(
+                in_dim, dim, head_dim, sr_ratios[i], mix_ratio, drop, project_input=projects
+            )
+
+        stages, in_dim = [], stem_dims[-1]
         for i, dim in enumerate(dims):
-            stride = 2 if i else 1
             starts_global = _is_global(i, 0, depths[i])
-            downsample = _downsample(in_dim, None if starts_global else dim, stride)
-            blocks: list[nn.Module] = []
-            for j in range(depths[i]):
-                if _is_global(i, j, depths[i]):
-                    blocks.append(
-                        GlobalBlock(
-                            dim if j else in_dim,
-                            dim,
-                            head_dim,
-                            sr_ratios[i],
-                            mix_ratio,
-                            next(rates),
-                            project_input=j == 0 and stride > 1,
-                        )
-                    )
-                else:
-                    ffn_kernel = 3 if i else 7
-                    blocks.append(
-                        LocalBlock(
-                            dim, head_dim, window_size, dilations[i], ffn_kernel, next(rates)
-                        )
-                    )
-            stages.append(Stage(blocks, downsample=downsample))
+            downsample = _downsample(in_dim, None if starts_global else dim, 2 if i else 1)
+            blocks = [block(i, j, dim if j else in_dim) for j in range(depths[i])]
+            stages.append(Stage(blocks, downsample))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
         self.norm = BatchNorm2d(dims[-1])
