@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
+from timm.layers import ClassifierHead, DropPath, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -175,7 +175,7 @@ class BiFormer(StagedBackbone):
         dense = num_classes == 0 and bool(out_norms)
         self.norm = nn.Identity() if dense else BatchNorm2d(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(dims, out_norms=out_norms, out_norm_layer=LayerNorm2d)
+        self.describe_features(dims, out_norms=out_norms)
         (self.head if nchw else self).apply(init_linear)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -173,9 +173,7 @@ class RAVLT(StagedBackbone):
         )
         self.norm = nn.Identity()
         self.head = ConvHead(dims[-1], head_hidden_dim, num_classes, global_pool, drop_rate)
-        self.describe_features(
-            dims, head_hidden_size=head_hidden_dim, out_norms=out_norms, out_norm_layer=LayerNorm2d
-        )
+        self.describe_features(dims, head_hidden_size=head_hidden_dim, out_norms=out_norms)
         if self.out_norms and num_classes == 0:
             self.head.reset(0, "")
         self.apply(init_trunc_normal)

@@ -161,7 +161,7 @@ class UniRepLKNet(StagedBackbone):
         )
         if num_classes == 0 and out_norms:
             self.head.norm = nn.Identity()
-        self.describe_features(dims, out_norms=out_norms, out_norm_layer=LayerNorm2d)
+        self.describe_features(dims, out_norms=out_norms)
         self.apply(init_trunc_normal)
         if num_classes:
             with torch.no_grad():

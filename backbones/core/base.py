@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -96,7 +97,7 @@ class StagedBackbone(FusableBackbone):
         head_hidden_size: int | None = None,
         stem_features: Sequence[tuple[int, int, int]] = (),
         out_norms: bool | Sequence[int] = False,
-        out_norm_layer: Callable[[int], nn.Module] | None = None,
+        out_norm_layer: Callable[[int], nn.Module] = LayerNorm2d,
     ) -> None:
         """Declare the feature maps; call it after all submodules have been created.
 
@@ -107,7 +108,7 @@ class StagedBackbone(FusableBackbone):
             stem_features: ``(child of stem, channels, reduction)`` of maps inside the stem that
                 precede the stages' features, so that a stride-16 network has a full pyramid.
             out_norms: see the class; maps passed to the next stage are not normalised.
-            out_norm_layer: creates such a norm from a number of channels.
+            out_norm_layer: creates such a norm from a number of channels; default: layer norm.
         """
         strides = [4 * 2**i for i in range(len(dims))] if reductions is None else reductions
         self.stem_taps = tuple(child for child, _, _ in stem_features)
@@ -122,11 +123,7 @@ class StagedBackbone(FusableBackbone):
         self.num_features = dims[-1]
         self.head_hidden_size = head_hidden_size or dims[-1]
         self._check_pooling(self.num_classes)
-        chosen = _chosen_stages(out_norms, len(dims))
-        if chosen and out_norm_layer is None:
-            raise ValueError(f"{type(self).__name__} has no output norms; leave out_norms unset")
-        for i in chosen:
-            assert out_norm_layer is not None
+        for i in _chosen_stages(out_norms, len(dims)):
             self.out_norms[str(i)] = out_norm_layer(dims[i])
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

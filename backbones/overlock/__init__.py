@@ -256,7 +256,6 @@ class OverLoCK(StagedBackbone):
             (dims[0], dims[1], dims[2] + context_dim, out_dim),
             head_hidden_size=_HIDDEN,
             out_norms=out_norms,
-            out_norm_layer=partial(LayerNorm2d, eps=1e-6),
         )
         if "1" in self.out_norms:
             self.stages[1].norm = self.out_norms.pop("1")
