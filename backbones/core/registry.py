@@ -239,7 +239,10 @@ def build_model(
         out_indices = FEATURES("out_indices", out_indices)
         if not features_only:
             raise TypeError("out_indices requires features_only=True")
-    _check_keywords(model_class, name, options)
+    valid = list(inspect.signature(model_class).parameters)
+    for keyword in options:
+        if keyword not in valid:
+            raise TypeError(f"{name}: {_unknown('keyword', keyword, valid)}")
 
     arguments = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0], **defaults}
     model = model_class(**{**arguments, **options})
@@ -342,14 +345,6 @@ def _resolve_cfg(
     cfg = replace(cfg, architecture=name, **(overlay or {}))
     several(whole(1, 1 << 20), count=3)("input_size of pretrained_cfg", cfg.input_size)
     return cfg
-
-
-def _check_keywords(model_class: type[StagedBackbone], name: str, keywords: dict[str, Any]) -> None:
-    """Raise a TypeError for unknown keywords, with the closest valid name."""
-    valid = list(inspect.signature(model_class).parameters)
-    for keyword in keywords:
-        if keyword not in valid:
-            raise TypeError(f"{name}: {_unknown('keyword', keyword, valid)}")
 
 
 def _unknown(kind: str, value: str, valid: Sequence[str]) -> str:
