@@ -14,18 +14,17 @@ or ``n_win=8`` (ADE20K).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
+from timm.layers import ClassifierHead, DropPath, Mlp
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import imagenet_cfg, renamed, stem_layer
+from backbones.core.published import children, imagenet_cfg, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.bilevel import BiLevelRoutingAttention
@@ -91,6 +90,20 @@ class Block(nn.Module):
         return x.permute(0, 3, 1, 2)
 
 
+# Of the original's five variants and of its dense networks, but for the downsampling.
+_RENAMES = (
+    (r"^downsample_layers\.0\.(\d)\.", stem_layer),
+    (r"^stages\.(\d)\.(\d+)\.pos_embed\.", r"stages.\1.\2.pos_embed.conv."),
+    (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
+    (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.[23]\.", ".mlp.fc2."),
+    (r"^extra_norms\.", "out_norms."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+
+
 class BiFormer(StagedBackbone):
     """BiFormer.
 
@@ -147,7 +160,9 @@ class BiFormer(StagedBackbone):
                 return NormConv(dims[i - 1], dims[i])
             return ConvNorm(dims[i - 1], dims[i], 3, 2, bias=True)
 
-        self.swin_layout = swin_layout
+        names = ("norm", "conv") if swin_layout else ("conv", "norm")
+        path, ours = r"^downsample_layers\.(\d)", r"stages.\1.downsample"
+        self.renames = (*_RENAMES, *children(path, *(f"{ours}.{name}" for name in names)))
         self.stem = (
             nn.Sequential(ConvNorm(in_chans, dims[0], 4, 4, padding=0, bias=True))
             if swin_layout
@@ -160,35 +175,8 @@ class BiFormer(StagedBackbone):
         dense = num_classes == 0 and bool(out_norms)
         self.norm = nn.Identity() if dense else BatchNorm2d(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(dims, out_norms=out_norms, out_norm_layer=LayerNorm2d)
+        self.describe_features(dims, out_norms=out_norms)
         (self.head if nchw else self).apply(init_linear)
-
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original's five variants and of its dense networks."""
-        return super().convert_state_dict(
-            {_convert_key(key, self.swin_layout): tensor for key, tensor in state_dict.items()}
-        )
-
-
-_RENAMES = (
-    (r"^downsample_layers\.0\.(\d)\.", stem_layer),
-    (r"^stages\.(\d)\.(\d+)\.pos_embed\.", r"stages.\1.\2.pos_embed.conv."),
-    (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
-    (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
-    (r"\.mlp\.0\.", ".mlp.fc1."),
-    (r"\.mlp\.[23]\.", ".mlp.fc2."),
-    (r"^extra_norms\.", "out_norms."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-
-
-def _convert_key(key: str, swin_layout: bool) -> str:
-    key = renamed(key, _RENAMES)
-    if match := re.match(r"downsample_layers\.(\d)\.(\d)\.", key):
-        parts = ("norm", "conv") if swin_layout else ("conv", "norm")
-        return f"stages.{match[1]}.downsample.{parts[int(match[2])]}.{key[match.end() :]}"
-    return key
 
 
 _cfg = partial(

@@ -104,9 +104,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 _LARGE: dict[str, Any] = dict(
-    dims=(192, 384, 768, 1536),
-    depths=(2, 2, 18, 2),
-    num_heads=(6, 12, 24, 48),
+    dims=(192, 384, 768, 1536), depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)
 )
 
 dinat_s_tiny = variant(DiNATS, drop_path_rate=0.2)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import channels_before, make_stages
 from ops.attention.channel import EfficientChannelAttention
@@ -182,13 +182,10 @@ class ECAMobileNetV2(StagedBackbone):
         self.head = MixHead(dims[-1][-1], head_hidden_dim, num_classes, global_pool, drop_rate)
         self.describe_features([stage[-1] for stage in dims[1:]], head_hidden_size=head_hidden_dim)
         self.apply(_init_weights)
-
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the original's names, where blocks are counted through all stages."""
+        # The original counts blocks through all stages.
         blocks = [name for name, m in self.named_modules() if isinstance(m, ECAMBConv)]
-        places = enumerate(["stem.0", *blocks, "head.mix"])
-        names = [*((rf"^features\.{i}\.", f"{place}.") for i, place in places), *_MOBILENET_NAMES]
-        return {renamed(key, names): tensor for key, tensor in state_dict.items()}
+        places = children("^features", "stem.0", *blocks, "head.mix")
+        self.renames = (*places, *_MOBILENET_NAMES)
 
 
 _MOBILENET_NAMES = (

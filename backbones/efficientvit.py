@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import FAST_NAMES, downsampling_apart, imagenet_cfg, renamed
+from backbones.core.published import FAST_BLOCKS, FAST_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
@@ -48,6 +48,26 @@ class Block(nn.Module):
         return self.ffn2(self.conv2(self.attn(self.ffn1(self.conv1(x)))))
 
 
+# After FAST_BLOCKS.
+_RENAMES = (
+    (r".*attention_bias_idxs$", ""),  # constants
+    (r"\.(dw[01]|downsample\.[03])\.m\.(?=weight$|bias$)", r".\1."),
+    (r"\.c\.", ".conv."),
+    (r"\.bn\.", ".norm."),
+    (r"\.dw0\.", ".conv1."),
+    (r"\.dw1\.", ".conv2."),
+    (r"\.ffn0\.m\.", ".ffn1.fn."),
+    (r"\.ffn1\.m\.", ".ffn2.fn."),
+    (r"\.mixer\.m\.attn\.", ".attn.fn."),
+    (r"\.m\.", ".fn."),
+    (r"\.pw([12])\.", r".fc\1."),
+    (r"\.qkvs\.(\d+)\.", r".heads.\1.qkv."),
+    (r"\.dws\.(\d+)\.", r".heads.\1.dwconv."),
+    (r"\.proj\.1\.", ".proj."),
+    *FAST_NAMES,
+)
+
+
 class EfficientViT(StagedBackbone):
     """EfficientViT.
 
@@ -65,6 +85,7 @@ class EfficientViT(StagedBackbone):
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
     undecayed = ("attention_biases",)
+    renames = _RENAMES
 
     @checked("dims", "num_heads", dims=widths(8))
     def __init__(
@@ -109,18 +130,16 @@ class EfficientViT(StagedBackbone):
         self.describe_features(dims, reductions, stem_features=taps if stem_features else ())
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, fused or not, and of timm."""
-        converted = {}
-        for key, tensor in state_dict.items():
-            if key.endswith("attention_bias_idxs"):
-                continue
-            key = downsampling_apart(key)
+        """Converts the names of the original, fused or not, and of timm.
+
+        The original fuses only the norms of depthwise convolutions; our kernels also include the
+        identity.
+        """
+        tensors = {renamed(key, FAST_BLOCKS): tensor for key, tensor in state_dict.items()}
+        for key, tensor in tensors.items():
             if re.search(r"\.(?:dw[01]|downsample\.[03])\.m\.weight$", key):
-                # The original fuses only the norm; our kernel also includes the identity.
-                tensor = _add_identity(tensor)
-            key = renamed(key, _RENAMES)
-            converted[key] = tensor
-        return converted
+                tensors[key] = _add_identity(tensor)
+        return super().convert_state_dict(tensors)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Also resizes tables of attention biases, bicubically like the paper's detectors."""
@@ -130,24 +149,6 @@ class EfficientViT(StagedBackbone):
                 table = tensor.unflatten(1, (old, old))
                 return resize_distance_table(table, new, new).flatten(1)
         return super().resize_tensor(name, tensor, shape)
-
-
-_RENAMES = (
-    (r"\.(dw[01]|downsample\.[03])\.m\.(?=weight$|bias$)", r".\1."),
-    (r"\.c\.", ".conv."),
-    (r"\.bn\.", ".norm."),
-    (r"\.dw0\.", ".conv1."),
-    (r"\.dw1\.", ".conv2."),
-    (r"\.ffn0\.m\.", ".ffn1.fn."),
-    (r"\.ffn1\.m\.", ".ffn2.fn."),
-    (r"\.mixer\.m\.attn\.", ".attn.fn."),
-    (r"\.m\.", ".fn."),
-    (r"\.pw([12])\.", r".fc\1."),
-    (r"\.qkvs\.(\d+)\.", r".heads.\1.qkv."),
-    (r"\.dws\.(\d+)\.", r".heads.\1.dwconv."),
-    (r"\.proj\.1\.", ".proj."),
-    *FAST_NAMES,
-)
 
 
 def _add_identity(kernel: Tensor) -> Tensor:

@@ -13,57 +13,23 @@ detectors and segmenters.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-from timm.layers import ClassifierHead, DropPath
+from timm.layers import ClassifierHead, LayerNorm2d
 from timm.models import generate_default_cfgs
-from torch import Tensor, nn
+from torch import nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import PVT_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage, make_stages
+from backbones.core.stage import TokenBlock, TokenStage, make_stages
 from ops.attention.factorized import FactorizedAttention
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
 from ops.patch import ConvLayerNorm
 
 __all__ = ["FaViT"]
-
-
-class Block(nn.Module):
-    """Pre-norm residual attention and MLP: (B, H, W, dim) → (B, H, W, dim)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        sr_ratio: int,
-        mlp_ratio: float,
-        window_size: int,
-        drop: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        # Local windows are dilated by the downsampling factor of the global map.
-        dilations = (1, sr_ratio) if sr_ratio > 1 else (1,)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = FactorizedAttention(dim, num_heads, sr_ratio, dilations, window_size)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = DWMlp(dim, int(dim * mlp_ratio), drop)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class FaViTStage(Stage):
-    """A stage whose blocks and norm use channels-last maps (B, H, W, dim)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        return self.norm(self.run_blocks(x)).permute(0, 3, 1, 2)
 
 
 _RENAMES = (
@@ -75,7 +41,6 @@ _RENAMES = (
     (r"\.attn\.fcs\.(\d)\.", r".attn.local_branches.\1.fc."),
     (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
     (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
     *PVT_NAMES,
 )
 
@@ -109,22 +74,23 @@ class FaViT(StagedBackbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            # Local windows are dilated by the downsampling factor of the global map.
+            dim, ratio = dims[i], sr_ratios[i]
+            dilations = (1, ratio) if ratio > 1 else (1,)
+            attn = FactorizedAttention(dim, num_heads[i], ratio, dilations, window_size)
+            mlp = DWMlp(dim, int(dim * mlp_ratios[i]), proj_drop_rate)
+            return TokenBlock(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-6), drop_path)
+
         self.stem = ConvLayerNorm(in_chans, dims[0], 7, 4, padding=3)
         self.stages = make_stages(
             depths,
             drop_path_rate,
-            lambda i, j, rate: Block(
-                dims[i],
-                num_heads[i],
-                sr_ratios[i],
-                mlp_ratios[i],
-                window_size,
-                proj_drop_rate,
-                rate,
-            ),
+            block,
             lambda i: ConvLayerNorm(dims[i - 1], dims[i]),
-            FaViTStage,
-            norm=lambda i: nn.LayerNorm(dims[i], eps=1e-6),
+            TokenStage,
+            norm=lambda i: LayerNorm2d(dims[i], eps=1e-6),
         )
         self.norm = nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)

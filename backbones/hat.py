@@ -13,7 +13,6 @@ image, which makes the original fail, the reflection is repeated. For large imag
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from backbones.common.checks import number, one_of, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import Rename, children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
 from ops.attention.window import (
@@ -178,6 +177,23 @@ class Reconstruction(nn.Module):
         return self.conv_out(self.upsample(self.act(self.conv_in(x))))
 
 
+# But for the place of a group's last block.
+_RENAMES: tuple[Rename, ...] = (
+    (r"^relative_position_index_.*", ""),  # constants
+    (r"^conv_first\.", "stem.conv."),
+    (r"^patch_embed\.norm\.", "stem.norm."),
+    (r"^conv_after_body\.", "body_conv."),
+    (r"^conv_before_upsample\.0\.", "head.conv_in."),
+    (r"^upsample\.", "head.upsample."),
+    (r"^conv_last\.", "head.conv_out."),
+    (r"^layers\.(\d+)\.residual_group\.", r"stages.\1."),
+    (r"^layers\.", "stages."),
+    (r"\.overlap_attn\.(?=qkv|proj|relative_position)", ".overlap_attn.attn."),
+    *children(r"\.conv_block\.cab", ".conv.conv1", None, ".conv.conv2"),
+    *children(r"\.conv_block\.cab\.3\.attention", None, ".conv.se.fc1", None, ".conv.se.fc2"),
+)
+
+
 class HAT(StagedBackbone):
     """Hybrid attention transformer: (B, in_chans, H, W) → (B, in_chans, H·upscale, W·upscale).
 
@@ -258,6 +274,10 @@ class HAT(StagedBackbone):
         self.body_conv: nn.Module = nn.Conv2d(dim, dim, 3, padding=1)
         self.head: nn.Module = Reconstruction(dim, in_chans, upscale, head_width)
         self.describe_features([dim] * len(depths), [1] * len(depths))
+        self.renames = _RENAMES + tuple(
+            (rf"^stages\.{i}\.overlap_attn\.", f"stages.{i}.blocks.{depth}.")
+            for i, depth in enumerate(depths)
+        )
         for module in self.modules():
             # Convolutions keep PyTorch's initialisation.
             if isinstance(module, nn.Linear):
@@ -289,24 +309,14 @@ class HAT(StagedBackbone):
             "forward_features for the last map"
         )
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Like the base class; maps are cropped to the image's size."""
-        image = reflect_pad_to_multiple(x, self.window_size)
+    def take_maps(
+        self, x: Tensor, taken: Sequence[int], norm: bool, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Like the base's; maps are cropped to the image's size."""
         height, width = x.shape[2:]
-        last, maps = super().forward_intermediates(
-            image, indices, norm, stop_early or intermediates_only, output_fmt
-        )
-        rows = 2 if output_fmt == "NCHW" else 1
-        maps = [m.narrow(rows, 0, height).narrow(rows + 1, 0, width) for m in maps]
-        return maps if intermediates_only else (last[:, :, :height, :width], maps)
+        image = reflect_pad_to_multiple(x, self.window_size)
+        last, maps = super().take_maps(image, taken, norm, whole)
+        return last[:, :, :height, :width], [m[:, :, :height, :width] for m in maps]
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """``num_classes`` must be 0; ``global_pool=""`` removes the reconstruction."""
@@ -318,44 +328,6 @@ class HAT(StagedBackbone):
     def _refuse_classes(num_classes: int) -> None:
         if num_classes:
             raise ValueError(f"HAT has no classifier: num_classes must be 0, got {num_classes}")
-
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original; its index tables are dropped."""
-        hybrid = r"layers\.(\d+)\.residual_group\.blocks\.(\d+)\."
-        depths: dict[str, int] = {}
-        for key in state_dict:
-            if match := re.match(hybrid, key):
-                depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
-        return {
-            _convert_key(key, depths): tensor
-            for key, tensor in state_dict.items()
-            if not key.startswith("relative_position_index_")
-        }
-
-
-_RENAMES = (
-    (r"^conv_first\.", "stem.conv."),
-    (r"^patch_embed\.norm\.", "stem.norm."),
-    (r"^conv_after_body\.", "body_conv."),
-    (r"^conv_before_upsample\.0\.", "head.conv_in."),
-    (r"^upsample\.", "head.upsample."),
-    (r"^conv_last\.", "head.conv_out."),
-    (r"^layers\.(\d+)\.residual_group\.", r"stages.\1."),
-    (r"^layers\.", "stages."),
-    (r"\.conv_block\.cab\.0\.", ".conv.conv1."),
-    (r"\.conv_block\.cab\.2\.", ".conv.conv2."),
-    (r"\.conv_block\.cab\.3\.attention\.1\.", ".conv.se.fc1."),
-    (r"\.conv_block\.cab\.3\.attention\.3\.", ".conv.se.fc2."),
-)
-
-
-def _convert_key(key: str, depths: dict[str, int]) -> str:
-    """``depths``: number of hybrid blocks before each group's overlap block."""
-    key = renamed(key, _RENAMES)
-    if match := re.match(r"stages\.(\d+)\.overlap_attn\.", key):
-        rest = re.sub(r"^(qkv|proj|relative_position)", r"attn.\1", key[match.end() :])
-        return f"stages.{match[1]}.blocks.{depths.get(match[1], 0)}.{rest}"
-    return key
 
 
 _SCALES = (2, 3, 4)

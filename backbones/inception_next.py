@@ -8,9 +8,9 @@ stride s has ⌊H/s⌋ rows.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from timm.layers import ConvMlp, DropPath, SelectAdaptivePool2d
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, checked
-from backbones.core.published import imagenet_cfg
+from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.batch_norm import BatchNorm2d
@@ -94,11 +94,6 @@ class MlpHead(nn.Module):
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
         """Replace the classifier; ``pool_type=""`` removes the whole head to return the map."""
         if pool_type == "":
-            if num_classes:
-                raise ValueError(
-                    "this head classifies vectors: global_pool='' requires num_classes=0, "
-                    f"got {num_classes}"
-                )
             self.global_pool, self.fc1 = nn.Identity(), nn.Identity()
             self.act, self.norm = nn.Identity(), nn.Identity()
         elif pool_type is not None:
@@ -125,6 +120,10 @@ class InceptionNeXt(StagedBackbone):
     """
 
     classifier = "head.fc2"
+    renames = (  # of the original, which timm shares
+        *children("^stem", "stem.conv", "stem.norm"),
+        *children(r"\.downsample", ".downsample.norm", ".downsample.conv"),
+    )
 
     @checked("dims", "mlp_ratios", branch_ratio=SHARE)
     def __init__(
@@ -157,19 +156,6 @@ class InceptionNeXt(StagedBackbone):
         self.describe_features(dims, head_hidden_size=self.head.num_features)
         self.apply(init_trunc_normal)
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, which timm shares."""
-        return {
-            re.sub(r"(^stem|\.downsample)\.([01])\.", _convert_layer, key): tensor
-            for key, tensor in state_dict.items()
-        }
-
-
-def _convert_layer(match: re.Match[str]) -> str:
-    """Convolution and norm in the stem, norm and convolution in the downsampling."""
-    names = ("conv", "norm") if match[1] == "stem" else ("norm", "conv")
-    return f"{match[1]}.{names[int(match[2])]}."
-
 
 _cfg = partial(
     imagenet_cfg,
@@ -193,6 +179,8 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+_BASE: dict[str, Any] = dict(dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3))
+
 inception_next_atto = variant(
     InceptionNeXt,
     dims=(40, 80, 160, 320),
@@ -203,15 +191,7 @@ inception_next_atto = variant(
 )
 inception_next_tiny = variant(InceptionNeXt, drop_path_rate=0.1)
 inception_next_small = variant(InceptionNeXt, depths=(3, 3, 27, 3), drop_path_rate=0.3)
-inception_next_base = variant(
-    InceptionNeXt, dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3), drop_path_rate=0.4
-)
-inception_next_base_384 = variant(
-    InceptionNeXt,
-    dims=(128, 256, 512, 1024),
-    depths=(3, 3, 27, 3),
-    drop_path_rate=0.7,
-    drop_rate=0.5,
-)
+inception_next_base = variant(InceptionNeXt, **_BASE, drop_path_rate=0.4)
+inception_next_base_384 = variant(InceptionNeXt, **_BASE, drop_path_rate=0.7, drop_rate=0.5)
 
 register_variants(__name__)

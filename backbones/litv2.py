@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d
+from timm.layers import ClassifierHead, LayerNorm2d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
@@ -30,7 +30,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, checked
 from backbones.core.published import SWIN_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import TokenStage, make_stages
+from backbones.core.stage import TokenBlock, TokenStage, make_stages
 from ops.attention.hilo import HiLoAttention
 from ops.autocast import autocasts, without_autocast
 from ops.batch_norm import BatchNorm2d
@@ -117,31 +117,7 @@ class DeformableMerging(nn.Module):
         return nn.Sequential(fold_norm_after(self.conv, self.norm), self.act)
 
 
-class Block(nn.Module):
-    """Pre-norm residual HiLo attention (with 0 heads: none) and MLP, on (B, H, W, dim)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float,
-        window_size: int,
-        alpha: float,
-        drop: float,
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5) if num_heads else None
-        self.attn = HiLoAttention(dim, num_heads, window_size, alpha) if num_heads else None
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.mlp = DWMlp(dim, int(dim * mlp_ratio), drop)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm1 is not None and self.attn is not None:
-            x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
+_layer_norm = partial(LayerNorm2d, eps=1e-5)
 
 # Of the original's classifier, detector and segmenter.
 _RENAMES = (
@@ -185,13 +161,19 @@ class LITv2(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            dim, heads, attn = dims[i], num_heads[i], None
+            if heads:
+                attn = HiLoAttention(dim, heads, window_sizes[i], alpha)
+            mlp = DWMlp(dim, int(dim * mlp_ratio), proj_drop_rate)
+            return TokenBlock(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-5), drop_path)
+
         self.stem = PatchEmbed(in_chans, dims[0])
         self.stages = make_stages(
             depths,
             drop_path_rate,
-            lambda i, j, rate: Block(
-                dims[i], num_heads[i], mlp_ratio, window_sizes[i], alpha, proj_drop_rate, rate
-            ),
+            block,
             lambda i: DeformableMerging(dims[i - 1], dims[i]),
             TokenStage,
         )
@@ -203,10 +185,6 @@ class LITv2(StagedBackbone):
             # Convolutions outside the MLPs keep PyTorch's initialisation.
             if isinstance(module, nn.Linear | DWMlp):
                 module.apply(init_fan_out)
-
-
-def _layer_norm(dim: int) -> nn.Module:
-    return LayerNorm2d(dim, eps=1e-5)
 
 
 _cfg = partial(

@@ -32,7 +32,7 @@ from backbones.core.neighborhood import (
     layer_norm,
     token_stages,
 )
-from backbones.core.published import SWIN_NAMES, renamed
+from backbones.core.published import SWIN_NAMES, children, renamed
 from backbones.core.registry import register_variants, variant
 
 __all__ = ["NAT"]
@@ -132,8 +132,7 @@ _HUGGING_FACE = (
 )
 _RENAMES = (
     *_HUGGING_FACE,
-    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
-    (r"^patch_embed\.proj\.1\.", "stem.conv2."),
+    *children(r"^patch_embed\.proj", "stem.conv1", "stem.conv2"),
     (r"\.downsample\.reduction\.", ".downsample.conv."),
     (r"\.gamma([12])$", r".ls\1.gamma"),
     *SWIN_NAMES,
@@ -185,10 +184,7 @@ _BASE: dict[str, Any] = dict(
     drop_path_rate=0.5,
 )
 _LARGE: dict[str, Any] = dict(
-    dims=(192, 384, 768, 1536),
-    depths=(3, 4, 18, 5),
-    num_heads=(6, 12, 24, 48),
-    mlp_ratio=2,
+    dims=(192, 384, 768, 1536), depths=(3, 4, 18, 5), num_heads=(6, 12, 24, 48), mlp_ratio=2
 )
 
 nat_mini = variant(NAT, **_MINI)

@@ -47,7 +47,8 @@ class NATIsotropic(IsotropicBackbone):
         map_size: with global attention, side in tokens of the map that the position bias is for.
     """
 
-    renames = SWIN_NAMES
+    # ViT-rpb's files contain a table of indices.
+    renames = ((r".*\.attn\.relative_position_index$", ""), *SWIN_NAMES)
 
     @checked(depths=several(BLOCKS, count=4))
     def __init__(
@@ -91,12 +92,6 @@ class NATIsotropic(IsotropicBackbone):
         self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
         self.describe_blocks(dim, pyramid=pyramid)
         self.apply(init_linear)
-
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original; ViT-rpb's files contain an index table."""
-        index = ".attn.relative_position_index"
-        kept = {key: t for key, t in state_dict.items() if not key.endswith(index)}
-        return super().convert_state_dict(kept)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
         """Also resizes position biases to another kernel size or map."""

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Any
 
 from timm.models import generate_default_cfgs
-from torch import Tensor, nn
+from torch import nn
 
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import channels_before, make_stages
 from ops.conv import ConvNorm
@@ -77,19 +77,34 @@ class ProxylessNAS(StagedBackbone):
         stem_features: bool = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        self.depths = tuple(len(stage) for stage in dims)
+        depths = tuple(len(stage) for stage in dims)
         for name, values in (("kernel_sizes", kernel_sizes), ("expansions", expansions)):
-            if tuple(len(stage) for stage in values) != self.depths:
+            if tuple(len(stage) for stage in values) != depths:
                 raise ValueError(f"{name} must have the shape of dims {dims}, got {values}")
-        if self.depths[0] != 1 or len(dims) < 2:
+        if depths[0] != 1 or len(dims) < 2:
             raise ValueError(f"dims must have one block at stride 2, then other stages, got {dims}")
 
         def block(i: int, j: int, drop_path: float) -> nn.Module:
-            dim, stride = channels_before(stem_dim, dims, i, j), 2 if i and not j else 1
+            dim, out_dim = channels_before(stem_dim, dims, i, j), dims[i][j]
+            stride = 2 if i and not j else 1
             kernel_size, expansion = kernel_sizes[i][j], expansions[i][j]
-            return _block(dim, dims[i][j], kernel_size, expansion, stride, norm_eps, drop_path)
+            if kernel_size == expansion == 0:  # the search left it out
+                if stride != 1 or dim != out_dim:
+                    raise ValueError(
+                        f"a block of stride {stride} from {dim} to {out_dim} channels cannot be "
+                        "omitted"
+                    )
+                return nn.Identity()
+            if kernel_size % 2 == 0 or not expansion:
+                raise ValueError(
+                    "a block needs an odd kernel size and an expansion of 1 or more (or 0 for "
+                    f"both, to omit it), got {kernel_size} and {expansion}"
+                )
+            return MBConv(
+                dim, out_dim, kernel_size, expansion, stride, norm_eps=norm_eps, drop_path=drop_path
+            )
 
-        made: Any = make_stages(self.depths, drop_path_rate, block)
+        made: Any = make_stages(depths, drop_path_rate, block)
         first = ConvNorm(in_chans, stem_dim, 3, 2, norm_eps=norm_eps, act_layer=nn.ReLU6)
         self.stem = nn.Sequential(first, *made[0].blocks)
         self.stages = nn.Sequential(*made[1:])
@@ -103,39 +118,9 @@ class ProxylessNAS(StagedBackbone):
             head_hidden_size=head_hidden_dim,
             stem_features=((1, widths[0], 2),) if stem_features else (),
         )
-
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the original's names, where blocks are counted through all stages."""
-        blocks = [f"stages.{i}.blocks.{j}" for i, n in enumerate(self.depths[1:]) for j in range(n)]
-        places = enumerate(["stem.1", *blocks])
-        names = [*_RENAMES, *((rf"^blocks\.{i}\.", f"{place}.") for i, place in places)]
-        return {renamed(key, names): tensor for key, tensor in state_dict.items()}
-
-
-def _block(
-    dim: int,
-    out_dim: int,
-    kernel_size: int,
-    expansion: int,
-    stride: int,
-    norm_eps: float,
-    drop_path: float,
-) -> nn.Module:
-    """An inverted bottleneck, or an identity if the search left it out."""
-    if kernel_size == expansion == 0:
-        if stride != 1 or dim != out_dim:
-            raise ValueError(
-                f"a block of stride {stride} from {dim} to {out_dim} channels cannot be omitted"
-            )
-        return nn.Identity()
-    if kernel_size % 2 == 0 or not expansion:
-        raise ValueError(
-            "a block needs an odd kernel size and an expansion of 1 or more (or 0 for both, to "
-            f"omit it), got {kernel_size} and {expansion}"
-        )
-    return MBConv(
-        dim, out_dim, kernel_size, expansion, stride, norm_eps=norm_eps, drop_path=drop_path
-    )
+        # The original counts blocks through all stages.
+        blocks = [f"stages.{i}.blocks.{j}" for i, n in enumerate(depths[1:]) for j in range(n)]
+        self.renames = (*_RENAMES, *children("^blocks", "stem.1", *blocks))
 
 
 _RENAMES = (

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.layers import DropPath, LayerNorm2d
+from timm.layers import DropPath
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -105,6 +105,7 @@ class RAVLTStage(Stage):
 
 # Of the original's classifiers and dense networks.
 _RENAMES: tuple[Rename, ...] = (
+    (r".*\.RoPE\.angle$", ""),  # a constant
     (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
     (r"\.downsample\.reduction\.", ".downsample.conv."),
     # Not our own names after fuse().
@@ -172,20 +173,10 @@ class RAVLT(StagedBackbone):
         )
         self.norm = nn.Identity()
         self.head = ConvHead(dims[-1], head_hidden_dim, num_classes, global_pool, drop_rate)
-        self.describe_features(
-            dims,
-            head_hidden_size=head_hidden_dim,
-            out_norms=out_norms,
-            out_norm_layer=LayerNorm2d,
-        )
+        self.describe_features(dims, head_hidden_size=head_hidden_dim, out_norms=out_norms)
         if self.out_norms and num_classes == 0:
             self.head.reset(0, "")
         self.apply(init_trunc_normal)
-
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Like the base's, without the original's tables of angles, which are constants."""
-        kept = {key: t for key, t in state_dict.items() if not key.endswith(".RoPE.angle")}
-        return super().convert_state_dict(kept)
 
 
 _cfg = partial(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import FAST_NAMES, downsampling_apart, imagenet_cfg, renamed
+from backbones.core.published import FAST_BLOCKS, FAST_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.single_head import SingleHeadAttention
@@ -48,6 +48,20 @@ class Block(nn.Module):
         return self.ffn(self.mixer(self.conv(x)))
 
 
+# Of the original, fused or not, and of timm.
+_RENAMES = (
+    *FAST_BLOCKS,
+    (r"\.token_mixer\.", ".mixer."),
+    (r"\.m\.", ".fn."),
+    (r"\.(?:c|conv)\.(?=weight|bias)", ".conv."),
+    (r"\.bn\.", ".norm."),
+    (r"\.pre_norm\.", ".norm."),
+    (r"\.pw([12])\.", r".fc\1."),
+    (r"\.proj\.1\.", ".proj."),
+    *FAST_NAMES,
+)
+
+
 class SHViT(StagedBackbone):
     """Single-head vision transformer.
 
@@ -60,6 +74,7 @@ class SHViT(StagedBackbone):
 
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
+    renames = _RENAMES
 
     @checked("dims", "attn_dims", dims=widths(8), attn_dims=several(whole(0, 1 << 16)))
     def __init__(
@@ -98,23 +113,6 @@ class SHViT(StagedBackbone):
             dims, [16 * 2**i for i in range(len(dims))], stem_features=taps if stem_features else ()
         )
 
-    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, fused or not, and of timm."""
-        return {
-            renamed(downsampling_apart(key), _RENAMES): tensor for key, tensor in state_dict.items()
-        }
-
-
-_RENAMES = (
-    (r"\.token_mixer\.", ".mixer."),
-    (r"\.m\.", ".fn."),
-    (r"\.(?:c|conv)\.(?=weight|bias)", ".conv."),
-    (r"\.bn\.", ".norm."),
-    (r"\.pre_norm\.", ".norm."),
-    (r"\.pw([12])\.", r".fc\1."),
-    (r"\.proj\.1\.", ".proj."),
-    *FAST_NAMES,
-)
 
 _cfg = partial(
     imagenet_cfg,

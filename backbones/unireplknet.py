@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from backbones.common.checks import one_of
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import POOLINGS, SCALE, checked, widths
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import children, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.batch_norm import BatchNorm2d
@@ -64,8 +64,6 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, kernel_size: int, drop_path: float, layer_scale: float) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(f"kernel sizes must be odd, got {kernel_size}")
         self.dwconv: nn.Module = (
             DilatedReparamConv2d(dim, kernel_size)
             if kernel_size >= 7
@@ -124,11 +122,7 @@ class UniRepLKNet(StagedBackbone):
     poolings = tuple(pool for pool in POOLINGS if "cat" not in pool)
 
     @checked(
-        "dims",
-        "kernel_sizes",
-        dims=widths(2),
-        global_pool=one_of(*poolings),
-        head_init_scale=SCALE,
+        "dims", "kernel_sizes", dims=widths(2), global_pool=one_of(*poolings), head_init_scale=SCALE
     )
     def __init__(
         self,
@@ -167,7 +161,7 @@ class UniRepLKNet(StagedBackbone):
         )
         if num_classes == 0 and out_norms:
             self.head.norm = nn.Identity()
-        self.describe_features(dims, out_norms=out_norms, out_norm_layer=LayerNorm2d)
+        self.describe_features(dims, out_norms=out_norms)
         self.apply(init_trunc_normal)
         if num_classes:
             with torch.no_grad():
@@ -208,8 +202,7 @@ _RENAMES = (
     (r"\.pwconv1\.1\.", ".fc1."),
     (r"\.act\.1\.gamma$", ".grn.weight"),
     (r"\.act\.1\.beta$", ".grn.bias"),
-    (r"\.pwconv2\.0\.", ".fc2."),
-    (r"\.pwconv2\.2\.", ".norm2."),
+    *children(r"\.pwconv2", ".fc2", None, ".norm2"),
     (r"^norm(\d)\.", r"out_norms.\1."),
     (r"^norm\.", "head.norm."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
@@ -252,19 +245,11 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-unireplknet_a = variant(
-    UniRepLKNet, dims=(40, 80, 160, 320), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13)
-)
-unireplknet_f = variant(
-    UniRepLKNet, dims=(48, 96, 192, 384), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13)
-)
-unireplknet_p = variant(
-    UniRepLKNet,
-    dims=(64, 128, 256, 512),
-    depths=(2, 2, 6, 2),
-    kernel_sizes=(3, 13, 13, 13),
-    drop_path_rate=0.1,
-)
+_LIGHT: dict[str, Any] = dict(depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13))
+
+unireplknet_a = variant(UniRepLKNet, dims=(40, 80, 160, 320), **_LIGHT)
+unireplknet_f = variant(UniRepLKNet, dims=(48, 96, 192, 384), **_LIGHT)
+unireplknet_p = variant(UniRepLKNet, dims=(64, 128, 256, 512), **_LIGHT, drop_path_rate=0.1)
 unireplknet_n = variant(
     UniRepLKNet,
     dims=(80, 160, 320, 640),

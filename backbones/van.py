@@ -119,7 +119,6 @@ _RENAMES = (
     (r"\.spatial_gating_unit\.conv0\.", ".lka.dw."),
     (r"\.spatial_gating_unit\.conv_spatial\.", ".lka.dw_dilated."),
     (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
     (r"\.layer_scale_([12])$", r".ls\1.gamma"),
     *PVT_NAMES,
 )

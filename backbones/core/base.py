@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
@@ -59,7 +60,8 @@ class StagedBackbone(FusableBackbone):
         poolings: allowed values of ``global_pool``.
         optional_parts: name prefixes of parts that checkpoints may lack, or have for other classes;
             these keep their initial values.
-        renames: patterns of published names of tensors and ours, applied in order.
+        renames: patterns of published names of tensors and ours, applied in order. Tensors whose
+            names become empty are left out.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -95,7 +97,7 @@ class StagedBackbone(FusableBackbone):
         head_hidden_size: int | None = None,
         stem_features: Sequence[tuple[int, int, int]] = (),
         out_norms: bool | Sequence[int] = False,
-        out_norm_layer: Callable[[int], nn.Module] | None = None,
+        out_norm_layer: Callable[[int], nn.Module] = LayerNorm2d,
     ) -> None:
         """Declare the feature maps; call it after all submodules have been created.
 
@@ -106,7 +108,7 @@ class StagedBackbone(FusableBackbone):
             stem_features: ``(child of stem, channels, reduction)`` of maps inside the stem that
                 precede the stages' features, so that a stride-16 network has a full pyramid.
             out_norms: see the class; maps passed to the next stage are not normalised.
-            out_norm_layer: creates such a norm from a number of channels.
+            out_norm_layer: creates such a norm from a number of channels; default: layer norm.
         """
         strides = [4 * 2**i for i in range(len(dims))] if reductions is None else reductions
         self.stem_taps = tuple(child for child, _, _ in stem_features)
@@ -121,11 +123,7 @@ class StagedBackbone(FusableBackbone):
         self.num_features = dims[-1]
         self.head_hidden_size = head_hidden_size or dims[-1]
         self._check_pooling(self.num_classes)
-        chosen = _chosen_stages(out_norms, len(dims))
-        if chosen and out_norm_layer is None:
-            raise ValueError(f"{type(self).__name__} has no output norms; leave out_norms unset")
-        for i in chosen:
-            assert out_norm_layer is not None
+        for i in _chosen_stages(out_norms, len(dims)):
             self.out_norms[str(i)] = out_norm_layer(dims[i])
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,7 +134,8 @@ class StagedBackbone(FusableBackbone):
         """
         own, converted = self.state_dict(), {}
         for key, tensor in state_dict.items():
-            name = renamed(key, self.renames)
+            if not (name := renamed(key, self.renames)):
+                continue
             shape = own[name].shape if name in own else tensor.shape
             if shape != tensor.shape and _without_ones(shape) == _without_ones(tensor.shape):
                 tensor = tensor.reshape(shape)
@@ -210,8 +209,21 @@ class StagedBackbone(FusableBackbone):
             The normalised last map and the list of selected maps, or only the list.
         """
         require_tensor("x", x)
-        check_format(output_fmt)
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         taken = self._take_indices(indices)
+        last, maps = self.take_maps(x, taken, norm, not (stop_early or intermediates_only))
+        if output_fmt == "NHWC":
+            maps = [m.permute(0, 2, 3, 1) for m in maps]
+        return maps if intermediates_only else (last, maps)
+
+    def take_maps(
+        self, x: Tensor, taken: Sequence[int], norm: bool, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The last map, and the ``taken`` ones, as :meth:`forward_intermediates` returns them.
+
+        Without ``whole``, stages after the last one taken are skipped.
+        """
         last = len(self.stages) - 1
         first_stage = len(self.stem_taps)
         maps = []
@@ -223,21 +235,14 @@ class StagedBackbone(FusableBackbone):
                     maps.append(x)
         else:
             x = self.stem(x)
-        ran_all = not (stop_early or intermediates_only)
+        whole = whole or taken[-1] == first_stage + last
         for i, stage in enumerate(self.stages):
-            if not ran_all and first_stage + i > max(taken):
+            if not whole and first_stage + i > taken[-1]:
                 break
             x = stage(x)
             if first_stage + i in taken:
                 maps.append(self.stage_feature(i, x, norm and i == last))
-        else:
-            ran_all = True
-        if output_fmt == "NHWC":
-            maps = [m.permute(0, 2, 3, 1) for m in maps]
-        if intermediates_only:
-            return maps
-        last_map = map_of(x)
-        return (self.norm(last_map) if ran_all else last_map), maps
+        return (self.norm(map_of(x)) if whole else map_of(x)), maps
 
     def stage_feature(self, stage: int, output: Any, norm: bool = False) -> Tensor:
         """The map of a stage's ``output``, with its output norm or, if ``norm``, the final one."""
@@ -266,13 +271,19 @@ class StagedBackbone(FusableBackbone):
         return taken
 
     def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
         """Remove the layers that the selected maps don't need; returns their absolute indices."""
         taken = self._take_indices(indices)
+        cut = self.prune_stages(taken)
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return taken
+
+    def prune_stages(self, taken: Sequence[int]) -> bool:
+        """Remove the layers that precede norm and head; whether the last map is one of another."""
         first_stage = len(self.stem_taps)
         kept = max(1, taken[-1] + 1 - first_stage)
         cut = kept < len(self.stages)
@@ -281,14 +292,10 @@ class StagedBackbone(FusableBackbone):
         for key in list(self.out_norms):
             if int(key) + first_stage not in taken:
                 del self.out_norms[key]
-        if prune_norm or cut:
-            self.norm = nn.Identity()
-        if prune_head or cut:
-            self.reset_classifier(0, "")
         if cut:
             self.num_features = self.feature_info[first_stage + kept - 1]["num_chs"]
             self.head_hidden_size = self.num_features
-        return taken
+        return cut
 
     # -- classifier ------------------------------------------------------------------------------
 
@@ -313,11 +320,12 @@ class StagedBackbone(FusableBackbone):
     def _check_pooling(self, num_classes: int, global_pool: str | None = None) -> None:
         """Reject unknown poolings, and classifiers without pooling."""
         if global_pool is None:
-            global_pool = getattr(getattr(self.head, "global_pool", None), "pool_type", "avg")
+            global_pool = getattr(getattr(self.head, "global_pool", None), "pool_type", "")
         one_of(*self.poolings)("global_pool", global_pool)
         if num_classes and global_pool == "" and not self.classifies_maps:
             raise ValueError(
-                f"global_pool='' does not pool the map, so num_classes must be 0, got {num_classes}"
+                "global_pool='' does not pool the map (as 'avg' does), so num_classes must be 0, "
+                f"got {num_classes}"
             )
 
     # -- training --------------------------------------------------------------------------------
@@ -348,12 +356,6 @@ class StagedBackbone(FusableBackbone):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay."""
         return {n for n, _ in self.named_parameters() if n.rsplit(".", 1)[-1] in self.undecayed}
-
-
-def check_format(output_fmt: str) -> None:
-    """Raise a ValueError for layouts other than NCHW and NHWC."""
-    if output_fmt not in ("NCHW", "NHWC"):
-        raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
 
 
 def _without_ones(shape: torch.Size) -> list[int]:

@@ -79,9 +79,7 @@ class LoadReport:
 
 
 def load_checkpoint(
-    model: nn.Module,
-    source: str | Path | Mapping[str, Any],
-    strict: bool = True,
+    model: nn.Module, source: str | Path | Mapping[str, Any], strict: bool = True
 ) -> LoadReport:
     """Load weights into a model: our own, the original's, or a detector's that contains it.
 
@@ -122,72 +120,77 @@ def load_tensors(
     """:func:`load_checkpoint` of what :func:`read_checkpoint` has read from ``name``."""
     tensors, ignored = strip_prefixes(tensors)
     tensors, in_int8 = dequantized(tensors, name)
-    if _is_of_timm(model):
-        report = _load_plainly(model, tensors, LoadReport(name, ignored=ignored))
-        if in_int8:
-            set_quantization(model, in_int8)
-            fuse_network(model, torch.int8)
-        return report
-    pruned = isinstance(model, FeatureGetterNet)
-    backbone = _backbone_of(model)
-    try:
-        tensors = backbone.convert_state_dict(tensors)
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # The original's names, on tensors of other ranks.
-        raise CheckpointError(
-            f"{name} does not fit {type(backbone).__name__}: it cannot be converted ({error})"
-        ) from error
-    heads = (backbone.classifier,) if isinstance(backbone.classifier, str) else backbone.classifier
-    absent = _absent_parts(backbone, pruned)
-    target = _fused_like(backbone, tensors, absent) or backbone
-    own = target.state_dict()
     report = LoadReport(name, ignored=ignored)
+    is_ours = not _is_of_timm(model)
+    backbone: Any = _backbone_of(model) if is_ours else model
+    target, is_fused = backbone, False
+    # Prefixes of parts that the model lacks, that may be missing, or of other classes.
+    absent: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    classifiers: tuple[str, ...] = ()
+    if is_ours:
+        try:
+            tensors = backbone.convert_state_dict(tensors)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # The original's names, on tensors of other ranks.
+            raise CheckpointError(
+                f"{name} does not fit {type(backbone).__name__}: it cannot be converted ({error})"
+            ) from error
+        heads = backbone.classifier
+        parts = getattr(backbone, "optional_parts", ())
+        classifiers = (*(f"{h}." for h in ((heads,) if isinstance(heads, str) else heads)), *parts)
+        optional = ("out_norms.", "pyramid.", "token_pooling.", "adapter.", *parts)
+        absent = _absent_parts(backbone, isinstance(model, FeatureGetterNet))
+        target = _fused_like(backbone, tensors, absent) or backbone
+        is_fused = target.fused
+    own = target.state_dict()
 
     fitted: dict[str, Tensor] = {}
-    optional = getattr(backbone, "optional_parts", ())
     for key, tensor in tensors.items():
-        is_classifier = key.startswith((*(f"{head}." for head in heads), *optional))
         if key in own and (reason := _mismatch(tensor, own[key])):
             raise CheckpointError(f"{name}: {key} {reason}, but the model's is {own[key].dtype}")
         if key not in own:
             (report.ignored if key.startswith(absent) else report.unexpected).append(key)
         elif tensor.shape == own[key].shape:
             fitted[key] = tensor
-        elif (resized := target.resize_tensor(key, tensor, own[key].shape)) is not None:
+        elif is_ours and (resized := target.resize_tensor(key, tensor, own[key].shape)) is not None:
             fitted[key] = resized
             report.resized.append(key)
-        elif is_classifier:
+        elif key.startswith(classifiers):
             report.reinitialised.append(key)
         else:
             raise CheckpointError(
                 f"{name}: {key} has shape {tuple(tensor.shape)}, but the model's is "
                 f"{tuple(own[key].shape)}; is it a checkpoint of another variant?"
             )
-    # Not in published weights.
-    for part in ("out_norms.", "pyramid.", "token_pooling.", "adapter.", *optional):
+    for part in optional:  # not in published weights
         if not any(part in key for key in tensors):
             report.reinitialised.extend(key for key in own if part in key)
     spared = {*fitted, *report.reinitialised}
     report.missing.extend(
         key for key in own if key not in spared and not key.endswith("num_batches_tracked")
     )
+    strict = strict or not is_ours
     if not fitted or (strict and (report.missing or report.unexpected)):
         raise CheckpointError(
-            f"{name} does not fit {'the fused ' if target.fused else ''}{type(backbone).__name__}: "
+            f"{name} does not fit {'the fused ' if is_fused else ''}{type(backbone).__name__}: "
             f"{len(report.missing)} tensors missing ({_some(report.missing)}), "
             f"{len(report.unexpected)} unexpected ({_some(report.unexpected)})"
-            + ("; load weights from before fuse() before fusing" if backbone.fused else "")
+            + (
+                "; load weights from before fuse() before fusing"
+                if is_fused and target is backbone
+                else ""
+            )
         )
     report.nonfinite.extend(not_finite({k: t.to(own[k].dtype) for k, t in fitted.items()}))
     if strict and report.nonfinite:
         raise CheckpointError(_not_finite_text(name, report.nonfinite))
     if target is not backbone:
-        assert isinstance(backbone, StagedBackbone)
         backbone.fuse(channels_last=False if in_int8 else "auto")
     backbone.load_state_dict(fitted, strict=False)
-    if in_int8 and isinstance(backbone, StagedBackbone):
+    if in_int8 and not isinstance(backbone, ViTAdapter):
         set_quantization(backbone, in_int8)
-        backbone.fuse(torch.int8)
+        fuse_network(backbone, torch.int8, is_backbone=is_ours)
     if any(names for kind, names in vars(report).items() if kind not in ("source", "ignored")):
         _logger.warning("%s", report)
     return report
@@ -196,29 +199,6 @@ def load_tensors(
 def _is_of_timm(model: nn.Module) -> bool:
     is_ours = isinstance(model, StagedBackbone | ViTAdapter | FeatureGetterNet)
     return not is_ours and isinstance(getattr(model, "pretrained_cfg", None), Mapping)
-
-
-def _load_plainly(
-    model: nn.Module, tensors: Mapping[str, Tensor], report: LoadReport
-) -> LoadReport:
-    """Load weights under the model's own names, all or nothing."""
-    name, kind, own = report.source, type(model).__name__, model.state_dict()
-    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or unexpected:
-        raise CheckpointError(
-            f"{name} does not fit {kind}: {len(missing)} tensors missing ({_some(missing)}), "
-            f"{len(unexpected)} unexpected ({_some(unexpected)})"
-        )
-    for key, tensor in tensors.items():
-        if tensor.shape != own[key].shape:
-            raise CheckpointError(
-                f"{name} does not fit {kind}: {key} has shape {tuple(tensor.shape)}, but the "
-                f"model's is {tuple(own[key].shape)}"
-            )
-    if bad := not_finite(tensors):
-        raise CheckpointError(_not_finite_text(name, bad))
-    model.load_state_dict(dict(tensors))
-    return report
 
 
 def _backbone_of(model: nn.Module) -> StagedBackbone | ViTAdapter:

@@ -8,7 +8,6 @@ from the last map, see :class:`ops.pyramid.SimplePyramid`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.core.base import StagedBackbone, check_format
-from backbones.core.published import Rename, renamed
-from ops.arguments import require_tensor
+from backbones.core.base import StagedBackbone
+from backbones.core.published import children, renamed
 from ops.position import resize_position_table
 from ops.pyramid import SimplePyramid
 
@@ -66,14 +64,10 @@ class IsotropicBackbone(StagedBackbone):
         i, j = self._places[number]
         return f"stages.{i}.blocks.{j}"
 
-    def place_block(self, match: re.Match[str]) -> str:
-        """Replace a number of a block in the whole network; of other variants, it is left."""
-        number = int(match[1])
-        return f"{self.block_name(number)}." if number < len(self._places) else match[0]
-
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Like the base's; blocks are numbered through all stages."""
-        places: tuple[Rename, ...] = ((r"^(?:blocks|layers)\.(\d+)\.", self.place_block),)
+        blocks = map(self.block_name, range(len(self._places)))
+        places = children("^(?:blocks|layers)", *blocks)
         return super().convert_state_dict(
             {renamed(key, places): tensor for key, tensor in state_dict.items()}
         )
@@ -115,65 +109,38 @@ class IsotropicBackbone(StagedBackbone):
         """The maps that ``features_only`` returns without ``out_indices``: one per stage."""
         return self.stage_features() if self.pyramid is None else super().default_features()
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+    def take_maps(
+        self, x: Tensor, taken: Sequence[int], norm: bool, whole: bool
+    ) -> tuple[Tensor, list[Tensor]]:
         """Like the base's, by blocks instead of stages.
 
         ``norm`` applies the final norm to all returned maps, or to the one that the pyramid is
         derived from.
         """
-        require_tensor("x", x)
-        check_format(output_fmt)
-        taken = self._take_indices(indices)
         x = self.stem(x)
         if self.pyramid is not None:
             x = self.stages(x)
             last = self.norm(x)
-            maps = self.pyramid(last if norm else x, taken)
-        else:
-            whole = not (stop_early or intermediates_only) or taken[-1] + 1 == len(self._places)
-            end, maps = self.count_features() if whole else taken[-1] + 1, []
-            for number, (i, j) in enumerate(self._places[:end]):
-                x = self.stages[i](x, j, j + 1)
-                if number in taken:
-                    maps.append(x)
-            last = self.norm(x) if whole else x
-            if norm:
-                maps = [self.norm(m) for m in maps]
-        if output_fmt == "NHWC":
-            maps = [m.permute(0, 2, 3, 1) for m in maps]
-        return maps if intermediates_only else (last, maps)
+            return last, self.pyramid(last if norm else x, taken)
+        whole = whole or taken[-1] + 1 == len(self._places)
+        end, maps = self.count_features() if whole else taken[-1] + 1, []
+        for number, (i, j) in enumerate(self._places[:end]):
+            x = self.stages[i](x, j, j + 1)
+            if number in taken:
+                maps.append(self.norm(x) if norm else x)
+        return (self.norm(x) if whole else x), maps
 
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
-        """Remove the layers that the selected maps don't need; returns their absolute indices."""
-        taken = self._take_indices(indices)
+    def prune_stages(self, taken: Sequence[int]) -> bool:
+        """Like the base's, for blocks or levels of the pyramid."""
         if self.pyramid is not None:
             unused = [i for i in range(len(self.pyramid)) if i not in taken]
             for i in unused:
                 self.pyramid[i] = nn.Identity()
             self.pruned_parts = tuple(f"pyramid.{i}." for i in unused)
-            cut = False
-        else:
-            kept, lost = self._places[: taken[-1] + 1], self._places[taken[-1] + 1 :]
-            self.pruned_parts = tuple(f"stages.{i}.blocks.{j}." for i, j in lost)
-            self.stages = nn.Sequential(*list(self.stages)[: kept[-1][0] + 1])
-            stage: Any = self.stages[-1]
-            stage.blocks = stage.blocks[: kept[-1][1] + 1]
-            cut = bool(lost)
-        if prune_norm or cut:
-            self.norm = nn.Identity()
-        if prune_head or cut:
-            self.reset_classifier(0, "")
-        return taken
+            return False
+        kept, lost = self._places[: taken[-1] + 1], self._places[taken[-1] + 1 :]
+        self.pruned_parts = tuple(f"stages.{i}.blocks.{j}." for i, j in lost)
+        self.stages = nn.Sequential(*list(self.stages)[: kept[-1][0] + 1])
+        stage: Any = self.stages[-1]
+        stage.blocks = stage.blocks[: kept[-1][1] + 1]
+        return bool(lost)

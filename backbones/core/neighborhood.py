@@ -90,9 +90,7 @@ def neighborhood(
     )
 
 
-def layer_norm(dim: int) -> nn.Module:
-    """LayerNorm of a map (B, dim, H, W)."""
-    return LayerNorm2d(dim, eps=1e-5)
+layer_norm = partial(LayerNorm2d, eps=1e-5)
 
 
 # -- dilations -------------------------------------------------------------------------------------

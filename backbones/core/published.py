@@ -37,28 +37,33 @@ def renamed(key: str, renames: Iterable[Rename]) -> str:
     return key
 
 
+def children(path: str, *names: str | None) -> tuple[Rename, ...]:
+    """Renames of the layers of a ``Sequential``, by their numbers; None for those without tensors.
+
+    ``path`` is the pattern of its path, which the names replace.
+    """
+    numbered = ((i, name) for i, name in enumerate(names) if name is not None)
+    return tuple((rf"{path}\.{i}\.", f"{name}.") for i, name in numbered)
+
+
 def stem_layer(match: re.Match[str]) -> str:
     """The name of a layer in a stem of convolutions, norms and activations, from its number."""
     layer, part = divmod(int(match[1]), 3)
     return f"stem.{layer}.{('conv', 'norm')[part]}."
 
 
-def downsampling_apart(key: str) -> str:
-    """The name of a layer in EfficientViT or SHViT, which count downsampling among the blocks."""
-    if match := re.match(r"patch_embed\.(?:conv)?(\d)\.", key):
-        # timm counts convolutions from 1, the original also the activations between them.
-        child = int(match[1]) - 1 if "conv" in match[0] else int(match[1]) // 2
-        return f"stem.{child}.{key[match.end() :]}"
-    if match := re.match(r"blocks(\d)\.(\d+)\.", key):
-        stage, place, rest = int(match[1]) - 1, int(match[2]), key[match.end() :]
-        parts = ("res1.", "patchmerge.", "res2.")
-        if stage == 0 or place >= len(parts):
-            place -= len(parts) if stage else 0
-            return f"stages.{stage}.blocks.{place}.{rest}"
-        key = f"stages.{stage}.downsample.{parts[place]}{rest}"
-    key = re.sub(r"\.downsample\.res1\.", ".downsample.", key)
-    key = re.sub(r"\.downsample\.patchmerge\.", ".downsample.2.", key)
-    return re.sub(r"\.downsample\.res2\.(\d)\.", lambda m: f".downsample.{int(m[1]) + 3}.", key)
+def _fast_stem_layer(match: re.Match[str]) -> str:
+    # timm counts convolutions from 1, the original also the activations between them.
+    return f"stem.{int(match[2]) - 1 if match[1] else int(match[2]) // 2}."
+
+
+def _fast_block(match: re.Match[str]) -> str:
+    """The name of a block, or of a part of the downsampling, which is counted among them."""
+    stage, place = int(match[1]) - 1, int(match[2])
+    parts = ("", "2.", "res2.") if stage else ()
+    if place >= len(parts):
+        return f"stages.{stage}.blocks.{place - len(parts)}."
+    return f"stages.{stage}.downsample.{parts[place]}"
 
 
 def _counted_from_1(name: str) -> Callable[[re.Match[str]], str]:
@@ -66,7 +71,15 @@ def _counted_from_1(name: str) -> Callable[[re.Match[str]], str]:
 
 
 _HEAD: Rename = (r"^head\.(weight|bias)$", r"head.fc.\1")
-# Of EfficientViT and SHViT, after :func:`downsampling_apart`. A second head is for distillation.
+# Of EfficientViT's and SHViT's blocks and downsampling, by the original and by timm.
+FAST_BLOCKS: tuple[Rename, ...] = (
+    (r"^patch_embed\.(conv)?(\d)\.", _fast_stem_layer),
+    (r"^blocks(\d)\.(\d+)\.", _fast_block),
+    (r"\.downsample\.res1\.", ".downsample."),
+    (r"\.downsample\.patchmerge\.", ".downsample.2."),
+    *children(r"\.downsample\.res2", ".downsample.3", ".downsample.4"),
+)
+# Of their layers, after these. A second head is for distillation.
 FAST_NAMES: tuple[Rename, ...] = (
     (r"\.downsample\.2\.conv1\.", ".downsample.2.expand."),
     (r"\.downsample\.2\.conv2\.", ".downsample.2.reduce."),
@@ -108,5 +121,6 @@ PVT_NAMES: tuple[Rename, ...] = (
     (r"^patch_embed(\d)\.norm\.", _counted_from_1("stages.{}.downsample.norm.")),
     (r"^blocks?(\d)\.", _counted_from_1("stages.{}.blocks.")),
     (r"^norm(\d)\.", _counted_from_1("stages.{}.norm.")),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
     _HEAD,
 )

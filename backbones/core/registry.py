@@ -126,10 +126,7 @@ def register(entrypoint: Entrypoint) -> Entrypoint:
 
 
 def list_models(
-    filter: str | Sequence[str] = "",
-    *,
-    pretrained: bool = False,
-    family: str | None = None,
+    filter: str | Sequence[str] = "", *, pretrained: bool = False, family: str | None = None
 ) -> list[str]:
     """Names of the models, sorted.
 
@@ -161,10 +158,7 @@ def list_families() -> list[str]:
 
 
 def create_model(
-    name: str,
-    pretrained: bool = False,
-    checkpoint_path: str | Path | None = None,
-    **kwargs: Any,
+    name: str, pretrained: bool = False, checkpoint_path: str | Path | None = None, **kwargs: Any
 ) -> Any:
     """Create a model by name.
 
@@ -245,7 +239,10 @@ def build_model(
         out_indices = FEATURES("out_indices", out_indices)
         if not features_only:
             raise TypeError("out_indices requires features_only=True")
-    _check_keywords(model_class, name, options)
+    valid = list(inspect.signature(model_class).parameters)
+    for keyword in options:
+        if keyword not in valid:
+            raise TypeError(f"{name}: {_unknown('keyword', keyword, valid)}")
 
     arguments = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0], **defaults}
     model = model_class(**{**arguments, **options})
@@ -326,9 +323,7 @@ def empty_cache() -> None:
 
 
 def _resolve_cfg(
-    name: str,
-    given: str | dict[str, Any] | PretrainedCfg | None,
-    overlay: dict[str, Any] | None,
+    name: str, given: str | dict[str, Any] | PretrainedCfg | None, overlay: dict[str, Any] | None
 ) -> PretrainedCfg:
     """The cfg to use: the default, a tag's, or the caller's, with the overlay applied."""
     cfgs = _entries[name].cfgs
@@ -350,14 +345,6 @@ def _resolve_cfg(
     cfg = replace(cfg, architecture=name, **(overlay or {}))
     several(whole(1, 1 << 20), count=3)("input_size of pretrained_cfg", cfg.input_size)
     return cfg
-
-
-def _check_keywords(model_class: type[StagedBackbone], name: str, keywords: dict[str, Any]) -> None:
-    """Raise a TypeError for unknown keywords, with the closest valid name."""
-    valid = list(inspect.signature(model_class).parameters)
-    for keyword in keywords:
-        if keyword not in valid:
-            raise TypeError(f"{name}: {_unknown('keyword', keyword, valid)}")
 
 
 def _unknown(kind: str, value: str, valid: Sequence[str]) -> str:

@@ -132,20 +132,15 @@ def _networks(model: nn.Module, depth: int = _DEPTH) -> Iterator[nn.Module]:
     yield model
     for child in model.children() if depth else ():
         is_container = type(child).__module__.startswith("torch.nn.")
-        layers = sum(1 for m in child.modules() if _has_weight(m))
+        layers = sum(any(True for _ in m.parameters(recurse=False)) for m in child.modules())
         if layers >= _FEWEST_LAYERS and not is_container:
             yield from _networks(child, depth - 1)
-
-
-def _has_weight(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False))
 
 
 def _warn_of_lost_hooks(hooked: Mapping[str, nn.Module], kept: set[nn.Module]) -> None:
     if lost := [name for name, module in hooked.items() if module not in kept]:
         _log.warning(
-            "the hooks of %s were removed: fuse() folded it into its neighbours",
-            shown(lost),
+            "the hooks of %s were removed: fuse() folded it into its neighbours", shown(lost)
         )
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from backbones.common.checks import several
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import CHANNELS, SHARE, checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import children, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.medvitv2.blocks import GlobalBlock, LocalBlock
@@ -96,13 +96,9 @@ class MedViTV2(StagedBackbone):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        count = len(dims)
-        dilations = (dilation,) * count if isinstance(dilation, int) else tuple(dilation)
-        if not len(depths) == len(sr_ratios) == len(dilations) == count:
-            raise ValueError(
-                f"dims, depths, sr_ratios and dilation must have the same length, got {dims}, "
-                f"{depths}, {sr_ratios} and {dilation}"
-            )
+        dilations = (dilation,) * len(dims) if isinstance(dilation, int) else tuple(dilation)
+        if len(dilations) != len(dims):
+            raise ValueError(f"dims and dilation must have the same length, got {dims}, {dilation}")
         if any(dim % head_dim for dim in dims):
             raise ValueError(f"dims must be multiples of head_dim {head_dim}, got {tuple(dims)}")
         self.depths = tuple(depths)
@@ -114,34 +110,23 @@ class MedViTV2(StagedBackbone):
                 for i, stride in enumerate((2, 1, 1, 2))
             )
         )
-        stages = []
-        in_dim = stem_dims[-1]
+
+        def block(i: int, j: int, in_dim: int) -> nn.Module:
+            dim, drop = dims[i], next(rates)
+            if not _is_global(i, j, depths[i]):
+                kernel_size = 3 if i else 7  # of the feed-forward
+                return LocalBlock(dim, head_dim, window_size, dilations[i], kernel_size, drop)
+            projects = i > 0 and j == 0
+            return GlobalBlock(
+                in_dim, dim, head_dim, sr_ratios[i], mix_ratio, drop, project_input=projects
+            )
+
+        stages, in_dim = [], stem_dims[-1]
         for i, dim in enumerate(dims):
-            stride = 2 if i else 1
             starts_global = _is_global(i, 0, depths[i])
-            downsample = _downsample(in_dim, None if starts_global else dim, stride)
-            blocks: list[nn.Module] = []
-            for j in range(depths[i]):
-                if _is_global(i, j, depths[i]):
-                    blocks.append(
-                        GlobalBlock(
-                            dim if j else in_dim,
-                            dim,
-                            head_dim,
-                            sr_ratios[i],
-                            mix_ratio,
-                            next(rates),
-                            project_input=j == 0 and stride > 1,
-                        )
-                    )
-                else:
-                    ffn_kernel = 3 if i else 7
-                    blocks.append(
-                        LocalBlock(
-                            dim, head_dim, window_size, dilations[i], ffn_kernel, next(rates)
-                        )
-                    )
-            stages.append(Stage(blocks, downsample=downsample))
+            downsample = _downsample(in_dim, None if starts_global else dim, 2 if i else 1)
+            blocks = [block(i, j, dim if j else in_dim) for j in range(depths[i])]
+            stages.append(Stage(blocks, downsample))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
         self.norm = BatchNorm2d(dims[-1])
@@ -182,14 +167,12 @@ _GLOBAL_RENAMES = (
     (r"^kan\.layers\.(\d+)\.spline_linear\.", r"kan.\1.linear."),
 )
 _FFN_RENAMES = (
-    (r"^(ffn|unused)\.0\.", r"\1.expand.conv."),
-    (r"^(ffn|unused)\.1\.", r"\1.expand.norm."),
-    (r"^(ffn|unused)\.3\.", r"\1.dwconv.conv."),
-    (r"^(ffn|unused)\.4\.", r"\1.dwconv.norm."),
-    (r"^(ffn|unused)\.6\.fc\.0\.", r"\1.se.fc1."),
-    (r"^(ffn|unused)\.6\.fc\.2\.", r"\1.se.fc2."),
-    (r"^(ffn|unused)\.7\.", r"\1.project.conv."),
-    (r"^(ffn|unused)\.8\.", r"\1.project.norm."),
+    *children(
+        "^(ffn|unused)",
+        *(r"\1.expand.conv", r"\1.expand.norm", None, r"\1.dwconv.conv", r"\1.dwconv.norm"),
+        *(None, r"\1.se", r"\1.project.conv", r"\1.project.norm"),
+    ),
+    *children(r"\.se\.fc", ".se.fc1", None, ".se.fc2"),
 )
 
 

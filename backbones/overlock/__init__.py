@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from backbones.common.checks import several, whole
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import BLOCKS, CHANNELS, KERNEL, checked
-from backbones.core.published import imagenet_cfg, renamed, stem_layer
+from backbones.core.published import Rename, children, imagenet_cfg, renamed, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.overlock.blocks import Block, ChannelAffine, DynamicBlock, window_offsets
@@ -256,7 +256,6 @@ class OverLoCK(StagedBackbone):
             (dims[0], dims[1], dims[2] + context_dim, out_dim),
             head_hidden_size=_HIDDEN,
             out_norms=out_norms,
-            out_norm_layer=partial(LayerNorm2d, eps=1e-6),
         )
         if "1" in self.out_norms:
             self.stages[1].norm = self.out_norms.pop("1")
@@ -282,17 +281,11 @@ class OverLoCK(StagedBackbone):
             x = x + self.overview_feature(output[2])
         return x
 
-    def prune_intermediate_layers(
-        self,
-        indices: int | Sequence[int] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> list[int]:
+    def prune_stages(self, taken: Sequence[int]) -> bool:
         """Like the base's; also drops the addition to a map that is not selected."""
-        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if taken[-1] < 3 and self.overview_feature is not None:
             self.overview_feature = nn.Identity()
-        return taken
+        return super().prune_stages(taken)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Like the base's, for both classifiers."""
@@ -338,65 +331,44 @@ _LARGE_KERNEL = (
     (r"\.dil_conv_k(\d+)_(\d+)\.", r".branches.k\1_d\2.conv."),
     (r"\.dil_bn_k(\d+)_(\d+)\.", r".branches.k\1_d\2.norm."),
 )
-_SQUEEZE = ((r"^se\.proj\.1\.", "se.fc1."), (r"^se\.proj\.3\.", "se.fc2."))
+_SQUEEZE = children(r"^se\.proj", None, "se.fc1", None, "se.fc2")
+_MLP = ("mlp.fc1", None, "mlp.dwconv.conv", "mlp.grn", "mlp.fc2")
 _STATIC = (
     (r"^dwconv\.", "dwconv.conv."),
-    (r"^proj\.0\.", "norm."),
-    (r"^proj\.1\.", "lk.conv."),
-    (r"^proj\.2\.", "lk.norm."),
-    (r"^proj\.3\.", "se."),
-    (r"^proj\.4\.", "mlp.fc1."),
-    (r"^proj\.6\.", "mlp.dwconv.conv."),
-    (r"^proj\.7\.", "mlp.grn."),
-    (r"^proj\.8\.", "mlp.fc2."),
+    *children("^proj", "norm", "lk.conv", "lk.norm", "se", *_MLP),
     *_SQUEEZE,
 )
 _DYNAMIC = (
     (r"^dwconv([12])\.", r"dwconv\1.conv."),
-    (r"^fusion\.0\.", "fusion.dwconv.conv."),
-    (r"^fusion\.1\.", "fusion.dwconv.norm."),
-    (r"^fusion\.3\.", "fusion.fc."),
-    (r"^fusion\.4\.", "fusion.grn."),
-    (r"^weight_query\.0\.", "mix.query.conv."),
-    (r"^weight_query\.1\.", "mix.query.norm."),
-    (r"^weight_key\.1\.", "mix.key.conv."),
-    (r"^weight_key\.2\.", "mix.key.norm."),
+    *children(
+        "^fusion", "fusion.dwconv.conv", "fusion.dwconv.norm", None, "fusion.fc", "fusion.grn"
+    ),
+    *children("^weight_query", "mix.query.conv", "mix.query.norm"),
+    *children("^weight_key", None, "mix.key.conv", "mix.key.norm"),
     (r"^weight_proj\.", "mix.tap_"),
     (r"^rpb([12])$", r"mix.rpb\1"),
-    (r"^dyconv_proj\.0\.", "mix.proj.conv."),
-    (r"^dyconv_proj\.1\.", "mix.proj.norm."),
-    (r"^lepe\.0\.", "lepe.conv."),
-    (r"^lepe\.1\.", "lepe.norm."),
+    *children("^dyconv_proj", "mix.proj.conv", "mix.proj.norm"),
+    *children("^lepe", "lepe.conv", "lepe.norm"),
     (r"^se_layer\.", "se."),
-    (r"^gate\.0\.", "gate.conv."),
-    (r"^gate\.1\.", "gate.norm."),
-    (r"^proj\.0\.", "norm."),
-    (r"^proj\.1\.", "proj."),
-    (r"^mlp\.0\.", "mlp.fc1."),
-    (r"^mlp\.2\.", "mlp.dwconv.conv."),
-    (r"^mlp\.3\.", "mlp.grn."),
-    (r"^mlp\.4\.", "mlp.fc2."),
+    *children("^gate", "gate.conv", "gate.norm"),
+    *children("^proj", "norm", "proj"),
+    *children("^mlp", *_MLP),
     *_SQUEEZE,
 )
-_RENAMES = (
+_RENAMES: tuple[Rename, ...] = (
     (r"^patch_embed1\.(\d+)\.", stem_layer),
     (r"^patch_embed2\.", "stages.1.downsample."),
     (r"^patch_embed3\.", "stages.2.downsample."),
     (r"\.patch_embed4\.", ".downsample."),
     (r"\.high_level_proj\.", ".proj."),
     (r"^patch_embedx\.", "stages.3.downsample."),
-    (r"(\.downsample(?:\.[xh]_proj)?)\.0\.", r"\1.conv."),
-    (r"(\.downsample(?:\.[xh]_proj)?)\.1\.", r"\1.norm."),
+    *children(r"(\.downsample(?:\.[xh]_proj)?)", r"\1.conv", r"\1.norm"),
     (r"^extra_norm\.1\.", "stages.1.norm."),
     (r"^extra_norm\.4\.", "overview_feature.norm."),
     (r"^extra_norm\.", "out_norms."),
-    (r"^h_proj\.0\.", "overview_feature.proj."),
-    (r"^h_proj\.1\.", "overview_feature.scale."),
-    (r"^head\.0\.", "head.proj.conv."),
-    (r"^head\.1\.", "head.proj.norm."),
-    (r"^head\.4\.", "head.fc."),
-    (r"^aux_head\.0\.", "aux_head.norm."),
-    (r"^aux_head\.2\.", "aux_head.fc."),
+    *children("^h_proj", "overview_feature.proj", "overview_feature.scale"),
+    *children("^head", "head.proj.conv", "head.proj.norm", None, None, "head.fc"),
+    *children("^aux_head", "aux_head.norm", None, "aux_head.fc"),
 )
 
 

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import VMAMBA_NAMES, imagenet_cfg
+from backbones.core.published import VMAMBA_NAMES, children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, TokenStage, make_stages
-from backbones.vig.blocks import Block, GatedLinearAttention
+from backbones.core.stage import IsotropicStage, TokenBlock, TokenStage, make_stages
+from backbones.vig.blocks import GatedLinearAttention, gated_mlp
 from backbones.vig.inference import *  # noqa: F403  (registers the inference forms)
 from ops.init import init_trunc_normal
 from ops.norm import RMSNorm
@@ -60,8 +60,7 @@ class Stem(nn.Module):
 _MIXER = (
     (r"\.in_proj\.0\.", ".dwconv."),
     (r"\.qkv_proj\.", ".qkv."),
-    (r"\.gk_proj\.0\.", ".decay_down."),
-    (r"\.gk_proj\.1\.", ".decay_up."),
+    *children(r"\.gk_proj", ".decay_down", ".decay_up"),
     (r"\.g_proj\.", ".gate."),
     (r"\.g_norm\.", ".norm."),
     (r"\.l_norm\.", ".local_norm."),
@@ -69,10 +68,7 @@ _MIXER = (
 )
 _PLAIN = (
     *_MIXER,
-    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
-    (r"^patch_embed\.proj\.1\.", "stem.norm1."),
-    (r"^patch_embed\.proj\.3\.", "stem.conv2."),
-    (r"^patch_embed\.proj\.4\.", "stem.norm2."),
+    *children(r"^patch_embed\.proj", "stem.conv1", "stem.norm1", None, "stem.conv2", "stem.norm2"),
     (r"^pos_embed$", "stem.position.pos_embed"),
     (r"\.attn_norm\.", ".norm1."),
     (r"\.mlp_norm\.", ".norm2."),
@@ -118,17 +114,15 @@ class ViG(IsotropicBackbone):
         pyramid: bool = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        hidden_dim, norm_layer = _hidden_dim(dim, 256), partial(RMSNorm, eps=1e-6)
         share = 0.5 if mean_of_directions else 0.25
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            attn = GatedLinearAttention(dim, num_heads, act, share)
+            mlp = gated_mlp(dim, _hidden_dim(dim, 256), proj_drop_rate)
+            return TokenBlock(dim, attn, mlp, partial(RMSNorm, eps=1e-6), drop_path)
+
         self.stem = Stem(in_chans, dim)
-        self.stages = make_stages(
-            depths,
-            drop_path_rate,
-            lambda i, j, rate: Block(
-                dim, num_heads, hidden_dim, norm_layer, proj_drop_rate, rate, act, share
-            ),
-            stage_type=IsotropicStage,
-        )
+        self.stages = make_stages(depths, drop_path_rate, block, stage_type=IsotropicStage)
         self.norm = RmsNorm2d(dim, eps=1e-6)
         self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
         self.describe_blocks(dim, pyramid=pyramid)
@@ -157,24 +151,22 @@ class HierarchicalViG(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
+
+        def block(i: int, j: int, drop_path: float) -> nn.Module:
+            attn = GatedLinearAttention(dims[i], num_heads[i])
+            mlp = gated_mlp(dims[i], _hidden_dim(dims[i], 32), proj_drop_rate)
+            return TokenBlock(dims[i], attn, mlp, nn.LayerNorm, drop_path)
+
         self.stem = nn.Sequential(
             ConvLayerNorm(in_chans, dims[0] // 2), nn.GELU(), ConvLayerNorm(dims[0] // 2, dims[0])
         )
         self.stages = make_stages(
-            depths,
-            drop_path_rate,
-            lambda i, j, rate: Block(
-                dims[i], num_heads[i], _hidden_dim(dims[i], 32), nn.LayerNorm, proj_drop_rate, rate
-            ),
-            lambda i: ConvLayerNorm(dims[i - 1], dims[i]),
-            TokenStage,
+            depths, drop_path_rate, block, lambda i: ConvLayerNorm(dims[i - 1], dims[i]), TokenStage
         )
         self.norm = LayerNorm2d(dims[-1], eps=1e-5)
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
         self.describe_features(
-            dims,
-            out_norms=out_norms,
-            out_norm_layer=partial(LayerNorm2d, eps=1e-5),
+            dims, out_norms=out_norms, out_norm_layer=partial(LayerNorm2d, eps=1e-5)
         )
         self.apply(_init_hierarchical)
 

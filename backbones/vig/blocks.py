@@ -6,12 +6,11 @@ https://arxiv.org/abs/2405.18425.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, GluMlp
+from timm.layers import GluMlp
 from torch import Tensor, nn
 
 from ops.linear_attention import gated_linear_attention
@@ -141,29 +140,6 @@ def _scan(
     return gated_linear_attention(query, key, value, ahead, back, scale=scale)
 
 
-class Block(nn.Module):
-    """Pre-norm residual :class:`GatedLinearAttention` and gated MLP, on (B, H, W, dim)."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        hidden_dim: int,
-        norm_layer: Callable[[int], nn.Module],
-        drop: float = 0.0,
-        drop_path: float = 0.0,
-        act: bool = False,
-        eval_share: float = 0.5,
-    ) -> None:
-        super().__init__()
-        self.norm1 = norm_layer(dim)
-        self.attn = GatedLinearAttention(dim, num_heads, act, eval_share)
-        self.norm2 = norm_layer(dim)
-        self.mlp = GluMlp(
-            dim, 2 * hidden_dim, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False
-        )
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+def gated_mlp(dim: int, hidden_dim: int, drop: float) -> nn.Module:
+    """Two linear layers, of which one gates the other by SiLU, and a third."""
+    return GluMlp(dim, 2 * hidden_dim, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False)

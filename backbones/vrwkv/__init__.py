@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from backbones.common.checks import several, whole
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, checked
-from backbones.core.published import imagenet_cfg
+from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, make_stages
 from backbones.vrwkv.blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
@@ -77,8 +77,7 @@ _RENAMES = (
     (r"\.time_maa_w2$", ".mix_up"),
     (r"\.decay_w1$", ".decay_down"),
     (r"\.decay_w2$", ".decay_up"),
-    (r"^head\.0\.", "head.pre_logits.fc."),
-    (r"^head\.2\.", "head.fc."),
+    *children("^head", "head.pre_logits.fc", None, "head.fc"),
 )
 
 

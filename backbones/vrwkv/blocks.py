@@ -10,11 +10,10 @@ The input of each projection is a learned interpolation between a pixel and its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
+from timm.layers import DropPath, LayerScale
 from torch import Tensor, nn
 
 from ops.bi_wkv import bi_wkv
@@ -66,11 +65,6 @@ class WKVAttention(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=False)
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that a scale of the output can be folded into."""
-        return self.proj
-
     def forward(self, x: Tensor) -> Tensor:
         shifted = shift(x)
         change = x - shifted
@@ -113,8 +107,6 @@ class GatedScan(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if dim % HEAD_DIM:
-            raise ValueError(f"dim must be a multiple of {HEAD_DIM}, got {dim}")
         self.num_heads = dim // HEAD_DIM
         self.mix_x = _mix_weight(dim)
         self.mix_w, self.mix_k, self.mix_v = _mix_weight(dim), _mix_weight(dim), _mix_weight(dim)
@@ -131,11 +123,6 @@ class GatedScan(nn.Module):
         self.gate = nn.Linear(dim, dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
         self.norm = nn.GroupNorm(self.num_heads, dim, eps=1e-5)
-
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that a scale of the output can be folded into."""
-        return self.proj
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
@@ -210,11 +197,6 @@ class GatedSquaredMlp(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden_dim, dim, bias=False)
 
-    @property
-    def last(self) -> nn.Linear:
-        """The layer that a scale of the output can be folded into."""
-        return self.value
-
     def forward(self, x: Tensor) -> Tensor:
         shifted = shift(x, self.groups)
         change = x - shifted
@@ -230,17 +212,6 @@ class GatedSquaredMlp(nn.Module):
             mix.copy_((torch.arange(dim) / dim) ** (1 - layer / depth))
 
 
-class Scale(nn.Module):
-    """Scales each channel (the last axis) by a learned factor."""
-
-    def __init__(self, dim: int, value: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
 class Block(nn.Module):
     """Residual attention and feed-forward: (B, H, W, dim) → (B, H, W, dim).
 
@@ -252,8 +223,8 @@ class Block(nn.Module):
     def __init__(
         self,
         dim: int,
-        attn: nn.Module,
-        mlp: nn.Module,
+        attn: WKVAttention | GatedScan,
+        mlp: GatedSquaredMlp,
         post_norm: bool,
         layer_scale: float | None,
         drop_path: float,
@@ -261,7 +232,7 @@ class Block(nn.Module):
         super().__init__()
 
         def scale() -> nn.Module:
-            return nn.Identity() if layer_scale is None else Scale(dim, layer_scale)
+            return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
         self.post_norm = post_norm
         self.norm1 = nn.LayerNorm(dim, eps=1e-5)
@@ -279,18 +250,17 @@ class Block(nn.Module):
     @torch.no_grad()
     def fuse(self) -> Block:
         """Fold layer scales into the preceding layers, in place."""
-        part: Any
-        for norm, part, name in (
-            (self.norm1, self.attn, "ls1"),
-            (self.norm2, self.mlp, "ls2"),
+        for norm, last, name in (
+            (self.norm1, self.attn.proj, "ls1"),
+            (self.norm2, self.mlp.value, "ls2"),
         ):
             scale = getattr(self, name)
-            if isinstance(scale, Scale):
+            if isinstance(scale, LayerScale):
                 if self.post_norm:
                     norm.weight.mul_(scale.gamma)
                     norm.bias.mul_(scale.gamma)
                 else:
-                    part.last.weight.mul_(scale.gamma[:, None])
+                    last.weight.mul_(scale.gamma[:, None])
                 setattr(self, name, nn.Identity())
         return self
 

@@ -36,14 +36,12 @@ class VRWKVAttention(FastForm, blocks.WKVAttention):
         decay, first = derived.per_token[tokens]
         for_key, for_value, for_gate = shifted_mixtures(x, derived.shares).unbind()
         key, value = self.key(for_key).flatten(1, 2), self.value(for_value).flatten(1, 2)
+        gate = None  # of the scan, if no norm is in between
         if isinstance(self.norm, nn.Identity):
             gate = self.receptance(for_gate).flatten(1, 2)
-            out = bi_wkv_forward(key, value, decay, first, gate, self.segments).view(x.shape)
-        else:
-            out = self.norm(bi_wkv_forward(key, value, decay, first, None, self.segments)).view(
-                x.shape
-            )
-            out = torch.sigmoid(self.receptance(for_gate)) * out
+        out = bi_wkv_forward(key, value, decay, first, gate, self.segments).view(x.shape)
+        if gate is None:
+            out = torch.sigmoid(self.receptance(for_gate)) * self.norm(out)
         return self.proj(out)
 
     def derive(self, x: Tensor) -> _Scan | None:

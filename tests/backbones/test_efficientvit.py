@@ -12,13 +12,7 @@ from torch import Tensor, nn
 from zoo import randomise
 
 import backbones
-from backbones.cli.parity import (
-    checkpoint,
-    image,
-    reference,
-    relative_error,
-    tolerance,
-)
+from backbones.cli.parity import checkpoint, image, reference, relative_error, tolerance
 
 VARIANTS = [
     pytest.param(f"efficientvit_m{i}", marks=() if i in (0, 5) else pytest.mark.slow)

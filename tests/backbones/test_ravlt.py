@@ -32,7 +32,7 @@ def test_stored_angles_are_optional():
 def test_dense_network_becomes_a_classifier():
     model = backbones.create_model("ravlt_t", out_norms=True, num_classes=0, **SHALLOW).eval()
     assert model(images(1, 3, 64, 64)).shape == (1, 512, 2, 2)
-    with pytest.raises(ValueError, match="5 classes need a pooling"):
+    with pytest.raises(ValueError, match="num_classes must be 0, got 5"):
         model.reset_classifier(5)
     model.reset_classifier(5, "avg")
     assert model(images(1, 3, 64, 64)).shape == (1, 5)

@@ -30,10 +30,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
         "unireplknet_a",
         {**SMALL["unireplknet"][1], "depths": (1, 1, 3, 1), "kernel_sizes": (5, 7, (9, 3), 11)},
     ),
-    "vanilla_vmamba": (
-        "vanilla_vmamba_tiny",
-        {"dims": (48, 64, 96, 128), "depths": (1, 1, 2, 1)},
-    ),
+    "vanilla_vmamba": ("vanilla_vmamba_tiny", {"dims": (48, 64, 96, 128), "depths": (1, 1, 2, 1)}),
     "vig_t": ("vig_t", {"dim": 64, "num_heads": 2, "depths": (2, 1, 1, 1)}),
     "vrwkv6": ("vrwkv6_t", _VRWKV),
     "vrwkv6 post": ("vrwkv6_t", {**_VRWKV, "post_norm": True, "layer_scale": 0.3}),

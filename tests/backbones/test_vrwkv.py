@@ -6,10 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from published import load_published
 from zoo import images, outlines, randomise, small
 
 import backbones
-from backbones.cli.parity import checkpoint, image, reference, relative_error
+from backbones.cli.parity import image, reference, relative_error
 from backbones.vrwkv import blocks
 from backbones.vrwkv.blocks import Block, WKVAttention, shift
 
@@ -22,18 +23,11 @@ OTHER_FORMS = [
 ]
 
 
-def published(variant: str, **kwargs: object) -> torch.nn.Module:
-    """The variant with the weights that the figures belong to."""
-    model = backbones.create_model(variant, **kwargs).eval()
-    backbones.load_checkpoint(model, checkpoint(reference("vrwkv", variant)))
-    return model
-
-
 @pytest.mark.parametrize(("variant", "form", "segments"), OTHER_FORMS)
 @torch.no_grad()
 def test_other_forms_of_the_scan(variant, form, segments):
-    model = published(variant, segments=segments)
-    for case in reference("vrwkv", variant)["cases"]:
+    model, figures = load_published("vrwkv", variant, segments=segments)
+    for case in figures["cases"]:
         logits = model(image(case["input"], case["seed"]))
         tolerance = 3e-5 if variant == "vrwkv_l" else 1e-5
         assert relative_error(logits, case[form]) <= tolerance
@@ -45,7 +39,7 @@ def test_the_gradient_of_the_image_against_float64(variant, monkeypatch):
     x = image((2, 3, 96, 128), 2)
     gradients = []
     for dtype in (torch.float64, torch.float32):
-        model = published(variant).to(dtype)
+        model = load_published("vrwkv", variant)[0].to(dtype)
         taken = x.to(dtype).requires_grad_()
         with monkeypatch.context() as patch:
             if dtype == torch.float64:

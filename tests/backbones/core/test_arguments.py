@@ -198,10 +198,7 @@ GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         lambda **how: backbones.fuse(_van(), **how),
         {"dtype": torch.float32, "channels_last": True},
     ),
-    "list_models": (
-        backbones.list_models,
-        {"filter": "van*", "pretrained": True, "family": "van"},
-    ),
+    "list_models": (backbones.list_models, {"filter": "van*", "pretrained": True, "family": "van"}),
     "load_checkpoint": (
         backbones.load_checkpoint,
         {"model": _van(), "source": _van().state_dict()},
