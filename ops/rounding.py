@@ -37,13 +37,13 @@ def round_keeping_sums(taps: Tensor, dtype: torch.dtype) -> Tensor:
     if not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point one, got {dtype}")
     order = taps.abs().argsort(dim=-1, descending=True, stable=True)
-    sorted_taps = taps.gather(-1, order)
-    rounded, error = torch.empty_like(sorted_taps), torch.zeros_like(sorted_taps[..., 0])
-    for i in range(taps.shape[-1]):
-        wanted = sorted_taps[..., i] + error
-        rounded[..., i] = wanted.to(dtype).to(taps.dtype)
-        error = (wanted - rounded[..., i]).nan_to_num(0, 0, 0)
-    return torch.empty_like(taps).scatter(-1, order, rounded).to(dtype)
+    wanted = taps.gather(-1, order).movedim(-1, 0).contiguous()  # (n, ...)
+    rounded, error = torch.empty_like(wanted), torch.zeros_like(taps[..., 0])
+    for i, tap in enumerate(wanted):
+        tap = tap + error
+        rounded[i] = tap.to(dtype)
+        error = (tap - rounded[i]).nan_to_num(0, 0, 0)
+    return torch.empty_like(taps).scatter(-1, order, rounded.movedim(0, -1)).to(dtype)
 
 
 @checked()

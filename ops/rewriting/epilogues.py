@@ -19,6 +19,7 @@ from ops.inference.packed_linear import multiplied_weight
 from ops.reparam import fold_scale_after
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
 from ops.rewriting.lift import affine_of
+from ops.rounding import round_filters
 
 __all__ = [
     "activation_kind",
@@ -66,14 +67,17 @@ def product_of(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | N
 
 
 def _folded(layer: Any, scale: Tensor, shift: Tensor | None = None) -> Any:
-    """``layer(x) * scale + shift``, rounded to the layer's dtype once, or with the same int8."""
+    """``layer(x) * scale + shift``, rounded as ``fuse()`` does, or with the same int8."""
     dtype = layer.weight.dtype
     wide = torch.promote_types(dtype, torch.float32)
     shift = None if shift is None else shift.to(wide)
     exact = copy.copy(layer)
     weight = multiplied_weight(layer.weight.detach(), layer.quantization)
     exact._parameters = {**layer._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
-    return fold_scale_after(exact, scale.to(wide), shift).to(dtype)
+    folded = fold_scale_after(exact, scale.to(wide), shift)
+    if layer.quantization is None:
+        round_filters(folded, dtype)
+    return folded.to(dtype)
 
 
 def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:

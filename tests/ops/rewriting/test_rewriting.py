@@ -20,6 +20,7 @@ from ops.cpu.attention.grouped import attend
 from ops.inference.conversion import to_channels_last
 from ops.inference.layers import convert
 from ops.neighborhood import na2d_av
+from ops.reparam import norm_affine
 from ops.replay.graph import NotCapturableError
 from ops.rewriting.graph import Program
 from ops.rewriting.module import Rewritten, rewritten_form
@@ -531,9 +532,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @given(
     st.lists(
-        st.tuples(
-            st.sampled_from([*_UNARY, *_LAYERS, *_BINARY]), st.integers(0, 9), st.integers(0, 9)
-        ),
+        st.tuples(st.sampled_from([*_UNARY, *_LAYERS, *_BINARY]), *[st.integers(0, 9)] * 2),
         min_size=1,
         max_size=14,
     ),
@@ -548,13 +547,9 @@ def test_random_graphs_compute_the_same(steps: list[tuple[str, int, int]], seed:
         values = [x]
         for i, (step, a, b) in enumerate(steps):
             first, second = values[a % len(values)], values[b % len(values)]
-            if step in _LAYERS:
-                values.append(getattr(m, f"layer{i}")(first))
-            else:
-                values.append(
-                    _UNARY[step](first) if step in _UNARY else _BINARY[step](first, second)
-                )
-            values[-1] = values[-1] / values[-1].detach().abs().amax().clamp(min=1)
+            made = getattr(m, f"layer{i}", _UNARY.get(step))
+            value = _BINARY[step](first, second) if made is None else made(first)
+            values.append(value / value.detach().abs().amax().clamp(min=1))
         return values[-1] + values[len(values) // 2]
 
     model = Call(forward, **layers).eval()
@@ -572,15 +567,18 @@ def test_folded_weights_keep_their_dtype() -> None:
         y = m.norm(m.conv(x)) * 0.17 + m.norm2(x)
         return m.fc(y.permute(0, 2, 3, 1)) * 0.3 + m.bias
 
-    conv = nn.Conv2d(16, 16, 3, padding=1)
-    norms = {"norm": nn.BatchNorm2d(16), "norm2": nn.BatchNorm2d(16)}
-    model = Call(forward, conv=conv, fc=nn.Linear(16, 16), **norms)
+    layers = {**_convs(3, conv=SQUARE), **_linear(fc=SQUARE), **_norms(norm=16, norm2=16)}
+    model = Call(forward, **layers)
     model.bias = nn.Parameter(torch.randn(16))
     exact, image = copy.deepcopy(model).eval().double()(IMAGE.double()), IMAGE.bfloat16()
     graph = graph_of(model.bfloat16(), image)
     assert names_of(graph) == ["FastConv2d", "FastLinear"], str(graph)
     error = (Program(graph)(image) - exact).abs().max() / exact.abs().max()
     assert error < 0.02
+    made, scale = graph.operators[0].function, norm_affine(copy.deepcopy(model.norm).double())[0]
+    wanted = model.conv.weight.double() * (0.17 * scale[:, None, None, None])
+    off = (made.weight.double() - wanted).sum((2, 3)) * (1 - torch.eye(16))  # norm2 is on the rest
+    assert (off.abs() <= torch.finfo(torch.bfloat16).eps * wanted.abs().amax((2, 3))).all()
 
 
 # -- shortcuts and gates -------------------------------------------------------------------------
