@@ -1,6 +1,6 @@
 """Lowering: replaces torch calls in a replay by a kernel that needs neither Python nor torch.
 
-The kernel (``ops/cpu/replay/pointwise.h``) copies, adds, subtracts, multiplies, joins and selects
+The kernel (``ops/cpu/replay/replay.cpp``) copies, adds, subtracts, multiplies, joins and selects
 rows, bit-identical to torch. It is for tensors so small that the overhead of calling torch
 dominates.
 """
@@ -25,12 +25,12 @@ from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View, 
 
 __all__ = ["lowered"]
 
-_COPY, _ADD, _MULTIPLY, _SUBTRACT, _ADD_PRODUCT = range(5)  # as in ops/cpu/replay/pointwise.h
+_COPY, _ADD, _MULTIPLY, _SUBTRACT, _ADD_PRODUCT = range(5)  # as in ops/cpu/replay/replay.cpp
 _MOST_AXES = 6
 _MOST_ELEMENTS = 1 << 19
 _MOST_PARTS = 64  # of a tensor that is joined, whose addresses fit into the list's arguments
 _COMBINED = ({torch.float32}, {torch.bfloat16})
-_PROBLEM = structure("replay/pointwise.h", "pointwise::Problem")
+_PROBLEM = structure("replay/replay.cpp", "pointwise::Problem")
 
 
 class _Operand(NamedTuple):

@@ -3,17 +3,10 @@
 // all channels is one pass while an image's map is in the cache: norm, queries, keys and values, a
 // depthwise convolution of the queries, attention with a table of biases, and the ReLU, which also
 // applies to the channels that do not attend.
-#include <algorithm>
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <vector>
-#include "attention/attention.h"
+#include "common/kernel.h"
+#include "attention/group.h"
+#include "attention/products.h"
 #include "common/activation.h"
-#include "common/interface.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/simd.h"
 #include "depthwise/direct.h"
 #include "gemm/call.h"
 
@@ -273,13 +266,9 @@ static void forward(const Problem& p, const Tensors& t) {
 }  // namespace cascaded_attention
 
 // The C interface, called from cascaded.py.
-VB_EXPORT_BYTES(cascaded_attention, Problem)
-VB_EXPORT_BYTES(cascaded_attention, Tensors)
-
 extern "C" int cascaded_attention_forward(const cascaded_attention::Problem* problem,
                                           const cascaded_attention::Tensors* tensors) {
-  return status_of([&] {
-    problem->bfloat16 ? cascaded_attention::forward<BFloat16>(*problem, *tensors)
-                      : cascaded_attention::forward<float>(*problem, *tensors);
+  return status_of(problem->bfloat16, [&](auto type) {
+    cascaded_attention::forward<decltype(type)>(*problem, *tensors);
   });
 }

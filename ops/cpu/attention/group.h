@@ -1,11 +1,7 @@
 // The parameters of attention, and the rows of one head of one group: their addresses, copies of
 // keys and values, and the epilogue.
 #pragma once
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <type_traits>
-#include "common/lanes.h"
+#include "common/kernel.h"
 #include "common/dot.h"
 #include "common/rotation.h"
 

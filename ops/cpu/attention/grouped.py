@@ -1,6 +1,6 @@
 """Softmax attention to few keys on the CPU, on tokens in place, without gradients.
 
-The kernel (``attention.h``) covers the cases where torch is slow: narrow heads, few keys, regions
+The kernel (``attention.cpp``) covers the cases where torch is slow: narrow heads, few keys, regions
 that would have to be gathered, and windows with their own score terms. Sums are accumulated in
 float32. Weights are rounded to bfloat16 if products use AVX512-BF16 (float32 is faster with AMX).
 """

@@ -1,17 +1,7 @@
 // Rank-augmented linear attention of RAVLT. Every map is read once or twice, in pieces that stay in
 // the L1 cache. Lanes are channels.
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <utility>
-#include <vector>
-#include "common/interface.h"
-#include "common/parallel.h"
+#include "common/kernel.h"
 #include "common/rotation.h"
-#include "common/scratch.h"
-#include "common/simd.h"
 
 namespace linear_attention {
 
@@ -86,19 +76,10 @@ static void product(const ProductArgs& args) {
   }
 }
 
-using Product = void (*)(const ProductArgs&);
-template <int R, int... C>
-static constexpr std::array<Product, COLUMNS> product_columns(std::integer_sequence<int, C...>) {
-  return {product<R, C + 1>...};
-}
-template <int... R>
-static constexpr std::array<std::array<Product, COLUMNS>, ROWS> product_rows(
-    std::integer_sequence<int, R...>) {
-  return {product_columns<R + 1>(std::make_integer_sequence<int, COLUMNS>())...};
-}
 // [rows - 1][vectors - 1]
-static constexpr std::array<std::array<Product, COLUMNS>, ROWS> PRODUCT =
-    product_rows(std::make_integer_sequence<int, ROWS>());
+static constexpr auto PRODUCT = variants<ROWS>([](auto r) {
+  return variants<COLUMNS>([](auto c) { return product<decltype(r)::value, c.value>; });
+});
 
 // `rows` × `dim` outputs of the above, one register block at a time.
 static void multiply(ProductArgs args, int rows, int dim) {
@@ -313,13 +294,9 @@ static void forward(const Problem& p, const Tensors& t) {
 }  // namespace linear_attention
 
 // The C interface, called from linear.py.
-VB_EXPORT_BYTES(linear_attention, Problem)
-VB_EXPORT_BYTES(linear_attention, Tensors)
-
 extern "C" int linear_attention_forward(const linear_attention::Problem* problem,
                                         const linear_attention::Tensors* tensors) {
-  return status_of([&] {
-    problem->bfloat16 ? linear_attention::forward<BFloat16>(*problem, *tensors)
-                      : linear_attention::forward<float>(*problem, *tensors);
+  return status_of(problem->bfloat16, [&](auto type) {
+    linear_attention::forward<decltype(type)>(*problem, *tensors);
   });
 }

@@ -1,10 +1,9 @@
 // The two products of softmax attention, for a tile of queries. Lanes are queries, so that vectors
 // are full for any head dim; keys and values are broadcast.
 #pragma once
-#include <array>
 #include <cstdint>
-#include <utility>
 #include "common/dot.h"
+#include "common/variants.h"
 
 namespace attention {
 
@@ -105,35 +104,16 @@ static void mix(const MixArgs& args) {
   }
 }
 
-using Score = void (*)(const ScoreArgs&);
-using Mix = void (*)(const MixArgs&);
-
-template <class P, int V, int... I>
-static constexpr std::array<Score, SUMS> score_kernels(std::integer_sequence<int, I...>) {
-  return {score<P, V, I + 1>...};
-}
-template <class P, int V, int... I>
-static constexpr std::array<Mix, SUMS> mix_kernels(std::integer_sequence<int, I...>) {
-  return {mix<P, V, I + 1>...};
-}
-constexpr auto UP_TO_SUMS = std::make_integer_sequence<int, SUMS>();
-template <class P, int... V>
-static constexpr std::array<std::array<Score, SUMS>, VECTORS> score_tables(
-    std::integer_sequence<int, V...>) {
-  return {score_kernels<P, V + 1>(UP_TO_SUMS)...};
-}
-template <class P, int... V>
-static constexpr std::array<std::array<Mix, SUMS>, VECTORS> mix_tables(
-    std::integer_sequence<int, V...>) {
-  return {mix_kernels<P, V + 1>(UP_TO_SUMS)...};
-}
-constexpr auto UP_TO_VECTORS = std::make_integer_sequence<int, VECTORS>();
 // [vectors - 1][keys - 1] and [vectors - 1][channels - 1]. Static, since libraries for different
 // instruction sets in one process would otherwise share them.
 template <class P>
-static constexpr std::array<std::array<Score, SUMS>, VECTORS> SCORE = score_tables<P>(UP_TO_VECTORS);
+static constexpr auto SCORE = variants<VECTORS>([](auto v) {
+  return variants<SUMS>([](auto k) { return score<P, decltype(v)::value, k.value>; });
+});
 template <class P>
-static constexpr std::array<std::array<Mix, SUMS>, VECTORS> MIX = mix_tables<P>(UP_TO_VECTORS);
+static constexpr auto MIX = variants<VECTORS>([](auto v) {
+  return variants<SUMS>([](auto c) { return mix<P, decltype(v)::value, c.value>; });
+});
 
 // Calls work(first, count) for even parts of at most SUMS each.
 template <class Work>

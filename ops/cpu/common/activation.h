@@ -4,8 +4,14 @@
 #include <cmath>
 #include <limits>
 #include <type_traits>
-#include "common/libm.h"
 #include "common/simd.h"
+
+// glibc 2.29 added a version of exp that does not set errno; the older one computes the same.
+#if defined(__GLIBC__) && defined(__x86_64__)
+__asm__(".symver exp, exp@GLIBC_2.2.5");
+#elif defined(__GLIBC__) && defined(__aarch64__)
+__asm__(".symver exp, exp@GLIBC_2.17");
+#endif
 
 namespace activation {
 

@@ -1,8 +1,13 @@
-// The C interface of a library. Functions return 0, or 1 if they ran out of memory. The library
-// reports the sizes of its structures, which ops/cpu/call/binding.py compares with its own.
+// The C interface of a library. Functions return 0, or 1 if they ran out of memory.
 #pragma once
-#include <cstdint>
 #include <exception>
+#include "common/simd.h"
+
+// Calls work(T{}) for the type of some tensors' elements.
+template <class Work>
+static void with_type(bool bfloat16, const Work& work) {
+  bfloat16 ? work(BFloat16{}) : work(float{});
+}
 
 template <class Work>
 static int status_of(const Work& work) {
@@ -14,5 +19,7 @@ static int status_of(const Work& work) {
   return 0;
 }
 
-#define VB_EXPORT_BYTES(space, structure) \
-  extern "C" int64_t space##_##structure##_bytes() { return sizeof(space::structure); }
+template <class Work>
+static int status_of(bool bfloat16, const Work& work) {
+  return status_of([&] { with_type(bfloat16, work); });
+}

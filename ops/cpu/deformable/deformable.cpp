@@ -2,15 +2,7 @@
 // their taps are interpolated into rows, to which a linear layer is applied while they are in the
 // cache.
 // https://arxiv.org/abs/1703.06211
-#include <algorithm>
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <vector>
-#include "common/interface.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/simd.h"
+#include "common/kernel.h"
 #include "gemm/call.h"
 
 namespace deformable {
@@ -99,7 +91,7 @@ static void convolve(const Problem& p, const Tensors& t, int64_t first, int64_t 
 }
 
 template <class T>
-static void forward_of(const Problem& p, const Tensors& t) {
+static void forward(const Problem& p, const Tensors& t) {
   const int64_t pixels = p.batch * p.out_height * p.out_width;
   const int64_t features = p.kernel * p.kernel * p.channels;
   const int64_t fitting = std::max(FEWEST_PIXELS, ROW_BYTES / (features * int64_t{sizeof(T)}));
@@ -111,16 +103,11 @@ static void forward_of(const Problem& p, const Tensors& t) {
   parallel::for_each(tasks, p.threads, work);
 }
 
-static void forward(const Problem& p, const Tensors& t) {
-  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
-}
-
 }  // namespace deformable
 
 // The C interface, called from deformable_conv.py.
-VB_EXPORT_BYTES(deformable, Problem)
-VB_EXPORT_BYTES(deformable, Tensors)
-
 extern "C" int deformable_forward(const deformable::Problem* problem, const deformable::Tensors* tensors) {
-  return status_of([&] { deformable::forward(*problem, *tensors); });
+  return status_of(problem->bfloat16, [&](auto type) {
+    deformable::forward<decltype(type)>(*problem, *tensors);
+  });
 }

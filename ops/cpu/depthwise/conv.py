@@ -1,6 +1,6 @@
 """Depthwise convolution of channels-last maps on the CPU, for inference.
 
-The kernels (``depthwise.h``, ``branches.h``) cover the cases where torch is slow: large windows,
+The kernels (``depthwise.h``, ``depthwise.cpp``) cover the cases where torch is slow: large windows,
 dilated ones, 1×k and k×1, and fused activations.
 """
 

@@ -3,17 +3,9 @@
 // cache and is padded with zeros on both sides. Two output rows that share input rows are computed
 // together, for a run of pixels, with all sums in registers.
 #pragma once
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
 #include <numeric>
-#include <utility>
+#include "common/kernel.h"
 #include "common/activation.h"
-#include "common/prefetch.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
 
 namespace depthwise {
 
@@ -124,16 +116,12 @@ static void run(const Rows& rows, const float* bias_of_lanes, const Output<T>& o
 template <class T>
 using Run = void (*)(const Rows&, const float* bias, const Output<T>&);
 
-template <class T, int SX, size_t... I>
-static Run<T> run_of(int64_t pixels, std::index_sequence<I...>) {
-  static constexpr Run<T> runs[] = {run<T, I + 1, SX>...};
-  return runs[pixels - 1];
-}
-
 template <class T>
 static Run<T> run_of(int64_t pixels, int64_t stride) {
-  constexpr std::make_index_sequence<MAX_RUN> variants;
-  return stride == 1 ? run_of<T, 1>(pixels, variants) : run_of<T, 2>(pixels, variants);
+  static constexpr auto runs = variants<2>([](auto step) {
+    return variants<MAX_RUN>([](auto r) { return run<T, r.value, decltype(step)::value>; });
+  });
+  return runs[stride != 1][pixels - 1];
 }
 
 // A task of one thread: some output rows of `W` channels of one image.

@@ -1,7 +1,6 @@
 // Depthwise 3×3, 5×5 and 7×7 convolutions that read the map in place. Each pixel of a row is loaded
 // once for all outputs of a run that use it.
 #pragma once
-#include "common/range.h"
 #include "depthwise/depthwise.h"
 
 namespace depthwise {
@@ -81,26 +80,18 @@ static void convolve_run(const DirectRun<T>& s) {
 template <class T>
 using ConvolveRun = void (*)(const DirectRun<T>&);
 
-template <class T, int K, int SX, bool WHOLE, size_t... I>
-static ConvolveRun<T> direct_of(int64_t pixels, std::index_sequence<I...>) {
-  static constexpr ConvolveRun<T> runs[] = {convolve_run<T, K, I + 1, SX, WHOLE>...};
-  return runs[pixels - 1];
-}
-
-template <class T, int K, bool WHOLE>
-static ConvolveRun<T> direct_of(int64_t pixels, int64_t stride) {
-  constexpr std::make_index_sequence<RUN_PIXELS> variants;
-  return stride == 1 ? direct_of<T, K, 1, WHOLE>(pixels, variants)
-                     : direct_of<T, K, 2, WHOLE>(pixels, variants);
-}
-
 // With fewer channels than a vector, WHOLE is false and the window 3×3.
 template <class T, bool WHOLE>
 static ConvolveRun<T> direct_of(int64_t kernel, int64_t stride, int64_t pixels) {
-  if constexpr (!WHOLE) return direct_of<T, 3, false>(pixels, stride);
-  return kernel == 3   ? direct_of<T, 3, true>(pixels, stride)
-         : kernel == 5 ? direct_of<T, 5, true>(pixels, stride)
-                       : direct_of<T, 7, true>(pixels, stride);
+  static constexpr auto runs = variants<WHOLE ? 3 : 1>([](auto margin) {
+    return variants<2>([](auto step) {
+      return variants<RUN_PIXELS>([](auto r) {
+        constexpr int K = 2 * decltype(margin)::value + 1;
+        return convolve_run<T, K, r.value, decltype(step)::value, WHOLE>;
+      });
+    });
+  });
+  return runs[WHOLE ? kernel / 2 - 1 : 0][stride - 1][pixels - 1];
 }
 
 // Part of a map whose borders are padded with `kernel / 2` zeros.

@@ -2,15 +2,8 @@
 // linear kernel, pixels of an output row are rows, and the channels of a tap are inputs. Pixels at
 // the left and right borders, whose windows lack columns, are taken together down the map. BFloat16
 // is multiplied in pairs of channels.
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <utility>
-#include "common/interface.h"
-#include "common/parallel.h"
-#include "common/range.h"
+#include "common/kernel.h"
 #include "gemm/registers.h"
-#include "gemm/windows.h"
 
 namespace direct {
 
@@ -75,24 +68,16 @@ static void run(const linear::Problem& p, const Taps<I>& taps, const Block<T>& b
 template <class I, class T>
 using Run = void (*)(const linear::Problem&, const Taps<I>&, const Block<T>&, Prefetch&);
 
-template <class I, class T, int V, bool HALF, size_t... J>
-static Run<I, T> run_of(int64_t pixels, std::index_sequence<J...>) {
-  static constexpr Run<I, T> runs[] = {run<I, T, J + 1, V, HALF>...};
-  return runs[pixels - 1];
-}
-
-template <class I, class T, bool HALF>
-static Run<I, T> run_of(int64_t pixels, bool wide) {
-  constexpr std::make_index_sequence<MAX_ROWS> variants;
-  return wide ? run_of<I, T, 2, HALF>(pixels, variants) : run_of<I, T, 1, HALF>(pixels, variants);
-}
-
 template <class I, class T>
-static Run<I, T> run_of(int64_t pixels, bool wide, [[maybe_unused]] int lanes) {
-#if VB_AVX512
-  if (lanes <= W / 2) return run_of<I, T, true>(pixels, wide);
-#endif
-  return run_of<I, T, false>(pixels, wide);
+static Run<I, T> run_of(int64_t pixels, bool wide, int lanes) {
+  static constexpr auto runs = variants<linear::HALVES>([](auto half) {
+    return variants<2>([](auto v) {
+      return variants<MAX_ROWS>([](auto r) {
+        return run<I, T, r.value, decltype(v)::value, decltype(half)::value == 2>;
+      });
+    });
+  });
+  return runs[linear::is_half(lanes)][wide][pixels - 1];
 }
 
 // Some rows of an image, for one panel of a group's outputs.
@@ -189,9 +174,6 @@ static void forward(const Problem& p, const Tensors& t) {
 }  // namespace direct
 
 // The C interface, called from direct_conv.py.
-VB_EXPORT_BYTES(direct, Problem)
-VB_EXPORT_BYTES(direct, Tensors)
-
 // BFloat16 only if linear layers have products of it, see gemm.cpp.
 extern "C" int direct_forward(const direct::Problem* problem, const direct::Tensors* tensors) {
   return status_of([&] { direct::forward(*problem, *tensors); });

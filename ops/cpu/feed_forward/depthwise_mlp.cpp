@@ -4,17 +4,9 @@
 // in strips of rows, split into blocks of columns if wide. If the whole map is a single strip, it is
 // computed in chunks of channels. So it never leaves the L2 cache. Without the second linear layer,
 // the result is the map after the convolution, and the means of its channels.
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
 #include <cstring>
-#include <utility>
+#include "common/kernel.h"
 #include "common/activation.h"
-#include "common/interface.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
 #include "depthwise/direct.h"
 #include "gemm/call.h"
 #include "norm/norm.h"
@@ -266,7 +258,7 @@ static float mean_of(const Problem& p, const float* totals, int64_t shares, int6
 }
 
 template <class T>
-static void forward_of(const Problem& p, const Tensors& t) {
+static void forward(const Problem& p, const Tensors& t) {
   const int64_t height = (p.height - 1) / p.stride + 1, width = (p.width - 1) / p.stride + 1;
   const int64_t shares =
       std::max<int64_t>(1, std::min(height, (p.threads + p.batch - 1) / p.batch));
@@ -294,17 +286,12 @@ static void forward_of(const Problem& p, const Tensors& t) {
   }
 }
 
-static void forward(const Problem& p, const Tensors& t) {
-  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
-}
-
 }  // namespace depthwise_mlp
 
 // The C interface, called from depthwise_mlp.py.
-VB_EXPORT_BYTES(depthwise_mlp, Problem)
-VB_EXPORT_BYTES(depthwise_mlp, Tensors)
-
 extern "C" int depthwise_mlp_forward(const depthwise_mlp::Problem* problem,
                                      const depthwise_mlp::Tensors* tensors) {
-  return status_of([&] { depthwise_mlp::forward(*problem, *tensors); });
+  return status_of(problem->bfloat16, [&](auto type) {
+    depthwise_mlp::forward<decltype(type)>(*problem, *tensors);
+  });
 }

@@ -1,13 +1,7 @@
 // Kolmogorov-Arnold layers: layer norm, basis functions around the points of a grid, and a linear
 // layer. The basis functions of some rows at a time are computed and multiplied while in the cache.
 // https://arxiv.org/abs/2404.19756, https://arxiv.org/abs/2502.13693
-#include <algorithm>
-#include <cstdint>
-#include "common/interface.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
+#include "common/kernel.h"
 #include "gemm/call.h"
 #include "norm/norm.h"
 
@@ -88,7 +82,7 @@ static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) 
 }
 
 template <class T>
-static void forward_of(const Problem& p, const Tensors& t) {
+static void forward(const Problem& p, const Tensors& t) {
   const int64_t row_bytes = p.grids * p.in_features * int64_t{sizeof(T)};
   const int64_t fitting = std::max(linear::MIN_CHUNK, linear::CHUNK_BYTES / row_bytes);
   const int64_t tasks = std::max((p.rows + fitting - 1) / fitting, std::min(p.rows, p.threads));
@@ -98,16 +92,11 @@ static void forward_of(const Problem& p, const Tensors& t) {
   parallel::for_each(tasks, p.threads, work);
 }
 
-static void forward(const Problem& p, const Tensors& t) {
-  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
-}
-
 }  // namespace kan
 
 // The C interface, called from kan.py.
-VB_EXPORT_BYTES(kan, Problem)
-VB_EXPORT_BYTES(kan, Tensors)
-
 extern "C" int kan_forward(const kan::Problem* problem, const kan::Tensors* tensors) {
-  return status_of([&] { kan::forward(*problem, *tensors); });
+  return status_of(problem->bfloat16, [&](auto type) {
+    kan::forward<decltype(type)>(*problem, *tensors);
+  });
 }

@@ -5,14 +5,7 @@
 //
 // Gates and scales are per image and input of a layer. If an image has more pixels than the layer
 // has outputs, they are multiplied into the weights rather than the map, unless those are in int8.
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include "common/interface.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
+#include "common/kernel.h"
 #include "gemm/call.h"
 
 namespace response_mlp {
@@ -75,12 +68,9 @@ static void sum_pixels(const T* in, int64_t pixels, int64_t dim, float* sums) {
       const int64_t left = std::min<int64_t>(MEAN_VECTORS * W, dim - c), vectors = (left + W - 1) / W;
       const int lanes = static_cast<int>(left - (vectors - 1) * W);
       const T* place = in + i * dim + c;
-      switch (vectors) {
-        case 1: add_pixels<1>(place, count, dim, lanes, sums + c); break;
-        case 2: add_pixels<2>(place, count, dim, lanes, sums + c); break;
-        case 3: add_pixels<3>(place, count, dim, lanes, sums + c); break;
-        default: add_pixels<MEAN_VECTORS>(place, count, dim, lanes, sums + c);
-      }
+      with_constant<MEAN_VECTORS>(vectors, [&](auto size) {
+        add_pixels<size.value>(place, count, dim, lanes, sums + c);
+      });
     }
   }
 }
@@ -260,17 +250,12 @@ static void share_out(const Problem& p, const Tensors& t) {
   parallel::for_each(p.threads, p.threads, work);
 }
 
-static void forward(const Problem& p, const Tensors& t) {
-  p.bfloat16 ? share_out<BFloat16>(p, t) : share_out<float>(p, t);
-}
-
 }  // namespace response_mlp
 
 // The C interface, called from response_mlp.py.
-VB_EXPORT_BYTES(response_mlp, Problem)
-VB_EXPORT_BYTES(response_mlp, Tensors)
-
 extern "C" int response_mlp_forward(const response_mlp::Problem* problem,
                                     const response_mlp::Tensors* tensors) {
-  return status_of([&] { response_mlp::forward(*problem, *tensors); });
+  return status_of(problem->bfloat16, [&](auto type) {
+    response_mlp::share_out<decltype(type)>(*problem, *tensors);
+  });
 }

@@ -1,6 +1,5 @@
 // The inputs of a linear micro-kernel, its prefetches, and its epilogue.
 #pragma once
-#include "common/lanes.h"
 #include "gemm/problem.h"
 
 namespace linear {
@@ -28,6 +27,16 @@ struct Block {
   int lanes;
   const float* other_scale;
 };
+
+// The block of the outputs from `n` on, beginning with row 0, without operands.
+template <class T>
+static Block<T> block_at(const Problem& p, const Tensors& t, const Rows<T>& rows, int64_t n) {
+  const int64_t left = p.out_features - n;
+  return {nullptr, nullptr, t.bias + n,
+          rows.other ? rows.other + n : nullptr, rows.out + n, rows.energy ? rows.energy + n : nullptr,
+          static_cast<int>(std::min<int64_t>(W, left > W ? left - W : left)),
+          t.other_scale ? t.other_scale + n : nullptr};
+}
 
 // Memory to prefetch, a few lines with every few products. It may run past the end, into data that
 // are needed next.

@@ -1,6 +1,6 @@
 // Vectors of bytes, and of the integers that they come from and are summed up to.
 #pragma once
-#include "common/lanes.h"
+#include "common/kernel.h"
 
 // Older compilers and assemblers do not know AVX-VNNI.
 #if VB_AVX512 || (VB_AVX2 && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12))

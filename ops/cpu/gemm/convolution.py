@@ -1,6 +1,6 @@
 """Dense convolutions on the CPU for inference, as linear layers on windows (im2col).
 
-The kernel (``convolution.h``) copies the windows of a few pixels at a time.
+The kernel (in ``gemm.cpp``) copies the windows of a few pixels at a time.
 """
 
 from __future__ import annotations

@@ -1,12 +1,7 @@
 // A linear layer with a fused prologue and epilogue: scales of inputs, activation, shortcut or
 // gate, energies of outputs. Blocks of rows are multiplied with all the weights.
 #pragma once
-#include "gemm/pack.h"
 #include "gemm/int8.h"
-#include "gemm/registers.h"
-#include "gemm/tiles.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
 
 namespace linear {
 
@@ -114,7 +109,7 @@ static bool shares_panels(const Problem& p) {
 }
 
 template <class T>
-static void forward_of(const Problem& p, const Tensors& t) {
+static void forward(const Problem& p, const Tensors& t) {
   const int64_t panels = (p.out_features + PANEL - 1) / PANEL;
   if (t.energy) {
     std::fill_n(t.energy, p.rows / p.image_rows * p.out_features, 0.f);
@@ -136,7 +131,7 @@ static void forward_of(const Problem& p, const Tensors& t) {
 
 // Two layers, a block of rows at a time; the hidden rows between them stay in the cache.
 template <class T>
-static void forward_pair_of(Problem first, Tensors before, Problem second, Tensors after) {
+static void forward_pair(Problem first, Tensors before, Problem second, Tensors after) {
   static thread_local ScratchBuffer<T> buffer;
   constexpr int64_t line = LINE / int64_t{sizeof(T)};
   // An odd number of cache lines, so that rows do not map to the same sets of the L1 cache.
@@ -156,19 +151,9 @@ static void forward_pair_of(Problem first, Tensors before, Problem second, Tenso
     if (after.other) {
       project.other = static_cast<const T*>(after.other) + rows.begin * second.other_stride;
     }
-    forward_of<T>(first, expand);
-    forward_of<T>(second, project);
+    forward<T>(first, expand);
+    forward<T>(second, project);
   }
-}
-
-static void forward_pair(const Problem& first, const Tensors& before, const Problem& second,
-                         const Tensors& after) {
-  first.bfloat16 ? forward_pair_of<BFloat16>(first, before, second, after)
-                 : forward_pair_of<float>(first, before, second, after);
-}
-
-static void forward(const Problem& p, const Tensors& t) {
-  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
 }
 
 }  // namespace linear

@@ -4,12 +4,9 @@
 // Four inputs of a lane are multiplied at once (AVX512-VNNI, AVX-VNNI, SDOT), or tiles of 64 inputs
 // (AMX).
 #pragma once
-#include <utility>
-#include "gemm/block.h"
 #include "gemm/quantize.h"
 #include "gemm/registers.h"
 #include "gemm/tiles.h"
-#include "common/scratch.h"
 
 namespace linear {
 
@@ -127,10 +124,13 @@ VB_DOT static void multiply_bytes_in_registers(const Bytes& rows, const int8_t* 
 
 using Multiply = void (*)(const Bytes&, const int8_t*, Prefetch&, int32_t*);
 
-template <int V, size_t... N>
-static Multiply multiply_of(int64_t rows, std::index_sequence<N...>) {
-  static constexpr Multiply variants[] = {multiply_bytes_in_registers<N + 1, V>...};
-  return variants[rows - 1];
+static Multiply multiply_of(int64_t rows, bool wide) {
+  static constexpr auto kernels = variants<2>([](auto v) {
+    return variants<MAX_ROWS>([](auto r) {
+      return multiply_bytes_in_registers<r.value, decltype(v)::value>;
+    });
+  });
+  return kernels[wide][rows - 1];
 }
 
 // The weights, scales and biases of a panel. With `sums`, the negative sums of scaled weights.
@@ -177,56 +177,28 @@ static BytePanel panel_at(const Problem& p, const Tensors& t, int64_t n) {
           scale, scale + p.out_features};
 }
 template <class T>
-static Block<T> block_at(const Problem& p, const Tensors& t, const Rows<T>& rows, int64_t n) {
-  const int64_t left = p.out_features - n;
-  return {nullptr, nullptr, nullptr,
-          rows.other ? rows.other + n : nullptr, rows.out + n, rows.energy ? rows.energy + n : nullptr,
-          static_cast<int>(std::min<int64_t>(W, left > W ? left - W : left)),
-          t.other_scale ? t.other_scale + n : nullptr};
-}
-
-template <class T>
 static void run_bytes_in_registers(const Problem& p, const Tensors& t, const Rows<T>& rows,
                                    const Bytes& bytes, Range panels) {
   alignas(64) int32_t sums[MAX_ROWS * PANEL];
-  const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
   const int64_t k = padded_bytes(p.in_features);
-  const int64_t fitting = std::max<int64_t>(1, GROUP_BYTES / (PANEL * k));
   const auto weight_of = [&](int64_t panel) { return panel_at(p, t, panel * PANEL).weight; };
-  Range group{panels.begin, panels.begin + 1};  // as in registers.h
-  while (group.begin < panels.end) {
-    const int64_t count = length(group);
-    const int64_t next =
-        std::min({blocks < MIN_BLOCKS ? 1 : 2 * count, fitting, panels.end - group.end});
-    Prefetch prefetch(weight_of(group.end), weight_of(group.end + next) - weight_of(group.end),
-                      std::max<int64_t>(1, count * blocks * (k / GROUP / STEP)));
-    for (int64_t i = 0; i < blocks; i++) {
-      const Range range = share(rows.count, i, blocks);
-      const int64_t height = length(range);
-      Bytes own = bytes;
-      own.in += range.begin * bytes.stride;
-      for (int64_t n = group.begin * PANEL; n < std::min(group.end * PANEL, p.out_features);
-           n += PANEL) {
-        const BytePanel panel = panel_at(p, t, n);
-        const Block<T> block = block_at(p, t, rows, n);
-        const bool wide = p.out_features - n > W;
-        fetch_outputs(p, block, range.begin, height, wide ? PANEL : W);
-        constexpr std::make_index_sequence<MAX_ROWS> variants;
-        const Multiply multiply = wide ? multiply_of<2>(height, variants)
-                                       : multiply_of<1>(height, variants);
-        multiply(own, panel.weight, prefetch, sums);
-        wide ? finish_bytes<2>(p, bytes, range.begin, height, panel, block, sums)
-             : finish_bytes<1>(p, bytes, range.begin, height, panel, block, sums);
-      }
-    }
-    group = {group.end, group.end + next};
-  }
+  each_block(rows.count, panels, PANEL * k, k / GROUP / STEP, weight_of,
+             [&](int64_t n, Range range, Prefetch& prefetch) VB_INLINE_LAMBDA {
+    const int64_t height = length(range);
+    Bytes own = bytes;
+    own.in += range.begin * bytes.stride;
+    const BytePanel panel = panel_at(p, t, n);
+    const Block<T> block = block_at(p, t, rows, n);
+    const bool wide = p.out_features - n > W;
+    fetch_outputs(p, block, range.begin, height, wide ? PANEL : W);
+    multiply_of(height, wide)(own, panel.weight, prefetch, sums);
+    wide ? finish_bytes<2>(p, bytes, range.begin, height, panel, block, sums)
+         : finish_bytes<1>(p, bytes, range.begin, height, panel, block, sums);
+  });
 }
 
 // ---- micro-kernels in tiles --------------------------------------------------------------------
 #if VB_AMX
-#define VB_APART_BYTES __attribute__((noinline, target("amx-int8")))
-
 // Of rows in bytes.
 template <class T>
 struct ByteEpilogue {
@@ -246,49 +218,6 @@ struct ByteEpilogue {
 // Steps of 64 inputs whose rows and weights share the L1 cache.
 constexpr int64_t MOST_STEPS = 12;
 
-// Sums of R tiles of rows, `second` bytes apart, times V tiles of weights, beginning with those of
-// the preceding inputs unless `start` is null. Finishes rows of another block meanwhile.
-template <int R, int V, class T>
-VB_APART_BYTES static void multiply_bytes(const uint8_t* in, ptrdiff_t second, int64_t pitch,
-                                          const int8_t* weight, int64_t steps, const float* start,
-                                          Prefetch& prefetch, Unfinished<ByteEpilogue<T>>& before,
-                                          float* sums) {
-  constexpr int64_t tile = TILE_ROWS * BYTE_INPUTS, sums_pitch = V * W * sizeof(int32_t);
-  const int64_t share = before.share(steps);
-  __asm__ volatile("" : : : "memory");  // the loads below do not declare that they read memory
-  if (start) {
-    _tile_loadd(0, start, sums_pitch);
-    if (V == 2) _tile_loadd(1, start + W, sums_pitch);
-    if (R == 2) _tile_loadd(2, start + TILE_ROWS * V * W, sums_pitch);
-    if (R == 2 && V == 2) _tile_loadd(3, start + TILE_ROWS * V * W + W, sums_pitch);
-  } else {
-    _tile_zero(0);
-    if (V == 2) _tile_zero(1);
-    if (R == 2) _tile_zero(2);
-    if (R == 2 && V == 2) _tile_zero(3);
-  }
-  for (int64_t k = 0; k < steps; k++, in += BYTE_INPUTS, weight += V * tile) {
-    prefetch.fetch();
-    _tile_loadd(6, weight, 64);
-    _tile_loadd(4, in, pitch);
-    _tile_dpbusd(0, 4, 6);
-    if (V == 2) {
-      _tile_loadd(7, weight + tile, 64);
-      _tile_dpbusd(1, 4, 7);
-    }
-    if (R == 2) {
-      _tile_loadd(5, in + second, pitch);
-      _tile_dpbusd(2, 5, 6);
-      if (V == 2) _tile_dpbusd(3, 5, 7);
-    }
-    before.finish(share);
-  }
-  _tile_stored(0, sums, sums_pitch);
-  if (V == 2) _tile_stored(1, sums + W, sums_pitch);
-  if (R == 2) _tile_stored(2, sums + TILE_ROWS * V * W, sums_pitch);
-  if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
-}
-
 // With many inputs, a part of them at a time, so that their weights stay in the L1 cache.
 template <int V, class T>
 static void run_int8_panel(const Problem& p, const Rows<T>& rows, const Bytes& bytes,
@@ -304,17 +233,11 @@ static void run_int8_panel(const Problem& p, const Rows<T>& rows, const Bytes& b
     const int8_t* const weight = panel.weight + own.begin * V * TILE_ROWS * BYTE_INPUTS;
     for (int64_t row = 0; row < rows.count; row += height) {
       const TileRows tiles(row, rows.count);
-      const uint8_t* in = bytes.in + tiles.first * bytes.stride + own.begin * BYTE_INPUTS;
       float* const kept = between ? between + row * V * W : nullptr;
       const float* const start = part ? kept : nullptr;
       float* const sums = part + 1 < parts ? kept : unfinished.next();
-      if (tiles.two) {
-        multiply_bytes<2, V>(in, (tiles.second - tiles.first) * bytes.stride, bytes.stride, weight,
-                             length(own), start, prefetch, unfinished, sums);
-      } else {
-        multiply_bytes<1, V>(in, 0, bytes.stride, weight, length(own), start, prefetch, unfinished,
-                             sums);
-      }
+      multiply<V>(tiles, bytes.in + own.begin * BYTE_INPUTS, bytes.stride, weight, length(own),
+                  start, V * W, prefetch, unfinished, sums);
       if (part + 1 < parts) continue;
       unfinished.start({&p, &bytes, panel, block, V == 2}, tiles, row,
                        std::min(row + height, rows.count));

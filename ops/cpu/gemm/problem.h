@@ -1,13 +1,7 @@
 // The parameters of a linear layer, shared by callers and micro-kernels.
 #pragma once
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <type_traits>
+#include "common/kernel.h"
 #include "common/activation.h"
-#include "common/prefetch.h"
-#include "common/range.h"
-#include "common/simd.h"
 
 namespace linear {
 

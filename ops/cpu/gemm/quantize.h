@@ -1,6 +1,5 @@
 // The operands of linear layers in int8: the packed layout of weights, and quantised rows.
 #pragma once
-#include <limits>
 #include "gemm/bytes.h"
 #include "gemm/pack.h"
 
@@ -16,23 +15,11 @@ static int64_t padded_bytes(int64_t in_features) { return round_up(in_features, 
   return padded(out_features) * padded_bytes(in_features);
 }
 
-// [out_features][in_features] → [panels][in_features / 64][tiles of the panel][16][W][4]: the axes
-// of a tile are groups of inputs, outputs, and the inputs of a group. Without tiles, vectors of a
-// panel follow each other: [panels][in_features / 4][vectors of the panel][W][4]. Padded with zeros.
+// In tiles of 64 inputs or, without tiles, in vectors, both in groups.
 [[maybe_unused]] static void pack(const int8_t* weight, int64_t out_features, int64_t in_features,
                                   int8_t* out) {
-  const int64_t inputs = has_tiles() ? BYTE_INPUTS : GROUP;
-  for (int64_t n = 0; n < out_features; n += PANEL) {
-    const int64_t tiles = std::min<int64_t>(PANEL, padded(out_features) - n) / W;
-    for (int64_t k = 0; k < padded_bytes(in_features); k += inputs) {
-      for (int64_t i = 0; i < tiles * W * inputs; i++, out++) {
-        const int64_t tile = i / (W * inputs), group = i / (W * GROUP) % (inputs / GROUP);
-        const int64_t row = n + tile * W + i / GROUP % W, column = k + GROUP * group + i % GROUP;
-        const bool inside = row < out_features && column < in_features;
-        *out = inside ? weight[row * in_features + column] : int8_t{0};
-      }
-    }
-  }
+  const auto packed = has_tiles() ? pack<BYTE_INPUTS, GROUP, int8_t> : pack<GROUP, GROUP, int8_t>;
+  packed(weight, out_features, in_features, padded_bytes(in_features), out);
 }
 
 #if VB_BYTES

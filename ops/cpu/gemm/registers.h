@@ -4,7 +4,6 @@
 // With few rows, most of the time is spent on loading the weights, which a network reads once per
 // image. The weights of the next panels are therefore prefetched.
 #pragma once
-#include <utility>
 #include "gemm/block.h"
 #include "gemm/pack.h"
 
@@ -271,31 +270,33 @@ struct Runs {
   Run<T> first, last;
 };
 
-template <class T, int V, bool HALF, size_t... I>
-static Runs<T> runs_of(int64_t rows, std::index_sequence<I...>) {
-  static constexpr Runs<T> runs[] = {{run_first<T, I + 1, V, HALF>, run<T, I + 1, V, HALF>}...};
-  return runs[rows - 1];
-}
-
-template <class T, bool HALF>
-static Runs<T> runs_of(int64_t rows, bool wide) {
-  constexpr std::make_index_sequence<MAX_ROWS> variants;
-  return wide ? runs_of<T, 2, HALF>(rows, variants) : runs_of<T, 1, HALF>(rows, variants);
-}
+// Of panels whose last vector has all of its lanes, or half of them at most.
+#if VB_AVX512
+constexpr int HALVES = 2;
+#else
+constexpr int HALVES = 1;
+#endif
+static bool is_half(int lanes) { return HALVES == 2 && lanes <= W / 2; }
 
 // For a panel of one vector or two, if `wide`, of which the last has `lanes` outputs.
 template <class T>
-static Runs<T> runs_of(int64_t rows, bool wide, [[maybe_unused]] int lanes) {
-#if VB_AVX512
-  if (lanes <= W / 2) return runs_of<T, true>(rows, wide);
-#endif
-  return runs_of<T, false>(rows, wide);
+static Runs<T> runs_of(int64_t rows, bool wide, int lanes) {
+  static constexpr auto runs = variants<HALVES>([](auto half) {
+    return variants<2>([](auto v) {
+      return variants<MAX_ROWS>([](auto r) {
+        constexpr int V = decltype(v)::value;
+        constexpr bool HALF = decltype(half)::value == 2;
+        return Runs<T>{run_first<T, r.value, V, HALF>, run<T, r.value, V, HALF>};
+      });
+    });
+  });
+  return runs[is_half(lanes)][wide][rows - 1];
 }
 
 // Some rows of one panel, with inputs summed in parts.
 template <class T>
-static void run_block(const Problem& p, Rows<T> rows, Block<T> block, int64_t count, bool wide,
-                      Prefetch& prefetch) {
+static VB_INLINE void run_block(const Problem& p, Rows<T> rows, Block<T> block, int64_t count,
+                                bool wide, Prefetch& prefetch) {
   const Runs<T> runs = runs_of<T>(count, wide, block.lanes);
   fetch_outputs(p, block, 0, count, wide ? PANEL : W);
   if (rows.in_features <= SUMMED) return runs.last(p, rows, block, prefetch, nullptr);
@@ -311,41 +312,51 @@ static void run_block(const Problem& p, Rows<T> rows, Block<T> block, int64_t co
   runs.last(p, rows, block, prefetch, sums);
 }
 
-template <class T>
-static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& rows,
-                             Range panels) {
-  const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
-  const T* const weights = static_cast<const T*>(t.weight);
-  const int64_t k = padded_inputs(weights, rows.in_features), size = sizeof(T);
-  const auto begin_of = [&](int64_t panel) {
-    return weights + std::min(panel * PANEL, padded(p.out_features)) * k;
-  };
-  const int64_t fitting = std::max<int64_t>(1, GROUP_BYTES / (PANEL * k * size));
+// Calls work(n, range, prefetch) for the panel of outputs from `n` on and the rows in `range`.
+// `weight_of` gives the address of a panel's weights, which take up `bytes` and are multiplied in
+// `steps` calls of Prefetch::fetch.
+template <class WeightOf, class Work>
+static VB_INLINE void each_block(int64_t rows, Range panels, int64_t bytes, int64_t steps,
+                                 const WeightOf& weight_of, const Work& work) {
+  const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  const int64_t fitting = std::max<int64_t>(1, GROUP_BYTES / bytes);
   // Each group is twice as large as the one before: the weights of the first group cannot be
   // prefetched.
   Range group{panels.begin, panels.begin + 1};
   while (group.begin < panels.end) {
-    const int64_t count = group.end - group.begin;
+    const int64_t count = length(group);
     const int64_t next =
         std::min({blocks < MIN_BLOCKS ? 1 : 2 * count, fitting, panels.end - group.end});
-    Prefetch prefetch(begin_of(group.end), (begin_of(group.end + next) - begin_of(group.end)) * size,
-                std::max<int64_t>(1, count * blocks * (k / INPUTS<T> / STEP)));
+    const auto* const ahead = weight_of(group.end);
+    Prefetch prefetch(ahead, (weight_of(group.end + next) - ahead) * int64_t{sizeof *ahead},
+                      std::max<int64_t>(1, count * blocks * steps));
     for (int64_t i = 0; i < blocks; i++) {
-      const Range range = share(rows.count, i, blocks);
+      const Range range = share(rows, i, blocks);
       for (int64_t panel = group.begin; panel < group.end; panel++) {
-        const int64_t n = panel * PANEL, left = p.out_features - n;
-        const bool wide = left > W;
-        Block<T> block{rows.in + range.begin * rows.in_stride, begin_of(panel), t.bias + n,
-                       nullptr, rows.out + range.begin * p.out_stride + n,
-                       rows.energy ? rows.energy + n : nullptr,
-                       static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
-                       t.other_scale ? t.other_scale + n : nullptr};
-        if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
-        run_block(p, rows, block, range.end - range.begin, wide, prefetch);
+        work(panel * PANEL, range, prefetch);
       }
     }
     group = {group.end, group.end + next};
   }
+}
+
+template <class T>
+static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& rows,
+                             Range panels) {
+  const T* const weights = static_cast<const T*>(t.weight);
+  const int64_t k = padded_inputs(weights, rows.in_features), bytes = PANEL * k * int64_t{sizeof(T)};
+  const auto weight_of = [&](int64_t panel) {
+    return weights + std::min(panel * PANEL, padded(p.out_features)) * k;
+  };
+  each_block(rows.count, panels, bytes, k / INPUTS<T> / STEP, weight_of,
+             [&](int64_t n, Range range, Prefetch& prefetch) VB_INLINE_LAMBDA {
+    Block<T> block = block_at(p, t, rows, n);
+    block.in = rows.in + range.begin * rows.in_stride;
+    block.weight = weight_of(n / PANEL);
+    block.out += range.begin * p.out_stride;
+    if (block.other) block.other += range.begin * p.other_stride;
+    run_block(p, rows, block, length(range), p.out_features - n > W, prefetch);
+  });
 }
 
 }  // namespace linear

@@ -1,7 +1,6 @@
 // Linear layers of bfloat16 with AMX, whose tiles hold 16 rows of 32 inputs or 16 rows of 16 sums.
 // The outputs are split into panels of two tiles; up to 32 rows are computed at once.
 #pragma once
-#include "gemm/amx.h"
 #include "gemm/block.h"
 #include "gemm/pack.h"
 
@@ -107,42 +106,70 @@ struct FloatEpilogue {
   }
 };
 
-// R tiles of rows, `second` elements apart, times V tiles of weights: R × V tiles of sums. Finishes
-// rows of the block before.
-template <int R, int V>
-VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
-                              const BFloat16* weight, int64_t steps, const float* bias,
-                              Prefetch& prefetch, Unfinished<FloatEpilogue>& before) {
-  constexpr int64_t tile = TILE_ROWS * TILE_INPUTS;
-  const int64_t share = before.share(steps);
-  const int64_t pitch = in_stride * int64_t{sizeof(BFloat16)};
+// sums += rows · weights, in tiles of In.
+#define VB_ADD_TILES(sums, rows, weights)                                  \
+  if constexpr (sizeof(In) == 1) {                                         \
+    _tile_dpbusd(sums, rows, weights);                                     \
+  } else {                                                                 \
+    _tile_dpbf16ps(sums, rows, weights);                                   \
+  }
+
+// R tiles of rows of bfloat16 or bytes, `second` elements apart, times V tiles of weights: R × V
+// tiles of sums, beginning with `start`, whose rows are `start_pitch` apart, or with zeros if that
+// is null. Finishes rows of another block meanwhile.
+template <int R, int V, class In, class Weight, class Epilogue>
+__attribute__((noinline, target("amx-int8"))) static void multiply(
+    const In* in, ptrdiff_t second, int64_t in_stride, const Weight* weight, int64_t steps,
+    const float* start, int64_t start_pitch, Prefetch& prefetch, Unfinished<Epilogue>& before,
+    float* sums) {
+  constexpr int64_t inputs = 64 / sizeof(In), tile = TILE_ROWS * inputs;
+  constexpr int64_t bytes = sizeof(float), sums_pitch = V * W;
+  const int64_t share = before.share(steps), pitch = in_stride * int64_t{sizeof(In)};
   __asm__ volatile("" : : : "memory");  // the loads below do not declare that they read memory
-  _tile_loadd(0, bias, 0);
-  if (V == 2) _tile_loadd(1, bias + W, 0);
-  if (R == 2) _tile_loadd(2, bias, 0);
-  if (R == 2 && V == 2) _tile_loadd(3, bias + W, 0);
-  for (int64_t k = 0; k < steps; k++, in += TILE_INPUTS, weight += V * tile) {
+  if (start) {
+    const float* const below = start + TILE_ROWS * start_pitch;
+    _tile_loadd(0, start, start_pitch * bytes);
+    if (V == 2) _tile_loadd(1, start + W, start_pitch * bytes);
+    if (R == 2) _tile_loadd(2, below, start_pitch * bytes);
+    if (R == 2 && V == 2) _tile_loadd(3, below + W, start_pitch * bytes);
+  } else {
+    _tile_zero(0);
+    if (V == 2) _tile_zero(1);
+    if (R == 2) _tile_zero(2);
+    if (R == 2 && V == 2) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < steps; k++, in += inputs, weight += V * tile) {
     prefetch.fetch();
     _tile_loadd(6, weight, 64);
     _tile_loadd(4, in, pitch);
-    _tile_dpbf16ps(0, 4, 6);
+    VB_ADD_TILES(0, 4, 6)
     if (V == 2) {
       _tile_loadd(7, weight + tile, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      VB_ADD_TILES(1, 4, 7)
     }
     if (R == 2) {
       _tile_loadd(5, in + second, pitch);
-      _tile_dpbf16ps(2, 5, 6);
-      if (V == 2) _tile_dpbf16ps(3, 5, 7);
+      VB_ADD_TILES(2, 5, 6)
+      if (V == 2) { VB_ADD_TILES(3, 5, 7) }
     }
     before.finish(share);
   }
-  float* const sums = before.next();
-  constexpr int64_t sums_pitch = V * W * sizeof(float);
-  _tile_stored(0, sums, sums_pitch);
-  if (V == 2) _tile_stored(1, sums + W, sums_pitch);
-  if (R == 2) _tile_stored(2, sums + TILE_ROWS * V * W, sums_pitch);
-  if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
+  _tile_stored(0, sums, sums_pitch * bytes);
+  if (V == 2) _tile_stored(1, sums + W, sums_pitch * bytes);
+  if (R == 2) _tile_stored(2, sums + TILE_ROWS * sums_pitch, sums_pitch * bytes);
+  if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * sums_pitch + W, sums_pitch * bytes);
+}
+
+// The same for the rows of one or two tiles.
+template <int V, class In, class Weight, class Epilogue>
+static void multiply(const TileRows& tiles, const In* rows, int64_t in_stride, const Weight* weight,
+                     int64_t steps, const float* start, int64_t start_pitch, Prefetch& prefetch,
+                     Unfinished<Epilogue>& before, float* sums) {
+  const In* const in = rows + tiles.first * in_stride;
+  tiles.two ? multiply<2, V>(in, (tiles.second - tiles.first) * in_stride, in_stride, weight, steps,
+                             start, start_pitch, prefetch, before, sums)
+            : multiply<1, V>(in, 0, in_stride, weight, steps, start, start_pitch, prefetch, before,
+                             sums);
 }
 
 template <int V>
@@ -151,13 +178,8 @@ static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<
   const int64_t steps = rows.in_features / TILE_INPUTS;
   for (int64_t row = 0; row < rows.count; row += 2 * TILE_ROWS) {
     const TileRows tiles(row, rows.count);
-    const BFloat16* in = panel.in + tiles.first * rows.in_stride;
-    if (tiles.two) {
-      multiply<2, V>(in, (tiles.second - tiles.first) * rows.in_stride, rows.in_stride, panel.weight, steps,
-                     panel.bias, prefetch, unfinished);
-    } else {
-      multiply<1, V>(in, 0, rows.in_stride, panel.weight, steps, panel.bias, prefetch, unfinished);
-    }
+    multiply<V>(tiles, panel.in, rows.in_stride, panel.weight, steps, panel.bias, 0, prefetch,
+                unfinished, unfinished.next());
     unfinished.start({&p, panel, V == 2}, tiles, row,
                      std::min(row + 2 * TILE_ROWS, rows.count));
   }
@@ -178,11 +200,8 @@ static void run_tiles(const Problem& p, const Tensors& t, const Rows<BFloat16>& 
                 blocks * (rows.in_features / TILE_INPUTS));
     alignas(64) float bias[PANEL] = {};
     std::copy_n(t.bias + n, std::min<int64_t>(PANEL, left), bias);
-    const Block<BFloat16> block{rows.in, weight, bias,
-                                rows.other ? rows.other + n : nullptr, rows.out + n,
-                                rows.energy ? rows.energy + n : nullptr,
-                                static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
-                                t.other_scale ? t.other_scale + n : nullptr};
+    Block<BFloat16> block = block_at(p, t, rows, n);
+    block.in = rows.in, block.weight = weight, block.bias = bias;
     wide ? run_panel<2>(p, rows, block, prefetch, unfinished)
          : run_panel<1>(p, rows, block, prefetch, unfinished);
   }

@@ -1,10 +1,5 @@
 // Converts maps from NHWC to NCHW with a fused affine, and back with a fused shortcut.
-#include <algorithm>
-#include <cstdint>
-#include "common/interface.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/simd.h"
+#include "common/kernel.h"
 
 namespace nchw {
 
@@ -95,31 +90,20 @@ static void to_nhwc(const Problem& p, const T* in, const T* other, T* out) {
 }  // namespace nchw
 
 // The C interface, called from nchw.py.
-VB_EXPORT_BYTES(nchw, Problem)
-
 extern "C" int nchw_from_nhwc(const nchw::Problem* problem, const void* in, const float* affine,
                               void* out) {
-  return status_of([&] {
-    const float* const shift = affine + problem->channels;
-    if (problem->bfloat16) {
-      nchw::from_nhwc(*problem, static_cast<const BFloat16*>(in), affine, shift,
-                      static_cast<BFloat16*>(out));
-    } else {
-      nchw::from_nhwc(*problem, static_cast<const float*>(in), affine, shift,
-                      static_cast<float*>(out));
-    }
+  return status_of(problem->bfloat16, [&](auto type) {
+    using T = decltype(type);
+    nchw::from_nhwc(*problem, static_cast<const T*>(in), affine, affine + problem->channels,
+                    static_cast<T*>(out));
   });
 }
 
 extern "C" int nchw_to_nhwc(const nchw::Problem* problem, const void* in, const void* other,
                             void* out) {
-  return status_of([&] {
-    if (problem->bfloat16) {
-      nchw::to_nhwc(*problem, static_cast<const BFloat16*>(in),
-                    static_cast<const BFloat16*>(other), static_cast<BFloat16*>(out));
-    } else {
-      nchw::to_nhwc(*problem, static_cast<const float*>(in), static_cast<const float*>(other),
-                    static_cast<float*>(out));
-    }
+  return status_of(problem->bfloat16, [&](auto type) {
+    using T = decltype(type);
+    nchw::to_nhwc(*problem, static_cast<const T*>(in), static_cast<const T*>(other),
+                  static_cast<T*>(out));
   });
 }

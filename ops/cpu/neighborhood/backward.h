@@ -136,33 +136,21 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
     }
   }
 
-  const int valid = place.lanes.valid, low = item.segment.low, slot = place.kv_slot;
+  const int slot = place.kv_slot;
   const Additional *more_keys = nullptr, *more_values = nullptr;
   if (p.additional) {
     more_keys = &scratch.additional_keys[slot];
     more_values = &scratch.additional_values[slot];
   }
-  const Slice* first = scratch.plan.slices.data();
+  const SeenKeys<BackwardKeys<T>> keys{ring, scratch.keys, place, shared, more_keys};
+  const SeenKeys<BackwardKeys<T>> values{ring, scratch.values, place, shared, more_values};
   bool fresh = true;
-  for (int block_end : scratch.plan.blocks) {
-    const Slice* last = scratch.plan.slices.data() + block_end;
+  scratch.plan.for_each_block([&](const Slice* first, const Slice* last) {
     for (const Slice* s = first; s < last; s++) {
-      if (s->plane < 0) {
-        score_slice<P>(*s, shared, 0, steps, scale * LOG2E, more_keys->column_pitch, query, score,
-                       prefetch, [&](int) { return more_keys->columns.data(); });
-        score_slice<P>(*s, shared, 0, value_steps, 1.f, more_values->column_pitch, grad,
-                       grad_score, prefetch, [&](int) { return more_values->columns.data(); });
-        softmax_backward(*s, shared, lse, delta, score, grad_score);
-        continue;
-      }
-      score_slice<P>(
-          *s, place.lanes, low, steps, scale * LOG2E, ring.column_pitch(), query, score, prefetch,
-          [&](int y) { return ring.columns(scratch.keys, slot, s->plane, s->key_row + y); });
+      keys.score(*s, scale * LOG2E, query, score, prefetch);
       if (bias) add_bias(bias, place, *s, score);
-      score_slice<P>(
-          *s, place.lanes, low, value_steps, 1.f, ring.column_pitch(), grad, grad_score, prefetch,
-          [&](int y) { return ring.columns(scratch.values, slot, s->plane, s->key_row + y); });
-      softmax_backward(*s, place.lanes, lse, delta, score, grad_score);
+      values.score(*s, 1.f, grad, grad_score, prefetch);
+      softmax_backward(*s, s->plane < 0 ? shared : place.lanes, lse, delta, score, grad_score);
       clear_unseen(*s, rows, score);
       clear_unseen(*s, rows, grad_score);
       if (t.grad_rpb) {
@@ -172,48 +160,24 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
       }
     }
     for_each_group(first, last, [&](const SliceGroup& group) {
-      if (group.first->plane < 0) {
-        const auto at = [](const Buffer& b) {
-          return [&b](const Slice&, int) { return b.data(); };
-        };
-        mix_group<Floats>(group, place, shared, 0, pitch, grad_score, sum, fresh, prefetch,
-                          at(more_keys->rows));
-        Scatter(group, shared, valid, 0, pitch, grad_score, query_rows, at(grads.additional_keys))
+      const bool is_more = group.first->plane < 0;
+      const auto add = [&](const GradientRing<T>& sums, const Buffer& more, int channel_pitch,
+                           const float* weight, const float* queries) {
+        Scatter(group, is_more ? shared : place.lanes, place.lanes.valid, is_more ? 0 : ring.low(),
+                channel_pitch, weight, queries, [&](const Slice& s, int y) {
+                  return is_more ? more.data() : sums.row(slot, s.plane, s.key_row + y);
+                })
             .run(prefetch);
-        Scatter(group, shared, valid, 0, value_pitch, score, grad_rows, at(grads.additional_values))
-            .run(prefetch);
-      } else {
-        const auto rows_of = [&](const GradientRing<T>& r) {
-          return [&r, slot](const Slice& s, int y) { return r.row(slot, s.plane, s.key_row + y); };
-        };
-        mix_group<Floats>(group, place, place.lanes, low, pitch, grad_score, sum, fresh, prefetch,
-                          [&](const Slice& s, int y) {
-                            return ring.rows(scratch.keys, slot, s.plane, s.key_row + y);
-                          });
-        Scatter(group, place.lanes, valid, low, pitch, grad_score, query_rows,
-               rows_of(scratch.grad_keys))
-            .run(prefetch);
-        Scatter(group, place.lanes, valid, low, value_pitch, score, grad_rows,
-               rows_of(scratch.grad_values))
-            .run(prefetch);
-      }
+      };
+      keys.mix(group, grad_score, sum, fresh, prefetch);
+      add(scratch.grad_keys, grads.additional_keys, pitch, grad_score, query_rows);
+      add(scratch.grad_values, grads.additional_values, value_pitch, score, grad_rows);
       fresh = false;
     });
-    first = last;
-  }
-  const bool stream = large && fills_lines<T>(t.grad_query, dim);
-  for (int r = 0; r < rows; r++) {
-    T* line = place.line<T>(t.grad_query, r);
-    for (int l = 0; l < valid; l++) {
-      const float* from = sum + static_cast<size_t>(r * W + l) * pitch;
-      T* to = line + place.order()[l] * t.grad_query.x;
-      if (stream) {
-        stream_channels(from, dim, scale, to);
-      } else {
-        store_channels(from, dim, scale, to);
-      }
-    }
-  }
+  });
+  float factor[MAX_ROWS][W];
+  std::fill_n(factor[0], MAX_ROWS * W, scale);
+  store_sums<T>(place, t.grad_query, dim, sum, factor, large && fills_lines<T>(t.grad_query, dim));
 }
 
 template <class T>

@@ -166,10 +166,4 @@ static void mix_dynamic(const Problem& p, const weights::Problem& queries,
   });
 }
 
-template <class T>
-static void mix_dynamic(const Problem& p, const weights::Problem& queries,
-                        const DynamicTensors& t) {
-  queries.half_bias ? mix_dynamic<T, BFloat16>(p, queries, t) : mix_dynamic<T, float>(p, queries, t);
-}
-
 }  // namespace na

@@ -128,7 +128,7 @@ static void online_softmax(const Slice* first, const Slice* last, const TilePlac
 
 template <class T>
 static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePlace& place,
-                         const ForwardKeys<T>& ring, int low, const Bias& bias, const Lanes& shared,
+                         const ForwardKeys<T>& ring, const Bias& bias, const Lanes& shared,
                          bool stream, Prefetch& prefetch, ForwardScratch<T>& scratch) {
   using P = Products<T>;
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim), steps = simd::steps<P>(dim),
@@ -151,55 +151,26 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     more_keys = &scratch.additional_keys[place.kv_slot];
     more_values = &scratch.additional_values[place.kv_slot];
   }
-  const Slice* first = scratch.plan.slices.data();
+  const SeenKeys<ForwardKeys<T>> keys{ring, scratch.keys, place, shared, more_keys};
+  const SeenKeys<ForwardKeys<T>> values{ring, scratch.values, place, shared, more_values};
   bool fresh = true;
-  for (int block_end : scratch.plan.blocks) {
-    const Slice* last = scratch.plan.slices.data() + block_end;
+  scratch.plan.for_each_block([&](const Slice* first, const Slice* last) {
     for (const Slice* s = first; s < last; s++) {
-      if (s->plane < 0) {
-        score_slice<P>(*s, shared, 0, steps, scale, more_keys->column_pitch, query, score, prefetch,
-                       [&](int) { return more_keys->columns.data(); });
-        continue;
-      }
-      score_slice<P>(*s, place.lanes, low, steps, scale, ring.column_pitch(), query, score, prefetch,
-                     [&](int y) {
-                       return ring.columns(scratch.keys, place.kv_slot, s->plane, s->key_row + y);
-                     });
+      keys.score(*s, scale, query, score, prefetch);
       if (bias) add_bias(bias, place, *s, score);
     }
     online_softmax<P>(first, last, place, shared, score, top, total, sum, pitch);
     for_each_group(first, last, [&](const SliceGroup& group) {
-      if (group.first->plane < 0) {
-        mix_group<P>(group, place, shared, 0, pitch, score, sum, fresh, prefetch,
-                     [&](const Slice&, int) { return more_values->rows.data(); });
-      } else {
-        mix_group<P>(group, place, place.lanes, low, pitch, score, sum, fresh, prefetch,
-                     [&](const Slice& s, int y) {
-                       return ring.rows(scratch.values, place.kv_slot, s.plane, s.key_row + y);
-                     });
-      }
+      values.mix(group, score, sum, fresh, prefetch);
       fresh = false;
     });
-    first = last;
-  }
+  });
 
-  const int* order = place.order();
-  const int valid = place.lanes.valid;
+  float factor[MAX_ROWS][W];
   for (int r = 0; r < rows; r++) {
     const F highest = simd::load(top[r]), denominator = simd::load(total[r]);
-    float factor[W];
     // Like softmax: NaN if the highest score is infinite.
-    simd::store(factor, simd::set1(1.f) / denominator + (highest - highest));
-    T* out_line = place.line<T>(t.out, r);
-    for (int l = 0; l < valid; l++) {
-      const float* from = sum + static_cast<size_t>(r * W + l) * pitch;
-      T* to = out_line + order[l] * t.out.x;
-      if (stream) {
-        stream_channels(from, value_dim, factor[l], to);
-      } else {
-        store_channels(from, value_dim, factor[l], to);
-      }
-    }
+    simd::store(factor[r], simd::set1(1.f) / denominator + (highest - highest));
     if (!t.lse.data) continue;
     float lse[W];
     // Like logsumexp: infinite if the highest score is, NaN if any score is NaN, which log2 does
@@ -207,8 +178,9 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     const F log = simd::log2(denominator) + (denominator - denominator);
     simd::store(lse, (highest + log) * simd::set1(LN2));
     float* lse_line = place.line<float>(t.lse, r);
-    for (int l = 0; l < valid; l++) lse_line[order[l] * t.lse.x] = lse[l];
+    for (int l = 0; l < place.lanes.valid; l++) lse_line[place.order()[l] * t.lse.x] = lse[l];
   }
+  store_sums<T>(place, t.out, value_dim, sum, factor, stream);
 }
 
 template <class T>
@@ -232,7 +204,7 @@ static void forward(const Problem& p, const ForwardTensors& t) {
       add_rows<T>(prefetch, place, t.query, p.dim);
     };
     const auto body = [&](const TilePlace& place, Prefetch& prefetch) {
-      forward_tile<T>(p, t, place, ring, item.segment.low, bias, shared, stream, prefetch, scratch);
+      forward_tile<T>(p, t, place, ring, bias, shared, stream, prefetch, scratch);
     };
     for_each_tile(p, layout, item, ring, scratch, next, body);
     if (stream) simd::end_streams();

@@ -3,11 +3,7 @@
 // every query is a contiguous run of keys, and window starts and ends never decrease. Borders,
 // dilation, stride and causality only change the entries of these tables.
 #pragma once
-#include <algorithm>
-#include <cstdint>
-#include <vector>
-
-#include "common/simd.h"
+#include "common/kernel.h"
 
 namespace na {
 
@@ -178,6 +174,16 @@ struct Slice {
 struct Plan {
   std::vector<Slice> slices;
   std::vector<int> blocks;  // for each block, one past its last slice
+
+  // Calls body(first, last) with the slices [first, last) of each block.
+  template <class Body>
+  void for_each_block(const Body& body) const {
+    const Slice* first = slices.data();
+    for (int end : blocks) {
+      body(first, slices.data() + end);
+      first = slices.data() + end;
+    }
+  }
 };
 
 static inline void make_plan(int plane, int planes, const RowTile& tile, int width, int additional,

@@ -126,10 +126,8 @@ class GradientRing {
       if (!layout_->seen_once(y, x)) {
         std::memcpy(share, from, pitch * sizeof(float));
         share += pitch;
-      } else if (stream_) {
-        stream_channels(from, channels_, scale_, out + layout_->x.order[x] * tensor_.x);
       } else {
-        store_channels(from, channels_, scale_, out + layout_->x.order[x] * tensor_.x);
+        store_channels(from, channels_, scale_, out + layout_->x.order[x] * tensor_.x, stream_);
       }
     }
   }

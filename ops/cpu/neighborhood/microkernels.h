@@ -1,11 +1,9 @@
 // Two register-blocked products of neighborhood attention; the third, in `scatter.h`, is the
 // transpose of one of them.
 #pragma once
-#include <array>
-#include <utility>
-
-#include "neighborhood/geometry.h"
 #include "common/dot.h"
+#include "common/variants.h"
+#include "neighborhood/geometry.h"
 
 namespace na {
 
@@ -224,24 +222,12 @@ static void mix_kernel(const MixArgs& args) {
   }
   for (const KeyRow *row = a.rows, *end = row + a.row_count; row < end; row++) {
     switch (row->row * 4 + row->row_count) {
-      case 1:
-        add_row<P, 0, 1, SLIDES>(a, *row, sum);
-        break;
-      case 2:
-        add_row<P, 0, 2, SLIDES>(a, *row, sum);
-        break;
-      case 3:
-        add_row<P, 0, 3, SLIDES>(a, *row, sum);
-        break;
-      case 5:
-        add_row<P, 1, 1, SLIDES>(a, *row, sum);
-        break;
-      case 6:
-        add_row<P, 1, 2, SLIDES>(a, *row, sum);
-        break;
-      case 9:
-        add_row<P, 2, 1, SLIDES>(a, *row, sum);
-        break;
+      case 1: add_row<P, 0, 1, SLIDES>(a, *row, sum); break;
+      case 2: add_row<P, 0, 2, SLIDES>(a, *row, sum); break;
+      case 3: add_row<P, 0, 3, SLIDES>(a, *row, sum); break;
+      case 5: add_row<P, 1, 1, SLIDES>(a, *row, sum); break;
+      case 6: add_row<P, 1, 2, SLIDES>(a, *row, sum); break;
+      case 9: add_row<P, 2, 1, SLIDES>(a, *row, sum); break;
     }
   }
   VB_UNROLL
@@ -267,45 +253,33 @@ static constexpr int slide_channels(int rows) {
   return std::min(MAX_CHANNELS, simd::REGISTERS * 3 / 4 / (SLIDE_LANES * rows));
 }
 
-using ScoreKernel = void (*)(const ScoreArgs&);
-using MixKernel = void (*)(const MixArgs&);
-
-template <class P, int R, int FETCH, int... K>
-static constexpr std::array<ScoreKernel, MAX_KEYS> score_row(std::integer_sequence<int, K...>) {
-  return {score_kernel<P, R, K + 1, FETCH>...};
-}
-template <class P, int FETCH>
-static constexpr std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS> score_rows() {
-  constexpr auto keys = std::make_integer_sequence<int, MAX_KEYS>();
-  return {score_row<P, 1, FETCH>(keys), score_row<P, 2, FETCH>(keys),
-          score_row<P, 3, FETCH>(keys)};
-}
 // [fetch][query rows - 1][keys - 1]. Static, since libraries for different instruction sets in one
 // process would otherwise share it.
 template <class P>
-static constexpr std::array<std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS>, 5> SCORE = {
-    score_rows<P, DIRECT>(), score_rows<P, PERMUTE>(), score_rows<P, PERMUTE_TWO>(),
-    score_rows<P, GATHER>(), score_rows<P, BROADCAST>()};
+static constexpr auto SCORE = variants<5>([](auto fetch) {
+  return variants<MAX_ROWS>([](auto r) {
+    return variants<MAX_KEYS>([](auto k) {
+      return score_kernel<P, decltype(r)::value, k.value, decltype(fetch)::value - 1>;
+    });
+  });
+});
 
 // Kernels for one lane, several lanes, and several lanes with sliding windows, indexed by the
 // number of vectors of channels - 1.
+using MixKernel = void (*)(const MixArgs&);
 struct MixKernels {
-  MixKernel one[MAX_CHANNELS], several[MAX_CHANNELS], sliding[MAX_CHANNELS];
+  std::array<MixKernel, MAX_CHANNELS> one, several, sliding;
 };
-template <class P, int R, int... C>
-static constexpr MixKernels mix_kernels(std::integer_sequence<int, C...>) {
-  constexpr int most = slide_channels(R);
-  return {{mix_kernel<P, R, C + 1, 1, false>...},
-          {mix_kernel<P, R, C + 1, mix_lanes(R), false>...},
-          {mix_kernel<P, R, std::min(C + 1, most), SLIDE_LANES, true>...}};
-}
-template <class P, int... R>
-static constexpr std::array<MixKernels, MAX_ROWS> mix_rows(std::integer_sequence<int, R...>) {
-  return {mix_kernels<P, R + 1>(std::make_integer_sequence<int, MAX_CHANNELS>())...};
-}
 // [query rows - 1]
 template <class P>
-static constexpr std::array<MixKernels, MAX_ROWS> MIX =
-    mix_rows<P>(std::make_integer_sequence<int, MAX_ROWS>());
+static constexpr auto MIX = variants<MAX_ROWS>([](auto r) {
+  constexpr int R = r.value;
+  return MixKernels{
+      variants<MAX_CHANNELS>([](auto c) { return mix_kernel<P, R, c.value, 1, false>; }),
+      variants<MAX_CHANNELS>([](auto c) { return mix_kernel<P, R, c.value, mix_lanes(R), false>; }),
+      variants<MAX_CHANNELS>([](auto c) {
+        return mix_kernel<P, R, std::min<int>(c.value, slide_channels(R)), SLIDE_LANES, true>;
+      })};
+});
 
 }  // namespace na

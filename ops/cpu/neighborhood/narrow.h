@@ -96,15 +96,6 @@ static void mix_narrow(const NarrowWindow& window, const int* first, const T* co
   }
 }
 
-// The same for `count` queries, at most R.
-template <class P, int R, bool SAME, class... Arguments>
-static void mix_narrow_of(int count, const Arguments&... arguments) {
-  if constexpr (R > 1) {
-    if (count < R) return mix_narrow_of<P, R - 1, SAME>(count, arguments...);
-  }
-  mix_narrow<P, R, SAME>(arguments...);
-}
-
 // Sums of `key` in `query`, of the queries in rows [first, end), with the weights row_of(z, y), which
 // is called in order.
 template <class T, class Row>
@@ -125,7 +116,7 @@ static void mix_narrow_rows(const Problem& p, const Layout& l, const Tensor& que
     for (int z = 0; z < l.z.size; z++) {
       for (int y = 0; y < rows; y++) {
         pack_rows<P>(static_cast<const T*>(line(key, z, low + y)) + c, key.x, l.x.order.data(),
-                     l.x.size, std::min(W, dim - c), keys + c / W * of_vector + z * plane + y * row);
+                     l.x.size, std::min(W, dim - c), 1.f, keys + c / W * of_vector + z * plane + y * row);
       }
     }
   }
@@ -145,11 +136,15 @@ static void mix_narrow_rows(const Problem& p, const Layout& l, const Tensor& que
       }
       const float* const factors = from.factors ? from.factors + x : nullptr;
       if (same >= APART || same == count) {
-        mix_narrow_of<P, TOGETHER, true>(same, window, start + x, weight, factors, channels, out);
+        with_constant<TOGETHER>(same, [&](auto r) {
+          mix_narrow<P, r.value, true>(window, start + x, weight, factors, channels, out);
+        });
         x += same;
       } else {
         count = std::min(count, APART);
-        mix_narrow_of<P, APART, false>(count, window, start + x, weight, factors, channels, out);
+        with_constant<APART>(count, [&](auto r) {
+          mix_narrow<P, r.value, false>(window, start + x, weight, factors, channels, out);
+        });
         x += count;
       }
     }

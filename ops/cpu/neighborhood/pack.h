@@ -3,11 +3,9 @@
 // vectors, and "columns", [channel][position]. For simd::Pairs, rows pair each position's channels
 // with those of the next position, and columns pair two channels.
 #pragma once
-#include <algorithm>
 #include <new>
-#include <type_traits>
-
 #include "common/dot.h"
+#include "common/kernel.h"
 
 namespace na {
 
@@ -71,10 +69,16 @@ static VB_INLINE void load_channels(const T* in, int channels, float scale, floa
   }
 }
 
+// With `stream`, the stores bypass the caches, which requires `fills_lines`.
 template <class T>
-static VB_INLINE void store_channels(const float* in, int channels, float scale, T* out) {
+static VB_INLINE void store_channels(const float* in, int channels, float scale, T* out,
+                                     bool stream = false) {
   const simd::F factor = simd::set1(scale);
   int c = 0;
+  if (stream) {
+    for (; c < channels; c += simd::W) simd::stream(out + c, simd::load(in + c) * factor);
+    return;
+  }
   for (; c + simd::W <= channels; c += simd::W)
     simd::store_from_float(out + c, simd::load(in + c) * factor);
   for (; c < channels; c++) simd::assign(out + c, in[c] * scale);
@@ -86,12 +90,6 @@ static inline bool fills_lines(const Tensor& t, int channels) {
   constexpr int64_t LINE = CACHE_LINE / sizeof(T);
   return reinterpret_cast<uintptr_t>(t.data) % CACHE_LINE == 0 && channels % LINE == 0 &&
          (t.batch | t.z | t.y | t.x | t.head) % LINE == 0;
-}
-// `store_channels` that bypasses the caches; requires `fills_lines`.
-template <class T>
-static VB_INLINE void stream_channels(const float* in, int channels, float scale, T* out) {
-  const simd::F factor = simd::set1(scale);
-  for (int c = 0; c < channels; c += simd::W) simd::stream(out + c, simd::load(in + c) * factor);
 }
 
 // Prefetches `count` positions from order[first] on. Other heads lie between them, which defeats
@@ -105,111 +103,69 @@ static VB_INLINE void prefetch_positions(const T* line, int64_t stride, const in
   }
 }
 
-// Positions order[0..n-1] of one line of a tensor -> rows.
-template <class T>
-static void load_rows(const T* line, int64_t stride, const int* order, int n, int channels,
-                      float scale, float* rows) {
+// Positions order[0..n-1] of one line of a tensor -> rows, Floats times `scale`. The last position
+// has no next one, which Pairs need.
+template <class P, class T>
+static void pack_rows(const T* line, int64_t stride, const int* order, int n, int channels,
+                      [[maybe_unused]] float scale, float* rows) {
   const int pitch = round_up(channels, simd::W);
-  for (int i = 0; i < n; i++) {
+  for (int i = 0; i < n; i++, rows += pitch) {
     prefetch_positions(line, stride, order, n, channels, i + simd::W, 1);
-    load_channels(line + order[i] * stride, channels, scale, rows + static_cast<size_t>(i) * pitch);
+    const T* first = line + order[i] * stride;
+    if constexpr (P::COUNT == 1) {
+      load_channels(first, channels, scale, rows);
+    } else {
+      const T* second = i + 1 < n ? line + order[i + 1] * stride : first;
+      for (int c = 0; c < channels; c += simd::W)
+        simd::store(rows + c, P::pack(first + c, second + c, std::min(simd::W, channels - c)));
+    }
   }
 }
 
-// Positions order[0..n-1] of one line of a tensor, times `scale` -> columns, directly rather than
-// via rows. Writes whole vectors from column -before on; excess columns repeat the first and the
-// last position.
-template <class T>
-static void load_columns(const T* line, int64_t stride, const int* order, int n, int channels,
-                         float scale, float* columns, size_t column_pitch, int before = 0) {
+// Positions order[0..n-1] of one line of a tensor -> columns, Floats times `scale`, directly rather
+// than via rows. Writes whole vectors from column -before on; excess columns repeat the first and
+// the last position.
+template <class P, class T>
+static void pack_columns(const T* line, int64_t stride, const int* order, int n, int channels,
+                         [[maybe_unused]] float scale, float* columns, size_t column_pitch,
+                         int before = 0) {
+  constexpr int STEP = P::COUNT * simd::W;
   for (int x = -before; x < n; x += simd::W) {
     const T* position[simd::W];
     for (int l = 0; l < simd::W; l++)
       position[l] = line + order[std::max(0, std::min(x + l, n - 1))] * stride;
     prefetch_positions(line, stride, order, n, channels, x + 2 * simd::W, simd::W);
-    for (int c = 0; c < channels; c += simd::W) {
-      const int count = std::min(simd::W, channels - c);
-      float* out = columns + static_cast<ptrdiff_t>(c * column_pitch) + x;
+    for (int c = 0; c < channels; c += STEP) {
+      const int left = std::min(STEP, channels - c), count = simd::steps<P>(left);
+      float* out = columns + static_cast<ptrdiff_t>(c / P::COUNT * column_pitch) + x;
+      float tile[simd::W][simd::W];
       const float* rows[simd::W];
+      if constexpr (P::COUNT == 2) {
+        for (int l = 0; l < simd::W; l++) {
+          rows[l] = reinterpret_cast<const float*>(position[l] + c);
+          if (left == STEP) continue;
+          std::memset(tile[l], 0, sizeof tile[l]);
+          std::memcpy(tile[l], position[l] + c, left * sizeof(T));
+          rows[l] = tile[l];
+        }
+        simd::F pairs[simd::W];
+        simd::transpose(rows, pairs);
+        for (int i = 0; i < count; i++) simd::store(out + i * column_pitch, pairs[i]);
+        continue;
+      }
       if constexpr (std::is_same_v<T, float>) {
-        if (count == simd::W) {
+        if (left == STEP) {
           for (int l = 0; l < simd::W; l++) rows[l] = position[l] + c;
           simd::transpose(rows, out, column_pitch, count, scale);
           continue;
         }
       }
-      float tile[simd::W][simd::W];
       for (int l = 0; l < simd::W; l++) {
         load_channels(position[l] + c, count, scale, tile[l]);
         rows[l] = tile[l];
       }
       simd::transpose(rows, out, column_pitch, count);
     }
-  }
-}
-
-#if VB_PAIRS
-// Like `load_rows` for Pairs; the last position has no next one.
-static inline void load_pair_rows(const BFloat16* line, int64_t stride, const int* order, int n,
-                                  int channels, float* rows) {
-  const int pitch = round_up(channels, simd::W);
-  for (int i = 0; i < n; i++) {
-    prefetch_positions(line, stride, order, n, channels, i + simd::W, 1);
-    const BFloat16* first = line + order[i] * stride;
-    const BFloat16* second = i + 1 < n ? line + order[i + 1] * stride : first;
-    float* out = rows + static_cast<size_t>(i) * pitch;
-    for (int c = 0; c < channels; c += simd::W)
-      simd::store(out + c, simd::Pairs::pack(first + c, second + c, std::min(simd::W, channels - c)));
-  }
-}
-
-static inline void load_pair_columns(const BFloat16* line, int64_t stride, const int* order, int n,
-                                     int channels, float* columns, size_t column_pitch,
-                                     int before = 0) {
-  for (int x = -before; x < n; x += simd::W) {
-    const BFloat16* position[simd::W];
-    for (int l = 0; l < simd::W; l++)
-      position[l] = line + order[std::max(0, std::min(x + l, n - 1))] * stride;
-    prefetch_positions(line, stride, order, n, channels, x + 2 * simd::W, simd::W);
-    for (int c = 0; c < channels; c += 2 * simd::W) {
-      const int left = channels - c;
-      float tile[simd::W][simd::W];
-      const float* rows[simd::W];
-      for (int l = 0; l < simd::W; l++) {
-        rows[l] = reinterpret_cast<const float*>(position[l] + c);
-        if (left >= 2 * simd::W) continue;
-        std::memset(tile[l], 0, sizeof tile[l]);
-        std::memcpy(tile[l], position[l] + c, left * sizeof(BFloat16));
-        rows[l] = tile[l];
-      }
-      simd::F pairs[simd::W];
-      simd::transpose(rows, pairs);
-      float* out = columns + static_cast<ptrdiff_t>(c / 2 * column_pitch) + x;
-      const int count = std::min(simd::W, (left + 1) / 2);
-      for (int i = 0; i < count; i++) simd::store(out + i * column_pitch, pairs[i]);
-    }
-  }
-}
-#endif
-
-// Loads either layout, in the operand type P.
-template <class P, class T>
-static void pack_rows(const T* line, int64_t stride, const int* order, int n, int channels,
-                      float* rows) {
-  if constexpr (P::COUNT == 1) {
-    load_rows(line, stride, order, n, channels, 1.f, rows);
-  } else {
-    load_pair_rows(line, stride, order, n, channels, rows);
-  }
-}
-// Multiplied by `scale` only for Floats.
-template <class P, class T>
-static void pack_columns(const T* line, int64_t stride, const int* order, int n, int channels,
-                         float scale, float* columns, size_t column_pitch, int before = 0) {
-  if constexpr (P::COUNT == 1) {
-    load_columns(line, stride, order, n, channels, scale, columns, column_pitch, before);
-  } else {
-    load_pair_columns(line, stride, order, n, channels, columns, column_pitch, before);
   }
 }
 

@@ -1,7 +1,6 @@
 // The sizes of a call, and its division into work items that threads process one by one. The
 // division of the map depends only on sizes, never on the number of threads, and so do results.
 #pragma once
-#include "common/parallel.h"
 #include "neighborhood/geometry.h"
 #include "neighborhood/pack.h"
 
@@ -286,6 +285,7 @@ class KeyRing {
     return f.columns.data() + slot(head, z, y) * column_size(f) + before_;
   }
   size_t column_pitch() const { return column_pitch_; }
+  int low() const { return segment_.low; }
 
  private:
   const T* line(const Field& f, int head, int z, int y) const {
@@ -307,7 +307,7 @@ class KeyRing {
     const T* line = this->line(f, head, z, y);
     const int* order = layout_.x.order.data() + segment_.low;
     if (f.pack_rows) {
-      pack_rows<Rows>(line, f.tensor.x, order, segment_.columns, f.channels,
+      pack_rows<Rows>(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
                       f.rows.data() + slot(head, z, y) * row_size(f));
     }
     if (f.pack_columns) {

@@ -118,36 +118,24 @@ static void scatter_columns(const ScatterArgs& args) {
 constexpr int MAX_SCATTER_CHANNELS = 2;  // vectors of channels at once
 constexpr int MAX_SCATTER_KEYS = simd::REGISTERS == 32 ? 10 : 6;
 
-using ScatterKernel = void (*)(const ScatterArgs&);
-using ScatterKernels = std::array<std::array<ScatterKernel, MAX_SCATTER_KEYS>, MAX_SCATTER_CHANNELS>;
-
-template <int STAIRS, int C, int... N>
-static constexpr std::array<ScatterKernel, MAX_SCATTER_KEYS> scatter_rows_of(
-    std::integer_sequence<int, N...>) {
-  return {scatter_rows<N + 1, C, (N + 1 < MAX_ROWS ? int{LEVEL} : STAIRS)>...};
-}
-template <int EDGE, int C, int... N>
-static constexpr std::array<ScatterKernel, MAX_SCATTER_KEYS> scatter_columns_of(
-    std::integer_sequence<int, N...>) {
-  return {scatter_columns<N + 1, C, EDGE>...};
-}
-template <int STAIRS>
-static constexpr ScatterKernels scatter_rows_table() {
-  constexpr auto keys = std::make_integer_sequence<int, MAX_SCATTER_KEYS>();
-  return {scatter_rows_of<STAIRS, 1>(keys), scatter_rows_of<STAIRS, 2>(keys)};
-}
-template <int EDGE>
-static constexpr ScatterKernels scatter_columns_table() {
-  constexpr auto keys = std::make_integer_sequence<int, MAX_SCATTER_KEYS>();
-  return {scatter_columns_of<EDGE, 1>(keys), scatter_columns_of<EDGE, 2>(keys)};
-}
 // [stairs][channel vectors - 1][keys - 1]
-static constexpr std::array<ScatterKernels, 4> SCATTER_ROWS = {
-    scatter_rows_table<LEVEL>(), scatter_rows_table<LOW>(), scatter_rows_table<HIGH>(),
-    scatter_rows_table<LOW | HIGH>()};
+static constexpr auto SCATTER_ROWS = variants<4>([](auto stairs) {
+  return variants<MAX_SCATTER_CHANNELS>([](auto c) {
+    return variants<MAX_SCATTER_KEYS>([](auto n) {
+      constexpr int STAIRS = n.value < MAX_ROWS ? int{LEVEL} : decltype(stairs)::value - 1;
+      return scatter_rows<n.value, decltype(c)::value, STAIRS>;
+    });
+  });
+});
 // [edge + 1][channel vectors - 1][keys - 1]
-static constexpr std::array<ScatterKernels, 3> SCATTER_COLUMNS = {
-    scatter_columns_table<-1>(), scatter_columns_table<0>(), scatter_columns_table<1>()};
+static constexpr auto SCATTER_COLUMNS = variants<3>([](auto edge) {
+  return variants<MAX_SCATTER_CHANNELS>([](auto c) {
+    return variants<MAX_SCATTER_KEYS>([](auto n) {
+      return scatter_columns<n.value, decltype(c)::value, decltype(edge)::value - 2>;
+    });
+  });
+});
+using ScatterKernels = std::decay_t<decltype(SCATTER_ROWS[0])>;
 
 // ---- a tile ------------------------------------------------------------------------------------
 // Zeroes scores of key rows of a group that a query row does not see, as `scatter_group` requires.

@@ -167,8 +167,8 @@ static void pack_pairs(const Slice* first, const Slice* last, float* weights) {
   }
 }
 
-// Calls body(place, ring, low, prefetch, scratch) for every tile of queries, with the keys in the
-// ring, `low` their first column. With `rows`, they are packed as rows, else as columns.
+// Calls body(place, ring, prefetch, scratch) for every tile of queries, with the keys in the ring.
+// With `rows`, they are packed as rows, else as columns.
 template <class T, class Body>
 static void for_each_split_tile(const Problem& p, const SplitTensors& t, bool rows,
                                 const Body& body) {
@@ -188,7 +188,7 @@ static void for_each_split_tile(const Problem& p, const SplitTensors& t, bool ro
     };
     for_each_tile(p, layout, item, ring, scratch, next,
                   [&](const TilePlace& place, Prefetch& prefetch) {
-                    body(place, ring, item.segment.low, prefetch, scratch);
+                    body(place, ring, prefetch, scratch);
                   });
   });
 }
@@ -198,7 +198,7 @@ static void scores(const Problem& p, const SplitTensors& t) {
   using P = Products<T>;
   const int dim = static_cast<int>(p.dim), steps = simd::steps<P>(dim);
   const Bias bias(p, t.rpb, 1.f);
-  for_each_split_tile<T>(p, t, false, [&](const TilePlace& place, const SplitKeys<T>& ring, int low,
+  for_each_split_tile<T>(p, t, false, [&](const TilePlace& place, const SplitKeys<T>& ring,
                                           Prefetch& prefetch, SplitScratch<T>& scratch) {
     float* query = scratch.query.get(static_cast<size_t>(MAX_ROWS) * W * dim);
     float* score = weights_buffer(scratch.weights);
@@ -207,19 +207,14 @@ static void scores(const Problem& p, const SplitTensors& t) {
                                query + static_cast<size_t>(r) * W * steps);
     }
     fill_windows<T>(p, t, place);
-    const Slice* first = scratch.plan.slices.data();
-    for (int block_end : scratch.plan.blocks) {
-      const Slice* last = scratch.plan.slices.data() + block_end;
+    const SeenKeys<SplitKeys<T>> keys{ring, scratch.keys, place, place.lanes, nullptr};
+    scratch.plan.for_each_block([&](const Slice* first, const Slice* last) {
       for (const Slice* s = first; s < last; s++) {
-        score_slice<P>(*s, place.lanes, low, steps, 1.f, ring.column_pitch(), query, score, prefetch,
-                       [&](int y) {
-                         return ring.columns(scratch.keys, place.kv_slot, s->plane, s->key_row + y);
-                       });
+        keys.score(*s, 1.f, query, score, prefetch);
         if (bias) add_bias(bias, place, *s, score);
       }
       store_block<T>(p, t, place, first, last, score);
-      first = last;
-    }
+    });
   });
 }
 
@@ -228,33 +223,24 @@ static void mix(const Problem& p, const SplitTensors& t) {
   if (is_narrow(p)) return mix_narrow<T>(p, t.query, t.key, t.weights);
   using P = Products<T>;
   const int dim = static_cast<int>(p.dim), pitch = round_up(dim, W);
-  for_each_split_tile<T>(p, t, true, [&](const TilePlace& place, const SplitKeys<T>& ring, int low,
+  for_each_split_tile<T>(p, t, true, [&](const TilePlace& place, const SplitKeys<T>& ring,
                                          Prefetch& prefetch, SplitScratch<T>& scratch) {
     float* weights = weights_buffer(scratch.weights);
     float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
     add_rows<T>(prefetch, place, t.query, dim);
-    const Slice* first = scratch.plan.slices.data();
+    const SeenKeys<SplitKeys<T>> keys{ring, scratch.keys, place, place.lanes, nullptr};
     bool fresh = true;
-    for (int block_end : scratch.plan.blocks) {
-      const Slice* last = scratch.plan.slices.data() + block_end;
+    scratch.plan.for_each_block([&](const Slice* first, const Slice* last) {
       load_block<T>(p, t, place, first, last, weights);
       if constexpr (P::COUNT == 2) pack_pairs<P>(first, last, weights);
       for_each_group(first, last, [&](const SliceGroup& group) {
-        mix_group<P>(group, place, place.lanes, low, pitch, weights, sum, fresh, prefetch,
-                     [&](const Slice& s, int y) {
-                       return ring.rows(scratch.keys, place.kv_slot, s.plane, s.key_row + y);
-                     });
+        keys.mix(group, weights, sum, fresh, prefetch);
         fresh = false;
       });
-      first = last;
-    }
-    for (int r = 0; r < place.tile.rows; r++) {
-      T* line = place.line<T>(t.query, r);
-      for (int l = 0; l < place.lanes.valid; l++) {
-        store_channels(sum + static_cast<size_t>(r * W + l) * pitch, dim, 1.f,
-                       line + place.order()[l] * t.query.x);
-      }
-    }
+    });
+    float factor[MAX_ROWS][W];
+    std::fill_n(factor[0], MAX_ROWS * W, 1.f);
+    store_sums<T>(place, t.query, dim, sum, factor, false);
   });
 }
 
@@ -286,9 +272,7 @@ static void scatter(const Problem& p, const SplitTensors& t) {
       float* query = scratch.query.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
       for (int r = 0; r < rows; r++)
         load_queries<T>(place, t.query, r, dim, 1.f, query + static_cast<size_t>(r) * W * pitch);
-      const Slice* first = scratch.plan.slices.data();
-      for (int block_end : scratch.plan.blocks) {
-        const Slice* last = scratch.plan.slices.data() + block_end;
+      scratch.plan.for_each_block([&](const Slice* first, const Slice* last) {
         load_block<T>(p, t, place, first, last, weights);
         for (const Slice* s = first; s < last; s++) clear_unseen(*s, rows, weights);
         for_each_group(first, last, [&](const SliceGroup& group) {
@@ -298,8 +282,7 @@ static void scatter(const Problem& p, const SplitTensors& t) {
                   })
               .run(prefetch);
         });
-        first = last;
-      }
+      });
     };
     for_each_tile(p, layout, item, ring, scratch, next, body);
     sums.finish(share);

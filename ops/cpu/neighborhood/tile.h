@@ -82,7 +82,7 @@ template <class T>
 static void load_queries(const TilePlace& place, const Tensor& t, int row, int channels,
                          float scale, float* rows) {
   const int pitch = round_up(channels, W), valid = place.lanes.valid;
-  load_rows(place.line<const T>(t, row), t.x, place.order(), valid, channels, scale, rows);
+  pack_rows<Floats>(place.line<const T>(t, row), t.x, place.order(), valid, channels, scale, rows);
   const float* last = rows + static_cast<size_t>(valid - 1) * pitch;
   for (int l = valid; l < W; l++)
     std::memcpy(rows + static_cast<size_t>(l) * pitch, last, pitch * sizeof(float));
@@ -95,6 +95,19 @@ static void load_query_columns(const TilePlace& place, const Tensor& t, int row,
                                float scale, float* columns) {
   pack_columns<P>(place.line<const T>(t, row), t.x, place.order(), place.lanes.valid, channels,
                   scale, columns, W);
+}
+
+// Stores the sums of a tile, [row][lane][channel], times factors.
+template <class T>
+static void store_sums(const TilePlace& place, const Tensor& t, int channels, const float* sum,
+                       const float (*factor)[W], bool stream) {
+  for (int r = 0; r < place.tile.rows; r++) {
+    T* line = place.line<T>(t, r);
+    for (int l = 0; l < place.lanes.valid; l++) {
+      store_channels(sum + static_cast<size_t>(r * W + l) * round_up(channels, W), channels,
+                     factor[r][l], line + place.order()[l] * t.x, stream);
+    }
+  }
 }
 
 // Prefetches the rows of a tile that are loaded or stored soon.
@@ -143,11 +156,6 @@ static void score_slice(const Slice& s, const Lanes& lanes, int low, int steps, 
 struct SliceGroup {
   const Slice* first;
   const Slice* last;
-  int rows() const {
-    int n = 0;
-    for (const Slice* s = first; s < last; s++) n += s->rows;
-    return n;
-  }
 };
 
 // Calls body(group) for the groups of a block; the additional keys are a separate group.
@@ -200,15 +208,15 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
     return yes;
   };
   for (int l = 0, n; l < valid; l += n) {
-    const MixKernel* kernel = kernels.one;
+    const auto* kernel = &kernels.one;
     int most = MAX_CHANNELS;
     n = 1;
     if (slides(l)) {
-      kernel = kernels.sliding;
+      kernel = &kernels.sliding;
       n = SLIDE_LANES;
       most = slide_channels(place.tile.rows);
     } else if (alike(l, together)) {
-      kernel = kernels.several;
+      kernel = &kernels.several;
       n = together;
     }
     a.keys = keys_of(l);
@@ -220,7 +228,7 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
     for (int c = 0; c < vectors; c += step) {
       a.channel = c * W;
       a.sum = sum + l * pitch + a.channel;
-      kernel[std::min(step, vectors - c) - 1](a);
+      (*kernel)[std::min(step, vectors - c) - 1](a);
     }
   }
 }

@@ -21,10 +21,50 @@ struct Additional {
     for (int i = 0; i < n; i++) order[i] = i;
     using T = typename Ring::Element;
     const T* line = static_cast<const T*>(t.data) + t.at(batch, 0, 0, head);
-    pack_rows<typename Ring::Rows>(line, t.x, order.data(), n, channels,
+    pack_rows<typename Ring::Rows>(line, t.x, order.data(), n, channels, 1.f,
                                    rows.get(static_cast<size_t>(n + W) * row_pitch));
     pack_columns<typename Ring::Columns>(line, t.x, order.data(), n, channels, 1.f,
                                          columns.get(channels * column_pitch), column_pitch);
+  }
+};
+
+// The keys or values that a tile sees: those of a ring, and maybe additional ones, seen by the lanes
+// `shared`.
+template <class Ring>
+struct SeenKeys {
+  const Ring& ring;
+  const typename Ring::Field& field;
+  const TilePlace& place;
+  const Lanes& shared;
+  const Additional* more;
+
+  // The scores of a slice, see `score_slice`.
+  void score(const Slice& s, float scale, const float* query, float* score,
+             Prefetch& prefetch) const {
+    using P = typename Ring::Columns;
+    const int steps = simd::steps<P>(field.channels);
+    if (s.plane < 0) {
+      return score_slice<P>(s, shared, 0, steps, scale, more->column_pitch, query, score, prefetch,
+                            [&](int) { return more->columns.data(); });
+    }
+    score_slice<P>(s, place.lanes, ring.low(), steps, scale, ring.column_pitch(), query, score,
+                   prefetch, [&](int y) {
+                     return ring.columns(field, place.kv_slot, s.plane, s.key_row + y);
+                   });
+  }
+
+  // The weighted sums of a group, see `mix_group`.
+  void mix(const SliceGroup& group, const float* weight, float* sum, bool fresh,
+           Prefetch& prefetch) const {
+    using P = typename Ring::Rows;
+    if (group.first->plane < 0) {
+      return mix_group<P>(group, place, shared, 0, field.row_pitch, weight, sum, fresh, prefetch,
+                          [&](const Slice&, int) { return more->rows.data(); });
+    }
+    mix_group<P>(group, place, place.lanes, ring.low(), field.row_pitch, weight, sum, fresh,
+                 prefetch, [&](const Slice& s, int y) {
+                   return ring.rows(field, place.kv_slot, s.plane, s.key_row + y);
+                 });
   }
 };
 

@@ -1,14 +1,7 @@
 // Weights of attention: softmax over products of queries and keys, to which a table is added first.
 // The keys are linear maps of others. Neither they nor the products are ever stored.
 #pragma once
-#include <algorithm>
-#include <cstdint>
-#include <limits>
 #include "common/dot.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
 #include "norm/softmax.h"
 
 namespace weights {
@@ -143,20 +136,6 @@ static void forward(const Problem& p, const Tensors& t) {
       softmax::of_rows(p.keys, logits, most, out + i * p.keys);
     });
   });
-}
-
-template <class Q, class B>
-static void forward_from(const Problem& p, const Tensors& t) {
-  p.half ? forward<Q, B, BFloat16>(p, t) : forward<Q, B, float>(p, t);
-}
-
-template <class Q>
-static void forward_of(const Problem& p, const Tensors& t) {
-  p.half_bias ? forward_from<Q, BFloat16>(p, t) : forward_from<Q, float>(p, t);
-}
-
-static void forward(const Problem& p, const Tensors& t) {
-  p.half_input ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
 }
 
 }  // namespace weights

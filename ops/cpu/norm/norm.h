@@ -1,13 +1,7 @@
 // Layer norm over dense channels, with a fused activation.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
+#include "common/kernel.h"
 #include "common/activation.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
 
 namespace norm {
 

@@ -1,4 +1,4 @@
-"""Root-mean-square and global response norms on the CPU for inference (``rms.h``, ``response.h``).
+"""RMS and global response norms on the CPU for inference (``norm.cpp``, ``response.h``).
 
 https://arxiv.org/abs/1910.07467, https://arxiv.org/abs/2301.00808
 """

@@ -1,12 +1,6 @@
 // Scales of a global response norm: of each channel, by its norm over a map's pixels.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
+#include "common/kernel.h"
 
 namespace response {
 

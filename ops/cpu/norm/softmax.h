@@ -1,12 +1,6 @@
 // Softmax over dense rows of logits, to which a table is added first.
 #pragma once
-#include <algorithm>
-#include <cstdint>
-#include <limits>
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
+#include "common/kernel.h"
 
 namespace softmax {
 
@@ -132,14 +126,6 @@ static void forward(const Problem& p, const Tensors& t) {
                  static_cast<T*>(t.out) + i * p.length);
     });
   });
-}
-
-static void forward(const Problem& p, const Tensors& t) {
-  if (p.half_bias) {
-    p.half ? forward<BFloat16, BFloat16>(p, t) : forward<BFloat16, float>(p, t);
-  } else {
-    p.half ? forward<float, BFloat16>(p, t) : forward<float, float>(p, t);
-  }
 }
 
 }  // namespace softmax

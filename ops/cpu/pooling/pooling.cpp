@@ -1,11 +1,5 @@
 // Means of adjacent windows of a channels-last map; windows at its end may be cut off.
-#include <algorithm>
-#include <cstdint>
-#include "common/interface.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
-#include "common/simd.h"
+#include "common/kernel.h"
 
 namespace pooling {
 
@@ -68,7 +62,7 @@ static void pool(const Problem& p, const T* in, int64_t rows, int64_t columns, i
 }
 
 template <class T>
-static void forward_of(const Problem& p, const T* in, T* out) {
+static void forward(const Problem& p, const T* in, T* out) {
   static thread_local ScratchBuffer<float> buffer;
   const int64_t rows = (p.height + p.window[0] - 1) / p.window[0];
   const int64_t columns = (p.width + p.window[1] - 1) / p.window[1];
@@ -102,19 +96,12 @@ static void forward_of(const Problem& p, const T* in, T* out) {
   }
 }
 
-static void forward(const Problem& p, const void* in, void* out) {
-  if (p.bfloat16) {
-    forward_of(p, static_cast<const BFloat16*>(in), static_cast<BFloat16*>(out));
-  } else {
-    forward_of(p, static_cast<const float*>(in), static_cast<float*>(out));
-  }
-}
-
 }  // namespace pooling
 
 // The C interface, called from window_means.py.
-VB_EXPORT_BYTES(pooling, Problem)
-
 extern "C" int pooling_forward(const pooling::Problem* problem, const void* in, void* out) {
-  return status_of([&] { pooling::forward(*problem, in, out); });
+  return status_of(problem->bfloat16, [&](auto type) {
+    using T = decltype(type);
+    pooling::forward(*problem, static_cast<const T*>(in), static_cast<T*>(out));
+  });
 }

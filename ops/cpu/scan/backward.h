@@ -2,11 +2,7 @@
 // gradients pass through it. Lanes are channels of the keys, since three of the four gradients are
 // sums over the values.
 #pragma once
-#include <algorithm>
-#include <cstdint>
 #include "common/lane_sums.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
 #include "scan/problem.h"
 
 namespace gated_scan {
@@ -148,14 +144,8 @@ template <class Work>
 static void each_tile(const Pieces& p, const Work& work) {
   for (int64_t row = 0; row < p.values; row += ROWS) {
     for (int64_t column = 0; column < p.keys; column += COLUMNS * W) {
-      switch (std::min<int64_t>(COLUMNS, (p.keys - column) / W)) {
-        case 1: work(std::integral_constant<int, 1>(), row, column); break;
-        case 2: work(std::integral_constant<int, 2>(), row, column); break;
-        case 3: work(std::integral_constant<int, 3>(), row, column); break;
-        case 4: work(std::integral_constant<int, 4>(), row, column); break;
-        case 5: work(std::integral_constant<int, std::min(5, COLUMNS)>(), row, column); break;
-        default: work(std::integral_constant<int, COLUMNS>(), row, column); break;
-      }
+      with_constant<COLUMNS>(std::min<int64_t>(COLUMNS, (p.keys - column) / W),
+                             [&](auto vectors) { work(vectors, row, column); });
     }
   }
 }

@@ -1,10 +1,6 @@
 // Gated linear attention, forward: the state is split into tiles that stay in registers for a chunk
 // of tokens. Lanes are channels of the values.
 #pragma once
-#include <algorithm>
-#include <cstdint>
-#include "common/parallel.h"
-#include "common/scratch.h"
 #include "scan/problem.h"
 
 namespace gated_scan {
@@ -78,20 +74,19 @@ static void pass_tile(const TileArgs& args) {
   }
 }
 
-template <bool APART>
-static void pass(const TileArgs& args, int vectors) {
-  if constexpr (COLUMNS == 4) {
-    if (vectors == 4) return pass_tile<4, APART>(args);
-    if (vectors == 3) return pass_tile<3, APART>(args);
-  }
-  vectors == 1 ? pass_tile<1, APART>(args) : pass_tile<2, APART>(args);
-}
-
 // A part of the values of one head of one image.
 struct Part {
   Head head;
   int64_t begin, end;
 };
+
+// The weight of a token's own value, added to the state's contribution.
+static float own_weight(const Problem& p, const float* bonus, const float* query,
+                        const float* key) {
+  float sum = 0.f;
+  for (int64_t c = 0; c < p.dim; c++) sum += query[c] * bonus[c] * key[c];
+  return sum;
+}
 
 // Both directions of a part. Sums go to `ends.finish`, token by token in the order of the last
 // direction; `ends.gates` computes the gates.
@@ -124,7 +119,8 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
       float* const sum = kept ? sums + span.first * values : sums;
       if (direction == 0) std::fill_n(sum, span.count * values, 0.f);
       for (int i = 0; p.apart && direction == 0 && i < span.count; i++) {
-        const F own = simd::set1(ends.own(p, part.head, query + i * keys, key + i * keys));
+        const F own = simd::set1(own_weight(p, ends.bonus() + part.head.head * p.dim,
+                                            query + i * keys, key + i * keys));
         for (int64_t c = i * values; c < (i + 1) * values; c += W) {
           simd::store(sum + c, own * simd::load(value + c));
         }
@@ -133,26 +129,20 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
       for (int64_t c = 0; c < values; c += COLUMNS * W) {
         const int vectors = static_cast<int>(std::min<int64_t>(COLUMNS, (values - c) / W));
         for (int64_t r = 0; r < p.dim; r += ROWS) {
-          TileArgs args;
-          args.query = query + r;
-          args.key = key + r;
-          args.gate = gate + r;
-          args.pitch = keys;
-          args.value = value + c;
-          args.value_pitch = values;
-          args.sum = sum + c;
-          args.sum_step = values * span.step;
-          args.state = state + r * values + c;
-          args.state_pitch = values;
-          args.count = span.count;
-          p.apart ? pass<true>(args, vectors) : pass<false>(args, vectors);
+          const TileArgs args{query + r, key + r, gate + r, keys, value + c, values, sum + c,
+                              values * span.step, state + r * values + c, values, span.count};
+          with_constant<COLUMNS>(vectors, [&](auto count) {
+            p.apart ? pass_tile<count.value, true>(args) : pass_tile<count.value, false>(args);
+          });
           // Few at a time, so that tiles don't stall: a core supports few outstanding misses.
           const Span ahead = next.share(tile++, tiles);
           fetch<T>(t.query, part.head, ahead, 0, p.dim);
           fetch<T>(t.key, part.head, ahead, 0, p.dim);
           fetch<T>(t.value, part.head, ahead, begin, end);
           ends.fetch_gates(p, direction, part.head, ahead);
-          if (direction == ends.directions() - 1) ends.fetch_outputs(p, part, ahead);
+          if (direction == ends.directions() - 1) {
+            fetch_outputs<T>(p, t.out, part.head, ahead, begin, end);
+          }
           if (kept && ahead.count) {
             memory::fetch<memory::WRITE>(sums + ahead.lowest() * values, ahead.count * values);
           }
@@ -163,14 +153,6 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
       }
     }
   }
-}
-
-// The weight of a token's own value, added to the state's contribution.
-static float own_weight(const Problem& p, const float* bonus, const float* query,
-                        const float* key) {
-  float sum = 0.f;
-  for (int64_t c = 0; c < p.dim; c++) sum += query[c] * bonus[c] * key[c];
-  return sum;
 }
 
 // Scans whose `ends` need all values of a head together.
@@ -188,6 +170,7 @@ struct Plain {
   const ForwardTensors& t;
 
   int directions() const { return t.gate_back.data ? 2 : 1; }
+  const float* bonus() const { return t.bonus; }
   const Sequence& gate(int direction) const { return direction ? t.gate_back : t.gate; }
 
   void gates(const Problem& p, int direction, const Head& at, const Span& span, float* out,
@@ -199,14 +182,6 @@ struct Plain {
   }
   void fetch_gates(const Problem& p, int direction, const Head& at, const Span& span) const {
     fetch<float>(gate(direction), at, span, 0, p.dim);
-  }
-
-  void fetch_outputs(const Problem& p, const Part& part, const Span& span) const {
-    gated_scan::fetch_outputs<T>(p, t.out, part.head, span, part.begin, part.end);
-  }
-
-  float own(const Problem& p, const Head& at, const float* query, const float* key) const {
-    return own_weight(p, t.bonus + at.head * p.dim, query, key);
   }
 
   void finish(const Problem& p, const Part& part, int64_t token, const float* sum) const {

@@ -1,7 +1,7 @@
 """Gated linear attention on the CPU, see :mod:`ops.linear_attention`.
 
-Forward (``forward.h``), backward (``backward.h``), and inside the attention of ViG (``mixed.h``)
-and of VRWKV6 (``normed.h``).
+Forward (``forward.h``), backward (``backward.h``), and inside the attention of ViG and of VRWKV6
+(``gated_scan.cpp``).
 
 States, gates and sums are in float32.
 """

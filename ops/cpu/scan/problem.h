@@ -1,10 +1,6 @@
 // Gated linear attention: the parameters of a call, and chunks of its sequences.
 #pragma once
-#include <algorithm>
-#include <cstdint>
-#include "common/lanes.h"
-#include "common/prefetch.h"
-#include "common/simd.h"
+#include "common/kernel.h"
 
 namespace gated_scan {
 

@@ -3,14 +3,6 @@
 #include "selective/backward.h"
 #include "selective/forward.h"
 
-VB_EXPORT_BYTES(selective, Problem)
-VB_EXPORT_BYTES(selective, Channels)
-VB_EXPORT_BYTES(selective, ChannelGrads)
-VB_EXPORT_BYTES(selective, SequenceTensors)
-VB_EXPORT_BYTES(selective, SequenceGrads)
-VB_EXPORT_BYTES(selective, MapTensors)
-VB_EXPORT_BYTES(selective, MapGrads)
-
 extern "C" int selective_scan_sequences(const selective::Problem* problem,
                                         const selective::Channels* channels,
                                         const selective::SequenceTensors* tensors) {

@@ -4,15 +4,7 @@
 // The inputs of a window are contiguous segments, the same for all pixels of an output row apart
 // from an offset: for the linear kernel, pixels are rows and segments are parts of a row. BFloat16
 // is multiplied in pairs: of adjacent pixels in a plane, then of channels.
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
-#include <type_traits>
-#include <utility>
-#include <vector>
-#include "common/interface.h"
-#include "common/parallel.h"
-#include "common/scratch.h"
+#include "common/kernel.h"
 #include "gemm/registers.h"
 #include "norm/norm.h"
 
@@ -125,21 +117,18 @@ using Run = void (*)(const linear::Problem&, const Segments<I>&, ptrdiff_t, cons
                      const Block<T>&);
 
 // APART is the distance of windows in a plane, or 0 in a map.
-template <int APART, class I, class T, int V, size_t... J>
-static Run<I, T> run_of(int64_t pixels, std::index_sequence<J...>) {
-  if constexpr (APART) {
-    static constexpr Run<I, T> runs[] = {run_nchw<I, T, APART, J + 1, V>...};
-    return runs[pixels - 1];
-  } else {
-    static constexpr Run<I, T> runs[] = {run_nhwc<I, T, J + 1, V>...};
-    return runs[pixels - 1];
-  }
-}
-
 template <int APART, class I, class T>
 static Run<I, T> run_of(int64_t pixels, bool wide) {
-  constexpr std::make_index_sequence<MAX_ROWS> variants;
-  return wide ? run_of<APART, I, T, 2>(pixels, variants) : run_of<APART, I, T, 1>(pixels, variants);
+  static constexpr auto runs = variants<2>([](auto v) {
+    return variants<MAX_ROWS>([](auto r) -> Run<I, T> {
+      if constexpr (APART == 0) {
+        return run_nhwc<I, T, r.value, decltype(v)::value>;
+      } else {
+        return run_nchw<I, T, APART, r.value, decltype(v)::value>;
+      }
+    });
+  });
+  return runs[wide][pixels - 1];
 }
 
 // An output row; APART is nonzero in the first layer.
@@ -312,9 +301,6 @@ static void forward(const Problem& p, const Layer* layers, const void* in, void*
 }  // namespace stem
 
 // The C interface, called from packed_stem.py.
-VB_EXPORT_BYTES(stem, Problem)
-VB_EXPORT_BYTES(stem, Layer)
-
 // BFloat16 only if linear layers have products of it, see gemm.cpp.
 extern "C" int stem_forward(const stem::Problem* problem, const stem::Layer* chain,
                             const void* in, void* out) {

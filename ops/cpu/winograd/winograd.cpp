@@ -2,17 +2,8 @@
 // pixels are transformed, multiplied with transformed weights in 16 products of matrices, and
 // transformed back to 2×2 outputs, with 4/9 of the multiplications (Lavin and Gray 2015). Some
 // windows and groups of channels at a time, so that what lies between stays in the L2 cache.
-#include <algorithm>
-#include <cstddef>
-#include <cstdint>
+#include "common/kernel.h"
 #include "common/activation.h"
-#include "common/interface.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/prefetch.h"
-#include "common/range.h"
-#include "common/scratch.h"
-#include "common/simd.h"
 #include "gemm/call.h"
 
 namespace winograd {
@@ -211,9 +202,6 @@ static void forward(const Problem& p, const Tensors& t) {
 }  // namespace winograd
 
 // The C interface, called from winograd.py.
-VB_EXPORT_BYTES(winograd, Problem)
-VB_EXPORT_BYTES(winograd, Tensors)
-
 extern "C" int winograd_forward(const winograd::Problem* problem,
                                 const winograd::Tensors* tensors) {
   return status_of([&] { winograd::forward(*problem, *tensors); });

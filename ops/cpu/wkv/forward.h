@@ -1,7 +1,6 @@
 // Bi-WKV, a block of channels at a time: backward along the sequence, for sums over later tokens,
 // then forward.
 #pragma once
-#include "common/scratch.h"
 #include "wkv/problem.h"
 
 namespace wkv {
@@ -91,14 +90,13 @@ static void forward(const Problem& p, const Tensors& tensors, int64_t image, int
   }
 }
 
+template <class T>
 static void forward(const Problem& p, const Tensors& t) {
   const auto mild = [&](int64_t image, int64_t channel, int lanes) {
-    p.bfloat16 ? forward<Factors, BFloat16>(p, t, image, channel, lanes)
-               : forward<Factors, float>(p, t, image, channel, lanes);
+    forward<Factors, T>(p, t, image, channel, lanes);
   };
   const auto wild = [&](int64_t image, int64_t channel) {
-    p.bfloat16 ? forward<Exponents, BFloat16>(p, t, image, channel, 1)
-               : forward<Exponents, float>(p, t, image, channel, 1);
+    forward<Exponents, T>(p, t, image, channel, 1);
   };
   for_each_block(p, t.decay, t.first, mild, wild);
 }

@@ -1,10 +1,5 @@
 // Bi-WKV along a sequence: the parameters of a call, and its division among threads.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include "common/parallel.h"
-#include "common/simd.h"
 #include "wkv/sums.h"
 
 namespace wkv {

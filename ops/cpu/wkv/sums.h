@@ -1,13 +1,8 @@
 // Exponentially weighted sums in two representations: plain factors, for W channels in float, or
 // exponents that cannot overflow, for one channel in double.
 #pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
+#include "common/kernel.h"
 #include "common/activation.h"
-#include "common/lanes.h"
-#include "common/libm.h"
-#include "common/simd.h"
 
 namespace wkv {
 

@@ -1,7 +1,7 @@
 """Vision-RWKV's scan and its mixtures of pixels, on the CPU.
 
 Bi-WKV (``forward.h``, ``backward.h``), see :mod:`ops.bi_wkv`, is deterministic. The mixtures
-(``shift.h``) are for inference.
+(``wkv.cpp``) are for inference.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from fresh_python import run_code
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ops.cpu.build import load
-from ops.cpu.call import binding
+from ops.cpu.build import compiler
+from ops.cpu.build.sources import SOURCES, Sources
 from ops.cpu.call.binding import observed_by
 from ops.cpu.call.dispatch import is_plain_call, kernels_apply
 from ops.cpu.call.huge_pages import ask_for_huge_pages, empty_weight
@@ -30,7 +30,6 @@ class _Watch:
     """An observer, for which calls are described."""
 
     def kernel_called(self, *_: Any) -> None: ...
-
     def kernel_returned(self, *_: Any) -> None: ...
 
 
@@ -86,16 +85,17 @@ def test_a_tensor_given_twice_says_nothing_about_the_next_call() -> None:
         torch.testing.assert_close(out, expected)
 
 
-def test_libraries_have_the_structures_that_were_parsed() -> None:
-    checked = set()
-    for called in binding._kernels.values():
-        library = load(called.library)
-        for kind in filter(None, parameters(called.library, called.function).values()):
-            size = getattr(library, f"{kind.__name__.replace('::', '_')}_bytes")
-            size.restype = ctypes.c_int64
-            assert size() == ctypes.sizeof(kind), (called, kind)
-            checked.add(kind)
-    assert len(checked) > 40
+@pytest.mark.parametrize(
+    "name", ["pooling", *(pytest.param(n, marks=pytest.mark.slow) for n in Sources().all())]
+)
+def test_structures_are_as_large_as_parsed(name: str, tmp_path: Path) -> None:
+    path = Sources().all()[name]
+    functions = [f.partition("(")[0] for f in path.read_text("utf-8").split('extern "C" int ')[1:]]
+    kinds = {k for f in functions for k in parameters(name, f).values() if k is not None}
+    lines = [f"static_assert(sizeof({k.__name__}) == {ctypes.sizeof(k)});" for k in kinds]
+    (source := tmp_path / "sizes.cpp").write_text("\n".join([f'#include "{path}"', *lines]))
+    options = [f"-I{SOURCES}", "-std=c++17", "-fsyntax-only", str(source)]
+    compiler.run([*compiler.find_compilers([])[0], *options], tmp_path)
 
 
 _WITHOUT_MEMORY = """
