@@ -1,10 +1,5 @@
 // Maxima or means of windows of a channels-last map, which may overlap and reach over its border.
-#include <algorithm>
-#include <cstdint>
-#include "common/interface.h"
-#include "common/lanes.h"
-#include "common/parallel.h"
-#include "common/simd.h"
+#include "common/kernel.h"
 
 namespace window_pool {
 
@@ -98,21 +93,15 @@ static void forward(const Problem& p, const T* in, T* out) {
   });
 }
 
-template <class T>
-static void forward_of(const Problem& p, const void* in, void* out) {
-  const T* const from = static_cast<const T*>(in);
-  T* const to = static_cast<T*>(out);
-  p.means ? forward<true>(p, from, to) : forward<false>(p, from, to);
-}
-
 }  // namespace window_pool
 
 // The C interface, called from window_pool.py.
-VB_EXPORT_BYTES(window_pool, Problem)
-
 extern "C" int window_pool_forward(const window_pool::Problem* problem, const void* in, void* out) {
-  return status_of([&] {
-    problem->bfloat16 ? window_pool::forward_of<BFloat16>(*problem, in, out)
-                      : window_pool::forward_of<float>(*problem, in, out);
+  return status_of(problem->bfloat16, [&](auto type) {
+    using T = decltype(type);
+    const T* const from = static_cast<const T*>(in);
+    T* const to = static_cast<T*>(out);
+    problem->means ? window_pool::forward<true>(*problem, from, to)
+                   : window_pool::forward<false>(*problem, from, to);
   });
 }
