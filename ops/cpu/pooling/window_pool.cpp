@@ -96,7 +96,8 @@ static void forward(const Problem& p, const T* in, T* out) {
 }  // namespace window_pool
 
 // The C interface, called from window_pool.py.
-extern "C" int window_pool_forward(const window_pool::Problem* problem, const void* in, void* out) {
+extern "C" int window_pool_forward(const window_pool::Problem* problem, const void* in,
+                                   void* out) {
   return status_of(problem->bfloat16, [&](auto type) {
     using T = decltype(type);
     const T* const from = static_cast<const T*>(in);
