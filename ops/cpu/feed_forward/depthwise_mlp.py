@@ -22,9 +22,8 @@ from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.threads import MACS, threads_for
 
-# float32 hidden channels per step of the convolution (chunk) and of the second layer (span). Both
-# are multiples of the packed panels' width, and the span is a multiple of the chunk.
-_CHUNK = 192
+# The most float32 hidden channels per step of the second layer (span), which has two steps of the
+# convolution (chunks). Chunks are multiples of the packed panels' width.
 _SPAN = 384
 # Per thread and row of the convolution's padding: each thread also computes the hidden rows above
 # and below its own.
@@ -161,12 +160,12 @@ def _padded(hidden: int) -> int:
 
 def _span(hidden: int, dtype: torch.dtype) -> int:
     """Inputs of the second layer per step: all if partial sums would be rounded."""
-    return _SPAN if dtype == torch.float32 else hidden
+    return _step(hidden, _SPAN, 4 * _LINE) if dtype == torch.float32 else hidden
 
 
-def _chunk(hidden: int) -> int:
-    """Channels per step of an expansion; in the last one there is at least a vector of them."""
-    return next(n for n in range(_CHUNK, 0, -_LINE * 2) if not 0 < hidden % n < _LINE)
+def _step(hidden: int, most: int, unit: int) -> int:
+    """Channels per step, a multiple of ``unit``: the last step has a vector or more, if any has."""
+    return next((n for n in range(most, 0, -unit) if not 0 < hidden % n < _LINE), most)
 
 
 @kernel("depthwise_mlp", "depthwise_mlp_forward", returns=2, refuses=no_products)
@@ -195,7 +194,8 @@ def depthwise_expansion(
         macs = hidden * x.numel() + out.numel() * len(taps) ** 2
         return {
             **sizes_of(x, "batch height width in_features"),
-            **{"hidden": hidden, "out_features": hidden, "chunk": _chunk(hidden), "span": hidden},
+            **{"hidden": hidden, "out_features": hidden, "span": hidden},
+            "chunk": _step(hidden, _SPAN // 2, 2 * _LINE),
             **{
                 "kernel": len(taps),
                 "taps_stride": taps.shape[2],
@@ -252,7 +252,7 @@ def depthwise_mlp(
             **{"in_features": in_features, "out_features": out_features},
             "kernel": 1 if taps is None else len(taps),
             "taps_stride": 0 if taps is None else taps.shape[2],
-            "chunk": _CHUNK if taps is not None and x.dtype == torch.float32 else span,
+            "chunk": span // 2 if taps is not None and x.dtype == torch.float32 else span,
             "threads": threads_for(pixels * hidden * (in_features + out_features), MACS),
             "other": dense(residual),
             "means": None,

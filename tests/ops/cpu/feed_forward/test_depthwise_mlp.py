@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -179,6 +182,25 @@ def test_expansions_of_strips_and_blocks(
     parts = _parts(12, 217, 8, True, 5, 2).to(dtype)
     with using_threads(threads):
         _check_expansion(parts, torch.randn(shape).to(dtype), ("silu", "silu"))
+
+
+_WITHOUT_A_FIRST_LAYER = """
+import torch
+from torch import nn
+from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp
+for hidden in (385, 398, 769):
+    conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+    packed = PackedDepthwiseMlp(None, conv, nn.Conv2d(hidden, 8, 1))
+    for side in (4, 8, 16):  # larger scratch buffers each time, which free the smaller ones
+        packed(torch.randn(1, side, side, hidden))
+"""
+
+
+def test_a_last_step_of_few_channels_writes_nothing_before_its_buffer() -> None:
+    """glibc finds damage before a block when it frees it, if the block has pages of its own."""
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "4096"}
+    command = [sys.executable, "-c", _WITHOUT_A_FIRST_LAYER]
+    assert subprocess.run(command, env=env, capture_output=True, timeout=100).returncode == 0
 
 
 # ---- numbers and layers ------------------------------------------------------------------------
