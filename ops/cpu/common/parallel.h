@@ -54,8 +54,11 @@ static Runtime runtime;
 template <class Part>
 static void in_threads(int64_t threads, const Part& part) {
   if (threads <= 1 || !runtime.thread) return part(0, 1);
-  runtime.run([](void* data) { (*static_cast<const Part*>(data))(runtime.thread(), runtime.threads()); },
-              const_cast<void*>(static_cast<const void*>(&part)), static_cast<unsigned>(threads), 0);
+  const auto call = [](void* data) {
+    (*static_cast<const Part*>(data))(runtime.thread(), runtime.threads());
+  };
+  runtime.run(call, const_cast<void*>(static_cast<const void*>(&part)),
+              static_cast<unsigned>(threads), 0);
 }
 
 // Calls work(0) … work(tasks - 1) on at most `threads` threads, each with a contiguous run of

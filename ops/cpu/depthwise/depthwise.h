@@ -52,7 +52,8 @@ static VB_INLINE void sum(const Rows& rows, F bias, F (&first)[R], F (&second)[R
   for (int r = 0; r < R; r++) first[r] = second[r] = bias;
   const int64_t across = rows.taps[1], row_weights = across * W;
   const int64_t last_first = std::min(rows.taps[0], rows.end);
-  const auto alone = [&](int64_t begin, int64_t end, int64_t shift, F(&out)[R]) __attribute__((always_inline)) {
+  const auto alone = [&](int64_t begin, int64_t end, int64_t shift, F(&out)[R])
+                         VB_INLINE_LAMBDA {
     for (int64_t i = begin; i < end; i++) {
       const float* in = rows.in + i * rows.pitch;
       const float* weight = rows.weight + (i - shift) * row_weights;

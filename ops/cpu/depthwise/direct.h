@@ -124,8 +124,9 @@ template <bool WHOLE, class T>
 static void convolve_part(const Part<T>& p, Range rows, Range columns) {
   const int64_t margin = p.kernel / 2, width = length(columns);
   const int64_t runs = (width + RUN_PIXELS - 1) / RUN_PIXELS;
-  DirectRun<T> s{nullptr, p.in_row, p.in_pixel, {}, {}, nullptr, p.weight_stride, nullptr,
-           nullptr, p.out_pixel, static_cast<int>(std::min<int64_t>(W, p.channels)), p.activation, nullptr};
+  const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels));
+  DirectRun<T> s{nullptr, p.in_row, p.in_pixel,  {},    {},           nullptr, p.weight_stride,
+                 nullptr, nullptr,  p.out_pixel, lanes, p.activation, nullptr};
   for (int64_t c = 0; c < p.channels; c += p.pass) {
     for (int64_t y = rows.begin; y < rows.end; y++) {
       const int64_t top = y * p.stride[0] - margin;

@@ -28,11 +28,12 @@ struct Problem {
 };
 
 // Maps are [batch][height][width][features]. Null if unused: `norm_weight` and `norm_bias`
-// [in_features], `weight1` and `bias1` (then the input is the hidden map), `taps`
-// [kernel²][taps_stride] with `conv_bias`, both for whole vectors of channels, and `other`, which is
-// added to the result. In `weight2`, each span of inputs is packed separately. If that is null, the
-// result is the map after the convolution, whose chunks have W channels or more, and `means` [batch]
-// [hidden] are those of its channels. Void pointers are to float or BFloat16.
+// [in_features], `weight1` and `bias1` (then the input is the hidden map, of which each span has W
+// channels or more), `taps` [kernel²][taps_stride] with `conv_bias`, both for whole vectors of
+// channels, and `other`, which is added to the result. In `weight2`, each span of inputs is packed
+// separately. If that is null, the result is the map after the convolution, whose chunks have W
+// channels or more, and `means` [batch][hidden] are those of its channels. Void pointers are to float
+// or BFloat16.
 struct Tensors {
   const void *in, *norm_weight, *norm_bias, *weight1;
   const float *bias1, *taps, *conv_bias;
@@ -188,8 +189,9 @@ struct Task {
     }
   }
 
-  // Convolves into a map of a span of channels, or into the result if `out` is null. The hidden map and the taps are padded to whole
-  // vectors; of the input, which may be the hidden map, and the result the last vectors may overlap.
+  // Convolves into a map of a span of channels, or into the result if `out` is null. The hidden map
+  // and the taps are padded to whole vectors; of the input, which may be the hidden map, and the
+  // result, the last vectors may overlap.
   void mix(int64_t c, const T* map, Range seen, Range strip, T* out) const {
     const Range seen_columns = this->seen(columns, p.width);
     const int64_t channel = c * p.chunk, step = map ? pitch(p.chunk) : p.in_features;

@@ -32,8 +32,12 @@ struct Block {
 template <class T>
 static Block<T> block_at(const Problem& p, const Tensors& t, const Rows<T>& rows, int64_t n) {
   const int64_t left = p.out_features - n;
-  return {nullptr, nullptr, t.bias + n,
-          rows.other ? rows.other + n : nullptr, rows.out + n, rows.energy ? rows.energy + n : nullptr,
+  return {nullptr,
+          nullptr,
+          t.bias + n,
+          rows.other ? rows.other + n : nullptr,
+          rows.out + n,
+          rows.energy ? rows.energy + n : nullptr,
           static_cast<int>(std::min<int64_t>(W, left > W ? left - W : left)),
           t.other_scale ? t.other_scale + n : nullptr};
 }
