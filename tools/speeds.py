@@ -7,6 +7,8 @@ instructions than it has.
 
 from __future__ import annotations
 
+import fnmatch
+import functools
 import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +18,8 @@ from typing import IO, Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from tables_models import table
+from contenders import TITLES
+from tables_models import decimal, table
 
 import backbones
 from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell, rivals, speed
@@ -149,6 +152,21 @@ def _add(into: Speeds, row: dict[str, Any]) -> None:
             into.over[dtype] = (known[name], name)
 
 
+@functools.cache
+def _reasons(docs: Path) -> list[dict[str, str]]:
+    path = docs / "performance" / "losses.json"
+    found: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))["reasons"]
+    return found
+
+
+def reason(docs: Path, model: str, dtype: str) -> str:
+    """Why another library is faster, from performance/losses.json; empty if it is not known."""
+    for each in _reasons(docs):
+        if fnmatch.fnmatch(model, each["models"]) and fnmatch.fnmatch(dtype, each["dtypes"]):
+            return each["reason"]
+    return ""
+
+
 def median(values: Iterable[float | None]) -> tuple[float | None, int]:
     """The median of what is there, and how many there are."""
     there = [value for value in values if value is not None]
@@ -237,6 +255,26 @@ def timm_gain(docs: Path) -> str:
     return " ".join(parts) or "No model of timm was measured."
 
 
+def losses(docs: Path) -> str:
+    """Where another library is faster, by rows of today's kernels, and what products would take."""
+    names = {machine["key"]: machine["name"] for machine in cpus(docs)["machines"]}
+    rows = []
+    for each in measured(docs):
+        for dtype, (ratio, rival) in each.over.items():
+            time = each.cells[dtype].milliseconds
+            if ratio >= 1 or each.is_older or time is None:
+                continue
+            rate = each.row["matmul_gflops"].get(dtype)
+            alone = 2e-6 * each.row["macs"] * each.batch / rate if rate else None
+            cpu = f"{names[each.cpu]}, {each.isa}".rstrip(", ")
+            setting = [f"`{each.model}`", cpu, str(each.batch), str(each.threads), dtype]
+            ours = [decimal(time, 2), "–" if alone is None else decimal(alone, 2)]
+            over = f"{decimal(ratio, 3)}× {TITLES.get(rival, rival)}"
+            rows.append([*setting, *ours, over, reason(docs, each.model, dtype)])
+    head = ["model", "CPU", "images", "threads", "dtype", "ms", "products alone", "over"]
+    return table([*head, "why"], rows)
+
+
 def unmeasured(docs: Path) -> str:
     """What was never measured on which CPU."""
     parts = []
@@ -303,5 +341,6 @@ def draw_speed(found: Mapping[str, Sequence[Speeds]], file: IO[bytes]) -> None:
 
 
 CLAIMS: dict[str, Callable[..., str]] = {
-    function.__name__: function for function in (four_cpus, int8_gain, timm_gain, unmeasured)
+    function.__name__: function
+    for function in (four_cpus, int8_gain, timm_gain, losses, unmeasured)
 }

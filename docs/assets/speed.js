@@ -44,12 +44,12 @@
 
   function overCell(over) {
     if (!over) return element("td", "·", { class: "number missing", title: "not measured" });
-    const [ratio, contender] = over;
+    const [ratio, contender, why] = over;
     const kind = ratio < 1 ? "number loss" : "number";
     // A loss never reads as 1.00.
     const shown = ratio < 1 && ratio >= 0.995
       ? (Math.floor(1000 * ratio) / 1000).toFixed(3) : ratio.toFixed(2);
-    return element("td", `${shown}×`, { class: kind, title: `over ${contender}` });
+    return element("td", `${shown}×`, { class: kind, title: `over ${contender}${why ? `: ${why}` : ""}` });
   }
 
   function dateCell(row) {

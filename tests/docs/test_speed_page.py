@@ -73,7 +73,7 @@ def test_filters_rule_the_table(speed):
     }
     _form(speed, "model").clear()
     _form(speed, "losses").click()
-    losing = [row for row in usual if any(ratio < 1 for ratio, _ in row["over"].values())]
+    losing = [row for row in usual if any(ratio < 1 for ratio, *_ in row["over"].values())]
     assert len(_rows(speed)) == len(losing) > 0
     red = speed.find_elements(By.CSS_SELECTOR, "#speed-table td.loss")
     assert len(red) >= len(losing) and all(float(cell.text[:-1]) < 1 for cell in red)

@@ -143,6 +143,24 @@ def test_medians_and_losses(tool, docs):
     ]
 
 
+def test_losses_have_reasons(tool: ModuleType, docs: Path) -> None:
+    kernels = {"kernels": {}, "matmul_gflops": {"float32": 100.0}, "macs": 10**8}
+    slow = {**_row(eager=4.0, fused=3.0, openvino=2.0), **kernels, "batch": 8}
+    older = {**_row(eager=4.0, fused=3.0, openvino=2.0), "model": "shvit_s4"}
+    _write(docs / "performance" / "a.json", _report(slow, older))
+    reasons = [{"models": "v*", "dtypes": "float32", "reason": "because"}]
+    _write(docs / "performance" / "losses.json", {"reasons": reasons})
+    assert tool.losses(docs).splitlines()[2:] == [
+        "| `van_b0` | CPU A | 8 | 1 | float32 | 3.00 | 16.00 | 0.667× OpenVINO | because |"
+    ]
+    assert tool.reason(docs, "van_b0", "int8") == ""
+
+
+def test_every_loss_of_todays_kernels_has_a_reason(tool: ModuleType) -> None:
+    for line in tool.losses(DOCS).splitlines()[2:]:
+        assert not line.endswith("|  |"), line
+
+
 def test_gains_of_timm_and_what_was_not_measured(tool: ModuleType, docs: Path) -> None:
     fast = {**_row(eager=4.0, fused=1.0, openvino=2.0), "model": "timm/resnet50"}
     slow = {**_row(eager=2.0, fused=1.0, openvino=0.5), "model": "timm/regnety_032"}
