@@ -11,11 +11,9 @@ weights. A file with other sizes loads into a network created with its ``attn_ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from timm.layers import ClassifierHead, DropPath
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -198,8 +196,7 @@ _MOBILENET_NAMES = (
 )
 
 # Published on Google Drive, one file each.
-_cfg = partial(
-    imagenet_cfg,
+_cfg = imagenet_cfg(
     interpolation="bilinear",
     license="mit",
     origin_url="https://github.com/BangguWu/ECANet",
@@ -207,12 +204,10 @@ _cfg = partial(
     paper_ids="arXiv:1910.03151",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"eca_resnet{depth}.in1k": _cfg(ECAResNet) for depth in (18, 34, 50, 101, 152)},
-        "eca_mobilenet_v2.in1k": _cfg(ECAMobileNetV2),
-    }
-)
+default_cfgs = {
+    **{f"eca_resnet{depth}.in1k": _cfg for depth in (18, 34, 50, 101, 152)},
+    "eca_mobilenet_v2.in1k": _cfg,
+}
 _WIDE: dict[str, Any] = dict(dims=(256, 512, 1024, 2048), bottleneck=True)
 
 eca_resnet18 = variant(ECAResNet)

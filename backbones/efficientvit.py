@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -159,7 +158,6 @@ def _add_identity(kernel: Tensor) -> Tensor:
 
 _cfg = partial(
     imagenet_cfg,
-    EfficientViT,
     url="https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/{}.pth",
     license="mit",
     origin_url="https://github.com/microsoft/Cream/tree/main/EfficientViT",
@@ -167,9 +165,7 @@ _cfg = partial(
     paper_ids="arXiv:2305.07027",
 )
 
-default_cfgs = generate_default_cfgs(
-    {f"efficientvit_m{i}.in1k": _cfg(f"efficientvit_m{i}") for i in range(6)}
-)
+default_cfgs = {f"efficientvit_m{i}.in1k": _cfg(f"efficientvit_m{i}") for i in range(6)}
 
 efficientvit_m0 = variant(EfficientViT, kernel_sizes=(5, 5, 5, 5))
 efficientvit_m1 = variant(EfficientViT, dims=(128, 144, 192), num_heads=(2, 3, 3))

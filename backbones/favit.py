@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from timm.layers import ClassifierHead, LayerNorm2d
-from timm.models import generate_default_cfgs
 from torch import nn
 
 from backbones.core.base import StagedBackbone
@@ -99,7 +98,6 @@ class FaViT(StagedBackbone):
 
 
 _cfg = imagenet_cfg(
-    FaViT,
     license="none stated",
     origin_url="https://github.com/q2479036243/FaViT",
     paper_name=(
@@ -108,7 +106,7 @@ _cfg = imagenet_cfg(
     paper_ids="arXiv:2312.08614",
 )
 
-default_cfgs = generate_default_cfgs({f"favit_b{i}.untrained": _cfg for i in range(4)})
+default_cfgs = {f"favit_b{i}.untrained": _cfg for i in range(4)}
 
 favit_b0 = variant(FaViT, dims=(32, 64, 128, 256), depths=(2, 2, 6, 2), drop_path_rate=0.1)
 favit_b1 = variant(FaViT, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), drop_path_rate=0.1)

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import number, one_of, whole
@@ -336,7 +335,6 @@ _FOLDER = "https://drive.google.com/drive/folders/1HpmReFfoUqUbnAOQ7rvOeNU3uf_m6
 
 _cfg = partial(
     imagenet_cfg,
-    HAT,
     url="",
     num_classes=0,
     input_size=(3, 64, 64),
@@ -355,19 +353,15 @@ def _published(file: str) -> dict[str, Any]:
 
 
 # df2k: DIV2K and Flickr2K; in1k_df2k: pre-trained on ImageNet; real_gan: for real photographs.
-default_cfgs = generate_default_cfgs(
-    {
-        "hat_nano_x2.untrained": _cfg(
-            notes=("ours; configs/sr/quickstart.yaml trains it in minutes",)
-        ),
-        **{f"hat_s_x{n}.df2k": _published(f"HAT-S_SRx{n}") for n in _SCALES},
-        **{f"hat_x{n}.in1k_df2k": _published(f"HAT_SRx{n}_ImageNet-pretrain") for n in _SCALES},
-        **{f"hat_x{n}.df2k": _published(f"HAT_SRx{n}") for n in _SCALES},
-        "hat_x4.real_gan": _published("Real_HAT_GAN_SRx4"),
-        "hat_x4.real_gan_sharper": _published("Real_HAT_GAN_SRx4_sharper"),
-        **{f"hat_l_x{n}.in1k_df2k": _published(f"HAT-L_SRx{n}_ImageNet-pretrain") for n in _SCALES},
-    }
-)
+default_cfgs = {
+    "hat_nano_x2.untrained": _cfg(notes=("ours; configs/sr/quickstart.yaml trains it in minutes",)),
+    **{f"hat_s_x{n}.df2k": _published(f"HAT-S_SRx{n}") for n in _SCALES},
+    **{f"hat_x{n}.in1k_df2k": _published(f"HAT_SRx{n}_ImageNet-pretrain") for n in _SCALES},
+    **{f"hat_x{n}.df2k": _published(f"HAT_SRx{n}") for n in _SCALES},
+    "hat_x4.real_gan": _published("Real_HAT_GAN_SRx4"),
+    "hat_x4.real_gan_sharper": _published("Real_HAT_GAN_SRx4_sharper"),
+    **{f"hat_l_x{n}.in1k_df2k": _published(f"HAT-L_SRx{n}_ImageNet-pretrain") for n in _SCALES},
+}
 
 _NANO = {
     "dim": 32,

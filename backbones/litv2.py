@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, LayerNorm2d
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -189,7 +188,6 @@ class LITv2(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    LITv2,
     url="https://github.com/ziplab/LITv2/releases/download/{}.pth",
     license="apache-2.0",
     origin_url="https://github.com/ziplab/LITv2",
@@ -197,19 +195,17 @@ _cfg = partial(
     paper_ids="arXiv:2205.13213",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        "litv2_s.in1k": _cfg("v1.0/litv2_s"),
-        "litv2_m.in1k": _cfg("v1.0/litv2_m"),
-        "litv2_b.in1k": _cfg("v1.0/litv2_b"),
-        "litv2_b_384.in1k": _cfg(
-            "v1.0/litv2_b_384", input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash"
-        ),
-        "litv2_s_alpha_0_0.in1k": _cfg("v1.1/alpha_0"),
-        **{f"litv2_s_alpha_0_{i}.in1k": _cfg(f"v1.1/alpha_0.{i}") for i in (2, 4, 5, 7, 9)},
-        "litv2_s_alpha_1_0.in1k": _cfg("v1.1/alpha_1"),
-    }
-)
+default_cfgs = {
+    "litv2_s.in1k": _cfg("v1.0/litv2_s"),
+    "litv2_m.in1k": _cfg("v1.0/litv2_m"),
+    "litv2_b.in1k": _cfg("v1.0/litv2_b"),
+    "litv2_b_384.in1k": _cfg(
+        "v1.0/litv2_b_384", input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash"
+    ),
+    "litv2_s_alpha_0_0.in1k": _cfg("v1.1/alpha_0"),
+    **{f"litv2_s_alpha_0_{i}.in1k": _cfg(f"v1.1/alpha_0.{i}") for i in (2, 4, 5, 7, 9)},
+    "litv2_s_alpha_1_0.in1k": _cfg("v1.1/alpha_1"),
+}
 
 _BASE = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
 

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.keywords import checked, widths
@@ -138,33 +136,30 @@ _RENAMES = (
     *SWIN_NAMES,
 )
 
-_cfg = partial(cfg, NAT)
 _1K, _22K = "dinat/checkpoints/imagenet1k/", "dinat/checkpoints/imagenet22k/"
 _LARGE_IMAGES: dict[str, Any] = dict(input_size=(3, 384, 384), crop_pct=1.0)
 _SIZES = ("mini", "tiny", "small", "base")
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            f"nat_{size}.in1k": _cfg(
-                f"nat/checkpoints/CLS/nat_{size}",
-                paper_name="Neighborhood Attention Transformer",
-                paper_ids="arXiv:2204.07143",
-            )
-            for size in _SIZES
-        },
-        **{f"dinat_{size}.in1k": _cfg(f"{_1K}dinat_{size}_in1k_224") for size in _SIZES},
-        "dinat_large.in22k_ft_in1k": _cfg(_1K + "dinat_large_in22k_in1k_224"),
-        "dinat_large_384.in22k_ft_in1k": _cfg(_1K + "dinat_large_in22k_in1k_384", **_LARGE_IMAGES),
-        "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
-            _1K + "dinat_large_in22k_in1k_384_11x11", **_LARGE_IMAGES
-        ),
-        "dinat_large_21k.in22k": _cfg(_22K + "dinat_large_in22k_224", num_classes=21841),
-        "dinat_large_21k_11x11.in22k": _cfg(
-            _22K + "dinat_large_in22k_224_11x11interp", num_classes=21841
-        ),
-    }
-)
+default_cfgs = {
+    **{
+        f"nat_{size}.in1k": cfg(
+            f"nat/checkpoints/CLS/nat_{size}",
+            paper_name="Neighborhood Attention Transformer",
+            paper_ids="arXiv:2204.07143",
+        )
+        for size in _SIZES
+    },
+    **{f"dinat_{size}.in1k": cfg(f"{_1K}dinat_{size}_in1k_224") for size in _SIZES},
+    "dinat_large.in22k_ft_in1k": cfg(_1K + "dinat_large_in22k_in1k_224"),
+    "dinat_large_384.in22k_ft_in1k": cfg(_1K + "dinat_large_in22k_in1k_384", **_LARGE_IMAGES),
+    "dinat_large_384_11x11.in22k_ft_in1k": cfg(
+        _1K + "dinat_large_in22k_in1k_384_11x11", **_LARGE_IMAGES
+    ),
+    "dinat_large_21k.in22k": cfg(_22K + "dinat_large_in22k_224", num_classes=21841),
+    "dinat_large_21k_11x11.in22k": cfg(
+        _22K + "dinat_large_in22k_224_11x11interp", num_classes=21841
+    ),
+}
 
 _MINI: dict[str, Any] = dict(drop_path_rate=0.2)
 _TINY: dict[str, Any] = dict(_MINI, depths=(3, 4, 18, 5))

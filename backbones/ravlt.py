@@ -15,7 +15,6 @@ from functools import partial
 
 import torch
 from timm.layers import DropPath
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -181,7 +180,6 @@ class RAVLT(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    RAVLT,
     url="https://huggingface.co/aldjalkdf/RAVLT/resolve/main/RAVLT_{}.pth",
     license="mit",  # of the weights, according to their model card; the code has none
     origin_url="https://github.com/qhfan/RALA",
@@ -189,9 +187,7 @@ _cfg = partial(
     paper_ids="arXiv:2411.07635",
 )
 
-default_cfgs = generate_default_cfgs(
-    {f"ravlt_{size.lower()}.in1k": _cfg(size) for size in ("T", "S", "B", "L")}
-)
+default_cfgs = {f"ravlt_{size.lower()}.in1k": _cfg(size) for size in ("T", "S", "B", "L")}
 
 ravlt_t = variant(RAVLT, drop_path_rate=0.1)
 ravlt_s = variant(

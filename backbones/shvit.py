@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import several, whole
@@ -116,7 +115,6 @@ class SHViT(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    SHViT,
     url="https://github.com/ysj9909/SHViT/releases/download/v1.0/{}.pth",
     license="mit",
     origin_url="https://github.com/ysj9909/SHViT",
@@ -124,14 +122,12 @@ _cfg = partial(
     paper_ids="arXiv:2401.16456",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        "shvit_s1.in1k": _cfg("shvit_s1"),
-        "shvit_s2.in1k": _cfg("shvit_s2"),
-        "shvit_s3.in1k": _cfg("shvit_s3"),
-        "shvit_s4.in1k": _cfg("shvit_s4", input_size=(3, 256, 256)),
-    }
-)
+default_cfgs = {
+    "shvit_s1.in1k": _cfg("shvit_s1"),
+    "shvit_s2.in1k": _cfg("shvit_s2"),
+    "shvit_s3.in1k": _cfg("shvit_s3"),
+    "shvit_s4.in1k": _cfg("shvit_s4", input_size=(3, 256, 256)),
+}
 
 shvit_s1 = variant(SHViT, dims=(128, 224, 320), depths=(2, 4, 5), attn_dims=(0, 48, 68))
 shvit_s2 = variant(SHViT, dims=(128, 308, 448), depths=(2, 4, 5), attn_dims=(0, 66, 96))

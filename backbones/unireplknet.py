@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, SqueezeExcite
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import one_of
@@ -210,7 +209,6 @@ _RENAMES = (
 
 _cfg = partial(
     imagenet_cfg,
-    UniRepLKNet,
     url="https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_{}.pth",
     license="apache-2.0",
     origin_url="https://github.com/AILab-CVC/UniRepLKNet",
@@ -223,27 +221,25 @@ _cfg = partial(
 _cfg_384 = partial(_cfg, input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash")
 _cfg_22k = partial(_cfg, num_classes=21841)
 
-default_cfgs = generate_default_cfgs(
-    {
-        "unireplknet_a.in1k": _cfg("a_in1k_224_acc77.03"),
-        "unireplknet_f.in1k": _cfg("f_in1k_224_acc78.58"),
-        "unireplknet_p.in1k": _cfg("p_in1k_224_acc80.23"),
-        "unireplknet_n.in1k": _cfg("n_in1k_224_acc81.64"),
-        "unireplknet_t.in1k": _cfg("t_in1k_224_acc83.21"),
-        "unireplknet_s.in1k": _cfg("s_in1k_224_acc83.91"),
-        "unireplknet_s.in22k_ft_in1k_384": _cfg_384("s_in22k_to_in1k_384_acc86.44"),
-        "unireplknet_s.in22k": _cfg_22k("s_in22k_pretrain"),
-        "unireplknet_b.in22k_ft_in1k_384": _cfg_384("b_in22k_to_in1k_384_acc87.40"),
-        "unireplknet_b.in22k": _cfg_22k("b_in22k_pretrain"),
-        "unireplknet_b_k400.untrained": _cfg(
-            url="", num_classes=400, input_size=(3, 896, 896), crop_pct=1.0
-        ),
-        "unireplknet_l.in22k_ft_in1k_384": _cfg_384("l_in22k_to_in1k_384_acc87.88"),
-        "unireplknet_l.in22k": _cfg_22k("l_in22k_pretrain", input_size=(3, 192, 192)),
-        "unireplknet_xl.in22k_ft_in1k_384": _cfg_384("xl_in22k_to_in1k_384_acc87.96"),
-        "unireplknet_xl.in22k": _cfg_22k("xl_in22k_pretrain", input_size=(3, 192, 192)),
-    }
-)
+default_cfgs = {
+    "unireplknet_a.in1k": _cfg("a_in1k_224_acc77.03"),
+    "unireplknet_f.in1k": _cfg("f_in1k_224_acc78.58"),
+    "unireplknet_p.in1k": _cfg("p_in1k_224_acc80.23"),
+    "unireplknet_n.in1k": _cfg("n_in1k_224_acc81.64"),
+    "unireplknet_t.in1k": _cfg("t_in1k_224_acc83.21"),
+    "unireplknet_s.in1k": _cfg("s_in1k_224_acc83.91"),
+    "unireplknet_s.in22k_ft_in1k_384": _cfg_384("s_in22k_to_in1k_384_acc86.44"),
+    "unireplknet_s.in22k": _cfg_22k("s_in22k_pretrain"),
+    "unireplknet_b.in22k_ft_in1k_384": _cfg_384("b_in22k_to_in1k_384_acc87.40"),
+    "unireplknet_b.in22k": _cfg_22k("b_in22k_pretrain"),
+    "unireplknet_b_k400.untrained": _cfg(
+        url="", num_classes=400, input_size=(3, 896, 896), crop_pct=1.0
+    ),
+    "unireplknet_l.in22k_ft_in1k_384": _cfg_384("l_in22k_to_in1k_384_acc87.88"),
+    "unireplknet_l.in22k": _cfg_22k("l_in22k_pretrain", input_size=(3, 192, 192)),
+    "unireplknet_xl.in22k_ft_in1k_384": _cfg_384("xl_in22k_to_in1k_384_acc87.96"),
+    "unireplknet_xl.in22k": _cfg_22k("xl_in22k_pretrain", input_size=(3, 192, 192)),
+}
 
 _LIGHT: dict[str, Any] = dict(depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13))
 

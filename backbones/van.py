@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -166,7 +165,6 @@ class VAN(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    VAN,
     crop_pct=0.9,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
@@ -178,21 +176,19 @@ _cfg = partial(
 _HUB = "https://huggingface.co/Visual-Attention-Network/"
 _MM = "https://download.openmmlab.com/mmclassification/v0/van/"
 
-default_cfgs = generate_default_cfgs(
-    {
-        "van_b0.in1k": _cfg(_HUB + "VAN-Tiny-original/resolve/main/van_tiny_754.pth.tar"),
-        "van_b1.in1k": _cfg(_HUB + "VAN-Small-original/resolve/main/van_small_811.pth.tar"),
-        "van_b2.in1k": _cfg(_HUB + "VAN-Base-original/resolve/main/van_base_828.pth.tar"),
-        "van_b3.in1k": _cfg(_HUB + "VAN-Large-original/resolve/main/van_large_839.pth.tar"),
-        "van_b4.in22k_ft_in1k": _cfg(_MM + "van-b4_3rdparty_in1k_20220909-f4665b92.pth"),
-        # Published as backbones without classifier. The * makes the untrained form the default.
-        "van_b4.in22k": _cfg(_MM + "van-b4_3rdparty_in21k_20220909-db926b18.pth", num_classes=0),
-        "van_b5.in22k": _cfg(_MM + "van-b5_3rdparty_in21k_20220909-18e904e3.pth", num_classes=0),
-        "van_b5.untrained*": _cfg(),
-        "van_b6.in22k": _cfg(_MM + "van-b6_3rdparty_in21k_20220909-96c2cb3a.pth", num_classes=0),
-        "van_b6.untrained*": _cfg(),
-    }
-)
+default_cfgs = {
+    "van_b0.in1k": _cfg(_HUB + "VAN-Tiny-original/resolve/main/van_tiny_754.pth.tar"),
+    "van_b1.in1k": _cfg(_HUB + "VAN-Small-original/resolve/main/van_small_811.pth.tar"),
+    "van_b2.in1k": _cfg(_HUB + "VAN-Base-original/resolve/main/van_base_828.pth.tar"),
+    "van_b3.in1k": _cfg(_HUB + "VAN-Large-original/resolve/main/van_large_839.pth.tar"),
+    "van_b4.in22k_ft_in1k": _cfg(_MM + "van-b4_3rdparty_in1k_20220909-f4665b92.pth"),
+    # Published as backbones without classifier. The * makes the untrained form the default.
+    "van_b4.in22k": _cfg(_MM + "van-b4_3rdparty_in21k_20220909-db926b18.pth", num_classes=0),
+    "van_b5.in22k": _cfg(_MM + "van-b5_3rdparty_in21k_20220909-18e904e3.pth", num_classes=0),
+    "van_b5.untrained*": _cfg(),
+    "van_b6.in22k": _cfg(_MM + "van-b6_3rdparty_in21k_20220909-96c2cb3a.pth", num_classes=0),
+    "van_b6.untrained*": _cfg(),
+}
 
 van_b0 = variant(VAN, dims=(32, 64, 160, 256), depths=(3, 3, 5, 2), drop_path_rate=0.1)
 van_b1 = variant(VAN, dims=(64, 128, 320, 512), depths=(2, 2, 4, 2), drop_path_rate=0.1)

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import whole
@@ -216,7 +215,6 @@ _RENAMES = (
 
 _cfg = partial(
     imagenet_cfg,
-    VMamba,
     url="https://github.com/MzeroMiko/VMamba/releases/download/%23{}.pth",
     license="mit",
     origin_url="https://github.com/MzeroMiko/VMamba",
@@ -224,19 +222,17 @@ _cfg = partial(
     paper_ids="arXiv:2401.10166",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        "vmamba_tiny_s1l8.in1k": _cfg("v2cls/vssm1_tiny_0230s_ckpt_epoch_264"),
-        "vmamba_small_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240"),
-        "vmamba_base_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225"),
-        "vmamba_tiny_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262"),
-        "vmamba_small_s2l15.in1k": _cfg("v2cls/vssm_small_0229_ckpt_epoch_222"),
-        "vmamba_base_s2l15.in1k": _cfg("v2cls/vssm_base_0229_ckpt_epoch_237"),
-        "vanilla_vmamba_tiny.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292"),
-        "vanilla_vmamba_small.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238"),
-        "vanilla_vmamba_base.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241"),
-    }
-)
+default_cfgs = {
+    "vmamba_tiny_s1l8.in1k": _cfg("v2cls/vssm1_tiny_0230s_ckpt_epoch_264"),
+    "vmamba_small_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240"),
+    "vmamba_base_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225"),
+    "vmamba_tiny_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262"),
+    "vmamba_small_s2l15.in1k": _cfg("v2cls/vssm_small_0229_ckpt_epoch_222"),
+    "vmamba_base_s2l15.in1k": _cfg("v2cls/vssm_base_0229_ckpt_epoch_237"),
+    "vanilla_vmamba_tiny.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292"),
+    "vanilla_vmamba_small.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238"),
+    "vanilla_vmamba_base.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241"),
+}
 _BASE = (128, 256, 512, 1024)
 _VANILLA: dict[str, Any] = dict(scan_ratio=2, num_states=16, vanilla=True)
 

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from functools import partial
 
 from timm.layers import ClassifierHead, LayerNorm2d, RmsNorm2d
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -197,20 +196,17 @@ def _init_hierarchical(module: nn.Module) -> None:
 
 
 # Published as a folder, https://huggingface.co/hustvl/ViG.
-_cfg = partial(
-    imagenet_cfg,
+_cfg = imagenet_cfg(
     license="mit",
     origin_url="https://github.com/hustvl/ViG",
     paper_name="ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
     paper_ids="arXiv:2405.18425",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"vig_{size}.untrained": _cfg(ViG) for size in "tsb"},
-        **{f"vig_h_{size}.untrained": _cfg(HierarchicalViG) for size in "tsb"},
-    }
-)
+default_cfgs = {
+    **{f"vig_{size}.untrained": _cfg for size in "tsb"},
+    **{f"vig_h_{size}.untrained": _cfg for size in "tsb"},
+}
 
 vig_t = variant(ViG, dim=192, num_heads=3, act=True)
 vig_s = variant(ViG, dim=384, num_heads=6, drop_path_rate=0.2)

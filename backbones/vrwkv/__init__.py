@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import several, whole
@@ -172,7 +171,6 @@ class VRWKV(IsotropicBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    VRWKV,
     url="https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/{}.pth",
     license="apache-2.0",
     origin_url="https://github.com/OpenGVLab/Vision-RWKV",
@@ -180,15 +178,11 @@ _cfg = partial(
     paper_ids="arXiv:2403.02308",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"vrwkv_{size}.in1k": _cfg(f"vrwkv_{size}_in1k_224") for size in "tsb"},
-        "vrwkv_l.in22k_ft_in1k": _cfg(
-            "vrwkv_l_22kto1k_384", input_size=(3, 384, 384), crop_pct=1.0
-        ),
-        **{f"vrwkv6_{size}.in1k": _cfg(f"vrwkv6_{size}_in1k_224") for size in "tsb"},
-    }
-)
+default_cfgs = {
+    **{f"vrwkv_{size}.in1k": _cfg(f"vrwkv_{size}_in1k_224") for size in "tsb"},
+    "vrwkv_l.in22k_ft_in1k": _cfg("vrwkv_l_22kto1k_384", input_size=(3, 384, 384), crop_pct=1.0),
+    **{f"vrwkv6_{size}.in1k": _cfg(f"vrwkv6_{size}_in1k_224") for size in "tsb"},
+}
 
 vrwkv_t = variant(VRWKV, dim=192)
 vrwkv_s = variant(VRWKV, dim=384, post_norm=True, layer_scale=1.0, drop_path_rate=0.3)
