@@ -32,7 +32,6 @@ from backbones.core.published import children, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.medvitv2.blocks import GlobalBlock, LocalBlock
-from backbones.medvitv2.inference import *  # noqa: F403  (registers the inference forms)
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
 from ops.init import init_trunc_normal

@@ -25,7 +25,6 @@ from backbones.core.published import VMAMBA_NAMES, children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, TokenBlock, TokenStage, make_stages
 from backbones.vig.blocks import GatedLinearAttention, gated_mlp
-from backbones.vig.inference import *  # noqa: F403  (registers the inference forms)
 from ops.init import init_trunc_normal
 from ops.norm import RMSNorm
 from ops.patch import ConvLayerNorm

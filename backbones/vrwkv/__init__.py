@@ -28,7 +28,6 @@ from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import IsotropicStage, make_stages
 from backbones.vrwkv.blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
-from backbones.vrwkv.inference import *  # noqa: F403  (registers the inference forms)
 from ops.init import init_trunc_normal
 from ops.position import PositionTable
 
