@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d
+from timm.layers import ClassifierHead
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -29,7 +29,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, checked
 from backbones.core.published import SWIN_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import TokenBlock, TokenStage, make_stages
+from backbones.core.stage import TokenBlock, TokenStage, layer_norm, make_stages
 from ops.attention.hilo import HiLoAttention
 from ops.autocast import autocasts, without_autocast
 from ops.batch_norm import BatchNorm2d
@@ -116,8 +116,6 @@ class DeformableMerging(nn.Module):
         return nn.Sequential(fold_norm_after(self.conv, self.norm), self.act)
 
 
-_layer_norm = partial(LayerNorm2d, eps=1e-5)
-
 # Of the original's classifier, detector and segmenter.
 _RENAMES = (
     (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
@@ -177,9 +175,9 @@ class LITv2(StagedBackbone):
             TokenStage,
         )
         dense = num_classes == 0 and bool(out_norms)
-        self.norm = nn.Identity() if dense else _layer_norm(dims[-1])
+        self.norm = nn.Identity() if dense else layer_norm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(dims, out_norms=out_norms, out_norm_layer=_layer_norm)
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=layer_norm)
         for module in self.modules():
             # Convolutions outside the MLPs keep PyTorch's initialisation.
             if isinstance(module, nn.Linear | DWMlp):

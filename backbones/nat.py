@@ -27,11 +27,11 @@ from backbones.core.neighborhood import (
     NeighborhoodPyramid,
     block_dilations,
     cfg,
-    layer_norm,
     token_stages,
 )
 from backbones.core.published import SWIN_NAMES, children, renamed
 from backbones.core.registry import register_variants, variant
+from backbones.core.stage import layer_norm
 
 __all__ = ["NAT"]
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from backbones.common.checks import several
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, checked
-from backbones.core.neighborhood import cfg, layer_norm, neighborhood
+from backbones.core.neighborhood import cfg, neighborhood
 from backbones.core.published import SWIN_NAMES
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, make_stages
+from backbones.core.stage import IsotropicStage, layer_norm, make_stages
 from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import MapAttention, NeighborhoodBlock, resized_bias

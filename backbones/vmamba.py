@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
+from timm.layers import ClassifierHead, DropPath, Mlp
 from torch import Tensor, nn
 
 from backbones.common.checks import whole
@@ -24,7 +24,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import check_widths, checked, widths
 from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import TokenStage, make_stages
+from backbones.core.stage import TokenStage, layer_norm, make_stages
 from ops.init import init_linear
 from ops.patch import ConvLayerNorm, PatchMerging
 from ops.selective_scan import cross_selective_scan
@@ -169,11 +169,9 @@ class VMamba(StagedBackbone):
         self.stages = make_stages(
             depths, drop_path_rate, block, lambda i: downsample(dims[i - 1], dims[i]), TokenStage
         )
-        self.norm = LayerNorm2d(dims[-1], eps=1e-5)
+        self.norm = layer_norm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(
-            dims, out_norms=out_norms, out_norm_layer=partial(LayerNorm2d, eps=1e-5)
-        )
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=layer_norm)
         self.apply(_init_weights)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -6,15 +6,18 @@ A family whose blocks need another layout or shared tables defines its own stage
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ops.reparam import fuse_children
+
+layer_norm = partial(LayerNorm2d, eps=1e-5)  # PyTorch's eps, unlike timm's
 
 
 class Stage(nn.Module):

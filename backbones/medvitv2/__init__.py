@@ -71,9 +71,6 @@ class MedViTV2(StagedBackbone):
     """
 
     first_conv = "stem.0.conv"
-    # Parameters without gradient: the KANs' grids are constants, and published checkpoints contain
-    # an unused feed-forward in every global block.
-    unused_parameters: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
 
     @checked("dims", "sr_ratios", stem_dims=several(CHANNELS, count=3), mix_ratio=SHARE)
     def __init__(

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from timm.layers import ClassifierHead, LayerNorm2d, RmsNorm2d
+from timm.layers import ClassifierHead, RmsNorm2d
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -23,7 +23,7 @@ from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import VMAMBA_NAMES, children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, TokenBlock, TokenStage, make_stages
+from backbones.core.stage import IsotropicStage, TokenBlock, TokenStage, layer_norm, make_stages
 from backbones.vig.blocks import GatedLinearAttention, gated_mlp
 from ops.init import init_trunc_normal
 from ops.norm import RMSNorm
@@ -44,10 +44,10 @@ class Stem(nn.Module):
     def __init__(self, in_chs: int, dim: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_chs, dim // 2, 9, 8, padding=1)
-        self.norm1 = LayerNorm2d(dim // 2, eps=1e-5)
+        self.norm1 = layer_norm(dim // 2)
         self.act = nn.SiLU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, padding=1)
-        self.norm2 = LayerNorm2d(dim, eps=1e-5)
+        self.norm2 = layer_norm(dim)
         self.position = PositionTable(dim, side=14)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,11 +161,9 @@ class HierarchicalViG(StagedBackbone):
         self.stages = make_stages(
             depths, drop_path_rate, block, lambda i: ConvLayerNorm(dims[i - 1], dims[i]), TokenStage
         )
-        self.norm = LayerNorm2d(dims[-1], eps=1e-5)
+        self.norm = layer_norm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(
-            dims, out_norms=out_norms, out_norm_layer=partial(LayerNorm2d, eps=1e-5)
-        )
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=layer_norm)
         self.apply(_init_hierarchical)
 
 

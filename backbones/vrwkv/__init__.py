@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead
+from timm.layers import ClassifierHead, NormMlpClassifierHead
 from torch import Tensor, nn
 
 from backbones.common.checks import several, whole
@@ -26,7 +26,7 @@ from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, checked
 from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, make_stages
+from backbones.core.stage import IsotropicStage, layer_norm, make_stages
 from backbones.vrwkv.blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
 from ops.init import init_trunc_normal
 from ops.position import PositionTable
@@ -46,7 +46,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_chs, dim, _PATCH, _PATCH)
         self.position = PositionTable(dim, table_size, std=0)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.norm = layer_norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.embed(x))
@@ -130,7 +130,7 @@ class VRWKV(IsotropicBackbone):
 
         self.stem = PatchEmbed(in_chans, dim, -(-img_size // _PATCH))
         self.stages = make_stages(depths, drop_path_rate, block, stage_type=IsotropicStage)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.norm = layer_norm(dim)
         if head_hidden_dim is None:
             self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
         else:
