@@ -22,7 +22,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import PVT_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import TokenBlock, TokenStage, make_stages
+from backbones.core.stage import PreNormBlock, TokenStage, make_stages
 from ops.attention.factorized import FactorizedAttention
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
@@ -80,7 +80,7 @@ class FaViT(StagedBackbone):
             dilations = (1, ratio) if ratio > 1 else (1,)
             attn = FactorizedAttention(dim, num_heads[i], ratio, dilations, window_size)
             mlp = DWMlp(dim, int(dim * mlp_ratios[i]), proj_drop_rate)
-            return TokenBlock(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-6), drop_path)
+            return PreNormBlock(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-6), drop_path)
 
         self.stem = ConvLayerNorm(in_chans, dims[0], 7, 4, padding=3)
         self.stages = make_stages(

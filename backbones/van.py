@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d
+from timm.layers import ClassifierHead, LayerNorm2d, LayerScale2d
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import PVT_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import make_stages
+from backbones.core.stage import PreNormBlock, make_stages
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
@@ -59,24 +59,15 @@ class ConvMlp(nn.Module):
         return self.drop(self.fc2(x))
 
 
-class Block(nn.Module):
-    """Pre-norm residual attention and MLP with layer scale, on (B, dim, H, W)."""
+class Block(PreNormBlock):
+    """Attention and MLP with batch norms and layer scales, on (B, dim, H, W)."""
 
     def __init__(
         self, dim: int, mlp_ratio: float, drop: float, drop_path: float, layer_scale: float
     ) -> None:
-        super().__init__()
-        self.norm1 = BatchNorm2d(dim)
-        self.attn = Attention(dim)
-        self.ls1 = LayerScale2d(dim, layer_scale)
-        self.norm2 = BatchNorm2d(dim)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop)
-        self.ls2 = LayerScale2d(dim, layer_scale)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        attn, mlp = Attention(dim), ConvMlp(dim, int(dim * mlp_ratio), drop)
+        scale = partial(LayerScale2d, init_values=layer_scale)
+        super().__init__(dim, attn, mlp, BatchNorm2d, drop_path, scale)
 
     def fuse(self) -> nn.Module:
         """Fold norms and layer scales into the pointwise convolutions; see :class:`FoldedBlock`."""

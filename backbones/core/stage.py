@@ -85,11 +85,17 @@ class TokenStage(Stage):
         return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
 
 
-class TokenBlock(nn.Module):
+class PreNormBlock(nn.Module):
     """Pre-norm residual attention and feed-forward: (B, h, w, dim) → (B, h, w, dim).
 
-    Without ``attn``, only the feed-forward. ``norm_layer`` makes their norms.
+    Args:
+        attn: None for the feed-forward alone.
+        norm_layer: makes the norms from the channels.
+        scale_layer: makes the layer scales from the channels; default: none.
     """
+
+    attn: Any
+    mlp: Any
 
     def __init__(
         self,
@@ -98,18 +104,21 @@ class TokenBlock(nn.Module):
         mlp: nn.Module,
         norm_layer: Callable[[int], nn.Module],
         drop_path: float,
+        scale_layer: Callable[[int], nn.Module] = nn.Identity,
     ) -> None:
         super().__init__()
-        self.norm1 = norm_layer(dim) if attn is not None else None
+        self.norm1: Any = norm_layer(dim) if attn is not None else None
         self.attn = attn
-        self.norm2 = norm_layer(dim)
+        self.ls1: Any = scale_layer(dim)
+        self.norm2: Any = norm_layer(dim)
         self.mlp = mlp
+        self.ls2: Any = scale_layer(dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.norm1 is not None and self.attn is not None:
-            x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        if self.attn is not None:
+            x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class IsotropicStage(Stage):

@@ -23,7 +23,7 @@ from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import VMAMBA_NAMES, children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, TokenBlock, TokenStage, layer_norm, make_stages
+from backbones.core.stage import IsotropicStage, PreNormBlock, TokenStage, layer_norm, make_stages
 from backbones.vig.blocks import GatedLinearAttention, gated_mlp
 from ops.init import init_trunc_normal
 from ops.norm import RMSNorm
@@ -117,7 +117,7 @@ class ViG(IsotropicBackbone):
         def block(i: int, j: int, drop_path: float) -> nn.Module:
             attn = GatedLinearAttention(dim, num_heads, act, share)
             mlp = gated_mlp(dim, _hidden_dim(dim, 256), proj_drop_rate)
-            return TokenBlock(dim, attn, mlp, partial(RMSNorm, eps=1e-6), drop_path)
+            return PreNormBlock(dim, attn, mlp, partial(RMSNorm, eps=1e-6), drop_path)
 
         self.stem = Stem(in_chans, dim)
         self.stages = make_stages(depths, drop_path_rate, block, stage_type=IsotropicStage)
@@ -153,7 +153,7 @@ class HierarchicalViG(StagedBackbone):
         def block(i: int, j: int, drop_path: float) -> nn.Module:
             attn = GatedLinearAttention(dims[i], num_heads[i])
             mlp = gated_mlp(dims[i], _hidden_dim(dims[i], 32), proj_drop_rate)
-            return TokenBlock(dims[i], attn, mlp, nn.LayerNorm, drop_path)
+            return PreNormBlock(dims[i], attn, mlp, nn.LayerNorm, drop_path)
 
         self.stem = nn.Sequential(
             ConvLayerNorm(in_chans, dims[0] // 2), nn.GELU(), ConvLayerNorm(dims[0] // 2, dims[0])

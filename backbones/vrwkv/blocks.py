@@ -9,14 +9,15 @@ The input of each projection is a learned interpolation between a pixel and its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
+from backbones.core.stage import PreNormBlock
 from ops.bi_wkv import bi_wkv
 from ops.cpu.scan.gated_scan import normed_scan
 from ops.cpu.wkv.wkv import bi_wkv_forward, shifted_mixtures
@@ -316,7 +317,7 @@ class VRWKVMlp(FastForm, GatedSquaredMlp):
         return torch.cat([mix.detach().float().flatten(1) for mix in (self.mix_k, self.mix_r)])
 
 
-class Block(nn.Module):
+class Block(PreNormBlock):
     """Residual attention and feed-forward: (B, H, W, dim) → (B, H, W, dim).
 
     Args:
@@ -333,23 +334,17 @@ class Block(nn.Module):
         layer_scale: float | None,
         drop_path: float,
     ) -> None:
-        super().__init__()
-
-        def scale() -> nn.Module:
-            return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-
+        scale: Any = nn.Identity
+        if layer_scale is not None:
+            scale = partial(LayerScale, init_values=layer_scale)
+        super().__init__(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-5), drop_path, scale)
         self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
-        self.attn = attn
-        self.ls1 = scale()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.mlp = mlp
-        self.ls2 = scale()
-        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self._normed(self.norm1, self.attn, x)))
-        return x + self.drop_path(self.ls2(self._normed(self.norm2, self.mlp, x)))
+        if not self.post_norm:
+            return super().forward(x)
+        x = x + self.drop_path(self.ls1(self.norm1(self.attn(x))))
+        return x + self.drop_path(self.ls2(self.norm2(self.mlp(x))))
 
     @torch.no_grad()
     def fuse(self) -> Block:
@@ -367,10 +362,6 @@ class Block(nn.Module):
                     last.weight.mul_(scale.gamma[:, None])
                 setattr(self, name, nn.Identity())
         return self
-
-    def _normed(self, norm: nn.Module, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        out: Tensor = norm(part(x)) if self.post_norm else part(norm(x))
-        return out
 
     def extra_repr(self) -> str:
         return f"post_norm={self.post_norm}"
