@@ -81,16 +81,6 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-# The original's names are those of torchvision's ResNet.
-_RESNET_NAMES = (
-    *((r"^conv1\.", "stem.0.conv."), (r"^bn1\.", "stem.0.norm."), (r"^fc\.", "head.fc.")),
-    *((rf"^layer{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
-    *((rf"\.conv{i + 1}\.", f".convs.{i}.conv.") for i in range(3)),
-    *((rf"\.bn{i + 1}\.", f".convs.{i}.norm.") for i in range(3)),
-    *((r"\.downsample\.0\.", ".shortcut.conv."), (r"\.downsample\.1\.", ".shortcut.norm.")),
-)
-
-
 class ECAResNet(StagedBackbone):
     """ResNet with efficient channel attention; a stage's first 3×3 convolution halves the map.
 
@@ -101,7 +91,14 @@ class ECAResNet(StagedBackbone):
     """
 
     first_conv = "stem.0.conv"
-    renames = _RESNET_NAMES
+    # The original's names are those of torchvision's ResNet.
+    renames = (
+        *((r"^conv1\.", "stem.0.conv."), (r"^bn1\.", "stem.0.norm."), (r"^fc\.", "head.fc.")),
+        *((rf"^layer{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
+        *((rf"\.conv{i + 1}\.", f".convs.{i}.conv.") for i in range(3)),
+        *((rf"\.bn{i + 1}\.", f".convs.{i}.norm.") for i in range(3)),
+        *((r"\.downsample\.0\.", ".shortcut.conv."), (r"\.downsample\.1\.", ".shortcut.norm.")),
+    )
 
     @checked("dims", "attn_kernel_sizes")
     def __init__(

@@ -47,26 +47,6 @@ class Block(nn.Module):
         return self.ffn2(self.conv2(self.attn(self.ffn1(self.conv1(x)))))
 
 
-# After FAST_BLOCKS.
-_RENAMES = (
-    (r".*attention_bias_idxs$", ""),  # constants
-    (r"\.(dw[01]|downsample\.[03])\.m\.(?=weight$|bias$)", r".\1."),
-    (r"\.c\.", ".conv."),
-    (r"\.bn\.", ".norm."),
-    (r"\.dw0\.", ".conv1."),
-    (r"\.dw1\.", ".conv2."),
-    (r"\.ffn0\.m\.", ".ffn1.fn."),
-    (r"\.ffn1\.m\.", ".ffn2.fn."),
-    (r"\.mixer\.m\.attn\.", ".attn.fn."),
-    (r"\.m\.", ".fn."),
-    (r"\.pw([12])\.", r".fc\1."),
-    (r"\.qkvs\.(\d+)\.", r".heads.\1.qkv."),
-    (r"\.dws\.(\d+)\.", r".heads.\1.dwconv."),
-    (r"\.proj\.1\.", ".proj."),
-    *FAST_NAMES,
-)
-
-
 class EfficientViT(StagedBackbone):
     """EfficientViT.
 
@@ -84,7 +64,24 @@ class EfficientViT(StagedBackbone):
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
     undecayed = ("attention_biases",)
-    renames = _RENAMES
+    # After FAST_BLOCKS.
+    renames = (
+        (r".*attention_bias_idxs$", ""),  # constants
+        (r"\.(dw[01]|downsample\.[03])\.m\.(?=weight$|bias$)", r".\1."),
+        (r"\.c\.", ".conv."),
+        (r"\.bn\.", ".norm."),
+        (r"\.dw0\.", ".conv1."),
+        (r"\.dw1\.", ".conv2."),
+        (r"\.ffn0\.m\.", ".ffn1.fn."),
+        (r"\.ffn1\.m\.", ".ffn2.fn."),
+        (r"\.mixer\.m\.attn\.", ".attn.fn."),
+        (r"\.m\.", ".fn."),
+        (r"\.pw([12])\.", r".fc\1."),
+        (r"\.qkvs\.(\d+)\.", r".heads.\1.qkv."),
+        (r"\.dws\.(\d+)\.", r".heads.\1.dwconv."),
+        (r"\.proj\.1\.", ".proj."),
+        *FAST_NAMES,
+    )
 
     @checked("dims", "num_heads", dims=widths(8))
     def __init__(

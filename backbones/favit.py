@@ -31,19 +31,6 @@ from ops.patch import ConvLayerNorm
 __all__ = ["FaViT"]
 
 
-_RENAMES = (
-    (r"\.attn\.(sr|norm)\.", r".attn.global_branch.\1."),
-    (r"\.attn\.kv_g\.", ".attn.global_branch.kv."),
-    (r"\.attn\.local_conv_g\.", ".attn.global_branch.local_conv.conv."),
-    (r"\.attn\.kv_l\.depth_conv\.", ".attn.kv_dw."),
-    (r"\.attn\.kv_l\.point_conv\.", ".attn.kv_pw."),
-    (r"\.attn\.fcs\.(\d)\.", r".attn.local_branches.\1.fc."),
-    (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
-    (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
-    *PVT_NAMES,
-)
-
-
 class FaViT(StagedBackbone):
     """Factorization vision transformer.
 
@@ -53,7 +40,17 @@ class FaViT(StagedBackbone):
         window_size: taps per side of the local windows.
     """
 
-    renames = _RENAMES
+    renames = (
+        (r"\.attn\.(sr|norm)\.", r".attn.global_branch.\1."),
+        (r"\.attn\.kv_g\.", ".attn.global_branch.kv."),
+        (r"\.attn\.local_conv_g\.", ".attn.global_branch.local_conv.conv."),
+        (r"\.attn\.kv_l\.depth_conv\.", ".attn.kv_dw."),
+        (r"\.attn\.kv_l\.point_conv\.", ".attn.kv_pw."),
+        (r"\.attn\.fcs\.(\d)\.", r".attn.local_branches.\1.fc."),
+        (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
+        (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
+        *PVT_NAMES,
+    )
 
     @checked("dims", "num_heads", "mlp_ratios", "sr_ratios")
     def __init__(

@@ -116,18 +116,6 @@ class DeformableMerging(nn.Module):
         return nn.Sequential(fold_norm_after(self.conv, self.norm), self.act)
 
 
-# Of the original's classifier, detector and segmenter.
-_RENAMES = (
-    (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
-    (r"\.downsample\.dconv\.", ".downsample.conv."),
-    (r"\.downsample\.norm_layer\.", ".downsample.norm."),
-    (r"\.attn\.h_", ".attn.high."),
-    (r"\.attn\.l_", ".attn.low."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-    *SWIN_NAMES,
-)
-
-
 class LITv2(StagedBackbone):
     """LITv2.
 
@@ -137,7 +125,16 @@ class LITv2(StagedBackbone):
         alpha: fraction of the heads that attend to window averages.
     """
 
-    renames = _RENAMES
+    # Of the original's classifier, detector and segmenter.
+    renames = (
+        (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
+        (r"\.downsample\.dconv\.", ".downsample.conv."),
+        (r"\.downsample\.norm_layer\.", ".downsample.norm."),
+        (r"\.attn\.h_", ".attn.high."),
+        (r"\.attn\.l_", ".attn.low."),
+        (r"\.dwconv\.dwconv\.", ".dwconv."),
+        *SWIN_NAMES,
+    )
 
     @checked(*("dims", "num_heads", "window_sizes"), num_heads=several(whole(0, 1024)), alpha=SHARE)
     def __init__(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import SWIN_NAMES, Rename, imagenet_cfg, stem_layer
+from backbones.core.published import SWIN_NAMES, imagenet_cfg, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
@@ -102,24 +102,6 @@ class RAVLTStage(Stage):
         return self.run_blocks(x, *table).permute(0, 3, 1, 2)
 
 
-# Of the original's classifiers and dense networks.
-_RENAMES: tuple[Rename, ...] = (
-    (r".*\.RoPE\.angle$", ""),  # a constant
-    (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
-    (r"\.downsample\.reduction\.", ".downsample.conv."),
-    # Not our own names after fuse().
-    (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
-    *SWIN_NAMES,
-    (r"\.(norm[12])\.norm\.", r".\1."),
-    (r"\.gamma_([12])$", r".gamma\1"),
-    (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
-    (r"\.ffn\.", ".mlp."),
-    (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
-    (r"^proj\.", "head.proj.conv."),
-    (r"^norm\.", "head.proj.norm."),
-)
-
-
 class RAVLT(StagedBackbone):
     """Rank-augmented vision linear transformer.
 
@@ -131,7 +113,22 @@ class RAVLT(StagedBackbone):
     """
 
     first_conv = "stem.0.conv"
-    renames = _RENAMES
+    # Of the original's classifiers and dense networks.
+    renames = (
+        (r".*\.RoPE\.angle$", ""),  # a constant
+        (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
+        (r"\.downsample\.reduction\.", ".downsample.conv."),
+        # Not our own names after fuse().
+        (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
+        *SWIN_NAMES,
+        (r"\.(norm[12])\.norm\.", r".\1."),
+        (r"\.gamma_([12])$", r".gamma\1"),
+        (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
+        (r"\.ffn\.", ".mlp."),
+        (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
+        (r"^proj\.", "head.proj.conv."),
+        (r"^norm\.", "head.proj.norm."),
+    )
 
     @checked("dims", "num_heads", "layer_scales", "linear", dims=widths(2))
     def __init__(

@@ -47,20 +47,6 @@ class Block(nn.Module):
         return self.ffn(self.mixer(self.conv(x)))
 
 
-# Of the original, fused or not, and of timm.
-_RENAMES = (
-    *FAST_BLOCKS,
-    (r"\.token_mixer\.", ".mixer."),
-    (r"\.m\.", ".fn."),
-    (r"\.(?:c|conv)\.(?=weight|bias)", ".conv."),
-    (r"\.bn\.", ".norm."),
-    (r"\.pre_norm\.", ".norm."),
-    (r"\.pw([12])\.", r".fc\1."),
-    (r"\.proj\.1\.", ".proj."),
-    *FAST_NAMES,
-)
-
-
 class SHViT(StagedBackbone):
     """Single-head vision transformer.
 
@@ -73,7 +59,18 @@ class SHViT(StagedBackbone):
 
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
-    renames = _RENAMES
+    # Of the original, fused or not, and of timm.
+    renames = (
+        *FAST_BLOCKS,
+        (r"\.token_mixer\.", ".mixer."),
+        (r"\.m\.", ".fn."),
+        (r"\.(?:c|conv)\.(?=weight|bias)", ".conv."),
+        (r"\.bn\.", ".norm."),
+        (r"\.pre_norm\.", ".norm."),
+        (r"\.pw([12])\.", r".fc\1."),
+        (r"\.proj\.1\.", ".proj."),
+        *FAST_NAMES,
+    )
 
     @checked("dims", "attn_dims", dims=widths(8), attn_dims=several(whole(0, 1 << 16)))
     def __init__(

@@ -99,21 +99,6 @@ class FoldedBlock(nn.Module):
         return x + self.mlp(x)
 
 
-# Names of the original, which counts from 1, and of mmpretrain.
-_RENAMES = (
-    (r"\.projection\.", ".proj."),
-    (r"\.DW_conv\.", ".conv0."),
-    (r"\.DW_D_conv\.", ".conv_spatial."),
-    (r"\.proj_1\.", ".proj_in."),
-    (r"\.proj_2\.", ".proj_out."),
-    (r"\.spatial_gating_unit\.conv0\.", ".lka.dw."),
-    (r"\.spatial_gating_unit\.conv_spatial\.", ".lka.dw_dilated."),
-    (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
-    (r"\.layer_scale_([12])$", r".ls\1.gamma"),
-    *PVT_NAMES,
-)
-
-
 class VAN(StagedBackbone):
     """Visual Attention Network.
 
@@ -121,7 +106,19 @@ class VAN(StagedBackbone):
         norm_eps: of the norm after each stage; the paper's dense networks use 1e-5.
     """
 
-    renames = _RENAMES
+    # Names of the original, which counts from 1, and of mmpretrain.
+    renames = (
+        (r"\.projection\.", ".proj."),
+        (r"\.DW_conv\.", ".conv0."),
+        (r"\.DW_D_conv\.", ".conv_spatial."),
+        (r"\.proj_1\.", ".proj_in."),
+        (r"\.proj_2\.", ".proj_out."),
+        (r"\.spatial_gating_unit\.conv0\.", ".lka.dw."),
+        (r"\.spatial_gating_unit\.conv_spatial\.", ".lka.dw_dilated."),
+        (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
+        (r"\.layer_scale_([12])$", r".ls\1.gamma"),
+        *PVT_NAMES,
+    )
 
     @checked("dims", "mlp_ratios")
     def __init__(

@@ -64,22 +64,6 @@ _MIXER = (
     (r"\.l_norm\.", ".local_norm."),
     (r"\.o_proj\.", ".proj."),
 )
-_PLAIN = (
-    *_MIXER,
-    *children(r"^patch_embed\.proj", "stem.conv1", "stem.norm1", None, "stem.conv2", "stem.norm2"),
-    (r"^pos_embed$", "stem.position.pos_embed"),
-    (r"\.attn_norm\.", ".norm1."),
-    (r"\.mlp_norm\.", ".norm2."),
-    (r"\.mlp\.gate_proj\.", ".mlp.fc1."),
-    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-_HIERARCHICAL = (
-    (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
-    (r"\.op\.", ".attn."),
-    *_MIXER,
-    *VMAMBA_NAMES,
-)
 
 
 class ViG(IsotropicBackbone):
@@ -92,7 +76,18 @@ class ViG(IsotropicBackbone):
     """
 
     first_conv = "stem.conv1"
-    renames = _PLAIN
+    renames = (
+        *_MIXER,
+        *children(
+            r"^patch_embed\.proj", "stem.conv1", "stem.norm1", None, "stem.conv2", "stem.norm2"
+        ),
+        (r"^pos_embed$", "stem.position.pos_embed"),
+        (r"\.attn_norm\.", ".norm1."),
+        (r"\.mlp_norm\.", ".norm2."),
+        (r"\.mlp\.gate_proj\.", ".mlp.fc1."),
+        (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+        (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    )
 
     @checked()
     def __init__(
@@ -131,7 +126,12 @@ class HierarchicalViG(StagedBackbone):
     """ViG-H, a pyramid."""
 
     first_conv = "stem.0.conv"
-    renames = _HIERARCHICAL
+    renames = (
+        (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
+        (r"\.op\.", ".attn."),
+        *_MIXER,
+        *VMAMBA_NAMES,
+    )
 
     @checked("dims", "num_heads")
     def __init__(

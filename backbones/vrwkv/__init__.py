@@ -57,28 +57,6 @@ class PatchEmbed(nn.Module):
         return self.position(x)
 
 
-_RENAMES = (
-    (r"^patch_embed\.projection\.", "stem.conv."),
-    (r"^pos_embed$", "stem.position.pos_embed"),
-    (r"^stages\.0\.blocks\.0\.ln0\.", "stem.norm."),
-    (r"^ln1\.", "norm."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.gamma([12])$", r".ls\1.gamma"),
-    (r"\.att\.", ".attn."),
-    (r"\.ffn\.", ".mlp."),
-    (r"\.(?:key_norm|ln_x)\.", ".norm."),
-    (r"\.output\.", ".proj."),
-    (r"\.(?:spatial|time)_(decay|first|mix)", r".\1"),
-    (r"\.time_faaaa$", ".first"),
-    (r"\.time_maa_([xwkvrg])$", r".mix_\1"),
-    (r"\.time_maa_w1$", ".mix_down"),
-    (r"\.time_maa_w2$", ".mix_up"),
-    (r"\.decay_w1$", ".decay_down"),
-    (r"\.decay_w2$", ".decay_up"),
-    *children("^head", "head.pre_logits.fc", None, "head.fc"),
-)
-
-
 class VRWKV(IsotropicBackbone):
     """Vision-RWKV, stride 16 throughout. The four stages are groups of its blocks.
 
@@ -93,7 +71,26 @@ class VRWKV(IsotropicBackbone):
         head_hidden_dim: width of a tanh layer before the classifier; None for none.
     """
 
-    renames = _RENAMES
+    renames = (
+        (r"^patch_embed\.projection\.", "stem.conv."),
+        (r"^pos_embed$", "stem.position.pos_embed"),
+        (r"^stages\.0\.blocks\.0\.ln0\.", "stem.norm."),
+        (r"^ln1\.", "norm."),
+        (r"\.ln([12])\.", r".norm\1."),
+        (r"\.gamma([12])$", r".ls\1.gamma"),
+        (r"\.att\.", ".attn."),
+        (r"\.ffn\.", ".mlp."),
+        (r"\.(?:key_norm|ln_x)\.", ".norm."),
+        (r"\.output\.", ".proj."),
+        (r"\.(?:spatial|time)_(decay|first|mix)", r".\1"),
+        (r"\.time_faaaa$", ".first"),
+        (r"\.time_maa_([xwkvrg])$", r".mix_\1"),
+        (r"\.time_maa_w1$", ".mix_down"),
+        (r"\.time_maa_w2$", ".mix_up"),
+        (r"\.decay_w1$", ".decay_down"),
+        (r"\.decay_w2$", ".decay_up"),
+        *children("^head", "head.pre_logits.fc", None, "head.fc"),
+    )
 
     @checked(depths=several(BLOCKS, count=4), segments=whole(0, 1 << 20))
     def __init__(
