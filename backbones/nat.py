@@ -29,7 +29,7 @@ from backbones.core.neighborhood import (
     cfg,
     token_stages,
 )
-from backbones.core.published import SWIN_NAMES, children, renamed
+from backbones.core.published import SWIN_NAMES, children
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import layer_norm
 
@@ -56,6 +56,27 @@ class NAT(NeighborhoodPyramid):
     """
 
     first_conv = "stem.conv1"
+    # Of Hugging Face's releases, then of the original and its dense copies.
+    renames = (
+        (r"^(?:nat|dinat)\.", ""),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^embeddings\.norm\.", "patch_embed.norm."),
+        (r"^encoder\.levels\.", "levels."),
+        (r"^levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.self\.", ".attn."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+        *((rf"^hidden_states_norms\.stage{i + 1}\.", f"norm{i}.") for i in range(4)),
+        (r"^layernorm\.", "norm."),
+        (r"^classifier\.", "head."),
+        *children(r"^patch_embed\.proj", "stem.conv1", "stem.conv2"),
+        (r"\.downsample\.reduction\.", ".downsample.conv."),
+        (r"\.gamma([12])$", r".ls\1.gamma"),
+        *SWIN_NAMES,
+    )
 
     @checked("dims", "num_heads", dims=widths(2), dilations=DILATIONS)
     def __init__(
@@ -98,8 +119,8 @@ class NAT(NeighborhoodPyramid):
         self.finish(dims, global_pool, drop_rate, out_norms)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, its dense copies and Hugging Face's releases."""
-        tensors = {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
+        """Like the base's; Hugging Face's releases split projections, and join layer scales."""
+        tensors = super().convert_state_dict(state_dict)
         for key in [k for k in tensors if ".attn.query." in k]:
             thirds = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
             if all(third in tensors for third in thirds):
@@ -111,30 +132,6 @@ class NAT(NeighborhoodPyramid):
             tensors |= {f"{block}ls1.gamma": gamma1, f"{block}ls2.gamma": gamma2}
         return tensors
 
-
-_HUGGING_FACE = (
-    (r"^(?:nat|dinat)\.", ""),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.norm\.", "patch_embed.norm."),
-    (r"^encoder\.levels\.", "levels."),
-    (r"^levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.self\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    *((rf"^hidden_states_norms\.stage{i + 1}\.", f"norm{i}.") for i in range(4)),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-)
-_RENAMES = (
-    *_HUGGING_FACE,
-    *children(r"^patch_embed\.proj", "stem.conv1", "stem.conv2"),
-    (r"\.downsample\.reduction\.", ".downsample.conv."),
-    (r"\.gamma([12])$", r".ls\1.gamma"),
-    *SWIN_NAMES,
-)
 
 _1K, _22K = "dinat/checkpoints/imagenet1k/", "dinat/checkpoints/imagenet22k/"
 _LARGE_IMAGES: dict[str, Any] = dict(input_size=(3, 384, 384), crop_pct=1.0)

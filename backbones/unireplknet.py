@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from backbones.common.checks import one_of
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import POOLINGS, SCALE, checked, widths
-from backbones.core.published import children, imagenet_cfg, renamed
+from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.batch_norm import BatchNorm2d
@@ -116,6 +116,24 @@ class UniRepLKNet(StagedBackbone):
     """
 
     first_conv = "stem.0"
+    renames = (
+        (r"^downsample_layers\.0\.", "stem."),
+        (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+        (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^(stages\.\d\.blocks\.\d+)\.norm\.", r"\1.norm1."),
+        (r"\.dwconv\.origin_bn\.", ".dwconv.large.norm."),
+        (r"\.dwconv\.dil_conv_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.conv."),
+        (r"\.dwconv\.dil_bn_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.norm."),
+        (r"\.se\.down\.", ".se.fc1."),
+        (r"\.se\.up\.", ".se.fc2."),
+        (r"\.pwconv1\.1\.", ".fc1."),
+        (r"\.act\.1\.gamma$", ".grn.weight"),
+        (r"\.act\.1\.beta$", ".grn.bias"),
+        *children(r"\.pwconv2", ".fc2", None, ".norm2"),
+        (r"^norm(\d)\.", r"out_norms.\1."),
+        (r"^norm\.", "head.norm."),
+        (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    )
     classifies_maps = True
     # The head's norm has the width of the map.
     poolings = tuple(pool for pool in POOLINGS if "cat" not in pool)
@@ -181,31 +199,12 @@ class UniRepLKNet(StagedBackbone):
         return matcher
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, merged or not."""
-        converted = {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
+        """Like the base's, of the original merged or not."""
+        converted = super().convert_state_dict(state_dict)
         if any(key.endswith(".lk_origin.bias") for key in converted):
             return {key.replace(".lk_origin.", "."): t for key, t in converted.items()}
         return {key.replace(".lk_origin.", ".large.conv."): t for key, t in converted.items()}
 
-
-_RENAMES = (
-    (r"^downsample_layers\.0\.", "stem."),
-    (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
-    (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"^(stages\.\d\.blocks\.\d+)\.norm\.", r"\1.norm1."),
-    (r"\.dwconv\.origin_bn\.", ".dwconv.large.norm."),
-    (r"\.dwconv\.dil_conv_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.conv."),
-    (r"\.dwconv\.dil_bn_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.norm."),
-    (r"\.se\.down\.", ".se.fc1."),
-    (r"\.se\.up\.", ".se.fc2."),
-    (r"\.pwconv1\.1\.", ".fc1."),
-    (r"\.act\.1\.gamma$", ".grn.weight"),
-    (r"\.act\.1\.beta$", ".grn.bias"),
-    *children(r"\.pwconv2", ".fc2", None, ".norm2"),
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^norm\.", "head.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
 
 _cfg = partial(
     imagenet_cfg,
