@@ -22,8 +22,9 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import PVT_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import PreNormBlock, TokenStage, make_stages
+from backbones.core.stage import TokenStage, make_stages
 from ops.attention.factorized import FactorizedAttention
+from ops.block import PreNormBlock
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
 from ops.patch import ConvLayerNorm

@@ -29,10 +29,11 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, checked
 from backbones.core.published import SWIN_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import PreNormBlock, TokenStage, layer_norm, make_stages
+from backbones.core.stage import TokenStage, layer_norm, make_stages
 from ops.attention.hilo import HiLoAttention
 from ops.autocast import autocasts, without_autocast
 from ops.batch_norm import BatchNorm2d
+from ops.block import PreNormBlock
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 from ops.inference.layers import FastForm, stands_for
 from ops.init import init_fan_out
@@ -161,7 +162,7 @@ class LITv2(StagedBackbone):
             if heads:
                 attn = HiLoAttention(dim, heads, window_sizes[i], alpha)
             mlp = DWMlp(dim, int(dim * mlp_ratio), proj_drop_rate)
-            return PreNormBlock(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-5), drop_path)
+            return PreNormBlock(dim, attn, mlp, nn.LayerNorm, drop_path)
 
         self.stem = PatchEmbed(in_chans, dims[0])
         self.stages = make_stages(

@@ -19,9 +19,10 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import PVT_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import PreNormBlock, make_stages
+from backbones.core.stage import make_stages
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.batch_norm import BatchNorm2d
+from ops.block import PreNormBlock
 from ops.conv import ConvNorm
 from ops.init import init_fan_out
 from ops.reparam import fold_norm_before, fold_scale_after, norm_affine
@@ -66,8 +67,7 @@ class Block(PreNormBlock):
         self, dim: int, mlp_ratio: float, drop: float, drop_path: float, layer_scale: float
     ) -> None:
         attn, mlp = Attention(dim), ConvMlp(dim, int(dim * mlp_ratio), drop)
-        scale = partial(LayerScale2d, init_values=layer_scale)
-        super().__init__(dim, attn, mlp, BatchNorm2d, drop_path, scale)
+        super().__init__(dim, attn, mlp, BatchNorm2d, drop_path, layer_scale, LayerScale2d)
 
     def fuse(self) -> nn.Module:
         """Fold norms and layer scales into the pointwise convolutions; see :class:`FoldedBlock`."""

@@ -11,7 +11,7 @@ from itertools import chain, islice
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -83,42 +83,6 @@ class TokenStage(Stage):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
         return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
-
-
-class PreNormBlock(nn.Module):
-    """Pre-norm residual attention and feed-forward: (B, h, w, dim) → (B, h, w, dim).
-
-    Args:
-        attn: None for the feed-forward alone.
-        norm_layer: makes the norms from the channels.
-        scale_layer: makes the layer scales from the channels; default: none.
-    """
-
-    attn: Any
-    mlp: Any
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module | None,
-        mlp: nn.Module,
-        norm_layer: Callable[[int], nn.Module],
-        drop_path: float,
-        scale_layer: Callable[[int], nn.Module] = nn.Identity,
-    ) -> None:
-        super().__init__()
-        self.norm1: Any = norm_layer(dim) if attn is not None else None
-        self.attn = attn
-        self.ls1: Any = scale_layer(dim)
-        self.norm2: Any = norm_layer(dim)
-        self.mlp = mlp
-        self.ls2: Any = scale_layer(dim)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.attn is not None:
-            x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class IsotropicStage(Stage):

@@ -23,8 +23,9 @@ from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import VMAMBA_NAMES, children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, PreNormBlock, TokenStage, layer_norm, make_stages
+from backbones.core.stage import IsotropicStage, TokenStage, layer_norm, make_stages
 from backbones.vig.blocks import GatedLinearAttention, gated_mlp
+from ops.block import PreNormBlock
 from ops.init import init_trunc_normal
 from ops.norm import RMSNorm
 from ops.patch import ConvLayerNorm

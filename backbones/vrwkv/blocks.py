@@ -9,16 +9,15 @@ The input of each projection is a learned interpolation between a pixel and its 
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
-from backbones.core.stage import PreNormBlock
 from ops.bi_wkv import bi_wkv
+from ops.block import PreNormBlock
 from ops.cpu.scan.gated_scan import normed_scan
 from ops.cpu.wkv.wkv import bi_wkv_forward, shifted_mixtures
 from ops.inference.layers import FastForm, stands_for
@@ -334,10 +333,7 @@ class Block(PreNormBlock):
         layer_scale: float | None,
         drop_path: float,
     ) -> None:
-        scale: Any = nn.Identity
-        if layer_scale is not None:
-            scale = partial(LayerScale, init_values=layer_scale)
-        super().__init__(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-5), drop_path, scale)
+        super().__init__(dim, attn, mlp, nn.LayerNorm, drop_path, layer_scale)
         self.post_norm = post_norm
 
     def forward(self, x: Tensor) -> Tensor:
