@@ -87,7 +87,7 @@ def register_variants(module: str) -> None:
     if not classes:
         return
     cfgs = {}
-    for name, cfg in owner.default_cfgs.items():
+    for name, cfg in getattr(owner, "default_cfgs", {}).items():
         model_class = classes.get(name.partition(".")[0], StagedBackbone)
         paths = {"first_conv": model_class.first_conv, "classifier": model_class.classifier}
         cfgs[name] = {**paths, **cfg}
