@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 from timm.layers import ClassifierHead, DropPath, Mlp
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -181,7 +180,6 @@ class BiFormer(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    BiFormer,
     url="https://api.onedrive.com/v1.0/shares/{}/root/content",
     license="mit",
     origin_url="https://github.com/rayleizhu/BiFormer",
@@ -189,15 +187,13 @@ _cfg = partial(
     paper_ids="arXiv:2303.08810",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        "biformer_tiny.in1k": _cfg("s!AkBbczdRlZvChHEOoGkgwgQzEDlM"),
-        "biformer_small.in1k": _cfg("s!AkBbczdRlZvChHDyM-x9KWRBZ832"),
-        "biformer_base.in1k": _cfg("s!AkBbczdRlZvChHI_XPhoadjaNxtO"),
-        "biformer_stl.in1k": _cfg("s!AkBbczdRlZvChSf-m7ujkvx9lIQ1"),
-        "biformer_stl_nchw.in1k": _cfg("s!AkBbczdRlZvChWYrKbWbMgqd2Ai0"),
-    }
-)
+default_cfgs = {
+    "biformer_tiny.in1k": _cfg("s!AkBbczdRlZvChHEOoGkgwgQzEDlM"),
+    "biformer_small.in1k": _cfg("s!AkBbczdRlZvChHDyM-x9KWRBZ832"),
+    "biformer_base.in1k": _cfg("s!AkBbczdRlZvChHI_XPhoadjaNxtO"),
+    "biformer_stl.in1k": _cfg("s!AkBbczdRlZvChSf-m7ujkvx9lIQ1"),
+    "biformer_stl_nchw.in1k": _cfg("s!AkBbczdRlZvChWYrKbWbMgqd2Ai0"),
+}
 
 # Stochastic depth of BiFormer-T and -B is the training command's default.
 biformer_tiny = variant(BiFormer, drop_path_rate=0.1)

@@ -12,10 +12,7 @@ detectors and segmenters use ``out_norms=True, num_classes=0`` and other dilatio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
-
-from timm.models import generate_default_cfgs
 
 from backbones.core.keywords import checked
 from backbones.core.neighborhood import (
@@ -87,21 +84,18 @@ class DiNATS(NeighborhoodPyramid):
         self.finish(dims, global_pool, drop_rate, out_norms)
 
 
-_cfg = partial(cfg, DiNATS)
 _1K, _22K = "dinat/checkpoints/imagenet1k/", "dinat/checkpoints/imagenet22k/"
 
-default_cfgs = generate_default_cfgs(
-    {
-        "dinat_s_tiny.in1k": _cfg(_1K + "dinat_s_tiny_in1k_224"),
-        "dinat_s_small.in1k": _cfg(_1K + "dinat_s_small_in1k_224"),
-        "dinat_s_base.in1k": _cfg(_1K + "dinat_s_base_in1k_224"),
-        "dinat_s_large.in22k_ft_in1k": _cfg(_1K + "dinat_s_large_in1k_224"),
-        "dinat_s_large_384.in22k_ft_in1k": _cfg(
-            _1K + "dinat_s_large_in1k_384", input_size=(3, 384, 384), crop_pct=1.0
-        ),
-        "dinat_s_large_21k.in22k": _cfg(_22K + "dinat_s_large_in22k_224", num_classes=21841),
-    }
-)
+default_cfgs = {
+    "dinat_s_tiny.in1k": cfg(_1K + "dinat_s_tiny_in1k_224"),
+    "dinat_s_small.in1k": cfg(_1K + "dinat_s_small_in1k_224"),
+    "dinat_s_base.in1k": cfg(_1K + "dinat_s_base_in1k_224"),
+    "dinat_s_large.in22k_ft_in1k": cfg(_1K + "dinat_s_large_in1k_224"),
+    "dinat_s_large_384.in22k_ft_in1k": cfg(
+        _1K + "dinat_s_large_in1k_384", input_size=(3, 384, 384), crop_pct=1.0
+    ),
+    "dinat_s_large_21k.in22k": cfg(_22K + "dinat_s_large_in22k_224", num_classes=21841),
+}
 
 _LARGE: dict[str, Any] = dict(
     dims=(192, 384, 768, 1536), depths=(2, 2, 18, 2), num_heads=(6, 12, 24, 48)

@@ -11,11 +11,9 @@ weights. A file with other sizes loads into a network created with its ``attn_ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from timm.layers import ClassifierHead, DropPath
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -83,16 +81,6 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-# The original's names are those of torchvision's ResNet.
-_RESNET_NAMES = (
-    *((r"^conv1\.", "stem.0.conv."), (r"^bn1\.", "stem.0.norm."), (r"^fc\.", "head.fc.")),
-    *((rf"^layer{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
-    *((rf"\.conv{i + 1}\.", f".convs.{i}.conv.") for i in range(3)),
-    *((rf"\.bn{i + 1}\.", f".convs.{i}.norm.") for i in range(3)),
-    *((r"\.downsample\.0\.", ".shortcut.conv."), (r"\.downsample\.1\.", ".shortcut.norm.")),
-)
-
-
 class ECAResNet(StagedBackbone):
     """ResNet with efficient channel attention; a stage's first 3×3 convolution halves the map.
 
@@ -103,7 +91,14 @@ class ECAResNet(StagedBackbone):
     """
 
     first_conv = "stem.0.conv"
-    renames = _RESNET_NAMES
+    # The original's names are those of torchvision's ResNet.
+    renames = (
+        *((r"^conv1\.", "stem.0.conv."), (r"^bn1\.", "stem.0.norm."), (r"^fc\.", "head.fc.")),
+        *((rf"^layer{i + 1}\.", f"stages.{i}.blocks.") for i in range(4)),
+        *((rf"\.conv{i + 1}\.", f".convs.{i}.conv.") for i in range(3)),
+        *((rf"\.bn{i + 1}\.", f".convs.{i}.norm.") for i in range(3)),
+        *((r"\.downsample\.0\.", ".shortcut.conv."), (r"\.downsample\.1\.", ".shortcut.norm.")),
+    )
 
     @checked("dims", "attn_kernel_sizes")
     def __init__(
@@ -198,8 +193,7 @@ _MOBILENET_NAMES = (
 )
 
 # Published on Google Drive, one file each.
-_cfg = partial(
-    imagenet_cfg,
+_cfg = imagenet_cfg(
     interpolation="bilinear",
     license="mit",
     origin_url="https://github.com/BangguWu/ECANet",
@@ -207,12 +201,10 @@ _cfg = partial(
     paper_ids="arXiv:1910.03151",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"eca_resnet{depth}.in1k": _cfg(ECAResNet) for depth in (18, 34, 50, 101, 152)},
-        "eca_mobilenet_v2.in1k": _cfg(ECAMobileNetV2),
-    }
-)
+default_cfgs = {
+    **{f"eca_resnet{depth}.in1k": _cfg for depth in (18, 34, 50, 101, 152)},
+    "eca_mobilenet_v2.in1k": _cfg,
+}
 _WIDE: dict[str, Any] = dict(dims=(256, 512, 1024, 2048), bottleneck=True)
 
 eca_resnet18 = variant(ECAResNet)

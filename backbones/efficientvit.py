@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -48,26 +47,6 @@ class Block(nn.Module):
         return self.ffn2(self.conv2(self.attn(self.ffn1(self.conv1(x)))))
 
 
-# After FAST_BLOCKS.
-_RENAMES = (
-    (r".*attention_bias_idxs$", ""),  # constants
-    (r"\.(dw[01]|downsample\.[03])\.m\.(?=weight$|bias$)", r".\1."),
-    (r"\.c\.", ".conv."),
-    (r"\.bn\.", ".norm."),
-    (r"\.dw0\.", ".conv1."),
-    (r"\.dw1\.", ".conv2."),
-    (r"\.ffn0\.m\.", ".ffn1.fn."),
-    (r"\.ffn1\.m\.", ".ffn2.fn."),
-    (r"\.mixer\.m\.attn\.", ".attn.fn."),
-    (r"\.m\.", ".fn."),
-    (r"\.pw([12])\.", r".fc\1."),
-    (r"\.qkvs\.(\d+)\.", r".heads.\1.qkv."),
-    (r"\.dws\.(\d+)\.", r".heads.\1.dwconv."),
-    (r"\.proj\.1\.", ".proj."),
-    *FAST_NAMES,
-)
-
-
 class EfficientViT(StagedBackbone):
     """EfficientViT.
 
@@ -85,7 +64,24 @@ class EfficientViT(StagedBackbone):
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
     undecayed = ("attention_biases",)
-    renames = _RENAMES
+    # After FAST_BLOCKS.
+    renames = (
+        (r".*attention_bias_idxs$", ""),  # constants
+        (r"\.(dw[01]|downsample\.[03])\.m\.(?=weight$|bias$)", r".\1."),
+        (r"\.c\.", ".conv."),
+        (r"\.bn\.", ".norm."),
+        (r"\.dw0\.", ".conv1."),
+        (r"\.dw1\.", ".conv2."),
+        (r"\.ffn0\.m\.", ".ffn1.fn."),
+        (r"\.ffn1\.m\.", ".ffn2.fn."),
+        (r"\.mixer\.m\.attn\.", ".attn.fn."),
+        (r"\.m\.", ".fn."),
+        (r"\.pw([12])\.", r".fc\1."),
+        (r"\.qkvs\.(\d+)\.", r".heads.\1.qkv."),
+        (r"\.dws\.(\d+)\.", r".heads.\1.dwconv."),
+        (r"\.proj\.1\.", ".proj."),
+        *FAST_NAMES,
+    )
 
     @checked("dims", "num_heads", dims=widths(8))
     def __init__(
@@ -159,7 +155,6 @@ def _add_identity(kernel: Tensor) -> Tensor:
 
 _cfg = partial(
     imagenet_cfg,
-    EfficientViT,
     url="https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/{}.pth",
     license="mit",
     origin_url="https://github.com/microsoft/Cream/tree/main/EfficientViT",
@@ -167,9 +162,7 @@ _cfg = partial(
     paper_ids="arXiv:2305.07027",
 )
 
-default_cfgs = generate_default_cfgs(
-    {f"efficientvit_m{i}.in1k": _cfg(f"efficientvit_m{i}") for i in range(6)}
-)
+default_cfgs = {f"efficientvit_m{i}.in1k": _cfg(f"efficientvit_m{i}") for i in range(6)}
 
 efficientvit_m0 = variant(EfficientViT, kernel_sizes=(5, 5, 5, 5))
 efficientvit_m1 = variant(EfficientViT, dims=(128, 144, 192), num_heads=(2, 3, 3))

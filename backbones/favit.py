@@ -16,33 +16,20 @@ from collections.abc import Sequence
 from functools import partial
 
 from timm.layers import ClassifierHead, LayerNorm2d
-from timm.models import generate_default_cfgs
 from torch import nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import PVT_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import TokenBlock, TokenStage, make_stages
+from backbones.core.stage import TokenStage, make_stages
 from ops.attention.factorized import FactorizedAttention
+from ops.block import PreNormBlock
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
 from ops.patch import ConvLayerNorm
 
 __all__ = ["FaViT"]
-
-
-_RENAMES = (
-    (r"\.attn\.(sr|norm)\.", r".attn.global_branch.\1."),
-    (r"\.attn\.kv_g\.", ".attn.global_branch.kv."),
-    (r"\.attn\.local_conv_g\.", ".attn.global_branch.local_conv.conv."),
-    (r"\.attn\.kv_l\.depth_conv\.", ".attn.kv_dw."),
-    (r"\.attn\.kv_l\.point_conv\.", ".attn.kv_pw."),
-    (r"\.attn\.fcs\.(\d)\.", r".attn.local_branches.\1.fc."),
-    (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
-    (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
-    *PVT_NAMES,
-)
 
 
 class FaViT(StagedBackbone):
@@ -54,7 +41,17 @@ class FaViT(StagedBackbone):
         window_size: taps per side of the local windows.
     """
 
-    renames = _RENAMES
+    renames = (
+        (r"\.attn\.(sr|norm)\.", r".attn.global_branch.\1."),
+        (r"\.attn\.kv_g\.", ".attn.global_branch.kv."),
+        (r"\.attn\.local_conv_g\.", ".attn.global_branch.local_conv.conv."),
+        (r"\.attn\.kv_l\.depth_conv\.", ".attn.kv_dw."),
+        (r"\.attn\.kv_l\.point_conv\.", ".attn.kv_pw."),
+        (r"\.attn\.fcs\.(\d)\.", r".attn.local_branches.\1.fc."),
+        (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
+        (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
+        *PVT_NAMES,
+    )
 
     @checked("dims", "num_heads", "mlp_ratios", "sr_ratios")
     def __init__(
@@ -81,7 +78,7 @@ class FaViT(StagedBackbone):
             dilations = (1, ratio) if ratio > 1 else (1,)
             attn = FactorizedAttention(dim, num_heads[i], ratio, dilations, window_size)
             mlp = DWMlp(dim, int(dim * mlp_ratios[i]), proj_drop_rate)
-            return TokenBlock(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-6), drop_path)
+            return PreNormBlock(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-6), drop_path)
 
         self.stem = ConvLayerNorm(in_chans, dims[0], 7, 4, padding=3)
         self.stages = make_stages(
@@ -99,7 +96,6 @@ class FaViT(StagedBackbone):
 
 
 _cfg = imagenet_cfg(
-    FaViT,
     license="none stated",
     origin_url="https://github.com/q2479036243/FaViT",
     paper_name=(
@@ -108,7 +104,7 @@ _cfg = imagenet_cfg(
     paper_ids="arXiv:2312.08614",
 )
 
-default_cfgs = generate_default_cfgs({f"favit_b{i}.untrained": _cfg for i in range(4)})
+default_cfgs = {f"favit_b{i}.untrained": _cfg for i in range(4)}
 
 favit_b0 = variant(FaViT, dims=(32, 64, 128, 256), depths=(2, 2, 6, 2), drop_path_rate=0.1)
 favit_b1 = variant(FaViT, dims=(64, 128, 256, 512), depths=(2, 2, 6, 2), drop_path_rate=0.1)

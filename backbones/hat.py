@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite
-from timm.models import generate_default_cfgs
+from timm.layers import DropPath, Mlp, SqueezeExcite
 from torch import Tensor, nn
 
 from backbones.common.checks import number, one_of, whole
@@ -28,7 +27,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, checked
 from backbones.core.published import Rename, children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import Stage, make_stages
+from backbones.core.stage import Stage, layer_norm, make_stages
 from ops.attention.window import (
     OverlappingWindowAttention,
     WindowAttention,
@@ -59,7 +58,7 @@ class Stem(nn.Module):
         # Without a batch axis, since DDP cannot broadcast a 4-D buffer in channels-last format.
         self.register_buffer("mean", mean.view(in_chs, 1, 1), persistent=False)
         self.conv = nn.Conv2d(in_chs, dim, 3, padding=1)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.norm = layer_norm(dim)
 
     def shallow(self, x: Tensor) -> Tensor:
         """The map before the norm, which the long skip connection adds after all stages."""
@@ -270,7 +269,7 @@ class HAT(StagedBackbone):
                 dim, num_heads[i], window_size, overlap_ratio, mlp_ratio
             ),
         )
-        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.norm = layer_norm(dim)
         self.body_conv: nn.Module = nn.Conv2d(dim, dim, 3, padding=1)
         self.head: nn.Module = Reconstruction(dim, in_chans, upscale, head_width)
         self.describe_features([dim] * len(depths), [1] * len(depths))
@@ -336,7 +335,6 @@ _FOLDER = "https://drive.google.com/drive/folders/1HpmReFfoUqUbnAOQ7rvOeNU3uf_m6
 
 _cfg = partial(
     imagenet_cfg,
-    HAT,
     url="",
     num_classes=0,
     input_size=(3, 64, 64),
@@ -355,19 +353,15 @@ def _published(file: str) -> dict[str, Any]:
 
 
 # df2k: DIV2K and Flickr2K; in1k_df2k: pre-trained on ImageNet; real_gan: for real photographs.
-default_cfgs = generate_default_cfgs(
-    {
-        "hat_nano_x2.untrained": _cfg(
-            notes=("ours; configs/sr/quickstart.yaml trains it in minutes",)
-        ),
-        **{f"hat_s_x{n}.df2k": _published(f"HAT-S_SRx{n}") for n in _SCALES},
-        **{f"hat_x{n}.in1k_df2k": _published(f"HAT_SRx{n}_ImageNet-pretrain") for n in _SCALES},
-        **{f"hat_x{n}.df2k": _published(f"HAT_SRx{n}") for n in _SCALES},
-        "hat_x4.real_gan": _published("Real_HAT_GAN_SRx4"),
-        "hat_x4.real_gan_sharper": _published("Real_HAT_GAN_SRx4_sharper"),
-        **{f"hat_l_x{n}.in1k_df2k": _published(f"HAT-L_SRx{n}_ImageNet-pretrain") for n in _SCALES},
-    }
-)
+default_cfgs = {
+    "hat_nano_x2.untrained": _cfg(notes=("ours; configs/sr/quickstart.yaml trains it in minutes",)),
+    **{f"hat_s_x{n}.df2k": _published(f"HAT-S_SRx{n}") for n in _SCALES},
+    **{f"hat_x{n}.in1k_df2k": _published(f"HAT_SRx{n}_ImageNet-pretrain") for n in _SCALES},
+    **{f"hat_x{n}.df2k": _published(f"HAT_SRx{n}") for n in _SCALES},
+    "hat_x4.real_gan": _published("Real_HAT_GAN_SRx4"),
+    "hat_x4.real_gan_sharper": _published("Real_HAT_GAN_SRx4_sharper"),
+    **{f"hat_l_x{n}.in1k_df2k": _published(f"HAT-L_SRx{n}_ImageNet-pretrain") for n in _SCALES},
+}
 
 _NANO = {
     "dim": 32,

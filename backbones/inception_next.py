@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from timm.layers import ConvMlp, DropPath, SelectAdaptivePool2d
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -159,7 +158,6 @@ class InceptionNeXt(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    InceptionNeXt,
     url="https://github.com/sail-sg/inceptionnext/releases/download/model/inceptionnext_{}.pth",
     license="apache-2.0",
     origin_url="https://github.com/sail-sg/inceptionnext",
@@ -167,17 +165,13 @@ _cfg = partial(
     paper_ids="arXiv:2303.16900",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        "inception_next_atto.sail_in1k": _cfg("atto"),
-        "inception_next_tiny.sail_in1k": _cfg("tiny"),
-        "inception_next_small.sail_in1k": _cfg("small"),
-        "inception_next_base.sail_in1k": _cfg("base"),
-        "inception_next_base_384.sail_in1k": _cfg(
-            "base_384", input_size=(3, 384, 384), crop_pct=1.0
-        ),
-    }
-)
+default_cfgs = {
+    "inception_next_atto.sail_in1k": _cfg("atto"),
+    "inception_next_tiny.sail_in1k": _cfg("tiny"),
+    "inception_next_small.sail_in1k": _cfg("small"),
+    "inception_next_base.sail_in1k": _cfg("base"),
+    "inception_next_base_384.sail_in1k": _cfg("base_384", input_size=(3, 384, 384), crop_pct=1.0),
+}
 
 _BASE: dict[str, Any] = dict(dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3))
 

@@ -20,8 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d
-from timm.models import generate_default_cfgs
+from timm.layers import ClassifierHead
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -30,10 +29,11 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import SHARE, checked
 from backbones.core.published import SWIN_NAMES, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import TokenBlock, TokenStage, make_stages
+from backbones.core.stage import TokenStage, layer_norm, make_stages
 from ops.attention.hilo import HiLoAttention
 from ops.autocast import autocasts, without_autocast
 from ops.batch_norm import BatchNorm2d
+from ops.block import PreNormBlock
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 from ops.inference.layers import FastForm, stands_for
 from ops.init import init_fan_out
@@ -117,20 +117,6 @@ class DeformableMerging(nn.Module):
         return nn.Sequential(fold_norm_after(self.conv, self.norm), self.act)
 
 
-_layer_norm = partial(LayerNorm2d, eps=1e-5)
-
-# Of the original's classifier, detector and segmenter.
-_RENAMES = (
-    (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
-    (r"\.downsample\.dconv\.", ".downsample.conv."),
-    (r"\.downsample\.norm_layer\.", ".downsample.norm."),
-    (r"\.attn\.h_", ".attn.high."),
-    (r"\.attn\.l_", ".attn.low."),
-    (r"\.dwconv\.dwconv\.", ".dwconv."),
-    *SWIN_NAMES,
-)
-
-
 class LITv2(StagedBackbone):
     """LITv2.
 
@@ -140,7 +126,16 @@ class LITv2(StagedBackbone):
         alpha: fraction of the heads that attend to window averages.
     """
 
-    renames = _RENAMES
+    # Of the original's classifier, detector and segmenter.
+    renames = (
+        (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
+        (r"\.downsample\.dconv\.", ".downsample.conv."),
+        (r"\.downsample\.norm_layer\.", ".downsample.norm."),
+        (r"\.attn\.h_", ".attn.high."),
+        (r"\.attn\.l_", ".attn.low."),
+        (r"\.dwconv\.dwconv\.", ".dwconv."),
+        *SWIN_NAMES,
+    )
 
     @checked(*("dims", "num_heads", "window_sizes"), num_heads=several(whole(0, 1024)), alpha=SHARE)
     def __init__(
@@ -167,7 +162,7 @@ class LITv2(StagedBackbone):
             if heads:
                 attn = HiLoAttention(dim, heads, window_sizes[i], alpha)
             mlp = DWMlp(dim, int(dim * mlp_ratio), proj_drop_rate)
-            return TokenBlock(dim, attn, mlp, partial(nn.LayerNorm, eps=1e-5), drop_path)
+            return PreNormBlock(dim, attn, mlp, nn.LayerNorm, drop_path)
 
         self.stem = PatchEmbed(in_chans, dims[0])
         self.stages = make_stages(
@@ -178,9 +173,9 @@ class LITv2(StagedBackbone):
             TokenStage,
         )
         dense = num_classes == 0 and bool(out_norms)
-        self.norm = nn.Identity() if dense else _layer_norm(dims[-1])
+        self.norm = nn.Identity() if dense else layer_norm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(dims, out_norms=out_norms, out_norm_layer=_layer_norm)
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=layer_norm)
         for module in self.modules():
             # Convolutions outside the MLPs keep PyTorch's initialisation.
             if isinstance(module, nn.Linear | DWMlp):
@@ -189,7 +184,6 @@ class LITv2(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    LITv2,
     url="https://github.com/ziplab/LITv2/releases/download/{}.pth",
     license="apache-2.0",
     origin_url="https://github.com/ziplab/LITv2",
@@ -197,19 +191,17 @@ _cfg = partial(
     paper_ids="arXiv:2205.13213",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        "litv2_s.in1k": _cfg("v1.0/litv2_s"),
-        "litv2_m.in1k": _cfg("v1.0/litv2_m"),
-        "litv2_b.in1k": _cfg("v1.0/litv2_b"),
-        "litv2_b_384.in1k": _cfg(
-            "v1.0/litv2_b_384", input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash"
-        ),
-        "litv2_s_alpha_0_0.in1k": _cfg("v1.1/alpha_0"),
-        **{f"litv2_s_alpha_0_{i}.in1k": _cfg(f"v1.1/alpha_0.{i}") for i in (2, 4, 5, 7, 9)},
-        "litv2_s_alpha_1_0.in1k": _cfg("v1.1/alpha_1"),
-    }
-)
+default_cfgs = {
+    "litv2_s.in1k": _cfg("v1.0/litv2_s"),
+    "litv2_m.in1k": _cfg("v1.0/litv2_m"),
+    "litv2_b.in1k": _cfg("v1.0/litv2_b"),
+    "litv2_b_384.in1k": _cfg(
+        "v1.0/litv2_b_384", input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash"
+    ),
+    "litv2_s_alpha_0_0.in1k": _cfg("v1.1/alpha_0"),
+    **{f"litv2_s_alpha_0_{i}.in1k": _cfg(f"v1.1/alpha_0.{i}") for i in (2, 4, 5, 7, 9)},
+    "litv2_s_alpha_1_0.in1k": _cfg("v1.1/alpha_1"),
+}
 
 _BASE = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
 

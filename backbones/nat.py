@@ -15,11 +15,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.keywords import checked, widths
@@ -29,11 +27,11 @@ from backbones.core.neighborhood import (
     NeighborhoodPyramid,
     block_dilations,
     cfg,
-    layer_norm,
     token_stages,
 )
-from backbones.core.published import SWIN_NAMES, children, renamed
+from backbones.core.published import SWIN_NAMES, children
 from backbones.core.registry import register_variants, variant
+from backbones.core.stage import layer_norm
 
 __all__ = ["NAT"]
 
@@ -58,6 +56,27 @@ class NAT(NeighborhoodPyramid):
     """
 
     first_conv = "stem.conv1"
+    # Of Hugging Face's releases, then of the original and its dense copies.
+    renames = (
+        (r"^(?:nat|dinat)\.", ""),
+        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+        (r"^embeddings\.norm\.", "patch_embed.norm."),
+        (r"^encoder\.levels\.", "levels."),
+        (r"^levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.attention\.self\.", ".attn."),
+        (r"\.attention\.output\.dense\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+        *((rf"^hidden_states_norms\.stage{i + 1}\.", f"norm{i}.") for i in range(4)),
+        (r"^layernorm\.", "norm."),
+        (r"^classifier\.", "head."),
+        *children(r"^patch_embed\.proj", "stem.conv1", "stem.conv2"),
+        (r"\.downsample\.reduction\.", ".downsample.conv."),
+        (r"\.gamma([12])$", r".ls\1.gamma"),
+        *SWIN_NAMES,
+    )
 
     @checked("dims", "num_heads", dims=widths(2), dilations=DILATIONS)
     def __init__(
@@ -100,8 +119,8 @@ class NAT(NeighborhoodPyramid):
         self.finish(dims, global_pool, drop_rate, out_norms)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, its dense copies and Hugging Face's releases."""
-        tensors = {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
+        """Like the base's; Hugging Face's releases split projections, and join layer scales."""
+        tensors = super().convert_state_dict(state_dict)
         for key in [k for k in tensors if ".attn.query." in k]:
             thirds = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
             if all(third in tensors for third in thirds):
@@ -114,57 +133,30 @@ class NAT(NeighborhoodPyramid):
         return tensors
 
 
-_HUGGING_FACE = (
-    (r"^(?:nat|dinat)\.", ""),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.norm\.", "patch_embed.norm."),
-    (r"^encoder\.levels\.", "levels."),
-    (r"^levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.self\.", ".attn."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"\.output\.dense\.", ".mlp.fc2."),
-    *((rf"^hidden_states_norms\.stage{i + 1}\.", f"norm{i}.") for i in range(4)),
-    (r"^layernorm\.", "norm."),
-    (r"^classifier\.", "head."),
-)
-_RENAMES = (
-    *_HUGGING_FACE,
-    *children(r"^patch_embed\.proj", "stem.conv1", "stem.conv2"),
-    (r"\.downsample\.reduction\.", ".downsample.conv."),
-    (r"\.gamma([12])$", r".ls\1.gamma"),
-    *SWIN_NAMES,
-)
-
-_cfg = partial(cfg, NAT)
 _1K, _22K = "dinat/checkpoints/imagenet1k/", "dinat/checkpoints/imagenet22k/"
 _LARGE_IMAGES: dict[str, Any] = dict(input_size=(3, 384, 384), crop_pct=1.0)
 _SIZES = ("mini", "tiny", "small", "base")
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{
-            f"nat_{size}.in1k": _cfg(
-                f"nat/checkpoints/CLS/nat_{size}",
-                paper_name="Neighborhood Attention Transformer",
-                paper_ids="arXiv:2204.07143",
-            )
-            for size in _SIZES
-        },
-        **{f"dinat_{size}.in1k": _cfg(f"{_1K}dinat_{size}_in1k_224") for size in _SIZES},
-        "dinat_large.in22k_ft_in1k": _cfg(_1K + "dinat_large_in22k_in1k_224"),
-        "dinat_large_384.in22k_ft_in1k": _cfg(_1K + "dinat_large_in22k_in1k_384", **_LARGE_IMAGES),
-        "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
-            _1K + "dinat_large_in22k_in1k_384_11x11", **_LARGE_IMAGES
-        ),
-        "dinat_large_21k.in22k": _cfg(_22K + "dinat_large_in22k_224", num_classes=21841),
-        "dinat_large_21k_11x11.in22k": _cfg(
-            _22K + "dinat_large_in22k_224_11x11interp", num_classes=21841
-        ),
-    }
-)
+default_cfgs = {
+    **{
+        f"nat_{size}.in1k": cfg(
+            f"nat/checkpoints/CLS/nat_{size}",
+            paper_name="Neighborhood Attention Transformer",
+            paper_ids="arXiv:2204.07143",
+        )
+        for size in _SIZES
+    },
+    **{f"dinat_{size}.in1k": cfg(f"{_1K}dinat_{size}_in1k_224") for size in _SIZES},
+    "dinat_large.in22k_ft_in1k": cfg(_1K + "dinat_large_in22k_in1k_224"),
+    "dinat_large_384.in22k_ft_in1k": cfg(_1K + "dinat_large_in22k_in1k_384", **_LARGE_IMAGES),
+    "dinat_large_384_11x11.in22k_ft_in1k": cfg(
+        _1K + "dinat_large_in22k_in1k_384_11x11", **_LARGE_IMAGES
+    ),
+    "dinat_large_21k.in22k": cfg(_22K + "dinat_large_in22k_224", num_classes=21841),
+    "dinat_large_21k_11x11.in22k": cfg(
+        _22K + "dinat_large_in22k_224_11x11interp", num_classes=21841
+    ),
+}
 
 _MINI: dict[str, Any] = dict(drop_path_rate=0.2)
 _TINY: dict[str, Any] = dict(_MINI, depths=(3, 4, 18, 5))

@@ -19,16 +19,15 @@ from typing import Any
 
 import torch
 from timm.layers import ClassifierHead
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import several
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, checked
-from backbones.core.neighborhood import cfg, layer_norm, neighborhood
+from backbones.core.neighborhood import cfg, neighborhood
 from backbones.core.published import SWIN_NAMES
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, make_stages
+from backbones.core.stage import IsotropicStage, layer_norm, make_stages
 from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import MapAttention, NeighborhoodBlock, resized_bias
@@ -100,15 +99,13 @@ class NATIsotropic(IsotropicBackbone):
         return super().resize_tensor(name, tensor, shape)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"{variant}.in1k": cfg(NATIsotropic, f"dinat/checkpoints/isotropic/{variant}_in1k_224")
-        for variant in (
-            *("nat_isotropic_small", "dinat_isotropic_small", "vitrpb_small"),
-            *("nat_isotropic_base", "dinat_isotropic_base", "vitrpb_base"),
-        )
-    }
-)
+default_cfgs = {
+    f"{variant}.in1k": cfg(f"dinat/checkpoints/isotropic/{variant}_in1k_224")
+    for variant in (
+        *("nat_isotropic_small", "dinat_isotropic_small", "vitrpb_small"),
+        *("nat_isotropic_base", "dinat_isotropic_base", "vitrpb_base"),
+    )
+}
 
 _SMALL: dict[str, Any] = dict(dim=384, num_heads=12, drop_path_rate=0.1)
 _BASE: dict[str, Any] = dict(dim=768, num_heads=24, drop_path_rate=0.4)

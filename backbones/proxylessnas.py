@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from timm.models import generate_default_cfgs
 from torch import nn
 
 from backbones.common.checks import several, whole
@@ -136,7 +135,6 @@ _RENAMES = (
 
 _cfg = partial(
     imagenet_cfg,
-    ProxylessNAS,
     url="https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/{}.pth",
     interpolation="bilinear",
     license="mit",
@@ -145,12 +143,10 @@ _cfg = partial(
     paper_ids="arXiv:1812.00332",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        f"{variant}.in1k": _cfg(variant)
-        for variant in ("proxyless_cpu", "proxyless_gpu", "proxyless_mobile", "proxyless_mobile_14")
-    }
-)
+default_cfgs = {
+    f"{variant}.in1k": _cfg(variant)
+    for variant in ("proxyless_cpu", "proxyless_gpu", "proxyless_mobile", "proxyless_mobile_14")
+}
 
 proxyless_cpu = variant(
     ProxylessNAS,

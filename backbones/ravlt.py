@@ -15,12 +15,11 @@ from functools import partial
 
 import torch
 from timm.layers import DropPath
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
-from backbones.core.published import SWIN_NAMES, Rename, imagenet_cfg, stem_layer
+from backbones.core.published import SWIN_NAMES, imagenet_cfg, stem_layer
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage, make_stages
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
@@ -103,24 +102,6 @@ class RAVLTStage(Stage):
         return self.run_blocks(x, *table).permute(0, 3, 1, 2)
 
 
-# Of the original's classifiers and dense networks.
-_RENAMES: tuple[Rename, ...] = (
-    (r".*\.RoPE\.angle$", ""),  # a constant
-    (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
-    (r"\.downsample\.reduction\.", ".downsample.conv."),
-    # Not our own names after fuse().
-    (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
-    *SWIN_NAMES,
-    (r"\.(norm[12])\.norm\.", r".\1."),
-    (r"\.gamma_([12])$", r".gamma\1"),
-    (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
-    (r"\.ffn\.", ".mlp."),
-    (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
-    (r"^proj\.", "head.proj.conv."),
-    (r"^norm\.", "head.proj.norm."),
-)
-
-
 class RAVLT(StagedBackbone):
     """Rank-augmented vision linear transformer.
 
@@ -132,7 +113,22 @@ class RAVLT(StagedBackbone):
     """
 
     first_conv = "stem.0.conv"
-    renames = _RENAMES
+    # Of the original's classifiers and dense networks.
+    renames = (
+        (r".*\.RoPE\.angle$", ""),  # a constant
+        (r"^patch_embed\.proj\.(\d+)\.", stem_layer),
+        (r"\.downsample\.reduction\.", ".downsample.conv."),
+        # Not our own names after fuse().
+        (r"^(layers\..*\.pos)\.(?=weight|bias)", r"\1.conv."),
+        *SWIN_NAMES,
+        (r"\.(norm[12])\.norm\.", r".\1."),
+        (r"\.gamma_([12])$", r".gamma\1"),
+        (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
+        (r"\.ffn\.", ".mlp."),
+        (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
+        (r"^proj\.", "head.proj.conv."),
+        (r"^norm\.", "head.proj.norm."),
+    )
 
     @checked("dims", "num_heads", "layer_scales", "linear", dims=widths(2))
     def __init__(
@@ -181,7 +177,6 @@ class RAVLT(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    RAVLT,
     url="https://huggingface.co/aldjalkdf/RAVLT/resolve/main/RAVLT_{}.pth",
     license="mit",  # of the weights, according to their model card; the code has none
     origin_url="https://github.com/qhfan/RALA",
@@ -189,9 +184,7 @@ _cfg = partial(
     paper_ids="arXiv:2411.07635",
 )
 
-default_cfgs = generate_default_cfgs(
-    {f"ravlt_{size.lower()}.in1k": _cfg(size) for size in ("T", "S", "B", "L")}
-)
+default_cfgs = {f"ravlt_{size.lower()}.in1k": _cfg(size) for size in ("T", "S", "B", "L")}
 
 ravlt_t = variant(RAVLT, drop_path_rate=0.1)
 ravlt_s = variant(

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import several, whole
@@ -48,20 +47,6 @@ class Block(nn.Module):
         return self.ffn(self.mixer(self.conv(x)))
 
 
-# Of the original, fused or not, and of timm.
-_RENAMES = (
-    *FAST_BLOCKS,
-    (r"\.token_mixer\.", ".mixer."),
-    (r"\.m\.", ".fn."),
-    (r"\.(?:c|conv)\.(?=weight|bias)", ".conv."),
-    (r"\.bn\.", ".norm."),
-    (r"\.pre_norm\.", ".norm."),
-    (r"\.pw([12])\.", r".fc\1."),
-    (r"\.proj\.1\.", ".proj."),
-    *FAST_NAMES,
-)
-
-
 class SHViT(StagedBackbone):
     """Single-head vision transformer.
 
@@ -74,7 +59,18 @@ class SHViT(StagedBackbone):
 
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
-    renames = _RENAMES
+    # Of the original, fused or not, and of timm.
+    renames = (
+        *FAST_BLOCKS,
+        (r"\.token_mixer\.", ".mixer."),
+        (r"\.m\.", ".fn."),
+        (r"\.(?:c|conv)\.(?=weight|bias)", ".conv."),
+        (r"\.bn\.", ".norm."),
+        (r"\.pre_norm\.", ".norm."),
+        (r"\.pw([12])\.", r".fc\1."),
+        (r"\.proj\.1\.", ".proj."),
+        *FAST_NAMES,
+    )
 
     @checked("dims", "attn_dims", dims=widths(8), attn_dims=several(whole(0, 1 << 16)))
     def __init__(
@@ -116,7 +112,6 @@ class SHViT(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    SHViT,
     url="https://github.com/ysj9909/SHViT/releases/download/v1.0/{}.pth",
     license="mit",
     origin_url="https://github.com/ysj9909/SHViT",
@@ -124,14 +119,12 @@ _cfg = partial(
     paper_ids="arXiv:2401.16456",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        "shvit_s1.in1k": _cfg("shvit_s1"),
-        "shvit_s2.in1k": _cfg("shvit_s2"),
-        "shvit_s3.in1k": _cfg("shvit_s3"),
-        "shvit_s4.in1k": _cfg("shvit_s4", input_size=(3, 256, 256)),
-    }
-)
+default_cfgs = {
+    "shvit_s1.in1k": _cfg("shvit_s1"),
+    "shvit_s2.in1k": _cfg("shvit_s2"),
+    "shvit_s3.in1k": _cfg("shvit_s3"),
+    "shvit_s4.in1k": _cfg("shvit_s4", input_size=(3, 256, 256)),
+}
 
 shvit_s1 = variant(SHViT, dims=(128, 224, 320), depths=(2, 4, 5), attn_dims=(0, 48, 68))
 shvit_s2 = variant(SHViT, dims=(128, 308, 448), depths=(2, 4, 5), attn_dims=(0, 66, 96))

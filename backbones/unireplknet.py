@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, SqueezeExcite
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import one_of
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import POOLINGS, SCALE, checked, widths
-from backbones.core.published import children, imagenet_cfg, renamed
+from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.batch_norm import BatchNorm2d
@@ -117,6 +116,24 @@ class UniRepLKNet(StagedBackbone):
     """
 
     first_conv = "stem.0"
+    renames = (
+        (r"^downsample_layers\.0\.", "stem."),
+        (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+        (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+        (r"^(stages\.\d\.blocks\.\d+)\.norm\.", r"\1.norm1."),
+        (r"\.dwconv\.origin_bn\.", ".dwconv.large.norm."),
+        (r"\.dwconv\.dil_conv_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.conv."),
+        (r"\.dwconv\.dil_bn_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.norm."),
+        (r"\.se\.down\.", ".se.fc1."),
+        (r"\.se\.up\.", ".se.fc2."),
+        (r"\.pwconv1\.1\.", ".fc1."),
+        (r"\.act\.1\.gamma$", ".grn.weight"),
+        (r"\.act\.1\.beta$", ".grn.bias"),
+        *children(r"\.pwconv2", ".fc2", None, ".norm2"),
+        (r"^norm(\d)\.", r"out_norms.\1."),
+        (r"^norm\.", "head.norm."),
+        (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    )
     classifies_maps = True
     # The head's norm has the width of the map.
     poolings = tuple(pool for pool in POOLINGS if "cat" not in pool)
@@ -182,35 +199,15 @@ class UniRepLKNet(StagedBackbone):
         return matcher
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, merged or not."""
-        converted = {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
+        """Like the base's, of the original merged or not."""
+        converted = super().convert_state_dict(state_dict)
         if any(key.endswith(".lk_origin.bias") for key in converted):
             return {key.replace(".lk_origin.", "."): t for key, t in converted.items()}
         return {key.replace(".lk_origin.", ".large.conv."): t for key, t in converted.items()}
 
 
-_RENAMES = (
-    (r"^downsample_layers\.0\.", "stem."),
-    (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
-    (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
-    (r"^(stages\.\d\.blocks\.\d+)\.norm\.", r"\1.norm1."),
-    (r"\.dwconv\.origin_bn\.", ".dwconv.large.norm."),
-    (r"\.dwconv\.dil_conv_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.conv."),
-    (r"\.dwconv\.dil_bn_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.norm."),
-    (r"\.se\.down\.", ".se.fc1."),
-    (r"\.se\.up\.", ".se.fc2."),
-    (r"\.pwconv1\.1\.", ".fc1."),
-    (r"\.act\.1\.gamma$", ".grn.weight"),
-    (r"\.act\.1\.beta$", ".grn.bias"),
-    *children(r"\.pwconv2", ".fc2", None, ".norm2"),
-    (r"^norm(\d)\.", r"out_norms.\1."),
-    (r"^norm\.", "head.norm."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-
 _cfg = partial(
     imagenet_cfg,
-    UniRepLKNet,
     url="https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_{}.pth",
     license="apache-2.0",
     origin_url="https://github.com/AILab-CVC/UniRepLKNet",
@@ -223,27 +220,25 @@ _cfg = partial(
 _cfg_384 = partial(_cfg, input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash")
 _cfg_22k = partial(_cfg, num_classes=21841)
 
-default_cfgs = generate_default_cfgs(
-    {
-        "unireplknet_a.in1k": _cfg("a_in1k_224_acc77.03"),
-        "unireplknet_f.in1k": _cfg("f_in1k_224_acc78.58"),
-        "unireplknet_p.in1k": _cfg("p_in1k_224_acc80.23"),
-        "unireplknet_n.in1k": _cfg("n_in1k_224_acc81.64"),
-        "unireplknet_t.in1k": _cfg("t_in1k_224_acc83.21"),
-        "unireplknet_s.in1k": _cfg("s_in1k_224_acc83.91"),
-        "unireplknet_s.in22k_ft_in1k_384": _cfg_384("s_in22k_to_in1k_384_acc86.44"),
-        "unireplknet_s.in22k": _cfg_22k("s_in22k_pretrain"),
-        "unireplknet_b.in22k_ft_in1k_384": _cfg_384("b_in22k_to_in1k_384_acc87.40"),
-        "unireplknet_b.in22k": _cfg_22k("b_in22k_pretrain"),
-        "unireplknet_b_k400.untrained": _cfg(
-            url="", num_classes=400, input_size=(3, 896, 896), crop_pct=1.0
-        ),
-        "unireplknet_l.in22k_ft_in1k_384": _cfg_384("l_in22k_to_in1k_384_acc87.88"),
-        "unireplknet_l.in22k": _cfg_22k("l_in22k_pretrain", input_size=(3, 192, 192)),
-        "unireplknet_xl.in22k_ft_in1k_384": _cfg_384("xl_in22k_to_in1k_384_acc87.96"),
-        "unireplknet_xl.in22k": _cfg_22k("xl_in22k_pretrain", input_size=(3, 192, 192)),
-    }
-)
+default_cfgs = {
+    "unireplknet_a.in1k": _cfg("a_in1k_224_acc77.03"),
+    "unireplknet_f.in1k": _cfg("f_in1k_224_acc78.58"),
+    "unireplknet_p.in1k": _cfg("p_in1k_224_acc80.23"),
+    "unireplknet_n.in1k": _cfg("n_in1k_224_acc81.64"),
+    "unireplknet_t.in1k": _cfg("t_in1k_224_acc83.21"),
+    "unireplknet_s.in1k": _cfg("s_in1k_224_acc83.91"),
+    "unireplknet_s.in22k_ft_in1k_384": _cfg_384("s_in22k_to_in1k_384_acc86.44"),
+    "unireplknet_s.in22k": _cfg_22k("s_in22k_pretrain"),
+    "unireplknet_b.in22k_ft_in1k_384": _cfg_384("b_in22k_to_in1k_384_acc87.40"),
+    "unireplknet_b.in22k": _cfg_22k("b_in22k_pretrain"),
+    "unireplknet_b_k400.untrained": _cfg(
+        url="", num_classes=400, input_size=(3, 896, 896), crop_pct=1.0
+    ),
+    "unireplknet_l.in22k_ft_in1k_384": _cfg_384("l_in22k_to_in1k_384_acc87.88"),
+    "unireplknet_l.in22k": _cfg_22k("l_in22k_pretrain", input_size=(3, 192, 192)),
+    "unireplknet_xl.in22k_ft_in1k_384": _cfg_384("xl_in22k_to_in1k_384_acc87.96"),
+    "unireplknet_xl.in22k": _cfg_22k("xl_in22k_pretrain", input_size=(3, 192, 192)),
+}
 
 _LIGHT: dict[str, Any] = dict(depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13))
 

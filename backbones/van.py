@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, LayerScale2d
-from timm.models import generate_default_cfgs
+from timm.layers import ClassifierHead, LayerNorm2d, LayerScale2d
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -23,6 +22,7 @@ from backbones.core.registry import register_variants, variant
 from backbones.core.stage import make_stages
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.batch_norm import BatchNorm2d
+from ops.block import PreNormBlock
 from ops.conv import ConvNorm
 from ops.init import init_fan_out
 from ops.reparam import fold_norm_before, fold_scale_after, norm_affine
@@ -60,24 +60,14 @@ class ConvMlp(nn.Module):
         return self.drop(self.fc2(x))
 
 
-class Block(nn.Module):
-    """Pre-norm residual attention and MLP with layer scale, on (B, dim, H, W)."""
+class Block(PreNormBlock):
+    """Attention and MLP with batch norms and layer scales, on (B, dim, H, W)."""
 
     def __init__(
         self, dim: int, mlp_ratio: float, drop: float, drop_path: float, layer_scale: float
     ) -> None:
-        super().__init__()
-        self.norm1 = BatchNorm2d(dim)
-        self.attn = Attention(dim)
-        self.ls1 = LayerScale2d(dim, layer_scale)
-        self.norm2 = BatchNorm2d(dim)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop)
-        self.ls2 = LayerScale2d(dim, layer_scale)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        attn, mlp = Attention(dim), ConvMlp(dim, int(dim * mlp_ratio), drop)
+        super().__init__(dim, attn, mlp, BatchNorm2d, drop_path, layer_scale, LayerScale2d)
 
     def fuse(self) -> nn.Module:
         """Fold norms and layer scales into the pointwise convolutions; see :class:`FoldedBlock`."""
@@ -109,21 +99,6 @@ class FoldedBlock(nn.Module):
         return x + self.mlp(x)
 
 
-# Names of the original, which counts from 1, and of mmpretrain.
-_RENAMES = (
-    (r"\.projection\.", ".proj."),
-    (r"\.DW_conv\.", ".conv0."),
-    (r"\.DW_D_conv\.", ".conv_spatial."),
-    (r"\.proj_1\.", ".proj_in."),
-    (r"\.proj_2\.", ".proj_out."),
-    (r"\.spatial_gating_unit\.conv0\.", ".lka.dw."),
-    (r"\.spatial_gating_unit\.conv_spatial\.", ".lka.dw_dilated."),
-    (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
-    (r"\.layer_scale_([12])$", r".ls\1.gamma"),
-    *PVT_NAMES,
-)
-
-
 class VAN(StagedBackbone):
     """Visual Attention Network.
 
@@ -131,7 +106,19 @@ class VAN(StagedBackbone):
         norm_eps: of the norm after each stage; the paper's dense networks use 1e-5.
     """
 
-    renames = _RENAMES
+    # Names of the original, which counts from 1, and of mmpretrain.
+    renames = (
+        (r"\.projection\.", ".proj."),
+        (r"\.DW_conv\.", ".conv0."),
+        (r"\.DW_D_conv\.", ".conv_spatial."),
+        (r"\.proj_1\.", ".proj_in."),
+        (r"\.proj_2\.", ".proj_out."),
+        (r"\.spatial_gating_unit\.conv0\.", ".lka.dw."),
+        (r"\.spatial_gating_unit\.conv_spatial\.", ".lka.dw_dilated."),
+        (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
+        (r"\.layer_scale_([12])$", r".ls\1.gamma"),
+        *PVT_NAMES,
+    )
 
     @checked("dims", "mlp_ratios")
     def __init__(
@@ -166,7 +153,6 @@ class VAN(StagedBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    VAN,
     crop_pct=0.9,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
@@ -178,21 +164,19 @@ _cfg = partial(
 _HUB = "https://huggingface.co/Visual-Attention-Network/"
 _MM = "https://download.openmmlab.com/mmclassification/v0/van/"
 
-default_cfgs = generate_default_cfgs(
-    {
-        "van_b0.in1k": _cfg(_HUB + "VAN-Tiny-original/resolve/main/van_tiny_754.pth.tar"),
-        "van_b1.in1k": _cfg(_HUB + "VAN-Small-original/resolve/main/van_small_811.pth.tar"),
-        "van_b2.in1k": _cfg(_HUB + "VAN-Base-original/resolve/main/van_base_828.pth.tar"),
-        "van_b3.in1k": _cfg(_HUB + "VAN-Large-original/resolve/main/van_large_839.pth.tar"),
-        "van_b4.in22k_ft_in1k": _cfg(_MM + "van-b4_3rdparty_in1k_20220909-f4665b92.pth"),
-        # Published as backbones without classifier. The * makes the untrained form the default.
-        "van_b4.in22k": _cfg(_MM + "van-b4_3rdparty_in21k_20220909-db926b18.pth", num_classes=0),
-        "van_b5.in22k": _cfg(_MM + "van-b5_3rdparty_in21k_20220909-18e904e3.pth", num_classes=0),
-        "van_b5.untrained*": _cfg(),
-        "van_b6.in22k": _cfg(_MM + "van-b6_3rdparty_in21k_20220909-96c2cb3a.pth", num_classes=0),
-        "van_b6.untrained*": _cfg(),
-    }
-)
+default_cfgs = {
+    "van_b0.in1k": _cfg(_HUB + "VAN-Tiny-original/resolve/main/van_tiny_754.pth.tar"),
+    "van_b1.in1k": _cfg(_HUB + "VAN-Small-original/resolve/main/van_small_811.pth.tar"),
+    "van_b2.in1k": _cfg(_HUB + "VAN-Base-original/resolve/main/van_base_828.pth.tar"),
+    "van_b3.in1k": _cfg(_HUB + "VAN-Large-original/resolve/main/van_large_839.pth.tar"),
+    "van_b4.in22k_ft_in1k": _cfg(_MM + "van-b4_3rdparty_in1k_20220909-f4665b92.pth"),
+    # Published as backbones without classifier. The * makes the untrained form the default.
+    "van_b4.in22k": _cfg(_MM + "van-b4_3rdparty_in21k_20220909-db926b18.pth", num_classes=0),
+    "van_b5.in22k": _cfg(_MM + "van-b5_3rdparty_in21k_20220909-18e904e3.pth", num_classes=0),
+    "van_b5.untrained*": _cfg(),
+    "van_b6.in22k": _cfg(_MM + "van-b6_3rdparty_in21k_20220909-96c2cb3a.pth", num_classes=0),
+    "van_b6.untrained*": _cfg(),
+}
 
 van_b0 = variant(VAN, dims=(32, 64, 160, 256), depths=(3, 3, 5, 2), drop_path_rate=0.1)
 van_b1 = variant(VAN, dims=(64, 128, 320, 512), depths=(2, 2, 4, 2), drop_path_rate=0.1)

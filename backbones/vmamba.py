@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, DropPath, LayerNorm2d, Mlp
-from timm.models import generate_default_cfgs
+from timm.layers import ClassifierHead, DropPath, Mlp
 from torch import Tensor, nn
 
 from backbones.common.checks import whole
@@ -25,7 +24,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.keywords import check_widths, checked, widths
 from backbones.core.published import VMAMBA_NAMES, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import TokenStage, make_stages
+from backbones.core.stage import TokenStage, layer_norm, make_stages
 from ops.init import init_linear
 from ops.patch import ConvLayerNorm, PatchMerging
 from ops.selective_scan import cross_selective_scan
@@ -170,11 +169,9 @@ class VMamba(StagedBackbone):
         self.stages = make_stages(
             depths, drop_path_rate, block, lambda i: downsample(dims[i - 1], dims[i]), TokenStage
         )
-        self.norm = LayerNorm2d(dims[-1], eps=1e-5)
+        self.norm = layer_norm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(
-            dims, out_norms=out_norms, out_norm_layer=partial(LayerNorm2d, eps=1e-5)
-        )
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=layer_norm)
         self.apply(_init_weights)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -216,7 +213,6 @@ _RENAMES = (
 
 _cfg = partial(
     imagenet_cfg,
-    VMamba,
     url="https://github.com/MzeroMiko/VMamba/releases/download/%23{}.pth",
     license="mit",
     origin_url="https://github.com/MzeroMiko/VMamba",
@@ -224,19 +220,17 @@ _cfg = partial(
     paper_ids="arXiv:2401.10166",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        "vmamba_tiny_s1l8.in1k": _cfg("v2cls/vssm1_tiny_0230s_ckpt_epoch_264"),
-        "vmamba_small_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240"),
-        "vmamba_base_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225"),
-        "vmamba_tiny_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262"),
-        "vmamba_small_s2l15.in1k": _cfg("v2cls/vssm_small_0229_ckpt_epoch_222"),
-        "vmamba_base_s2l15.in1k": _cfg("v2cls/vssm_base_0229_ckpt_epoch_237"),
-        "vanilla_vmamba_tiny.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292"),
-        "vanilla_vmamba_small.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238"),
-        "vanilla_vmamba_base.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241"),
-    }
-)
+default_cfgs = {
+    "vmamba_tiny_s1l8.in1k": _cfg("v2cls/vssm1_tiny_0230s_ckpt_epoch_264"),
+    "vmamba_small_s1l20.in1k": _cfg("v2cls/vssm1_small_0229s_ckpt_epoch_240"),
+    "vmamba_base_s1l20.in1k": _cfg("v2cls/vssm1_base_0229s_ckpt_epoch_225"),
+    "vmamba_tiny_s2l5.in1k": _cfg("v2cls/vssm_tiny_0230_ckpt_epoch_262"),
+    "vmamba_small_s2l15.in1k": _cfg("v2cls/vssm_small_0229_ckpt_epoch_222"),
+    "vmamba_base_s2l15.in1k": _cfg("v2cls/vssm_base_0229_ckpt_epoch_237"),
+    "vanilla_vmamba_tiny.in1k": _cfg("v0cls/vssmtiny_dp01_ckpt_epoch_292"),
+    "vanilla_vmamba_small.in1k": _cfg("v0cls/vssmsmall_dp03_ckpt_epoch_238"),
+    "vanilla_vmamba_base.in1k": _cfg("v0cls/vssmbase_dp06_ckpt_epoch_241"),
+}
 _BASE = (128, 256, 512, 1024)
 _VANILLA: dict[str, Any] = dict(scan_ratio=2, num_states=16, vanilla=True)
 

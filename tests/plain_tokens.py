@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from timm.layers import ClassifierHead, LayerNorm2d
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones import IsotropicBackbone, IsotropicStage
@@ -54,19 +53,9 @@ class PlainTokens(IsotropicBackbone):
         self.describe_blocks(dim, pyramid=pyramid)
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "plain_tokens.untrained": {
-            "url": "",
-            "num_classes": 1000,
-            "input_size": (3, 64, 64),
-            "first_conv": "stem.0",
-            "classifier": "head.fc",
-        }
-    }
-)
-
-
+default_cfgs = {
+    "plain_tokens.untrained": {"url": "", "num_classes": 1000, "input_size": (3, 64, 64)}
+}
 plain_tokens = variant(PlainTokens)  # registered by register_plain_tokens
 
 

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
-from timm.layers import ClassifierHead, LayerNorm2d
+from timm.layers import ClassifierHead
 from torch import Tensor, nn
 
 from backbones.common.checks import either, one_or_several, text
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import WINDOW
 from backbones.core.published import imagenet_cfg
-from backbones.core.stage import TokenStage, make_stages
+from backbones.core.stage import TokenStage, layer_norm, make_stages
 from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import NeighborhoodBlock, resized_bias
@@ -88,9 +88,6 @@ def neighborhood(
     return NeighborhoodAttention2D(
         dim, num_heads, kernel_size, dilation=dilation, rel_pos_bias=True, small_maps="pad"
     )
-
-
-layer_norm = partial(LayerNorm2d, eps=1e-5)
 
 
 # -- dilations -------------------------------------------------------------------------------------

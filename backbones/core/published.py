@@ -9,9 +9,7 @@ from typing import Any
 Rename = tuple[str, str | Callable[[re.Match[str]], str]]
 
 
-def imagenet_cfg(
-    model_class: Any, file: str = "", *, url: str = "{}", **entries: Any
-) -> dict[str, Any]:
+def imagenet_cfg(file: str = "", *, url: str = "{}", **entries: Any) -> dict[str, Any]:
     """The cfg of weights, by default for ImageNet-1k at 224×224; ``entries`` replace or add others.
 
     ``file`` replaces ``{}`` in ``url``, which is empty if there are no weights.
@@ -24,8 +22,6 @@ def imagenet_cfg(
         "interpolation": "bicubic",
         "mean": (0.485, 0.456, 0.406),
         "std": (0.229, 0.224, 0.225),
-        "first_conv": model_class.first_conv,
-        "classifier": model_class.classifier,
         **entries,
     }
 

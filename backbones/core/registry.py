@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import timm.models
 import torch
-from timm.models import DefaultCfg, PretrainedCfg
+from timm.models import DefaultCfg, PretrainedCfg, generate_default_cfgs
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
@@ -69,17 +69,31 @@ def variant(model_class: type[Model], **arguments: Any) -> Callable[..., Model]:
 def register_variants(module: str) -> None:
     """Register each :func:`variant` of a module by the name that it has there.
 
-    ``default_cfgs`` of the module describes them. The names are also registered with timm, unless
-    timm has a model of that name. A model that can return maps of its stem (``stem_features``) or
-    derive a pyramid from one map (``pyramid``) is registered with timm a second time, as
-    ``<name>_pyramid`` with that option on, for libraries that create encoders through timm and need
-    a pyramid from stride 2 or 4. Modules call it with their ``__name__``, below their variants.
+    ``default_cfgs`` of the module describes their weights, a dict by ``name.tag``, and becomes what
+    timm's ``generate_default_cfgs`` makes of it, with the classes' ``first_conv`` and
+    ``classifier``. The names are also registered with timm, unless timm has a model of that name. A
+    model that can return maps of its stem (``stem_features``) or derive a pyramid from one map
+    (``pyramid``) is registered with timm a second time, as ``<name>_pyramid`` with that option on,
+    for libraries that create encoders through timm and need a pyramid from stride 2 or 4. Modules
+    call it with their ``__name__``, below their variants.
     """
-    for name, value in list(vars(sys.modules[module]).items()):
+    owner: Any = sys.modules[module]
+    classes: dict[str, type[StagedBackbone]] = {}
+    for name, value in list(vars(owner).items()):
         if isinstance(value, FunctionType) and value in _unnamed:
             value.__name__ = value.__qualname__ = name
             value.__module__ = module
-            _register(value, _unnamed.pop(value))
+            classes[name] = _unnamed.pop(value)
+    if not classes:
+        return
+    cfgs = {}
+    for name, cfg in getattr(owner, "default_cfgs", {}).items():
+        model_class = classes.get(name.partition(".")[0], StagedBackbone)
+        paths = {"first_conv": model_class.first_conv, "classifier": model_class.classifier}
+        cfgs[name] = {**paths, **cfg}
+    owner.default_cfgs = generate_default_cfgs(cfgs)
+    for name, model_class in classes.items():
+        _register(getattr(owner, name), model_class)
 
 
 def _register(entrypoint: Callable[..., nn.Module], model_class: type[nn.Module]) -> None:

@@ -6,15 +6,18 @@ A family whose blocks need another layout or shared tables defines its own stage
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import torch
-from timm.layers import DropPath, calculate_drop_path_rates
+from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ops.reparam import fuse_children
+
+layer_norm = partial(LayerNorm2d, eps=1e-5)  # PyTorch's eps, unlike timm's
 
 
 class Stage(nn.Module):
@@ -80,33 +83,6 @@ class TokenStage(Stage):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
         return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
-
-
-class TokenBlock(nn.Module):
-    """Pre-norm residual attention and feed-forward: (B, h, w, dim) → (B, h, w, dim).
-
-    Without ``attn``, only the feed-forward. ``norm_layer`` makes their norms.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        attn: nn.Module | None,
-        mlp: nn.Module,
-        norm_layer: Callable[[int], nn.Module],
-        drop_path: float,
-    ) -> None:
-        super().__init__()
-        self.norm1 = norm_layer(dim) if attn is not None else None
-        self.attn = attn
-        self.norm2 = norm_layer(dim)
-        self.mlp = mlp
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.norm1 is not None and self.attn is not None:
-            x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class IsotropicStage(Stage):

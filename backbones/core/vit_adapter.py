@@ -9,7 +9,7 @@ tokens (injector) and back (extractor). The branch is the concatenated pixels of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from ops.arguments import require_tensor
 from ops.attention.deformable import DeformableAttention, pixel_centres
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_fan_out
+from ops.mlp import DWMlp
 
 STRIDES = (4, 8, 16, 32)
 Sizes = Sequence[tuple[int, int]]
@@ -64,69 +65,54 @@ def _conv_norm_act(in_chs: int, out_chs: int, stride: int = 1) -> list[nn.Module
     return [conv, BatchNorm2d(out_chs), nn.ReLU(inplace=True)]
 
 
-class ConvMlp(nn.Module):
-    """A feed-forward with a depthwise 3×3 convolution, shared by several maps.
+class _Attending(nn.Module):
+    """Deformable attention of the pixels of some maps to those of others, both normalised."""
 
-    (B, S, dim), the maps' flattened and concatenated pixels → the same.
-    """
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor, sizes: Sizes) -> Tensor:
-        x = to_tokens([self.dwconv(m) for m in to_maps(self.fc1(x), sizes)])
-        return self.fc2(self.act(x))
-
-
-class Injector(nn.Module):
-    """Adds features of the branch to the network's tokens, scaled by ``gamma``, initially zero.
-
-    ``make_attention`` creates a deformable attention from a number of maps.
-    """
-
-    def __init__(self, dim: int, make_attention: Callable[[int], DeformableAttention]) -> None:
+    def __init__(self, dim: int, attn: DeformableAttention) -> None:
         super().__init__()
         self.query_norm = nn.LayerNorm(dim, eps=1e-6)
         self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = make_attention(3)
+        self.attn = attn
+
+    def attend(self, queries: Tensor, own: Sizes, features: Tensor, sizes: Sizes) -> Tensor:
+        """(B, N, dim) of maps of sizes ``own`` and (B, S, dim) of ``sizes`` → (B, N, dim)."""
+        dtype = torch.promote_types(queries.dtype, torch.float32)
+        references = pixel_centres(own, queries.device, dtype)
+        return self.attn(self.query_norm(queries), references, self.feat_norm(features), sizes)
+
+
+class Injector(_Attending):
+    """Adds features of the branch to the network's tokens, scaled by ``gamma``, initially zero."""
+
+    def __init__(self, dim: int, attn: DeformableAttention) -> None:
+        super().__init__(dim, attn)
         self.gamma = nn.Parameter(torch.zeros(dim))
 
     def forward(self, tokens: Tensor, branch: Tensor, sizes: Sizes) -> Tensor:
         """(B, N, dim) tokens and (B, S, dim) of the branch's ``sizes`` → (B, N, dim)."""
-        references = _references(tokens, sizes[1:2])
-        attended = self.attn(self.query_norm(tokens), references, self.feat_norm(branch), sizes)
-        return tokens + self.gamma * attended
+        return tokens + self.gamma * self.attend(tokens, sizes[1:2], branch, sizes)
 
 
-class Extractor(nn.Module):
-    """Adds features of the network's tokens to the branch, followed by a feed-forward."""
+class Extractor(_Attending):
+    """Adds features of the network's tokens to the branch, followed by a feed-forward.
+
+    The feed-forward's convolution sees each map of the branch on its own.
+    """
 
     def __init__(
-        self,
-        dim: int,
-        make_attention: Callable[[int], DeformableAttention],
-        hidden_dim: int,
-        drop_path: float,
+        self, dim: int, attn: DeformableAttention, hidden_dim: int, drop_path: float
     ) -> None:
-        super().__init__()
-        self.query_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = make_attention(1)
+        super().__init__(dim, attn)
         self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = ConvMlp(dim, hidden_dim)
+        self.ffn = DWMlp(dim, hidden_dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, branch: Tensor, tokens: Tensor, sizes: Sizes) -> Tensor:
         """(B, S, dim) of the branch's ``sizes`` and (B, N, dim) tokens → (B, S, dim)."""
-        references = _references(branch, sizes)
-        branch = branch + self.attn(
-            self.query_norm(branch), references, self.feat_norm(tokens), sizes[1:2]
-        )
-        return branch + self.drop_path(self.ffn(self.ffn_norm(branch), sizes))
+        branch = branch + self.attend(branch, sizes, tokens, sizes[1:2])
+        hidden = to_maps(self.ffn.fc1(self.ffn_norm(branch)), sizes)
+        x = self.ffn.act(to_tokens([self.ffn.dwconv(m) for m in hidden]))
+        return branch + self.drop_path(self.ffn.fc2(x))
 
 
 class Interaction(nn.Module):
@@ -149,11 +135,6 @@ class AdapterLayers(nn.Module):
         self.interactions = nn.ModuleList(interactions)
         self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
         self.norms = nn.ModuleList(BatchNorm2d(dim) for _ in STRIDES)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self) -> None:
-        """The published initialisation."""
         self.apply(init_fan_out)
         for module in self.modules():
             if isinstance(module, DeformableAttention):
@@ -178,12 +159,6 @@ def to_maps(tokens: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
         part.transpose(1, 2).contiguous().unflatten(2, tuple(size))
         for part, size in zip(parts, sizes, strict=True)
     ]
-
-
-def _references(queries: Tensor, sizes: Sizes) -> Tensor:
-    """The positions of the queries, in float32 or wider."""
-    dtype = torch.promote_types(queries.dtype, torch.float32)
-    return pixel_centres(sizes, queries.device, dtype)
 
 
 def _plain_network(name: str, network: Any) -> IsotropicBackbone:
@@ -258,14 +233,14 @@ class ViTAdapter(nn.Module):
             return DeformableAttention(dim, num_heads, levels, points, value_ratio)
 
         def extractor() -> Extractor:
-            return Extractor(dim, attention, max(1, int(dim * ffn_ratio)), drop_path_rate)
+            return Extractor(dim, attention(1), max(1, int(dim * ffn_ratio)), drop_path_rate)
 
         self.network = network
         self.adapter = AdapterLayers(
             SpatialPrior(network.in_chans, stem_dim, dim),
             [
                 Interaction(
-                    Injector(dim, attention),
+                    Injector(dim, attention(3)),
                     [extractor() for _ in range(3 if stage == stages - 1 else 1)],
                 )
                 for stage in range(stages)

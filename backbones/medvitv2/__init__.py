@@ -23,7 +23,6 @@ from functools import partial
 from typing import Any
 
 from timm.layers import ClassifierHead, calculate_drop_path_rates
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import several
@@ -33,7 +32,6 @@ from backbones.core.published import children, imagenet_cfg, renamed
 from backbones.core.registry import register_variants, variant
 from backbones.core.stage import Stage
 from backbones.medvitv2.blocks import GlobalBlock, LocalBlock
-from backbones.medvitv2.inference import *  # noqa: F403  (registers the inference forms)
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
 from ops.init import init_trunc_normal
@@ -73,9 +71,6 @@ class MedViTV2(StagedBackbone):
     """
 
     first_conv = "stem.0.conv"
-    # Parameters without gradient: the KANs' grids are constants, and published checkpoints contain
-    # an unused feed-forward in every global block.
-    unused_parameters: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
 
     @checked("dims", "sr_ratios", stem_dims=several(CHANNELS, count=3), mix_ratio=SHARE)
     def __init__(
@@ -195,7 +190,6 @@ def _convert_key(key: str, depths: Sequence[int]) -> str:
 
 _cfg = partial(
     imagenet_cfg,
-    MedViTV2,
     url="https://dl.dropbox.com/scl/fi/{}&dl=1",
     crop_pct=1.0,
     crop_mode="squash",
@@ -211,22 +205,20 @@ _cfg = partial(
 )
 
 # The authors' starting point; what these weights were trained on is not stated.
-default_cfgs = generate_default_cfgs(
-    {
-        "medvitv2_tiny.pretrain": _cfg(
-            "496jbihqp360jacpji554/MedViT_tiny.pth?rlkey=6hb9froxugvtg8l639jmspxfv&st=p9ef06j8"
-        ),
-        "medvitv2_small.pretrain": _cfg(
-            "6nnec8hxcn5da6vov7h2a/MedViT_small.pth?rlkey=yf5twra1cv6ep2oqr79tbzyg5&st=rwx5hy8z"
-        ),
-        "medvitv2_base.pretrain": _cfg(
-            "q5c0u515dd4oc8j55bhi9/MedViT_base.pth?rlkey=5duw3uomnsyjr80wykvedjhas&st=incconx4"
-        ),
-        "medvitv2_large.pretrain": _cfg(
-            "owujijpsl6vwd481hiydd/MedViT_large.pth?rlkey=cx9lqb4a1288nv4xlmux13zoe&st=kcehwbrb"
-        ),
-    }
-)
+default_cfgs = {
+    "medvitv2_tiny.pretrain": _cfg(
+        "496jbihqp360jacpji554/MedViT_tiny.pth?rlkey=6hb9froxugvtg8l639jmspxfv&st=p9ef06j8"
+    ),
+    "medvitv2_small.pretrain": _cfg(
+        "6nnec8hxcn5da6vov7h2a/MedViT_small.pth?rlkey=yf5twra1cv6ep2oqr79tbzyg5&st=rwx5hy8z"
+    ),
+    "medvitv2_base.pretrain": _cfg(
+        "q5c0u515dd4oc8j55bhi9/MedViT_base.pth?rlkey=5duw3uomnsyjr80wykvedjhas&st=incconx4"
+    ),
+    "medvitv2_large.pretrain": _cfg(
+        "owujijpsl6vwd481hiydd/MedViT_large.pth?rlkey=cx9lqb4a1288nv4xlmux13zoe&st=kcehwbrb"
+    ),
+}
 
 medvitv2_tiny = variant(MedViTV2, dims=(64, 128, 192, 384), depths=(2, 2, 6, 1), drop_path_rate=0.1)
 medvitv2_small = variant(MedViTV2, drop_path_rate=0.1)

@@ -7,6 +7,9 @@ network, and documents where they follow the published code instead of the paper
 
 from __future__ import annotations
 
+import copy
+from typing import ClassVar
+
 import torch
 from timm.layers import DropPath, SqueezeExcite, make_divisible
 from torch import Tensor, nn
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from ops.attention.pooled import PooledAttention
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
+from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
+from ops.inference.layers import FastForm, stands_for
 from ops.kan import KAN
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after, norm_affine
@@ -98,6 +103,20 @@ class FoldedLocalBlock(nn.Module):
         return x + self.scale.view(1, -1, 1, 1) * x + self.ffn(x)
 
 
+@stands_for(FoldedLocalBlock)
+class MedViTV2LocalBlock(FastForm, FoldedLocalBlock):
+    """The inference form: the norm converts to NCHW."""
+
+    kernels: ClassVar = (nchw_from_nhwc,)
+
+    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
+        x = _add_reinterpreted(self.attn, x, derived)
+        return x + self.scale.view(1, -1, 1, 1) * x + self.ffn(x)
+
+    def derive(self, x: Tensor) -> Tensor | None:
+        return _affine(self.norm1)
+
+
 class GroupedConv(nn.Module):
     """Multi-head convolutional attention: grouped 3×3 and pointwise, on (B, dim, H, W)."""
 
@@ -171,3 +190,30 @@ class GlobalBlock(nn.Module):
             self.norm1 = nn.Identity()
             self.unused = nn.Identity()
         return self
+
+
+@stands_for(GlobalBlock)
+class MedViTV2GlobalBlock(FastForm, GlobalBlock):
+    """The inference form: the second norm converts to NCHW."""
+
+    kernels: ClassVar = (nchw_from_nhwc,)
+
+    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
+        return _add_reinterpreted(self.kan, self.mix(x), derived)
+
+    def derive(self, x: Tensor) -> Tensor | None:
+        return _affine(self.norm2)
+
+
+def _affine(norm: nn.Module) -> Tensor | None:
+    """Scale and shift (2, C) of a batch norm in float32; None of another norm."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return None
+    return torch.stack([t.detach() for t in norm_affine(copy.deepcopy(norm).float())])
+
+
+def _add_reinterpreted(layer: nn.Module, x: Tensor, affine: Tensor) -> Tensor:
+    """``x`` plus a layer applied to its norm, see :func:`apply_reinterpreted`."""
+    batch, dim, height, width = x.shape
+    mixed = layer(nchw_from_nhwc(x, affine).view(batch, height, width, dim))
+    return nhwc_from_nchw(mixed.reshape(x.shape), x)

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d, calculate_drop_path_rates
-from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.common.checks import several, whole
@@ -376,7 +375,6 @@ def _cfgs(name: str, crop_pct: float) -> dict[str, dict[str, Any]]:
     """The weights of the training form, and the same merged."""
     cfg = partial(
         imagenet_cfg,
-        OverLoCK,
         url="https://github.com/LMMMEng/OverLoCK/releases/download/v1/{}.pth",
         crop_pct=crop_pct,
         license="apache-2.0",
@@ -393,14 +391,12 @@ def _cfgs(name: str, crop_pct: float) -> dict[str, dict[str, Any]]:
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        **_cfgs("overlock_xt", 0.925),
-        **_cfgs("overlock_t", 0.95),
-        **_cfgs("overlock_s", 0.95),
-        **_cfgs("overlock_b", 0.975),
-    }
-)
+default_cfgs = {
+    **_cfgs("overlock_xt", 0.925),
+    **_cfgs("overlock_t", 0.95),
+    **_cfgs("overlock_s", 0.95),
+    **_cfgs("overlock_b", 0.975),
+}
 
 overlock_xt = variant(
     OverLoCK,

@@ -15,8 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from timm.layers import ClassifierHead, LayerNorm2d, RmsNorm2d
-from timm.models import generate_default_cfgs
+from timm.layers import ClassifierHead, RmsNorm2d
 from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
@@ -24,9 +23,9 @@ from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked
 from backbones.core.published import VMAMBA_NAMES, children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, TokenBlock, TokenStage, make_stages
+from backbones.core.stage import IsotropicStage, TokenStage, layer_norm, make_stages
 from backbones.vig.blocks import GatedLinearAttention, gated_mlp
-from backbones.vig.inference import *  # noqa: F403  (registers the inference forms)
+from ops.block import PreNormBlock
 from ops.init import init_trunc_normal
 from ops.norm import RMSNorm
 from ops.patch import ConvLayerNorm
@@ -46,10 +45,10 @@ class Stem(nn.Module):
     def __init__(self, in_chs: int, dim: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_chs, dim // 2, 9, 8, padding=1)
-        self.norm1 = LayerNorm2d(dim // 2, eps=1e-5)
+        self.norm1 = layer_norm(dim // 2)
         self.act = nn.SiLU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, padding=1)
-        self.norm2 = LayerNorm2d(dim, eps=1e-5)
+        self.norm2 = layer_norm(dim)
         self.position = PositionTable(dim, side=14)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,22 +65,6 @@ _MIXER = (
     (r"\.l_norm\.", ".local_norm."),
     (r"\.o_proj\.", ".proj."),
 )
-_PLAIN = (
-    *_MIXER,
-    *children(r"^patch_embed\.proj", "stem.conv1", "stem.norm1", None, "stem.conv2", "stem.norm2"),
-    (r"^pos_embed$", "stem.position.pos_embed"),
-    (r"\.attn_norm\.", ".norm1."),
-    (r"\.mlp_norm\.", ".norm2."),
-    (r"\.mlp\.gate_proj\.", ".mlp.fc1."),
-    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-    (r"^head\.(weight|bias)$", r"head.fc.\1"),
-)
-_HIERARCHICAL = (
-    (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
-    (r"\.op\.", ".attn."),
-    *_MIXER,
-    *VMAMBA_NAMES,
-)
 
 
 class ViG(IsotropicBackbone):
@@ -94,7 +77,18 @@ class ViG(IsotropicBackbone):
     """
 
     first_conv = "stem.conv1"
-    renames = _PLAIN
+    renames = (
+        *_MIXER,
+        *children(
+            r"^patch_embed\.proj", "stem.conv1", "stem.norm1", None, "stem.conv2", "stem.norm2"
+        ),
+        (r"^pos_embed$", "stem.position.pos_embed"),
+        (r"\.attn_norm\.", ".norm1."),
+        (r"\.mlp_norm\.", ".norm2."),
+        (r"\.mlp\.gate_proj\.", ".mlp.fc1."),
+        (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+        (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    )
 
     @checked()
     def __init__(
@@ -119,7 +113,7 @@ class ViG(IsotropicBackbone):
         def block(i: int, j: int, drop_path: float) -> nn.Module:
             attn = GatedLinearAttention(dim, num_heads, act, share)
             mlp = gated_mlp(dim, _hidden_dim(dim, 256), proj_drop_rate)
-            return TokenBlock(dim, attn, mlp, partial(RMSNorm, eps=1e-6), drop_path)
+            return PreNormBlock(dim, attn, mlp, partial(RMSNorm, eps=1e-6), drop_path)
 
         self.stem = Stem(in_chans, dim)
         self.stages = make_stages(depths, drop_path_rate, block, stage_type=IsotropicStage)
@@ -133,7 +127,12 @@ class HierarchicalViG(StagedBackbone):
     """ViG-H, a pyramid."""
 
     first_conv = "stem.0.conv"
-    renames = _HIERARCHICAL
+    renames = (
+        (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
+        (r"\.op\.", ".attn."),
+        *_MIXER,
+        *VMAMBA_NAMES,
+    )
 
     @checked("dims", "num_heads")
     def __init__(
@@ -155,7 +154,7 @@ class HierarchicalViG(StagedBackbone):
         def block(i: int, j: int, drop_path: float) -> nn.Module:
             attn = GatedLinearAttention(dims[i], num_heads[i])
             mlp = gated_mlp(dims[i], _hidden_dim(dims[i], 32), proj_drop_rate)
-            return TokenBlock(dims[i], attn, mlp, nn.LayerNorm, drop_path)
+            return PreNormBlock(dims[i], attn, mlp, nn.LayerNorm, drop_path)
 
         self.stem = nn.Sequential(
             ConvLayerNorm(in_chans, dims[0] // 2), nn.GELU(), ConvLayerNorm(dims[0] // 2, dims[0])
@@ -163,11 +162,9 @@ class HierarchicalViG(StagedBackbone):
         self.stages = make_stages(
             depths, drop_path_rate, block, lambda i: ConvLayerNorm(dims[i - 1], dims[i]), TokenStage
         )
-        self.norm = LayerNorm2d(dims[-1], eps=1e-5)
+        self.norm = layer_norm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(
-            dims, out_norms=out_norms, out_norm_layer=partial(LayerNorm2d, eps=1e-5)
-        )
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=layer_norm)
         self.apply(_init_hierarchical)
 
 
@@ -197,20 +194,17 @@ def _init_hierarchical(module: nn.Module) -> None:
 
 
 # Published as a folder, https://huggingface.co/hustvl/ViG.
-_cfg = partial(
-    imagenet_cfg,
+_cfg = imagenet_cfg(
     license="mit",
     origin_url="https://github.com/hustvl/ViG",
     paper_name="ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
     paper_ids="arXiv:2405.18425",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"vig_{size}.untrained": _cfg(ViG) for size in "tsb"},
-        **{f"vig_h_{size}.untrained": _cfg(HierarchicalViG) for size in "tsb"},
-    }
-)
+default_cfgs = {
+    **{f"vig_{size}.untrained": _cfg for size in "tsb"},
+    **{f"vig_h_{size}.untrained": _cfg for size in "tsb"},
+}
 
 vig_t = variant(ViG, dim=192, num_heads=3, act=True)
 vig_s = variant(ViG, dim=384, num_heads=6, drop_path_rate=0.2)

@@ -6,13 +6,15 @@ https://arxiv.org/abs/2405.18425.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp
 from torch import Tensor, nn
 
+from ops.cpu.scan.gated_scan import mixed_scan
+from ops.inference.layers import FastForm, stands_for
 from ops.linear_attention import gated_linear_attention
 from ops.norm import RMSNorm
 
@@ -111,6 +113,26 @@ class JoinedAttention(Mixing):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
+
+
+@stands_for(JoinedAttention)
+class ViGAttention(FastForm, JoinedAttention):
+    """The inference form: one kernel from the input projections to the last projection."""
+
+    kernels: ClassVar = (mixed_scan,)
+
+    def fast(self, x: Tensor, derived: tuple[Any, ...]) -> Tensor:
+        x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        shape, x = x.shape, x.flatten(1, 2)
+        joined = self.joined(x)
+        decay = self.decay_up(joined[..., 3 * shape[-1] :])
+        mixed = mixed_scan(joined, decay, x, *derived)
+        return self.proj(mixed.view(shape))
+
+    def derive(self, x: Tensor) -> tuple[Any, ...] | None:
+        weights = (norm.weight.detach().float() for norm in (self.norm, self.local_norm))
+        act = "silu" if isinstance(self.out_act, nn.SiLU) else "none"
+        return (*weights, self.num_heads, HEAD_NORM_EPS, act)
 
 
 def _widths(x: Tensor) -> list[int]:

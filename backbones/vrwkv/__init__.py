@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ClassifierHead, LayerNorm2d, NormMlpClassifierHead
-from timm.models import generate_default_cfgs
+from timm.layers import ClassifierHead, NormMlpClassifierHead
 from torch import Tensor, nn
 
 from backbones.common.checks import several, whole
@@ -27,9 +26,8 @@ from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import BLOCKS, checked
 from backbones.core.published import children, imagenet_cfg
 from backbones.core.registry import register_variants, variant
-from backbones.core.stage import IsotropicStage, make_stages
+from backbones.core.stage import IsotropicStage, layer_norm, make_stages
 from backbones.vrwkv.blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
-from backbones.vrwkv.inference import *  # noqa: F403  (registers the inference forms)
 from ops.init import init_trunc_normal
 from ops.position import PositionTable
 
@@ -48,7 +46,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(in_chs, dim, _PATCH, _PATCH)
         self.position = PositionTable(dim, table_size, std=0)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.norm = layer_norm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.embed(x))
@@ -57,28 +55,6 @@ class PatchEmbed(nn.Module):
         """Without the norm."""
         x = self.conv(F.pad(x, (0, -x.shape[3] % _PATCH, 0, -x.shape[2] % _PATCH)))
         return self.position(x)
-
-
-_RENAMES = (
-    (r"^patch_embed\.projection\.", "stem.conv."),
-    (r"^pos_embed$", "stem.position.pos_embed"),
-    (r"^stages\.0\.blocks\.0\.ln0\.", "stem.norm."),
-    (r"^ln1\.", "norm."),
-    (r"\.ln([12])\.", r".norm\1."),
-    (r"\.gamma([12])$", r".ls\1.gamma"),
-    (r"\.att\.", ".attn."),
-    (r"\.ffn\.", ".mlp."),
-    (r"\.(?:key_norm|ln_x)\.", ".norm."),
-    (r"\.output\.", ".proj."),
-    (r"\.(?:spatial|time)_(decay|first|mix)", r".\1"),
-    (r"\.time_faaaa$", ".first"),
-    (r"\.time_maa_([xwkvrg])$", r".mix_\1"),
-    (r"\.time_maa_w1$", ".mix_down"),
-    (r"\.time_maa_w2$", ".mix_up"),
-    (r"\.decay_w1$", ".decay_down"),
-    (r"\.decay_w2$", ".decay_up"),
-    *children("^head", "head.pre_logits.fc", None, "head.fc"),
-)
 
 
 class VRWKV(IsotropicBackbone):
@@ -95,7 +71,26 @@ class VRWKV(IsotropicBackbone):
         head_hidden_dim: width of a tanh layer before the classifier; None for none.
     """
 
-    renames = _RENAMES
+    renames = (
+        (r"^patch_embed\.projection\.", "stem.conv."),
+        (r"^pos_embed$", "stem.position.pos_embed"),
+        (r"^stages\.0\.blocks\.0\.ln0\.", "stem.norm."),
+        (r"^ln1\.", "norm."),
+        (r"\.ln([12])\.", r".norm\1."),
+        (r"\.gamma([12])$", r".ls\1.gamma"),
+        (r"\.att\.", ".attn."),
+        (r"\.ffn\.", ".mlp."),
+        (r"\.(?:key_norm|ln_x)\.", ".norm."),
+        (r"\.output\.", ".proj."),
+        (r"\.(?:spatial|time)_(decay|first|mix)", r".\1"),
+        (r"\.time_faaaa$", ".first"),
+        (r"\.time_maa_([xwkvrg])$", r".mix_\1"),
+        (r"\.time_maa_w1$", ".mix_down"),
+        (r"\.time_maa_w2$", ".mix_up"),
+        (r"\.decay_w1$", ".decay_down"),
+        (r"\.decay_w2$", ".decay_up"),
+        *children("^head", "head.pre_logits.fc", None, "head.fc"),
+    )
 
     @checked(depths=several(BLOCKS, count=4), segments=whole(0, 1 << 20))
     def __init__(
@@ -132,7 +127,7 @@ class VRWKV(IsotropicBackbone):
 
         self.stem = PatchEmbed(in_chans, dim, -(-img_size // _PATCH))
         self.stages = make_stages(depths, drop_path_rate, block, stage_type=IsotropicStage)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.norm = layer_norm(dim)
         if head_hidden_dim is None:
             self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
         else:
@@ -172,7 +167,6 @@ class VRWKV(IsotropicBackbone):
 
 _cfg = partial(
     imagenet_cfg,
-    VRWKV,
     url="https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/{}.pth",
     license="apache-2.0",
     origin_url="https://github.com/OpenGVLab/Vision-RWKV",
@@ -180,15 +174,11 @@ _cfg = partial(
     paper_ids="arXiv:2403.02308",
 )
 
-default_cfgs = generate_default_cfgs(
-    {
-        **{f"vrwkv_{size}.in1k": _cfg(f"vrwkv_{size}_in1k_224") for size in "tsb"},
-        "vrwkv_l.in22k_ft_in1k": _cfg(
-            "vrwkv_l_22kto1k_384", input_size=(3, 384, 384), crop_pct=1.0
-        ),
-        **{f"vrwkv6_{size}.in1k": _cfg(f"vrwkv6_{size}_in1k_224") for size in "tsb"},
-    }
-)
+default_cfgs = {
+    **{f"vrwkv_{size}.in1k": _cfg(f"vrwkv_{size}_in1k_224") for size in "tsb"},
+    "vrwkv_l.in22k_ft_in1k": _cfg("vrwkv_l_22kto1k_384", input_size=(3, 384, 384), crop_pct=1.0),
+    **{f"vrwkv6_{size}.in1k": _cfg(f"vrwkv6_{size}_in1k_224") for size in "tsb"},
+}
 
 vrwkv_t = variant(VRWKV, dim=192)
 vrwkv_s = variant(VRWKV, dim=384, post_norm=True, layer_scale=1.0, drop_path_rate=0.3)

@@ -9,14 +9,19 @@ The input of each projection is a learned interpolation between a pixel and its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale
+from timm.layers import LayerScale
 from torch import Tensor, nn
 
 from ops.bi_wkv import bi_wkv
+from ops.block import PreNormBlock
+from ops.cpu.scan.gated_scan import normed_scan
+from ops.cpu.wkv.wkv import bi_wkv_forward, shifted_mixtures
+from ops.inference.layers import FastForm, stands_for
+from ops.inference.packed_linear import PackedLinear
 from ops.linear_attention import gated_linear_attention
 
 HEAD_DIM = 64  # of a head of VRWKV6
@@ -99,6 +104,39 @@ class WKVAttention(nn.Module):
         self.mix_r.copy_((channel / dim) ** (0.5 * left))
 
 
+class _Scan(NamedTuple):
+    """Mixing weights, and decay and bonus for each number of tokens."""
+
+    shares: Tensor
+    per_token: dict[int, tuple[Tensor, Tensor]]
+
+
+@stands_for(WKVAttention)
+class VRWKVAttention(FastForm, WKVAttention):
+    """The inference form: one kernel for mixing, one for scan and gate."""
+
+    kernels: ClassVar = (bi_wkv_forward,)
+
+    def fast(self, x: Tensor, derived: _Scan) -> Tensor:
+        tokens = x.shape[1] * x.shape[2]
+        if tokens not in derived.per_token:
+            derived.per_token[tokens] = self.per_token(tokens)
+        decay, first = derived.per_token[tokens]
+        for_key, for_value, for_gate = shifted_mixtures(x, derived.shares).unbind()
+        key, value = self.key(for_key).flatten(1, 2), self.value(for_value).flatten(1, 2)
+        gate = None  # of the scan, if no norm is in between
+        if isinstance(self.norm, nn.Identity):
+            gate = self.receptance(for_gate).flatten(1, 2)
+        out = bi_wkv_forward(key, value, decay, first, gate, self.segments).view(x.shape)
+        if gate is None:
+            out = torch.sigmoid(self.receptance(for_gate)) * self.norm(out)
+        return self.proj(out)
+
+    def derive(self, x: Tensor) -> _Scan | None:
+        mixes = (self.mix_k, self.mix_v, self.mix_r)
+        return _Scan(torch.cat([mix.detach().float().flatten(1) for mix in mixes]), {})
+
+
 class GatedScan(nn.Module):
     """VRWKV6: bidirectional linear attention with token-dependent mixing and decays.
 
@@ -136,14 +174,8 @@ class GatedScan(nn.Module):
                 (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g), shares, strict=True
             )
         )
-        query, key, value = (
-            self._heads(layer(mixed))
-            for layer, mixed in (
-                (self.receptance, of_receptance),
-                (self.key, of_key),
-                (self.value, of_value),
-            )
-        )
+        projected = self.receptance(of_receptance), self.key(of_key), self.value(of_value)
+        query, key, value = map(self._heads, projected)
         # Half precision is not accurate enough.
         exact = torch.promote_types(query.dtype, torch.float32)
         decay = self.decay.to(exact) + torch.tanh(of_decay @ self.decay_down) @ self.decay_up
@@ -179,6 +211,62 @@ class GatedScan(nn.Module):
         self.first.copy_(first.view_as(self.first))
 
 
+class _GatedScan(NamedTuple):
+    """Weights of the first mixture, vectors in float32, packed layers."""
+
+    shares: Tensor
+    of_heads: list[Tensor]  # decay, bonus, the norm's weight and bias
+    gate: PackedLinear
+    mix_down: PackedLinear
+    mix_up: list[PackedLinear]  # of the other five mixtures
+    decay_down: PackedLinear
+    decay_up: PackedLinear
+
+
+@stands_for(GatedScan)
+class VRWKVGatedScan(FastForm, GatedScan):
+    """The inference form: one kernel for scan and norm.
+
+    Layers apply activations, shares of mixtures, and the gate.
+    """
+
+    kernels: ClassVar = (normed_scan, shifted_mixtures)
+
+    def fast(self, x: Tensor, derived: _GatedScan) -> Tensor:
+        shape = x.shape
+        for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
+        x = x.reshape(-1, shape[-1])
+        change = shifted.view(x.shape).sub(x)
+        low = derived.mix_down(for_low.view(x.shape), "tanh").chunk(5, dim=-1)
+        of_decay, of_key, of_value, of_receptance, of_gate = (
+            (x + layer(part, factor=change)).view(shape[0], -1, shape[-1])
+            for layer, part in zip(derived.mix_up, low, strict=True)
+        )
+        projected = self.receptance(of_receptance), self.key(of_key), self.value(of_value)
+        query, key, value = map(self._heads, projected)
+        decay = derived.decay_down(of_decay, "tanh")
+        decay = self._heads(derived.decay_up(decay))
+        out = normed_scan(query, key, value, decay, *derived.of_heads, self.norm.eps).flatten(2)
+        return self.proj(derived.gate(of_gate, "silu", factor=out).view(shape))
+
+    def derive(self, x: Tensor) -> _GatedScan | None:
+        mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
+        mix_x = self.mix_x.detach().float().flatten()
+        vectors = (self.decay, self.first, self.norm.weight, self.norm.bias)
+        return _GatedScan(
+            torch.stack([1 - mix_x, torch.zeros_like(mix_x)]),
+            [t.detach().float().view(self.num_heads, -1) for t in vectors],
+            PackedLinear(self.gate.weight, None),
+            PackedLinear(self.mix_down.t(), None),
+            [
+                PackedLinear(weight.t(), mix.flatten())
+                for weight, mix in zip(self.mix_up, mixes, strict=True)
+            ],
+            PackedLinear(self.decay_down.t(), None),
+            PackedLinear(self.decay_up.t(), None),
+        )
+
+
 class GatedSquaredMlp(nn.Module):
     """A feed-forward with a squared ReLU, times a gate: (B, H, W, dim) → (B, H, W, dim).
 
@@ -212,7 +300,23 @@ class GatedSquaredMlp(nn.Module):
             mix.copy_((torch.arange(dim) / dim) ** (1 - layer / depth))
 
 
-class Block(nn.Module):
+@stands_for(GatedSquaredMlp)
+class VRWKVMlp(FastForm, GatedSquaredMlp):
+    """The inference form: one kernel for mixing."""
+
+    kernels: ClassVar = (shifted_mixtures,)
+
+    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
+        for_key, for_gate = shifted_mixtures(x, derived, self.groups).unbind()
+        out = self.value(self.norm(torch.relu(self.key(for_key)).square()))
+        return torch.sigmoid(self.receptance(for_gate)) * out
+
+    def derive(self, x: Tensor) -> Tensor:
+        """Shares of the mixtures."""
+        return torch.cat([mix.detach().float().flatten(1) for mix in (self.mix_k, self.mix_r)])
+
+
+class Block(PreNormBlock):
     """Residual attention and feed-forward: (B, H, W, dim) → (B, H, W, dim).
 
     Args:
@@ -229,23 +333,14 @@ class Block(nn.Module):
         layer_scale: float | None,
         drop_path: float,
     ) -> None:
-        super().__init__()
-
-        def scale() -> nn.Module:
-            return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-
+        super().__init__(dim, attn, mlp, nn.LayerNorm, drop_path, layer_scale)
         self.post_norm = post_norm
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
-        self.attn = attn
-        self.ls1 = scale()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.mlp = mlp
-        self.ls2 = scale()
-        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self._normed(self.norm1, self.attn, x)))
-        return x + self.drop_path(self.ls2(self._normed(self.norm2, self.mlp, x)))
+        if not self.post_norm:
+            return super().forward(x)
+        x = x + self.drop_path(self.ls1(self.norm1(self.attn(x))))
+        return x + self.drop_path(self.ls2(self.norm2(self.mlp(x))))
 
     @torch.no_grad()
     def fuse(self) -> Block:
@@ -263,10 +358,6 @@ class Block(nn.Module):
                     last.weight.mul_(scale.gamma[:, None])
                 setattr(self, name, nn.Identity())
         return self
-
-    def _normed(self, norm: nn.Module, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        out: Tensor = norm(part(x)) if self.post_norm else part(norm(x))
-        return out
 
     def extra_repr(self) -> str:
         return f"post_norm={self.post_norm}"

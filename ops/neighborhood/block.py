@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp
+from timm.layers import LayerScale, Mlp
 from torch import Size, Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ops.block import PreNormBlock
 from ops.neighborhood.modules import NeighborhoodAttention2D
 from ops.reparam import fold_scale_after
 
 __all__ = ["MapAttention", "NeighborhoodBlock", "resized_bias"]
 
 
-class NeighborhoodBlock(nn.Module):
+class NeighborhoodBlock(PreNormBlock):
     """Pre-norm block of attention and MLP, with optional layer scale.
 
     (B, H, W, dim) → (B, H, W, dim).
@@ -39,23 +40,9 @@ class NeighborhoodBlock(nn.Module):
         drop_path: float,
         layer_scale: float | None = None,
     ) -> None:
-        super().__init__()
         dim = attn.embed_dim
-
-        def scale() -> nn.Module:
-            return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
-
-        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
-        self.attn = attn
-        self.ls1 = scale()
-        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
-        self.ls2 = scale()
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        super().__init__(dim, attn, mlp, nn.LayerNorm, drop_path, layer_scale)
 
     def fuse(self) -> nn.Module:
         """Fold the layer scales into the preceding layers.

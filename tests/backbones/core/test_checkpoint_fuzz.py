@@ -201,6 +201,3 @@ def test_corrupted_states_of_every_family(family: str) -> None:
         model = mould.copy()
 
     check()
-
-
-# -- in int8 -----------------------------------------------------------------------------------

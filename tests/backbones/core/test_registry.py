@@ -101,7 +101,7 @@ def _family(name: str) -> str:
 def _newcomer(monkeypatch: pytest.MonkeyPatch, **variants: Any) -> types.ModuleType:
     """A module with these names and cfgs of two."""
     module = types.ModuleType("newcomer")
-    module.default_cfgs = generate_default_cfgs({"van_b0.x": {}, "van_b98.x": {"num_classes": 7}})
+    module.default_cfgs = {"van_b0.x": {}, "van_b98.x": {"num_classes": 7}}
     vars(module).update(variants)
     monkeypatch.setitem(sys.modules, "newcomer", module)
     monkeypatch.setattr(registry, "_entries", dict(registry._entries))
@@ -127,7 +127,8 @@ def test_a_function_is_registered_as_before(monkeypatch: pytest.MonkeyPatch) -> 
     def van_b98(pretrained: bool = False, **kwargs: Any) -> VAN:
         return registry.build_model(VAN, "van_b98", pretrained, {"depths": (1, 1, 1, 1)}, kwargs)
 
-    _newcomer(monkeypatch)
+    module = _newcomer(monkeypatch)
+    module.default_cfgs = generate_default_cfgs(module.default_cfgs)
     van_b98.__module__ = "newcomer"
     with pytest.warns(DeprecationWarning, match=r"register_variants\(__name__\)"):
         assert register(van_b98) is van_b98
