@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 import logging
 import math
 import os
@@ -36,7 +35,7 @@ from torch import Tensor, nn
 import backbones
 from backbones.cli import parity as originals
 from backbones.cli.contenders import reason
-from backbones.cli.reports import load_report, put_rows, write_report
+from backbones.cli.reports import load_report, put_rows, read_report, write_report
 from backbones.cli.timing import machine, processor_name
 from backbones.common.arguments import nonempty_path
 from backbones.common.console import Parser, guard
@@ -429,8 +428,8 @@ def train_variant(model: str) -> dict[str, Any]:
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What an earlier run wrote: ``results`` by model, and more."""
+    return read_report(path) if path.exists() else {"results": {}}
 
 
 def _here() -> str:
@@ -447,7 +446,7 @@ def learning(arguments: Sequence[str]) -> None:
     recipe = yaml.safe_load(DIGITS.read_text(encoding="utf-8"))
     models = list(recipe.pop("variants"))
     path = options.output
-    report = _earlier(path) or {"results": {}}
+    report = _earlier(path)
     if report.get("recipe") != recipe:
         report = {"results": {}}  # the recipe changed: discard all results
     here = _here()
@@ -487,12 +486,13 @@ def parity(arguments: Sequence[str]) -> None:
     if unknown := set(options.families) - known:
         parser.error(f"unknown families {sorted(unknown)}; there are {sorted(known)}")
     path = options.output
-    results = _earlier(path)
+    report = _earlier(path)
+    results = report["results"]
     for family, variant in originals.variants():
         if not options.families or family in options.families:
             results[variant] = measure_parity(family, variant)
             logger.info("%s: output %.1e", variant, results[variant]["output"])
-    write_report(path, dict(sorted(results.items())))
+    write_report(path, {**report, "results": dict(sorted(results.items()))})
 
 
 COMMANDS = {command.__name__: command for command in (parity, learning, int8, agreement)}

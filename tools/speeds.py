@@ -7,7 +7,6 @@ instructions than it has.
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from tables_models import table
 
 import backbones
 from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell, rivals, speed
-from backbones.cli.reports import is_older
+from backbones.cli.reports import is_older, read_report
 
 Report = dict[str, Any]
 
@@ -67,15 +66,14 @@ class Speeds:
 
 def cpus(docs: Path) -> Report:
     """CPUs that were measured, and the processors that are like them."""
-    found: Report = json.loads((docs / "performance" / "cpus.json").read_text(encoding="utf-8"))
-    return found
+    return read_report(docs / "performance" / "cpus.json")
 
 
 def reports(docs: Path) -> dict[str, Report]:
     """The reports of whole models, by path relative to docs/."""
     found = {}
     for path in sorted((docs / "performance").rglob("*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_report(path)
         results = report.get("results")
         first = results[0] if isinstance(results, list) and results else {}
         timed = "milliseconds" in str(first.get("contenders"))

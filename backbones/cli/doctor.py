@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shlex
@@ -21,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from backbones.common.messages import first_line
+from backbones.common.outputs import json_text
 from backbones.core.requirements import installed_version, unmet
 from ops import cpu
 from ops.batch_norm import has_wrong_gradients
@@ -64,7 +64,7 @@ def run(options: Namespace) -> int:
     """Run ``doctor``; 1 if something will fail."""
     findings = examine()
     if options.json:
-        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
+        sys.stdout.write(json_text({"findings": [asdict(finding) for finding in findings]}))
     else:
         sys.stdout.write(_report(findings))
     return int(any(finding.severity == "error" for finding in findings))

@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     folder: Path = options.folder
-    path = check_outputs(options, _PICTURE, "key", _COLUMNS)
+    path = check_outputs(options, _PICTURE, "groups", _COLUMNS)
     groups = find_duplicates(folder, options.threshold, options.index, progress=True)
     rows = [
         (number, m.key, m.height, m.width, f"{m.similarity:.6f}")
@@ -49,7 +49,7 @@ def run(options: Namespace) -> int:
     summary = f"{len(groups)} groups; {extra} of {count_rows(folder)} images are redundant"
     sys.stdout.write(f"{summary}\n")
     write_if_asked(options.csv, csv_text(_COLUMNS, rows))
-    write_if_asked(options.json, json_text(_entries(groups)))
+    write_if_asked(options.json, json_text({"groups": _entries(groups)}))
     if groups:
         images = Thumbnails(folder, options.source)
         shown = _rows(images, groups[: _DRAWN if options.html is None else _SHOWN])

@@ -82,7 +82,7 @@ def run(options: Namespace) -> int:
     require_writable(
         {
             "--csv": (options.csv, csv_of(*_CSV_HEAD)),
-            "--json": (options.json, json_of("image")),
+            "--json": (options.json, json_of("images")),
             "--cam": (options.cam, FIGURE),
         },
         [options.checkpoint, options.labels, *options.images, *found],
@@ -116,7 +116,7 @@ def run(options: Namespace) -> int:
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
     sys.stdout.write(_as_table(predictions, names))
     write_if_asked(options.csv, _as_csv(predictions, names))
-    write_if_asked(options.json, json_text(_as_entries(predictions, names)))
+    write_if_asked(options.json, json_text({"images": _as_entries(predictions, names)}))
     if options.cam is not None:
         shown = [prediction for prediction in predictions if prediction.heat is not None]
         if shown:

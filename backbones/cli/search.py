@@ -51,7 +51,7 @@ def run(options: Namespace) -> int:
     folder: Path = options.folder
     paths, skipped = find_images(options.query)
     inputs = [*options.query, *paths, options.checkpoint]
-    path = check_outputs(options, _PICTURE, "query", _COLUMNS, inputs)
+    path = check_outputs(options, _PICTURE, "queries", _COLUMNS, inputs)
     names: list[str] = []
     numbers: list[int | None] = []
     vectors = []
@@ -77,7 +77,7 @@ def run(options: Namespace) -> int:
         for place, match in enumerate(matches, start=1)
     ]
     write_if_asked(options.csv, csv_text(_COLUMNS, rows))
-    write_if_asked(options.json, json_text(_entries(names, results)))
+    write_if_asked(options.json, json_text({"queries": _entries(names, results)}))
     if names:
         images = Thumbnails(folder, options.source)
         drawn = _rows(images, names, numbers, results)

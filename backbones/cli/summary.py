@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import sys
 import textwrap
@@ -20,7 +19,7 @@ from backbones.common.arguments import nonempty_path, whole
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError
 from backbones.common.figures import INK, drawable, new_figure, save_figure, style_axis
-from backbones.common.outputs import FIGURE, add_overwrite, require_writable
+from backbones.common.outputs import FIGURE, add_overwrite, json_text, require_writable
 from backbones.common.tables import count_text, table
 from backbones.core.base import StagedBackbone
 from backbones.core.loaded import create, fuse
@@ -99,7 +98,7 @@ def _run_kernels(options: Namespace) -> int:
                 f"{explained.not_replayed}"
             )
         _draw_memory(options.plot, explained, explained.memory)
-    text = json.dumps(explained.to_dict(), indent=1) + "\n" if options.json else str(explained)
+    text = json_text(explained.to_dict()) if options.json else str(explained)
     sys.stdout.write(text)
     return 0
 

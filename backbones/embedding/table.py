@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backbones.common.checks import Check, one_of, optional, several, text, whole
+from backbones.common.checks import Check, format_problem, one_of, optional, several, text, whole
 from backbones.common.dtypes import COMPUTED
 from backbones.common.errors import MendableError
 from backbones.common.files import file_problem, replacing, write_text_atomically, writing
@@ -122,8 +122,10 @@ def metadata(folder: str | Path) -> dict[str, Any]:
         raise TableError(f"{folder} is a file; give the folder of embeddings") from None
     except (ValueError, RecursionError) as error:
         raise TableError(f"{path} is damaged: {first_line(error)}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise TableError(f"{path} does not describe embeddings (format {_FORMAT})")
+    if not isinstance(content, dict) or "format" not in content:
+        raise TableError(f"{path} does not describe embeddings")
+    if (problem := format_problem(content, _FORMAT)) is not None:
+        raise TableError(f"{path} {problem}")
     lacking = [key for key in _DECISIVE if key not in content]
     if lacking:
         raise TableError(f"{path} lacks {', '.join(lacking)}")

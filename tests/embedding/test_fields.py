@@ -77,7 +77,7 @@ def test_missing_fields(folder):
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        *(("format", n, r"does not describe embeddings \(format 1\)") for n in (0, 2, "1", None)),
+        *(("format", n, f"has format {n!r}, this version reads 1: use") for n in (0, 2, "1", None)),
         ("dim", 5, r"dim must be the product of shape, \[4\], not 5"),
     ],
 )
