@@ -7,13 +7,12 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones.cli.results import add_outputs, check_outputs, facts, say_refused
-from backbones.common.arguments import nonempty_path, real
+from backbones.cli.results import add_outputs, check_outputs, write_html
+from backbones.common.arguments import real
 from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text, json_text, write_if_asked
 from backbones.common.tables import table
 from backbones.embedding.duplicates import THRESHOLD, Member, find_duplicates
-from backbones.embedding.page import write_page
 from backbones.embedding.search import INDEXES
 from backbones.embedding.sheet import Row, Thumbnails, Tile, draw_sheet
 from backbones.embedding.table import count_rows
@@ -28,7 +27,6 @@ _DRAWN, _SHOWN, _TILES = 24, 200, 16
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     text = f"minimum cosine similarity ({THRESHOLD})"
     add("--threshold", type=real(0, 1, above=True), default=THRESHOLD, metavar="C", help=text)
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 200,000 rows")
@@ -55,10 +53,8 @@ def run(options: Namespace) -> int:
         shown = _rows(images, groups[: _DRAWN if options.html is None else _SHOWN])
         title = f"Near-duplicates in {folder}"
         draw_sheet(path, title, shown[:_DRAWN])
-        if options.html is not None:
-            details = {"threshold": f"cosine of at least {options.threshold:g}", "found": summary}
-            write_page(options.html, title, facts(folder, **details), shown)
-        say_refused(images)
+        details = {"threshold": f"cosine of at least {options.threshold:g}", "found": summary}
+        write_html(options, images, title, details, shown)
     return 0
 
 

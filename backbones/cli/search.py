@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from backbones.cli.predict import find_images
-from backbones.cli.results import add_outputs, check_outputs, facts, say_refused
+from backbones.cli.results import add_outputs, check_outputs, write_html
 from backbones.common.arguments import FILE, nonempty_path, whole
 from backbones.common.errors import CommandError
 from backbones.common.images import DECODE_ERRORS
 from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text, json_text, write_if_asked
 from backbones.common.tables import table
-from backbones.embedding.page import write_page
 from backbones.embedding.query import embed_queries
 from backbones.embedding.search import INDEXES, Match, search
 from backbones.embedding.sheet import Row, Thumbnails, Tile, draw_sheet, small
@@ -34,7 +33,6 @@ _QUERIES, _TILES = 20, 47
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     several: dict[str, Any] = {"nargs": "+", "default": []}
     add("--query", type=nonempty_path, metavar="IMAGE", help="image files or folders", **several)
     add("--key", metavar="KEY", help="keys of images in FOLDER", **several)
@@ -83,9 +81,7 @@ def run(options: Namespace) -> int:
         drawn = _rows(images, names, numbers, results)
         title = f"Most similar images in {folder}"
         draw_sheet(path, title, drawn)
-        if options.html is not None:
-            write_page(options.html, title, facts(folder, score="cosine, at most 1"), drawn)
-        say_refused(images)
+        write_html(options, images, title, {"score": "cosine, at most 1"}, drawn)
     if skipped:
         sys.stderr.write(f"{skipped}\n")
     for query, reason in unreadable:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from backbones.common.confusion import confusion_matrix
-from backbones.common.errors import MendableError
+from backbones.common.errors import MendableError, required
 from backbones.embedding.labels import LabelError, labels_of, split_of
 from backbones.embedding.table import blocks, essence, metadata, unit
 
@@ -131,12 +131,7 @@ def probe(
     ):
         if not good:
             raise ValueError(f"{name} must be {right}, got {value}")
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise MendableError(
-            "probe needs scikit-learn: pip install scikit-learn (or '.[search]')"
-        ) from None
+    required("sklearn", "probe", "scikit-learn")
     generator = np.random.default_rng(seed)
     seen = labels_of(folder, labels, source)
     train, held = _Side(folder, seen), _Side(folder, seen)

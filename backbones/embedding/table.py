@@ -30,7 +30,7 @@ import numpy as np
 
 from backbones.common.checks import Check, format_problem, one_of, optional, several, text, whole
 from backbones.common.dtypes import COMPUTED
-from backbones.common.errors import MendableError
+from backbones.common.errors import MendableError, required
 from backbones.common.files import file_problem, replacing, write_text_atomically, writing
 from backbones.common.images import DECODERS
 from backbones.common.messages import first_line, shown
@@ -73,11 +73,9 @@ class DamagedShardError(TableError):
 
 def require_pyarrow() -> Any:
     """Import ``pyarrow``, an optional dependency."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise TableError("embeddings are stored in Parquet: pip install pyarrow") from None
+    required("pyarrow", "the format of embeddings, Parquet,", kind=TableError)
+    import pyarrow.parquet
+
     return pyarrow
 
 

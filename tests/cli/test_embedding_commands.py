@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embedded_images import Embedded, embed_images
+from embedding_runs import Embedded, embed_images
 from PIL import Image
 
 from backbones.cli.main import main
@@ -137,7 +137,11 @@ def test_probe(embedded, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("package", "words", "said"),
     [
-        ("faiss", ["search", "--key", "val/class0/000.png", "--index", "hnsw"], "faiss-cpu"),
+        (
+            "faiss",
+            ["search", "--key", "val/class0/000.png", "--index", "hnsw"],
+            "--index exact",
+        ),
         ("sklearn", ["probe", "--labels", "folder"], "pip install scikit-learn"),
         ("pyarrow", ["duplicates"], "pip install pyarrow"),
     ],
