@@ -68,14 +68,21 @@ def run(options: Namespace) -> int:
         vectors.append(queries.vectors)
     wanted = np.concatenate(vectors)
     results = search(folder, wanted, options.top, options.index, numbers, progress=True)
-    sys.stdout.write(_as_table(names, results))
     rows = [
-        (name, place, match.key, f"{match.score:.6f}")
+        (name, place, match.key, match.score)
         for name, matches in zip(names, results, strict=True)
         for place, match in enumerate(matches, start=1)
     ]
-    write_if_asked(options.csv, csv_text(_COLUMNS, rows))
-    write_if_asked(options.json, json_text({"queries": _entries(names, results)}))
+    if rows:
+        head = ("query", "score", "image")
+        cells = [[one_line(n) if p == 1 else "", f"{s:.3f}", one_line(k)] for n, p, k, s in rows]
+        sys.stdout.write(table(head, cells, last_left=True))
+    write_if_asked(options.csv, csv_text(_COLUMNS, [(*row, f"{s:.6f}") for *row, s in rows]))
+    entries = [
+        {"query": name, "matches": [{"key": m.key, "score": round(m.score, 6)} for m in matches]}
+        for name, matches in zip(names, results, strict=True)
+    ]
+    write_if_asked(options.json, json_text({"queries": entries}))
     if names:
         images = Thumbnails(folder, options.source)
         drawn = _rows(images, names, numbers, results)
@@ -87,25 +94,6 @@ def run(options: Namespace) -> int:
     for query, reason in unreadable:
         sys.stderr.write(f"cannot read {one_line(str(query))}: {reason}\n")
     return 1 if unreadable else 0
-
-
-def _as_table(names: Sequence[str], results: Sequence[Sequence[Match]]) -> str:
-    rows = [
-        [one_line(name) if not place else "", f"{match.score:.3f}", one_line(match.key)]
-        for name, matches in zip(names, results, strict=True)
-        for place, match in enumerate(matches)
-    ]
-    return table(("query", "score", "image"), rows, last_left=True) if rows else ""
-
-
-def _entries(names: Sequence[str], results: Sequence[Sequence[Match]]) -> list[dict[str, object]]:
-    return [
-        {
-            "query": name,
-            "matches": [{"key": match.key, "score": round(match.score, 6)} for match in matches],
-        }
-        for name, matches in zip(names, results, strict=True)
-    ]
 
 
 def _rows(

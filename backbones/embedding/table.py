@@ -285,16 +285,16 @@ def keys_of(folder: str | Path) -> Iterator[str]:
 
 def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
     """The keys, and the embeddings (n, dim) in float32, of a complete table."""
-    keys = list(keys_of(folder))
-    vectors = np.empty((len(keys), metadata(folder)["dim"]), np.float32)
-    row = 0
-    for batch in batches(folder, ["embedding"]):
-        vectors[row : row + len(batch)] = _vectors(batch)
-        row += len(batch)
+    keys: list[str] = []
+    vectors = np.empty((count_rows(folder), metadata(folder)["dim"]), np.float32)
+    for block in blocks(folder):
+        keys += block.keys.to_pylist()
+        vectors[block.first : block.first + len(block.keys)] = block.vectors
     return keys, vectors
 
 
-def _vectors(batch: pyarrow.RecordBatch) -> np.ndarray:
+def vectors_in(batch: pyarrow.RecordBatch) -> np.ndarray:
+    """The embeddings (n, dim) of a batch, in float32."""
     column = batch.column("embedding")
     vectors = column.flatten().to_numpy().reshape(-1, column.type.list_size)
     return vectors.astype(np.float32, copy=False)
@@ -490,7 +490,19 @@ def blocks(folder: str | Path) -> Iterator[Block]:
     """All rows of a table, in order and in blocks, with the embeddings as stored."""
     first = 0
     for batch in batches(folder, ["key", "embedding"]):
-        yield Block(first, batch.column("key"), _vectors(batch))
+        yield Block(first, batch.column("key"), vectors_in(batch))
+        first += len(batch)
+
+
+def selected(
+    folder: str | Path, numbers: Collection[int], columns: Sequence[str]
+) -> Iterator[pyarrow.RecordBatch]:
+    """Some columns of the rows with the given numbers, in order and in batches."""
+    wanted, first = np.unique(np.fromiter(numbers, np.int64)), 0
+    for batch in batches(folder, columns):
+        low, high = np.searchsorted(wanted, (first, first + len(batch)))
+        if low < high:
+            yield batch.take(require_pyarrow().array(wanted[low:high] - first))
         first += len(batch)
 
 
@@ -498,17 +510,8 @@ def by_number(
     folder: str | Path, numbers: Collection[int], columns: Sequence[str]
 ) -> dict[int, dict[str, Any]]:
     """Read some columns of the rows with the given numbers."""
-    wanted = np.unique(np.fromiter(numbers, np.int64))
-    found: dict[int, dict[str, Any]] = {}
-    first = 0
-    for batch in batches(folder, columns):
-        low, high = np.searchsorted(wanted, (first, first + len(batch)))
-        if low < high:
-            inside = wanted[low:high]
-            entries = batch.take(require_pyarrow().array(inside - first)).to_pylist()
-            found.update(zip(inside.tolist(), entries, strict=True))
-        first += len(batch)
-    return found
+    rows = (row for batch in selected(folder, numbers, columns) for row in batch.to_pylist())
+    return dict(zip(sorted({*numbers}), rows, strict=True))
 
 
 def vectors_of(folder: str | Path, keys: Sequence[str]) -> tuple[list[int], np.ndarray]:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import onnx
@@ -11,6 +15,7 @@ import pytest
 import torch
 import torchvision
 from embedding_runs import make_photos
+from faults import files_that_may_not_grow
 from PIL import Image
 from torch import Tensor
 from zoo import FAMILIES, randomise, small
@@ -19,7 +24,7 @@ import backbones
 from backbones.cli import graphs
 from backbones.cli.export import agreement, calibration_images, export
 from backbones.cli.main import main
-from backbones.common.errors import CommandError
+from backbones.common.errors import CommandError, FileError
 from backbones.common.outputs import ONNX, PT2, require_writable
 from backbones.core.loaded import Loaded
 from backbones.overlock.blocks import ContextMixing, window_offsets
@@ -283,3 +288,83 @@ def test_sampled_deformable_convolution(stride, pad, dilation):
         x, weight, offset, x, bias, *stride, *pad, *dilation, 1, 1, False
     )
     torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
+
+
+# -- HAT: thousands of nodes, whose equal tables are stored once
+
+TINY_HAT: dict[str, Any] = {"dim": 24, "window_size": 4, "compress_ratio": 3, "squeeze_factor": 8}
+
+
+def tiny_hat(groups: int, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    arguments = {"depths": (2,) * groups, "num_heads": (2,) * groups, **TINY_HAT, **kwargs}
+    return backbones.create_model("hat_s_x2", **arguments).eval()
+
+
+def test_equal_tables_are_stored_once(tmp_path: Path) -> None:
+    """Every block of a group has the same positions, of 16 × 16 and 16 × 36 places."""
+    model, path = tiny_hat(1), tmp_path / "m.onnx"
+    graphs.save_onnx(graphs.trace(model, (1, 3, 4, 8), dynamic=False), path)
+    (found,) = graphs.check(model, graphs.onnx_runner(path), [(1, 3, 4, 8)])
+    assert found.error < 1e-5
+    constants = [t.raw_data for t in onnx.load(path).graph.initializer if len(t.raw_data) > 2000]
+    assert constants and len(set(constants)) == len(constants)
+
+
+@pytest.mark.slow
+def test_dynamic_sizes_down_to_one_pixel(tmp_path):
+    model, path = tiny_hat(2), tmp_path / "m.onnx"
+    graphs.save_onnx(graphs.trace(model, (1, 3, 16, 16), dynamic=True), path)
+    shapes = [(1, 3, 1, 1), (2, 3, 4, 5), (1, 3, 13, 4), (3, 3, 9, 14)]
+    for found in graphs.check(model, graphs.onnx_runner(path), shapes):
+        assert found.error < 1e-5, found.shape
+
+
+# -- faults: a line, and no files
+
+
+class Plain(torch.nn.Module):
+    """One convolution, of more bytes than the limit below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 64, 3)
+        self.in_chans, self.num_classes = 3, 0
+        self.pretrained_cfg = {"input_size": (3, 16, 16)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_files_larger_than_the_limit(ending, tmp_path):
+    path = tmp_path / f"x.{ending}"
+    path.write_text("as it was")
+    said = f"cannot write {path}: `ulimit -f` or the file"
+    with files_that_may_not_grow(2000), pytest.raises(FileError, match=said):
+        export(Loaded(Plain().eval(), "plain"), path, ending, [(1, 3, 16, 16)])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "as it was"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
+def test_signals_leave_nothing_behind(number, status, tmp_path, monkeypatch, default_signals):
+    def half(program: Any, path: Path) -> None:
+        path.write_text("half")
+        path.with_name(f"{path.name}.data").write_text("half")
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr(graphs, "trace", lambda *args: None)
+    monkeypatch.setattr(graphs, "save_program", half)
+    assert main(["export", "shvit_s1", "--size", "64", "--out", str(tmp_path / "x.pt2")]) == status
+    assert list(tmp_path.iterdir()) == []
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == before
