@@ -35,14 +35,13 @@ from torch import Tensor, nn
 import backbones
 from backbones.cli import parity as originals
 from backbones.cli.contenders import reason
-from backbones.cli.reports import load_report, put_rows, read_report, write_report
+from backbones.cli.reports import load_report, parsed, put_rows, read_report, write_report
 from backbones.cli.timing import machine, processor_name
 from backbones.common.arguments import nonempty_path
 from backbones.common.console import Parser, guard
 from backbones.common.errors import CREATION_ERRORS, CommandError
 from backbones.common.errors import MendableError as TrainingError
 from backbones.common.messages import first_line
-from backbones.common.outputs import REPORT, require_writable
 from backbones.common.processes import World
 from backbones.core.loaded import preprocessing_by
 from backbones.core.registry import PREFIX
@@ -291,14 +290,13 @@ def measure_model(name: str, folder: Path) -> dict[str, Any]:
     return {"model": name, "family": _family(name), **of}
 
 
-def _options(command: Callable[..., Any], output: str, names: Sequence[str]) -> Parser:
+def _options(command: Callable[..., Any], names: Sequence[str]) -> Parser:
     parser = Parser(prog=f"accuracy.py {command.__name__}", description=command.__doc__)
     parser.add_argument("--models", nargs="+", default=names, metavar="NAME", help="default: all")
     parser.add_argument("--checkpoints", type=nonempty_path, required=True, metavar="FOLDER")
     parser.add_argument(
         "--resume", action="store_true", help="skip models that the output already has"
     )
-    parser.add_argument("--output", type=nonempty_path, default=DOCS / "performance" / output)
     return parser
 
 
@@ -309,7 +307,6 @@ def _begin(args: Any) -> tuple[dict[str, Any], list[str]]:
     if unknown:
         names = ", ".join(sorted(unknown))
         raise CommandError(f"unknown models {names}; see backbones.list_models()")
-    require_writable({"--output": (args.output, REPORT)}, makes_folders=True)
     torch.set_num_threads(1)
     report = load_report(args.output, machine(_CPU))
     done = {row["model"] for row in report["results"]} if args.resume else set()
@@ -334,9 +331,9 @@ def int8(arguments: Sequence[str]) -> None:
     in int8 with a range for each row of inputs (dynamic) and with ranges from 64 training images
     (calibrated).
     """
-    parser = _options(int8, "int8_accuracy.json", [*CLASSIFIERS, RESTORER])
+    parser = _options(int8, [*CLASSIFIERS, RESTORER])
     parser.add_argument("--train", action="store_true", help="first train models that have no run")
-    args = parser.parse_args(arguments)
+    args = parsed(parser, arguments, DOCS / "performance" / "int8_accuracy.json")
     report, names = _begin(args)
     missing = [] if args.train else [name for name in names if not _has_run(args, name)]
     for name in (name for name in names if name not in missing):
@@ -357,10 +354,10 @@ def agreement(arguments: Sequence[str]) -> None:
     Every contender is calibrated with the same training images. `benchmark.py --against` measures
     their times.
     """
-    parser = _options(agreement, "int8_agreement.json", CLASSIFIERS)
+    parser = _options(agreement, CLASSIFIERS)
     labels = list(TOOLKITS)
     parser.add_argument("--against", nargs="*", default=labels, choices=labels, metavar="LABEL")
-    args = parser.parse_args(arguments)
+    args = parsed(parser, arguments, DOCS / "performance" / "int8_agreement.json")
     report, names = _begin(args)
     for name in names:
         if not _has_run(args, name):

@@ -27,6 +27,7 @@ from ops.batch_norm import has_wrong_gradients
 from ops.cpu import build
 from ops.cpu.build import compiler, folders, openmp
 from ops.cpu.build.folders import Problem, shell_word
+from ops.cpu.build.libraries import cores
 from ops.neighborhood import BACKENDS, NAParams
 from ops.neighborhood._geometry import Inputs
 
@@ -113,11 +114,10 @@ def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
 
 def examine_cpu() -> list[Finding]:
     """Instruction set, cores and threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
     onednn = "with" if torch.backends.mkldnn.is_available() else "without"
     text = (
-        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, cores: {cores}, "
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, cores: {cores()}, "
         f"threads: {threads}, torch {onednn} oneDNN"
     )
     try:
@@ -125,8 +125,8 @@ def examine_cpu() -> list[Finding]:
         text += "" if cpu.is_switched_on() else ", but switched off"
     except ValueError as error:  # which begins with the variable's name
         return [Finding("cpu", "error", str(error), f"unset {str(error).split()[0]}")]
-    if cores is not None and threads > cores:
-        fix = f"export OMP_NUM_THREADS={cores}"
+    if threads > cores():
+        fix = f"export OMP_NUM_THREADS={cores()}"
         return [Finding("cpu", "warning", f"{text}: more threads than cores slow it down", fix)]
     return [Finding("cpu", "ok", text)]
 

@@ -26,11 +26,12 @@ from backbones.common.outputs import Kind, require_writable
 from backbones.common.progress import Progress, duration
 from backbones.embedding import table
 from backbones.embedding.cluster import require_ray, run_on_cluster
-from backbones.embedding.local import cores, run_here, run_in_processes
+from backbones.embedding.local import run_here, run_in_processes
 from backbones.embedding.network import Network
 from backbones.embedding.ownership import is_own, seal
 from backbones.embedding.sources import Reader, Source, open_source, reader
 from backbones.embedding.worker import Event, Job
+from ops.cpu.build.libraries import cores
 
 ENGINES = ("local", "ray")
 _PACKAGES = ("vision-backbones", "torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")

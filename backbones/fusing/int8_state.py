@@ -79,8 +79,8 @@ def dequantized(
     floats = dict(tensors)
     version = floats.pop(_VERSION, None)
     if version is not None:
-        found = version.tolist() if _is_plain(version) else None
-        if (problem := format_problem({"format": found}, _FORMAT)) is not None:
+        number: Any = version.tolist() if _is_plain(version) else None
+        if (problem := format_problem({"format": number}, _FORMAT)) is not None:
             raise CheckpointError(f"{source}: its int8 state dict {problem}")
     found: dict[str, Quantization] = {}
     for key, weight in tensors.items():
