@@ -319,12 +319,6 @@ def corrupt_in(path: Path, content: dict[str, Any]) -> tuple[int, list[tuple[str
     return count, corrupt
 
 
-def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
-    """Write ``corrupt.txt``: key, tab and reason of each image that could not be decoded."""
-    text = "".join(f"{key}\t{reason}\n" for key, reason in corrupt)
-    write_text_atomically(folder / CORRUPT, text)
-
-
 def _rows(
     path: Path, content: dict[str, Any], columns: Sequence[str] | None = None, rows: int = 8192
 ) -> Iterator[pyarrow.RecordBatch]:
