@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import yaml
 from PIL import Image
-from training_runs import Run, unflushed
+from training_runs import Run, make_images, unflushed
 
 import backbones
 from backbones.cli.main import main
 from backbones.common.files import save_weights
-from backbones.embedding import worker
+from backbones.embedding import embed, worker
 from backbones.embedding.table import load
 
 _SHALLOW = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
 
 
-def tiny_checkpoint(folder: Path, seed: int = 0, classes: int = 5, **changes: Any) -> Path:
-    """Write weights of a shallow SHViT for 32×32 pixels, and their recipe."""
+def tiny_checkpoint(
+    folder: Path, seed: int = 0, classes: int = 5, std: float | None = 0.3, **changes: Any
+) -> Path:
+    """Write weights of a shallow SHViT for 32×32 pixels, and their recipe.
+
+    Default initialisation (``std`` of None) nearly erases noise.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     chans = {"in_chans": changes["in_chans"]} if "in_chans" in changes else {}
     model = backbones.create_model("shvit_s1", num_classes=classes, **_SHALLOW, **chans)
-    for parameter in model.parameters():  # default initialisation would nearly erase the image
-        torch.nn.init.normal_(parameter, std=0.3)
+    for parameter in model.parameters() if std is not None else ():
+        torch.nn.init.normal_(parameter, std=std)
     path = folder / "best.safetensors"
     names = json.dumps([f"class{number}" for number in range(classes)])
     save_weights(path, model.state_dict(), {"model": "shvit_s1", "classes": names})
@@ -56,6 +62,27 @@ def words(source: Path | str, out: Path, checkpoint: Path, *more: str) -> list[s
     """A ``vision-backbones`` command line, with one process unless ``more`` says otherwise."""
     start = ["embed", str(source), "--out", str(out), "--checkpoint", str(checkpoint)]
     return [*start, "--rows=4", "--batch-size=3", "--workers=1", *more]
+
+
+class Embedded(NamedTuple):
+    """Paths of images, a checkpoint with its recipe, and a table.
+
+    Attributes:
+        images: folder with ``train`` and ``val`` of three classes, and a copy of one image.
+    """
+
+    images: Path
+    checkpoint: Path
+    table: Path
+
+
+def embed_images(folder: Path) -> Embedded:
+    """Embed 12 images for training, 6 for validation and ``train/class1/copy.png``."""
+    images = make_images(folder / "images", {"train": 12, "val": 6})
+    shutil.copy(images / "train/class1/004.png", images / "train/class1/copy.png")
+    checkpoint = tiny_checkpoint(folder / "run", classes=3, std=None)
+    embed(images, folder / "table", checkpoint=checkpoint, workers=1, rows=8)
+    return Embedded(images, checkpoint, folder / "table")
 
 
 def start(argv: list[str], before: Callable[[], None] | None = None) -> Run:

@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 
-from backbones.embedding.table import shard_path, write_metadata, writing_shard
+from backbones.embedding.table import (
+    CORRUPT_KEY,
+    IDENTITY_KEY,
+    shard_path,
+    write_metadata,
+    writing_shard,
+)
 
 
 def make_table(
@@ -39,3 +46,20 @@ def make_table(
         with writing_shard(shard_path(folder, number), content) as writer:
             writer.add(keys[part], sizes[part], vectors[part])
     return folder
+
+
+def rewrite(path: Path, column: Any = None, name: str = "embedding", **facts: str) -> None:
+    """Write a shard as an earlier version did, without a checksum.
+
+    Args:
+        column: to put in for the one of that name.
+        facts: of the file's metadata, to put in.
+    """
+    with pyarrow.parquet.ParquetFile(path) as file:
+        whole, kept = file.read(), file.metadata.metadata
+    if column is not None:
+        field = pyarrow.field(name, column.type, nullable=bool(column.null_count))
+        whole = whole.set_column(whole.schema.get_field_index(name), field, column)
+    kept = {key: kept[key] for key in (IDENTITY_KEY, CORRUPT_KEY)}
+    kept |= {f"backbones.{key}".encode(): value.encode() for key, value in facts.items()}
+    pyarrow.parquet.write_table(whole.replace_schema_metadata(kept), path, compression="none")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from embedded_images import embed_images
+from embedding_runs import embed_images
 from PIL import Image
 from restoration_runs import make_pictures
 from training_runs import TINY, make_images

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import csv
-import json
 import logging
 import math
 import os
@@ -36,14 +35,13 @@ from torch import Tensor, nn
 import backbones
 from backbones.cli import parity as originals
 from backbones.cli.contenders import reason
-from backbones.cli.reports import load_report, put_rows, write_report
+from backbones.cli.reports import load_report, parsed, put_rows, read_report, write_report
 from backbones.cli.timing import machine, processor_name
 from backbones.common.arguments import nonempty_path
 from backbones.common.console import Parser, guard
 from backbones.common.errors import CREATION_ERRORS, CommandError
 from backbones.common.errors import MendableError as TrainingError
 from backbones.common.messages import first_line
-from backbones.common.outputs import REPORT, require_writable
 from backbones.common.processes import World
 from backbones.core.loaded import preprocessing_by
 from backbones.core.registry import PREFIX
@@ -292,14 +290,13 @@ def measure_model(name: str, folder: Path) -> dict[str, Any]:
     return {"model": name, "family": _family(name), **of}
 
 
-def _options(command: Callable[..., Any], output: str, names: Sequence[str]) -> Parser:
+def _options(command: Callable[..., Any], names: Sequence[str]) -> Parser:
     parser = Parser(prog=f"accuracy.py {command.__name__}", description=command.__doc__)
     parser.add_argument("--models", nargs="+", default=names, metavar="NAME", help="default: all")
     parser.add_argument("--checkpoints", type=nonempty_path, required=True, metavar="FOLDER")
     parser.add_argument(
         "--resume", action="store_true", help="skip models that the output already has"
     )
-    parser.add_argument("--output", type=nonempty_path, default=DOCS / "performance" / output)
     return parser
 
 
@@ -310,7 +307,6 @@ def _begin(args: Any) -> tuple[dict[str, Any], list[str]]:
     if unknown:
         names = ", ".join(sorted(unknown))
         raise CommandError(f"unknown models {names}; see backbones.list_models()")
-    require_writable({"--output": (args.output, REPORT)}, makes_folders=True)
     torch.set_num_threads(1)
     report = load_report(args.output, machine(_CPU))
     done = {row["model"] for row in report["results"]} if args.resume else set()
@@ -335,9 +331,9 @@ def int8(arguments: Sequence[str]) -> None:
     in int8 with a range for each row of inputs (dynamic) and with ranges from 64 training images
     (calibrated).
     """
-    parser = _options(int8, "int8_accuracy.json", [*CLASSIFIERS, RESTORER])
+    parser = _options(int8, [*CLASSIFIERS, RESTORER])
     parser.add_argument("--train", action="store_true", help="first train models that have no run")
-    args = parser.parse_args(arguments)
+    args = parsed(parser, arguments, DOCS / "performance" / "int8_accuracy.json")
     report, names = _begin(args)
     missing = [] if args.train else [name for name in names if not _has_run(args, name)]
     for name in (name for name in names if name not in missing):
@@ -358,10 +354,10 @@ def agreement(arguments: Sequence[str]) -> None:
     Every contender is calibrated with the same training images. `benchmark.py --against` measures
     their times.
     """
-    parser = _options(agreement, "int8_agreement.json", CLASSIFIERS)
+    parser = _options(agreement, CLASSIFIERS)
     labels = list(TOOLKITS)
     parser.add_argument("--against", nargs="*", default=labels, choices=labels, metavar="LABEL")
-    args = parser.parse_args(arguments)
+    args = parsed(parser, arguments, DOCS / "performance" / "int8_agreement.json")
     report, names = _begin(args)
     for name in names:
         if not _has_run(args, name):
@@ -429,8 +425,8 @@ def train_variant(model: str) -> dict[str, Any]:
 
 
 def _earlier(path: Path) -> dict[str, Any]:
-    """What an earlier run wrote."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """What an earlier run wrote: ``results`` by model, and more."""
+    return read_report(path) if path.exists() else {"results": {}}
 
 
 def _here() -> str:
@@ -447,7 +443,7 @@ def learning(arguments: Sequence[str]) -> None:
     recipe = yaml.safe_load(DIGITS.read_text(encoding="utf-8"))
     models = list(recipe.pop("variants"))
     path = options.output
-    report = _earlier(path) or {"results": {}}
+    report = _earlier(path)
     if report.get("recipe") != recipe:
         report = {"results": {}}  # the recipe changed: discard all results
     here = _here()
@@ -487,12 +483,13 @@ def parity(arguments: Sequence[str]) -> None:
     if unknown := set(options.families) - known:
         parser.error(f"unknown families {sorted(unknown)}; there are {sorted(known)}")
     path = options.output
-    results = _earlier(path)
+    report = _earlier(path)
+    results = report["results"]
     for family, variant in originals.variants():
         if not options.families or family in options.families:
             results[variant] = measure_parity(family, variant)
             logger.info("%s: output %.1e", variant, results[variant]["output"])
-    write_report(path, dict(sorted(results.items())))
+    write_report(path, {**report, "results": dict(sorted(results.items()))})
 
 
 COMMANDS = {command.__name__: command for command in (parity, learning, int8, agreement)}

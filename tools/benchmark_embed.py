@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from benchmark_programs import IMAGES, REPORTS, in_turns, make_photos, ratio
+from benchmark_programs import IMAGES, REPORTS, in_turns, make_photos
 from contenders import CONTENDERS
 from timm.data import create_transform
 from torchvision.io import decode_jpeg
 
 import backbones
 from backbones.cli.reports import load_report, parsed, put_rows, write_report
-from backbones.cli.timing import machine
+from backbones.cli.timing import machine, ratio
 from backbones.common.arguments import whole
 from backbones.common.console import Parser
 from backbones.common.files import save_weights
@@ -36,10 +36,10 @@ from backbones.common.images import installed_decoder, open_image, open_pixels
 from backbones.common.resizing import Resizing
 from backbones.core.registry import PREFIX
 from backbones.embedding import embed
-from backbones.embedding.local import cores
 from backbones.embedding.network import Network
 from backbones.embedding.table import load, unit
 from ops.cpu import policy
+from ops.cpu.build.libraries import cores
 
 # -- images and weights ----------------------------------------------------------------------------
 

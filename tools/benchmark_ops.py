@@ -22,7 +22,7 @@ import backbones
 from backbones.cli import timing
 from backbones.cli.contenders import CannotRunError
 from backbones.cli.reports import load_report, parsed, put_rows, write_report
-from backbones.cli.timing import PeakMemory, machine, steady, stopwatch
+from backbones.cli.timing import PeakMemory, machine, ratio, steady, stopwatch
 from backbones.common.arguments import whole
 from backbones.common.console import Parser
 from ops.selective_scan import cross_selective_scan
@@ -141,14 +141,6 @@ def measure(
         "matmul_gflops": matmul / 1e9,
         "contenders": results,
     }
-
-
-def ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """Median of the ratios within turns; without turns, the ratio to the other's median."""
-    if 1 in (len(times), len(others)):
-        return statistics.median(times) / statistics.median(others)
-    # Turns that one of the two left out have no ratio.
-    return statistics.median(a / b for a, b in zip(times, others, strict=False))
 
 
 def expected_seconds(

@@ -25,7 +25,7 @@ from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 
 from backbones.cli.reports import load_report, parsed, put_rows, write_report
-from backbones.cli.timing import machine
+from backbones.cli.timing import machine, ratio
 from backbones.common.arguments import whole
 from backbones.common.console import Parser
 from backbones.common.images import open_image
@@ -77,11 +77,6 @@ def in_turns(rounds: int, *ways: Callable[[], float]) -> list[list[float]]:
         found = {place: ways[place]() for place in order}
         figures.append([found[place] for place in range(len(ways))])
     return [list(column) for column in zip(*figures, strict=True)]
-
-
-def ratio(figures: Sequence[float], others: Sequence[float]) -> float:
-    """The median of the ratios of adjacent turns."""
-    return statistics.median(a / b for a, b in zip(figures, others, strict=True))
 
 
 # -- training --------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ options, or one of :data:`CLAIMS`, which read what they need; it ends with ``<!-
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ import tables_families
 import tables_models
 import tables_ops
 
-from backbones.cli.reports import write_report
+from backbones.cli.reports import read_report, write_report
 from backbones.common.arguments import nonempty_path
 from backbones.common.console import Parser, guard
 from backbones.common.errors import CommandError
@@ -95,7 +94,7 @@ def _content(
 
 def read(path: Path, docs: Path | None = None) -> Any:
     """A report. Below ``docs``, its machine has the name and restriction of ``cpus.json``."""
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_report(path)
     file = path.relative_to(docs).as_posix() if docs else ""
     if docs and file.startswith("performance/") and "machine" in report:
         speeds.name_machine(report, file, docs)

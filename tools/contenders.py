@@ -36,11 +36,12 @@ import importlib
 import importlib.util
 import io
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ from backbones.cli.contenders import (
     openvino_runner,
     scratch_folder,
 )
+from backbones.cli.export import quantize
 from backbones.common.console import silence
 from ops import neighborhood
 from ops.linear_attention import gated_linear_attention
@@ -150,21 +152,8 @@ def onnx_static(model: nn.Module, images: Images, folder: Path) -> Prepared:
 
     Batch norms are folded already; its own preparation infers shapes and fuses nodes.
     """
-    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static, shape_inference
-
-    source, prepared = _onnx(model, images, folder), folder / "prepared.onnx"
-    path, feed = folder / "static.onnx", iter([{"image": image.numpy()} for image in images])
-    with silence():
-        shape_inference.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        quantize_static(
-            str(prepared),
-            str(path),
-            SimpleNamespace(get_next=lambda: next(feed, None)),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
+    path = Path(shutil.copy(_onnx(model, images, folder), folder / "static.onnx"))
+    quantize(path, images)
     return functools.partial(graphs.onnx_runner, path), path.stat().st_size
 
 

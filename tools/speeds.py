@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from contenders import TITLES
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from contenders import TITLES
 from tables_models import decimal, table
 
 import backbones
 from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell, rivals, speed
-from backbones.cli.reports import is_older
+from backbones.cli.reports import is_older, read_report
 
 Report = dict[str, Any]
 
@@ -70,15 +69,14 @@ class Speeds:
 
 def cpus(docs: Path) -> Report:
     """CPUs that were measured, and the processors that are like them."""
-    found: Report = json.loads((docs / "performance" / "cpus.json").read_text(encoding="utf-8"))
-    return found
+    return read_report(docs / "performance" / "cpus.json")
 
 
 def reports(docs: Path) -> dict[str, Report]:
     """The reports of whole models, by path relative to docs/."""
     found = {}
     for path in sorted((docs / "performance").rglob("*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_report(path)
         results = report.get("results")
         first = results[0] if isinstance(results, list) and results else {}
         timed = "milliseconds" in str(first.get("contenders"))
@@ -152,18 +150,14 @@ def _add(into: Speeds, row: dict[str, Any]) -> None:
             into.over[dtype] = (known[name], name)
 
 
-@functools.cache
-def _reasons(docs: Path) -> list[dict[str, str]]:
-    path = docs / "performance" / "losses.json"
-    found: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))["reasons"]
-    return found
+_report = functools.cache(read_report)
 
 
 def reason(docs: Path, model: str, dtype: str) -> str:
     """Why another library is faster, from performance/losses.json; empty if it is not known."""
-    for each in _reasons(docs):
+    for each in _report(docs / "performance" / "losses.json")["reasons"]:
         if fnmatch.fnmatch(model, each["models"]) and fnmatch.fnmatch(dtype, each["dtypes"]):
-            return each["reason"]
+            return str(each["reason"])
     return ""
 
 

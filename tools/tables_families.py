@@ -6,7 +6,6 @@ everything else from the figures of the originals (``tests/reference``) and ``do
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from tables_models import Report, Row, table
 import backbones
 from backbones.cli import parity as originals
 from backbones.cli.contenders import is_timms
+from backbones.cli.reports import read_report
 from backbones.core.registry import published_weights
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -84,13 +84,13 @@ def _downloads(name: str) -> bool:
 
 def parity(report: Report) -> str:
     """A table for each family: figures of the originals, and the errors of ours."""
-    parts = []
+    parts, errors = [], report["results"]
     for family in dict.fromkeys(family for family, _ in originals.variants()):
-        names = [name for name in _variants(family) if name in report]
+        names = [name for name in _variants(family) if name in errors]
         head = ("Variant", "M params", "G MACs", "Error, output", "Error, stages", "Reported")
         lines = [f"| {' | '.join((*head, 'Weights', 'Licence'))} |"]
         lines.append("|---|" + "---:|" * 5 + "---|---|")
-        lines += [_parity_row(family, name, report[name]) for name in names]
+        lines += [_parity_row(family, name, errors[name]) for name in names]
         parts += [f"## {family}", "\n".join(lines)] if names else []
     return "\n\n".join(parts)
 
@@ -113,12 +113,12 @@ def _parity_row(family: str, variant: str, errors: Row) -> str:
 
 def parity_cpus(report: Report) -> str:
     """The CPUs that made the errors."""
-    return "; ".join(sorted({errors["cpu"] for errors in report.values()}))
+    return "; ".join(sorted({errors["cpu"] for errors in report["results"].values()}))
 
 
 def worst_parity(docs: Path) -> str:
     """The greatest errors of an output and of a stage's map, and whose they are."""
-    errors = json.loads((docs / "parity.json").read_text(encoding="utf-8"))
+    errors = read_report(docs / "parity.json")["results"]
     worst = {key: max(errors, key=lambda name: errors[name][key]) for key in ("output", "stages")}
     shown = [f"{errors[name][key]:.1e} (`{name}`)" for key, name in worst.items()]
     return f"{shown[0]} for outputs and {shown[1]} for maps of stages"
@@ -135,7 +135,7 @@ def families(docs: Path) -> str:
 
 def readme_models(docs: Path) -> str:
     """A line for each family: figures as published, timm, downloads, licences, parity."""
-    errors = json.loads((docs / "parity.json").read_text(encoding="utf-8"))
+    errors = read_report(docs / "parity.json")["results"]
     rows = []
     for family in backbones.list_families():
         names = _variants(family)

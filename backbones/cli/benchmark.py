@@ -47,6 +47,7 @@ import torch
 from torch import Tensor, nn
 
 import backbones
+from backbones.cli import graphs
 from backbones.cli.benchmark_report import describe, speed_lines
 from backbones.cli.contenders import MODELS, CannotRunError, Create, Runtime, contender, reason
 from backbones.cli.measure import count_macs
@@ -89,8 +90,7 @@ class Row(NamedTuple):
     direction: str
 
     def images(self) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(self.batch, 3, self.size, self.size, generator=generator)
+        return graphs.noise((self.batch, 3, self.size, self.size), 0)
 
     def run(self, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
         """The timed function: a forward pass, or a training step with plain gradient descent."""
@@ -142,7 +142,7 @@ def _ours(name: str, mode: str, row: Row) -> nn.Module:
 
 def random_batches(shape: Sequence[int]) -> Tensor:
     """Four batches of a shape to calibrate with: the ranges do not change the time."""
-    return torch.randn((4, *shape), generator=torch.Generator().manual_seed(1))
+    return graphs.noise((4, *shape), 1)
 
 
 def _bytes_on_disk(model: Any) -> int | None:
@@ -241,9 +241,8 @@ def measure(
             if other != name and (other in BASES or other in peers)
         }
         if name in modes and name != "eager" and "eager" in medians and row.direction == "forward":
-            exact = outputs["eager"]
-            difference = (outputs[name] - exact).abs().max() / exact.abs().max()
-            results[name]["difference_from_eager"] = difference.item()
+            difference = graphs.difference(outputs[name], outputs["eager"])
+            results[name]["difference_from_eager"] = difference
         if profile and name in ("eager", "fused", "fused" + LOW_PRECISION):
             results[name]["time_by_kind"] = time_by_kind(runs[name])
     gflops = {dtype: peak / 1e9 for dtype, peak in peaks.items()}

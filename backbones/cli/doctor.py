@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
 import shlex
@@ -21,12 +20,14 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from backbones.common.messages import first_line
+from backbones.common.outputs import json_text
 from backbones.core.requirements import installed_version, unmet
 from ops import cpu
 from ops.batch_norm import has_wrong_gradients
 from ops.cpu import build
 from ops.cpu.build import compiler, folders, openmp
 from ops.cpu.build.folders import Problem, shell_word
+from ops.cpu.build.libraries import cores
 from ops.neighborhood import BACKENDS, NAParams
 from ops.neighborhood._geometry import Inputs
 
@@ -64,7 +65,7 @@ def run(options: Namespace) -> int:
     """Run ``doctor``; 1 if something will fail."""
     findings = examine()
     if options.json:
-        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
+        sys.stdout.write(json_text({"findings": [asdict(finding) for finding in findings]}))
     else:
         sys.stdout.write(_report(findings))
     return int(any(finding.severity == "error" for finding in findings))
@@ -113,11 +114,10 @@ def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
 
 def examine_cpu() -> list[Finding]:
     """Instruction set, cores and threads."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
     onednn = "with" if torch.backends.mkldnn.is_available() else "without"
     text = (
-        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, cores: {cores}, "
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, cores: {cores()}, "
         f"threads: {threads}, torch {onednn} oneDNN"
     )
     try:
@@ -125,8 +125,8 @@ def examine_cpu() -> list[Finding]:
         text += "" if cpu.is_switched_on() else ", but switched off"
     except ValueError as error:  # which begins with the variable's name
         return [Finding("cpu", "error", str(error), f"unset {str(error).split()[0]}")]
-    if cores is not None and threads > cores:
-        fix = f"export OMP_NUM_THREADS={cores}"
+    if threads > cores():
+        fix = f"export OMP_NUM_THREADS={cores()}"
         return [Finding("cpu", "warning", f"{text}: more threads than cores slow it down", fix)]
     return [Finding("cpu", "ok", text)]
 

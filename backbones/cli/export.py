@@ -29,7 +29,6 @@ from backbones.common.arguments import FILE, nonempty_path, real, whole
 from backbones.common.console import silence
 from backbones.common.errors import CommandError
 from backbones.common.files import replacing_together, save_weights
-from backbones.common.images import read_pixels
 from backbones.common.keys import dump
 from backbones.common.messages import first_line
 from backbones.common.outputs import ONNX, PT2, Kind, add_overwrite, require_writable
@@ -196,7 +195,9 @@ def _quantize(
 ) -> None:
     """Quantise the file and compare it with the model, on the images and at each size."""
     _say("quantising")
-    quantize(path, images)
+    expensive = ["Conv", "MatMul", "Gemm"]
+    constant = {"MatMulConstBOnly": True}
+    quantize(path, images, op_types_to_quantize=expensive, extra_options=constant)
     runner = graphs.onnx_runner(path)
     _say(f"  {agreement(model, runner, images)[0]}")
     for number, shape in enumerate(shapes[1:], start=1):
@@ -231,17 +232,16 @@ def calibration_images(
         raise CommandError(f"--calibration: {error}; {_WANTED}") from error
     images: list[Tensor] = []
     for path in paths[:: max(1, len(paths) // count)][:count]:
-        try:
-            images.append(resize.normalise(resize(read_pixels(path, resize.mode))[None]))
-        except (OSError, ValueError, SyntaxError):
-            continue
+        pixels, _ = resize.read(path)
+        if pixels is not None:
+            images.append(resize.normalise(pixels[None]))
     if not images:
         raise CommandError(f"--calibration: no readable images in {folder}; {_WANTED}")
     return images
 
 
-def quantize(path: Path, images: Sequence[Tensor]) -> None:
-    """Quantise an ONNX file in place, by onnxruntime's static quantisation.
+def quantize(path: Path, images: Sequence[Tensor], **options: Any) -> None:
+    """Quantise an ONNX file in place, by onnxruntime's static quantisation with ``options``.
 
     Weights become per-channel int8, activations uint8 with ranges calibrated on the images.
     """
@@ -260,11 +260,10 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
                 str(quantized),
                 SimpleNamespace(get_next=lambda: next(feed, None)),
                 quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["Conv", "MatMul", "Gemm"],  # the expensive ones
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
-                extra_options={"MatMulConstBOnly": True},
+                **options,
             )
     except Exception as error:  # onnxruntime's have no public base
         raise CommandError(f"cannot be quantised: {first_line(error)}") from error

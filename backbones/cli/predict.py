@@ -5,7 +5,6 @@ Unreadable images are reported and skipped.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -23,9 +22,9 @@ from backbones.cli.common import read_labels
 from backbones.common import images
 from backbones.common.arguments import FILE, nonempty_path, usable_device, whole
 from backbones.common.dtypes import COMPUTED, check_dtype
-from backbones.common.errors import CommandError, memory_shortage
+from backbones.common.errors import CommandError, required
 from backbones.common.figures import INK, drawable, new_figure, save_figure, short
-from backbones.common.messages import first_line, one_line
+from backbones.common.messages import one_line
 from backbones.common.outputs import (
     FIGURE,
     add_overwrite,
@@ -71,8 +70,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Run ``predict``; 1 if an image could not be read."""
-    if options.cam is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--cam needs matplotlib: pip install matplotlib")
+    if options.cam is not None:
+        required("matplotlib", "--cam")
     device = usable_device(options.device)
     if options.dtype is not None:
         if options.cam is not None:
@@ -82,7 +81,7 @@ def run(options: Namespace) -> int:
     require_writable(
         {
             "--csv": (options.csv, csv_of(*_CSV_HEAD)),
-            "--json": (options.json, json_of("image")),
+            "--json": (options.json, json_of("images")),
             "--cam": (options.cam, FIGURE),
         },
         [options.checkpoint, options.labels, *options.images, *found],
@@ -116,7 +115,7 @@ def run(options: Namespace) -> int:
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
     sys.stdout.write(_as_table(predictions, names))
     write_if_asked(options.csv, _as_csv(predictions, names))
-    write_if_asked(options.json, json_text(_as_entries(predictions, names)))
+    write_if_asked(options.json, json_text({"images": _as_entries(predictions, names)}))
     if options.cam is not None:
         shown = [prediction for prediction in predictions if prediction.heat is not None]
         if shown:
@@ -154,15 +153,7 @@ def predict(
         for start in range(0, len(paths), batch_size):
             batch = [Prediction(path) for path in paths[start : start + batch_size]]
             for prediction in batch:
-                try:
-                    pixels = images.read_pixels(prediction.path, resize.mode)
-                    prediction.image = resize.fit(pixels)
-                except images.DECODE_ERRORS as error:
-                    prediction.error = first_line(error)
-                except (MemoryError, RuntimeError) as error:
-                    if (shortage := memory_shortage(error)) is None:
-                        raise
-                    prediction.error = shortage
+                prediction.image, prediction.error = resize.read(prediction.path)
             readable = [prediction for prediction in batch if not prediction.error]
             if readable:
                 normalised = resize.normalise(np.stack([p.image for p in readable]))

@@ -7,14 +7,14 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from backbones.cli.results import add_outputs, check_outputs, facts, say_refused
+from backbones.cli.results import add_outputs, check_outputs, write_html
 from backbones.common.arguments import nonempty, nonempty_path, real, whole
 from backbones.common.confusion import confusions, draw_confusions
 from backbones.common.errors import CommandError
 from backbones.common.messages import one_line
 from backbones.common.outputs import json_text, write_if_asked
 from backbones.common.tables import table
-from backbones.embedding.page import Table, write_page
+from backbones.embedding.page import Table
 from backbones.embedding.probe import MOST_ROWS, Method, Report, probe
 from backbones.embedding.sheet import Row, Thumbnails, Tile
 
@@ -27,7 +27,6 @@ _MISTAKES, _KINDS = 120, 20
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     which: dict[str, Any] = {"type": nonempty, "metavar": "WHICH"}
     text = "a CSV, TSV or JSON file of keys and classes; folder: the name of an image's folder; "
     text += "source: the labels of digits, medmnist/, torch/, hfds/"
@@ -69,16 +68,11 @@ def run(options: Namespace) -> int:
     draw_confusions(path, title, report.classes, matrices)
     if options.html is not None:
         images = Thumbnails(options.test or folder, options.source)
-        write_page(
-            options.html,
-            title,
-            facts(folder, data=data),
-            _rows(images, report),
-            [Table(_HEAD, _figures(report)), *map(_kinds, report.methods, [report] * 2)],
-            path.read_bytes() if path.is_file() else None,
-            f"{report.methods[0].name} and {report.methods[1].name}: confusion matrices",
-        )
-        say_refused(images)
+        tables = [Table(_HEAD, _figures(report)), *map(_kinds, report.methods, [report] * 2)]
+        picture = path.read_bytes() if path.is_file() else None
+        told = f"{report.methods[0].name} and {report.methods[1].name}: confusion matrices"
+        rows = _rows(images, report)
+        write_html(options, images, title, {"data": data}, rows, tables, picture, told)
     return 0
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from backbones.common.arguments import nonempty_path
+from backbones.common.checks import format_problem
 from backbones.common.errors import CommandError
 from backbones.common.files import write_text_atomically
-from backbones.common.outputs import REPORT, add_overwrite, require_writable
+from backbones.common.outputs import FORMAT, REPORT, add_overwrite, require_writable
 from ops.cpu.build import process
 from ops.cpu.build.sources import SOURCES
 
@@ -70,9 +71,9 @@ def _line(value: Any) -> str:
 
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a report atomically as :func:`text_of` gives it, making missing folders."""
+    """Write a report atomically, as :func:`text_of` its format and the report, into any folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_atomically(path, text_of(report))
+    write_text_atomically(path, text_of({"format": FORMAT, **report}))
 
 
 def parsed(parser: ArgumentParser, arguments: Sequence[str], output: Path) -> Namespace:
@@ -89,10 +90,11 @@ def parsed(parser: ArgumentParser, arguments: Sequence[str], output: Path) -> Na
 def read_report(path: Path) -> Report:
     """A report that an earlier run wrote."""
     try:
-        report: Report = json.loads(path.read_text(encoding="utf-8"))
-        report["machine"], report["results"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise CommandError(f"{path} is not a benchmark report: {error}") from error
+        report: Report = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CommandError(f"{path} is not a report: {error}") from error
+    if (problem := format_problem(report, FORMAT)) is not None:
+        raise CommandError(f"{path} {problem}")
     return report
 
 
@@ -101,6 +103,8 @@ def load_report(path: Path, machine: Mapping[str, Any]) -> Report:
     if not path.exists():
         return {"machine": dict(machine), "results": []}
     report = read_report(path)
+    if not {"machine", "results"} <= report.keys():
+        raise CommandError(f"{path} is not a benchmark report: it has no machine and results")
     there = report["machine"]  # older ones lack keys
     if any(there[key] != machine.get(key) for key in there):
         raise CommandError(

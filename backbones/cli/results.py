@@ -1,15 +1,15 @@
-"""Shared by the commands on embeddings: the paths of results, and the facts on top of a page."""
+"""Shared by the commands on embeddings: their arguments, outputs and pages."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from backbones.common.arguments import FILE, nonempty, nonempty_path
-from backbones.common.errors import CommandError
+from backbones.common.errors import required
 from backbones.common.messages import one_line
 from backbones.common.outputs import (
     FIGURE,
@@ -20,16 +20,18 @@ from backbones.common.outputs import (
     json_of,
     require_writable,
 )
+from backbones.embedding.page import write_page
 from backbones.embedding.sheet import Thumbnails
 from backbones.embedding.table import METADATA, count_rows, metadata, shard_paths
 
 
 def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:
-    """The options of :func:`check_outputs`; ``--csv`` only if ``rows`` names its rows.
+    """FOLDER and the options of :func:`check_outputs`; ``--csv`` only if ``rows`` names its rows.
 
     ``--source`` is that of :func:`backbones.embedding.sources.reader_of`.
     """
     add = parser.add_argument
+    add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     named = f"{what} (FOLDER/{picture})"
     add("--out", type=nonempty_path, metavar="PNG", help=named)
     add("--html", **FILE, help="HTML page in a single file")
@@ -56,8 +58,7 @@ def check_outputs(
     tables = [options.folder, *filter(None, [getattr(options, "test", None)])]
     for folder in tables:
         shard_paths(folder)  # raises if it is not complete
-    if importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("the image needs matplotlib: pip install matplotlib (or '.[search]')")
+    required("matplotlib", "the image")
     path: Path = options.out or options.folder / picture
     outputs: dict[str, tuple[Path | None, Kind]] = {
         "--out": (path, FIGURE),
@@ -71,21 +72,23 @@ def check_outputs(
     return path
 
 
-def facts(folder: Path, **more: str) -> dict[str, str]:
-    """The facts at the top of a page: about the table, and ``more``."""
-    said = metadata(folder)
-    weights = f"{said['weights']['file']} (SHA-256 {said['weights']['sha256'][:16]}…)"
-    source = said["source"]
-    place = f"{source['data']}, {source['split']}" if "data" in source else source["path"]
-    return {
-        "embeddings": f"{count_rows(folder)} with {said['dim']} numbers each, in {folder}",
-        "images": str(place),
-        "model": f"{said['model']}, {weights}",
-        **more,
-    }
+def write_html(
+    options: Namespace, images: Thumbnails, title: str, facts: dict[str, str], *content: Any
+) -> None:
+    """Write ``--html``, if given: ``facts``, below those of the table, and content of ``images``.
 
-
-def say_refused(images: Thumbnails) -> None:
-    """Say on standard error why images are not shown, if they were not to be read."""
+    Says on standard error why images are not shown, if they were not to be read.
+    """
+    if options.html is not None:
+        folder, said = options.folder, metadata(options.folder)
+        weights = f"{said['weights']['file']} (SHA-256 {said['weights']['sha256'][:16]}…)"
+        source = said["source"]
+        place = f"{source['data']}, {source['split']}" if "data" in source else source["path"]
+        own = {
+            "embeddings": f"{count_rows(folder)} with {said['dim']} numbers each, in {folder}",
+            "images": str(place),
+            "model": f"{said['model']}, {weights}",
+        }
+        write_page(options.html, title, own | facts, *content)
     if images.refused:
         sys.stderr.write(f"note: images are not shown: {one_line(images.refused)}\n")

@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 
 from backbones.cli.predict import find_images
-from backbones.cli.results import add_outputs, check_outputs, facts, say_refused
+from backbones.cli.results import add_outputs, check_outputs, write_html
 from backbones.common.arguments import FILE, nonempty_path, whole
 from backbones.common.errors import CommandError
 from backbones.common.images import DECODE_ERRORS
 from backbones.common.messages import one_line
 from backbones.common.outputs import csv_text, json_text, write_if_asked
 from backbones.common.tables import table
-from backbones.embedding.page import write_page
 from backbones.embedding.query import embed_queries
 from backbones.embedding.search import INDEXES, Match, search
 from backbones.embedding.sheet import Row, Thumbnails, Tile, draw_sheet, small
@@ -34,7 +33,6 @@ _QUERIES, _TILES = 20, 47
 
 def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     several: dict[str, Any] = {"nargs": "+", "default": []}
     add("--query", type=nonempty_path, metavar="IMAGE", help="image files or folders", **several)
     add("--key", metavar="KEY", help="keys of images in FOLDER", **several)
@@ -51,7 +49,7 @@ def run(options: Namespace) -> int:
     folder: Path = options.folder
     paths, skipped = find_images(options.query)
     inputs = [*options.query, *paths, options.checkpoint]
-    path = check_outputs(options, _PICTURE, "query", _COLUMNS, inputs)
+    path = check_outputs(options, _PICTURE, "queries", _COLUMNS, inputs)
     names: list[str] = []
     numbers: list[int | None] = []
     vectors = []
@@ -70,46 +68,32 @@ def run(options: Namespace) -> int:
         vectors.append(queries.vectors)
     wanted = np.concatenate(vectors)
     results = search(folder, wanted, options.top, options.index, numbers, progress=True)
-    sys.stdout.write(_as_table(names, results))
     rows = [
-        (name, place, match.key, f"{match.score:.6f}")
+        (name, place, match.key, match.score)
         for name, matches in zip(names, results, strict=True)
         for place, match in enumerate(matches, start=1)
     ]
-    write_if_asked(options.csv, csv_text(_COLUMNS, rows))
-    write_if_asked(options.json, json_text(_entries(names, results)))
+    if rows:
+        head = ("query", "score", "image")
+        cells = [[one_line(n) if p == 1 else "", f"{s:.3f}", one_line(k)] for n, p, k, s in rows]
+        sys.stdout.write(table(head, cells, last_left=True))
+    write_if_asked(options.csv, csv_text(_COLUMNS, [(*row, f"{s:.6f}") for *row, s in rows]))
+    entries = [
+        {"query": name, "matches": [{"key": m.key, "score": round(m.score, 6)} for m in matches]}
+        for name, matches in zip(names, results, strict=True)
+    ]
+    write_if_asked(options.json, json_text({"queries": entries}))
     if names:
         images = Thumbnails(folder, options.source)
         drawn = _rows(images, names, numbers, results)
         title = f"Most similar images in {folder}"
         draw_sheet(path, title, drawn)
-        if options.html is not None:
-            write_page(options.html, title, facts(folder, score="cosine, at most 1"), drawn)
-        say_refused(images)
+        write_html(options, images, title, {"score": "cosine, at most 1"}, drawn)
     if skipped:
         sys.stderr.write(f"{skipped}\n")
     for query, reason in unreadable:
         sys.stderr.write(f"cannot read {one_line(str(query))}: {reason}\n")
     return 1 if unreadable else 0
-
-
-def _as_table(names: Sequence[str], results: Sequence[Sequence[Match]]) -> str:
-    rows = [
-        [one_line(name) if not place else "", f"{match.score:.3f}", one_line(match.key)]
-        for name, matches in zip(names, results, strict=True)
-        for place, match in enumerate(matches)
-    ]
-    return table(("query", "score", "image"), rows, last_left=True) if rows else ""
-
-
-def _entries(names: Sequence[str], results: Sequence[Sequence[Match]]) -> list[dict[str, object]]:
-    return [
-        {
-            "query": name,
-            "matches": [{"key": match.key, "score": round(match.score, 6)} for match in matches],
-        }
-        for name, matches in zip(names, results, strict=True)
-    ]
 
 
 def _rows(

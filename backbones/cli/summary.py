@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import math
 import sys
 import textwrap
@@ -18,9 +16,9 @@ from backbones.cli.common import add_size_argument, two_sides
 from backbones.cli.measure import measure, part_of
 from backbones.common.arguments import nonempty_path, whole
 from backbones.common.dtypes import check_dtype
-from backbones.common.errors import CommandError
+from backbones.common.errors import CommandError, required
 from backbones.common.figures import INK, drawable, new_figure, save_figure, style_axis
-from backbones.common.outputs import FIGURE, add_overwrite, require_writable
+from backbones.common.outputs import FIGURE, add_overwrite, json_text, require_writable
 from backbones.common.tables import count_text, table
 from backbones.core.base import StagedBackbone
 from backbones.core.loaded import create, fuse
@@ -73,8 +71,8 @@ def _run_kernels(options: Namespace) -> int:
         raise CommandError(
             f"--plain and {other} are mutually exclusive: only fused models have a memory plan"
         )
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("--plot needs matplotlib: pip install matplotlib")
+    if options.plot is not None:
+        required("matplotlib", "--plot")
     require_writable({"--plot": (options.plot, FIGURE)}, overwrite=options.overwrite)
     model = create(options.model)
     batch = options.batch or 1
@@ -99,7 +97,7 @@ def _run_kernels(options: Namespace) -> int:
                 f"{explained.not_replayed}"
             )
         _draw_memory(options.plot, explained, explained.memory)
-    text = json.dumps(explained.to_dict(), indent=1) + "\n" if options.json else str(explained)
+    text = json_text(explained.to_dict()) if options.json else str(explained)
     sys.stdout.write(text)
     return 0
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def steady(run: Callable[[], object], device: torch.device, seconds: float) -> l
     while len(times) < 2 or sum(times) < seconds:
         times.append(stopwatch(run, device))
     return times[len(times) // 2 :]
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios within turns; without turns, the ratio to the other's median."""
+    if 1 in (len(times), len(others)):
+        return statistics.median(times) / statistics.median(others)
+    # Turns that one of the two left out have no ratio.
+    return statistics.median(a / b for a, b in zip(times, others, strict=False))
 
 
 def processor_name() -> str:

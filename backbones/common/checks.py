@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,19 @@ def _in_range(name: str, value: Any, least: float, greatest: float) -> Any:
     if not least <= value <= greatest:  # also if NaN
         raise ValueError(f"{name} must be in {least} … {greatest}, got {value}")
     return value
+
+
+def format_problem(content: Mapping[str, Any], known: int = 1) -> str | None:
+    """Why a file whose ``format`` is in its content cannot be read; None if it can.
+
+    Files from before there was such an entry are of format 1.
+    """
+    if (found := content.get("format", 1)) == known:
+        return None
+    return (
+        f"has format {shown(found)}, this version reads {known}: use the version that wrote it, or "
+        "a newer one"
+    )
 
 
 def flag(name: str, value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from typing import Any
 
 import torch
 
@@ -41,6 +43,17 @@ class DataError(MendableError, ValueError):
 
 class FileError(MendableError, RuntimeError):
     """A file that cannot be written, or a checkpoint that cannot be read; the message names it."""
+
+
+def required(
+    module: str, use: str, package: str = "", kind: type[MendableError] = MendableError
+) -> Any:
+    """Import an optional module; an error of ``kind`` says that ``use`` needs its package."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        name = package or module
+        raise kind(f"{use} needs {name}: pip install {name}") from None
 
 
 def memory_shortage(error: BaseException) -> str | None:

@@ -18,6 +18,9 @@ from backbones.common.errors import CommandError
 from backbones.common.files import write_text_atomically
 from backbones.common.images import has_image_ending
 
+# The version of the JSON that commands write.
+FORMAT = 1
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -33,8 +36,8 @@ def csv_of(*columns: str) -> Kind:
 
 
 def json_of(key: str) -> Kind:
-    """JSON whose first key is ``key``, or an empty list."""
-    return Kind((".json",), rb'[\[{\s]*"%b":|\[\s*\]\s*\Z' % re.escape(key.encode()))
+    """JSON of :func:`json_text` whose first key is ``key``."""
+    return Kind((".json",), rb'\{\s*"format": \d+,\s*"%b":' % re.escape(key.encode()))
 
 
 def csv_text(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -50,8 +53,9 @@ def csv_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     return csv_text(columns, ([row.get(key, "") for key in columns] for row in rows))
 
 
-def json_text(content: Any) -> str:
-    """Text of JSON."""
+def json_text(content: Mapping[str, Any]) -> str:
+    """Text of a JSON object, with the version of its format in front."""
+    content = {"format": FORMAT, **content}
     return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -65,7 +69,7 @@ FIGURE = Kind((".png",), rb"\x89PNG\r\n\x1a\n.{0,400}Software\x00Matplotlib")
 HTML = Kind((".html", ".htm"), rb"<!doctype html>.{0,400}default-src 'none'; img-src data:")
 ONNX = Kind((".onnx",), rb"\x08[\x03-\x1f]")  # the version of the format, always the first field
 PT2 = Kind((".pt2",), rb"PK\x03\x04")
-REPORT = json_of("machine")
+REPORT = Kind((".json",), rb'\{\s*("format": \d+,\s*)?"machine":')  # the first had no format
 
 # Of an existing file; the header of a safetensors file precedes its numbers.
 _READ = 1 << 20

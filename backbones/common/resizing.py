@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,9 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
+from backbones.common.errors import memory_shortage
+from backbones.common.images import DECODE_ERRORS, read_pixels
+from backbones.common.messages import first_line
 from ops.cpu.resize.resize import MOST_SCALE, look_up, resize_part, unavailable
 
 _FILTERS = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}
@@ -57,6 +61,17 @@ class Resizing:
         if limit is not None and self._side * self._side * longer > 2 * limit * shorter:
             raise ValueError(f"an image of {width}×{height} pixels is too narrow to be resized")
         return self(pixels)
+
+    def read(self, path: Path) -> tuple[np.ndarray | None, str]:
+        """:meth:`fit` of a file, or None and the reason why it cannot be read."""
+        try:
+            return self.fit(read_pixels(path, self.mode)), ""
+        except DECODE_ERRORS as error:
+            return None, first_line(error)
+        except (MemoryError, RuntimeError) as error:
+            if (shortage := memory_shortage(error)) is None:
+                raise
+            return None, shortage
 
     def normalise(self, images: np.ndarray) -> Tensor:
         """A batch (B, C, H, W) for the network, bit-identical to timm's transform."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from backbones.common.errors import MendableError
+from backbones.common.errors import MendableError, required
 from backbones.common.messages import first_line
 from backbones.embedding.worker import Event, Job, Worker
 
@@ -32,11 +32,7 @@ _worker: tuple[Job, Worker] | None = None
 
 def require_ray() -> Any:
     """Import ``ray``, an optional dependency."""
-    try:
-        import ray
-    except ImportError:
-        raise MendableError("--engine ray needs Ray: pip install ray") from None
-    return ray
+    return required("ray", "--engine ray")
 
 
 def run_on_cluster(

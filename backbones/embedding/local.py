@@ -22,19 +22,13 @@ import backbones
 from backbones.common.errors import MendableError
 from backbones.embedding.network import Network
 from backbones.embedding.worker import Event, Job, Worker
+from ops.cpu.build.libraries import cores
 
 Part = tuple[int, Any]
 
 _PROGRAM = "from backbones.embedding.worker import main; main()"
 # Give up on a part after so many processes died while embedding it.
 _MOST_DEATHS = 3
-
-
-def cores() -> int:
-    """The number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_here(job: Job, network: Network, parts: Iterable[Part]) -> Generator[Event, None, None]:

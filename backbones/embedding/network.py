@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from backbones.common.dtypes import COMPUTED
 from backbones.common.errors import CommandError
 from backbones.common.messages import shown
+from backbones.common.resizing import Resizing
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, load, preprocessing
@@ -95,6 +98,18 @@ class Network:
         reduced = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced):
             return self._compute(images)
+
+    def of_pixels(
+        self, images: Sequence[np.ndarray], resize: Resizing, batch_size: int
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Embeddings (n, dim), classes and scores of images (C, H, W) by ``resize``, on the CPU.
+
+        The fused form of a network depends on the batch size, so a smaller batch is filled up.
+        """
+        filled = [*images, *[images[-1]] * (batch_size - len(images))]
+        found, classes, scores = self(resize.normalise(np.stack(filled)))
+        cut = [None if t is None else t[: len(images)].cpu() for t in (classes, scores)]
+        return found[: len(images)].flatten(1).cpu(), cut[0], cut[1]
 
     def _compute(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         model, stage = self.model, self.stage

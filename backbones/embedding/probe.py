@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from backbones.common.confusion import confusion_matrix
-from backbones.common.errors import MendableError
+from backbones.common.errors import MendableError, required
 from backbones.embedding.labels import LabelError, labels_of, split_of
-from backbones.embedding.table import blocks, essence, metadata, unit
+from backbones.embedding.table import essence, metadata, selected, unit, vectors_in
 
 __all__ = ["MOST_ROWS", "Method", "Mistake", "Report", "probe"]
 
@@ -131,12 +131,7 @@ def probe(
     ):
         if not good:
             raise ValueError(f"{name} must be {right}, got {value}")
-    try:
-        import sklearn  # noqa: F401
-    except ImportError:
-        raise MendableError(
-            "probe needs scikit-learn: pip install scikit-learn (or '.[search]')"
-        ) from None
+    required("sklearn", "probe", "scikit-learn")
     generator = np.random.default_rng(seed)
     seen = labels_of(folder, labels, source)
     train, held = _Side(folder, seen), _Side(folder, seen)
@@ -195,17 +190,14 @@ class _Side:
 
     def read(self, number_of: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Embeddings (n, dim), class numbers (n,) and keys, in the table's order."""
-        rows = np.array(sorted(self.rows))
         parts, keys = [], []
-        for block in blocks(self.folder):
-            low, high = np.searchsorted(rows, (block.first, block.first + len(block.keys)))
-            inside = rows[low:high] - block.first
-            parts.append(block.vectors[inside])
-            keys += block.keys.take(inside).to_pylist()
+        for batch in selected(self.folder, self.rows, ["key", "embedding"]):
+            parts.append(vectors_in(batch))
+            keys += batch.column("key").to_pylist()
         vectors = np.concatenate(parts)
         if not np.isfinite(vectors).all():
             raise LabelError(f"{self.folder} has embeddings that are NaN or infinite")
-        return vectors, np.array([number_of[str(self.labels[i])] for i in rows]), keys
+        return vectors, np.array([number_of[str(self.labels[i])] for i in sorted(self.rows)]), keys
 
 
 def _require_alike(folder: str | Path, other: str | Path) -> None:

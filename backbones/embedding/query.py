@@ -15,16 +15,13 @@ from backbones.common.checkpoint_files import sha256_of
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError, MendableError
 from backbones.common.files import file_problem
-from backbones.common.images import DECODE_ERRORS, read_pixels
-from backbones.common.messages import first_line
 from backbones.common.resizing import Resizing
 from backbones.embedding.network import Network
 from backbones.embedding.table import differences, metadata
 
 __all__ = ["Queries", "embed_queries"]
 
-# The batch size of `embed`: the fused form of a network depends on it.
-_BATCH = 16
+_BATCH = 16  # as of `embed`
 
 
 @dataclass
@@ -67,16 +64,14 @@ def embed_queries(
     for start in range(0, len(paths), _BATCH):
         decoded = []
         for path in map(Path, paths[start : start + _BATCH]):
-            try:
-                decoded.append(resize.fit(read_pixels(path, resize.mode)))
+            pixels, reason = resize.read(path)
+            if pixels is None:
+                queries.unreadable.append((path, reason))
+            else:
+                decoded.append(pixels)
                 queries.paths.append(path)
-            except DECODE_ERRORS as error:
-                queries.unreadable.append((path, first_line(error)))
         if decoded:
-            count = len(decoded)
-            decoded += decoded[-1:] * (_BATCH - count)
-            found, _, _ = network(resize.normalise(np.stack(decoded)))
-            vectors.append(found[:count].flatten(1).numpy())
+            vectors.append(network.of_pixels(decoded, resize, _BATCH)[0].numpy())
     queries.vectors = np.concatenate(vectors)
     return queries
 

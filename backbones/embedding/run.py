@@ -19,6 +19,7 @@ from backbones.common.arguments import usable_device
 from backbones.common.checkpoint_files import sha256_of
 from backbones.common.dtypes import check_dtype
 from backbones.common.errors import CommandError
+from backbones.common.files import write_text_atomically
 from backbones.common.images import Skipped, installed_decoder
 from backbones.common.lock import FolderLock, LockedError
 from backbones.common.messages import one_line, shown
@@ -26,11 +27,12 @@ from backbones.common.outputs import Kind, require_writable
 from backbones.common.progress import Progress, duration
 from backbones.embedding import table
 from backbones.embedding.cluster import require_ray, run_on_cluster
-from backbones.embedding.local import cores, run_here, run_in_processes
+from backbones.embedding.local import run_here, run_in_processes
 from backbones.embedding.network import Network
 from backbones.embedding.ownership import is_own, seal
 from backbones.embedding.sources import Reader, Source, open_source, reader
 from backbones.embedding.worker import Event, Job
+from ops.cpu.build.libraries import cores
 
 ENGINES = ("local", "ray")
 _PACKAGES = ("vision-backbones", "torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
@@ -272,7 +274,8 @@ class _Work:
     def write_corrupt(self) -> list[tuple[str, str]]:
         """Write ``corrupt.txt``; returns its lines, in the order of the source."""
         corrupt = [entry for _, event in sorted(self._latest.items()) for entry in event.corrupt]
-        table.write_corrupt(self.out, corrupt)
+        lines = (f"{key}\t{reason}\n" for key, reason in corrupt)
+        write_text_atomically(self.out / table.CORRUPT, "".join(lines))
         return corrupt
 
     def follow(self, events: Generator[Event, None, None]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from backbones.common.errors import MendableError
+from backbones.common.errors import MendableError, required
 from backbones.common.files import replacing
 from backbones.common.memory import available_memory
 from backbones.common.messages import first_line, one_line
@@ -151,13 +151,7 @@ def open_graph(folder: str | Path, progress: bool = False) -> Any:
         progress: say on standard error that a damaged graph is replaced, and show a bar while it
             is built, if that is a terminal.
     """
-    try:
-        import faiss
-    except ImportError:
-        raise GraphError(
-            "the index hnsw needs faiss: pip install faiss-cpu (or '.[search]'), or "
-            "choose --index exact"
-        ) from None
+    faiss = required("faiss", "the index hnsw (not --index exact)", "faiss-cpu", GraphError)
     content = metadata(folder)
     rows, dim = count_rows(folder), content["dim"]
     path = Path(folder) / _NAME.format(identity(content)[:16])

@@ -28,9 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from backbones.common.checks import Check, one_of, optional, several, text, whole
+from backbones.common.checks import Check, format_problem, one_of, optional, several, text, whole
 from backbones.common.dtypes import COMPUTED
-from backbones.common.errors import MendableError
+from backbones.common.errors import MendableError, required
 from backbones.common.files import file_problem, replacing, write_text_atomically, writing
 from backbones.common.images import DECODERS
 from backbones.common.messages import first_line, shown
@@ -73,11 +73,9 @@ class DamagedShardError(TableError):
 
 def require_pyarrow() -> Any:
     """Import ``pyarrow``, an optional dependency."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise TableError("embeddings are stored in Parquet: pip install pyarrow") from None
+    required("pyarrow", "the format of embeddings, Parquet,", kind=TableError)
+    import pyarrow.parquet
+
     return pyarrow
 
 
@@ -122,8 +120,10 @@ def metadata(folder: str | Path) -> dict[str, Any]:
         raise TableError(f"{folder} is a file; give the folder of embeddings") from None
     except (ValueError, RecursionError) as error:
         raise TableError(f"{path} is damaged: {first_line(error)}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise TableError(f"{path} does not describe embeddings (format {_FORMAT})")
+    if not isinstance(content, dict) or "format" not in content:
+        raise TableError(f"{path} does not describe embeddings")
+    if (problem := format_problem(content, _FORMAT)) is not None:
+        raise TableError(f"{path} {problem}")
     lacking = [key for key in _DECISIVE if key not in content]
     if lacking:
         raise TableError(f"{path} lacks {', '.join(lacking)}")
@@ -285,16 +285,16 @@ def keys_of(folder: str | Path) -> Iterator[str]:
 
 def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
     """The keys, and the embeddings (n, dim) in float32, of a complete table."""
-    keys = list(keys_of(folder))
-    vectors = np.empty((len(keys), metadata(folder)["dim"]), np.float32)
-    row = 0
-    for batch in batches(folder, ["embedding"]):
-        vectors[row : row + len(batch)] = _vectors(batch)
-        row += len(batch)
+    keys: list[str] = []
+    vectors = np.empty((count_rows(folder), metadata(folder)["dim"]), np.float32)
+    for block in blocks(folder):
+        keys += block.keys.to_pylist()
+        vectors[block.first : block.first + len(block.keys)] = block.vectors
     return keys, vectors
 
 
-def _vectors(batch: pyarrow.RecordBatch) -> np.ndarray:
+def vectors_in(batch: pyarrow.RecordBatch) -> np.ndarray:
+    """The embeddings (n, dim) of a batch, in float32."""
     column = batch.column("embedding")
     vectors = column.flatten().to_numpy().reshape(-1, column.type.list_size)
     return vectors.astype(np.float32, copy=False)
@@ -317,12 +317,6 @@ def corrupt_in(path: Path, content: dict[str, Any]) -> tuple[int, list[tuple[str
     if sum(map(len, _rows(path, content, rows=256))) != count:
         raise DamagedShardError(path, f"it does not have the {count} rows that it declares")
     return count, corrupt
-
-
-def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
-    """Write ``corrupt.txt``: key, tab and reason of each image that could not be decoded."""
-    text = "".join(f"{key}\t{reason}\n" for key, reason in corrupt)
-    write_text_atomically(folder / CORRUPT, text)
 
 
 def _rows(
@@ -490,7 +484,19 @@ def blocks(folder: str | Path) -> Iterator[Block]:
     """All rows of a table, in order and in blocks, with the embeddings as stored."""
     first = 0
     for batch in batches(folder, ["key", "embedding"]):
-        yield Block(first, batch.column("key"), _vectors(batch))
+        yield Block(first, batch.column("key"), vectors_in(batch))
+        first += len(batch)
+
+
+def selected(
+    folder: str | Path, numbers: Collection[int], columns: Sequence[str]
+) -> Iterator[pyarrow.RecordBatch]:
+    """Some columns of the rows with the given numbers, in order and in batches."""
+    wanted, first = np.unique(np.fromiter(numbers, np.int64)), 0
+    for batch in batches(folder, columns):
+        low, high = np.searchsorted(wanted, (first, first + len(batch)))
+        if low < high:
+            yield batch.take(require_pyarrow().array(wanted[low:high] - first))
         first += len(batch)
 
 
@@ -498,17 +504,8 @@ def by_number(
     folder: str | Path, numbers: Collection[int], columns: Sequence[str]
 ) -> dict[int, dict[str, Any]]:
     """Read some columns of the rows with the given numbers."""
-    wanted = np.unique(np.fromiter(numbers, np.int64))
-    found: dict[int, dict[str, Any]] = {}
-    first = 0
-    for batch in batches(folder, columns):
-        low, high = np.searchsorted(wanted, (first, first + len(batch)))
-        if low < high:
-            inside = wanted[low:high]
-            entries = batch.take(require_pyarrow().array(inside - first)).to_pylist()
-            found.update(zip(inside.tolist(), entries, strict=True))
-        first += len(batch)
-    return found
+    rows = (row for batch in selected(folder, numbers, columns) for row in batch.to_pylist())
+    return dict(zip(sorted({*numbers}), rows, strict=True))
 
 
 def vectors_of(folder: str | Path, keys: Sequence[str]) -> tuple[list[int], np.ndarray]:

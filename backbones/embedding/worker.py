@@ -110,11 +110,8 @@ class Worker:
         yield Event(number, shard.rows, tuple(shard.corrupt), done=True, skipped=skipped)
 
     def _embed(self, batch: list[_Decoded], shard: table.Shard) -> None:
-        # Pad the last batch: the fused form of a network depends on the batch size.
-        padded = [image for _, image, _ in batch]
-        padded += padded[-1:] * (self.job.batch_size - len(batch))
-        found, classes, scores = self.network(self._resize.normalise(np.stack(padded)))
-        found = found[: len(batch)].flatten(1).cpu()
+        pixels = [image for _, image, _ in batch]
+        found, classes, scores = self.network.of_pixels(pixels, self._resize, self.job.batch_size)
         stored = found.half() if self.job.content["dtype"] == "float16" else found
         finite = stored.isfinite().all(1)
         for i in (~finite).nonzero()[:, 0].tolist():
@@ -127,8 +124,8 @@ class Worker:
             [key for key, _, _ in kept],
             [size for _, _, size in kept],
             stored[finite].numpy(),
-            None if classes is None else classes[: len(batch)].cpu()[finite].numpy(),
-            None if scores is None else scores[: len(batch)].cpu()[finite].numpy(),
+            None if classes is None else classes[finite].numpy(),
+            None if scores is None else scores[finite].numpy(),
         )
 
     def _decoded(self, part: Any, corrupt: list[tuple[str, str]]) -> Iterator[_Decoded]:

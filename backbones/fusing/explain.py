@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -120,28 +121,15 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation in JSON-compatible types."""
-        memory = self.memory
-        return {
-            **{name: getattr(self, name) for name in _PLAIN},
-            "input_shape": list(self.input_shape),
-            "between": self.between,
-            "calls": [self._call_as_dict(call) for call in self.calls],
-            "precision": self.precision and asdict(self.precision),
-            "memory": memory
-            and {
-                **{name: getattr(memory, name) for name in ("nbytes", "peak", "reuse")},
-                "buffers": [{**asdict(b), "shape": list(b.shape)} for b in memory.buffers],
-            },
-        }
-
-    def _call_as_dict(self, call: TracedCall) -> dict[str, Any]:
-        return {
-            **{name: getattr(call, name) for name in _OF_CALLS},
-            "inputs": [list(shape) for shape in call.inputs],
-            "outputs": [list(shape) for shape in call.outputs],
-            "share": self.share(call.seconds),
-            "gflops_per_second": _rate(call),
-        }
+        made = {**asdict(self), "between": self.between, "calls": []}
+        for call in self.calls:
+            found = {k: v for k, v in vars(call).items() if k not in _NOT_TOLD}
+            found |= {"rule": call.rule, "share": self.share(call.seconds)}
+            made["calls"].append({**found, "gflops_per_second": _rate(call)})
+        if self.memory is not None:
+            made["memory"] |= {"peak": self.memory.peak, "reuse": self.memory.reuse}
+        told: dict[str, Any] = json.loads(json.dumps(made))  # with lists for tuples
+        return told
 
     def __str__(self) -> str:
         """A table with a row for each call, and a summary of the memory plan."""
@@ -199,8 +187,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-_PLAIN = (*("model", "dtype", "threads", "instruction_set", "is_fused", "seconds", "not_replayed"),)
-_OF_CALLS = ("layer", "library", "kernel", "dtype", "instruction_set", "rule", "flops", "seconds")
+_NOT_TOLD = ("rules", "lowered_from", "rewrites")  # which ``rule`` puts into words
 _HEAD = ("layer", "kernel", "shapes", "dtype", "set", "ms", "share", "GFLOP/s", "rule")
 
 

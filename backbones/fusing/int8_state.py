@@ -1,7 +1,8 @@
 """State dicts with weights in int8: models of ``fuse(torch.int8)`` in files.
 
 A layer in int8 has its weight as int8, ``<layer>.weight_scale`` (out_features,) in float32 and,
-if it was calibrated, ``<layer>.input_range`` (2,) in float32, scale and zero.
+if it was calibrated, ``<layer>.input_range`` (2,) in float32, scale and zero. ``int8_format`` is
+the version of this format; files without it are of version 1.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.common.checkpoint_files import CheckpointError
+from backbones.common.checks import format_problem
 from backbones.common.tables import table
 from ops.cpu.gemm.int8 import LARGEST_BYTE, LEAST_STEP, quantize_weight
 from ops.inference.packed_linear import Quantization, quantization_of
@@ -22,6 +24,7 @@ from ops.inference.packed_linear import Quantization, quantization_of
 __all__ = ["Int8Model", "LayerPrecision", "Precision", "dequantized", "set_quantization"]
 
 _SCALE, _RANGE = "weight_scale", "input_range"
+_VERSION, _FORMAT = "int8_format", 1
 
 
 class Int8Model:
@@ -50,7 +53,7 @@ class Int8Model:
             raise RuntimeError(
                 f"{type(self).__name__} has no layers in int8: call fuse(dtype=torch.int8) first"
             )
-        state: dict[str, Tensor] = dict(model.state_dict())
+        state: dict[str, Tensor] = {**model.state_dict(), _VERSION: torch.tensor(_FORMAT)}
         layers = dict(model.named_modules())
         for name in self.precision.quantized:
             layer: Any = layers[name]
@@ -70,10 +73,15 @@ def dequantized(
         source: where they came from, for messages.
 
     Raises:
-        CheckpointError: a scale or a range of another shape or dtype, or with a value that no
-            layer can have; it names the tensor and the value.
+        CheckpointError: another version of the format, or a scale or a range of another shape or
+            dtype, or with a value that no layer can have; it names the tensor and the value.
     """
     floats = dict(tensors)
+    version = floats.pop(_VERSION, None)
+    if version is not None:
+        number: Any = version.tolist() if _is_plain(version) else None
+        if (problem := format_problem({"format": number}, _FORMAT)) is not None:
+            raise CheckpointError(f"{source}: its int8 state dict {problem}")
     found: dict[str, Quantization] = {}
     for key, weight in tensors.items():
         layer, _, last = key.rpartition(".")
@@ -91,14 +99,16 @@ def dequantized(
     return floats, found
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
 def _has_bytes(weight: Tensor) -> bool:
-    plain = weight.layout == torch.strided and not weight.is_meta
-    return plain and weight.dtype == torch.int8 and weight.ndim > 1
+    return _is_plain(weight) and weight.dtype == torch.int8 and weight.ndim > 1
 
 
 def _require_plain(numbers: Tensor, shape: tuple[int, ...], name: str) -> None:
-    plain = numbers.layout == torch.strided and not numbers.is_meta
-    if numbers.shape != shape or numbers.dtype != torch.float32 or not plain:
+    if numbers.shape != shape or numbers.dtype != torch.float32 or not _is_plain(numbers):
         raise CheckpointError(
             f"{name} must be {tuple(shape)} of float32, got {tuple(numbers.shape)} of "
             f"{numbers.dtype}"

@@ -89,11 +89,10 @@ def quantize(
         if batches is not None:
             ranges = _calibrate(model, layers, batches)
         entries = [_entry(name, layer, batches is not None, ranges) for name, layer in layers]
-        for entry in entries:
-            if entry.layer in classifiers and not entry.reason:
+        for entry in (entry for entry in entries if not entry.reason):
+            if entry.layer in classifiers:
                 entry.reason = "the classifier, whose errors no later layer evens out"
-        for entry in entries:
-            if known and not entry.reason and entry.layer not in known:
+            elif known and entry.layer not in known:
                 entry.reason = before.get(entry.layer) or "not quantised in the file"
         chosen = {entry.layer: entry for entry in entries if not entry.reason}
         result = Precision("", entries, bool(ranges))

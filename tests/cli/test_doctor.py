@@ -26,7 +26,7 @@ from ops.cpu.build.sources import Sources
 
 def test_this_machine(capsys):
     status = main(["doctor", "--json"])
-    findings = json.loads(capsys.readouterr().out)
+    findings = json.loads(capsys.readouterr().out)["findings"]
     assert status == int(any(f["severity"] == "error" for f in findings))
     topics = {f["topic"] for f in findings}
     assert topics >= {"python", "cpu", "gpu", "compiler", "attention", "openmmlab", "cache"}
@@ -225,7 +225,7 @@ def test_invalid_variables(monkeypatch, capsys):
     forget_kernels(monkeypatch)
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
     assert main(["doctor", "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["findings"]
     errors = [f["fix"] for f in found if f["severity"] == "error"]
     assert "unset VISION_BACKBONES_NATIVE" in errors
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "False")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embedded_images import Embedded, embed_images
+from embedding_runs import Embedded, embed_images
 from PIL import Image
 
 from backbones.cli.main import main
@@ -38,7 +38,9 @@ def test_search(embedded, tmp_path, capsys):
     words = ["search", embedded.table, "--query", query, "--key", "train/class1/copy.png"]
     words += ["--top", "4", "--out", tmp_path / "a.png", "--html", tmp_path / "a.html"]
     assert run(*words, "--csv", tmp_path / "a.csv", "--json", tmp_path / "a.json") == 0
-    first, second = json.loads((tmp_path / "a.json").read_text())
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert told["format"] == 1
+    first, second = told["queries"]
     assert (first["query"], second["query"]) == ("train/class1/copy.png", str(query))
     # The key itself is not among what resembles it; a file that is in the table is.
     assert first["matches"][0] == {"key": "train/class1/004.png", "score": 1.0}
@@ -93,7 +95,7 @@ def test_duplicates(embedded, tmp_path, capsys):
     words = ["duplicates", embedded.table, "--threshold", "1", "--out", out["png"]]
     words += ["--html", out["html"], "--csv", out["csv"], "--json", out["json"]]
     assert run(*words) == 0
-    ((first, second),) = json.loads(out["json"].read_text())
+    ((first, second),) = json.loads(out["json"].read_text())["groups"]
     assert [first["key"], second["key"]] == ["train/class1/004.png", "train/class1/copy.png"]
     assert (first["height"], first["width"], first["similarity"]) == (40, 36, 1)
     rows = list(csv.reader(out["csv"].read_text().splitlines()))
@@ -110,7 +112,7 @@ def test_no_duplicates(embedded, tmp_path, capsys):
     table = make_table(tmp_path / "table", np.eye(4, dtype=np.float32))
     assert run("duplicates", table, "--json", tmp_path / "a.json") == 0
     assert capsys.readouterr().out.startswith("0 groups; 0 of 4 images")
-    assert json.loads((tmp_path / "a.json").read_text()) == []
+    assert json.loads((tmp_path / "a.json").read_text()) == {"format": 1, "groups": []}
     assert not (table / "duplicates.png").exists()
 
 
@@ -135,7 +137,11 @@ def test_probe(embedded, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("package", "words", "said"),
     [
-        ("faiss", ["search", "--key", "val/class0/000.png", "--index", "hnsw"], "faiss-cpu"),
+        (
+            "faiss",
+            ["search", "--key", "val/class0/000.png", "--index", "hnsw"],
+            "--index exact",
+        ),
         ("sklearn", ["probe", "--labels", "folder"], "pip install scikit-learn"),
         ("pyarrow", ["duplicates"], "pip install pyarrow"),
     ],

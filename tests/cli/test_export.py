@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
+import time
+from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
 import torch
 import torchvision
+import yaml
 from embedding_runs import make_photos
+from faults import files_that_may_not_grow
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from zoo import FAMILIES, randomise, small
 
@@ -19,10 +26,13 @@ import backbones
 from backbones.cli import graphs
 from backbones.cli.export import agreement, calibration_images, export
 from backbones.cli.main import main
-from backbones.common.errors import CommandError
+from backbones.common.errors import CommandError, FileError
+from backbones.common.files import save_weights
 from backbones.common.outputs import ONNX, PT2, require_writable
-from backbones.core.loaded import Loaded
+from backbones.core.loaded import Loaded, load
 from backbones.overlock.blocks import ContextMixing, window_offsets
+from ops.cpu import policy
+from ops.cpu.gemm.int8 import not_faster_in_int8
 
 # From a single window, or less, to several at every stage; none divides by much.
 SHAPES = [(1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 226, 158), (1, 3, 33, 41)]
@@ -283,3 +293,179 @@ def test_sampled_deformable_convolution(stride, pad, dilation):
         x, weight, offset, x, bias, *stride, *pad, *dilation, 1, 1, False
     )
     torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
+
+
+# -- HAT: thousands of nodes, whose equal tables are stored once
+
+TINY_HAT: dict[str, Any] = {"dim": 24, "window_size": 4, "compress_ratio": 3, "squeeze_factor": 8}
+
+
+def tiny_hat(groups: int, **kwargs: Any) -> Any:
+    torch.manual_seed(0)
+    arguments = {"depths": (2,) * groups, "num_heads": (2,) * groups, **TINY_HAT, **kwargs}
+    return backbones.create_model("hat_s_x2", **arguments).eval()
+
+
+def test_equal_tables_are_stored_once(tmp_path: Path) -> None:
+    """Every block of a group has the same positions, of 16 × 16 and 16 × 36 places."""
+    model, path = tiny_hat(1), tmp_path / "m.onnx"
+    graphs.save_onnx(graphs.trace(model, (1, 3, 4, 8), dynamic=False), path)
+    (found,) = graphs.check(model, graphs.onnx_runner(path), [(1, 3, 4, 8)])
+    assert found.error < 1e-5
+    constants = [t.raw_data for t in onnx.load(path).graph.initializer if len(t.raw_data) > 2000]
+    assert constants and len(set(constants)) == len(constants)
+
+
+@pytest.mark.slow
+def test_dynamic_sizes_down_to_one_pixel(tmp_path):
+    model, path = tiny_hat(2), tmp_path / "m.onnx"
+    graphs.save_onnx(graphs.trace(model, (1, 3, 16, 16), dynamic=True), path)
+    shapes = [(1, 3, 1, 1), (2, 3, 4, 5), (1, 3, 13, 4), (3, 3, 9, 14)]
+    for found in graphs.check(model, graphs.onnx_runner(path), shapes):
+        assert found.error < 1e-5, found.shape
+
+
+# -- faults: a line, and no files
+
+
+class Plain(torch.nn.Module):
+    """One convolution, of more bytes than the limit below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 64, 3)
+        self.in_chans, self.num_classes = 3, 0
+        self.pretrained_cfg = {"input_size": (3, 16, 16)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_files_larger_than_the_limit(ending, tmp_path):
+    path = tmp_path / f"x.{ending}"
+    path.write_text("as it was")
+    said = f"cannot write {path}: `ulimit -f` or the file"
+    with files_that_may_not_grow(2000), pytest.raises(FileError, match=said):
+        export(Loaded(Plain().eval(), "plain"), path, ending, [(1, 3, 16, 16)])
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "as it was"
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow),
+    ],
+)
+def test_signals_leave_nothing_behind(number, status, tmp_path, monkeypatch, default_signals):
+    def half(program: Any, path: Path) -> None:
+        path.write_text("half")
+        path.with_name(f"{path.name}.data").write_text("half")
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr(graphs, "trace", lambda *args: None)
+    monkeypatch.setattr(graphs, "save_program", half)
+    assert main(["export", "shvit_s1", "--size", "64", "--out", str(tmp_path / "x.pt2")]) == status
+    assert list(tmp_path.iterdir()) == []
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+# -- int8 in safetensors, and what other commands make of the file ---------------------------------
+
+
+_REASON = not_faster_in_int8(torch.device("cpu"))
+_needs_int8 = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """The checkpoint of a run with three classes, of a shallow model."""
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.manual_seed(0)
+    model = backbones.create_model("shvit_s1", num_classes=3, depths=(1, 1, 1))
+    facts = {"model": "shvit_s1", "classes": '["cat", "dog", "owl"]'}
+    save_weights(run / "best.safetensors", model.state_dict(), facts)
+    recipe = {"model": "shvit_s1", "num_classes": 3, "img_size": 64, "data": "x", "crop_pct": 1.0}
+    recipe["model_args"] = {"depths": [1, 1, 1]}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    return run / "best.safetensors"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos", 3)
+
+
+@_needs_int8
+def test_the_file_stands_alone(trained, photos, tmp_path, capsys):
+    """It has the recipe, and predicts as the checkpoint does in int8 with these ranges."""
+    path = tmp_path / "elsewhere" / "model.safetensors"
+    path.parent.mkdir()
+    words = ["export", "shvit_s1", "--checkpoint", str(trained), "--size", "64", "--int8"]
+    options = ["--calibration", str(photos), "--max-drop", "0.5", "--out", str(path)]
+    assert main([*words, *options]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "layers in int8 (calibrated ranges)" in said[0]
+    assert said[1].startswith("  int8 agrees with float in ")
+    assert said[2].startswith(f"{path}: shvit_s1 in int8 for any batch and size, ")
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+    assert torch.int8 in {tensor.dtype for tensor in load_file(path).values()}
+
+    loaded = load(None, path)
+    assert loaded.recipe is not None and loaded.recipe.img_size == 64
+    assert loaded.classes == ["cat", "dog", "owl"] and loaded.model.precision.calibrated
+    outputs = []
+    for dtype in ([], ["--dtype", "int8"]):
+        assert main(["predict", str(photos), "--checkpoint", str(path), *dtype]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and "owl" in outputs[0]
+    assert main(["predict", str(photos), "--checkpoint", str(path), "--cam", "x.png"]) == 2
+    assert "--cam needs weights from before fuse()" in capsys.readouterr().err
+    words = ["embed", str(photos), "--checkpoint", str(path), "--out", str(tmp_path / "embedded")]
+    assert main(words) == 0
+    assert main(["verify", "shvit_s1", "--checkpoint", str(path)]) == 0
+    assert "outputs of these weights: finite" in capsys.readouterr().out
+    words = ["export", "shvit_s1", "--checkpoint", str(path), "--out", str(tmp_path / "x.onnx")]
+    assert main(words) == 2
+    assert "has int8 weights, which cannot be exported" in capsys.readouterr().err
+
+
+@_needs_int8
+@pytest.mark.parametrize("fault", ["", "loading", "nothing to gain"])
+def test_without_images(fault, trained, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    told = "(a range for each row of inputs)"
+    if fault == "loading":
+        told = f"error: shvit_s1: {path} has NaN or infinite weights; it was not written"
+
+        def refuse(model: torch.nn.Module, path: Path) -> None:
+            raise backbones.CheckpointError(f"{path} has NaN or infinite weights")
+
+        monkeypatch.setattr(backbones, "load_checkpoint", refuse)
+    elif fault:
+        told = "error: shvit_s1: no layer would gain from int8 here; 0 of "
+        for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
+            monkeypatch.setattr(policy, name, 1 << 40)
+    words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", str(path)]
+    for _ in range(2):  # an earlier result is replaced
+        assert main(words) == (2 if fault else 0)
+    said = capsys.readouterr()
+    assert told in said.out + said.err and path.exists() is not bool(fault)
+
+
+def test_runs_of_restoration(tmp_path):
+    """Their recipe has the model's arguments; preprocessing is the model's own."""
+    arguments = {"dim": 24, "depths": [2], "num_heads": [2], "window_size": 8}
+    model = backbones.create_model("hat_nano_x2", in_chans=1, **arguments)
+    save_weights(tmp_path / "best.safetensors", model.state_dict(), {})
+    recipe = {"model": "hat_nano_x2", "task": "sr", "in_chans": 1, "model_args": arguments}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    loaded = load(None, tmp_path / "best.safetensors")
+    assert loaded.name == "hat_nano_x2" and loaded.recipe is None
+    assert loaded.model.in_chans == 1 and len(loaded.model.stages) == 1

@@ -59,7 +59,7 @@ def test_int8(capsys, monkeypatch):
 
 def test_json(capsys):
     told = json.loads(_said(["--size", "64", "--json", "--dtype", "bfloat16"], capsys))
-    assert told["dtype"] == "bfloat16" and told["is_fused"]
+    assert told["format"] == 1 and told["dtype"] == "bfloat16" and told["is_fused"]
     assert [call["layer"] for call in told["calls"]][-1] == "head.fc"
 
 

@@ -62,7 +62,7 @@ def test_a_folder_with_a_corrupt_file(run_folder, photos, capsys):
     assert len(rows) == 4 * 3 + 1
     first = [row for row in rows if row["image"].endswith("0.png")]
     assert sum(float(row["confidence"]) for row in first) == pytest.approx(1, abs=1e-5)
-    entries = json.loads((out / "a.json").read_text())
+    entries = json.loads((out / "a.json").read_text())["images"]
     assert "error" in entries[-1]
     assert [a["name"] for a in entries[0]["predictions"]] == [row["name"] for row in first]
     with Image.open(out / "a.png") as picture:
@@ -97,7 +97,7 @@ def test_the_dtype_of_the_computation(dtype, run_folder, photos, capsys):
             assert status == 2 and reason in capsys.readouterr().err
             return
         assert status == 0
-        (entry,) = json.loads(out.read_text())
+        (entry,) = json.loads(out.read_text())["images"]
         found.append({c["class"]: c["confidence"] for c in entry["predictions"]})
     assert found[0] == pytest.approx(found[1], abs=0.05)
     assert dtype == "float32" or found[0] != found[1]
@@ -134,7 +134,7 @@ def test_undecodable_names(run_folder, photos, monkeypatch):
         assert any(f"/{name}" in line for line in said)
     rows = csv.DictReader(io.StringIO(out["csv"].read_text(encoding="utf-8")))
     assert len({row["image"] for row in rows}) == 5
-    entries = json.loads(out["json"].read_text(encoding="utf-8"))
+    entries = json.loads(out["json"].read_text(encoding="utf-8"))["images"]
     assert {Path(entry["image"]).name for entry in entries} == {*os.listdir(photos)}
     assert out["cam.png"].is_file()
 
@@ -148,7 +148,7 @@ def test_every_format_is_found_and_others_are_named(run_folder, photos, tmp_path
         (photos / name).touch()
     (photos / "cut.png").unlink()
     assert predicted(run_folder, photos, "--json", tmp_path / "a.json") == 0
-    assert len(json.loads((tmp_path / "a.json").read_text())) == count + 3
+    assert len(json.loads((tmp_path / "a.json").read_text())["images"]) == count + 3
     told = "skipped 4 files without the ending of a known image format: "
     names = ", ".join(str(photos / name) for name in ("Thumbs.db", "a.heic", "b.svg"))
     assert capsys.readouterr().err == f"{told}{names}, …\n"
@@ -162,7 +162,7 @@ def test_devices_and_pipes_are_written_to(run_folder, photos, tmp_path):
     assert predicted(run_folder, photos / "0.png", "--topk", "1", "--json", link) == 0
     os.close(writing)
     with open(reading) as pipe:
-        (entry,) = json.load(pipe)
+        (entry,) = json.load(pipe)["images"]
     assert len(entry["predictions"]) == 1
     assert link.is_symlink()
 

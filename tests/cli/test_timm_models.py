@@ -75,7 +75,7 @@ def assert_predictions(
     """``predict`` gives these confidences (images, classes)."""
     out = folder / "predicted.json"
     assert run("predict", photos, *words, "--topk=7", "--json", out) == 0
-    for entry, row in zip(json.loads(out.read_text()), expected, strict=True):
+    for entry, row in zip(json.loads(out.read_text())["images"], expected, strict=True):
         for found in entry["predictions"]:
             assert found["confidence"] == pytest.approx(row[found["class"]].item(), abs=allowed)
 
@@ -136,7 +136,7 @@ def test_embed_and_search(name, photos, tmp_path):
     assert np.abs(vectors - expected.numpy()).max() < 1e-4 * expected.abs().max()
     out = ["--out", tmp_path / "a.png", "--json", tmp_path / "a.json"]
     assert run("search", folder, "--query", photos / "2.png", *out) == 0
-    (entry,) = json.loads((tmp_path / "a.json").read_text())
+    (entry,) = json.loads((tmp_path / "a.json").read_text())["queries"]
     assert entry["matches"][0]["key"] == "2.png" and entry["matches"][0]["score"] > 0.999
 
 

@@ -21,6 +21,7 @@ from backbones.common.outputs import (
     Kind,
     csv_of,
     json_of,
+    json_text,
     overwritten,
     require_writable,
 )
@@ -110,8 +111,7 @@ def results(folder: Path) -> dict[str, tuple[Path, Kind]]:
     page = Path(__file__).parents[2] / "backbones" / "embedding" / "page.html"
     shutil.copy(page, folder / "a.html")
     (folder / "a.csv").write_text("query,place,key\nx,1,y\n")
-    (folder / "a.json").write_text('[\n {\n  "query": 3\n }\n]\n')
-    (folder / "none.json").write_text("[]\n")
+    (folder / "a.json").write_text(json_text({"query": 3}))
     (folder / "empty.csv").touch()
     (folder / "a.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
     (folder / "a.pt2").write_bytes(b"PK\x03\x04")
@@ -129,7 +129,7 @@ def test_earlier_results_are_replaced(tmp_path):
     [
         b"key,class\n1.png,cat\n",
         b'{"images": [], "query": 1}',
-        b"[1]",
+        b"[]",
         b"\x80\x02pickle",
         b"<!doctype html><title>mine</title>",
         b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR of a photograph",

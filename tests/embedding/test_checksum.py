@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 from embedding_runs import make_photos, same, words
-from embedding_tables import make_table
+from embedding_tables import make_table, rewrite
 
 from backbones.cli.main import main
 from backbones.embedding import table
@@ -28,23 +27,6 @@ def flip(path: Path, place: int, bit: int = 3) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1 << bit
     path.write_bytes(data)
-
-
-def rewrite(path: Path, column: Any = None, name: str = "embedding", **facts: str) -> None:
-    """Write a shard as an earlier version did, without a checksum.
-
-    Args:
-        column: to put in for the one of that name.
-        facts: of the file's metadata, to put in.
-    """
-    with pyarrow.parquet.ParquetFile(path) as file:
-        whole, kept = file.read(), file.metadata.metadata
-    if column is not None:
-        field = pyarrow.field(name, column.type, nullable=bool(column.null_count))
-        whole = whole.set_column(whole.schema.get_field_index(name), field, column)
-    kept = {key: kept[key] for key in (table.IDENTITY_KEY, table.CORRUPT_KEY)}
-    kept |= {f"backbones.{key}".encode(): value.encode() for key, value in facts.items()}
-    pyarrow.parquet.write_table(whole.replace_schema_metadata(kept), path, compression="none")
 
 
 @pytest.mark.parametrize(

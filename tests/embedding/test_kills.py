@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from embedding_runs import decode_slowly, make_photos, same, start, words
+from faults import files_that_may_not_grow
 from training_runs import PATIENCE, Run, kill_at_call
 
 from backbones.cli.main import main
@@ -103,3 +104,28 @@ def test_workers_end_with_their_parent(checkpoint, tmp_path):
         os.killpg(group, signal.SIGKILL)
         raise AssertionError("they went on")
     assert _shards(out) < 50
+
+
+# -- a full disk: a line that names the folder -----------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [100, 1500])
+def test_finished_shards_remain(size, workers, photos, checkpoint, tmp_path, capsys):
+    """100 bytes are too few for the metadata, 1500 for a shard."""
+    out = tmp_path / "out"
+    argv = words(photos, out, checkpoint, f"--workers={workers}")
+    assert main(words(photos, tmp_path / "undisturbed", checkpoint)) == 0
+    capsys.readouterr()
+    with files_that_may_not_grow(size):
+        assert main(argv) == 2
+    said = capsys.readouterr().err
+    folder = out if size == 100 else out / "shards"
+    assert f"`ulimit -f` or the file system allows no file of this size in {folder} " in said
+    assert [line for line in said.splitlines() if line.startswith("error: ")] == [
+        said.splitlines()[-1]
+    ]
+    assert "Traceback" not in said
+    assert not list(out.rglob(".*")) if out.exists() else size == 100
+    assert main(argv) == 0
+    assert same(out, tmp_path / "undisturbed")

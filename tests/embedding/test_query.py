@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from embedded_images import Embedded, embed_images
+from embedding_runs import Embedded, embed_images
 
 from backbones.common.errors import MendableError
 from backbones.embedding import table

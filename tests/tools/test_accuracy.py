@@ -146,9 +146,9 @@ def test_contenders_that_fail_are_recorded(tool, contenders, tmp_path, monkeypat
 def test_parity_of_a_family_is_measured_and_the_others_stay(tool, tmp_path, monkeypatch):
     monkeypatch.setattr(tool.originals, "case_errors", lambda *case: (1e-7, [2e-7, 3e-7]))
     path = tmp_path / "parity.json"
-    path.write_text('{"van_b0": {"output": 1.0}}')
+    path.write_text('{"results": {"van_b0": {"output": 1.0}}}')
     tool.parity(["shvit", "--output", str(path)])
-    found = json.loads(path.read_text())
+    found = json.loads(path.read_text())["results"]
     assert list(found) == ["shvit_s1", "shvit_s2", "shvit_s3", "shvit_s4", "van_b0"]
     assert found["van_b0"] == {"output": 1.0}
     assert (found["shvit_s1"]["output"], found["shvit_s1"]["stages"]) == (1e-7, 3e-7)

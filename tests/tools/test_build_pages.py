@@ -99,7 +99,7 @@ def test_the_command_fills_and_rewrites(tool, tmp_path, monkeypatch):
     tool.main([])
     assert page.stat().st_mtime_ns == before
     tool.main(["--rewrite"])
-    assert len((tmp_path / "a.json").read_text().splitlines()) == 6
+    assert len((tmp_path / "a.json").read_text().splitlines()) == 7
 
 
 def test_the_pictures_are_drawn(tool, tmp_path):

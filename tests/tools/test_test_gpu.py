@@ -15,7 +15,8 @@ def test_says_that_there_is_no_gpu(tool, tmp_path, monkeypatch, capsys):
     assert tool.main(["--output", str(output)]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "No GPU that torch can use: nothing was tested."
-    assert json.loads(output.read_text()) == {"machine": None, "cases": {}, "benchmark": []}
+    empty = {"format": 1, "machine": None, "cases": {}, "benchmark": []}
+    assert json.loads(output.read_text()) == empty
 
 
 CASES = """

@@ -29,6 +29,7 @@ from tables_models import table  # noqa: E402
 import backbones  # noqa: E402
 from backbones.cli import parity  # noqa: E402
 from backbones.cli.benchmark_report import DTYPES, PLAIN, Cell  # noqa: E402
+from backbones.cli.reports import read_report  # noqa: E402
 from backbones.core.registry import published_weights  # noqa: E402
 
 PARITY = DOCS / "parity.json"
@@ -82,7 +83,7 @@ def latencies(measured: Sequence[Speeds]) -> list[Speeds]:
 
 def rows(measured: Sequence[Speeds]) -> list[Row]:
     """All variants, sorted by family and size, with the speeds that the page Speed shows."""
-    errors = json.loads(PARITY.read_text())
+    errors = read_report(PARITY)["results"]
     by_model: dict[str, dict[int, Speeds]] = {}
     for each in latencies(measured):
         by_model.setdefault(each.model, {})[each.size] = each
@@ -305,7 +306,7 @@ def _layers() -> dict[tuple[str, str], str]:
     """By instruction set and model, how many layers are in int8, "n of m"."""
     found = {}
     for path in sorted((DOCS / "performance").glob("int8_accuracy*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_report(path)
         for row in report["results"]:
             counts = [f["quantized"] for f in row["forms"].values() if f.get("quantized")]
             if counts:

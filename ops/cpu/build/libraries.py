@@ -255,7 +255,7 @@ class Libraries:
         sizes = {n: sum(p.stat().st_size for p in self.sources.files(n)) for n in names}
         order = sorted(names, key=lambda name: -sizes[name])
         # After an error or Ctrl-C, which a terminal sends to compilers, too, no more are started.
-        with ThreadPoolExecutor(_cpus()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             run = partial(self._compile_one, isa=isa, folder=folder, compilers=compilers)
             try:
                 for number, _ in enumerate(pool.map(run, order), 1):
@@ -286,7 +286,8 @@ def _switched_off() -> str:
     return f"switched off by {SWITCH}={os.environ[SWITCH]}"
 
 
-def _cpus() -> int:
+def cores() -> int:
+    """The number of cores that this process may use."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 

@@ -418,9 +418,10 @@ def test_refused_calls_leave_the_model_alone(shvit: Any) -> None:
 def test_a_file_without_ranges(calibrated: Any, state: dict[str, Tensor], tmp_path: Path) -> None:
     save_file(state, tmp_path / "int8.safetensors")
     found = load_file(tmp_path / "int8.safetensors")
-    assert {t.dtype for t in found.values()} == {torch.int8, torch.float32, _MAPS}
+    assert {t.dtype for t in found.values()} == {torch.int8, torch.int64, torch.float32, _MAPS}
     for layer in calibrated.precision.quantized:
         found.pop(f"{layer}.input_range")
+    del found["int8_format"]  # as of an earlier version
     loaded = _halved(small("shvit"))
     backbones.load_checkpoint(loaded, found)
     assert not loaded.precision.calibrated
@@ -497,6 +498,14 @@ def test_numbers_that_no_layer_has(
         with pytest.raises(backbones.CheckpointError, match=said.format(value)) as raised:
             backbones.load_checkpoint(model, state)
         assert calibrated.precision.quantized[1] in str(raised.value) and not model.fused
+
+
+@pytest.mark.parametrize("version", [2, 1.5, [1], _NAN])
+def test_files_of_another_format(version: Any, state: dict[str, Tensor]) -> None:
+    assert state["int8_format"].item() == 1
+    state["int8_format"] = torch.tensor(version)
+    with pytest.raises(ValueError, match=r"state dict has format .*, this version reads 1: use"):
+        backbones.load_checkpoint(small("shvit"), state)
 
 
 @torch.inference_mode()

@@ -236,7 +236,7 @@ def test_plain_layers_run_at_once_where_nothing_can_be_compiled(monkeypatch, sou
     for kernel in ("neighborhood", "other"):
         (sources / "any" / f"{kernel}.cpp").write_text("")
     attempts = _failing(OSError(errno.ENOSPC, "No space left on device"), monkeypatch)
-    monkeypatch.setattr(libraries, "_cpus", lambda: 1)
+    monkeypatch.setattr(libraries, "cores", lambda: 1)
     x = random(1, 5, 6, 2, 4).float()
     out = na2d(x, x, x, 3)
     before = len(attempts)
