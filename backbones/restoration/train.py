@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
@@ -61,6 +60,12 @@ class RestorationTrainer(TrainingLoop):
     """Training with the L1 loss on degraded patches; the best weights are selected by PSNR-Y."""
 
     score_key = "psnr_y"
+    factors: ClassVar[Mapping[str, float]] = {"loss": 1.0}
+    count_of_sums = 2
+    texts: ClassVar[Mapping[str, str]] = {
+        **{"train_loss": "L1 {:.4f}", "val_psnr_y": "validation {:.2f} dB"},
+        **{"ema_psnr_y": "averaged {:.2f} dB", "images_per_second": "{:.0f} patches/s"},
+    }
     recipe: RestorationRecipe
 
     def __init__(
@@ -95,21 +100,11 @@ class RestorationTrainer(TrainingLoop):
 
     # --- called by the loop
 
-    def new_meter(self) -> SimpleNamespace:
-        """Sums of the loss and of the number of patches, on the device until they are read."""
-        return SimpleNamespace(sums=torch.zeros(2, dtype=torch.float64, device=self.device))
-
-    def compute(self, batch: Pair) -> tuple[Tensor, int]:
+    def compute(self, batch: Pair) -> tuple[Tensor, Tensor]:
         degraded, truth = batch
-        return F.l1_loss(self.net(degraded).float(), truth), len(truth)
-
-    def note(self, loss: Tensor, seen: int) -> None:
-        self.meter.sums += torch.stack([loss.double() * seen, loss.new_tensor(seen).double()])
-
-    def training_figures(self, world: World | None = None) -> dict[str, float]:
-        sums = self.meter.sums if world is None else world.sum(self.meter.sums.clone())
-        loss, count = sums.tolist()
-        return {"loss": loss / max(count, 1.0)}
+        loss = F.l1_loss(self.net(degraded).float(), truth)
+        total = loss.detach().double() * len(truth)
+        return loss, torch.stack([total, torch.full_like(total, len(truth))])
 
     @torch.inference_mode()
     def validate(self, model: nn.Module) -> tuple[dict[str, float], int]:
@@ -157,20 +152,6 @@ class RestorationTrainer(TrainingLoop):
         return out.squeeze(0).float().cpu()
 
     # --- reporting
-
-    def describe(self) -> str:
-        now = self.figures()
-        return (
-            f"L1 {now['loss']:.4f}  {now['images_per_second']:.0f} patches/s  "
-            f"{duration(self.seconds_left())} left"
-        )
-
-    def describe_metrics(self, row: dict[str, Any]) -> list[str]:
-        parts = [f"L1 {row['train_loss']:.4f}"]
-        for prefix, name in (("val", "validation"), ("ema", "averaged")):
-            if f"{prefix}_psnr_y" in row:
-                parts.append(f"{name} {row[f'{prefix}_psnr_y']:.2f} dB")
-        return [*parts, f"{row['images_per_second']:.0f} patches/s"]
 
     def show_results(self) -> None:
         """Draw a validation picture with the best weights."""

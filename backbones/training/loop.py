@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +24,7 @@ from backbones.common.progress import Progress, duration
 from backbones.common.signals import StopRequest
 from backbones.training import build, optimization, parallel
 from backbones.training.recipe import Recipe, check_learning_rate
-from backbones.training.record import RunLog, say_results
+from backbones.training.record import RunLog, means_of, say_results
 from backbones.training.resumable import DivergedError, Resumable
 
 
@@ -36,6 +36,9 @@ class TrainingLoop(Resumable):
     """
 
     score_key: str  # the validation metric that selects the best weights; higher is better
+    factors: Mapping[str, float]  # of the means of an epoch's sums, see :func:`means_of`
+    count_of_sums: int
+    texts: Mapping[str, str]  # formats of the figures of an epoch, by column of summary.csv
     train_loader: Any  # has ``epoch``, ``names`` and ``close`` like :class:`TrainLoader`
 
     def __init__(
@@ -84,7 +87,7 @@ class TrainingLoop(Resumable):
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.consensus = Consensus(world)
 
-        self.meter = self.new_meter()
+        self.sums = torch.zeros(self.count_of_sums, dtype=torch.float64, device=self.device)
         self.log = RunLog(self.folder, recipe, world.is_main)
         self.begun = self.saved = time.monotonic()
         self.done_before = 0  # updates of earlier processes of this run
@@ -113,28 +116,12 @@ class TrainingLoop(Resumable):
         return {}
 
     @abstractmethod
-    def compute(self, batch: Any) -> tuple[Tensor, Any]:
-        """The loss of a batch, computed by ``net``, and data for :meth:`note`."""
-
-    @abstractmethod
-    def note(self, loss: Tensor, seen: Any) -> None:
-        """Add a batch to the meter."""
-
-    @abstractmethod
-    def training_figures(self, world: World | None = None) -> dict[str, float]:
-        """The meter's metrics, including ``loss``, of this process or of all."""
+    def compute(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, computed by ``net``, and what it adds to the epoch's sums."""
 
     @abstractmethod
     def validate(self, model: nn.Module) -> tuple[dict[str, float], int]:
         """Metrics over all validation images, and the signal received meanwhile, or 0."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """The epoch's metrics so far, as text for the progress bar."""
-
-    @abstractmethod
-    def describe_metrics(self, row: dict[str, Any]) -> list[str]:
-        """The metrics of a finished epoch, as parts of a line of text."""
 
     @abstractmethod
     def show_results(self) -> None:
@@ -182,8 +169,7 @@ class TrainingLoop(Resumable):
     def train_epoch(self) -> int:
         """Train from ``step`` to the end of the epoch; returns the received signal, or 0."""
         self.net.train()
-        title = f"epoch {self.epoch + 1:{len(str(self.epochs))}}/{self.epochs}"
-        self.progress.begin(title, self.updates_per_epoch, self.step)
+        self.progress.begin(self.title(self.epoch), self.updates_per_epoch, self.step)
         batches = self.train_loader.epoch(self.epoch, self.step * self.recipe.accum_steps)
         while self.step < self.updates_per_epoch:
             started = time.monotonic()
@@ -198,9 +184,11 @@ class TrainingLoop(Resumable):
             if len(self.bad_steps) == self.recipe.max_bad_steps:
                 self.stop_diverged()
             if self.updates % self.recipe.log_every == 0:
-                self.log.add({"epoch": self.epoch, "update": self.updates, **self.figures()})
+                figures = {**means_of(self.sums, self.factors), **self.figures()}
+                self.log.add({"epoch": self.epoch, "update": self.updates, **figures})
             if self.progress.due():
-                self.progress.show(self.step, self.describe())
+                row = {**_of_training(means_of(self.sums, self.factors)), **self.figures()}
+                self.progress.show(self.step, self.describe(row))
             if save or signal:
                 self.save()
             if signal:
@@ -217,13 +205,13 @@ class TrainingLoop(Resumable):
             self.waited += time.monotonic() - waiting
             with parallel.synchronized_gradients(self.net, last=micro == accum - 1):
                 with self.autocast():
-                    loss, seen = self.compute(batch)
+                    loss, sums = self.compute(batch)
                 self.consensus.send(loss, self.stop.signal, self.is_save_due())
                 self.scaler.scale(loss / accum).backward()
             bad_now, signal_now, save_now = self.consensus.read()
             bad, signal, save = bad or bad_now, max(signal, signal_now), save or save_now
             if not bad_now:
-                self.note(loss.detach(), seen)
+                self.sums += sums
         if bad:
             self.guard.restore()
         else:
@@ -245,9 +233,9 @@ class TrainingLoop(Resumable):
 
     def finish_epoch(self) -> int:
         """Validate, record, keep the best, save; returns the signal received meanwhile, or 0."""
-        train, score = self.training_figures(self.world), None
         row: dict[str, Any] = {"epoch": self.epoch, "update": self.updates}
-        row |= {f"train_{key}": value for key, value in train.items()}
+        row |= _of_training(means_of(self.world.sum(self.sums.clone()), self.factors))
+        score = None
         if (self.epoch + 1) % self.recipe.eval_every == 0 or self.epoch + 1 == self.epochs:
             for name, model in self.models().items():
                 figures, signal = self.validate(model)
@@ -257,7 +245,7 @@ class TrainingLoop(Resumable):
                 self.check_figures(figures, model)
                 row |= {f"{name}_{key}": value for key, value in figures.items()}
                 score = figures[self.score_key]  # that of the average, if there is one
-        row |= {key: value for key, value in self.figures().items() if key not in train}
+        row |= self.figures()
         self.history.append(row)
         self.epoch, self.step = self.epoch + 1, 0
         if self.recipe.sched == "plateau" and score is not None:
@@ -268,12 +256,12 @@ class TrainingLoop(Resumable):
             weights = parallel.full_state(dict(list(self.models().values())[-1].state_dict()))
             if self.world.is_main:
                 save_weights(self.folder / "best.safetensors", weights, metadata)
-        self.meter, self.seconds, self.waited = self.new_meter(), 0.0, 0.0
+        self.sums, self.seconds, self.waited = torch.zeros_like(self.sums), 0.0, 0.0
         self.save(validated=score is not None)
         self.log.add(row)
         self.log.summarize(self.history)
         self.progress.end()
-        self.progress.say(self.describe_epoch(row))
+        self.progress.say(f"{self.title(row['epoch'])}  {self.describe(row)}")
         return 0
 
     # --- parts of the loop
@@ -328,11 +316,14 @@ class TrainingLoop(Resumable):
 
     # --- reporting
 
+    def title(self, epoch: int) -> str:
+        """The number of an epoch, counted from 1."""
+        return f"epoch {epoch + 1:{len(str(self.epochs))}}/{self.epochs}"
+
     def figures(self) -> dict[str, float]:
-        """This process's figures of the epoch so far."""
+        """This process's rate, speed and problems in the epoch so far."""
         images = self.step * optimization.images_per_update(self.recipe, self.world.size)
         return {
-            **self.training_figures(),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "images_per_second": images / max(self.seconds, 1e-9),
             "data_wait": self.waited / max(self.seconds, 1e-9),
@@ -347,12 +338,16 @@ class TrainingLoop(Resumable):
         pace = (time.monotonic() - self.begun) / max(self.updates - self.done_before, 1)
         return left * pace
 
-    def describe_epoch(self, row: dict[str, Any]) -> str:
-        """A finished epoch as a line of text: number, metrics, problems and the time left."""
-        parts = [f"epoch {row['epoch'] + 1:{len(str(self.epochs))}}/{self.epochs}"]
-        parts += self.describe_metrics(row)
+    def describe(self, row: dict[str, Any]) -> str:
+        """An epoch's figures as text: metrics, problems and the time left."""
+        parts = [text.format(row[key]) for key, text in self.texts.items() if key in row]
+        parts.append(f"{row['memory_mb'] / 1024:.1f} GiB")
         if row["data_wait"] > 0.1:
             parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
         if row["skipped"]:
             parts.append(f"{row['skipped']} updates skipped")
         return "  ".join([*parts, f"{duration(self.seconds_left())} left"])
+
+
+def _of_training(means: dict[str, float]) -> dict[str, float]:
+    return {f"train_{key}": value for key, value in means.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from backbones.common.errors import FileError, RecipeError
 from backbones.common.files import write_problem, write_text_atomically
 from backbones.common.messages import first_line
 from backbones.common.outputs import csv_of_rows
-from backbones.common.processes import World
 from backbones.common.progress import Progress
 from backbones.training.recipe import Recipe
 
@@ -36,50 +35,27 @@ RESULTS = {
 """The files of runs, of classifiers and of restoration models, with descriptions."""
 
 
-class Meter:
-    """Sums of loss, correct predictions and images, kept on the device until read.
+def count_batch(loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """A batch's sums (4,): loss, the images whose best or best five classes are right, and images.
 
-    With ``keep_scores``, also all logits and labels, for the area under the ROC curve.
+    Logits are (B, classes), labels (B,), or (B, classes) of 0 and 1; then the second sum is of the
+    fractions of right binary decisions. Images with negative labels are not counted.
     """
-
-    def __init__(self, device: torch.device, keep_scores: bool = False) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._scores: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if keep_scores else None
-
-    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: logits (B, classes), labels (B,), or (B, classes) of 0 and 1.
-
-        Images with negative labels are not counted.
-        """
-        if labels.ndim == 2:
-            counted = labels[:, 0] >= 0
-            share = ((logits.detach() > 0) == (labels > 0)).double().mean(dim=1)
-            counts = torch.stack([(share * counted).sum(), share.new_zeros(()), counted.sum()])
-            self.sums += torch.cat([loss_sum.detach().view(1), counts])
-            if self._scores is not None:
-                self._scores.append((logits.detach()[counted].cpu(), labels[counted].cpu()))
-            return
-        best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-        right = best == labels[:, None]
+    if labels.ndim == 2:
+        counted = labels[:, 0] >= 0
+        share = ((logits > 0) == (labels > 0)).double().mean(dim=1)
+        counts = torch.stack([(share * counted).sum(), share.new_zeros(()), counted.sum()])
+    else:
+        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
         counts = torch.stack([right[:, 0].sum(), right.sum(), (labels >= 0).sum()])
-        self.sums += torch.cat([loss_sum.detach().view(1), counts])
+    return torch.cat([loss_sum.view(1), counts])
 
-    def read(self, world: World | None = None) -> dict[str, float]:
-        """Means ``loss``, ``top1`` and ``top5`` (in percent), and the ``count`` of images.
 
-        Over all processes of ``world``, or this one alone. For multi-label data, ``top1`` is the
-        fraction of correct binary decisions; ``auc`` is included if scores are kept.
-        """
-        sums = self.sums if world is None else world.sum(self.sums.clone())
-        loss, top1, top5, count = sums.tolist()
-        images = max(count, 1.0)
-        means = {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
-        if self._scores is not None:
-            mine = tuple(torch.cat(parts) for parts in zip(*self._scores, strict=True))
-            everyone = [mine] if world is None else world.gather(mine)
-            scores, labels = (torch.cat(parts) for parts in zip(*everyone, strict=True))
-            means["auc"] = 100 * mean_auc(scores, labels)
-        return {**means, "count": count}
+def means_of(sums: Tensor, factors: Mapping[str, float]) -> dict[str, float]:
+    """The means of the first ``sums``, times ``factors``, by name; the last is of the images."""
+    *totals, count = sums.tolist()
+    named = zip(factors.items(), totals, strict=False)
+    return {name: factor * total / max(count, 1.0) for (name, factor), total in named}
 
 
 def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:

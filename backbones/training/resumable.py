@@ -7,7 +7,7 @@ import dataclasses
 import math
 import os
 import time
-from abc import ABC, abstractmethod
+from abc import ABC
 from pathlib import Path
 from typing import IO, Any
 
@@ -57,7 +57,7 @@ class Resumable(ABC):
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: Any
-    meter: Any  # of the epoch so far, with the tensor ``sums``
+    sums: torch.Tensor  # of the epoch so far
     lr: float
     updates_per_epoch: int
 
@@ -72,10 +72,6 @@ class Resumable(ABC):
         self.saved_at: int | None = None  # updates in last.pt, if this process wrote it
         self.resumed_from: Path | None = None
         self._validated = False
-
-    @abstractmethod
-    def new_meter(self) -> Any:
-        """An empty meter for an epoch."""
 
     def parts(self) -> dict[str, Any]:
         """All objects with a ``state_dict``, by name in the checkpoint.
@@ -96,7 +92,7 @@ class Resumable(ABC):
 
     def save(self, validated: bool = False) -> None:
         """Write ``last.pt``, unless the weights, if not just ``validated``, may have diverged."""
-        mine = {"rng": get_rng_state(), "meter": self.meter.sums.cpu()}
+        mine = {"rng": get_rng_state(), "meter": self.sums.cpu()}
         ranks = self.world.gather(mine)
         self.saved = time.monotonic()
         if self.bad_steps and not validated:
@@ -172,9 +168,9 @@ class Resumable(ABC):
             ranks, mine = state["ranks"], self.world.rank
             if len(ranks) == self.world.size:
                 set_rng_state(ranks[mine]["rng"])
-                self.meter.sums.copy_(ranks[mine]["meter"])
+                self.sums.copy_(ranks[mine]["meter"])
             elif self.world.is_main:
-                self.meter.sums.copy_(sum(rank["meter"] for rank in ranks))
+                self.sums.copy_(sum(rank["meter"] for rank in ranks))
             before = images_per_update(earlier, len(ranks))
         except CREATION_ERRORS as error:
             raise FileError(
