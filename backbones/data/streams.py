@@ -92,7 +92,6 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
                 self._note(_name(image), error)
                 owed += self.seed is not None
                 continue
-            self.corrupt.add_good()
             yield good
             while owed:
                 owed -= 1
@@ -107,8 +106,7 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         return as_8_bits(image, self.mode)
 
     def _note(self, name: str, error: Exception) -> bool:
-        self.corrupt.add(name, error)
-        self.corrupt.check(self.size)
+        self.corrupt.add(name, error, self.size)
         return True  # tells webdataset to go on
 
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,7 +14,7 @@ from backbones.common.errors import DataError
 from backbones.common.generators import mix_seed
 from backbones.common.images import has_image_ending
 from backbones.common.processes import World
-from backbones.data.batches import Closable, SizedBatches, loader_options
+from backbones.data.batches import Closable, first_batches, loader_options
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import Key, TrainSampler
 from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
@@ -155,10 +154,8 @@ class Patches(Dataset[Pair]):
             if min(pixels.shape[:2]) < side:
                 raise PictureError(f"smaller than a patch of {side}×{side}")
         except PictureError as error:
-            self.corrupt.add(str(path), error)
-            self.corrupt.check(len(self.paths))
+            self.corrupt.add(str(path), error, len(self.paths))
             return None
-        self.corrupt.add_good()
         if self.recipe.cache:
             self._kept[number] = pixels
         return pixels
@@ -187,19 +184,15 @@ class PatchLoader(Closable):
         # The sampler draws without replacement: as many numbers as patches, modulo the pictures.
         size = batches * recipe.batch_size * world.size
         self._sampler = TrainSampler(size, recipe.batch_size, recipe.seed, world)
-        self._loader: DataLoader[Pair] = DataLoader(
-            Patches(paths, recipe, scale, corrupt),
-            batch_sampler=self._sampler,
-            generator=torch.Generator(),
-            **loader_options(recipe.workers, recipe.pin_memory, world.device),
-        )
+        patches = Patches(paths, recipe, scale, corrupt)
+        options = loader_options(recipe.workers, recipe.pin_memory, world.device)
+        self._loader = DataLoader(patches, batch_sampler=self._sampler, **options)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Pair]:
         """Pairs (B, C, p, p) and (B, C, p·scale, p·scale) on the device, from ``start`` on."""
         self._sampler.epoch, self._sampler.start = epoch, start
         device = self.world.device
-        self._current = SizedBatches(self._loader, self.batches - start)
-        for degraded, truth in self._current:
+        for degraded, truth in first_batches(self._loader, self.batches - start):
             yield degraded.to(device, non_blocking=True), truth.to(device, non_blocking=True)
 
     def names(self, epoch: int, update: int) -> list[str]:

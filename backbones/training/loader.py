@@ -21,7 +21,7 @@ from backbones.common.images import DECODE_ERRORS, as_8_bits
 from backbones.common.processes import World
 from backbones.common.resizing import Resizing
 from backbones.data import splits
-from backbones.data.batches import Closable, SizedBatches, loader_options
+from backbones.data.batches import Closable, first_batches, loader_options
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler
 from backbones.data.sources import ImageSource
@@ -74,18 +74,17 @@ class TrainLoader(Closable):
         self._sampler = TrainSampler(
             size, recipe.batch_size, recipe.seed, world, max(1, recipe.aug_repeats)
         )
-        self._loaders: dict[int, DataLoader[Any]] = {}
+        self._loader_size = 0  # of the images, in pixels
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised images (B, C, H, W) and labels (B,) of one epoch, from ``start`` on."""
         if isinstance(self.source, ImageSource):
             self._sampler.epoch, self._sampler.start = epoch, start
-            loader = self._map_loader(self._image_size(epoch))
-            self._current = SizedBatches(loader, self.batches - start)
+            batches = first_batches(self._map_loader(epoch), self.batches - start)
         else:
-            loader = self._stream_loader(epoch)
-            self._current = SizedBatches(loader, self.batches, skip=start)
-        return iter(_on_device(self._current, self.config, self.world.device))
+            self._loader = self._stream_loader(epoch)
+            batches = first_batches(self._loader, self.batches, skip=start)
+        return iter(_on_device(batches, self.config, self.world.device))
 
     def blank(
         self, size: int, multi_label: bool, num_classes: int
@@ -110,16 +109,17 @@ class TrainLoader(Closable):
             return self.recipe.img_size_schedule[max(begun)]
         return int(self.config["input_size"][-1])
 
-    def _map_loader(self, image_size: int) -> DataLoader[Any]:
-        if image_size not in self._loaders:
-            self._loaders.clear()  # ends the workers of the size before
+    def _map_loader(self, epoch: int) -> DataLoader[Any]:
+        size = self._image_size(epoch)
+        if self._loader is None or self._loader_size != size:
+            self._loader = None  # ends the workers of the size before
             assert isinstance(self.source, ImageSource)
-            transform = _train_transform(image_size, self.config, self.recipe)
-            mode = _mode(self.recipe.in_chans)
+            transform, mode = self._transform(size), _mode(self.recipe.in_chans)
             images = _Images(self.source, transform, mode, self.corrupt, training=True)
-            loader = _data_loader(images, self.recipe, self.world, batch_sampler=self._sampler)
-            self._loaders[image_size] = loader
-        return self._loaders[image_size]
+            options = {"batch_sampler": self._sampler}
+            self._loader = _data_loader(images, self.recipe, self.world, **options)
+            self._loader_size = size
+        return self._loader
 
     def _stream_loader(self, epoch: int) -> DataLoader[Any]:
         # A stream's readers keep state between epochs; new ones make epochs reproducible.
@@ -127,7 +127,7 @@ class TrainLoader(Closable):
         stream = self.source.open()
         stream.set_epoch(epoch)
         stream.set_loader_cfg(num_workers=self.recipe.workers)
-        transform = _train_transform(self._image_size(epoch), self.config, self.recipe)
+        transform = self._transform(self._image_size(epoch))
         seed, mode = mix_seed(self.recipe.seed, epoch, self.world.rank), _mode(self.recipe.in_chans)
         return _data_loader(
             StreamImages(self.source, stream, transform, mode, self.corrupt, seed),
@@ -136,8 +136,24 @@ class TrainLoader(Closable):
             batch_size=self.recipe.batch_size,
             drop_last=True,
             generator=torch.Generator().manual_seed(seed),
-            persistent=False,
         )
+
+    def _transform(self, image_size: int) -> Callable[[Any], torch.Tensor]:
+        """timm's training transform up to uint8; normalisation and erasing run on the device."""
+        recipe = self.recipe
+        transform: Callable[[Any], torch.Tensor] = create_transform(
+            (recipe.in_chans, image_size, image_size),
+            is_training=True,
+            **{key: getattr(recipe, key) for key in _TRANSFORM_KEYS},
+            color_jitter=recipe.color_jitter if recipe.in_chans == 3 else 0.0,
+            auto_augment=recipe.aa,
+            interpolation=recipe.train_interpolation,
+            mean=self.config["mean"],
+            std=self.config["std"],
+            use_prefetcher=True,
+        )
+        allow_zero_bits(transform)
+        return transform
 
 
 class ValidationLoader(Closable):
@@ -178,15 +194,15 @@ class ValidationLoader(Closable):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if isinstance(self.source, ImageSource):
-            self._current = SizedBatches(self._loader, self.batches)
-            return iter(_on_device(self._current, self.config, self.world.device))
+            batches = first_batches(self._loader, self.batches)
+            return iter(_on_device(batches, self.config, self.world.device))
         stream = self.source.open()
         # Every process reads all and keeps its share: shards do not split into equal parts.
         stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1
         stream.set_loader_cfg(num_workers=1)
         mode, corrupt = _mode(self.recipe.in_chans), self.corrupt
         images = StreamImages(self.source, stream, self._transform, mode, corrupt, share=self.world)
-        here: dict[str, Any] = {"num_workers": 0, "persistent": False}
+        here: dict[str, Any] = {"num_workers": 0, "persistent_workers": False}
         loader = _data_loader(images, self.recipe, self.world, batch_size=self.batch_size, **here)
         return iter(_on_device(loader, self.config, self.world.device))
 
@@ -223,34 +239,13 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
             image, label = self.source.load(index)
             image = as_8_bits(image, self.mode)
         except DECODE_ERRORS as error:
-            self.corrupt.add(self.source.name(index), error)
-            self.corrupt.check(len(self.source))
+            self.corrupt.add(self.source.name(index), error, len(self.source))
             return None
-        self.corrupt.add_good()
         return image, label
 
 
 def _mode(in_chans: int) -> str:
     return "L" if in_chans == 1 else "RGB"
-
-
-def _train_transform(
-    image_size: int, config: dict[str, Any], recipe: Recipe
-) -> Callable[[Any], torch.Tensor]:
-    """timm's training transform up to uint8; normalisation and erasing run on the device."""
-    transform: Callable[[Any], torch.Tensor] = create_transform(
-        (recipe.in_chans, image_size, image_size),
-        is_training=True,
-        **{key: getattr(recipe, key) for key in _TRANSFORM_KEYS},
-        color_jitter=recipe.color_jitter if recipe.in_chans == 3 else 0.0,
-        auto_augment=recipe.aa,
-        interpolation=recipe.train_interpolation,
-        mean=config["mean"],
-        std=config["std"],
-        use_prefetcher=True,
-    )
-    allow_zero_bits(transform)
-    return transform
 
 
 def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> PrefetchLoader:
@@ -264,12 +259,10 @@ def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> Pr
 
 
 def _data_loader(
-    images: Dataset[Any], recipe: Recipe, world: World, persistent: bool = True, **options: Any
+    images: Dataset[Any], recipe: Recipe, world: World, **options: Any
 ) -> DataLoader[Any]:
-    """A loader that draws no random numbers of the training's."""
-    usual: dict[str, Any] = {"collate_fn": fast_collate, "generator": torch.Generator()}
-    usual |= loader_options(recipe.workers, recipe.pin_memory, world.device, persistent)
-    return DataLoader(images, **{**usual, **options})
+    usual = loader_options(recipe.workers, recipe.pin_memory, world.device)
+    return DataLoader(images, **{"collate_fn": fast_collate, **usual, **options})
 
 
 def allow_zero_bits(transform: Any) -> None:
