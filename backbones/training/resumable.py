@@ -29,12 +29,6 @@ from backbones.training.recipe import Recipe, differences
 
 _FORMAT = 1  # of last.pt; files without one are of this format
 _COUNTERS = ("epoch", "step", "updates", "skipped", "history", "best", "seconds", "waited")
-# Keys that determine the tensors and the optimizer's groups.
-_STRUCTURE = (
-    *("model", "model_args", "num_classes", "in_chans", "global_pool", "ema", "distill"),
-    *("ofa_stages", "opt", "opt_args", "opt_betas", "weight_decay", "layer_decay", "lr_factors"),
-    *("sched", "task", "data"),
-)
 # Keys that the optimizer's groups hold, without "opt_".
 _SETTINGS = ("weight_decay", "momentum", "opt_betas", "opt_eps")
 # The plateau scheduler's own state; the rest comes from the recipe.
@@ -139,16 +133,24 @@ class Resumable(ABC):
 
     def restore_latest(self) -> None:
         """Resume from the latest intact checkpoint or the one given by ``recipe.resume``."""
+        if self.recipe.resume is None:
+            return
+        paths = [Path(self.recipe.resume)]
         if self.recipe.resume == "auto":
-            found = load_latest(self.folder / "last.pt")
-            if found is not None:
-                state, path, problem = found
-                if problem:
-                    self.progress.say(f"{problem}; falling back to {path}")
-                self.resume(state, path)
-        elif self.recipe.resume is not None:
-            path = Path(self.recipe.resume)
-            self.resume(load_state(path), path)
+            last = self.folder / "last.pt"
+            paths = [path for path in (last, previous_path(last)) if path.exists()]
+        problems: list[str] = []
+        for path in paths:
+            try:
+                state = load_state(path)
+            except FileError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                self.progress.say(f"{problems[0]}; falling back to {path}")
+            return self.resume(state, path)
+        if problems:
+            raise FileError("; ".join(problems))
 
     def resume(self, state: dict[str, Any], path: Path) -> None:
         """Continue from ``state``, bit for bit with the same number of processes.
@@ -173,9 +175,9 @@ class Resumable(ABC):
                 self.sums.copy_(sum(rank["meter"] for rank in ranks))
             before = images_per_update(earlier, len(ranks))
         except CREATION_ERRORS as error:
-            raise FileError(
-                f"{path} does not fit this recipe: {self._mismatch(state['recipe'], error)}"
-            ) from error
+            before = state["recipe"] if isinstance(state["recipe"], dict) else {}
+            why = "; ".join([*differences(self.recipe, before), joined_lines(error, 300)])
+            raise FileError(f"{path} does not fit this recipe: {why}") from error
         if not parallel.is_bounded(self.network, self.world):
             raise FileError(f"{path} has weights that are not finite or beyond 1e12: it diverged")
         now = images_per_update(self.recipe, self.world.size)
@@ -212,12 +214,6 @@ class Resumable(ABC):
             changed += ["lr", "initial_lr"]
         for group, new in zip(self.optimizer.param_groups, fresh, strict=True):
             group |= {k: v for k, v in new.items() if k in changed or k not in group}
-
-    def _mismatch(self, earlier: Any, error: BaseException) -> str:
-        """The keys that explain a mismatch, or else the error itself."""
-        changed = differences(self.recipe, earlier) if isinstance(earlier, dict) else []
-        keys = [line for line in changed if line.split(":")[0] in _STRUCTURE]
-        return ", ".join(keys) or joined_lines(error, 300)
 
 
 # --- files
@@ -271,23 +267,6 @@ def load_state(path: Path) -> dict[str, Any]:
             "version that wrote it, or a newer one"
         )
     return state
-
-
-def load_latest(path: Path) -> tuple[dict[str, Any], Path, str] | None:
-    """The state of ``path``, or of the previous checkpoint if ``path`` is missing or damaged.
-
-    With its file, and a sentence on what was wrong, if anything; None if neither file exists.
-    """
-    candidates = [p for p in (path, previous_path(path)) if p.exists()]
-    if not candidates:
-        return None
-    problems: list[str] = []
-    for candidate in candidates:
-        try:
-            return load_state(candidate), candidate, "; ".join(problems)
-        except FileError as error:
-            problems.append(str(error))
-    raise FileError("; ".join(problems))
 
 
 def _link(path: Path, other: Path) -> None:

@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,9 +24,11 @@ from backbones.training.folder import RunFolder
 from backbones.training.loop import TrainingLoop
 from backbones.training.recipe import AnyRecipe, Recipe
 
+_BuildTrainer = Callable[[Any, Path, World, StopRequest, Progress], TrainingLoop]
+
 
 def run_from_command_line(
-    build_trainer: Callable[[AnyRecipe, Path, World, StopRequest, Progress], TrainingLoop],
+    build_trainer: _BuildTrainer,
     recipe_class: type[AnyRecipe],
     argv: Sequence[str] | None = None,
     description: str = "",
@@ -66,8 +69,8 @@ def _advice(error: MemoryError | RuntimeError) -> str | None:
 
 
 def _train(
-    build_trainer: Callable[[AnyRecipe, Path, World, StopRequest, Progress], TrainingLoop],
-    recipe: AnyRecipe,
+    build_trainer: _BuildTrainer,
+    recipe: Recipe,
     options: Namespace,
     world: World,
     stop: StopRequest,
