@@ -16,8 +16,6 @@ from backbones.common.messages import first_line, shown
 from backbones.training.distillation import StudentWithExits
 from backbones.training.recipe import Recipe
 
-_MOST_EPOCHS = 10**6
-
 
 def images_per_update(recipe: Recipe, world_size: int) -> int:
     """The number of images per update, over all processes."""
@@ -118,24 +116,9 @@ def build_scheduler(
         scheduler, epochs = create_scheduler_v2(
             optimizer, updates_per_epoch=updates_per_epoch, **options
         )
-        epochs = int(epochs)
-        _try_schedule(scheduler, epochs, updates_per_epoch)
     except BUILDING_ERRORS as error:
         raise RecipeError(f"schedule sched={recipe.sched!r}: {first_line(error)}") from error
     if scheduler is None:
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
-    return scheduler, epochs
-
-
-def _try_schedule(scheduler: Any, epochs: int, updates_per_epoch: int) -> None:
-    """Check the learning rates at the start of each epoch, where cycles and decays start, too."""
-    if epochs > _MOST_EPOCHS:
-        raise ValueError(f"its cycles take {epochs:.3g} epochs, more than {_MOST_EPOCHS}")
-    if scheduler is None or not hasattr(scheduler, "step_update") or scheduler.t_in_epochs:
-        return
-    for epoch in range(0, epochs + 1, max(1, epochs // 1000)):
-        for update in (epoch * updates_per_epoch - 1, epoch * updates_per_epoch):
-            rates = scheduler._get_lr(max(update, 0))
-            if not all(isinstance(r, (int, float)) and 0 <= r < math.inf for r in rates):
-                raise ValueError(f"its learning rate is {rates[0]} after {update} updates")
+    return scheduler, int(epochs)

@@ -55,7 +55,6 @@ def test_overwriting_removes_only_what_a_run_left(runs):
         ("--sched=wsd", "--decay-epochs=99"),
         ("--resume=nowhere.pt",),
         ("--tensorboard",),
-        ("--cutmix-minmax", "0.5", "0.51"),
     ],
     ids=str,
 )
