@@ -30,11 +30,12 @@ from backbones.common.progress import Progress, duration
 from backbones.common.signals import StopRequest
 from backbones.core.loaded import preprocessing_by
 from backbones.data.corrupt import CorruptImages
+from backbones.data.splits import open_splits
 from backbones.training import build, pictures
 from backbones.training.distillation import StudentWithExits
-from backbones.training.loader import TrainLoader, ValidationLoader, open_splits
+from backbones.training.loader import TrainLoader, ValidationLoader
 from backbones.training.loop import TrainingLoop
-from backbones.training.recipe import Recipe, check_sizes
+from backbones.training.recipe import Recipe
 from backbones.training.record import count_batch, mean_auc, means_of, validation_loss
 from backbones.training.run import run_from_command_line
 
@@ -65,8 +66,7 @@ class Trainer(TrainingLoop):
 
         model = build.build_model(recipe, self.num_classes).to(self.device)
         self.config = preprocessing_by(recipe, model)
-        sizes = [self.config["input_size"][-1], *recipe.img_size_schedule.values()]
-        check_sizes(recipe, sizes)
+        smallest = min([self.config["input_size"][-1], *recipe.img_size_schedule.values()])
         network = model
         if recipe.distill == "ofa":
             network = StudentWithExits(model, recipe.ofa_stages).to(self.device)
@@ -86,8 +86,8 @@ class Trainer(TrainingLoop):
             splits.validation, splits.validation_size, self.config, recipe, world, corrupt[1]
         )
         self.set_up(model, self.train_loader.batches // recipe.accum_steps, network)
-        if min(sizes) < _SMALL or recipe.batch_size == 1 or recipe.distill is not None:
-            self.dry_run(self.train_loader.blank(min(sizes), self.multi_label, self.num_classes))
+        if smallest < _SMALL or recipe.batch_size == 1 or recipe.distill is not None:
+            self.dry_run(self.train_loader.blank(smallest, self.multi_label, self.num_classes))
 
     def resolved_recipe(self) -> Recipe:
         """With all defaults resolved; it repeats the same run."""

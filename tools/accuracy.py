@@ -50,12 +50,13 @@ from backbones.core.registry import PREFIX
 from backbones.core.requirements import installed_version
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
+from backbones.data.splits import open_splits
 from backbones.restoration.data import degrade_picture, find_pictures, load_truth
 from backbones.restoration.metrics import quality
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.restorer import load_restorer
 from backbones.training.command_line import load_recipe
-from backbones.training.loader import ValidationLoader, open_splits
+from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
 

@@ -9,7 +9,7 @@ from PIL import Image
 from training_runs import make_images
 
 from backbones.common.errors import DataError
-from backbones.training.loader import open_splits
+from backbones.data.splits import open_splits
 from backbones.training.recipe import Recipe
 
 

@@ -13,8 +13,9 @@ from training_runs import Runs, freeze_batch_norm, join, make_images, same
 from backbones.common.errors import DataError
 from backbones.common.processes import World
 from backbones.data.corrupt import CorruptImages
+from backbones.data.splits import open_splits
 from backbones.data.streams import StreamImages, StreamSource
-from backbones.training.loader import ValidationLoader, open_splits
+from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe
 from backbones.training.resumable import load_state
 

@@ -15,7 +15,8 @@ from backbones.common.processes import World
 from backbones.data.batches import _start_worker
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import ValidationSampler
-from backbones.training.loader import TrainLoader, ValidationLoader, allow_zero_bits, open_splits
+from backbones.data.splits import open_splits
+from backbones.training.loader import TrainLoader, ValidationLoader, allow_zero_bits
 from backbones.training.recipe import Recipe
 
 CPU = torch.device("cpu")

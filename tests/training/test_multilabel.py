@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from training_runs import Runs
 
-from backbones.training.loader import open_splits
+from backbones.data.splits import open_splits
 from backbones.training.recipe import Recipe
 from backbones.training.record import count_batch, mean_auc, means_of, validation_loss
 

@@ -13,7 +13,7 @@ from training_runs import MODEL_ARGS, TINY
 import backbones
 import train_cls
 from backbones.cli.main import main
-from backbones.training.loader import open_splits
+from backbones.data.splits import open_splits
 from backbones.training.recipe import Recipe
 from backbones.training.record import RESULTS
 
