@@ -17,7 +17,6 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import safetensors.torch
@@ -25,9 +24,7 @@ import torch
 from timm.utils import distribute_bn
 from torch import nn
 
-from backbones.common.processes import World
-from backbones.common.progress import Progress, duration
-from backbones.common.signals import StopRequest
+from backbones.common.progress import duration
 from backbones.core.loaded import preprocessing_by
 from backbones.data.corrupt import CorruptImages
 from backbones.data.splits import open_splits
@@ -54,11 +51,9 @@ class Trainer(TrainingLoop):
         "images_per_second": "{:.0f} images/s",
     }
 
-    def __init__(
-        self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
-    ) -> None:
-        recipe = build.resolve_memory_format(recipe, world.device)
-        super().__init__(recipe, folder, world, stop, progress)
+    def prepare(self) -> None:
+        """Open the data and build model, loss and loaders."""
+        self.recipe = recipe = build.resolve_memory_format(self.recipe, self.device)
         splits = open_splits(recipe)
         self.classes, self.multi_label = splits.classes, splits.multi_label
         self.num_classes = splits.head_size(recipe.num_classes)
@@ -76,15 +71,12 @@ class Trainer(TrainingLoop):
         self.augment = build.BatchAugmentation(recipe, self.num_classes, self.device)
 
         corrupt = [
-            CorruptImages(folder / f"corrupt_{split}.txt", recipe.max_corrupt)
+            CorruptImages(self.folder / f"corrupt_{split}.txt", recipe.max_corrupt)
             for split in ("train", "validation")
         ]
-        self.train_loader = TrainLoader(
-            splits.train, splits.train_size, self.config, recipe, world, corrupt[0]
-        )
-        self.val_loader = ValidationLoader(
-            splits.validation, splits.validation_size, self.config, recipe, world, corrupt[1]
-        )
+        shared = self.config, recipe, self.world
+        self.train_loader = TrainLoader(splits.train, *shared, corrupt[0])
+        self.val_loader = ValidationLoader(splits.validation, *shared, corrupt[1])
         self.set_up(model, self.train_loader.batches // recipe.accum_steps, network)
         if smallest < _SMALL or recipe.batch_size == 1 or recipe.distill is not None:
             self.dry_run(self.train_loader.blank(smallest, self.multi_label, self.num_classes))

@@ -136,7 +136,7 @@ def digits_run(folder: Path, model: str) -> Digits:
     config = preprocessing_by(recipe, network)
     assert isinstance(splits.train, ImageSource) and isinstance(splits.validation, ImageSource)
     calibration, _ = _preprocessed(splits.train, CALIBRATION, config, recipe)
-    images, labels = _preprocessed(splits.validation, splits.validation_size, config, recipe)
+    images, labels = _preprocessed(splits.validation, len(splits.validation), config, recipe)
     return Digits(network.eval(), calibration, images, labels)
 
 
@@ -148,7 +148,7 @@ def _preprocessed(
     labels: list[Tensor] = []
     with tempfile.TemporaryDirectory() as folder:
         corrupt, world = CorruptImages(Path(folder) / "corrupt.txt", 0), World(0, 1, _CPU)
-        loader = ValidationLoader(source, count, config, recipe, world, corrupt)
+        loader = ValidationLoader(source, config, recipe, world, corrupt)
         try:
             for batch, truth in loader:
                 images.append(batch)

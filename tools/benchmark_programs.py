@@ -100,7 +100,7 @@ def our_loader(recipe: Recipe, folder: Path, world: World) -> TrainLoader:
     """train_cls.py's."""
     splits = open_splits(recipe)
     corrupt = CorruptImages(folder / "corrupt.txt", 0.0)
-    return TrainLoader(splits.train, splits.train_size, CONFIG, recipe, world, corrupt)
+    return TrainLoader(splits.train, CONFIG, recipe, world, corrupt)
 
 
 def timms_loader(recipe: Recipe, folder: Path, world: World) -> Any:

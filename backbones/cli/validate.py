@@ -152,8 +152,8 @@ class Validator:
             corrupt = CorruptImages(Path(folder) / "corrupt.txt", self.options.max_corrupt)
             recipe.batch_size, recipe.val_batch_size = self.options.batch_size, None
             recipe.workers = self.options.workers
-            data = self.splits.validation, self.splits.validation_size
-            loader = ValidationLoader(*data, config, recipe, self.world, corrupt, corruption)
+            args = self.splits.validation, config, recipe, self.world, corrupt
+            loader = ValidationLoader(*args, corruption)
             self.progress.begin(title, len(loader))
             try:
                 predictions = predict_all(

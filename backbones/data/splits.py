@@ -42,13 +42,11 @@ _FOLDER_NAMES = {
 
 @dataclass
 class Splits:
-    """The two halves of a data set, their sizes, and the names of the classes, by number."""
+    """The two halves of a data set, and the names of the classes, by number."""
 
     train: ImageSource | StreamSource
     validation: ImageSource | StreamSource
     classes: list[str]
-    train_size: int
-    validation_size: int
     multi_label: bool = False  # labels are (N, classes) of 0 and 1
 
     def head_size(self, num_classes: int | None) -> int:
@@ -93,7 +91,7 @@ def open_splits(keys: DataKeys) -> Splits:
         return _streams(keys)
     train, classes = _open(keys, keys.train_split)
     validation, _ = _open(keys, keys.val_split, classes)
-    splits = Splits(train, validation, classes, len(train), len(validation))
+    splits = Splits(train, validation, classes)
     splits.multi_label = train.labels is not None and train.labels.ndim == 2
     _check(splits, keys.data, splits.head_size(keys.num_classes))
     return splits
@@ -261,7 +259,7 @@ def _streams(keys: DataKeys) -> Splits:
     train, validation = (
         StreamSource(stream, size, head) for stream, size in zip(streams, lengths, strict=True)
     )
-    return Splits(train, validation, classes, lengths[0], lengths[1])
+    return Splits(train, validation, classes)
 
 
 def _folder(

@@ -31,6 +31,9 @@ class StreamSource:
     size: int
     num_classes: int
 
+    def __len__(self) -> int:
+        return self.size
+
 
 class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
     """Decode, convert, augment. Unreadable training images are replaced by others.

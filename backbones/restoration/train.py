@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.common.errors import DataError, RecipeError
-from backbones.common.processes import World
-from backbones.common.progress import Progress, duration
-from backbones.common.signals import StopRequest
+from backbones.common.progress import duration
 from backbones.data.corrupt import CorruptImages
 from backbones.restoration.data import (
     Pair,
@@ -68,23 +66,16 @@ class RestorationTrainer(TrainingLoop):
     }
     recipe: RestorationRecipe
 
-    def __init__(
-        self,
-        recipe: RestorationRecipe,
-        folder: Path,
-        world: World,
-        stop: StopRequest,
-        progress: Progress,
-    ) -> None:
-        super().__init__(recipe, folder, world, stop, progress)
+    def prepare(self) -> None:
+        recipe = self.recipe
         model = build_restorer(recipe).to(self.device)
         self.scale: int = model.upscale
         self.train_loader = PatchLoader(
             find_pictures(recipe.train_pictures, True),
             recipe,
             self.scale,
-            world,
-            CorruptImages(folder / "corrupt_train.txt", recipe.max_corrupt),
+            self.world,
+            CorruptImages(self.folder / "corrupt_train.txt", recipe.max_corrupt),
         )
         self.val_paths = find_pictures(recipe.val_pictures, False)
         least = math.ceil(_SMALLEST / self.scale + 2) * self.scale

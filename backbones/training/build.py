@@ -19,7 +19,6 @@ from backbones.common.messages import first_line, joined_lines, shown
 from backbones.training.distillation import Objective, build_teacher
 from backbones.training.diversity import DiverseAttention
 from backbones.training.recipe import Recipe
-from backbones.training.trained import reading_error
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -55,7 +54,7 @@ def build_model(recipe: Recipe, num_classes: int | None, weights: bool = True) -
 def _model_error(recipe: Recipe, error: Exception) -> Exception:
     """The exception to raise for an error while creating the model: the recipe's, or a bug."""
     if isinstance(error, (ValueError, OSError)):  # have readable messages
-        return RecipeError(reading_error(error, recipe.checkpoint))
+        return RecipeError(joined_lines(error))
     if recipe.model_args:
         arguments = shown(recipe.model_args)
         return RecipeError(f"{recipe.model} with model_args {arguments}: {first_line(error)}")

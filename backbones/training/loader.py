@@ -36,10 +36,9 @@ _TRANSFORM_KEYS = (
 
 @dataclass(eq=False)
 class _ImageLoader(Closable):
-    """The ``size`` images of a source as batches on the device, preprocessed by timm's config."""
+    """The images of a source as batches on the device, preprocessed by timm's ``config``."""
 
     source: ImageSource | StreamSource
-    size: int
     config: dict[str, Any]
     recipe: Recipe
     world: World
@@ -72,15 +71,15 @@ class TrainLoader(_ImageLoader):
     """
 
     def __post_init__(self) -> None:
-        recipe, world = self.recipe, self.world
-        self.batches = self.size // (recipe.batch_size * world.size)
+        recipe, world, size = self.recipe, self.world, len(self.source)
+        self.batches = size // (recipe.batch_size * world.size)
         if self.batches < recipe.accum_steps:
             raise DataError(
-                f"{self.size} images do not fill {recipe.accum_steps} batch(es) of "
+                f"{size} images do not fill {recipe.accum_steps} batch(es) of "
                 f"{recipe.batch_size} for {world.size} process(es): lower batch_size or accum_steps"
             )
         repeats = max(1, recipe.aug_repeats)
-        self._sampler = TrainSampler(self.size, recipe.batch_size, recipe.seed, world, repeats)
+        self._sampler = TrainSampler(size, recipe.batch_size, recipe.seed, world, repeats)
         self._loader_size = 0  # of the images, in pixels
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -169,7 +168,8 @@ class ValidationLoader(_ImageLoader):
 
     def __post_init__(self) -> None:
         self.batch_size = self.recipe.val_batch_size or self.recipe.batch_size
-        self.batches = -(-self.size // (self.batch_size * self.world.size))
+        size = len(self.source)
+        self.batches = -(-size // (self.batch_size * self.world.size))
         self.equal_batches = isinstance(self.source, ImageSource) or self.world.size == 1
         self._transform: Any = Resizing(self.config)
         if self.corruption is not None:
@@ -179,7 +179,7 @@ class ValidationLoader(_ImageLoader):
             self._transform.transforms.insert(-1, self.corruption)  # before the array is made
         if isinstance(self.source, ImageSource):
             args = self._transform, self.mode, self.corrupt
-            sampler = ValidationSampler(self.size, self.batch_size, self.batches, self.world)
+            sampler = ValidationSampler(size, self.batch_size, self.batches, self.world)
             images = _Images(self.source, *args, training=False)
             self._loader = self.open(images, batch_sampler=sampler)
 

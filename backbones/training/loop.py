@@ -31,8 +31,8 @@ from backbones.training.resumable import DivergedError, Resumable
 class TrainingLoop(Resumable):
     """The state of a run and its loop; subclasses implement the task.
 
-    A subclass builds its data, calls :meth:`set_up` at the end of its ``__init__``, and implements
-    the abstract methods. A step calls ``net``, the network or its DDP wrapper.
+    A subclass implements the abstract methods. A step calls ``net``, the network or its DDP
+    wrapper.
     """
 
     score_key: str  # the validation metric that selects the best weights; higher is better
@@ -48,6 +48,7 @@ class TrainingLoop(Resumable):
         self.stop, self.device = stop, world.device
         self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.amp or "")
         random_seed(recipe.seed)
+        self.prepare()
 
     def set_up(
         self, model: nn.Module, updates_per_epoch: int, network: nn.Module | None = None
@@ -110,6 +111,10 @@ class TrainingLoop(Resumable):
             random_seed(self.recipe.seed, self.world.rank)
 
     # --- implemented by subclasses
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Build data and model, and call :meth:`set_up` with the latter."""
 
     def facts(self) -> dict[str, str]:
         """Metadata of the best weights, in addition to the model and the epoch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -263,6 +263,24 @@ class Recipe(DataKeys, NetworkKeys):
         """Whether batches are mixed by mixup or cutmix."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Keys, whether they agree with the others, and what they must be."""
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            good = value is None or len(value) == self.in_chans
+            yield name, good, f"{self.in_chans} numbers, one a channel"
+        good = self.sched not in _FALLING_BY_A_FACTOR or self.decay_rate <= 1
+        yield "decay_rate", good, f"at most 1 with sched {self.sched}"
+        # What needs full weights, or values of all processes without gathering them.
+        for name, good, instead in (
+            ("opt", self.opt in _FSDP_OPTIMIZERS, f"of {_FSDP_OPTIMIZERS}"),
+            ("clip_mode", self.clip_mode != "agc" or self.clip_grad is None, "norm or value"),
+            ("amp", self.amp != "fp16", "bf16"),
+            ("channels_last", not self.channels_last, "false"),
+            ("compile", not self.compile, "false"),
+            ("distill", self.distill != "ofa", "soft or hard"),
+        ):
+            yield name, good or not self.fsdp, f"{instead} with fsdp"
+
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
@@ -282,23 +300,25 @@ def differences(recipe: Recipe, earlier: Mapping[str, Any]) -> list[str]:
 
 def check(recipe: Recipe) -> None:
     """Reject contradictory keys."""
-    for name in ("mean", "std"):
-        value = getattr(recipe, name)
-        good = value is None or len(value) == recipe.in_chans
-        _require(recipe, name, good, f"{recipe.in_chans} numbers, one a channel")
+    for name, good, what in recipe.rules():
+        if not good:
+            raise RecipeError(f"{name} must be {what}, not {getattr(recipe, name)!r}")
     if recipe.aa is not None:
         _check_policy(recipe.aa)
-    if recipe.sched in _FALLING_BY_A_FACTOR:
-        what = f"at most 1 with sched {recipe.sched}"
-        _require(recipe, "decay_rate", recipe.decay_rate <= 1, what)
     if recipe.pretrained and recipe.checkpoint:
         raise RecipeError("pretrained and checkpoint are mutually exclusive")
     if recipe.attn_diversity and (recipe.compile or recipe.grad_checkpointing):
         raise RecipeError("attn_diversity does not support compile or grad_checkpointing")
-    _check_teacher(recipe)
-    _check_fsdp(recipe)
     if recipe.mixes_images and recipe.batch_size % 2:
         raise RecipeError(f"mixup and cutmix need an even batch_size, not {recipe.batch_size}")
+    weights = (recipe.teacher_checkpoint is not None) + recipe.teacher_pretrained
+    if recipe.distill is None and recipe.teacher:
+        raise RecipeError(f"teacher {recipe.teacher!r} needs distill: soft, hard or ofa")
+    if recipe.distill is not None and (not recipe.teacher or weights != 1):
+        raise RecipeError(
+            f"distill {recipe.distill!r} needs a teacher and its weights: either "
+            "teacher_checkpoint or teacher_pretrained"
+        )
 
 
 def _check_policy(text: str) -> None:
@@ -323,36 +343,3 @@ def check_learning_rate(recipe: Recipe, lr: float) -> None:
             f"min_lr must be at most {lr:g}, the learning rate where sched {recipe.sched} "
             f"starts, not {recipe.min_lr:g}"
         )
-
-
-def _check_teacher(recipe: Recipe) -> None:
-    if recipe.distill is None:
-        if recipe.teacher:
-            raise RecipeError(f"teacher {recipe.teacher!r} needs distill: soft, hard or ofa")
-        return
-    weights = (recipe.teacher_checkpoint is not None) + recipe.teacher_pretrained
-    if not recipe.teacher or weights != 1:
-        raise RecipeError(
-            f"distill {recipe.distill!r} needs a teacher and its weights: either "
-            "teacher_checkpoint or teacher_pretrained"
-        )
-
-
-def _check_fsdp(recipe: Recipe) -> None:
-    """Reject options that need full weights, or values of all processes without gathering them."""
-    if not recipe.fsdp:
-        return
-    _require(recipe, "opt", recipe.opt in _FSDP_OPTIMIZERS, f"of {_FSDP_OPTIMIZERS} with fsdp")
-    for name, good, instead in (
-        ("clip_mode", recipe.clip_mode != "agc" or recipe.clip_grad is None, "norm or value"),
-        ("amp", recipe.amp != "fp16", "bf16"),
-        ("channels_last", not recipe.channels_last, "false"),
-        ("compile", not recipe.compile, "false"),
-        ("distill", recipe.distill != "ofa", "soft or hard"),
-    ):
-        _require(recipe, name, good, f"{instead} with fsdp")
-
-
-def _require(recipe: Recipe, name: str, good: bool, what: str) -> None:
-    if not good:
-        raise RecipeError(f"{name} must be {what}, not {getattr(recipe, name)!r}")

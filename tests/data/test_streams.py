@@ -134,7 +134,7 @@ def validation_batches(folder, images, max_corrupt=0.0):
     source = open_splits(recipe).validation
     corrupt = CorruptImages(folder / "corrupt.txt", max_corrupt)
     world = World(0, 1, torch.device("cpu"))
-    return list(ValidationLoader(source, len(images), config, recipe, world, corrupt))
+    return list(ValidationLoader(source, config, recipe, world, corrupt))
 
 
 def encoded(image, format):

@@ -231,7 +231,7 @@ def test_teachers_of_timm_and_their_size(teachers):
         (["--distill=soft", "--teacher=van_b0"], "needs a teacher and its weights"),
         (["--teacher=van_b0"], "needs distill"),
         (["--distill=ofa", "--ofa-gamma=0.5", *OWN, "--teacher-checkpoint=x"], "ofa_gamma must be"),
-        (["--distill=soft", *OWN, "--teacher-checkpoint=x"], "there is no checkpoint x"),
+        (["--distill=soft", *OWN, "--teacher-checkpoint=x"], "no checkpoint at x"),
         (["--distill=soft", "--teacher=van_b9", "--teacher-checkpoint={own}"], "van_b9"),
         (["--distill=soft", "--teacher=van_b0", "--teacher-checkpoint={own}"], "another variant"),
         (["--distill=ofa", "--ofa-stages", "7", *OWN, "--teacher-checkpoint={own}"], "ofa_stages"),

@@ -45,7 +45,7 @@ def make(folder, tmp_path):
         splits = open_splits(recipe)
         source = splits.train if kind is TrainLoader else splits.validation
         corrupt = CorruptImages(tmp_path / "corrupt.txt", allowed)
-        loaders.append(kind(source, len(source), CONFIG, recipe, world, corrupt))
+        loaders.append(kind(source, CONFIG, recipe, world, corrupt))
         return loaders[-1]
 
     yield make
