@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -168,23 +169,23 @@ def _flip(x: Tensor, which: int) -> Tensor:
     return (x.transpose(1, 2) if which & 4 else x).contiguous()
 
 
+@dataclass(eq=False)
 class PatchLoader(Closable):
     """Batches of patches, by epoch, which depend only on seed, epoch and position."""
 
-    def __init__(
-        self,
-        paths: list[Path],
-        recipe: RestorationRecipe,
-        scale: int,
-        world: World,
-        corrupt: CorruptImages,
-    ) -> None:
-        self.paths, self.recipe, self.world = paths, recipe, world
+    paths: list[Path]
+    recipe: RestorationRecipe
+    scale: int
+    world: World
+    corrupt: CorruptImages
+
+    def __post_init__(self) -> None:
+        recipe, world = self.recipe, self.world
         self.batches = batches = recipe.updates_per_epoch * recipe.accum_steps
         # The sampler draws without replacement: as many numbers as patches, modulo the pictures.
         size = batches * recipe.batch_size * world.size
         self._sampler = TrainSampler(size, recipe.batch_size, recipe.seed, world)
-        patches = Patches(paths, recipe, scale, corrupt)
+        patches = Patches(self.paths, recipe, self.scale, self.corrupt)
         options = loader_options(recipe.workers, recipe.pin_memory, world.device)
         self._loader = DataLoader(patches, batch_sampler=self._sampler, **options)
 

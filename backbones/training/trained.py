@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm
 from torch import nn
 
 import backbones
@@ -23,11 +24,12 @@ def load_trained(
     ``timm/NAME`` is timm's own if both have a model of that name. Without ``checkpoint``, the
     weights are the published ones.
     """
-    is_ours = name.startswith("timm/") or name.partition(".")[0] in backbones.list_models()
+    plain = name.partition(".")[0]
+    is_timms = timm.is_model(plain) and plain not in backbones.list_models()
     options = {"num_classes": num_classes, "in_chans": in_chans, **(arguments or {})}
     try:
         network: nn.Module = backbones.create_model(
-            name if is_ours else f"timm/{name}", checkpoint is None, **options
+            f"timm/{name}" if is_timms else name, checkpoint is None, **options
         )
         report = backbones.load_checkpoint(network, checkpoint) if checkpoint else None
     except BUILDING_ERRORS as error:
