@@ -58,6 +58,7 @@ class Trainer(TrainingLoop):
         self.classes, self.multi_label = splits.classes, splits.multi_label
         self.num_classes = splits.head_size(recipe.num_classes)
         self.score_key = "auc" if self.multi_label else "top1"
+        self.facts = {"classes": json.dumps(self.classes)}  # for ``vision-backbones predict``
 
         model = build.build_model(recipe, self.num_classes).to(self.device)
         self.config = preprocessing_by(recipe, model)
@@ -109,10 +110,6 @@ class Trainer(TrainingLoop):
         return loss, count_batch(loss.detach() * len(labels), logits.detach(), labels)
 
     # --- an epoch
-
-    def facts(self) -> dict[str, str]:
-        """The class names, for ``vision-backbones predict``."""
-        return {"classes": json.dumps(self.classes)}
 
     def finish_epoch(self) -> int:
         """Validate, record, save, draw; returns the signal received meanwhile, or 0."""

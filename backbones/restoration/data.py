@@ -107,13 +107,16 @@ def _degrade(
     return degraded, sharpen(truth) if recipe.usm else truth
 
 
+@dataclass(eq=False)
 class Patches(Dataset[Pair]):
     """Pairs (C, p, p) and (C, p·scale, p·scale); unreadable pictures are replaced by others."""
 
-    def __init__(
-        self, paths: list[Path], recipe: RestorationRecipe, scale: int, corrupt: CorruptImages
-    ) -> None:
-        self.paths, self.recipe, self.scale, self.corrupt = paths, recipe, scale, corrupt
+    paths: list[Path]
+    recipe: RestorationRecipe
+    scale: int
+    corrupt: CorruptImages
+
+    def __post_init__(self) -> None:
         self._kept: dict[int, np.ndarray] = {}
 
     def __getitem__(self, key: Key) -> Pair:

@@ -40,6 +40,7 @@ class TrainingLoop(Resumable):
     count_of_sums: int
     texts: Mapping[str, str]  # formats of the figures of an epoch, by column of summary.csv
     train_loader: Any  # has ``epoch``, ``names`` and ``close`` like :class:`TrainLoader`
+    facts: Mapping[str, str] = {}  # metadata of the best weights, besides model and epoch
 
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
@@ -115,10 +116,6 @@ class TrainingLoop(Resumable):
     @abstractmethod
     def prepare(self) -> None:
         """Build data and model, and call :meth:`set_up` with the latter."""
-
-    def facts(self) -> dict[str, str]:
-        """Metadata of the best weights, in addition to the model and the epoch."""
-        return {}
 
     @abstractmethod
     def compute(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -257,7 +254,7 @@ class TrainingLoop(Resumable):
             self.scheduler.step(self.epoch, score)
         if score is not None and score > self.best:
             self.best = score
-            metadata = {"model": self.recipe.model, "epoch": str(self.epoch), **self.facts()}
+            metadata = {"model": self.recipe.model, "epoch": str(self.epoch), **self.facts}
             weights = parallel.full_state(dict(list(self.models().values())[-1].state_dict()))
             if self.world.is_main:
                 save_weights(self.folder / "best.safetensors", weights, metadata)

@@ -79,14 +79,11 @@ def mean_auc(scores: Tensor, labels: Tensor) -> float:
     """
     areas = []
     for score, label in zip(scores.double().T, labels.T, strict=True):
-        positives = int((label > 0).sum())
-        negatives = len(label) - positives
-        if positives and negatives:
-            _, place, counts = torch.unique(score, return_inverse=True, return_counts=True)
-            ends = counts.cumsum(0).double()
-            ranks = (ends - (counts - 1) / 2)[place]  # from 1; equal scores share the mean rank
-            wins = ranks[label > 0].sum() - positives * (positives + 1) / 2
-            areas.append(float(wins) / (positives * negatives))
+        positive, negative = score[label > 0], score[label <= 0].sort().values
+        if len(positive) and len(negative):
+            # How many negatives each positive exceeds; equal scores are half.
+            below, above = (torch.searchsorted(negative, positive, right=r) for r in (False, True))
+            areas.append(float((below + above).sum()) / (2 * len(positive) * len(negative)))
     return sum(areas) / len(areas) if areas else float("nan")
 
 
