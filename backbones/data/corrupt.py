@@ -19,14 +19,16 @@ class CorruptImages:
     def __init__(self, path: Path, allowed: float) -> None:
         self.path = path
         self.allowed = allowed
-        self._names: set[str] = set()
-        self._read = 0  # bytes of the file that are in the names
+        self._added: set[str] = set()
 
     def add(self, name: str, error: Exception, size: int) -> None:
-        """Record one of ``size`` images, and stop the run if there are too many.
+        """Record one of ``size`` images, once, and stop the run if there are too many.
 
         Short lines are appended atomically.
         """
+        if name in self._added:
+            return
+        self._added.add(name)
         line = f"{one_line(name)}\t{type(error).__name__}: {joined_lines(error)}"[:1000] + "\n"
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line)
@@ -42,10 +44,5 @@ class CorruptImages:
 
     def count(self) -> int:
         """The number of distinct images."""
-        if self.path.exists():
-            with open(self.path, "rb") as file:
-                file.seek(self._read)
-                whole = file.read().rpartition(b"\n")[0]
-            self._read += len(whole) + 1 if whole else 0
-            self._names |= {line.split(b"\t")[0].decode() for line in whole.splitlines()}
-        return len(self._names)
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        return len({line.split(b"\t")[0] for line in lines})

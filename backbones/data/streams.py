@@ -87,13 +87,11 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
             except DECODE_ERRORS as error:
                 self._note(_name(image), error)
                 owed += self.seed is not None
-                continue
-            yield good
-            while owed:
+            else:
+                owed += 1
+            while owed and good is not None:
                 owed -= 1
                 yield good
-        for _ in range(owed if good is not None else 0):
-            yield good  # type: ignore[misc]
 
     def _decode(self, image: Any) -> Image.Image:
         if isinstance(image, dict):

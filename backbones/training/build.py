@@ -43,22 +43,19 @@ def build_model(recipe: Recipe, num_classes: int | None, weights: bool = True) -
             **recipe.model_args,
         )
     except BUILDING_ERRORS as error:
-        raise _model_error(recipe, error) from error
+        text = joined_lines(error)
+        if not isinstance(error, (ValueError, OSError)):  # these have readable messages
+            if recipe.model_args:
+                arguments = shown(recipe.model_args)
+                text = f"{recipe.model} with model_args {arguments}: {first_line(error)}"
+            elif not isinstance(error, TypeError):
+                raise  # a bug
+        raise RecipeError(text) from error
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
-
-
-def _model_error(recipe: Recipe, error: Exception) -> Exception:
-    """The exception to raise for an error while creating the model: the recipe's, or a bug."""
-    if isinstance(error, (ValueError, OSError)):  # have readable messages
-        return RecipeError(joined_lines(error))
-    if recipe.model_args:
-        arguments = shown(recipe.model_args)
-        return RecipeError(f"{recipe.model} with model_args {arguments}: {first_line(error)}")
-    return RecipeError(joined_lines(error)) if isinstance(error, TypeError) else error
 
 
 def resolve_memory_format(recipe: Recipe, device: torch.device) -> Recipe:

@@ -157,7 +157,7 @@ def test_no_program_is_started_for_an_image(tmp_path):
     assert "cannot identify image" in (tmp_path / "corrupt.txt").read_text()
 
 
-@pytest.mark.parametrize(("seed", "seen"), [(None, [10, 30]), (0, [10, 30, 30, 30])])
+@pytest.mark.parametrize(("seed", "seen"), [(None, [10, 30]), (0, [10, 10, 30, 30])])
 def test_images_of_the_hub_that_cannot_be_read(seed, seen, tmp_path):
     """In training, others take their place; in validation, nothing does."""
 
@@ -174,7 +174,7 @@ def test_images_of_the_hub_that_cannot_be_read(seed, seen, tmp_path):
     source = StreamSource(list, 4, 3)
     images = StreamImages(source, stream, lambda image: image.getpixel((0, 0)), "L", corrupt, seed)
     assert list(images) == [(value, 1) for value in seen]
-    assert (tmp_path / "corrupt.txt").read_text().count("broken.png\t") == 2
+    assert (tmp_path / "corrupt.txt").read_text().count("broken.png\t") == 1
 
 
 def test_a_stream_of_unknown_length(tmp_path):
