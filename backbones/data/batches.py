@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from backbones.common.errors import DataError
+from backbones.common.processes import World
 
 _GRACE_SECONDS = 20
 
@@ -37,10 +38,25 @@ def first_batches(loader: DataLoader[Any], count: int, skip: int = 0) -> Iterato
         )
 
 
-class Closable:
-    """An owner of a loader."""
+class LoaderOwner:
+    """Opens a loader as a recipe says, and ends its processes."""
 
-    _loader: DataLoader[Any] | None = None
+    recipe: Any  # with ``workers`` and ``pin_memory``
+    world: World
+    collate: Any = None  # the loader's ``collate_fn``
+    _loader: Any = None
+
+    def open(self, data: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        """A loader of data that goes to the device; its processes stay from epoch to epoch."""
+        usual = {
+            "num_workers": self.recipe.workers,
+            "pin_memory": self.recipe.pin_memory and self.world.device.type == "cuda",
+            "worker_init_fn": _start_worker,
+            "persistent_workers": self.recipe.workers > 0,
+            "generator": torch.Generator(),  # draws no random numbers of the training's
+            "collate_fn": self.collate,
+        }
+        return DataLoader(data, **{**usual, **options})
 
     def close(self) -> None:
         """End the loader processes now.
@@ -51,17 +67,6 @@ class Closable:
         iterator = getattr(self._loader, "_iterator", None)
         if iterator is not None:
             iterator._shutdown_workers()
-
-
-def loader_options(workers: int, pin_memory: bool, device: torch.device) -> dict[str, Any]:
-    """Options of a ``DataLoader`` for batches that go to ``device``."""
-    return {
-        "num_workers": workers,
-        "pin_memory": pin_memory and device.type == "cuda",
-        "worker_init_fn": _start_worker,
-        "persistent_workers": workers > 0,
-        "generator": torch.Generator(),  # draws no random numbers of the training's
-    }
 
 
 def _start_worker(worker_id: int) -> None:

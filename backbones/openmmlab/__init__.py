@@ -248,7 +248,8 @@ def check_channels(model: Mapping[str, Any]) -> None:
     else:
         parts = [*_parts(model, "decode_head"), *_parts(model, "auxiliary_head")]
     for part, cfg in parts:
-        wanted, index = cfg.get("in_channels"), cfg.get("in_index")
+        wanted = cfg.get("in_channels")
+        index: Any = cfg.get("in_index")
         if index is None:
             index = -1 if isinstance(wanted, int) else range(len(channels))
         single = isinstance(index, int)

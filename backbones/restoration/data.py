@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from backbones.common.errors import DataError
 from backbones.common.generators import mix_seed
 from backbones.common.images import has_image_ending
 from backbones.common.processes import World
-from backbones.data.batches import Closable, first_batches, loader_options
+from backbones.data.batches import LoaderOwner, first_batches
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import Key, TrainSampler
 from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
@@ -173,7 +173,7 @@ def _flip(x: Tensor, which: int) -> Tensor:
 
 
 @dataclass(eq=False)
-class PatchLoader(Closable):
+class PatchLoader(LoaderOwner):
     """Batches of patches, by epoch, which depend only on seed, epoch and position."""
 
     paths: list[Path]
@@ -189,8 +189,7 @@ class PatchLoader(Closable):
         size = batches * recipe.batch_size * world.size
         self._sampler = TrainSampler(size, recipe.batch_size, recipe.seed, world)
         patches = Patches(self.paths, recipe, self.scale, self.corrupt)
-        options = loader_options(recipe.workers, recipe.pin_memory, world.device)
-        self._loader = DataLoader(patches, batch_sampler=self._sampler, **options)
+        self._loader = self.open(patches, batch_sampler=self._sampler)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Pair]:
         """Pairs (B, C, p, p) and (B, C, p·scale, p·scale) on the device, from ``start`` on."""

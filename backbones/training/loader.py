@@ -20,7 +20,7 @@ from backbones.common.generators import mix_seed, seeded
 from backbones.common.images import DECODE_ERRORS, as_8_bits
 from backbones.common.processes import World
 from backbones.common.resizing import Resizing
-from backbones.data.batches import Closable, first_batches, loader_options
+from backbones.data.batches import LoaderOwner, first_batches
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler
 from backbones.data.sources import ImageSource
@@ -35,7 +35,7 @@ _TRANSFORM_KEYS = (
 
 
 @dataclass(eq=False)
-class _ImageLoader(Closable):
+class _ImageLoader(LoaderOwner):
     """The images of a source as batches on the device, preprocessed by timm's ``config``."""
 
     source: ImageSource | StreamSource
@@ -43,17 +43,12 @@ class _ImageLoader(Closable):
     recipe: Recipe
     world: World
     corrupt: CorruptImages
+    collate = staticmethod(fast_collate)
 
     @property
     def mode(self) -> str:
         """Of Pillow's images."""
         return "L" if self.recipe.in_chans == 1 else "RGB"
-
-    def open(self, images: Dataset[Any], **options: Any) -> DataLoader[Any]:
-        """A loader of data that goes to the device."""
-        recipe = self.recipe
-        usual = loader_options(recipe.workers, recipe.pin_memory, self.world.device)
-        return DataLoader(images, **{"collate_fn": fast_collate, **usual, **options})
 
     def on_device(self, batches: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised images (B, C, H, W) and labels (B,)."""

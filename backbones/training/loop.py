@@ -7,7 +7,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from timm.layers import convert_sync_batchnorm
@@ -36,9 +36,11 @@ class TrainingLoop(Resumable):
     """
 
     score_key: str  # the validation metric that selects the best weights; higher is better
-    factors: Mapping[str, float]  # of the means of an epoch's sums, see :func:`means_of`
+    factors: ClassVar[Mapping[str, float]]  # of the means of an epoch's sums, see :func:`means_of`
     count_of_sums: int
-    texts: Mapping[str, str]  # formats of the figures of an epoch, by column of summary.csv
+    texts: ClassVar[
+        Mapping[str, str]
+    ]  # formats of the figures of an epoch, by column of summary.csv
     train_loader: Any  # has ``epoch``, ``names`` and ``close`` like :class:`TrainLoader`
     facts: Mapping[str, str] = {}  # metadata of the best weights, besides model and epoch
 
@@ -81,8 +83,7 @@ class TrainingLoop(Resumable):
             self.net = parallel.replicate(self.network, world)
         self.lr = optimization.learning_rate(recipe, world.size)
         check_learning_rate(recipe, self.lr)
-        self.optimizer = optimization.build_optimizer(recipe, model, self.lr)
-        optimization.add_exits_to_optimizer(recipe, self.optimizer, self.network, self.lr)
+        self.optimizer = optimization.build_optimizer(recipe, self.network, self.lr)
         self.scheduler, self.epochs = optimization.build_scheduler(
             recipe, self.optimizer, updates_per_epoch
         )

@@ -30,14 +30,22 @@ def learning_rate(recipe: Recipe, world_size: int) -> float:
     return recipe.lr_base * (ratio**0.5 if recipe.lr_base_scale == "sqrt" else ratio)
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Any of timm's optimizers."""
+def build_optimizer(recipe: Recipe, network: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Any of timm's optimizers, for a model and its exits, if it has any."""
+    model = network.student if isinstance(network, StudentWithExits) else network
     try:
         _try_optimizer(recipe, lr, next(model.parameters()).device)
         optimizer = _create_optimizer(recipe, model, lr, recipe.layer_decay)
     except BUILDING_ERRORS as error:
         raise RecipeError(f"optimizer opt={recipe.opt!r}: {first_line(error)}") from error
     _split_groups(optimizer, _lr_factors(recipe.lr_factors, model))
+    if isinstance(network, StudentWithExits):
+        parameters = list(network.exits.parameters())
+        for decay, chosen in (
+            (0.0, [p for p in parameters if p.ndim <= 1]),
+            (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
+        ):
+            optimizer.add_param_group({"params": chosen, "lr": lr, "weight_decay": decay})
     return optimizer
 
 
@@ -58,20 +66,6 @@ def _try_optimizer(recipe: Recipe, lr: float, device: torch.device) -> None:
             raise ValueError("it needs second derivatives, which this loop does not compute")
         layer(torch.ones(1, 4, device=device)).sum().backward()
         optimizer.step()
-
-
-def add_exits_to_optimizer(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, network: nn.Module, lr: float
-) -> None:
-    """Let the optimizer train the exits of ``network`` too, if it has any."""
-    if not isinstance(network, StudentWithExits):
-        return
-    parameters = list(network.exits.parameters())
-    for decay, chosen in (
-        (0.0, [p for p in parameters if p.ndim <= 1]),
-        (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
-    ):
-        optimizer.add_param_group({"params": chosen, "lr": lr, "weight_decay": decay})
 
 
 def _lr_factors(patterns: dict[str, Any], model: nn.Module) -> dict[int, float]:

@@ -175,8 +175,8 @@ class Resumable(ABC):
                 self.sums.copy_(sum(rank["meter"] for rank in ranks))
             before = images_per_update(earlier, len(ranks))
         except CREATION_ERRORS as error:
-            before = state["recipe"] if isinstance(state["recipe"], dict) else {}
-            why = "; ".join([*differences(self.recipe, before), joined_lines(error, 300)])
+            known = state["recipe"] if isinstance(state["recipe"], dict) else {}
+            why = "; ".join([*differences(self.recipe, known), joined_lines(error, 300)])
             raise FileError(f"{path} does not fit this recipe: {why}") from error
         if not parallel.is_bounded(self.network, self.world):
             raise FileError(f"{path} has weights that are not finite or beyond 1e12: it diverged")

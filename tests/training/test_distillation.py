@@ -28,7 +28,7 @@ from backbones.training.distillation import (
     ofa_loss,
     soft_label_loss,
 )
-from backbones.training.optimization import add_exits_to_optimizer, build_optimizer
+from backbones.training.optimization import build_optimizer
 from backbones.training.recipe import Recipe
 
 CONFIG = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -154,8 +154,7 @@ def test_every_family_can_have_exits(family):
 def test_the_optimizer_trains_the_exits():
     recipe = Recipe(weight_decay=0.3, layer_decay=0.5)
     network = StudentWithExits(small("van", num_classes=3))
-    optimizer = build_optimizer(recipe, network.student, 1e-3)
-    add_exits_to_optimizer(recipe, optimizer, network, 1e-3)
+    optimizer = build_optimizer(recipe, network, 1e-3)
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert groups.keys() == {id(p) for p in network.parameters()}
     for name, parameter in network.exits.named_parameters():
