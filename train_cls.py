@@ -56,7 +56,7 @@ class Trainer(TrainingLoop):
         self.recipe = recipe = build.resolve_memory_format(self.recipe, self.device)
         splits = open_splits(recipe)
         self.classes, self.multi_label = splits.classes, splits.multi_label
-        self.num_classes = splits.head_size(recipe.num_classes)
+        self.num_classes = splits.num_classes
         self.score_key = "auc" if self.multi_label else "top1"
         self.facts = {"classes": json.dumps(self.classes)}  # for ``vision-backbones predict``
 

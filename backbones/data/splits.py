@@ -47,11 +47,8 @@ class Splits:
     train: ImageSource | StreamSource
     validation: ImageSource | StreamSource
     classes: list[str]
+    num_classes: int  # of the model's head
     multi_label: bool = False  # labels are (N, classes) of 0 and 1
-
-    def head_size(self, num_classes: int | None) -> int:
-        """The number of classes of the model: ``num_classes``, or else the data's."""
-        return len(self.classes) if num_classes is None else num_classes
 
 
 @dataclass
@@ -91,9 +88,10 @@ def open_splits(keys: DataKeys) -> Splits:
         return _streams(keys)
     train, classes = _open(keys, keys.train_split)
     validation, _ = _open(keys, keys.val_split, classes)
-    splits = Splits(train, validation, classes)
+    count = len(classes) if keys.num_classes is None else keys.num_classes
+    splits = Splits(train, validation, classes, count)
     splits.multi_label = train.labels is not None and train.labels.ndim == 2
-    _check(splits, keys.data, splits.head_size(keys.num_classes))
+    _check(splits, keys.data)
     return splits
 
 
@@ -257,7 +255,7 @@ def _streams(keys: DataKeys) -> Splits:
     train, validation = (
         StreamSource(stream, size, head) for stream, size in zip(streams, lengths, strict=True)
     )
-    return Splits(train, validation, classes)
+    return Splits(train, validation, classes, head)
 
 
 def _folder(
@@ -361,7 +359,8 @@ def _class_map(keys: DataKeys) -> dict[str, int] | None:
     return numbers
 
 
-def _check(splits: Splits, data: str, count: int) -> None:
+def _check(splits: Splits, data: str) -> None:
+    count = splits.num_classes
     if len(splits.classes) > count:
         raise DataError(
             f"{data} has {len(splits.classes)} classes, the model's head only {count}: "

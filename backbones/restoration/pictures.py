@@ -118,14 +118,12 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
-    """Write a picture atomically, in the format of the file's suffix.
+    """Write a picture atomically, in the format of the file's suffix, one of :data:`SUFFIXES`.
 
     16 bits are kept in PNG and TIFF (which needs ``tifffile``), alpha in PNG, WebP and TIFF, and
     EXIF data in all formats except BMP and 16-bit TIFF. ``quality`` is that of JPEG and WebP.
     """
     suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise PictureError(f"{path}: the ending of an output must be one of {', '.join(SUFFIXES)}")
     data = io.BytesIO()
     try:
         if picture.bits == 16 and suffix in _16_BIT_SUFFIXES:
@@ -149,10 +147,10 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
             elif suffix == ".bmp":
                 options = {}
             image.save(data, format=Image.registered_extensions()[suffix], **options)
-        with data.getbuffer() as view:
-            write_atomically(path, lambda file: file.write(view))
     except _ERRORS as error:
         raise PictureError(f"cannot write {path}: {error}") from error
+    with data.getbuffer() as view:
+        write_atomically(path, lambda file: file.write(view))
 
 
 def to_tensor(pixels: np.ndarray, channels: int) -> Tensor:

@@ -30,6 +30,7 @@ from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 from backbones.training.build import build_model
 from backbones.training.loop import TrainingLoop
+from backbones.training.record import means_of
 from backbones.training.run import run_from_command_line
 from ops.tiling import run_tiled
 
@@ -82,7 +83,6 @@ class RestorationTrainer(TrainingLoop):
         for path in self.val_paths:
             if min(read_size(path)) < least:
                 raise DataError(f"val_pictures: {path} is smaller than {least}×{least} pixels")
-        self.input_quality: dict[str, float] = {}
         self.set_up(model, recipe.updates_per_epoch)
         if recipe.patch_size < _SMALL:
             small = torch.zeros(recipe.batch_size, recipe.in_chans, *2 * (recipe.patch_size,))
@@ -102,28 +102,19 @@ class RestorationTrainer(TrainingLoop):
         """Mean PSNR and SSIM on luma over whole pictures, which are divided among processes."""
         model.eval()
         self.progress.begin("validation", len(self.val_paths))
-        first = not self.input_quality  # what is put in stays the same: measured once
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         rounds = math.ceil(len(self.val_paths) / self.world.size)
         for number in range(self.world.rank, rounds * self.world.size, self.world.size):
             if number < len(self.val_paths):
                 degraded, truth = self.pair(number)
                 after = quality(self.restore(model, degraded), truth, self.scale)
-                values = [1.0, *after.values(), 0.0, 0.0]
-                if first:
-                    before = resize_bicubic(degraded, self.scale)
-                    values[3:] = quality(before, truth, self.scale).values()
-                sums += torch.tensor(values, dtype=torch.float64, device=self.device)
+                sums += torch.tensor([*after.values(), 1.0], dtype=sums.dtype, device=self.device)
             if signal := self.stop_signal():
                 return {}, signal
             if self.progress.live and self.progress.due():
                 self.progress.show(number + 1, "")
-        count, *figures = self.world.sum(sums).tolist()
-        psnr, ssim, *before_it = (value / count for value in figures)
-        if first:
-            self.input_quality = dict(zip(("psnr_y", "ssim_y"), before_it, strict=True))
         self.net.train()
-        return {"psnr_y": psnr, "ssim_y": ssim}, 0
+        return means_of(self.world.sum(sums), {"psnr_y": 1.0, "ssim_y": 1.0}), 0
 
     def pair(self, number: int) -> Pair:
         """Input and ground truth of a validation picture, as (C, H, W)."""
@@ -150,11 +141,16 @@ class RestorationTrainer(TrainingLoop):
         if best.exists():
             model.load_state_dict(safetensors.torch.load_file(best))
         self.draw_comparison(model.eval(), self.folder / "comparison.png")
-        text = f"best {self.best:.2f} dB after {duration(time.monotonic() - self.begun)}"
-        if before := self.input_quality.get("psnr_y"):
-            what = "bicubic" if self.scale > 1 else "the input"
-            text += f": {self.best - before:+.2f} dB over {what} ({before:.2f} dB)"
-        self.progress.say(text)
+        seconds = time.monotonic() - self.begun
+        pairs = (self.pair(number) for number in range(len(self.val_paths)))
+        inputs = ((resize_bicubic(small, self.scale), truth) for small, truth in pairs)
+        qualities = [quality(image, truth, self.scale)["psnr_y"] for image, truth in inputs]
+        before = sum(qualities) / len(qualities)
+        what = "bicubic" if self.scale > 1 else "the input"
+        self.progress.say(
+            f"best {self.best:.2f} dB after {duration(seconds)}: {self.best - before:+.2f} dB over "
+            f"{what} ({before:.2f} dB)"
+        )
 
     @torch.inference_mode()
     def draw_comparison(self, model: nn.Module, path: Path) -> None:

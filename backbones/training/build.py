@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,24 +15,19 @@ from torch.nn import functional as F
 import backbones
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.messages import first_line, joined_lines, shown
-from backbones.training.distillation import Objective, build_teacher
+from backbones.training.distillation import Loss, Objective, build_teacher
 from backbones.training.diversity import DiverseAttention
 from backbones.training.recipe import Recipe
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_model(recipe: Recipe, num_classes: int | None, weights: bool = True) -> Any:
     """The recipe's model, with its initial weights if ``weights`` is true."""
     if not recipe.model:
         raise RecipeError("no model: give --model one of backbones.list_models()")
-    keys: dict[str, Any] = {
-        "num_classes": num_classes,
-        "in_chans": recipe.in_chans,
-        "drop_rate": recipe.drop,
-        "drop_path_rate": recipe.drop_path,
-        "global_pool": recipe.global_pool,
-    }
+    # Keys without a value may be in model_args instead.
+    keys: dict[str, Any] = {"num_classes": num_classes, "in_chans": recipe.in_chans}
+    keys |= {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
+    keys["global_pool"] = recipe.global_pool
     try:
         model = backbones.create_model(
             recipe.model,

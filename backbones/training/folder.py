@@ -14,8 +14,9 @@ from backbones.common.outputs import overwritten
 from backbones.common.processes import World
 from backbones.training.recipe import Recipe
 from backbones.training.record import RESULTS
+from backbones.training.resumable import PREVIOUS, VALIDATED
 
-_FILES = (*RESULTS, "last.prev.pt", "last.validated.pt", "diverged.pt")
+_FILES = (*RESULTS, PREVIOUS, VALIDATED, "diverged.pt")
 _EVENTS = "events.out.tfevents."
 _RECIPE, _FIRST_LINE = "config.yaml", b"# --- model"
 

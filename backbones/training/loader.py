@@ -105,10 +105,8 @@ class TrainLoader(_ImageLoader):
 
     def _image_size(self, epoch: int) -> int:
         """The image size of an epoch: the schedule's, or else the model's."""
-        begun = [e for e in self.recipe.img_size_schedule if e <= epoch]
-        if begun:
-            return self.recipe.img_size_schedule[max(begun)]
-        return int(self.config["input_size"][-1])
+        sizes = {-1: int(self.config["input_size"][-1]), **self.recipe.img_size_schedule}
+        return sizes[max(first for first in sizes if first <= epoch)]
 
     def _map_loader(self, epoch: int) -> DataLoader[Any]:
         size = self._image_size(epoch)

@@ -6,95 +6,35 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from timm.models import model_parameters
-from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+from timm.utils import dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.files import save_weights, write_text_atomically
 from backbones.common.memory import peak_memory
 from backbones.common.messages import first_line
-from backbones.common.processes import Consensus, World
-from backbones.common.progress import Progress, duration
-from backbones.common.signals import StopRequest
-from backbones.training import build, optimization, parallel
-from backbones.training.recipe import Recipe, check_learning_rate
-from backbones.training.record import RunLog, means_of, say_results
+from backbones.common.progress import duration
+from backbones.training import optimization, parallel
+from backbones.training.recipe import Recipe
+from backbones.training.record import means_of, say_results
 from backbones.training.resumable import DivergedError, Resumable
 
 
 class TrainingLoop(Resumable):
-    """The state of a run and its loop; subclasses implement the task.
+    """The loop of a run; subclasses implement the task.
 
-    A subclass implements the abstract methods. A step calls ``net``, the network or its DDP
-    wrapper.
+    A step calls ``net``, the network or its DDP wrapper.
     """
 
     score_key: str  # the validation metric that selects the best weights; higher is better
     factors: ClassVar[Mapping[str, float]]  # of the means of an epoch's sums, see :func:`means_of`
-    count_of_sums: int
-    texts: ClassVar[
-        Mapping[str, str]
-    ]  # formats of the figures of an epoch, by column of summary.csv
+    texts: ClassVar[Mapping[str, str]]  # formats of an epoch's figures, by column of summary.csv
     train_loader: Any  # has ``epoch``, ``names`` and ``close`` like :class:`TrainLoader`
     facts: Mapping[str, str] = {}  # metadata of the best weights, besides model and epoch
-
-    def __init__(
-        self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
-    ) -> None:
-        super().__init__(recipe, folder, world, progress)
-        self.stop, self.device = stop, world.device
-        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.amp or "")
-        random_seed(recipe.seed)
-        self.prepare()
-
-    def set_up(
-        self, model: nn.Module, updates_per_epoch: int, network: nn.Module | None = None
-    ) -> None:
-        """Optimizer, schedule, average and everything else around the network.
-
-        ``network`` is ``model``, wrapped with parts needed only in training.
-        """
-        recipe, world = self.recipe, self.world
-        self.model, self.updates_per_epoch = model, updates_per_epoch
-        self.network = model if network is None else network
-        if recipe.sync_bn and world.size > 1:
-            if self.device.type == "cpu":
-                raise RecipeError("sync_bn needs GPUs: torch does not have it for CPUs")
-            convert_sync_batchnorm(self.network)
-        self.guard = build.RunningStatsGuard(self.network)
-        self.ema = None
-        if recipe.ema:
-            # Shared-out weights and whole buffers do not go into one foreach call.
-            options = {"use_warmup": recipe.ema_warmup, "foreach": not recipe.fsdp}
-            self.ema = ModelEmaV3(model, recipe.ema_decay, **options)
-        if recipe.compile:
-            self.network.compile()
-        if recipe.fsdp:
-            self.net = parallel.shard(self.network, world)
-            if self.ema is not None:
-                parallel.shard(self.ema.module, world)
-        else:
-            self.net = parallel.replicate(self.network, world)
-        self.lr = optimization.learning_rate(recipe, world.size)
-        check_learning_rate(recipe, self.lr)
-        self.optimizer = optimization.build_optimizer(recipe, self.network, self.lr)
-        self.scheduler, self.epochs = optimization.build_scheduler(
-            recipe, self.optimizer, updates_per_epoch
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.consensus = Consensus(world)
-
-        self.sums = torch.zeros(self.count_of_sums, dtype=torch.float64, device=self.device)
-        self.log = RunLog(self.folder, recipe, world.is_main)
-        self.begun = self.saved = time.monotonic()
-        self.done_before = 0  # updates of earlier processes of this run
-        random_seed(recipe.seed, world.rank)
 
     def dry_run(self, batch: Any) -> None:
         """Compute the loss of a batch, to detect networks that don't support the image size."""
@@ -113,10 +53,6 @@ class TrainingLoop(Resumable):
             random_seed(self.recipe.seed, self.world.rank)
 
     # --- implemented by subclasses
-
-    @abstractmethod
-    def prepare(self) -> None:
-        """Build data and model, and call :meth:`set_up` with the latter."""
 
     @abstractmethod
     def compute(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -190,7 +126,7 @@ class TrainingLoop(Resumable):
                 figures = {**means_of(self.sums, self.factors), **self.figures()}
                 self.log.add({"epoch": self.epoch, "update": self.updates, **figures})
             if self.progress.due():
-                row = {**_of_training(means_of(self.sums, self.factors)), **self.figures()}
+                row = {**means_of(self.sums, self.factors, "train_"), **self.figures()}
                 self.progress.show(self.step, self.describe(row))
             if save or signal:
                 self.save()
@@ -237,7 +173,7 @@ class TrainingLoop(Resumable):
     def finish_epoch(self) -> int:
         """Validate, record, keep the best, save; returns the signal received meanwhile, or 0."""
         row: dict[str, Any] = {"epoch": self.epoch, "update": self.updates}
-        row |= _of_training(means_of(self.world.sum(self.sums.clone()), self.factors))
+        row |= means_of(self.world.sum(self.sums.clone()), self.factors, "train_")
         score = None
         if (self.epoch + 1) % self.recipe.eval_every == 0 or self.epoch + 1 == self.epochs:
             for name, model in self.models().items():
@@ -275,7 +211,8 @@ class TrainingLoop(Resumable):
 
     def autocast(self) -> Any:
         """Autocast, if the recipe uses mixed precision."""
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.amp or "")
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def stop_diverged(self) -> NoReturn:
         """Stop after too many bad updates in a row; ``last.pt`` has weights from before them."""
@@ -350,7 +287,3 @@ class TrainingLoop(Resumable):
         if row["skipped"]:
             parts.append(f"{row['skipped']} updates skipped")
         return "  ".join([*parts, f"{duration(self.seconds_left())} left"])
-
-
-def _of_training(means: dict[str, float]) -> dict[str, float]:
-    return {f"train_{key}": value for key, value in means.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -51,11 +52,11 @@ def count_batch(loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([loss_sum.view(1), counts])
 
 
-def means_of(sums: Tensor, factors: Mapping[str, float]) -> dict[str, float]:
+def means_of(sums: Tensor, factors: Mapping[str, float], prefix: str = "") -> dict[str, float]:
     """The means of the first ``sums``, times ``factors``, by name; the last is of the images."""
     *totals, count = sums.tolist()
     named = zip(factors.items(), totals, strict=False)
-    return {name: factor * total / max(count, 1.0) for (name, factor), total in named}
+    return {prefix + name: factor * total / max(count, 1.0) for (name, factor), total in named}
 
 
 def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -119,17 +120,12 @@ class RunLog:
         path = self.folder / "metrics.jsonl"
         if not self.active or not path.exists():
             return
-        entries = []
+        written: list[dict[str, Any]] = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
-                continue
-            if not isinstance(entry, dict) or not isinstance(entry.get("update"), int):
-                continue
-            if entry["update"] <= updates and "train_loss" not in entry:
-                entries.append(entry)
-        entries += [{k: _rounded(v) for k, v in row.items()} for row in history]
+            with contextlib.suppress(json.JSONDecodeError):
+                written.append(json.loads(line))
+        entries = [e for e in written if e["update"] <= updates and "train_loss" not in e]
+        entries += map(_rounded, history)
         entries.sort(key=lambda entry: entry["update"])  # stable: an epoch's row is the last
         write_text_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         self.summarize(history)
@@ -138,7 +134,7 @@ class RunLog:
         """Append one entry; it needs the key ``update``."""
         if not self.active:
             return
-        entry = {key: _rounded(value) for key, value in entry.items()}
+        entry = _rounded(entry)
         path = self.folder / "metrics.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -156,7 +152,7 @@ class RunLog:
         """Rewrite ``summary.csv``: one row for each epoch."""
         if not self.active or not history:
             return
-        rows = [{key: _rounded(value) for key, value in row.items()} for row in history]
+        rows = [_rounded(row) for row in history]
         write_text_atomically(self.folder / "summary.csv", csv_of_rows(rows))
 
     def close(self) -> None:
@@ -175,8 +171,8 @@ def say_results(progress: Progress, folder: Path) -> None:
             progress.say(f"  {name:<18} {meaning}")
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _module(name: str, package: str) -> Any:

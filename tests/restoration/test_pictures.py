@@ -11,6 +11,7 @@ import pytest
 import tifffile
 from PIL import Image, ImageOps
 
+from backbones.common.errors import FileError
 from backbones.restoration.pictures import (
     Picture,
     PictureError,
@@ -211,9 +212,7 @@ def test_failed_writes_leave_no_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(PictureError, match="No space left"):
+    with pytest.raises(FileError, match=f"^cannot write {path}: no space is left"):
         write_picture(path, Picture(pixels(4, 4, 3)))
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     assert path.read_bytes() == b"what was there"
-    with pytest.raises(PictureError, match="must be one of .png"):
-        write_picture(tmp_path / "a.gif", Picture(pixels(4, 4, 3)))

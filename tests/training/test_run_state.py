@@ -7,7 +7,7 @@ import torch
 from faults import Malicious
 
 from backbones.common.errors import FileError
-from backbones.training.resumable import load_state, previous_path, save_state
+from backbones.training.resumable import PREVIOUS, load_state, save_state
 
 STATE = {"model": {"weight": torch.arange(1000.0)}, "epoch": 3, "history": [{"loss": 0.5}]}
 
@@ -21,7 +21,7 @@ def test_round_trip_keeps_the_one_before(path):
     save_state(path, STATE)
     save_state(path, {**STATE, "epoch": 4})
     assert load_state(path)["epoch"] == 4
-    assert load_state(previous_path(path))["epoch"] == 3
+    assert load_state(path.with_name(PREVIOUS))["epoch"] == 3
     assert torch.equal(load_state(path)["model"]["weight"], STATE["model"]["weight"])
     assert {p.name for p in path.parent.iterdir()} == {"last.pt", "last.prev.pt"}
 
@@ -54,4 +54,4 @@ def test_a_file_system_without_links(path, monkeypatch):
     save_state(path, STATE)
     save_state(path, {**STATE, "epoch": 4})
     assert load_state(path)["epoch"] == 4
-    assert load_state(previous_path(path))["epoch"] == 3
+    assert load_state(path.with_name(PREVIOUS))["epoch"] == 3
