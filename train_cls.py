@@ -16,26 +16,24 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
 from timm.utils import distribute_bn
 from torch import nn
 
-from backbones.common.processes import World
-from backbones.common.progress import Progress, duration
-from backbones.common.signals import StopRequest
+from backbones.common.progress import duration
 from backbones.core.loaded import preprocessing_by
 from backbones.data.corrupt import CorruptImages
+from backbones.data.splits import open_splits
 from backbones.training import build, pictures
 from backbones.training.distillation import StudentWithExits
-from backbones.training.loader import TrainLoader, ValidationLoader, open_splits
+from backbones.training.loader import TrainLoader, ValidationLoader
 from backbones.training.loop import TrainingLoop
-from backbones.training.recipe import Recipe, check_sizes
-from backbones.training.record import Meter, validation_loss
+from backbones.training.recipe import Recipe
+from backbones.training.record import count_batch, mean_auc, means_of, validation_loss
 from backbones.training.run import run_from_command_line
 
 _SMALL = 32  # pixels, the smallest images that every network of this library supports
@@ -44,20 +42,27 @@ _SMALL = 32  # pixels, the smallest images that every network of this library su
 class Trainer(TrainingLoop):
     """Training of a classifier: model, data and metrics; the base class has the loop."""
 
-    def __init__(
-        self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
-    ) -> None:
-        recipe = build.resolve_memory_format(recipe, world.device)
-        super().__init__(recipe, folder, world, stop, progress)
+    factors: ClassVar[Mapping[str, float]] = {"loss": 1.0, "top1": 100.0}
+    count_of_sums = 4  # of the five best classes, too
+    texts: ClassVar[Mapping[str, str]] = {
+        **{"train_loss": "loss {:.3f}", "train_top1": "accuracy {:5.1f} %"},
+        **{"val_top1": "validation {:6.2f} %", "val_auc": "AUC {:6.2f} %"},
+        **{"ema_top1": "averaged {:6.2f} %", "ema_auc": "AUC {:6.2f} %"},
+        "images_per_second": "{:.0f} images/s",
+    }
+
+    def prepare(self) -> None:
+        """Open the data and build model, loss and loaders."""
+        self.recipe = recipe = build.resolve_memory_format(self.recipe, self.device)
         splits = open_splits(recipe)
         self.classes, self.multi_label = splits.classes, splits.multi_label
-        self.num_classes = splits.head_size(recipe.num_classes)
+        self.num_classes = splits.num_classes
         self.score_key = "auc" if self.multi_label else "top1"
+        self.facts = {"classes": json.dumps(self.classes)}  # for ``vision-backbones predict``
 
         model = build.build_model(recipe, self.num_classes).to(self.device)
         self.config = preprocessing_by(recipe, model)
-        sizes = [self.config["input_size"][-1], *recipe.img_size_schedule.values()]
-        check_sizes(recipe, sizes)
+        smallest = min([self.config["input_size"][-1], *recipe.img_size_schedule.values()])
         network = model
         if recipe.distill == "ofa":
             network = StudentWithExits(model, recipe.ofa_stages).to(self.device)
@@ -67,18 +72,15 @@ class Trainer(TrainingLoop):
         self.augment = build.BatchAugmentation(recipe, self.num_classes, self.device)
 
         corrupt = [
-            CorruptImages(folder / f"corrupt_{split}.txt", recipe.max_corrupt)
+            CorruptImages(self.folder / f"corrupt_{split}.txt", recipe.max_corrupt)
             for split in ("train", "validation")
         ]
-        self.train_loader = TrainLoader(
-            splits.train, splits.train_size, self.config, recipe, world, corrupt[0]
-        )
-        self.val_loader = ValidationLoader(
-            splits.validation, splits.validation_size, self.config, recipe, world, corrupt[1]
-        )
+        shared = self.config, recipe, self.world
+        self.train_loader = TrainLoader(splits.train, *shared, corrupt[0])
+        self.val_loader = ValidationLoader(splits.validation, *shared, corrupt[1])
         self.set_up(model, self.train_loader.batches // recipe.accum_steps, network)
-        if min(sizes) < _SMALL or recipe.batch_size == 1 or recipe.distill is not None:
-            self.dry_run(self.train_loader.blank(min(sizes), self.multi_label, self.num_classes))
+        if smallest < _SMALL or recipe.batch_size == 1 or recipe.distill is not None:
+            self.dry_run(self.train_loader.blank(smallest, self.multi_label, self.num_classes))
 
     def resolved_recipe(self) -> Recipe:
         """With all defaults resolved; it repeats the same run."""
@@ -98,34 +100,16 @@ class Trainer(TrainingLoop):
 
     # --- a step
 
-    def compute(self, batch: Any) -> tuple[torch.Tensor, Any]:
-        """Augment, run the network, compute the loss; returns it with data for :meth:`note`."""
+    def compute(self, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Augment, run the network, compute the loss; counts with the labels before mixing."""
         images, labels = batch
         images, targets = self.augment(images, labels, self.epoch)
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         loss, logits = self.objective(self.net, images, targets)
-        return loss, (logits, labels)
-
-    def note(self, loss: torch.Tensor, seen: Any) -> None:
-        """Count loss and correct predictions, with the labels before mixing."""
-        logits, labels = seen
-        self.meter.add(loss * len(labels), logits, labels)
+        return loss, count_batch(loss.detach() * len(labels), logits.detach(), labels)
 
     # --- an epoch
-
-    def facts(self) -> dict[str, str]:
-        """The class names, for ``vision-backbones predict``."""
-        return {"classes": json.dumps(self.classes)}
-
-    def new_meter(self) -> Meter:
-        """The meter for an epoch's training metrics."""
-        return Meter(self.device)
-
-    def training_figures(self, world: World | None = None) -> dict[str, float]:
-        """Loss and accuracy on the augmented images of the epoch so far."""
-        means = self.meter.read(world)
-        return {key: means[key] for key in ("loss", "top1")}
 
     def finish_epoch(self) -> int:
         """Validate, record, save, draw; returns the signal received meanwhile, or 0."""
@@ -141,18 +125,24 @@ class Trainer(TrainingLoop):
             distribute_bn(model, self.world.size, reduce=False)
         model.eval()
         self.progress.begin("validation", len(self.val_loader))
-        meter = Meter(self.device, keep_scores=self.multi_label)
+        sums, scores = torch.zeros_like(self.sums), []  # the latter for several labels
         for number, (images, labels) in enumerate(self.val_loader):
             with self.autocast():
                 logits = model(images).float()  # (B, classes)
-            meter.add(validation_loss(logits, labels), logits, labels)
+            sums += count_batch(validation_loss(logits, labels), logits, labels)
+            if self.multi_label:
+                counted = labels[:, 0] >= 0
+                scores.append((logits[counted].cpu(), labels[counted].cpu()))
             may_ask = self.val_loader.equal_batches and number % 10 == 0
             if may_ask and (signal := self.stop_signal()):
                 return {}, signal
             if self.progress.live and self.progress.due():
                 self.progress.show(number + 1, "")
-        figures = meter.read(self.world)
-        return {key: value for key, value in figures.items() if key != "count"}, 0
+        figures = means_of(self.world.sum(sums), {**self.factors, "top5": 100.0})
+        if scores:
+            everyone = sum(self.world.gather(scores), [])
+            figures["auc"] = 100 * mean_auc(*map(torch.cat, zip(*everyone, strict=True)))
+        return figures, 0
 
     def close(self) -> None:
         """End the loader processes and the logs."""
@@ -160,25 +150,6 @@ class Trainer(TrainingLoop):
         super().close()
 
     # --- reporting
-
-    def describe(self) -> str:
-        """The metrics as text for the progress bar."""
-        now = self.figures()
-        return (
-            f"loss {now['loss']:.3f}  accuracy {now['top1']:.1f} %  "
-            f"{now['images_per_second']:.0f} images/s  {duration(self.seconds_left())} left"
-        )
-
-    def describe_metrics(self, row: dict[str, Any]) -> list[str]:
-        """The metrics of a finished epoch."""
-        parts = [f"loss {row['train_loss']:.3f}", f"accuracy {row['train_top1']:5.1f} %"]
-        for prefix, name in (("val", "validation"), ("ema", "averaged")):
-            if f"{prefix}_top1" in row:
-                parts.append(f"{name} {row[f'{prefix}_top1']:6.2f} %")
-            if f"{prefix}_auc" in row:
-                parts.append(f"AUC {row[f'{prefix}_auc']:6.2f} %")
-        parts.append(f"{row['images_per_second']:.0f} images/s")
-        return [*parts, f"{row['memory_mb'] / 1024:.1f} GiB"]
 
     def show_results(self) -> None:
         """Draw predictions of the best weights."""

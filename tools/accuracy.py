@@ -48,12 +48,13 @@ from backbones.core.registry import PREFIX
 from backbones.core.requirements import installed_version
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
+from backbones.data.splits import open_splits
 from backbones.restoration.data import degrade_picture, find_pictures, load_truth
 from backbones.restoration.metrics import quality
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.restorer import load_restorer
 from backbones.training.command_line import load_recipe
-from backbones.training.loader import ValidationLoader, open_splits
+from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
 
@@ -133,7 +134,7 @@ def digits_run(folder: Path, model: str) -> Digits:
     config = preprocessing_by(recipe, network)
     assert isinstance(splits.train, ImageSource) and isinstance(splits.validation, ImageSource)
     calibration, _ = _preprocessed(splits.train, CALIBRATION, config, recipe)
-    images, labels = _preprocessed(splits.validation, splits.validation_size, config, recipe)
+    images, labels = _preprocessed(splits.validation, len(splits.validation), config, recipe)
     return Digits(network.eval(), calibration, images, labels)
 
 
@@ -145,7 +146,7 @@ def _preprocessed(
     labels: list[Tensor] = []
     with tempfile.TemporaryDirectory() as folder:
         corrupt, world = CorruptImages(Path(folder) / "corrupt.txt", 0), World(0, 1, _CPU)
-        loader = ValidationLoader(source, count, config, recipe, world, corrupt)
+        loader = ValidationLoader(source, config, recipe, world, corrupt)
         try:
             for batch, truth in loader:
                 images.append(batch)

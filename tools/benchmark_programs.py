@@ -33,9 +33,10 @@ from backbones.common.processes import World
 from backbones.common.progress import Progress
 from backbones.common.signals import StopRequest
 from backbones.data.corrupt import CorruptImages
+from backbones.data.splits import open_splits
 from backbones.restoration.data import TRAINING, VALIDATION, find_photographs
 from backbones.training import build, optimization
-from backbones.training.loader import TrainLoader, open_splits
+from backbones.training.loader import TrainLoader
 from backbones.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def our_loader(recipe: Recipe, folder: Path, world: World) -> TrainLoader:
     """train_cls.py's."""
     splits = open_splits(recipe)
     corrupt = CorruptImages(folder / "corrupt.txt", 0.0)
-    return TrainLoader(splits.train, splits.train_size, CONFIG, recipe, world, corrupt)
+    return TrainLoader(splits.train, CONFIG, recipe, world, corrupt)
 
 
 def timms_loader(recipe: Recipe, folder: Path, world: World) -> Any:

@@ -44,7 +44,7 @@ from backbones.common.progress import Progress, duration
 from backbones.core.loaded import preprocessing_by
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sources import ImageSource
-from backbones.data.splits import Splits
+from backbones.data.splits import Splits, open_splits
 from backbones.training.accuracy import Predictions, predict_all, read_real_labels, real_accuracy
 from backbones.training.command_line import load_recipe
 from backbones.training.corruptions import (
@@ -53,7 +53,7 @@ from backbones.training.corruptions import (
     Corruption,
     mean_corruption_error,
 )
-from backbones.training.loader import ValidationLoader, open_splits
+from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
 
@@ -152,8 +152,8 @@ class Validator:
             corrupt = CorruptImages(Path(folder) / "corrupt.txt", self.options.max_corrupt)
             recipe.batch_size, recipe.val_batch_size = self.options.batch_size, None
             recipe.workers = self.options.workers
-            data = self.splits.validation, self.splits.validation_size
-            loader = ValidationLoader(*data, config, recipe, self.world, corrupt, corruption)
+            args = self.splits.validation, config, recipe, self.world, corrupt
+            loader = ValidationLoader(*args, corruption)
             self.progress.begin(title, len(loader))
             try:
                 predictions = predict_all(

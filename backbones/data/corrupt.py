@@ -7,8 +7,6 @@ from pathlib import Path
 from backbones.common.errors import DataError
 from backbones.common.messages import joined_lines, one_line
 
-_MOST_IN_A_ROW = 1000
-
 
 class CorruptImages:
     """The list of undecodable images, in a file that all processes append to.
@@ -21,41 +19,30 @@ class CorruptImages:
     def __init__(self, path: Path, allowed: float) -> None:
         self.path = path
         self.allowed = allowed
-        self.in_a_row = 0
-        self._names: set[str] = set()
-        self._read = 0  # bytes of the file that are in the names
+        self._added: set[str] = set()
 
-    def add(self, name: str, error: Exception) -> None:
-        """Record an image; short lines are appended atomically."""
+    def add(self, name: str, error: Exception, size: int) -> None:
+        """Record one of ``size`` images, once, and stop the run if there are too many.
+
+        Short lines are appended atomically.
+        """
+        if name in self._added:
+            return
+        self._added.add(name)
         line = f"{one_line(name)}\t{type(error).__name__}: {joined_lines(error)}"[:1000] + "\n"
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line)
-        self.in_a_row += 1
-
-    def add_good(self) -> None:
-        """Record a decoded image."""
-        self.in_a_row = 0
-
-    def count(self) -> int:
-        """The number of distinct images."""
-        if self.path.exists():
-            with open(self.path, "rb") as file:
-                file.seek(self._read)
-                whole = file.read().rpartition(b"\n")[0]
-            self._read += len(whole) + 1 if whole else 0
-            self._names |= {line.split(b"\t")[0].decode() for line in whole.splitlines()}
-        return len(self._names)
-
-    def check(self, size: int) -> None:
-        """Stop the run if there are too many."""
         count = self.count()
         if count >= size:
             problem = f"none of the {size} images can be read"
         elif count > self.allowed * size:
             allowed = f"more than max_corrupt={self.allowed:g} allows"
             problem = f"{count} of {size} images cannot be read, {allowed}"
-        elif self.in_a_row >= _MOST_IN_A_ROW:
-            problem = f"{self.in_a_row} images in a row cannot be read"
         else:
             return
         raise DataError(f"{problem}; {self.path} lists them")
+
+    def count(self) -> int:
+        """The number of distinct images."""
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        return len({line.split(b"\t")[0] for line in lines})

@@ -32,9 +32,6 @@ class TrainSampler(Sampler[list[Key]]):
         self.batches = size // (batch_size * world.size)
         self.epoch, self.start = 0, 0
 
-    def __len__(self) -> int:
-        return self.batches - self.start
-
     def __iter__(self) -> Iterator[list[Key]]:
         order, seeds = self._epoch_order(self.epoch)
         for number in range(self.start, self.batches):
@@ -65,9 +62,6 @@ class ValidationSampler(Sampler[list[Key]]):
 
     def __init__(self, size: int, batch_size: int, batches: int, world: World) -> None:
         self.size, self.batch_size, self.batches, self.world = size, batch_size, batches, world
-
-    def __len__(self) -> int:
-        return self.batches
 
     def __iter__(self) -> Iterator[list[Key]]:
         mine = list(range(self.world.rank, self.size, self.world.size))

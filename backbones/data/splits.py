@@ -20,6 +20,7 @@ from timm.data.readers import create_reader
 from backbones.common.download import fetch
 from backbones.common.errors import DataError
 from backbones.common.images import has_image_ending, list_below
+from backbones.common.keys import Range, key
 from backbones.common.messages import first_line, shown
 from backbones.data.sources import (
     ArraySource,
@@ -32,6 +33,7 @@ from backbones.data.sources import (
 from backbones.data.streams import StreamSource
 
 _MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz"
+_COUNT = Range(low=1, high=10**6)
 _FOLDER_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "test"),
@@ -40,65 +42,56 @@ _FOLDER_NAMES = {
 
 @dataclass
 class Splits:
-    """The two halves of a data set, their sizes, and the names of the classes, by number."""
+    """The two halves of a data set, and the names of the classes, by number."""
 
     train: ImageSource | StreamSource
     validation: ImageSource | StreamSource
     classes: list[str]
-    train_size: int
-    validation_size: int
+    num_classes: int  # of the model's head
     multi_label: bool = False  # labels are (N, classes) of 0 and 1
 
-    def head_size(self, num_classes: int | None) -> int:
-        """The number of classes of the model: ``num_classes``, or else the data's."""
-        return len(self.classes) if num_classes is None else num_classes
+
+@dataclass
+class DataKeys:
+    """The keys of a recipe that say which images a network is trained on, and how many at once."""
+
+    num_classes: int | None = key("model", None, "None: as many as the data has", _COUNT)
+    data: str = key(
+        "data",
+        "",
+        "folder of train/ and val/ (or .tar files), digits, medmnist/NAME, torch/NAME, "
+        "wds/FOLDER, hfds/NAME, hfids/NAME",
+    )
+    data_dir: str | None = key("data", None, "where medmnist/, torch/, hfds/, hfids/ keep files")
+    train_split: str = key("data", "train", "name (wds: shard pattern) of the training split")
+    val_split: str = key("data", "validation", "name (wds: shard pattern) of the validation split")
+    num_samples: int | None = key(
+        *("data", None, "number of training images, if the source lacks it"),
+        Range(low=1, high=10**12),
+    )
+    val_num_samples: int | None = key(
+        "data", None, "the same for validation", Range(low=1, high=10**12)
+    )
+    class_map: str | None = key("data", None, "file that maps class names to numbers")
+    input_key: str | None = key("data", None, "image column or suffix (hfds, hfids, wds)")
+    target_key: str | None = key("data", None, "label column or field (hfds, hfids, wds)")
+    download: bool = key("data", False, "let the source download its files")
+    batch_size: int = key("data", 128, "images per step and process", _COUNT)
+    seed: int = key("run", 42, "seed of all random numbers", Range(low=0, high=2**31 - 1))
 
 
-@dataclass(frozen=True)
-class _Place:
-    """The arguments of :func:`open_splits` that all splits share."""
-
-    data: str
-    data_dir: str | None = None
-    class_map: str | None = None
-    input_key: str | None = None
-    target_key: str | None = None
-    download: bool = False
-
-
-def open_splits(
-    data: str,
-    *,
-    train_split: str = "train",
-    val_split: str = "validation",
-    data_dir: str | None = None,
-    class_map: str | None = None,
-    input_key: str | None = None,
-    target_key: str | None = None,
-    download: bool = False,
-    num_classes: int | None = None,
-    num_samples: int | None = None,
-    val_num_samples: int | None = None,
-    batch_size: int = 1,
-    seed: int = 0,
-) -> Splits:
-    """Open both splits of a data set and check them.
-
-    ``data`` is a folder of ``train/`` and ``val/`` (or ``.tar`` files), ``digits``,
-    ``medmnist/NAME``, ``torch/NAME``, ``wds/FOLDER``, ``hfds/NAME`` or ``hfids/NAME``. The other
-    arguments are keys of a recipe, which ``train_cls.py --help`` explains.
-    """
-    if not data:
+def open_splits(keys: DataKeys) -> Splits:
+    """Open both splits of a data set and check them."""
+    if not keys.data:
         raise DataError("no data: give --data a folder, digits, medmnist/NAME, torch/NAME, …")
-    place = _Place(data, data_dir, class_map, input_key, target_key, download)
-    if data.partition("/")[0] in ("wds", "hfids"):
-        sizes = ((train_split, num_samples), (val_split, val_num_samples))
-        return _streams(place, sizes, num_classes, batch_size, seed)
-    train, classes = _open(place, train_split)
-    validation, _ = _open(place, val_split, classes)
-    splits = Splits(train, validation, classes, len(train), len(validation))
+    if keys.data.partition("/")[0] in ("wds", "hfids"):
+        return _streams(keys)
+    train, classes = _open(keys, keys.train_split)
+    validation, _ = _open(keys, keys.val_split, classes)
+    count = len(classes) if keys.num_classes is None else keys.num_classes
+    splits = Splits(train, validation, classes, count)
     splits.multi_label = train.labels is not None and train.labels.ndim == 2
-    _check(splits, data, splits.head_size(num_classes))
+    _check(splits, keys.data)
     return splits
 
 
@@ -109,38 +102,38 @@ def open_split(
 
     ``column`` is that of the images (``hfds``); the data set's files are in ``folder``.
     """
-    source, _ = _open(_Place(data, folder, input_key=column), split)
+    source, _ = _open(DataKeys(data=data, data_dir=folder, input_key=column), split)
     if not len(source):
         raise DataError(f"{data}: the split {split} is empty")
     return source
 
 
 def _open(
-    place: _Place, split: str, known: Sequence[str] | None = None
+    keys: DataKeys, split: str, known: Sequence[str] | None = None
 ) -> tuple[ImageSource, list[str]]:
     """The images of a split and its class names; ``known`` are those of the training split."""
-    kind, _, rest = place.data.partition("/")
+    kind, _, rest = keys.data.partition("/")
     if kind == "digits" and not rest:
         return _digits(split)
     if kind == "medmnist":
-        return _medmnist(place, rest, split)
+        return _medmnist(keys, rest, split)
     if kind in ("torch", "torchvision"):
-        return _torchvision(place, rest, split)
+        return _torchvision(keys, rest, split)
     if kind == "hfds":
-        return _hugging_face(place, split)
-    return _folder(place, Path(place.data), split, known)
+        return _hugging_face(keys, split)
+    return _folder(keys, Path(keys.data), split, known)
 
 
 @contextlib.contextmanager
-def _explained(place: _Place, split: str, hint: str = "") -> Iterator[None]:
+def _explained(keys: DataKeys, split: str, hint: str = "") -> Iterator[None]:
     """Raise a DataError for exceptions of timm, torchvision and datasets."""
     try:
         yield
     except ImportError as error:
-        raise DataError(f"{place.data} needs a package: {error}") from error
+        raise DataError(f"{keys.data} needs a package: {error}") from error
     # For unknown names, splits or files.
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise DataError(f"{place.data}, split {split!r}: {first_line(error)}{hint}") from error
+        raise DataError(f"{keys.data}, split {split!r}: {first_line(error)}{hint}") from error
 
 
 def _digits(split: str) -> tuple[ImageSource, list[str]]:
@@ -162,12 +155,12 @@ def _digits(split: str) -> tuple[ImageSource, list[str]]:
     return source, [str(number) for number in range(10)]
 
 
-def _medmnist(place: _Place, name: str, split: str) -> tuple[ImageSource, list[str]]:
+def _medmnist(keys: DataKeys, name: str, split: str) -> tuple[ImageSource, list[str]]:
     """An official split of a MedMNIST set, from the ``.npz`` that its authors publish."""
-    path = Path(place.data_dir or "data") / f"{name}.npz"
+    path = Path(keys.data_dir or "data") / f"{name}.npz"
     url = _MEDMNIST_URL.format(name)
     if not path.exists():
-        if not place.download:
+        if not keys.download:
             raise DataError(f"{path} is missing: download it from {url}, or add --download")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -187,8 +180,6 @@ def _medmnist(place: _Place, name: str, split: str) -> tuple[ImageSource, list[s
     images, labels = arrays[wanted[0]], arrays[wanted[1]]
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise DataError(f"{name} has images of shape {images.shape[1:]}, not 2D ones")
-    if len(images) != len(labels):
-        raise DataError(f"{path}: {len(images)} {short} images have {len(labels)} labels")
     if labels.ndim != 2 or labels.shape[1] == 1:
         labels = labels.reshape(-1)
     count = labels.shape[1] if labels.ndim == 2 else int(arrays["train_labels"].max()) + 1
@@ -196,22 +187,22 @@ def _medmnist(place: _Place, name: str, split: str) -> tuple[ImageSource, list[s
     return source, [str(number) for number in range(count)]
 
 
-def _torchvision(place: _Place, name: str, split: str) -> tuple[ImageSource, list[str]]:
+def _torchvision(keys: DataKeys, name: str, split: str) -> tuple[ImageSource, list[str]]:
     """A split of ``torchvision.datasets``, by timm's short names such as ``cifar10``."""
-    root = place.data_dir or "data"
-    with _explained(place, split, f" (looked in {root}, see --data-dir)"):
-        dataset = create_dataset(f"torch/{name}", root=root, split=split, download=place.download)
+    root = keys.data_dir or "data"
+    with _explained(keys, split, f" (looked in {root}, see --data-dir)"):
+        dataset = create_dataset(f"torch/{name}", root=root, split=split, download=keys.download)
     classes = [str(c) for c in getattr(dataset, "classes", [])]
     return TorchvisionSource(dataset, f"{name}/{split}"), classes
 
 
-def _hugging_face(place: _Place, split: str) -> tuple[ImageSource, list[str]]:
+def _hugging_face(keys: DataKeys, split: str) -> tuple[ImageSource, list[str]]:
     """A split of the Hugging Face hub, or of a folder in its formats, with timm's reader."""
-    options = {"input_key": place.input_key, "target_key": place.target_key}
-    classes_by_name = _class_map(place)
-    with _explained(place, split):
+    options = {"input_key": keys.input_key, "target_key": keys.target_key}
+    classes_by_name = _class_map(keys)
+    with _explained(keys, split):
         reader = create_reader(
-            place.data, root=place.data_dir, split=split, class_map=classes_by_name, **options
+            keys.data, root=keys.data_dir, split=split, class_map=classes_by_name, **options
         )
     source = ReaderSource(reader)
     names = {number: name for name, number in reader.class_to_idx.items()}
@@ -220,47 +211,43 @@ def _hugging_face(place: _Place, split: str) -> tuple[ImageSource, list[str]]:
     return source, _in_order(names, count)
 
 
-def _streams(
-    place: _Place,
-    sizes: Sequence[tuple[str, int | None]],
-    num_classes: int | None,
-    batch_size: int,
-    seed: int,
-) -> Splits:
+def _streams(keys: DataKeys) -> Splits:
     """WebDataset shards or a streamed hub data set, which can only be read in order."""
-    kind, _, rest = place.data.partition("/")
+    sizes = ((keys.train_split, keys.num_samples), (keys.val_split, keys.val_num_samples))
+    num_classes = keys.num_classes
+    kind, _, rest = keys.data.partition("/")
     is_wds = kind == "wds"
     opened = functools.partial(
         create_dataset,
-        "wds/" if is_wds else place.data,
-        root=os.path.join(place.data_dir or "", rest) if is_wds else place.data_dir,
-        batch_size=batch_size,
-        seed=seed,
-        class_map=_class_map(place),
+        "wds/" if is_wds else keys.data,
+        root=os.path.join(keys.data_dir or "", rest) if is_wds else keys.data_dir,
+        batch_size=keys.batch_size,
+        seed=keys.seed,
+        class_map=_class_map(keys),
         input_img_mode="",  # as in the file: timm would clip 16 bits
-        input_key=place.input_key,
-        target_key=place.target_key,
-        download=place.download and not is_wds,
+        input_key=keys.input_key,
+        target_key=keys.target_key,
+        download=keys.download and not is_wds,
     )
     streams, lengths = [], []
     for (split, size), training in zip(sizes, (True, False), strict=True):
         stream = functools.partial(opened, split=split, is_training=training, num_samples=size)
         streams.append(stream)
-        with _explained(place, split):
+        with _explained(keys, split):
             reader = stream().reader
         if not reader.num_samples:
             raise DataError(
-                f"{place.data}, split {split!r}: unknown length; append it to the shards as "
+                f"{keys.data}, split {split!r}: unknown length; append it to the shards as "
                 f"'{split}|COUNT', or give num_samples and val_num_samples"
             )
         shards = reader.split_info.filenames if is_wds else []
         for path in (os.path.join(reader.root, name) for name in shards):
             if ":" not in path and not os.path.exists(path):
-                raise DataError(f"{place.data}, split {split!r}: there is no shard {path}")
+                raise DataError(f"{keys.data}, split {split!r}: there is no shard {path}")
         lengths.append(int(reader.num_samples))
     names = {number: name for name, number in (reader.class_to_idx or {}).items()}
     if not names and num_classes is None:
-        raise DataError(f"{place.data} does not state its number of classes: give --num-classes")
+        raise DataError(f"{keys.data} does not state its number of classes: give --num-classes")
     count = max(names) + 1 if names else num_classes
     assert count is not None
     classes = _in_order(names, count)
@@ -268,16 +255,16 @@ def _streams(
     train, validation = (
         StreamSource(stream, size, head) for stream, size in zip(streams, lengths, strict=True)
     )
-    return Splits(train, validation, classes, lengths[0], lengths[1])
+    return Splits(train, validation, classes, head)
 
 
 def _folder(
-    place: _Place, root: Path, split: str, known: Sequence[str] | None
+    keys: DataKeys, root: Path, split: str, known: Sequence[str] | None
 ) -> tuple[ImageSource, list[str]]:
     """``root/train/CLASS/…`` and ``root/validation/CLASS/…``, or ``train.tar`` and so on."""
     if not root.is_dir():
         raise DataError(f"no data at {root}: it must be a folder with train and validation")
-    class_to_idx = _class_map(place)
+    class_to_idx = _class_map(keys)
     path = _find_split(root, split)
     files = list_tar(path) if path.is_file() else _list_folder(path)
     if not files:
@@ -345,12 +332,12 @@ def list_tar(
     return sorted(files, key=lambda entry: entry[1][0])
 
 
-def _class_map(place: _Place) -> dict[str, int] | None:
+def _class_map(keys: DataKeys) -> dict[str, int] | None:
     """Class indices by name, from a text file with one name per line; None if not given.
 
     timm would read some files as pickles, which may execute code.
     """
-    path = place.class_map
+    path = keys.class_map
     if path is None:
         return None
     try:
@@ -372,7 +359,8 @@ def _class_map(place: _Place) -> dict[str, int] | None:
     return numbers
 
 
-def _check(splits: Splits, data: str, count: int) -> None:
+def _check(splits: Splits, data: str) -> None:
+    count = splits.num_classes
     if len(splits.classes) > count:
         raise DataError(
             f"{data} has {len(splits.classes)} classes, the model's head only {count}: "
@@ -383,17 +371,9 @@ def _check(splits: Splits, data: str, count: int) -> None:
             continue
         if len(source) == 0:
             raise DataError(f"{data}: the {split} split is empty")
-        if source.labels is None:
+        if source.labels is None or splits.multi_label:
             continue
-        if splits.multi_label:
-            if set(np.unique(source.labels)) - {0, 1}:
-                raise DataError(f"{data}: the {split} split has labels other than 0 and 1")
-            if split == "validation" and not np.ptp(source.labels, axis=0).any():
-                raise DataError(
-                    f"{data}: no class has both positive and negative validation images, so "
-                    "AUC is undefined"
-                )
-        elif len(wrong := np.flatnonzero((source.labels < 0) | (source.labels >= count))):
+        if len(wrong := np.flatnonzero((source.labels < 0) | (source.labels >= count))):
             i = int(wrong[0])
             raise DataError(
                 f"{data}: {source.name(i)} has label {source.labels[i]}, outside the "

@@ -31,7 +31,11 @@ class StreamSource:
     size: int
     num_classes: int
 
+    def __len__(self) -> int:
+        return self.size
 
+
+@dataclass(eq=False)
 class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
     """Decode, convert, augment. Unreadable training images are replaced by others.
 
@@ -39,21 +43,13 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
     and the position. Of the images, this process's ``share`` is kept.
     """
 
-    def __init__(
-        self,
-        source: StreamSource,
-        stream: Any,
-        transform: Callable[[Any], torch.Tensor],
-        mode: str,
-        corrupt: CorruptImages,
-        seed: int | None = None,
-        share: World | None = None,
-    ) -> None:
-        # Don't store the source, since this object is pickled for loader processes that aren't
-        # forked.
-        self.size, self.num_classes = source.size, source.num_classes
-        self.stream, self.transform = stream, transform
-        self.mode, self.corrupt, self.seed, self.share = mode, corrupt, seed, share
+    source: StreamSource
+    stream: Any
+    transform: Callable[[Any], torch.Tensor]
+    mode: str
+    corrupt: CorruptImages
+    seed: int | None = None
+    share: World | None = None
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
         """Augmented images and their classes."""
@@ -81,24 +77,21 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         for position, (image, label) in enumerate(self.stream):
             if self.share is not None and position % self.share.size != self.share.rank:
                 continue
-            if not 0 <= int(label) < self.num_classes:
+            if not 0 <= int(label) < (count := self.source.num_classes):
                 raise DataError(
-                    f"image {position} of the stream has label {label}, outside the "
-                    f"{self.num_classes} classes 0..{self.num_classes - 1}"
+                    f"image {position} of the stream has label {label}, outside the {count} "
+                    f"classes 0..{count - 1}"
                 )
             try:
                 good = self._decode(image), int(label)
             except DECODE_ERRORS as error:
                 self._note(_name(image), error)
                 owed += self.seed is not None
-                continue
-            self.corrupt.add_good()
-            yield good
-            while owed:
+            else:
+                owed += 1
+            while owed and good is not None:
                 owed -= 1
                 yield good
-        for _ in range(owed if good is not None else 0):
-            yield good  # type: ignore[misc]
 
     def _decode(self, image: Any) -> Image.Image:
         if isinstance(image, dict):
@@ -107,8 +100,7 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         return as_8_bits(image, self.mode)
 
     def _note(self, name: str, error: Exception) -> bool:
-        self.corrupt.add(name, error)
-        self.corrupt.check(self.size)
+        self.corrupt.add(name, error, self.source.size)
         return True  # tells webdataset to go on
 
 

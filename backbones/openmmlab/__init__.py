@@ -248,19 +248,18 @@ def check_channels(model: Mapping[str, Any]) -> None:
     else:
         parts = [*_parts(model, "decode_head"), *_parts(model, "auxiliary_head")]
     for part, cfg in parts:
-        wanted, chosen = cfg.get("in_channels"), cfg.get("in_index")
-        several = not isinstance(wanted if chosen is None else chosen, int)
-        if chosen is None:
-            index = list(range(len(channels))) if several else [-1]
-        else:
-            index = list(chosen) if several else [chosen]
-        if any(not -len(channels) <= i < len(channels) for i in index):
+        wanted = cfg.get("in_channels")
+        index: Any = cfg.get("in_index")
+        if index is None:
+            index = -1 if isinstance(wanted, int) else range(len(channels))
+        single = isinstance(index, int)
+        try:
+            fitting = channels[index] if single else [channels[i] for i in index]
+        except IndexError:
             raise ValueError(
-                f"{part}.in_index={chosen}, but {backbone['name']} returns {len(channels)} maps: "
-                f"write {'some' if several else 'one'} of 0 … {len(channels) - 1}"
-            )
-        found = [channels[i] for i in index]
-        fitting = found if several else found[0]
+                f"{part}.in_index={index}, but {backbone['name']} returns {len(channels)} maps: "
+                f"write {'one' if single else 'some'} of 0 … {len(channels) - 1}"
+            ) from None
         if (list(wanted) if isinstance(wanted, list | tuple) else wanted) != fitting:
             raise ValueError(
                 f"{part}.in_channels={wanted} does not match {backbone['name']}, whose maps at "

@@ -65,26 +65,12 @@ def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Te
 
 
 def roi_align_forward(
-    input: Tensor,
-    rois: Tensor,
-    output: Tensor,
-    argmax_y: Tensor,
-    argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor, argmax_x: Tensor, **options: Any
 ) -> None:
     """RoIAlign of the regions (K, 5) of ``input`` (B, C, H, W), written to ``output``."""
-    _only_average(pool_mode)
-    size = (aligned_height, aligned_width)
-    output.copy_(
-        torchvision.ops.roi_align(
-            _known(input), _known(rois), size, spatial_scale, sampling_ratio, aligned
-        )
-    )
+    size, scale, ratio, aligned = _roi_options(**options)
+    maps, regions = _known(input), _known(rois)
+    output.copy_(torchvision.ops.roi_align(maps, regions, size, scale, ratio, aligned))
 
 
 def roi_align_backward(
@@ -93,27 +79,27 @@ def roi_align_backward(
     argmax_y: Tensor,
     argmax_x: Tensor,
     grad_input: Tensor,
+    **options: Any,
+) -> None:
+    """Gradient of :func:`roi_align_forward`, written to ``grad_input``."""
+    size, scale, ratio, aligned = _roi_options(**options)
+    args = _known(grad_output), _known(rois), scale, *size, *grad_input.shape, ratio, aligned
+    grad_input.copy_(torch.ops.torchvision._roi_align_backward(*args))
+
+
+def _roi_options(
     aligned_height: int,
     aligned_width: int,
     spatial_scale: float,
     sampling_ratio: int,
     pool_mode: int,
     aligned: bool,
-) -> None:
-    """Gradient of :func:`roi_align_forward`, written to ``grad_input``."""
-    _only_average(pool_mode)
-    size = (aligned_height, aligned_width)
-    grad_input.copy_(
-        torch.ops.torchvision._roi_align_backward(
-            _known(grad_output),
-            _known(rois),
-            spatial_scale,
-            *size,
-            *grad_input.shape,
-            sampling_ratio,
-            aligned,
+) -> tuple[tuple[int, int], float, int, bool]:
+    if pool_mode != 1:
+        raise NotImplementedError(
+            "RoIAlign with pool_mode='max' needs mmcv's compiled operators; use pool_mode='avg'"
         )
-    )
+    return (aligned_height, aligned_width), spatial_scale, sampling_ratio, aligned
 
 
 def sigmoid_focal_loss_forward(
@@ -148,13 +134,6 @@ def _focal_loss(logits: Tensor, target: Tensor, weight: Tensor, gamma: float, al
 def _known(x: Tensor) -> Tensor:
     """torchvision's operators have no kernels for bfloat16."""
     return x.float() if x.dtype is torch.bfloat16 else x
-
-
-def _only_average(pool_mode: int) -> None:
-    if pool_mode != 1:
-        raise NotImplementedError(
-            "RoIAlign with pool_mode='max' needs mmcv's compiled operators; use pool_mode='avg'"
-        )
 
 
 class _StandIn(ModuleType):

@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,8 @@ from filelock import FileLock
 from PIL import Image
 from scipy import ndimage
 from skimage import color, data, filters, measure, morphology, segmentation
+
+from backbones.common.files import write_text_atomically
 
 CLASSES = ("coin", "galaxy")
 SIDE = 128
@@ -46,30 +47,29 @@ def make_once(folder: Path, train: int, val: int) -> None:
 
 
 def write_set(folder: Path, train: int, val: int) -> None:
-    """Write so many images; every file is written atomically and replaces an existing one."""
+    """Write so many images, and at the end their annotations; existing files are replaced."""
     counts = {"train": train, "val": val}
     for split, count in counts.items():
         if count < 1:
             raise ValueError(f"{split} must be 1 image or more, got {count}")
     rng = np.random.default_rng(0)
     sources = [label_coins(), label_galaxies()]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-        scratch = Path(name)
-        for split, count in counts.items():
-            crops = []
-            for category, (picture, labels) in enumerate(sources, 1):
-                border = int(SPLIT * labels.shape[1])
-                part = np.s_[:, :border] if split == "train" else np.s_[:, border:]
-                share = -(-count // len(sources))
-                made = make_crops(picture[part], labels[part], share, rng)
-                crops.append([(category, *crop) for crop in made])
-            taking_turns = itertools.chain.from_iterable(zip(*crops, strict=True))
-            write_split(scratch, split, list(taking_turns)[:count])
-        for file in (*scratch.rglob("*.png"), *scratch.glob("*.json")):
-            target = folder / file.relative_to(scratch)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(target)
+    annotations = {folder / f"{split}.json": "" for split in counts}
+    for path in annotations:
+        path.unlink(missing_ok=True)
+    for path, (split, count) in zip(annotations, counts.items(), strict=True):
+        crops = []
+        for category, (picture, labels) in enumerate(sources, 1):
+            border = int(SPLIT * labels.shape[1])
+            part = np.s_[:, :border] if split == "train" else np.s_[:, border:]
+            share = -(-count // len(sources))
+            made = make_crops(picture[part], labels[part], share, rng)
+            crops.append([(category, *crop) for crop in made])
+        taking_turns = itertools.chain.from_iterable(zip(*crops, strict=True))
+        coco = write_split(folder, split, list(taking_turns)[:count])
+        annotations[path] = json.dumps(coco)
+    for path, text in annotations.items():
+        write_text_atomically(path, text)
 
 
 def _is_whole(folder: Path) -> bool:
@@ -121,7 +121,7 @@ def make_crops(
 def write_split(
     folder: Path, split: str, crops: Sequence[tuple[int, np.ndarray, np.ndarray]]
 ) -> dict[str, Any]:
-    """Write images, masks and annotations of a split; returns the annotations.
+    """Write images and masks of a split; returns the annotations.
 
     ``crops`` are category (from 1), picture and labels of each image.
     """
@@ -155,7 +155,6 @@ def write_split(
                 }
             )
         Image.fromarray(shown).save(folder / "masks" / split / name)
-    (folder / f"{split}.json").write_text(json.dumps(coco))
     return coco
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from backbones.common.errors import DataError
 from backbones.common.generators import mix_seed
 from backbones.common.images import has_image_ending
 from backbones.common.processes import World
-from backbones.data.batches import Closable, SizedBatches, loader_options
+from backbones.data.batches import LoaderOwner, first_batches
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import Key, TrainSampler
 from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
@@ -107,13 +107,16 @@ def _degrade(
     return degraded, sharpen(truth) if recipe.usm else truth
 
 
+@dataclass(eq=False)
 class Patches(Dataset[Pair]):
     """Pairs (C, p, p) and (C, p·scale, p·scale); unreadable pictures are replaced by others."""
 
-    def __init__(
-        self, paths: list[Path], recipe: RestorationRecipe, scale: int, corrupt: CorruptImages
-    ) -> None:
-        self.paths, self.recipe, self.scale, self.corrupt = paths, recipe, scale, corrupt
+    paths: list[Path]
+    recipe: RestorationRecipe
+    scale: int
+    corrupt: CorruptImages
+
+    def __post_init__(self) -> None:
         self._kept: dict[int, np.ndarray] = {}
 
     def __getitem__(self, key: Key) -> Pair:
@@ -155,10 +158,8 @@ class Patches(Dataset[Pair]):
             if min(pixels.shape[:2]) < side:
                 raise PictureError(f"smaller than a patch of {side}×{side}")
         except PictureError as error:
-            self.corrupt.add(str(path), error)
-            self.corrupt.check(len(self.paths))
+            self.corrupt.add(str(path), error, len(self.paths))
             return None
-        self.corrupt.add_good()
         if self.recipe.cache:
             self._kept[number] = pixels
         return pixels
@@ -171,35 +172,30 @@ def _flip(x: Tensor, which: int) -> Tensor:
     return (x.transpose(1, 2) if which & 4 else x).contiguous()
 
 
-class PatchLoader(Closable):
+@dataclass(eq=False)
+class PatchLoader(LoaderOwner):
     """Batches of patches, by epoch, which depend only on seed, epoch and position."""
 
-    def __init__(
-        self,
-        paths: list[Path],
-        recipe: RestorationRecipe,
-        scale: int,
-        world: World,
-        corrupt: CorruptImages,
-    ) -> None:
-        self.paths, self.recipe, self.world = paths, recipe, world
+    paths: list[Path]
+    recipe: RestorationRecipe
+    scale: int
+    world: World
+    corrupt: CorruptImages
+
+    def __post_init__(self) -> None:
+        recipe, world = self.recipe, self.world
         self.batches = batches = recipe.updates_per_epoch * recipe.accum_steps
         # The sampler draws without replacement: as many numbers as patches, modulo the pictures.
         size = batches * recipe.batch_size * world.size
         self._sampler = TrainSampler(size, recipe.batch_size, recipe.seed, world)
-        self._loader: DataLoader[Pair] = DataLoader(
-            Patches(paths, recipe, scale, corrupt),
-            batch_sampler=self._sampler,
-            generator=torch.Generator(),
-            **loader_options(recipe.workers, recipe.pin_memory, world.device),
-        )
+        patches = Patches(self.paths, recipe, self.scale, self.corrupt)
+        self._loader = self.open(patches, batch_sampler=self._sampler)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Pair]:
         """Pairs (B, C, p, p) and (B, C, p·scale, p·scale) on the device, from ``start`` on."""
         self._sampler.epoch, self._sampler.start = epoch, start
         device = self.world.device
-        self._current = SizedBatches(self._loader, self.batches - start)
-        for degraded, truth in self._current:
+        for degraded, truth in first_batches(self._loader, self.batches - start):
             yield degraded.to(device, non_blocking=True), truth.to(device, non_blocking=True)
 
     def names(self, epoch: int, update: int) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from backbones.common.errors import RecipeError
-from backbones.common.keys import Range, again, check_ranges, key
+from backbones.common.keys import Range, again, key
 from backbones.training.recipe import Recipe
 
 _GROUPS = ("optimizer", "schedule", "ema", "run")
@@ -86,13 +86,8 @@ class RestorationRecipe(Recipe):
         Range(low=0, high=2**16),
     )
 
-    def __post_init__(self) -> None:
-        """Reject contradictory keys."""
-        check_ranges(self)
-        for name, good, right in (
-            ("sigma", bool(self.sigma), "one or more numbers"),
-            ("quality", self.quality[0] <= self.quality[1], "the lowest and the highest"),
-            ("in_chans", self.task != "real" or self.in_chans == 3, "3 with task: real"),
-        ):
-            if not good:
-                raise RecipeError(f"{name} must be {right}, not {getattr(self, name)!r}")
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        yield from super().rules()
+        yield "sigma", bool(self.sigma), "one or more numbers"
+        yield "quality", self.quality[0] <= self.quality[1], "the lowest and the highest"
+        yield "in_chans", self.task != "real" or self.in_chans == 3, "3 with task: real"

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import safetensors.torch
 import torch
@@ -15,9 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.common.errors import DataError, RecipeError
-from backbones.common.processes import World
-from backbones.common.progress import Progress, duration
-from backbones.common.signals import StopRequest
+from backbones.common.progress import duration
 from backbones.data.corrupt import CorruptImages
 from backbones.restoration.data import (
     Pair,
@@ -33,6 +30,7 @@ from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 from backbones.training.build import build_model
 from backbones.training.loop import TrainingLoop
+from backbones.training.record import means_of
 from backbones.training.run import run_from_command_line
 from ops.tiling import run_tiled
 
@@ -61,32 +59,30 @@ class RestorationTrainer(TrainingLoop):
     """Training with the L1 loss on degraded patches; the best weights are selected by PSNR-Y."""
 
     score_key = "psnr_y"
+    factors: ClassVar[Mapping[str, float]] = {"loss": 1.0}
+    count_of_sums = 2
+    texts: ClassVar[Mapping[str, str]] = {
+        **{"train_loss": "L1 {:.4f}", "val_psnr_y": "validation {:.2f} dB"},
+        **{"ema_psnr_y": "averaged {:.2f} dB", "images_per_second": "{:.0f} patches/s"},
+    }
     recipe: RestorationRecipe
 
-    def __init__(
-        self,
-        recipe: RestorationRecipe,
-        folder: Path,
-        world: World,
-        stop: StopRequest,
-        progress: Progress,
-    ) -> None:
-        super().__init__(recipe, folder, world, stop, progress)
+    def prepare(self) -> None:
+        recipe = self.recipe
         model = build_restorer(recipe).to(self.device)
         self.scale: int = model.upscale
         self.train_loader = PatchLoader(
             find_pictures(recipe.train_pictures, True),
             recipe,
             self.scale,
-            world,
-            CorruptImages(folder / "corrupt_train.txt", recipe.max_corrupt),
+            self.world,
+            CorruptImages(self.folder / "corrupt_train.txt", recipe.max_corrupt),
         )
         self.val_paths = find_pictures(recipe.val_pictures, False)
         least = math.ceil(_SMALLEST / self.scale + 2) * self.scale
         for path in self.val_paths:
             if min(read_size(path)) < least:
                 raise DataError(f"val_pictures: {path} is smaller than {least}×{least} pixels")
-        self.input_quality: dict[str, float] = {}
         self.set_up(model, recipe.updates_per_epoch)
         if recipe.patch_size < _SMALL:
             small = torch.zeros(recipe.batch_size, recipe.in_chans, *2 * (recipe.patch_size,))
@@ -95,49 +91,30 @@ class RestorationTrainer(TrainingLoop):
 
     # --- called by the loop
 
-    def new_meter(self) -> SimpleNamespace:
-        """Sums of the loss and of the number of patches, on the device until they are read."""
-        return SimpleNamespace(sums=torch.zeros(2, dtype=torch.float64, device=self.device))
-
-    def compute(self, batch: Pair) -> tuple[Tensor, int]:
+    def compute(self, batch: Pair) -> tuple[Tensor, Tensor]:
         degraded, truth = batch
-        return F.l1_loss(self.net(degraded).float(), truth), len(truth)
-
-    def note(self, loss: Tensor, seen: int) -> None:
-        self.meter.sums += torch.stack([loss.double() * seen, loss.new_tensor(seen).double()])
-
-    def training_figures(self, world: World | None = None) -> dict[str, float]:
-        sums = self.meter.sums if world is None else world.sum(self.meter.sums.clone())
-        loss, count = sums.tolist()
-        return {"loss": loss / max(count, 1.0)}
+        loss = F.l1_loss(self.net(degraded).float(), truth)
+        total = loss.detach().double() * len(truth)
+        return loss, torch.stack([total, torch.full_like(total, len(truth))])
 
     @torch.inference_mode()
     def validate(self, model: nn.Module) -> tuple[dict[str, float], int]:
         """Mean PSNR and SSIM on luma over whole pictures, which are divided among processes."""
         model.eval()
         self.progress.begin("validation", len(self.val_paths))
-        first = not self.input_quality  # what is put in stays the same: measured once
-        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         rounds = math.ceil(len(self.val_paths) / self.world.size)
         for number in range(self.world.rank, rounds * self.world.size, self.world.size):
             if number < len(self.val_paths):
                 degraded, truth = self.pair(number)
                 after = quality(self.restore(model, degraded), truth, self.scale)
-                values = [1.0, *after.values(), 0.0, 0.0]
-                if first:
-                    before = resize_bicubic(degraded, self.scale)
-                    values[3:] = quality(before, truth, self.scale).values()
-                sums += torch.tensor(values, dtype=torch.float64, device=self.device)
+                sums += torch.tensor([*after.values(), 1.0], dtype=sums.dtype, device=self.device)
             if signal := self.stop_signal():
                 return {}, signal
             if self.progress.live and self.progress.due():
                 self.progress.show(number + 1, "")
-        count, *figures = self.world.sum(sums).tolist()
-        psnr, ssim, *before_it = (value / count for value in figures)
-        if first:
-            self.input_quality = dict(zip(("psnr_y", "ssim_y"), before_it, strict=True))
         self.net.train()
-        return {"psnr_y": psnr, "ssim_y": ssim}, 0
+        return means_of(self.world.sum(sums), {"psnr_y": 1.0, "ssim_y": 1.0}), 0
 
     def pair(self, number: int) -> Pair:
         """Input and ground truth of a validation picture, as (C, H, W)."""
@@ -158,31 +135,22 @@ class RestorationTrainer(TrainingLoop):
 
     # --- reporting
 
-    def describe(self) -> str:
-        now = self.figures()
-        return (
-            f"L1 {now['loss']:.4f}  {now['images_per_second']:.0f} patches/s  "
-            f"{duration(self.seconds_left())} left"
-        )
-
-    def describe_metrics(self, row: dict[str, Any]) -> list[str]:
-        parts = [f"L1 {row['train_loss']:.4f}"]
-        for prefix, name in (("val", "validation"), ("ema", "averaged")):
-            if f"{prefix}_psnr_y" in row:
-                parts.append(f"{name} {row[f'{prefix}_psnr_y']:.2f} dB")
-        return [*parts, f"{row['images_per_second']:.0f} patches/s"]
-
     def show_results(self) -> None:
         """Draw a validation picture with the best weights."""
         model, best = list(self.models().values())[-1], self.folder / "best.safetensors"
         if best.exists():
             model.load_state_dict(safetensors.torch.load_file(best))
         self.draw_comparison(model.eval(), self.folder / "comparison.png")
-        text = f"best {self.best:.2f} dB after {duration(time.monotonic() - self.begun)}"
-        if before := self.input_quality.get("psnr_y"):
-            what = "bicubic" if self.scale > 1 else "the input"
-            text += f": {self.best - before:+.2f} dB over {what} ({before:.2f} dB)"
-        self.progress.say(text)
+        seconds = time.monotonic() - self.begun
+        pairs = (self.pair(number) for number in range(len(self.val_paths)))
+        inputs = ((resize_bicubic(small, self.scale), truth) for small, truth in pairs)
+        qualities = [quality(image, truth, self.scale)["psnr_y"] for image, truth in inputs]
+        before = sum(qualities) / len(qualities)
+        what = "bicubic" if self.scale > 1 else "the input"
+        self.progress.say(
+            f"best {self.best:.2f} dB after {duration(seconds)}: {self.best - before:+.2f} dB over "
+            f"{what} ({before:.2f} dB)"
+        )
 
     @torch.inference_mode()
     def draw_comparison(self, model: nn.Module, path: Path) -> None:

@@ -7,6 +7,7 @@ https://arxiv.org/abs/1511.02228.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -77,7 +78,6 @@ class Upscaler:
         self.dtype = next(model.parameters()).dtype
         self.tile, self.overlap = tile, overlap
         self.tta, self.amp, self.max_memory = tta, amp, max_memory
-        self._budget: tuple[float, float, float] | None = None
 
     def __call__(
         self,
@@ -130,11 +130,10 @@ class Upscaler:
             return whole  # refused by tiled_strips
         if self.max_memory is None and whole <= self._probe_side():
             return whole  # no more than measuring would take
-        per_pixel, per_shape, budget = self._measure()
-        budget -= self._picture_bytes(height, width, depth)
+        budget = self._measured[2] - self._picture_bytes(height, width, depth)
         for most in range(self._padded(whole), 0, -self.window):
             side = self._even_side(most, height, width)
-            missing = self._tile_bytes(side, height, width, per_pixel, per_shape) - budget
+            missing = self._tile_bytes(side, height, width) - budget
             if missing <= 0:
                 return min(side, whole)
         limit = "the free memory" if self.max_memory is None else "max_memory"
@@ -157,23 +156,21 @@ class Upscaler:
         """The smallest side that gives as many tiles as ``most``: of fewer shapes, and smaller."""
         return max(self._padded(-(-n // -(-n // most))) for n in (height, width))
 
-    def _measure(self) -> tuple[float, float, float]:
-        """Bytes per pixel of a tile and per shape of tiles, and the memory limit; measured once."""
-        if self._budget is None:
-            side = self._probe_side()
-            probe = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
-            per_pixel, per_shape = measure_memory(self._network, probe)
-            replayed = isinstance(self.model, Rewritten) and self.device.type == "cpu"
-            free = _DEFAULT_SHARE * available_memory(self.device)
-            if self.max_memory is not None:
-                free = self.max_memory - used_memory(self.device)
-            self._budget = per_pixel, per_shape if replayed else 0, free
-        return self._budget
+    @functools.cached_property
+    def _measured(self) -> tuple[float, float, float]:
+        """Bytes per pixel of a tile and per shape of tiles, and the memory limit."""
+        side = self._probe_side()
+        probe = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
+        per_pixel, per_shape = measure_memory(self._network, probe)
+        replayed = isinstance(self.model, Rewritten) and self.device.type == "cpu"
+        free = _DEFAULT_SHARE * available_memory(self.device)
+        if self.max_memory is not None:
+            free = self.max_memory - used_memory(self.device)
+        return per_pixel, per_shape if replayed else 0, free
 
-    def _tile_bytes(
-        self, side: int, height: int, width: int, per_pixel: float, per_shape: float
-    ) -> float:
+    def _tile_bytes(self, side: int, height: int, width: int) -> float:
         """Bytes for the largest tile with its margin, all shapes of tiles, and a row of tiles."""
+        per_pixel, per_shape, _ = self._measured
         tall, wide = (
             {tile.last - tile.first for tile in tile_spans(n, side, self.overlap)}
             for n in (height, width)

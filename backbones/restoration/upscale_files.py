@@ -127,10 +127,8 @@ def upscale_files(
     for number, ((source, target), tiles) in enumerate(planned, start=1):
         until, at = progress.done + tiles, f"{source.name} ({number}/{len(planned)})"
 
-        def tick(until: int = until, at: str = at) -> None:
-            progress.done = min(progress.done + 1, until)
-            if progress.due():
-                progress.show(progress.done, f"{at}  {duration(progress.seconds_left())} left")
+        def tick(at: str = at) -> None:
+            progress.step(f"{at}  {duration(progress.seconds_left())} left")
 
         try:
             before = read_picture(source)

@@ -64,12 +64,8 @@ def predict_all(
 def read_real_labels(path: str) -> list[list[int]]:
     """The acceptable classes of each of ImageNet's validation images; timm's copy for ""."""
     try:
-        if path:
-            text = Path(path).read_text(encoding="utf-8")
-        else:
-            folder = importlib.resources.files("timm.data") / "_info"
-            text = (folder / "imagenet_real_labels.json").read_text(encoding="utf-8")
-        labels = json.loads(text)
+        timms = importlib.resources.files("timm.data") / "_info" / "imagenet_real_labels.json"
+        labels = json.loads((Path(path) if path else timms).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read real labels {path}: {error}") from error
     if not isinstance(labels, list) or not all(isinstance(entry, list) for entry in labels):

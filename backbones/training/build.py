@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,25 +15,19 @@ from torch.nn import functional as F
 import backbones
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.messages import first_line, joined_lines, shown
-from backbones.training.distillation import Objective, build_teacher
+from backbones.training.distillation import Loss, Objective, build_teacher
 from backbones.training.diversity import DiverseAttention
 from backbones.training.recipe import Recipe
-from backbones.training.trained import reading_error
-
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_model(recipe: Recipe, num_classes: int | None, weights: bool = True) -> Any:
     """The recipe's model, with its initial weights if ``weights`` is true."""
     if not recipe.model:
         raise RecipeError("no model: give --model one of backbones.list_models()")
-    keys: dict[str, Any] = {
-        "num_classes": num_classes,
-        "in_chans": recipe.in_chans,
-        "drop_rate": recipe.drop,
-        "drop_path_rate": recipe.drop_path,
-        "global_pool": recipe.global_pool,
-    }
+    # Keys without a value may be in model_args instead.
+    keys: dict[str, Any] = {"num_classes": num_classes, "in_chans": recipe.in_chans}
+    keys |= {"drop_rate": recipe.drop, "drop_path_rate": recipe.drop_path}
+    keys["global_pool"] = recipe.global_pool
     try:
         model = backbones.create_model(
             recipe.model,
@@ -44,22 +37,19 @@ def build_model(recipe: Recipe, num_classes: int | None, weights: bool = True) -
             **recipe.model_args,
         )
     except BUILDING_ERRORS as error:
-        raise _model_error(recipe, error) from error
+        text = joined_lines(error)
+        if not isinstance(error, (ValueError, OSError)):  # these have readable messages
+            if recipe.model_args:
+                arguments = shown(recipe.model_args)
+                text = f"{recipe.model} with model_args {arguments}: {first_line(error)}"
+            elif not isinstance(error, TypeError):
+                raise  # a bug
+        raise RecipeError(text) from error
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
-
-
-def _model_error(recipe: Recipe, error: Exception) -> Exception:
-    """The exception to raise for an error while creating the model: the recipe's, or a bug."""
-    if isinstance(error, (ValueError, OSError)):  # have readable messages
-        return RecipeError(reading_error(error, recipe.checkpoint))
-    if recipe.model_args:
-        arguments = shown(recipe.model_args)
-        return RecipeError(f"{recipe.model} with model_args {arguments}: {first_line(error)}")
-    return RecipeError(joined_lines(error)) if isinstance(error, TypeError) else error
 
 
 def resolve_memory_format(recipe: Recipe, device: torch.device) -> Recipe:

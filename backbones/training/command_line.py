@@ -7,7 +7,7 @@ import dataclasses
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from backbones.common.console import Parser
 from backbones.common.errors import RecipeError
@@ -61,7 +61,7 @@ def parse_command_line(
     is ``--ema`` or ``--no-ema``, ``null`` is ``none``, a list takes several words, and a mapping
     is quoted YAML. Additional options are ``--config FILE`` and ``--print-config``.
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML recipe, such as configs/cls/*.yaml")
     parser.add_argument(
         "--print-config", action="store_true", help="print the resolved recipe and exit"
@@ -81,13 +81,6 @@ def parse_command_line(
         raise RecipeError(f"unexpected {shown(word)} on the command line")
     given = {k: v for k, v in vars(options).items() if k in fields}
     return load_recipe(options.config, given, recipe_class), options
-
-
-class _Parser(Parser):
-    """Raises RecipeErrors instead of printing a hundred lines of usage and exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise RecipeError(message)
 
 
 def _add_flag(group: Any, f: dataclasses.Field[Any], inner: Any) -> None:

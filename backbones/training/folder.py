@@ -11,10 +11,12 @@ from backbones.common.errors import RecipeError
 from backbones.common.lock import FolderLock, LockedError
 from backbones.common.messages import joined_lines
 from backbones.common.outputs import overwritten
+from backbones.common.processes import World
 from backbones.training.recipe import Recipe
 from backbones.training.record import RESULTS
+from backbones.training.resumable import PREVIOUS, VALIDATED
 
-_FILES = (*RESULTS, "last.prev.pt", "last.validated.pt", "diverged.pt")
+_FILES = (*RESULTS, PREVIOUS, VALIDATED, "diverged.pt")
 _EVENTS = "events.out.tfevents."
 _RECIPE, _FIRST_LINE = "config.yaml", b"# --- model"
 
@@ -22,31 +24,33 @@ _RECIPE, _FIRST_LINE = "config.yaml", b"# --- model"
 class RunFolder:
     """``output/name``, created if necessary, and locked until :meth:`leave`.
 
+    The main process does both for all processes, and all raise its :class:`RecipeError`.
     The default name is the config's, plus the model's if given on the command line, and a number if
     another run has that name. ``resume: auto`` selects the latest of these. ``lock_problem`` is why
     it could not be locked, if so.
     """
 
-    def __init__(self, recipe: Recipe, options: Namespace) -> None:
+    def __init__(self, recipe: Recipe, options: Namespace, world: World) -> None:
         self._resumes = recipe.resume == "auto"
         self._replaces = recipe.overwrite and not self._resumes
         self._lock: FolderLock | None = None
         self._is_new = False
-        self.path, self.lock_problem = Path(recipe.output), ""
+        self.path, self.lock_problem, problem = Path(recipe.output), "", ""
         try:
-            self._choose(recipe, options)
-            self._check(recipe)
+            if world.is_main:
+                self._choose(recipe, options)
+                self._check(recipe)
         except LockedError as error:
-            raise RecipeError(
-                f"{self.path} is in use by {error}: wait for it, or choose another --name"
-            ) from None
+            problem = f"{self.path} is in use by {error}: wait for it, or choose another --name"
         except OSError as error:
-            self.leave()
             reason = error.strerror or joined_lines(error)
-            raise RecipeError(f"cannot use the folder {self.path}: {reason}") from error
-        except RecipeError:
+            problem = f"cannot use the folder {self.path}: {reason}"
+        except RecipeError as error:
+            problem = str(error)
+        self.path, problem = world.gather((self.path, problem))[0]
+        if problem:
             self.leave()
-            raise
+            raise RecipeError(problem)
 
     def _choose(self, recipe: Recipe, options: Namespace) -> None:
         output = self.path
@@ -95,7 +99,10 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """With ``overwrite``, delete the earlier run's files; other files and folders are kept."""
+        """With ``overwrite``, delete the earlier run's files; other files and folders are kept.
+
+        For the main process.
+        """
         if not self._replaces:
             return
         names = {*_FILES, *(f".{name}.tmp" for name in _FILES)}

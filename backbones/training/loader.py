@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,25 +20,12 @@ from backbones.common.generators import mix_seed, seeded
 from backbones.common.images import DECODE_ERRORS, as_8_bits
 from backbones.common.processes import World
 from backbones.common.resizing import Resizing
-from backbones.data import splits
-from backbones.data.batches import Closable, SizedBatches, loader_options
+from backbones.data.batches import LoaderOwner, first_batches
 from backbones.data.corrupt import CorruptImages
 from backbones.data.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler
 from backbones.data.sources import ImageSource
-from backbones.data.splits import Splits
 from backbones.data.streams import StreamImages, StreamSource
 from backbones.training.recipe import Recipe
-
-_DATA_KEYS = (
-    *("train_split", "val_split", "data_dir", "class_map", "input_key", "target_key", "download"),
-    *("num_classes", "num_samples", "val_num_samples", "batch_size", "seed"),
-)
-
-
-def open_splits(recipe: Recipe) -> Splits:
-    """:func:`backbones.data.splits.open_splits` of a recipe."""
-    return splits.open_splits(recipe.data, **{key: getattr(recipe, key) for key in _DATA_KEYS})
-
 
 # Keys that are arguments of timm's training transform, too.
 _TRANSFORM_KEYS = (
@@ -47,45 +34,58 @@ _TRANSFORM_KEYS = (
 )
 
 
-class TrainLoader(Closable):
-    """Shuffled, augmented training batches, by epoch, preprocessed by timm's ``config``.
+@dataclass(eq=False)
+class _ImageLoader(LoaderOwner):
+    """The images of a source as batches on the device, preprocessed by timm's ``config``."""
 
-    Every process gets the same number of batches of the same size; the remainder of the ``size``
-    images is dropped, and differs from epoch to epoch.
+    source: ImageSource | StreamSource
+    config: dict[str, Any]
+    recipe: Recipe
+    world: World
+    corrupt: CorruptImages
+    collate = staticmethod(fast_collate)
+
+    @property
+    def mode(self) -> str:
+        """Of Pillow's images."""
+        return "L" if self.recipe.in_chans == 1 else "RGB"
+
+    def on_device(self, batches: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Normalised images (B, C, H, W) and labels (B,)."""
+        stats = {"mean": self.config["mean"], "std": self.config["std"]}
+        channels = self.config["input_size"][0]
+        return iter(PrefetchLoader(batches, channels=channels, device=self.world.device, **stats))
+
+
+@dataclass(eq=False)
+class TrainLoader(_ImageLoader):
+    """Shuffled, augmented training batches, by epoch.
+
+    Every process gets the same number of batches of the same size; the remainder of the images is
+    dropped, and differs from epoch to epoch.
     """
 
-    def __init__(
-        self,
-        source: ImageSource | StreamSource,
-        size: int,
-        config: dict[str, Any],
-        recipe: Recipe,
-        world: World,
-        corrupt: CorruptImages,
-    ) -> None:
-        self.source, self.size, self.config = source, size, config
-        self.recipe, self.world, self.corrupt = recipe, world, corrupt
+    def __post_init__(self) -> None:
+        recipe, world, size = self.recipe, self.world, len(self.source)
         self.batches = size // (recipe.batch_size * world.size)
         if self.batches < recipe.accum_steps:
             raise DataError(
-                f"{size} images do not fill {recipe.accum_steps} batch(es) of {recipe.batch_size} "
-                f"for {world.size} process(es): lower batch_size or accum_steps"
+                f"{size} images do not fill {recipe.accum_steps} batch(es) of "
+                f"{recipe.batch_size} for {world.size} process(es): lower batch_size or accum_steps"
             )
-        self._sampler = TrainSampler(
-            size, recipe.batch_size, recipe.seed, world, max(1, recipe.aug_repeats)
-        )
-        self._loaders: dict[int, DataLoader[Any]] = {}
+        repeats = max(1, recipe.aug_repeats)
+        self._sampler = TrainSampler(size, recipe.batch_size, recipe.seed, world, repeats)
+        self._loader_size = 0  # of the images, in pixels
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Normalised images (B, C, H, W) and labels (B,) of one epoch, from ``start`` on."""
+        """The batches of one epoch, from ``start`` on."""
         if isinstance(self.source, ImageSource):
             self._sampler.epoch, self._sampler.start = epoch, start
-            loader = self._map_loader(self._image_size(epoch))
-            self._current = SizedBatches(loader, self.batches - start)
+            batches = first_batches(self._map_loader(epoch), self.batches - start)
         else:
-            loader = self._stream_loader(epoch)
-            self._current = SizedBatches(loader, self.batches, skip=start)
-        return iter(_on_device(self._current, self.config, self.world.device))
+            self._loader = self._stream_loader(epoch)
+            batches = first_batches(self._loader, self.batches, skip=start)
+        return self.on_device(batches)
 
     def blank(
         self, size: int, multi_label: bool, num_classes: int
@@ -105,21 +105,18 @@ class TrainLoader(Closable):
 
     def _image_size(self, epoch: int) -> int:
         """The image size of an epoch: the schedule's, or else the model's."""
-        begun = [e for e in self.recipe.img_size_schedule if e <= epoch]
-        if begun:
-            return self.recipe.img_size_schedule[max(begun)]
-        return int(self.config["input_size"][-1])
+        sizes = {-1: int(self.config["input_size"][-1]), **self.recipe.img_size_schedule}
+        return sizes[max(first for first in sizes if first <= epoch)]
 
-    def _map_loader(self, image_size: int) -> DataLoader[Any]:
-        if image_size not in self._loaders:
-            self._loaders.clear()  # ends the workers of the size before
+    def _map_loader(self, epoch: int) -> DataLoader[Any]:
+        size = self._image_size(epoch)
+        if self._loader is None or self._loader_size != size:
+            self._loader = None  # ends the workers of the size before
             assert isinstance(self.source, ImageSource)
-            transform = _train_transform(image_size, self.config, self.recipe)
-            mode = _mode(self.recipe.in_chans)
-            images = _Images(self.source, transform, mode, self.corrupt, training=True)
-            loader = _data_loader(images, self.recipe, self.world, batch_sampler=self._sampler)
-            self._loaders[image_size] = loader
-        return self._loaders[image_size]
+            args = self._transform(size), self.mode, self.corrupt
+            images = _Images(self.source, *args, training=True)
+            self._loader, self._loader_size = self.open(images, batch_sampler=self._sampler), size
+        return self._loader
 
     def _stream_loader(self, epoch: int) -> DataLoader[Any]:
         # A stream's readers keep state between epochs; new ones make epochs reproducible.
@@ -127,20 +124,32 @@ class TrainLoader(Closable):
         stream = self.source.open()
         stream.set_epoch(epoch)
         stream.set_loader_cfg(num_workers=self.recipe.workers)
-        transform = _train_transform(self._image_size(epoch), self.config, self.recipe)
-        seed, mode = mix_seed(self.recipe.seed, epoch, self.world.rank), _mode(self.recipe.in_chans)
-        return _data_loader(
-            StreamImages(self.source, stream, transform, mode, self.corrupt, seed),
-            self.recipe,
-            self.world,
-            batch_size=self.recipe.batch_size,
-            drop_last=True,
-            generator=torch.Generator().manual_seed(seed),
-            persistent=False,
+        seed = mix_seed(self.recipe.seed, epoch, self.world.rank)
+        args = stream, self._transform(self._image_size(epoch)), self.mode, self.corrupt, seed
+        generator = torch.Generator().manual_seed(seed)
+        options = {"batch_size": self.recipe.batch_size, "drop_last": True, "generator": generator}
+        return self.open(StreamImages(self.source, *args), **options)
+
+    def _transform(self, image_size: int) -> Callable[[Any], torch.Tensor]:
+        """timm's training transform up to uint8; normalisation and erasing run on the device."""
+        recipe = self.recipe
+        transform: Callable[[Any], torch.Tensor] = create_transform(
+            (recipe.in_chans, image_size, image_size),
+            is_training=True,
+            **{key: getattr(recipe, key) for key in _TRANSFORM_KEYS},
+            color_jitter=recipe.color_jitter if recipe.in_chans == 3 else 0.0,
+            auto_augment=recipe.aa,
+            interpolation=recipe.train_interpolation,
+            mean=self.config["mean"],
+            std=self.config["std"],
+            use_prefetcher=True,
         )
+        allow_zero_bits(transform)
+        return transform
 
 
-class ValidationLoader(Closable):
+@dataclass(eq=False)
+class ValidationLoader(_ImageLoader):
     """Every validation image exactly once over all processes, in order.
 
     Every process gets the same number of batches; padding and unreadable images have the label
@@ -148,47 +157,40 @@ class ValidationLoader(Closable):
     ``corruption`` is applied to every image at its final size.
     """
 
-    def __init__(
-        self,
-        source: ImageSource | StreamSource,
-        size: int,
-        config: dict[str, Any],
-        recipe: Recipe,
-        world: World,
-        corrupt: CorruptImages,
-        corruption: Callable[[Image.Image], Image.Image] | None = None,
-    ) -> None:
-        self.source, self.config, self.recipe, self.world = source, config, recipe, world
-        self.corrupt = corrupt
-        self.batch_size = recipe.val_batch_size or recipe.batch_size
-        self.batches = -(-size // (self.batch_size * world.size))
-        self.equal_batches = isinstance(source, ImageSource) or world.size == 1
-        self._transform: Any = Resizing(config)
-        if corruption is not None:
-            self._transform = create_transform(**config, is_training=False, use_prefetcher=True)
-            self._transform.transforms.insert(-1, corruption)  # before the array is made
-        if isinstance(source, ImageSource):
-            mode = _mode(recipe.in_chans)
-            images = _Images(source, self._transform, mode, corrupt, training=False)
-            sampler = ValidationSampler(size, self.batch_size, self.batches, world)
-            self._loader = _data_loader(images, recipe, world, batch_sampler=sampler)
+    corruption: Callable[[Image.Image], Image.Image] | None = None
+
+    def __post_init__(self) -> None:
+        self.batch_size = self.recipe.val_batch_size or self.recipe.batch_size
+        size = len(self.source)
+        self.batches = -(-size // (self.batch_size * self.world.size))
+        self.equal_batches = isinstance(self.source, ImageSource) or self.world.size == 1
+        self._transform: Any = Resizing(self.config)
+        if self.corruption is not None:
+            self._transform = create_transform(
+                **self.config, is_training=False, use_prefetcher=True
+            )
+            self._transform.transforms.insert(-1, self.corruption)  # before the array is made
+        if isinstance(self.source, ImageSource):
+            args = self._transform, self.mode, self.corrupt
+            sampler = ValidationSampler(size, self.batch_size, self.batches, self.world)
+            images = _Images(self.source, *args, training=False)
+            self._loader = self.open(images, batch_sampler=sampler)
 
     def __len__(self) -> int:
         return self.batches
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        if isinstance(self.source, ImageSource):
-            self._current = SizedBatches(self._loader, self.batches)
-            return iter(_on_device(self._current, self.config, self.world.device))
+        if self._loader is not None:
+            return self.on_device(first_batches(self._loader, self.batches))
+        assert isinstance(self.source, StreamSource)
         stream = self.source.open()
         # Every process reads all and keeps its share: shards do not split into equal parts.
         stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1
         stream.set_loader_cfg(num_workers=1)
-        mode, corrupt = _mode(self.recipe.in_chans), self.corrupt
-        images = StreamImages(self.source, stream, self._transform, mode, corrupt, share=self.world)
-        here: dict[str, Any] = {"num_workers": 0, "persistent": False}
-        loader = _data_loader(images, self.recipe, self.world, batch_size=self.batch_size, **here)
-        return iter(_on_device(loader, self.config, self.world.device))
+        args = stream, self._transform, self.mode, self.corrupt
+        images = StreamImages(self.source, *args, share=self.world)
+        here: dict[str, Any] = {"num_workers": 0, "persistent_workers": False}
+        return self.on_device(self.open(images, batch_size=self.batch_size, **here))
 
 
 @dataclass(eq=False)
@@ -223,53 +225,9 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
             image, label = self.source.load(index)
             image = as_8_bits(image, self.mode)
         except DECODE_ERRORS as error:
-            self.corrupt.add(self.source.name(index), error)
-            self.corrupt.check(len(self.source))
+            self.corrupt.add(self.source.name(index), error, len(self.source))
             return None
-        self.corrupt.add_good()
         return image, label
-
-
-def _mode(in_chans: int) -> str:
-    return "L" if in_chans == 1 else "RGB"
-
-
-def _train_transform(
-    image_size: int, config: dict[str, Any], recipe: Recipe
-) -> Callable[[Any], torch.Tensor]:
-    """timm's training transform up to uint8; normalisation and erasing run on the device."""
-    transform: Callable[[Any], torch.Tensor] = create_transform(
-        (recipe.in_chans, image_size, image_size),
-        is_training=True,
-        **{key: getattr(recipe, key) for key in _TRANSFORM_KEYS},
-        color_jitter=recipe.color_jitter if recipe.in_chans == 3 else 0.0,
-        auto_augment=recipe.aa,
-        interpolation=recipe.train_interpolation,
-        mean=config["mean"],
-        std=config["std"],
-        use_prefetcher=True,
-    )
-    allow_zero_bits(transform)
-    return transform
-
-
-def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> PrefetchLoader:
-    return PrefetchLoader(
-        batches,
-        mean=config["mean"],
-        std=config["std"],
-        channels=config["input_size"][0],
-        device=device,
-    )
-
-
-def _data_loader(
-    images: Dataset[Any], recipe: Recipe, world: World, persistent: bool = True, **options: Any
-) -> DataLoader[Any]:
-    """A loader that draws no random numbers of the training's."""
-    usual: dict[str, Any] = {"collate_fn": fast_collate, "generator": torch.Generator()}
-    usual |= loader_options(recipe.workers, recipe.pin_memory, world.device, persistent)
-    return DataLoader(images, **{**usual, **options})
 
 
 def allow_zero_bits(transform: Any) -> None:

@@ -5,90 +5,36 @@ from __future__ import annotations
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NoReturn
 
 import torch
-from timm.layers import convert_sync_batchnorm
 from timm.models import model_parameters
-from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+from timm.utils import dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.files import save_weights, write_text_atomically
 from backbones.common.memory import peak_memory
 from backbones.common.messages import first_line
-from backbones.common.processes import Consensus, World
-from backbones.common.progress import Progress, duration
-from backbones.common.signals import StopRequest
-from backbones.training import build, optimization, parallel
-from backbones.training.recipe import Recipe, check_learning_rate
-from backbones.training.record import RunLog, say_results
+from backbones.common.progress import duration
+from backbones.training import optimization, parallel
+from backbones.training.recipe import Recipe
+from backbones.training.record import means_of, say_results
 from backbones.training.resumable import DivergedError, Resumable
 
 
 class TrainingLoop(Resumable):
-    """The state of a run and its loop; subclasses implement the task.
+    """The loop of a run; subclasses implement the task.
 
-    A subclass builds its data, calls :meth:`set_up` at the end of its ``__init__``, and implements
-    the abstract methods. A step calls ``net``, the network or its DDP wrapper.
+    A step calls ``net``, the network or its DDP wrapper.
     """
 
     score_key: str  # the validation metric that selects the best weights; higher is better
+    factors: ClassVar[Mapping[str, float]]  # of the means of an epoch's sums, see :func:`means_of`
+    texts: ClassVar[Mapping[str, str]]  # formats of an epoch's figures, by column of summary.csv
     train_loader: Any  # has ``epoch``, ``names`` and ``close`` like :class:`TrainLoader`
-
-    def __init__(
-        self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
-    ) -> None:
-        super().__init__(recipe, folder, world, progress)
-        self.stop, self.device = stop, world.device
-        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.amp or "")
-        random_seed(recipe.seed)
-
-    def set_up(
-        self, model: nn.Module, updates_per_epoch: int, network: nn.Module | None = None
-    ) -> None:
-        """Optimizer, schedule, average and everything else around the network.
-
-        ``network`` is ``model``, wrapped with parts needed only in training.
-        """
-        recipe, world = self.recipe, self.world
-        self.model, self.updates_per_epoch = model, updates_per_epoch
-        self.network = model if network is None else network
-        if recipe.sync_bn and world.size > 1:
-            if self.device.type == "cpu":
-                raise RecipeError("sync_bn needs GPUs: torch does not have it for CPUs")
-            convert_sync_batchnorm(self.network)
-        self.guard = build.RunningStatsGuard(self.network)
-        self.ema = None
-        if recipe.ema:
-            # Shared-out weights and whole buffers do not go into one foreach call.
-            options = {"use_warmup": recipe.ema_warmup, "foreach": not recipe.fsdp}
-            self.ema = ModelEmaV3(model, recipe.ema_decay, **options)
-        if recipe.compile:
-            self.network.compile()
-        if recipe.fsdp:
-            self.net = parallel.shard(self.network, world)
-            if self.ema is not None:
-                parallel.shard(self.ema.module, world)
-        else:
-            self.net = parallel.replicate(self.network, world)
-        self.lr = optimization.learning_rate(recipe, world.size)
-        check_learning_rate(recipe, self.lr)
-        self.optimizer = optimization.build_optimizer(recipe, model, self.lr)
-        optimization.add_exits_to_optimizer(recipe, self.optimizer, self.network, self.lr)
-        self.scheduler, self.epochs = optimization.build_scheduler(
-            recipe, self.optimizer, updates_per_epoch
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.consensus = Consensus(world)
-
-        self.meter = self.new_meter()
-        self.log = RunLog(self.folder, recipe, world.is_main)
-        self.begun = self.saved = time.monotonic()
-        self.done_before = 0  # updates of earlier processes of this run
-        random_seed(recipe.seed, world.rank)
+    facts: Mapping[str, str] = {}  # metadata of the best weights, besides model and epoch
 
     def dry_run(self, batch: Any) -> None:
         """Compute the loss of a batch, to detect networks that don't support the image size."""
@@ -108,33 +54,13 @@ class TrainingLoop(Resumable):
 
     # --- implemented by subclasses
 
-    def facts(self) -> dict[str, str]:
-        """Metadata of the best weights, in addition to the model and the epoch."""
-        return {}
-
     @abstractmethod
-    def compute(self, batch: Any) -> tuple[Tensor, Any]:
-        """The loss of a batch, computed by ``net``, and data for :meth:`note`."""
-
-    @abstractmethod
-    def note(self, loss: Tensor, seen: Any) -> None:
-        """Add a batch to the meter."""
-
-    @abstractmethod
-    def training_figures(self, world: World | None = None) -> dict[str, float]:
-        """The meter's metrics, including ``loss``, of this process or of all."""
+    def compute(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, computed by ``net``, and what it adds to the epoch's sums."""
 
     @abstractmethod
     def validate(self, model: nn.Module) -> tuple[dict[str, float], int]:
         """Metrics over all validation images, and the signal received meanwhile, or 0."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """The epoch's metrics so far, as text for the progress bar."""
-
-    @abstractmethod
-    def describe_metrics(self, row: dict[str, Any]) -> list[str]:
-        """The metrics of a finished epoch, as parts of a line of text."""
 
     @abstractmethod
     def show_results(self) -> None:
@@ -182,8 +108,7 @@ class TrainingLoop(Resumable):
     def train_epoch(self) -> int:
         """Train from ``step`` to the end of the epoch; returns the received signal, or 0."""
         self.net.train()
-        title = f"epoch {self.epoch + 1:{len(str(self.epochs))}}/{self.epochs}"
-        self.progress.begin(title, self.updates_per_epoch, self.step)
+        self.progress.begin(self.title(self.epoch), self.updates_per_epoch, self.step)
         batches = self.train_loader.epoch(self.epoch, self.step * self.recipe.accum_steps)
         while self.step < self.updates_per_epoch:
             started = time.monotonic()
@@ -198,9 +123,11 @@ class TrainingLoop(Resumable):
             if len(self.bad_steps) == self.recipe.max_bad_steps:
                 self.stop_diverged()
             if self.updates % self.recipe.log_every == 0:
-                self.log.add({"epoch": self.epoch, "update": self.updates, **self.figures()})
+                figures = {**means_of(self.sums, self.factors), **self.figures()}
+                self.log.add({"epoch": self.epoch, "update": self.updates, **figures})
             if self.progress.due():
-                self.progress.show(self.step, self.describe())
+                row = {**means_of(self.sums, self.factors, "train_"), **self.figures()}
+                self.progress.show(self.step, self.describe(row))
             if save or signal:
                 self.save()
             if signal:
@@ -217,13 +144,13 @@ class TrainingLoop(Resumable):
             self.waited += time.monotonic() - waiting
             with parallel.synchronized_gradients(self.net, last=micro == accum - 1):
                 with self.autocast():
-                    loss, seen = self.compute(batch)
+                    loss, sums = self.compute(batch)
                 self.consensus.send(loss, self.stop.signal, self.is_save_due())
                 self.scaler.scale(loss / accum).backward()
             bad_now, signal_now, save_now = self.consensus.read()
             bad, signal, save = bad or bad_now, max(signal, signal_now), save or save_now
             if not bad_now:
-                self.note(loss.detach(), seen)
+                self.sums += sums
         if bad:
             self.guard.restore()
         else:
@@ -245,9 +172,9 @@ class TrainingLoop(Resumable):
 
     def finish_epoch(self) -> int:
         """Validate, record, keep the best, save; returns the signal received meanwhile, or 0."""
-        train, score = self.training_figures(self.world), None
         row: dict[str, Any] = {"epoch": self.epoch, "update": self.updates}
-        row |= {f"train_{key}": value for key, value in train.items()}
+        row |= means_of(self.world.sum(self.sums.clone()), self.factors, "train_")
+        score = None
         if (self.epoch + 1) % self.recipe.eval_every == 0 or self.epoch + 1 == self.epochs:
             for name, model in self.models().items():
                 figures, signal = self.validate(model)
@@ -257,23 +184,23 @@ class TrainingLoop(Resumable):
                 self.check_figures(figures, model)
                 row |= {f"{name}_{key}": value for key, value in figures.items()}
                 score = figures[self.score_key]  # that of the average, if there is one
-        row |= {key: value for key, value in self.figures().items() if key not in train}
+        row |= self.figures()
         self.history.append(row)
         self.epoch, self.step = self.epoch + 1, 0
         if self.recipe.sched == "plateau" and score is not None:
             self.scheduler.step(self.epoch, score)
         if score is not None and score > self.best:
             self.best = score
-            metadata = {"model": self.recipe.model, "epoch": str(self.epoch), **self.facts()}
+            metadata = {"model": self.recipe.model, "epoch": str(self.epoch), **self.facts}
             weights = parallel.full_state(dict(list(self.models().values())[-1].state_dict()))
             if self.world.is_main:
                 save_weights(self.folder / "best.safetensors", weights, metadata)
-        self.meter, self.seconds, self.waited = self.new_meter(), 0.0, 0.0
+        self.sums, self.seconds, self.waited = torch.zeros_like(self.sums), 0.0, 0.0
         self.save(validated=score is not None)
         self.log.add(row)
         self.log.summarize(self.history)
         self.progress.end()
-        self.progress.say(self.describe_epoch(row))
+        self.progress.say(f"{self.title(row['epoch'])}  {self.describe(row)}")
         return 0
 
     # --- parts of the loop
@@ -284,7 +211,8 @@ class TrainingLoop(Resumable):
 
     def autocast(self) -> Any:
         """Autocast, if the recipe uses mixed precision."""
-        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.recipe.amp or "")
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
     def stop_diverged(self) -> NoReturn:
         """Stop after too many bad updates in a row; ``last.pt`` has weights from before them."""
@@ -328,11 +256,14 @@ class TrainingLoop(Resumable):
 
     # --- reporting
 
+    def title(self, epoch: int) -> str:
+        """The number of an epoch, counted from 1."""
+        return f"epoch {epoch + 1:{len(str(self.epochs))}}/{self.epochs}"
+
     def figures(self) -> dict[str, float]:
-        """This process's figures of the epoch so far."""
+        """This process's rate, speed and problems in the epoch so far."""
         images = self.step * optimization.images_per_update(self.recipe, self.world.size)
         return {
-            **self.training_figures(),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),
             "images_per_second": images / max(self.seconds, 1e-9),
             "data_wait": self.waited / max(self.seconds, 1e-9),
@@ -347,10 +278,10 @@ class TrainingLoop(Resumable):
         pace = (time.monotonic() - self.begun) / max(self.updates - self.done_before, 1)
         return left * pace
 
-    def describe_epoch(self, row: dict[str, Any]) -> str:
-        """A finished epoch as a line of text: number, metrics, problems and the time left."""
-        parts = [f"epoch {row['epoch'] + 1:{len(str(self.epochs))}}/{self.epochs}"]
-        parts += self.describe_metrics(row)
+    def describe(self, row: dict[str, Any]) -> str:
+        """An epoch's figures as text: metrics, problems and the time left."""
+        parts = [text.format(row[key]) for key, text in self.texts.items() if key in row]
+        parts.append(f"{row['memory_mb'] / 1024:.1f} GiB")
         if row["data_wait"] > 0.1:
             parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
         if row["skipped"]:

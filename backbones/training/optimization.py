@@ -16,8 +16,6 @@ from backbones.common.messages import first_line, shown
 from backbones.training.distillation import StudentWithExits
 from backbones.training.recipe import Recipe
 
-_MOST_EPOCHS = 10**6
-
 
 def images_per_update(recipe: Recipe, world_size: int) -> int:
     """The number of images per update, over all processes."""
@@ -32,14 +30,22 @@ def learning_rate(recipe: Recipe, world_size: int) -> float:
     return recipe.lr_base * (ratio**0.5 if recipe.lr_base_scale == "sqrt" else ratio)
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Any of timm's optimizers."""
+def build_optimizer(recipe: Recipe, network: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Any of timm's optimizers, for a model and its exits, if it has any."""
+    model = network.student if isinstance(network, StudentWithExits) else network
     try:
         _try_optimizer(recipe, lr, next(model.parameters()).device)
         optimizer = _create_optimizer(recipe, model, lr, recipe.layer_decay)
     except BUILDING_ERRORS as error:
         raise RecipeError(f"optimizer opt={recipe.opt!r}: {first_line(error)}") from error
     _split_groups(optimizer, _lr_factors(recipe.lr_factors, model))
+    if isinstance(network, StudentWithExits):
+        parameters = list(network.exits.parameters())
+        for decay, chosen in (
+            (0.0, [p for p in parameters if p.ndim <= 1]),
+            (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
+        ):
+            optimizer.add_param_group({"params": chosen, "lr": lr, "weight_decay": decay})
     return optimizer
 
 
@@ -60,20 +66,6 @@ def _try_optimizer(recipe: Recipe, lr: float, device: torch.device) -> None:
             raise ValueError("it needs second derivatives, which this loop does not compute")
         layer(torch.ones(1, 4, device=device)).sum().backward()
         optimizer.step()
-
-
-def add_exits_to_optimizer(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, network: nn.Module, lr: float
-) -> None:
-    """Let the optimizer train the exits of ``network`` too, if it has any."""
-    if not isinstance(network, StudentWithExits):
-        return
-    parameters = list(network.exits.parameters())
-    for decay, chosen in (
-        (0.0, [p for p in parameters if p.ndim <= 1]),
-        (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
-    ):
-        optimizer.add_param_group({"params": chosen, "lr": lr, "weight_decay": decay})
 
 
 def _lr_factors(patterns: dict[str, Any], model: nn.Module) -> dict[int, float]:
@@ -118,24 +110,9 @@ def build_scheduler(
         scheduler, epochs = create_scheduler_v2(
             optimizer, updates_per_epoch=updates_per_epoch, **options
         )
-        epochs = int(epochs)
-        _try_schedule(scheduler, epochs, updates_per_epoch)
     except BUILDING_ERRORS as error:
         raise RecipeError(f"schedule sched={recipe.sched!r}: {first_line(error)}") from error
     if scheduler is None:
         for group in optimizer.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
-    return scheduler, epochs
-
-
-def _try_schedule(scheduler: Any, epochs: int, updates_per_epoch: int) -> None:
-    """Check the learning rates at the start of each epoch, where cycles and decays start, too."""
-    if epochs > _MOST_EPOCHS:
-        raise ValueError(f"its cycles take {epochs:.3g} epochs, more than {_MOST_EPOCHS}")
-    if scheduler is None or not hasattr(scheduler, "step_update") or scheduler.t_in_epochs:
-        return
-    for epoch in range(0, epochs + 1, max(1, epochs // 1000)):
-        for update in (epoch * updates_per_epoch - 1, epoch * updates_per_epoch):
-            rates = scheduler._get_lr(max(update, 0))
-            if not all(isinstance(r, (int, float)) and 0 <= r < math.inf for r in rates):
-                raise ValueError(f"its learning rate is {rates[0]} after {update} updates")
+    return scheduler, int(epochs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -12,6 +12,7 @@ from backbones.common.errors import RecipeError
 from backbones.common.keys import Range, fields_of, key
 from backbones.common.messages import shown
 from backbones.core.loaded import NetworkKeys
+from backbones.data.splits import DataKeys
 
 _GROUPS = (
     *("model", "data", "preprocessing", "augmentation", "loss", "distillation"),
@@ -53,7 +54,7 @@ _POLICIES: Mapping[str, Mapping[str, str]] = {
 
 
 @dataclass
-class Recipe(NetworkKeys):
+class Recipe(DataKeys, NetworkKeys):
     """Every key of a classification recipe, with its default. Names follow timm's ``train.py``.
 
     ``python train_cls.py --help`` prints this list. "None" stands for YAML's ``null``.
@@ -65,30 +66,12 @@ class Recipe(NetworkKeys):
     # --- the model
     pretrained: bool = _MODEL(False, "start from the published weights")
     checkpoint: str | None = _MODEL(None, "start from the weights in this file")
-    num_classes: int | None = _MODEL(None, "None: as many as the data has", _COUNT)
     drop: float | None = _MODEL(
         None, "dropout before the classifier; None: as published", _SHARE_BELOW_1
     )
     drop_path: float | None = _MODEL(None, "stochastic depth; None: as published", _SHARE_BELOW_1)
 
     # --- the data
-    data: str = _DATA(
-        "",
-        "folder of train/ and val/ (or .tar files), digits, medmnist/NAME, torch/NAME, "
-        "wds/FOLDER, hfds/NAME, hfids/NAME",
-    )
-    data_dir: str | None = _DATA(None, "where medmnist/, torch/, hfds/, hfids/ keep files")
-    train_split: str = _DATA("train", "name (wds: shard pattern) of the training split")
-    val_split: str = _DATA("validation", "name (wds: shard pattern) of the validation split")
-    num_samples: int | None = _DATA(
-        None, "number of training images, if the source lacks it", Range(low=1, high=10**12)
-    )
-    val_num_samples: int | None = _DATA(None, "the same for validation", Range(low=1, high=10**12))
-    class_map: str | None = _DATA(None, "file that maps class names to numbers")
-    input_key: str | None = _DATA(None, "image column or suffix (hfds, hfids, wds)")
-    target_key: str | None = _DATA(None, "label column or field (hfds, hfids, wds)")
-    download: bool = _DATA(False, "let the source download its files")
-    batch_size: int = _DATA(128, "images per step and process", _COUNT)
     val_batch_size: int | None = _DATA(None, "None: batch_size", _COUNT)
     workers: int = _DATA(
         4, "loader processes per training process; 0: load in the loop", Range(low=0, high=1024)
@@ -261,7 +244,6 @@ class Recipe(NetworkKeys):
     name: str | None = _RUN(None, "folder of this one; None: config-model, numbered")
     overwrite: bool = _RUN(False, "replace an earlier run of the same name")
     resume: str | None = _RUN(None, "auto: continue this run if it exists; or a path")
-    seed: int = _RUN(42, "seed of all random numbers", Range(low=0, high=2**31 - 1))
     save_every_steps: int = _RUN(
         0, "checkpoint within an epoch, in updates; 0: never", Range(low=0, high=10**9)
     )
@@ -280,6 +262,24 @@ class Recipe(NetworkKeys):
     def mixes_images(self) -> bool:
         """Whether batches are mixed by mixup or cutmix."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def rules(self) -> Iterator[tuple[str, bool, str]]:
+        """Keys, whether they agree with the others, and what they must be."""
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            good = value is None or len(value) == self.in_chans
+            yield name, good, f"{self.in_chans} numbers, one a channel"
+        good = self.sched not in _FALLING_BY_A_FACTOR or self.decay_rate <= 1
+        yield "decay_rate", good, f"at most 1 with sched {self.sched}"
+        # What needs full weights, or values of all processes without gathering them.
+        for name, good, instead in (
+            ("opt", self.opt in _FSDP_OPTIMIZERS, f"of {_FSDP_OPTIMIZERS}"),
+            ("clip_mode", self.clip_mode != "agc" or self.clip_grad is None, "norm or value"),
+            ("amp", self.amp != "fp16", "bf16"),
+            ("channels_last", not self.channels_last, "false"),
+            ("compile", not self.compile, "false"),
+            ("distill", self.distill != "ofa", "soft or hard"),
+        ):
+            yield name, good or not self.fsdp, f"{instead} with fsdp"
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
@@ -300,23 +300,25 @@ def differences(recipe: Recipe, earlier: Mapping[str, Any]) -> list[str]:
 
 def check(recipe: Recipe) -> None:
     """Reject contradictory keys."""
-    for name in ("mean", "std"):
-        value = getattr(recipe, name)
-        good = value is None or len(value) == recipe.in_chans
-        _require(recipe, name, good, f"{recipe.in_chans} numbers, one a channel")
+    for name, good, what in recipe.rules():
+        if not good:
+            raise RecipeError(f"{name} must be {what}, not {getattr(recipe, name)!r}")
     if recipe.aa is not None:
         _check_policy(recipe.aa)
-    if recipe.sched in _FALLING_BY_A_FACTOR:
-        what = f"at most 1 with sched {recipe.sched}"
-        _require(recipe, "decay_rate", recipe.decay_rate <= 1, what)
     if recipe.pretrained and recipe.checkpoint:
         raise RecipeError("pretrained and checkpoint are mutually exclusive")
     if recipe.attn_diversity and (recipe.compile or recipe.grad_checkpointing):
         raise RecipeError("attn_diversity does not support compile or grad_checkpointing")
-    _check_teacher(recipe)
-    _check_fsdp(recipe)
     if recipe.mixes_images and recipe.batch_size % 2:
         raise RecipeError(f"mixup and cutmix need an even batch_size, not {recipe.batch_size}")
+    weights = (recipe.teacher_checkpoint is not None) + recipe.teacher_pretrained
+    if recipe.distill is None and recipe.teacher:
+        raise RecipeError(f"teacher {recipe.teacher!r} needs distill: soft, hard or ofa")
+    if recipe.distill is not None and (not recipe.teacher or weights != 1):
+        raise RecipeError(
+            f"distill {recipe.distill!r} needs a teacher and its weights: either "
+            "teacher_checkpoint or teacher_pretrained"
+        )
 
 
 def _check_policy(text: str) -> None:
@@ -341,46 +343,3 @@ def check_learning_rate(recipe: Recipe, lr: float) -> None:
             f"min_lr must be at most {lr:g}, the learning rate where sched {recipe.sched} "
             f"starts, not {recipe.min_lr:g}"
         )
-
-
-def check_sizes(recipe: Recipe, sizes: Iterable[int]) -> None:
-    """Reject ranges of CutMix boxes of less than a pixel in images with sides ``sizes``."""
-    if recipe.cutmix_minmax is None:
-        return
-    size = min(sizes)
-    low, high = (int(size * share) for share in recipe.cutmix_minmax)
-    what = f"two shares that are pixels apart in images of {size} pixels"
-    _require(recipe, "cutmix_minmax", low < high, what)
-
-
-def _check_teacher(recipe: Recipe) -> None:
-    if recipe.distill is None:
-        if recipe.teacher:
-            raise RecipeError(f"teacher {recipe.teacher!r} needs distill: soft, hard or ofa")
-        return
-    weights = (recipe.teacher_checkpoint is not None) + recipe.teacher_pretrained
-    if not recipe.teacher or weights != 1:
-        raise RecipeError(
-            f"distill {recipe.distill!r} needs a teacher and its weights: either "
-            "teacher_checkpoint or teacher_pretrained"
-        )
-
-
-def _check_fsdp(recipe: Recipe) -> None:
-    """Reject options that need full weights, or values of all processes without gathering them."""
-    if not recipe.fsdp:
-        return
-    _require(recipe, "opt", recipe.opt in _FSDP_OPTIMIZERS, f"of {_FSDP_OPTIMIZERS} with fsdp")
-    for name, good, instead in (
-        ("clip_mode", recipe.clip_mode != "agc" or recipe.clip_grad is None, "norm or value"),
-        ("amp", recipe.amp != "fp16", "bf16"),
-        ("channels_last", not recipe.channels_last, "false"),
-        ("compile", not recipe.compile, "false"),
-        ("distill", recipe.distill != "ofa", "soft or hard"),
-    ):
-        _require(recipe, name, good, f"{instead} with fsdp")
-
-
-def _require(recipe: Recipe, name: str, good: bool, what: str) -> None:
-    if not good:
-        raise RecipeError(f"{name} must be {what}, not {getattr(recipe, name)!r}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from backbones.common.errors import FileError, RecipeError
 from backbones.common.files import write_problem, write_text_atomically
 from backbones.common.messages import first_line
 from backbones.common.outputs import csv_of_rows
-from backbones.common.processes import World
 from backbones.common.progress import Progress
 from backbones.training.recipe import Recipe
 
@@ -36,50 +36,27 @@ RESULTS = {
 """The files of runs, of classifiers and of restoration models, with descriptions."""
 
 
-class Meter:
-    """Sums of loss, correct predictions and images, kept on the device until read.
+def count_batch(loss_sum: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """A batch's sums (4,): loss, the images whose best or best five classes are right, and images.
 
-    With ``keep_scores``, also all logits and labels, for the area under the ROC curve.
+    Logits are (B, classes), labels (B,), or (B, classes) of 0 and 1; then the second sum is of the
+    fractions of right binary decisions. Images with negative labels are not counted.
     """
-
-    def __init__(self, device: torch.device, keep_scores: bool = False) -> None:
-        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
-        self._scores: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if keep_scores else None
-
-    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add a batch: logits (B, classes), labels (B,), or (B, classes) of 0 and 1.
-
-        Images with negative labels are not counted.
-        """
-        if labels.ndim == 2:
-            counted = labels[:, 0] >= 0
-            share = ((logits.detach() > 0) == (labels > 0)).double().mean(dim=1)
-            counts = torch.stack([(share * counted).sum(), share.new_zeros(()), counted.sum()])
-            self.sums += torch.cat([loss_sum.detach().view(1), counts])
-            if self._scores is not None:
-                self._scores.append((logits.detach()[counted].cpu(), labels[counted].cpu()))
-            return
-        best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
-        right = best == labels[:, None]
+    if labels.ndim == 2:
+        counted = labels[:, 0] >= 0
+        share = ((logits > 0) == (labels > 0)).double().mean(dim=1)
+        counts = torch.stack([(share * counted).sum(), share.new_zeros(()), counted.sum()])
+    else:
+        right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]  # (B, 5)
         counts = torch.stack([right[:, 0].sum(), right.sum(), (labels >= 0).sum()])
-        self.sums += torch.cat([loss_sum.detach().view(1), counts])
+    return torch.cat([loss_sum.view(1), counts])
 
-    def read(self, world: World | None = None) -> dict[str, float]:
-        """Means ``loss``, ``top1`` and ``top5`` (in percent), and the ``count`` of images.
 
-        Over all processes of ``world``, or this one alone. For multi-label data, ``top1`` is the
-        fraction of correct binary decisions; ``auc`` is included if scores are kept.
-        """
-        sums = self.sums if world is None else world.sum(self.sums.clone())
-        loss, top1, top5, count = sums.tolist()
-        images = max(count, 1.0)
-        means = {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
-        if self._scores is not None:
-            mine = tuple(torch.cat(parts) for parts in zip(*self._scores, strict=True))
-            everyone = [mine] if world is None else world.gather(mine)
-            scores, labels = (torch.cat(parts) for parts in zip(*everyone, strict=True))
-            means["auc"] = 100 * mean_auc(scores, labels)
-        return {**means, "count": count}
+def means_of(sums: Tensor, factors: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+    """The means of the first ``sums``, times ``factors``, by name; the last is of the images."""
+    *totals, count = sums.tolist()
+    named = zip(factors.items(), totals, strict=False)
+    return {prefix + name: factor * total / max(count, 1.0) for (name, factor), total in named}
 
 
 def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -103,14 +80,11 @@ def mean_auc(scores: Tensor, labels: Tensor) -> float:
     """
     areas = []
     for score, label in zip(scores.double().T, labels.T, strict=True):
-        positives = int((label > 0).sum())
-        negatives = len(label) - positives
-        if positives and negatives:
-            _, place, counts = torch.unique(score, return_inverse=True, return_counts=True)
-            ends = counts.cumsum(0).double()
-            ranks = (ends - (counts - 1) / 2)[place]  # from 1; equal scores share the mean rank
-            wins = ranks[label > 0].sum() - positives * (positives + 1) / 2
-            areas.append(float(wins) / (positives * negatives))
+        positive, negative = score[label > 0], score[label <= 0].sort().values
+        if len(positive) and len(negative):
+            # How many negatives each positive exceeds; equal scores are half.
+            below, above = (torch.searchsorted(negative, positive, right=r) for r in (False, True))
+            areas.append(float((below + above).sum()) / (2 * len(positive) * len(negative)))
     return sum(areas) / len(areas) if areas else float("nan")
 
 
@@ -146,17 +120,12 @@ class RunLog:
         path = self.folder / "metrics.jsonl"
         if not self.active or not path.exists():
             return
-        entries = []
+        written: list[dict[str, Any]] = []
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                entry = json.loads(line)
-            except (json.JSONDecodeError, RecursionError):
-                continue
-            if not isinstance(entry, dict) or not isinstance(entry.get("update"), int):
-                continue
-            if entry["update"] <= updates and "train_loss" not in entry:
-                entries.append(entry)
-        entries += [{k: _rounded(v) for k, v in row.items()} for row in history]
+            with contextlib.suppress(json.JSONDecodeError):
+                written.append(json.loads(line))
+        entries = [e for e in written if e["update"] <= updates and "train_loss" not in e]
+        entries += map(_rounded, history)
         entries.sort(key=lambda entry: entry["update"])  # stable: an epoch's row is the last
         write_text_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         self.summarize(history)
@@ -165,7 +134,7 @@ class RunLog:
         """Append one entry; it needs the key ``update``."""
         if not self.active:
             return
-        entry = {key: _rounded(value) for key, value in entry.items()}
+        entry = _rounded(entry)
         path = self.folder / "metrics.jsonl"
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -183,7 +152,7 @@ class RunLog:
         """Rewrite ``summary.csv``: one row for each epoch."""
         if not self.active or not history:
             return
-        rows = [{key: _rounded(value) for key, value in row.items()} for row in history]
+        rows = [_rounded(row) for row in history]
         write_text_atomically(self.folder / "summary.csv", csv_of_rows(rows))
 
     def close(self) -> None:
@@ -202,8 +171,8 @@ def say_results(progress: Progress, folder: Path) -> None:
             progress.say(f"  {name:<18} {meaning}")
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+def _rounded(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def _module(name: str, package: str) -> Any:

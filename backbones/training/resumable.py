@@ -1,4 +1,4 @@
-"""Saving and resuming runs: the contents of ``last.pt``, checks, and recovery from a bad loss."""
+"""The state of a run: set up, saved in ``last.pt``, resumed, and recovered from a bad loss."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 
 from backbones.common.checkpoint_files import CheckpointError, read_file
-from backbones.common.errors import CREATION_ERRORS, FileError, MendableError
+from backbones.common.errors import CREATION_ERRORS, FileError, MendableError, RecipeError
 from backbones.common.files import write_atomically
 from backbones.common.generators import get_rng_state, set_rng_state
 from backbones.common.keys import fields_of
 from backbones.common.messages import joined_lines
-from backbones.common.processes import World
+from backbones.common.processes import Consensus, World
 from backbones.common.progress import Progress
-from backbones.training import parallel
+from backbones.common.signals import StopRequest
+from backbones.training import build, optimization, parallel
 from backbones.training.distillation import StudentWithExits
 from backbones.training.optimization import images_per_update, learning_rate
-from backbones.training.recipe import Recipe, differences
+from backbones.training.recipe import Recipe, check_learning_rate, differences
+from backbones.training.record import RunLog
 
+PREVIOUS, VALIDATED = "last.prev.pt", "last.validated.pt"  # beside last.pt, hard links at first
 _FORMAT = 1  # of last.pt; files without one are of this format
 _COUNTERS = ("epoch", "step", "updates", "skipped", "history", "best", "seconds", "waited")
-# Keys that determine the tensors and the optimizer's groups.
-_STRUCTURE = (
-    *("model", "model_args", "num_classes", "in_chans", "global_pool", "ema", "distill"),
-    *("ofa_stages", "opt", "opt_args", "opt_betas", "weight_decay", "layer_decay", "lr_factors"),
-    *("sched", "task", "data"),
-)
 # Keys that the optimizer's groups hold, without "opt_".
 _SETTINGS = ("weight_decay", "momentum", "opt_betas", "opt_eps")
 # The plateau scheduler's own state; the rest comes from the recipe.
@@ -51,18 +50,13 @@ class Resumable(ABC):
     Its position is ``epoch`` and ``step``, an update within it; ``updates`` count from the start.
     """
 
-    model: nn.Module
-    network: nn.Module  # with parts that only training needs, such as exits for distillation
-    ema: Any
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: Any
-    meter: Any  # of the epoch so far, with the tensor ``sums``
-    lr: float
-    updates_per_epoch: int
+    count_of_sums: int  # see ``sums``
 
-    def __init__(self, recipe: Recipe, folder: Path, world: World, progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
+    ) -> None:
         self.recipe, self.folder, self.world, self.progress = recipe, folder, world, progress
+        self.stop, self.device = stop, world.device
         self.epoch = self.step = self.updates = self.skipped = 0
         self.seconds = self.waited = 0.0
         self.best = -math.inf
@@ -72,18 +66,64 @@ class Resumable(ABC):
         self.saved_at: int | None = None  # updates in last.pt, if this process wrote it
         self.resumed_from: Path | None = None
         self._validated = False
+        random_seed(recipe.seed)
+        self.prepare()
 
     @abstractmethod
-    def new_meter(self) -> Any:
-        """An empty meter for an epoch."""
+    def prepare(self) -> None:
+        """Build data and model, and call :meth:`set_up` with the latter."""
+
+    def set_up(
+        self, model: nn.Module, updates_per_epoch: int, network: nn.Module | None = None
+    ) -> None:
+        """Optimizer, schedule, average and everything else around the network.
+
+        ``network`` is ``model``, wrapped with parts needed only in training.
+        """
+        recipe, world = self.recipe, self.world
+        self.model, self.updates_per_epoch = model, updates_per_epoch
+        self.network = model if network is None else network
+        if recipe.sync_bn and world.size > 1:
+            if self.device.type == "cpu":
+                raise RecipeError("sync_bn needs GPUs: torch does not have it for CPUs")
+            convert_sync_batchnorm(self.network)
+        self.guard = build.RunningStatsGuard(self.network)
+        self.ema: Any = None
+        if recipe.ema:
+            # Shared-out weights and whole buffers do not go into one foreach call.
+            options = {"use_warmup": recipe.ema_warmup, "foreach": not recipe.fsdp}
+            self.ema = ModelEmaV3(model, recipe.ema_decay, **options)
+        if recipe.compile:
+            self.network.compile()
+        if recipe.fsdp:
+            self.net = parallel.shard(self.network, world)
+            if self.ema is not None:
+                parallel.shard(self.ema.module, world)
+        else:
+            self.net = parallel.replicate(self.network, world)
+        self.lr = learning_rate(recipe, world.size)
+        check_learning_rate(recipe, self.lr)
+        self.optimizer = optimization.build_optimizer(recipe, self.network, self.lr)
+        self.scheduler, self.epochs = optimization.build_scheduler(
+            recipe, self.optimizer, updates_per_epoch
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.consensus = Consensus(world)
+
+        # What the batches of the epoch so far add up to.
+        self.sums = torch.zeros(self.count_of_sums, dtype=torch.float64, device=self.device)
+        self.log = RunLog(self.folder, recipe, world.is_main)
+        self.begun = self.saved = time.monotonic()
+        self.done_before = 0  # updates of earlier processes of this run
+        random_seed(recipe.seed, world.rank)
 
     def parts(self) -> dict[str, Any]:
         """All objects with a ``state_dict``, by name in the checkpoint.
 
         timm's schedules are functions of the number of updates, except ``plateau``.
         """
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
-        parts["scaler"] = self.scaler
+        parts: dict[str, Any] = {"model": self.model}
+        parts |= {"optimizer": self.optimizer, "scaler": self.scaler}
         if self.recipe.sched == "plateau":
             parts["plateau"] = self.scheduler.lr_scheduler
         if self.ema is not None:
@@ -96,7 +136,7 @@ class Resumable(ABC):
 
     def save(self, validated: bool = False) -> None:
         """Write ``last.pt``, unless the weights, if not just ``validated``, may have diverged."""
-        mine = {"rng": get_rng_state(), "meter": self.meter.sums.cpu()}
+        mine = {"rng": get_rng_state(), "meter": self.sums.cpu()}
         ranks = self.world.gather(mine)
         self.saved = time.monotonic()
         if self.bad_steps and not validated:
@@ -124,7 +164,7 @@ class Resumable(ABC):
         ones. Nothing was finite ``since`` that number of updates.
         """
         last = self.folder / "last.pt"
-        previous, validated = previous_path(last), validated_path(last)
+        previous, validated = last.with_name(PREVIOUS), last.with_name(VALIDATED)
         if self.saved_at is None and self.resumed_from is not None:
             return f"it was resumed from {self.resumed_from}, which is unchanged"
         if self.world.is_main and self.saved_at is not None and not self._validated:
@@ -143,16 +183,24 @@ class Resumable(ABC):
 
     def restore_latest(self) -> None:
         """Resume from the latest intact checkpoint or the one given by ``recipe.resume``."""
+        if self.recipe.resume is None:
+            return
+        paths = [Path(self.recipe.resume)]
         if self.recipe.resume == "auto":
-            found = load_latest(self.folder / "last.pt")
-            if found is not None:
-                state, path, problem = found
-                if problem:
-                    self.progress.say(f"{problem}; falling back to {path}")
-                self.resume(state, path)
-        elif self.recipe.resume is not None:
-            path = Path(self.recipe.resume)
-            self.resume(load_state(path), path)
+            last = self.folder / "last.pt"
+            paths = [path for path in (last, last.with_name(PREVIOUS)) if path.exists()]
+        problems: list[str] = []
+        for path in paths:
+            try:
+                state = load_state(path)
+            except FileError as error:
+                problems.append(str(error))
+                continue
+            if problems:
+                self.progress.say(f"{problems[0]}; falling back to {path}")
+            return self.resume(state, path)
+        if problems:
+            raise FileError("; ".join(problems))
 
     def resume(self, state: dict[str, Any], path: Path) -> None:
         """Continue from ``state``, bit for bit with the same number of processes.
@@ -172,14 +220,14 @@ class Resumable(ABC):
             ranks, mine = state["ranks"], self.world.rank
             if len(ranks) == self.world.size:
                 set_rng_state(ranks[mine]["rng"])
-                self.meter.sums.copy_(ranks[mine]["meter"])
+                self.sums.copy_(ranks[mine]["meter"])
             elif self.world.is_main:
-                self.meter.sums.copy_(sum(rank["meter"] for rank in ranks))
+                self.sums.copy_(sum(rank["meter"] for rank in ranks))
             before = images_per_update(earlier, len(ranks))
         except CREATION_ERRORS as error:
-            raise FileError(
-                f"{path} does not fit this recipe: {self._mismatch(state['recipe'], error)}"
-            ) from error
+            known = state["recipe"] if isinstance(state["recipe"], dict) else {}
+            why = "; ".join([*differences(self.recipe, known), joined_lines(error, 300)])
+            raise FileError(f"{path} does not fit this recipe: {why}") from error
         if not parallel.is_bounded(self.network, self.world):
             raise FileError(f"{path} has weights that are not finite or beyond 1e12: it diverged")
         now = images_per_update(self.recipe, self.world.size)
@@ -217,30 +265,14 @@ class Resumable(ABC):
         for group, new in zip(self.optimizer.param_groups, fresh, strict=True):
             group |= {k: v for k, v in new.items() if k in changed or k not in group}
 
-    def _mismatch(self, earlier: Any, error: BaseException) -> str:
-        """The keys that explain a mismatch, or else the error itself."""
-        changed = differences(self.recipe, earlier) if isinstance(earlier, dict) else []
-        keys = [line for line in changed if line.split(":")[0] in _STRUCTURE]
-        return ", ".join(keys) or joined_lines(error, 300)
-
 
 # --- files
 
 
-def previous_path(path: Path) -> Path:
-    """The path of the previous checkpoint: ``last.pt`` → ``last.prev.pt``."""
-    return path.with_suffix(f".prev{path.suffix}")
-
-
-def validated_path(path: Path) -> Path:
-    """``last.validated.pt``, which passed validation: a hard link to ``path`` at first."""
-    return path.with_suffix(f".validated{path.suffix}")
-
-
 def save_state(path: Path, state: dict[str, Any], validated: bool = False) -> None:
-    """Save ``state`` (tensors and plain Python values) as ``path``, the old file as ``.prev``.
+    """Save ``state`` (tensors and plain Python values) as ``path``, the old file as ``PREVIOUS``.
 
-    If ``validated``, it also becomes :func:`validated_path`, where hard links are supported.
+    If ``validated``, it also becomes ``VALIDATED``, where hard links are supported.
     """
 
     def write(file: IO[bytes]) -> None:
@@ -249,14 +281,14 @@ def save_state(path: Path, state: dict[str, Any], validated: bool = False) -> No
         os.fsync(file.fileno())
         if path.exists():  # only now that the new file is complete
             try:
-                _link(path, previous_path(path))
+                _link(path, path.with_name(PREVIOUS))
             except OSError:  # a file system without hard links
-                os.replace(path, previous_path(path))
+                os.replace(path, path.with_name(PREVIOUS))
 
     write_atomically(path, write)
     if validated:
         with contextlib.suppress(OSError):
-            _link(path, validated_path(path))
+            _link(path, path.with_name(VALIDATED))
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -275,23 +307,6 @@ def load_state(path: Path) -> dict[str, Any]:
             "version that wrote it, or a newer one"
         )
     return state
-
-
-def load_latest(path: Path) -> tuple[dict[str, Any], Path, str] | None:
-    """The state of ``path``, or of the previous checkpoint if ``path`` is missing or damaged.
-
-    With its file, and a sentence on what was wrong, if anything; None if neither file exists.
-    """
-    candidates = [p for p in (path, previous_path(path)) if p.exists()]
-    if not candidates:
-        return None
-    problems: list[str] = []
-    for candidate in candidates:
-        try:
-            return load_state(candidate), candidate, "; ".join(problems)
-        except FileError as error:
-            problems.append(str(error))
-    raise FileError("; ".join(problems))
 
 
 def _link(path: Path, other: Path) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from backbones.common.console import guard
-from backbones.common.errors import DataError, MendableError, RecipeError, memory_shortage
+from backbones.common.errors import DataError, MendableError, memory_shortage
 from backbones.common.files import write_problem, write_text_atomically
 from backbones.common.keys import dump
 from backbones.common.messages import first_line
@@ -23,9 +24,11 @@ from backbones.training.folder import RunFolder
 from backbones.training.loop import TrainingLoop
 from backbones.training.recipe import AnyRecipe, Recipe
 
+_BuildTrainer = Callable[[Any, Path, World, StopRequest, Progress], TrainingLoop]
+
 
 def run_from_command_line(
-    build_trainer: Callable[[AnyRecipe, Path, World, StopRequest, Progress], TrainingLoop],
+    build_trainer: _BuildTrainer,
     recipe_class: type[AnyRecipe],
     argv: Sequence[str] | None = None,
     description: str = "",
@@ -66,23 +69,28 @@ def _advice(error: MemoryError | RuntimeError) -> str | None:
 
 
 def _train(
-    build_trainer: Callable[[AnyRecipe, Path, World, StopRequest, Progress], TrainingLoop],
-    recipe: AnyRecipe,
+    build_trainer: _BuildTrainer,
+    recipe: Recipe,
     options: Namespace,
     world: World,
     stop: StopRequest,
 ) -> int:
     progress = Progress(world.is_main)
-    with _folder_of(recipe, options, world) as (path, folder):
-        if folder is not None and folder.lock_problem:
-            progress.say(
-                f"{path} is not locked: {folder.lock_problem}. Two runs in it would overwrite each "
-                "other's files"
-            )
+    folder = RunFolder(recipe, options, world)
+    path = folder.path
+    if folder.lock_problem:
+        progress.say(
+            f"{path} is not locked: {folder.lock_problem}. Two runs in it would overwrite each "
+            "other's files"
+        )
+    with ExitStack() as at_the_end:
+        at_the_end.callback(folder.leave)
         trainer = build_trainer(recipe, path, world, stop, progress)
+        at_the_end.callback(trainer.close)
+        at_the_end.callback(progress.end)
         try:
             trainer.restore_latest()
-            if folder is not None:  # nothing is written before all is known to be well
+            if world.is_main:  # nothing is written before all is known to be well
                 folder.clear()
                 write_text_atomically(path / "config.yaml", dump(trainer.resolved_recipe()))
             trainer.begin()
@@ -91,27 +99,3 @@ def _train(
             problem = write_problem(error, path)
             where = f"{error.filename}: " if error.filename else ""
             raise DataError(f"{where}{problem}") from error
-        finally:
-            progress.end()
-            trainer.close()
-
-
-@contextmanager
-def _folder_of(
-    recipe: Recipe, options: Namespace, world: World
-) -> Iterator[tuple[Path, RunFolder | None]]:
-    """The run's folder, which the main process locks; its RecipeError is raised in all."""
-    folder, problem = None, ""
-    if world.is_main:
-        try:
-            folder = RunFolder(recipe, options)
-        except RecipeError as error:
-            problem = str(error)
-    path, problem = world.gather((folder and folder.path, problem))[0]
-    if problem:
-        raise RecipeError(problem)
-    try:
-        yield path, folder
-    finally:
-        if folder is not None:
-            folder.leave()

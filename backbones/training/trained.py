@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,14 +10,6 @@ from torch import nn
 import backbones
 from backbones.common.errors import BUILDING_ERRORS, RecipeError
 from backbones.common.messages import joined_lines
-from backbones.core.checkpoint import read_checkpoint, require_finite
-
-
-def reading_error(error: BaseException, file: object) -> str:
-    """The message of a failed read of a checkpoint, without advice to load it unsafely."""
-    if "weights_only" not in str(error):
-        return joined_lines(error)
-    return f"{file} is not a checkpoint of tensors and plain values; it was not executed"
 
 
 def load_trained(
@@ -34,31 +24,23 @@ def load_trained(
     ``timm/NAME`` is timm's own if both have a model of that name. Without ``checkpoint``, the
     weights are the published ones.
     """
+    plain = name.partition(".")[0]
+    is_timms = timm.is_model(plain) and plain not in backbones.list_models()
     options = {"num_classes": num_classes, "in_chans": in_chans, **(arguments or {})}
-    published = checkpoint is None
-    if checkpoint is not None and not Path(checkpoint).is_file():
-        raise RecipeError(f"{name}: there is no checkpoint {checkpoint}")
     try:
-        if name.partition(".")[0] in backbones.list_models():
-            network: nn.Module = backbones.create_model(name, published, **options)
-            report = backbones.load_checkpoint(network, checkpoint) if checkpoint else None
-            if report is not None and report.reinitialised:
-                raise RecipeError(
-                    f"{name}: the weights in {checkpoint} are not for {num_classes} classes: "
-                    f"{', '.join(report.reinitialised)} would stay untrained"
-                )
-        else:
-            if checkpoint is not None and not checkpoint.endswith((".npz", ".npy")):
-                read_checkpoint(checkpoint)  # says what is wrong with it, which timm does not
-            weights = {"pretrained": published, "checkpoint_path": checkpoint or ""}
-            network = timm.create_model(name.removeprefix("timm/"), **weights, **options)
-            require_finite(network, checkpoint or name)
-    except (pickle.UnpicklingError, *BUILDING_ERRORS) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(f"{name}: {reading_error(error, checkpoint)}") from error
+        network: nn.Module = backbones.create_model(
+            f"timm/{name}" if is_timms else name, checkpoint is None, **options
+        )
+        report = backbones.load_checkpoint(network, checkpoint) if checkpoint else None
+    except BUILDING_ERRORS as error:
+        raise RecipeError(f"{name}: {joined_lines(error)}") from error
+    if report is not None and report.reinitialised:
+        raise RecipeError(
+            f"{name}: the weights in {checkpoint} are not for {num_classes} classes: "
+            f"{', '.join(report.reinitialised)} would stay untrained"
+        )
     known = (getattr(network, "pretrained_cfg", None) or {}).get("num_classes", num_classes)
-    if published and known != num_classes:
+    if checkpoint is None and known != num_classes:
         raise RecipeError(
             f"{name}: the published weights have {known} classes, not {num_classes}: give a "
             "checkpoint that was trained on these"

@@ -88,7 +88,7 @@ def test_a_list_continues_after_an_error(validate, folder, tmp_path):
     status, rows, printed = validate("--list", str(listing), *TINY[1:], "--img-size=32")
     assert status == 1
     assert [bool(row["error"]) for row in rows] == [True, True, True, False] and rows[3]["top1"]
-    assert "there is no checkpoint x.pth" in rows[0]["error"]
+    assert "unknown model 'shvit_s9'" in rows[0]["error"]
     assert "are not for 3 classes" in rows[2]["error"]
     assert "3 of 4 failed: shvit_s9, shvit_s1, shvit_s1" in printed.err
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from embedding_tables import make_table
 
+from backbones.data.splits import open_splits
 from backbones.embedding.labels import LabelError, labels_of, read_assignments, split_of
 from backbones.embedding.sources import open_source
-from backbones.training.loader import open_splits
 from backbones.training.recipe import Recipe
 
 KEYS = ["train/cat/0.png", "train/dog/1.png", "val/cat/2.png", "3.png"]

@@ -91,14 +91,15 @@ def test_other_operators_explain_themselves():
 def test_compiled_operators_serve_gpus_and_maxima(tmp_path, monkeypatch):
     """On a CPU they lack bfloat16, and read channels-last maps as if these were contiguous."""
     (tmp_path / "_ext.py").write_text(
-        "def roi_align_forward(x, *args, pool_mode):\n    return x.is_contiguous()\n"
+        "def roi_align_forward(x, *args, **options):\n    return x.is_contiguous()\n"
     )
     monkeypatch.setattr(mmcv, "__path__", [str(tmp_path), *mmcv.__path__])
     monkeypatch.delitem(sys.modules, "mmcv._ext")
     assert not mmcv_ops.install() and not mmcv_ops.install()
     operator = sys.modules["mmcv._ext"].roi_align_forward
     x, out = torch.rand(1, 3, 4, 4).to(memory_format=torch.channels_last), torch.empty(1, 3, 1, 1)
-    whole = (torch.tensor([[0.0, 0, 0, 4, 4]]), out, None, None, 1, 1, 1.0, 4)
-    assert operator(x, *whole, pool_mode=1, aligned=False) is None
+    whole = (torch.tensor([[0.0, 0, 0, 4, 4]]), out, None, None)
+    options = {"aligned_height": 1, "aligned_width": 1, "spatial_scale": 1.0, "sampling_ratio": 4}
+    assert operator(x, *whole, **options, pool_mode=1, aligned=False) is None
     torch.testing.assert_close(out, torchvision.ops.roi_align(x, whole[0], 1, 1.0, 4))
     assert operator(x, pool_mode=0) and operator(x.to("meta"), pool_mode=1)

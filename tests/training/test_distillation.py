@@ -28,7 +28,7 @@ from backbones.training.distillation import (
     ofa_loss,
     soft_label_loss,
 )
-from backbones.training.optimization import add_exits_to_optimizer, build_optimizer
+from backbones.training.optimization import build_optimizer
 from backbones.training.recipe import Recipe
 
 CONFIG = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -154,8 +154,7 @@ def test_every_family_can_have_exits(family):
 def test_the_optimizer_trains_the_exits():
     recipe = Recipe(weight_decay=0.3, layer_decay=0.5)
     network = StudentWithExits(small("van", num_classes=3))
-    optimizer = build_optimizer(recipe, network.student, 1e-3)
-    add_exits_to_optimizer(recipe, optimizer, network, 1e-3)
+    optimizer = build_optimizer(recipe, network, 1e-3)
     groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     assert groups.keys() == {id(p) for p in network.parameters()}
     for name, parameter in network.exits.named_parameters():
@@ -231,7 +230,7 @@ def test_teachers_of_timm_and_their_size(teachers):
         (["--distill=soft", "--teacher=van_b0"], "needs a teacher and its weights"),
         (["--teacher=van_b0"], "needs distill"),
         (["--distill=ofa", "--ofa-gamma=0.5", *OWN, "--teacher-checkpoint=x"], "ofa_gamma must be"),
-        (["--distill=soft", *OWN, "--teacher-checkpoint=x"], "there is no checkpoint x"),
+        (["--distill=soft", *OWN, "--teacher-checkpoint=x"], "no checkpoint at x"),
         (["--distill=soft", "--teacher=van_b9", "--teacher-checkpoint={own}"], "van_b9"),
         (["--distill=soft", "--teacher=van_b0", "--teacher-checkpoint={own}"], "another variant"),
         (["--distill=ofa", "--ofa-stages", "7", *OWN, "--teacher-checkpoint={own}"], "ofa_stages"),

@@ -10,11 +10,13 @@ import sys
 from argparse import Namespace
 
 import pytest
+import torch
 from training_runs import kill, make_images
 
 from backbones.common.errors import RecipeError
 from backbones.common.keys import dump
 from backbones.common.lock import LOCK_NAME, FolderLock, LockedError
+from backbones.common.processes import World
 from backbones.training.folder import RunFolder
 from backbones.training.recipe import Recipe
 
@@ -55,7 +57,6 @@ def test_overwriting_removes_only_what_a_run_left(runs):
         ("--sched=wsd", "--decay-epochs=99"),
         ("--resume=nowhere.pt",),
         ("--tensorboard",),
-        ("--cutmix-minmax", "0.5", "0.51"),
     ],
     ids=str,
 )
@@ -176,12 +177,13 @@ def test_resuming_takes_the_last_of_the_runs(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "last.pt").touch()
     recipe, options = Recipe(model="van_b0", output=str(tmp_path)), Namespace(config=None)
+    alone = World(0, 1, torch.device("cpu"))
     for resume, wanted in (("auto", "van_b0-2"), (None, "van_b0-3")):
         recipe.resume = resume
-        folder = RunFolder(recipe, options)
+        folder = RunFolder(recipe, options, alone)
         assert folder.path.name == wanted
         folder.leave()
     assert not folder.path.exists()
     recipe.name = "van_b0"
     with pytest.raises(RecipeError, match="contains an earlier run"):
-        RunFolder(recipe, options)
+        RunFolder(recipe, options, alone)

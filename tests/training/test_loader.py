@@ -14,8 +14,8 @@ from backbones.common.errors import DataError
 from backbones.common.processes import World
 from backbones.data.batches import _start_worker
 from backbones.data.corrupt import CorruptImages
-from backbones.data.sampler import ValidationSampler
-from backbones.training.loader import TrainLoader, ValidationLoader, allow_zero_bits, open_splits
+from backbones.data.splits import open_splits
+from backbones.training.loader import TrainLoader, ValidationLoader, allow_zero_bits
 from backbones.training.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def make(folder, tmp_path):
         splits = open_splits(recipe)
         source = splits.train if kind is TrainLoader else splits.validation
         corrupt = CorruptImages(tmp_path / "corrupt.txt", allowed)
-        loaders.append(kind(source, len(source), CONFIG, recipe, world, corrupt))
+        loaders.append(kind(source, CONFIG, recipe, world, corrupt))
         return loaders[-1]
 
     yield make
@@ -78,8 +78,6 @@ def test_loader_processes_make_the_same_batches(make):
 def test_validation_sees_every_image_once(size, make):
     labels = []
     for rank in range(size):
-        sampler = ValidationSampler(11, 4, -(-11 // (4 * size)), World(rank, size, CPU))
-        assert len(list(sampler)) == len(sampler)
         loader = make(World(rank, size, CPU), ValidationLoader)
         batches = [batch_labels for _, batch_labels in loader]
         assert len(batches) == len(loader)
@@ -210,18 +208,11 @@ def test_no_image_at_all_can_be_read(kind, make, tmp_path):
         list(loader.epoch(0) if kind is TrainLoader else loader)
 
 
-def test_the_search_for_a_readable_image_ends(tmp_path):
-    corrupt = CorruptImages(tmp_path / "corrupt.txt", 1.0)
-    for number in range(999):
-        corrupt.add(f"{number}", ValueError("two\nlines"))
-        corrupt.check(10**6)
-    corrupt.add("999", ValueError())
-    with pytest.raises(DataError, match="1000 images in a row cannot be read"):
-        corrupt.check(10**6)
-    corrupt.add_good()
-    corrupt.check(10**6)
-    assert corrupt.count() == 1000
-    assert CorruptImages(tmp_path / "corrupt.txt", 1.0).count() == 1000  # by another process
+def test_an_image_counts_once_in_all_processes(tmp_path):
+    here, there = (CorruptImages(tmp_path / "corrupt.txt", 0.5) for _ in range(2))
+    for corrupt, name in ((here, "a"), (there, "a"), (here, "b")):
+        corrupt.add(name, ValueError("two\nlines"), 5)
+    assert here.count() == there.count() == 2
 
 
 def test_broken_validation_images_are_not_counted(make, broken):

@@ -476,8 +476,6 @@ def test_compile(runs):
         (["--opt-args={betas: [0.9]}"], "opt='adamw'"),
         (["--opt=adahessian"], "second derivatives"),
         (["--min-lr=0.1"], "min_lr must be at most 0.001, the learning rate"),
-        (["--lr-cycle-limit=30", "--lr-cycle-mul=9"], "its cycles take"),
-        (["--cutmix-minmax", "0.5", "0.51"], "that are pixels apart in images of 32 pixels"),
         (["--img-size=64", "--batch-size=1"], "cannot be trained with batches of (1, 3, 64, 64)"),
         (["--resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),
         (["--num-classes=2"], "3 classes, the model's head only 2"),

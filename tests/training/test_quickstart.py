@@ -13,7 +13,7 @@ from training_runs import MODEL_ARGS, TINY
 import backbones
 import train_cls
 from backbones.cli.main import main
-from backbones.training.loader import open_splits
+from backbones.data.splits import open_splits
 from backbones.training.recipe import Recipe
 from backbones.training.record import RESULTS
 
@@ -26,7 +26,7 @@ def read_summary(folder):
 
 def test_the_digits_are_split_evenly():
     splits = open_splits(Recipe(data="digits"))
-    assert (splits.train_size, splits.validation_size) == (1442, 355)
+    assert (len(splits.train), len(splits.validation)) == (1442, 355)
     for source, share in ((splits.train, 0.8), (splits.validation, 0.2)):
         counts = [int((source.labels == number).sum()) for number in range(10)]
         assert all(abs(count / (179.7 * share) - 1) < 0.06 for count in counts)

@@ -107,8 +107,6 @@ def test_flags():
         ("--mixup 0.2 --batch-size 7", "need an even batch_size, not 7"),
         ("--pretrained --checkpoint x.pt", "mutually exclusive"),
         ("--config nowhere.yaml", "cannot read the recipe nowhere.yaml"),
-        ("--batch-size", "argument --batch-size/--batch_size: expected one argument"),
-        ("--no-ema=1", "ignored explicit argument '1'"),
         ("--checkpoint=", "checkpoint is empty: give a value, or omit it"),
         ("--name=a\nb", "name must be printable text"),
         # Every number has its range, and only numbers are in it.
@@ -204,15 +202,17 @@ def test_booleans_may_be_numbers(tmp_path):
     assert (load_recipe(path).ema, load_recipe(path).pin_memory) == (True, False)
 
 
-def test_undecodable_files(tmp_path, capsys):
+def test_undecodable_files_and_flags(tmp_path, capsys):
     Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "image.png")
     (tmp_path / "large").write_bytes(b" " * (2**20 + 1))
-    for path, message in (
-        (tmp_path / "image.png", "is not UTF-8 text"),
-        (tmp_path / "large", "is larger than 1048576 bytes"),
-        (tmp_path, "Is a directory"),
+    for word, message in (
+        (f"--config={tmp_path / 'image.png'}", "is not UTF-8 text"),
+        (f"--config={tmp_path / 'large'}", "is larger than 1048576 bytes"),
+        (f"--config={tmp_path}", "Is a directory"),
+        ("--batch-size", "argument --batch-size/--batch_size: expected one argument"),
+        ("--no-ema=1", "ignored explicit argument '1'"),
     ):
-        assert train_cls.main([f"--config={path}"]) == 2
+        assert train_cls.main([word]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
 

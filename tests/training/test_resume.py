@@ -153,9 +153,14 @@ def test_an_epoch_that_was_saved_and_not_recorded(undisturbed, runs):
 
 def test_a_corrupt_checkpoint_falls_back(undisturbed, runs):
     runs.kill_at("replace", 12, *RECIPE)
-    last = runs.folder / "last.pt"
-    last.write_bytes(last.read_bytes()[:5000])
-    assert "falling back to" in runs.train(*RECIPE, "--resume=auto")
+    last, previous = (runs.folder / name for name in ("last.pt", "last.prev.pt"))
+    good = previous.read_bytes()
+    for path in (last, previous):
+        path.write_bytes(path.read_bytes()[:5000])
+    said = runs.refuse(*RECIPE, "--resume=auto")
+    assert said.index(f"{last} is truncated") < said.index(f"{previous} is truncated")
+    previous.write_bytes(good)
+    assert f"falling back to {previous}" in runs.train(*RECIPE, "--resume=auto")
     assert same(runs.state(), undisturbed[0])
 
 
