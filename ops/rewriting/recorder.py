@@ -58,9 +58,7 @@ def record(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor) -> Opera
     outputs = pytree.tree_map_only(Tensor, recorder.value_of, result)
     if not any(isinstance(leaf, Value) for leaf in pytree.tree_leaves(outputs)):
         raise NotCapturableError(f"the result is a {type(result).__name__} without tensors")
-    graph = OperatorGraph(recorder.source, recorder.operators, outputs)
-    graph.remove_unused()
-    return graph
+    return OperatorGraph(recorder.source, recorder.operators, outputs)
 
 
 class _Recorder(TorchDispatchMode):
