@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.inference.layers import FastLinear
+from ops.inference.layers import FastConv2d, FastLinear
 from ops.inference.packed_linear import Quantization, multiplied_weight, quantization_of
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, permuted
 from ops.rewriting.lift import affine_of, put_convolution
 
 __all__ = ["merge_branches"]
@@ -37,29 +37,23 @@ class _Branch(NamedTuple):
     quantization: Quantization | None = None
 
 
-def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
+def merge_branches(graph: OperatorGraph, operator: Operator) -> None:
     """``conv(x) ± branch(x)``; a branch is a convolution, a batch norm, or the map itself."""
     sign = _SIGNS.get(operator.function)
-    if sign is None or operator.kwargs or not all(isinstance(a, Value) for a in operator.args):
-        return False
-    left, right = operator.args
-    if left.dtype != right.dtype or left.shape != right.shape:
-        return False
-    first, second = _branch(graph, left), _branch(graph, right)
-    for one, value in ((first, right), (second, left)):
-        if one is not None and one.groups is not None and value is one.x:
-            ones = one.weight.new_ones(len(one.weight), 1, 1, 1)
-            itself = _Branch(value, ones, None, (1, 1), None)
-            first, second = (first, itself) if value is right else (itself, second)
-    if first is None or second is None:
-        return False
-    groups = first.groups if first.groups is not None else second.groups
-    if groups is None or first.x is not second.x or first.stride != second.stride:
-        return False
-    if {first.groups, second.groups} - {groups, None}:
-        return False
-    if len(first.weight) != len(second.weight):
-        return False
+    match operator.positional:
+        case [Value() as left, Value() as right] if sign is not None:
+            first, second = _branch(left), _branch(right)
+        case _:
+            return
+    first, second = first or _itself(left, second), second or _itself(right, first)
+    if first is None or second is None or not left.is_like(right):
+        return
+    sizes = {branch.groups for branch in (first, second)} - {None}
+    same = first.x is second.x and first.stride == second.stride
+    if not same or len(sizes) != 1 or len(first.weight) != len(second.weight):
+        return
+    (groups,) = sizes
+    assert groups is not None
     side = max(first.weight.shape[2], second.weight.shape[2])
     inner = first.x.shape[1] // groups
     weight = _taps(first, inner, side) + sign * _taps(second, inner, side)
@@ -70,8 +64,6 @@ def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
     geometry = {"stride": first.stride, "padding": padding, "dilation": (1, 1), "groups": groups}
     quantization = _merged([b for b in (first, second) if b.groups is not None])
     put_convolution(graph, operator, first.x, weight, bias, geometry, quantization)
-    graph.remove_unused()
-    return True
 
 
 def _merged(branches: list[_Branch]) -> Quantization | None:
@@ -82,34 +74,31 @@ def _merged(branches: list[_Branch]) -> Quantization | None:
     return Quantization(found[0].in_range, origins=tuple(o for q in found for o in (q, *q.origins)))
 
 
-def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
+def _branch(value: Value) -> _Branch | None:
     """The convolution that computes a value, if only one operator uses it."""
-    made = graph.made_by(value, nn.BatchNorm2d, nn.Conv2d, _aten.permute.default)
-    if made is None or graph.only_user(value) is None:
+    match value:
+        case Value(nn.BatchNorm2d() as norm, [x], once=True):
+            scale, shift = affine_of(norm)
+            return _Branch(x, scale.view(-1, 1, 1, 1), shift, (1, 1), None)
+        case Value(FastConv2d(dilation=(1, 1), activation="none") as conv, [x], once=True):
+            side = conv.kernel_size[0]
+            if side % 2 and (conv.kernel_size, conv.padding) == ((side,) * 2, (side // 2,) * 2):
+                stride: Any = conv.stride
+                weights = conv.weight, conv.bias
+                return _Branch(x, *weights, stride, conv.groups, quantization_of(conv))
+    match permuted(value, NCHW):
+        case Value(FastLinear(activation="none") as layer, [x], once=True) if value.once:
+            if (pixels := permuted(x, NHWC)) is not None:
+                weights = layer.weight[:, :, None, None], layer.bias
+                return _Branch(pixels, *weights, (1, 1), 1, quantization_of(layer))
+    return None
+
+
+def _itself(x: Value, other: _Branch | None) -> _Branch | None:
+    """A map that another branch reads."""
+    if other is None or other.groups is None or other.x is not x:
         return None
-    layer: Any = made.function
-    if isinstance(layer, nn.BatchNorm2d):
-        scale, shift = affine_of(layer)
-        return _Branch(made.args[0], scale.view(-1, 1, 1, 1), shift, (1, 1), None)
-    if isinstance(layer, nn.Conv2d):
-        side = layer.kernel_size[0]
-        same = layer.kernel_size == (side, side) and layer.padding == (side // 2, side // 2)
-        if not same or side % 2 == 0 or layer.dilation != (1, 1) or layer.activation != "none":
-            return None
-        stride: Any = layer.stride
-        weights = layer.weight, layer.bias
-        return _Branch(made.args[0], *weights, stride, layer.groups, quantization_of(layer))
-    product = graph.made_by(made.args[0], FastLinear)
-    pixels = None if product is None else graph.permuted(product.args[0], NHWC)
-    if product is None or pixels is None or graph.only_user(product.result) is None:
-        return None
-    if graph.permuted(value, NCHW) is None:
-        return None
-    layer = product.function
-    if product.kwargs or layer.activation != "none":
-        return None
-    weights = layer.weight[:, :, None, None], layer.bias
-    return _Branch(pixels.args[0], *weights, (1, 1), 1, quantization_of(layer))
+    return _Branch(x, other.weight.new_ones(len(other.weight), 1, 1, 1), None, (1, 1), None)
 
 
 def _taps(branch: _Branch, inner: int, side: int) -> Tensor:

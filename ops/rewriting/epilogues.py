@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS, activation_of
 from ops.cpu.call.binding import Kernel
-from ops.inference.layers import ActivatedLayer, FastLinear
+from ops.inference.layers import ActivatedLayer, FastConv2d, FastLinear
 from ops.inference.packed_linear import multiplied_weight
 from ops.reparam import fold_scale_after
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, permuted
 from ops.rewriting.lift import affine_of
 from ops.rounding import round_filters
 
@@ -28,6 +28,7 @@ __all__ = [
     "apply_gates",
     "fold_norm",
     "fold_scale",
+    "gates_channels",
     "multiply_by_map",
     "per_channel",
     "product_of",
@@ -50,20 +51,17 @@ def activation_kind(operator: Operator) -> str | None:
     return _OPERATORS.get((operator.function, *given))
 
 
-def product_of(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | None:
+def product_of(value: Any, *, plain: bool) -> Operator | None:
     """The linear layer or convolution that computes a value, if only one operator uses it.
 
     Args:
         plain: whether it must not have an epilogue yet.
     """
-    made = graph.made_by(value, FastLinear, nn.Conv2d)
-    if made is None or graph.only_user(value) is None:
-        return None
-    layer: Any = made.function
-    if not isinstance(layer, ActivatedLayer):
-        return None
-    has_epilogue = layer.activation != "none" or made.kwargs.keys() & {"residual", "factor"}
-    return None if plain and has_epilogue else made
+    match value:
+        case Value(FastLinear() | FastConv2d() as layer, producer=made, once=True):
+            has_epilogue = layer.activation != "none" or made.kwargs.keys() & {"residual", "factor"}
+            return None if plain and has_epilogue else made
+    return None
 
 
 def _folded(layer: Any, scale: Tensor, shift: Tensor | None = None) -> Any:
@@ -80,42 +78,34 @@ def _folded(layer: Any, scale: Tensor, shift: Tensor | None = None) -> Any:
     return folded.to(dtype)
 
 
-def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
+def fold_norm(graph: OperatorGraph, operator: Operator) -> None:
     """``batch_norm(conv(x))`` → ``conv'(x)``."""
-    if type(operator.function) is not nn.BatchNorm2d:
-        return False
-    x = operator.args[0]
-    permuted = graph.permuted(x, NCHW)
-    made = product_of(graph, x if permuted is None else permuted.args[0], plain=True)
-    if made is None or graph.only_user(x) is not operator:
-        return False
-    if (permuted is None) == isinstance(made.function, FastLinear):
-        return False  # its channels are another axis
-    graph.change(made, _folded(made.function, *affine_of(operator.function)))
-    graph.bypass(operator, x)
-    return True
+    match operator:
+        case Operator(nn.BatchNorm2d() as norm, [Value(once=True) as x]):
+            inner = permuted(x, NCHW)
+            made = product_of(x if inner is None else inner, plain=True)
+            # Without a permutation, the channels of a linear layer are another axis.
+            if made is not None and (inner is not None) == isinstance(made.function, FastLinear):
+                graph.change(made, _folded(made.function, *affine_of(norm)))
+                graph.substitute(operator.result, x)
 
 
-def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
+def fold_scale(graph: OperatorGraph, operator: Operator) -> None:
     """``layer(x) * scale`` → ``layer'(x)``, with a number or one for each channel."""
-    if operator.function not in (_aten.mul.Tensor, _aten.add.Tensor) or operator.kwargs:
-        return False
-    for value, other in (operator.args[:2], operator.args[1::-1]):
-        made = product_of(graph, value, plain=True)
-        result = operator.result
-        if made is None or result.shape != value.shape or result.dtype != value.dtype:
+    multiplies = operator.function is _aten.mul.Tensor
+    if not (multiplies or operator.function is _aten.add.Tensor) or operator.kwargs:
+        return
+    result = operator.result
+    for value, other in operator.in_both_orders:
+        made = product_of(value, plain=True)
+        if made is None or (result.shape, result.dtype) != (value.shape, value.dtype):
             continue
         vector = per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
-        if vector is None:
-            continue
-        layer: Any = made.function
-        if operator.function is _aten.mul.Tensor:
-            graph.change(made, _folded(layer, vector))
-        else:
-            graph.change(made, _folded(layer, torch.ones_like(vector), vector))
-        graph.bypass(operator, value)
-        return True
-    return False
+        if vector is not None:
+            factors = (vector,) if multiplies else (torch.ones_like(vector), vector)
+            graph.change(made, _folded(made.function, *factors))
+            graph.substitute(result, value)
+            return
 
 
 def per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
@@ -132,7 +122,7 @@ def per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
     return constant.flatten() if aligned[axis] == channels else None
 
 
-def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
+def apply_activation(graph: OperatorGraph, operator: Operator) -> None:
     """``activation(layer(x))``, also after a layer norm or a kernel that applies one.
 
     The square of a ReLU is one, https://arxiv.org/abs/2109.08668.
@@ -140,71 +130,60 @@ def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
     squares = operator.function in _SQUARES and operator.args[1:] in ([], [2])
     kind = "squared_relu" if squares else activation_kind(operator)
     before = "relu" if squares else "none"
-    made = operator.args[0].producer if kind is not None else None
-    if kind is None or made is None or graph.only_user(operator.args[0]) is not operator:
-        return False
-    layer: Any = made.function
-    others = made.kwargs.keys() & {"residual", "residual_scale", "factor"}
-    if isinstance(layer, Kernel):
-        at = layer.activation_index
-        if at is None or made.args[at:] != [before]:
-            return False
-        made.args[at] = kind
-    elif not isinstance(layer, ActivatedLayer) or layer.activation != before:
-        return False
-    elif not others:
-        layer.activation = kind
-    elif isinstance(layer, FastLinear) and others == {"residual"} and kind in ("relu", "relu6"):
-        layer.activation, layer.clips_sum = kind, True
-    else:
-        return False
-    graph.change(made)
-    graph.bypass(operator, operator.args[0])
-    return True
+    if kind is None or not operator.args[0].once:
+        return
+    match operator.args[0].producer:
+        case Operator(Kernel(activation_index=int(at)), args=args) if args[at:] == [before]:
+            args[at] = kind
+        case Operator(ActivatedLayer() as layer, kwargs=kwargs) if layer.activation == before:
+            if others := kwargs.keys() & {"residual", "residual_scale", "factor"}:
+                clips = others == {"residual"} and kind in ("relu", "relu6")
+                if not clips or not isinstance(layer, FastLinear):
+                    return
+                layer.clips_sum = True
+            layer.activation = kind
+        case _:
+            return
+    graph.change(operator.args[0].producer)
+    graph.substitute(operator.result, operator.args[0])
 
 
-def apply_gates(graph: OperatorGraph, operator: Operator) -> bool:
+def apply_gates(graph: OperatorGraph, operator: Operator) -> None:
     """``linear(permute(x * gates))`` → ``linear(permute(x), scale=gates)``."""
-    if not isinstance(operator.function, FastLinear) or "scale" in operator.kwargs:
-        return False
-    permuted = graph.permuted(operator.args[0], NHWC)
-    product = None if permuted is None else graph.made_by(permuted.args[0], _aten.mul.Tensor)
-    if permuted is None or product is None:
-        return False
-    if graph.only_user(product.result) is not permuted:
-        return False
-    for x, gates in (product.args[:2], product.args[1::-1]):
-        if not isinstance(x, Value) or not isinstance(gates, Value):
-            continue
-        if x.shape != product.result.shape or gates.shape != (*x.shape[:2], 1, 1):
-            continue
-        if x.dtype != gates.dtype:
-            continue
-        if graph.only_user(permuted.result) is not operator:
-            return False
+    layer, moved = operator.function, operator.args[0]
+    if not isinstance(layer, FastLinear) or "scale" in operator.kwargs or not moved.once:
+        return
+    match permuted(moved, NHWC):
+        case Value(_aten.mul.Tensor, [x, gates], producer=made, once=True) as product:
+            absorbed = [moved.producer, made]
+        case _:
+            return
+    if not (product.is_like(x) and gates_channels(x, gates)):
+        x, gates = gates, x
+    if product.is_like(x) and gates_channels(x, gates):
         pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
         scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
         kwargs = {**operator.kwargs, "scale": scale}
-        graph.replace(operator, operator.function, pixels, absorbed=[permuted, product], **kwargs)
-        return True
-    return False
+        graph.replace(operator, layer, pixels, absorbed=absorbed, **kwargs)
 
 
-def multiply_by_map(graph: OperatorGraph, operator: Operator) -> bool:
+def gates_channels(x: Value, gates: Any) -> bool:
+    """Whether there is a gate for each channel of a map (B, C, H, W)."""
+    shape = (*x.shape[:2], 1, 1)
+    return isinstance(gates, Value) and gates.shape == shape and gates.dtype == x.dtype
+
+
+def multiply_by_map(graph: OperatorGraph, operator: Operator) -> None:
     """``activation(linear(x)) * map`` with one value for each output."""
     if operator.function is not _aten.mul.Tensor:
-        return False
-    for value, other in (operator.args[:2], operator.args[1::-1]):
-        made = product_of(graph, value, plain=False)
-        if made is None or not isinstance(other, Value) or other.shape != value.shape:
+        return
+    for value, other in operator.in_both_orders:
+        made = product_of(value, plain=False)
+        if made is None or not value.is_like(other) or not isinstance(made.function, FastLinear):
             continue
-        if other.dtype != value.dtype or not isinstance(made.function, FastLinear):
-            continue
-        if made.kwargs.keys() & {"residual", "factor", "scale"}:
-            continue
-        graph.replace(operator, made.function, *made.args, absorbed=[made], factor=other)
-        return True
-    return False
+        if not made.kwargs.keys() & {"residual", "factor", "scale"}:
+            graph.replace(operator, made.function, *made.args, absorbed=[made], factor=other)
+            return
 
 
 class _Multiple(NamedTuple):
@@ -216,25 +195,23 @@ class _Multiple(NamedTuple):
     shift: Tensor | None = None
 
 
-def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
+def add_shortcut(graph: OperatorGraph, operator: Operator) -> None:
     """``linear(x) + shortcut * scale``; more of the same shortcut only changes the scale."""
     if operator.function is not _aten.add.Tensor or operator.kwargs:
-        return False
-    for value, other in (operator.args[:2], operator.args[1::-1]):
-        made = product_of(graph, value, plain=False)
-        if made is None or not isinstance(other, Value) or other.shape != value.shape:
+        return
+    for value, other in operator.in_both_orders:
+        made = product_of(value, plain=False)
+        if made is None or not value.is_like(other) or not isinstance(made.function, FastLinear):
             continue
         layer, kwargs = made.function, dict(made.kwargs)
-        if other.dtype != value.dtype or not isinstance(layer, FastLinear):
-            continue
         if "factor" in kwargs or layer.clips_sum:
             continue
-        root, is_moved, scale, shift = _multiple(graph, other)
+        root, is_moved, scale, shift = _multiple(other)
         if shift is not None and layer.activation == "none" and "residual" not in kwargs:
             layer = _folded(layer, torch.ones_like(shift), shift)
         elif shift is not None:
             root, is_moved, scale = other, False, None
-        before = _multiple(graph, kwargs["residual"]) if "residual" in kwargs else None
+        before = _multiple(kwargs["residual"]) if "residual" in kwargs else None
         if before is None:
             kwargs["residual"] = other
         elif before[:2] == (root, is_moved) and before.scale is None:
@@ -248,29 +225,31 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
                 root = graph.insert_before(operator, _aten.permute.default, root, NHWC)
             kwargs |= {"residual": root, "residual_scale": Value.of_constant(scale.float())}
         graph.replace(operator, layer, *made.args, absorbed=[made], **kwargs)
-        graph.remove_unused()
-        return True
-    return False
+        return
 
 
-def _multiple(graph: OperatorGraph, value: Value) -> _Multiple:
+def _multiple(value: Value) -> _Multiple:
     """The map of which another is a multiple, perhaps shifted, with numbers for each channel."""
-    moved = graph.permuted(value, NHWC)
-    root: Value = value if moved is None else moved.args[0]
+    moved = permuted(value, NHWC)
+    root, axis = (value, -1) if moved is None else (moved, 1)
     scale = shift = None
-    axis = -1 if moved is None else 1
-    product = graph.made_by(root, _aten.mul.Tensor, _aten.addcmul.default)
-    factors = [] if product is None or product.kwargs else product.args[-2:]
+    match root:
+        case Value(_aten.mul.Tensor, [*factors]):
+            added = None
+        case Value(_aten.addcmul.default, [added, *factors]):
+            pass
+        case _:
+            factors = []
     for x, factor in (factors, factors[::-1]) if factors else ():
-        if isinstance(x, Value) and x.shape == root.shape and x.dtype == root.dtype:
+        if root.is_like(x):
             scale = per_channel(factor, x.shape, axis)
-        if scale is not None and product is not None and len(product.args) == 3:
-            shift = per_channel(product.args[0], x.shape, axis)
+        if scale is not None and added is not None:
+            shift = per_channel(added, x.shape, axis)
             scale = None if shift is None else scale
         if scale is not None:
             root = x
             break
-    back = None if moved is None else graph.permuted(root, NCHW)
-    if back is not None:
-        return _Multiple(back.args[0], False, scale, shift)
-    return _Multiple(root, moved is not None, scale, shift)
+    back = None if moved is None else permuted(root, NCHW)
+    return _Multiple(
+        root if back is None else back, moved is not None and back is None, scale, shift
+    )

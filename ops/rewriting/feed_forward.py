@@ -7,7 +7,7 @@ squeeze-and-excitation. https://arxiv.org/abs/1905.02244
 from __future__ import annotations
 
 import itertools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.norm import FastLayerNorm
 from ops.inference.packed_linear import packed_pair
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, permuted
 from ops.rewriting.lift import FastGlobalAvgPool2d
 
 __all__ = ["Expansion", "FeedForward", "join_expansion", "join_feed_forward"]
@@ -97,70 +97,46 @@ class FeedForward(FastLayer):
         return PackedDepthwiseMlp(fc1, conv, self.fc2, activation, last)
 
 
-class _Step(NamedTuple):
-    """A layer, its input, and the operators to remove once it is part of another layer."""
-
-    layer: Any
-    source: Value
-    operators: list[Operator]
-
-
-def join_feed_forward(graph: OperatorGraph, operator: Operator) -> bool:
+def join_feed_forward(graph: OperatorGraph, operator: Operator) -> None:
     """``linear(conv(linear(norm(x))))``, where all but the last may be missing."""
     fc2 = operator.function
     if not isinstance(fc2, FastLinear) or fc2.activation != "none":
-        return False
+        return
     if operator.kwargs.keys() - {"residual"}:
-        return False
-    conv = _convolution(graph, operator.args[0])
-    first = graph.made_by(conv.source, FastLinear)
-    if first is None or graph.only_user(conv.source) is None or first.kwargs:
-        if conv.layer is None or not PackedDepthwiseMlp.applies(conv.layer, is_first=True):
-            return False
-        made = FeedForward(None, fc2, conv.layer)
-        graph.replace(operator, made, conv.source, absorbed=conv.operators, **operator.kwargs)
-        return True
-    fc1: Any = first.function
-    if conv.layer is None and fc1.activation == "none":
-        return False
-    norm = _norm(graph, first.args[0])
-    made = FeedForward(fc1, fc2, conv.layer, norm.layer)
-    absorbed = [*conv.operators, first, *norm.operators]
-    path = _parent(first.path, operator.path)
-    joined = graph.replace(operator, made, norm.source, absorbed=absorbed, **operator.kwargs)
-    joined.path = path
-    return True
+        return
+    value, conv, absorbed = operator.args[0], None, list[Any]()
+    match permuted(value, NHWC):
+        case Value(FastDepthwiseConv2d() as layer, [map_], producer=made, once=True) if (
+            value.once and PackedDepthwiseMlp.applies(layer)
+        ):
+            conv, absorbed = layer, [value.producer, made]
+            value = permuted(map_, NCHW)
+            if value is not None and map_.once:
+                absorbed.append(map_.producer)
+    match value:
+        case Value(FastLinear(activation=kind) as fc1, [x], producer=first, once=True) if (
+            conv is not None or kind != "none"
+        ):
+            absorbed.append(first)
+            norm: Any = None
+            match x:
+                case Value(FastLayerNorm(activation="none") as norm, [source], once=True):
+                    absorbed.append(x.producer)
+                    x = source
+            joined = FeedForward(fc1, fc2, conv, norm)
+            joint = graph.replace(operator, joined, x, absorbed=absorbed, **operator.kwargs)
+            joint.path = _parent(first.path, operator.path)
+        case _ if conv is not None and PackedDepthwiseMlp.applies(conv, is_first=True):
+            if value is None:
+                value = graph.insert_before(made, _permute, map_, NHWC)
+            joined = FeedForward(None, fc2, conv)
+            graph.replace(operator, joined, value, absorbed=absorbed, **operator.kwargs)
 
 
 def _parent(first: str, second: str) -> str:
     """The path of the module that two modules are in."""
     both = zip(first.split("."), second.split("."), strict=False)
     return ".".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
-
-
-def _convolution(graph: OperatorGraph, value: Value) -> _Step:
-    """The depthwise convolution that computes a map, and its input, with channels last."""
-    after = graph.made_by(value, _permute)
-    conv = None if after is None else graph.made_by(after.args[0], FastDepthwiseConv2d)
-    if after is None or conv is None or not PackedDepthwiseMlp.applies(conv.function):
-        return _Step(None, value, [])
-    if graph.only_user(value) is None or graph.only_user(conv.result) is None:
-        return _Step(None, value, [])
-    before = graph.permuted(conv.args[0], NCHW)
-    if before is None:
-        source = graph.insert_before(conv, _permute, conv.args[0], NHWC)
-        return _Step(conv.function, source, [after, conv])
-    used_once = graph.only_user(before.result) is not None
-    return _Step(conv.function, before.args[0], [after, conv, *[before] * used_once])
-
-
-def _norm(graph: OperatorGraph, value: Value) -> _Step:
-    """The layer norm that computes a map, if only one operator uses it, and its input."""
-    made = graph.made_by(value, FastLayerNorm)
-    layer: Any = None if made is None else made.function
-    if made is None or layer.activation != "none" or graph.only_user(value) is None:
-        return _Step(None, value, [])
-    return _Step(layer, made.args[0], [made])
 
 
 class Expansion(FastLayer):
@@ -189,35 +165,33 @@ class Expansion(FastLayer):
         return PackedExpansion(self.fc1, self.conv, self.fc1.activation, self.conv.activation)
 
 
-def join_expansion(graph: OperatorGraph, operator: Operator) -> bool:
+def join_expansion(graph: OperatorGraph, operator: Operator) -> None:
     """``conv(permute(linear(x)))`` whose results are also pooled."""
-    conv = operator.function
-    if not isinstance(conv, FastDepthwiseConv2d):
-        return False
-    if not PackedDepthwiseMlp.applies(conv, is_first=True):
-        return False
-    map_ = operator.result
+    match operator:
+        case Operator(FastDepthwiseConv2d() as conv, [Value(once=True) as moved]):
+            map_, first = operator.result, permuted(moved, NCHW)
+        case _:
+            return
     pools = [user for user in map_.users if isinstance(user.function, FastGlobalAvgPool2d)]
-    moved = graph.permuted(operator.args[0], NCHW)
-    if moved is None or not pools:
-        return False
-    first = graph.made_by(moved.args[0], FastLinear)
-    if first is None or first.kwargs or is_quantized(first.function):
-        return False
-    if graph.only_user(moved.args[0]) is None or graph.only_user(operator.args[0]) is None:
-        return False
+    match first:
+        case Value(FastLinear() as fc1, [x], once=True) if not is_quantized(fc1) and pools:
+            absorbed: list[Any] = [moved.producer, first.producer]
+        case _:
+            return
+    if not PackedDepthwiseMlp.applies(conv, is_first=True):
+        return
     batch, channels, height, width = map_.shape
     pixels = Value(torch.Size((batch, height, width, channels)), map_.dtype)
     means = Value(torch.Size((batch, channels)), map_.dtype)
-    layer = Expansion(first.function, conv)
-    made = graph.replace(operator, layer, *first.args, absorbed=[moved, first])
+    made = graph.replace(operator, Expansion(fc1, conv), x, absorbed=absorbed)
     made.results, made.returns_list = [pixels, means], True
     pixels.producer = means.producer = made
     after = graph.operators[graph.operators.index(made) + 1]
-    graph.substitute(map_, graph.insert_before(after, _aten.permute.default, pixels, NCHW))
+    others = [(map_, graph.insert_before(after, _permute, pixels, NCHW))]
     for pool in pools:
         shape = list(pool.result.shape)
-        pooled = graph.insert_before(after, _aten.reshape.default, means, shape)
-        graph.substitute(pool.result, pooled)
-        graph.remove(pool)
-    return True
+        others.append(
+            (pool.result, graph.insert_before(after, _aten.reshape.default, means, shape))
+        )
+    for value, other in others:
+        graph.substitute(value, other)

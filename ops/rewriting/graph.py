@@ -1,13 +1,16 @@
 """The operators of a call as a graph that rewrites change: values, and what computes them.
 
 A rewrite is a function of a graph and one of its operators that replaces operators by others with
-the same results; see :mod:`ops.rewriting.rewrite` for their order.
+the same results; see :mod:`ops.rewriting.rewrite` for their order. It names its pattern in a
+``match``: ``Value(function, [argument, …])`` is a value that this function of ATen, or a layer of
+this class, computes from these arguments, and ``Operator(function, [argument, …])`` what does so.
+Neither matches a call with arguments by name.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,17 +27,20 @@ __all__ = [
     "NHWC",
     "Operator",
     "OperatorGraph",
-    "Program",
     "Value",
     "by_name",
+    "chain",
     "is_available",
+    "permuted",
 ]
+
+_aten = torch.ops.aten
 
 # Orders of axes: of NCHW maps with channels last, and back.
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, match_args=False)
 class Value:
     """A tensor of the call: the input, the result of an operator, or a constant.
 
@@ -42,16 +48,49 @@ class Value:
         shape, dtype: of the tensor.
         constant: the tensor, if it is the same in every call.
         producer: the operator that returns it, if any.
-        users: the operators that read it, once for each argument.
+        users: the operators that read it, once for each argument, and the graph's end if the call
+            returns it.
         quantization: of the layer whose weight it is, if that computes in int8.
     """
 
     shape: torch.Size
     dtype: torch.dtype
     constant: Tensor | None = None
-    producer: Operator | None = field(default=None, repr=False)
+    producer: Any = field(default=None, repr=False)
     users: list[Operator] = field(default_factory=list, repr=False)
     quantization: Quantization | None = None
+
+    __match_args__ = ("function", "positional")
+
+    @property
+    def function(self) -> Any:
+        """What computes it, if anything does."""
+        return self.producer and self.producer.function
+
+    @property
+    def positional(self) -> Any:
+        """What it is computed from, if no argument is given by name."""
+        return self.producer and self.producer.positional
+
+    @property
+    def user(self) -> Operator | None:
+        """The operator that alone reads it, if the call does not return it."""
+        (user,) = self.users if len(self.users) == 1 else (None,)
+        return None if user is None or user.function is None else user
+
+    @property
+    def once(self) -> bool:
+        """Whether there is such an operator."""
+        return self.user is not None
+
+    def is_like(self, other: Any) -> bool:
+        """Whether another argument is a value of the same shape and dtype."""
+        same = isinstance(other, Value) and other.shape == self.shape
+        return same and other.dtype == self.dtype
+
+    def on_meta(self) -> Tensor:
+        """A tensor like it without memory."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     @classmethod
     def like(cls, t: Tensor) -> Value:
@@ -62,7 +101,7 @@ class Value:
         return cls(t.shape, t.dtype, t)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, match_args=False)
 class Operator:
     """A function with its arguments: an operator of ATen, or a layer made from some.
 
@@ -84,6 +123,8 @@ class Operator:
     path: str = ""
     decisions: tuple[Decision, ...] = ()
     rewrites: tuple[str, ...] = ()
+
+    __match_args__ = ("function", "positional")
 
     def __call__(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
         """The results for tensors in place of the values."""
@@ -108,6 +149,16 @@ class Operator:
         return result
 
     @property
+    def positional(self) -> list[Any] | None:
+        """Its arguments, if none is given by name."""
+        return None if self.kwargs else self.args
+
+    @property
+    def in_both_orders(self) -> tuple[list[Any], list[Any]]:
+        """The two arguments of a sum or product."""
+        return self.args[:2], self.args[1::-1]
+
+    @property
     def given(self) -> dict[str, Any]:
         """The arguments of an operator of ATen by name."""
         return by_name(self.function, self.args, self.kwargs)
@@ -119,56 +170,51 @@ class Operator:
 
 
 class OperatorGraph:
-    """The operators of a call in execution order.
+    """The operators of a call in execution order; those whose results nothing reads are removed.
 
     Args:
         source: the value of the input tensor.
         operators: in execution order; their values refer to them afterwards.
         outputs: what the call returns, with values in place of tensors.
+
+    Attributes:
+        end: reads the outputs after all operators; it has no function.
+        changed: whether anything was, as a rewrite may set back.
+        rewrite: the name of the present one.
     """
 
     def __init__(self, source: Value, operators: list[Operator], outputs: Any) -> None:
-        self.source, self.operators, self.outputs = source, operators, outputs
-        self.rewrite = ""  # the name of the present one
-        for operator in operators:
+        self.source, self.rewrite = source, ""
+        self.end = Operator(None, [outputs], {}, [])
+        used, read = [self.end], {*self.end.values()}
+        for operator in reversed(operators):
+            if not operator.results or not read.isdisjoint(operator.results):
+                used.append(operator)
+                read.update(operator.values())
+        for operator in reversed(used):
             self._connect(operator)
+        self.operators = used[:0:-1]
+
+    @property
+    def outputs(self) -> Any:
+        """What the call returns."""
+        return self.end.args[0]
 
     def _connect(self, operator: Operator) -> None:
+        self.changed = True
         for value in operator.values():
             value.users.append(operator)
         for value in operator.results:
             value.producer = operator
 
-    def _disconnect(self, operator: Operator) -> None:
-        for value in operator.values():
+    def _disconnect(self, operator: Operator, values: Iterable[Value]) -> None:
+        """Note that an operator no longer reads values, and remove those only made for it."""
+        for value in values:
             value.users.remove(operator)
-
-    def is_output(self, value: Value) -> bool:
-        """Whether the call returns the value."""
-        return any(leaf is value for leaf in pytree.tree_leaves(self.outputs))
-
-    def only_user(self, value: Value) -> Operator | None:
-        """The operator that alone reads the value, which the call does not return."""
-        if len(value.users) != 1 or self.is_output(value):
-            return None
-        return value.users[0]
-
-    def made_by(self, value: Any, *kinds: Any) -> Operator | None:
-        """The producer of a value if its function is of these: operators of ATen, or classes."""
-        producer = value.producer if isinstance(value, Value) else None
-        if producer is None:
-            return None
-        function = producer.function
-        is_one = any(
-            isinstance(function, kind) if isinstance(kind, type) else function is kind
-            for kind in kinds
-        )
-        return producer if is_one else None
-
-    def permuted(self, value: Any, order: list[int]) -> Operator | None:
-        """The producer of a value if it is a permutation in this order."""
-        made = self.made_by(value, torch.ops.aten.permute.default)
-        return made if made is not None and list(made.args[1]) == order else None
+            made = value.producer
+            if made is not None and not any(result.users for result in made.results):
+                self.operators.remove(made)
+                self._disconnect(made, made.values())
 
     def replace(
         self,
@@ -181,21 +227,20 @@ class OperatorGraph:
         """Replace ``operator`` by another function that computes its results.
 
         Args:
-            absorbed: operators that the function contains; they are removed. The first one's path
-                becomes that of the new operator.
+            absorbed: operators that the function contains. The first one's path becomes that of the
+                new operator.
         """
         path = absorbed[0].path if absorbed else operator.path
         made = Operator(function, list(args), kwargs, operator.results, operator.returns_list, path)
         made.rewrites = self._noted(*absorbed, operator)
         self.operators[self.operators.index(operator)] = made
-        self._disconnect(operator)
         self._connect(made)
-        for other in absorbed:
-            self.remove(other)
+        self._disconnect(operator, operator.values())
         return made
 
     def change(self, operator: Operator, function: Any = None) -> None:
         """Note that the present rewrite changed an operator, or gave it another function."""
+        self.changed = True
         operator.function = function or operator.function
         operator.rewrites = self._noted(operator)
 
@@ -214,9 +259,10 @@ class OperatorGraph:
         """
         values = [a for a in args if isinstance(a, Value)]
         if all(v.constant is not None for v in values):
-            return Value.of_constant(function(*(_tensor(a) for a in args)))
+            known = pytree.tree_map_only(Value, lambda v: v.constant, args)
+            return Value.of_constant(function(*known))
         if shape is None:
-            shape = function(*(_meta(a) for a in args)).shape
+            shape = function(*pytree.tree_map_only(Value, Value.on_meta, args)).shape
         result = Value(torch.Size(shape), values[0].dtype)
         made = Operator(function, list(args), {}, [result], path=operator.path)
         made.rewrites = self._noted(operator)
@@ -226,29 +272,31 @@ class OperatorGraph:
 
     def substitute(self, value: Value, by: Value) -> None:
         """Let everything that reads ``value`` read another one, which is computed before it."""
-        for user in list(value.users):
-            self._disconnect(user)
+        for user in dict.fromkeys(value.users):
+            before = list(user.values())
             user.args, user.kwargs = pytree.tree_map_only(
                 Value, lambda v: by if v is value else v, (user.args, user.kwargs)
             )
             self._connect(user)
-        self.outputs = pytree.tree_map_only(Value, lambda v: by if v is value else v, self.outputs)
+            self._disconnect(user, before)
 
-    def bypass(self, operator: Operator, value: Value) -> None:
-        """Remove an operator; what reads its result reads ``value`` instead."""
-        self.substitute(operator.result, value)
-        self.remove(operator)
+    def __call__(self, x: Tensor) -> Any:
+        """The result of the recorded call for an ``x`` of the same shape and dtype."""
+        tensors: dict[Value, Tensor] = {self.source: x}
+        unread = Counter[Value]()  # tensors are freed after their last use
 
-    def remove(self, operator: Operator) -> None:
-        """Remove an operator whose results nothing reads."""
-        self.operators.remove(operator)
-        self._disconnect(operator)
+        def tensor(value: Value) -> Tensor:
+            return tensors[value] if value.constant is None else value.constant
 
-    def remove_unused(self) -> None:
-        """Remove all operators whose results nothing reads, if they have any."""
-        for operator in reversed(list(self.operators)):
-            if operator.results and not any(v.users or self.is_output(v) for v in operator.results):
-                self.remove(operator)
+        for operator in self.operators:
+            args, kwargs = pytree.tree_map_only(Value, tensor, (operator.args, operator.kwargs))
+            tensors.update(zip(operator.results, operator(args, kwargs), strict=True))
+            unread.update({value: len(value.users) for value in operator.results})
+            unread.subtract(operator.values())
+            for value in (*operator.values(), *operator.results):
+                if unread[value] == 0:
+                    tensors.pop(value, None)
+        return pytree.tree_map_only(Value, tensor, self.outputs)
 
     def __str__(self) -> str:
         """One line per operator."""
@@ -267,39 +315,6 @@ class OperatorGraph:
         return "\n".join([*lines, f"return {result}"])
 
 
-class Program:
-    """Runs the operators of a graph; intermediate tensors are freed after their last use.
-
-    Args:
-        graph: not changed afterwards.
-    """
-
-    def __init__(self, graph: OperatorGraph) -> None:
-        self.graph = graph
-        last: dict[Value, int] = {}
-        for now, operator in enumerate(graph.operators):
-            last.update(dict.fromkeys((*operator.values(), *operator.results), now))
-        kept = {leaf for leaf in pytree.tree_leaves(graph.outputs) if isinstance(leaf, Value)}
-        self._freed: dict[int, list[Value]] = defaultdict(list)
-        for value, now in last.items():
-            if value not in kept and value.constant is None:
-                self._freed[now].append(value)
-
-    def __call__(self, x: Tensor) -> Any:
-        """The result of the recorded call for an ``x`` of the same shape and dtype."""
-        tensors: dict[Value, Tensor] = {self.graph.source: x}
-
-        def tensor(value: Value) -> Tensor:
-            return tensors[value] if value.constant is None else value.constant
-
-        for now, operator in enumerate(self.graph.operators):
-            args, kwargs = pytree.tree_map_only(Value, tensor, (operator.args, operator.kwargs))
-            tensors.update(zip(operator.results, operator(args, kwargs), strict=True))
-            for value in self._freed[now]:
-                tensors.pop(value, None)
-        return pytree.tree_map_only(Value, tensor, self.graph.outputs)
-
-
 def by_name(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an operator of ATen by name, with defaults for those not given."""
     arguments = function._schema.arguments
@@ -307,16 +322,34 @@ def by_name(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[
     return {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
 
 
+def permuted(value: Any, order: list[int]) -> Value | None:
+    """What a value is a permutation of in this order, if it is one."""
+    match value:
+        case Value(_aten.permute.default, [Value() as whole, axes]) if list(axes) == order:
+            return whole
+    return None
+
+
+def chain(value: Any, *kinds: Any, skipped: Collection[Any] = ()) -> list[Operator]:
+    """The operators of these kinds that compute a value, each from the next one's; or none.
+
+    Args:
+        value: of the first.
+        kinds: operators of ATen, kernels, classes of layers, or axes for permutations.
+        skipped: kinds that may be in between if nothing else reads their results.
+    """
+    found: list[Operator] = []
+    for kind in kinds:
+        while value.function in skipped and value.once:
+            value = value.producer.args[0]
+        is_permuted = isinstance(kind, list) and permuted(value, kind) is not None
+        if not is_permuted and kind not in (value.function, type(value.function)):
+            return []
+        found.append(value.producer)
+        value = value.producer.args[0]
+    return found
+
+
 def is_available(kernel: Kernel, dtype: torch.dtype) -> bool:
     """Whether a kernel computes tensors of a dtype on the CPU, where rewritten calls run."""
     return kernel.unavailable(torch.device("cpu"), dtype) is None
-
-
-def _tensor(argument: Any) -> Any:
-    return argument.constant if isinstance(argument, Value) else argument
-
-
-def _meta(argument: Any) -> Any:
-    if not isinstance(argument, Value):
-        return argument
-    return torch.empty(argument.shape, dtype=argument.dtype, device="meta")

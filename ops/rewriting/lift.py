@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
+from ops.cpu.call.binding import Kernel
 from ops.cpu.norm.norms import rms_norm
 from ops.cpu.pooling.window_means import window_means
 from ops.cpu.pooling.window_pool import window_pool
@@ -32,7 +33,6 @@ __all__ = [
     "FastGlobalAvgPool2d",
     "affine_of",
     "constant_of",
-    "convolution",
     "lift",
     "linear",
     "put_convolution",
@@ -49,35 +49,11 @@ def linear(
 ) -> FastLinear:
     """A linear layer with this weight, (out_features, in_features), in its inference form."""
     layer = FastLinear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    return _with(layer, weight, bias, quantization)
+    return _with(layer, weight, bias, quantization=quantization)
 
 
-def convolution(
-    weight: Tensor,
-    bias: Tensor | None,
-    geometry: dict[str, Any],
-    quantization: Quantization | None = None,
-) -> Any:
-    """A convolution with this weight, (out, in / groups, kh, kw), in its inference form.
-
-    Args:
-        geometry: ``stride``, ``padding``, ``dilation`` and ``groups``.
-    """
-    in_channels = weight.shape[1] * geometry["groups"]
-    size: Any = tuple(weight.shape[2:])
-    kind: type[FastConv2d] = FastConv2d
-    if geometry["groups"] == in_channels == len(weight):
-        kind = FastDepthwiseConv2d
-    elif geometry["groups"] == in_channels > 1:
-        kind = FastMultipliedConv2d
-    layer = kind(in_channels, len(weight), size, bias=bias is not None, device="meta", **geometry)
-    return _with(layer, weight, bias, quantization)
-
-
-def _with(
-    layer: Any, weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
-) -> Any:
-    for name, value in (("weight", weight), ("bias", bias)):
+def _with(layer: Any, *tensors: Tensor | None, quantization: Quantization | None = None) -> Any:
+    for name, value in zip(("weight", "bias"), tensors, strict=True):
         kept = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
         layer.register_parameter(name, kept)
     if quantization is not None:
@@ -131,10 +107,10 @@ class FastGlobalAvgPool2d(FastAdaptiveAvgPool2d):
 # -- rules ---------------------------------------------------------------------------------------
 
 
-def lift(graph: OperatorGraph, operator: Operator) -> bool:
+def lift(graph: OperatorGraph, operator: Operator) -> None:
     """Replace an operator by a layer that computes the same."""
-    rule = _RULES.get(operator.function)
-    return rule is not None and rule(graph, operator, operator.given)
+    if rule := _RULES.get(operator.function):
+        rule(graph, operator, operator.given)
 
 
 def constant_of(value: Any) -> Tensor | None:
@@ -142,33 +118,36 @@ def constant_of(value: Any) -> Tensor | None:
     return value.constant if isinstance(value, Value) else None
 
 
-def _linear(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    weight, bias = constant_of(given["weight"]), constant_of(given["bias"])
-    if weight is None or weight.ndim != 2 or (given["bias"] is not None and bias is None):
-        return False
-    layer = linear(weight, bias, given["weight"].quantization)
-    graph.replace(operator, layer, given["input"])
-    return True
+def _constants(given: dict[str, Any], *names: str) -> list[Tensor | None] | None:
+    """These arguments, of which some may be missing; None if any varies."""
+    constants = [constant_of(given[name]) for name in names]
+    varies = any(
+        given[name] is not None and constant is None
+        for name, constant in zip(names, constants, strict=True)
+    )
+    return None if varies else constants
 
 
-def _matmul(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+def _linear(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
+    match _constants(given, "weight", "bias"):
+        case [Tensor(ndim=2) as weight, bias]:
+            layer = linear(weight, bias, given["weight"].quantization)
+            graph.replace(operator, layer, given["input"])
+
+
+def _matmul(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
     x, weight = given["self"], constant_of(given["other"])
-    if weight is None or weight.ndim != 2 or x.constant is not None or len(x.shape) < 2:
-        return False
-    graph.replace(operator, linear(weight.T.contiguous(), None), x)
-    return True
+    if weight is not None and weight.ndim == 2 and x.constant is None and len(x.shape) >= 2:
+        graph.replace(operator, linear(weight.T.contiguous(), None), x)
 
 
-def _conv2d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    weight, bias = constant_of(given["weight"]), constant_of(given["bias"])
-    x = given["input"]
-    if weight is None or (given["bias"] is not None and bias is None) or len(x.shape) != 4:
-        return False
-    geometry = {name: _pair(given[name]) for name in ("stride", "padding", "dilation")}
-    geometry["groups"] = given["groups"]
-    quantization = given["weight"].quantization
-    put_convolution(graph, operator, x, weight, bias, geometry, quantization)
-    return True
+def _conv2d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
+    x, geometry = given["input"], {"groups": given["groups"]}
+    match _constants(given, "weight", "bias"):
+        case [Tensor() as weight, bias] if len(x.shape) == 4:
+            geometry |= {name: _pair(given[name]) for name in ("stride", "padding", "dilation")}
+            quantization = given["weight"].quantization
+            put_convolution(graph, operator, x, weight, bias, geometry, quantization)
 
 
 def put_convolution(
@@ -180,10 +159,20 @@ def put_convolution(
     geometry: dict[str, Any],
     quantization: Quantization | None = None,
 ) -> None:
-    """Compute the result of ``operator`` by a convolution of ``x``, (B, C, H, W)."""
+    """Compute the result of ``operator`` by a convolution of ``x``, (B, C, H, W).
+
+    Args:
+        weight: (out, in / groups, kh, kw).
+        geometry: ``stride``, ``padding``, ``dilation`` and ``groups``.
+    """
     once = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     if weight.shape[2:] != (1, 1) or geometry != once:
-        graph.replace(operator, convolution(weight, bias, geometry, quantization), x)
+        groups, channels, size = geometry["groups"], x.shape[1], tuple(weight.shape[2:])
+        kind: Any = FastConv2d
+        if groups == channels and (channels > 1 or len(weight) == 1):
+            kind = FastDepthwiseConv2d if len(weight) == channels else FastMultipliedConv2d
+        layer = kind(channels, len(weight), size, bias=bias is not None, device="meta", **geometry)
+        graph.replace(operator, _with(layer, weight, bias, quantization=quantization), x)
         return
     pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
     layer = linear(weight.flatten(1), bias, quantization)
@@ -195,159 +184,128 @@ def _pair(value: Any) -> tuple[int, int]:
     return (value[0], value[-1])
 
 
-def _layer_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    x, shape = given["input"], given["normalized_shape"]
-    affine = [given["weight"], given["bias"]]
-    if len(shape) != 1 or any(isinstance(a, Value) and a.constant is None for a in affine):
-        return False
-    neutral = torch.ones, torch.zeros
+def _layer_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
+    x, shape, affine = (
+        given["input"],
+        given["normalized_shape"],
+        _constants(given, "weight", "bias"),
+    )
+    if affine is None or len(shape) != 1:
+        return
     weight, bias = (
-        make(shape[0], dtype=x.dtype) if a is None else a.constant
-        for a, make in zip(affine, neutral, strict=True)
+        make(shape[0], dtype=x.dtype) if constant is None else constant
+        for constant, make in zip(affine, (torch.ones, torch.zeros), strict=True)
     )
     layer = FastLayerNorm(len(weight), given["eps"], device="meta")
     graph.replace(operator, _with(layer, weight, bias), x)
-    return True
 
 
-def _rms_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+def _rms_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
     x, weight, eps = given["input"], constant_of(given["weight"]), given["eps"]
     if weight is None or weight.ndim != 1 or eps is None or weight.dtype != x.dtype:
-        return False
-    if not is_available(rms_norm, x.dtype):
-        return False
-    graph.replace(operator, rms_norm, x, Value.of_constant(weight.detach().float()), eps)
-    return True
+        return
+    if is_available(rms_norm, x.dtype):
+        graph.replace(operator, rms_norm, x, Value.of_constant(weight.detach().float()), eps)
 
 
-def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
     x = given["input"]
-    mean, var = (constant_of(given[name]) for name in ("running_mean", "running_var"))
-    affine = [given["weight"], given["bias"]]
-    varies = any(isinstance(a, Value) and a.constant is None for a in affine)
-    if given["training"] or mean is None or var is None or varies or len(x.shape) != 4:
-        return False
-    norm = nn.BatchNorm2d(len(mean), given["eps"], device="meta")
-    norm.running_mean, norm.running_var = mean, var
-    for name, value in zip(("weight", "bias"), affine, strict=True):
-        kept = constant_of(value)
-        parameter = None if kept is None else nn.Parameter(kept.detach(), requires_grad=False)
-        norm.register_parameter(name, parameter)
-    graph.replace(operator, norm.eval(), x)
-    return True
+    match _constants(given, "running_mean", "running_var", "weight", "bias"):
+        case [Tensor() as mean, Tensor() as var, weight, bias] if (
+            not given["training"] and len(x.shape) == 4
+        ):
+            norm = nn.BatchNorm2d(len(mean), given["eps"], device="meta")
+            norm.running_mean, norm.running_var = mean, var
+            graph.replace(operator, _with(norm, weight, bias), x)
 
 
-def _pool(graph: OperatorGraph, operator: Operator, x: Value, keepdim: bool) -> bool:
-    if not x.shape.numel() or not is_available(window_means, x.dtype):
-        return False
-    layer = FastGlobalAvgPool2d()
-    if keepdim:
+def _pools(kernel: Kernel, x: Value) -> bool:
+    """Whether a kernel pools maps like this one."""
+    return len(x.shape) == 4 and x.shape.numel() > 0 and is_available(kernel, x.dtype)
+
+
+def _adaptive_pool(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
+    x, size = given["self"], tuple(given["output_size"])
+    if not _pools(window_means, x) or any(
+        windows < 1 or n % windows for n, windows in zip(x.shape[2:], size, strict=True)
+    ):
+        return
+    whole = size == (1, 1)
+    graph.replace(operator, FastGlobalAvgPool2d() if whole else FastAdaptiveAvgPool2d(size), x)
+
+
+def _mean(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
+    x, layer = given["self"], FastGlobalAvgPool2d()
+    if not _pools(window_means, x) or given["dtype"] is not None:
+        return
+    if {axis % 4 for axis in given["dim"] or ()} != {2, 3}:
+        return
+    if given["keepdim"]:
         graph.replace(operator, layer, x)
     else:
         pooled = graph.insert_before(operator, layer, x, shape=(*x.shape[:2], 1, 1))
         graph.replace(operator, _aten.flatten.using_ints, pooled, 1)
-    return True
 
 
-def _adaptive_pool(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    x, size = given["self"], given["output_size"]
-    if len(x.shape) != 4 or any(m < 1 or n % m for n, m in zip(x.shape[2:], size, strict=True)):
-        return False
-    if list(size) == [1, 1]:
-        return _pool(graph, operator, x, True)
-    if not is_available(window_means, x.dtype):
-        return False
-    graph.replace(operator, FastAdaptiveAvgPool2d(tuple(size)), x)
-    return True
-
-
-def _mean(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
-    x, axes = given["self"], given["dim"]
-    if len(x.shape) != 4 or given["dtype"] is not None or axes is None:
-        return False
-    return {a % 4 for a in axes} == {2, 3} and _pool(graph, operator, x, given["keepdim"])
-
-
-def _window_pool(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+def _window_pool(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
     x, size = given["self"], operator.result.shape
     plain = _pair(given.get("dilation", [1])) == (1, 1) and given.get("divisor_override") is None
-    if not plain or len(x.shape) != 4 or not x.shape.numel():
-        return False
-    if not is_available(window_pool, x.dtype):
-        return False
+    if not plain or not _pools(window_pool, x):
+        return
     sides = [_pair(given[name] or given["kernel_size"]) for name in ("kernel_size", "stride")]
     means = operator.function is _aten.avg_pool2d.default
-    options = (
-        *sides,
-        _pair(given["padding"]),
-        size[2:],
-        means,
-        means and given["count_include_pad"],
-    )
+    counts = means and given["count_include_pad"]
+    options = *sides, _pair(given["padding"]), size[2:], means, counts
     pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
     shape = (size[0], *size[2:], size[1])
     made = graph.insert_before(operator, window_pool, pixels, *options, shape=shape)
     graph.replace(operator, _aten.permute.default, made, NCHW)
-    return True
 
 
-def _attention(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+def _attention(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
     q, k, v = (given[name] for name in ("query", "key", "value"))
     mask = given["attn_mask"]
     # Zeros only let NaN through, as our kernel does.
     masks = mask is not None and (mask.constant is None or bool(mask.constant.any()))
-    if (
-        masks
-        or given["is_causal"]
-        or given["dropout_p"]
-        or len(q.shape) != 4
-        or q.shape[:2] != k.shape[:2]
-    ):
-        return False
-    graph.replace(operator, Attention(given["scale"]), q, k, v)
-    return True
+    plain = not (masks or given["is_causal"] or given["dropout_p"])
+    if plain and len(q.shape) == 4 and q.shape[:2] == k.shape[:2]:
+        graph.replace(operator, Attention(given["scale"]), q, k, v)
 
 
-def _neutral(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+def _neutral(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
     """``x + 0`` and ``x * 1``."""
+    x, other = given["self"], given["other"]
     neutral = 1 if operator.function is _aten.mul.Tensor else 0
-    other = given["other"]
-    if isinstance(other, Value) or other != neutral or operator.result.shape != given["self"].shape:
-        return False
-    graph.bypass(operator, given["self"])
-    return True
+    if not isinstance(other, Value) and other == neutral and operator.result.shape == x.shape:
+        graph.substitute(operator.result, x)
 
 
-def _pad(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+def _pad(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
     """Padding by nothing."""
-    if any(given["pad"]):
-        return False
-    graph.bypass(operator, operator.args[0])
-    return True
+    if not any(given["pad"]):
+        graph.substitute(operator.result, given["self"])
 
 
-def _convert(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+def _convert(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
     """Conversions to the same dtype."""
-    if given["dtype"] != given["self"].dtype or given["copy"] or given["memory_format"]:
-        return False
-    graph.bypass(operator, given["self"])
-    return True
+    x = given["self"]
+    if given["dtype"] == x.dtype and not given["copy"] and not given["memory_format"]:
+        graph.substitute(operator.result, x)
 
 
-def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
     """Leave out empty parts, which kernels do not take."""
     parts = [part for part in given["tensors"] if part.shape.numel()]
     same = {part.dtype for part in given["tensors"]} == {operator.result.dtype}
     if len(parts) == len(given["tensors"]) or not parts or not same:
-        return False
+        return
     if len(parts) == 1 and parts[0].shape == operator.result.shape:
-        graph.bypass(operator, parts[0])
-        return True
-    graph.replace(operator, operator.function, parts, given["dim"])
-    return True
+        graph.substitute(operator.result, parts[0])
+    else:
+        graph.replace(operator, operator.function, parts, given["dim"])
 
 
-_RULES: dict[Any, Callable[[OperatorGraph, Operator, dict[str, Any]], bool]] = {
+_RULES: dict[Any, Callable[[OperatorGraph, Operator, dict[str, Any]], None]] = {
     _aten.pad.default: _pad,
     _aten.constant_pad_nd.default: _pad,
     _aten.cat.default: _cat,

@@ -22,7 +22,7 @@ from ops.replay.capture import Capture
 from ops.replay.changes import ModuleSnapshot
 from ops.replay.graph import NotCapturableError
 from ops.replay.replay import Replay
-from ops.rewriting.graph import OperatorGraph, Program
+from ops.rewriting.graph import OperatorGraph
 from ops.rewriting.recorder import record
 from ops.rewriting.rewrite import rewrite
 
@@ -72,7 +72,7 @@ class Rewritten(nn.Module):
         """Call a method of the network's own class; not used while it is recorded."""
         return method(self, *args, **kwargs)
 
-    def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> OperatorGraph:
         """The callable captured for ``call``, with the same results.
 
         Raises:
@@ -83,7 +83,7 @@ class Rewritten(nn.Module):
         rewrite(graph)
         if self._records is not None:
             _share_layers(graph, self._records.made)
-        return Program(graph)
+        return graph
 
     def forget(self) -> None:
         """Drop all graphs, so that calls are captured again."""
@@ -220,19 +220,16 @@ class _Records:
     def _start(
         self, module: Rewritten, key: Hashable, x: Tensor, call: Callable[[Tensor], Any]
     ) -> Any:
+        wait: int | None = -_LONGEST_WAIT  # try again later: hooks may be removed
         try:
             snapshot = self._snapshot or ModuleSnapshot(module)
-        except NotCapturableError as error:
-            _log.debug("%s is not recorded: %s", type(module).__name__, error)
-            self._note(key, -_LONGEST_WAIT)  # try again later: hooks may be removed
-            return call(x)
-        if snapshot.needs_gradients(x):
-            return call(x)
-        try:
+            if snapshot.needs_gradients(x):
+                return call(x)
+            wait = None
             program = module.program(x, call)
         except NotCapturableError as error:
             _log.debug("%s is not recorded: %s", type(module).__name__, error)
-            self._note(key, None)
+            self._note(key, wait)
             return call(x)
         result = program(x)
         if self._snapshot is None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,6 +33,7 @@ from ops.replay.memory_plan import MemoryPlan
 from ops.replay.replay import Replay
 from ops.rewriting.graph import Operator
 from ops.rewriting.module import Rewritten
+from ops.rewriting.recorder import callers
 
 __all__ = ["Profile", "Trace", "TracedCall", "profile"]
 
@@ -190,17 +190,12 @@ class Trace(Capture):
 
     def _caller(self) -> tuple[str, Sequence[Decision], tuple[str, ...]]:
         """The path of the calling layer, the rules behind it, and the rewrites of its step."""
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code.co_varnames[:1] == ("self",):
-                caller = frame.f_locals.get("self")
-                if isinstance(caller, Operator):
-                    decisions = getattr(caller.function, "decisions", caller.decisions)
-                    return caller.path, decisions, caller.rewrites
-                found = self._modules.get(id(caller))
-                if found is not None:
-                    return found[0], getattr(found[1], "decisions", ()), ()
-            frame = frame.f_back  # type: ignore[assignment]
+        for caller in callers():
+            if isinstance(caller, Operator):
+                decisions = getattr(caller.function, "decisions", caller.decisions)
+                return caller.path, decisions, caller.rewrites
+            if found := self._modules.get(id(caller)):
+                return found[0], getattr(found[1], "decisions", ()), ()
         return "", (), ()
 
 

@@ -8,8 +8,9 @@ once; in-place operators are recorded as those that return a new tensor.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Set
 from contextlib import ExitStack
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ops.inference.packed_linear import quantization_of
 from ops.replay.graph import NotCapturableError
 from ops.rewriting.graph import Operator, OperatorGraph, Value, by_name
 
-__all__ = ["record"]
+__all__ = ["callers", "record"]
 
 _aten = torch.ops.aten
 # Operators whose result is their first argument, or has its values.
@@ -58,9 +59,7 @@ def record(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor) -> Opera
     outputs = pytree.tree_map_only(Tensor, recorder.value_of, result)
     if not any(isinstance(leaf, Value) for leaf in pytree.tree_leaves(outputs)):
         raise NotCapturableError(f"the result is a {type(result).__name__} without tensors")
-    graph = OperatorGraph(recorder.source, recorder.operators, outputs)
-    graph.remove_unused()
-    return graph
+    return OperatorGraph(recorder.source, recorder.operators, outputs)
 
 
 class _Recorder(TorchDispatchMode):
@@ -77,7 +76,7 @@ class _Recorder(TorchDispatchMode):
             if (weight := m._parameters.get("weight")) is not None
         }
         self._input_storage = _storage(x)
-        # Storages of constants that this call made, and of those that its operators read.
+        # Storages of constants that this call made, and of what operators have read since it was.
         self._fresh: set[int] = set()
         self._read: set[int] = set()
         # How often each storage was modified: now, and when each tensor was returned.
@@ -85,8 +84,6 @@ class _Recorder(TorchDispatchMode):
         self._values: Any = WeakIdKeyDictionary()  # of tensors: their value, and these changes
         self._remember(x, self.source)
         self._decisions: dict[str, list[Decision]] = {}  # by path
-        self._wholes: dict[Value, Value] = {}  # of views: what they are views of
-        self._begun: set[Value] = set()  # what operators have read
 
     def value_of(self, t: Tensor) -> Value:
         """The value of a tensor; one that no recorded operator returned is a constant."""
@@ -119,8 +116,9 @@ class _Recorder(TorchDispatchMode):
         if _is_random(func, args, kwargs):
             raise NotCapturableError(f"{func} is random")
         if func._schema.is_mutable and not varies:
-            if func is not _aten.detach_.default:  # of a new tensor made from numbers
-                self._note_constant(func, args[0])
+            is_new = _storage(args[0]) in self._fresh - self._read
+            if not is_new and func is not _aten.detach_.default:  # of one made from numbers
+                raise NotCapturableError(f"{func} modifies an existing tensor")
             return
         if func._schema.is_mutable and kernel_of(func) is not None:
             self._note_writing(func, args, given)
@@ -135,12 +133,15 @@ class _Recorder(TorchDispatchMode):
             if varies:
                 raise NotCapturableError(f"{func} gives a {type(result).__name__}")
             return
-        if not varies:
-            before = {*map(_storage, pytree.tree_leaves(args))} if read else {0}
-            self._fresh |= {*map(_storage, results)} - before
-            return  # its results are constants
+        made, used = {*map(_storage, results)}, _storages((args, kwargs))
+        if not varies:  # its results are constants
+            self._fresh |= made - used - {0}
+            self._read -= made - used
+            return
         self._add(func, given, results, isinstance(result, tuple | list))
-        self._note_reading(pytree.tree_leaves((args, kwargs)), results)
+        if not made <= used:  # not only views
+            copies = made - {0} if func in _SAME else set()  # which stand for what is read
+            self._note_reading(used | copies, made)
 
     def _add(self, func: Any, given: Any, results: Any, returns_list: bool) -> None:
         func = kernel_of(func) or _COPYING.get(func, func)
@@ -149,43 +150,25 @@ class _Recorder(TorchDispatchMode):
             values = [given[0][0]]
         else:
             self.operators.append(self._made(func, given, values, returns_list))
-            leaves = (v for v in pytree.tree_leaves(given) if isinstance(v, Value))
-            self._read |= {_storage(v.constant) for v in leaves if v.constant is not None}
         for t, value in zip(results, values, strict=True):
             self._remember(t, value)
 
-    def _note_reading(self, given: Sequence[Any], results: Sequence[Tensor]) -> None:
-        """Note what an operator has read, unless all that it returned are views."""
-        of = {_storage(t): t for t in given if isinstance(t, Tensor)}
-        views = [t for t in results if _storage(t) in of]
-        for t in views:
-            whole = self.value_of(of[_storage(t)])
-            self._wholes[self.value_of(t)] = self._wholes.get(whole, whole)
-        if len(views) < len(results):
-            self._begin(given)
-
-    def _begin(self, read: Iterable[Any]) -> None:
-        values = [self.value_of(t) for t in read if isinstance(t, Tensor)]
-        self._begun |= {self._wholes.get(value, value) for value in values}
+    def _note_reading(self, read: set[int], made: Set[int] = frozenset()) -> None:
+        """Note the storages that an operator has read, and new ones, which nothing has."""
+        self._read = (self._read - made) | read
 
     def _note_writing(self, func: Any, args: Any, given: Any) -> None:
         """Record a kernel that writes to tensors that nothing has read yet."""
-        written = [a.is_write for a in func._schema.arguments]
-        for value, is_written in zip(given[0], written, strict=False):
-            whole = self._wholes.get(value, value) if is_written else None
-            if whole is not None and (whole.constant is not None or whole in self._begun):
+        is_written = [a.is_write for a in func._schema.arguments]
+        for t, value, written in zip(args, given[0], is_written, strict=False):
+            if written and (value.constant is not None or _storage(t) in self._read):
                 raise NotCapturableError(f"{func} modifies an existing tensor")
-            if whole is self.source:
+            if written and _storage(t) == self._input_storage:
                 raise NotCapturableError(f"{func} modifies the input")
         self.operators.append(self._made(kernel_of(func), given, [], False))
-        read = [t for t, is_written in zip(args, written, strict=False) if not is_written]
-        self._begin(pytree.tree_leaves(read))
-
-    def _note_constant(self, func: Any, target: Any) -> None:
-        """Allow changes to a constant that was made in this call and not read by an operator."""
-        known = isinstance(target, Tensor) and _storage(target) in self._fresh - self._read
-        if not known:
-            raise NotCapturableError(f"{func} modifies an existing tensor")
+        self._note_reading(
+            _storages([t for t, written in zip(args, is_written, strict=False) if not written])
+        )
 
     def _note_modification(self, func: Any, args: Any, given: Any, result: Any) -> None:
         """Record an in-place operator as one that returns a new tensor."""
@@ -200,6 +183,7 @@ class _Recorder(TorchDispatchMode):
             raise NotCapturableError(f"{func} modifies the input")
         self._changes[storage] = self._changes.get(storage, 0) + 1
         self._add(functional, given, [target], returns_list=False)
+        self._note_reading(_storages(args[1:]), {storage})
 
     def _made(self, func: Any, given: Any, results: list[Value], returns_list: bool) -> Operator:
         path, (args, kwargs) = self._caller(), given
@@ -217,18 +201,24 @@ class _Recorder(TorchDispatchMode):
 
     def _caller(self) -> str:
         """The path of the module whose method made the call."""
-        frame = sys._getframe(1)
-        while frame is not None:
-            if frame.f_code.co_varnames[:1] == ("self",):
-                path = self._paths.get(id(frame.f_locals.get("self")))
-                if path is not None:
-                    return path
-            frame = frame.f_back  # type: ignore[assignment]
-        return ""
+        return next((self._paths[id(c)] for c in callers() if id(c) in self._paths), "")
+
+
+def callers() -> Iterator[Any]:
+    """The objects whose methods are running in this thread, the innermost first."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            yield frame.f_locals.get("self")
+        frame = frame.f_back
 
 
 def _storage(t: Any) -> int:
     return t.untyped_storage().data_ptr() if isinstance(t, Tensor) else 0
+
+
+def _storages(args: Any) -> set[int]:
+    return {_storage(leaf) for leaf in pytree.tree_leaves(args)} - {0}
 
 
 def _depends_on_values(func: Any, read: list[Value]) -> bool:

@@ -16,7 +16,16 @@ from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.cpu.norm.norms import response_scales
 from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.packed_linear import Quantization, multiplied_weight
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_available
+from ops.rewriting.graph import (
+    NCHW,
+    NHWC,
+    Operator,
+    OperatorGraph,
+    Value,
+    chain,
+    is_available,
+    permuted,
+)
 from ops.rewriting.lift import FastGlobalAvgPool2d, constant_of, linear
 
 __all__ = ["ResponseFeedForward", "join_response_norm", "join_response_scales", "join_squeeze"]
@@ -92,25 +101,26 @@ class _Norm(NamedTuple):
     bias: Tensor | None
 
 
-def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
+def join_response_norm(graph: OperatorGraph, operator: Operator) -> None:
     """``linear(response_norm(linear(x)))``."""
     fc2: Any = operator.function
     if not isinstance(fc2, FastLinear) or operator.kwargs.keys() - {"residual"}:
-        return False
+        return
     x = operator.args[0]
-    moved = graph.permuted(x, NHWC)
-    normed = x if moved is None else moved.args[0]
-    norm = _norm(graph, normed)
-    if norm is None or any(graph.only_user(value) is None for value in (x, normed)):
-        return False
-    source = graph.permuted(norm.share.x, NCHW)
+    moved = permuted(x, NHWC)
+    norm = _norm(x if moved is None else moved)
+    if norm is None or not x.once or (moved is not None and not moved.once):
+        return
+    source = permuted(norm.share.x, NCHW)
     if (source is None) != (moved is None) or norm.share.channels != (3 if source is None else 1):
-        return False
-    first = graph.made_by(norm.share.x if source is None else source.args[0], FastLinear)
-    if first is None or first.kwargs.keys() - {"scale"}:
-        return False
-    if source is not None and graph.only_user(first.result) is not source:
-        return False
+        return
+    match norm.share.x if source is None else source:
+        case Value(FastLinear() as fc1, producer=first, once=once) if once or source is None:
+            args, kwargs = first.args, {**first.kwargs, **operator.kwargs}
+        case _:
+            return
+    if first.kwargs.keys() - {"scale"}:
+        return
     if norm.bias is not None:
         with torch.no_grad():
             weight = multiplied_weight(fc2.weight, fc2.quantization)
@@ -120,104 +130,86 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
         if fc2.quantization is not None:  # its inputs, without the norm's bias, have other ranges
             merged.quantization = Quantization(origins=(fc2.quantization,))
         fc2 = merged
-    made = ResponseFeedForward(first.function, fc2, norm.weight, norm.share.eps)
-    graph.replace(operator, made, *first.args, **first.kwargs, **operator.kwargs)
-    graph.remove_unused()
-    return True
+    made = ResponseFeedForward(fc1, fc2, norm.weight, norm.share.eps)
+    graph.replace(operator, made, *args, **kwargs)
 
 
-def _norm(graph: OperatorGraph, value: Value) -> _Norm | None:
+def _norm(value: Value) -> _Norm | None:
     """The response norm that computes a map (B, H, W, C) or (B, C, H, W)."""
-    total = graph.made_by(value, _aten.add.Tensor)
-    scaled = None if total is None else graph.made_by(total.args[1], _aten.addcmul.default)
-    whole = graph.made_by(value, _aten.mul.Tensor)
-    if total is not None and scaled is not None and not scaled.kwargs:  # x + addcmul(b, w, x * s)
-        x, bias, weight = total.args[0], scaled.args[0].constant, scaled.args[1].constant
-        product = graph.made_by(scaled.args[2], _aten.mul.Tensor)
-        if product is None or product.args[0] is not x or bias is None:
+    bias: Any = None
+    match value:  # x * (weight * share + 1), or x + addcmul(bias, weight, x * share)
+        case Value(_aten.mul.Tensor, [x, Value(_aten.add.Tensor, [factor, 1])]):
+            users = 2
+        case Value(_aten.add.Tensor, [x, Value(_aten.addcmul.default, [bias, weight, factor])]):
+            users = 3
+        case _:
             return None
-        share, users = product.args[1], 3
-    elif whole is not None:  # x * (w * s + 1)
-        x, bias = whole.args[0], None
-        shifted = graph.made_by(whole.args[1], _aten.add.Tensor)
-        product = None if shifted is None else graph.made_by(shifted.args[0], _aten.mul.Tensor)
-        if shifted is None or product is None or shifted.args[1] != 1:
+    match factor:
+        case Value(_aten.mul.Tensor, [first, second]) if users == 2 or first is x:
+            weight, share = first if users == 2 else weight, _share(second)
+        case _:
             return None
-        weight, share, users = constant_of(product.args[0]), product.args[1], 2
-    else:
+    of_inputs, shift = constant_of(weight), constant_of(bias)
+    if share is None or share.x is not x or (len(x.users), len(share.norm.users)) != (users, 2):
         return None
-    found = _share(graph, share)
-    if found is None or weight is None or found.x is not x:
+    if of_inputs is None or (shift is None) != (users == 2):
         return None
-    if len(x.users) != users or len(found.norm.users) != 2:
-        return None
-    return _Norm(found, weight, bias)
+    return _Norm(share, of_inputs, shift)
 
 
-def _share(graph: OperatorGraph, value: Value) -> _Share | None:
-    ratio = graph.made_by(value, _aten.div.Tensor)
-    lowered = ratio and graph.made_by(ratio.args[1], _aten.add.Tensor)
-    mean = lowered and graph.made_by(lowered.args[0], _aten.mean.dim)
-    energy = ratio and graph.made_by(ratio.args[0], _aten.linalg_vector_norm.default)
-    if not ratio or not lowered or not mean or not energy or mean.args[0] is not ratio.args[0]:
-        return None
-    x, eps = energy.args[0], lowered.args[1]
-    if energy.args[1:2] != [2] or energy.args[3:] != [True] or energy.kwargs:
-        return None
-    if mean.args[2:] != [True] or mean.kwargs or isinstance(eps, Value) or len(x.shape) != 4:
-        return None
-    axes, (channels, *others) = energy.args[2], mean.args[1] or [0]
-    if others or sorted(axis % 4 for axis in (*(axes or ()), channels)) != [1, 2, 3]:
-        return None
-    return _Share(x, ratio.args[0], eps, channels % 4)
+def _share(value: Value) -> _Share | None:
+    match value:
+        case Value(
+            _aten.div.Tensor, [norm, Value(_aten.add.Tensor, [mean, int() | float() as eps])]
+        ):
+            pass
+        case _:
+            return None
+    match norm, mean:
+        case (
+            Value(_aten.linalg_vector_norm.default, [x, 2, [*axes], True]),
+            Value(_aten.mean.dim, [y, [channels], True]),
+        ) if y is norm and len(x.shape) == 4:
+            if sorted(axis % 4 for axis in (*axes, channels)) == [1, 2, 3]:
+                return _Share(x, norm, eps, channels % 4)
+    return None
 
 
-def join_response_scales(graph: OperatorGraph, operator: Operator) -> bool:
+def join_response_scales(graph: OperatorGraph, operator: Operator) -> None:
     """``1 + weight * n / (mean(n) + eps)``, (B, C, 1, 1); ``n`` are the norms of an NCHW map.
 
     :func:`ops.rewriting.epilogues.apply_gates` multiplies inputs of linear layers by them.
     """
-    if operator.function is not _aten.add.Tensor or operator.kwargs or operator.args[1] != 1:
-        return False
-    product = graph.made_by(operator.args[0], _aten.mul.Tensor)
-    weight = None if product is None else constant_of(product.args[0])
-    share = None if product is None else _share(graph, product.args[1])
+    match operator:
+        case Operator(_aten.add.Tensor, [Value(_aten.mul.Tensor, [factor, ratio]), 1]):
+            weight, share = constant_of(factor), _share(ratio)
+        case _:
+            return
     if weight is None or share is None or share.channels != 1:
-        return False
+        return
     x, result = share.x, operator.result
-    if weight.numel() != x.shape[1] or not is_available(response_scales, x.dtype):
-        return False
-    pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
-    given = pixels, Value.of_constant(weight.flatten().float()), share.eps
-    scales = graph.insert_before(operator, response_scales, *given, shape=x.shape[:2])
-    graph.replace(operator, _aten.reshape.default, scales, list(result.shape))
-    graph.remove_unused()
-    return True
+    if weight.numel() == x.shape[1] and is_available(response_scales, x.dtype):
+        pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
+        given = pixels, Value.of_constant(weight.flatten().float()), share.eps
+        scales = graph.insert_before(operator, response_scales, *given, shape=x.shape[:2])
+        graph.replace(operator, _aten.reshape.default, scales, list(result.shape))
 
 
-def join_squeeze(graph: OperatorGraph, operator: Operator) -> bool:
+def join_squeeze(graph: OperatorGraph, operator: Operator) -> None:
     """A feed-forward with a response norm whose inputs are squeezed and excited."""
-    whole = operator.function
-    if not isinstance(whole, ResponseFeedForward):
-        return False
-    if operator.kwargs.keys() != {"scale", "residual"}:
-        return False
-    flat = graph.made_by(operator.kwargs["scale"], _aten.flatten.using_ints)
-    gates = flat and graph.permuted(flat.args[0], NCHW)
-    excite = gates and graph.made_by(gates.args[0], FastLinear)
-    squeeze = excite and graph.made_by(excite.args[0], FastLinear)
-    pixels = squeeze and graph.permuted(squeeze.args[0], NHWC)
-    means = pixels and graph.made_by(pixels.args[0], FastGlobalAvgPool2d)
-    x = graph.permuted(operator.args[0], NHWC)
-    if excite is None or squeeze is None or means is None or x is None:
-        return False
-    layers: tuple[Any, ...] = squeeze.function, excite.function, whole.fc1, whole.fc2
+    whole, kwargs = operator.function, operator.kwargs
+    if not isinstance(whole, ResponseFeedForward) or kwargs.keys() != {"scale", "residual"}:
+        return
+    kinds = _aten.flatten.using_ints, NCHW, FastLinear, FastLinear, NHWC, FastGlobalAvgPool2d
+    match chain(kwargs["scale"], *kinds):
+        case [_, _, excite, squeeze, _, pool] if not excite.kwargs and not squeeze.kwargs:
+            first, second = squeeze.function, excite.function
+        case _:
+            return
+    layers: tuple[Any, ...] = first, second, whole.fc1, whole.fc2
     if [layer.activation for layer in layers] != ["relu", "sigmoid", "gelu", "none"]:
-        return False
-    same = means.args[0] is x.args[0] and whole.fc2.out_features == whole.fc1.in_features
-    if not same or squeeze.kwargs or excite.kwargs:
-        return False
-    made = SqueezedResponseFeedForward(squeeze.function, excite.function, whole)
-    graph.replace(operator, made, operator.args[0], residual=operator.kwargs["residual"])
-    graph.remove_unused()
-    return True
+        return
+    x, same_size = operator.args[0], whole.fc2.out_features == whole.fc1.in_features
+    if permuted(x, NHWC) is pool.args[0] and same_size:
+        made = SqueezedResponseFeedForward(first, second, whole)
+        graph.replace(operator, made, x, residual=kwargs["residual"])

@@ -34,7 +34,7 @@ from ops.rewriting.windows import join_windows
 
 __all__ = ["rewrite"]
 
-Rewrite = Callable[[OperatorGraph, Operator], bool]
+Rewrite = Callable[[OperatorGraph, Operator], None]
 
 # Each group is applied until nothing changes. Branches are merged before permutations hide them.
 # Folding comes before epilogues, since a layer with an activation cannot be folded any more.
@@ -62,17 +62,11 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
 def rewrite(graph: OperatorGraph) -> None:
     """Rewrite a graph in place with fewer and faster operators."""
     for group in _GROUPS:
-        while _pass(graph, group):
-            pass
-    graph.remove_unused()
-
-
-def _pass(graph: OperatorGraph, group: tuple[Rewrite, ...]) -> bool:
-    changed = False
-    for operator in list(graph.operators):
-        for apply in group:
-            if operator not in graph.operators:
-                break
-            graph.rewrite = apply.__name__.replace("_", " ")
-            changed |= apply(graph, operator)
-    return changed
+        graph.changed = True
+        while graph.changed:
+            graph.changed = False
+            for operator in list(graph.operators):
+                for apply in group:
+                    if operator in graph.operators:
+                        graph.rewrite = apply.__name__.replace("_", " ")
+                        apply(graph, operator)

@@ -11,7 +11,7 @@ from ops.cpu import policy
 from ops.cpu.stem.packed_stem import pack_layers, packed_stem
 from ops.inference.layers import FastConv2d, FastLayer, is_quantized
 from ops.inference.norm import FastLayerNorm
-from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph
+from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, permuted
 
 __all__ = ["Stem", "join_stem"]
 
@@ -54,41 +54,39 @@ class Stem(FastLayer):
         return *packed, norms, [0.0 if n is None else n.eps for _, n in pairs]
 
 
-def join_stem(graph: OperatorGraph, operator: Operator) -> bool:
+def join_stem(graph: OperatorGraph, operator: Operator) -> None:
     """At least two convolutions, each with a layer norm or without; the first reads the image."""
     if not _is_usual(operator) or operator.args[0] is not graph.source:
-        return False
+        return
     convs: list[Any] = [operator.function]
     norms: list[Any] = [None]
-    last, is_nhwc = operator, False
-    while (user := graph.only_user(last.result)) is not None:
+    last, is_nhwc = operator.result, False
+    while (user := last.user) is not None:
         if _is_usual(user):
-            convs, norms, last = [*convs, user.function], [*norms, None], user
+            convs, norms, last = [*convs, user.function], [*norms, None], user.result
             continue
-        norm = graph.only_user(user.result) if graph.permuted(user.result, NHWC) is user else None
+        norm = user.result.user if permuted(user.results[0], NHWC) is last else None
         if norm is None or not isinstance(norm.function, FastLayerNorm):
             break
         if norms[-1] is not None or convs[-1].activation != "none":
             break
-        norms[-1] = norm.function
-        after = graph.only_user(norm.result)
-        is_nhwc = after is None or graph.permuted(after.result, NCHW) is not after
-        if after is None or is_nhwc:
-            last = norm
+        norms[-1], last = norm.function, norm.result
+        is_nhwc = last.user is None or permuted(last.user.results[0], NCHW) is not last
+        if last.user is None or is_nhwc:
             break
-        last = after
+        last = last.user.result
     if len(convs) < 2:
-        return False
-    stem = Stem(convs, norms)
+        return
+    stem, made = Stem(convs, norms), last.producer
+    assert made is not None
     if is_nhwc:
-        batch, height, width, channels = last.result.shape
+        batch, height, width, channels = last.shape
         shape = batch, channels, height, width
-        value = graph.insert_before(last, stem, graph.source, shape=shape)
-        graph.replace(last, _permute, value, NHWC)
+        graph.replace(
+            made, _permute, graph.insert_before(made, stem, graph.source, shape=shape), NHWC
+        )
     else:
-        graph.replace(last, stem, graph.source)
-    graph.remove_unused()
-    return True
+        graph.replace(made, stem, graph.source)
 
 
 def _is_usual(operator: Operator) -> bool:

@@ -36,53 +36,42 @@ def order_of(operator: Operator | None) -> list[int] | None:
     return None
 
 
-def join_permutations(graph: OperatorGraph, operator: Operator) -> bool:
+def join_permutations(graph: OperatorGraph, operator: Operator) -> None:
     """Merge two consecutive permutations, or remove them if they cancel."""
     order = order_of(operator)
     if order is None:
-        return False
-    first = operator.args[0].producer
-    before = order_of(first)
-    if before is None:
-        if order == sorted(order):
-            graph.bypass(operator, operator.args[0])
-            return True
-        return False
-    assert first is not None
-    graph.replace(operator, _aten.permute.default, first.args[0], [before[axis] for axis in order])
-    if not first.result.users and not graph.is_output(first.result):
-        graph.remove(first)
-    return True
+        return
+    x = operator.args[0]
+    before = order_of(x.producer)
+    if before is not None:
+        axes = [before[axis] for axis in order]
+        graph.replace(operator, _aten.permute.default, x.producer.args[0], axes)
+    elif order == sorted(order):
+        graph.substitute(operator.result, x)
 
 
-def sink_permutation(graph: OperatorGraph, operator: Operator) -> bool:
+def sink_permutation(graph: OperatorGraph, operator: Operator) -> None:
     """``f(permute(x), y)`` → ``permute(f(x, permute⁻¹(y)))`` after layers on the last axis."""
     unary = activation_kind(operator) is not None
     if not unary and operator.function not in _BINARY:
-        return False
-    for at in range(1 if unary else min(2, len(operator.args))):
-        value = operator.args[at]
-        moved = value.producer if isinstance(value, Value) else None
-        order = order_of(moved)
-        if order is None or moved is None or graph.only_user(value) is not operator:
+        return
+    kinds = (ActivatedLayer,) if unary else (FastLinear, FastLayerNorm)
+    for at, value in enumerate(operator.args[: 1 if unary else 2]):
+        order = order_of(value.producer) if isinstance(value, Value) else None
+        if order is None or not value.once or operator.result.shape != value.shape:
             continue
-        layer = moved.args[0].producer
-        kinds = ActivatedLayer if unary else (FastLinear, FastLayerNorm)
-        if layer is None or not isinstance(layer.function, kinds):
-            continue
-        if operator.result.shape != value.shape or graph.only_user(moved.args[0]) is not moved:
+        inner = value.producer.args[0]
+        if not isinstance(inner.function, kinds) or not inner.once:
             continue
         inverse = sorted(range(len(order)), key=order.__getitem__)
         args = list(operator.args)
-        args[at] = moved.args[0]
+        args[at] = inner
         if not unary and isinstance(args[1 - at], Value):
             args[1 - at] = _permuted(graph, operator, args[1 - at], inverse)
-        inner = graph.insert_before(operator, operator.function, *args, shape=args[at].shape)
-        inner.producer.kwargs.update(operator.kwargs)  # type: ignore[union-attr]
-        graph.replace(operator, _aten.permute.default, inner, order)
-        graph.remove(moved)
-        return True
-    return False
+        made = graph.insert_before(operator, operator.function, *args, shape=inner.shape)
+        made.producer.kwargs.update(operator.kwargs)
+        graph.replace(operator, _aten.permute.default, made, order)
+        return
 
 
 def _permuted(graph: OperatorGraph, before: Operator, value: Value, order: list[int]) -> Any:

@@ -7,6 +7,7 @@ for any order, so both surround attention without copies. https://arxiv.org/abs/
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,6 @@ from ops.cpu import policy
 from ops.cpu.attention.grouped import LINE, grouped_attention
 from ops.inference.layers import FastLinear
 from ops.rewriting.graph import Operator, OperatorGraph, Value, is_available
-from ops.rewriting.lift import constant_of
 
 __all__ = ["WindowedAttention", "join_windows"]
 
@@ -102,100 +102,92 @@ class _Scores(NamedTuple):
     bias: Tensor  # (groups, heads, N, N)
 
 
-def join_windows(graph: OperatorGraph, operator: Operator) -> bool:
+def join_windows(graph: OperatorGraph, operator: Operator) -> None:
     """``unpartition(linear(attention(linear(partition(x)))))`` with terms added to scores."""
-    if operator.function is not _aten.softmax.int:
-        return False
-    if not is_available(grouped_attention, operator.result.dtype):
-        return False
-    mixed = graph.only_user(operator.result)
-    scores = _scores(graph, operator)
-    if scores is None or mixed is None or mixed.function is not _aten.matmul.default:
-        return False
-    if mixed.args[0] is not operator.result or mixed.kwargs:
-        return False
-    query, key = scores.product.args
-    found = [_source(graph, value) for value in (query, key, mixed.args[1])]
-    if any(source is not found[0][0] for source, _, _ in found):
-        return False
-    first = graph.made_by(found[0][0], FastLinear)
-    if first is None or first.kwargs or first.function.activation != "none":
-        return False
-    x, steps, factor = _source(graph, first.args[0])
-    if factor != 1 or first.result.shape.numel() > _MOST_INDICES or len(x.shape) < 3:
-        return False
+    scores = _scores(operator) if operator.function is _aten.softmax.int else None
+    if scores is None or not is_available(grouped_attention, operator.result.dtype):
+        return
+    mixed = operator.result.user
+    match mixed:
+        case Operator(_aten.matmul.default, [weights, value]) if weights is operator.result:
+            query, key = scores.product.args
+            found = [_source(part) for part in (query, key, value)]
+        case _:
+            return
+    match found[0][0]:
+        case Value(FastLinear(activation="none") as first, [inputs]) as tokens if all(
+            source is tokens for source, _, _ in found
+        ):
+            x, steps, factor = _source(inputs)
+        case _:
+            return
+    if factor != 1 or tokens.shape.numel() > _MOST_INDICES or len(x.shape) < 3:
+        return
     rows = _rows(x, steps)
     if rows is None or rows.shape[-1] != scores.bias.shape[-1]:
-        return False
-    parts = [_part(first.result, steps, i == 1) for i, (_, steps, _) in enumerate(found)]
-    projected = _projection(graph, mixed)
-    if projected is None or any(part is None for part in parts):
-        return False
-    final = _final(graph, projected.result, rows)
-    windows = _in_one_image(rows, x)
+        return
+    parts: Any = tuple(_part(tokens, steps, i == 1) for i, (_, steps, _) in enumerate(found))
+    projected = _projection(mixed.result)
+    if projected is None or None in parts:
+        return
+    final, windows = _final(projected.result, rows), _in_one_image(rows, x)
     if final is None or windows is None or len(scores.bias) % len(windows):
-        return False
+        return
     bias = scores.bias.unflatten(0, (-1, len(windows)))
     heads, head_dim = mixed.result.shape[1], mixed.result.shape[3]
     if query.shape[3] != head_dim or not torch.equal(bias, bias[:1].expand_as(bias)):
-        return False
+        return
     if not policy.softmax_attention_by_kernel(rows.shape[-1], x.dtype):
-        return False
+        return
     scale = scores.scale * math.prod(factor for _, _, factor in found)
-    of_parts: Any = tuple(parts)
-    attention = WindowedAttention(windows, bias[0], of_parts, head_dim, scale)
-    pixels, layer = x.shape[:-1], projected.function
-    inputs = first.function.out_features
-    value = graph.insert_before(projected, first.function, x, shape=(*pixels, inputs))
-    width = heads * head_dim
-    value = graph.insert_before(projected, attention, value, shape=(*pixels, width))
-    value = graph.insert_before(projected, layer, value, shape=(*pixels, layer.out_features))
-    if value.shape != final.shape:
-        value = graph.insert_before(projected, _aten.reshape.default, value, list(final.shape))
-    graph.substitute(final, value)
-    graph.remove_unused()
-    return True
+    attention = WindowedAttention(windows, bias[0], parts, head_dim, scale)
+    last = projected.function
+    widths = first.out_features, heads * head_dim, last.out_features
+    made = x
+    for layer, width in zip((first, attention, last), widths, strict=True):
+        made = graph.insert_before(projected, layer, made, shape=(*x.shape[:-1], width))
+    if made.shape != final.shape:
+        made = graph.insert_before(projected, _aten.reshape.default, made, list(final.shape))
+    graph.substitute(final, made)
 
 
-def _scores(graph: OperatorGraph, operator: Operator) -> _Scores | None:
+def _scores(operator: Operator) -> _Scores | None:
     """The input of a softmax over the last axis."""
-    given = [*operator.args[1:], *operator.kwargs.values()]
+    value, *given = [*operator.args, *operator.kwargs.values()]
     if given not in ([-1], [len(operator.result.shape) - 1]):
         return None
-    value, steps = operator.args[0], []
-    while (made := graph.made_by(value, _aten.reshape.default, _aten.add.Tensor)) is not None:
-        adds = made.function is _aten.add.Tensor
-        if graph.only_user(value) is None or (
-            adds and (made.kwargs or constant_of(made.args[1]) is None)
-        ):
-            return None
-        steps.append(made)
-        value = made.args[0]
-    scale, scaled = 1.0, graph.made_by(value, _aten.mul.Tensor)
-    if scaled is not None and isinstance(scaled.args[1], int | float):
-        scale = float(scaled.args[1])
-    product = graph.made_by(value if scaled is None else scaled.args[0], _aten.matmul.default)
-    if product is None or graph.only_user(value) is None or not steps or len(value.shape) != 4:
+    steps: list[Any] = []  # of the bias: tensors that are added, and shapes
+    while value.once:
+        match value:
+            case Value(_aten.reshape.default, [before, *_]):
+                steps.insert(0, value.shape)
+            case Value(_aten.add.Tensor, [before, Value(constant=Tensor() as term)]):
+                steps.insert(0, term.float())
+            case _:
+                break
+        value = before
+    scale, product = 1.0, value
+    match value:
+        case Value(_aten.mul.Tensor, [product, int() | float() as factor]):
+            scale = float(factor)
+    if product.function is not _aten.matmul.default or not steps or not value.once:
+        return None
+    if len(value.shape) != 4 or value.shape[2] != value.shape[3]:
         return None
     bias = torch.zeros(value.shape, device="cpu")
-    for step in reversed(steps):
-        adds = step.function is _aten.add.Tensor
-        bias = bias + step.args[1].constant.float() if adds else bias.reshape(step.result.shape)
-    square = value.shape[2] == value.shape[3]
-    return _Scores(product, scale, bias) if square and bias.shape == value.shape else None
+    for step in steps:
+        bias = bias + step if isinstance(step, Tensor) else bias.reshape(step)
+    return _Scores(product.producer, scale, bias) if bias.shape == value.shape else None
 
 
 _Steps = list[tuple[Operator, int]]
 
 
-def _source(graph: OperatorGraph, value: Value) -> tuple[Value, _Steps, float]:
+def _source(value: Value) -> tuple[Value, _Steps, float]:
     """The value at the start of a chain of views, the views in order, and the constant factors."""
     steps: _Steps = []
     factor = 1.0
-    while True:
-        made = value.producer
-        if made is None:
-            break
+    while (made := value.producer) is not None:
         if made.function is _aten.mul.Tensor and isinstance(made.args[1], int | float):
             factor *= made.args[1]
         elif made.function in _VIEWS:
@@ -204,6 +196,13 @@ def _source(graph: OperatorGraph, value: Value) -> tuple[Value, _Steps, float]:
             break
         value = made.args[0]
     return value, steps[::-1], factor
+
+
+def _views_after(value: Value) -> Iterator[tuple[Operator, Value]]:
+    """The views of a value, each the only user of the one before, with their results."""
+    while (user := value.user) is not None and user.function in _VIEWS and len(user.results) == 1:
+        value = user.result
+        yield user, value
 
 
 def _followed(steps: _Steps, index: Tensor) -> Tensor:
@@ -267,29 +266,22 @@ def _part(inputs: Value, steps: _Steps, is_key: bool) -> _Part | None:
     return _Part(start, step) if torch.equal(index, expected) else None
 
 
-def _projection(graph: OperatorGraph, mixed: Operator) -> Operator | None:
+def _projection(mixed: Value) -> Operator | None:
     """The linear layer that reads the heads (groups, heads, N, head_dim) as (..., N, dim)."""
-    if len(mixed.result.shape) != 4 or mixed.result.shape.numel() > _MOST_INDICES:
+    if len(mixed.shape) != 4 or mixed.shape.numel() > _MOST_INDICES:
         return None
-    value, steps = mixed.result, []
-    while True:
-        user = graph.only_user(value)
-        if user is None:
-            return None
-        if user.function not in _VIEWS or len(user.results) != 1:
-            break
-        steps.append((user, 0))
-        value = user.result
-    layer = user.function
-    if not isinstance(layer, FastLinear) or user.kwargs or layer.activation != "none":
-        return None
-    index = _indices(mixed.result)
-    wanted = index.transpose(1, 2).flatten(2).flatten(0, 1)
-    given = _followed(steps, index).flatten(0, -2)
-    return user if given.shape == wanted.shape and torch.equal(given, wanted) else None
+    views = list(_views_after(mixed))
+    last = views[-1][1] if views else mixed
+    match last.user:
+        case Operator(FastLinear(activation="none"), [_]) as projected:
+            index = _indices(mixed)
+            wanted = index.transpose(1, 2).flatten(2).flatten(0, 1)
+            given = _followed([(view, 0) for view, _ in views], index).flatten(0, -2)
+            return projected if torch.equal(given, wanted) else None
+    return None
 
 
-def _final(graph: OperatorGraph, value: Value, rows: Tensor) -> Value | None:
+def _final(value: Value, rows: Tensor) -> Value | None:
     """The last view of a layer's windowed results that restores the order of tokens."""
     numbers = torch.arange(rows.numel(), dtype=torch.int32, device="cpu")
     wanted = torch.empty_like(numbers)
@@ -298,11 +290,9 @@ def _final(graph: OperatorGraph, value: Value, rows: Tensor) -> Value | None:
     if value.shape.numel() > _MOST_INDICES:
         return None
     index, final = _indices(value), None
-    while True:
+    for view, result in ((None, value), *_views_after(value)):
+        index = index if view is None else _followed([(view, 0)], index)
         starts = index[..., 0].flatten()
         if index.shape[-1] == channels and torch.equal(starts, wanted * channels):
-            final = value
-        user = graph.only_user(value)
-        if user is None or user.function not in _VIEWS or len(user.results) != 1:
-            return final
-        index, value = _followed([(user, 0)], index), user.result
+            final = result
+    return final

@@ -25,7 +25,7 @@ from ops.inference.layers import FastLinear, convert
 from ops.inference.norm import FastLayerNorm
 from ops.rewriting import feed_forward
 from ops.rewriting.feed_forward import FeedForward
-from ops.rewriting.graph import OperatorGraph, Program
+from ops.rewriting.graph import OperatorGraph
 from ops.rewriting.stem import Stem
 from ops.rewriting.windows import WindowedAttention
 
@@ -81,7 +81,7 @@ def test_a_swin_block_has_no_copies(batch: int, heads: int, shift: int, dtype: t
     graph = graph_of(model, x)
     expected = ["FastLayerNorm", "FastLinear", "WindowedAttention", "FastLinear", "FeedForward"]
     assert names_of(graph) == expected, str(graph)
-    error = (Program(graph)(x).double() - exact).abs().max()
+    error = (graph(x).double() - exact).abs().max()
     bound = 1e-5 if dtype == torch.float32 else 2**-6 * (1 + exact.abs().max())
     assert error <= bound
 
@@ -102,7 +102,7 @@ def _check_attention(model: nn.Module, x: Tensor, joined: int) -> None:
     to_channels_last(model, always=True)
     graph = graph_of(model, x)
     assert len(_attention(graph)) == joined, str(graph)
-    torch.testing.assert_close(Program(graph)(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(graph(x), expected, rtol=1e-5, atol=1e-5)
 
 
 class _Attention(nn.Module):
@@ -151,12 +151,12 @@ def test_only_orders_of_tokens_are_undone(change: str, is_joined: bool) -> None:
 
 
 # ---- stems ---------------------------------------------------------------------------------------
-def _program(model: nn.Module, x: Tensor) -> Program:
-    return Program(graph_of(model.requires_grad_(False), x))
+def _program(model: nn.Module, x: Tensor) -> OperatorGraph:
+    return graph_of(model.requires_grad_(False), x)
 
 
-def _stems(program: Program) -> list[Stem]:
-    functions = [operator.function for operator in program.graph.operators]
+def _stems(program: OperatorGraph) -> list[Stem]:
+    functions = [operator.function for operator in program.operators]
     return [function for function in functions if isinstance(function, Stem)]
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import int8_unavailable, quantize_weight
 from ops.inference.packed_linear import Quantization
-from ops.rewriting.graph import Program
 
 _REASON = int8_unavailable(torch.device("cpu"), torch.float32)
 pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
@@ -35,7 +34,7 @@ def _check(model: Call, x: Tensor, *expected: str, used: str) -> Any:
     graph = graph_of(model, x)
     assert names_of(graph) == list(expected), str(graph)
     with torch.no_grad():
-        out, wanted = Program(graph)(x), model(x)
+        out, wanted = graph(x), model(x)
     error = ((out - wanted).norm() / wanted.norm()).item()
     assert error < 0.03 and (error > 1e-5 or not used)
     found = {n: q for n, m in model.named_modules() if (q := vars(m).get("quantization"))}

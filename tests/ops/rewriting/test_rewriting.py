@@ -22,7 +22,6 @@ from ops.inference.layers import convert
 from ops.neighborhood import na2d_av
 from ops.reparam import norm_affine
 from ops.replay.graph import NotCapturableError
-from ops.rewriting.graph import Program
 from ops.rewriting.module import Rewritten, rewritten_form
 from ops.rewriting.recorder import record
 
@@ -480,7 +479,7 @@ def test_rules(rule: str) -> None:
 
 def test_several_results_and_other_values_are_returned() -> None:
     model = Call(lambda m, x: {"maps": [m.conv(x), x * 2], "size": 3}, conv=nn.Conv2d(16, 8, 1))
-    result = Program(graph_of(model, IMAGE))(IMAGE)
+    result = graph_of(model, IMAGE)(IMAGE)
     assert result["size"] == 3 and torch.equal(result["maps"][1], IMAGE * 2)
     with torch.no_grad():
         torch.testing.assert_close(result["maps"][0], model(IMAGE)["maps"][0])
@@ -553,7 +552,7 @@ def test_random_graphs_compute_the_same(steps: list[tuple[str, int, int]], seed:
         return values[-1] + values[len(values) // 2]
 
     model = Call(forward, **layers).eval()
-    program = Program(graph_of(model, IMAGE))
+    program = graph_of(model, IMAGE)
     double = copy.deepcopy(model).double()
     with torch.no_grad():
         exact, plain = double(IMAGE.double()), model(IMAGE)
@@ -573,7 +572,7 @@ def test_folded_weights_keep_their_dtype() -> None:
     exact, image = copy.deepcopy(model).eval().double()(IMAGE.double()), IMAGE.bfloat16()
     graph = graph_of(model.bfloat16(), image)
     assert names_of(graph) == ["FastConv2d", "FastLinear"], str(graph)
-    error = (Program(graph)(image) - exact).abs().max() / exact.abs().max()
+    error = (graph(image) - exact).abs().max() / exact.abs().max()
     assert error < 0.02
     made, scale = graph.operators[0].function, norm_affine(copy.deepcopy(model.norm).double())[0]
     wanted = model.conv.weight.double() * (0.17 * scale[:, None, None, None])
@@ -598,10 +597,9 @@ def test_gates_and_shortcut_are_an_epilogue(dtype: torch.dtype, clips: bool) -> 
     graph = graph_of(model.to(dtype), image)
     names = ["FastGlobalAvgPool2d", "FastLinear", "depthwise_conv2d", "GatedLinear"]
     assert names_of(graph) == names, str(graph)
-    program = Program(graph)
     for x in (image, torch.randn_like(image)):
         with torch.no_grad():
-            difference = program(x) - exact(x.double())
+            difference = graph(x) - exact(x.double())
         assert difference.abs().max() < (1e-5 if dtype == torch.float32 else 0.03)
 
 
