@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.attention.bilevel import BiLevelRoutingAttention, nearest_regions
-from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
+from ops.attention.cascaded import CascadedGroupAttention
 from ops.attention.factorized import FactorizedAttention, tap_positions
 from ops.attention.hilo import HiLoAttention
-from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
+from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
 from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention import grouped as grouped_attention
@@ -21,7 +21,7 @@ from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attenti
 from ops.cpu.attention.gated import gated_attention, heads_unavailable, rank_augmented_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
-from ops.inference.layers import FastForm, fast_path_applies, stands_for
+from ops.inference.layers import FastForm, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
@@ -44,9 +44,6 @@ class FastBiLevelRoutingAttention(FastForm, BiLevelRoutingAttention):
     """Attends to regions in place, see :func:`ops.attention.bilevel.bilevel_routing_attention`."""
 
     kernels: ClassVar = (grouped_attention.grouped_attention, window_means)
-
-    def derive(self, x: Tensor) -> tuple[()]:
-        return ()
 
     def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
         height, width, dim = x.shape[1:]
@@ -148,36 +145,33 @@ def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
 
 
 @stands_for(RankAugmentedAttention)
-class FastRankAugmentedAttention(RankAugmentedAttention):
+class FastRankAugmentedAttention(FastForm, RankAugmentedAttention):
     """Rotates, attends and gates in one pass, where that pays off."""
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        if not fast_path_applies(x, self.qkvo.weight) or not self._by_kernel(x):
-            return super().forward(x, rotary)
-        return self._attend_in_chunks(x)
-
-    def _by_kernel(self, x: Tensor) -> bool:
-        height, width, dim = x.shape[1:]
+    def derive(self, x: Tensor) -> Any:
+        """The kernel, if there is one for such heads."""
         kernel = rank_augmented_attention if self.linear else gated_attention
-        if heads_unavailable(dim // self.num_heads) or kernel.unavailable(x.device, x.dtype):
-            return False
-        return self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
+        if heads_unavailable(x.shape[3] // self.num_heads):
+            return None
+        return None if kernel.unavailable(x.device, x.dtype) else kernel
 
-    def _attend_in_chunks(self, x: Tensor) -> Tensor:
+    def fast(self, x: Tensor, derived: Any) -> Tensor:
+        tokens = x.shape[1] * x.shape[2]
+        if not self.linear and not policy.rotated_attention_by_kernel(tokens, x.dtype):
+            return RankAugmentedAttention.forward(self, x)
         projected_bytes = 4 * x.numel() * x.element_size()
         images = max(1, len(x) * _PROJECTED_BYTES // max(1, projected_bytes))
         if images >= len(x):
-            return self._attend(x)
-        return torch.cat([self._attend(part) for part in x.split(images)])
+            return self._attend(x, derived)
+        return torch.cat([self._attend(part, derived) for part in x.split(images)])
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, kernel: Any) -> Tensor:
         qkvo = self.qkvo(x)
         value = qkvo.chunk(4, dim=-1)[2]
         bias = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        attend = rank_augmented_attention if self.linear else gated_attention
         head_dim = x.shape[3] // self.num_heads
         tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
-        return self.proj(attend(qkvo, bias, *tables, self.num_heads))
+        return self.proj(kernel(qkvo, bias, *tables, self.num_heads))
 
 
 @stands_for(FactorizedAttention)
@@ -279,25 +273,18 @@ def _taps(height: int, width: int, window_size: int, dilation: int) -> Tensor:
     return pixels.flatten()
 
 
-class _Cascade(NamedTuple):
-    """The heads' layers for the kernel, and tables of biases by a map's size."""
-
-    packed: PackedCascadedAttention
-    biases: dict[tuple[int, int], Tensor]
-
-
 @stands_for(CascadedGroupAttention)
 class FastCascadedGroupAttention(FastForm, CascadedGroupAttention):
-    """All heads in one pass over NHWC, with bias tables cached by map size."""
+    """All heads in one pass over NHWC."""
 
     kernels: ClassVar = (cascaded_attention,)
 
-    def derive(self, x: Tensor) -> _Cascade:
+    def derive(self, x: Tensor) -> PackedCascadedAttention:
         heads: Any = self.heads
         projections, convs = ([getattr(h, n) for h in heads] for n in ("qkv", "dwconv"))
-        return _Cascade(PackedCascadedAttention(projections, heads[0].splits[0], convs), {})
+        return PackedCascadedAttention(projections, heads[0].splits[0], convs)
 
-    def fast(self, x: Tensor, derived: _Cascade) -> Tensor:
+    def fast(self, x: Tensor, derived: PackedCascadedAttention) -> Tensor:
         height, width = x.shape[2:]
         size = self.window_size
         tokens = x.permute(0, 2, 3, 1)
@@ -312,14 +299,9 @@ class FastCascadedGroupAttention(FastForm, CascadedGroupAttention):
         mixed = mixed.view(split.shape).transpose(2, 3).reshape(batch, rows, columns, dim)
         return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2))
 
-    def _mix(self, x: Tensor, cascade: _Cascade) -> Tensor:
+    def _mix(self, x: Tensor, packed: PackedCascadedAttention) -> Tensor:
         """Everything except the projection: (N, h, w, dim) → (N, h, w, dim)."""
-        size = x.shape[1], x.shape[2]
-        if size not in cascade.biases:
-            table = self.attention_biases.unflatten(1, (self.table_size, self.table_size))
-            bias = distance_bias(resize_distance_table(table, *size)).float()
-            cascade.biases[size] = bias
-        return cascade.packed(x, cascade.biases[size])
+        return packed(x, self.bias(*x.shape[1:3]).float())
 
 
 @stands_for(SingleHeadAttention)

@@ -61,12 +61,12 @@ class FastMultipliedConv2d(FastDepthwiseConv2d):
 
 
 @stands_for(DilatedDepthwiseConv2d)
-class FastDilatedDepthwiseConv2d(DilatedDepthwiseConv2d):
+class FastDilatedDepthwiseConv2d(FastForm, DilatedDepthwiseConv2d):
     """One convolution, since our kernel handles dilation directly."""
 
     kernels: ClassVar = (depthwise_conv2d,)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
         if torch.is_grad_enabled():  # so the call is not recorded, and torch computes it
             return DilatedDepthwiseConv2d.forward(self, x)
         return nn.Conv2d.forward(self, x)
