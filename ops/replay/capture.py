@@ -80,12 +80,9 @@ class Capture:
         self.buffers = [_buffer(x)]
         self.constants: list[Any] = []
         self._by_storage = {_memory(x): 0}  # buffer indices of live storages
-        # Finalizers that forget freed storages, since new tensors may reuse their addresses.
-        self._ends: list[weakref.finalize[Any, Any]] = []
 
     def __enter__(self) -> Any:
         with ExitStack() as entered:
-            entered.callback(self._forget_finalizers)
             entered.enter_context(observed_by(self))
             # Below autograd, operators such as a linear layer are seen whole.
             entered.enter_context(torch._C._AutoDispatchBelowAutograd())
@@ -95,10 +92,6 @@ class Capture:
 
     def __exit__(self, *error: Any) -> None:
         self._entered.__exit__(*error)
-
-    def _forget_finalizers(self) -> None:
-        for end in self._ends:
-            end.detach()
 
     def finish(self, result: Any) -> Graph:
         """The graph that returns ``result``, a tensor or several of them in a structure.
@@ -170,7 +163,8 @@ class Capture:
         index = len(self.buffers)
         self.buffers.append(_buffer(tensor))
         self._by_storage[storage.data_ptr()] = index
-        self._ends.append(weakref.finalize(storage, self._by_storage.pop, storage.data_ptr()))
+        # Forget it once it is freed: a new tensor may get its address.
+        weakref.finalize(storage, self._by_storage.pop, storage.data_ptr()).atexit = False
         return index
 
     def _index(self, t: Tensor) -> int | None:

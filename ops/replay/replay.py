@@ -82,6 +82,12 @@ class Replay:
         self._begun = 0  # start of the words that are not part of a step yet
         self._steps: list[_Step] = []
         self._write(calls, between_calls)
+        # What torch reads, and results.
+        self._new = [
+            (i, self._tensor_of(i))
+            for i, use in enumerate(self.plan.uses[1:], 1)
+            if not use.made and use.last >= 0 and (use.by_torch or i not in self.plan.offsets)
+        ]
         self._result = self._result_of(graph.result)
         self._code = (ctypes.c_int64 * len(self._words))(*self._words)
         self._code_address = ctypes.addressof(self._code)
@@ -95,11 +101,14 @@ class Replay:
         Raises:
             MemoryError: a kernel cannot allocate its scratch buffer.
         """
-        tensors: _Tensors = [None] * (self._count + 1)
+        tensors: _Tensors = [None] * self._count
         bases = self._bases()
         tensors[0], bases[0] = x, x.data_ptr()
         with workspace.borrow(self.plan.nbytes) as shared:
-            tensors[self._count], bases[self._count] = shared, shared.data_ptr()
+            bases[self._count] = shared.data_ptr()
+            for index, new in self._new:
+                tensors[index] = made = new(shared)
+                bases[index] = made.data_ptr()
             for step in self._steps:
                 step(tensors, bases)
         return self._result(tensors)
@@ -123,18 +132,14 @@ class Replay:
                 self._steps.append(lambda tensors, bases: between())
 
         end_call()
-        begins, ends = defaultdict(list), defaultdict(list)  # buffers by first and last call
+        ends = defaultdict(list)  # buffers that torch allocates by their last call
         for i, use in enumerate(self.plan.uses):
             if use.made:
                 ends[use.last].append(i)
-            elif i not in self.plan.offsets or use.by_torch:
-                begins[use.first].append(i)
         free: list[int] = []  # allocated by torch and no longer needed
         for now, call in enumerate(calls):
-            if begins[now] or isinstance(call, TorchCall):
-                self._end_list()
-            self._steps += map(self._begin, begins[now])
             if isinstance(call, TorchCall):
+                self._end_list()
                 self._steps.append(self._torch_step(call))
             else:
                 self._write_call(call)
@@ -147,25 +152,14 @@ class Replay:
             end_call()
         self._end_list()
 
-    def _begin(self, index: int) -> _Step:
-        """A step that creates a buffer's tensor, in the workspace or in its own memory."""
-        buffer, shared = self._buffers[index], len(self._buffers)
-        offset = self.plan.offsets.get(index)
+    def _tensor_of(self, index: int) -> Callable[[Tensor], Tensor]:
+        """A function that gives a buffer's tensor, in the workspace or in its own memory."""
+        buffer, offset = self._buffers[index], self.plan.offsets.get(index)
         size, stride, dtype = buffer.size, buffer.stride, buffer.dtype
         if offset is None:
-
-            def step(tensors: _Tensors, bases: Any) -> None:
-                tensors[index] = fresh = torch.empty_strided(size, stride, dtype=dtype)
-                bases[index] = fresh.data_ptr()
-
-            return step
+            return lambda shared: torch.empty_strided(size, stride, dtype=dtype)
         end = offset + buffer.nbytes
-
-        def step_in_shared(tensors: _Tensors, bases: Any) -> None:
-            part = tensors[shared][offset:end].view(dtype)
-            tensors[index] = part.as_strided(size, stride)
-
-        return step_in_shared
+        return lambda shared: shared[offset:end].view(dtype).as_strided(size, stride)
 
     def _end_list(self) -> None:
         begun, self._begun = self._begun, len(self._words)

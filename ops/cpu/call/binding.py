@@ -13,7 +13,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -194,7 +194,10 @@ class Kernel:
                 self._plans.clear()
             given = [id(t) for t in tensors if t is not None]
             if len({*given}) == len(given):  # else it is not known which argument a pointer is of
-                self._plans[layout] = RepeatedCall.of(tensors, call, arguments)
+                self._plans[layout] = None
+                with suppress(KeyError):  # of tensors made for the call
+                    if arguments:
+                        self._plans[layout] = RepeatedCall(tensors, call, arguments)
             return call.result
         if plan is None:
             return self._run_described(args)[0].result
