@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from backbones.medvitv2 import blocks
 from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
 from ops.inference.layers import FastForm, stands_for
-from ops.reparam import norm_affine
+from ops.rewriting.lift import affine_of
 
 __all__ = ["MedViTV2GlobalBlock", "MedViTV2LocalBlock"]
 
@@ -26,8 +25,8 @@ class MedViTV2LocalBlock(FastForm, blocks.FoldedLocalBlock):
         x = _add_reinterpreted(self.attn, x, derived)
         return x + self.scale.view(1, -1, 1, 1) * x + self.ffn(x)
 
-    def derive(self, x: Tensor) -> Tensor | None:
-        return _affine(self.norm1)
+    def derive(self, x: Tensor) -> Tensor:
+        return torch.stack(affine_of(self.norm1))
 
 
 @stands_for(blocks.GlobalBlock)
@@ -39,15 +38,8 @@ class MedViTV2GlobalBlock(FastForm, blocks.GlobalBlock):
     def fast(self, x: Tensor, derived: Tensor) -> Tensor:
         return _add_reinterpreted(self.kan, self.mix(x), derived)
 
-    def derive(self, x: Tensor) -> Tensor | None:
-        return _affine(self.norm2)
-
-
-def _affine(norm: nn.Module) -> Tensor | None:
-    """Scale and shift (2, C) of a batch norm in float32; None of another norm."""
-    if not isinstance(norm, nn.BatchNorm2d):
-        return None
-    return torch.stack([t.detach() for t in norm_affine(copy.deepcopy(norm).float())])
+    def derive(self, x: Tensor) -> Tensor:
+        return torch.stack(affine_of(self.norm2))
 
 
 def _add_reinterpreted(layer: nn.Module, x: Tensor, affine: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ops.attention.factorized import FactorizedAttention, tap_positions
 from ops.attention.hilo import HiLoAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
 from ops.attention.single_head import SingleHeadAttention
+from ops.attention.window import window_merge, window_partition
 from ops.cpu import policy
 from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
@@ -293,10 +294,9 @@ class FastCascadedGroupAttention(FastForm, CascadedGroupAttention):
         bottom, right = -height % size, -width % size
         if bottom or right:
             tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom))
-        batch, rows, columns, dim = tokens.shape
-        split = tokens.view(batch, rows // size, size, columns // size, size, dim).transpose(2, 3)
-        mixed = self._mix(split.reshape(-1, size, size, dim), derived)
-        mixed = mixed.view(split.shape).transpose(2, 3).reshape(batch, rows, columns, dim)
+        windows = window_partition(tokens, size)
+        mixed = self._mix(windows.flatten(0, 2).unflatten(1, (size, size)), derived)
+        mixed = window_merge(mixed.view(windows.shape), size)
         return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2))
 
     def _mix(self, x: Tensor, packed: PackedCascadedAttention) -> Tensor:

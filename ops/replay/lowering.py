@@ -168,7 +168,7 @@ def _step(
     table: int = 0,
 ) -> _Step | None:
     missing = 3 - len(operands)
-    strides = [_broadcast(o, out.size) for o in operands] + [[0] * len(out.size)] * missing
+    strides = [_broadcast(o, out.size) for o in operands] + [(0,) * len(out.size)] * missing
     axes: list[_Axis] = list(zip(out.size, out.stride, *strides, strict=True))
     of_table = axes[table_axis] if table else None
     axes = _merged([axis for axis in axes if axis[0] > 1 or axis is of_table], of_table)
@@ -223,15 +223,10 @@ def _merged(axes: list[_Axis], of_table: _Axis | None) -> list[_Axis]:
 
 
 def _dense(size: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(size):
-        strides.append(step)
-        step *= n
-    return tuple(reversed(strides))
+    return torch.empty(size, device="meta").stride()
 
 
-def _broadcast(operand: _Operand, size: Sequence[int]) -> list[int]:
+def _broadcast(operand: _Operand, size: Sequence[int]) -> tuple[int, ...]:
     """The strides of an operand broadcast to ``size``."""
-    missing = len(size) - len(operand.size)
-    given = zip(operand.size, operand.stride, size[missing:], strict=True)
-    return [0] * missing + [0 if n != wanted else stride for n, stride, wanted in given]
+    whole = torch.empty_strided(operand.size, operand.stride, device="meta")
+    return whole.expand(size).stride()

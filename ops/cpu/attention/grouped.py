@@ -89,45 +89,10 @@ def attend_regions(
     Returns:
         (B, N, heads, value_dim).
     """
-    _require_all_tokens(query, rows)
     if out is None:
         out = value.new_empty(*query.shape[:3], value.shape[3])
     grouped_attention(query, key, value, out, rows, None, routes, *_NO_TERMS, scale)
     return out
-
-
-def attend_windows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    key_rows: Tensor,
-    terms: ScoreTerms,
-    out: Tensor,
-) -> None:
-    """Attend from the queries of each window to the keys of a window, with terms added to scores.
-
-    ``softmax(head_dim^-0.5 · (query · keyᵀ + terms)) · value``
-
-    Args:
-        query, key: (B, N, heads, head_dim), a map's tokens.
-        value: (B, N, heads, value_dim).
-        rows: (windows, tokens of a window) int32, contiguous: the query tokens of each window; each
-            token is in one window.
-        key_rows: (windows, keys of a window) int32, contiguous: the key tokens of each window; -1
-            for a token of zeros.
-        terms: for the N tokens of a window and its M keys.
-        out: (B, N, heads, value_dim), the result.
-    """
-    _require_all_tokens(query, rows)
-    grouped_attention(query, key, value, out, rows, key_rows, None, *terms, None)
-
-
-def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
-    if rows.numel() != query.shape[1]:
-        raise ValueError(
-            f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
-        )
 
 
 @kernel("attention", "attention_forward", returns=0, mutates=("out",))
@@ -144,7 +109,16 @@ def grouped_attention(
     kinds: Tensor | None,
     scale: float | None,
 ) -> Call:
-    """The kernel of the functions above; ``terms`` to ``kinds`` are :class:`ScoreTerms`."""
+    """The kernel of the functions above: ``softmax(scale · (query · keyᵀ + terms)) · value``.
+
+    Args:
+        query, key, value, out, routes, scale: as there.
+        rows: (windows, tokens of a window) int32, contiguous: the query tokens of each region or
+            window; each token is in one of them.
+        key_rows: (windows, keys of a window) int32, contiguous: the key tokens of each window, -1
+            for a token of zeros; default: its query tokens.
+        terms, lines, kinds: see :class:`ScoreTerms`, for the tokens of a window and its keys.
+    """
     require_shapes(
         query=(query, "batch queries heads dim"),
         key=(key, "batch keys heads dim"),
@@ -157,6 +131,10 @@ def grouped_attention(
     require_dtype(torch.int32, rows=rows, key_rows=key_rows, lines=lines, kinds=kinds)
     require_dtype(torch.int64, routes=routes)
     require_dtype(torch.float32, terms=terms)
+    if rows is not None and rows.numel() != query.shape[1]:
+        raise ValueError(
+            f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
+        )
     if rows is not None and terms is not None:
         seen = rows if key_rows is None else key_rows
         require_shapes(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ops import cpu
 from ops.attention.window import OverlappingWindowAttention, WindowAttention
-from ops.cpu.attention.grouped import ScoreTerms, attend_windows
+from ops.cpu.attention.grouped import ScoreTerms, grouped_attention
 from ops.inference.layers import FastLinear, convert
 from ops.inference.window import FastOverlappingWindowAttention, FastWindowAttention
 
@@ -111,4 +111,5 @@ def test_rejects_bad_arguments(changed: dict[str, Tensor], said: str) -> None:
     given |= changed
     x, rows, key_rows = torch.zeros(1, 8, 2, 4), given.pop("rows"), given.pop("key_rows")
     with pytest.raises(ValueError, match=said):
-        attend_windows(x, x, x, rows, key_rows, ScoreTerms(**given), torch.empty_like(x))
+        terms = *ScoreTerms(**given), None
+        grouped_attention(x, x, x, torch.empty_like(x), rows, key_rows, None, *terms)
