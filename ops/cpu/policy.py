@@ -24,36 +24,6 @@ import torch
 
 from ops.cpu.instruction_sets import instruction_set, is_emulated
 
-__all__ = [
-    "averages_in_linear",
-    "by_tiles",
-    "computed_in",
-    "conv_by_kernel",
-    "convolves_windows",
-    "copies_windows",
-    "depthwise_by_kernel",
-    "depthwise_mlp_in_int8",
-    "direct_by_kernel",
-    "few_rows",
-    "left_to_torch",
-    "linear_by_kernel",
-    "linear_in_int8",
-    "maps_of_int8",
-    "multiplies",
-    "no_int8_products",
-    "pays_in_int8",
-    "response_mlp_in_int8",
-    "rotated_attention_by_kernel",
-    "rounds_once",
-    "single_head_by_kernel",
-    "softmax_attention_by_kernel",
-    "stem_by_kernel",
-    "window_attention_by_kernel",
-    "windows_pay_in_int8",
-    "winograd_by_kernel",
-]
-
-
 # -- decisions and their reasons -------------------------------------------------------------------
 
 

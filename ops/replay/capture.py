@@ -35,8 +35,6 @@ from ops.replay.graph import (
     tensors_in,
 )
 
-__all__ = ["Capture", "allocates"]
-
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
 

@@ -10,20 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = [
-    "Block",
-    "Buffer",
-    "Graph",
-    "KernelCall",
-    "NotCapturableError",
-    "Place",
-    "TorchCall",
-    "View",
-    "is_view",
-    "tensors_in",
-    "views_in",
-]
-
 
 class NotCapturableError(Exception):
     """A module cannot be captured and runs eagerly; the message says why."""

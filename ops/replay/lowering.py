@@ -23,8 +23,6 @@ from ops.cpu.call.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View, is_view
 
-__all__ = ["lowered"]
-
 _COPY, _ADD, _MULTIPLY, _SUBTRACT, _ADD_PRODUCT = range(5)  # as in ops/cpu/replay/replay.cpp
 _MOST_AXES = 6
 _MOST_ELEMENTS = 1 << 19

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from ops.replay.graph import Buffer, KernelCall, TorchCall
 
-__all__ = ["MemoryPlan", "Use", "lay_out", "plan_memory"]
-
 _LINE = 64  # alignment of buffers in bytes: a cache line
 
 

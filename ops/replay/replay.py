@@ -29,8 +29,6 @@ from ops.replay.lowering import lowered
 from ops.replay.memory_plan import plan_memory
 from ops.replay.workspace import workspace
 
-__all__ = ["Replay"]
-
 _KERNEL = "replay"
 _VALUE, _PLACE, _BLOCK = range(3)  # as in ops/cpu/replay/replay.cpp
 # Tensors allocated by torch are released at once from this size on, and otherwise at the next torch

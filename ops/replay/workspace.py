@@ -16,8 +16,6 @@ from torch import Tensor
 
 from ops.cpu.call.huge_pages import ask_for_huge_pages
 
-__all__ = ["Workspace", "workspace"]
-
 # A block is freed after this many consecutive calls that needed at most half of it.
 _PATIENCE = 16
 
