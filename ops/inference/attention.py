@@ -22,7 +22,7 @@ from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attenti
 from ops.cpu.attention.gated import gated_attention, heads_unavailable, rank_augmented_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
-from ops.inference.layers import FastForm, stands_for
+from ops.inference.layers import FastForm, FastLayer, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
@@ -41,34 +41,29 @@ _PROJECTED_BYTES = 8 << 20
 
 
 @stands_for(BiLevelRoutingAttention)
-class FastBiLevelRoutingAttention(FastForm, BiLevelRoutingAttention):
+class FastBiLevelRoutingAttention(FastLayer, BiLevelRoutingAttention):
     """Attends to regions in place, see :func:`ops.attention.bilevel.bilevel_routing_attention`."""
 
     kernels: ClassVar = (grouped_attention.grouped_attention, window_means)
 
-    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
-        height, width, dim = x.shape[1:]
-        bottom, right = (-n % self.n_win if self.pad_input else 0 for n in (height, width))
-        rows, columns = height + bottom, width + right
-        region_size = max(1, rows // self.n_win), max(1, columns // self.n_win)
-        regions = rows * columns // (region_size[0] * region_size[1])
-        whole = rows % region_size[0] == columns % region_size[1] == 0
-        if not whole or self.topk >= regions:
-            return BiLevelRoutingAttention.forward(self, x)
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, region_size: tuple[int, int]
+    ) -> Tensor:
+        height, width, dim = query.shape[1:]
+        regions = height * width // (region_size[0] * region_size[1])
+        whole = height % region_size[0] == width % region_size[1] == 0
+        if not whole or self.topk >= regions or self.derived(query) is None:
+            return super().attend(query, key, value, region_size)
         # Half precision would produce ties.
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(query.dtype, torch.float32)
         query_mean, key_mean = (
             window_means(t, region_size).flatten(1, 2).to(wide) for t in (query, key)
         )
         routes = nearest_regions(query_mean, key_mean, self.topk)
         q, k, v = (t.flatten(1, 2).unflatten(2, (self.num_heads, -1)) for t in (query, key, value))
-        tokens = _region_rows(rows, columns, region_size)
+        tokens = _region_rows(height, width, region_size)
         attended = grouped_attention.attend_regions(q, k, v, tokens, routes, dim**-0.5)
-        lepe = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj((lepe + attended.view(x.shape))[:, :height, :width])
+        return attended.view(query.shape)
 
 
 @functools.lru_cache(maxsize=32)

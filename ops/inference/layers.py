@@ -293,8 +293,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         """Derived data for our kernel and for oneDNN; None for one that is never used."""
         own = self.for_kernel(x)
-        alone = isinstance(own, PackedConv2d | WinogradConv2d | DirectConv2d)
-        return own, None if alone else self.for_onednn(x)
+        return own, self.for_onednn(x) if own is None or isinstance(own, NCHWConv2d) else None
 
     def for_kernel(
         self, x: Tensor

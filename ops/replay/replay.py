@@ -145,7 +145,7 @@ class Replay:
             large = any(self._buffers[i].nbytes >= _LARGE_BYTES for i in free)
             if free and (isinstance(call, TorchCall) or large):
                 self._end_list()
-                self._steps.append(_release(free))
+                self._steps.append(functools.partial(_release, free))
                 free = []
             end_call()
         self._end_list()
@@ -227,12 +227,9 @@ class Replay:
         return len(self._buffers), offset + place.offset
 
 
-def _release(indices: Sequence[int]) -> _Step:
-    def step(tensors: _Tensors, bases: Any) -> None:
-        for index in indices:
-            tensors[index] = None
-
-    return step
+def _release(indices: Sequence[int], tensors: _Tensors, bases: Any) -> None:
+    for index in indices:
+        tensors[index] = None
 
 
 def _reader(view: View, buffer: Buffer) -> Callable[[_Tensors], Tensor]:
