@@ -17,10 +17,9 @@ from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
 from ops.attention.single_head import SingleHeadAttention
 from ops.attention.window import window_merge, window_partition
 from ops.cpu import policy
-from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.cpu.attention.gated import gated_attention, heads_unavailable, rank_augmented_attention
-from ops.cpu.attention.grouped import split_heads
+from ops.cpu.attention.grouped import attend, grouped_attention, split_heads
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.layers import FastForm, FastLayer, stands_for
 from ops.inference.packed_linear import PackedLinear
@@ -44,7 +43,7 @@ _PROJECTED_BYTES = 8 << 20
 class FastBiLevelRoutingAttention(FastLayer, BiLevelRoutingAttention):
     """Attends to regions in place, see :func:`ops.attention.bilevel.bilevel_routing_attention`."""
 
-    kernels: ClassVar = (grouped_attention.grouped_attention, window_means)
+    kernels: ClassVar = (grouped_attention, window_means)
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, region_size: tuple[int, int]
@@ -62,8 +61,10 @@ class FastBiLevelRoutingAttention(FastLayer, BiLevelRoutingAttention):
         routes = nearest_regions(query_mean, key_mean, self.topk)
         q, k, v = (t.flatten(1, 2).unflatten(2, (self.num_heads, -1)) for t in (query, key, value))
         tokens = _region_rows(height, width, region_size)
-        attended = grouped_attention.attend_regions(q, k, v, tokens, routes, dim**-0.5)
-        return attended.view(query.shape)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        (of_heads,) = split_heads(out, 1, self.num_heads)
+        grouped_attention(q, k, v, of_heads, tokens, routes=routes, scale=dim**-0.5)
+        return out
 
 
 @functools.lru_cache(maxsize=32)
@@ -80,7 +81,7 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
 class FastHiLoAttention(FastForm, HiLoAttention):
     """One joint input projection, and one output projection for all heads with the shortcut."""
 
-    kernels: ClassVar = (grouped_attention.grouped_attention, window_means)
+    kernels: ClassVar = (grouped_attention, window_means)
 
     def fast(self, x: Tensor, derived: tuple[PackedLinear, PackedLinear]) -> Tensor:
         enter, leave = derived
@@ -104,7 +105,7 @@ class FastHiLoAttention(FastForm, HiLoAttention):
             query, key, value = split_heads(of_high, 3, high.num_heads)
             rows = _region_rows(*x.shape[1:3], (high.window_size, high.window_size))
             (out,) = split_heads(high_out, 1, high.num_heads)
-            grouped_attention.attend_regions(query, key, value, rows, out=out)
+            grouped_attention(query, key, value, out, rows)
         if low is not None:
             (out,) = split_heads(low_out, 1, low.num_heads)
             if low.window_size == 1:
@@ -113,7 +114,7 @@ class FastHiLoAttention(FastForm, HiLoAttention):
                 coarse = window_means(x, (low.window_size, low.window_size))
                 (query,) = split_heads(of_low, 1, low.num_heads)
                 key, value = split_heads(low.kv(coarse), 2, low.num_heads)
-            grouped_attention.attend(query, key, value, out)
+            attend(query, key, value, out)
 
     def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear]:
         inputs = [] if self.high is None else [self.high.qkv]
@@ -174,7 +175,7 @@ class FastRankAugmentedAttention(FastForm, RankAugmentedAttention):
 class FastFactorizedAttention(FastForm, FactorizedAttention):
     """Every branch writes its channels of a shared map."""
 
-    kernels: ClassVar = (grouped_attention.grouped_attention,)
+    kernels: ClassVar = (grouped_attention,)
 
     def derive(self, x: Tensor) -> tuple[PackedLinear, list[dict[int, PackedLinear]]]:
         """The global branch's layer of patches, and the local ones' by number of windows."""
@@ -198,7 +199,7 @@ class FastFactorizedAttention(FastForm, FactorizedAttention):
             (self.global_dim, *[self.group_dim] * len(of_windows)), dim=2
         )
         key, value = _global_keys_and_values(self.global_branch, global_map, of_patches)
-        grouped_attention.attend(global_query.unsqueeze(2), key, value, global_out.unsqueeze(2))
+        attend(global_query.unsqueeze(2), key, value, global_out.unsqueeze(2))
         heads, width = self.num_heads, self.group_dim // self.num_heads
         for branch, packed, query, part, out in zip(
             self.local_branches,
@@ -209,7 +210,7 @@ class FastFactorizedAttention(FastForm, FactorizedAttention):
             strict=True,
         ):
             key, value = _local_keys_and_values(branch, part, packed)
-            grouped_attention.attend(query, key, value, out.unflatten(2, (heads, -1)))
+            attend(query, key, value, out.unflatten(2, (heads, -1)))
         return self.proj(mixed.view(x.shape))
 
 

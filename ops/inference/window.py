@@ -50,7 +50,7 @@ class _InPlaceAttention(FastForm):
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         terms = ScoreTerms(derived, _lines(*self._geometry)[1], kinds)
         (heads,) = split_heads(out, 1, self.num_heads)
-        grouped_attention(query, key, value, heads, rows, key_rows, None, *terms, None)
+        grouped_attention(query, key, value, heads, rows, key_rows, None, *terms)
         projected: Tensor = self.proj(out)
         return projected
 

@@ -39,9 +39,6 @@ class ScoreTerms(NamedTuple):
     kinds: Tensor | None
 
 
-_NO_TERMS = (None, None, None)
-
-
 def attention_threads(macs: int) -> int:
     """The thread count: one if there is so little work that waking others takes longer."""
     return torch.get_num_threads() if macs >= _SMALL_MACS else 1
@@ -55,44 +52,8 @@ def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float | None = None
 ) -> None:
-    """Write softmax(scale · query · keyᵀ) · value to ``out``, which may be part of a larger tensor.
-
-    Args:
-        query: (B, N, heads, head_dim).
-        key: (B, M, heads, head_dim).
-        value: (B, M, heads, value_dim).
-        out: (B, N, heads, value_dim).
-        scale: of the logits; default head_dim^-0.5.
-    """
-    grouped_attention(query, key, value, out, None, None, None, *_NO_TERMS, scale)
-
-
-def attend_regions(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    routes: Tensor | None = None,
-    scale: float | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Attend from the tokens of each region to all tokens of the regions it routes to.
-
-    Args:
-        query, key: (B, N, heads, head_dim), a map's tokens.
-        value: (B, N, heads, value_dim).
-        rows: (regions, tokens of a region) int32, contiguous: the tokens of each region.
-        routes: (B, regions, topk) int64, the regions that each region attends to; default itself.
-        scale: of the logits; default head_dim^-0.5.
-        out: (B, N, heads, value_dim), the result; default a new contiguous tensor.
-
-    Returns:
-        (B, N, heads, value_dim).
-    """
-    if out is None:
-        out = value.new_empty(*query.shape[:3], value.shape[3])
-    grouped_attention(query, key, value, out, rows, None, routes, *_NO_TERMS, scale)
-    return out
+    """:func:`grouped_attention` of all queries to all keys."""
+    grouped_attention(query, key, value, out, scale=scale)
 
 
 @kernel("attention", "attention_forward", returns=0, mutates=("out",))
@@ -101,23 +62,29 @@ def grouped_attention(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    rows: Tensor | None,
-    key_rows: Tensor | None,
-    routes: Tensor | None,
-    terms: Tensor | None,
-    lines: Tensor | None,
-    kinds: Tensor | None,
-    scale: float | None,
+    rows: Tensor | None = None,
+    key_rows: Tensor | None = None,
+    routes: Tensor | None = None,
+    terms: Tensor | None = None,
+    lines: Tensor | None = None,
+    kinds: Tensor | None = None,
+    scale: float | None = None,
 ) -> Call:
-    """The kernel of the functions above: ``softmax(scale · (query · keyᵀ + terms)) · value``.
+    """Write softmax(scale · (query · keyᵀ + terms)) · value to ``out``, within groups of tokens.
 
     Args:
-        query, key, value, out, routes, scale: as there.
-        rows: (windows, tokens of a window) int32, contiguous: the query tokens of each region or
-            window; each token is in one of them.
-        key_rows: (windows, keys of a window) int32, contiguous: the key tokens of each window, -1
-            for a token of zeros; default: its query tokens.
-        terms, lines, kinds: see :class:`ScoreTerms`, for the tokens of a window and its keys.
+        query: (B, N, heads, head_dim).
+        key: (B, M, heads, head_dim).
+        value: (B, M, heads, value_dim).
+        out: (B, N, heads, value_dim), which may be part of a larger tensor.
+        rows: (groups, queries of a group) int32, contiguous: regions or windows; each token is in
+            one of them. Default: a single group.
+        key_rows: (groups, keys of a group) int32, contiguous; -1 for a token of zeros. Default: the
+            keys of the ``rows``.
+        routes: (B, groups, topk) int64, the groups whose keys each group attends to; default:
+            itself.
+        terms, lines, kinds: see :class:`ScoreTerms`; default: none.
+        scale: of the logits; default head_dim^-0.5.
     """
     require_shapes(
         query=(query, "batch queries heads dim"),

@@ -111,5 +111,4 @@ def test_rejects_bad_arguments(changed: dict[str, Tensor], said: str) -> None:
     given |= changed
     x, rows, key_rows = torch.zeros(1, 8, 2, 4), given.pop("rows"), given.pop("key_rows")
     with pytest.raises(ValueError, match=said):
-        terms = *ScoreTerms(**given), None
-        grouped_attention(x, x, x, torch.empty_like(x), rows, key_rows, None, *terms)
+        grouped_attention(x, x, x, x.clone(), rows, key_rows, None, *ScoreTerms(**given))
