@@ -19,7 +19,7 @@ from ops.attention.window import (
     window_partition,
 )
 from ops.cpu import policy
-from ops.cpu.attention.grouped import LINE, ScoreTerms, grouped_attention, split_heads
+from ops.cpu.attention.grouped import LINE, grouped_attention, split_heads
 from ops.inference.layers import FastForm, stands_for
 
 __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
@@ -48,7 +48,7 @@ class _InPlaceAttention(FastForm):
         query, key, value = split_heads(self.qkv(x), 3, self.num_heads)
         rows, key_rows, kinds = _windows(x.shape[1], x.shape[2], *self._geometry)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        terms = ScoreTerms(derived, _lines(*self._geometry)[1], kinds)
+        terms = derived, _lines(*self._geometry)[1], kinds
         (heads,) = split_heads(out, 1, self.num_heads)
         grouped_attention(query, key, value, heads, rows, key_rows, None, *terms)
         projected: Tensor = self.proj(out)
@@ -98,7 +98,7 @@ def _windows(
 
 @functools.lru_cache(maxsize=16)
 def _lines(window_size: int, overlap_size: int, shift_size: int) -> tuple[Tensor, Tensor]:
-    """The distinct lines of :class:`ops.cpu.attention.grouped.ScoreTerms`.
+    """The distinct lines of terms, see :func:`ops.cpu.attention.grouped.grouped_attention`.
 
     Their kinds are no mask and, with a shift, its masks.
 

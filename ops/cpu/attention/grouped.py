@@ -7,7 +7,7 @@ float32. Weights are rounded to bfloat16 if products use AVX512-BF16 (float32 is
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,24 +19,7 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
 
 _SMALL_MACS = 2e6
-LINE = 16  # queries per line, see ScoreTerms
-
-
-class ScoreTerms(NamedTuple):
-    """Terms added to scores, such as relative position biases and masks.
-
-    Each key has a line of ``LINE`` numbers for each ``LINE`` queries. Identical lines are stored
-    once.
-
-    Attributes:
-        values: (heads, number of lines, LINE) float32, added before scores are scaled.
-        lines: (kinds, ⌈N / LINE⌉, M) int32, indices of lines.
-        kinds: (groups,) int32, or None if all groups are of the first kind.
-    """
-
-    values: Tensor
-    lines: Tensor
-    kinds: Tensor | None
+LINE = 16  # queries per line of terms, see grouped_attention
 
 
 def attention_threads(macs: int) -> int:
@@ -83,7 +66,11 @@ def grouped_attention(
             keys of the ``rows``.
         routes: (B, groups, topk) int64, the groups whose keys each group attends to; default:
             itself.
-        terms, lines, kinds: see :class:`ScoreTerms`; default: none.
+        terms: (heads, number of lines, ``LINE``) float32, such as relative position biases and
+            masks: each key has a line of numbers for each ``LINE`` queries. Identical lines are
+            stored once. Default: none.
+        lines: (kinds, ⌈N / LINE⌉, M) int32, indices of lines.
+        kinds: (groups,) int32; default: all groups are of the first kind.
         scale: of the logits; default head_dim^-0.5.
     """
     require_shapes(
