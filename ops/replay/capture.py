@@ -166,7 +166,11 @@ class Capture:
         return index
 
     def _index(self, t: Tensor) -> int | None:
-        return self._by_storage.get(_memory(t))
+        """The buffer of a tensor; None of a constant, which is kept alive."""
+        index = self._by_storage.get(_memory(t))
+        if index is None:
+            self.constants.append(t if t.is_mkldnn else t.untyped_storage())
+        return index
 
     def _argument(self, t: Tensor) -> View | Tensor:
         index = self._index(t)
@@ -203,10 +207,9 @@ class Capture:
         return Block(struct.pack(f"={len(numbers)}q", *numbers), places)
 
     def _place_of(self, t: Tensor, offset: int = 0) -> int | Place:
-        """The place of a tensor in a buffer, or the address of a constant, which is kept alive."""
+        """The place of a tensor in a buffer, or the address of a constant."""
         index = self._index(t)
         if index is None:
-            self.constants.append(t.untyped_storage())
             return t.data_ptr() + offset
         return Place(index, t.data_ptr() + offset - self.buffers[index].start)
 

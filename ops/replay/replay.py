@@ -65,13 +65,12 @@ class Replay:
         self._run = library.replay_run
         library.replay_scratch_bytes.restype = ctypes.c_int64
         self._scratch_bytes = library.replay_scratch_bytes()
-        self._buffers, self._constants = graph.buffers, list(graph.constants)
+        self._buffers, self._constants = graph.buffers, graph.constants
         calls: list[KernelCall | TorchCall] = []
         self.lowered: list[int] = []
         for index, call in enumerate(graph.calls):
             other = lowered(call, self._buffers) if isinstance(call, TorchCall) else None
-            if isinstance(call, TorchCall) and other is not None:
-                self._constants += (t.untyped_storage() for t in call.constants())
+            if other is not None:
                 self.lowered.append(index)
             calls.append(other or call)
         self.plan = plan_memory(calls, self._buffers, {view.buffer for view in graph.results})
