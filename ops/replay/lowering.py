@@ -121,7 +121,7 @@ def _join(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> list[
     for part in operands:
         if part.layout.numel():
             layout = whole.narrow(axis, first, part.layout.shape[axis])
-            begin = _after(out.begin, layout.storage_offset() * layout.itemsize)
+            begin = _after(out.begin, int(layout.storage_offset()) * layout.itemsize)
             steps.append(_step(_COPY, _Operand(begin, layout), [part]))
             first += layout.shape[axis]
     return steps
