@@ -280,19 +280,13 @@ def maps_of_int8() -> torch.dtype:
 
 # -- linear layers -------------------------------------------------------------------------------
 
-# oneDNN catches up on CPUs with AMX, in float32 too, and on those without the instructions that the
-# kernel was written for; the same is assumed on ARM, where nothing was measured.
+# The rows up to which our linear kernel, which prefetches weights, beats oneDNN's. With AVX2 and
+# AVX-512 there is no limit, since it prefetches output cache lines. oneDNN catches up on CPUs with
+# AMX, in float32 too (half the limit slows down NAT, BiFormer, ViG and VRWKV, and none VRWKV at 32
+# images), and on those without the instructions that the kernel was written for; the same is
+# assumed on ARM, where nothing was measured.
 _FEW_ROWS = {"amx": 4096, "neonbf16": 2048, "neon": 2048, "portable": 2048}
 _NARROW = 32
-
-
-def few_rows() -> int:
-    """The row count up to which our linear kernel, which prefetches weights, beats oneDNN's.
-
-    There is no limit with AVX2 and AVX-512, since the kernel prefetches output cache lines. With
-    AMX, half the limit slows down NAT, BiFormer, ViG and VRWKV, and none VRWKV at 32 images.
-    """
-    return _FEW_ROWS.get(instruction_set(), sys.maxsize)
 
 
 @rule(yes="packed GEMM", no="oneDNN")
@@ -311,7 +305,7 @@ def linear_by_kernel(
     """
     if not multiplies(dtype):
         return Verdict(True, "torch has no products of it")
-    most = few_rows()
+    most = _FEW_ROWS.get(instruction_set(), sys.maxsize)
     if rows <= most:
         return Verdict(True, "rows {rows} ≤ {limit}", most)
     if min(in_features, out_features) <= _NARROW:

@@ -177,15 +177,13 @@ class FastFactorizedAttention(FastForm, FactorizedAttention):
 
     kernels: ClassVar = (grouped_attention,)
 
-    def derive(self, x: Tensor) -> tuple[PackedLinear, list[dict[int, PackedLinear]]]:
-        """The global branch's layer of patches, and the local ones' by number of windows."""
+    def derive(self, x: Tensor) -> tuple[PackedLinear, dict[Any, PackedLinear]]:
+        """The global branch's layer of patches, and the local ones' by branch and windows."""
         sr = self.global_branch.sr
         patches = PackedLinear(sr.weight.permute(0, 2, 3, 1).flatten(1), sr.bias)
-        return patches, [{} for _ in self.local_branches]  # created on first use
+        return patches, {}  # created on first use
 
-    def fast(
-        self, x: Tensor, derived: tuple[PackedLinear, list[dict[int, PackedLinear]]]
-    ) -> Tensor:
+    def fast(self, x: Tensor, derived: tuple[PackedLinear, dict[Any, PackedLinear]]) -> Tensor:
         of_patches, of_windows = derived
         if min(x.shape[1:3]) < self.global_branch.sr_ratio or x.shape[0] == 0:
             return FactorizedAttention.forward(self, x)
@@ -195,21 +193,18 @@ class FastFactorizedAttention(FastForm, FactorizedAttention):
         global_map, local_map = x.split(splits, dim=3)
         local_map = self.kv_pw(self.kv_dw(local_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         global_query, local_query = queries.split(splits, dim=2)
-        global_out, *outs = mixed.split(
-            (self.global_dim, *[self.group_dim] * len(of_windows)), dim=2
-        )
+        global_out, local_out = mixed.split(splits, dim=2)
         key, value = _global_keys_and_values(self.global_branch, global_map, of_patches)
         attend(global_query.unsqueeze(2), key, value, global_out.unsqueeze(2))
         heads, width = self.num_heads, self.group_dim // self.num_heads
-        for branch, packed, query, part, out in zip(
+        for branch, query, part, out in zip(
             self.local_branches,
-            of_windows,
             local_query.unflatten(2, (heads, -1)).split(width, dim=3),
             local_map.split(self.group_dim, dim=3),
-            outs,
+            local_out.split(self.group_dim, dim=2),
             strict=True,
         ):
-            key, value = _local_keys_and_values(branch, part, packed)
+            key, value = _local_keys_and_values(branch, part, of_windows)
             attend(query, key, value, out.unflatten(2, (heads, -1)))
         return self.proj(mixed.view(x.shape))
 
@@ -232,7 +227,7 @@ def _global_keys_and_values(
 
 
 def _local_keys_and_values(
-    branch: Any, x: Tensor, packed: dict[int, PackedLinear]
+    branch: Any, x: Tensor, packed: dict[Any, PackedLinear]
 ) -> tuple[Tensor, Tensor]:
     """(B, H, W, dim) → (B, window_size², heads, head_dim) each.
 
@@ -247,10 +242,10 @@ def _local_keys_and_values(
     windows = sequence.shape[3] // branch.kv.in_features
     averages = windows > 1 and isinstance(branch.fc, nn.Identity)
     if averages and policy.averages_in_linear(sequence.shape[3]):
-        if windows not in packed:
+        if (branch, windows) not in packed:
             weight = branch.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
-            packed[windows] = PackedLinear(weight, branch.kv.bias)
-        both = packed[windows](sequence)
+            packed[branch, windows] = PackedLinear(weight, branch.kv.bias)
+        both = packed[branch, windows](sequence)
     else:
         means = sequence if windows == 1 else sequence.unflatten(3, (-1, windows)).mean(-1)
         both = branch.kv(branch.fc(means))

@@ -35,10 +35,8 @@ class Signature:
         for t in tensors:
             parts += (None,) if t is None else (t.shape, t.stride(), t.dtype)
         parts += [args[i] for i in self._values]
-        for i in self._sequences:
-            parts.append(tuple(args[i]))
-        for i in self._lists:
-            parts.append(len(args[i]))
+        parts += [tuple(args[i]) for i in self._sequences]
+        parts += [len(args[i]) for i in self._lists]
         return tuple(parts)
 
 

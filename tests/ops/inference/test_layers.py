@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.instruction_sets import instruction_set
 from ops.inference import conversion
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastConv2d, FastLinear, convert
@@ -38,7 +39,7 @@ def _compute_by(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "oneDNN":
         monkeypatch.setattr(packed_linear, "unavailable", lambda *_, **__: "no")
     elif what == "oneDNN for many rows":
-        monkeypatch.setattr(policy, "few_rows", lambda: 8)
+        monkeypatch.setitem(policy._FEW_ROWS, instruction_set(), 8)
         monkeypatch.setattr(policy, "_NARROW", 8)
 
 
