@@ -7,7 +7,6 @@ network, and documents where they follow the published code instead of the paper
 
 from __future__ import annotations
 
-import copy
 from typing import ClassVar
 
 import torch
@@ -22,6 +21,7 @@ from ops.inference.layers import FastForm, stands_for
 from ops.kan import KAN
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after, norm_affine
+from ops.rewriting.lift import affine_of
 
 
 class ConvFFN(nn.Module):
@@ -113,8 +113,8 @@ class MedViTV2LocalBlock(FastForm, FoldedLocalBlock):
         x = _add_reinterpreted(self.attn, x, derived)
         return x + self.scale.view(1, -1, 1, 1) * x + self.ffn(x)
 
-    def derive(self, x: Tensor) -> Tensor | None:
-        return _affine(self.norm1)
+    def derive(self, x: Tensor) -> Tensor:
+        return torch.stack(affine_of(self.norm1))
 
 
 class GroupedConv(nn.Module):
@@ -201,15 +201,8 @@ class MedViTV2GlobalBlock(FastForm, GlobalBlock):
     def fast(self, x: Tensor, derived: Tensor) -> Tensor:
         return _add_reinterpreted(self.kan, self.mix(x), derived)
 
-    def derive(self, x: Tensor) -> Tensor | None:
-        return _affine(self.norm2)
-
-
-def _affine(norm: nn.Module) -> Tensor | None:
-    """Scale and shift (2, C) of a batch norm in float32; None of another norm."""
-    if not isinstance(norm, nn.BatchNorm2d):
-        return None
-    return torch.stack([t.detach() for t in norm_affine(copy.deepcopy(norm).float())])
+    def derive(self, x: Tensor) -> Tensor:
+        return torch.stack(affine_of(self.norm2))
 
 
 def _add_reinterpreted(layer: nn.Module, x: Tensor, affine: Tensor) -> Tensor:

@@ -104,25 +104,15 @@ class WKVAttention(nn.Module):
         self.mix_r.copy_((channel / dim) ** (0.5 * left))
 
 
-class _Scan(NamedTuple):
-    """Mixing weights, and decay and bonus for each number of tokens."""
-
-    shares: Tensor
-    per_token: dict[int, tuple[Tensor, Tensor]]
-
-
 @stands_for(WKVAttention)
 class VRWKVAttention(FastForm, WKVAttention):
     """The inference form: one kernel for mixing, one for scan and gate."""
 
     kernels: ClassVar = (bi_wkv_forward,)
 
-    def fast(self, x: Tensor, derived: _Scan) -> Tensor:
-        tokens = x.shape[1] * x.shape[2]
-        if tokens not in derived.per_token:
-            derived.per_token[tokens] = self.per_token(tokens)
-        decay, first = derived.per_token[tokens]
-        for_key, for_value, for_gate = shifted_mixtures(x, derived.shares).unbind()
+    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
+        decay, first = self.per_token(x.shape[1] * x.shape[2])
+        for_key, for_value, for_gate = shifted_mixtures(x, derived).unbind()
         key, value = self.key(for_key).flatten(1, 2), self.value(for_value).flatten(1, 2)
         gate = None  # of the scan, if no norm is in between
         if isinstance(self.norm, nn.Identity):
@@ -132,9 +122,8 @@ class VRWKVAttention(FastForm, WKVAttention):
             out = torch.sigmoid(self.receptance(for_gate)) * self.norm(out)
         return self.proj(out)
 
-    def derive(self, x: Tensor) -> _Scan | None:
-        mixes = (self.mix_k, self.mix_v, self.mix_r)
-        return _Scan(torch.cat([mix.detach().float().flatten(1) for mix in mixes]), {})
+    def derive(self, x: Tensor) -> Tensor:
+        return _shares(self.mix_k, self.mix_v, self.mix_r)
 
 
 class GatedScan(nn.Module):
@@ -312,8 +301,12 @@ class VRWKVMlp(FastForm, GatedSquaredMlp):
         return torch.sigmoid(self.receptance(for_gate)) * out
 
     def derive(self, x: Tensor) -> Tensor:
-        """Shares of the mixtures."""
-        return torch.cat([mix.detach().float().flatten(1) for mix in (self.mix_k, self.mix_r)])
+        return _shares(self.mix_k, self.mix_r)
+
+
+def _shares(*mixes: Tensor) -> Tensor:
+    """The shares of mixtures, one row each."""
+    return torch.cat([mix.detach().float().flatten(1) for mix in mixes])
 
 
 class Block(PreNormBlock):

@@ -233,9 +233,15 @@ class BiLevelRoutingAttention(nn.Module):
         else:
             region_size = (larger(1, height // n_win), larger(1, width // n_win))
         query, key, value = self.qkv(x).chunk(3, dim=-1)
-        out = bilevel_routing_attention(query, key, value, self.num_heads, region_size, self.topk)
+        out = self.attend(query, key, value, region_size)
         out = out + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj(out[:, :height, :width])
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, region_size: tuple[int, int]
+    ) -> Tensor:
+        """See :func:`bilevel_routing_attention`."""
+        return bilevel_routing_attention(query, key, value, self.num_heads, region_size, self.topk)
 
     def extra_repr(self) -> str:
         return (

@@ -205,9 +205,13 @@ class CascadedGroupAttention(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         """Within whole maps: (N, dim, h, w) → (N, dim, h, w)."""
-        table = self.attention_biases.unflatten(1, (self.table_size, self.table_size))
-        bias = distance_bias(resize_distance_table(table, *x.shape[2:]))
+        bias = self.bias(*x.shape[2:])
         return self.proj(self.act(cascaded_group_attention(x, list(self.heads), bias)))
+
+    def bias(self, height: int, width: int) -> Tensor:
+        """See :func:`distance_bias`."""
+        table = self.attention_biases.unflatten(1, (self.table_size, self.table_size))
+        return distance_bias(resize_distance_table(table, height, width))
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, table_size={self.table_size}"

@@ -24,36 +24,6 @@ import torch
 
 from ops.cpu.instruction_sets import instruction_set, is_emulated
 
-__all__ = [
-    "averages_in_linear",
-    "by_tiles",
-    "computed_in",
-    "conv_by_kernel",
-    "convolves_windows",
-    "copies_windows",
-    "depthwise_by_kernel",
-    "depthwise_mlp_in_int8",
-    "direct_by_kernel",
-    "few_rows",
-    "left_to_torch",
-    "linear_by_kernel",
-    "linear_in_int8",
-    "maps_of_int8",
-    "multiplies",
-    "no_int8_products",
-    "pays_in_int8",
-    "response_mlp_in_int8",
-    "rotated_attention_by_kernel",
-    "rounds_once",
-    "single_head_by_kernel",
-    "softmax_attention_by_kernel",
-    "stem_by_kernel",
-    "window_attention_by_kernel",
-    "windows_pay_in_int8",
-    "winograd_by_kernel",
-]
-
-
 # -- decisions and their reasons -------------------------------------------------------------------
 
 
@@ -310,19 +280,13 @@ def maps_of_int8() -> torch.dtype:
 
 # -- linear layers -------------------------------------------------------------------------------
 
-# oneDNN catches up on CPUs with AMX, in float32 too, and on those without the instructions that the
-# kernel was written for; the same is assumed on ARM, where nothing was measured.
+# The rows up to which our linear kernel, which prefetches weights, beats oneDNN's. With AVX2 and
+# AVX-512 there is no limit, since it prefetches output cache lines. oneDNN catches up on CPUs with
+# AMX, in float32 too (half the limit slows down NAT, BiFormer, ViG and VRWKV, and none VRWKV at 32
+# images), and on those without the instructions that the kernel was written for; the same is
+# assumed on ARM, where nothing was measured.
 _FEW_ROWS = {"amx": 4096, "neonbf16": 2048, "neon": 2048, "portable": 2048}
 _NARROW = 32
-
-
-def few_rows() -> int:
-    """The row count up to which our linear kernel, which prefetches weights, beats oneDNN's.
-
-    There is no limit with AVX2 and AVX-512, since the kernel prefetches output cache lines. With
-    AMX, half the limit slows down NAT, BiFormer, ViG and VRWKV, and none VRWKV at 32 images.
-    """
-    return _FEW_ROWS.get(instruction_set(), sys.maxsize)
 
 
 @rule(yes="packed GEMM", no="oneDNN")
@@ -341,7 +305,7 @@ def linear_by_kernel(
     """
     if not multiplies(dtype):
         return Verdict(True, "torch has no products of it")
-    most = few_rows()
+    most = _FEW_ROWS.get(instruction_set(), sys.maxsize)
     if rows <= most:
         return Verdict(True, "rows {rows} ≤ {limit}", most)
     if min(in_features, out_features) <= _NARROW:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.attention.bilevel import BiLevelRoutingAttention, nearest_regions
-from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
+from ops.attention.cascaded import CascadedGroupAttention
 from ops.attention.factorized import FactorizedAttention, tap_positions
 from ops.attention.hilo import HiLoAttention
-from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
+from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
 from ops.attention.single_head import SingleHeadAttention
+from ops.attention.window import window_merge, window_partition
 from ops.cpu import policy
-from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.cpu.attention.gated import gated_attention, heads_unavailable, rank_augmented_attention
-from ops.cpu.attention.grouped import split_heads
+from ops.cpu.attention.grouped import attend, grouped_attention, split_heads
 from ops.cpu.pooling.window_means import window_means
-from ops.inference.layers import FastForm, fast_path_applies, stands_for
+from ops.inference.layers import FastForm, FastLayer, stands_for
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
@@ -40,37 +40,31 @@ _PROJECTED_BYTES = 8 << 20
 
 
 @stands_for(BiLevelRoutingAttention)
-class FastBiLevelRoutingAttention(FastForm, BiLevelRoutingAttention):
+class FastBiLevelRoutingAttention(FastLayer, BiLevelRoutingAttention):
     """Attends to regions in place, see :func:`ops.attention.bilevel.bilevel_routing_attention`."""
 
-    kernels: ClassVar = (grouped_attention.grouped_attention, window_means)
+    kernels: ClassVar = (grouped_attention, window_means)
 
-    def derive(self, x: Tensor) -> tuple[()]:
-        return ()
-
-    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
-        height, width, dim = x.shape[1:]
-        bottom, right = (-n % self.n_win if self.pad_input else 0 for n in (height, width))
-        rows, columns = height + bottom, width + right
-        region_size = max(1, rows // self.n_win), max(1, columns // self.n_win)
-        regions = rows * columns // (region_size[0] * region_size[1])
-        whole = rows % region_size[0] == columns % region_size[1] == 0
-        if not whole or self.topk >= regions:
-            return BiLevelRoutingAttention.forward(self, x)
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        query, key, value = self.qkv(x).chunk(3, dim=-1)
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, region_size: tuple[int, int]
+    ) -> Tensor:
+        height, width, dim = query.shape[1:]
+        regions = height * width // (region_size[0] * region_size[1])
+        whole = height % region_size[0] == width % region_size[1] == 0
+        if not whole or self.topk >= regions or self.derived(query) is None:
+            return super().attend(query, key, value, region_size)
         # Half precision would produce ties.
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = torch.promote_types(query.dtype, torch.float32)
         query_mean, key_mean = (
             window_means(t, region_size).flatten(1, 2).to(wide) for t in (query, key)
         )
         routes = nearest_regions(query_mean, key_mean, self.topk)
         q, k, v = (t.flatten(1, 2).unflatten(2, (self.num_heads, -1)) for t in (query, key, value))
-        tokens = _region_rows(rows, columns, region_size)
-        attended = grouped_attention.attend_regions(q, k, v, tokens, routes, dim**-0.5)
-        lepe = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj((lepe + attended.view(x.shape))[:, :height, :width])
+        tokens = _region_rows(height, width, region_size)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        (of_heads,) = split_heads(out, 1, self.num_heads)
+        grouped_attention(q, k, v, of_heads, tokens, routes=routes, scale=dim**-0.5)
+        return out
 
 
 @functools.lru_cache(maxsize=32)
@@ -87,7 +81,7 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
 class FastHiLoAttention(FastForm, HiLoAttention):
     """One joint input projection, and one output projection for all heads with the shortcut."""
 
-    kernels: ClassVar = (grouped_attention.grouped_attention, window_means)
+    kernels: ClassVar = (grouped_attention, window_means)
 
     def fast(self, x: Tensor, derived: tuple[PackedLinear, PackedLinear]) -> Tensor:
         enter, leave = derived
@@ -111,7 +105,7 @@ class FastHiLoAttention(FastForm, HiLoAttention):
             query, key, value = split_heads(of_high, 3, high.num_heads)
             rows = _region_rows(*x.shape[1:3], (high.window_size, high.window_size))
             (out,) = split_heads(high_out, 1, high.num_heads)
-            grouped_attention.attend_regions(query, key, value, rows, out=out)
+            grouped_attention(query, key, value, out, rows)
         if low is not None:
             (out,) = split_heads(low_out, 1, low.num_heads)
             if low.window_size == 1:
@@ -120,7 +114,7 @@ class FastHiLoAttention(FastForm, HiLoAttention):
                 coarse = window_means(x, (low.window_size, low.window_size))
                 (query,) = split_heads(of_low, 1, low.num_heads)
                 key, value = split_heads(low.kv(coarse), 2, low.num_heads)
-            grouped_attention.attend(query, key, value, out)
+            attend(query, key, value, out)
 
     def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear]:
         inputs = [] if self.high is None else [self.high.qkv]
@@ -148,53 +142,48 @@ def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
 
 
 @stands_for(RankAugmentedAttention)
-class FastRankAugmentedAttention(RankAugmentedAttention):
+class FastRankAugmentedAttention(FastForm, RankAugmentedAttention):
     """Rotates, attends and gates in one pass, where that pays off."""
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        if not fast_path_applies(x, self.qkvo.weight) or not self._by_kernel(x):
-            return super().forward(x, rotary)
-        return self._attend_in_chunks(x)
-
-    def _by_kernel(self, x: Tensor) -> bool:
-        height, width, dim = x.shape[1:]
+    def derive(self, x: Tensor) -> Any:
+        """The kernel, if there is one for such heads."""
         kernel = rank_augmented_attention if self.linear else gated_attention
-        if heads_unavailable(dim // self.num_heads) or kernel.unavailable(x.device, x.dtype):
-            return False
-        return self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
+        if heads_unavailable(x.shape[3] // self.num_heads):
+            return None
+        return None if kernel.unavailable(x.device, x.dtype) else kernel
 
-    def _attend_in_chunks(self, x: Tensor) -> Tensor:
+    def fast(self, x: Tensor, derived: Any) -> Tensor:
+        tokens = x.shape[1] * x.shape[2]
+        if not self.linear and not policy.rotated_attention_by_kernel(tokens, x.dtype):
+            return RankAugmentedAttention.forward(self, x)
         projected_bytes = 4 * x.numel() * x.element_size()
         images = max(1, len(x) * _PROJECTED_BYTES // max(1, projected_bytes))
         if images >= len(x):
-            return self._attend(x)
-        return torch.cat([self._attend(part) for part in x.split(images)])
+            return self._attend(x, derived)
+        return torch.cat([self._attend(part, derived) for part in x.split(images)])
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def _attend(self, x: Tensor, kernel: Any) -> Tensor:
         qkvo = self.qkvo(x)
         value = qkvo.chunk(4, dim=-1)[2]
         bias = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        attend = rank_augmented_attention if self.linear else gated_attention
         head_dim = x.shape[3] // self.num_heads
         tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
-        return self.proj(attend(qkvo, bias, *tables, self.num_heads))
+        return self.proj(kernel(qkvo, bias, *tables, self.num_heads))
 
 
 @stands_for(FactorizedAttention)
 class FastFactorizedAttention(FastForm, FactorizedAttention):
     """Every branch writes its channels of a shared map."""
 
-    kernels: ClassVar = (grouped_attention.grouped_attention,)
+    kernels: ClassVar = (grouped_attention,)
 
-    def derive(self, x: Tensor) -> tuple[PackedLinear, list[dict[int, PackedLinear]]]:
-        """The global branch's layer of patches, and the local ones' by number of windows."""
+    def derive(self, x: Tensor) -> tuple[PackedLinear, dict[Any, PackedLinear]]:
+        """The global branch's layer of patches, and the local ones' by branch and windows."""
         sr = self.global_branch.sr
         patches = PackedLinear(sr.weight.permute(0, 2, 3, 1).flatten(1), sr.bias)
-        return patches, [{} for _ in self.local_branches]  # created on first use
+        return patches, {}  # created on first use
 
-    def fast(
-        self, x: Tensor, derived: tuple[PackedLinear, list[dict[int, PackedLinear]]]
-    ) -> Tensor:
+    def fast(self, x: Tensor, derived: tuple[PackedLinear, dict[Any, PackedLinear]]) -> Tensor:
         of_patches, of_windows = derived
         if min(x.shape[1:3]) < self.global_branch.sr_ratio or x.shape[0] == 0:
             return FactorizedAttention.forward(self, x)
@@ -204,22 +193,19 @@ class FastFactorizedAttention(FastForm, FactorizedAttention):
         global_map, local_map = x.split(splits, dim=3)
         local_map = self.kv_pw(self.kv_dw(local_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         global_query, local_query = queries.split(splits, dim=2)
-        global_out, *outs = mixed.split(
-            (self.global_dim, *[self.group_dim] * len(of_windows)), dim=2
-        )
+        global_out, local_out = mixed.split(splits, dim=2)
         key, value = _global_keys_and_values(self.global_branch, global_map, of_patches)
-        grouped_attention.attend(global_query.unsqueeze(2), key, value, global_out.unsqueeze(2))
+        attend(global_query.unsqueeze(2), key, value, global_out.unsqueeze(2))
         heads, width = self.num_heads, self.group_dim // self.num_heads
-        for branch, packed, query, part, out in zip(
+        for branch, query, part, out in zip(
             self.local_branches,
-            of_windows,
             local_query.unflatten(2, (heads, -1)).split(width, dim=3),
             local_map.split(self.group_dim, dim=3),
-            outs,
+            local_out.split(self.group_dim, dim=2),
             strict=True,
         ):
-            key, value = _local_keys_and_values(branch, part, packed)
-            grouped_attention.attend(query, key, value, out.unflatten(2, (heads, -1)))
+            key, value = _local_keys_and_values(branch, part, of_windows)
+            attend(query, key, value, out.unflatten(2, (heads, -1)))
         return self.proj(mixed.view(x.shape))
 
 
@@ -241,7 +227,7 @@ def _global_keys_and_values(
 
 
 def _local_keys_and_values(
-    branch: Any, x: Tensor, packed: dict[int, PackedLinear]
+    branch: Any, x: Tensor, packed: dict[Any, PackedLinear]
 ) -> tuple[Tensor, Tensor]:
     """(B, H, W, dim) → (B, window_size², heads, head_dim) each.
 
@@ -256,10 +242,10 @@ def _local_keys_and_values(
     windows = sequence.shape[3] // branch.kv.in_features
     averages = windows > 1 and isinstance(branch.fc, nn.Identity)
     if averages and policy.averages_in_linear(sequence.shape[3]):
-        if windows not in packed:
+        if (branch, windows) not in packed:
             weight = branch.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
-            packed[windows] = PackedLinear(weight, branch.kv.bias)
-        both = packed[windows](sequence)
+            packed[branch, windows] = PackedLinear(weight, branch.kv.bias)
+        both = packed[branch, windows](sequence)
     else:
         means = sequence if windows == 1 else sequence.unflatten(3, (-1, windows)).mean(-1)
         both = branch.kv(branch.fc(means))
@@ -279,25 +265,18 @@ def _taps(height: int, width: int, window_size: int, dilation: int) -> Tensor:
     return pixels.flatten()
 
 
-class _Cascade(NamedTuple):
-    """The heads' layers for the kernel, and tables of biases by a map's size."""
-
-    packed: PackedCascadedAttention
-    biases: dict[tuple[int, int], Tensor]
-
-
 @stands_for(CascadedGroupAttention)
 class FastCascadedGroupAttention(FastForm, CascadedGroupAttention):
-    """All heads in one pass over NHWC, with bias tables cached by map size."""
+    """All heads in one pass over NHWC."""
 
     kernels: ClassVar = (cascaded_attention,)
 
-    def derive(self, x: Tensor) -> _Cascade:
+    def derive(self, x: Tensor) -> PackedCascadedAttention:
         heads: Any = self.heads
         projections, convs = ([getattr(h, n) for h in heads] for n in ("qkv", "dwconv"))
-        return _Cascade(PackedCascadedAttention(projections, heads[0].splits[0], convs), {})
+        return PackedCascadedAttention(projections, heads[0].splits[0], convs)
 
-    def fast(self, x: Tensor, derived: _Cascade) -> Tensor:
+    def fast(self, x: Tensor, derived: PackedCascadedAttention) -> Tensor:
         height, width = x.shape[2:]
         size = self.window_size
         tokens = x.permute(0, 2, 3, 1)
@@ -306,20 +285,14 @@ class FastCascadedGroupAttention(FastForm, CascadedGroupAttention):
         bottom, right = -height % size, -width % size
         if bottom or right:
             tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom))
-        batch, rows, columns, dim = tokens.shape
-        split = tokens.view(batch, rows // size, size, columns // size, size, dim).transpose(2, 3)
-        mixed = self._mix(split.reshape(-1, size, size, dim), derived)
-        mixed = mixed.view(split.shape).transpose(2, 3).reshape(batch, rows, columns, dim)
+        windows = window_partition(tokens, size)
+        mixed = self._mix(windows.flatten(0, 2).unflatten(1, (size, size)), derived)
+        mixed = window_merge(mixed.view(windows.shape), size)
         return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2))
 
-    def _mix(self, x: Tensor, cascade: _Cascade) -> Tensor:
+    def _mix(self, x: Tensor, packed: PackedCascadedAttention) -> Tensor:
         """Everything except the projection: (N, h, w, dim) → (N, h, w, dim)."""
-        size = x.shape[1], x.shape[2]
-        if size not in cascade.biases:
-            table = self.attention_biases.unflatten(1, (self.table_size, self.table_size))
-            bias = distance_bias(resize_distance_table(table, *size)).float()
-            cascade.biases[size] = bias
-        return cascade.packed(x, cascade.biases[size])
+        return packed(x, self.bias(*x.shape[1:3]).float())
 
 
 @stands_for(SingleHeadAttention)

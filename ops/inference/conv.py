@@ -32,12 +32,10 @@ class FastDepthwiseConv2d(FastConv2d):
         if unavailable(self.stride, x.device, x.dtype) is not None:
             return None, self.for_onednn(x)
         bias = None if self.bias is None else self.bias.detach().float()
-        geometry: Any = self.stride, self.padding, self.dilation
-        given = taps_first(self.weight), bias, *geometry
+        given = taps_first(self.weight), bias, self.stride, self.padding, self.dilation
 
-        def own(x: Tensor, activation: str) -> Tensor:
-            out: Tensor = depthwise_conv2d(x, *given, activation)
-            return out
+        def own(x: Tensor, activation: str) -> Any:
+            return depthwise_conv2d(x, *given, activation)
 
         return own, None if self._by_kernel(x) else self.for_onednn(x)
 
@@ -61,12 +59,12 @@ class FastMultipliedConv2d(FastDepthwiseConv2d):
 
 
 @stands_for(DilatedDepthwiseConv2d)
-class FastDilatedDepthwiseConv2d(DilatedDepthwiseConv2d):
+class FastDilatedDepthwiseConv2d(FastForm, DilatedDepthwiseConv2d):
     """One convolution, since our kernel handles dilation directly."""
 
     kernels: ClassVar = (depthwise_conv2d,)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
         if torch.is_grad_enabled():  # so the call is not recorded, and torch computes it
             return DilatedDepthwiseConv2d.forward(self, x)
         return nn.Conv2d.forward(self, x)
@@ -76,11 +74,11 @@ class FastDilatedDepthwiseConv2d(DilatedDepthwiseConv2d):
 class FastInceptionDWConv2d(FastForm, InceptionDWConv2d):
     """All branches into one map, see :func:`ops.cpu.depthwise.conv.depthwise_branches`."""
 
+    kernels: ClassVar = (depthwise_branches,)
+
     def fast(self, x: Tensor, derived: Any) -> Tensor:
         return depthwise_branches(x, *derived)
 
     def derive(self, x: Tensor) -> Any:
-        if unavailable((1, 1), x.device, x.dtype) is not None:
-            return None
         layers: Any = self.dwconv_hw, self.dwconv_w, self.dwconv_h
         return [taps_first(c.weight) for c in layers], [c.bias.detach().float() for c in layers]

@@ -51,7 +51,7 @@ def to_channels_last(model: nn.Module, *, always: bool) -> bool:
         fast = layers.FORMS.get(type(module))
         # Blocks' forms pass more than a map to their attention; token pooling only applies to the
         # map.
-        if fast is not None and not hasattr(module, "token_pooling") and _has_kernels(fast, weight):
+        if fast is not None and not hasattr(module, "token_pooling"):
             layers.convert(module, fast)
     return True
 
@@ -63,12 +63,6 @@ def _warn_not_faster(dtype: torch.dtype) -> None:
         "faster than float32, and often slower",
         str(dtype).removeprefix("torch."),
     )
-
-
-def _has_kernels(fast: type[nn.Module], weight: Tensor) -> bool:
-    """Whether this form can do more than check its input and run the plain form."""
-    kernels = getattr(fast, "kernels", ())
-    return not any(kernel.unavailable(weight.device, weight.dtype) for kernel in kernels)
 
 
 def restore_plain_forms(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ Maps are channels-last, so a pointwise convolution is a linear layer on the last
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -81,13 +82,7 @@ def stands_for(plain: type[nn.Module]) -> Callable[[Form], Form]:
 
 
 def convert(layer: nn.Module, fast: type[Module]) -> Module:
-    """Convert ``layer`` in place to an instance of ``fast``, a subclass of its class.
-
-    Raises:
-        TypeError: ``fast`` is not a subclass.
-    """
-    if not issubclass(fast, type(layer)):
-        raise TypeError(f"{fast.__name__} cannot replace a {type(layer).__name__}")
+    """Convert ``layer`` in place to an instance of ``fast``, a subclass of its class."""
     layer.__class__ = fast
     assert isinstance(layer, fast)
     return layer
@@ -159,8 +154,8 @@ class FastLayer(nn.Module):
         return self._derived
 
     def derive(self, x: Tensor) -> Any:
-        """Derive data from the parameters, with ``x`` as an example input."""
-        raise NotImplementedError
+        """Derive data from the parameters, with ``x`` as an example input; None for none."""
+        return ()
 
     # These two may also modify inference-mode tensors, or swap tensors' storages.
 
@@ -264,37 +259,6 @@ class FastLinear(ActivatedLayer, nn.Linear):
         return PackedLinear(self.weight, self.bias, self.quantization)
 
 
-class OneDNNWeight:
-    """A convolution's bias, and its weight in the layouts that oneDNN chooses for inputs.
-
-    With the layout for one image, a call for eight images may copy the weight to another layout
-    first, element by element: 26 ms before a convolution of 1.4 ms in InceptionNeXt-T, in bfloat16.
-
-    Args:
-        conv: its weight in its present state.
-        dtype: to compute in.
-    """
-
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
-        self._weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
-        self._geometry = conv.padding, conv.stride, conv.dilation, conv.groups
-        self._packed: dict[torch.Size, Tensor] = {}
-
-    def for_shape(self, shape: torch.Size) -> Tensor:
-        """The weight for inputs of this shape, packed on first use."""
-        packed = self._packed.get(shape)
-        if packed is None:
-            pack = torch.ops.mkldnn._reorder_convolution_weight
-            packed = pack(self._weight, *self._geometry, shape)
-            # Other threads may add and forget shapes meanwhile.
-            for oldest in list(self._packed)[: 1 - _MOST_SHAPES]:
-                self._packed.pop(oldest, None)
-            self._packed[shape] = packed
-        return packed
-
-
 class FastConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W').
 
@@ -312,27 +276,24 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         """Whether our kernel is faster than oneDNN's, if :meth:`derive` gives both."""
         return policy.conv_by_kernel(self.in_channels, x.is_contiguous(), x.dtype)
 
-    def _by_onednn(self, x: Tensor, packed: OneDNNWeight | None) -> Tensor:
+    def _by_onednn(self, x: Tensor, packed: Callable[[torch.Size], Any] | None) -> Tensor:
         if packed is None:
             return self._finish(super().forward(x))
+        weight, bias = packed(x.shape)
         out = by_onednn(
             torch.ops.mkldnn._convolution_pointwise.default,
             self.activation,
-            x.to(packed.dtype, memory_format=torch.channels_last),
-            packed.for_shape(x.shape),
-            packed.bias,
-            self.padding,
-            self.stride,
-            self.dilation,
-            self.groups,
+            x.to(weight.dtype, memory_format=torch.channels_last),
+            weight,
+            bias,
+            *(self.padding, self.stride, self.dilation, self.groups),
         )
         return out.to(x.dtype)
 
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         """Derived data for our kernel and for oneDNN; None for one that is never used."""
         own = self.for_kernel(x)
-        alone = isinstance(own, PackedConv2d | WinogradConv2d | DirectConv2d)
-        return own, None if alone else self.for_onednn(x)
+        return own, self.for_onednn(x) if own is None or isinstance(own, NCHWConv2d) else None
 
     def for_kernel(
         self, x: Tensor
@@ -358,6 +319,21 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         own = NCHWConv2d.applies(self) and packed_stem.unavailable(x.device, x.dtype) is None
         return NCHWConv2d(self) if own else None
 
-    def for_onednn(self, x: Tensor) -> OneDNNWeight:
-        """Packed weight and bias."""
-        return OneDNNWeight(self, policy.computed_in(x.dtype))
+    def for_onednn(self, x: Tensor) -> Callable[[torch.Size], Any]:
+        """A function that gives the bias, after the weight in oneDNN's layout for a shape.
+
+        With the layout for one image, a call for eight images may copy the weight to another layout
+        first, element by element: 26 ms before a convolution of 1.4 ms in InceptionNeXt-T, in
+        bfloat16.
+        """
+        dtype = policy.computed_in(x.dtype)
+        weight = self.weight.detach().to(dtype, memory_format=torch.channels_last)
+        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        geometry = self.padding, self.stride, self.dilation, self.groups
+
+        @functools.lru_cache(_MOST_SHAPES)
+        def packed(shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+            pack = torch.ops.mkldnn._reorder_convolution_weight
+            return pack(weight, *geometry, shape), bias
+
+        return packed

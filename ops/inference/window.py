@@ -19,8 +19,7 @@ from ops.attention.window import (
     window_partition,
 )
 from ops.cpu import policy
-from ops.cpu.attention import grouped as grouped_attention
-from ops.cpu.attention.grouped import LINE, ScoreTerms, split_heads
+from ops.cpu.attention.grouped import LINE, grouped_attention, split_heads
 from ops.inference.layers import FastForm, stands_for
 
 __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
@@ -32,7 +31,7 @@ _CPU = torch.device("cpu")  # of what is kept, whatever the default device is
 class _InPlaceAttention(FastForm):
     """Without rolling, partitioning or merging: (B, H, W, dim) → (B, H, W, dim)."""
 
-    kernels: ClassVar = (grouped_attention.grouped_attention,)
+    kernels: ClassVar = (grouped_attention,)
     window_size: int
     overlap_size: int = 0  # of the keys' window; 0: they have the queries' window
     shift_size: int = 0
@@ -49,9 +48,9 @@ class _InPlaceAttention(FastForm):
         query, key, value = split_heads(self.qkv(x), 3, self.num_heads)
         rows, key_rows, kinds = _windows(x.shape[1], x.shape[2], *self._geometry)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        terms = ScoreTerms(derived, _lines(*self._geometry)[1], kinds)
+        terms = derived, _lines(*self._geometry)[1], kinds
         (heads,) = split_heads(out, 1, self.num_heads)
-        grouped_attention.attend_windows(query, key, value, rows, key_rows, terms, heads)
+        grouped_attention(query, key, value, heads, rows, key_rows, None, *terms)
         projected: Tensor = self.proj(out)
         return projected
 
@@ -99,7 +98,7 @@ def _windows(
 
 @functools.lru_cache(maxsize=16)
 def _lines(window_size: int, overlap_size: int, shift_size: int) -> tuple[Tensor, Tensor]:
-    """The distinct lines of :class:`ops.cpu.attention.grouped.ScoreTerms`.
+    """The distinct lines of terms, see :func:`ops.cpu.attention.grouped.grouped_attention`.
 
     Their kinds are no mask and, with a shift, its masks.
 

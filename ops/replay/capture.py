@@ -35,8 +35,6 @@ from ops.replay.graph import (
     tensors_in,
 )
 
-__all__ = ["Capture", "allocates"]
-
 _aten = torch.ops.aten
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
 
@@ -80,12 +78,9 @@ class Capture:
         self.buffers = [_buffer(x)]
         self.constants: list[Any] = []
         self._by_storage = {_memory(x): 0}  # buffer indices of live storages
-        # Finalizers that forget freed storages, since new tensors may reuse their addresses.
-        self._ends: list[weakref.finalize[Any, Any]] = []
 
     def __enter__(self) -> Any:
         with ExitStack() as entered:
-            entered.callback(self._forget_finalizers)
             entered.enter_context(observed_by(self))
             # Below autograd, operators such as a linear layer are seen whole.
             entered.enter_context(torch._C._AutoDispatchBelowAutograd())
@@ -95,10 +90,6 @@ class Capture:
 
     def __exit__(self, *error: Any) -> None:
         self._entered.__exit__(*error)
-
-    def _forget_finalizers(self) -> None:
-        for end in self._ends:
-            end.detach()
 
     def finish(self, result: Any) -> Graph:
         """The graph that returns ``result``, a tensor or several of them in a structure.
@@ -170,11 +161,16 @@ class Capture:
         index = len(self.buffers)
         self.buffers.append(_buffer(tensor))
         self._by_storage[storage.data_ptr()] = index
-        self._ends.append(weakref.finalize(storage, self._by_storage.pop, storage.data_ptr()))
+        # Forget it once it is freed: a new tensor may get its address.
+        weakref.finalize(storage, self._by_storage.pop, storage.data_ptr()).atexit = False
         return index
 
     def _index(self, t: Tensor) -> int | None:
-        return self._by_storage.get(_memory(t))
+        """The buffer of a tensor; None of a constant, which is kept alive."""
+        index = self._by_storage.get(_memory(t))
+        if index is None:
+            self.constants.append(t if t.is_mkldnn else t.untyped_storage())
+        return index
 
     def _argument(self, t: Tensor) -> View | Tensor:
         index = self._index(t)
@@ -211,10 +207,9 @@ class Capture:
         return Block(struct.pack(f"={len(numbers)}q", *numbers), places)
 
     def _place_of(self, t: Tensor, offset: int = 0) -> int | Place:
-        """The place of a tensor in a buffer, or the address of a constant, which is kept alive."""
+        """The place of a tensor in a buffer, or the address of a constant."""
         index = self._index(t)
         if index is None:
-            self.constants.append(t.untyped_storage())
             return t.data_ptr() + offset
         return Place(index, t.data_ptr() + offset - self.buffers[index].start)
 

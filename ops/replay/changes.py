@@ -16,8 +16,6 @@ from ops.cpu.build import status, unavailable_reason
 from ops.cpu.call.dispatch import kernels_apply
 from ops.replay.graph import NotCapturableError
 
-__all__ = ["ModuleSnapshot", "TensorSnapshot"]
-
 _GLOBAL_HOOKS = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
 _DICT_FUNCTIONS = ctypes.pythonapi.PyDict_Size, ctypes.pythonapi.PyDict_Next
 

@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
-__all__ = [
-    "Block",
-    "Buffer",
-    "Graph",
-    "KernelCall",
-    "NotCapturableError",
-    "Place",
-    "TorchCall",
-    "View",
-    "is_view",
-    "tensors_in",
-    "views_in",
-]
 
 
 class NotCapturableError(Exception):
@@ -73,6 +59,7 @@ class KernelCall:
 
     function: int
     arguments: list[int | Place | Block]
+    results: ClassVar[dict[int, int]] = {}  # it allocates none
 
     def places(self) -> Iterator[Place]:
         """The places that the kernel reads or writes."""
@@ -95,13 +82,9 @@ class TorchCall:
     kwargs: dict[str, Any]
     results: dict[int, int] = field(default_factory=dict)
 
-    def views(self) -> list[View]:
-        """The non-constant tensors among the arguments."""
+    def places(self) -> list[View]:
+        """The tensors among the arguments that are not constants."""
         return views_in((self.args, self.kwargs))
-
-    def constants(self) -> list[Tensor]:
-        """The arguments that existed before the capture."""
-        return tensors_in((self.args, self.kwargs))
 
 
 @dataclass

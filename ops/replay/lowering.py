@@ -8,7 +8,6 @@ dominates.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,8 +22,6 @@ from ops.cpu.call.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View, is_view
 
-__all__ = ["lowered"]
-
 _COPY, _ADD, _MULTIPLY, _SUBTRACT, _ADD_PRODUCT = range(5)  # as in ops/cpu/replay/replay.cpp
 _MOST_AXES = 6
 _MOST_ELEMENTS = 1 << 19
@@ -34,12 +31,10 @@ _PROBLEM = structure("replay/replay.cpp", "pointwise::Problem")
 
 
 class _Operand(NamedTuple):
-    """The start of a tensor (a place or an address) and its layout."""
+    """The start of a tensor (a place or an address) and a meta tensor of its layout."""
 
     begin: Place | int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
+    layout: Tensor
 
 
 class _Step(NamedTuple):
@@ -49,7 +44,8 @@ class _Step(NamedTuple):
     begins: list[Place | int]
 
 
-_Steps = list[_Step | None] | None  # None, also within, where there is no equivalent
+class _NoEquivalentError(Exception):
+    """The kernel does not compute this."""
 
 
 def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
@@ -62,71 +58,72 @@ def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
         return None
     given = pytree.tree_leaves(call.args, is_leaf=is_view)
     operands = [_operand(a, buffers) for a in given if isinstance(a, Tensor | View)]
-    if call.results:
-        (index,) = call.results.values()
-        made = buffers[index]
-        out = _Operand(Place(index, 0), made.size, made.stride, made.dtype)
-    else:  # in place
-        out = operands[0]
-    if math.prod(out.size) >= _MOST_ELEMENTS:
+    out = operands[0]  # in place
+    for index in call.results.values():
+        out = _operand(View(index, buffers[index].size, buffers[index].stride, 0), buffers)
+    if out.layout.numel() >= _MOST_ELEMENTS:
         return None
-    steps = lower(call, out, operands)
-    if steps is None or not all(steps):
+    try:
+        return _kernel_call(lower(call, out, operands))
+    except _NoEquivalentError:
         return None
-    return _kernel_call([step for step in steps if step is not None])
 
 
 def _operand(value: Tensor | View, buffers: Sequence[Buffer]) -> _Operand:
     if isinstance(value, Tensor):
-        return _Operand(value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        return _Operand(value.data_ptr(), _layout(value.shape, value.stride(), value.dtype))
     dtype = buffers[value.buffer].dtype
     begin = Place(value.buffer, value.offset * dtype.itemsize)
-    return _Operand(begin, value.size, value.stride, dtype)
+    return _Operand(begin, _layout(value.size, value.stride, dtype))
 
 
-def _copy(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> _Steps:
-    (source,) = operands
-    if source.dtype != out.dtype:
-        return None
-    # A copy that changes the shape fills its result in row-major order.
-    strides = out.stride if out.size == source.size else _dense(source.size)
-    if out.size != source.size and out.stride != _dense(out.size):
-        return None
-    return [_step(_COPY, out._replace(size=source.size, stride=strides), [source])]
+def _layout(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+
+def _require(*conditions: bool) -> None:
+    if not all(conditions):
+        raise _NoEquivalentError
+
+
+def _copy(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> list[_Step]:
+    ((_, source),) = operands
+    layout = out.layout
+    _require(source.dtype == layout.dtype)
+    if layout.shape != source.shape:  # fills its result in row-major order
+        _require(layout.is_contiguous())
+        layout = layout.view(source.shape)
+    return [_step(_COPY, out._replace(layout=layout), operands)]
 
 
 def _combine(
     operation: int, call: TorchCall, out: _Operand, operands: Sequence[_Operand]
-) -> _Steps:
-    dtypes = {o.dtype for o in (out, *operands)}
-    if len(call.args) != 2 or len(operands) != 2 or dtypes not in _COMBINED:
-        return None
+) -> list[_Step]:
+    dtypes = {o.layout.dtype for o in (out, *operands)}
+    _require(len(call.args) == len(operands) == 2, dtypes in _COMBINED)
     return [_step(operation, out, operands)]
 
 
-def _add_product(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> _Steps:
-    dtypes = {o.dtype for o in (out, *operands)}
-    if len(operands) != 3 or dtypes not in _COMBINED:
-        return None
-    if out.dtype == torch.float32 and not policy.rounds_once():
-        return None
+def _add_product(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> list[_Step]:
+    dtypes = {o.layout.dtype for o in (out, *operands)}
+    _require(len(operands) == 3, dtypes in _COMBINED)
+    _require(dtypes == {torch.bfloat16} or policy.rounds_once())
     third, first, second = operands
     return [_step(_ADD_PRODUCT, out, [first, second, third])]
 
 
-def _join(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> _Steps:
+def _join(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> list[_Step]:
     axis = call.args[1] if len(call.args) > 1 else 0
-    fits = all(o.dtype == out.dtype and len(o.size) == len(out.size) for o in operands)
-    if not fits or len(operands) > _MOST_PARTS:
-        return None
+    whole = out.layout
+    fits = (o.layout.dtype == whole.dtype and o.layout.ndim == whole.ndim for o in operands)
+    _require(len(operands) <= _MOST_PARTS, *fits)
     steps, first = [], 0
     for part in operands:
-        if 0 in part.size:
-            continue
-        place = first * out.stride[axis] * out.dtype.itemsize
-        begin = _after(out.begin, place)
-        steps.append(_step(_COPY, out._replace(begin=begin, size=part.size), [part]))
-        first += part.size[axis]
+        if part.layout.numel():
+            layout = whole.narrow(axis, first, part.layout.shape[axis])
+            begin = _after(out.begin, int(layout.storage_offset()) * layout.itemsize)
+            steps.append(_step(_COPY, _Operand(begin, layout), [part]))
+            first += layout.shape[axis]
     return steps
 
 
@@ -136,17 +133,15 @@ def _after(begin: Place | int, nbytes: int) -> Place | int:
     return begin + nbytes
 
 
-def _select(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> _Steps:
-    source, index = operands
-    if not isinstance(index.begin, int) or index.stride != (1,) or index.dtype != torch.int64:
-        return None
-    axis = call.args[1] % len(source.size)
-    return [_step(_COPY, out, [source._replace(size=out.size)], axis, index.begin)]
+def _select(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> list[_Step]:
+    (begin, source), (table, index) = operands
+    _require(isinstance(table, int), index.stride() == (1,), index.dtype == torch.int64)
+    rows = _Operand(begin, _layout(out.layout.shape, source.stride(), source.dtype))
+    return [_step(_COPY, out, [rows], call.args[1] % source.ndim, table)]
 
 
-_Lower = Callable[[TorchCall, _Operand, Sequence[_Operand]], _Steps]
 _aten = torch.ops.aten
-_LOWER: dict[Any, _Lower] = {
+_LOWER: dict[Any, Callable[[TorchCall, _Operand, Sequence[_Operand]], list[_Step]]] = {
     **dict.fromkeys((_aten.clone.default, _aten.contiguous.default), _copy),
     **dict.fromkeys((_aten.flatten.using_ints, _aten.reshape.default), _copy),
     **dict.fromkeys((_aten.add.Tensor, _aten.add_.Tensor), partial(_combine, _ADD)),
@@ -165,27 +160,26 @@ def _step(
     out: _Operand,
     operands: Sequence[_Operand],
     table_axis: int = -1,
-    table: int = 0,
-) -> _Step | None:
+    table: Any = 0,
+) -> _Step:
     missing = 3 - len(operands)
-    strides = [_broadcast(o, out.size) for o in operands] + [[0] * len(out.size)] * missing
-    axes: list[_Axis] = list(zip(out.size, out.stride, *strides, strict=True))
+    size, stride = out.layout.shape, out.layout.stride()
+    strides = [o.layout.expand(size).stride() for o in operands] + [(0,) * len(size)] * missing
+    axes: list[_Axis] = list(zip(size, stride, *strides, strict=True))
     of_table = axes[table_axis] if table else None
     axes = _merged([axis for axis in axes if axis[0] > 1 or axis is of_table], of_table)
-    if len(axes) > _MOST_AXES or axes[-1] is of_table:
-        return None
-    if axes[-1][1] != 1 or not {*axes[-1][2:]} <= {0, 1}:
-        return None
+    _require(len(axes) <= _MOST_AXES, axes[-1] is not of_table)
+    _require(axes[-1][1] == 1, {*axes[-1][2:]} <= {0, 1})
     padded = [*axes, *[(0,) * 5] * (_MOST_AXES - len(axes))]
     where = next((i for i, axis in enumerate(axes) if axis is of_table), -1)
     sizes, *of_tensors = zip(*padded, strict=True)
     names = ("out_strides", "first_strides", "second_strides", "third_strides")
     problem = _PROBLEM(
         operation=operation,
-        element_bytes=out.dtype.itemsize,
+        element_bytes=out.layout.itemsize,
         axes=len(axes),
         table_axis=where,
-        threads=threads_for(math.prod(out.size), VALUES),
+        threads=threads_for(out.layout.numel(), VALUES),
         sizes=sizes,
         **dict(zip(names, of_tensors, strict=True)),
     )
@@ -220,18 +214,3 @@ def _merged(axes: list[_Axis], of_table: _Axis | None) -> list[_Axis]:
         else:
             merged.append(axis)
     return merged or [(1, 1, 1, 0, 0)]
-
-
-def _dense(size: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(size):
-        strides.append(step)
-        step *= n
-    return tuple(reversed(strides))
-
-
-def _broadcast(operand: _Operand, size: Sequence[int]) -> list[int]:
-    """The strides of an operand broadcast to ``size``."""
-    missing = len(size) - len(operand.size)
-    given = zip(operand.size, operand.stride, size[missing:], strict=True)
-    return [0] * missing + [0 if n != wanted else stride for n, stride, wanted in given]

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from ops.replay.graph import Buffer, KernelCall, TorchCall
 
-__all__ = ["MemoryPlan", "Use", "lay_out", "plan_memory"]
-
 _LINE = 64  # alignment of buffers in bytes: a cache line
 
 
@@ -53,9 +51,8 @@ def plan_memory(
     uses = [Use(len(calls), -1) for _ in buffers]
     for now, call in enumerate(calls):
         by_torch = isinstance(call, TorchCall)
-        made = list(call.results.values()) if isinstance(call, TorchCall) else []
-        places = call.views() if isinstance(call, TorchCall) else call.places()
-        for index in (*made, *(place.buffer for place in places)):
+        made = call.results.values()
+        for index in (*made, *(place.buffer for place in call.places())):
             use = uses[index]
             use.first, use.last = min(use.first, now), now
             use.by_torch |= by_torch

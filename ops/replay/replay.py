@@ -29,8 +29,6 @@ from ops.replay.lowering import lowered
 from ops.replay.memory_plan import plan_memory
 from ops.replay.workspace import workspace
 
-__all__ = ["Replay"]
-
 _KERNEL = "replay"
 _VALUE, _PLACE, _BLOCK = range(3)  # as in ops/cpu/replay/replay.cpp
 # Tensors allocated by torch are released at once from this size on, and otherwise at the next torch
@@ -67,13 +65,12 @@ class Replay:
         self._run = library.replay_run
         library.replay_scratch_bytes.restype = ctypes.c_int64
         self._scratch_bytes = library.replay_scratch_bytes()
-        self._buffers, self._constants = graph.buffers, list(graph.constants)
+        self._buffers, self._constants = graph.buffers, graph.constants
         calls: list[KernelCall | TorchCall] = []
         self.lowered: list[int] = []
         for index, call in enumerate(graph.calls):
             other = lowered(call, self._buffers) if isinstance(call, TorchCall) else None
-            if isinstance(call, TorchCall) and other is not None:
-                self._constants += (t.untyped_storage() for t in call.constants())
+            if other is not None:
                 self.lowered.append(index)
             calls.append(other or call)
         self.plan = plan_memory(calls, self._buffers, {view.buffer for view in graph.results})
@@ -82,6 +79,12 @@ class Replay:
         self._begun = 0  # start of the words that are not part of a step yet
         self._steps: list[_Step] = []
         self._write(calls, between_calls)
+        # What torch reads, and results.
+        self._new = [
+            (i, self._tensor_of(i))
+            for i, use in enumerate(self.plan.uses[1:], 1)
+            if not use.made and use.last >= 0 and (use.by_torch or i not in self.plan.offsets)
+        ]
         self._result = self._result_of(graph.result)
         self._code = (ctypes.c_int64 * len(self._words))(*self._words)
         self._code_address = ctypes.addressof(self._code)
@@ -95,11 +98,14 @@ class Replay:
         Raises:
             MemoryError: a kernel cannot allocate its scratch buffer.
         """
-        tensors: _Tensors = [None] * (self._count + 1)
+        tensors: _Tensors = [None] * self._count
         bases = self._bases()
         tensors[0], bases[0] = x, x.data_ptr()
         with workspace.borrow(self.plan.nbytes) as shared:
-            tensors[self._count], bases[self._count] = shared, shared.data_ptr()
+            bases[self._count] = shared.data_ptr()
+            for index, new in self._new:
+                tensors[index] = made = new(shared)
+                bases[index] = made.data_ptr()
             for step in self._steps:
                 step(tensors, bases)
         return self._result(tensors)
@@ -123,18 +129,14 @@ class Replay:
                 self._steps.append(lambda tensors, bases: between())
 
         end_call()
-        begins, ends = defaultdict(list), defaultdict(list)  # buffers by first and last call
+        ends = defaultdict(list)  # buffers that torch allocates by their last call
         for i, use in enumerate(self.plan.uses):
             if use.made:
                 ends[use.last].append(i)
-            elif i not in self.plan.offsets or use.by_torch:
-                begins[use.first].append(i)
         free: list[int] = []  # allocated by torch and no longer needed
         for now, call in enumerate(calls):
-            if begins[now] or isinstance(call, TorchCall):
-                self._end_list()
-            self._steps += map(self._begin, begins[now])
             if isinstance(call, TorchCall):
+                self._end_list()
                 self._steps.append(self._torch_step(call))
             else:
                 self._write_call(call)
@@ -142,30 +144,19 @@ class Replay:
             large = any(self._buffers[i].nbytes >= _LARGE_BYTES for i in free)
             if free and (isinstance(call, TorchCall) or large):
                 self._end_list()
-                self._steps.append(_release(free))
+                self._steps.append(functools.partial(_release, free))
                 free = []
             end_call()
         self._end_list()
 
-    def _begin(self, index: int) -> _Step:
-        """A step that creates a buffer's tensor, in the workspace or in its own memory."""
-        buffer, shared = self._buffers[index], len(self._buffers)
-        offset = self.plan.offsets.get(index)
+    def _tensor_of(self, index: int) -> Callable[[Tensor], Tensor]:
+        """A function that gives a buffer's tensor, in the workspace or in its own memory."""
+        buffer, offset = self._buffers[index], self.plan.offsets.get(index)
         size, stride, dtype = buffer.size, buffer.stride, buffer.dtype
         if offset is None:
-
-            def step(tensors: _Tensors, bases: Any) -> None:
-                tensors[index] = fresh = torch.empty_strided(size, stride, dtype=dtype)
-                bases[index] = fresh.data_ptr()
-
-            return step
+            return lambda shared: torch.empty_strided(size, stride, dtype=dtype)
         end = offset + buffer.nbytes
-
-        def step_in_shared(tensors: _Tensors, bases: Any) -> None:
-            part = tensors[shared][offset:end].view(dtype)
-            tensors[index] = part.as_strided(size, stride)
-
-        return step_in_shared
+        return lambda shared: shared[offset:end].view(dtype).as_strided(size, stride)
 
     def _end_list(self) -> None:
         begun, self._begun = self._begun, len(self._words)
@@ -235,12 +226,9 @@ class Replay:
         return len(self._buffers), offset + place.offset
 
 
-def _release(indices: Sequence[int]) -> _Step:
-    def step(tensors: _Tensors, bases: Any) -> None:
-        for index in indices:
-            tensors[index] = None
-
-    return step
+def _release(indices: Sequence[int], tensors: _Tensors, bases: Any) -> None:
+    for index in indices:
+        tensors[index] = None
 
 
 def _reader(view: View, buffer: Buffer) -> Callable[[_Tensors], Tensor]:

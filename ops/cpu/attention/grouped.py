@@ -7,7 +7,7 @@ float32. Weights are rounded to bfloat16 if products use AVX512-BF16 (float32 is
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,27 +19,7 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.call.tensors import dense_channels
 
 _SMALL_MACS = 2e6
-LINE = 16  # queries per line, see ScoreTerms
-
-
-class ScoreTerms(NamedTuple):
-    """Terms added to scores, such as relative position biases and masks.
-
-    Each key has a line of ``LINE`` numbers for each ``LINE`` queries. Identical lines are stored
-    once.
-
-    Attributes:
-        values: (heads, number of lines, LINE) float32, added before scores are scaled.
-        lines: (kinds, ⌈N / LINE⌉, M) int32, indices of lines.
-        kinds: (groups,) int32, or None if all groups are of the first kind.
-    """
-
-    values: Tensor
-    lines: Tensor
-    kinds: Tensor | None
-
-
-_NO_TERMS = (None, None, None)
+LINE = 16  # queries per line of terms, see grouped_attention
 
 
 def attention_threads(macs: int) -> int:
@@ -55,79 +35,8 @@ def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
 def attend(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float | None = None
 ) -> None:
-    """Write softmax(scale · query · keyᵀ) · value to ``out``, which may be part of a larger tensor.
-
-    Args:
-        query: (B, N, heads, head_dim).
-        key: (B, M, heads, head_dim).
-        value: (B, M, heads, value_dim).
-        out: (B, N, heads, value_dim).
-        scale: of the logits; default head_dim^-0.5.
-    """
-    grouped_attention(query, key, value, out, None, None, None, *_NO_TERMS, scale)
-
-
-def attend_regions(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    routes: Tensor | None = None,
-    scale: float | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """Attend from the tokens of each region to all tokens of the regions it routes to.
-
-    Args:
-        query, key: (B, N, heads, head_dim), a map's tokens.
-        value: (B, N, heads, value_dim).
-        rows: (regions, tokens of a region) int32, contiguous: the tokens of each region.
-        routes: (B, regions, topk) int64, the regions that each region attends to; default itself.
-        scale: of the logits; default head_dim^-0.5.
-        out: (B, N, heads, value_dim), the result; default a new contiguous tensor.
-
-    Returns:
-        (B, N, heads, value_dim).
-    """
-    _require_all_tokens(query, rows)
-    if out is None:
-        out = value.new_empty(*query.shape[:3], value.shape[3])
-    grouped_attention(query, key, value, out, rows, None, routes, *_NO_TERMS, scale)
-    return out
-
-
-def attend_windows(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rows: Tensor,
-    key_rows: Tensor,
-    terms: ScoreTerms,
-    out: Tensor,
-) -> None:
-    """Attend from the queries of each window to the keys of a window, with terms added to scores.
-
-    ``softmax(head_dim^-0.5 · (query · keyᵀ + terms)) · value``
-
-    Args:
-        query, key: (B, N, heads, head_dim), a map's tokens.
-        value: (B, N, heads, value_dim).
-        rows: (windows, tokens of a window) int32, contiguous: the query tokens of each window; each
-            token is in one window.
-        key_rows: (windows, keys of a window) int32, contiguous: the key tokens of each window; -1
-            for a token of zeros.
-        terms: for the N tokens of a window and its M keys.
-        out: (B, N, heads, value_dim), the result.
-    """
-    _require_all_tokens(query, rows)
-    grouped_attention(query, key, value, out, rows, key_rows, None, *terms, None)
-
-
-def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
-    if rows.numel() != query.shape[1]:
-        raise ValueError(
-            f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
-        )
+    """:func:`grouped_attention` of all queries to all keys."""
+    grouped_attention(query, key, value, out, scale=scale)
 
 
 @kernel("attention", "attention_forward", returns=0, mutates=("out",))
@@ -136,15 +45,34 @@ def grouped_attention(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    rows: Tensor | None,
-    key_rows: Tensor | None,
-    routes: Tensor | None,
-    terms: Tensor | None,
-    lines: Tensor | None,
-    kinds: Tensor | None,
-    scale: float | None,
+    rows: Tensor | None = None,
+    key_rows: Tensor | None = None,
+    routes: Tensor | None = None,
+    terms: Tensor | None = None,
+    lines: Tensor | None = None,
+    kinds: Tensor | None = None,
+    scale: float | None = None,
 ) -> Call:
-    """The kernel of the functions above; ``terms`` to ``kinds`` are :class:`ScoreTerms`."""
+    """Write softmax(scale · (query · keyᵀ + terms)) · value to ``out``, within groups of tokens.
+
+    Args:
+        query: (B, N, heads, head_dim).
+        key: (B, M, heads, head_dim).
+        value: (B, M, heads, value_dim).
+        out: (B, N, heads, value_dim), which may be part of a larger tensor.
+        rows: (groups, queries of a group) int32, contiguous: regions or windows; each token is in
+            one of them. Default: a single group.
+        key_rows: (groups, keys of a group) int32, contiguous; -1 for a token of zeros. Default: the
+            keys of the ``rows``.
+        routes: (B, groups, topk) int64, the groups whose keys each group attends to; default:
+            itself.
+        terms: (heads, number of lines, ``LINE``) float32, such as relative position biases and
+            masks: each key has a line of numbers for each ``LINE`` queries. Identical lines are
+            stored once. Default: none.
+        lines: (kinds, ⌈N / LINE⌉, M) int32, indices of lines.
+        kinds: (groups,) int32; default: all groups are of the first kind.
+        scale: of the logits; default head_dim^-0.5.
+    """
     require_shapes(
         query=(query, "batch queries heads dim"),
         key=(key, "batch keys heads dim"),
@@ -157,6 +85,10 @@ def grouped_attention(
     require_dtype(torch.int32, rows=rows, key_rows=key_rows, lines=lines, kinds=kinds)
     require_dtype(torch.int64, routes=routes)
     require_dtype(torch.float32, terms=terms)
+    if rows is not None and rows.numel() != query.shape[1]:
+        raise ValueError(
+            f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
+        )
     if rows is not None and terms is not None:
         seen = rows if key_rows is None else key_rows
         require_shapes(

@@ -13,8 +13,8 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,28 +28,20 @@ from ops.cpu.call.repeated import RepeatedCall, Signature
 from ops.cpu.call.structures import parameters
 
 
-class Observer(Protocol):
-    """Notified of every kernel call in its thread, before and after the call."""
-
-    def kernel_called(self, called: Kernel, function: Any, arguments: Sequence[Any]) -> None: ...
-
-    def kernel_returned(self, called: Kernel, given: dict[str, Any], result: Any) -> None:
-        """``given`` are the operator's arguments by name."""
-
-
-ObserverType = TypeVar("ObserverType", bound=Observer)
-
-
 class _Thread(threading.local):
-    observer: Observer | None = None
+    observer: Any = None
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def observed_by(observer: ObserverType) -> Iterator[ObserverType]:
-    """Context in which ``observer`` is notified of every call in this thread."""
+def observed_by(observer: Any) -> Iterator[Any]:
+    """Context in which ``observer`` is notified of every call in this thread.
+
+    Before it, ``kernel_called(kernel, function, arguments)`` is called, and afterwards
+    ``kernel_returned(kernel, given, result)``; ``given`` are the operator's arguments by name.
+    """
     before, _thread.observer = _thread.observer, observer
     try:
         yield observer
@@ -58,12 +50,6 @@ def observed_by(observer: ObserverType) -> Iterator[ObserverType]:
 
 
 registered = torch.library.Library("vision_backbones", "FRAGMENT")
-_TYPES = {
-    **{"Tensor": "Tensor", "Tensor | None": "Tensor?", "Sequence[Tensor]": "Tensor[]"},
-    **{"int": "int", "Sequence[int]": "int[]", "bool": "bool", "Sequence[bool]": "bool[]"},
-    **{"float": "float", "float | None": "float?", "Sequence[float]": "float[]"},
-    **{"str": "str", "Sequence[str]": "str[]"},
-}
 _MOST_PLANS = 256  # layouts remembered per kernel
 _UNKNOWN: Any = object()
 
@@ -74,6 +60,12 @@ _kernels: dict[Any, Kernel] = {}
 def kernel_of(operator: Any) -> Kernel | None:
     """The kernel that an operator of torch calls, if it is one of ours."""
     return _kernels.get(operator)
+
+
+def _type_of(parameter: inspect.Parameter) -> str:
+    """The type in a schema of torch, such as ``Tensor?`` or ``int[]``."""
+    name: str = parameter.annotation.replace(" | None", "?")
+    return f"{name[9:-1]}[]" if name.startswith("Sequence[") else name
 
 
 def kernel(library: str, function: str, **options: Any) -> Callable[[Callable[..., Call]], Kernel]:
@@ -123,10 +115,9 @@ class Kernel:
         self._parameters = list(inspect.signature(describe).parameters.values())
         names = [p.name for p in self._parameters]
         self.activation_index = names.index("activation") if "activation" in names else None
-        self._signature = Signature([_TYPES[p.annotation] for p in self._parameters])
+        self._signature = Signature([_type_of(p) for p in self._parameters])
         schema = ", ".join(
-            f"{_TYPES[p.annotation]}{'(a!)' if p.name in mutates else ''} {p.name}"
-            for p in self._parameters
+            f"{_type_of(p)}{'(a!)' if p.name in mutates else ''} {p.name}" for p in self._parameters
         )
         returned = "Tensor" if returns == 1 else f"({', '.join(['Tensor'] * returns)})"
         registered.define(f"{self.name}({schema}) -> {returned}")
@@ -194,14 +185,17 @@ class Kernel:
                 self._plans.clear()
             given = [id(t) for t in tensors if t is not None]
             if len({*given}) == len(given):  # else it is not known which argument a pointer is of
-                self._plans[layout] = RepeatedCall.of(tensors, call, arguments)
+                self._plans[layout] = None
+                with suppress(KeyError):  # of tensors made for the call
+                    if arguments:
+                        self._plans[layout] = RepeatedCall(tensors, call, arguments)
             return call.result
         if plan is None:
             return self._run_described(args)[0].result
         return self._run_planned(tensors, plan)
 
     def _run_described(
-        self, args: tuple[Any, ...], observer: Observer | None = None
+        self, args: tuple[Any, ...], observer: Any = None
     ) -> tuple[Call, Sequence[Any]]:
         call = self._describe(*args)
         first = next(t for t in self._signature.tensors(args) if t is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import operator
 import struct
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.call.c_arguments import Call, pack
+from ops.cpu.call.c_arguments import Call, Words
 
 
 class Signature:
@@ -36,10 +35,8 @@ class Signature:
         for t in tensors:
             parts += (None,) if t is None else (t.shape, t.stride(), t.dtype)
         parts += [args[i] for i in self._values]
-        for i in self._sequences:
-            parts.append(tuple(args[i]))
-        for i in self._lists:
-            parts.append(len(args[i]))
+        parts += [tuple(args[i]) for i in self._sequences]
+        parts += [len(args[i]) for i in self._lists]
         return tuple(parts)
 
 
@@ -47,71 +44,51 @@ class RepeatedCall:
     """Makes the C arguments of calls with a known layout without describing them again.
 
     Args:
-        templates: one per argument: a constant, the index of a pointer among the words of
-            :meth:`arguments`, or a packer with the words that it packs.
-        shifted: the index and the offset in bytes of each word that points inside a tensor.
-        constants: words that are numbers.
+        tensors: the arguments that are tensors.
+        call, arguments: of the first call.
+
+    Attributes:
         results: sizes, strides and dtypes.
         gives: what the operator returns: a tensor, several, or None.
+
+    Raises:
+        KeyError: tensors were copied or created for the call, which can then not be repeated.
     """
 
     def __init__(
         self,
-        templates: Sequence[Any],
-        shifted: Sequence[tuple[int, int]],
-        constants: Sequence[int],
-        results: Sequence[tuple[Any, ...]],
-        gives: type,
+        tensors: Sequence[Tensor | None],
+        call: Call,
+        arguments: Sequence[int | Tensor | Words],
     ) -> None:
-        self._templates, self._shifted, self._constants = templates, shifted, list(constants)
-        self.results, self.gives = results, gives
-
-    @classmethod
-    def of(
-        cls, tensors: Sequence[Tensor | None], call: Call, arguments: Sequence[Any]
-    ) -> RepeatedCall | None:
-        """None if tensors were copied or created for the call, which can then not be repeated."""
-        results = call.results()
-        if not arguments:
-            return None
-        known = [*tensors, *results]
-        index = {id(t): i for i, t in enumerate(known)}
-        given = [a for a in arguments if isinstance(a, Tensor)]
-        mixed = [a for a in arguments if _has_addresses(a)]
-        pointers = [word for words in mixed for word in words if not isinstance(word, int)]
-        if any(id(t) not in index for t in (*given, *(t for t, _ in pointers))):
-            return None
-        shifted = sorted({(index[id(t)], offset) for t, offset in pointers if offset})
-        constants = sorted({word for words in mixed for word in words if isinstance(word, int)})
-        place: dict[Any, int] = {(i, 0): i for i in range(len(known))}
-        for key in (*shifted, *constants):
-            place[key] = len(place)
-        templates: list[Any] = []
+        made = call.results()
+        index = {id(t): i for i, t in enumerate((*tensors, *made))}
+        self._templates: list[Any] = []
         for argument in arguments:
             if isinstance(argument, Tensor):
-                templates.append(index[id(argument)])
-            elif _has_addresses(argument):
-                keys = [w if isinstance(w, int) else (index[id(w[0])], w[1]) for w in argument]
-                pick = operator.itemgetter(*(place[key] for key in keys), 0)
-                templates.append((struct.Struct(f"={len(keys)}q"), pick))
+                self._templates.append(index[id(argument)])
+            elif isinstance(argument, int):
+                self._templates.append(ctypes.c_int64(argument))
             else:
-                templates.append(pack(argument))
-        layouts = [(t.shape, t.stride(), t.dtype) for t in results]
-        return cls(templates, shifted, constants, layouts, type(call.result))
+                numbers = [word if isinstance(word, int) else 0 for word in argument]
+                tensors_in = [(i, *w) for i, w in enumerate(argument) if not isinstance(w, int)]
+                places = [(i, index[id(t)], offset) for i, t, offset in tensors_in]
+                self._templates.append((struct.Struct(f"={len(numbers)}q"), numbers, places))
+        self.results = [(t.shape, t.stride(), t.dtype) for t in made]
+        self.gives = type(call.result)
 
     def arguments(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]) -> list[Any]:
-        words = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
-        words += [words[i] + offset for i, offset in self._shifted]
-        words += self._constants
-        return [
-            t[0].pack(*t[1](words)[:-1])
-            if isinstance(t, tuple)
-            else ctypes.c_void_p(words[t])
-            if isinstance(t, int)
-            else t
-            for t in self._templates
-        ]
-
-
-def _has_addresses(argument: Any) -> bool:
-    return isinstance(argument, list) and not all(isinstance(word, int) for word in argument)
+        addresses = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
+        arguments: list[Any] = []
+        for template in self._templates:
+            if isinstance(template, int):
+                arguments.append(ctypes.c_void_p(addresses[template]))
+            elif isinstance(template, tuple):
+                packer, numbers, places = template
+                words = numbers.copy()
+                for i, tensor, offset in places:
+                    words[i] = addresses[tensor] + offset
+                arguments.append(packer.pack(*words))
+            else:
+                arguments.append(template)
+        return arguments

@@ -15,7 +15,7 @@ from kernel_calls import CALLS
 from torch import Tensor, nn
 
 from ops.cpu.attention.cascaded import PackedCascadedAttention
-from ops.cpu.attention.grouped import attend, attend_regions
+from ops.cpu.attention.grouped import attend, grouped_attention
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, unavailable
 from ops.cpu.direct.direct_conv import DirectConv2d
@@ -88,7 +88,7 @@ def _deformable(x: Tensor, offset: Tensor, weight: Tensor) -> Tensor:
 
 def _regions(rows: Tensor) -> object:
     x = _0(1, 6, 2, 8)
-    return attend_regions(x, x, x, rows, _0(1, 2, 1, dtype=torch.int64), 1.0)
+    return grouped_attention(x, x, x, x.clone(), rows)
 
 
 def _packed(*arguments: Any, x: Tensor | None = None, **named: Any) -> Tensor:

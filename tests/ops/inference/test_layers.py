@@ -9,14 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiled_kernels import PLAIN_ACTIVATIONS, using_threads, without_kernels
-from timm.layers import RmsNorm2d
 from torch import Tensor, nn
 
-from ops.attention.hilo import HiLoAttention
-from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.instruction_sets import instruction_set
 from ops.inference import conversion
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastConv2d, FastLinear, convert
@@ -41,7 +39,7 @@ def _compute_by(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if what == "oneDNN":
         monkeypatch.setattr(packed_linear, "unavailable", lambda *_, **__: "no")
     elif what == "oneDNN for many rows":
-        monkeypatch.setattr(policy, "few_rows", lambda: 8)
+        monkeypatch.setitem(policy._FEW_ROWS, instruction_set(), 8)
         monkeypatch.setattr(policy, "_NARROW", 8)
 
 
@@ -157,16 +155,3 @@ def test_a_dtype_without_instructions_is_named_once(monkeypatch, warned) -> None
             assert conversion.to_channels_last(model, always=False)
         assert len(warned()) == warnings
     assert "no instructions for bfloat16" in warned()[0]
-
-
-@pytest.mark.parametrize("has_kernels", [True, False])
-def test_layers_without_their_kernel_stay_plain(
-    has_kernels: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not has_kernels:
-        without_kernels(monkeypatch)
-    layers = RmsNorm2d(4), HiLoAttention(4, 2), DilatedDepthwiseConv2d(4, 7, 3)
-    model = nn.Sequential(*layers).eval()
-    assert conversion.to_channels_last(model, always=False)
-    plain = [RmsNorm2d, HiLoAttention, DilatedDepthwiseConv2d]
-    assert [type(a) is b for a, b in zip(model, plain, strict=True)] == [not has_kernels] * 3

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ops import cpu
 from ops.attention.window import OverlappingWindowAttention, WindowAttention
-from ops.cpu.attention.grouped import ScoreTerms, attend_windows
+from ops.cpu.attention.grouped import grouped_attention
 from ops.inference.layers import FastLinear, convert
 from ops.inference.window import FastOverlappingWindowAttention, FastWindowAttention
 
@@ -98,7 +98,7 @@ ROWS, TERMS = torch.arange(8, dtype=torch.int32).view(2, 4), r"(terms|lines|kind
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        *(({"values": v}, TERMS) for v in (VALUES[:1], VALUES[..., :8], VALUES[0, 0])),
+        *(({"terms": v}, TERMS) for v in (VALUES[:1], VALUES[..., :8], VALUES[0, 0])),
         ({"lines": LINES[..., :3]}, TERMS),
         ({"kinds": torch.zeros(3, dtype=torch.int32)}, TERMS),
         ({"key_rows": ROWS[:1]}, TERMS),
@@ -107,8 +107,6 @@ ROWS, TERMS = torch.arange(8, dtype=torch.int32).view(2, 4), r"(terms|lines|kind
     ],
 )
 def test_rejects_bad_arguments(changed: dict[str, Tensor], said: str) -> None:
-    given = {"values": VALUES, "lines": LINES, "kinds": None, "rows": ROWS, "key_rows": ROWS}
-    given |= changed
-    x, rows, key_rows = torch.zeros(1, 8, 2, 4), given.pop("rows"), given.pop("key_rows")
+    x, given = torch.zeros(1, 8, 2, 4), {"rows": ROWS, "key_rows": ROWS, "lines": LINES}
     with pytest.raises(ValueError, match=said):
-        attend_windows(x, x, x, rows, key_rows, ScoreTerms(**given), torch.empty_like(x))
+        grouped_attention(x, x, x, x.clone(), **{"terms": VALUES, **given, **changed})

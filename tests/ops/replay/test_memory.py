@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from unittest import mock
 
@@ -52,18 +51,6 @@ def test_oversized_blocks_are_eventually_freed(own: Workspace, needed: int) -> N
     for _ in range(2):
         _address(own, needed)
     assert own.nbytes == needed
-
-
-def test_a_stuck_lock_blocks_nobody(own: Workspace) -> None:
-    """This occurs in a process that was forked while another thread held the lock."""
-    _address(own, 100)
-    with own._lock:
-        for target, arguments in ((_address, (own, 100)), (own.clear, ())):
-            thread = threading.Thread(target=target, args=arguments, daemon=True)
-            thread.start()
-            thread.join(timeout=60)
-            assert not thread.is_alive()
-    assert own.nbytes == 0
 
 
 def test_memory_from_inference_mode_is_usable_outside(own: Workspace) -> None:

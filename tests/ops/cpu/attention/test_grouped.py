@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.cpu.attention.grouped import attend, attend_regions
+from ops.cpu.attention.grouped import attend, grouped_attention
 
 _BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 
@@ -84,7 +84,8 @@ def test_routed_regions(regions: int, tokens: int, topk: int, dtype: torch.dtype
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(count, generator=generator).view(regions, tokens).int()
     routes = torch.rand(batch, regions, regions, generator=generator).argsort(-1)[..., :topk]
-    out = attend_regions(query, key, value, rows, routes, 0.2)
+    out, alone, routed = (torch.empty_like(value) for _ in range(3))
+    grouped_attention(query, key, value, out, rows, routes=routes, scale=0.2)
     for image in range(batch):
         for region in range(regions):
             own, seen = rows[region], rows[routes[image, region]].flatten()
@@ -92,8 +93,9 @@ def test_routed_regions(regions: int, tokens: int, topk: int, dtype: torch.dtype
             expected = _exact(*(t[image : image + 1, rows] for t, rows in parts), scale=0.2)
             _assert_near(out[image, own], expected[0])
     every = torch.arange(regions).view(1, regions, 1).expand(batch, -1, -1)
-    alone = attend_regions(query, key, value, rows)
-    assert torch.equal(alone, attend_regions(query, key, value, rows, every))
+    grouped_attention(query, key, value, alone, rows)
+    grouped_attention(query, key, value, routed, rows, routes=every)
+    assert torch.equal(alone, routed)
 
 
 # Of the fewer queries, threads share those of an image out.
