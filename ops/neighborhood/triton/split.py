@@ -82,7 +82,7 @@ def scores_kernel(
         key_at = in_map(key, group, DILATION)
         k = load_tokens(k_ref, batch, head, key_at, key_valid, DIM, PADDED_DIM)
         scores = dot(q, tl.trans(k), PRECISION)
-        seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, True)
+        seen = visible(query, key, length, RANK, KERNEL, STRIDE, CAUSAL, True)
         if HAS_BIAS:
             bias_at = bias_entries(bias_ptr, head, query, key, RANK, KERNEL, True)
             scores += tl.load(bias_at, mask=seen, other=0.0).to(tl.float32)
@@ -127,7 +127,7 @@ def sums_kernel(
         other_at = in_map(other, group, DILATION)
         rows = load_tokens(in_ref, batch, head, other_at, other_valid, DIM, PADDED_DIM)
         query, key = (own, other) if OF_KEYS else (other, own)
-        seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, OF_KEYS)
+        seen = visible(query, key, length, RANK, KERNEL, STRIDE, CAUSAL, OF_KEYS)
         if not OF_KEYS:
             # Keys beyond the axis are seen by nobody; their rows are not stored.
             seen &= other_valid[None, :]
