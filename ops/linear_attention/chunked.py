@@ -37,13 +37,13 @@ def attend(
     if log_gate_back is None:
         out = _scan(q, k, v, gate, apart, chunk)
     else:
-        back = log_gate_back.to(precise).transpose(1, 2)
+        back = log_gate_back.transpose(1, 2)
         both = ((q, q.flip(2)), (k, k.flip(2)), (v, v.flip(2)), (gate, back.flip(2)))
         q_both, k_both, v_both, gates = map(torch.stack, both)
         outs = _scan(q_both, k_both, v_both, gates, apart, chunk)
         out = outs[0] + outs[1].flip(2)
     if bonus is not None:
-        weight = (q * bonus.to(precise)[:, None] * k).sum(-1, keepdim=True)
+        weight = (q * bonus[:, None] * k).sum(-1, keepdim=True)
         out = out + weight * v
     return out.transpose(1, 2).to(query.dtype)
 

@@ -23,13 +23,13 @@ def attend(
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`."""
     precise = torch.promote_types(query.dtype, torch.float32)
     q, k, v = query.to(precise) * scale, key.to(precise), value.to(precise)
-    out = _scan(q, k, v, log_gate.to(precise).exp(), bonus is not None)
+    out = _scan(q, k, v, log_gate.exp(), bonus is not None)
     if log_gate_back is not None:
-        gate = log_gate_back.to(precise).exp()
-        back = _scan(q.flip(1), k.flip(1), v.flip(1), gate.flip(1), bonus is not None)
+        gate = log_gate_back.exp().flip(1)
+        back = _scan(q.flip(1), k.flip(1), v.flip(1), gate, bonus is not None)
         out = out + back.flip(1)
     if bonus is not None:
-        out = out + (q * bonus.to(precise) * k).sum(-1, keepdim=True) * v
+        out = out + (q * bonus * k).sum(-1, keepdim=True) * v
     return out.to(query.dtype)
 
 

@@ -16,7 +16,7 @@ __all__ = ["attend", "unavailable"]
 _MAX_DIM = 256
 
 
-def unavailable(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
+def unavailable(query: Tensor, key: Tensor) -> str | None:
     """None if the kernels support this call, else the reason."""
     if query.shape[-1] > _MAX_DIM:
         return f"the kernels support up to {_MAX_DIM} key channels per head, got {query.shape[-1]}"
@@ -36,10 +36,8 @@ def attend(
     # Imported on first use: registering operators takes time, and triton is optional.
     from ops.linear_attention.triton.kernels import gated_scan
 
-    back = None if log_gate_back is None else log_gate_back.float()
-    apart = bonus is not None
-    out: Tensor = gated_scan(query, key, value, log_gate.float(), back, apart, float(scale))
+    out: Tensor = gated_scan(query, key, value, log_gate, log_gate_back, bonus is not None, scale)
     if bonus is not None:
-        weight = (query.float() * bonus.float() * key).sum(-1, keepdim=True)
+        weight = (query.float() * bonus * key).sum(-1, keepdim=True)
         out = out + scale * weight * value
     return out.to(query.dtype)
