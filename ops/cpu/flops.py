@@ -144,7 +144,7 @@ _KERNELS: dict[str, Callable[[_Given, Any], int]] = {
     ),
     "response_mlp": _response_mlp,
     "map_scan": lambda given, result: result.numel() * math.prod(given["weight"].shape[:2]),
-    **dict.fromkeys(("na_cpu_output", "na_cpu_forward"), _neighborhood),
+    "na_cpu_forward": _neighborhood,
     "na_cpu_dynamic_mix": _dynamic_mix,
     "na_cpu_mix": lambda given, result: given["value"].numel() * math.prod(given["kernel_size"]),
     "na_cpu_scores": lambda given, result: given["query"].numel() * math.prod(given["kernel_size"]),
