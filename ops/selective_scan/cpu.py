@@ -7,7 +7,7 @@ states within a chunk from the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,18 +75,10 @@ def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
     return list(tensors) if one else [t.float() for t in tensors]
 
 
-def _sequence_gradients(*call: Any) -> Sequence[Tensor]:
-    return _summed(sequence_scan_backward(*call), (2, 3, 4, 5, 6))
+def _gradients(backward: Callable[..., Any], apart: Sequence[int]) -> Callable[..., list[Tensor]]:
+    """Those of a kernel; the ones at ``apart`` are summed from parts."""
+    return lambda *call: [g.sum(0) if i in apart else g for i, g in enumerate(backward(*call))]
 
 
-def _map_gradients(*call: Any) -> Sequence[Tensor]:
-    return _summed(map_scan_backward(*call), (1, 2, 3, 4, 5))
-
-
-def _summed(grads: Sequence[Tensor], apart: Sequence[int]) -> list[Tensor]:
-    """Gradients; the ones at ``apart`` are summed from parts."""
-    return [g.sum(0) if i in apart else g for i, g in enumerate(grads)]
-
-
-_sequence_scan = differentiable(sequence_scan, _sequence_gradients)
-_map_scan = differentiable(map_scan, _map_gradients)
+_sequence_scan = differentiable(sequence_scan, _gradients(sequence_scan_backward, range(2, 7)))
+_map_scan = differentiable(map_scan, _gradients(map_scan_backward, range(1, 6)))
