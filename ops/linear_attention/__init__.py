@@ -2,8 +2,7 @@
 
 https://arxiv.org/abs/2312.06635; both directions: https://arxiv.org/abs/2405.18425; the bonus:
 https://arxiv.org/abs/2404.05892. Each backend, see :mod:`ops.backends`, is a module with
-``attend(query, key, value, log_gate, log_gate_back, bonus, scale)``, which is differentiable with
-respect to all tensors; gates and bonus arrive in float32 or higher.
+``attend(inputs)``, which is differentiable with respect to all tensors.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from ops.arguments import checked, require_like
 from ops.autocast import without_autocast
 from ops.backends import backend_of_scan
 from ops.linear_attention import chunked, cpu, reference, triton
+from ops.linear_attention.reference import Inputs
 
 __all__ = ["BACKENDS", "gated_linear_attention"]
 
@@ -89,6 +89,7 @@ def gated_linear_attention(
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
     with without_autocast(query.device):
         exact = torch.promote_types(query.dtype, torch.float32)
-        gates = (t if t is None else t.to(exact) for t in (log_gate, log_gate_back, bonus))
-        out: Tensor = chosen.attend(query, key, value, *gates, float(scale))
+        back, bonus = (t if t is None else t.to(exact) for t in (log_gate_back, bonus))
+        inputs = Inputs(query, key, value, log_gate.to(exact), back, bonus, float(scale))
+        out: Tensor = chosen.attend(inputs)
     return out

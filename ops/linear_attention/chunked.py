@@ -12,25 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.linear_attention.reference import Inputs
+
 __all__ = ["CHUNK", "attend"]
 
 CHUNK = 16  # tokens
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_gate: Tensor,
-    log_gate_back: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-    chunk: int = CHUNK,
-) -> Tensor:
+def attend(inputs: Inputs, chunk: int = CHUNK) -> Tensor:
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`.
 
     Any device, any dtype. Memory grows with L · chunk · K.
     """
+    query, key, value, log_gate, log_gate_back, bonus, scale = inputs
     precise = torch.promote_types(query.dtype, torch.float32)
     q, k, v, gate = (t.to(precise).transpose(1, 2) for t in (query, key, value, log_gate))
     q, apart = q * scale, bonus is not None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ops.cpu.call.differentiable import differentiable
 from ops.cpu.scan.gated_scan import gated_scan, gated_scan_backward
+from ops.linear_attention.reference import Inputs
 
 __all__ = ["attend", "unavailable"]
 
@@ -20,6 +21,12 @@ __all__ = ["attend", "unavailable"]
 def unavailable(query: Tensor, key: Tensor) -> str | None:
     """``None`` if this kernel supports the call, else the reason; the first call may compile it."""
     return gated_scan.unavailable(query.device, query.dtype)
+
+
+def attend(inputs: Inputs) -> Tensor:
+    """Gated linear attention; shapes as in :mod:`ops.linear_attention`."""
+    out: Tensor = _gated_scan(*inputs)
+    return out
 
 
 def _gradients(grad_out: Tensor, *call: Any) -> list[Tensor | None]:
@@ -37,4 +44,4 @@ def _gradients(grad_out: Tensor, *call: Any) -> list[Tensor | None]:
     return grads
 
 
-attend = differentiable(gated_scan, _gradients)
+_gated_scan = differentiable(gated_scan, _gradients)

@@ -11,27 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.selective_scan.reference import Inputs
+
 __all__ = ["CHUNK", "scan"]
 
 CHUNK = 16  # tokens
 _LEVELS = 2  # of chunks, where the number of tokens is not known
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    chunk: int = CHUNK,
-) -> Tensor:
+def scan(inputs: Inputs, chunk: int = CHUNK) -> Tensor:
     """See :func:`ops.selective_scan.selective_scan`.
 
     Any device, any dtype. Memory grows with L · channels · states.
     """
+    u, delta, A, B, C, D, delta_bias, delta_softplus = inputs
     exact = torch.promote_types(u.dtype, torch.float32)
     groups, dtype = B.shape[1], u.dtype
     # Tokens first, so that those of a chunk's place are contiguous.

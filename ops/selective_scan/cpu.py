@@ -20,6 +20,7 @@ from ops.cpu.selective.selective_scan import (
     sequence_scan,
     sequence_scan_backward,
 )
+from ops.selective_scan.reference import Inputs
 
 __all__ = ["cross", "scan", "unavailable"]
 
@@ -30,20 +31,12 @@ def unavailable(u: Tensor, A: Tensor) -> str | None:
     return sequence_scan.unavailable(u.device, dtype)
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def scan(inputs: Inputs) -> Tensor:
     """See :func:`ops.selective_scan.selective_scan`.
 
     Results do not depend on the number of threads, ``torch.get_num_threads()``.
     """
+    u, delta, A, B, C, D, delta_bias, delta_softplus = inputs
     dtype, (u, delta, B, C) = u.dtype, _of_one_dtype(u, delta, B, C)
     parameters = (t if t is None else t.float() for t in (D, delta_bias))
     out: Tensor = _sequence_scan(u, delta, A.float(), B, C, *parameters, delta_softplus)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ops.linear_attention.reference import Inputs
 from ops.triton_devices import problem_of
 
 __all__ = ["attend", "unavailable"]
@@ -23,19 +24,12 @@ def unavailable(query: Tensor, key: Tensor) -> str | None:
     return problem_of(query)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_gate: Tensor,
-    log_gate_back: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-) -> Tensor:
+def attend(inputs: Inputs) -> Tensor:
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`."""
     # Imported on first use: registering operators takes time, and triton is optional.
     from ops.linear_attention.triton.kernels import gated_scan
 
+    query, key, value, log_gate, log_gate_back, bonus, scale = inputs
     out: Tensor = gated_scan(query, key, value, log_gate, log_gate_back, bonus is not None, scale)
     if bonus is not None:
         weight = (query.float() * bonus * key).sum(-1, keepdim=True)
