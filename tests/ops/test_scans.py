@@ -492,8 +492,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
 def test_refused(name: str, argument: str, value: Any, said: str) -> None:
     given: dict[str, Any] = {**_single(name, 9), **SCANS[name].options}
     changed = given[argument].to(value) if isinstance(value, torch.dtype) else value
-    error = TypeError if "must be a " in said else ValueError
-    with pytest.raises(error, match=said):
+    with pytest.raises(TypeError if "must be a " in said else ValueError, match=said):
         SCANS[name].function(**{**given, argument: changed})
 
 
