@@ -66,8 +66,7 @@ def checked(
         arguments = {
             name: _Argument(
                 name,
-                _test(hints[name]),
-                _describe(hints[name]),
+                *_kind(hints[name]),
                 (ranks or {}).get(name),
                 (least or {}).get(name, 1) if hints[name] is int else None,
             )
@@ -184,39 +183,31 @@ def require_like(
             raise ValueError(f"{name} is on {t.device}, {of} on {device}")
 
 
-def _test(hint: Any) -> Callable[[Any], bool]:
-    """A function that tests whether a value matches the type hint."""
+def _kind(hint: Any) -> tuple[Callable[[Any], bool], str]:
+    """A function that tests whether a value matches the type hint, and the hint in words."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, TypeVar):
         origin, parts = Union, hint.__constraints__
     if origin in (Union, types.UnionType):
+        tests, texts = zip(*map(_kind, parts), strict=True)
         if all(isinstance(part, type) and part not in (int, float) for part in parts):
             any_of = tuple(kind for part in parts for kind in _KINDS.get(part, (part,)))
-            return lambda value: isinstance(value, any_of)  # faster than a test for each
-        tests = [_test(part) for part in parts]
-        return lambda value: any(test(value) for test in tests)
+            # Faster than a test for each.
+            return lambda value: isinstance(value, any_of), " or ".join(texts)
+        return lambda value: any(test(value) for test in tests), " or ".join(texts)
     if origin in (tuple, Sequence):
-        each, count = _test(parts[0]), len(parts) if origin is tuple else None
-        return lambda value: (
-            isinstance(value, Sequence)
-            and not isinstance(value, str | bytes)
-            and count in (None, len(value))
-            and all(map(each, value))
+        (each, text), count = _kind(parts[0]), len(parts) if origin is tuple else None
+        return (
+            lambda value: (
+                isinstance(value, Sequence)
+                and not isinstance(value, str | bytes)
+                and count in (None, len(value))
+                and all(map(each, value))
+            ),
+            f"a sequence, each {text}",
         )
     kinds = _KINDS.get(hint, origin or hint)
+    text = "a function" if origin is Callable else _DESCRIPTIONS.get(hint) or f"a {hint.__name__}"
     if hint in (int, float):  # exclude bool
-        return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
-    return lambda value: isinstance(value, kinds)
-
-
-def _describe(hint: Any) -> str:
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if isinstance(hint, TypeVar):
-        origin, parts = Union, hint.__constraints__
-    if origin in (Union, types.UnionType):
-        return " or ".join(map(_describe, parts))
-    if origin in (tuple, Sequence):
-        return f"a sequence, each {_describe(parts[0])}"
-    if origin is Callable:
-        return "a function"
-    return _DESCRIPTIONS.get(hint) or f"a {hint.__name__}"
+        return lambda value: isinstance(value, kinds) and not isinstance(value, bool), text
+    return lambda value: isinstance(value, kinds), text

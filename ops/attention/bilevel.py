@@ -52,7 +52,17 @@ def bilevel_routing_attention(
     Raises:
         ValueError: incompatible shapes, heads, region or ``topk``.
     """
-    _check(query, key, value, num_heads, region_size, topk)
+    axes = "batch height width qk_dim"
+    require_shapes(query=(query, axes), key=(key, axes), value=(value, "batch height width dim"))
+    if num_heads < 1 or query.shape[-1] % num_heads or value.shape[-1] % num_heads:
+        raise ValueError(
+            f"num_heads must divide qk_dim {query.shape[-1]} and dim {value.shape[-1]}, "
+            f"got {num_heads}"
+        )
+    if min(region_size) < 1 or topk < 1:
+        raise ValueError(
+            f"region_size and topk must be at least 1, got {tuple(region_size)} and {topk}"
+        )
     batch, height, width, qk_dim = query.shape
     scale = qk_dim**-0.5 if scale is None else scale
     rows, columns = _parts(height, region_size[0]), _parts(width, region_size[1])
@@ -154,27 +164,6 @@ def _pad_to(x: Tensor, height: int, width: int) -> Tensor:
     if statically_known_true(bottom == 0) and statically_known_true(right == 0):
         return x
     return F.pad(x, (0, 0, 0, right, 0, bottom))
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    num_heads: int,
-    region_size: tuple[int, int],
-    topk: int,
-) -> None:
-    axes = "batch height width qk_dim"
-    require_shapes(query=(query, axes), key=(key, axes), value=(value, "batch height width dim"))
-    if num_heads < 1 or query.shape[-1] % num_heads or value.shape[-1] % num_heads:
-        raise ValueError(
-            f"num_heads must divide qk_dim {query.shape[-1]} and dim {value.shape[-1]}, "
-            f"got {num_heads}"
-        )
-    if min(region_size) < 1 or topk < 1:
-        raise ValueError(
-            f"region_size and topk must be at least 1, got {tuple(region_size)} and {topk}"
-        )
 
 
 class BiLevelRoutingAttention(nn.Module):

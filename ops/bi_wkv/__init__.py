@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ops.arguments import require_like, require_tensor
+from ops.arguments import checked, require_like
 from ops.autocast import without_autocast
 from ops.backends import backend_of_scan
 from ops.bi_wkv import chunked, cpu, reference, triton
@@ -26,6 +26,7 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 
+@checked(ranks={"key": 3})
 def bi_wkv(
     key: Tensor,
     value: Tensor,
@@ -60,7 +61,7 @@ def bi_wkv(
         (B, T, C) in the dtype of ``key``; sums are computed in float32 or higher.
 
     Raises:
-        TypeError: an argument is not a tensor.
+        TypeError: an argument that is not of the annotated type.
         ValueError: incompatible shapes, dtypes or devices, ``segments`` below 1, or an unknown
             ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
@@ -81,18 +82,13 @@ def bi_wkv(
 
 
 def _check(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None) -> None:
-    tensors = {"key": key, "value": value, "decay": decay, "first": first}
-    for name, tensor in tensors.items():
-        require_tensor(name, tensor)
-    if key.ndim != 3:
-        raise ValueError(f"key must be (B, T, C), got {tuple(key.shape)}")
     require_like("key", key, {"value": (value, key.shape)}, exact=("value",))
-    for name in ("decay", "first"):
-        tensor, shape = tensors[name], (key.shape[-1],)
+    shape = (key.shape[-1],)
+    for name, tensor in (("decay", decay), ("first", first)):
         if tensor.shape != shape or not tensor.is_floating_point() or tensor.device != key.device:
             raise ValueError(
                 f"{name} must be {shape}, floating-point on {key.device}, got "
                 f"{tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
             )
-    if segments is not None and (type(segments) is not int or segments < 1):
+    if segments is not None and segments < 1:
         raise ValueError(f"segments must be None or an integer of 1 or more, got {segments!r}")

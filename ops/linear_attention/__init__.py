@@ -2,20 +2,21 @@
 
 https://arxiv.org/abs/2312.06635; both directions: https://arxiv.org/abs/2405.18425; the bonus:
 https://arxiv.org/abs/2404.05892. Each backend, see :mod:`ops.backends`, is a module with
-``attend(query, key, value, log_gate, log_gate_back, bonus, scale)``, which is differentiable with
-respect to all tensors and accepts gates of higher precision than the rest.
+``attend(inputs)``, which is differentiable with respect to all tensors.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
-from ops.arguments import require_like, require_tensor
+from ops.arguments import checked, require_like
 from ops.autocast import without_autocast
 from ops.backends import backend_of_scan
 from ops.linear_attention import chunked, cpu, reference, triton
+from ops.linear_attention.reference import Inputs
 
 __all__ = ["BACKENDS", "gated_linear_attention"]
 
@@ -25,10 +26,9 @@ BACKENDS: dict[str, ModuleType] = {
     "cpu": cpu,
     "triton": triton,
 }
-_OPTIONAL = ("log_gate_back", "bonus")
-_TENSORS = ("query", "key", "value", "log_gate", *_OPTIONAL)
 
 
+@checked(ranks={"query": 4, "value": 4})
 def gated_linear_attention(
     query: Tensor,
     key: Tensor,
@@ -70,19 +70,10 @@ def gated_linear_attention(
         (B, L, H, V) in the dtype of query, differentiable with respect to all tensors.
 
     Raises:
-        TypeError: an argument is not a tensor.
+        TypeError: an argument that is not of the annotated type.
         ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
-    tensors = (query, key, value, log_gate, log_gate_back, bonus)
-    for name, tensor in zip(_TENSORS, tensors, strict=True):
-        if tensor is not None or name not in _OPTIONAL:
-            require_tensor(name, tensor)
-    if query.ndim != 4 or value.ndim != 4:
-        raise ValueError(
-            "query must be (B, L, H, K) and value (B, L, H, V), got "
-            f"{tuple(query.shape)} and {tuple(value.shape)}"
-        )
     of_value = (*query.shape[:-1], value.shape[-1])
     shapes = {
         "key": (key, query.shape),
@@ -92,11 +83,13 @@ def gated_linear_attention(
         "bonus": (bonus, query.shape[-2:]),
     }
     require_like("query", query, shapes, exact=("key", "value"))
-    chosen = backend_of_scan(backend, BACKENDS, *tensors)
+    chosen = backend_of_scan(backend, BACKENDS, query, key)
     if query.numel() == 0 or value.numel() == 0:
         chosen = reference
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
-    # Keep states and gates in full precision.
     with without_autocast(query.device):
-        out: Tensor = chosen.attend(*tensors, scale)
+        exact = torch.promote_types(query.dtype, torch.float32)
+        back, bonus = (t if t is None else t.to(exact) for t in (log_gate_back, bonus))
+        inputs = Inputs(query, key, value, log_gate.to(exact), back, bonus, float(scale))
+        out: Tensor = chosen.attend(inputs)
     return out

@@ -12,50 +12,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CHUNK", "attend"]
+from ops.linear_attention.reference import Inputs
 
-CHUNK = 16  # tokens
+__all__ = ["attend"]
+
+_CHUNK = 16  # tokens
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_gate: Tensor,
-    log_gate_back: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-    chunk: int = CHUNK,
-) -> Tensor:
+def attend(inputs: Inputs) -> Tensor:
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`.
 
-    Any device, any dtype. Memory grows with L · chunk · K.
+    Any device, any dtype. Memory grows with 16 · L · K.
     """
+    query, key, value, log_gate, log_gate_back, bonus, scale = inputs
     precise = torch.promote_types(query.dtype, torch.float32)
     q, k, v, gate = (t.to(precise).transpose(1, 2) for t in (query, key, value, log_gate))
     q, apart = q * scale, bonus is not None
     if log_gate_back is None:
-        out = _scan(q, k, v, gate, apart, chunk)
+        out = _scan(q, k, v, gate, apart)
     else:
-        back = log_gate_back.to(precise).transpose(1, 2)
+        back = log_gate_back.transpose(1, 2)
         both = ((q, q.flip(2)), (k, k.flip(2)), (v, v.flip(2)), (gate, back.flip(2)))
         q_both, k_both, v_both, gates = map(torch.stack, both)
-        outs = _scan(q_both, k_both, v_both, gates, apart, chunk)
+        outs = _scan(q_both, k_both, v_both, gates, apart)
         out = outs[0] + outs[1].flip(2)
     if bonus is not None:
-        weight = (q * bonus.to(precise)[:, None] * k).sum(-1, keepdim=True)
+        weight = (q * bonus[:, None] * k).sum(-1, keepdim=True)
         out = out + weight * v
     return out.transpose(1, 2).to(query.dtype)
 
 
-def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool, chunk: int) -> Tensor:
+def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool) -> Tensor:
     """Each direction: (…, L, K) and (…, L, V) → (…, L, V)."""
     tokens = q.shape[-2]
     # Padding at the end: tokens without a key don't affect earlier ones. The graph of a single
     # chunk would be one for a single chunk only, so an exported one has a further chunk.
-    padding = -tokens % chunk + (chunk if torch.compiler.is_exporting() else 0)
+    padding = -tokens % _CHUNK + (_CHUNK if torch.compiler.is_exporting() else 0)
     q, k, v, gate = (
-        F.pad(t, (0, 0, 0, padding)).unflatten(-2, (-1, chunk)) for t in (q, k, v, gate)
+        F.pad(t, (0, 0, 0, padding)).unflatten(-2, (-1, _CHUNK)) for t in (q, k, v, gate)
     )  # (…, N, C, ·)
     decay = _decays(gate)  # (…, N, C + 1, C + 1, K); row and column 0 precede the chunk
     seen = decay[..., :-1, :, :] if apart else decay[..., 1:, :, :]  # (…, C, C + 1, K)

@@ -1,6 +1,7 @@
 """Gated linear attention on the CPU by a compiled kernel (:mod:`ops.cpu.scan.gated_scan`).
 
-https://arxiv.org/abs/2312.06635. Differentiable and deterministic; float32 and bfloat16 tensors.
+https://arxiv.org/abs/2312.06635. Differentiable and deterministic, whatever the number of threads;
+float32 and bfloat16 tensors.
 To save memory, the backward pass recomputes the states within a chunk from the one before it.
 """
 
@@ -12,32 +13,19 @@ from torch import Tensor
 
 from ops.cpu.call.differentiable import differentiable
 from ops.cpu.scan.gated_scan import gated_scan, gated_scan_backward
+from ops.linear_attention.reference import Inputs
 
 __all__ = ["attend", "unavailable"]
 
 
-def unavailable(query: Tensor, *tensors: Tensor | None) -> str | None:
+def unavailable(query: Tensor, key: Tensor) -> str | None:
     """``None`` if this kernel supports the call, else the reason; the first call may compile it."""
     return gated_scan.unavailable(query.device, query.dtype)
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_gate: Tensor,
-    log_gate_back: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Gated linear attention; shapes as in :mod:`ops.linear_attention`.
-
-    Results do not depend on the number of threads, ``torch.get_num_threads()``.
-    """
-    back = None if log_gate_back is None else log_gate_back.float()
-    bonus = None if bonus is None else bonus.float()
-    inputs = (query, key, value, log_gate.float(), back, bonus)
-    out: Tensor = _gated_scan(*inputs, float(scale))
+def attend(inputs: Inputs) -> Tensor:
+    """Gated linear attention; shapes as in :mod:`ops.linear_attention`."""
+    out: Tensor = _gated_scan(*inputs)
     return out
 
 

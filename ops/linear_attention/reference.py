@@ -5,31 +5,41 @@ https://arxiv.org/abs/2312.06635. Any device and dtype.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-__all__ = ["attend"]
+__all__ = ["Inputs", "attend"]
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    log_gate: Tensor,
-    log_gate_back: Tensor | None,
-    bonus: Tensor | None,
-    scale: float,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """The arguments of :func:`ops.linear_attention.gated_linear_attention`, in its order.
+
+    Gates and bonus are in float32 or higher.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    log_gate: Tensor
+    log_gate_back: Tensor | None
+    bonus: Tensor | None
+    scale: float
+
+
+def attend(inputs: Inputs) -> Tensor:
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`."""
+    query, key, value, log_gate, log_gate_back, bonus, scale = inputs
     precise = torch.promote_types(query.dtype, torch.float32)
     q, k, v = query.to(precise) * scale, key.to(precise), value.to(precise)
-    out = _scan(q, k, v, log_gate.to(precise).exp(), bonus is not None)
+    out = _scan(q, k, v, log_gate.exp(), bonus is not None)
     if log_gate_back is not None:
-        gate = log_gate_back.to(precise).exp()
-        back = _scan(q.flip(1), k.flip(1), v.flip(1), gate.flip(1), bonus is not None)
+        gate = log_gate_back.exp().flip(1)
+        back = _scan(q.flip(1), k.flip(1), v.flip(1), gate, bonus is not None)
         out = out + back.flip(1)
     if bonus is not None:
-        out = out + (q * bonus.to(precise) * k).sum(-1, keepdim=True) * v
+        out = out + (q * bonus * k).sum(-1, keepdim=True) * v
     return out.to(query.dtype)
 
 

@@ -18,6 +18,8 @@ from ops.neighborhood._geometry import axis_windows, cross_index, cross_mask
 # Queries per tile along each axis, by the map's rank. Larger tiles share more keys, smaller ones
 # mask fewer.
 _TILE_SIZE = {1: (64,), 2: (8, 8), 3: (2, 4, 4)}
+# Maximum number of elements of a step's temporary tensors, to fit into the caches.
+_STEP = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Tiles:
     seen: Tensor
     all_visible: bool = False
 
-    def split(self, tiles: int) -> Iterator[Tiles]:
-        """Split into parts of at most ``tiles`` tiles."""
+    def steps(self, elements: int) -> Iterator[Tiles]:
+        """Split into parts with small temporary tensors, of ``elements`` for each tile."""
+        tiles = max(1, _STEP // max(1, elements))
         for queries, keys in zip(self.queries.split(tiles), self.keys.split(tiles), strict=True):
             yield replace(self, queries=queries, keys=keys)
 

@@ -264,18 +264,7 @@ def _returns(value: Any) -> Callable[..., Any]:
 
 def _with_bias(qk: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """As in NATTEN 0.15."""
-
-    def qk_with_bias(
-        query: Tensor,
-        key: Tensor,
-        bias: Tensor | None,
-        kernel_size: int,
-        dilation: int,
-        additional_keys: Tensor | None = None,
-    ) -> Tensor:
-        return qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
-
-    return qk_with_bias
+    return lambda query, key, bias, *window, **named: qk(query, key, *window, rpb=bias, **named)
 
 
 def _fused(attention: Callable[..., Any]) -> Callable[..., Tensor]:

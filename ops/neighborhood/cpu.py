@@ -20,7 +20,6 @@ from ops.cpu.neighborhood.attention import (
     na_cpu_backward,
     na_cpu_forward,
     na_cpu_mix,
-    na_cpu_output,
     na_cpu_scatter,
     na_cpu_scores,
 )
@@ -50,24 +49,23 @@ def _unavailable_reason() -> str | None:
     return unavailable_reason("neighborhood")
 
 
-def attend(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor | None]:
+def attend(inputs: Inputs, params: NAParams) -> tuple[Tensor, Tensor]:
     """Neighborhood attention, differentiable in all tensors; shapes as in ``ops.neighborhood``.
 
     Results do not depend on the number of threads, ``torch.get_num_threads()``; small calls (below
     about 2 MFLOP) use one thread.
     """
     arguments = (*inputs, *params.of_operators)
-    if params.return_lse or needs_grad(inputs) or not is_plain_call(inputs):
-        out, lse = _attend(*arguments)
-        return out, lse
-    return na_cpu_output(*arguments), None
+    with_lse = params.return_lse or needs_grad(inputs) or not is_plain_call(inputs)
+    out, lse = _attend(*arguments, True) if with_lse else na_cpu_forward(*arguments, False)
+    return out, lse
 
 
 def _gradients(
-    grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *inputs: Any
+    grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *call: Any
 ) -> Sequence[Tensor]:
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads: Sequence[Tensor] = na_cpu_backward(grad_out, grad_lse, out, lse, *inputs)
+    grads: Sequence[Tensor] = na_cpu_backward(grad_out, grad_lse, out, lse, *call[:-1])
     return grads
 
 

@@ -18,9 +18,6 @@ from ops.neighborhood._tiles import Tiles, tiles_of_map
 # Kernel size, dilation, and whether they are causal, of each axis.
 Window = tuple[Sequence[int], Sequence[int], Sequence[bool]]
 
-# Maximum number of elements of a step's temporary tensors, to fit into the caches.
-_STEP = 1 << 20
-
 
 def scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, window: Window) -> Tensor:
     """(B, H, *S, D) twice → (B, H, *S, K); ``fill`` where a causal window has no key."""
@@ -75,8 +72,7 @@ def _steps(weights: Tensor, dim: int, window: Window) -> Iterator[Tiles]:
         tuple(size), kernel_size, stride, dilation, is_causal, weights.device
     ):
         queries, keys = tiles.visible.shape
-        elements = batch * heads * keys * (dim + 2 * queries)  # 0 in an empty tensor
-        yield from tiles.split(max(1, _STEP // max(1, elements)))
+        yield from tiles.steps(batch * heads * keys * (dim + 2 * queries))
 
 
 def _of_keys(weights: Tensor, tiles: Tiles) -> Tensor:

@@ -24,9 +24,6 @@ from ops.operators import operator_with_gradients
 
 __all__ = ["attend", "unavailable"]
 
-# Maximum number of elements of a step's temporary tensors, to fit into the caches.
-_STEP = 1 << 20
-
 
 def unavailable(*call: Any) -> str | None:
     """``None``: this backend supports every call."""
@@ -136,7 +133,7 @@ def _steps(
             additional = torch.arange(of_map, of_all, device=query.device)
             everywhere = additional.expand(len(tiles.keys), -1)
             tiles = replace(tiles, keys=torch.cat([tiles.keys, everywhere], dim=1))
-        yield from tiles.split(max(1, _STEP // (batch * heads * (tokens + scores))))
+        yield from tiles.steps(batch * heads * (tokens + scores))
 
 
 def _gather_all(

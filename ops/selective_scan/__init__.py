@@ -10,7 +10,7 @@ NHWC map instead, which neither copies the map into four sequences nor expands t
 Each backend, see :mod:`ops.backends`, is a module with these functions, which accept tensors of
 float32 beside maps of lower precision:
 
-``scan(u, delta, A, B, C, D, delta_bias, delta_softplus) -> out``
+``scan(inputs) -> out``
     :func:`selective_scan`, differentiable with respect to all tensors.
 ``cross(x, projected, delta_weight, A, D, delta_bias, delta_softplus) -> out``
     :func:`cross_selective_scan`, likewise. A backend without it scans the four sequences.
@@ -27,6 +27,7 @@ from ops.autocast import without_autocast
 from ops.backends import backend_of_scan
 from ops.selective_scan import chunked, cpu, reference, triton
 from ops.selective_scan.orders import cross_merge, cross_scan, scan_in_four_orders
+from ops.selective_scan.reference import Inputs
 
 __all__ = ["BACKENDS", "cross_merge", "cross_scan", "cross_selective_scan", "selective_scan"]
 
@@ -82,7 +83,7 @@ def selective_scan(
         ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
-    given = (u, delta, A, B, C, D, delta_bias, delta_softplus)
+    inputs = Inputs(u, delta, A, B, C, D, delta_bias, delta_softplus)
     batch, channels, tokens = u.shape
     groups, states = B.shape[1], A.shape[1]
     if groups < 1 or channels % groups:
@@ -95,7 +96,7 @@ def selective_scan(
     require_like("u", u, shapes)
     chosen = _choose(u, A, backend)
     with without_autocast(u.device):
-        out: Tensor = chosen.scan(*given)
+        out: Tensor = chosen.scan(inputs)
     return out
 
 

@@ -11,27 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["CHUNK", "scan"]
+from ops.selective_scan.reference import Inputs
 
-CHUNK = 16  # tokens
+__all__ = ["scan"]
+
+_CHUNK = 16  # tokens
 _LEVELS = 2  # of chunks, where the number of tokens is not known
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    chunk: int = CHUNK,
-) -> Tensor:
+def scan(inputs: Inputs) -> Tensor:
     """See :func:`ops.selective_scan.selective_scan`.
 
     Any device, any dtype. Memory grows with L · channels · states.
     """
+    u, delta, A, B, C, D, delta_bias, delta_softplus = inputs
     exact = torch.promote_types(u.dtype, torch.float32)
     groups, dtype = B.shape[1], u.dtype
     # Tokens first, so that those of a chunk's place are contiguous.
@@ -40,21 +33,20 @@ def scan(
     step = F.softplus(step) if delta_softplus else step
     exponent = (step[..., None] * A).unflatten(2, (groups, -1))  # (L, B, G, channels / G, N)
     added = (step * u).unflatten(2, (groups, -1))[..., None] * B[..., None, :]
-    state = _scan(exponent, added, chunk)
+    state = _scan(exponent, added)
     out = (state * C[..., None, :]).sum(-1).flatten(2)
     out = out if D is None else out + D * u
     return out.movedim(0, -1).to(dtype)
 
 
-def _scan(exponent: Tensor, added: Tensor, chunk: int, level: int = 0) -> Tensor:
+def _scan(exponent: Tensor, added: Tensor, level: int = 0) -> Tensor:
     """The state after each token: the previous one times exp(exponent), plus the token's input.
 
     Both are (tokens, …), and so is the result.
     """
     tokens = exponent.shape[0]
-    if isinstance(tokens, int):
-        chunk = min(chunk, tokens)
-    elif level == _LEVELS:
+    chunk = min(_CHUNK, tokens) if isinstance(tokens, int) else _CHUNK
+    if not isinstance(tokens, int) and level == _LEVELS:
         return _scan_pairs(exponent, added)
     exponent, added = (
         F.pad(t, (0, 0) * (t.ndim - 1) + (0, -tokens % chunk)).unflatten(0, (-1, chunk))
@@ -67,7 +59,7 @@ def _scan(exponent: Tensor, added: Tensor, chunk: int, level: int = 0) -> Tensor
         kept.append(decay * kept[-1])
     state = torch.stack(states, 1)
     if not isinstance(tokens, int) or tokens > chunk:
-        ends = _scan(exponent.sum(1), states[-1], chunk, level + 1)
+        ends = _scan(exponent.sum(1), states[-1], level + 1)
         before = torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
         state = state + torch.stack(kept, 1) * before[:, None]
     return state.flatten(0, 1)[:tokens]

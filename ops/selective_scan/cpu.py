@@ -7,7 +7,7 @@ states within a chunk from the one before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ops.cpu.selective.selective_scan import (
     sequence_scan,
     sequence_scan_backward,
 )
+from ops.selective_scan.reference import Inputs
 
 __all__ = ["cross", "scan", "unavailable"]
 
@@ -30,20 +31,12 @@ def unavailable(u: Tensor, A: Tensor) -> str | None:
     return sequence_scan.unavailable(u.device, dtype)
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def scan(inputs: Inputs) -> Tensor:
     """See :func:`ops.selective_scan.selective_scan`.
 
     Results do not depend on the number of threads, ``torch.get_num_threads()``.
     """
+    u, delta, A, B, C, D, delta_bias, delta_softplus = inputs
     dtype, (u, delta, B, C) = u.dtype, _of_one_dtype(u, delta, B, C)
     parameters = (t if t is None else t.float() for t in (D, delta_bias))
     out: Tensor = _sequence_scan(u, delta, A.float(), B, C, *parameters, delta_softplus)
@@ -75,18 +68,10 @@ def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
     return list(tensors) if one else [t.float() for t in tensors]
 
 
-def _sequence_gradients(*call: Any) -> Sequence[Tensor]:
-    return _summed(sequence_scan_backward(*call), (2, 3, 4, 5, 6))
+def _gradients(backward: Callable[..., Any], apart: Sequence[int]) -> Callable[..., list[Tensor]]:
+    """Those of a kernel; the ones at ``apart`` are summed from parts."""
+    return lambda *call: [g.sum(0) if i in apart else g for i, g in enumerate(backward(*call))]
 
 
-def _map_gradients(*call: Any) -> Sequence[Tensor]:
-    return _summed(map_scan_backward(*call), (1, 2, 3, 4, 5))
-
-
-def _summed(grads: Sequence[Tensor], apart: Sequence[int]) -> list[Tensor]:
-    """Gradients; the ones at ``apart`` are summed from parts."""
-    return [g.sum(0) if i in apart else g for i, g in enumerate(grads)]
-
-
-_sequence_scan = differentiable(sequence_scan, _sequence_gradients)
-_map_scan = differentiable(map_scan, _map_gradients)
+_sequence_scan = differentiable(sequence_scan, _gradients(sequence_scan_backward, range(2, 7)))
+_map_scan = differentiable(map_scan, _gradients(map_scan_backward, range(1, 6)))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ops.arguments import checked
+from ops.selective_scan.reference import Inputs
 
 
 @checked(ranks={"x": 4})
@@ -51,7 +52,7 @@ def cross_merge(y: Tensor, height: int, width: int) -> Tensor:
 
 
 def scan_in_four_orders(
-    scan: Callable[..., Tensor],
+    scan: Callable[[Inputs], Tensor],
     x: Tensor,
     projected: Tensor,
     delta_weight: Tensor,
@@ -69,5 +70,5 @@ def scan_in_four_orders(
     steps, before, after = own.split([rank, states, states], 2)
     delta = torch.matmul(delta_weight.to(precise), steps.to(precise)).flatten(1, 2)
     u = sequences.flatten(1, 2).to(precise)
-    out = scan(u, delta, A, before, after, D, delta_bias, delta_softplus)
+    out = scan(Inputs(u, delta, A, before, after, D, delta_bias, delta_softplus))
     return cross_merge(out.unflatten(1, (4, -1)), height, width).to(x.dtype)

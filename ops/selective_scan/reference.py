@@ -5,24 +5,31 @@ https://arxiv.org/abs/2312.00752. Any device and dtype.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["scan"]
+__all__ = ["Inputs", "scan"]
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """The arguments of :func:`ops.selective_scan.selective_scan`, in its order."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    delta_bias: Tensor | None
+    delta_softplus: bool
+
+
+def scan(inputs: Inputs) -> Tensor:
     """See :func:`ops.selective_scan.selective_scan`."""
+    u, delta, A, B, C, D, delta_bias, delta_softplus = inputs
     channels, exact = u.shape[1], torch.promote_types(u.dtype, torch.float32)
     step = delta.to(exact) if delta_bias is None else delta.to(exact) + delta_bias[:, None]
     step = F.softplus(step) if delta_softplus else step

@@ -23,26 +23,36 @@ _SLOTS = 6  # values that the backward kernel records per token and channel
 _NOTHING = tl.constexpr(-1e30)  # the scale of an empty sum
 
 
+# A sum is its scale, the sums of values and of 1, and the derivatives of both with respect to the
+# decay: the sums of terms times distance. The compiler removes derivatives that nothing reads.
 @triton.jit
 def _empty(BLOCK: tl.constexpr):
-    """The scale and the two sums of no terms."""
     zero = tl.zeros([BLOCK], tl.float32)
-    return zero + _NOTHING, zero, zero
+    return zero + _NOTHING, zero, zero, zero, zero
 
 
 @triton.jit
-def _add(sums, exponent, x, y):
-    scale, a, b = sums
+def _add(sums, exponent, x, y, dx=0.0, dy=0.0):
+    scale, a, b, da, db = sums
     greatest = tl.maximum(scale, exponent)
     kept = tl.exp(scale - greatest)
     new = tl.exp(exponent - greatest)
-    return greatest, a * kept + x * new, b * kept + y * new
+    a, b = a * kept + x * new, b * kept + y * new
+    return greatest, a, b, da * kept + dx * new, db * kept + dy * new
+
+
+@triton.jit
+def _add_token(sums, exponent, value):
+    """One token farther from the others, add the next, whose distance is 0."""
+    scale, a, b, da, db = sums
+    return _add((scale, a, b, da + a, db + b), exponent, value, 1.0)
 
 
 @triton.jit
 def _cleared(where, sums):
-    scale, a, b = sums
-    return tl.where(where, _NOTHING, scale), tl.where(where, 0.0, a), tl.where(where, 0.0, b)
+    scale, a, b, da, db = sums
+    scale, a, b = tl.where(where, _NOTHING, scale), tl.where(where, 0.0, a), tl.where(where, 0.0, b)
+    return scale, a, b, tl.where(where, 0.0, da), tl.where(where, 0.0, db)
 
 
 @triton.jit
@@ -56,37 +66,6 @@ def _note(slot, dim, mask, values):
 def _noted(slot, dim, mask):
     first = tl.load(slot, mask, 0.0)
     return first, tl.load(slot + dim, mask, 0.0), tl.load(slot + 2 * dim, mask, 0.0)
-
-
-# With each sum, its derivative with respect to the decay: the sum of terms times distance.
-@triton.jit
-def _empty_with_slopes(BLOCK: tl.constexpr):
-    zero = tl.zeros([BLOCK], tl.float32)
-    return zero + _NOTHING, zero, zero, zero, zero
-
-
-@triton.jit
-def _add_with_slopes(sums, exponent, x, y, dx, dy):
-    scale, a, b, da, db = sums
-    greatest = tl.maximum(scale, exponent)
-    kept = tl.exp(scale - greatest)
-    new = tl.exp(exponent - greatest)
-    a, b = a * kept + x * new, b * kept + y * new
-    return greatest, a, b, da * kept + dx * new, db * kept + dy * new
-
-
-@triton.jit
-def _add_token(sums, exponent, value):
-    """One token farther from the others, add the next, whose distance is 0."""
-    scale, a, b, da, db = sums
-    return _add_with_slopes((scale, a, b, da + a, db + b), exponent, value, 1.0, 0.0, 0.0)
-
-
-@triton.jit
-def _cleared_with_slopes(where, sums):
-    scale, a, b, da, db = sums
-    scale, a, b = _cleared(where, (scale, a, b))
-    return scale, a, b, tl.where(where, 0.0, da), tl.where(where, 0.0, db)
 
 
 @triton.jit
@@ -163,7 +142,7 @@ def _backward_kernel(
     zero = tl.zeros([BLOCK], tl.float32)
     slots = noted + image * 6 + channel
 
-    after = _empty_with_slopes(BLOCK)
+    after = _empty(BLOCK)
     for back in range(tokens):
         t = tokens - 1 - back
         slot = slots + t * 6 * dim
@@ -175,9 +154,7 @@ def _backward_kernel(
         v = tl.load(value + image + t * dim + channel, mask, 0.0)
         after = _add_token(after, k - w * t, v)
 
-    before, near, far = (
-        _empty_with_slopes(BLOCK), _empty_with_slopes(BLOCK), _empty_with_slopes(BLOCK)
-    )  # fmt: skip
+    before, near, far = _empty(BLOCK), _empty(BLOCK), _empty(BLOCK)
     earlier = _empty(BLOCK)
     of_decay = zero
     of_first = zero
@@ -185,29 +162,29 @@ def _backward_kernel(
         k = tl.load(key + image + t * dim + channel, mask, 0.0)
         v = tl.load(value + image + t * dim + channel, mask, 0.0)
         slot = slots + t * 6 * dim
-        total = _add_with_slopes(_empty_with_slopes(BLOCK), u + k, v, 1.0, 0.0, 0.0)
+        total = _add(_empty(BLOCK), u + k, v, 1.0)
         scale, a, b, da, db = before
-        total = _add_with_slopes(
+        total = _add(
             *(total, scale - w * (t - 1) - step, a, b, -da - a * SEGMENTS, -db - b * SEGMENTS)
         )
         scale, a, b = _noted(slot, dim, mask)
         da = tl.load(slot + 3 * dim, mask, 0.0)
         db = tl.load(slot + 4 * dim, mask, 0.0)
-        total = _add_with_slopes(
+        total = _add(
             *(total, scale + w * (t + 1) - step, a, b, -da - a * SEGMENTS, -db - b * SEGMENTS)
         )
         before = _add_token(before, k + w * t, v)
         if SEGMENTS:
             begins = t % length == 0
-            near = _cleared_with_slopes(begins, near)
-            far = _cleared_with_slopes(begins, _add_token(far, k - w * t, v))
+            near = _cleared(begins, near)
+            far = _cleared(begins, _add_token(far, k - w * t, v))
             scale, a, b, da, db = near
-            total = _add_with_slopes(
+            total = _add(
                 *(total, scale - w * t + up, factor * a, factor * b),
                 *(near_slope * a - factor * da, near_slope * b - factor * db),
             )
             scale, a, b, da, db = far
-            total = _add_with_slopes(
+            total = _add(
                 *(total, scale + w * t + up, -factor * a, -factor * b),
                 *(-far_slope * a - factor * da, -far_slope * b - factor * db),
             )

@@ -121,8 +121,16 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
     Raises:
         ValueError, RuntimeError: see :func:`depthwise_conv2d`.
     """
-    kernels = tuple(tuple(t.shape) for t in taps)
-    starts = _branch_starts(x.shape[1], kernels, tuple(tuple(b.shape) for b in biases))
+    kernels = [tuple(t.shape) for t in taps]
+    start = x.shape[1] - sum(kernel[2] for kernel in kernels)
+    if not kernels or start < 0 or [b.shape for b in biases] != [k[2:] for k in kernels]:
+        raise ValueError(
+            f"taps must be (kh, kw, c) each, with at most {x.shape[1]} channels together, and "
+            f"biases (c,), got {kernels} and {[tuple(b.shape) for b in biases]}"
+        )
+    if any(rows % 2 == 0 or columns % 2 == 0 for rows, columns, _ in kernels):
+        raise ValueError(f"kernels of branches must be odd, got {kernels}")
+    starts = list(accumulate((width for _, _, width in kernels[:-1]), initial=start))
     for t, bias in zip(taps, biases, strict=True):
         require_dtype(torch.float32, taps=t, biases=bias)
     out = empty_nhwc(x, x.shape)
@@ -141,21 +149,6 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
         return {**branches, "count": len(taps), "passed": starts[0]}
 
     return Call(out, arguments)
-
-
-def _branch_starts(
-    channels: int, kernels: tuple[tuple[int, ...], ...], biases: tuple[tuple[int, ...], ...]
-) -> list[int]:
-    """The first channel of each branch."""
-    start = channels - sum(kernel[2] for kernel in kernels)
-    if not kernels or start < 0 or biases != tuple(kernel[2:] for kernel in kernels):
-        raise ValueError(
-            f"taps must be (kh, kw, c) each, with at most {channels} channels together, and "
-            f"biases (c,), got {kernels} and {biases}"
-        )
-    if any(rows % 2 == 0 or columns % 2 == 0 for rows, columns, _ in kernels):
-        raise ValueError(f"kernels of branches must be odd, got {kernels}")
-    return list(accumulate((width for _, _, width in kernels[:-1]), initial=start))
 
 
 def _sizes(x: Tensor, out: Tensor, taps: Tensor) -> dict[str, Any]:

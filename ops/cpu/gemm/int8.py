@@ -7,14 +7,13 @@ own, found as they are quantised, or those of a calibration, which takes one pas
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ops.cpu import policy
 from ops.cpu.build import load, unavailable_reason
+from ops.cpu.call.c_arguments import pack
 from ops.cpu.call.huge_pages import empty_weight
 from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.gemm.problem import packed_size
@@ -127,7 +126,5 @@ def pack_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     out_features, in_features = weight.shape
     packed = empty_weight(packed_size(out_features, in_features, torch.int8), torch.int8)
     source = quantized.contiguous()
-    shape = [ctypes.c_int64(n) for n in weight.shape]
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]
-    library.linear_pack_bytes(pointers[0], *shape, pointers[1])
+    library.linear_pack_bytes(*map(pack, (source, *weight.shape, packed)))
     return packed, torch.stack((scale, -sums * scale))

@@ -59,18 +59,15 @@ def pack_weight(weight: Tensor) -> Tensor:
     """
     if weight.ndim != 2:
         raise ValueError(f"weight must be (out_features, in_features), got {tuple(weight.shape)}")
-    library, reason = (
-        load("gemm"),
-        packed_linear.unavailable(weight.device, weight.dtype, even_if_slower=True),
-    )
+    library = load("gemm")
+    reason = packed_linear.unavailable(weight.device, weight.dtype, even_if_slower=True)
     if library is None or reason is not None:
         raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
-    out_features, in_features = weight.shape
     source = weight.detach().contiguous()
+    out_features, in_features = weight.shape
     packed = empty_weight(packed_size(out_features, in_features, weight.dtype), weight.dtype)
     half = weight.dtype == torch.bfloat16
-    sizes = pack(out_features), pack(in_features)
-    library.linear_pack(pack(source), *sizes, half, pack(packed))
+    library.linear_pack(*map(pack, (source, *weight.shape, half, packed)))
     return packed
 
 

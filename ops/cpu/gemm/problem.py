@@ -102,15 +102,15 @@ def check_scales(
     if scale is not None and scale.dtype not in (torch.float32, x.dtype):
         raise ValueError(f"scale must be torch.float32 or {x.dtype}, got {scale.dtype}")
     require_dtype(torch.float32, other_scale=other_scale)
-    shape = None if other_scale is None else tuple(other_scale.shape)
-    wanted = tuple(bias.shape) if combination == "add_scaled" else None
-    if shape != wanted:
-        raise ValueError(f"other_scale must be {wanted} with {combination!r}, got {shape}")
     require_dtype(x.dtype, gate=gate)
-    shape = None if gate is None else tuple(gate.shape)
-    wanted = (x.shape[0], len(bias)) if combination == "add_gated" else None
-    if shape != wanted:
-        raise ValueError(f"gate must be {wanted} with {combination!r}, got {shape}")
+    for name, t, needed_by, shape in (
+        ("other_scale", other_scale, "add_scaled", (len(bias),)),
+        ("gate", gate, "add_gated", (x.shape[0], len(bias))),
+    ):
+        wanted = shape if combination == needed_by else None
+        found = None if t is None else tuple(t.shape)
+        if wanted != found:
+            raise ValueError(f"{name} must be {wanted} with {combination!r}, got {found}")
 
 
 def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:

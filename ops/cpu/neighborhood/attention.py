@@ -22,27 +22,6 @@ from ops.cpu.call.tensors import dense, dense_channels
 _AXES = ("z", "y", "x")
 
 
-@kernel("neighborhood", "na_forward", large_results=True)
-def na_cpu_output(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
-    scale: float,
-) -> Call:
-    """The attention; shapes as in :mod:`ops.neighborhood`. No gradients."""
-    inputs = (query, key, value, additional_keys, additional_values, rpb)
-    window = (kernel_size, stride, dilation, is_causal)
-    out = _empty_out(query, value)
-    return Call(out, lambda: _forward(inputs, window, out))
-
-
 @kernel("neighborhood", "na_forward", returns=2, large_results=True)
 def na_cpu_forward(
     query: Tensor,
@@ -56,13 +35,22 @@ def na_cpu_forward(
     dilation: Sequence[int],
     is_causal: Sequence[bool],
     scale: float,
+    with_lse: bool,
 ) -> Call:
-    """The attention, and the float32 logarithms of its sums of exponentials (log-sum-exp)."""
+    """The attention and its float32 log-sum-exp, or an empty tensor; see :mod:`ops.neighborhood`.
+
+    No gradients.
+    """
     inputs = (query, key, value, additional_keys, additional_values, rpb)
     window = (kernel_size, stride, dilation, is_causal)
-    out = _empty_out(query, value)
-    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    return Call((out, lse), lambda: _forward(inputs, window, out, lse))
+    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    lse = query.new_empty(query.shape[:-1] if with_lse else 0, dtype=torch.float32)
+
+    def arguments() -> dict[str, Any]:
+        written = {"out": _with_channels(out), "lse": _per_query(lse if with_lse else None)}
+        return {**_inputs(inputs, window), **written}
+
+    return Call((out, lse), arguments)
 
 
 @kernel("neighborhood", "na_backward", returns=6, large_results=True)
@@ -251,19 +239,6 @@ def _heads_first(t: Tensor) -> dict[str, Any]:
     t = dense_channels(t)
     batch, head, *spatial, _ = t.stride()
     return _strided(t, (batch, *spatial, head))
-
-
-def _empty_out(query: Tensor, value: Tensor) -> Tensor:
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
-
-
-def _forward(
-    inputs: Sequence[Any],
-    window: Sequence[Sequence[int]],
-    out: Tensor,
-    lse: Tensor | None = None,
-) -> dict[str, Any]:
-    return {**_inputs(inputs, window), "out": _with_channels(out), "lse": _per_query(lse)}
 
 
 def _inputs(inputs: Sequence[Any], window: Sequence[Sequence[int]]) -> dict[str, Any]:

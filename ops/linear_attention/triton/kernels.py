@@ -176,16 +176,9 @@ def backward_kernel(
         tl.debug_barrier()
 
 
-def _common(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    back: Tensor | None,
-    apart: bool,
-    scale: float,
-) -> tuple[dict[str, Any], tuple[int, int]]:
+def _common(*inputs: Any) -> tuple[dict[str, Any], tuple[int, int]]:
     """Arguments common to all kernels, and the grid."""
+    query, key, value, gate, back, apart, scale = inputs
     batches, tokens, heads, dim = query.shape
     padded = max(16, triton.next_power_of_2(dim))
     block = min(max(16, triton.next_power_of_2(value.shape[-1])), max(16, _MOST_CELLS // padded))

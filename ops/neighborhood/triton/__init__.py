@@ -80,16 +80,10 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return launch.forward(*_split(arguments))
 
 
-def _backward(
-    grad_out: Tensor,
-    grad_lse: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *arguments: Any,
-    needed: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
+def _backward(*given: Any, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     from ops.neighborhood.triton import launch
 
+    grad_out, grad_lse, out, lse, *arguments = given
     return launch.backward(grad_out, grad_lse, out, lse, *_split(arguments), needed)
 
 

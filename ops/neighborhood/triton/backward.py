@@ -98,9 +98,7 @@ def grad_key_value_kernel(
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
         return
     ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    key = positions(origin, TILE)
-    key_valid = below(key, length)
-    key_at = in_map(key, group, DILATION)
+    key, key_valid, key_at = positions(origin, length, group, TILE, DILATION)
     k = load_tokens(k_ref, batch, kv_head, key_at, key_valid, DIM, PADDED_DIM)
     v = load_tokens(v_ref, batch, kv_head, key_at, key_valid, VALUE_DIM, PADDED_VALUE_DIM)
 
@@ -114,9 +112,7 @@ def grad_key_value_kernel(
     for index in range(heads_per_kv * blocks):
         head = kv_head * heads_per_kv + index // blocks
         block = block_origin(index % blocks, low, counts, BLOCK)
-        query = positions(block, BLOCK)
-        query_valid = below(query, end)
-        query_at = in_map(query, group, DILATION)
+        query, query_valid, query_at = positions(block, end, group, BLOCK, DILATION)
         q = load_tokens(q_ref, batch, head, query_at, query_valid, DIM, PADDED_DIM)
         grad_out = load_tokens(
             grad_out_ref, batch, head, query_at, query_valid, VALUE_DIM, PADDED_VALUE_DIM

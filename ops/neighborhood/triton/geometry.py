@@ -133,16 +133,6 @@ def program(size, heads, DILATION: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def positions(origin, BOX: tl.constexpr):
-    i = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
-    return (
-        origin[0] + i // (BOX[1] * BOX[2]),
-        origin[1] + i // BOX[2] % BOX[1],
-        origin[2] + i % BOX[2],
-    )
-
-
-@triton.jit
 def below(position, end):
     return (position[0] < end[0]) & (position[1] < end[1]) & (position[2] < end[2])
 
@@ -311,6 +301,18 @@ def in_map(position, group, DILATION: tl.constexpr):
         position[1] * DILATION[1] + group[1],
         position[2] * DILATION[2] + group[2],
     )
+
+
+@triton.jit
+def positions(origin, end, group, BOX: tl.constexpr, DILATION: tl.constexpr):
+    """Those of a box, whether they are before `end`, and where they are in the map."""
+    i = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
+    position = (
+        origin[0] + i // (BOX[1] * BOX[2]),
+        origin[1] + i // BOX[2] % BOX[1],
+        origin[2] + i % BOX[2],
+    )
+    return position, below(position, end), in_map(position, group, DILATION)
 
 
 @triton.jit

@@ -17,13 +17,11 @@ from ops.neighborhood.triton.geometry import (
     LOG2_E,
     LOWEST,
     at_queries,
-    below,
     block_counts,
     block_origin,
     covers,
     dot,
     finish_scores,
-    in_map,
     last_of,
     load_sums,
     load_tokens,
@@ -80,9 +78,7 @@ def queries_kernel(
         return
     kv_head = head // heads_per_kv
     ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
-    query = positions(origin, TILE)
-    query_valid = below(query, length)
-    query_at = in_map(query, group, DILATION)
+    query, query_valid, query_at = positions(origin, length, group, TILE, DILATION)
     q = load_tokens(q_ref, batch, head, query_at, query_valid, DIM, PADDED_DIM)
     if GRADIENT:
         grad_out = load_tokens(
@@ -105,9 +101,7 @@ def queries_kernel(
         total = tl.zeros([ROWS], tl.float32)
     for index in range(counts[0] * counts[1] * counts[2]):
         block = block_origin(index, low, counts, BLOCK)
-        key = positions(block, BLOCK)
-        valid = below(key, end)
-        at = in_map(key, group, DILATION)
+        key, valid, at = positions(block, end, group, BLOCK, DILATION)
         k = load_tokens(k_ref, batch, kv_head, at, valid, DIM, PADDED_DIM)
         v = load_tokens(v_ref, batch, kv_head, at, valid, VALUE_DIM, PADDED_VALUE_DIM)
         scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)

@@ -12,13 +12,11 @@ import triton.language as tl
 
 from ops.neighborhood.triton.geometry import (
     at_queries,
-    below,
     bias_entries,
     block_counts,
     block_origin,
     dot,
     first_key,
-    in_map,
     last_of,
     load_tokens,
     pairs,
@@ -32,20 +30,14 @@ from ops.neighborhood.triton.geometry import (
 
 
 @triton.jit
-def _along(query, key, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr):
-    """Place of the key in the query's window."""
-    return key - first_key(query, length, KERNEL, 1, CAUSAL)
-
-
-@triton.jit
 def window_places(
     query, key, length, KERNEL: tl.constexpr, CAUSAL: tl.constexpr, ROWS_ARE_QUERIES: tl.constexpr
 ):
     """Place of each pair's key among those of the query's window, row-major over the axes."""
     q, k = pairs(query, key, ROWS_ARE_QUERIES)
-    z = _along(q[0], k[0], length[0], KERNEL[0], CAUSAL[0])
-    y = _along(q[1], k[1], length[1], KERNEL[1], CAUSAL[1])
-    x = _along(q[2], k[2], length[2], KERNEL[2], CAUSAL[2])
+    z = k[0] - first_key(q[0], length[0], KERNEL[0], 1, CAUSAL[0])
+    y = k[1] - first_key(q[1], length[1], KERNEL[1], 1, CAUSAL[1])
+    x = k[2] - first_key(q[2], length[2], KERNEL[2], 1, CAUSAL[2])
     return (z * KERNEL[1] + y) * KERNEL[2] + x
 
 
@@ -68,21 +60,18 @@ def scores_kernel(
     batch, head, group, origin, length = program(size, heads, DILATION, TILE)
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
         return
-    query = positions(origin, TILE)
-    query_valid = below(query, length)
-    query_at = in_map(query, group, DILATION)
+    query, query_valid, query_at = positions(origin, length, group, TILE, DILATION)
     q = load_tokens(q_ref, batch, head, query_at, query_valid, DIM, PADDED_DIM)
     w_at = at_queries(w_ref[0], w_ref, batch, head, query_at)
     last = last_of(origin, length, TILE)
     low, end = seen_keys(origin, last, length, KERNEL, STRIDE, CAUSAL)
     counts = block_counts(low, end, BLOCK)
     for index in range(counts[0] * counts[1] * counts[2]):
-        key = positions(block_origin(index, low, counts, BLOCK), BLOCK)
-        key_valid = below(key, end)
-        key_at = in_map(key, group, DILATION)
+        block = block_origin(index, low, counts, BLOCK)
+        key, key_valid, key_at = positions(block, end, group, BLOCK, DILATION)
         k = load_tokens(k_ref, batch, head, key_at, key_valid, DIM, PADDED_DIM)
         scores = dot(q, tl.trans(k), PRECISION)
-        seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, True)
+        seen = visible(query, key, length, RANK, KERNEL, STRIDE, CAUSAL, True)
         if HAS_BIAS:
             bias_at = bias_entries(bias_ptr, head, query, key, RANK, KERNEL, True)
             scores += tl.load(bias_at, mask=seen, other=0.0).to(tl.float32)
@@ -112,8 +101,7 @@ def sums_kernel(
         return
     ROWS: tl.constexpr = TILE[0] * TILE[1] * TILE[2]
     out_ref, in_ref = (q_ref, k_ref) if OF_KEYS else (k_ref, q_ref)
-    own = positions(origin, TILE)
-    own_valid = below(own, length)
+    own, own_valid, own_at = positions(origin, length, group, TILE, DILATION)
     last = last_of(origin, length, TILE)
     if OF_KEYS:
         low, end = seen_keys(origin, last, length, KERNEL, STRIDE, CAUSAL)
@@ -122,19 +110,17 @@ def sums_kernel(
     counts = block_counts(low, end, BLOCK)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     for index in range(counts[0] * counts[1] * counts[2]):
-        other = positions(block_origin(index, low, counts, BLOCK), BLOCK)
-        other_valid = below(other, end)
-        other_at = in_map(other, group, DILATION)
+        block = block_origin(index, low, counts, BLOCK)
+        other, other_valid, other_at = positions(block, end, group, BLOCK, DILATION)
         rows = load_tokens(in_ref, batch, head, other_at, other_valid, DIM, PADDED_DIM)
         query, key = (own, other) if OF_KEYS else (other, own)
-        seen = visible(query, key, length, 3, KERNEL, STRIDE, CAUSAL, OF_KEYS)
+        seen = visible(query, key, length, RANK, KERNEL, STRIDE, CAUSAL, OF_KEYS)
         if not OF_KEYS:
             # Keys beyond the axis are seen by nobody; their rows are not stored.
             seen &= other_valid[None, :]
-        w_at = at_queries(w_ref[0], w_ref, batch, head, in_map(query, group, DILATION))
+        w_at = at_queries(w_ref[0], w_ref, batch, head, own_at if OF_KEYS else other_at)
         w_at = w_at[:, None] if OF_KEYS else w_at[None, :]
         places = window_places(query, key, length, KERNEL, CAUSAL, OF_KEYS)
         w = tl.load(w_at + places * w_ref[6], mask=seen, other=0.0)
         acc += dot(w, rows, PRECISION)
-    own_at = in_map(own, group, DILATION)
     store_tokens(out_ref, batch, head, own_at, own_valid, acc, DIM, PADDED_DIM)

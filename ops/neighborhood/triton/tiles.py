@@ -103,7 +103,8 @@ def fitting(rank: int, arguments: dict[str, Any]) -> list[triton.Config]:
     for config in candidates:
         rows, columns = math.prod(config.kwargs["TILE"]), math.prod(config.kwargs["BLOCK"])
         items = (rows + config.num_stages * columns) * dims
-        held = (rows + columns) * dims + rows * columns
+        # A score of the split form has the pointer of its weight, of two registers.
+        held = (rows + columns) * dims + rows * columns * (3 if "w_ref" in arguments else 1)
         if item_size == 4:
             # Operands are split for three TF32 products; more than four warps repeat this work.
             items += 3 * rows * columns

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ops.selective_scan.reference import Inputs
 from ops.triton_devices import problem_of
 
 __all__ = ["scan", "unavailable"]
@@ -24,20 +25,12 @@ def unavailable(u: Tensor, A: Tensor) -> str | None:
     return problem_of(u)
 
 
-def scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> Tensor:
+def scan(inputs: Inputs) -> Tensor:
     """See :func:`ops.selective_scan.selective_scan`."""
     # Imported on first use: registering operators takes time, and triton is optional.
     from ops.selective_scan.triton import kernels
 
+    u, delta, A, B, C, D, delta_bias, delta_softplus = inputs
     absent = u.new_zeros(len(A), dtype=torch.float32)
     own, bias = (absent if t is None else t.float() for t in (D, delta_bias))
     return kernels.scan(u, delta, A.float(), B, C, own, bias, delta_softplus)

@@ -179,17 +179,9 @@ def backward_kernel(
     tl.store(grad_bias_ptr + image_of + first + channel, grad_bias, mask=inside)
 
 
-def _common(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    delta_bias: Tensor,
-    softplus: bool,
-) -> tuple[dict[str, Any], tuple[int, int]]:
+def _common(*inputs: Any) -> tuple[dict[str, Any], tuple[int, int]]:
     """Arguments common to both kernels, and the grid."""
+    u, delta, A, B, C, D, delta_bias, softplus = inputs
     batch, channels, tokens = u.shape
     groups, dim = B.shape[1], channels // B.shape[1]
     padded = triton.next_power_of_2(A.shape[1])

@@ -18,7 +18,7 @@ from neighborhood_oracle import (
 )
 
 from ops.cpu import build, instruction_sets
-from ops.neighborhood import na1d, na2d, tiled
+from ops.neighborhood import _tiles, na1d, na2d
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 ANY = Limits()
@@ -142,7 +142,7 @@ def test_large_calls_of_the_kernel(name: str) -> None:
 def test_tiles_fit_together(
     monkeypatch: pytest.MonkeyPatch, return_lse: bool, has_rpb: bool
 ) -> None:
-    monkeypatch.setattr(tiled, "_STEP", 1)  # tile a step
+    monkeypatch.setattr(_tiles, "_STEP", 1)  # tile a step
     more = {"extra": 3, "has_rpb": has_rpb, "return_lse": return_lse}
     window = ((5, 4), (2, 1), (2, 1), (False, True))
     assert_exact(Case((21, 18), *window, batch=2, heads=4, kv_heads=2, **more), "tiled")

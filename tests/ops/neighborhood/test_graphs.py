@@ -48,8 +48,8 @@ def test_operators_of_the_kernel(rank: int, optional: bool) -> None:
     more: list[Any] = [*torch.randn(2, 2, 3, 2, 5), torch.randn(2, *[5] * rank)]
     given += [t.requires_grad_() for t in more] if optional else [None] * 3
     given += [[3] * rank, [2] + [1] * (rank - 1), [1] * (rank - 1) + [2], [False] * rank, 0.4]
-    torch.library.opcheck(operators.na_cpu_forward, given)
-    out, lse = (t.detach() for t in operators.na_cpu_forward(*given))
+    torch.library.opcheck(operators.na_cpu_forward, (*given, True))
+    out, lse = (t.detach() for t in operators.na_cpu_forward(*given, True))
     detached = [t.detach() if isinstance(t, Tensor) else t for t in given]
     grads = torch.randn_like(out), torch.randn_like(lse)
     torch.library.opcheck(operators.na_cpu_backward, (*grads, out, lse, *detached))
