@@ -150,12 +150,10 @@ def _add(into: Speeds, row: dict[str, Any]) -> None:
             into.over[dtype] = (known[name], name)
 
 
-_report = functools.cache(read_report)
-
-
+@functools.cache
 def reason(docs: Path, model: str, dtype: str) -> str:
     """Why another library is faster, from performance/losses.json; empty if it is not known."""
-    for each in _report(docs / "performance" / "losses.json")["reasons"]:
+    for each in read_report(docs / "performance" / "losses.json")["reasons"]:
         if fnmatch.fnmatch(model, each["models"]) and fnmatch.fnmatch(dtype, each["dtypes"]):
             return str(each["reason"])
     return ""
@@ -260,11 +258,11 @@ def losses(docs: Path) -> str:
                 continue
             rate = each.row["matmul_gflops"].get(dtype)
             alone = 2e-6 * each.row["macs"] * each.batch / rate if rate else None
-            cpu = f"{names[each.cpu]}, {each.isa}".rstrip(", ")
-            setting = [f"`{each.model}`", cpu, str(each.batch), str(each.threads), dtype]
-            ours = [decimal(time, 2), "–" if alone is None else decimal(alone, 2)]
+            setting = [f"`{each.model}`", f"{names[each.cpu]}, {each.isa}".rstrip(", ")]
+            setting += [str(each.batch), str(each.threads), dtype, decimal(time, 2)]
             over = f"{decimal(ratio, 3)}× {TITLES.get(rival, rival)}"
-            rows.append([*setting, *ours, over, reason(docs, each.model, dtype)])
+            why = ["–" if alone is None else decimal(alone, 2), over]
+            rows.append([*setting, *why, reason(docs, each.model, dtype)])
     head = ["model", "CPU", "images", "threads", "dtype", "ms", "products alone", "over"]
     return table([*head, "why"], rows)
 

@@ -49,7 +49,7 @@
     // A loss never reads as 1.00.
     const shown = ratio < 1 && ratio >= 0.995
       ? (Math.floor(1000 * ratio) / 1000).toFixed(3) : ratio.toFixed(2);
-    return element("td", `${shown}×`, { class: kind, title: `over ${contender}${why ? `: ${why}` : ""}` });
+    return element("td", `${shown}×`, { class: kind, title: `over ${contender}${ratio < 1 && why ? `: ${why}` : ""}` });
   }
 
   function dateCell(row) {

@@ -322,10 +322,6 @@ def _speed_cell(cell: Cell, other: str | None) -> list[Any] | None:
     return [cell.milliseconds, TITLES.get(cell.name, cell.name), cell.failed, other]
 
 
-def _why(each: Speeds, dtype: str, ratio: float) -> str:
-    return speeds.reason(DOCS, each.model, dtype) if ratio < 1 else ""
-
-
 def entries(measured: Sequence[Speeds]) -> list[dict[str, Any]]:
     """What the script shows, a mapping for each setting."""
     known = speeds.cpus(DOCS)
@@ -353,8 +349,8 @@ def entries(measured: Sequence[Speeds]) -> list[dict[str, Any]]:
                 },
                 "layers": layers.get((each.isa or isas[each.cpu], each.model)),
                 "over": {
-                    dtype: [ratio, TITLES.get(name, name), _why(each, dtype, ratio)]
-                    for dtype, (ratio, name) in each.over.items()
+                    d: [ratio, TITLES.get(name, name), speeds.reason(DOCS, each.model, d)]
+                    for d, (ratio, name) in each.over.items()
                 },
                 "images": fused.get("images_per_second"),
                 "memory": None if peak is None else peak / 2**20,
