@@ -180,6 +180,8 @@ def _medmnist(keys: DataKeys, name: str, split: str) -> tuple[ImageSource, list[
     images, labels = arrays[wanted[0]], arrays[wanted[1]]
     if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
         raise DataError(f"{name} has images of shape {images.shape[1:]}, not 2D ones")
+    if len(images) != len(labels):
+        raise DataError(f"{path}: {len(images)} {short} images have {len(labels)} labels")
     if labels.ndim != 2 or labels.shape[1] == 1:
         labels = labels.reshape(-1)
     count = labels.shape[1] if labels.ndim == 2 else int(arrays["train_labels"].max()) + 1
@@ -371,9 +373,17 @@ def _check(splits: Splits, data: str) -> None:
             continue
         if len(source) == 0:
             raise DataError(f"{data}: the {split} split is empty")
-        if source.labels is None or splits.multi_label:
+        if source.labels is None:
             continue
-        if len(wrong := np.flatnonzero((source.labels < 0) | (source.labels >= count))):
+        if splits.multi_label:
+            if set(np.unique(source.labels)) - {0, 1}:
+                raise DataError(f"{data}: the {split} split has labels other than 0 and 1")
+            if split == "validation" and not np.ptp(source.labels, axis=0).any():
+                raise DataError(
+                    f"{data}: no class has both positive and negative validation images, so "
+                    "AUC is undefined"
+                )
+        elif len(wrong := np.flatnonzero((source.labels < 0) | (source.labels >= count))):
             i = int(wrong[0])
             raise DataError(
                 f"{data}: {source.name(i)} has label {source.labels[i]}, outside the "

@@ -124,6 +124,8 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
     EXIF data in all formats except BMP and 16-bit TIFF. ``quality`` is that of JPEG and WebP.
     """
     suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise PictureError(f"{path}: the ending of an output must be one of {', '.join(SUFFIXES)}")
     data = io.BytesIO()
     try:
         if picture.bits == 16 and suffix in _16_BIT_SUFFIXES:
@@ -195,12 +197,15 @@ def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | No
         array = _read_16_bits(path, str(image.format))
         if array.ndim == 2:
             array = array[:, :, None]
-        return (array[:, :, :-1], array[:, :, -1]) if array.shape[2] in (2, 4) else (array, None)
+        if array.shape[2] in (2, 4):
+            return array[:, :, :-1], array[:, :, -1]
+        return array, _alpha_of_key_colour(image.info.get("transparency"), array)
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         array = np.asarray(image)
         if array.min() < 0 or array.max() > 65535:
             raise PictureError(f"{path} has values outside 16 bits")
-        return array.astype(np.uint16)[:, :, None], None
+        array = array.astype(np.uint16)[:, :, None]
+        return array, _alpha_of_key_colour(image.info.get("transparency"), array)
     if image.mode == "F":
         raise PictureError(f"{path} has floating-point values; save it with 8 or 16 bits")
     return arrays_of(image)
@@ -214,6 +219,15 @@ def arrays_of(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
         return array[:, :, :colours], array[:, :, 3]
     array = np.asarray(image.convert("L" if colours == 1 else "RGB"))
     return array.reshape(*array.shape[:2], colours), None
+
+
+def _alpha_of_key_colour(
+    clear: int | tuple[int, ...] | None, pixels: np.ndarray
+) -> np.ndarray | None:
+    """Alpha of 16-bit pixels (H, W, C) with one transparent colour; None without one."""
+    if clear is None:
+        return None
+    return np.where((pixels == np.array(clear)).all(2), 0, 65535).astype(np.uint16)
 
 
 def _has_16_bit_colour(image: Image.Image) -> bool:

@@ -89,18 +89,33 @@ def test_medmnist(tmp_path):
         open_splits(recipe)
 
 
-def test_unsupported_medmnist_sets(tmp_path):
-    recipe = Recipe(data="medmnist/set", data_dir=str(tmp_path))
-    write_medmnist(tmp_path / "set.npz", shape=(8, 8, 8, 1))
-    with pytest.raises(DataError, match="not 2D"):
-        open_splits(recipe)
-    write_medmnist(tmp_path / "set.npz")
-    with np.load(tmp_path / "set.npz") as archive:
-        arrays = dict(archive)
+def _cut(arrays):
+    return {**arrays, "val_labels": arrays["val_labels"][:2]}
+
+
+def _label_7(arrays):
     arrays["val_labels"][2] = 7
-    np.savez(tmp_path / "set.npz", **arrays)
-    with pytest.raises(DataError, match=r"set/val\[2\] has label 7, outside the 3 classes"):
-        open_splits(recipe)
+    return arrays
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({"labels": np.full((12, 14), 2)}, None, "labels other than 0 and 1"),
+        ({"labels": np.zeros((12, 3), np.int64)}, None, "AUC is undefined"),
+        ({"shape": (8, 8, 8, 1)}, None, "not 2D"),
+        ({}, _cut, "6 val images have 2 labels"),
+        ({}, _label_7, r"set/val\[2\] has label 7, outside the 3 classes"),
+    ],
+)
+def test_unsupported_medmnist_sets(options, change, message, tmp_path):
+    write_medmnist(tmp_path / "set.npz", **options)
+    if change is not None:
+        with np.load(tmp_path / "set.npz") as archive:
+            arrays = dict(archive)
+        np.savez(tmp_path / "set.npz", **change(arrays))
+    with pytest.raises(DataError, match=message):
+        open_splits(Recipe(data="medmnist/set", data_dir=str(tmp_path)))
 
 
 def test_missing_and_damaged_medmnist_files(tmp_path):

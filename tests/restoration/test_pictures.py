@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import struct
+import zlib
 from dataclasses import replace
 from typing import Any
 
@@ -101,6 +103,27 @@ def test_sixteen_bits(suffix, channels, alpha, tmp_path):
     if suffix == ".tif":
         other = tifffile.imread(path)
         assert np.array_equal(other[..., :3] if other.ndim == 3 else other[..., None], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_transparent_colour_of_sixteen_bits(channels, tmp_path):
+    """A PNG without alpha may name one colour that is not seen."""
+    array = pixels(5, 8, channels, kind=np.uint16)
+    array[0, :3] = clear = np.array([513, 7, 65535][:channels], np.uint16)
+    array[1, 0] = clear ^ np.uint16(1)  # another one, though the same in 8 bits
+    array[1, 1] = [clear[0] ^ 1, *clear[1:]]  # and one with the same green and blue
+    path = tmp_path / "a.png"
+    write_picture(path, Picture(array))
+    name, data = b"tRNS", clear.astype(">u2").tobytes()
+    chunk = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    before, after = path.read_bytes().split(b"IDAT", 1)
+    path.write_bytes(before[:-4] + chunk + before[-4:] + b"IDAT" + after)
+    picture = read_picture(path)
+    assert np.array_equal(picture.pixels, array)
+    expected = np.where((array == clear).all(2), 0, 65535)
+    assert (expected == 0).sum() >= 3
+    assert picture.alpha is not None and picture.alpha.dtype == np.uint16
+    assert np.array_equal(picture.alpha, expected)
 
 
 def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path):
@@ -216,3 +239,5 @@ def test_failed_writes_leave_no_file(tmp_path, monkeypatch):
         write_picture(path, Picture(pixels(4, 4, 3)))
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     assert path.read_bytes() == b"what was there"
+    with pytest.raises(PictureError, match="must be one of .png"):
+        write_picture(tmp_path / "a.gif", Picture(pixels(4, 4, 3)))
