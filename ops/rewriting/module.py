@@ -132,7 +132,10 @@ def _dispatched(method: Callable[..., Any]) -> Callable[..., Any]:
     def dispatched(self: Rewritten, *args: Any, **kwargs: Any) -> Any:
         if _thread.is_recorded:
             return method(self, *args, **kwargs)
-        leaves, structure = pytree.tree_flatten((args, kwargs))
+        leaves: list[Any] = [*args]
+        structure: Any = None  # of the usual call, for which pytree takes too long
+        if len(args) != 1 or kwargs:
+            leaves, structure = pytree.tree_flatten((args, kwargs))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if _thread.is_inside or len(places) != 1 or torch._C._len_torch_function_stack():
             return self.eagerly(method, *args, **kwargs)
@@ -143,7 +146,9 @@ def _dispatched(method: Callable[..., Any]) -> Callable[..., Any]:
             return self.eagerly(method, *args, **kwargs)
 
         def plain(x: Tensor) -> Any:
-            now, named = pytree.tree_unflatten([*before, x, *after], structure)
+            now, named = (x,), {}
+            if structure is not None:
+                now, named = pytree.tree_unflatten([*before, x, *after], structure)
             if _thread.is_recorded:
                 return method(self, *now, **named)
             return self.eagerly(method, *now, **named)

@@ -235,6 +235,14 @@ int replay_same_values(intptr_t (*size)(void*), int (*next)(void*, intptr_t*, vo
   return 1;
 }
 
+// Whether words in memory have the given values; none after one that differs is read.
+int replay_same_words(int64_t count, const int64_t* const* word, const int64_t* value) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (*word[i] != value[i]) return 0;
+  }
+  return 1;
+}
+
 // Prefetches cache lines. What has moved is fetched in vain.
 void replay_prefetch(int64_t count, void* const* lines) {
   for (int64_t i = 0; i < count; ++i) __builtin_prefetch(lines[i], 0, 2);
