@@ -75,16 +75,27 @@ static VB_INLINE bool clips_sum(const Problem& p) {
   return p.combination == ADD_CLIPPED || p.combination == ADD_GATED;
 }
 
-// `scale` multiplies `other`, or with ADD_GATED `x`; it may be null.
-static VB_INLINE F combine(const Problem& p, const float* scale, int lanes, F x, F other) {
-  if (p.combination == ADD_SCALED) return simd::fma(other, simd::get(scale, lanes), x);
-  if (p.combination == ADD_GATED) x = x * simd::get(scale, lanes);
-  if (clips_sum(p) && activation::is_clip(p.activation)) {
-    return activation::clip(x + other, activation::clip_limit(p.activation));
+// Combines a vector of outputs with that of `other`, in a copy of what the problem says of it: for
+// all that a compiler knows, each store of an output might change the problem.
+struct Combine {
+  int64_t kind;
+  bool clips;
+  F limit, scale;  // of `other`, or with ADD_GATED of the output
+
+  VB_INLINE Combine(const Problem& p, const float* scales, int lanes)
+      : kind(p.combination),
+        clips(clips_sum(p) && activation::is_clip(p.activation)),
+        limit(activation::clip_limit(p.activation)),
+        scale(kind == ADD_SCALED || kind == ADD_GATED ? simd::get(scales, lanes) : simd::zero()) {}
+
+  VB_INLINE F operator()(F x, F other) const {
+    if (kind == MULTIPLY) return x * other;
+    if (kind == ADD_SCALED) return simd::fma(other, scale, x);
+    if (kind == ADD_GATED) x = x * scale;
+    x = x + other;
+    return clips ? activation::clip(x, limit) : x;
   }
-  if (p.combination == ADD_GATED) return x + other;
-  return p.combination == ADD ? x + other : x * other;
-}
+};
 
 // The epilogue: activation, combination, energies, and the stores of R rows of V vectors.
 template <class T, int R, int V>
@@ -113,8 +124,9 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
     }
   }
   T* const out = block.out;
-  const ptrdiff_t stride = p.out_stride;
-  if (p.combination == NONE && !block.energy) {
+  float* const energies = block.energy;
+  const ptrdiff_t stride = p.out_stride, other_stride = p.other_stride;
+  if (p.combination == NONE && !energies) {
     VB_UNROLL
     for (int r = 0; r < R; r++) {
       VB_UNROLL
@@ -127,19 +139,18 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
   VB_UNROLL
   for (int v = 0; v < V; v++) {
     const int lanes = v == V - 1 ? block.lanes : W;
+    const Combine combine(p, block.other_scale + v * W, lanes);
+    const T* const others = block.other + v * W;
     F energy = simd::zero();
     VB_UNROLL
     for (int r = 0; r < R; r++) {
       F x = sum[r][v];
-      if (p.combination != NONE) {
-        const F other = simd::get(block.other + r * p.other_stride + v * W, lanes);
-        x = combine(p, block.other_scale + v * W, lanes, x, other);
-      }
-      if (block.energy) energy = simd::fma(x, x, energy);
+      if (combine.kind != NONE) x = combine(x, simd::get(others + r * other_stride, lanes));
+      if (energies) energy = simd::fma(x, x, energy);
       simd::put(out + r * stride + v * W, x, lanes);
     }
-    if (block.energy) {
-      float* place = block.energy + v * W;
+    if (energies) {
+      float* const place = energies + v * W;
       simd::put(place, simd::get(place, lanes) + energy, lanes);
     }
   }
@@ -182,7 +193,8 @@ static void finish_rows(const Problem& p, const Block<T>& block, int64_t first, 
       const int lanes = v == V - 1 ? block.lanes : W;
       x[v] = simd::load(sums + v * W);
       if (p.combination != NONE) {
-        x[v] = combine(p, block.other_scale + v * W, lanes, x[v], simd::get(other + v * W, lanes));
+        const Combine combine(p, block.other_scale + v * W, lanes);
+        x[v] = combine(x[v], simd::get(other + v * W, lanes));
       }
       energy[v] = simd::fma(x[v], x[v], energy[v]);
     }

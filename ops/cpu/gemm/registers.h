@@ -340,6 +340,16 @@ static VB_INLINE void each_block(int64_t rows, Range panels, int64_t bytes, int6
   }
 }
 
+// Whether outputs are written row by row, as they lie in memory, instead of panel by panel: those of
+// many rows, multiplied with weights that stay in the L2 cache.
+static bool writes_whole_rows(const Problem& p, const Tensors& t, int64_t rows, Range panels,
+                              int64_t bytes) {
+  const bool whole = p.out_stride == p.out_features && length(panels) * PANEL >= p.out_features;
+  const bool others = !t.other || p.other_stride == p.out_features;
+  return whole && others && length(panels) * bytes <= GROUP_BYTES &&
+         rows >= length(panels) * MIN_BLOCKS * MAX_ROWS;
+}
+
 template <class T>
 static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& rows,
                              Range panels) {
@@ -348,15 +358,31 @@ static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& 
   const auto weight_of = [&](int64_t panel) {
     return weights + std::min(panel * PANEL, padded(p.out_features)) * k;
   };
-  each_block(rows.count, panels, bytes, k / INPUTS<T> / STEP, weight_of,
-             [&](int64_t n, Range range, Prefetch& prefetch) VB_INLINE_LAMBDA {
+  const auto work = [&](int64_t n, Range range, Prefetch& prefetch) VB_INLINE_LAMBDA {
     Block<T> block = block_at(p, t, rows, n);
     block.in = rows.in + range.begin * rows.in_stride;
     block.weight = weight_of(n / PANEL);
     block.out += range.begin * p.out_stride;
     if (block.other) block.other += range.begin * p.other_stride;
     run_block(p, rows, block, length(range), p.out_features - n > W, prefetch);
-  });
+  };
+  if (!writes_whole_rows(p, t, rows.count, panels, bytes)) {
+    return each_block(rows.count, panels, bytes, k / INPUTS<T> / STEP, weight_of, work);
+  }
+  Prefetch prefetch(weights, 0, 1);
+  const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
+  for (int64_t i = 0; i < blocks; i++) {
+    const Range range = share(rows.count, i, blocks), next = share(rows.count, i + 1, blocks);
+    for (int64_t n = 0; n < p.out_features; n += PANEL) {
+      if (i + 1 < blocks) {  // a part of the next block's memory
+        const int64_t begin = next.begin * p.out_features + n * length(next);
+        const int64_t count = std::min<int64_t>(PANEL, p.out_features - n) * length(next);
+        memory::fetch<memory::WRITE>(rows.out + begin, count);
+        if (rows.other) memory::fetch<memory::READ>(rows.other + begin, count);
+      }
+      work(n, range, prefetch);
+    }
+  }
 }
 
 }  // namespace linear
