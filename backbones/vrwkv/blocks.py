@@ -21,7 +21,6 @@ from ops.block import PreNormBlock
 from ops.cpu.scan.gated_scan import normed_scan
 from ops.cpu.wkv.wkv import bi_wkv_forward, shifted_mixtures
 from ops.inference.layers import FastForm, stands_for
-from ops.inference.packed_linear import PackedLinear
 from ops.linear_attention import gated_linear_attention
 
 HEAD_DIM = 64  # of a head of VRWKV6
@@ -201,15 +200,15 @@ class GatedScan(nn.Module):
 
 
 class _GatedScan(NamedTuple):
-    """Weights of the first mixture, vectors in float32, packed layers."""
+    """Vectors in float32, and weights of linear layers."""
 
-    shares: Tensor
+    shares: Tensor  # of the first mixture
     of_heads: list[Tensor]  # decay, bonus, the norm's weight and bias
-    gate: PackedLinear
-    mix_down: PackedLinear
-    mix_up: list[PackedLinear]  # of the other five mixtures
-    decay_down: PackedLinear
-    decay_up: PackedLinear
+    gate: Tensor
+    mix_down: Tensor
+    mix_up: list[tuple[Tensor, Tensor]]  # weight and bias for each of the other five mixtures
+    decay_down: Tensor
+    decay_up: Tensor
 
 
 @stands_for(GatedScan)
@@ -226,17 +225,17 @@ class VRWKVGatedScan(FastForm, GatedScan):
         for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
         change = shifted.view(x.shape).sub(x)
-        low = derived.mix_down(for_low.view(x.shape), "tanh").chunk(5, dim=-1)
+        low = F.linear(for_low.view(x.shape), derived.mix_down).tanh().chunk(5, dim=-1)
         of_decay, of_key, of_value, of_receptance, of_gate = (
-            (x + layer(part, factor=change)).view(shape[0], -1, shape[-1])
-            for layer, part in zip(derived.mix_up, low, strict=True)
+            (x + F.linear(part, *up) * change).view(shape[0], -1, shape[-1])
+            for up, part in zip(derived.mix_up, low, strict=True)
         )
         projected = self.receptance(of_receptance), self.key(of_key), self.value(of_value)
         query, key, value = map(self._heads, projected)
-        decay = derived.decay_down(of_decay, "tanh")
-        decay = self._heads(derived.decay_up(decay))
+        decay = F.linear(of_decay, derived.decay_down).tanh()
+        decay = self._heads(F.linear(decay, derived.decay_up))
         out = normed_scan(query, key, value, decay, *derived.of_heads, self.norm.eps).flatten(2)
-        return self.proj(derived.gate(of_gate, "silu", factor=out).view(shape))
+        return self.proj((F.silu(F.linear(of_gate, derived.gate)) * out).view(shape))
 
     def derive(self, x: Tensor) -> _GatedScan | None:
         mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
@@ -245,14 +244,14 @@ class VRWKVGatedScan(FastForm, GatedScan):
         return _GatedScan(
             torch.stack([1 - mix_x, torch.zeros_like(mix_x)]),
             [t.detach().float().view(self.num_heads, -1) for t in vectors],
-            PackedLinear(self.gate.weight, None),
-            PackedLinear(self.mix_down.t(), None),
+            self.gate.weight.detach(),
+            self.mix_down.t().contiguous(),
             [
-                PackedLinear(weight.t(), mix.flatten())
-                for weight, mix in zip(self.mix_up, mixes, strict=True)
+                (up.t().contiguous(), mix.flatten())
+                for up, mix in zip(self.mix_up, mixes, strict=True)
             ],
-            PackedLinear(self.decay_down.t(), None),
-            PackedLinear(self.decay_up.t(), None),
+            self.decay_down.t().contiguous(),
+            self.decay_up.t().contiguous(),
         )
 
 

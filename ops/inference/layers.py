@@ -21,7 +21,7 @@ from ops.cpu.call.binding import Kernel
 from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.gemm.convolution import PackedConv2d
-from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.gemm.linear import packed_linear, packed_linear_energy
 from ops.cpu.policy import Decision, observe_decisions
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
@@ -30,8 +30,6 @@ from ops.inference.packed_linear import (
     PackedWeight,
     Quantization,
     by_onednn,
-    scaled,
-    scaled_residual,
 )
 from ops.replay.changes import TensorSnapshot
 
@@ -193,9 +191,8 @@ class ActivatedLayer(FastLayer):
     quantization: Quantization | None = None  # of linear layers
     forward: Callable[..., Tensor]
 
-    def _finish(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = activation_of(self.activation).plain(x)
-        return x if residual is None else x + residual
+    def _finish(self, x: Tensor) -> Tensor:
+        return activation_of(self.activation).plain(x)
 
     def extra_repr(self) -> str:
         shown = f"{super().extra_repr()}, activation={self.activation}"
@@ -225,17 +222,38 @@ class FastLinear(ActivatedLayer, nn.Linear):
         factor: Tensor | None = None,
     ) -> Tensor:
         packed = self.derived(x)
+        own = None
         if packed is not None:
-            others = residual, scale, residual_scale, factor
-            out: Tensor = packed(x, self.activation, *others, self.clips_sum)
+            is_scaled = scale is not None or residual_scale is not None
+            given = x, self.activation
+            own = packed.packed_for(*given, is_scaled=is_scaled, has_factor=factor is not None)
+        if own is not None:
+            weight, weight_scale, bias, in_range = own
+            if factor is not None:
+                combined: tuple[Tensor | None, str] = factor, "multiply"
+            elif residual is None:
+                combined, residual_scale = (None, "none"), None
+            elif self.clips_sum:
+                combined = residual, "add_clipped"
+            else:
+                combined = residual, "add" if residual_scale is None else "add_scaled"
+            scales = scale, residual_scale, weight_scale, in_range
+            out: Tensor = packed_linear(x, weight, bias, self.activation, *combined, *scales)
             return out
-        residual = scaled_residual(residual, residual_scale)
-        out = super().forward(scaled(x, scale))
-        if factor is not None:
-            return self._finish(out) * factor
-        if self.clips_sum and residual is not None:
-            return self._finish(out + residual)
-        return self._finish(out, residual)
+        if scale is not None:
+            x = x * scale.view(len(scale), *[1] * (x.ndim - 2), x.shape[-1])
+        if residual is not None and residual_scale is not None:
+            residual = residual * residual_scale.to(residual.dtype)
+        clips = self.clips_sum and residual is not None
+        activation = "none" if clips else self.activation
+        if packed is not None:
+            out = packed.by_onednn(x, activation, residual)
+            out = out if factor is None else out.mul_(factor)
+        else:
+            out = activation_of(activation).plain(super().forward(x))
+            out = out if residual is None else out + residual
+            out = out if factor is None else out * factor
+        return self._finish(out) if clips else out
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{', clips_sum=True' if self.clips_sum else ''}"
@@ -243,10 +261,12 @@ class FastLinear(ActivatedLayer, nn.Linear):
     def energy(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``self(x, scale=scale)`` and the sums of its squares: (B, out_features)."""
         packed = self.derived(x)
-        if packed is not None:
-            both = packed.energy(x, self.activation, scale)
-            if both is not None:
-                return both
+        own = None if packed is None else packed.packed_for(x, self.activation, is_scaled=True)
+        if own is not None:
+            weight, weight_scale, bias, in_range = own
+            given = weight, bias, self.activation, scale, weight_scale, in_range
+            both: tuple[Tensor, Tensor] = packed_linear_energy(x, *given)
+            return both[0], both[1]
         out = self(x, scale=scale)
         return out, (out * out).flatten(1, -2).sum(1)
 
