@@ -287,18 +287,13 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        own, packed = self.derived(x) or (None, None)
-        if own is not None and (packed is None or self.pays(x)):
-            return own(x, self.activation)
-        return self._by_onednn(x, packed)
-
-    def pays(self, x: Tensor) -> bool:
-        """Whether our kernel is faster than oneDNN's, if :meth:`derive` gives both."""
-        return policy.conv_by_kernel(self.in_channels, x.is_contiguous(), x.dtype)
-
-    def _by_onednn(self, x: Tensor, packed: Callable[[torch.Size], Any] | None) -> Tensor:
-        if packed is None:
+        derived = self.derived(x)
+        if derived is None:
             return self._finish(super().forward(x))
+        own, packed = derived
+        if own is not None and self.pays(own, x):
+            out: Tensor = own(x, self.activation)
+            return out
         weight, bias = packed(x.shape)
         out = by_onednn(
             torch.ops.mkldnn._convolution_pointwise.default,
@@ -310,14 +305,17 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         )
         return out.to(x.dtype)
 
-    def derive(self, x: Tensor) -> tuple[Any, Any]:
-        """Derived data for our kernel and for oneDNN; None for one that is never used."""
-        own = self.for_kernel(x)
-        return own, self.for_onednn(x) if own is None or isinstance(own, NCHWConv2d) else None
+    def pays(self, own: Any, x: Tensor) -> bool:
+        """Whether our kernel is faster than oneDNN's."""
+        if not isinstance(own, NCHWConv2d):
+            return True
+        return policy.conv_by_kernel(self.in_channels, x.is_contiguous(), x.dtype)
 
-    def for_kernel(
-        self, x: Tensor
-    ) -> PackedConv2d | NCHWConv2d | WinogradConv2d | DirectConv2d | None:
+    def derive(self, x: Tensor) -> tuple[Any, Callable[[torch.Size], Any]]:
+        """For our kernel, if there is one, and for oneDNN."""
+        return self.for_kernel(x), self.for_onednn(x)
+
+    def for_kernel(self, x: Tensor) -> Callable[[Tensor, str], Any] | None:
         """The convolution by one of our kernels, if one is ever faster."""
         stride: Any = self.stride
         dilation: Any = self.dilation
@@ -347,13 +345,13 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         bfloat16.
         """
         dtype = policy.computed_in(x.dtype)
-        weight = self.weight.detach().to(dtype, memory_format=torch.channels_last)
-        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         geometry = self.padding, self.stride, self.dilation, self.groups
 
         @functools.lru_cache(_MOST_SHAPES)
         def packed(shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+            last = weight.to(dtype, memory_format=torch.channels_last)
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            return pack(weight, *geometry, shape), bias
+            return pack(last, *geometry, shape), None if bias is None else bias.to(dtype)
 
         return packed
