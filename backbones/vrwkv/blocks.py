@@ -9,7 +9,7 @@ The input of each projection is a learned interpolation between a pixel and its 
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -109,9 +109,10 @@ class VRWKVAttention(FastForm, WKVAttention):
 
     kernels: ClassVar = (bi_wkv_forward,)
 
-    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
         decay, first = self.per_token(x.shape[1] * x.shape[2])
-        for_key, for_value, for_gate = shifted_mixtures(x, derived).unbind()
+        shares = _shares(self.mix_k, self.mix_v, self.mix_r)
+        for_key, for_value, for_gate = shifted_mixtures(x, shares).unbind()
         key, value = self.key(for_key).flatten(1, 2), self.value(for_value).flatten(1, 2)
         gate = None  # of the scan, if no norm is in between
         if isinstance(self.norm, nn.Identity):
@@ -120,9 +121,6 @@ class VRWKVAttention(FastForm, WKVAttention):
         if gate is None:
             out = torch.sigmoid(self.receptance(for_gate)) * self.norm(out)
         return self.proj(out)
-
-    def derive(self, x: Tensor) -> Tensor:
-        return _shares(self.mix_k, self.mix_v, self.mix_r)
 
 
 class GatedScan(nn.Module):
@@ -199,18 +197,6 @@ class GatedScan(nn.Module):
         self.first.copy_(first.view_as(self.first))
 
 
-class _GatedScan(NamedTuple):
-    """Vectors in float32, and weights of linear layers."""
-
-    shares: Tensor  # of the first mixture
-    of_heads: list[Tensor]  # decay, bonus, the norm's weight and bias
-    gate: Tensor
-    mix_down: Tensor
-    mix_up: list[tuple[Tensor, Tensor]]  # weight and bias for each of the other five mixtures
-    decay_down: Tensor
-    decay_up: Tensor
-
-
 @stands_for(GatedScan)
 class VRWKVGatedScan(FastForm, GatedScan):
     """The inference form: one kernel for scan and norm.
@@ -220,39 +206,27 @@ class VRWKVGatedScan(FastForm, GatedScan):
 
     kernels: ClassVar = (normed_scan, shifted_mixtures)
 
-    def fast(self, x: Tensor, derived: _GatedScan) -> Tensor:
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
         shape = x.shape
-        for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
+        mix_x = self.mix_x.float().flatten()
+        shares = torch.stack([1 - mix_x, torch.zeros_like(mix_x)])
+        for_low, shifted = shifted_mixtures(x, shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
         change = shifted.view(x.shape).sub(x)
-        low = F.linear(for_low.view(x.shape), derived.mix_down).tanh().chunk(5, dim=-1)
+        low = torch.tanh(for_low.view(x.shape) @ self.mix_down).chunk(5, dim=-1)
+        mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
         of_decay, of_key, of_value, of_receptance, of_gate = (
-            (x + F.linear(part, *up) * change).view(shape[0], -1, shape[-1])
-            for up, part in zip(derived.mix_up, low, strict=True)
+            (x + F.linear(part, up.t(), own.flatten()) * change).view(shape[0], -1, shape[-1])
+            for part, up, own in zip(low, self.mix_up, mixes, strict=True)
         )
         projected = self.receptance(of_receptance), self.key(of_key), self.value(of_value)
         query, key, value = map(self._heads, projected)
-        decay = F.linear(of_decay, derived.decay_down).tanh()
-        decay = self._heads(F.linear(decay, derived.decay_up))
-        out = normed_scan(query, key, value, decay, *derived.of_heads, self.norm.eps).flatten(2)
-        return self.proj((F.silu(F.linear(of_gate, derived.gate)) * out).view(shape))
-
-    def derive(self, x: Tensor) -> _GatedScan | None:
-        mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
-        mix_x = self.mix_x.detach().float().flatten()
+        decay = self._heads(torch.tanh(of_decay @ self.decay_down) @ self.decay_up)
         vectors = (self.decay, self.first, self.norm.weight, self.norm.bias)
-        return _GatedScan(
-            torch.stack([1 - mix_x, torch.zeros_like(mix_x)]),
-            [t.detach().float().view(self.num_heads, -1) for t in vectors],
-            self.gate.weight.detach(),
-            self.mix_down.t().contiguous(),
-            [
-                (up.t().contiguous(), mix.flatten())
-                for up, mix in zip(self.mix_up, mixes, strict=True)
-            ],
-            self.decay_down.t().contiguous(),
-            self.decay_up.t().contiguous(),
-        )
+        of_heads = [t.float().view(self.num_heads, -1) for t in vectors]
+        out = normed_scan(query, key, value, decay, *of_heads, self.norm.eps).flatten(2)
+        gate = F.silu(F.linear(of_gate, self.gate.weight.detach()))  # in floats
+        return self.proj((gate * out).view(shape))
 
 
 class GatedSquaredMlp(nn.Module):
@@ -294,13 +268,11 @@ class VRWKVMlp(FastForm, GatedSquaredMlp):
 
     kernels: ClassVar = (shifted_mixtures,)
 
-    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
-        for_key, for_gate = shifted_mixtures(x, derived, self.groups).unbind()
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
+        shares = _shares(self.mix_k, self.mix_r)
+        for_key, for_gate = shifted_mixtures(x, shares, self.groups).unbind()
         out = self.value(self.norm(torch.relu(self.key(for_key)).square()))
         return torch.sigmoid(self.receptance(for_gate)) * out
-
-    def derive(self, x: Tensor) -> Tensor:
-        return _shares(self.mix_k, self.mix_r)
 
 
 def _shares(*mixes: Tensor) -> Tensor:
