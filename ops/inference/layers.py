@@ -6,9 +6,7 @@ Maps are channels-last, so a pointwise convolution is a linear layer on the last
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -41,10 +39,8 @@ __all__ = [
     "FastLayer",
     "FastLinear",
     "convert",
-    "fast_path_applies",
     "has_onednn",
     "is_quantized",
-    "plain_forms",
     "stands_for",
 ]
 
@@ -86,33 +82,6 @@ def convert(layer: nn.Module, fast: type[Module]) -> Module:
     return layer
 
 
-class _Thread(threading.local):
-    plain: bool = False
-
-
-_thread = _Thread()
-
-
-@contextmanager
-def plain_forms() -> Iterator[None]:
-    """Let layers of this thread compute as their plain forms do, which call all modules inside."""
-    before, _thread.plain = _thread.plain, True
-    try:
-        yield
-    finally:
-        _thread.plain = before
-
-
-def fast_path_applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer with this weight can use its fast path for ``x``."""
-    return (
-        not _thread.plain
-        and kernels_apply((x, weight))
-        and x.dtype == weight.dtype
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    )
-
-
 class FastLayer(nn.Module):
     """Base class of inference layers: data derived from tensors, created on demand.
 
@@ -131,12 +100,17 @@ class FastLayer(nn.Module):
 
     def derived(self, x: Tensor) -> Any:
         """The result of :meth:`derive`, or None if ``x`` requires the plain form."""
-        if torch.compiler.is_compiling() or _thread.plain:
+        if torch.compiler.is_compiling():
             return None
         if self._derived is None and self._made_from is not None:
             return None  # the plain form is always right
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()):
+            return None  # it calls all modules inside
         sources = [*self.parameters(), *self.buffers()]  # the first in the dtype of inputs
-        if not fast_path_applies(x, sources[0]):
+        weight = sources[0]
+        if x.dtype != weight.dtype or not kernels_apply((x, weight)):
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return None
         if self._made_from is None or not self._made_from.matches(sources):
             if not has_onednn(x.dtype) or not kernels_apply(sources):
