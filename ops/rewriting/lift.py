@@ -169,7 +169,7 @@ def put_convolution(
     if weight.shape[2:] != (1, 1) or geometry != once:
         groups, channels, size = geometry["groups"], x.shape[1], tuple(weight.shape[2:])
         depthwise = groups == channels and (channels > 1 or len(weight) == 1)
-        kind = FastDepthwiseConv2d if depthwise else FastConv2d
+        kind: Any = FastDepthwiseConv2d if depthwise else FastConv2d
         layer = kind(channels, len(weight), size, bias=bias is not None, device="meta", **geometry)
         graph.replace(operator, _with(layer, weight, bias, quantization=quantization), x)
         return
