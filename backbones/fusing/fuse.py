@@ -19,7 +19,7 @@ from backbones.common.messages import shown
 from backbones.fusing.int8_state import Int8Model, Precision
 from backbones.fusing.quantization import confirm, quantize, unquantize
 from ops.inference import conversion
-from ops.inference.layers import convert, plain_forms
+from ops.inference.layers import convert
 from ops.reparam import fuse_children
 from ops.rewriting.module import Rewritten, rewritten_form
 from ops.rounding import round_filters
@@ -179,23 +179,17 @@ class FusedBackbone(Rewritten):
             TypeError: not a tensor.
             ValueError: an image of another shape, dtype or device than the layers take.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
-            return method(self, x, *args, **kwargs)  # symbolic values
-        with torch._C.DisableTorchFunction():  # hide this from a capture
-            _require_images(x, self)
-            gradients = torch.is_grad_enabled() and x.requires_grad
-            is_meta = x.is_meta
-        if is_meta or not any(_has_hooks(m, gradients) for m in self.modules() if m is not self):
-            return method(self, x, *args, **kwargs)
-        with plain_forms():
-            return method(self, x, *args, **kwargs)
+        symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not (symbolic or isinstance(x, torch.fx.Proxy)):
+            with torch._C.DisableTorchFunction():  # hide this from a capture
+                _require_images(x, self)
+        return method(self, x, *args, **kwargs)
 
 
-def _has_hooks(module: nn.Module, gradients: bool = True) -> bool:
-    """Whether a module has hooks of its forward or, with ``gradients``, its backward pass."""
-    if module._forward_hooks or module._forward_pre_hooks:
-        return True
-    return gradients and bool(module._backward_hooks or module._backward_pre_hooks)
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether a module has hooks of its forward or backward pass."""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _require_images(x: Any, model: Any) -> None:
@@ -246,9 +240,9 @@ class FusableBackbone(Int8Model, nn.Module):
 
         Changes are detected if weights and buffers are modified by torch functions, get other
         memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if layers or hooks
-        change. While modules inside have hooks, all layers run as torch computes them. Writes that
-        torch cannot see, such as through NumPy or in place through ``.data``, take effect after the
-        next call of ``fuse()``.
+        change. While a module has hooks, nothing is replayed, and layers with hooks inside run as
+        torch computes them. Writes that torch cannot see, such as through NumPy or in place through
+        ``.data``, take effect after the next call of ``fuse()``.
 
         Modifies the model in place, puts it in eval mode and returns it; a second call with the
         same ``dtype`` has no effect. Afterwards ``train()`` raises.

@@ -9,7 +9,7 @@ The input of each projection is a learned interpolation between a pixel and its 
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,6 @@ from ops.block import PreNormBlock
 from ops.cpu.scan.gated_scan import normed_scan
 from ops.cpu.wkv.wkv import bi_wkv_forward, shifted_mixtures
 from ops.inference.layers import FastForm, stands_for
-from ops.inference.packed_linear import PackedLinear
 from ops.linear_attention import gated_linear_attention
 
 HEAD_DIM = 64  # of a head of VRWKV6
@@ -110,9 +109,10 @@ class VRWKVAttention(FastForm, WKVAttention):
 
     kernels: ClassVar = (bi_wkv_forward,)
 
-    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
         decay, first = self.per_token(x.shape[1] * x.shape[2])
-        for_key, for_value, for_gate = shifted_mixtures(x, derived).unbind()
+        shares = _shares(self.mix_k, self.mix_v, self.mix_r)
+        for_key, for_value, for_gate = shifted_mixtures(x, shares).unbind()
         key, value = self.key(for_key).flatten(1, 2), self.value(for_value).flatten(1, 2)
         gate = None  # of the scan, if no norm is in between
         if isinstance(self.norm, nn.Identity):
@@ -121,9 +121,6 @@ class VRWKVAttention(FastForm, WKVAttention):
         if gate is None:
             out = torch.sigmoid(self.receptance(for_gate)) * self.norm(out)
         return self.proj(out)
-
-    def derive(self, x: Tensor) -> Tensor:
-        return _shares(self.mix_k, self.mix_v, self.mix_r)
 
 
 class GatedScan(nn.Module):
@@ -200,18 +197,6 @@ class GatedScan(nn.Module):
         self.first.copy_(first.view_as(self.first))
 
 
-class _GatedScan(NamedTuple):
-    """Weights of the first mixture, vectors in float32, packed layers."""
-
-    shares: Tensor
-    of_heads: list[Tensor]  # decay, bonus, the norm's weight and bias
-    gate: PackedLinear
-    mix_down: PackedLinear
-    mix_up: list[PackedLinear]  # of the other five mixtures
-    decay_down: PackedLinear
-    decay_up: PackedLinear
-
-
 @stands_for(GatedScan)
 class VRWKVGatedScan(FastForm, GatedScan):
     """The inference form: one kernel for scan and norm.
@@ -221,39 +206,27 @@ class VRWKVGatedScan(FastForm, GatedScan):
 
     kernels: ClassVar = (normed_scan, shifted_mixtures)
 
-    def fast(self, x: Tensor, derived: _GatedScan) -> Tensor:
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
         shape = x.shape
-        for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
+        mix_x = self.mix_x.float().flatten()
+        shares = torch.stack([1 - mix_x, torch.zeros_like(mix_x)])
+        for_low, shifted = shifted_mixtures(x, shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
         change = shifted.view(x.shape).sub(x)
-        low = derived.mix_down(for_low.view(x.shape), "tanh").chunk(5, dim=-1)
+        low = torch.tanh(for_low.view(x.shape) @ self.mix_down).chunk(5, dim=-1)
+        mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
         of_decay, of_key, of_value, of_receptance, of_gate = (
-            (x + layer(part, factor=change)).view(shape[0], -1, shape[-1])
-            for layer, part in zip(derived.mix_up, low, strict=True)
+            (x + F.linear(part, up.t(), own.flatten()) * change).view(shape[0], -1, shape[-1])
+            for part, up, own in zip(low, self.mix_up, mixes, strict=True)
         )
         projected = self.receptance(of_receptance), self.key(of_key), self.value(of_value)
         query, key, value = map(self._heads, projected)
-        decay = derived.decay_down(of_decay, "tanh")
-        decay = self._heads(derived.decay_up(decay))
-        out = normed_scan(query, key, value, decay, *derived.of_heads, self.norm.eps).flatten(2)
-        return self.proj(derived.gate(of_gate, "silu", factor=out).view(shape))
-
-    def derive(self, x: Tensor) -> _GatedScan | None:
-        mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
-        mix_x = self.mix_x.detach().float().flatten()
+        decay = self._heads(torch.tanh(of_decay @ self.decay_down) @ self.decay_up)
         vectors = (self.decay, self.first, self.norm.weight, self.norm.bias)
-        return _GatedScan(
-            torch.stack([1 - mix_x, torch.zeros_like(mix_x)]),
-            [t.detach().float().view(self.num_heads, -1) for t in vectors],
-            PackedLinear(self.gate.weight, None),
-            PackedLinear(self.mix_down.t(), None),
-            [
-                PackedLinear(weight.t(), mix.flatten())
-                for weight, mix in zip(self.mix_up, mixes, strict=True)
-            ],
-            PackedLinear(self.decay_down.t(), None),
-            PackedLinear(self.decay_up.t(), None),
-        )
+        of_heads = [t.float().view(self.num_heads, -1) for t in vectors]
+        out = normed_scan(query, key, value, decay, *of_heads, self.norm.eps).flatten(2)
+        gate = F.silu(F.linear(of_gate, self.gate.weight.detach()))  # in floats
+        return self.proj((gate * out).view(shape))
 
 
 class GatedSquaredMlp(nn.Module):
@@ -295,13 +268,11 @@ class VRWKVMlp(FastForm, GatedSquaredMlp):
 
     kernels: ClassVar = (shifted_mixtures,)
 
-    def fast(self, x: Tensor, derived: Tensor) -> Tensor:
-        for_key, for_gate = shifted_mixtures(x, derived, self.groups).unbind()
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
+        shares = _shares(self.mix_k, self.mix_r)
+        for_key, for_gate = shifted_mixtures(x, shares, self.groups).unbind()
         out = self.value(self.norm(torch.relu(self.key(for_key)).square()))
         return torch.sigmoid(self.receptance(for_gate)) * out
-
-    def derive(self, x: Tensor) -> Tensor:
-        return _shares(self.mix_k, self.mix_r)
 
 
 def _shares(*mixes: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from ops.cpu.attention.gated import gated_attention, heads_unavailable, rank_aug
 from ops.cpu.attention.grouped import attend, grouped_attention, split_heads
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.layers import FastForm, FastLayer, stands_for
-from ops.inference.packed_linear import PackedLinear
 
 __all__ = [
     "FastBiLevelRoutingAttention",
@@ -83,17 +82,17 @@ class FastHiLoAttention(FastForm, HiLoAttention):
 
     kernels: ClassVar = (grouped_attention, window_means)
 
-    def fast(self, x: Tensor, derived: tuple[PackedLinear, PackedLinear]) -> Tensor:
-        enter, leave = derived
+    def fast(self, x: Tensor, derived: list[Tensor]) -> Tensor:
+        enter, enter_bias, leave, leave_bias = derived
         height, width = x.shape[1:3]
         bottom, right = -height % self.window_size, -width % self.window_size
         if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         mixed = torch.empty_like(x, memory_format=torch.contiguous_format)
-        self._attend(x, enter(x), mixed)
+        self._attend(x, F.linear(x, enter, enter_bias), mixed)
         if bottom or right:
             mixed = mixed[:, :height, :width].contiguous()
-        return leave(mixed)
+        return F.linear(mixed, leave, leave_bias)
 
     def _attend(self, x: Tensor, projected: Tensor, mixed: Tensor) -> None:
         """``projected`` is (B, H, W, …); ``mixed`` (B, H, W, dim) receives the heads' outputs."""
@@ -116,19 +115,15 @@ class FastHiLoAttention(FastForm, HiLoAttention):
                 key, value = split_heads(low.kv(coarse), 2, low.num_heads)
             attend(query, key, value, out)
 
-    def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear]:
+    def derive(self, x: Tensor) -> list[Tensor]:
+        """Weight and bias of each projection."""
         inputs = [] if self.high is None else [self.high.qkv]
         if self.low is not None:
             inputs += [self.low.q] if self.low.window_size > 1 else [self.low.q, self.low.kv]
         outputs = [branch.proj for branch in (self.high, self.low) if branch is not None]
-        weights, biases = ([getattr(i, n) for i in inputs] for n in ("weight", "bias"))
-        return (
-            PackedLinear(torch.cat(weights), torch.cat(biases)),
-            PackedLinear(
-                torch.block_diag(*(o.weight for o in outputs)),
-                torch.cat([o.bias for o in outputs]),
-            ),
-        )
+        joined = torch.cat([i.weight for i in inputs]), torch.cat([i.bias for i in inputs])
+        apart = torch.block_diag(*(o.weight for o in outputs)), torch.cat([o.bias for o in outputs])
+        return [t.detach() for t in (*joined, *apart)]
 
 
 @functools.lru_cache(maxsize=32)
@@ -177,14 +172,7 @@ class FastFactorizedAttention(FastForm, FactorizedAttention):
 
     kernels: ClassVar = (grouped_attention,)
 
-    def derive(self, x: Tensor) -> tuple[PackedLinear, dict[Any, PackedLinear]]:
-        """The global branch's layer of patches, and the local ones' by branch and windows."""
-        sr = self.global_branch.sr
-        patches = PackedLinear(sr.weight.permute(0, 2, 3, 1).flatten(1), sr.bias)
-        return patches, {}  # created on first use
-
-    def fast(self, x: Tensor, derived: tuple[PackedLinear, dict[Any, PackedLinear]]) -> Tensor:
-        of_patches, of_windows = derived
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
         if min(x.shape[1:3]) < self.global_branch.sr_ratio or x.shape[0] == 0:
             return FactorizedAttention.forward(self, x)
         splits = (self.global_dim, self.local_dim)
@@ -194,7 +182,7 @@ class FastFactorizedAttention(FastForm, FactorizedAttention):
         local_map = self.kv_pw(self.kv_dw(local_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         global_query, local_query = queries.split(splits, dim=2)
         global_out, local_out = mixed.split(splits, dim=2)
-        key, value = _global_keys_and_values(self.global_branch, global_map, of_patches)
+        key, value = _global_keys_and_values(self.global_branch, global_map)
         attend(global_query.unsqueeze(2), key, value, global_out.unsqueeze(2))
         heads, width = self.num_heads, self.group_dim // self.num_heads
         for branch, query, part, out in zip(
@@ -204,14 +192,12 @@ class FastFactorizedAttention(FastForm, FactorizedAttention):
             local_out.split(self.group_dim, dim=2),
             strict=True,
         ):
-            key, value = _local_keys_and_values(branch, part, of_windows)
+            key, value = _local_keys_and_values(branch, part)
             attend(query, key, value, out.unflatten(2, (heads, -1)))
         return self.proj(mixed.view(x.shape))
 
 
-def _global_keys_and_values(
-    branch: Any, x: Tensor, of_patches: PackedLinear
-) -> tuple[Tensor, Tensor]:
+def _global_keys_and_values(branch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, H, W, dim), no side below ``sr_ratio`` → (B, h·w, 1, dim) each.
 
     Patches do not overlap, so a linear layer reads them where they are.
@@ -220,18 +206,17 @@ def _global_keys_and_values(
     height, width = x.shape[1] // side, x.shape[2] // side
     whole = x[:, : height * side, : width * side]
     patches = whole.unflatten(2, (width, side)).unflatten(1, (height, side))
-    reduced = of_patches(patches.transpose(2, 3).flatten(3))
+    weight = branch.sr.weight.permute(0, 2, 3, 1).flatten(1)
+    reduced = F.linear(patches.transpose(2, 3).flatten(3), weight, branch.sr.bias)
     key, value = branch.kv(branch.norm(reduced)).chunk(2, dim=-1)
     value = branch.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return key.flatten(1, 2).unsqueeze(2), value.flatten(1, 2).unsqueeze(2)
 
 
-def _local_keys_and_values(
-    branch: Any, x: Tensor, packed: dict[Any, PackedLinear]
-) -> tuple[Tensor, Tensor]:
+def _local_keys_and_values(branch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, H, W, dim) → (B, window_size², heads, head_dim) each.
 
-    For few windows, the linear layer, which ``packed`` keeps, includes the average.
+    For few windows, the linear layer includes the average.
     """
     batch, height, width, dim = x.shape
     heads, side = branch.num_heads, branch.window_size
@@ -242,10 +227,8 @@ def _local_keys_and_values(
     windows = sequence.shape[3] // branch.kv.in_features
     averages = windows > 1 and isinstance(branch.fc, nn.Identity)
     if averages and policy.averages_in_linear(sequence.shape[3]):
-        if (branch, windows) not in packed:
-            weight = branch.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
-            packed[branch, windows] = PackedLinear(weight, branch.kv.bias)
-        both = packed[branch, windows](sequence)
+        weight = branch.kv.weight.repeat_interleave(windows, dim=1) / windows
+        both = F.linear(sequence, weight, branch.kv.bias)
     else:
         means = sequence if windows == 1 else sequence.unflatten(3, (-1, windows)).mean(-1)
         both = branch.kv(branch.fc(means))

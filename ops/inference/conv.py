@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -18,44 +18,27 @@ __all__ = [
     "FastDepthwiseConv2d",
     "FastDilatedDepthwiseConv2d",
     "FastInceptionDWConv2d",
-    "FastMultipliedConv2d",
 ]
 
 
 class FastDepthwiseConv2d(FastConv2d):
-    """Like :class:`FastConv2d`, with our own kernel where it is faster."""
+    """Like :class:`FastConv2d`, with our own kernel where it is faster.
 
-    def pays(self, x: Tensor) -> bool:
-        return self._by_kernel(x, x.numel())
-
-    def derive(self, x: Tensor) -> tuple[Any, Any]:
-        if unavailable(self.stride, x.device, x.dtype) is not None:
-            return None, self.for_onednn(x)
-        bias = None if self.bias is None else self.bias.detach().float()
-        given = taps_first(self.weight), bias, self.stride, self.padding, self.dilation
-
-        def own(x: Tensor, activation: str) -> Any:
-            return depthwise_conv2d(x, *given, activation)
-
-        return own, None if self._by_kernel(x) else self.for_onednn(x)
-
-    def _by_kernel(self, x: Tensor, values: int = sys.maxsize) -> bool:
-        """Whether it is faster for a map of ``values`` values; by default for any number."""
-        is_nhwc = x.is_contiguous(memory_format=torch.channels_last)
-        padding: Any = self.padding
-        return policy.depthwise_by_kernel(
-            values, x.shape[1], self.kernel_size, padding, self.dilation, is_nhwc, x.dtype
-        )
-
-
-class FastMultipliedConv2d(FastDepthwiseConv2d):
-    """A depthwise convolution with several outputs per channel, by our kernel if available.
-
-    oneDNN's take up to ten times as long.
+    With several outputs for each channel, oneDNN's takes up to ten times as long.
     """
 
-    def _by_kernel(self, x: Tensor, values: int = 0) -> bool:
-        return True
+    def pays(self, own: Any, x: Tensor) -> bool:
+        is_nhwc = x.is_contiguous(memory_format=torch.channels_last)
+        given: Any = self.kernel_size, self.padding, self.dilation, is_nhwc, x.dtype
+        several = self.out_channels > self.in_channels
+        return several or policy.depthwise_by_kernel(x.numel(), x.shape[1], *given)
+
+    def for_kernel(self, x: Tensor) -> Callable[[Tensor, str], Any] | None:
+        if unavailable(self.stride, x.device, x.dtype) is not None:
+            return None
+        bias = None if self.bias is None else self.bias.detach().float()
+        given = taps_first(self.weight), bias, self.stride, self.padding, self.dilation
+        return lambda x, activation: depthwise_conv2d(x, *given, activation)
 
 
 @stands_for(DilatedDepthwiseConv2d)

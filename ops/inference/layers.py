@@ -6,9 +6,7 @@ Maps are channels-last, so a pointwise convolution is a linear layer on the last
 from __future__ import annotations
 
 import functools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -21,7 +19,7 @@ from ops.cpu.call.binding import Kernel
 from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.gemm.convolution import PackedConv2d
-from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.gemm.linear import packed_linear, packed_linear_energy
 from ops.cpu.policy import Decision, observe_decisions
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
@@ -30,8 +28,6 @@ from ops.inference.packed_linear import (
     PackedWeight,
     Quantization,
     by_onednn,
-    scaled,
-    scaled_residual,
 )
 from ops.replay.changes import TensorSnapshot
 
@@ -43,10 +39,8 @@ __all__ = [
     "FastLayer",
     "FastLinear",
     "convert",
-    "fast_path_applies",
     "has_onednn",
     "is_quantized",
-    "plain_forms",
     "stands_for",
 ]
 
@@ -88,33 +82,6 @@ def convert(layer: nn.Module, fast: type[Module]) -> Module:
     return layer
 
 
-class _Thread(threading.local):
-    plain: bool = False
-
-
-_thread = _Thread()
-
-
-@contextmanager
-def plain_forms() -> Iterator[None]:
-    """Let layers of this thread compute as their plain forms do, which call all modules inside."""
-    before, _thread.plain = _thread.plain, True
-    try:
-        yield
-    finally:
-        _thread.plain = before
-
-
-def fast_path_applies(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer with this weight can use its fast path for ``x``."""
-    return (
-        not _thread.plain
-        and kernels_apply((x, weight))
-        and x.dtype == weight.dtype
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-    )
-
-
 class FastLayer(nn.Module):
     """Base class of inference layers: data derived from tensors, created on demand.
 
@@ -133,12 +100,17 @@ class FastLayer(nn.Module):
 
     def derived(self, x: Tensor) -> Any:
         """The result of :meth:`derive`, or None if ``x`` requires the plain form."""
-        if torch.compiler.is_compiling() or _thread.plain:
+        if torch.compiler.is_compiling():
             return None
         if self._derived is None and self._made_from is not None:
             return None  # the plain form is always right
+        if any(m._forward_hooks or m._forward_pre_hooks for m in self.modules()):
+            return None  # it calls all modules inside
         sources = [*self.parameters(), *self.buffers()]  # the first in the dtype of inputs
-        if not fast_path_applies(x, sources[0]):
+        weight = sources[0]
+        if x.dtype != weight.dtype or not kernels_apply((x, weight)):
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
             return None
         if self._made_from is None or not self._made_from.matches(sources):
             if not has_onednn(x.dtype) or not kernels_apply(sources):
@@ -193,9 +165,8 @@ class ActivatedLayer(FastLayer):
     quantization: Quantization | None = None  # of linear layers
     forward: Callable[..., Tensor]
 
-    def _finish(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = activation_of(self.activation).plain(x)
-        return x if residual is None else x + residual
+    def _finish(self, x: Tensor) -> Tensor:
+        return activation_of(self.activation).plain(x)
 
     def extra_repr(self) -> str:
         shown = f"{super().extra_repr()}, activation={self.activation}"
@@ -225,17 +196,38 @@ class FastLinear(ActivatedLayer, nn.Linear):
         factor: Tensor | None = None,
     ) -> Tensor:
         packed = self.derived(x)
+        own = None
         if packed is not None:
-            others = residual, scale, residual_scale, factor
-            out: Tensor = packed(x, self.activation, *others, self.clips_sum)
+            is_scaled = scale is not None or residual_scale is not None
+            given = x, self.activation
+            own = packed.packed_for(*given, is_scaled=is_scaled, has_factor=factor is not None)
+        if own is not None:
+            weight, weight_scale, bias, in_range = own
+            if factor is not None:
+                combined: tuple[Tensor | None, str] = factor, "multiply"
+            elif residual is None:
+                combined, residual_scale = (None, "none"), None
+            elif self.clips_sum:
+                combined = residual, "add_clipped"
+            else:
+                combined = residual, "add" if residual_scale is None else "add_scaled"
+            scales = scale, residual_scale, weight_scale, in_range
+            out: Tensor = packed_linear(x, weight, bias, self.activation, *combined, *scales)
             return out
-        residual = scaled_residual(residual, residual_scale)
-        out = super().forward(scaled(x, scale))
-        if factor is not None:
-            return self._finish(out) * factor
-        if self.clips_sum and residual is not None:
-            return self._finish(out + residual)
-        return self._finish(out, residual)
+        if scale is not None:
+            x = x * scale.view(len(scale), *[1] * (x.ndim - 2), x.shape[-1])
+        if residual is not None and residual_scale is not None:
+            residual = residual * residual_scale.to(residual.dtype)
+        clips = self.clips_sum and residual is not None
+        activation = "none" if clips else self.activation
+        if packed is not None:
+            out = packed.by_onednn(x, activation, residual)
+            out = out if factor is None else out.mul_(factor)
+        else:
+            out = activation_of(activation).plain(super().forward(x))
+            out = out if residual is None else out + residual
+            out = out if factor is None else out * factor
+        return self._finish(out) if clips else out
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{', clips_sum=True' if self.clips_sum else ''}"
@@ -243,10 +235,12 @@ class FastLinear(ActivatedLayer, nn.Linear):
     def energy(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``self(x, scale=scale)`` and the sums of its squares: (B, out_features)."""
         packed = self.derived(x)
-        if packed is not None:
-            both = packed.energy(x, self.activation, scale)
-            if both is not None:
-                return both
+        own = None if packed is None else packed.packed_for(x, self.activation, is_scaled=True)
+        if own is not None:
+            weight, weight_scale, bias, in_range = own
+            given = weight, bias, self.activation, scale, weight_scale, in_range
+            both: tuple[Tensor, Tensor] = packed_linear_energy(x, *given)
+            return both[0], both[1]
         out = self(x, scale=scale)
         return out, (out * out).flatten(1, -2).sum(1)
 
@@ -267,18 +261,13 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        own, packed = self.derived(x) or (None, None)
-        if own is not None and (packed is None or self.pays(x)):
-            return own(x, self.activation)
-        return self._by_onednn(x, packed)
-
-    def pays(self, x: Tensor) -> bool:
-        """Whether our kernel is faster than oneDNN's, if :meth:`derive` gives both."""
-        return policy.conv_by_kernel(self.in_channels, x.is_contiguous(), x.dtype)
-
-    def _by_onednn(self, x: Tensor, packed: Callable[[torch.Size], Any] | None) -> Tensor:
-        if packed is None:
+        derived = self.derived(x)
+        if derived is None:
             return self._finish(super().forward(x))
+        own, packed = derived
+        if own is not None and self.pays(own, x):
+            out: Tensor = own(x, self.activation)
+            return out
         weight, bias = packed(x.shape)
         out = by_onednn(
             torch.ops.mkldnn._convolution_pointwise.default,
@@ -290,14 +279,17 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         )
         return out.to(x.dtype)
 
-    def derive(self, x: Tensor) -> tuple[Any, Any]:
-        """Derived data for our kernel and for oneDNN; None for one that is never used."""
-        own = self.for_kernel(x)
-        return own, self.for_onednn(x) if own is None or isinstance(own, NCHWConv2d) else None
+    def pays(self, own: Any, x: Tensor) -> bool:
+        """Whether our kernel is faster than oneDNN's."""
+        if not isinstance(own, NCHWConv2d):
+            return True
+        return policy.conv_by_kernel(self.in_channels, x.is_contiguous(), x.dtype)
 
-    def for_kernel(
-        self, x: Tensor
-    ) -> PackedConv2d | NCHWConv2d | WinogradConv2d | DirectConv2d | None:
+    def derive(self, x: Tensor) -> tuple[Any, Callable[[torch.Size], Any]]:
+        """For our kernel, if there is one, and for oneDNN."""
+        return self.for_kernel(x), self.for_onednn(x)
+
+    def for_kernel(self, x: Tensor) -> Callable[[Tensor, str], Any] | None:
         """The convolution by one of our kernels, if one is ever faster."""
         stride: Any = self.stride
         dilation: Any = self.dilation
@@ -327,13 +319,13 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         bfloat16.
         """
         dtype = policy.computed_in(x.dtype)
-        weight = self.weight.detach().to(dtype, memory_format=torch.channels_last)
-        bias = None if self.bias is None else self.bias.detach().to(dtype)
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         geometry = self.padding, self.stride, self.dilation, self.groups
 
         @functools.lru_cache(_MOST_SHAPES)
         def packed(shape: torch.Size) -> tuple[Tensor, Tensor | None]:
+            last = weight.to(dtype, memory_format=torch.channels_last)
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            return pack(weight, *geometry, shape), bias
+            return pack(last, *geometry, shape), None if bias is None else bias.to(dtype)
 
         return packed

@@ -38,9 +38,6 @@ class FastRmsNorm2d(FastForm, RmsNorm2d):
     weight: Any
     eps: Any
 
-    def fast(self, x: Tensor, derived: tuple[Tensor, float]) -> Tensor:
-        out: Tensor = rms_norm(x.permute(0, 2, 3, 1), *derived)
+    def fast(self, x: Tensor, derived: tuple[()]) -> Tensor:
+        out: Tensor = rms_norm(x.permute(0, 2, 3, 1), self.weight.float(), self.eps)
         return out.permute(0, 3, 1, 2)
-
-    def derive(self, x: Tensor) -> tuple[Tensor, float]:
-        return self.weight.detach().float(), self.eps

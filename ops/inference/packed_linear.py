@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
 from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight, quantize_weight
-from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
+from ops.cpu.gemm.linear import pack_weight, packed_linear
 from ops.cpu.gemm.mlp import packed_mlp
 
 __all__ = [
@@ -27,8 +27,6 @@ __all__ = [
     "multiplied_weight",
     "packed_pair",
     "quantization_of",
-    "scaled",
-    "scaled_residual",
 ]
 
 
@@ -94,9 +92,7 @@ class PackedWeight(NamedTuple):
 
 
 class PackedLinear:
-    """A linear layer whose weight is packed for our kernel, for oneDNN, or for both.
-
-    The choice depends on the number of rows; weights are packed on first use.
+    """The weight of a linear layer packed for our kernel, for oneDNN, or for both, on first use.
 
     Args:
         weight: (out_features, in_features).
@@ -109,76 +105,35 @@ class PackedLinear:
     ) -> None:
         self._weight = weight.detach().contiguous()
         self._bias = None if bias is None else bias.detach()
-        self._has_kernel = packed_linear.unavailable(weight.device, weight.dtype) is None
-        self._for_kernel: PackedWeight | None = None
-        self._for_onednn: Tensor | None = None
         applies = quantization is not None and quantization.applies(weight)
         self._quantization = quantization if applies else None
-
-    def __call__(
-        self,
-        x: Tensor,
-        activation: str = "none",
-        residual: Tensor | None = None,
-        scale: Tensor | None = None,
-        residual_scale: Tensor | None = None,
-        factor: Tensor | None = None,
-        clips_sum: bool = False,
-    ) -> Tensor:
-        """``activation(linear(x * scale)) + residual * residual_scale``, or times ``factor``.
-
-        With ``clips_sum``, ReLU or ReLU6 is applied after the residual is added.
-
-        (B, ..., in_features) → (B, ..., out_features); ``scale`` is (B, in_features), and
-        ``residual_scale``, if there is a residual, (out_features,) in float32.
-        """
-        if self._is_by_kernel(x) and (scale is not None or residual_scale is not None):
-            packed: PackedWeight | None = self.packed()
-        else:
-            packed = self.packed_for(x, activation, has_factor=factor is not None)
-        if packed is not None:
-            weight, weight_scale, bias, in_range = packed
-            if factor is not None:
-                combined: tuple[Tensor | None, str] = factor, "multiply"
-            elif residual is None:
-                combined, residual_scale = (None, "none"), None
-            elif clips_sum:
-                combined = residual, "add_clipped"
-            else:
-                combined = residual, "add" if residual_scale is None else "add_scaled"
-            scales = scale, residual_scale, weight_scale, in_range
-            out: Tensor = packed_linear(x, weight, bias, activation, *combined, *scales)
-            return out
-        x, residual = scaled(x, scale), scaled_residual(residual, residual_scale)
-        if clips_sum:
-            return activation_of(activation).plain(self._by_onednn(x, "none", residual))
-        out = self._by_onednn(x, activation, residual)
-        return out if factor is None else out.mul_(factor)
-
-    def _is_by_kernel(self, x: Tensor) -> bool:
-        """Whether our kernel computes the layer for ``x``."""
-        return (self.is_int8 or self._has_kernel) and x.ndim > 1
-
-    def packed_for(
-        self, x: Tensor, activation: str, has_factor: bool = False
-    ) -> PackedWeight | None:
-        """Packed weight and bias for our kernel, if it is faster for inputs like ``x``."""
-        if not self._is_by_kernel(x):
-            return None
-        rows = x.numel() // max(1, x.shape[-1])
-        features = self._weight.shape[1], self._weight.shape[0]
-        own = self.is_int8 or policy.linear_by_kernel(
-            rows, *features, x.dtype, activation, has_factor
-        )
-        return self.packed() if own else None
+        no_kernel = packed_linear.unavailable(weight.device, weight.dtype) is not None
+        self._has_kernel = applies or not no_kernel
+        self._for_kernel: PackedWeight | None = None
+        self._for_onednn: Tensor | None = None
 
     @property
     def is_int8(self) -> bool:
-        """Whether it computes in int8."""
+        """Whether the layer computes in int8."""
         return self._quantization is not None
 
+    def packed_for(
+        self, x: Tensor, activation: str, *, is_scaled: bool = False, has_factor: bool = False
+    ) -> PackedWeight | None:
+        """The weight for our kernel, if it computes the layer for inputs like ``x``.
+
+        Which it does if it is faster, in int8, and for scaled inputs and residuals.
+        """
+        if not self._has_kernel or x.ndim < 2:
+            return None
+        rows = x.numel() // max(1, x.shape[-1])
+        features = self._weight.shape[1], self._weight.shape[0]
+        own = is_scaled or self.is_int8
+        own = own or policy.linear_by_kernel(rows, *features, x.dtype, activation, has_factor)
+        return self.packed() if own else None
+
     def packed(self) -> PackedWeight:
-        """The layer's weights for our kernels, packed on first use."""
+        """The weight for our kernels."""
         if self._for_kernel is None:
             bias = self._bias
             if self._quantization is not None:
@@ -188,23 +143,22 @@ class PackedLinear:
                 self._for_kernel = PackedWeight(pack_weight(self._weight), None, bias.float())
         return self._for_kernel
 
-    def _by_onednn(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+    def by_onednn(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        """``activation(linear(x)) + residual``, in the dtype that oneDNN computes."""
         if self._for_onednn is None:
             rows = max(1, x.numel() // max(1, x.shape[-1]))
             weight = self._weight.to(policy.computed_in(x.dtype))
             self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        bias = None if self._bias is None else self._bias.to(self._for_onednn.dtype)
-        return _onednn_linear(x, self._for_onednn, bias, activation, residual)
-
-    def energy(
-        self, x: Tensor, activation: str, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """The layer's output and the sums of its squares; None if our kernel is unavailable."""
-        if not self._is_by_kernel(x):
-            return None
-        weight, weight_scale, bias, in_range = self.packed()
-        both = packed_linear_energy(x, weight, bias, activation, scale, weight_scale, in_range)
-        return both[0], both[1]
+        dtype = self._for_onednn.dtype
+        given = x.to(dtype), self._for_onednn, None if self._bias is None else self._bias.to(dtype)
+        linear = torch.ops.mkldnn._linear_pointwise
+        residual = None if residual is None else residual.to(dtype)
+        if residual is not None and activation == "none" and residual.is_contiguous():
+            out: Tensor = linear.binary(given[0], residual, *given[1:], "add")
+        else:
+            out = by_onednn(linear.default, activation, *given)
+            out = out if residual is None else out.add_(residual)
+        return out.to(x.dtype)
 
 
 def packed_pair(
@@ -229,27 +183,3 @@ def packed_pair(
     layers = weight1, bias1, weight2, bias2, activation, residual
     out: Tensor = packed_mlp(x, *layers, scale1, scale2, range1, range2)
     return out
-
-
-def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """(B, …, C) times (B, C)."""
-    return x if scale is None else x * scale.view(len(scale), *[1] * (x.ndim - 2), x.shape[-1])
-
-
-def scaled_residual(residual: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    """(B, …, C) times float32 (C,)."""
-    return residual if residual is None or scale is None else residual * scale.to(residual.dtype)
-
-
-def _onednn_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Tensor:
-    linear = torch.ops.mkldnn._linear_pointwise
-    if x.dtype != packed.dtype:
-        wide = None if residual is None else residual.to(packed.dtype)
-        return _onednn_linear(x.to(packed.dtype), packed, bias, activation, wide).to(x.dtype)
-    if residual is None:
-        return by_onednn(linear.default, activation, x, packed, bias)
-    if activation == "none" and residual.is_contiguous():
-        return linear.binary(x, residual, packed, bias, "add")
-    return by_onednn(linear.default, activation, x, packed, bias).add_(residual)

@@ -20,7 +20,7 @@ from ops.cpu.call.binding import Kernel
 from ops.cpu.norm.norms import rms_norm
 from ops.cpu.pooling.window_means import window_means
 from ops.cpu.pooling.window_pool import window_pool
-from ops.inference.conv import FastDepthwiseConv2d, FastMultipliedConv2d
+from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastConv2d, FastLinear
 from ops.inference.norm import FastLayerNorm
 from ops.inference.packed_linear import Quantization
@@ -168,9 +168,8 @@ def put_convolution(
     once = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     if weight.shape[2:] != (1, 1) or geometry != once:
         groups, channels, size = geometry["groups"], x.shape[1], tuple(weight.shape[2:])
-        kind: Any = FastConv2d
-        if groups == channels and (channels > 1 or len(weight) == 1):
-            kind = FastDepthwiseConv2d if len(weight) == channels else FastMultipliedConv2d
+        depthwise = groups == channels and (channels > 1 or len(weight) == 1)
+        kind: Any = FastDepthwiseConv2d if depthwise else FastConv2d
         layer = kind(channels, len(weight), size, bias=bias is not None, device="meta", **geometry)
         graph.replace(operator, _with(layer, weight, bias, quantization=quantization), x)
         return

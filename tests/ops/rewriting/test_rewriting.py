@@ -169,7 +169,7 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         f"several outputs of each channel, {stride} apart": (
             lambda m, x: F.relu(m.norm(m.conv(x))),
             {"conv": nn.Conv2d(16, 48, 7, stride, padding=3, groups=16), **_norms(norm=48)},
-            *(IMAGE, ["FastMultipliedConv2d"]),
+            *(IMAGE, ["FastDepthwiseConv2d"]),
         )
         for stride in (2, 3)
     },
