@@ -24,17 +24,12 @@ from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.norm import FastLayerNorm
 from ops.inference.packed_linear import packed_pair
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, permuted
-from ops.rewriting.lift import FastGlobalAvgPool2d
+from ops.rewriting.lift import FastAdaptiveAvgPool2d
 
 __all__ = ["Expansion", "FeedForward", "join_expansion", "join_feed_forward"]
 
 _aten = torch.ops.aten
 _permute = _aten.permute.default
-
-# Bytes of the hidden map that fit into a core's L2 cache, and the minimum number of rows, below
-# which re-reading the weights does not pay off.
-_CHUNK_BYTES = 1 << 20
-_CHUNK_ROWS = 384
 
 
 class FeedForward(FastLayer):
@@ -62,29 +57,12 @@ class FeedForward(FastLayer):
             out: Tensor = packed(x, residual, self.norm)
             return out
         x = x if self.norm is None else self.norm(x)
-        if self.conv is None:
-            return self._in_pieces(x, residual)
-        hidden = x if self.fc1 is None else self.fc1(x)
-        return self.fc2(self.conv(hidden.permute(NCHW)).permute(NHWC), residual)
-
-    def _in_pieces(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Both linear layers, in blocks of rows if the hidden map is large."""
         fc1: Any = self.fc1
-        out = packed_pair(fc1.derived(x), self.fc2.derived(x), x, fc1.activation, residual)
-        if out is not None:
-            return out
-        rows = x.numel() // max(1, x.shape[-1])
-        chunk = max(_CHUNK_ROWS, _CHUNK_BYTES // (fc1.out_features * x.element_size()))
-        if rows < 2 * chunk or x.requires_grad:
-            return self.fc2(fc1(x), residual)
-        shape = (*x.shape[:-1], self.fc2.out_features)
-        x = x.reshape(rows, -1)
-        shortcut = None if residual is None else residual.reshape(rows, -1)
-        out = x.new_empty(rows, self.fc2.out_features)
-        for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
-            out[part] = self.fc2(fc1(x[part]), None if shortcut is None else shortcut[part])
-        return out.view(shape)
+        if self.conv is not None:
+            hidden = x if fc1 is None else fc1(x)
+            return self.fc2(self.conv(hidden.permute(NCHW)).permute(NHWC), residual)
+        pair = packed_pair(fc1.derived(x), self.fc2.derived(x), x, fc1.activation, residual)
+        return self.fc2(fc1(x), residual) if pair is None else pair
 
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
         fc1, conv = self.fc1, self.conv
@@ -151,7 +129,7 @@ class Expansion(FastLayer):
     def __init__(self, fc1: FastLinear, conv: FastDepthwiseConv2d) -> None:
         super().__init__()
         self.fc1, self.conv = fc1, conv
-        self.pool = FastGlobalAvgPool2d()
+        self.pool = FastAdaptiveAvgPool2d((1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         packed = self.derived(x)
@@ -165,6 +143,10 @@ class Expansion(FastLayer):
         return PackedExpansion(self.fc1, self.conv, self.fc1.activation, self.conv.activation)
 
 
+def _pools_all(layer: Any) -> bool:
+    return isinstance(layer, FastAdaptiveAvgPool2d) and layer.output_size == (1, 1)
+
+
 def join_expansion(graph: OperatorGraph, operator: Operator) -> None:
     """``conv(permute(linear(x)))`` whose results are also pooled."""
     match operator:
@@ -172,7 +154,7 @@ def join_expansion(graph: OperatorGraph, operator: Operator) -> None:
             map_, first = operator.result, permuted(moved, NCHW)
         case _:
             return
-    pools = [user for user in map_.users if isinstance(user.function, FastGlobalAvgPool2d)]
+    pools = [user for user in map_.users if _pools_all(user.function)]
     match first:
         case Value(FastLinear() as fc1, [x], once=True) if not is_quantized(fc1) and pools:
             absorbed: list[Any] = [moved.producer, first.producer]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from compiled_kernels import conv_row, random
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,44 +18,10 @@ from torch import Tensor, nn
 from ops import cpu
 from ops.cpu import policy
 from ops.cpu.attention.grouped import grouped_attention
-from ops.cpu.feed_forward.depthwise_mlp import depthwise_mlp
 from ops.inference.conversion import to_channels_last
-from ops.inference.layers import FastLinear, convert
-from ops.inference.norm import FastLayerNorm
-from ops.rewriting import feed_forward
-from ops.rewriting.feed_forward import FeedForward
 from ops.rewriting.graph import OperatorGraph
 from ops.rewriting.stem import Stem
 from ops.rewriting.windows import WindowedAttention
-
-# ---- feed-forwards -------------------------------------------------------------------------------
-X = torch.randn(2, 9, 11, 24, generator=torch.Generator().manual_seed(0))
-
-
-def _made() -> FeedForward:
-    torch.manual_seed(0)
-    fc1, fc2 = (convert(nn.Linear(*n), FastLinear) for n in ((24, 80), (80, 24)))
-    fc1.activation = "gelu"
-    norm = convert(nn.LayerNorm(24), FastLayerNorm)
-    return FeedForward(fc1, fc2, None, norm).requires_grad_(False)
-
-
-def _expected(made: FeedForward, x: Tensor) -> Tensor:
-    assert made.norm is not None and made.fc1 is not None
-    hidden = F.layer_norm(x, (24,), made.norm.weight, made.norm.bias)
-    hidden = F.linear(hidden, made.fc1.weight, made.fc1.bias)
-    return x + F.linear(F.gelu(hidden), made.fc2.weight, made.fc2.bias)
-
-
-@pytest.mark.parametrize("residual", [True, False])
-def test_large_maps_in_pieces(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depthwise_mlp, "unavailable", lambda *_: "switched off")
-    monkeypatch.setattr(feed_forward, "packed_pair", lambda *_: None)
-    monkeypatch.setattr(feed_forward, "_CHUNK_BYTES", 1 << 12)
-    monkeypatch.setattr(feed_forward, "_CHUNK_ROWS", 7)
-    made = _made()
-    expected = _expected(made, X) - (0 if residual else X)
-    torch.testing.assert_close(made(X, X if residual else None), expected)
 
 
 # ---- attention in windows ------------------------------------------------------------------------
