@@ -18,7 +18,7 @@ from ops.inference.layers import ActivatedLayer, FastConv2d, FastLinear
 from ops.inference.packed_linear import multiplied_weight
 from ops.reparam import fold_scale_after
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, permuted
-from ops.rewriting.lift import affine_of
+from ops.rewriting.lift import affine_of, linear
 from ops.rounding import round_filters
 
 __all__ = [
@@ -28,13 +28,14 @@ __all__ = [
     "apply_gates",
     "fold_norm",
     "fold_scale",
-    "gates_channels",
     "multiply_by_map",
     "per_channel",
     "product_of",
+    "split_gated_linear",
 ]
 
 _aten = torch.ops.aten
+_SPLITS = (_aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default)
 _SQUARES = (_aten.square.default, _aten.pow.Tensor_Scalar)
 _OPERATORS = {call: name for name in ACTIVATIONS for call in activation_of(name).operators}
 
@@ -154,23 +155,18 @@ def apply_gates(graph: OperatorGraph, operator: Operator) -> None:
     if not isinstance(layer, FastLinear) or "scale" in operator.kwargs or not moved.once:
         return
     match permuted(moved, NHWC):
-        case Value(_aten.mul.Tensor, [x, gates], producer=made, once=True) as product:
-            absorbed = [moved.producer, made]
+        case Value(_aten.mul.Tensor, producer=made, once=True) as product:
+            shape = (*product.shape[:2], 1, 1)
         case _:
             return
-    if not (product.is_like(x) and gates_channels(x, gates)):
-        x, gates = gates, x
-    if product.is_like(x) and gates_channels(x, gates):
-        pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
-        scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
-        kwargs = {**operator.kwargs, "scale": scale}
-        graph.replace(operator, layer, pixels, absorbed=absorbed, **kwargs)
-
-
-def gates_channels(x: Value, gates: Any) -> bool:
-    """Whether there is a gate for each channel of a map (B, C, H, W)."""
-    shape = (*x.shape[:2], 1, 1)
-    return isinstance(gates, Value) and gates.shape == shape and gates.dtype == x.dtype
+    for x, gates in made.in_both_orders:
+        of_channels = isinstance(gates, Value) and gates.shape == shape
+        if product.is_like(x) and of_channels and gates.dtype == x.dtype:
+            pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
+            scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
+            kwargs = {**operator.kwargs, "scale": scale}
+            graph.replace(operator, layer, pixels, absorbed=made, **kwargs)
+            return
 
 
 def multiply_by_map(graph: OperatorGraph, operator: Operator) -> None:
@@ -182,8 +178,38 @@ def multiply_by_map(graph: OperatorGraph, operator: Operator) -> None:
         if made is None or not value.is_like(other) or not isinstance(made.function, FastLinear):
             continue
         if not made.kwargs.keys() & {"residual", "factor", "scale"}:
-            graph.replace(operator, made.function, *made.args, absorbed=[made], factor=other)
+            graph.replace(operator, made.function, *made.args, absorbed=made, factor=other)
             return
+
+
+def split_gated_linear(graph: OperatorGraph, operator: Operator) -> None:
+    """``activation(h[0]) * h[1]`` for the halves ``h`` of one linear layer, which become two.
+
+    As in SwiGLU and its relatives, https://arxiv.org/abs/2002.05202.
+    """
+    if operator.function not in _SPLITS or len(operator.results) != 2:
+        return
+    halves = operator.results
+    users = [half.user for half in halves]
+    gated = any(
+        user is not None
+        and activation_kind(user) is not None
+        and user.result.user is other is not None
+        and other.function is _aten.mul.Tensor
+        for user, other in (users, users[::-1])
+    )
+    match operator.args[0]:
+        case Value(FastLinear(activation="none") as layer, [x], once=True) as whole:
+            width = whole.shape[-1]
+        case _:
+            return
+    is_last = (operator.given["dim"] + 1) % len(whole.shape) == 0
+    if not gated or not is_last or any(2 * half.shape[-1] != width for half in halves):
+        return
+    biases = (None, None) if layer.bias is None else layer.bias.chunk(2)
+    for half, weight, bias in zip(halves, layer.weight.chunk(2), biases, strict=True):
+        part = linear(weight, bias, layer.quantization)
+        graph.substitute(half, graph.insert_before(operator, part, x, shape=half.shape))
 
 
 class _Multiple(NamedTuple):
@@ -224,7 +250,7 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> None:
             if is_moved:
                 root = graph.insert_before(operator, _aten.permute.default, root, NHWC)
             kwargs |= {"residual": root, "residual_scale": Value.of_constant(scale.float())}
-        graph.replace(operator, layer, *made.args, absorbed=[made], **kwargs)
+        graph.replace(operator, layer, *made.args, absorbed=made, **kwargs)
         return
 
 

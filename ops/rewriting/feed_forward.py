@@ -82,33 +82,28 @@ def join_feed_forward(graph: OperatorGraph, operator: Operator) -> None:
         return
     if operator.kwargs.keys() - {"residual"}:
         return
-    value, conv, absorbed = operator.args[0], None, list[Any]()
+    value, conv = operator.args[0], None
     match permuted(value, NHWC):
         case Value(FastDepthwiseConv2d() as layer, [map_], producer=made, once=True) if (
             value.once and PackedDepthwiseMlp.applies(layer)
         ):
-            conv, absorbed = layer, [value.producer, made]
-            value = permuted(map_, NCHW)
-            if value is not None and map_.once:
-                absorbed.append(map_.producer)
+            conv, value = layer, permuted(map_, NCHW)
     match value:
         case Value(FastLinear(activation=kind) as fc1, [x], producer=first, once=True) if (
             conv is not None or kind != "none"
         ):
-            absorbed.append(first)
             norm: Any = None
             match x:
                 case Value(FastLayerNorm(activation="none") as norm, [source], once=True):
-                    absorbed.append(x.producer)
                     x = source
             joined = FeedForward(fc1, fc2, conv, norm)
-            joint = graph.replace(operator, joined, x, absorbed=absorbed, **operator.kwargs)
+            joint = graph.replace(operator, joined, x, absorbed=first, **operator.kwargs)
             joint.path = _parent(first.path, operator.path)
         case _ if conv is not None and PackedDepthwiseMlp.applies(conv, is_first=True):
             if value is None:
                 value = graph.insert_before(made, _permute, map_, NHWC)
             joined = FeedForward(None, fc2, conv)
-            graph.replace(operator, joined, value, absorbed=absorbed, **operator.kwargs)
+            graph.replace(operator, joined, value, absorbed=made, **operator.kwargs)
 
 
 def _parent(first: str, second: str) -> str:
@@ -157,7 +152,7 @@ def join_expansion(graph: OperatorGraph, operator: Operator) -> None:
     pools = [user for user in map_.users if _pools_all(user.function)]
     match first:
         case Value(FastLinear() as fc1, [x], once=True) if not is_quantized(fc1) and pools:
-            absorbed: list[Any] = [moved.producer, first.producer]
+            pass
         case _:
             return
     if not PackedDepthwiseMlp.applies(conv, is_first=True):
@@ -165,15 +160,12 @@ def join_expansion(graph: OperatorGraph, operator: Operator) -> None:
     batch, channels, height, width = map_.shape
     pixels = Value(torch.Size((batch, height, width, channels)), map_.dtype)
     means = Value(torch.Size((batch, channels)), map_.dtype)
-    made = graph.replace(operator, Expansion(fc1, conv), x, absorbed=absorbed)
+    made = graph.replace(operator, Expansion(fc1, conv), x, absorbed=first.producer)
     made.results, made.returns_list = [pixels, means], True
     pixels.producer = means.producer = made
     after = graph.operators[graph.operators.index(made) + 1]
-    others = [(map_, graph.insert_before(after, _permute, pixels, NCHW))]
+    graph.substitute(map_, graph.insert_before(after, _permute, pixels, NCHW))
     for pool in pools:
         shape = list(pool.result.shape)
-        others.append(
-            (pool.result, graph.insert_before(after, _aten.reshape.default, means, shape))
-        )
-    for value, other in others:
-        graph.substitute(value, other)
+        same = graph.insert_before(pool, _aten.reshape.default, means, shape)
+        graph.substitute(pool.result, same)

@@ -94,10 +94,9 @@ class WindowedAttention(nn.Module):
 
 
 class _Scores(NamedTuple):
-    """``scale · product + bias``, before the softmax."""
+    """``product + bias``, before the softmax."""
 
     product: Operator
-    scale: float
     bias: Tensor  # (groups, heads, N, N)
 
 
@@ -128,20 +127,18 @@ def join_windows(graph: OperatorGraph, operator: Operator) -> None:
     parts: Any = tuple(_part(tokens, steps, i == 1) for i, (_, steps, _) in enumerate(found))
     projected = _projection(mixed.result)
     final = None if projected is None else _final(projected.result, rows)
-    if projected is None or final is None or None in parts:
+    if projected is None or final is None or None in parts or final.shape[:-1] != x.shape[:-1]:
         return
     heads, head_dim = mixed.result.shape[1], mixed.result.shape[3]
     if query.shape[3] != head_dim or not policy.softmax_attention_by_kernel(rows.shape[1], x.dtype):
         return
-    scale = scores.scale * math.prod(factor for _, _, factor in found)
+    scale = math.prod(factor for _, _, factor in found)
     attention = WindowedAttention(rows, bias, parts, head_dim, scale)
     last = projected.function
     widths = first.out_features, heads * head_dim, last.out_features
     made = x
     for layer, width in zip((first, attention, last), widths, strict=True):
         made = graph.insert_before(projected, layer, made, shape=(*x.shape[:-1], width))
-    if made.shape != final.shape:
-        made = graph.insert_before(projected, _aten.reshape.default, made, list(final.shape))
     graph.substitute(final, made)
 
 
@@ -160,18 +157,15 @@ def _scores(operator: Operator) -> _Scores | None:
             case _:
                 break
         value = before
-    scale, product = 1.0, value
-    match value:
-        case Value(_aten.mul.Tensor, [product, int() | float() as factor]):
-            scale = float(factor)
-    if product.function is not _aten.matmul.default or not steps or not value.once:
+    product = value.producer
+    if value.function is not _aten.matmul.default or not steps or not value.once:
         return None
     if len(value.shape) != 4 or value.shape[2] != value.shape[3]:
         return None
     bias = torch.zeros(value.shape, device="cpu")
     for step in steps:
         bias = bias + step if isinstance(step, Tensor) else bias.reshape(step)
-    return _Scores(product.producer, scale, bias) if bias.shape == value.shape else None
+    return _Scores(product, bias) if bias.shape == value.shape else None
 
 
 _Steps = list[tuple[Operator, int]]

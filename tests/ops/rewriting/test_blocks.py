@@ -92,8 +92,7 @@ class _Attention(nn.Module):
             key = key.flip(2)
         scores = query @ key.transpose(-2, -1)
         table = self.bias[0] if changes("shares_table") else self.bias
-        scores = scores * 0.3 + table if changes("scales_scores") else scores + table
-        out = scores.softmax(-1) @ value
+        out = (scores + table).softmax(-1) @ value
         if changes("heads_first"):
             out = out.reshape(batch * rows, columns, dim)
         else:
@@ -105,7 +104,7 @@ class _Attention(nn.Module):
 @pytest.mark.parametrize(
     ("change", "is_joined"),
     [
-        *[("", True), ("joined", True), ("scales_scores", True), ("shares_table", True)],
+        *[("", True), ("joined", True), ("shares_table", True)],
         *[("mixed_keys", False), ("heads_first", False), ("turned", True)],
     ],
 )
