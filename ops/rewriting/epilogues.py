@@ -1,7 +1,7 @@
 """Epilogues: what follows a product is applied while its results are in registers.
 
-Batch norms and constant scales are folded into the weights; activations, shortcuts, products with
-other maps and the gates of squeeze-and-excitation are applied by the kernel.
+Batch norms and constant scales are folded into the weights; activations, shortcuts and the gates of
+squeeze-and-excitation are applied by the kernel.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ __all__ = [
     "apply_gates",
     "fold_norm",
     "fold_scale",
-    "multiply_by_map",
-    "per_channel",
-    "product_of",
     "split_gated_linear",
 ]
 
@@ -52,16 +49,16 @@ def activation_kind(operator: Operator) -> str | None:
     return _OPERATORS.get((operator.function, *given))
 
 
-def product_of(value: Any, *, plain: bool) -> Operator | None:
-    """The linear layer or convolution that computes a value, if only one operator uses it.
+def _product_of(value: Any) -> Operator | None:
+    """The linear layer or convolution that computes a value, if it has no epilogue yet.
 
-    Args:
-        plain: whether it must not have an epilogue yet.
+    Only one operator may use the value.
     """
     match value:
-        case Value(FastLinear() | FastConv2d() as layer, producer=made, once=True):
-            has_epilogue = layer.activation != "none" or made.kwargs.keys() & {"residual", "factor"}
-            return None if plain and has_epilogue else made
+        case Value(
+            FastLinear(activation="none") | FastConv2d(activation="none"), producer=made, once=True
+        ) if "residual" not in made.kwargs:
+            return made
     return None
 
 
@@ -84,7 +81,7 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> None:
     match operator:
         case Operator(nn.BatchNorm2d() as norm, [Value(once=True) as x]):
             inner = permuted(x, NCHW)
-            made = product_of(x if inner is None else inner, plain=True)
+            made = _product_of(x if inner is None else inner)
             # Without a permutation, the channels of a linear layer are another axis.
             if made is not None and (inner is not None) == isinstance(made.function, FastLinear):
                 graph.change(made, _folded(made.function, *affine_of(norm)))
@@ -98,10 +95,10 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> None:
         return
     result = operator.result
     for value, other in operator.in_both_orders:
-        made = product_of(value, plain=True)
+        made = _product_of(value)
         if made is None or (result.shape, result.dtype) != (value.shape, value.dtype):
             continue
-        vector = per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
+        vector = _per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
         if vector is not None:
             factors = (vector,) if multiplies else (torch.ones_like(vector), vector)
             graph.change(made, _folded(made.function, *factors))
@@ -109,12 +106,10 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> None:
             return
 
 
-def per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
+def _per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
     """The numbers of the channels, if ``other`` is constant along all other axes."""
     channels = shape[axis]
-    if isinstance(other, int | float):
-        return torch.full((channels,), float(other))
-    constant = other.constant
+    constant = other.constant if isinstance(other, Value) else torch.tensor(float(other))
     if constant is None or constant.numel() not in (1, channels):
         return None
     if constant.numel() == 1:
@@ -137,7 +132,7 @@ def apply_activation(graph: OperatorGraph, operator: Operator) -> None:
         case Operator(Kernel(activation_index=int(at)), args=args) if args[at:] == [before]:
             args[at] = kind
         case Operator(ActivatedLayer() as layer, kwargs=kwargs) if layer.activation == before:
-            if others := kwargs.keys() & {"residual", "residual_scale", "factor"}:
+            if others := kwargs.keys() & {"residual", "residual_scale"}:
                 clips = others == {"residual"} and kind in ("relu", "relu6")
                 if not clips or not isinstance(layer, FastLinear):
                     return
@@ -166,19 +161,6 @@ def apply_gates(graph: OperatorGraph, operator: Operator) -> None:
             scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
             kwargs = {**operator.kwargs, "scale": scale}
             graph.replace(operator, layer, pixels, absorbed=made, **kwargs)
-            return
-
-
-def multiply_by_map(graph: OperatorGraph, operator: Operator) -> None:
-    """``activation(linear(x)) * map`` with one value for each output."""
-    if operator.function is not _aten.mul.Tensor:
-        return
-    for value, other in operator.in_both_orders:
-        made = product_of(value, plain=False)
-        if made is None or not value.is_like(other) or not isinstance(made.function, FastLinear):
-            continue
-        if not made.kwargs.keys() & {"residual", "factor", "scale"}:
-            graph.replace(operator, made.function, *made.args, absorbed=made, factor=other)
             return
 
 
@@ -226,12 +208,13 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> None:
     if operator.function is not _aten.add.Tensor or operator.kwargs:
         return
     for value, other in operator.in_both_orders:
-        made = product_of(value, plain=False)
-        if made is None or not value.is_like(other) or not isinstance(made.function, FastLinear):
-            continue
-        layer, kwargs = made.function, dict(made.kwargs)
-        if "factor" in kwargs or layer.clips_sum:
-            continue
+        match value:
+            case Value(FastLinear(clips_sum=False) as layer, producer=made, once=True) if (
+                value.is_like(other)
+            ):
+                kwargs = dict(made.kwargs)
+            case _:
+                continue
         root, is_moved, scale, shift = _multiple(other)
         if shift is not None and layer.activation == "none" and "residual" not in kwargs:
             layer = _folded(layer, torch.ones_like(shift), shift)
@@ -268,9 +251,9 @@ def _multiple(value: Value) -> _Multiple:
             factors = []
     for x, factor in (factors, factors[::-1]) if factors else ():
         if root.is_like(x):
-            scale = per_channel(factor, x.shape, axis)
+            scale = _per_channel(factor, x.shape, axis)
         if scale is not None and added is not None:
-            shift = per_channel(added, x.shape, axis)
+            shift = _per_channel(added, x.shape, axis)
             scale = None if shift is None else scale
         if scale is not None:
             root = x
