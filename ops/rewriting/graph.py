@@ -87,10 +87,6 @@ class Value:
         same = isinstance(other, Value) and other.shape == self.shape
         return same and other.dtype == self.dtype
 
-    def on_meta(self) -> Tensor:
-        """A tensor like it without memory."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
-
     @classmethod
     def like(cls, t: Tensor) -> Value:
         return cls(t.shape, t.dtype)
@@ -261,7 +257,10 @@ class OperatorGraph:
             known = pytree.tree_map_only(Value, lambda v: v.constant, args)
             return Value.of_constant(function(*known))
         if shape is None:
-            shape = function(*pytree.tree_map_only(Value, Value.on_meta, args)).shape
+            tensors = pytree.tree_map_only(
+                Value, lambda v: torch.empty(v.shape, dtype=v.dtype, device="meta"), args
+            )
+            shape = function(*tensors).shape
         result = Value(torch.Size(shape), values[0].dtype)
         made = Operator(function, list(args), {}, [result], path=operator.path)
         made.rewrites = self._noted(operator)

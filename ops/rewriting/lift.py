@@ -304,15 +304,10 @@ def _convert(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) ->
 
 
 def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
-    """Leave out empty parts, which kernels do not take."""
+    """A whole beside empty parts."""
     parts = [part for part in given["tensors"] if part.shape.numel()]
-    same = {part.dtype for part in given["tensors"]} == {operator.result.dtype}
-    if len(parts) == len(given["tensors"]) or not parts or not same:
-        return
-    if len(parts) == 1 and parts[0].shape == operator.result.shape:
+    if len(parts) == 1 and parts[0].is_like(operator.result):
         graph.substitute(operator.result, parts[0])
-    else:
-        graph.replace(operator, operator.function, parts, given["dim"])
 
 
 _RULES: dict[Any, Callable[[OperatorGraph, Operator, dict[str, Any]], None]] = {

@@ -292,9 +292,6 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
     "empty parts are left out": (
         lambda m, x: F.relu(torch.cat((x[:, :0], x * 2), 1)), {}, TOKENS, ["mul", "relu"]
     ),
-    "empty parts of more": (
-        lambda m, x: torch.cat((x, x[:, :0], x * 2), 1), {}, TOKENS, ["mul", "cat"]
-    ),
     "the block of ConvNeXt is two layers": (
         lambda m, x: x
         + m.fc2(F.gelu(m.fc1(m.norm(m.conv(x).permute(0, 2, 3, 1)))))
