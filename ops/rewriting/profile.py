@@ -268,8 +268,7 @@ def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
             return trace.traced
 
         calls = traced()
-        timed = lambda: network(x), lambda: [call.seconds for call in traced()]
-        total = _measure(calls, *timed, repeats)
+        total = _measure(calls, lambda: network(x), lambda: [c.seconds for c in traced()], repeats)
         return Profile(calls, total, obstacle=obstacle)
 
 
