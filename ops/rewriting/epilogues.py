@@ -1,7 +1,7 @@
 """Epilogues: what follows a product is applied while its results are in registers.
 
-Batch norms and constant scales are folded into the weights; activations, shortcuts and the gates of
-squeeze-and-excitation are applied by the kernel.
+Batch norms and constant scales are folded into the weights; activations, shortcuts, products with
+other maps and the gates of squeeze-and-excitation are applied by the kernel.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ __all__ = [
     "apply_gates",
     "fold_norm",
     "fold_scale",
+    "multiply_by_map",
     "split_gated_linear",
 ]
 
@@ -57,7 +58,7 @@ def _product_of(value: Any) -> Operator | None:
     match value:
         case Value(
             FastLinear(activation="none") | FastConv2d(activation="none"), producer=made, once=True
-        ) if "residual" not in made.kwargs:
+        ) if not made.kwargs.keys() & {"residual", "factor"}:
             return made
     return None
 
@@ -132,7 +133,7 @@ def apply_activation(graph: OperatorGraph, operator: Operator) -> None:
         case Operator(Kernel(activation_index=int(at)), args=args) if args[at:] == [before]:
             args[at] = kind
         case Operator(ActivatedLayer() as layer, kwargs=kwargs) if layer.activation == before:
-            if others := kwargs.keys() & {"residual", "residual_scale"}:
+            if others := kwargs.keys() & {"residual", "residual_scale", "factor"}:
                 clips = others == {"residual"} and kind in ("relu", "relu6")
                 if not clips or not isinstance(layer, FastLinear):
                     return
@@ -162,6 +163,19 @@ def apply_gates(graph: OperatorGraph, operator: Operator) -> None:
             kwargs = {**operator.kwargs, "scale": scale}
             graph.replace(operator, layer, pixels, absorbed=made, **kwargs)
             return
+
+
+def multiply_by_map(graph: OperatorGraph, operator: Operator) -> None:
+    """``activation(linear(x)) * map`` with one value for each output."""
+    if operator.function is not _aten.mul.Tensor:
+        return
+    for value, other in operator.in_both_orders:
+        match value:
+            case Value(FastLinear() as layer, [x], producer=made, once=True) if value.is_like(
+                other
+            ):
+                graph.replace(operator, layer, x, absorbed=made, factor=other)
+                return
 
 
 def split_gated_linear(graph: OperatorGraph, operator: Operator) -> None:
@@ -210,7 +224,7 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> None:
     for value, other in operator.in_both_orders:
         match value:
             case Value(FastLinear(clips_sum=False) as layer, producer=made, once=True) if (
-                value.is_like(other)
+                value.is_like(other) and "factor" not in made.kwargs
             ):
                 kwargs = dict(made.kwargs)
             case _:

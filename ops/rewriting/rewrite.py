@@ -11,6 +11,7 @@ from ops.rewriting.epilogues import (
     apply_gates,
     fold_norm,
     fold_scale,
+    multiply_by_map,
     split_gated_linear,
 )
 from ops.rewriting.feed_forward import join_expansion, join_feed_forward
@@ -39,7 +40,7 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (join_permutations, sink_permutation, fold_norm, fold_scale),
     (
         *(join_permutations, sink_permutation, split_gated_linear, apply_activation),
-        *(add_shortcut, apply_gates),
+        *(add_shortcut, multiply_by_map, apply_gates),
     ),
     (join_response_norm,),
     (join_response_scales, join_squeeze, join_feed_forward),

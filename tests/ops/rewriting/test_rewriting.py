@@ -268,12 +268,12 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
     "gated halves are two layers": (
         lambda m, x: x + m.fc2(F.silu((y := m.fc1(x).chunk(2, -1))[0]) * y[1]),
         _linear(fc1=(16, 48), fc2=(24, 16)),
-        *(TOKENS, ["FastLinear", "FastLinear", "mul", "FastLinear"]),
+        *(TOKENS, ["FastLinear"] * 3),
     ),
     "swapped gated halves": (
         lambda m, x: x + m.fc2((y := m.fc1(x).chunk(2, -1))[0] * F.silu(y[1])),
         _linear(fc1=(16, 48), fc2=(24, 16)),
-        *(TOKENS, ["FastLinear", "FastLinear", "mul", "FastLinear"]),
+        *(TOKENS, ["FastLinear"] * 3),
     ),
     "halves of another axis stay together": (
         lambda m, x: F.silu((y := m.fc(x).chunk(2, 0))[0]) * y[1],
