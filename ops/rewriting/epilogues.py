@@ -18,7 +18,7 @@ from ops.inference.layers import ActivatedLayer, FastConv2d, FastLinear
 from ops.inference.packed_linear import multiplied_weight
 from ops.reparam import fold_scale_after
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, permuted
-from ops.rewriting.lift import affine_of
+from ops.rewriting.lift import affine_of, linear
 from ops.rounding import round_filters
 
 __all__ = [
@@ -28,13 +28,12 @@ __all__ = [
     "apply_gates",
     "fold_norm",
     "fold_scale",
-    "gates_channels",
     "multiply_by_map",
-    "per_channel",
-    "product_of",
+    "split_gated_linear",
 ]
 
 _aten = torch.ops.aten
+_SPLITS = (_aten.chunk.default, _aten.split.Tensor, _aten.split_with_sizes.default)
 _SQUARES = (_aten.square.default, _aten.pow.Tensor_Scalar)
 _OPERATORS = {call: name for name in ACTIVATIONS for call in activation_of(name).operators}
 
@@ -51,16 +50,16 @@ def activation_kind(operator: Operator) -> str | None:
     return _OPERATORS.get((operator.function, *given))
 
 
-def product_of(value: Any, *, plain: bool) -> Operator | None:
-    """The linear layer or convolution that computes a value, if only one operator uses it.
+def _product_of(value: Any) -> Operator | None:
+    """The linear layer or convolution that computes a value, if it has no epilogue yet.
 
-    Args:
-        plain: whether it must not have an epilogue yet.
+    Only one operator may use the value.
     """
     match value:
-        case Value(FastLinear() | FastConv2d() as layer, producer=made, once=True):
-            has_epilogue = layer.activation != "none" or made.kwargs.keys() & {"residual", "factor"}
-            return None if plain and has_epilogue else made
+        case Value(
+            FastLinear(activation="none") | FastConv2d(activation="none"), producer=made, once=True
+        ) if not made.kwargs.keys() & {"residual", "factor"}:
+            return made
     return None
 
 
@@ -83,7 +82,7 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> None:
     match operator:
         case Operator(nn.BatchNorm2d() as norm, [Value(once=True) as x]):
             inner = permuted(x, NCHW)
-            made = product_of(x if inner is None else inner, plain=True)
+            made = _product_of(x if inner is None else inner)
             # Without a permutation, the channels of a linear layer are another axis.
             if made is not None and (inner is not None) == isinstance(made.function, FastLinear):
                 graph.change(made, _folded(made.function, *affine_of(norm)))
@@ -97,10 +96,10 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> None:
         return
     result = operator.result
     for value, other in operator.in_both_orders:
-        made = product_of(value, plain=True)
+        made = _product_of(value)
         if made is None or (result.shape, result.dtype) != (value.shape, value.dtype):
             continue
-        vector = per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
+        vector = _per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
         if vector is not None:
             factors = (vector,) if multiplies else (torch.ones_like(vector), vector)
             graph.change(made, _folded(made.function, *factors))
@@ -108,12 +107,10 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> None:
             return
 
 
-def per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
+def _per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
     """The numbers of the channels, if ``other`` is constant along all other axes."""
     channels = shape[axis]
-    if isinstance(other, int | float):
-        return torch.full((channels,), float(other))
-    constant = other.constant
+    constant = other.constant if isinstance(other, Value) else torch.tensor(float(other))
     if constant is None or constant.numel() not in (1, channels):
         return None
     if constant.numel() == 1:
@@ -154,23 +151,18 @@ def apply_gates(graph: OperatorGraph, operator: Operator) -> None:
     if not isinstance(layer, FastLinear) or "scale" in operator.kwargs or not moved.once:
         return
     match permuted(moved, NHWC):
-        case Value(_aten.mul.Tensor, [x, gates], producer=made, once=True) as product:
-            absorbed = [moved.producer, made]
+        case Value(_aten.mul.Tensor, producer=made, once=True) as product:
+            shape = (*product.shape[:2], 1, 1)
         case _:
             return
-    if not (product.is_like(x) and gates_channels(x, gates)):
-        x, gates = gates, x
-    if product.is_like(x) and gates_channels(x, gates):
-        pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
-        scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
-        kwargs = {**operator.kwargs, "scale": scale}
-        graph.replace(operator, layer, pixels, absorbed=absorbed, **kwargs)
-
-
-def gates_channels(x: Value, gates: Any) -> bool:
-    """Whether there is a gate for each channel of a map (B, C, H, W)."""
-    shape = (*x.shape[:2], 1, 1)
-    return isinstance(gates, Value) and gates.shape == shape and gates.dtype == x.dtype
+    for x, gates in made.in_both_orders:
+        of_channels = isinstance(gates, Value) and gates.shape == shape
+        if product.is_like(x) and of_channels and gates.dtype == x.dtype:
+            pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
+            scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
+            kwargs = {**operator.kwargs, "scale": scale}
+            graph.replace(operator, layer, pixels, absorbed=made, **kwargs)
+            return
 
 
 def multiply_by_map(graph: OperatorGraph, operator: Operator) -> None:
@@ -178,12 +170,42 @@ def multiply_by_map(graph: OperatorGraph, operator: Operator) -> None:
     if operator.function is not _aten.mul.Tensor:
         return
     for value, other in operator.in_both_orders:
-        made = product_of(value, plain=False)
-        if made is None or not value.is_like(other) or not isinstance(made.function, FastLinear):
-            continue
-        if not made.kwargs.keys() & {"residual", "factor", "scale"}:
-            graph.replace(operator, made.function, *made.args, absorbed=[made], factor=other)
+        match value:
+            case Value(FastLinear() as layer, [x], producer=made, once=True) if value.is_like(
+                other
+            ):
+                graph.replace(operator, layer, x, absorbed=made, factor=other)
+                return
+
+
+def split_gated_linear(graph: OperatorGraph, operator: Operator) -> None:
+    """``activation(h[0]) * h[1]`` for the halves ``h`` of one linear layer, which become two.
+
+    As in SwiGLU and its relatives, https://arxiv.org/abs/2002.05202.
+    """
+    if operator.function not in _SPLITS or len(operator.results) != 2:
+        return
+    halves = operator.results
+    users = [half.user for half in halves]
+    gated = any(
+        user is not None
+        and activation_kind(user) is not None
+        and user.result.user is other is not None
+        and other.function is _aten.mul.Tensor
+        for user, other in (users, users[::-1])
+    )
+    match operator.args[0]:
+        case Value(FastLinear(activation="none") as layer, [x], once=True) as whole:
+            width = whole.shape[-1]
+        case _:
             return
+    is_last = (operator.given["dim"] + 1) % len(whole.shape) == 0
+    if not gated or not is_last or any(2 * half.shape[-1] != width for half in halves):
+        return
+    biases = (None, None) if layer.bias is None else layer.bias.chunk(2)
+    for half, weight, bias in zip(halves, layer.weight.chunk(2), biases, strict=True):
+        part = linear(weight, bias, layer.quantization)
+        graph.substitute(half, graph.insert_before(operator, part, x, shape=half.shape))
 
 
 class _Multiple(NamedTuple):
@@ -200,12 +222,13 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> None:
     if operator.function is not _aten.add.Tensor or operator.kwargs:
         return
     for value, other in operator.in_both_orders:
-        made = product_of(value, plain=False)
-        if made is None or not value.is_like(other) or not isinstance(made.function, FastLinear):
-            continue
-        layer, kwargs = made.function, dict(made.kwargs)
-        if "factor" in kwargs or layer.clips_sum:
-            continue
+        match value:
+            case Value(FastLinear(clips_sum=False) as layer, producer=made, once=True) if (
+                value.is_like(other) and "factor" not in made.kwargs
+            ):
+                kwargs = dict(made.kwargs)
+            case _:
+                continue
         root, is_moved, scale, shift = _multiple(other)
         if shift is not None and layer.activation == "none" and "residual" not in kwargs:
             layer = _folded(layer, torch.ones_like(shift), shift)
@@ -224,7 +247,7 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> None:
             if is_moved:
                 root = graph.insert_before(operator, _aten.permute.default, root, NHWC)
             kwargs |= {"residual": root, "residual_scale": Value.of_constant(scale.float())}
-        graph.replace(operator, layer, *made.args, absorbed=[made], **kwargs)
+        graph.replace(operator, layer, *made.args, absorbed=made, **kwargs)
         return
 
 
@@ -242,9 +265,9 @@ def _multiple(value: Value) -> _Multiple:
             factors = []
     for x, factor in (factors, factors[::-1]) if factors else ():
         if root.is_like(x):
-            scale = per_channel(factor, x.shape, axis)
+            scale = _per_channel(factor, x.shape, axis)
         if scale is not None and added is not None:
-            shift = per_channel(added, x.shape, axis)
+            shift = _per_channel(added, x.shape, axis)
             scale = None if shift is None else scale
         if scale is not None:
             root = x

@@ -24,17 +24,12 @@ from ops.inference.layers import FastLayer, FastLinear, is_quantized
 from ops.inference.norm import FastLayerNorm
 from ops.inference.packed_linear import packed_pair
 from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, permuted
-from ops.rewriting.lift import FastGlobalAvgPool2d
+from ops.rewriting.lift import FastAdaptiveAvgPool2d
 
 __all__ = ["Expansion", "FeedForward", "join_expansion", "join_feed_forward"]
 
 _aten = torch.ops.aten
 _permute = _aten.permute.default
-
-# Bytes of the hidden map that fit into a core's L2 cache, and the minimum number of rows, below
-# which re-reading the weights does not pay off.
-_CHUNK_BYTES = 1 << 20
-_CHUNK_ROWS = 384
 
 
 class FeedForward(FastLayer):
@@ -62,29 +57,12 @@ class FeedForward(FastLayer):
             out: Tensor = packed(x, residual, self.norm)
             return out
         x = x if self.norm is None else self.norm(x)
-        if self.conv is None:
-            return self._in_pieces(x, residual)
-        hidden = x if self.fc1 is None else self.fc1(x)
-        return self.fc2(self.conv(hidden.permute(NCHW)).permute(NHWC), residual)
-
-    def _in_pieces(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Both linear layers, in blocks of rows if the hidden map is large."""
         fc1: Any = self.fc1
-        out = packed_pair(fc1.derived(x), self.fc2.derived(x), x, fc1.activation, residual)
-        if out is not None:
-            return out
-        rows = x.numel() // max(1, x.shape[-1])
-        chunk = max(_CHUNK_ROWS, _CHUNK_BYTES // (fc1.out_features * x.element_size()))
-        if rows < 2 * chunk or x.requires_grad:
-            return self.fc2(fc1(x), residual)
-        shape = (*x.shape[:-1], self.fc2.out_features)
-        x = x.reshape(rows, -1)
-        shortcut = None if residual is None else residual.reshape(rows, -1)
-        out = x.new_empty(rows, self.fc2.out_features)
-        for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
-            out[part] = self.fc2(fc1(x[part]), None if shortcut is None else shortcut[part])
-        return out.view(shape)
+        if self.conv is not None:
+            hidden = x if fc1 is None else fc1(x)
+            return self.fc2(self.conv(hidden.permute(NCHW)).permute(NHWC), residual)
+        pair = packed_pair(fc1.derived(x), self.fc2.derived(x), x, fc1.activation, residual)
+        return self.fc2(fc1(x), residual) if pair is None else pair
 
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
         fc1, conv = self.fc1, self.conv
@@ -104,33 +82,28 @@ def join_feed_forward(graph: OperatorGraph, operator: Operator) -> None:
         return
     if operator.kwargs.keys() - {"residual"}:
         return
-    value, conv, absorbed = operator.args[0], None, list[Any]()
+    value, conv = operator.args[0], None
     match permuted(value, NHWC):
         case Value(FastDepthwiseConv2d() as layer, [map_], producer=made, once=True) if (
             value.once and PackedDepthwiseMlp.applies(layer)
         ):
-            conv, absorbed = layer, [value.producer, made]
-            value = permuted(map_, NCHW)
-            if value is not None and map_.once:
-                absorbed.append(map_.producer)
+            conv, value = layer, permuted(map_, NCHW)
     match value:
         case Value(FastLinear(activation=kind) as fc1, [x], producer=first, once=True) if (
             conv is not None or kind != "none"
         ):
-            absorbed.append(first)
             norm: Any = None
             match x:
                 case Value(FastLayerNorm(activation="none") as norm, [source], once=True):
-                    absorbed.append(x.producer)
                     x = source
             joined = FeedForward(fc1, fc2, conv, norm)
-            joint = graph.replace(operator, joined, x, absorbed=absorbed, **operator.kwargs)
+            joint = graph.replace(operator, joined, x, absorbed=first, **operator.kwargs)
             joint.path = _parent(first.path, operator.path)
         case _ if conv is not None and PackedDepthwiseMlp.applies(conv, is_first=True):
             if value is None:
                 value = graph.insert_before(made, _permute, map_, NHWC)
             joined = FeedForward(None, fc2, conv)
-            graph.replace(operator, joined, value, absorbed=absorbed, **operator.kwargs)
+            graph.replace(operator, joined, value, absorbed=made, **operator.kwargs)
 
 
 def _parent(first: str, second: str) -> str:
@@ -151,7 +124,7 @@ class Expansion(FastLayer):
     def __init__(self, fc1: FastLinear, conv: FastDepthwiseConv2d) -> None:
         super().__init__()
         self.fc1, self.conv = fc1, conv
-        self.pool = FastGlobalAvgPool2d()
+        self.pool = FastAdaptiveAvgPool2d((1, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         packed = self.derived(x)
@@ -165,6 +138,10 @@ class Expansion(FastLayer):
         return PackedExpansion(self.fc1, self.conv, self.fc1.activation, self.conv.activation)
 
 
+def _pools_all(layer: Any) -> bool:
+    return isinstance(layer, FastAdaptiveAvgPool2d) and layer.output_size == (1, 1)
+
+
 def join_expansion(graph: OperatorGraph, operator: Operator) -> None:
     """``conv(permute(linear(x)))`` whose results are also pooled."""
     match operator:
@@ -172,10 +149,10 @@ def join_expansion(graph: OperatorGraph, operator: Operator) -> None:
             map_, first = operator.result, permuted(moved, NCHW)
         case _:
             return
-    pools = [user for user in map_.users if isinstance(user.function, FastGlobalAvgPool2d)]
+    pools = [user for user in map_.users if _pools_all(user.function)]
     match first:
         case Value(FastLinear() as fc1, [x], once=True) if not is_quantized(fc1) and pools:
-            absorbed: list[Any] = [moved.producer, first.producer]
+            pass
         case _:
             return
     if not PackedDepthwiseMlp.applies(conv, is_first=True):
@@ -183,15 +160,12 @@ def join_expansion(graph: OperatorGraph, operator: Operator) -> None:
     batch, channels, height, width = map_.shape
     pixels = Value(torch.Size((batch, height, width, channels)), map_.dtype)
     means = Value(torch.Size((batch, channels)), map_.dtype)
-    made = graph.replace(operator, Expansion(fc1, conv), x, absorbed=absorbed)
+    made = graph.replace(operator, Expansion(fc1, conv), x, absorbed=first.producer)
     made.results, made.returns_list = [pixels, means], True
     pixels.producer = means.producer = made
     after = graph.operators[graph.operators.index(made) + 1]
-    others = [(map_, graph.insert_before(after, _permute, pixels, NCHW))]
+    graph.substitute(map_, graph.insert_before(after, _permute, pixels, NCHW))
     for pool in pools:
         shape = list(pool.result.shape)
-        others.append(
-            (pool.result, graph.insert_before(after, _aten.reshape.default, means, shape))
-        )
-    for value, other in others:
-        graph.substitute(value, other)
+        same = graph.insert_before(pool, _aten.reshape.default, means, shape)
+        graph.substitute(pool.result, same)

@@ -10,7 +10,7 @@ Neither matches a call with arguments by name.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,6 @@ __all__ = [
     "OperatorGraph",
     "Value",
     "by_name",
-    "chain",
     "is_available",
     "permuted",
 ]
@@ -87,10 +86,6 @@ class Value:
         """Whether another argument is a value of the same shape and dtype."""
         same = isinstance(other, Value) and other.shape == self.shape
         return same and other.dtype == self.dtype
-
-    def on_meta(self) -> Tensor:
-        """A tensor like it without memory."""
-        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     @classmethod
     def like(cls, t: Tensor) -> Value:
@@ -221,18 +216,18 @@ class OperatorGraph:
         operator: Operator,
         function: Any,
         *args: Any,
-        absorbed: Sequence[Operator] = (),
+        absorbed: Operator | None = None,
         **kwargs: Any,
     ) -> Operator:
         """Replace ``operator`` by another function that computes its results.
 
         Args:
-            absorbed: operators that the function contains. The first one's path becomes that of the
-                new operator.
+            absorbed: an operator that the function contains, and whose path it gets.
         """
-        path = absorbed[0].path if absorbed else operator.path
-        made = Operator(function, list(args), kwargs, operator.results, operator.returns_list, path)
-        made.rewrites = self._noted(*absorbed, operator)
+        before = absorbed or operator
+        results, several = operator.results, operator.returns_list
+        made = Operator(function, list(args), kwargs, results, several, before.path)
+        made.rewrites = self._noted(before, operator)
         self.operators[self.operators.index(operator)] = made
         self._connect(made)
         self._disconnect(operator, operator.values())
@@ -262,7 +257,10 @@ class OperatorGraph:
             known = pytree.tree_map_only(Value, lambda v: v.constant, args)
             return Value.of_constant(function(*known))
         if shape is None:
-            shape = function(*pytree.tree_map_only(Value, Value.on_meta, args)).shape
+            tensors = pytree.tree_map_only(
+                Value, lambda v: torch.empty(v.shape, dtype=v.dtype, device="meta"), args
+            )
+            shape = function(*tensors).shape
         result = Value(torch.Size(shape), values[0].dtype)
         made = Operator(function, list(args), {}, [result], path=operator.path)
         made.rewrites = self._noted(operator)
@@ -328,26 +326,6 @@ def permuted(value: Any, order: list[int]) -> Value | None:
         case Value(_aten.permute.default, [Value() as whole, axes]) if list(axes) == order:
             return whole
     return None
-
-
-def chain(value: Any, *kinds: Any, skipped: Collection[Any] = ()) -> list[Operator]:
-    """The operators of these kinds that compute a value, each from the next one's; or none.
-
-    Args:
-        value: of the first.
-        kinds: operators of ATen, kernels, classes of layers, or axes for permutations.
-        skipped: kinds that may be in between if nothing else reads their results.
-    """
-    found: list[Operator] = []
-    for kind in kinds:
-        while value.function in skipped and value.once:
-            value = value.producer.args[0]
-        is_permuted = isinstance(kind, list) and permuted(value, kind) is not None
-        if not is_permuted and kind not in (value.function, type(value.function)):
-            return []
-        found.append(value.producer)
-        value = value.producer.args[0]
-    return found
 
 
 def is_available(kernel: Kernel, dtype: torch.dtype) -> bool:

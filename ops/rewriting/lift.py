@@ -17,6 +17,7 @@ from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
 from ops.cpu.call.binding import Kernel
+from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.norm.norms import rms_norm
 from ops.cpu.pooling.window_means import window_means
 from ops.cpu.pooling.window_pool import window_pool
@@ -30,7 +31,6 @@ from ops.rewriting.graph import NCHW, NHWC, Operator, OperatorGraph, Value, is_a
 __all__ = [
     "Attention",
     "FastAdaptiveAvgPool2d",
-    "FastGlobalAvgPool2d",
     "affine_of",
     "constant_of",
     "lift",
@@ -95,13 +95,6 @@ class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
         window = [n // windows for n, windows in zip(x.shape[2:], size, strict=True)]
         out: Tensor = window_means(x.permute(NHWC), window)
         return out.permute(NCHW)
-
-
-class FastGlobalAvgPool2d(FastAdaptiveAvgPool2d):
-    """Means of all pixels, (B, C, H, W) → (B, C, 1, 1)."""
-
-    def __init__(self) -> None:
-        super().__init__((1, 1))
 
 
 # -- rules ---------------------------------------------------------------------------------------
@@ -179,6 +172,24 @@ def put_convolution(
     graph.replace(operator, _aten.permute.default, made, NCHW)
 
 
+def _conv1d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
+    """Convolutions of a single channel, such as of the means of an image's channels."""
+    x, taps = given["input"], constant_of(given["weight"])
+    geometry = [given[name] for name in ("bias", "stride", "dilation")]
+    if taps is None or taps.shape[:2] != (1, 1) or geometry != [None, [1], [1]]:
+        return
+    if len(x.shape) != 3 or not x.shape.numel() or not is_available(depthwise_conv2d, x.dtype):
+        return
+    batch, _, columns = x.shape
+    row = graph.insert_before(operator, _aten.reshape.default, x, [batch, 1, 1, columns])
+    window, shape = Value.of_constant(taps.view(1, -1, 1).float()), operator.result.shape
+    options = window, None, [1, 1], [0, *given["padding"]], [1, 1], "none"
+    made = graph.insert_before(
+        operator, depthwise_conv2d, row, *options, shape=(batch, 1, 1, shape[2])
+    )
+    graph.replace(operator, _aten.reshape.default, made, list(shape))
+
+
 def _pair(value: Any) -> tuple[int, int]:
     return (value[0], value[-1])
 
@@ -229,12 +240,11 @@ def _adaptive_pool(graph: OperatorGraph, operator: Operator, given: dict[str, An
         windows < 1 or n % windows for n, windows in zip(x.shape[2:], size, strict=True)
     ):
         return
-    whole = size == (1, 1)
-    graph.replace(operator, FastGlobalAvgPool2d() if whole else FastAdaptiveAvgPool2d(size), x)
+    graph.replace(operator, FastAdaptiveAvgPool2d(size), x)
 
 
 def _mean(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
-    x, layer = given["self"], FastGlobalAvgPool2d()
+    x, layer = given["self"], FastAdaptiveAvgPool2d((1, 1))
     if not _pools(window_means, x) or given["dtype"] is not None:
         return
     if {axis % 4 for axis in given["dim"] or ()} != {2, 3}:
@@ -293,15 +303,10 @@ def _convert(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) ->
 
 
 def _cat(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
-    """Leave out empty parts, which kernels do not take."""
+    """A whole beside empty parts."""
     parts = [part for part in given["tensors"] if part.shape.numel()]
-    same = {part.dtype for part in given["tensors"]} == {operator.result.dtype}
-    if len(parts) == len(given["tensors"]) or not parts or not same:
-        return
-    if len(parts) == 1 and parts[0].shape == operator.result.shape:
+    if len(parts) == 1 and parts[0].is_like(operator.result):
         graph.substitute(operator.result, parts[0])
-    else:
-        graph.replace(operator, operator.function, parts, given["dim"])
 
 
 _RULES: dict[Any, Callable[[OperatorGraph, Operator, dict[str, Any]], None]] = {
@@ -313,6 +318,7 @@ _RULES: dict[Any, Callable[[OperatorGraph, Operator, dict[str, Any]], None]] = {
     _aten.mul.Tensor: _neutral,
     _aten.linear.default: _linear,
     _aten.matmul.default: _matmul,
+    _aten.conv1d.default: _conv1d,
     _aten.conv2d.default: _conv2d,
     _aten.layer_norm.default: _layer_norm,
     _aten.rms_norm.default: _rms_norm,

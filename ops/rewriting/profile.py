@@ -251,9 +251,25 @@ def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
                 module.forget()
         for _ in range(3):  # pack weights, capture a graph, replay it
             network(x)
-        if isinstance(network, Rewritten) and network.is_replayed:
-            return _of_replays(network, x, repeats)
-        return _of_layers(network, x, repeats)
+        obstacle = None
+        if isinstance(network, Rewritten):
+            try:
+                ModuleSnapshot(network)
+                forward: Any = type(network).stands_for.forward  # type: ignore[attr-defined]
+                program = network.program(x, functools.partial(forward, network))
+                if network.is_replayed:
+                    return _of_replays(network, program, x, repeats)
+            except NotCapturableError as error:
+                obstacle = str(error)
+
+        def traced() -> list[TracedCall]:
+            with Trace(x, network) as trace:
+                network(x)
+            return trace.traced
+
+        calls = traced()
+        total = _measure(calls, lambda: network(x), lambda: [c.seconds for c in traced()], repeats)
+        return Profile(calls, total, obstacle=obstacle)
 
 
 @contextmanager
@@ -269,8 +285,9 @@ def _state_restored(network: nn.Module) -> Iterator[None]:
             attributes.update({name: values[name] for name in changed})
 
 
-def _of_replays(network: Rewritten, x: Tensor, repeats: int) -> Profile:
-    program = _program(network, x)
+def _of_replays(
+    network: Rewritten, program: Callable[[Tensor], Any], x: Tensor, repeats: int
+) -> Profile:
     program(x)  # packs weights
     with Trace(x, network) as trace:
         result = program(x)
@@ -291,32 +308,6 @@ def _of_replays(network: Rewritten, x: Tensor, repeats: int) -> Profile:
     seconds()
     total = _measure(trace.traced, lambda: network(x), seconds, repeats)
     return Profile(trace.traced, total, graph, replay.plan)
-
-
-def _of_layers(network: nn.Module, x: Tensor, repeats: int) -> Profile:
-    def traced() -> Trace:
-        with Trace(x, network) as trace:
-            network(x)
-        return trace
-
-    def seconds() -> Iterator[float]:
-        return (call.seconds for call in traced().traced)
-
-    first = traced()
-    total = _measure(first.traced, lambda: network(x), seconds, repeats)
-    obstacle = None
-    if isinstance(network, Rewritten):
-        try:
-            ModuleSnapshot(network)
-            _program(network, x)
-        except NotCapturableError as error:
-            obstacle = str(error)
-    return Profile(first.traced, total, obstacle=obstacle)
-
-
-def _program(network: Rewritten, x: Tensor) -> Callable[[Tensor], Any]:
-    forward: Any = type(network).stands_for.forward  # type: ignore[attr-defined]
-    return network.program(x, functools.partial(forward, network))
 
 
 def _measure(

@@ -22,11 +22,10 @@ from ops.rewriting.graph import (
     Operator,
     OperatorGraph,
     Value,
-    chain,
     is_available,
     permuted,
 )
-from ops.rewriting.lift import FastGlobalAvgPool2d, constant_of, linear
+from ops.rewriting.lift import FastAdaptiveAvgPool2d, constant_of, linear
 
 __all__ = ["ResponseFeedForward", "join_response_norm", "join_response_scales", "join_squeeze"]
 
@@ -88,17 +87,8 @@ class _Share(NamedTuple):
     """``n / (mean(n) + eps)``, where ``n`` are the norms of the channels of a map ``x``."""
 
     x: Value
-    norm: Value
     eps: float
     channels: int  # their axis
-
-
-class _Norm(NamedTuple):
-    """``x * (1 + weight * share) + bias`` with a share of ``x``."""
-
-    share: _Share
-    weight: Tensor
-    bias: Tensor | None
 
 
 def join_response_norm(graph: OperatorGraph, operator: Operator) -> None:
@@ -106,55 +96,46 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> None:
     fc2: Any = operator.function
     if not isinstance(fc2, FastLinear) or operator.kwargs.keys() - {"residual"}:
         return
-    x = operator.args[0]
-    moved = permuted(x, NHWC)
-    norm = _norm(x if moved is None else moved)
-    if norm is None or not x.once or (moved is not None and not moved.once):
-        return
-    source = permuted(norm.share.x, NCHW)
-    if (source is None) != (moved is None) or norm.share.channels != (3 if source is None else 1):
-        return
-    match norm.share.x if source is None else source:
-        case Value(FastLinear() as fc1, producer=first, once=once) if once or source is None:
-            args, kwargs = first.args, {**first.kwargs, **operator.kwargs}
+    bias: Any = None
+    moved = permuted(operator.args[0], NHWC)
+    match operator.args[0] if moved is None else moved:
+        case Value(
+            _aten.mul.Tensor,
+            [hidden, Value(_aten.add.Tensor, [Value(_aten.mul.Tensor, [factor, ratio]), 1])],
+        ):
+            pass
+        case Value(
+            _aten.add.Tensor,
+            [
+                hidden,
+                Value(_aten.addcmul.default, [bias, factor, Value(_aten.mul.Tensor, [x, ratio])]),
+            ],
+        ) if x is hidden:
+            pass
         case _:
             return
-    if first.kwargs.keys() - {"scale"}:
+    match hidden if moved is None else permuted(hidden, NCHW):
+        case Value(FastLinear() as fc1, producer=first) if not first.kwargs.keys() - {"scale"}:
+            share, weight, shift = _share(ratio), constant_of(factor), constant_of(bias)
+        case _:
+            return
+    if share is None or share.x is not hidden or weight is None:
         return
-    if norm.bias is not None:
+    if share.channels != (3 if moved is None else 1):
+        return
+    if shift is not None:
         with torch.no_grad():
-            weight = multiplied_weight(fc2.weight, fc2.quantization)
-            shift = (weight @ norm.bias.flatten().to(weight.dtype)).to(fc2.weight.dtype)
+            inner = multiplied_weight(fc2.weight, fc2.quantization)
+            shift = (inner @ shift.flatten().to(inner.dtype)).to(fc2.weight.dtype)
             merged = linear(fc2.weight, shift if fc2.bias is None else fc2.bias + shift)
         merged.activation, merged.clips_sum = fc2.activation, fc2.clips_sum
         if fc2.quantization is not None:  # its inputs, without the norm's bias, have other ranges
             merged.quantization = Quantization(origins=(fc2.quantization,))
         fc2 = merged
-    made = ResponseFeedForward(fc1, fc2, norm.weight, norm.share.eps)
-    graph.replace(operator, made, *args, **kwargs)
-
-
-def _norm(value: Value) -> _Norm | None:
-    """The response norm that computes a map (B, H, W, C) or (B, C, H, W)."""
-    bias: Any = None
-    match value:  # x * (weight * share + 1), or x + addcmul(bias, weight, x * share)
-        case Value(_aten.mul.Tensor, [x, Value(_aten.add.Tensor, [factor, 1])]):
-            users = 2
-        case Value(_aten.add.Tensor, [x, Value(_aten.addcmul.default, [bias, weight, factor])]):
-            users = 3
-        case _:
-            return None
-    match factor:
-        case Value(_aten.mul.Tensor, [first, second]) if users == 2 or first is x:
-            weight, share = first if users == 2 else weight, _share(second)
-        case _:
-            return None
-    of_inputs, shift = constant_of(weight), constant_of(bias)
-    if share is None or share.x is not x or (len(x.users), len(share.norm.users)) != (users, 2):
-        return None
-    if of_inputs is None or (shift is None) != (users == 2):
-        return None
-    return _Norm(share, of_inputs, shift)
+    elif bias is not None:
+        return
+    made = ResponseFeedForward(fc1, fc2, weight, share.eps)
+    graph.replace(operator, made, *first.args, **first.kwargs, **operator.kwargs)
 
 
 def _share(value: Value) -> _Share | None:
@@ -171,7 +152,7 @@ def _share(value: Value) -> _Share | None:
             Value(_aten.mean.dim, [y, [channels], True]),
         ) if y is norm and len(x.shape) == 4:
             if sorted(axis % 4 for axis in (*axes, channels)) == [1, 2, 3]:
-                return _Share(x, norm, eps, channels % 4)
+                return _Share(x, eps, channels % 4)
     return None
 
 
@@ -200,16 +181,24 @@ def join_squeeze(graph: OperatorGraph, operator: Operator) -> None:
     whole, kwargs = operator.function, operator.kwargs
     if not isinstance(whole, ResponseFeedForward) or kwargs.keys() != {"scale", "residual"}:
         return
-    kinds = _aten.flatten.using_ints, NCHW, FastLinear, FastLinear, NHWC, FastGlobalAvgPool2d
-    match chain(kwargs["scale"], *kinds):
-        case [_, _, excite, squeeze, _, pool] if not excite.kwargs and not squeeze.kwargs:
-            first, second = squeeze.function, excite.function
+    match kwargs["scale"]:
+        case Value(_aten.flatten.using_ints, [gates, 1]):
+            pass
         case _:
             return
-    layers: tuple[Any, ...] = first, second, whole.fc1, whole.fc2
-    if [layer.activation for layer in layers] != ["relu", "sigmoid", "gelu", "none"]:
-        return
+    match permuted(gates, NCHW):
+        case Value(
+            FastLinear(activation="sigmoid") as excite,
+            [Value(FastLinear(activation="relu") as squeeze, [means])],
+        ):
+            pass
+        case _:
+            return
+    layers = whole.fc1, whole.fc2
     x, same_size = operator.args[0], whole.fc2.out_features == whole.fc1.in_features
-    if permuted(x, NHWC) is pool.args[0] and same_size:
-        made = SqueezedResponseFeedForward(first, second, whole)
-        graph.replace(operator, made, x, residual=kwargs["residual"])
+    if [layer.activation for layer in layers] != ["gelu", "none"] or not same_size:
+        return
+    match permuted(means, NHWC):
+        case Value(FastAdaptiveAvgPool2d(output_size=(1, 1)), [map_]) if map_ is permuted(x, NHWC):
+            made = SqueezedResponseFeedForward(squeeze, excite, whole)
+            graph.replace(operator, made, x, residual=kwargs["residual"])

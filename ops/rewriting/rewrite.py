@@ -12,14 +12,9 @@ from ops.rewriting.epilogues import (
     fold_norm,
     fold_scale,
     multiply_by_map,
-)
-from ops.rewriting.feed_forward import join_expansion, join_feed_forward
-from ops.rewriting.gates import (
-    add_gated,
-    add_gated_linear,
-    join_channel_gates,
     split_gated_linear,
 )
+from ops.rewriting.feed_forward import join_expansion, join_feed_forward
 from ops.rewriting.graph import Operator, OperatorGraph
 from ops.rewriting.lift import lift
 from ops.rewriting.response_norm import (
@@ -27,7 +22,7 @@ from ops.rewriting.response_norm import (
     join_response_scales,
     join_squeeze,
 )
-from ops.rewriting.softmax import join_mixes, join_products, join_softmax
+from ops.rewriting.softmax import join_mixes, join_softmax
 from ops.rewriting.stem import join_stem
 from ops.rewriting.views import join_permutations, sink_permutation
 from ops.rewriting.windows import join_windows
@@ -47,14 +42,11 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
         *(join_permutations, sink_permutation, split_gated_linear, apply_activation),
         *(add_shortcut, multiply_by_map, apply_gates),
     ),
-    (join_channel_gates,),
-    (add_gated, add_gated_linear),
     (join_response_norm,),
     (join_response_scales, join_squeeze, join_feed_forward),
     (join_expansion,),
     (join_permutations,),
-    (join_softmax, join_stem),
-    (join_products,),
+    (join_permutations, join_softmax, join_stem),
     (join_mixes,),
 )
 

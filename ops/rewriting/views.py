@@ -17,32 +17,25 @@ from ops.rewriting.graph import Operator, OperatorGraph, Value
 __all__ = ["join_permutations", "sink_permutation"]
 
 _aten = torch.ops.aten
+_PERMUTATIONS = (_aten.permute.default, _aten.transpose.int)
 _BINARY = (_aten.add.Tensor, _aten.mul.Tensor, _aten.sub.Tensor, _aten.div.Tensor)
 
 
-def order_of(operator: Operator | None) -> list[int] | None:
+def _order_of(operator: Operator | None) -> list[int] | None:
     """The axes of a permutation in their new order; None for other operators."""
-    if operator is None:
+    if operator is None or operator.function not in _PERMUTATIONS:
         return None
-    if operator.function is _aten.permute.default:
-        rank = len(operator.result.shape)
-        return [axis % rank for axis in operator.args[1]]
-    if operator.function is _aten.transpose.int:
-        rank = len(operator.result.shape)
-        order = list(range(rank))
-        a, b = (axis % rank for axis in operator.args[1:3])
-        order[a], order[b] = order[b], order[a]
-        return order
-    return None
+    numbered = torch.empty(*range(len(operator.result.shape)), device="meta")
+    return list(operator.function(numbered, *operator.args[1:]).shape)
 
 
 def join_permutations(graph: OperatorGraph, operator: Operator) -> None:
     """Merge two consecutive permutations, or remove them if they cancel."""
-    order = order_of(operator)
+    order = _order_of(operator)
     if order is None:
         return
     x = operator.args[0]
-    before = order_of(x.producer)
+    before = _order_of(x.producer)
     if before is not None:
         axes = [before[axis] for axis in order]
         graph.replace(operator, _aten.permute.default, x.producer.args[0], axes)
@@ -57,7 +50,7 @@ def sink_permutation(graph: OperatorGraph, operator: Operator) -> None:
         return
     kinds = (ActivatedLayer,) if unary else (FastLinear, FastLayerNorm)
     for at, value in enumerate(operator.args[: 1 if unary else 2]):
-        order = order_of(value.producer) if isinstance(value, Value) else None
+        order = _order_of(value.producer) if isinstance(value, Value) else None
         if order is None or not value.once or operator.result.shape != value.shape:
             continue
         inner = value.producer.args[0]

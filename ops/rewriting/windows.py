@@ -38,10 +38,10 @@ class _Part(NamedTuple):
 
 
 class WindowedAttention(nn.Module):
-    """softmax(scale · query · keyᵀ + bias) · value in windows, (B, ..., in) → (B, ..., dim).
+    """softmax(scale · query · keyᵀ + bias) · value in windows, (..., in) → (..., dim).
 
     Args:
-        rows: (windows, N), the tokens of each window; each token is in one of them.
+        rows: (windows, N), the tokens of each window of all images; each is in one of them.
         bias: (windows, heads, N, N), added to the scores; many windows have the same.
         parts: of queries, keys and values among the inputs.
         head_dim: of each head.
@@ -79,7 +79,7 @@ class WindowedAttention(nn.Module):
         return f"parts={self.parts}, head_dim={self.head_dim}, scale={self.scale}"
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.flatten(1, -2).contiguous()
+        tokens = x.flatten(0, -2).contiguous()
         query, key, value = (self._heads(tokens, part) for part in self.parts)
         out = query.new_empty(query.shape)
         terms = self.terms, self.lines, self.kinds
@@ -87,18 +87,16 @@ class WindowedAttention(nn.Module):
         return out.view(*x.shape[:-1], -1)
 
     def _heads(self, x: Tensor, part: _Part) -> Tensor:
-        """(B, N, in) → (B, N, heads, head_dim)."""
-        batch, tokens, width = x.shape
-        size = batch, tokens, len(self.terms), self.head_dim
-        stride = tokens * width, width, part.step, 1
+        """(tokens, in) → (1, tokens, heads, head_dim)."""
+        size = 1, len(x), len(self.terms), self.head_dim
+        stride = x.numel(), x.shape[1], part.step, 1
         return x.as_strided(size, stride, x.storage_offset() + part.start)
 
 
 class _Scores(NamedTuple):
-    """``scale · product + bias``, before the softmax."""
+    """``product + bias``, before the softmax."""
 
     product: Operator
-    scale: float
     bias: Tensor  # (groups, heads, N, N)
 
 
@@ -121,33 +119,26 @@ def join_windows(graph: OperatorGraph, operator: Operator) -> None:
             x, steps, factor = _source(inputs)
         case _:
             return
-    if factor != 1 or tokens.shape.numel() > _MOST_INDICES or len(x.shape) < 3:
+    if factor != 1 or not 0 < tokens.shape.numel() <= _MOST_INDICES:
         return
-    rows = _rows(x, steps)
-    if rows is None or rows.shape[-1] != scores.bias.shape[-1]:
+    rows, bias = _rows(x, steps), scores.bias
+    if rows is None or rows.shape != bias.shape[::3]:
         return
     parts: Any = tuple(_part(tokens, steps, i == 1) for i, (_, steps, _) in enumerate(found))
     projected = _projection(mixed.result)
-    if projected is None or None in parts:
+    final = None if projected is None else _final(projected.result, rows)
+    if projected is None or final is None or None in parts or final.shape[:-1] != x.shape[:-1]:
         return
-    final, windows = _final(projected.result, rows), _in_one_image(rows, x)
-    if final is None or windows is None or len(scores.bias) % len(windows):
-        return
-    bias = scores.bias.unflatten(0, (-1, len(windows)))
     heads, head_dim = mixed.result.shape[1], mixed.result.shape[3]
-    if query.shape[3] != head_dim or not torch.equal(bias, bias[:1].expand_as(bias)):
+    if query.shape[3] != head_dim or not policy.softmax_attention_by_kernel(rows.shape[1], x.dtype):
         return
-    if not policy.softmax_attention_by_kernel(rows.shape[-1], x.dtype):
-        return
-    scale = scores.scale * math.prod(factor for _, _, factor in found)
-    attention = WindowedAttention(windows, bias[0], parts, head_dim, scale)
+    scale = math.prod(factor for _, _, factor in found)
+    attention = WindowedAttention(rows, bias, parts, head_dim, scale)
     last = projected.function
     widths = first.out_features, heads * head_dim, last.out_features
     made = x
     for layer, width in zip((first, attention, last), widths, strict=True):
         made = graph.insert_before(projected, layer, made, shape=(*x.shape[:-1], width))
-    if made.shape != final.shape:
-        made = graph.insert_before(projected, _aten.reshape.default, made, list(final.shape))
     graph.substitute(final, made)
 
 
@@ -166,18 +157,15 @@ def _scores(operator: Operator) -> _Scores | None:
             case _:
                 break
         value = before
-    scale, product = 1.0, value
-    match value:
-        case Value(_aten.mul.Tensor, [product, int() | float() as factor]):
-            scale = float(factor)
-    if product.function is not _aten.matmul.default or not steps or not value.once:
+    product = value.producer
+    if value.function is not _aten.matmul.default or not steps or not value.once:
         return None
     if len(value.shape) != 4 or value.shape[2] != value.shape[3]:
         return None
     bias = torch.zeros(value.shape, device="cpu")
     for step in steps:
         bias = bias + step if isinstance(step, Tensor) else bias.reshape(step)
-    return _Scores(product.producer, scale, bias) if bias.shape == value.shape else None
+    return _Scores(product, bias) if bias.shape == value.shape else None
 
 
 _Steps = list[tuple[Operator, int]]
@@ -213,86 +201,61 @@ def _followed(steps: _Steps, index: Tensor) -> Tensor:
     return index
 
 
-def _indices(value: Value) -> Tensor:
-    numbers = torch.arange(value.shape.numel(), dtype=torch.int32, device="cpu")
-    return numbers.view(value.shape)
+def _indices(*shape: int) -> Tensor:
+    return torch.arange(math.prod(shape), dtype=torch.int32, device="cpu").view(shape)
+
+
+def _is_view(t: Tensor, whole: Tensor) -> bool:
+    return t.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
 
 
 def _rows(x: Value, steps: _Steps) -> Tensor | None:
     """The tokens of ``x`` in the order that views give, (groups, N); None if they are not whole."""
     channels = x.shape[-1]
-    index = _followed(steps, _indices(x))
-    if index.ndim < 3 or index.shape[-1] != channels:
+    index = _followed(steps, _indices(*x.shape))
+    if index.ndim < 3 or index.shape[-1] != channels or index.numel() != x.shape.numel():
         return None
     starts = index[..., :1]
-    whole = torch.equal(index, starts + torch.arange(channels, dtype=torch.int32, device="cpu"))
-    if not whole or (starts % channels).any():
+    if not torch.equal(index, starts + _indices(channels)) or (starts % channels).any():
         return None
     return (starts[..., 0] // channels).flatten(0, -2)
 
 
-def _in_one_image(rows: Tensor, x: Value) -> Tensor | None:
-    """The rows of the first image's windows if all images have the same ones, else None."""
-    batch, tokens = x.shape[0], x.shape[1:-1].numel()
-    if batch == 0 or len(rows) % batch:
-        return None
-    of_images = rows.unflatten(0, (batch, -1))
-    offsets = tokens * torch.arange(batch, dtype=rows.dtype, device="cpu")
-    first = of_images[0]
-    same = torch.equal(of_images, first + offsets[:, None, None])
-    once = torch.equal(first.flatten().sort().values, torch.arange(tokens, device="cpu"))
-    return first if same and once else None
-
-
 def _part(inputs: Value, steps: _Steps, is_key: bool) -> _Part | None:
     """The place of (groups, heads, N, head_dim), for keys transposed, in (..., N, in)."""
-    index = _followed(steps, _indices(inputs))
-    if index.ndim != 4:
+    whole = torch.empty(inputs.shape, device="cpu")
+    part = _followed(steps, whole)
+    if part.ndim != 4 or not _is_view(part, whole):
         return None
-    index = index.transpose(2, 3) if is_key else index
-    groups, heads, tokens, head_dim = index.shape
-    width = inputs.shape[-1]
-    if groups * tokens * width != inputs.shape.numel():
+    part = part.transpose(2, 3) if is_key else part
+    of_group = part.shape[2] * whole.shape[-1]
+    if part.stride() != (of_group, part.stride(1), whole.shape[-1], 1):
         return None
-    start = int(index[0, 0, 0, 0])
-    step = int(index[0, 1, 0, 0]) - start if heads > 1 else head_dim
-
-    def along(count: int, stride: int, axis: int) -> Tensor:
-        numbers = stride * torch.arange(count, dtype=torch.int32, device="cpu")
-        return numbers.view([-1 if i == axis else 1 for i in range(4)])
-
-    expected = start + along(groups, tokens * width, 0) + along(heads, step, 1)
-    expected = expected + along(tokens, width, 2) + along(head_dim, 1, 3)
-    return _Part(start, step) if torch.equal(index, expected) else None
+    is_whole = part.shape[0] * of_group == whole.numel()
+    return _Part(int(part.storage_offset()), part.stride(1)) if is_whole else None
 
 
 def _projection(mixed: Value) -> Operator | None:
     """The linear layer that reads the heads (groups, heads, N, head_dim) as (..., N, dim)."""
-    if len(mixed.shape) != 4 or mixed.shape.numel() > _MOST_INDICES:
-        return None
+    groups, heads, tokens, head_dim = mixed.shape
     views = list(_views_after(mixed))
     last = views[-1][1] if views else mixed
     match last.user:
         case Operator(FastLinear(activation="none"), [_]) as projected:
-            index = _indices(mixed)
-            wanted = index.transpose(1, 2).flatten(2).flatten(0, 1)
-            given = _followed([(view, 0) for view, _ in views], index).flatten(0, -2)
-            return projected if torch.equal(given, wanted) else None
+            whole = torch.empty(groups, tokens, heads, head_dim, device="cpu")
+            read = _followed([(view, 0) for view, _ in views], whole.transpose(1, 2))
+            is_dense = _is_view(read, whole) and read.is_contiguous()
+            return projected if is_dense and read.shape[-1] == heads * head_dim else None
     return None
 
 
 def _final(value: Value, rows: Tensor) -> Value | None:
     """The last view of a layer's windowed results that restores the order of tokens."""
-    numbers = torch.arange(rows.numel(), dtype=torch.int32, device="cpu")
-    wanted = torch.empty_like(numbers)
-    wanted[rows.flatten().long()] = numbers
-    channels = value.shape[-1]
-    if value.shape.numel() > _MOST_INDICES:
-        return None
-    index, final = _indices(value), None
+    channels, final = value.shape[-1], None
+    index = (rows.view(-1, 1) * channels + _indices(channels)).view(value.shape)
+    wanted = _indices(index.numel())
     for view, result in ((None, value), *_views_after(value)):
         index = index if view is None else _followed([(view, 0)], index)
-        starts = index[..., 0].flatten()
-        if index.shape[-1] == channels and torch.equal(starts, wanted * channels):
+        if index.shape[-1] == channels and torch.equal(index.flatten(), wanted):
             final = result
     return final

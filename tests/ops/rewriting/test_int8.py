@@ -49,7 +49,7 @@ def test_norms_activations_shortcuts_and_gates() -> None:
 
     conv = nn.Conv2d(16, 16, 1, bias=False)
     model = _made(forward, "conv", conv=conv, norm=nn.BatchNorm2d(16))
-    expected = ("FastGlobalAvgPool2d", "sigmoid", "relu", "FastLinear")
+    expected = ("FastAdaptiveAvgPool2d", "sigmoid", "relu", "FastLinear")
     layer = _check(model, IMAGE, *expected, used="conv")
     # Folded, with a negative scale, it has the same int8 up to the sign.
     quantized, _ = quantize_weight(layer.weight)
