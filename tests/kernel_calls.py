@@ -34,7 +34,7 @@ from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
 from ops.cpu.neighborhood.attention import na_cpu_dynamic_mix
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.norms import response_scales, rms_norm
-from ops.cpu.norm.softmax import attention_weights, biased_softmax
+from ops.cpu.norm.softmax import biased_softmax
 from ops.cpu.pooling.window_means import window_means
 from ops.cpu.pooling.window_pool import window_pool
 from ops.cpu.scan.gated_scan import gated_scan, gated_scan_backward, mixed_scan, normed_scan
@@ -127,9 +127,8 @@ def _kan() -> Arguments:
 
 def _stem() -> Arguments:
     weights, biases = pack_layers(conv_row(3, 20, 40))
-    norms = {"norms": [torch.ones(2, 20), torch.zeros(0)], "eps": [0.1, 0.0]}
     activations = {"activations": ["relu", "none"], "window": [3, 2, 1]}
-    return {"x": _f(2, 3, 67, 90), "weights": weights, "biases": biases, **norms, **activations}
+    return {"x": _f(2, 3, 67, 90), "weights": weights, "biases": biases, **activations}
 
 
 def _cascaded() -> Arguments:
@@ -242,10 +241,6 @@ CALLS: dict[str, _Call] = {
     ),
     "biased_softmax": lambda: _of(
         biased_softmax, "x", x=_f(5, 3, 70, 41), bias=_f(3, 70, 41, seed=1), half=False
-    ),
-    "attention_weights": lambda: _of(
-        *(attention_weights, "query", "key"), query=_f(5, 3, 70, 21), key=_f(5, 3, 21, 9, seed=1),
-        weight=_f(9, 73, seed=3), bias=_f(3, 70, 73, seed=2), half=False,
     ),
     "na_cpu_dynamic_mix": lambda: _of(*(na_cpu_dynamic_mix, "query", "key"), **_mixes()),
     "depthwise_conv2d": lambda: _of(depthwise_conv2d, "x", **_depthwise(7, 1, 1)),

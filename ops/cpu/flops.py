@@ -129,9 +129,6 @@ _KERNELS: dict[str, Callable[[_Given, Any], int]] = {
     "deformable_conv2d": lambda given, result: (
         result.numel() * given["x"].shape[1] * given["kernel_size"] ** 2
     ),
-    "attention_weights": lambda given, result: (
-        given["key"].numel() * given["weight"].shape[1] + result.numel() * given["query"].shape[3]
-    ),
     "grouped_attention": _grouped_attention,
     "gated_attention": lambda given, result: result.numel() * result.shape[1] * result.shape[2] * 2,
     # The state, the weights of keys and their sum.

@@ -138,7 +138,7 @@ def na_cpu_dynamic_mix(
     values: Sequence[Tensor],
     kernel_sizes: Sequence[int],
 ) -> Call:
-    """:func:`na_cpu_mix` with :func:`ops.cpu.norm.softmax.attention_weights`, never stored.
+    """:func:`na_cpu_mix` with the weights ``(query @ (key @ weight) + bias).softmax(-1)``.
 
     Args:
         query: (B, heads, H · W, depth), float32 or bfloat16; copied unless its channels are dense.

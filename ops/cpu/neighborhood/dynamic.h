@@ -1,14 +1,14 @@
 // Dynamic convolutions: weighted sums of values in which a query's weights are the softmax of its
-// products with keys, as in norm/attention_weights.h. The weights of a few queries are computed at
+// products with keys, to which a table is added first. The weights of a few queries are computed at
 // a time, and never leave the L1 cache.
 #pragma once
+#include "neighborhood/mapped_keys.h"
 #include "neighborhood/narrow.h"
-#include "norm/attention_weights.h"
 
 namespace na {
 
-// `query`, `key`, `weight` and `bias` are those of weights::Tensors, the first two in the values'
-// type.
+// `query` and `key` are in the values' type; `weight` is [places][keys], `bias`
+// [heads][queries][keys].
 struct DynamicTensors {
   Tensor out, value;
   const void *query, *key;

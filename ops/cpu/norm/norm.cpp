@@ -1,7 +1,7 @@
 // Norms: the C interface, called from the Python files beside it.
-#include "norm/attention_weights.h"
 #include "norm/norm.h"
 #include "norm/response.h"
+#include "norm/softmax.h"
 
 // Root-mean-square norm over dense channels: the mean is not subtracted.
 namespace rms {
@@ -75,17 +75,6 @@ extern "C" int biased_softmax_forward(const softmax::Problem* problem,
   return status_of(problem->half_bias, [&](auto bias) {
     with_type(problem->half, [&](auto out) {
       softmax::forward<decltype(bias), decltype(out)>(*problem, *tensors);
-    });
-  });
-}
-
-extern "C" int attention_weights_forward(const weights::Problem* problem,
-                                         const weights::Tensors* tensors) {
-  return status_of(problem->half_input, [&](auto in) {
-    with_type(problem->half_bias, [&](auto bias) {
-      with_type(problem->half, [&](auto out) {
-        weights::forward<decltype(in), decltype(bias), decltype(out)>(*problem, *tensors);
-      });
     });
   });
 }

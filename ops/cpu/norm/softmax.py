@@ -1,7 +1,4 @@
-"""Softmax of logits with a table added, on the CPU for inference.
-
-The kernels are ``softmax.h`` and, with the products before it, ``attention_weights.h``.
-"""
+"""Softmax of logits with a table added, on the CPU for inference (``softmax.h``)."""
 
 from __future__ import annotations
 
@@ -10,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.arguments import require_shapes
 from ops.cpu.call.binding import kernel
 from ops.cpu.call.c_arguments import Call
 from ops.cpu.call.dispatch import require_dtype, require_values
-from ops.cpu.call.tensors import dense_channels
-from ops.cpu.threads import MACS, VALUES, threads_for
+from ops.cpu.threads import VALUES, threads_for
 
 
 @kernel("norm", "biased_softmax_forward", large_results=True)
@@ -54,45 +49,3 @@ def _are_even(x: Tensor) -> bool:
     """Whether rows are dense and equally far apart."""
     outer = zip(x.shape[1:-1], x.stride()[1:-1], x.stride(), strict=False)
     return x.stride(-1) == 1 and all(above == n * step for n, step, above in outer)
-
-
-@kernel("norm", "attention_weights_forward", large_results=True)
-def attention_weights(query: Tensor, key: Tensor, weight: Tensor, bias: Tensor, half: bool) -> Call:
-    """``(query @ (key @ weight) + bias).softmax(-1)``, with float32 sums. No gradients.
-
-    Args:
-        query: (B, heads, N, depth), float32 or bfloat16; copied unless its channels are dense.
-        key: (B, heads, depth, P), in the dtype of ``query``.
-        weight: (P, K) float32.
-        bias: (heads, ..., K), float32 or bfloat16, with N numbers in the axes between.
-        half: whether the result is in bfloat16.
-
-    Returns:
-        (B, heads, ..., K), contiguous.
-    """
-    require_values(query=query, key=key, weight=weight)
-    sizes = require_shapes(
-        query=(query, "batch heads queries depth"),
-        key=(key, "batch heads depth places"),
-        weight=(weight, "places keys"),
-        bias=(bias, "heads ... keys"),
-    )
-    require_shapes(sizes, bias=(bias.reshape(len(bias), -1, bias.shape[-1]), "heads queries keys"))
-    require_dtype(torch.float32, weight=weight)
-    require_dtype(query.dtype, key=key)
-    for name, t in (("query", query), ("bias", bias)):
-        if t.dtype != torch.bfloat16:
-            require_dtype(torch.float32, **{name: t})
-
-    def arguments() -> dict[str, Any]:
-        rows = dense_channels(query)
-        return {
-            **{**sizes, "query": rows, "query_stride": rows.stride()[:3]},
-            **{"key": key, "key_stride": key.stride(), "half": half},
-            **{"half_input": query.dtype == torch.bfloat16},
-            "half_bias": bias.dtype == torch.bfloat16,
-            "threads": threads_for(query.numel() * sizes["keys"], MACS),
-        }
-
-    dtype = torch.bfloat16 if half else torch.float32
-    return Call(query.new_empty((len(query), *bias.shape), dtype=dtype), arguments)

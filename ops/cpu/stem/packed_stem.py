@@ -59,19 +59,14 @@ def packed_stem(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activations: Sequence[str],
-    norms: Sequence[Tensor] = (),
-    eps: Sequence[float] = (),
     window: Sequence[int] = _USUAL,
 ) -> Call:
-    """Convolutions, each with norm and activation: 3×3 of stride 2 and padding 1. No gradients.
+    """Convolutions, each with an activation: 3×3 of stride 2 and padding 1. No gradients.
 
     Args:
         x: (B, C, H, W) float32 or bfloat16; copied unless contiguous.
         weights, biases: see :func:`pack_layers`, for the dtype of ``x``.
         activations: from :data:`ops.cpu.activations.ACTIVATIONS`, one per layer; GELU is exact.
-        norms: weights and biases of layer norms over the channels, (2, C) float32 per layer, or an
-            empty tensor if a layer has no norm; no tensors if none has.
-        eps: of the norms, one per layer; empty if there are none.
         window: side, stride and padding of the first convolution, if they differ; the stride is 2
             or 4.
 
@@ -84,16 +79,8 @@ def packed_stem(
         )
     sizes = tuple((w.numel(), b.numel()) for w, b in zip(weights, biases, strict=True))
     _check_layers(x.shape[1], sizes, tuple(activations), x.dtype == torch.bfloat16, tuple(window))
-    if len(norms) != len(eps) or len(norms) not in (0, len(weights)):
-        raise ValueError(
-            f"expected a norm and an eps for each of {len(weights)} layers, or none, got "
-            f"{len(norms)} and {len(eps)}"
-        )
-    for tensor in (*weights, *biases, *norms):
-        require_dtype(torch.float32, **{"each of weights, biases and norms": tensor})
-    for norm, bias in zip(norms, biases, strict=False):
-        if norm.numel() and norm.shape != (2, len(bias)):
-            raise ValueError(f"a norm must be (2, {len(bias)}), got {tuple(norm.shape)}")
+    for tensor in (*weights, *biases):
+        require_dtype(torch.float32, **{"each of weights and biases": tensor})
     side, stride, padding = window
     size = [(n + 2 * padding - side) // stride + 1 for n in x.shape[2:]]
     if min(size) < 1:
@@ -109,10 +96,6 @@ def packed_stem(
             {"weight": w, "bias": b, "channels": len(b), "activation": act}
             for w, b, act in zip(weights, biases, activations, strict=True)
         ]
-        for layer, norm, term in zip(layers, norms, eps, strict=False):
-            if norm.numel():
-                behind = (norm, norm.shape[1] * norm.element_size())
-                layer.update(norm_weight=norm, norm_bias=behind, eps=term)
         return {
             **sizes_of(x, "batch channels height width"),
             **{"side": side, "stride": stride, "padding": padding, "layers": len(weights)},

@@ -6,7 +6,6 @@
 // is multiplied in pairs: of adjacent pixels in a plane, then of channels.
 #include "common/kernel.h"
 #include "gemm/registers.h"
-#include "norm/norm.h"
 
 namespace stem {
 
@@ -31,9 +30,7 @@ struct Problem {
 struct Layer {
   const void* weight;
   const float* bias;
-  const float *norm_weight, *norm_bias;  // layer norm before the activation, or null
   int64_t channels, activation;
-  double eps;  // of the norm
 };
 
 constexpr int SIDE = 3, STRIDE = 2;
@@ -160,7 +157,7 @@ static linear::Problem problem_of(const Layer& layer, int64_t inputs, int64_t in
   p.in_features = inputs;
   p.in_stride = in_stride;
   p.out_features = p.out_stride = layer.channels;
-  p.activation = layer.norm_weight ? activation::NONE : layer.activation;
+  p.activation = layer.activation;
   return p;
 }
 
@@ -205,13 +202,6 @@ static void next_row(const Layer& layer, const Map<T>& in, int64_t channels, int
   }
   const linear::Problem p = problem_of(layer, SIDE * SIDE * shares, STRIDE * shares);
   run_pixels<0>(p, layer, segments, halved(in.width), out);
-}
-
-template <class T>
-static void normalise(const Layer& layer, int64_t pixels, T* row) {
-  const norm::Problem p{pixels, layer.channels, layer.activation, sizeof(T) < sizeof(float),
-                        layer.eps, 1};
-  norm::forward(p, {row, layer.norm_weight, layer.norm_bias, row});
 }
 
 // The number of rows of the last map computed at a time.
@@ -279,7 +269,6 @@ static void forward_of(const Problem& p, const Layer* layers, const T* in, T* ou
           } else {
             first_row<I>(p, layers[i], planes, y, row);
           }
-          if (layers[i].norm_weight) normalise(layers[i], map.width, row);
         });
         done[i] = end[i];
       }

@@ -21,7 +21,7 @@ PLAINER = [s for s in instruction_sets.candidates()[1:] if s in ("avx2", "neon",
 # What packs weights for int8 is tested in test_linear.py.
 IN_FLOATS = [name for name in CALLS if "int8" not in name]
 # Which take images with pixels.
-NOT_EMPTY = ("attention_weights", "biased_softmax", "na_cpu_dynamic_mix", "response_scales")
+NOT_EMPTY = ("biased_softmax", "na_cpu_dynamic_mix", "response_scales")
 HALF_TOO = ("depthwise_conv2d", "depthwise_conv2d 3", "depthwise_branches", "layer_norm",
             "rms_norm", "nchw_from_nhwc", "nhwc_from_nchw", "window_means", "window_pool",
             "map_scan", "mixed_scan", "normed_scan", "shifted_mixtures",

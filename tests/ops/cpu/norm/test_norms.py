@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.norms import response_scales, rms_norm
-from ops.cpu.norm.softmax import attention_weights, biased_softmax
+from ops.cpu.norm.softmax import biased_softmax
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -92,24 +92,3 @@ def test_a_softmax_of_numbers_that_are_not_finite() -> None:
         x[:, :3] = torch.tensor(rows)
         out = biased_softmax(x[None], torch.zeros(5, length), False)[0]
         torch.testing.assert_close(out, x.softmax(-1), equal_nan=True)
-
-
-# ---- attention weights ---------------------------------------------------------------------------
-@pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("depth", "keys"), [(1, 1), (16, 25), (14, 169), (33, 64), (5, 200)])
-def test_are_the_softmax_of_products(depth, keys, dtype, half):
-    """Of queries and keys with heads side by side, some keys left out."""
-    query, key = (
-        random(2, 6, 7, 3 * depth, seed=seed).to(dtype).flatten(1, 2).unflatten(2, (3, depth))
-        for seed in (0, 1)
-    )
-    query, key = query.transpose(1, 2), key.permute(0, 2, 3, 1)[..., 4:-5]
-    weight = random(33, keys, seed=3).float() / 6
-    bias = 5 * random(3, 6, 7, keys, seed=2).to(dtype)
-    out = attention_weights(query, key, weight, bias, half)
-    assert out.dtype == (torch.bfloat16 if half else torch.float32)
-    assert out.shape == (2, 3, 6, 7, keys) and out.is_contiguous()
-    products = (query.double() @ (key.double() @ weight.double())).unflatten(2, (6, 7))
-    expected = (products + bias.double()).softmax(-1)
-    assert (out - expected).abs().max() <= (2**-9 if half else 2e-6)
