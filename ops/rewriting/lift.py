@@ -17,7 +17,6 @@ from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
 from ops.cpu.call.binding import Kernel
-from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.norm.norms import rms_norm
 from ops.cpu.pooling.window_means import window_means
 from ops.cpu.pooling.window_pool import window_pool
@@ -172,24 +171,6 @@ def put_convolution(
     graph.replace(operator, _aten.permute.default, made, NCHW)
 
 
-def _conv1d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> None:
-    """Convolutions of a single channel, such as of the means of an image's channels."""
-    x, taps = given["input"], constant_of(given["weight"])
-    geometry = [given[name] for name in ("bias", "stride", "dilation")]
-    if taps is None or taps.shape[:2] != (1, 1) or geometry != [None, [1], [1]]:
-        return
-    if len(x.shape) != 3 or not x.shape.numel() or not is_available(depthwise_conv2d, x.dtype):
-        return
-    batch, _, columns = x.shape
-    row = graph.insert_before(operator, _aten.reshape.default, x, [batch, 1, 1, columns])
-    window, shape = Value.of_constant(taps.view(1, -1, 1).float()), operator.result.shape
-    options = window, None, [1, 1], [0, *given["padding"]], [1, 1], "none"
-    made = graph.insert_before(
-        operator, depthwise_conv2d, row, *options, shape=(batch, 1, 1, shape[2])
-    )
-    graph.replace(operator, _aten.reshape.default, made, list(shape))
-
-
 def _pair(value: Any) -> tuple[int, int]:
     return (value[0], value[-1])
 
@@ -318,7 +299,6 @@ _RULES: dict[Any, Callable[[OperatorGraph, Operator, dict[str, Any]], None]] = {
     _aten.mul.Tensor: _neutral,
     _aten.linear.default: _linear,
     _aten.matmul.default: _matmul,
-    _aten.conv1d.default: _conv1d,
     _aten.conv2d.default: _conv2d,
     _aten.layer_norm.default: _layer_norm,
     _aten.rms_norm.default: _rms_norm,

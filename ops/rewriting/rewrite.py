@@ -15,6 +15,7 @@ from ops.rewriting.epilogues import (
     split_gated_linear,
 )
 from ops.rewriting.feed_forward import join_expansion, join_feed_forward
+from ops.rewriting.gates import add_gated_linear, join_channel_gates
 from ops.rewriting.graph import Operator, OperatorGraph
 from ops.rewriting.lift import lift
 from ops.rewriting.response_norm import (
@@ -42,6 +43,8 @@ _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
         *(join_permutations, sink_permutation, split_gated_linear, apply_activation),
         *(add_shortcut, multiply_by_map, apply_gates),
     ),
+    (join_channel_gates,),
+    (add_gated_linear,),
     (join_response_norm,),
     (join_response_scales, join_squeeze, join_feed_forward),
     (join_expansion,),

@@ -212,7 +212,7 @@ static void forward_of(const Problem& p, const Tensors& t) {
       find_gates(p, t, in + i * p.pixels * p.dim, scratch, gates + i * p.dim);
     }
     const linear::Tensors before{in,     t.weight1, t.bias1,         nullptr,    nullptr, hidden,
-                                 energy, nullptr,   t.weight_scale1, t.in_range1};
+                                 energy, nullptr,   t.weight_scale1, t.in_range1, nullptr};
     run_layer(p, expand, before, images, gates, scaled);
     for (int64_t i = 0; i < images; i++) find_scales(p, t.response, energy + i * p.hidden);
     const linear::Tensors after{hidden,
@@ -224,7 +224,8 @@ static void forward_of(const Problem& p, const Tensors& t) {
                                 nullptr,
                                 nullptr,
                                 t.weight_scale2,
-                                t.in_range2};
+                                t.in_range2,
+                                nullptr};
     run_layer(p, project, after, images, energy, scaled);
   }
 }

@@ -71,24 +71,27 @@ static VB_INLINE void fetch_outputs(const Problem& p, const Block<T>& block, int
   }
 }
 
-static VB_INLINE bool clips_sum(const Problem& p) { return p.combination == ADD_CLIPPED; }
+static VB_INLINE bool clips_sum(const Problem& p) {
+  return p.combination == ADD_CLIPPED || p.combination == ADD_GATED;
+}
 
 // Combines a vector of outputs with that of `other`, in a copy of what the problem says of it: for
 // all that a compiler knows, each store of an output might change the problem.
 struct Combine {
   int64_t kind;
   bool clips;
-  F limit, scale;  // of `other`
+  F limit, scale;  // of `other`, or with ADD_GATED of the output
 
   VB_INLINE Combine(const Problem& p, const float* scales, int lanes)
       : kind(p.combination),
         clips(clips_sum(p) && activation::is_clip(p.activation)),
         limit(activation::clip_limit(p.activation)),
-        scale(kind == ADD_SCALED ? simd::get(scales, lanes) : simd::zero()) {}
+        scale(kind == ADD_SCALED || kind == ADD_GATED ? simd::get(scales, lanes) : simd::zero()) {}
 
   VB_INLINE F operator()(F x, F other) const {
     if (kind == MULTIPLY) return x * other;
     if (kind == ADD_SCALED) return simd::fma(other, scale, x);
+    if (kind == ADD_GATED) x = x * scale;
     x = x + other;
     return clips ? activation::clip(x, limit) : x;
   }

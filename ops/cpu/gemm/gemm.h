@@ -1,5 +1,5 @@
 // A linear layer with a fused prologue and epilogue: scales of inputs, activation, shortcut or
-// factor, energies of outputs. Blocks of rows are multiplied with all the weights.
+// gate, energies of outputs. Blocks of rows are multiplied with all the weights.
 #pragma once
 #include "gemm/int8.h"
 
@@ -45,23 +45,23 @@ static void copy_row(const T* in, const float* scale, int64_t count, int64_t pad
   std::fill(out + count, out + padded, Input<T>{});
 }
 
-// The scales of an image's inputs, or null. Those in bfloat16 are converted.
-static const float* scales_of(const Problem& p, const Tensors& t, int64_t image) {
-  static thread_local ScratchBuffer<float> buffer;
-  const int64_t count = p.in_features;
-  if (!t.scale) return nullptr;
-  if (!p.half_scale) return static_cast<const float*>(t.scale) + image * count;
+// The scales of an image, of `count` for each, or null. Those in bfloat16 are converted.
+static const float* scales_of(const void* scales, bool half, int64_t count, int64_t image,
+                              ScratchBuffer<float>& buffer) {
+  if (!scales) return nullptr;
+  if (!half) return static_cast<const float*>(scales) + image * count;
   float* const wide = buffer.of(count);
   for (int64_t k = 0; k < count; k++) {
-    wide[k] = simd::to_float(static_cast<const BFloat16*>(t.scale)[image * count + k]);
+    wide[k] = simd::to_float(static_cast<const BFloat16*>(scales)[image * count + k]);
   }
   return wide;
 }
 
-// Rows `range` of one image, or of all images if there are no scales or energies.
+// Rows `range` of one image, or of all images if there are no scales, gates or energies.
 template <class T>
-static void run_rows(const Problem& p, const Tensors& t, Range range, Range panels) {
+static void run_rows(const Problem& p, Tensors t, Range range, Range panels) {
   static thread_local ScratchBuffer<Input<T>> buffer;
+  static thread_local ScratchBuffer<float> wide_scales, wide_gates;
   const int64_t image = p.image_rows ? range.begin / p.image_rows : 0;
   const T* const in = static_cast<const T*>(t.in);
   const int64_t padded = padded_inputs(in, p.in_features);
@@ -69,7 +69,8 @@ static void run_rows(const Problem& p, const Tensors& t, Range range, Range pane
   const int64_t pitch = padded + (conflicts ? LINE / int64_t{sizeof(Input<T>)} : 0);
   const int64_t fitting = std::max(MIN_CHUNK, CHUNK_BYTES / (pitch * int64_t{sizeof(Input<T>)}));
   const int64_t count = range.end - range.begin, chunks = (count + fitting - 1) / fitting;
-  const float* const scale = scales_of(p, t, image);
+  const float* const scale = scales_of(t.scale, p.half_scale, p.in_features, image, wide_scales);
+  if (t.gate) t.other_scale = scales_of(t.gate, p.bfloat16, p.out_features, image, wide_gates);
   for (int64_t i = 0; i < chunks; i++) {
     const Range chunk = share(count, i, chunks);
     const int64_t first = range.begin + chunk.begin;

@@ -83,6 +83,7 @@ def packed_linear(
     other_scale: Tensor | None = None,
     weight_scale: Tensor | None = None,
     in_range: Tensor | None = None,
+    gate: Tensor | None = None,
 ) -> Call:
     """``activation((x * scale) @ weight.T + bias)``, combined with ``other``. No gradients.
 
@@ -95,11 +96,12 @@ def packed_linear(
         other: (B, ..., out_features), in the dtype of ``x``.
         combination: one of :data:`ops.cpu.gemm.problem.COMBINATIONS`: the output ``+ other``,
             ``* other`` or ``+ other * other_scale``. With ``add_clipped``, ReLU or ReLU6 is applied
-            to the sum.
+            to the sum; with ``add_gated``, to ``gate * output + other``.
         scale: (B, in_features), float32 or in the dtype of ``x``, multiplied with the inputs.
         other_scale: (out_features,) float32, only for ``add_scaled``.
         in_range: for int8, scale and zero of the inputs of all rows, (2,) float32; default: each
             row's own.
+        gate: (B, out_features) in the dtype of ``x``, only for ``add_gated``.
 
     Returns:
         (B, ..., out_features), contiguous; sums are in float32.
@@ -110,11 +112,12 @@ def packed_linear(
     """
     int8: Any = {"weight_scale": weight_scale, "in_range": in_range}
     shape = output_shape(x, weight, bias, activation, other, combination, **int8)
-    check_scales(x, bias, combination, scale, other_scale)
+    check_scales(x, bias, combination, scale, other_scale, gate)
 
     def arguments() -> dict[str, Any]:
         added, other_stride = with_rows(other)
-        inputs = _inputs(x, bias, activation, scale, combination, other_stride)
+        by_image = gate is not None
+        inputs = _inputs(x, bias, activation, scale, combination, other_stride, by_image)
         return {**inputs, "other": added}
 
     return Call(x.new_empty(shape), arguments)

@@ -21,13 +21,15 @@ struct Problem {
 };
 
 // How the activated output is combined with `other`, in the order of COMBINATIONS in problem.py.
-// ADD_CLIPPED applies the activation, RELU or RELU6, to the sum instead.
-enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED, ADD_CLIPPED };
+// ADD_CLIPPED applies the activation, RELU or RELU6, to the sum instead; so does ADD_GATED, which
+// multiplies the output by `gate` before.
+enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED, ADD_CLIPPED, ADD_GATED };
 
 // `weight` is packed by `pack`, `bias` is [out_features]. Null if unused: `other`
 // [rows][out_features]; `scale` [images][in_features], float or BFloat16, multiplied with the inputs;
 // `energy` [images][out_features], which receives the sums of squared outputs; `other_scale`
-// [out_features], multiplied with `other` before it is added. T is float or BFloat16.
+// [out_features], multiplied with `other` before it is added; `gate` [images][out_features]. T is
+// float or BFloat16.
 //
 // With `weight_scale` [2][out_features], the weight is one in int8 (int8.h): the scales of outputs,
 // and the negative sums of the scaled weights of each. Rows are quantised with the scale and zero of
@@ -42,6 +44,7 @@ struct Tensors {
   float* energy;
   const float* other_scale;
   const float *weight_scale, *in_range;
+  const void* gate;
 };
 
 // The operand type of a layer of T: float if the CPU has no products of bfloat16.

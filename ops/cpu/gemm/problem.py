@@ -16,7 +16,7 @@ from ops.cpu.call.dispatch import require_dtype
 from ops.cpu.threads import MACS, threads_for
 
 # In the order of `linear::Combination` in problem.h.
-COMBINATIONS = ("none", "add", "multiply", "add_scaled", "add_clipped")
+COMBINATIONS = ("none", "add", "multiply", "add_scaled", "add_clipped", "add_gated")
 
 
 def packed_size(out_features: int, in_features: int, dtype: torch.dtype) -> int:
@@ -54,6 +54,8 @@ def output_shape(
             f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
             f"is something to combine with; got {combination!r}"
         )
+    if combination == "add_gated" and activation not in ("none", "relu", "relu6"):
+        raise ValueError(f"'add_gated' takes no activation, relu or relu6, got {activation!r}")
     if combination == "add_clipped" and activation not in ("relu", "relu6"):
         raise ValueError(f"'add_clipped' requires the activation relu or relu6, got {activation!r}")
     if weight.dtype == torch.int8:
@@ -92,6 +94,7 @@ def check_scales(
     combination: str,
     scale: Tensor | None,
     other_scale: Tensor | None,
+    gate: Tensor | None = None,
 ) -> None:
     """Check the scales of :func:`ops.cpu.gemm.linear.packed_linear`."""
     if scale is not None and scale.shape != (x.shape[0], x.shape[-1]):
@@ -99,10 +102,15 @@ def check_scales(
     if scale is not None and scale.dtype not in (torch.float32, x.dtype):
         raise ValueError(f"scale must be torch.float32 or {x.dtype}, got {scale.dtype}")
     require_dtype(torch.float32, other_scale=other_scale)
-    wanted = (len(bias),) if combination == "add_scaled" else None
-    found = None if other_scale is None else tuple(other_scale.shape)
-    if wanted != found:
-        raise ValueError(f"other_scale must be {wanted} with {combination!r}, got {found}")
+    require_dtype(x.dtype, gate=gate)
+    for name, t, needed_by, shape in (
+        ("other_scale", other_scale, "add_scaled", (len(bias),)),
+        ("gate", gate, "add_gated", (x.shape[0], len(bias))),
+    ):
+        wanted = shape if combination == needed_by else None
+        found = None if t is None else tuple(t.shape)
+        if wanted != found:
+            raise ValueError(f"{name} must be {wanted} with {combination!r}, got {found}")
 
 
 def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:

@@ -420,14 +420,18 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
     "an operator in place changes no other value": (
         _in_place, _linear(fc=SQUARE), TOKENS, ["FastLinear", "add", "relu", "mul"]
     ),
-    **{
-        f"a convolution of the means of channels, dilation {dilation}": (
-            lambda m, x, dilation=dilation: x * _gates(m, x, dilation),
-            _weights(weight=(1, 1, 3)),
-            *(IMAGE, ["FastAdaptiveAvgPool2d", "unsqueeze", left, "sigmoid", "mul"]),
-        )
-        for dilation, left in ((1, "depthwise_conv2d"), (2, "conv1d"))
-    },
+    "gates of a map that is read elsewhere stay": (
+        lambda m, x: (
+            x + (y := m.conv(x)) * _gates(m, y), y.amax()
+        ),
+        {**_convs(conv=SQUARE), **_weights(weight=(1, 1, 3))},
+        *(IMAGE, ["FastLinear", "FastAdaptiveAvgPool2d", "depthwise_conv2d", "mul", "add", "amax"]),
+    ),
+    "a dilated convolution makes no gates": (
+        lambda m, x: x * _gates(m, x, 2),
+        _weights(weight=(1, 1, 3)),
+        *(IMAGE, ["FastAdaptiveAvgPool2d", "unsqueeze", "conv1d", "sigmoid", "mul"]),
+    ),
 }  # fmt: skip
 
 
@@ -539,6 +543,29 @@ def test_folded_weights_keep_their_dtype() -> None:
     wanted = model.conv.weight.double() * (0.17 * scale[:, None, None, None])
     off = (made.weight.double() - wanted).sum((2, 3)) * (1 - torch.eye(16))  # norm2 is on the rest
     assert (off.abs() <= torch.finfo(torch.bfloat16).eps * wanted.abs().amax((2, 3))).all()
+
+
+# -- shortcuts and gates -------------------------------------------------------------------------
+@pytest.mark.parametrize("clips", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gates_and_shortcut_are_an_epilogue(dtype: torch.dtype, clips: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        row = y.mean((2, 3))[:, None].float()
+        gates = F.conv1d(row, m.weight.float(), padding=2)[:, 0, :, None, None].sigmoid()
+        out = x + y * gates.to(x.dtype)
+        return F.relu(out) if clips else out
+
+    model = Call(forward, conv=nn.Conv2d(16, 16, 1))
+    model.weight = nn.Parameter(torch.randn(1, 1, 5))
+    exact, image = copy.deepcopy(model).eval().double(), IMAGE.to(dtype)
+    graph = graph_of(model.to(dtype), image)
+    names = ["FastAdaptiveAvgPool2d", "FastLinear", "depthwise_conv2d", "GatedLinear"]
+    assert names_of(graph) == names, str(graph)
+    for x in (image, torch.randn_like(image)):
+        with torch.no_grad():
+            difference = graph(x) - exact(x.double())
+        assert difference.abs().max() < (1e-5 if dtype == torch.float32 else 0.03)
 
 
 # -- networks whose layers have their forms already ----------------------------------------------

@@ -140,22 +140,27 @@ def test_is_the_layer(kind: Any, data: st.DataObject) -> None:
         other = random(batch, rows, columns, out_features, seed=3).to(dtype)
     scale = None if of_scale is None else random(batch, in_features, seed=4).to(of_scale)
     other_scale = random(out_features, seed=5).float() if combination == "add_scaled" else None
+    gate = random(batch, out_features, seed=6).to(dtype) if combination == "add_gated" else None
     wide = x.double() if kind is Floats else x.float()
     scaled = wide if scale is None else wide * scale[:, None, None]
-    clips_sum = combination == "add_clipped"  # the activation comes last
+    clips_sum = combination in ("add_clipped", "add_gated")  # the activation comes last
     if clips_sum:
-        activation = activation if activation in ("relu", "relu6") else "relu"
+        least = "none" if combination == "add_gated" else "relu"
+        activation = activation if activation in ("relu", "relu6") else least
     plain = layer.expected(scaled, dtype)
-    expected = PLAIN_ACTIVATIONS[activation](plain + other if clips_sum else plain)
+    gated = plain if gate is None else plain * gate[:, None, None]
+    expected = PLAIN_ACTIVATIONS[activation](gated + other if clips_sum else plain)
     bound = layer.bound(scaled, dtype) * (1 if kind is Floats else 2)
     bound = bound * steepness(activation, plain.abs())
+    bound = bound * (1 if gate is None else 1 + gate.abs().max())
     if other is not None:
         times = torch.ones(1) if other_scale is None else other_scale
         bound = bound * (1 + other.abs().max()) * (1 + times.abs().max())
         if not clips_sum:
             expected = expected * other if combination == "multiply" else expected + other * times
     combined = {"other": other, "combination": combination, "other_scale": other_scale}
-    out = packed_linear(x, activation=activation, scale=scale, **layer.packed, **combined)
+    combined |= {"gate": gate, "scale": scale}
+    out = packed_linear(x, activation=activation, **layer.packed, **combined)
     assert out.dtype == dtype and out.is_contiguous()
     assert ((out - expected).abs() <= bound).all()
 
