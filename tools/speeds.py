@@ -109,18 +109,18 @@ def name_machine(report: Report, file: str, docs: Path) -> None:
 
 def measured(docs: Path) -> list[Speeds]:
     """All settings, sorted; where rows overlap, the newest counts."""
-    known = cpus(docs)
-    rows = []
+    known, rows = cpus(docs), []
     for name, report in reports(docs).items():
         machine, restricted = _place(name, report, known)
-        place = (machine["key"], restricted)
+        of_report = machine["key"], restricted, name, str(report["machine"]["torch"])
         for row in report["results"]:
             if row["direction"] == "forward" and row.get("dtype", "float32") == "float32":
-                rows.append((place, name, str(report["machine"]["torch"]), row))
-    # Newest first; of one day, what was compared with more.
-    rows.sort(key=lambda each: (each[3].get("date", ""), len(each[3]["contenders"])), reverse=True)
+                order = row.get("date", ""), not is_older(row), len(row["contenders"])
+                rows.append((order, row, of_report))
+    # Newest first; of one day, today's kernels, then what was compared with more.
+    rows.sort(key=lambda each: each[0], reverse=True)
     found: dict[tuple[Any, ...], Speeds] = {}
-    for (cpu, isa), name, torch, row in rows:
+    for _, row, (cpu, isa, name, torch) in rows:
         setting = (row["model"], row["size"], row["batch"], row["threads"])
         into = found.setdefault((cpu, isa, *setting), Speeds(cpu, isa, *setting, row, torch))
         into.reports.append(name)

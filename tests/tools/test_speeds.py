@@ -64,6 +64,15 @@ def test_the_newest_row_counts_and_earlier_ones_fill_gaps(tool, docs):
     assert found.ratios == {"eager": 4.0, "OpenVINO": pytest.approx(0.9)}
 
 
+def test_of_one_day_todays_kernels_count(tool, docs):
+    before = _row(eager=8.0, fused=3.0, openvino=2.7)
+    now = {**_row(eager=8.0, fused=2.0), "kernels": {}}
+    _write(docs / "performance" / "a.json", _report(before, now))
+    (found,) = tool.measured(docs)
+    assert not found.is_older and found.cells["float32"] == Cell("fused", 2.0)
+    assert found.cells["OpenVINO"] == Cell("openvino", 2.7)
+
+
 def test_processors_are_found_by_the_names_that_they_report():
     known = json.loads((DOCS / "performance" / "cpus.json").read_text())["processors"]
     for isa, names in {
