@@ -225,7 +225,7 @@ class VRWKVGatedScan(FastForm, GatedScan):
         vectors = (self.decay, self.first, self.norm.weight, self.norm.bias)
         of_heads = [t.float().view(self.num_heads, -1) for t in vectors]
         out = normed_scan(query, key, value, decay, *of_heads, self.norm.eps).flatten(2)
-        gate = F.silu(F.linear(of_gate, self.gate.weight.detach()))  # in floats
+        gate = F.silu(F.linear(of_gate, self.gate.weight.detach()))  # detached: never in int8
         return self.proj((gate * out).view(shape))
 
 
