@@ -201,8 +201,8 @@ def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
     # The digits come with scikit-learn. Other datasets are files, or are downloaded.
     if not source and not (is_dataset and place == "digits") and not is_own(content):
         raise ForeignError(
-            f"{folder} was made by somebody else, on another machine or by an earlier version, so "
-            f"its images are not read from where it says, {one_line(place)}: pass --source"
+            f"{folder} was created by another user, on another machine or by an earlier version, "
+            f"so its source, {one_line(place)}, is not trusted: pass --source"
         )
     if is_dataset:
         if source and str(source[0]) != place:

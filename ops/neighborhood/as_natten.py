@@ -219,7 +219,7 @@ class _Distribution(importlib.metadata.Distribution):
         return self._text if filename == "METADATA" else None
 
     def locate_file(self, path: Any) -> Any:
-        raise FileNotFoundError(f"{path}: natten is {__name__}, without files of its own")
+        raise FileNotFoundError(f"{path}: {__name__} stands in for natten, which has no files")
 
 
 def _ask_transformers_again() -> None:

@@ -58,8 +58,8 @@ def test_a_source_from_elsewhere_is_asked_for(command, tmp_path, photos, capsys)
         shutil.copy(photos / "000.png", photos / key)
     source = {"kind": "folder", "path": str(photos)}
     folder = make_table(tmp_path / "t", np.ones((6, 3), np.float32), keys, source=source)
-    told = f"{folder} was made by somebody else, on another machine or by an earlier version, so "
-    told += "its images are not read from where it says, "
+    told = f"{folder} was created by another user, on another machine or by an earlier version, so "
+    told += "its source, "
     with pytest.raises(OSError, match=told):
         image_bytes(folder, "a/0.png")
     assert image_bytes(folder, "a/0.png", [photos]) == (photos / "000.png").read_bytes()
@@ -172,9 +172,9 @@ def test_datasets_are_not_fetched_for_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     facts = {"split": "train", "digest": ""}
     folder = foreign(tmp_path, "training", tmp_path, "x", data="hfds/some/set", **facts)
-    with pytest.raises(ForeignError, match=r"where it says, hfds/some/set: pass --source"):
+    with pytest.raises(ForeignError, match=r"its source, hfds/some/set, is not trusted: pass --source"):
         image_bytes(folder, "x")
-    with pytest.raises(ForeignError, match="where it says, hfds/some/set"):
+    with pytest.raises(ForeignError, match="its source, hfds/some/set, is not"):
         labels_of(folder, "source")
     with pytest.raises(ForeignError, match=r"are from hfds/some/set: pass this .* not digits"):
         image_bytes(folder, "x", ["digits"])
