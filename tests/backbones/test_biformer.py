@@ -7,7 +7,7 @@ from zoo import images
 
 import backbones
 
-SHALLOW = {"depths": (1, 1, 1, 1)}
+SHALLOW = {"dims": (64, 128, 256, 520), "depths": (1, 1, 1, 1)}
 
 
 @torch.no_grad()

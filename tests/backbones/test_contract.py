@@ -289,6 +289,8 @@ def test_stem_features_complete_the_pyramid(family):
     assert model.feature_info.reduction() == [2, 4, 8, 16, 32, 64]
     assert [m.shape[1] for m in maps] == model.feature_info.channels()
     assert [64 // m.shape[2] for m in maps] == [2, 4, 8, 16, 32, 64]
+    early, _ = model.model.forward_intermediates(x, indices=[3], stop_early=True)
+    torch.testing.assert_close(early, maps[3])
     plain = backbones.create_model(name, features_only=True, **arguments).eval()
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(maps[3:], plain(x))

@@ -48,6 +48,13 @@ def test_grids_of_checkpoints():
         backbones.load_checkpoint(model, {"conv1.weight": torch.zeros(64, 3, 7, 7)}, strict=False)
 
 
+def test_stochastic_depth_of_attention_and_convolution():
+    """Shared out like the channels, of which three quarters are for attention."""
+    model = backbones.create_model("medvitv2_tiny", drop_path_rate=0.4, **SHALLOW)
+    rates = [m.drop_prob for m in model.stages[-1].modules() if type(m).__name__ == "DropPath"]
+    assert rates == pytest.approx([0.3, 0.1, 0.4])
+
+
 def test_unused_parameters():
     model = randomise(backbones.create_model("medvitv2_tiny", **SHALLOW)).train()
     unused = [n for n, _ in model.named_parameters() if ".unused." in n]

@@ -55,6 +55,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("proxyless_cpu", {"kernel_sizes": ((3,), (3,))}, "kernel_sizes must have the shape of dims"),
     ("proxyless_cpu", {"expansions": ((1,), (3, 0))}, "an expansion of 1 or more"),
     ("proxyless_cpu", {"kernel_sizes": ((3,), (4, 3))}, "odd kernel size .* got 4 and 3"),
+    ("proxyless_cpu", {"kernel_sizes": ((3,), (3, 0))}, "odd kernel size .* got 0 and 3"),
     (
         "proxyless_cpu",
         {"kernel_sizes": ((3,), (0, 3)), "expansions": ((1,), (0, 3))},
@@ -63,6 +64,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("proxyless_cpu", {"dims": ((16, 16), (32, 32))}, "one block at stride 2|shape of dims"),
     ("proxyless_cpu", {"dims": ((16,), (32, 0))}, r"dims\[1\]\[1\] must be in 1"),
     ("shvit", {"attn_dims": (0, 1, 8)}, "attn_dims must be 0, or 2 or more"),
+    ("unireplknet", {"global_pool": "fastcatavgmax"}, "global_pool"),
     ("unireplknet", {"kernel_sizes": (3, 12, 13, 13)}, "kernel"),
     ("unireplknet", {"kernel_sizes": (3, 13, 19, 13)}, "kernel"),
     ("unireplknet", {"kernel_sizes": (3, 13, 0, 13)}, "kernel"),

@@ -100,3 +100,5 @@ def test_initial_weights():
             steps = F.softplus(scan.delta_bias)
             assert 1e-3 * 0.999 <= steps.min() <= 2e-3 and 0.05 <= steps.max() <= 0.1001
             assert (scan.D == 1).all()
+            held = scan.bfloat16().A_log.float()
+            assert torch.equal(scan.decays(), -held.exp())

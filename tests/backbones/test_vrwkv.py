@@ -88,6 +88,7 @@ def test_images_are_padded_with_zeros(kwargs):
 def test_published_first_values():
     model = backbones.create_model("vrwkv_t")
     blocks = [block for stage in model.stages for block in stage.blocks]
+    torch.testing.assert_close(blocks[-1].mlp.mix_k[0, 0, 96].data, torch.tensor(0.5 ** (1 / 12)))
     first, last = blocks[0].attn, blocks[-1].attn
     channel = torch.arange(192) / 191
     torch.testing.assert_close(first.decay.data, -5 + 8 * channel**0.7)
@@ -123,9 +124,10 @@ def test_a_hidden_layer_in_the_head():
 
 @pytest.mark.parametrize("kwargs", [{}, {"gated": True}], ids=["plain", "gated"])
 def test_all_calls_of_a_fused_model_are_ours(kwargs):
-    """Nothing is padded, and the image not copied, at multiples of the patch size."""
+    """Also if it is fused again: at multiples of the patch size, nothing is padded or copied."""
     fused = randomise(small("vrwkv", **kwargs)).eval().fuse()
-    calls = backbones.explain(fused, 224, repeats=1).calls
+    fused(images(1, 3, 32, 32))
+    calls = backbones.explain(fused.fuse(), 224, repeats=1).calls
     assert {call.library for call in calls} == {"ours"}
 
 

@@ -30,7 +30,7 @@ from ops.cpu.gemm.int8 import not_faster_in_int8
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """As ``train_cls.py`` leaves it: weights and recipe of a model for three classes."""
-    tiny_checkpoint(tmp_path, classes=3, img_size=64, crop_pct=1.0)
+    tiny_checkpoint(tmp_path, classes=3, img_size=64, crop_pct=1.0, model="shvit_s1.in1k")
     return tmp_path
 
 

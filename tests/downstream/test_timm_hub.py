@@ -26,6 +26,8 @@ def test_folder_comes_back(safe, tmp_path):
     name, arguments = SMALL["unireplknet"]
     model = timm.create_model(name, num_classes=5, **arguments).eval()
     save_for_hf(model, tmp_path, model_args=arguments, safe_serialization=safe)
+    if safe:  # then preferred
+        torch.save({}, tmp_path / "pytorch_model.bin")
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(again(x), model(x))

@@ -13,6 +13,7 @@ from compiled_kernels import random
 from torch import Tensor, nn
 from zoo import images, randomise
 
+from backbones.efficientvit import Block
 from ops.conv import ConvNorm, ConvResidual, NormConv, NormLinear
 from ops.kan import KAN, KANLayer
 from ops.large_kernel import DilatedReparamConv2d, merge_dilated_kernels
@@ -156,6 +157,7 @@ def _block(drop: float, drop_path: float) -> NeighborhoodBlock:
         lambda rate: Residual(nn.Linear(4, 4), rate),
         lambda rate: MBConv(4, 4, 3, 2, drop_path=rate),
         lambda rate: _block(0.0, rate),
+        lambda rate: Block(4, nn.Linear(4, 4), rate),
     ],
 )
 def test_a_branch_that_is_always_dropped(make: Callable[[float], nn.Module]) -> None:

@@ -283,3 +283,4 @@ def test_fused_and_plain_weights(family: str) -> None:
     surplus = {**fused_state, "surplus.weight": torch.zeros(1)}
     with pytest.raises(CheckpointError, match=r"fit the fused .*, 1 unexpected \(surplus.weight\)"):
         load_checkpoint(small(family), surplus)
+    assert fused.load_state_dict(surplus, strict=False).unexpected_keys == ["surplus.weight"]

@@ -169,6 +169,8 @@ def test_pruning_removes_the_norms_and_the_head_that_nothing_needs() -> None:
         assert set(model.out_norms) == {"1", "3"} and model.num_classes == 5
         model.prune_intermediate_layers([3])
         assert set(model.out_norms) == {"3"} and model.num_classes == 0
+        model.prune_intermediate_layers([0])
+        assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 32, 16, 16)
 
 
 def test_a_downsampling_layer_learns_with_the_block_after_it() -> None:

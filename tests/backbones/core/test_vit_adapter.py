@@ -197,6 +197,9 @@ def test_classification_checkpoints_load_into_the_network() -> None:
         assert torch.equal(tensor, own[name])
     for name, tensor in adapter.adapter.state_dict().items():
         assert torch.equal(tensor, before[name])
+    grey = ViTAdapter(small("vrwkv", in_chans=1), num_heads=2, stem_dim=8)
+    report = backbones.load_checkpoint(grey, classifier.state_dict())
+    assert report.resized == ["network.stem.conv.weight"]
     own = adapter.state_dict()
     report = backbones.load_checkpoint(_adapter("vrwkv"), own)
     assert not report.reinitialised and not report.ignored

@@ -83,8 +83,8 @@ def test_methods_and_lists_of_maps_are_replayed(module: str) -> None:
     for call in (
         lambda m: m(x),
         lambda m: m.forward_features(x),
-        lambda m: m.forward_intermediates(x, indices=[0, 1]),
-        lambda m: m.forward_intermediates(x, indices=[1], intermediates_only=True),
+        lambda m: m.forward_intermediates(x, indices=[0, 1], norm=True),
+        lambda m: m.forward_intermediates(x, indices=[0, 1], intermediates_only=True),
     ):
         for _ in range(3):
             assert _error(call(fused), call(model)) <= 1e-5

@@ -85,15 +85,15 @@ def test_memory_plan() -> None:
 
 
 def test_text_and_json() -> None:
-    found = backbones.explain(small("van").eval().fuse(), 64, repeats=1)
+    found = backbones.explain(small("van", in_chans=1).eval().fuse(), 64, repeats=1)
     lines = str(found).splitlines()
-    assert lines[0].startswith("van_b0, fused: 1×3×64×64 float32, ")
+    assert lines[0].startswith("van_b0, fused: 1×1×64×64 float32, ")
     assert lines[2].split()[:5] == ["layer", "kernel", "shapes", "dtype", "set"]
-    assert lines[4].startswith("stem ") and "1×3×64×64 → 1×32×16×16" in lines[4]
+    assert lines[4].startswith("stem ") and "1×1×64×64 → 1×32×16×16" in lines[4]
     assert any(line.startswith("between calls") for line in lines)
     assert lines[-1].startswith("Memory: ") and "reuse" in lines[-1]
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert told["input_shape"] == [1, 3, 64, 64]
+    assert told["input_shape"] == [1, 1, 64, 64]
     assert len(told["calls"]) == len(found.calls)
     assert told["calls"][-1]["layer"] == "head.fc" and told["calls"][-1]["gflops_per_second"] > 0
     assert told["memory"]["nbytes"] == found.memory.nbytes

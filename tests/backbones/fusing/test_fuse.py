@@ -86,6 +86,15 @@ def test_all_dtypes_and_paths(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert relative_error(Mould(fused).copy()(images(*sizes[0])), expected[0]) <= 1e-5
 
 
+@pytest.mark.parametrize(("family", "size"), [("efficientvit", (64, 160)), ("favit", (96, 8))])
+@torch.no_grad()
+def test_oblong_images(family: str, size: tuple[int, int]) -> None:
+    """Wider than a window but not as high, and narrower than the reduction but higher."""
+    model, x = _made(family), images(1, 3, *size)
+    expected = model(x)
+    assert relative_error(model.fuse()(x), expected) <= 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_family
 @torch.no_grad()

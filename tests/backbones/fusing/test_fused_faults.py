@@ -20,6 +20,11 @@ import backbones
 CALLS = 3  # by the layers, captured, and replayed
 X = images(2, 3, 48, 40)
 NETWORKS = [*FAMILIES, "resnet"]  # of this library, and of timm
+HOOKS = {
+    "forward": ("forward_pre_hook", "forward_hook"),
+    "pre": ("forward_pre_hook",),
+    "backward": ("full_backward_hook",),
+}
 # Autograd refuses them where the next operator works in place, as timm's resnet adds its shortcuts.
 BACKWARD_HOOKS = [pytest.param("backward", f, marks=pytest.mark.slow) for f in FAMILIES]
 
@@ -180,7 +185,10 @@ def _calls(model: nn.Module, module: nn.Module, x: Tensor) -> bool:
 
 # Of modules that get no tensor with a gradient, such as one that counts positions.
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
-@pytest.mark.parametrize(("kind", "family"), [*(("forward", f) for f in NETWORKS), *BACKWARD_HOOKS])
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [("pre", "efficientvit"), *(("forward", f) for f in NETWORKS), *BACKWARD_HOOKS],
+)
 def test_hooks_are_called(kind: str, family: str) -> None:
     """Wherever they are, after calls were replayed; without them, all is as before."""
     fused: Any = mould(family).copy()
@@ -195,8 +203,7 @@ def test_hooks_are_called(kind: str, family: str) -> None:
             before = fused(x)
         for name, module in _places(fused).items():
             seen: list[int] = []
-            hooks = [module.register_forward_pre_hook, module.register_forward_hook]
-            hooks = hooks if kind == "forward" else [module.register_full_backward_hook]
+            hooks = [getattr(module, f"register_{hook}") for hook in HOOKS[kind]]
             handles = [add(lambda *_, i=i, s=seen: s.append(i)) for i, add in enumerate(hooks)]
             out = fused(x)
             if kind == "backward":
@@ -217,8 +224,8 @@ def test_hooks_of_folded_layers(caplog: pytest.LogCaptureFixture) -> None:
         model.fuse()
     assert not caplog.records
     model = small("shvit").eval()
-    for layer in (model.stem[0].norm, model.stem[1].norm):
-        layer.register_forward_hook(lambda *_: None)
+    model.stem[0].norm.register_forward_hook(lambda *_: None)
+    model.stem[1].norm.register_full_backward_pre_hook(lambda *_: None)
     with caplog.at_level(logging.WARNING):
         model.fuse()
     (record,) = caplog.records

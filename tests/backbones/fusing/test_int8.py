@@ -120,7 +120,7 @@ def _check(model: Any, x: Tensor, limit: float, agreement: float = 0) -> Any:
         agreement: the least share of images with the same best class, of random weights.
     """
     expected = _run(model, x)
-    for calibrate in (None, [x]):
+    for calibrate in (None, iter([x])):
         fused = _fused(model, calibrate=calibrate)
         with torch.inference_mode():
             first = fused(x.to(_MAPS))
@@ -279,8 +279,8 @@ def test_networks_that_do_not_say_their_size() -> None:
     assert 0 < _fused(model, calibrate=x, max_drop=0.01).precision.drop <= 0.01
     with pytest.raises(ValueError, match=r"ResNet does not accept images of \(1, 1, 64, 64\)"):
         _fused(model, calibrate=torch.zeros(1, 1, 64, 64))
-    grey: Any = backbones.fuse(timm.create_model("test_resnet", in_chans=1).eval(), torch.int8)
-    assert grey.precision.quantized
+    grey = timm.create_model("test_resnet", in_chans=1, output_stride=8).eval()
+    assert _fused(grey).precision.quantized
 
 
 def test_parts_of_a_network_that_is_not_recorded() -> None:

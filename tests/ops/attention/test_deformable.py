@@ -70,6 +70,11 @@ def test_half_precision_only_rounds_the_values(dtype: torch.dtype, autocast: boo
     assert out.dtype == dtype
     torch.testing.assert_close(out[..., 0], value[..., 0, 0].to(dtype), rtol=0, atol=1e-2)
     assert len(out.unique()) == len(value.to(dtype).unique())
+    # Locations given in half precision are not rounded again.
+    given = [t.to(dtype) for t in (torch.arange(1000.0).view(1, 1000, 1, 1) % 2, *arguments[1:])]
+    exact = deformable_attention(given[0].float(), [(1, 1000)], *(t.float() for t in given[1:]))
+    out = deformable_attention(given[0], [(1, 1000)], *given[1:])
+    torch.testing.assert_close(out, exact.to(dtype))
 
 
 @pytest.mark.parametrize("value_ratio", [1.0, 0.5])

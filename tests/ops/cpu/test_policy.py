@@ -160,6 +160,8 @@ _MANY = 10**6  # rows, values or tokens, more than any limit
         ("avx2", policy.direct_by_kernel, (24, 24, 3, FLOAT), False, "oneDNN may be faster"),
         ("avx512", policy.window_attention_by_kernel, (7, FLOAT), True, "7², not in tiles"),
         ("amx", policy.window_attention_by_kernel, (40, HALF), False, "40² >"),
+        ("avx512", policy.depthwise_mlp_in_int8, (64, FLOAT), True, "64 channels ≥ 64"),
+        ("amx", policy.depthwise_mlp_in_int8, (191, HALF), False, "191 channels < 192"),
         ("portable", policy.single_head_by_kernel, (_MANY,), False, "tokens"),
         ("amx", policy.stem_by_kernel, (False, HALF), False, "tiles"),
         ("avx512bf16", policy.stem_by_kernel, (True, HALF), False, "odd channels"),

@@ -239,6 +239,7 @@ def test_refused(call: Callable[[], object], message: str) -> None:
 @pytest.mark.parametrize(("call", "message"), IN_INT8)
 def test_refused_in_int8(call: Callable[[], object], message: str) -> None:
     assert int8_unavailable(torch.device("cpu"), torch.float32) is None
+    pack_int8_weight(_0(1, LARGEST_INPUT))
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -106,6 +106,7 @@ def test_windows_of_the_whole_map_use_torch(monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_a_forced_backend_says_why_it_cannot(call: dict[str, Any], reason: str) -> None:
-    query = torch.zeros(**{"size": (1, 8, 2, 4), **call})
-    with pytest.raises(NotImplementedError, match=rf"'cpu' cannot do this call: .*{reason}"):
-        na1d(query, query, query, 3, backend="cpu")
+    whole = torch.zeros(**{"size": (1, 8, 2, 4), **call})
+    for query, value in ((whole, whole[..., :4]), (whole[..., :4], whole)):
+        with pytest.raises(NotImplementedError, match=rf"'cpu' cannot do this call: .*{reason}"):
+            na1d(query, query, value, 3, backend="cpu")

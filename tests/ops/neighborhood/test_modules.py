@@ -49,6 +49,8 @@ def test_trains_all_parameters(rank: int, small_maps: str) -> None:
     for name, parameter in layer.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
     assert x.grad.isfinite().all() and x.grad.any()
+    dropping = LAYERS[rank](12, 3, kernel, **options, proj_drop=1.0)
+    assert not dropping(x).any() and dropping.eval()(x).any()
 
 
 @pytest.mark.parametrize(

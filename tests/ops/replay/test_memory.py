@@ -32,6 +32,8 @@ def test_the_next_call_gets_the_same_memory(own: Workspace) -> None:
     # However often more than half of it is needed.
     assert {_address(own, 501) for _ in range(20)} == {first.data_ptr()}
     assert own.nbytes == 1000
+    _address(own, 1001)
+    assert own.nbytes == 1001
 
 
 def test_concurrent_calls_have_separate_memory(own: Workspace) -> None:

@@ -85,7 +85,7 @@ def test_pointwise_calls_equal_torchs_bitwise(case, threads: int) -> None:
 
 
 _OTHER = torch.randn(3, 8)
-_SECOND, _ORDER = torch.tensor([1]), torch.tensor([2, 0, 0])
+_SECOND, _ORDER = torch.tensor([1]), torch.tensor([2, 1, 0, 0])
 _LSTM = torch.nn.LSTM(8, 4, bidirectional=True).eval().requires_grad_(False)
 
 
@@ -98,12 +98,14 @@ _LSTM = torch.nn.LSTM(8, 4, bidirectional=True).eval().requires_grad_(False)
         lambda x: x[None, :, None].clone(memory_format=torch.channels_last),
         lambda x: torch.stack([x.sort().values, x.sort().indices.float()]),
         lambda x: torch.cat(x.aminmax(dim=0, keepdim=True)),
+        lambda x: torch.cat([x, x.double()]),
         lambda x: x.clone().fill_(2).index_fill_(0, _SECOND, 3),
         lambda x: torch.linalg.norm(x, dim=1) + torch.ones(3).cumsum(0),
         lambda x: _with_first_row(torch.empty_like(x), x),
         lambda x: torch.sub(x, x.flip(0), out=torch.empty(3, 8)),
         lambda x: x[:, _ORDER],
         lambda x: x.view(3, 2, 4).index_select(-1, _ORDER),
+        lambda x: x.index_select(0, _ORDER[::2]),
         lambda x: _LSTM(x)[0],
     ],
 )

@@ -137,18 +137,21 @@ def test_changes_are_detected(change: str) -> None:
     assert _programs(block) or change == "forward", "captured again"
 
 
-def test_hooks_of_all_modules_are_detected() -> None:
+@pytest.mark.parametrize("kind", ["hook", "pre_hook"])
+def test_hooks_of_all_modules_are_detected(kind: str) -> None:
     block, x = _recorded(), _input()
     _settle(block, x)
     seen: list[str] = []
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda module, args, out: seen.append(type(module).__name__)
-    )
+    register = getattr(nn.modules.module, f"register_module_forward_{kind}")
+    handle = register(lambda module, *_: seen.append(type(module).__name__))
     try:
         block(x)
     finally:
         handle.remove()
     assert "LayerNorm" in seen
+
+
+class _Own(Tensor): ...
 
 
 class _Watch(TorchFunctionMode):
@@ -168,6 +171,7 @@ def test_eager_layers_run_where_needed() -> None:
     assert any(event.key == "aten::cat" for event in profile.key_averages())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         block(x)
+    assert type(block(x.as_subclass(_Own))) is _Own
     torch.testing.assert_close(torch.vmap(block)(x[None])[0], _eagerly(block, x))
     with torch.enable_grad():
         image = _input().requires_grad_()

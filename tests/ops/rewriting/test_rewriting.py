@@ -140,6 +140,11 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         {**_linear(fc=(7, 16)), **_norms(norm=16)},
         *(IMAGE, ["FastLinear", "BatchNorm2d"]),
     ),
+    "a scale of columns is no scale of channels": (
+        lambda m, x: m.conv(x) * m.scale,
+        {**_convs(3, conv=SQUARE), **_scale()},
+        *(CUBE, ["FastConv2d", "mul"]),
+    ),
     "a scale of another dtype is not folded": (
         lambda m, x: m.fc(x) * m.scale,
         {**_linear(fc=SQUARE), **_scale(16, dtype=torch.float64)},
@@ -163,7 +168,7 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
             {"conv": nn.Conv2d(16, 48, 7, stride, padding=3, groups=16), **_norms(norm=48)},
             *(IMAGE, ["FastDepthwiseConv2d"]),
         )
-        for stride in (2, 3)
+        for stride in (2, 3, (1, 3))
     },
     "branches of another sign and the map itself": (
         lambda m, x: x + m.scale * (m.conv(x) - (m.norm(x) + 0)),
@@ -174,6 +179,11 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         lambda m, x: m.one(x) + m.two(x * 2),
         _convs(3, one=SQUARE, two=SQUARE),
         *(IMAGE, ["FastConv2d", "mul", "FastConv2d", "add"]),
+    ),
+    "dilated branches stay": (
+        lambda m, x: m.one(x) + m.two(x),
+        {name: nn.Conv2d(16, 16, 3, padding=1, dilation=2) for name in ("one", "two")},
+        *(IMAGE, ["FastConv2d", "FastConv2d", "add"]),
     ),
     **{
         f"feed-forward with {act}": (
@@ -209,7 +219,7 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         lambda m, x: F.gelu(m.fc(x) + x), _linear(fc=SQUARE), TOKENS, ["FastLinear", "gelu"]
     ),
     "a sum with a factor": (
-        lambda m, x: m.fc(x).add(x, alpha=2), _linear(fc=SQUARE), TOKENS, ["FastLinear", "add"]
+        lambda m, x: m.fc(x).add(x, alpha=2), _convs(fc=SQUARE), IMAGE, ["FastLinear", "add"]
     ),
     "a factor of the layer": (
         lambda m, x: torch.add(x, m.fc(x), alpha=-0.5), _linear(fc=SQUARE), TOKENS, [*ONE, "add"]
@@ -334,6 +344,10 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         _linear(qkv=(16, 48), proj=SQUARE),
         *(TOKENS, ["FastLinear", "Attention", "FastLinear"]),
     ),
+    "causal attention stays": (
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, is_causal=True),
+        *({}, CUBE, ["scaled_dot_product_attention"]),
+    ),
     "a response norm takes no pass of its own": (
         lambda m, x: x
         + m.fc2(
@@ -374,6 +388,9 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
         )
         for size, pooling in (((3, 7), "FastAdaptiveAvgPool2d"), ((2, 7), "adaptive_avg_pool2d"))
     },
+    "means in another dtype": (
+        lambda m, x: x.mean((2, 3), dtype=torch.float64), {}, IMAGE, ["mean"]
+    ),
     **{
         f"{pool.__name__} of {options}": (
             lambda m, x, pool=pool, options=options: pool(x, **options),

@@ -177,6 +177,11 @@ def test_sums_of_squares(kind: Any, dtype: torch.dtype) -> None:
             out, energy = packed_linear_energy(x, activation="gelu", scale=scale, **layer.packed)
         assert torch.equal(out, packed_linear(x, activation="gelu", scale=scale, **layer.packed))
         torch.testing.assert_close(energy.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.use_deterministic_algorithms(True)  # with which new memory holds NaN
+    try:
+        assert not packed_linear_energy(x[:, :0], **layer.packed)[1].any()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @CASES
