@@ -52,6 +52,15 @@ def test_wrapped_disk_full_errors(tmp_path):
         raise KeyError("no matter of the disk")
 
 
+def test_files_beside_another_are_moved_along(tmp_path):
+    path = tmp_path / "x.onnx"
+    with replacing_together(path) as scratch:
+        for name in ("x.onnx", "x.onnx.data", "log"):
+            scratch.with_name(name).write_text(name)
+    assert path.read_text() == "x.onnx"
+    assert {p.name for p in tmp_path.iterdir()} == {"x.onnx", "x.onnx.data"}
+
+
 @pytest.mark.parametrize("unique", [False, True])
 def test_a_file_is_replaced_whole_or_not_at_all(unique, tmp_path):
     (tmp_path / "file").write_text("old")
