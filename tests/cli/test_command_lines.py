@@ -197,6 +197,7 @@ REFUSED = [
     ("{m} --dtype float16", "--dtype float16 is for GPUs"),
     ("{m} --checkpoint absent.pth", "no checkpoint at absent.pth"),
     ("{m} --out photos/out", "is inside the source"),
+    ("embed images --checkpoint best.safetensors --out linked/a", "is inside the source"),
     ("{m} --out other", "contains other files (shvit.pth)"),
     ("{m} --out text.txt", "text.txt is not a folder"),
     ("{u} photos/*.gif", "nothing matches"),

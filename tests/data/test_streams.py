@@ -171,15 +171,11 @@ def test_images_of_the_hub_that_cannot_be_read(seed, seen, tmp_path):
     broken = {"bytes": b"no image", "path": "broken.png"}
     stream = Stream((image, 1) for image in (encode(10), broken, encode(30), broken))
     corrupt = CorruptImages(tmp_path / "corrupt.txt", 0.5)
-    source, drawn = StreamSource(list, 4, 3), set()
-
-    def augment(image):
-        drawn.add(torch.rand(()).item())
-        return image.getpixel((0, 0))
-
-    images = StreamImages(source, stream, augment, "L", corrupt, seed)
-    assert list(images) == [(value, 1) for value in seen]
-    assert len(drawn) == len(seen)  # a random number of its own for each image
+    source = StreamSource(list, 4, 3)
+    augment = lambda image: (image.getpixel((0, 0)), torch.rand(()).item())  # noqa: E731
+    found = list(StreamImages(source, stream, augment, "L", corrupt, seed))
+    assert [(value, label) for (value, _), label in found] == [(value, 1) for value in seen]
+    assert len({drawn for (_, drawn), _ in found}) == len(seen)
     assert (tmp_path / "corrupt.txt").read_text().count("broken.png\t") == 1
 
 

@@ -69,6 +69,7 @@ def test_alpha_and_kinds():
     assert picture.icc == b"x" and picture.alpha.shape == (20, 24)
     assert set(picture.alpha[:, :8].flatten()) == {0}
     assert set(picture.alpha[:, -8:].flatten()) == {255}
+    assert (np.diff(picture.alpha.astype(int)) >= 0).all()
     image = upscale(Bicubic(), Image.fromarray(np.dstack([array, alpha])))
     assert image.mode == "RGBA" and np.array_equal(np.asarray(image)[:, :, :3], picture.pixels)
     data = io.BytesIO()
@@ -81,15 +82,16 @@ def test_alpha_and_kinds():
     assert kept.alpha is alpha and kept.pixels.shape == array.shape
 
 
-def test_tiles_of_a_model_that_sees_less_than_the_overlap():
+@pytest.mark.parametrize(("height", "rows"), [(50, 4), (16, 1)])
+def test_tiles_of_a_model_that_sees_less_than_the_overlap(height, rows):
     """They change nothing, whatever way they are blended."""
-    array = pixels(50, 70, 3)
+    array = pixels(height, 70, 3)
     model = Bicubic()
     calls: list[int] = []
     upscaler = Upscaler(model, tile=16, overlap=8)
     out = upscaler(array, lambda: calls.append(1))
     assert difference(out, expected(array)) == 0
-    assert len(calls) == len(model.seen) == upscaler.tiles(50, 70) == 4 * 5
+    assert len(calls) == len(model.seen) == upscaler.tiles(height, 70) == rows * 5
     assert max(max(shape[2:]) for shape in model.seen) == 16 + 2 * 8
 
 
