@@ -206,10 +206,7 @@ REFUSED = [
     ("{u} --out photos/0.png/deeper photos", "0.png is not a folder"),
     ("{u} --suffix ../x photos", "--suffix must be part of a file's name, not "),
     ("{u} --tile 12 photos", "multiple of the model's window of 8, got 12"),
-    (
-        "upscale photos --out out --model van_b0",
-        "van_b0 does not output images: use one",
-    ),
+    ("upscale photos --out out --model van_b0", "van_b0 does not output images: use one"),
     ("{u} --model-args [1] photos", "--model-args must be a mapping"),
     ('{u} --model-args {"dim":-5} photos', "dim must be in 1"),
     ("upscale photos --out out --model hat_x4", "HAT_SRx4_ImageNet-pretrain.pth in http"),

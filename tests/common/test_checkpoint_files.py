@@ -71,7 +71,6 @@ def _weight(data: bytearray) -> int:
 
 
 def _twice(data: bytearray) -> bytes:
-    """Checksums do not say which one of a name torch reads."""
     with zipfile.ZipFile(whole := io.BytesIO(data), "a") as archive:
         archive.writestr(archive.namelist()[-1], b"")
     return whole.getvalue()

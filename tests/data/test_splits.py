@@ -38,9 +38,7 @@ def test_folders(folder):
     splits = open_splits(Recipe(data=str(folder)))
     assert splits.classes == ["class0", "class1", "class2"]
     assert_usable(splits)
-    # The one of that name, though val/ may be called so, too.
-    splits = open_splits(Recipe(data=str(folder), val_split="test"))
-    assert_usable(splits, validation_size=9)
+    assert_usable(open_splits(Recipe(data=str(folder), val_split="test")), validation_size=9)
 
 
 def test_tar_archives(folder, tmp_path):

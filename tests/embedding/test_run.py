@@ -365,9 +365,8 @@ def test_a_vanished_source_is_not_a_corrupt_image(photos, checkpoint, monkeypatc
     assert (photos.parent / "out" / "corrupt.txt").read_text() == ""
 
 
-@pytest.mark.parametrize("name", ["ESTALE", "ENOTCONN", "ETIMEDOUT"])
-def test_a_network_disk_that_drops_out(name, photos, checkpoint, out, monkeypatch, capsys):
-    error = OSError(getattr(errno, name), "it is gone")
+def test_a_network_disk_that_drops_out(photos, checkpoint, out, monkeypatch, capsys):
+    error = OSError(errno.ENOTCONN, "it is gone")
     monkeypatch.setattr(worker.Worker, "decode", lambda *_: (_ for _ in ()).throw(error))
     assert run(photos, out, checkpoint) == 2
     assert "it is gone" in capsys.readouterr().err and not list((out / "shards").iterdir())

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import backbones
-from backbones.common.memory import used_memory
+from backbones.common.memory import peak_memory, used_memory
 from backbones.restoration.pictures import Picture
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.upscale import Upscaler, upscale
@@ -130,6 +130,7 @@ def test_auto_tiles_follow_the_limit():
     plenty = Upscaler(model, max_memory=2**40)
     assert plenty.tile_side(2000, 3000) == 3000 and plenty.tiles(2000, 3000) == 1
     used = used_memory(torch.device("cpu"))
+    assert used <= 1.1 * 2**20 * peak_memory(torch.device("cpu"))  # unlike the address space
     sides = [
         Upscaler(model, max_memory=used + mebibytes * 2**20).tile_side(1000, 1000)
         for mebibytes in (160, 300, 1000)
