@@ -135,7 +135,11 @@ def small(modes: list[str], peers: dict[str, Any], rounds: int = 1, **more: Any)
 
 def test_training_has_no_fused_mode_and_no_other_runtimes():
     peers = dict([contender("onnxruntime")])
-    found = small(["eager", "fused"], peers, direction="train")["contenders"]
+    row = small(["eager", "fused"], peers, direction="train")
+    found = row["contenders"]
+    # Forward and backward, for two images.
+    flops = found["eager"]["gflops"] * found["eager"]["milliseconds"] * 1e6
+    assert flops == pytest.approx(3 * 2 * 2 * row["macs"])
     assert list(found) == ["eager", "onnxruntime"] and "skipped" in found["onnxruntime"]
 
 

@@ -137,11 +137,7 @@ def test_probe(embedded, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("package", "words", "said"),
     [
-        (
-            "faiss",
-            ["search", "--key", "val/class0/000.png", "--index", "hnsw"],
-            "--index exact",
-        ),
+        ("faiss", ["search", "--key", "val/class0/000.png", "--index", "hnsw"], "--index exact"),
         ("sklearn", ["probe", "--labels", "folder"], "pip install scikit-learn"),
         ("pyarrow", ["duplicates"], "pip install pyarrow"),
     ],
@@ -162,7 +158,7 @@ def contents(*folders: Path) -> dict[Path, bytes]:
 WORDS = {
     "search": ["--key", "train/class1/copy.png"],
     "duplicates": ["--index", "exact"],
-    "probe": ["--labels", "folder"],
+    "probe": ["--labels", "folder", "--held-out", "0.5"],
 }
 
 
@@ -176,6 +172,8 @@ def test_files_of_others_are_replaced_only_when_asked(command, embedded, tmp_pat
     words = [command, embedded.table, *WORDS[command], *(f"--{o}={p}" for o, p in files.items())]
     for _ in range(2):
         assert run(*words) == 0
+    if command == "probe":  # half of each class
+        assert 8 <= json.loads(files["json"].read_text())["test"] <= 10
     results = contents(tmp_path)
     for option, file in files.items():
         file.write_bytes(b"mine")

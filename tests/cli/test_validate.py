@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("validate")
     images = make_images(folder / "images", {"train": 36, "val": 12})
     words = (f"--data={images}", f"--output={folder}", "--name=run", "--epochs=4", *TINY)
-    assert train(*words, "--lr=3e-3", "--color-jitter=0") == 0
+    assert train(*words, "--lr=3e-3", "--color-jitter=0", "--val-batch-size=12") == 0
     return folder
 
 
@@ -59,7 +59,8 @@ def test_a_run_gets_the_accuracy_that_its_training_saw(validate, folder):
     assert status == 0
     history = read_table(folder / "run" / "summary.csv")
     best = max(history, key=lambda row: float(row["val_top1"]))
-    assert float(rows[0]["top1"]) == pytest.approx(float(best["val_top1"]), abs=1e-3)
+    for key in ("top1", "loss"):
+        assert float(rows[0][key]) == pytest.approx(float(best[f"val_{key}"]), abs=1e-3)
     assert (rows[0]["images"], rows[0]["img_size"], rows[0]["top5"]) == ("12", "32", "100.0")
     assert "12 images" in printed.out
 
@@ -68,13 +69,13 @@ def test_options_win_over_what_the_model_states(validate, folder, monkeypatch):
     fuse, fused = backbones.fuse, []
     monkeypatch.setattr(backbones, "fuse", lambda model: fused.append(model) or fuse(model))
     predict_all = validation.predict_all
-    watched = lambda *given: fused.append(given[2]) or predict_all(*given)  # noqa: E731
+    watched = lambda *given: fused.append(given[1:3]) or predict_all(*given)  # noqa: E731
     monkeypatch.setattr(validation, "predict_all", watched)
     words = ["--run", str(folder / "run"), "--img-size=64", "--crop-pct=1", "--fuse", "--amp=bf16"]
     status, rows, _ = validate(*words, "--interpolation=nearest")
     found = [rows[0][key] for key in ("img_size", "crop_pct", "interpolation")]
     assert (status, found) == (0, ["64", "1.0", "nearest"])
-    assert len(fused) == 2 and fused[1] == "bf16"
+    assert len(fused) == 2 and len(fused[1][0]) == 3 and fused[1][1] == "bf16"
 
 
 def test_a_list_continues_after_an_error(validate, folder, tmp_path):
@@ -197,3 +198,16 @@ def test_a_table_of_corruptions(validate, folder, tmp_path):
     mean = sum(float(row["error"]) for row in table) / 4
     assert float(rows[0]["corruption_error"]) == pytest.approx(mean, abs=1e-3)
     assert "mce" not in rows[0]  # AlexNet's errors are of ImageNet
+
+
+def test_the_mce_is_relative_to_alexnet(validate, tmp_path, monkeypatch):
+    """Of a model that is always wrong, on a thousand classes."""
+    wrong = Predictions(np.zeros((1, 5)), np.ones(1), np.zeros(1), 1.0, 1.0)
+    monkeypatch.setattr(validation.Validator, "predict", lambda *given: wrong)
+    (tmp_path / "classes.txt").write_text("".join(f"class{n}\n" for n in range(1000)))
+    model = backbones.create_model("shvit_s1", **MODEL_ARGS)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    words = [*TINY, f"--checkpoint={tmp_path}/a.pth", f"--class-map={tmp_path}/classes.txt"]
+    _, rows, _ = validate(*words, "--corrupt")
+    mean = np.mean([100 * 100 / error for error in ALEXNET_ERROR.values()])
+    assert float(rows[0]["mce"]) == pytest.approx(mean, abs=1e-3)

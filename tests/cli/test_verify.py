@@ -67,10 +67,10 @@ def test_non_finite_weights_and_outputs(value, status, told, published, tmp_path
     assert told in (said.err if status == 2 else said.out)
 
 
-def test_code_that_differs(monkeypatch, capsys):
-    for wrong in (1.0, float("nan")):
+def test_code_that_differs(published, monkeypatch, capsys):
+    for wrong, word in ((1.0, "shvit_s1"), (float("nan"), str(published))):
         monkeypatch.setattr(parity, "case_errors", lambda *_, wrong=wrong: (0.0, [0.0, wrong, 0.0]))
-        assert main(["verify", "shvit_s1"]) == 1
+        assert main(["verify", word]) == 1
         (line,) = (line for line in capsys.readouterr().out.splitlines() if "✗" in line)
         assert line.startswith("stage 2")
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,13 +70,21 @@ def _weight(data: bytearray) -> int:
     return data.index(WEIGHTS["a.weight"].numpy().tobytes()) + 400
 
 
+def _twice(data: bytearray) -> bytes:
+    with zipfile.ZipFile(whole := io.BytesIO(data), "a") as archive:
+        archive.writestr(archive.namelist()[-1], b"")
+    return whole.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
         (lambda data: _flip(data, _weight(data), 0), "truncated or corrupt: Bad CRC-32 for file "),
         (_folder, ".*data/0 is marked as a folder"),
+        (_twice, "truncated or corrupt"),
     ],
-    ids=["bit", "folder"],
+    ids=["bit", "folder", "twice"],
 )
 def test_damaged_archives(spoil, said, tmp_path):
     """Torch does not notice a flipped bit."""

@@ -36,7 +36,7 @@ def test_not_a_file(tmp_path):
     assert file_problem("/dev/null/x") is not None
 
 
-def test_wrapped_disk_full_errors(tmp_path):
+def test_files_that_are_written_together(tmp_path):
     path = tmp_path / "x.onnx"
     with (
         pytest.raises(FileError, match=f"cannot write {path}: no space is left in {tmp_path}"),
@@ -50,6 +50,10 @@ def test_wrapped_disk_full_errors(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(KeyError), replacing_together(path):
         raise KeyError("no matter of the disk")
+    with replacing_together(path) as scratch:
+        for name in ("x.onnx", "x.onnx.data", "log"):
+            scratch.with_name(name).touch()
+    assert {p.name for p in tmp_path.iterdir()} == {"x.onnx", "x.onnx.data"}
 
 
 @pytest.mark.parametrize("unique", [False, True])

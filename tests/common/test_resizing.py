@@ -16,14 +16,7 @@ CONFIG = {
     **{"input_size": (3, 48, 48), "interpolation": "bicubic", "crop_pct": 0.9},
     **{"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_mode": "center"},
 }
-SIZES = [
-    (75, 100),
-    (100, 75),
-    (48, 48),
-    (30, 41),
-    (300, 60),
-    (7, 3),
-]
+SIZES = [(75, 100), (100, 75), (48, 48), (30, 41), (300, 60), (7, 3)]
 
 
 def photo(height: int, width: int, channels: int = 3) -> np.ndarray:

@@ -15,7 +15,7 @@ from backbones.training.recipe import Recipe
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_images(tmp_path_factory.mktemp("images"), {"train": 12, "val": 6})
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 12, "val": 6, "test": 9})
 
 
 def colour(source, index):
@@ -38,6 +38,7 @@ def test_folders(folder):
     splits = open_splits(Recipe(data=str(folder)))
     assert splits.classes == ["class0", "class1", "class2"]
     assert_usable(splits)
+    assert_usable(open_splits(Recipe(data=str(folder), val_split="test")), validation_size=9)
 
 
 def test_tar_archives(folder, tmp_path):
@@ -79,11 +80,13 @@ def write_medmnist(path, labels=None, shape=(28, 28, 3)):
 
 
 def test_medmnist(tmp_path):
-    write_medmnist(tmp_path / "pathmnist.npz")
+    write_medmnist(tmp_path / "pathmnist.npz", np.arange(12)[:, None] // 4)
     recipe = Recipe(data="medmnist/pathmnist", data_dir=str(tmp_path))
     assert_usable(open_splits(recipe))
     recipe.val_split = "test"
     assert_usable(open_splits(recipe), validation_size=9)
+    recipe.train_split = recipe.val_split = "val"
+    assert len(open_splits(recipe).classes) == 3  # of which the split has two
     recipe.val_split = "holdout"
     with pytest.raises(DataError, match="no split 'holdout'; it has train, val and test"):
         open_splits(recipe)
@@ -93,8 +96,8 @@ def _cut(arrays):
     return {**arrays, "val_labels": arrays["val_labels"][:2]}
 
 
-def _label_7(arrays):
-    arrays["val_labels"][2] = 7
+def _label_3(arrays):
+    arrays["val_labels"][2] = 3
     return arrays
 
 
@@ -105,7 +108,7 @@ def _label_7(arrays):
         ({"labels": np.zeros((12, 3), np.int64)}, None, "AUC is undefined"),
         ({"shape": (8, 8, 8, 1)}, None, "not 2D"),
         ({}, _cut, "6 val images have 2 labels"),
-        ({}, _label_7, r"set/val\[2\] has label 7, outside the 3 classes"),
+        ({}, _label_3, r"set/val\[2\] has label 3, outside the 3 classes"),
     ],
 )
 def test_unsupported_medmnist_sets(options, change, message, tmp_path):
@@ -140,8 +143,9 @@ def test_every_format_that_pillow_decodes(tmp_path):
     image = Image.new("RGB", (8, 8))
     for ending in ("webp", "tif", "bmp", "gif"):
         image.save(tmp_path / "train" / "class0" / f"x.{ending}")
+    (tmp_path / "train" / ".thumbnails").mkdir()
     splits = open_splits(Recipe(data=str(tmp_path)))
-    assert len(splits.train) == 13
+    assert len(splits.train) == 13 and len(splits.classes) == 3
     shutil.make_archive(str(tmp_path / "train"), "tar", tmp_path / "train")
     shutil.rmtree(tmp_path / "train")
     assert len(open_splits(Recipe(data=str(tmp_path))).train) == 13

@@ -71,6 +71,13 @@ def _with_null_numbers(path: Path) -> None:
     rewrite(path, pyarrow.FixedSizeListArray.from_arrays(numbers, type=column.type))
 
 
+def test_a_flipped_bit_of_a_large_shard(tmp_path):
+    folder = make_table(tmp_path / "table", np.eye(2, 2**20, dtype=np.float32))
+    _flip_an_embedding(table.shard_path(folder, 0))
+    with pytest.raises(table.DamagedShardError, match="its checksum is wrong"):
+        table.load(folder)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path) -> Path:
     """A table of embeddings, beside its photographs."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -107,9 +108,9 @@ def test_non_finite_features_are_corrupt(photos, checkpoint, tmp_path, monkeypat
         return found * torch.tensor([1, 1e6] + [1] * 8)[:, None], *answers
 
     options: dict[str, Any] = {"checkpoint": checkpoint, "store": "float16", "batch_size": 10}
-    embed(photos, tmp_path / "whole", classes=2, **options)
+    embed(photos, tmp_path / "whole", classes=5, **options)
     monkeypatch.setattr(Network, "__call__", overflowing)
-    done = embed(photos, tmp_path / "out", classes=2, **options)
+    done = embed(photos, tmp_path / "out", classes=5, **options)
     assert done.rows == 9
     ((key, reason),) = done.corrupt
     assert key == "003.png"
@@ -227,21 +228,24 @@ def test_decoding_beside_the_network_changes_nothing(photos, checkpoint, tmp_pat
 def test_the_same_call_resumes(photos, checkpoint, tmp_path, monkeypatch):
     """Existing shards are kept; a damaged one is computed again."""
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    for name in ("000.png", "sub/001.jpg"):
+        (photos / name).write_text("no image")
     for folder in (out, undisturbed):
-        assert run(photos, folder, checkpoint) == 0
-    kept, lost, damaged = (table.shard_path(out, number) for number in range(3))
+        assert run(photos, folder, checkpoint) == 1
+    lost, kept, damaged = (table.shard_path(out, number) for number in range(3))
     lost.unlink()
     damaged.write_bytes(damaged.read_bytes()[:-1])
     (out / "shards" / ".part-00001.parquet.0123.tmp").write_text("of a process that was killed")
     (out / "corrupt.txt").write_text("half a li")
     written = kept.stat().st_mtime_ns
     done = embed(photos, out, checkpoint=checkpoint, rows=4, batch_size=3, workers=1)
-    assert (done.rows, done.done) == (10, 6)
+    assert (done.rows, done.done) == (8, 5)
     assert kept.stat().st_mtime_ns == written
     assert same(out, undisturbed)
     assert sorted(p.name for p in out.iterdir()) == ["corrupt.txt", "metadata.json", "shards"]
     assert len(list((out / "shards").iterdir())) == 3
-    assert (out / "corrupt.txt").read_text() == ""
+    listed = [(folder / "corrupt.txt").read_text() for folder in (out, undisturbed)]
+    assert listed[0] == listed[1] and listed[0].startswith("000.png\t")
 
 
 @pytest.mark.parametrize(
@@ -359,3 +363,10 @@ def test_a_vanished_source_is_not_a_corrupt_image(photos, checkpoint, monkeypatc
     with pytest.raises(Exception, match="the source .*photos no longer exists"):
         embed(photos, photos.parent / "out", checkpoint=checkpoint, workers=1)
     assert (photos.parent / "out" / "corrupt.txt").read_text() == ""
+
+
+def test_a_network_disk_that_drops_out(photos, checkpoint, out, monkeypatch, capsys):
+    error = OSError(errno.ENOTCONN, "it is gone")
+    monkeypatch.setattr(worker.Worker, "decode", lambda *_: (_ for _ in ()).throw(error))
+    assert run(photos, out, checkpoint) == 2
+    assert "it is gone" in capsys.readouterr().err and not list((out / "shards").iterdir())

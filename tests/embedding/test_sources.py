@@ -116,6 +116,8 @@ def test_parquet(photos, tmp_path, wrapped):
     assert contents(source) == {f"a.parquet/{row}": d for row, d in enumerate(data)}
     assert source.images == 10
     assert len(source.parts) == 2
+    pa.parquet.write_table(columns, tmp_path / "a.parquet", row_group_size=5)
+    assert open_source(tmp_path / "a.parquet", rows=4).description != source.description
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ def _build(**kwargs: Any) -> VisionBackbone:
 @pytest.mark.parametrize("family", a_few(CLASSIFIERS))
 def test_maps_are_those_of_the_backbone(family):
     name, arguments = SMALL[family]
-    model = MODELS.build({"type": "VisionBackbone", "name": name, **arguments})
-    x = torch.randn(2, 3, 128, 128)
+    model = MODELS.build({"type": "VisionBackbone", "name": name, "in_channels": 4, **arguments})
+    x = torch.randn(2, 4, 128, 128)
     maps = model(x)
     assert [m.shape[1] for m in maps] == model.channels
     assert [128 // m.shape[2] for m in maps] == model.reductions
@@ -48,7 +48,8 @@ def test_maps_are_those_of_the_backbone(family):
 
 
 def test_out_indices():
-    model = _build(out_indices=(1, 2))
+    model = _build(out_indices=(1, 2), with_cp=True)
+    assert all(stage.grad_checkpointing for stage in model.network.stages)
     assert model.channels == [64, 160]
     assert len(model.model.model.stages) == 3
     assert [m.shape[1] for m in model(torch.randn(1, 3, 64, 64))] == [64, 160]
@@ -94,6 +95,7 @@ def test_unknown_names_and_arguments():
         VisionBackbone("van_b0", norm_epss=1e-5)
     with pytest.raises(ValueError, match="frozen_stages must be −1"):
         _build(frozen_stages=5)
+    assert not any(p.requires_grad for p in _build(frozen_stages=4).parameters())
     with pytest.raises(ValueError, match="init_cfg must be dict"):
         _build(init_cfg=dict(type="Kaiming", layer="Conv2d"))
 

@@ -116,6 +116,8 @@ def test_the_set(tool, tmp_path):
         # Coins and galaxies take turns.
         assert categories == {1 + image["id"] % 2} == set(np.unique(mask)) - {0}
         shown = mask > 0
+        areas = [n["area"] for n in coco["annotations"] if n["image_id"] == image["id"]]
+        assert sum(areas) == shown.sum()
         drawn = np.zeros_like(mask)
         for note in coco["annotations"]:
             if note["image_id"] != image["id"]:
@@ -207,9 +209,9 @@ def test_nothing_that_is_read_is_overwritten(tool, tmp_path):
         tool.main(["infer", str(image), *words, "--out", str(tmp_path)])
     config = tmp_path / "mine.py"
     config.write_text("model = dict()\n")
-    words = [str(config), "--work-dir", str(tmp_path)]
-    with pytest.raises(ValueError, match=r"mine\.py would be overwritten: give another --work-dir"):
-        load_config(shared_arguments("").parse_args(words))
+    for words in (["--work-dir", str(tmp_path)], ["--cfg-options", f"work_dir={tmp_path}"]):
+        with pytest.raises(ValueError, match=r"mine\.py would be overwritten: give another --work"):
+            load_config(shared_arguments("").parse_args([str(config), *words]))
 
 
 def test_a_set_replaces_nothing_unasked(tool, tmp_path):

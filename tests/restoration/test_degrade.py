@@ -99,6 +99,15 @@ def test_small_sinc_kernels_cut_off_higher(half, cutoff):
     assert sinc == [cutoff, cutoff, math.pi / 3]  # both passes, and the last one whatever its size
 
 
+def test_plateau_kernels_are_among_those_drawn(monkeypatch):
+    kernels, draws = list[Tensor](), Fixed(0.45)
+    monkeypatch.setattr(draws, "choice", lambda options, p=None: 0 if options == 3 else options[-1])
+    monkeypatch.setattr(degrade, "blur", lambda x, kernel: kernels.append(kernel) or x)
+    degrade.real_world(smooth(), 2, draws)
+    plateau = degrade.gaussian_kernel(7, (0.2, 0.2), -math.pi, plateau=True)
+    assert any(torch.allclose(kernel, plateau) for kernel in kernels)
+
+
 @pytest.mark.parametrize(("share", "channels"), [(0.3, 1), (0.45, 3), (0.6, 3)])
 def test_noise_is_grey_in_two_of_five(share, channels):
     draws: Any = Fixed(share)

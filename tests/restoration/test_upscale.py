@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import backbones
-from backbones.common.memory import used_memory
+from backbones.common.memory import peak_memory, used_memory
 from backbones.restoration.pictures import Picture
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.upscale import Upscaler, upscale
@@ -69,6 +69,7 @@ def test_alpha_and_kinds():
     assert picture.icc == b"x" and picture.alpha.shape == (20, 24)
     assert set(picture.alpha[:, :8].flatten()) == {0}
     assert set(picture.alpha[:, -8:].flatten()) == {255}
+    assert (np.diff(picture.alpha.astype(int)) >= 0).all()
     image = upscale(Bicubic(), Image.fromarray(np.dstack([array, alpha])))
     assert image.mode == "RGBA" and np.array_equal(np.asarray(image)[:, :, :3], picture.pixels)
     data = io.BytesIO()
@@ -81,15 +82,16 @@ def test_alpha_and_kinds():
     assert kept.alpha is alpha and kept.pixels.shape == array.shape
 
 
-def test_tiles_of_a_model_that_sees_less_than_the_overlap():
+@pytest.mark.parametrize(("height", "rows"), [(50, 4), (16, 1)])
+def test_tiles_of_a_model_that_sees_less_than_the_overlap(height, rows):
     """They change nothing, whatever way they are blended."""
-    array = pixels(50, 70, 3)
+    array = pixels(height, 70, 3)
     model = Bicubic()
     calls: list[int] = []
     upscaler = Upscaler(model, tile=16, overlap=8)
     out = upscaler(array, lambda: calls.append(1))
     assert difference(out, expected(array)) == 0
-    assert len(calls) == len(model.seen) == upscaler.tiles(50, 70) == 4 * 5
+    assert len(calls) == len(model.seen) == upscaler.tiles(height, 70) == rows * 5
     assert max(max(shape[2:]) for shape in model.seen) == 16 + 2 * 8
 
 
@@ -128,6 +130,7 @@ def test_auto_tiles_follow_the_limit():
     plenty = Upscaler(model, max_memory=2**40)
     assert plenty.tile_side(2000, 3000) == 3000 and plenty.tiles(2000, 3000) == 1
     used = used_memory(torch.device("cpu"))
+    assert used <= 1.1 * 2**20 * peak_memory(torch.device("cpu"))  # unlike the address space
     sides = [
         Upscaler(model, max_memory=used + mebibytes * 2**20).tile_side(1000, 1000)
         for mebibytes in (160, 300, 1000)

@@ -16,7 +16,7 @@ from backbones.cli.main import main
 from backbones.common.errors import DataError
 from backbones.restoration import upscale_files, validate
 from backbones.restoration.metrics import quality
-from backbones.restoration.pictures import read_picture
+from backbones.restoration.pictures import read_picture, to_tensor
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import parse_size
 
@@ -195,6 +195,11 @@ def test_validation_creates_missing_low_resolution_pictures(weights, tmp_path, c
     mean = (float(rows[0]["psnr_y"]) + float(rows[1]["psnr_y"])) / 2
     assert float(rows[2]["psnr_y"]) == pytest.approx(mean, abs=1e-3)
     assert 20 < float(rows[2]["bicubic_psnr_y"]) < 60
+    assert upscale(weights, tmp_path / "Both/LRbicx2", "--out", tmp_path / "out") == 0
+    pictures = tmp_path / "out/img_0x2_x2.png", tmp_path / "Set5/img_0.png"
+    ours, truth = (to_tensor(read_picture(path).pixels, 3) for path in pictures)
+    without_border = quality(ours, truth, border=2)["psnr_y"]
+    assert float(rows[0]["psnr_y"]) == pytest.approx(without_border, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from training_runs import (
-    MODEL_ARGS,
-    a_few,
-    make_images,
-    same,
-)
+from training_runs import MODEL_ARGS, a_few, make_images, same
 from zoo import CLASSIFIERS, SMALL, small
 
 import backbones
@@ -209,7 +204,7 @@ _NAME, _ARGUMENTS = SMALL["biformer"]
 OWN = [f"--teacher={_NAME}", f"--teacher-args={json.dumps(_ARGUMENTS)}"]
 
 
-def test_teachers_of_timm_and_their_size(teachers):
+def test_teachers_of_timm_and_their_size(teachers, tmp_path):
     path = str(teachers / "timm.pth")
     teacher = build_teacher(Recipe(teacher="test_vit", teacher_checkpoint=path), 3, CONFIG)
     own = timm.create_model("test_vit").pretrained_cfg
@@ -221,6 +216,11 @@ def test_teachers_of_timm_and_their_size(teachers):
     weights = torch.load(path, weights_only=True)
     assert same(dict(teacher.network.state_dict()), dict(weights))
     assert teacher(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+    grey = timm.create_model("test_vit", num_classes=3, in_chans=1)
+    torch.save(grey.state_dict(), path := str(tmp_path / "grey.pth"))
+    recipe = Recipe(teacher="test_vit", teacher_checkpoint=path, in_chans=1)
+    teacher = build_teacher(recipe, 3, {"mean": (0.5,), "std": (0.25,)})
+    assert teacher(torch.randn(1, 1, 32, 32)).shape == (1, 3)
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,8 @@ from training_runs import (
 
 from backbones.common.lock import FolderLock
 
-SGD = [
-    "--opt=momentum",
-    "--momentum=0",
-    "--lr=0.1",
-    "--weight-decay=0",
-    "--sched=none",
-    "--epochs=2",
-]
+SGD = ["--opt=momentum", "--momentum=0", "--lr=0.1", "--weight-decay=0"]
+SGD += ["--sched=none", "--epochs=2"]
 RANDOM = ["--epochs=2", "--mixup=0.2", "--reprob=0.3", "--drop=0.1", "--ema", "--ema-decay=0.9"]
 
 
@@ -49,15 +43,18 @@ def test_a_world_without_a_size(size, runs):
 
 
 def test_two_processes_and_accumulation_equal_one_big_batch(runs):
+    """Also if one of them then goes on alone, from within an epoch."""
+    big, two = (*SGD, "--batch-size=16"), ("--batch-size=4", "--accum-steps=2", "--name=two")
     started = {
-        "whole": [
-            runs.start(*SGD, "--name=whole", "--batch-size=16", before=freeze_batch_norm),
-        ],
+        "whole": [runs.start(*big, "--name=whole", before=freeze_batch_norm)],
         "parts": [runs.start(*SGD, "--name=parts", "--accum-steps=2", before=freeze_batch_norm)],
-        "two": runs.start_two(*SGD, "--name=two", before=(freeze_batch_norm,) * 2),
+        "two": runs.start_two(*SGD, *two, "--save-every-steps=5", before=(freeze_batch_norm,) * 2),
     }
     for processes in started.values():
         assert set(join(processes)) == {0}
+    last = runs.output / "two" / "last.pt"
+    last.with_name("last.prev.pt").replace(last)
+    assert join([runs.start(*big, "--name=two", "--resume=auto", before=freeze_batch_norm)]) == [0]
     whole, *others = (runs.state(name) for name in started)
     for state in others:
         assert state["updates"] == 6

@@ -17,6 +17,7 @@ from backbones.common.errors import RecipeError
 from backbones.common.keys import dump
 from backbones.common.lock import LOCK_NAME, FolderLock, LockedError
 from backbones.common.processes import World
+from backbones.training.command_line import load_recipe
 from backbones.training.folder import RunFolder
 from backbones.training.recipe import Recipe
 
@@ -46,6 +47,7 @@ def test_overwriting_removes_only_what_a_run_left(runs):
     runs.train("--epochs=1", "--overwrite")
     names = {path.name for path in runs.folder.iterdir()}
     assert theirs | {"figures", "last.pt", "config.yaml"} <= names
+    assert not load_recipe(runs.folder / "config.yaml").overwrite  # for who repeats the run
     assert not names & old
     assert all((runs.folder / name).read_text() == "old" for name in theirs)
 

@@ -6,6 +6,7 @@ import math
 import shlex
 import shutil
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from backbones.common.errors import RecipeError
 from backbones.core.base import StagedBackbone
 from backbones.training import build, optimization
 from backbones.training.command_line import load_recipe
+from backbones.training.loop import TrainingLoop
 from backbones.training.recipe import Recipe
 from backbones.training.resumable import load_state
 
@@ -538,6 +540,13 @@ def test_some_parameters_learn_slower(sched, opt, layer_decay):
     assert all(own[n] == pytest.approx(0.01 * common[n]) for n in slow)
     if layer_decay:
         assert len(set(common.values())) > 4
+
+
+def test_minutes_between_saves():
+    run = types.SimpleNamespace(recipe=Recipe(save_every_minutes=15), updates=0)
+    for minutes, due in ((14, False), (16, True)):
+        run.saved = time.monotonic() - 60 * minutes
+        assert TrainingLoop.is_save_due(run) is due
 
 
 @pytest.mark.parametrize("factors", [{"nothing": 0.1}, {"(": 0.1}, {"0": 0.0}, {"0": "much"}])

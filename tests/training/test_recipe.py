@@ -113,6 +113,7 @@ def test_flags():
         ("--clip-grad -1", "clip_grad must be above 0"),
         ("--ema-decay 2", "ema_decay must be at least 0 and below 1, not 2.0"),
         ("--weight-decay nan", "weight_decay must be within 0 … 100, not nan"),
+        ("--decay-milestones 30 30", "decay_milestones must be"),
         ("--cutmix-minmax 0.9 0.1", "cutmix_minmax must be 2 numbers within 0 … 1, each above"),
         ("--img-size-schedule {0:64,-1:32}", "img_size_schedule must be"),
         ("--in-chans 4", "in_chans must be one of 1, 3, not '4'"),
