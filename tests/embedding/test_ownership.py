@@ -172,7 +172,9 @@ def test_datasets_are_not_fetched_for_others(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     facts = {"split": "train", "digest": ""}
     folder = foreign(tmp_path, "training", tmp_path, "x", data="hfds/some/set", **facts)
-    with pytest.raises(ForeignError, match=r"its source, hfds/some/set, is not trusted: pass --source"):
+    with pytest.raises(
+        ForeignError, match=r"its source, hfds/some/set, is not trusted: pass --source"
+    ):
         image_bytes(folder, "x")
     with pytest.raises(ForeignError, match="its source, hfds/some/set, is not"):
         labels_of(folder, "source")
