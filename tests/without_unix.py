@@ -20,6 +20,7 @@ subprocess._USE_POSIX_SPAWN = False  # the switch that Python's documentation na
 kept = {"SIGABRT", "SIGFPE", "SIGILL", "SIGINT", "SIGSEGV", "SIGTERM"}
 for name in {name for name in dir(signal) if re.match("SIG[A-Z]", name)} - kept:
     delattr(signal, name)
+subprocess.Popen.kill = lambda self: os.kill(self.pid, 9)  # Windows' needs no signal
 
 opened = io.open
 def without_proc(file, *args, **kwargs):

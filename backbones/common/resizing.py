@@ -97,24 +97,27 @@ def _plan_of(transform: Any) -> Callable[[int, int], _Plan | None] | None:
     if resize.interpolation not in _FILTERS or resize.max_size is not None:
         return None
     sizes = (resize.size,) if isinstance(resize.size, int) else tuple(resize.size)
+    # Not a function in a function, which loaders could not send to workers that are spawned.
+    return functools.partial(_plan, sizes, crop, _FILTERS[resize.interpolation])
 
-    def plan(height: int, width: int) -> _Plan | None:
-        if len(sizes) == 2:
-            new_height, new_width = sizes
-        else:  # the shorter side
-            scaled = int(sizes[0] * max(height, width) / min(height, width))
-            new_height, new_width = (sizes[0], scaled) if height < width else (scaled, sizes[0])
-        if new_height < crop[0] or new_width < crop[1]:
-            return None  # it is padded
-        if height > new_height and height - new_height > 2 * (width - new_width):
-            return None  # newer versions of Pillow resize columns first
-        if height > MOST_SCALE * new_height or width > MOST_SCALE * new_width:
-            return None
-        top = round((new_height - crop[0]) / 2)
-        left = round((new_width - crop[1]) / 2)
-        return (new_height, new_width), (top, left, *crop), _FILTERS[resize.interpolation]
 
-    return plan
+def _plan(
+    sizes: tuple[int, ...], crop: tuple[int, int], filter: str, height: int, width: int
+) -> _Plan | None:
+    if len(sizes) == 2:
+        new_height, new_width = sizes
+    else:  # the shorter side
+        scaled = int(sizes[0] * max(height, width) / min(height, width))
+        new_height, new_width = (sizes[0], scaled) if height < width else (scaled, sizes[0])
+    if new_height < crop[0] or new_width < crop[1]:
+        return None  # it is padded
+    if height > new_height and height - new_height > 2 * (width - new_width):
+        return None  # newer versions of Pillow resize columns first
+    if height > MOST_SCALE * new_height or width > MOST_SCALE * new_width:
+        return None
+    top = round((new_height - crop[0]) / 2)
+    left = round((new_width - crop[1]) / 2)
+    return (new_height, new_width), (top, left, *crop), filter
 
 
 @functools.cache

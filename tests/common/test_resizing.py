@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -42,7 +44,7 @@ def test_is_timms(change, kernel, monkeypatch):
     if not kernel:
         state = build.LibraryState(None, None, "avx2", "none here")
         monkeypatch.setitem(build.process.states, "resize", state)
-    resize = Resizing(config)
+    resize = pickle.loads(pickle.dumps(Resizing(config)))  # as spawned workers get it
     to_bytes = create_transform(**config, is_training=False, use_prefetcher=True)
     to_floats = create_transform(**config, is_training=False)
     for height, width in SIZES:
