@@ -45,9 +45,9 @@ static VB_INLINE uint16x4_t rounded(F v) {
 #else
   const uint32x4_t bits = vreinterpretq_u32_f32(v);
   const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-  // Half of the last place, less 1 if that is even. From vaddhn_u32 and 0x7fff, GCC 14 makes the
-  // instruction that adds 0x8000.
-  const uint16x4_t r = vraddhn_u32(bits, vsubq_u32(odd, vdupq_n_u32(1)));
+  uint32x4_t half = vaddq_u32(odd, vdupq_n_u32(0x7fff));  // of the last place, less 1 if even
+  asm("" : "+w"(half));  // else GCC 14 makes one instruction of both sums, which adds 0x8000
+  const uint16x4_t r = vaddhn_u32(bits, half);
   return vbsl_u16(vmovn_u32(vceqq_f32(v, v)), r, vdup_n_u16(0x7fc0));
 #endif
 }

@@ -111,3 +111,9 @@ def test_pooling_of_windows_of_one_size(size) -> None:
     x = random(2, 40, 14, 18).float()
     for laid_out in (x, x.to(memory_format=torch.channels_last)):
         torch.testing.assert_close(pool(laid_out), F.adaptive_avg_pool2d(x, size))
+
+
+def test_ties_are_rounded_to_even() -> None:
+    x = (1 + torch.arange(64) / 128).view(1, 16, 2, 2).bfloat16()
+    half = torch.full_like(x, 2.0**-8)  # of the last place
+    assert torch.equal(nhwc_from_nchw(half, x), half + x)
