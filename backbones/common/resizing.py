@@ -97,7 +97,7 @@ def _plan_of(transform: Any) -> Callable[[int, int], _Plan | None] | None:
     if resize.interpolation not in _FILTERS or resize.max_size is not None:
         return None
     sizes = (resize.size,) if isinstance(resize.size, int) else tuple(resize.size)
-    # Not a function in a function, which loaders could not send to workers that are spawned.
+    # Spawned workers of loaders get it pickled, which a closure cannot be.
     return functools.partial(_plan, sizes, crop, _FILTERS[resize.interpolation])
 
 

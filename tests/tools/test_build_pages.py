@@ -129,6 +129,11 @@ def test_settings_without_an_aim_are_left_out(models, tools):
     changes = [{}, {"batch": 4}, {"size": 448}, {"model": "unknown"}]
     found = models.aims({"results": [{**row, **change} for change in changes]})
     assert [line.split(" | ")[:2] for line in found.splitlines()[2:]] == [["| `shvit_s4`", "1"]]
+    fused = row["contenders"]["fused"]
+    newer = {"contenders": {**row["contenders"], "fused": {**fused, "gflops": 9876.0}}}
+    both = [{**row, **newer, "date": "2026-12-02"}, {**row, "date": "2026-12-01"}]
+    assert "9876" in models.aims({"results": both}).splitlines()[-1]
+    assert len(models.aims({"results": both}).splitlines()) == 3
     # What was not measured is neither met nor missed.
     assert "tiled" not in tools("tables_ops").neighborhood_aims({"results": []})
 
