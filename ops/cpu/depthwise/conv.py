@@ -60,7 +60,8 @@ def depthwise_conv2d(
 
     Args:
         x: (B, C, H, W), float32 or bfloat16; copied unless channels-last.
-        taps: (kh, kw, C') float32, see :func:`taps_first`; C' is C or a multiple of it.
+        taps: (kh, kw, C') float32, see :func:`taps_first`; C' is C or a multiple of it. With a map
+            in bfloat16, kernels may round them to it.
         bias: (C',) float32.
         stride: of rows and columns; the column stride must be 1 or 2.
         padding: zeros on both sides of rows and columns.

@@ -1,5 +1,4 @@
 // Depthwise convolution: the C interface, called from conv.py.
-#include "common/dot.h"
 #include "depthwise/direct.h"
 
 // Parallel depthwise convolutions of groups of a map's channels; other channels pass through. All
@@ -28,19 +27,23 @@ static void pass_row(const Problem& p, const T* in, int64_t count, int64_t ahead
 template <class T>
 static void branches(const Problem* problems, const Tensors* tensors, int64_t count,
                      int64_t passed) {
-  static thread_local ScratchBuffer<float> buffer;
+  static thread_local std::vector<ScratchBuffer<float>> buffers;
   const Problem& p = problems[0];
   const bool fetches = p.batch * p.in_stride[0] * int64_t{sizeof(T)} > FETCHED_BYTES;
-  int64_t ahead = 0, band_rows = p.size[0], packed_floats = 0;
+  int64_t ahead = 0, band_rows = p.size[0];
+  std::vector<Taps> taps(count);
+  if (buffers.size() < taps.size()) buffers.resize(count);
   for (int64_t i = 0; i < count; i++) {
-    if (fetches) ahead = std::max(ahead, problems[i].padding[0] + 1);
-    band_rows = std::min(band_rows, rows_a_task(problems[i]));
-    packed_floats += packed_size(problems[i]);
-  }
-  float* const packed = buffer.of(packed_floats);
-  float* next = packed;
-  for (int64_t i = 0; i < count; next += packed_size(problems[i++])) {
-    pack(problems[i], tensors[i].weight, next);
+    const Problem& q = problems[i];
+    if (fetches) ahead = std::max(ahead, q.padding[0] + 1);
+    band_rows = std::min(band_rows, rows_a_task(q));
+    if (is_direct(q)) {
+      taps[i] = taps_of<T>(tensors[i].weight, q.channels, q.channels, q.kernel[0], buffers[i]);
+    } else {
+      float* const packed = buffers[i].of(packed_size(q));
+      pack(q, tensors[i].weight, packed);
+      taps[i] = {packed, W};
+    }
   }
   const int64_t rows = p.batch * p.size[0], threads = std::min(p.threads, rows);
   parallel::for_each(threads, threads, [&](int64_t index) {
@@ -54,14 +57,13 @@ static void branches(const Problem* problems, const Tensors* tensors, int64_t co
       for (int64_t y = first; y < below; y++) {
         pass_row(p, in + y * p.in_stride[1], passed, ahead, out + y * p.out_stride[1]);
       }
-      const float* weights = packed;
-      for (int64_t i = 0; i < count; weights += packed_size(problems[i++])) {
+      for (int64_t i = 0; i < count; i++) {
         if (is_direct(problems[i])) {
-          convolve_rows<T>(problems[i], tensors[i], image, {first, below});
+          convolve_rows<T>(problems[i], tensors[i], taps[i], image, {first, below});
           continue;
         }
         for (int64_t block = 0; block * W < problems[i].channels; block++) {
-          convolve_band<T>(problems[i], tensors[i], weights, image, block, first, below);
+          convolve_band<T>(problems[i], tensors[i], taps[i].weight, image, block, first, below);
         }
       }
     }

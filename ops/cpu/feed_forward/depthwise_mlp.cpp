@@ -72,6 +72,7 @@ template <class T>
 struct Task {
   const Problem& p;
   const Tensors& t;
+  const depthwise::Taps& taps;
   int64_t image;
   Range rows, columns;
   Scratch<T>& s;
@@ -200,8 +201,7 @@ struct Task {
                             seen_columns,
                             (map ? width() : p.width) * step,
                             step,
-                            t.taps + channel,
-                            p.taps_stride,
+                            {taps.weight + channel, taps.stride},
                             t.conv_bias + channel,
                             out,
                             length(columns) * pitch(p.span),
@@ -268,10 +268,15 @@ static void forward(const Problem& p, const Tensors& t) {
   const int64_t pitch = simd::round_up(p.hidden, simd::W);
   float* const totals = t.means ? buffer.of(p.batch * shares * pitch) : nullptr;
   if (totals) std::fill_n(totals, p.batch * shares * pitch, 0.f);
+  static thread_local ScratchBuffer<float> packed;
+  const int64_t padded = t.weight1 ? pitch : p.hidden;
+  const depthwise::Taps taps =
+      t.taps ? depthwise::taps_of<T>(t.taps, p.taps_stride, padded, p.kernel, packed)
+             : depthwise::Taps{};
   const auto work = [&](int64_t index) {
     static thread_local Scratch<T> s;
-    Task<T> task{p, t, index / shares, linear::share(height, index % shares, shares), {0, width}, s,
-                 totals ? totals + index * pitch : nullptr};
+    Task<T> task{p, t, taps, index / shares, linear::share(height, index % shares, shares),
+                 {0, width}, s, totals ? totals + index * pitch : nullptr};
     const int64_t blocks = task.blocks();
     for (int64_t i = 0; i < blocks; i++) {
       task.columns = linear::share(width, i, blocks);

@@ -73,7 +73,7 @@ def test_padded_squares(channels, size, side, stride, activation, has_bias, dtyp
     wide = torch.full((2, channels + 4, *size), torch.nan, dtype=dtype)
     wide = wide.contiguous(memory_format=torch.channels_last)
     x = wide[:, 2:-2].copy_(random(2, channels, *size))
-    weight = random(channels, 1, side, side, seed=1)
+    weight = random(channels, 1, side, side, seed=1).to(dtype).double()
     bias = random(channels, seed=2) if has_bias else None
     given_ = taps_first(weight), _float(bias), stride, (side // 2, side // 2)
     out = depthwise_conv2d(x, *given_, activation=activation)
@@ -120,13 +120,15 @@ def test_squares_of_large_maps(channels: int) -> None:
         assert _relative(out, expected) < 2e-6
 
 
-def test_nan_and_infinity_pass() -> None:
-    x = torch.zeros(1, 16, 5, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_pass(dtype) -> None:
+    x = torch.zeros(1, 48, 5, 5, dtype=dtype)
     x[0, 3, 2, 2], x[0, 4, 2, 2] = float("nan"), float("inf")
-    taps = torch.ones(3, 3, 16)
+    taps = torch.ones(3, 3, 48)
     for activation in ("relu", "gelu", "silu", "relu6"):
         out = depthwise_conv2d(x, taps, None, (1, 1), (1, 1), activation=activation)
         assert out[0, 3, 1:4, 1:4].isnan().all()
+        assert out[0, 3].isnan().sum() == 9
         assert out[0, 5:].eq(0).all()
     assert out[0, 4, 1:4, 1:4].eq(6).all()
     assert depthwise_conv2d(x, taps, None, (1, 1), (1, 1))[0, 4, 1:4, 1:4].isinf().all()
