@@ -64,7 +64,9 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 DIGITS = ROOT / "configs" / "cls" / "bench_digits.yaml"
 PICTURES = ROOT / "configs" / "sr" / "quickstart.yaml"
-CLASSIFIERS: tuple[str, ...] = tuple(yaml.safe_load(DIGITS.read_text(encoding="utf-8"))["variants"])
+_RECIPES = [yaml.safe_load(p.read_text(encoding="utf-8")) for p in DIGITS.parent.glob("*.yaml")]
+# The smallest variant of each family, which its published recipe lists first.
+CLASSIFIERS = tuple(sorted(next(iter(r["variants"])) for r in _RECIPES if "variants" in r))
 RESTORER = "hat_nano_x2"
 CALIBRATION = 64  # digits
 _BATCH = 71  # a fifth of the validation images
@@ -442,7 +444,6 @@ def learning(arguments: Sequence[str]) -> None:
     parser.add_argument("--output", type=nonempty_path, default=DOCS / "learning.json")
     options = parser.parse_args(arguments)
     recipe = yaml.safe_load(DIGITS.read_text(encoding="utf-8"))
-    models = list(recipe.pop("variants"))
     path = options.output
     report = _earlier(path)
     if report.get("recipe") != recipe:
@@ -450,13 +451,12 @@ def learning(arguments: Sequence[str]) -> None:
     here = _here()
     report.setdefault("machine", here)
     report["recipe"] = recipe
-    for model in options.models or [m for m in models if m not in report["results"]]:
+    for model in options.models or [m for m in CLASSIFIERS if m not in report["results"]]:
         result = train_variant(model)
         if here != report["machine"]:
             result["machine"] = here
         report["results"][model] = result
-        ordered = [m for m in models if m in report["results"]]
-        report["results"] = {m: report["results"][m] for m in ordered}
+        report["results"] = dict(sorted(report["results"].items()))
         write_report(path, report)
 
 
