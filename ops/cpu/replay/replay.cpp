@@ -243,9 +243,4 @@ int replay_same_words(int64_t count, const int64_t* const* word, const int64_t* 
   return 1;
 }
 
-// Prefetches cache lines. What has moved is fetched in vain.
-void replay_prefetch(int64_t count, void* const* lines) {
-  for (int64_t i = 0; i < count; ++i) __builtin_prefetch(lines[i], 0, 2);
-}
-
 }  // extern "C"

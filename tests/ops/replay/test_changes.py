@@ -57,8 +57,9 @@ def test_changes_of_tensors(change: str, known: bool, monkeypatch: pytest.Monkey
     assert not snapshot.is_valid()
 
 
-def test_this_torch_is_laid_out_as_known() -> None:
+def test_this_torch_and_python_are_laid_out_as_known() -> None:
     assert changes._LAYOUT is not None, "each call asks torch for each tensor's version"
+    assert ModuleSnapshot(_Network())._words is not None, "each call asks Python for each value"
 
 
 def test_of_tensors_without_versions_only_the_memory_is_known() -> None:
@@ -92,6 +93,34 @@ def test_changes_of_modules(change: str) -> None:
     MODULES[change](network)
     for _ in range(2):
         assert not snapshot.is_valid()
+
+
+@pytest.mark.parametrize("more", [0, 40])  # so many that Python keeps them in another way
+def test_each_attribute(more: int) -> None:
+    network = _Network()
+    attributes = vars(network.norm)
+    attributes |= {f"name_{i}": f"name_{i}" for i in range(more)}
+    for name, value in [*attributes.items()]:
+        snapshot = ModuleSnapshot(network)
+        attributes[name] = [value]
+        assert not snapshot.is_valid()
+        attributes[name] = value
+        assert snapshot.is_valid()
+
+
+@pytest.mark.parametrize("more", [0, 40])
+def test_attributes_that_come_and_go(more: int) -> None:
+    network = _Network()
+    vars(network.norm).update(dict.fromkeys(map(str, range(more))))
+    snapshot = ModuleSnapshot(network)
+    for i in range(100):
+        setattr(network.norm, f"new_{i}", i)
+    for i in range(100):
+        assert not snapshot.is_valid()
+        delattr(network.norm, f"new_{i}")
+    assert snapshot.is_valid()
+    network.norm.new_0 = vars(network.norm).pop("eps")
+    assert not snapshot.is_valid()
 
 
 def test_hooks_elsewhere_change_nothing() -> None:
