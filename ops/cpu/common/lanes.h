@@ -52,14 +52,17 @@ static VB_INLINE void copy(const T* in, int64_t count, T* out) {
   int64_t i = 0;
 #if VB_AVX512
   constexpr int64_t lanes = 64 / sizeof(T);
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4);
+  static_assert(sizeof(T) == 1 || sizeof(T) == 2 || sizeof(T) == 4);
   for (; i + lanes <= count; i += lanes) _mm512_storeu_si512(out + i, _mm512_loadu_si512(in + i));
-  const uint32_t rest = (uint64_t{1} << (count - i)) - 1;
+  const uint64_t rest = (uint64_t{1} << (count - i)) - 1;
   if constexpr (sizeof(T) == 4) {
     const auto mask = static_cast<__mmask16>(rest);
     if (rest) _mm512_mask_storeu_epi32(out + i, mask, _mm512_maskz_loadu_epi32(mask, in + i));
+  } else if constexpr (sizeof(T) == 2) {
+    const auto mask = static_cast<__mmask32>(rest);
+    if (rest) _mm512_mask_storeu_epi16(out + i, mask, _mm512_maskz_loadu_epi16(mask, in + i));
   } else {
-    if (rest) _mm512_mask_storeu_epi16(out + i, rest, _mm512_maskz_loadu_epi16(rest, in + i));
+    if (rest) _mm512_mask_storeu_epi8(out + i, rest, _mm512_maskz_loadu_epi8(rest, in + i));
   }
 #else
   for (; i + W <= count; i += W) std::memcpy(out + i, in + i, W * sizeof(T));

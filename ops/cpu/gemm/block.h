@@ -82,6 +82,7 @@ struct Combine {
   bool clips;
   F limit, scale;  // of `other`, or with ADD_GATED of the output
 
+  VB_INLINE Combine() {}
   VB_INLINE Combine(const Problem& p, const float* scales, int lanes)
       : kind(p.combination),
         clips(clips_sum(p) && activation::is_clip(p.activation)),
@@ -166,6 +167,26 @@ static VB_INLINE void put_row(T* out, const F (&x)[V], int lanes) {
   for (int v = 0; v < V; v++) simd::put(out + v * W, x[v], v == V - 1 ? lanes : W);
 }
 
+// The combinations of the V vectors of a panel.
+template <int V, class T>
+static VB_INLINE void combine_panel(const Problem& p, const Block<T>& block,
+                                    Combine (&combine)[V]) {
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    combine[v] = Combine(p, block.other_scale + v * W, v == V - 1 ? block.lanes : W);
+  }
+}
+
+template <int V, class T>
+static VB_INLINE void combine_row(const Combine (&combine)[V], const T* other, int lanes,
+                                  F (&x)[V]) {
+  if (combine[0].kind == NONE) return;
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    x[v] = combine[v](x[v], simd::get(other + v * W, v == V - 1 ? lanes : W));
+  }
+}
+
 // The epilogue of `count` rows from `first` on, whose sums in memory, [count][V][W], it modifies.
 template <int V, class T>
 static void finish_rows(const Problem& p, const Block<T>& block, int64_t first, int64_t count,
@@ -184,20 +205,17 @@ static void finish_rows(const Problem& p, const Block<T>& block, int64_t first, 
     return;
   }
   const T* other = block.other + (p.combination ? first * p.other_stride : 0);
+  Combine combine[V];
+  combine_panel(p, block, combine);
   F energy[V];
   for (int v = 0; v < V; v++) energy[v] = simd::zero();
   for (int64_t r = 0; r < count; r++, out += p.out_stride, sums += V * W) {
     F x[V];
     VB_UNROLL
-    for (int v = 0; v < V; v++) {
-      const int lanes = v == V - 1 ? block.lanes : W;
-      x[v] = simd::load(sums + v * W);
-      if (p.combination != NONE) {
-        const Combine combine(p, block.other_scale + v * W, lanes);
-        x[v] = combine(x[v], simd::get(other + v * W, lanes));
-      }
-      energy[v] = simd::fma(x[v], x[v], energy[v]);
-    }
+    for (int v = 0; v < V; v++) x[v] = simd::load(sums + v * W);
+    combine_row(combine, other, block.lanes, x);
+    VB_UNROLL
+    for (int v = 0; v < V; v++) energy[v] = simd::fma(x[v], x[v], energy[v]);
     put_row<V>(out, x, block.lanes);
     if (p.combination) other += p.other_stride;
   }

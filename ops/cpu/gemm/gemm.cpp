@@ -30,22 +30,22 @@ struct Tensors {
 constexpr int64_t STRIP_BYTES = 128 * 1024;  // per thread
 constexpr int64_t MIN_ROWS = 8 * linear::MAX_ROWS;  // multiplied each time the weights are read
 
-// The window of an output pixel, with zeros beyond the map.
+// The window of an output pixel, with `zero` beyond the map.
 template <class T>
-static void copy_window(const Problem& p, const T* image, int64_t y, int64_t x, T* out) {
+static void copy_window(const Problem& p, const T* image, int64_t y, int64_t x, T zero, T* out) {
   const int64_t top = y * p.stride[0] - p.padding[0], left = x * p.stride[1] - p.padding[1];
   const int64_t begin = std::clamp<int64_t>(-left, 0, p.kernel[1]) * p.channels;
   const int64_t end = std::clamp<int64_t>(p.width - left, 0, p.kernel[1]) * p.channels;
   const int64_t length = p.kernel[1] * p.channels;
   for (int64_t row = top; row < top + p.kernel[0]; row++, out += length) {
     if (row < 0 || row >= p.height || begin >= end) {
-      std::fill_n(out, length, T{});
+      std::fill_n(out, length, zero);
       continue;
     }
     const T* const in = image + (row * p.width + left) * p.channels;
-    std::fill_n(out, begin, T{});
+    std::fill_n(out, begin, zero);
     simd::copy(in + begin, end - begin, out + begin);
-    std::fill_n(out + end, length - end, T{});
+    std::fill_n(out + end, length - end, zero);
   }
 }
 
@@ -66,7 +66,7 @@ static void copy_inner_windows(const Problem& p, const T* image, int64_t y, line
 
 // The windows of output pixels `range`, counted over all images.
 template <class T>
-static void copy_windows(const Problem& p, const T* in, linear::Range range, int64_t pitch,
+static void copy_windows(const Problem& p, const T* in, linear::Range range, int64_t pitch, T zero,
                          T* out) {
   const linear::Range rows = inner_pixels(p.height, p.out_height, p.kernel[0], p.stride[0],
                                           p.padding[0]);
@@ -80,11 +80,14 @@ static void copy_windows(const Problem& p, const T* in, linear::Range range, int
     const bool inside = y >= rows.begin && y < rows.end;
     const int64_t begin = inside ? std::clamp(columns.begin, first, last) : last;
     const int64_t end = std::clamp(columns.end, begin, last);
-    for (int64_t x = first; x < begin; x++) copy_window(p, image, y, x, out + (x - first) * pitch);
+    const auto copy = [&](int64_t x) {
+      copy_window(p, image, y, x, zero, out + (x - first) * pitch);
+    };
+    for (int64_t x = first; x < begin; x++) copy(x);
     if (begin < end) {
       copy_inner_windows(p, image, y, {begin, end}, pitch, out + (begin - first) * pitch);
     }
-    for (int64_t x = end; x < last; x++) copy_window(p, image, y, x, out + (x - first) * pitch);
+    for (int64_t x = end; x < last; x++) copy(x);
     out += (last - first) * pitch;
     pixel += last - first;
   }
@@ -93,41 +96,41 @@ static void copy_windows(const Problem& p, const T* in, linear::Range range, int
 // The same for an image in NCHW, channel by channel.
 template <class T>
 static void copy_windows_by_channel(const Problem& p, const T* in, linear::Range range,
-                                    int64_t pitch, T* out) {
+                                    int64_t pitch, T zero, T* out) {
   Problem plane = p;
   plane.channels = 1;
   for (int64_t c = 0; c < p.channels; c++) {
-    copy_windows(plane, in + c * p.height * p.width, range, pitch,
+    copy_windows(plane, in + c * p.height * p.width, range, pitch, zero,
                  out + c * p.kernel[0] * p.kernel[1]);
   }
 }
 
-// Maps in NHWC, or with `by_channel` one image in NCHW.
-template <class T>
-static void multiply_windows(const Problem& p, const Tensors& t) {
-  static thread_local ScratchBuffer<T> buffer;
-  constexpr int64_t line = linear::LINE / int64_t{sizeof(T)};
-  const T* const in = static_cast<const T*>(t.in);
+// Maps in NHWC, or with `by_channel` one image in NCHW, of T or of bytes.
+template <class T, class In>
+static void multiply_windows(const Problem& p, const Tensors& t, const In* in, In zero) {
+  static thread_local ScratchBuffer<In> buffer;
+  constexpr int64_t line = linear::LINE / int64_t{sizeof(In)};
   const int64_t window = p.kernel[0] * p.kernel[1] * p.channels;
   const bool as_floats = linear::has_tiles() && !t.weight_scale;
-  const int64_t padded = as_floats ? linear::padded_inputs(in, window) : window;
+  const T* const type = nullptr;
+  const int64_t padded = as_floats ? linear::padded_inputs(type, window) : window;
   // An odd number of cache lines, so that rows do not map to the same sets of the L1 cache.
   const int64_t pitch = (linear::round_up(padded, line) / line | 1) * line;
-  const int64_t fitting = std::max(MIN_ROWS, STRIP_BYTES / (pitch * int64_t{sizeof(T)}));
+  const int64_t fitting = std::max(MIN_ROWS, STRIP_BYTES / (pitch * int64_t{sizeof(In)}));
   const int64_t pixels = p.batch * p.out_height * p.out_width;
   const int64_t strips = (pixels + fitting * p.threads - 1) / (fitting * p.threads);
   const int64_t longest = (pixels + strips - 1) / strips;
-  T* const rows = buffer.of(longest * pitch);
+  In* const rows = buffer.of((longest + linear::TILE_ROWS) * pitch);
   for (int64_t row = 0; row < longest; row++) {
-    std::fill(rows + row * pitch + window, rows + row * pitch + padded, T{});
+    std::fill(rows + row * pitch + window, rows + row * pitch + padded, In{});
   }
   for (int64_t i = 0; i < strips; i++) {
     const linear::Range strip = linear::share(pixels, i, strips);
     const int64_t count = strip.end - strip.begin;
     parallel::for_each(p.threads, p.threads, [&](int64_t index) {
       const linear::Range own = linear::share(count, index, p.threads);
-      const auto copy = p.by_channel ? copy_windows_by_channel<T> : copy_windows<T>;
-      copy(p, in, {strip.begin + own.begin, strip.begin + own.end}, pitch,
+      const auto copy = p.by_channel ? copy_windows_by_channel<In> : copy_windows<In>;
+      copy(p, in, {strip.begin + own.begin, strip.begin + own.end}, pitch, zero,
            rows + own.begin * pitch);
     });
     linear::Problem layer{};
@@ -138,7 +141,11 @@ static void multiply_windows(const Problem& p, const Tensors& t) {
     layer.activation = p.activation;
     layer.threads = p.threads;
     linear::Tensors tensors{};
-    tensors.in = rows;
+    if constexpr (std::is_same_v<In, T>) {
+      tensors.in = rows;
+    } else {
+      tensors.bytes = rows;
+    }
     tensors.weight = t.weight;
     tensors.bias = t.bias;
     tensors.weight_scale = t.weight_scale;
@@ -146,6 +153,28 @@ static void multiply_windows(const Problem& p, const Tensors& t) {
     tensors.out = static_cast<T*>(t.out) + strip.begin * p.out_channels;
     linear::forward<T>(layer, tensors);
   }
+}
+
+// Maps in NHWC. In int8 with a range, pixels are quantised once instead of with each of their
+// windows, unless a value is not finite: then the windows that have it are NaN, and no others.
+template <class T>
+static void multiply_map(const Problem& p, const Tensors& t) {
+  const T* const in = static_cast<const T*>(t.in);
+#if VB_BYTES
+  const bool overlap = p.kernel[0] * p.kernel[1] > p.stride[0] * p.stride[1];
+  if (t.weight_scale && t.in_range && overlap) {
+    static thread_local ScratchBuffer<uint8_t> buffer;
+    const int64_t count = p.batch * p.height * p.width * p.channels;
+    uint8_t* const bytes = buffer.of(linear::round_up(count, linear::AT_ONCE) + linear::AT_ONCE);
+    uint8_t* const zeros = bytes + linear::round_up(count, linear::AT_ONCE);
+    const T none{};
+    linear::quantise_all(&none, 1, t.in_range, 1, zeros);
+    if (linear::quantise_all(in, count, t.in_range, p.threads, bytes)) {
+      return multiply_windows<T>(p, t, bytes, *zeros);
+    }
+  }
+#endif
+  multiply_windows<T>(p, t, in, T{});
 }
 
 // A row of a map in NCHW, pixel by pixel. C is the number of channels, or 0 for any.
@@ -160,7 +189,7 @@ static void interleave(const T* in, int64_t channels, int64_t plane, int64_t wid
 
 template <class T>
 static void forward(const Problem& p, const Tensors& t) {
-  if (!p.is_nchw) return multiply_windows<T>(p, t);
+  if (!p.is_nchw) return multiply_map<T>(p, t);
   static thread_local ScratchBuffer<T> buffer;
   const int64_t plane = p.height * p.width, row = p.width * p.channels;
   T* const map = p.by_channel ? nullptr : buffer.of(plane * p.channels);
@@ -169,7 +198,6 @@ static void forward(const Problem& p, const Tensors& t) {
   Tensors tensors = t;
   for (int64_t image = 0; image < p.batch; image++) {
     const T* const in = static_cast<const T*>(t.in) + image * plane * p.channels;
-    tensors.in = p.by_channel ? in : map;
     if (!p.by_channel) {
       parallel::for_each(p.height, p.threads, [&](int64_t y) {
         const auto copy = p.channels == 3 ? interleave<3, T> : interleave<0, T>;
@@ -178,7 +206,7 @@ static void forward(const Problem& p, const Tensors& t) {
     }
     const int64_t done = image * p.out_height * p.out_width * p.out_channels;
     tensors.out = static_cast<T*>(t.out) + done;
-    multiply_windows<T>(of_image, tensors);
+    multiply_windows<T>(of_image, tensors, p.by_channel ? in : map, T{});
   }
 }
 

@@ -74,11 +74,15 @@ static void run_rows(const Problem& p, Tensors t, Range range, Range panels) {
   for (int64_t i = 0; i < chunks; i++) {
     const Range chunk = share(count, i, chunks);
     const int64_t first = range.begin + chunk.begin;
-    const T* const begin = in + first * p.in_stride;
+    const T* const begin = in + (in ? first * p.in_stride : 0);
     Rows<T> rows{nullptr, p.in_stride, p.in_features, nullptr,
                  static_cast<T*>(t.out) + first * p.out_stride, nullptr, chunk.end - chunk.begin};
     if (t.other) rows.other = static_cast<const T*>(t.other) + first * p.other_stride;
     if (t.energy) rows.energy = t.energy + image * p.out_features;
+    if (t.bytes) {
+      run_given_bytes(p, t, first, rows, panels);
+      continue;
+    }
     if (t.weight_scale) {
       run_quantised(p, t, begin, scale, rows, panels);
       continue;

@@ -152,21 +152,55 @@ static void finish_bytes(const Problem& p, const Bytes& bytes, int64_t first, in
     zeros[v] = simd::get(panel.sum + v * W, lanes);
     biases[v] = simd::get(panel.bias + v * W, lanes);
   }
-  const bool is_last = p.activation == activation::NONE && p.combination == NONE && !block.energy;
-  for (int64_t r = 0; r < count; r++) {
-    int32_t* const row = sums + r * V * W;
-    const F scale = simd::set1(bytes.scale[first + r]), shift = simd::set1(bytes.shift[first + r]);
-    F x[V];
-    VB_UNROLL
-    for (int v = 0; v < V; v++) {
-      const F start = simd::fma(shift, zeros[v], biases[v]);
-      x[v] = simd::fma(to_floats(load_vector(row + v * W)), scale * scales[v], start);
-      if (!is_last) simd::store(reinterpret_cast<float*>(row + v * W), x[v]);
+  // Calls put(r, x, row) with each row's outputs and the memory of its sums.
+  const auto each_row = [&](const auto& put) VB_INLINE_LAMBDA {
+    int32_t* row = sums;
+    const float *scale = bytes.scale + first, *shift = bytes.shift + first;
+    for (int64_t r = 0; r < count; r++, row += V * W) {
+      F x[V];
+      VB_UNROLL
+      for (int v = 0; v < V; v++) {
+        const F start = simd::fma(simd::set1(shift[r]), zeros[v], biases[v]);
+        const F sum = to_floats(load_vector(row + v * W));
+        x[v] = simd::fma(sum, simd::set1(scale[r]) * scales[v], start);
+      }
+      put(r, x, row);
     }
-    if (is_last) put_row<V>(block.out + (first + r) * p.out_stride, x, block.lanes);
+  };
+  const bool is_clip = activation::is_clip(p.activation);
+  if (block.energy || !(is_clip || p.activation == activation::NONE)) {
+    each_row([](int64_t, F (&x)[V], int32_t* row) VB_INLINE_LAMBDA {
+      VB_UNROLL
+      for (int v = 0; v < V; v++) simd::store(reinterpret_cast<float*>(row + v * W), x[v]);
+    });
+    return finish_rows<V>(p, block, first, count, reinterpret_cast<float*>(sums));
   }
-  if (is_last) return;
-  finish_rows<V>(p, block, first, count, reinterpret_cast<float*>(sums));
+  const ptrdiff_t stride = p.out_stride, other_stride = p.other_stride;
+  T* const out = block.out + first * stride;
+  const int lanes = block.lanes;
+  // Stores each row after `change`.
+  const auto put_rows = [&](const auto& change) VB_INLINE_LAMBDA {
+    each_row([&](int64_t r, F (&x)[V], int32_t*) VB_INLINE_LAMBDA {
+      change(r, x);
+      put_row<V>(out + r * stride, x, lanes);
+    });
+  };
+  const F limit = activation::clip_limit(p.activation);
+  const auto clip = [&](int64_t, F (&x)[V]) VB_INLINE_LAMBDA {
+    VB_UNROLL
+    for (int v = 0; v < V; v++) x[v] = activation::clip(x[v], limit);
+  };
+  if (p.combination == NONE) {
+    return is_clip ? put_rows(clip) : put_rows([](int64_t, F (&)[V]) {});
+  }
+  Combine combine[V];
+  combine_panel(p, block, combine);
+  const T* const other = block.other + first * other_stride;
+  const bool clips = is_clip && !clips_sum(p);
+  put_rows([&](int64_t r, F (&x)[V]) VB_INLINE_LAMBDA {
+    if (clips) clip(r, x);
+    combine_row(combine, other + r * other_stride, lanes, x);
+  });
 }
 
 // The panel of the outputs from `n` on.
@@ -182,7 +216,7 @@ static void run_bytes_in_registers(const Problem& p, const Tensors& t, const Row
   alignas(64) int32_t sums[MAX_ROWS * PANEL];
   const int64_t k = padded_bytes(p.in_features);
   const auto weight_of = [&](int64_t panel) { return panel_at(p, t, panel * PANEL).weight; };
-  each_block(rows.count, panels, PANEL * k, k / GROUP / STEP, weight_of,
+  each_block(p, rows, panels, PANEL * k, k / GROUP / STEP, weight_of,
              [&](int64_t n, Range range, Prefetch& prefetch) VB_INLINE_LAMBDA {
     const int64_t height = length(range);
     Bytes own = bytes;
@@ -271,6 +305,27 @@ static void run_int8_tiles(const Problem&, const Tensors&, const Rows<T>&, const
 }
 #endif
 
+template <class T>
+static void run_bytes(const Problem& p, const Tensors& t, const Rows<T>& rows, const Bytes& bytes,
+                      Range panels) {
+  has_tiles() ? run_int8_tiles<T>(p, t, rows, bytes, panels)
+              : run_bytes_in_registers<T>(p, t, rows, bytes, panels);
+}
+
+// Multiplies rows from `first` on, which are bytes already, with some panels.
+template <class T>
+static void run_given_bytes(const Problem& p, const Tensors& t, int64_t first, const Rows<T>& rows,
+                            Range panels) {
+  static thread_local ScratchBuffer<float> numbers;
+  float* const steps = numbers.of(2 * rows.count);
+  const float step = t.in_range[0], zero = t.in_range[1];
+  std::fill_n(steps, rows.count, step);
+  std::fill_n(steps + rows.count, rows.count, step * (zero - OFFSET));
+  const Bytes bytes{t.bytes + first * p.in_stride, p.in_stride, round_up(p.in_features, GROUP),
+                    steps, steps + rows.count};
+  run_bytes(p, t, rows, bytes, panels);
+}
+
 // Quantises rows and multiplies them with some panels.
 template <class T>
 static void run_quantised(const Problem& p, const Tensors& t, const T* in, const float* scale,
@@ -303,14 +358,33 @@ static void run_quantised(const Problem& p, const Tensors& t, const T* in, const
     }
   }
   const Bytes bytes{copied, pitch, round_up(p.in_features, GROUP), steps, steps + rows.count};
-  has_tiles() ? run_int8_tiles<T>(p, t, rows, bytes, panels)
-              : run_bytes_in_registers<T>(p, t, rows, bytes, panels);
+  run_bytes(p, t, rows, bytes, panels);
+}
+
+// Quantises `count` values with one scale and zero, to a buffer of `count` rounded up to AT_ONCE.
+// Returns whether all are finite.
+template <class T>
+static bool quantise_all(const T* in, int64_t count, const float* range, int64_t threads,
+                         uint8_t* out) {
+  const ByteRanges ranges(range[0], range[1]);
+  const int64_t groups = (count + AT_ONCE - 1) / AT_ONCE;
+  std::atomic<bool> finite = true;
+  parallel::for_each(threads, threads, [&](int64_t index) {
+    const Range own = share(groups, index, threads);
+    const int64_t begin = own.begin * AT_ONCE, end = std::min(own.end * AT_ONCE, count);
+    const float odd = quantise<true>(in + begin, nullptr, end - begin, length(own) * AT_ONCE,
+                                     ranges.inverse[0], ranges.zero[0], out + begin);
+    if (odd != 0) finite = false;
+  });
+  return finite;
 }
 
 #else
 template <class T>
 static void run_quantised(const Problem&, const Tensors&, const T*, const float*, const Rows<T>&,
                           Range) {}
+template <class T>
+static void run_given_bytes(const Problem&, const Tensors&, int64_t, const Rows<T>&, Range) {}
 #endif
 
 }  // namespace linear

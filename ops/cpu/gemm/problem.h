@@ -45,6 +45,7 @@ struct Tensors {
   const float* other_scale;
   const float *weight_scale, *in_range;
   const void* gate;
+  const uint8_t* bytes;  // rows quantised with `in_range`, instead of `in`
 };
 
 // The operand type of a layer of T: float if the CPU has no products of bfloat16.

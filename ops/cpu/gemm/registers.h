@@ -312,13 +312,46 @@ static VB_INLINE void run_block(const Problem& p, Rows<T> rows, Block<T> block, 
   runs.last(p, rows, block, prefetch, sums);
 }
 
+// Whether outputs are written row by row, as they lie in memory, instead of panel by panel: those
+// of many rows, multiplied with weights that stay in the L2 cache.
+template <class T>
+static bool writes_whole_rows(const Problem& p, const Rows<T>& rows, Range panels, int64_t bytes) {
+  const bool whole = p.out_stride == p.out_features && length(panels) * PANEL >= p.out_features;
+  const bool others = !rows.other || p.other_stride == p.out_features;
+  return whole && others && length(panels) * bytes <= GROUP_BYTES &&
+         rows.count >= length(panels) * MIN_BLOCKS * MAX_ROWS;
+}
+
+// See `each_block`.
+template <class T, class Weight, class Work>
+static VB_INLINE void each_row_block(const Problem& p, const Rows<T>& rows, int64_t blocks,
+                                     const Weight* weights, const Work& work) {
+  Prefetch prefetch(weights, 0, 1);
+  for (int64_t i = 0; i < blocks; i++) {
+    const Range range = share(rows.count, i, blocks), next = share(rows.count, i + 1, blocks);
+    for (int64_t n = 0; n < p.out_features; n += PANEL) {
+      if (i + 1 < blocks) {  // a part of the next block's memory
+        const int64_t begin = next.begin * p.out_features + n * length(next);
+        const int64_t count = std::min<int64_t>(PANEL, p.out_features - n) * length(next);
+        memory::fetch<memory::WRITE>(rows.out + begin, count);
+        if (rows.other) memory::fetch<memory::READ>(rows.other + begin, count);
+      }
+      work(n, range, prefetch);
+    }
+  }
+}
+
 // Calls work(n, range, prefetch) for the panel of outputs from `n` on and the rows in `range`.
 // `weight_of` gives the address of a panel's weights, which take up `bytes` and are multiplied in
 // `steps` calls of Prefetch::fetch.
-template <class WeightOf, class Work>
-static VB_INLINE void each_block(int64_t rows, Range panels, int64_t bytes, int64_t steps,
-                                 const WeightOf& weight_of, const Work& work) {
-  const int64_t blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+template <class T, class WeightOf, class Work>
+static VB_INLINE void each_block(const Problem& p, const Rows<T>& rows, Range panels,
+                                 int64_t bytes, int64_t steps, const WeightOf& weight_of,
+                                 const Work& work) {
+  const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
+  if (writes_whole_rows(p, rows, panels, bytes)) {
+    return each_row_block(p, rows, blocks, weight_of(0), work);
+  }
   const int64_t fitting = std::max<int64_t>(1, GROUP_BYTES / bytes);
   // Each group is twice as large as the one before: the weights of the first group cannot be
   // prefetched.
@@ -331,23 +364,13 @@ static VB_INLINE void each_block(int64_t rows, Range panels, int64_t bytes, int6
     Prefetch prefetch(ahead, (weight_of(group.end + next) - ahead) * int64_t{sizeof *ahead},
                       std::max<int64_t>(1, count * blocks * steps));
     for (int64_t i = 0; i < blocks; i++) {
-      const Range range = share(rows, i, blocks);
+      const Range range = share(rows.count, i, blocks);
       for (int64_t panel = group.begin; panel < group.end; panel++) {
         work(panel * PANEL, range, prefetch);
       }
     }
     group = {group.end, group.end + next};
   }
-}
-
-// Whether outputs are written row by row, as they lie in memory, instead of panel by panel: those of
-// many rows, multiplied with weights that stay in the L2 cache.
-static bool writes_whole_rows(const Problem& p, const Tensors& t, int64_t rows, Range panels,
-                              int64_t bytes) {
-  const bool whole = p.out_stride == p.out_features && length(panels) * PANEL >= p.out_features;
-  const bool others = !t.other || p.other_stride == p.out_features;
-  return whole && others && length(panels) * bytes <= GROUP_BYTES &&
-         rows >= length(panels) * MIN_BLOCKS * MAX_ROWS;
 }
 
 template <class T>
@@ -366,23 +389,7 @@ static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& 
     if (block.other) block.other += range.begin * p.other_stride;
     run_block(p, rows, block, length(range), p.out_features - n > W, prefetch);
   };
-  if (!writes_whole_rows(p, t, rows.count, panels, bytes)) {
-    return each_block(rows.count, panels, bytes, k / INPUTS<T> / STEP, weight_of, work);
-  }
-  Prefetch prefetch(weights, 0, 1);
-  const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
-  for (int64_t i = 0; i < blocks; i++) {
-    const Range range = share(rows.count, i, blocks), next = share(rows.count, i + 1, blocks);
-    for (int64_t n = 0; n < p.out_features; n += PANEL) {
-      if (i + 1 < blocks) {  // a part of the next block's memory
-        const int64_t begin = next.begin * p.out_features + n * length(next);
-        const int64_t count = std::min<int64_t>(PANEL, p.out_features - n) * length(next);
-        memory::fetch<memory::WRITE>(rows.out + begin, count);
-        if (rows.other) memory::fetch<memory::READ>(rows.other + begin, count);
-      }
-      work(n, range, prefetch);
-    }
-  }
+  each_block(p, rows, panels, bytes, k / INPUTS<T> / STEP, weight_of, work);
 }
 
 }  // namespace linear

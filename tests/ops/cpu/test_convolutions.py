@@ -162,20 +162,21 @@ def test_pieces_of_large_maps_and_threads(library: str) -> None:
 def test_in_int8_windows_are_rows(channels, geometry, dtype, in_range) -> None:
     conv = conv_layer(*channels, **geometry)
     x = random(2, channels[0], 21, 30).to(dtype)
-    x[1, 0, 3, 4] = 50  # other rows have other ranges
     given_ = None if in_range is None else torch.tensor(in_range)
     bias = torch.zeros(channels[1]) if conv.bias is None else conv.bias
-    windows = F.unfold(x.float(), conv.kernel_size, 1, conv.padding, conv.stride).transpose(1, 2)
     weight, scale = quantize_weight(conv.weight.flatten(1))
-    expected = reference(windows, weight, scale, bias, given_).relu()
     quantization = Quantization(in_range)
     packed = PackedConv2d(conv, quantization.pack)
     assert quantization.is_used
-    for threads in (1, 2):
+    for value, threads in ((50, 1), (50, 2), (torch.inf, 1), (torch.inf, 2)):
+        x[1, 0, 3, 4] = value  # other rows have other ranges, or are finite
+        rows = F.unfold(x.float(), conv.kernel_size, 1, conv.padding, conv.stride).transpose(1, 2)
+        expected = reference(rows, weight, scale, bias, given_).relu()
         with using_threads(threads):
             out = packed(x, "relu").flatten(2).transpose(1, 2)
         assert out.dtype == dtype and out.shape == expected.shape
-        assert (out - expected).abs().max() < LINEAR_DTYPES[dtype] * 4 * (1 + expected.max())
+        bound = LINEAR_DTYPES[dtype] * 4 * (1 + expected.nan_to_num().max())
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=bound, equal_nan=True)
 
 
 @pytest.mark.parametrize("pays", [True, False])
