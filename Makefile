@@ -1,6 +1,6 @@
-# `make train` and `make test` need only Python, git and a package index: tests compile kernels with
-# the package ziglang where there is no compiler. Tests that need Debian packages that are missing and
-# can't be installed without a question are left out, which pytest's last lines say.
+# `make train` and `make test` need only Python, git and a package index: the package ziglang compiles
+# the kernels where there is no compiler. Tests that need Debian packages that are missing and can't
+# be installed without a question are left out, which pytest's last lines say.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
 .PHONY: venv train test test-slow test-gpu test-lowest test-newest wheel wheel-aarch64 wheel-windows wheel-macos \
-	pages docs check format release
+	pages docs check check-deep format release
 
 venv: $(VENV)/train.stamp
 
@@ -26,6 +26,8 @@ INSTALL := VISION_BACKBONES_NATIVE=0 $(BIN)/python -m pip install --quiet \
 
 $(VENV)/train.stamp: pyproject.toml | $(BIN)/python
 	$(INSTALL) -e '.[data,log]'
+	@for name in $${CXX-} c++ g++ clang++; do command -v $$name >/dev/null && exit; done; \
+		$(INSTALL) ziglang || echo 'The kernels will not be compiled.'
 	touch $@
 
 $(VENV)/test.stamp: pyproject.toml | $(BIN)/python
@@ -104,6 +106,11 @@ check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# For hours: many more generated programs for fuse(), and the slow tests of its engine.
+check-deep: check
+	VISION_BACKBONES_LAW_EXAMPLES=3000 $(TEST_ENV) $(PYTEST) -m '' -o timeout=14400 \
+		-o faulthandler_timeout=14000 tests/ops/fuse $(TEST_ARGS)
 
 format: $(VENV)/test.stamp
 	$(BIN)/ruff format .

@@ -7,7 +7,8 @@
 Every key of the recipe is a flag; ``--help`` lists them and ``--print-config`` prints the resolved
 recipe. Results go to ``OUTPUT/NAME/``: ``best.safetensors``, ``last.pt`` (the state for resuming,
 weights under ``model``), ``summary.csv``, ``metrics.jsonl``, ``curves.png``, ``predictions.png``,
-``config.yaml``. ``--resume auto`` continues after a crash or a signal.
+``config.yaml``. ``--resume auto`` continues after a crash or a signal. ``--fuse`` compares the best
+weights before and after ``backbones.fuse`` at the end.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import torch
 from timm.utils import distribute_bn
 from torch import nn
 
+from backbones.cli.timing import processor_name
+from backbones.common.messages import first_line
 from backbones.common.progress import duration
 from backbones.core.loaded import preprocessing_by
 from backbones.data.corrupt import CorruptImages
 from backbones.data.splits import open_splits
-from backbones.training import build, pictures
+from backbones.training import build, comparison, pictures
 from backbones.training.distillation import StudentWithExits
 from backbones.training.loader import TrainLoader, ValidationLoader
 from backbones.training.loop import TrainingLoop
@@ -151,20 +154,52 @@ class Trainer(TrainingLoop):
 
     # --- reporting
 
+    def run(self) -> int:
+        """Train to the end and, if requested, fuse the best weights; the exit status."""
+        status = super().run()
+        if status == 0 and self.recipe.fuse and self.world.is_main:
+            status = self.compare_fused()
+        return status
+
+    def best_model(self) -> Any:
+        """A new model with the best weights, since the trained one may be sharded."""
+        model = build.build_model(self.recipe, self.num_classes, weights=False)
+        model.load_state_dict(safetensors.torch.load_file(self.folder / "best.safetensors"))
+        return model.to(self.device).eval()
+
     def show_results(self) -> None:
         """Draw predictions of the best weights."""
         best, seconds = self.folder / "best.safetensors", time.monotonic() - self.begun
         if best.exists() and not self.multi_label:
-            # A new model, since the trained one may be sharded.
-            model = build.build_model(self.recipe, self.num_classes, weights=False).to(self.device)
-            model.load_state_dict(safetensors.torch.load_file(best))
             images, title = self.val_loader, f"{self.recipe.model}: {self.best:.2f} %"
-            shown = pictures.pick_predictions(model.eval(), images, self.config, self.autocast)
+            model = self.best_model()
+            shown = pictures.pick_predictions(model, images, self.config, self.autocast)
             title += " of the validation images correct"
             path = self.folder / "predictions.png"
             pictures.draw_predictions(path, shown, self.classes, title)
         kind = "AUC" if self.multi_label else "accuracy"
         self.progress.say(f"best {kind} {self.best:.2f} % after {duration(seconds)}")
+
+    def compare_fused(self) -> int:
+        """Print accuracy and time before and after ``fuse()``; the exit status.
+
+        All files are complete by now, so an error here is reported, and the run has succeeded.
+        """
+        loader, say = self.val_loader, self.progress.say
+        count = min(len(loader) * loader.batch_size, len(loader.source))
+        try:
+            found = comparison.compare(self.best_model(), loader, count, self.progress, self.stop)
+            report = found and f"\n{found.report(processor_name())}"
+        except Exception as error:  # of a layer, a kernel, a compiler, the loader, …
+            say(f"not compared with the fused network: {type(error).__name__}: {first_line(error)}")
+            return 0
+        finally:
+            self.progress.end()
+        if report is None:
+            say(f"stopped by signal {self.stop.signal} before the fused network was measured")
+            return 128 + self.stop.signal
+        say(report)
+        return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -238,6 +238,9 @@ class Recipe(DataKeys, NetworkKeys):
     grad_checkpointing: bool = _SPEED(False, "recompute activations, to save memory")
     sync_bn: bool = _SPEED(False, "BatchNorm statistics over all processes")
     fsdp: bool = _SPEED(False, "shard weights, gradients and averages (FSDP2)")
+    fuse: bool = _SPEED(
+        False, "at the end, compare accuracy and time before and after backbones.fuse, on the CPU"
+    )
 
     # --- the run
     output: str = _RUN("runs", "folder of all runs")
