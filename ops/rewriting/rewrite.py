@@ -25,7 +25,7 @@ from ops.rewriting.response_norm import (
 )
 from ops.rewriting.softmax import join_mixes, join_softmax
 from ops.rewriting.stem import join_stem
-from ops.rewriting.views import join_permutations, sink_permutation
+from ops.rewriting.views import join_permutations, sink_permutation, unfold_map
 from ops.rewriting.windows import join_windows
 
 __all__ = ["rewrite"]
@@ -37,6 +37,7 @@ Rewrite = Callable[[OperatorGraph, Operator], None]
 _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (lift,),
     (join_windows,),
+    (unfold_map,),
     (join_permutations, fold_norm, merge_branches, fold_scale),
     (join_permutations, sink_permutation, fold_norm, fold_scale),
     (

@@ -1,6 +1,7 @@
 """Permutations: two in a row are one, and elementwise operators move in front of them.
 
-So the operators after a linear layer follow it directly and can become its epilogue.
+So the operators after a linear layer follow it directly and can become its epilogue, and those of a
+map see that its channels are last.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import torch
 from ops.inference.layers import ActivatedLayer, FastLinear
 from ops.inference.norm import FastLayerNorm
 from ops.rewriting.epilogues import activation_kind
-from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.graph import NCHW, Operator, OperatorGraph, Value
 
-__all__ = ["join_permutations", "sink_permutation"]
+__all__ = ["join_permutations", "sink_permutation", "unfold_map"]
 
 _aten = torch.ops.aten
+_RESHAPES = (_aten.reshape.default, _aten.unflatten.int)
 _PERMUTATIONS = (_aten.permute.default, _aten.transpose.int)
 _BINARY = (_aten.add.Tensor, _aten.mul.Tensor, _aten.sub.Tensor, _aten.div.Tensor)
 
@@ -41,6 +43,22 @@ def join_permutations(graph: OperatorGraph, operator: Operator) -> None:
         graph.replace(operator, _aten.permute.default, x.producer.args[0], axes)
     elif order == sorted(order):
         graph.substitute(operator.result, x)
+
+
+def unfold_map(graph: OperatorGraph, operator: Operator) -> None:
+    """``reshape(tokens.mT, (B, C, H, W))`` → ``permute(reshape(tokens, (B, H, W, C)))``.
+
+    The former has strides of which torch doesn't see, for a single image, that channels are last.
+    """
+    if operator.function not in _RESHAPES:
+        return
+    x, shape = operator.args[0], operator.result.shape
+    is_map = len(shape) == 4 and shape[:2] == x.shape[:2] and len(x.shape) == 3
+    if is_map and _order_of(x.producer) == [0, 2, 1]:
+        batch, channels, height, width = shape
+        tokens, whole = x.producer.args[0], [batch, height, width, channels]
+        nhwc = graph.insert_before(operator, _aten.reshape.default, tokens, whole)
+        graph.replace(operator, _aten.permute.default, nhwc, NCHW)
 
 
 def sink_permutation(graph: OperatorGraph, operator: Operator) -> None:

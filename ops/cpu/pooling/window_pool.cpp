@@ -17,6 +17,8 @@ struct Problem {
   int64_t bfloat16, threads;
 };
 
+template <int N>
+using Constant = std::integral_constant<int, N>;
 constexpr int VECTORS = 4;  // of channels at a time, to hide latencies
 
 // The part of a window inside the map, along one axis, and its length with the padding.
@@ -81,14 +83,18 @@ static void forward(const Problem& p, const T* in, T* out) {
       T* const to = out + (index * p.columns + i) * p.channels;
       const int64_t count = p.counts_padding ? y.padded * x.padded : y.count * x.count;
       const F divisor = simd::set1(static_cast<float>(count));
+      const auto pool_at = [&](auto vectors, int64_t c, int lanes) {
+        pool<MEANS, vectors()>(p, window + c, y.count, x.count, divisor, lanes, to + c);
+        return c + vectors() * W;
+      };
       int64_t c = 0;
-      for (; c + VECTORS * W <= p.channels; c += VECTORS * W) {
-        pool<MEANS, VECTORS>(p, window + c, y.count, x.count, divisor, W, to + c);
-      }
-      for (; c < p.channels; c += W) {
-        const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - c));
-        pool<MEANS, 1>(p, window + c, y.count, x.count, divisor, lanes, to + c);
-      }
+      while (c + VECTORS * W <= p.channels) c = pool_at(Constant<VECTORS>(), c, W);
+      if (c + 2 * W <= p.channels) c = pool_at(Constant<2>(), c, W);
+      if (c + W <= p.channels) c = pool_at(Constant<1>(), c, W);
+      if (c == p.channels) continue;
+      // Rather some channels twice than a vector that isn't full.
+      const int64_t last = std::max<int64_t>(0, p.channels - W);
+      pool_at(Constant<1>(), last, static_cast<int>(p.channels - last));
     }
   });
 }
