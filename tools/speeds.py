@@ -248,23 +248,24 @@ def timm_gain(docs: Path) -> str:
 
 
 def losses(docs: Path) -> str:
-    """Where another library is faster, by rows of today's kernels, and what products would take."""
+    """Where another library is faster, and what products would take."""
     names = {machine["key"]: machine["name"] for machine in cpus(docs)["machines"]}
     rows = []
     for each in measured(docs):
         for dtype, (ratio, rival) in each.over.items():
             time = each.cells[dtype].milliseconds
-            if ratio >= 1 or each.is_older or time is None:
+            if ratio >= 1 or time is None:
                 continue
-            rate = each.row["matmul_gflops"].get(dtype)
+            rate = each.row.get("matmul_gflops", {}).get(dtype)
             alone = 2e-6 * each.row["macs"] * each.batch / rate if rate else None
             setting = [f"`{each.model}`", f"{names[each.cpu]}, {each.isa}".rstrip(", ")]
             setting += [str(each.batch), str(each.threads), dtype, decimal(time, 2)]
             over = f"{decimal(ratio, 3)}× {TITLES.get(rival, rival)}"
             why = ["–" if alone is None else decimal(alone, 2), over]
-            rows.append([*setting, *why, reason(docs, each.model, dtype)])
+            date = each.row.get("date", "") + (", older" if each.is_older else "")
+            rows.append([*setting, *why, date, reason(docs, each.model, dtype) or "–"])
     head = ["model", "CPU", "images", "threads", "dtype", "ms", "products alone", "over"]
-    return table([*head, "why"], rows)
+    return table([*head, "measured", "why"], rows)
 
 
 def unmeasured(docs: Path) -> str:
