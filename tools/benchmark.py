@@ -8,6 +8,7 @@
     python tools/benchmark.py --op embed speed decoding
     python tools/benchmark.py --op training
     python tools/benchmark.py --op cold_start wheel --python /path/to/venv/bin/python
+    python tools/benchmark.py --op guards --pythons python3.11 python3.13
 
 Without ``--op``, it is ``vision-backbones benchmark`` with more contenders. Each operation has its
 own ``--help``. Contenders of a row take turns in one process, so that other load affects them
@@ -94,6 +95,7 @@ OPERATIONS: dict[str, Callable[[Sequence[str]], int | None]] = {
     "embed": _from("benchmark_embed", "embedding"),
     "training": _from("benchmark_programs", "training"),
     "cold_start": _from("benchmark_programs", "cold_start"),
+    "guards": _from("benchmark_programs", "guards"),
 }
 
 

@@ -258,9 +258,7 @@ def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterat
 
     batch = normalise(0)
     network = Network(MODELS[0], make_checkpoint(folder / "network", MODELS[0]), "head", 0)
-    network.prepare("float32", torch.device("cpu"))
-    for _ in range(3):
-        network(batch)
+    network.prepare("float32", torch.device("cpu"), size)
     ways: dict[str, Callable[[int], Any]] = {
         "embed's decoding": lambda i: open_pixels(io.BytesIO(files[i]), "RGB", decoder),
         "Pillow": lambda i: open_image(io.BytesIO(files[i])),

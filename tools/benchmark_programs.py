@@ -1,4 +1,4 @@
-"""Training, and a process's first image, for ``benchmark.py --op``; what programs share."""
+"""Training, a process's first image, guards, for ``benchmark.py --op``; what programs share."""
 
 from __future__ import annotations
 
@@ -337,4 +337,54 @@ def cold_start(arguments: Sequence[str]) -> None:
     tree = None if args.way == "wheel" else ROOT
     rows = measure_start(args.way, args.models, args.python, tree, args.rounds)
     put_rows(report, rows, ("way", "model"))
+    write_report(args.output, report)
+
+
+_GUARDS = """
+import json, platform, statistics, sys, time
+import timm, torch
+import backbones
+from ops.fuse.guards import Guards
+torch.set_num_threads(1)
+model = backbones.fuse(timm.create_model(sys.argv[1]).eval())
+image, hold, calls = torch.rand(1, 3, 224, 224), Guards.hold, {"with": [], "without": []}
+with torch.inference_mode():
+    for _ in range(20): model(image)
+    assert model.is_replayed
+    for number in range(int(sys.argv[2])):
+        for form in sorted(calls, reverse=number % 2):
+            Guards.hold = hold if form == "with" else lambda self: True
+            begin = time.perf_counter()
+            model(image)
+            calls[form].append(time.perf_counter() - begin)
+taken = statistics.median(a - b for a, b in zip(calls["with"], calls["without"]))
+print(json.dumps([platform.python_version(), statistics.median(calls["with"]), taken]))
+"""
+
+
+def guards(arguments: Sequence[str]) -> None:
+    """How much of a fused model's call the check takes that nothing it watches has changed.
+
+    Calls with and without the check alternate in one process, so that caches are as after a call;
+    the cost is the median of the differences. In turns with each interpreter, given its torch.
+    """
+    parser = Parser(prog="benchmark.py --op guards", description=guards.__doc__)
+    add = parser.add_argument
+    add("--model", default="mobilenetv3_small_100", metavar="NAME", help="of timm")
+    add("--pythons", nargs="+", default=[sys.executable], help="the interpreters to run")
+    add("--calls", type=whole(1), default=2000, help="of each form in a process")
+    add("--rounds", type=whole(1), default=5, help="processes to take the median over")
+    args = parsed(parser, arguments, REPORTS / "guards.json")
+    report = load_report(args.output, {**machine(torch.device("cpu")), "threads": 1})
+    found: dict[str, list[tuple[float, float]]] = {}
+    for python in args.pythons * args.rounds:
+        words = [python, "-W", "ignore", "-c", _GUARDS, args.model, str(args.calls)]
+        run = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+        version, call, taken = json.loads(run.stdout.splitlines()[-1])
+        found.setdefault(version, []).append((call, taken))
+    for version, runs in found.items():
+        call, taken = (statistics.median(times) for times in zip(*runs, strict=True))
+        row = {"python": version, "model": f"timm/{args.model}", "calls": args.calls}
+        row |= {"call_ms": round(1e3 * call, 3), "guards_us": round(1e6 * taken, 1)}
+        put_rows(report, [row], ("python", "model"))
     write_report(args.output, report)

@@ -20,6 +20,7 @@ import backbones
 from backbones.common.arguments import nonempty_path
 from backbones.common.files import write_atomically
 from backbones.common.outputs import Kind, add_overwrite, require_writable
+from ops.fuse.calls import CALLS_TO_REPLAY
 
 logger = logging.getLogger("record_outputs")
 
@@ -31,7 +32,7 @@ MODELS = (
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = ((224, 224), (97, 130))
 RESTORED_SIZES = ((48, 48), (37, 50))
-CALLS = 3  # the first runs eagerly, the second is captured, the third replayed
+CALLS = CALLS_TO_REPLAY + 1  # which is replayed
 
 Outputs = dict[str, Tensor]
 _RECORD = Kind((".pt",), rb"PK\x03\x04.{0,200}/data.pkl")  # as torch.save writes

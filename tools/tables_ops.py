@@ -333,10 +333,20 @@ def cold_start(report: Report) -> str:
     return table(head, rows, 2)
 
 
+def guards(report: Report) -> str:
+    """What it costs to see whether something has changed."""
+    rows = [
+        [row["python"], f"`{row['model']}`", f"{row['call_ms']:.2f}", f"{row['guards_us']:.0f}"]
+        + [f"{row['guards_us'] / row['call_ms'] / 10:.1f} %"]
+        for row in report["results"]
+    ]
+    return table(["Python", "model", "a call, ms", "of which checks, µs", "share"], rows, 2)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     function.__name__: function
     for function in (
         *(neighborhood_aims, neighborhood, split, scans, scan_networks, selective, selective_rates),
-        *(embed, embed_task, embed_plan, embed_memory, training, cold_start),
+        *(embed, embed_task, embed_plan, embed_memory, training, cold_start, guards),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,3 +56,10 @@ def test_a_way_is_measured_anew_and_the_others_stay(tool, tmp_path, monkeypatch)
     rows = [(row["way"], row["plain"]["seconds"], row["fused"]) for row in results_in(tmp_path)]
     fused = {"seconds": 3.0, "cpu_seconds": 6.0}
     assert rows == [("source", 0.25, fused), ("wheel", 0.25, fused)]
+
+
+def test_the_cost_of_guards_is_measured(tool, tmp_path):
+    tool.guards(["--calls=20", "--rounds=1", "--model=test_resnet", *places(tmp_path)])
+    (row,) = results_in(tmp_path)
+    assert row["python"] == platform.python_version() and row["model"] == "timm/test_resnet"
+    assert abs(row["guards_us"]) < 1e3 * row["call_ms"]  # which a busy machine may turn around
