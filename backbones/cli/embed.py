@@ -9,7 +9,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from backbones.common.arguments import FILE, nonempty, nonempty_path, whole
-from backbones.common.dtypes import COMPUTED
+from backbones.common.dtypes import DTYPES
 from backbones.common.messages import one_line
 from backbones.common.signals import exit_on_signals
 from backbones.embedding.network import FEATURES
@@ -33,7 +33,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--features", default="head", metavar="WHICH", help=f"{FEATURES} (head)")
     text = "also store the N most likely classes (0)"
     add("--classes", type=whole(0), default=0, metavar="N", help=text)
-    add("--dtype", default="float32", choices=COMPUTED, help="dtype of the computation (float32)")
+    add("--dtype", default="float32", choices=DTYPES, help="dtype of the computation (float32)")
     add("--store", default="float32", choices=STORED, help="dtype in the shards (float32)")
     add("--split", default="train", help="split of digits, medmnist/, torch/ or hfds/ (train)")
     add("--column", metavar="NAME", help="image column of Parquet files and hfds/")

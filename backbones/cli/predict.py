@@ -21,7 +21,7 @@ from backbones.cli.cam import grad_cam
 from backbones.cli.common import read_labels
 from backbones.common import images
 from backbones.common.arguments import FILE, nonempty_path, usable_device, whole
-from backbones.common.dtypes import COMPUTED, check_dtype
+from backbones.common.dtypes import COMPUTED, DTYPES, check_dtype
 from backbones.common.errors import CommandError, required
 from backbones.common.figures import INK, drawable, new_figure, save_figure, short
 from backbones.common.messages import one_line
@@ -63,7 +63,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--cam", type=nonempty_path, metavar="PNG", help=text)
     add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
     text = "fuse the model and compute in this dtype (default: not fused)"
-    add("--dtype", choices=COMPUTED, help=text)
+    add("--dtype", choices=DTYPES, help=text)
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
     add_overwrite(parser)
 
@@ -76,7 +76,7 @@ def run(options: Namespace) -> int:
     if options.dtype is not None:
         if options.cam is not None:
             raise CommandError("--cam needs the layers before fuse(): leave out --dtype")
-        check_dtype(options.dtype, device)
+        options.dtype = check_dtype(options.dtype, device)
     found, skipped = find_images(options.images)
     require_writable(
         {

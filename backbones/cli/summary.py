@@ -15,7 +15,7 @@ import backbones
 from backbones.cli.common import add_size_argument, two_sides
 from backbones.cli.measure import measure, part_of
 from backbones.common.arguments import nonempty_path, whole
-from backbones.common.dtypes import check_dtype
+from backbones.common.dtypes import COMPUTED, check_dtype
 from backbones.common.errors import CommandError, required
 from backbones.common.figures import INK, drawable, new_figure, save_figure, style_axis
 from backbones.common.outputs import FIGURE, add_overwrite, json_text, require_writable
@@ -26,7 +26,7 @@ from backbones.fusing.explain import BufferUse, MemoryUse
 
 EXAMPLE = "van_b0 --size 224\n  vision-backbones summary van_b0 --kernels --plot memory.png"
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+_DTYPES = ("float32", "bfloat16", "int8", "auto")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -77,11 +77,12 @@ def _run_kernels(options: Namespace) -> int:
     model = create(options.model)
     batch = options.batch or 1
     size = two_sides(options.size, model)
-    dtype = _DTYPES[options.dtype or "float32"]
-    if options.plain and dtype == torch.int8:
+    name = options.dtype or "float32"
+    if options.plain and name == "int8":
         raise CommandError("--dtype int8 is for fused models: leave out --plain")
-    if dtype == torch.int8:
-        check_dtype(options.dtype, torch.device("cpu"))
+    if name in ("int8", "auto"):
+        name = check_dtype(name, torch.device("cpu"))
+    dtype = COMPUTED[name]
     if options.plain:
         model.to(dtype)
     else:

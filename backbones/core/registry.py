@@ -26,6 +26,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
 from backbones.core.keywords import FEATURES
 from backbones.fusing.fuse import fuse_network
+from backbones.fusing.types import Outputs
 from ops.attention.token_pooling import pool_tokens_before, token_attentions
 from ops.inference.heap import return_freed_memory
 from ops.replay.workspace import workspace
@@ -295,11 +296,12 @@ def published_weights(name: str) -> dict[str, PretrainedCfg]:
 
 def fuse(
     model: nn.Module,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     channels_last: bool | Literal["auto"] = "auto",
     *,
     calibrate: Iterable[Any] | Tensor | None = None,
     max_drop: float | None = None,
+    outputs: Outputs = "input",
 ) -> nn.Module:
     """Optimise a model for inference: one of this library, or any other in eval mode.
 
@@ -312,16 +314,17 @@ def fuse(
     autocast, or whose course depends on values, run as before.
 
     Args:
-        dtype, channels_last, calibrate, max_drop: see
+        dtype, channels_last, calibrate, max_drop, outputs: see
             :meth:`backbones.fusing.fuse.FusableBackbone.fuse`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     backbones = [m for m in model.modules() if isinstance(m, StagedBackbone)]
     if not backbones:
-        fuse_network(model, dtype, channels_last, calibrate, max_drop)
+        fuse_network(model, dtype, channels_last, calibrate, max_drop, outputs)
+    options: Any = {"calibrate": calibrate, "max_drop": max_drop, "outputs": outputs}
     for backbone in backbones:
-        backbone.fuse(dtype, channels_last, calibrate=calibrate, max_drop=max_drop)
+        backbone.fuse(dtype, channels_last, **options)
     return model
 
 

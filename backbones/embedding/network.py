@@ -18,6 +18,7 @@ from backbones.common.resizing import Resizing
 from backbones.core.base import StagedBackbone
 from backbones.core.inputs import channels_of
 from backbones.core.loaded import Loaded, fuse, load, preprocessing
+from ops.fuse.calls import CALLS_TO_REPLAY
 
 FEATURES = "head, stage:N or stage:N:map"
 _WORDS = re.compile(r"head|stage:(-?\d+)(:map)?")
@@ -76,12 +77,19 @@ class Network:
         blank = torch.zeros(1, *self.preprocessing["input_size"])
         self.shape = tuple(self(blank)[0].shape[1:])  # of an image's embedding
 
-    def prepare(self, computed: str, device: torch.device) -> None:
-        """Prepare to compute in a dtype of :data:`COMPUTED`: fuse on a CPU, autocast on a GPU."""
+    def prepare(self, computed: str, device: torch.device, batch_size: int) -> None:
+        """Prepare to compute batches in a dtype of :data:`COMPUTED`.
+
+        On a CPU, the model is fused, and called until its calls are replayed: the first ones would
+        differ in the last digits. On a GPU, it runs with autocast.
+        """
         self.dtype, self.device = COMPUTED[computed], device
         if device.type == "cpu":
             fuse(self.model, dtype=self.dtype if self.dtype != torch.float32 else None)
             self.dtype = next(self.model.parameters()).dtype  # of the maps
+            size = batch_size, *self.preprocessing["input_size"]
+            for call in range(CALLS_TO_REPLAY):
+                self(torch.full(size, float(call)))
         else:
             fuse(self.model, channels_last=False)
             self.model.to(device)

@@ -57,7 +57,7 @@ def embed_queries(
         check_dtype(computed, device)
     except CommandError:  # computed on a GPU, or in a dtype that this CPU cannot multiply
         computed = "float32"
-    network.prepare(computed, device)
+    network.prepare(computed, device, _BATCH)
     resize = Resizing(said["preprocessing"])
     queries = Queries([], np.empty((0, said["dim"]), np.float32))
     vectors = [queries.vectors]

@@ -83,8 +83,8 @@ def embed(
         model: name; optional for checkpoints of ``train_cls.py``.
         features: see :class:`backbones.embedding.network.Network`.
         classes: how many of the most likely classes to store as well.
-        dtype: of the computation: ``"float32"``, ``"bfloat16"``, on a CPU ``"int8"``, on a
-            GPU ``"float16"``.
+        dtype: of the computation: ``"float32"``, ``"bfloat16"``, on a CPU ``"int8"`` or ``"auto"``
+            (float32 or bfloat16, whichever this CPU is faster in), on a GPU ``"float16"``.
         store: dtype of the stored embeddings: ``"float32"`` or ``"float16"``.
         batch_size: images per batch; None: 16, on a GPU 256.
         workers: processes; None: one per core, or one per GPU.
@@ -106,7 +106,7 @@ def embed(
     if checkpoint is None:
         raise CommandError("give --checkpoint FILE: an untrained network's features mean nothing")
     target = usable_device(device)
-    check_dtype(dtype, target)
+    dtype = check_dtype(dtype, target)
     out, checkpoint = Path(out), Path(checkpoint)
     place = Path(os.path.realpath(out))
     if os.path.isdir(source) and place.is_relative_to(os.path.realpath(source)):

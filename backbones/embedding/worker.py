@@ -88,7 +88,7 @@ class Worker:
                 )
             network = Network(said["model"], job.checkpoint, said["features"], said["classes"])
         self.job, self.network = job, network
-        network.prepare(said["computed"], torch.device(job.device))
+        network.prepare(said["computed"], torch.device(job.device), job.batch_size)
         self._reader = reader(said["source"])
         self._resize, self._decoder = Resizing(said["preprocessing"]), installed_decoder()
         self._pool = ThreadPoolExecutor(job.decoders) if job.decoders else None

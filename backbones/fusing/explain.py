@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from backbones.common.tables import table
 from backbones.fusing.fuse import FusableBackbone
 from backbones.fusing.int8_state import Int8Model, Precision
 from ops.cpu.build import instruction_set
-from ops.rewriting.module import Rewritten
+from ops.fuse.replayed import Replayed
 from ops.rewriting.profile import Profile, TracedCall, profile
 
 __all__ = ["BufferUse", "Explanation", "MemoryUse", "explain"]
@@ -95,6 +95,8 @@ class Explanation:
             :class:`ops.rewriting.profile.TracedCall`.
         memory: the memory plan if the model is replayed, else None.
         not_replayed: why a fused model is not replayed; None if it is.
+        doors: how each kind of call ran so far, of the model and of the networks inside: recorded,
+            through Dynamo, or plainly and why.
         precision: after ``fuse(torch.int8)``, its layers and their precision, else None.
     """
 
@@ -109,6 +111,7 @@ class Explanation:
     memory: MemoryUse | None = None
     not_replayed: str | None = None
     precision: Precision | None = None
+    doors: list[str] = field(default_factory=list, repr=False)
 
     @property
     def between(self) -> float:
@@ -117,7 +120,7 @@ class Explanation:
 
     def share(self, seconds: float) -> float:
         """Fraction of the total time; the shares of all calls and of ``between`` add up to 1."""
-        return seconds / (self.between + sum(call.seconds for call in self.calls))
+        return seconds / (self.between + sum(call.seconds for call in self.calls) or 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """The explanation in JSON-compatible types."""
@@ -149,7 +152,7 @@ class Explanation:
         rows.append(["between calls", "Python", "", "", "", *self._times(self.between), "", ""])
         flops = sum(call.flops or 0 for call in self.calls)
         last = ["total", f"{len(self.calls)} calls", "", "", "", f"{1e3 * self.seconds:.3f}", ""]
-        rows.append([*last, f"{flops / self.seconds / 1e9:.1f}", ""])
+        rows.append([*last, f"{flops / self.seconds / 1e9:.1f}" if self.seconds else "", ""])
         text = table(_HEAD, rows, left=5, last_left=True)
         return f"{self._title()}\n\n{text}\n{self._notes()}\n"
 
@@ -177,6 +180,7 @@ class Explanation:
             ]
         if self.not_replayed is not None:
             lines.append(f"Not replayed, runs layer by layer: {self.not_replayed}.")
+        lines += [f"Call of {door}." for door in self.doors]
         if memory is not None:
             total = sum(buffer.nbytes for buffer in memory.planned)
             lines.append(
@@ -206,8 +210,10 @@ def explain(
     affect the result.
 
     Args:
-        model: of :func:`backbones.create_model` or of timm, on the CPU.
-        input_size: image size: a side, (H, W) or (C, H, W); default: the model's.
+        model: of :func:`backbones.create_model`, of timm, or any other that takes images, on the
+            CPU.
+        input_size: image size: a side, (H, W) or (C, H, W); default: the model's, if it declares
+            one. Of others, only the calls so far are explained.
         batch_size: number of images.
         repeats: number of calls to take median times over.
 
@@ -215,35 +221,31 @@ def explain(
         :class:`backbones.Explanation`: ``print`` it, or use its ``calls`` and ``memory``.
 
     Raises:
-        TypeError: ``model`` is of neither, or a number is of another type.
+        TypeError: ``model`` is no module, or a number is of another type.
         ValueError: the model is not on the CPU, or size, batch or repeats are out of range.
     """
     config: Any = getattr(model, "pretrained_cfg", None)
-    if not isinstance(model, nn.Module) or config is None:
-        raise TypeError(
-            f"model must come from create_model() or timm, got a {type(model).__name__} "
-            "(for features_only, explain the model inside)"
-        )
-    weight = next(model.parameters())
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got a {type(model).__name__}")
+    weight = next(model.parameters(), torch.empty(0))
     if weight.device.type != "cpu":
         raise ValueError(f"model must be on the CPU to be explained, but is on {weight.device}")
     batch = whole(1, _MOST_IMAGES)("batch_size", batch_size)
-    shape = (batch, *_image_shape(config, model, input_size))
     repeats = whole(1, _MOST_REPEATS)("repeats", repeats)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(shape, generator=generator, device="cpu").to(weight.dtype)
-    try:
-        found = profile(model, images, repeats)
-    except RuntimeError as error:
-        if "greater than actual input" not in str(error):
-            raise
-        raise ValueError(f"images of {shape[2]}×{shape[3]} are too small: {error}") from error
-    is_fused = model.fused if isinstance(model, FusableBackbone) else isinstance(model, Rewritten)
+    doors = _doors(model)
+    shape: tuple[int, ...] = ()
+    if isinstance(config, Mapping) or input_size is not None:
+        shape = (batch, *_image_shape(config, model, input_size))
+        found = _profile(model, shape, weight.dtype, repeats)
+        doors = found.doors or doors
+    else:
+        found = Profile([], 0.0, obstacle=None if doors else "it has not been called yet")
+    is_fused = model.fused if isinstance(model, FusableBackbone) else isinstance(model, Replayed)
     obstacle = found.obstacle
-    if is_fused and not isinstance(model, Rewritten):
+    if is_fused and not isinstance(model, Replayed):
         obstacle = "its layers are those of torch, not in channels last"
     return Explanation(
-        config.get("architecture", type(model).__name__),
+        (config or {}).get("architecture", type(model).__name__),
         shape,
         str(weight.dtype).removeprefix("torch."),
         torch.get_num_threads(),
@@ -254,13 +256,39 @@ def explain(
         _memory_of(found),
         obstacle,
         model.precision if isinstance(model, Int8Model) else None,
+        doors,
     )
+
+
+def _doors(model: nn.Module) -> list[str]:
+    """How each kind of call of a model, and of networks inside, ran so far."""
+    return [
+        f"{name or 'the model'}, {door}"
+        for name, module in model.named_modules()
+        if isinstance(module, Replayed)
+        for door in module.doors
+    ]
+
+
+def _profile(model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, repeats: int) -> Profile:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(shape, generator=generator, device="cpu").to(dtype)
+    try:
+        return profile(model, images, repeats, _doors)
+    except RuntimeError as error:
+        if "greater than actual input" not in str(error):
+            raise
+        raise ValueError(f"images of {shape[2]}×{shape[3]} are too small: {error}") from error
 
 
 def _image_shape(
     config: Any, model: nn.Module, size: int | Sequence[int] | None
 ) -> tuple[int, ...]:
-    default = config["input_size"]
+    if isinstance(config, Mapping):
+        default = config["input_size"]
+    else:
+        first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        default = (3 if first is None else first.in_channels,)
     channels = int(getattr(model, "in_chans", default[0]))
     if size is None:
         return channels, *default[1:]

@@ -17,11 +17,19 @@ from torch import Tensor, nn
 
 from backbones.common.messages import shown
 from backbones.fusing.int8_state import Int8Model, Precision
-from backbones.fusing.quantization import confirm, quantize, unquantize
+from backbones.fusing.quantization import confirm, quantize, unquantize, warn_if_none
+from backbones.fusing.types import (
+    OUTPUTS,
+    Outputs,
+    call_with_types,
+    set_types,
+    takes_any_float,
+)
+from ops.cpu import bfloat16
+from ops.fuse.replayed import Replayed, replayed_class
 from ops.inference import conversion
 from ops.inference.layers import convert
 from ops.reparam import fuse_children
-from ops.rewriting.module import Rewritten, rewritten_form
 from ops.rounding import round_filters
 
 __all__ = ["FusableBackbone", "FusedBackbone", "FusedNetwork", "fuse_network"]
@@ -37,10 +45,11 @@ _FEWEST_LAYERS = 2  # with weights, in such a part
 
 def fuse_network(
     model: nn.Module,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
     channels_last: bool | Literal["auto"] = "auto",
     calibrate: Iterable[Any] | Tensor | None = None,
     max_drop: float | None = None,
+    outputs: Outputs = "input",
     *,
     is_backbone: bool = False,
 ) -> None:
@@ -50,17 +59,26 @@ def fuse_network(
     be, as with detectors.
 
     Args:
-        dtype, channels_last, calibrate, max_drop: see
+        dtype, channels_last, calibrate, max_drop, outputs: see
             :meth:`backbones.fusing.fuse.FusableBackbone.fuse`.
         is_backbone: fold it, as a backbone of this library.
 
     Raises:
         TypeError, ValueError: see there.
     """
-    _check(dtype, channels_last, calibrate, max_drop)
-    if next(model.parameters(), None) is None:
+    _check(dtype, channels_last, calibrate, max_drop, outputs)
+    weight = next(model.parameters(), None)
+    if isinstance(model, torch.jit.ScriptModule) and dtype is not None:
+        raise ValueError(f"dtype={dtype} is for modules in Python, not for a ScriptModule")
+    if weight is None or isinstance(model, torch.jit.ScriptModule):
         model.eval()
         return
+    if isinstance(dtype, str):
+        if weight.device.type != "cpu":
+            raise ValueError(f"dtype='auto' is for models on the CPU, not on {weight.device}")
+        dtype = bfloat16.faster_dtype()
+    elif dtype == torch.bfloat16 and weight.device.type == "cpu":
+        bfloat16.warn_if_slower()
     with torch.inference_mode(False):
         model.eval()
         hooked = {name: module for name, module in model.named_modules() if _has_hooks(module)}
@@ -71,9 +89,7 @@ def fuse_network(
         precision: Precision | None = None
         computed = dtype
         if dtype == torch.int8:
-            if calibrate is not None:
-                calibrate = [calibrate] if isinstance(calibrate, Tensor) else [*calibrate]
-            precision = quantize(model, calibrate, max_drop, with_windows=not is_backbone)
+            precision, calls = quantize(model, calibrate, max_drop, with_windows=not is_backbone)
             computed = getattr(torch, precision.dtype)
         elif dtype is not None:
             unquantize(model)
@@ -81,28 +97,38 @@ def fuse_network(
             if is_backbone:
                 round_filters(model, computed)
             model.to(computed)
+        if dtype is not None:
+            set_types(model, outputs)
         if channels_last is not False and (
             conversion.to_channels_last(model, always=channels_last is True)
         ):
             _record(model, is_backbone)
+        elif takes_any_float(model):
+            convert(model, replayed_class(type(model), CastNetwork))
         if dtype is not None and isinstance(model, Int8Model):
             model.precision = precision
             if precision is not None and precision.quantized:
                 # Kernels of this library's blocks depend on sizes, so all files of one agree.
-                confirm(model, precision, None if is_backbone else calibrate)
+                confirm(model, precision, None if is_backbone else calls)
                 for module in model.modules():
-                    if isinstance(module, Rewritten):
+                    if isinstance(module, Replayed):
                         module.forget()
+            if precision is not None:
+                warn_if_none(model, precision)
         _warn_of_lost_hooks(hooked, set(model.modules()))
 
 
-def _check(dtype: Any, channels_last: Any, calibrate: Any, max_drop: Any) -> None:
-    if dtype is not None and dtype not in (*_DTYPES, torch.int8):
+def _check(dtype: Any, channels_last: Any, calibrate: Any, max_drop: Any, outputs: Any) -> None:
+    if dtype is not None and dtype not in (*_DTYPES, torch.int8, "auto"):
         kind = TypeError if not isinstance(dtype, torch.dtype) else ValueError
         raise kind(
-            f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, or "
-            f"torch.int8; got {dtype!r}"
+            f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, "
+            f"torch.int8 or 'auto'; got {dtype!r}"
         )
+    if outputs not in OUTPUTS:
+        raise ValueError(f"outputs must be one of {', '.join(OUTPUTS)}, got {shown(outputs)}")
+    if dtype is None and outputs != "input":
+        raise ValueError(f"outputs={outputs!r} is for a given dtype, but dtype is None")
     for name, value in (("calibrate", calibrate), ("max_drop", max_drop)):
         if value is not None and dtype != torch.int8:
             raise ValueError(f"{name} is for dtype=torch.int8, but dtype is {dtype}")
@@ -111,8 +137,11 @@ def _check(dtype: Any, channels_last: Any, calibrate: Any, max_drop: Any) -> Non
     number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
     if max_drop is not None and not (number and 0 < max_drop < math.inf):
         raise ValueError(f"max_drop must be a positive number or None, got {max_drop!r}")
-    if not isinstance(calibrate, Iterable | None) or isinstance(calibrate, str | bytes | Mapping):
-        raise ValueError(f"calibrate must give batches of images, got a {type(calibrate).__name__}")
+    if not isinstance(calibrate, Iterable | None) or isinstance(calibrate, str | bytes):
+        raise ValueError(
+            "calibrate must be what the model's call takes, or batches of it, got a "
+            f"{type(calibrate).__name__}"
+        )
     if not isinstance(channels_last, bool) and channels_last != "auto":
         raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
 
@@ -120,11 +149,11 @@ def _check(dtype: Any, channels_last: Any, calibrate: Any, max_drop: Any) -> Non
 def _record(model: nn.Module, is_backbone: bool) -> None:
     """Let a network, or networks in it, record and replay their calls."""
     if is_backbone:
-        convert(model, rewritten_form(type(model), FusedBackbone))
+        convert(model, replayed_class(type(model), FusedBackbone))
         return
     for network in _networks(model):
         if not isinstance(network, torch.jit.ScriptModule):
-            convert(network, rewritten_form(type(network), FusedNetwork))
+            convert(network, replayed_class(type(network), FusedNetwork))
 
 
 def _networks(model: nn.Module, depth: int = _DEPTH) -> Iterator[nn.Module]:
@@ -147,8 +176,12 @@ def _warn_of_lost_hooks(hooked: Mapping[str, nn.Module], kept: set[nn.Module]) -
 # -- classes of fused networks -------------------------------------------------------------------
 
 
-class FusedNetwork(Int8Model, Rewritten):
+class FusedNetwork(Int8Model, Replayed):
     """A fused network of another package; its layers are unchanged."""
+
+    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``method`` with its arguments and results cast."""
+        return call_with_types(method, self, args, kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """Like ``nn.Module.train``; raises, since replays are for evaluation."""
@@ -165,14 +198,10 @@ def _require_evaluation(model: nn.Module, mode: bool) -> None:
         )
 
 
-class FusedBackbone(Rewritten):
+class FusedBackbone(Replayed):
     """Rejects inputs and modifications that a fused model's layers would silently get wrong."""
 
-    def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Any:
-        _require_images(x, self)
-        return super().program(x, call)
-
-    def eagerly(self, method: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+    def run(self, method: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
         """Check the images and the model, then call ``method``.
 
         Raises:
@@ -180,10 +209,21 @@ class FusedBackbone(Rewritten):
             ValueError: an image of another shape, dtype or device than the layers take.
         """
         symbolic = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if not (symbolic or isinstance(x, torch.fx.Proxy)):
+        takes_images = method.__name__ != "forward_head"
+        if takes_images and not (symbolic or isinstance(x, torch.fx.Proxy)):
             with torch._C.DisableTorchFunction():  # hide this from a capture
                 _require_images(x, self)
-        return method(self, x, *args, **kwargs)
+        return call_with_types(method, self, (x, *args), kwargs)
+
+
+class CastNetwork(Replayed):
+    """A network whose calls are not recorded, but take and return any floating-point type."""
+
+    is_recorded = False
+
+    def run(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call ``method`` with its arguments and results cast."""
+        return call_with_types(method, self, args, kwargs)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -194,9 +234,9 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _require_images(x: Any, model: Any) -> None:
     weight, chans = next(model.parameters()), model.in_chans
+    dtypes = "a floating-point type" if takes_any_float(model) else weight.dtype
     expected = (
-        f"{type(model).__name__} expects images (B, {chans}, H, W) of {weight.dtype} "
-        f"on {weight.device}"
+        f"{type(model).__name__} expects images (B, {chans}, H, W) of {dtypes} on {weight.device}"
     )
     if not isinstance(x, Tensor):
         raise TypeError(f"{expected}, got a {type(x).__name__}")
@@ -208,6 +248,8 @@ def _require_images(x: Any, model: Any) -> None:
     dtype, channels = x.dtype, (chans, chans)
     if model.centres_images:
         dtype, channels = torch.promote_types(dtype, weight.dtype), (1, chans)
+    if x.is_floating_point() and takes_any_float(model):
+        dtype = weight.dtype
     fits = x.ndim == 4 and x.shape[1] in channels and 0 not in x.shape[2:]
     fits &= dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
     if not fits or x.device != weight.device:
@@ -221,11 +263,12 @@ class FusableBackbone(Int8Model, nn.Module):
 
     def fuse(
         self: Model,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
         channels_last: bool | Literal["auto"] = "auto",
         *,
         calibrate: Iterable[Any] | Tensor | None = None,
         max_drop: float | None = None,
+        outputs: Outputs = "input",
     ) -> Model:
         """Optimise the model for inference: fold layers, then choose memory format and kernels.
 
@@ -233,16 +276,15 @@ class FusableBackbone(Int8Model, nn.Module):
         and scans then get their inference forms (:mod:`ops.inference`). Names and state dict are
         those of the folded model; outputs are equal up to rounding. There are gradients with
         respect to images, but not to parameters; ``torch.compile`` and ``torch.export`` see the
-        plain form of the folded model. For each input layout, the first call is recorded and
-        rewritten (:mod:`ops.rewriting`), the second captured, and later ones are replayed without
-        Python between the kernels until the model changes (:mod:`ops.rewriting.module`). Outside of
-        replays, malloc keeps up to 256 MiB for the next maps (:mod:`ops.inference.heap`).
+        plain form of the folded model. Of each kind of call, two are recorded, the third is
+        rewritten (:mod:`ops.rewriting`) and captured, and later ones are replayed without Python
+        between the kernels until something changes (:mod:`ops.fuse.calls`). Outside of replays,
+        malloc keeps up to 256 MiB for the next maps (:mod:`ops.inference.heap`).
 
-        Changes are detected if weights and buffers are modified by torch functions, get other
-        memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if layers or hooks
-        change. While a module has hooks, nothing is replayed, and layers with hooks inside run as
-        torch computes them. Writes that torch cannot see, such as through NumPy or in place through
-        ``.data``, take effect after the next call of ``fuse()``.
+        Changes of weights, buffers, attributes, classes, layers and hooks are detected, and calls
+        that aren't proved to be the same each time run through torch's Dynamo or plainly
+        (docs/guides/what_fuse_watches.md). Writes that torch cannot see, such as through NumPy or
+        in place through ``.data``, take effect after the next call of ``fuse()``.
 
         Modifies the model in place, puts it in eval mode and returns it; a second call with the
         same ``dtype`` has no effect. Afterwards ``train()`` raises.
@@ -250,30 +292,35 @@ class FusableBackbone(Int8Model, nn.Module):
         With ``torch.int8``, linear layers and pointwise convolutions compute in int8: weights have
         a scale for each output, inputs one for each row, or fixed ones of a calibration. Everything
         else, and layers whose blocks have a kernel of their own, computes as before, with
-        parameters, maps and images in bfloat16 on CPUs with such instructions, else in float32;
+        parameters and maps in bfloat16 on CPUs with such instructions, else in float32;
         :attr:`precision` lists the layers. Where int8 is not faster (no AVX512-VNNI, AVX-VNNI, AMX
         or SDOT), the model stays in float32 and a warning says so, once.
 
         Args:
-            dtype: of the parameters after folding, and of images. With bfloat16 arithmetic (AMX,
-                AVX512-BF16), ``torch.bfloat16`` takes about half the time of float32, elsewhere the
-                same. Filters keep their sums (:mod:`ops.rounding`). Default: unchanged.
+            dtype: of the parameters after folding, and of the maps; calls take images of any
+                floating-point dtype. ``"auto"``: float32 or bfloat16, whichever this CPU is faster
+                in (:mod:`ops.cpu.bfloat16`). Filters keep their sums (:mod:`ops.rounding`).
+                Default: unchanged, also for images.
             channels_last: False: only fold. True: use the channels-last format on any device.
                 ``"auto"``: use it where it was measured to be faster, which is on the CPU.
-            calibrate: for ``torch.int8``: batches of preprocessed images (or tuples that begin with
-                one), from which inputs get fixed ranges; each is run a few times. Default: ranges
-                of each row.
+            calibrate: for ``torch.int8``: what the model's call takes, such as preprocessed images
+                (B, C, H, W), or batches of it, with or without labels
+                (:mod:`backbones.fusing.calibration`), from which inputs get fixed ranges; each is
+                run a few times. Default: ranges of each row.
             max_drop: for ``torch.int8``: the largest relative error of the output,
                 ‖int8 − float‖ / ‖float‖, on the images of ``calibrate`` or on random ones. The most
                 sensitive layers stay in floats, which takes a run for each layer to find out.
                 Default: all layers in int8.
+            outputs: for a given ``dtype``, the type of floating-point results. ``"input"``: of the
+                first floating-point tensor among the arguments; ``"float32"``; or ``"native"``: as
+                the network computes them.
 
         Raises:
             ValueError: ``dtype`` is not floating-point or int8, another argument is invalid, or
-                ``calibrate`` or ``max_drop`` are given for another dtype.
+                ``calibrate``, ``max_drop`` or ``outputs`` are given for another dtype.
             TypeError: ``dtype`` is not a torch.dtype, for example a string.
         """
-        fuse_network(self, dtype, channels_last, calibrate, max_drop, is_backbone=True)
+        fuse_network(self, dtype, channels_last, calibrate, max_drop, outputs, is_backbone=True)
         return self
 
     def load_state_dict(

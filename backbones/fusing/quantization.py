@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from backbones.common.messages import first_line
+from backbones.fusing.calibration import Call, readings
 from backbones.fusing.int8_state import LayerPrecision, Precision
+from backbones.fusing.types import tensors
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import (
     LARGEST_BYTE,
@@ -33,32 +33,37 @@ from ops.cpu.gemm.int8 import (
 )
 from ops.inference.packed_linear import Quantization, quantization_of
 
-__all__ = ["confirm", "quantize", "unquantize"]
+__all__ = ["confirm", "quantize", "unquantize", "warn_if_none"]
 
 _log = logging.getLogger(__name__)
 
 _RANDOM_IMAGES = 2
+_SHOWN = 3  # layers in a message
+_MOST_CALLS = 12  # until kernels run, also of parts where the whole is not recorded
 _SAMPLED = 1 << 14  # values per layer and batch that ranges are chosen for
 _SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the range seen
 
 
 def quantize(
     model: Any,
-    images: Iterable[Any] | Tensor | None,
+    calibrate: Iterable[Any] | Tensor | None,
     max_drop: float | None,
     with_windows: bool = False,
-) -> Precision:
+) -> tuple[Precision, list[Call] | None]:
     """Choose the layers of a model that compute in int8, before they are converted.
 
-    With neither images nor a largest error, a model that is in int8 already keeps its layers, their
+    With neither inputs nor a largest error, a model that is in int8 already keeps its layers, their
     ranges, and the reasons of the others.
 
     Args:
         model: a folded one of this library, whose layers have no inference forms yet, or any other.
-        images: batches of images, or tuples that begin with one; None: ranges of each row, and
-            random images if errors are to be measured.
+        calibrate: see :mod:`backbones.fusing.calibration`; None: ranges of each row, and random
+            images if errors are to be measured.
         max_drop: the largest relative error of the output; None: unlimited.
         with_windows: choose dense convolutions with windows, too.
+
+    Returns:
+        The layers, and the calls that ``calibrate`` stands for.
 
     Raises:
         ValueError: no batches, a batch that the model does not take or with values that are not
@@ -71,7 +76,7 @@ def quantize(
     known: dict[str, Quantization] = {}
     precision: Precision | None = getattr(model, "precision", None)  # if it was fused before
     before = {} if precision is None else {e.layer: e.reason for e in precision.layers}
-    if images is None and max_drop is None:
+    if calibrate is None and max_drop is None:
         named = ((name, quantization_of(layer)) for name, layer in layers)
         known = {name: quantization for name, quantization in named if quantization is not None}
     unquantize(model)
@@ -81,14 +86,14 @@ def quantize(
         entries = [_entry(name, layer, False, {}) for name, layer in layers]
         for entry in entries:
             entry.dtype, entry.reason = _name(torch.float32), reason
-        return Precision(_name(torch.float32), entries, reason=reason)
+        return Precision(_name(torch.float32), entries, reason=reason), None
     dtype = policy.maps_of_int8()
-    batches = None if images is None else _batches(images, model)
+    calls: list[Call] | None = None
     ranges = {name: q.in_range for name, q in known.items() if q.in_range is not None}
     with torch.inference_mode():
-        if batches is not None:
-            ranges = _calibrate(model, layers, batches)
-        entries = [_entry(name, layer, batches is not None, ranges) for name, layer in layers]
+        if calibrate is not None:
+            ranges, calls = _calibrate(model, layers, calibrate)
+        entries = [_entry(name, layer, calls is not None, ranges) for name, layer in layers]
         for entry in (entry for entry in entries if not entry.reason):
             if entry.layer in classifiers:
                 entry.reason = "the classifier, whose errors no later layer evens out"
@@ -97,10 +102,8 @@ def quantize(
         chosen = {entry.layer: entry for entry in entries if not entry.reason}
         result = Precision("", entries, bool(ranges))
         if max_drop is not None:
-            probes = batches
-            if probes is None and (noise := _random_images(model)) is not None:
-                probes = [noise]
-            if probes is None:
+            probes = calls or _random_images(model)
+            if not probes:
                 raise ValueError(
                     f"max_drop needs calibrate=…: {type(model).__name__} does not say which images "
                     "it accepts"
@@ -111,29 +114,46 @@ def quantize(
         if entry.layer in chosen:
             dict(layers)[entry.layer].quantization = Quantization(ranges.get(entry.layer))
     result.dtype = _name(dtype)
-    return result
+    return result, calls
 
 
-def confirm(model: nn.Module, precision: Precision, images: Any) -> None:
+def confirm(model: Any, precision: Precision, calls: list[Call] | None) -> None:
     """Leave out layers that no kernel of a converted model computes in int8.
 
     Args:
-        images: batches, of which the first image is shown to the model; None: random ones.
+        calls: the first is made, of a batch of images with the first one; None: random images.
     """
-    first = _random_images(model) if images is None else images[0]
-    image = first[0] if isinstance(first, list | tuple) else first
-    if image is None or not precision.quantized:
+    calls = calls or _random_images(model)
+    if not calls or not precision.quantized:
         return
-    image = image[:1].to(next(model.parameters()).dtype)
-    with torch.inference_mode():
-        _call(model, image)
-        model(image)  # if the whole cannot be recorded, its parts are now
+    args, kwargs = calls[0].to_model(model)
+    if len(args) == 1 and isinstance(args[0], Tensor):
+        args = (args[0][:1],)
     layers: dict[str, Any] = dict(model.named_modules())
+    quantizations = [layers[name].quantization for name in precision.quantized]
+    with torch.inference_mode():
+        for _ in range(_MOST_CALLS):
+            Call(args, kwargs).run(model)
+            if model.is_replayed or all(q.is_used for q in quantizations):
+                break
     for entry in precision.layers:
         layer = layers[entry.layer]
         if entry.dtype == "int8" and not layer.quantization.is_used:
             entry.dtype, entry.reason = precision.dtype, "in a block with a kernel of its own"
             del layer.quantization
+
+
+def warn_if_none(model: nn.Module, precision: Precision) -> None:
+    """Say why no layer is in int8, if it isn't the CPU nor ``max_drop``."""
+    sensitive = any(entry.drop is not None for entry in precision.layers)
+    if precision.quantized or precision.reason or sensitive:
+        return
+    reasons = [f"{entry.layer} ({entry.reason})" for entry in precision.layers]
+    more = f" and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+    told = ", ".join(reasons[:_SHOWN]) + more if reasons else "it has no linear layers, and no "
+    told += "" if reasons else "convolutions that int8 is implemented for"
+    precision.reason = f"no layer of {type(model).__name__} can compute in int8: {told}"
+    _log.warning("%s; it computes in %s", precision.reason, precision.dtype)
 
 
 @functools.cache  # once is enough
@@ -211,97 +231,64 @@ def _entry(
     return LayerPrecision(name, in_features, out_features, "", reason)
 
 
-# -- images --------------------------------------------------------------------------------------
-
-
-def _batches(images: Iterable[Any] | Tensor, model: Any) -> list[Tensor]:
-    weight = next(model.parameters())
-    channels = _channels(model)
-    expected = f"calibrate must give batches of images (B, {channels or 'C'}, H, W)"
-    found = []
-    for number, batch in enumerate([images] if isinstance(images, Tensor) else images):
-        batch = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        if not isinstance(batch, Tensor):
-            raise ValueError(f"{expected}, got {type(batch).__name__}")
-        if batch.is_nested or batch.layout != torch.strided or batch.is_meta:
-            kind = "nested" if batch.is_nested else f"{batch.layout} on {batch.device}"
-            raise ValueError(f"{expected}, got a tensor without plain values ({kind})")
-        fits = batch.ndim == 4 and batch.shape[1] in (channels, channels or batch.shape[1])
-        fits &= batch.numel() > 0
-        if not fits or not batch.is_floating_point():
-            raise ValueError(f"{expected}, got {tuple(batch.shape)} of {batch.dtype}")
-        batch = batch.to(weight.device, weight.dtype)
-        if not batch.isfinite().all():
-            raise ValueError(
-                f"calibrate: batch {number} has NaN or values infinite in {batch.dtype}"
-            )
-        found.append(batch)
-    if not found:
-        raise ValueError("calibrate must give at least one batch of images, got none")
-    return found
-
-
-def _channels(model: Any) -> int | None:
-    """The number of channels of its images, if known."""
-    channels = getattr(model, "in_chans", None)
-    return channels if isinstance(channels, int) else None
-
-
-def _random_images(model: Any) -> Tensor | None:
-    """Images of noise, (B, C, H, W), of the size that a model declares, if any."""
+def _random_images(model: Any) -> list[Call]:
+    """A call with images of noise, (B, C, H, W), of the size that a model declares, if any."""
     config = _config(model)
     if config is None:
-        return None
-    weight, channels = next(model.parameters()), _channels(model) or config["input_size"][0]
-    generator = torch.Generator().manual_seed(0)
+        return []
+    channels = getattr(model, "in_chans", None)
+    if not isinstance(channels, int):
+        channels = config["input_size"][0]
     shape = (_RANDOM_IMAGES, channels, *config["input_size"][1:])
-    return torch.randn(shape, generator=generator).to(weight.device, weight.dtype)
-
-
-def _call(model: nn.Module, images: Tensor) -> Any:
-    """``model(images)``.
-
-    Raises:
-        ValueError: it does not take them.
-    """
-    try:
-        return model(images)
-    except (AssertionError, RuntimeError, TypeError) as error:
-        raise ValueError(
-            f"{type(model).__name__} does not accept images of {tuple(images.shape)}, with which "
-            f"fuse() called it; pass others as calibrate=…: {first_line(error)}"
-        ) from error
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return [Call((images,), {}).to_model(model)]
 
 
 # -- ranges --------------------------------------------------------------------------------------
 
 
 def _calibrate(
-    model: nn.Module, layers: Sequence[tuple[str, Any]], batches: Sequence[Tensor]
+    model: nn.Module, layers: Sequence[tuple[str, Any]], calibrate: Iterable[Any] | Tensor
+) -> tuple[dict[str, tuple[float, float]], list[Call]]:
+    """The ranges of layers, and the calls that ``calibrate`` stands for."""
+    refusal: ValueError | None = None
+    for calls in readings(calibrate, model):
+        try:
+            calls = [c.checked(model, f"calibrate: batch {n}") for n, c in enumerate(calls)]
+            return _ranges(model, layers, calls), calls
+        except ValueError as error:
+            refusal = refusal or error
+    assert refusal is not None
+    raise refusal
+
+
+def _ranges(
+    model: nn.Module, layers: Sequence[tuple[str, Any]], calls: Iterable[Call]
 ) -> dict[str, tuple[float, float]]:
     """Scale and zero of each layer's inputs; without those that are never seen or of no use."""
     samples: dict[str, list[Tensor]] = {}
 
-    def watch(name: str) -> Callable[[nn.Module, Any], None]:
-        def observe(_: nn.Module, args: Any) -> None:
-            flat = args[0].detach().float().flatten()
-            step = max(1, flat.numel() // _SAMPLED)
-            extremes = torch.stack((flat.amin(), flat.amax()))
-            samples.setdefault(name, []).append(torch.cat((flat[::step], extremes)))
+    def watch(name: str) -> Callable[..., None]:
+        def observe(_: nn.Module, args: Any, kwargs: Any) -> None:
+            flat = (args[0] if args else kwargs["input"]).detach().float().flatten()
+            if flat.numel():
+                step = max(1, flat.numel() // _SAMPLED)
+                extremes = torch.stack((flat.amin(), flat.amax()))
+                samples.setdefault(name, []).append(torch.cat((flat[::step], extremes)))
 
         return observe
 
-    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers]
+    hooks = [layer.register_forward_pre_hook(watch(n), with_kwargs=True) for n, layer in layers]
     try:
-        for batch in batches:
-            _call(model, batch)
+        for call in calls:
+            call.run(model)
     finally:
         for hook in hooks:
             hook.remove()
     joined = {name: torch.cat(parts) for name, parts in samples.items()}
     ranges = {name: _range_of(x) for name, x in joined.items() if x.isfinite().all()}
     found = {name: (scale, zero) for name, (scale, zero) in ranges.items() if scale >= LEAST_STEP}
-    if layers and not found:
+    if samples and not found:
         raise ValueError(
             "calibrate gives no layer inputs that are finite and not all zeros; are the images "
             "normalised, and the weights finite?"
@@ -347,7 +334,8 @@ def _simulated(
             kept.append((layer, weight.data))
             rounded = quantized.float() * scale[:, None]
             weight.data = rounded.view(weight.shape).to(weight.dtype)
-            hooks.append(layer.register_forward_pre_hook(_rounding(layer, ranges.get(name))))
+            rounding = _rounding(layer, ranges.get(name))
+            hooks.append(layer.register_forward_pre_hook(rounding, with_kwargs=True))
         yield
     finally:
         for layer, data in kept:
@@ -356,20 +344,18 @@ def _simulated(
             hook.remove()
 
 
-def _rounding(
-    layer: nn.Module, in_range: tuple[float, float] | None
-) -> Callable[[nn.Module, Any], Any]:
-    channels = 1 if isinstance(layer, nn.Conv2d) else -1
+def _rounding(layer: nn.Module, in_range: tuple[float, float] | None) -> Callable[..., Any]:
+    channels = -3 if isinstance(layer, nn.Conv2d) else -1
     has_windows = _has_windows(layer)
 
-    def round_inputs(_: nn.Module, args: Any) -> Any:
+    def round_inputs(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else kwargs["input"]
         # Windows have ranges of their own, for which those of images stand.
-        rows = args[0].flatten(1) if has_windows else args[0].movedim(channels, -1)
+        rows = x.flatten(1) if has_windows else x.movedim(channels, -1)
         known = None if in_range is None else rows.new_tensor(in_range, dtype=torch.float32)
         quantized, scale, zero = quantize_rows(rows, known)
         rounded = ((quantized - zero) * scale).to(rows.dtype)
-        rounded = rounded.view_as(args[0]) if has_windows else rounded.movedim(-1, channels)
-        return (rounded, *args[1:])
+        return (rounded.view_as(x) if has_windows else rounded.movedim(-1, channels),), {}
 
     return round_inputs
 
@@ -379,21 +365,23 @@ def _keep_within(
     layers: dict[str, Any],
     ranges: dict[str, tuple[float, float]],
     chosen: dict[str, LayerPrecision],
-    batches: Sequence[Tensor],
+    calls: Sequence[Call],
     max_drop: float,
     result: Precision,
 ) -> None:
     """Remove the most sensitive layers from ``chosen`` until the error is small enough."""
 
     def results() -> list[Tensor]:
-        leaves = pytree.tree_leaves([_call(model, batch) for batch in batches])
-        return [t.double() for t in leaves if isinstance(t, Tensor) and t.is_floating_point()]
+        found = tensors([call.run(model) for call in calls])
+        return [t.double() for t in found if t.is_floating_point()]
 
     exact = results()
 
     def drop_of(names: Iterable[str]) -> float:
         with _simulated(layers, ranges, names):
             outputs = results()
+        if [t.shape for t in outputs] != [t.shape for t in exact]:
+            return math.inf  # a detector finds other objects
         off = sum((a - b).square().sum().item() for a, b in zip(outputs, exact, strict=True))
         size = sum(b.square().sum().item() for b in exact)
         return math.sqrt(off / size) if size else math.sqrt(off)

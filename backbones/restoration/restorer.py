@@ -19,7 +19,7 @@ from backbones.common.messages import shown
 from backbones.core.loaded import create
 from backbones.core.outlines import outlines
 
-_DTYPES = ("float32", "bfloat16", "int8")
+_DTYPES = ("float32", "bfloat16", "int8", "auto")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
     if options.dtype is not None:
         if options.amp or device.type != "cpu":
             raise CommandError("--dtype is for CPUs, without --amp; on GPUs use --amp")
-        check_dtype(options.dtype, device)
+        options.dtype = check_dtype(options.dtype, device)
     model = load_restorer(options.model, options.checkpoint, options.model_args).to(device)
     if device.type == "cpu" and not options.amp:
         backbones.fuse(model, None if options.dtype is None else COMPUTED[options.dtype])

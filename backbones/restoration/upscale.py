@@ -25,7 +25,7 @@ from backbones.common.memory import available_memory, measure_memory, used_memor
 from backbones.common.messages import shown
 from backbones.restoration.pictures import Picture, PictureError, arrays_of, read_picture
 from backbones.restoration.resize import resize_bicubic
-from ops.rewriting.module import Rewritten
+from ops.fuse.replayed import Replayed
 from ops.tiling import tile_spans, tiled_strips
 
 __all__ = ["Upscaler", "upscale"]
@@ -162,7 +162,7 @@ class Upscaler:
         side = self._probe_side()
         probe = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
         per_pixel, per_shape = measure_memory(self._network, probe)
-        replayed = isinstance(self.model, Rewritten) and self.device.type == "cpu"
+        replayed = isinstance(self.model, Replayed) and self.device.type == "cpu"
         free = _DEFAULT_SHARE * available_memory(self.device)
         if self.max_memory is not None:
             free = self.max_memory - used_memory(self.device)

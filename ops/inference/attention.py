@@ -20,6 +20,7 @@ from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.cpu.attention.gated import gated_attention, heads_unavailable, rank_augmented_attention
 from ops.cpu.attention.grouped import attend, grouped_attention, split_heads
+from ops.cpu.call.binding import unseen
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.layers import FastForm, FastLayer, stands_for
 
@@ -67,6 +68,7 @@ class FastBiLevelRoutingAttention(FastLayer, BiLevelRoutingAttention):
 
 
 @functools.lru_cache(maxsize=32)
+@unseen()
 def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tensor:
     """The tokens of each region of an evenly divided map: (regions, tokens of a region)."""
     cpu = torch.device("cpu")  # whatever the default device is
@@ -127,6 +129,7 @@ class FastHiLoAttention(FastForm, HiLoAttention):
 
 
 @functools.lru_cache(maxsize=32)
+@unseen()
 def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
     """(size, head_dim): cosines, then sines, negated for even channels, of rows or columns."""
     shape = (size, 1) if axis == 0 else (1, size)
@@ -238,6 +241,7 @@ def _local_keys_and_values(branch: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.lru_cache(maxsize=64)
+@unseen()
 def _taps(height: int, width: int, window_size: int, dilation: int) -> Tensor:
     """The pixel of each tap of each window, taps first: (window_size² · windows,)."""
     cpu = torch.device("cpu")

@@ -11,6 +11,7 @@ import logging
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ops.cpu import policy
 from ops.inference import (  # noqa: F401  (they register their forms)
@@ -38,7 +39,8 @@ def to_channels_last(model: nn.Module, *, always: bool) -> bool:
     Returns:
         Whether the layers were converted.
     """
-    model.requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.requires_grad = False  # of lazy ones, too
     weight = next(model.parameters())
     if weight.device.type != "cpu" or not layers.has_onednn(weight.dtype):
         if always:
@@ -71,7 +73,7 @@ def restore_plain_forms(model: nn.Module) -> None:
         plain = vars(type(module)).get("stands_for")
         if plain is not None:
             module.__class__ = plain
-            for name in ("_derived", "_made_from", "decisions", "_records"):
+            for name in ("_derived", "_made_from", "decisions", "_calls"):
                 vars(module).pop(name, None)
 
 
@@ -81,7 +83,7 @@ def leave_inference_mode(model: nn.Module) -> None:
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, t in tensors.items():
-                if t is None or not t.is_inference():
+                if t is None or is_lazy(t) or not t.is_inference():
                     continue
                 if id(t) not in ordinary:
                     other = t.clone()

@@ -11,11 +11,10 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
-from ops.cpu.call.binding import Kernel
+from ops.cpu.call.binding import Kernel, unseen
 from ops.cpu.call.dispatch import kernels_apply
 from ops.cpu.direct.direct_conv import DirectConv2d, direct_conv2d
 from ops.cpu.gemm.convolution import PackedConv2d
@@ -23,13 +22,13 @@ from ops.cpu.gemm.linear import packed_linear, packed_linear_energy
 from ops.cpu.policy import Decision, observe_decisions
 from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.cpu.winograd.winograd import WinogradConv2d, winograd_conv2d
+from ops.fuse.guards import TensorSnapshot
 from ops.inference.packed_linear import (
     PackedLinear,
     PackedWeight,
     Quantization,
     by_onednn,
 )
-from ops.replay.changes import TensorSnapshot
 
 __all__ = [
     "FORMS",
@@ -49,6 +48,7 @@ Form = TypeVar("Form", bound=type[nn.Module])
 
 FORMS: dict[type[nn.Module], type[nn.Module]] = {}  # by the class that they stand for
 
+_KEPT = ("_calls", "_derived", "_made_from", "decisions")  # attributes of converted layers
 _MOST_SHAPES = 16  # whose layouts of a weight are kept, as many as there are replays
 
 
@@ -79,6 +79,9 @@ def convert(layer: nn.Module, fast: type[Module]) -> Module:
     """Convert ``layer`` in place to an instance of ``fast``, a subclass of its class."""
     layer.__class__ = fast
     assert isinstance(layer, fast)
+    for name in _KEPT:  # later, only their values change, which is not seen as a change of a layer
+        if hasattr(fast, name):
+            vars(layer).setdefault(name, getattr(fast, name))
     return layer
 
 
@@ -86,7 +89,7 @@ class FastLayer(nn.Module):
     """Base class of inference layers: data derived from tensors, created on demand.
 
     Derived data are not part of state dicts, copies or pickles, and are created again if the
-    tensors have changed (:class:`ops.replay.changes.TensorSnapshot`).
+    tensors have changed (:class:`ops.fuse.guards.TensorSnapshot`).
 
     Attributes:
         kernels: what the fast path needs: without one of them, there are no derived data.
@@ -115,11 +118,11 @@ class FastLayer(nn.Module):
         if self._made_from is None or not self._made_from.matches(sources):
             if not has_onednn(x.dtype) or not kernels_apply(sources):
                 return None
-            made_from = TensorSnapshot(sources)
             decisions: list[Decision] = []
             # On the input's device, whatever the default device is, and seen by no recording.
             decided = observe_decisions(decisions.append)
-            with torch.no_grad(), x.device, _disable_current_modes(), decided:
+            with torch.no_grad(), x.device, unseen(), decided:
+                made_from = TensorSnapshot(sources)
                 missing = any(k.unavailable(x.device, x.dtype) is not None for k in self.kernels)
                 self._derived = None if missing else self.derive(x)
             self._made_from, self.decisions = made_from, decisions
@@ -323,6 +326,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         geometry = self.padding, self.stride, self.dilation, self.groups
 
         @functools.lru_cache(_MOST_SHAPES)
+        @unseen()
         def packed(shape: torch.Size) -> tuple[Tensor, Tensor | None]:
             last = weight.to(dtype, memory_format=torch.channels_last)
             pack = torch.ops.mkldnn._reorder_convolution_weight

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.activations import activation_of
+from ops.cpu.call.binding import unseen
 from ops.cpu.gemm.int8 import int8_unavailable, pack_int8_weight, quantize_weight
 from ops.cpu.gemm.linear import pack_weight, packed_linear
 from ops.cpu.gemm.mlp import packed_mlp
@@ -135,20 +136,24 @@ class PackedLinear:
     def packed(self) -> PackedWeight:
         """The weight for our kernels."""
         if self._for_kernel is None:
-            bias = self._bias
-            if self._quantization is not None:
-                self._for_kernel = self._quantization.pack(self._weight, bias)
-            else:
-                bias = self._weight.new_zeros(len(self._weight)) if bias is None else bias
-                self._for_kernel = PackedWeight(pack_weight(self._weight), None, bias.float())
+            self._for_kernel = self._pack()
         return self._for_kernel
+
+    @unseen()
+    def _pack(self) -> PackedWeight:
+        bias = self._bias
+        if self._quantization is not None:
+            return self._quantization.pack(self._weight, bias)
+        bias = self._weight.new_zeros(len(self._weight)) if bias is None else bias
+        return PackedWeight(pack_weight(self._weight), None, bias.float())
 
     def by_onednn(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         """``activation(linear(x)) + residual``, in the dtype that oneDNN computes."""
         if self._for_onednn is None:
             rows = max(1, x.numel() // max(1, x.shape[-1]))
-            weight = self._weight.to(policy.computed_in(x.dtype))
-            self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+            with unseen():
+                weight = self._weight.to(policy.computed_in(x.dtype))
+                self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         dtype = self._for_onednn.dtype
         given = x.to(dtype), self._for_onednn, None if self._bias is None else self._bias.to(dtype)
         linear = torch.ops.mkldnn._linear_pointwise

@@ -20,6 +20,7 @@ from ops.attention.window import (
 )
 from ops.cpu import policy
 from ops.cpu.attention.grouped import LINE, grouped_attention, split_heads
+from ops.cpu.call.binding import unseen
 from ops.inference.layers import FastForm, stands_for
 
 __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
@@ -75,6 +76,7 @@ class FastOverlappingWindowAttention(_InPlaceAttention, OverlappingWindowAttenti
 
 
 @functools.lru_cache(maxsize=16)
+@unseen()
 def _windows(
     height: int, width: int, window_size: int, overlap_size: int, shift_size: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -97,6 +99,7 @@ def _windows(
 
 
 @functools.lru_cache(maxsize=16)
+@unseen()
 def _lines(window_size: int, overlap_size: int, shift_size: int) -> tuple[Tensor, Tensor]:
     """The distinct lines of terms, see :func:`ops.cpu.attention.grouped.grouped_attention`.
 

@@ -73,7 +73,7 @@ def resolve_params(
         strides,
         dilations,
         per_axis_bool("is_causal", is_causal, rank),
-        head_dim**-0.5 if scale is None else float(scale),
+        max(1, head_dim) ** -0.5 if scale is None else float(scale),
         return_lse,
     )
 

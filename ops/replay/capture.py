@@ -60,24 +60,26 @@ class _Mode(TorchDispatchMode):
 
 
 class Capture:
-    """Context manager that records the calls made on an input and on tensors computed from it.
+    """Context manager that records the calls made on inputs and on tensors computed from them.
 
     The recorded calls run unchanged, even if they turn out not to be capturable.
 
     Args:
-        x: the input.
+        inputs: distinct tensors that share no memory.
 
     Attributes:
         failure: why the calls cannot be replayed; recording stops at the first failure.
         calls, buffers, constants: of the :class:`ops.replay.graph.Graph`.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, *inputs: Tensor) -> None:
         self.failure: NotCapturableError | None = None
         self.calls: list[KernelCall | TorchCall] = []
-        self.buffers = [_buffer(x)]
+        self.buffers = [*map(_buffer, inputs)]
         self.constants: list[Any] = []
-        self._by_storage = {_memory(x): 0}  # buffer indices of live storages
+        # Buffer indices of live storages.
+        self._by_storage = {_memory(x): i for i, x in enumerate(inputs)}
+        self._inputs = len(inputs)
 
     def __enter__(self) -> Any:
         with ExitStack() as entered:
@@ -104,6 +106,7 @@ class Capture:
             self.buffers,
             self.constants,
             pytree.tree_map_only(Tensor, self._argument, result),
+            self._inputs,
         )
         if not graph.results:
             raise NotCapturableError(

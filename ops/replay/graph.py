@@ -93,15 +93,17 @@ class Graph:
 
     Attributes:
         calls: in execution order.
-        buffers: the memory that the calls use; the first holds the input.
+        buffers: the memory that the calls use; the first ones hold the inputs.
         constants: other memory that the calls read, which must be kept alive.
         result: what is returned, with views in place of tensors that are not constants.
+        inputs: the number of input tensors.
     """
 
     calls: list[KernelCall | TorchCall]
     buffers: list[Buffer]
     constants: list[Any]
     result: Any
+    inputs: int = 1
 
     @property
     def results(self) -> list[View]:

@@ -30,7 +30,7 @@ class MemoryPlan:
 class Use:
     """The lifetime of a buffer: first and last call, and whether torch allocates or reads it.
 
-    The input is live before the first call, and results after the last.
+    Inputs are live before the first call, and they and results after the last.
     """
 
     first: int
@@ -40,13 +40,17 @@ class Use:
 
 
 def plan_memory(
-    calls: Sequence[KernelCall | TorchCall], buffers: Sequence[Buffer], results: Collection[int]
+    calls: Sequence[KernelCall | TorchCall],
+    buffers: Sequence[Buffer],
+    results: Collection[int],
+    inputs: int = 1,
 ) -> MemoryPlan:
     """Plan the memory of calls in this order.
 
     Args:
-        buffers: the first is the input.
+        buffers: the first ones are the inputs.
         results: the indices of those that are returned.
+        inputs: the number of inputs.
     """
     uses = [Use(len(calls), -1) for _ in buffers]
     for now, call in enumerate(calls):
@@ -58,8 +62,9 @@ def plan_memory(
             use.by_torch |= by_torch
         for index in made:
             uses[index].made = True
-    uses[0].first = -1
-    for index in (0, *results):
+    for index in range(inputs):
+        uses[index].first = -1
+    for index in (*range(inputs), *results):
         uses[index].last = len(calls)
     return MemoryPlan(uses, *lay_out(buffers, uses))
 

@@ -73,7 +73,8 @@ class Replay:
             if other is not None:
                 self.lowered.append(index)
             calls.append(other or call)
-        self.plan = plan_memory(calls, self._buffers, {view.buffer for view in graph.results})
+        kept = {view.buffer for view in graph.results}
+        self.plan = plan_memory(calls, self._buffers, kept, graph.inputs)
         self._blocks: list[Any] = []  # kept alive: the list holds their addresses
         self._words: list[int] = []
         self._begun = 0  # start of the words that are not part of a step yet
@@ -82,7 +83,8 @@ class Replay:
         # What torch reads, and results.
         self._new = [
             (i, self._tensor_of(i))
-            for i, use in enumerate(self.plan.uses[1:], 1)
+            for i, use in enumerate(self.plan.uses)
+            if i >= graph.inputs
             if not use.made and use.last >= 0 and (use.by_torch or i not in self.plan.offsets)
         ]
         self._result = self._result_of(graph.result)
@@ -92,15 +94,16 @@ class Replay:
         self._bases = ctypes.c_void_p * (self._count + 1)  # the last is the workspace
         del self._buffers
 
-    def __call__(self, x: Tensor) -> Any:
-        """Run the graph on ``x`` and return its result.
+    def __call__(self, *inputs: Tensor) -> Any:
+        """Run the graph on inputs and return its result.
 
         Raises:
             MemoryError: a kernel cannot allocate its scratch buffer.
         """
         tensors: _Tensors = [None] * self._count
         bases = self._bases()
-        tensors[0], bases[0] = x, x.data_ptr()
+        for index, x in enumerate(inputs):
+            tensors[index], bases[index] = x, x.data_ptr()
         with workspace.borrow(self.plan.nbytes) as shared:
             bases[self._count] = shared.data_ptr()
             for index, new in self._new:

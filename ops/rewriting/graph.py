@@ -168,7 +168,7 @@ class OperatorGraph:
     """The operators of a call in execution order; those whose results nothing reads are removed.
 
     Args:
-        source: the value of the input tensor.
+        sources: the values of the input tensors.
         operators: in execution order; their values refer to them afterwards.
         outputs: what the call returns, with values in place of tensors.
 
@@ -178,8 +178,8 @@ class OperatorGraph:
         rewrite: the name of the present one.
     """
 
-    def __init__(self, source: Value, operators: list[Operator], outputs: Any) -> None:
-        self.source, self.rewrite = source, ""
+    def __init__(self, sources: list[Value], operators: list[Operator], outputs: Any) -> None:
+        self.sources, self.rewrite = sources, ""
         self.end = Operator(None, [outputs], {}, [])
         used, read = [self.end], {*self.end.values()}
         for operator in reversed(operators):
@@ -278,9 +278,9 @@ class OperatorGraph:
             self._connect(user)
             self._disconnect(user, before)
 
-    def __call__(self, x: Tensor) -> Any:
-        """The result of the recorded call for an ``x`` of the same shape and dtype."""
-        tensors: dict[Value, Tensor] = {self.source: x}
+    def __call__(self, *inputs: Tensor) -> Any:
+        """The result of the recorded call for inputs of the same shapes and dtypes."""
+        tensors: dict[Value, Tensor] = dict(zip(self.sources, inputs, strict=True))
         unread = Counter[Value]()  # tensors are freed after their last use
 
         def tensor(value: Value) -> Tensor:
@@ -298,14 +298,14 @@ class OperatorGraph:
 
     def __str__(self) -> str:
         """One line per operator."""
-        names: dict[int, str] = {id(self.source): "input"}
+        names = {id(source): f"input{i or ''}" for i, source in enumerate(self.sources)}
         lines = []
         for operator in self.operators:
             given = pytree.tree_map_only(
                 Value, lambda v: names.get(id(v), "constant"), (operator.args, operator.kwargs)
             )
             for value in operator.results:
-                names[id(value)] = f"%{len(names) - 1}"
+                names[id(value)] = f"%{len(names) - len(self.sources)}"
             args = [str(a) for a in given[0]] + [f"{k}={v}" for k, v in given[1].items()]
             made = ", ".join(names[id(v)] for v in operator.results)
             lines.append(f"{made} = {operator.name}({', '.join(args)})")

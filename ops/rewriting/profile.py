@@ -8,14 +8,12 @@ module called that method. Networks that can be replayed are timed in replays.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,30 +24,19 @@ from ops.cpu.build import status
 from ops.cpu.call.binding import Kernel
 from ops.cpu.flops import function_flops, kernel_flops
 from ops.cpu.policy import Decision, observe_decisions
+from ops.fuse.record import callers, clock
+from ops.fuse.replayed import Replayed
 from ops.replay.capture import Capture, allocates
-from ops.replay.changes import ModuleSnapshot
-from ops.replay.graph import Graph, NotCapturableError, tensors_in
+from ops.replay.graph import Graph, tensors_in
 from ops.replay.memory_plan import MemoryPlan
 from ops.replay.replay import Replay
 from ops.rewriting.graph import Operator
-from ops.rewriting.module import Rewritten
-from ops.rewriting.recorder import callers
 
 __all__ = ["Profile", "Trace", "TracedCall", "profile"]
 
 Shape = tuple[int, ...]
 
-_RESOLUTION = 1e-6  # required resolution of the clock, in seconds
-
-
-def _clock() -> Callable[[], float]:
-    """A function that returns the time in seconds, suited to torch's current number of threads.
-
-    With a single thread, which never waits for others, this is the thread's CPU time, so other
-    processes on a busy machine do not affect it. Otherwise it is wall-clock time.
-    """
-    fine = time.get_clock_info("thread_time").resolution <= _RESOLUTION
-    return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter
+_CALLS = 5  # until a graph is replayed
 
 
 @dataclass
@@ -66,7 +53,7 @@ class TracedCall:
         instruction_set: the one the kernel was compiled for; None for other libraries.
         rules: of :mod:`ops.cpu.policy`, as evaluated for this call; empty if there was no choice.
         flops: see :mod:`ops.cpu.flops`; None if not counted.
-        seconds: time of the call, without Python around it; see :func:`_clock`.
+        seconds: time of the call, without Python around it; see :func:`ops.fuse.record.clock`.
         lowered_from: the torch function that the kernel replaces in replays, if any.
         rewrites: of :mod:`ops.rewriting`, which made the operator.
     """
@@ -112,7 +99,7 @@ class Trace(Capture):
         # By layer: those since its last call, and why its next calls go to torch.
         self._pending: dict[str, list[Decision]] = defaultdict(list)
         self._rejected: dict[str, list[Decision]] = {}
-        self._clock, self._begin = _clock(), 0.0
+        self._clock, self._begin = clock(), 0.0
 
     def __enter__(self) -> Trace:
         super().__enter__()
@@ -229,6 +216,7 @@ class Profile:
         seconds: median time of the whole network, run without timing its calls.
         graph, plan: of the replays; None if the network is not replayed.
         obstacle: why a network that supports replay is not replayed.
+        doors: what ``describe`` says of the network's calls.
     """
 
     calls: list[TracedCall]
@@ -236,10 +224,16 @@ class Profile:
     graph: Graph | None = None
     plan: MemoryPlan | None = None
     obstacle: str | None = None
+    doors: list[str] = field(default_factory=list)
 
 
 @torch.inference_mode()
-def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
+def profile(
+    network: nn.Module,
+    x: Tensor,
+    repeats: int,
+    describe: Callable[[nn.Module], list[str]] = lambda _: [],
+) -> Profile:
     """Time a network in eval mode, alternating between runs as a whole and runs call by call.
 
     The state of its modules (mode, packed weights, graphs) is restored afterwards.
@@ -247,20 +241,21 @@ def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
     with _state_restored(network):
         for module in network.modules():
             module.training = False
-            if isinstance(module, Rewritten):
+            if isinstance(module, Replayed):
                 module.forget()
-        for _ in range(3):  # pack weights, capture a graph, replay it
-            network(x)
         obstacle = None
-        if isinstance(network, Rewritten):
-            try:
-                ModuleSnapshot(network)
+        for _ in range(_CALLS):
+            network(x)
+        doors = describe(network)
+        if isinstance(network, Replayed):
+            recorded = network._calls
+            assert recorded is not None
+            if network.is_replayed:
                 forward: Any = type(network).stands_for.forward  # type: ignore[attr-defined]
-                program = network.program(x, functools.partial(forward, network))
-                if network.is_replayed:
-                    return _of_replays(network, program, x, repeats)
-            except NotCapturableError as error:
-                obstacle = str(error)
+                found = _of_replays(network, recorded.graph(network, forward, x), x, repeats)
+                found.doors = doors
+                return found
+            obstacle = "; ".join(door.reason for door in recorded.doors())
 
         def traced() -> list[TracedCall]:
             with Trace(x, network) as trace:
@@ -269,7 +264,7 @@ def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
 
         calls = traced()
         total = _measure(calls, lambda: network(x), lambda: [c.seconds for c in traced()], repeats)
-        return Profile(calls, total, obstacle=obstacle)
+        return Profile(calls, total, obstacle=obstacle, doors=doors)
 
 
 @contextmanager
@@ -286,14 +281,14 @@ def _state_restored(network: nn.Module) -> Iterator[None]:
 
 
 def _of_replays(
-    network: Rewritten, program: Callable[[Tensor], Any], x: Tensor, repeats: int
+    network: Replayed, program: Callable[[Tensor], Any], x: Tensor, repeats: int
 ) -> Profile:
     program(x)  # packs weights
     with Trace(x, network) as trace:
         result = program(x)
     graph = trace.finish(result)
     assert len(graph.calls) == len(trace.traced)
-    now, stamps = _clock(), list[float]()
+    now, stamps = clock(), list[float]()
     replay = Replay(graph, between_calls=lambda: stamps.append(now()))
     for index in replay.lowered:
         call = trace.traced[index]
@@ -317,7 +312,7 @@ def _measure(
     repeats: int,
 ) -> float:
     """Set the seconds of each call and return the whole network's."""
-    now = _clock()
+    now = clock()
     totals: list[float] = []
     parts: list[list[float]] = []
     for _ in range(repeats):

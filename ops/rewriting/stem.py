@@ -43,13 +43,13 @@ class Stem(FastLayer):
 
 def join_stem(graph: OperatorGraph, operator: Operator) -> None:
     """At least two convolutions, of which the first reads the image."""
-    if not _is_usual(operator) or operator.args[0] is not graph.source:
+    if not _is_usual(operator) or operator.args[0] not in graph.sources:
         return
     convs, last = [operator.function], operator
     while (user := last.result.user) is not None and _is_usual(user):
         convs, last = [*convs, user.function], user
     if len(convs) > 1:
-        graph.replace(last, Stem(convs), graph.source)
+        graph.replace(last, Stem(convs), operator.args[0])
 
 
 def _is_usual(operator: Operator) -> bool:

@@ -19,6 +19,7 @@ from backbones.cli.benchmark import INT8, Row, measure
 from backbones.cli.contenders import Runtime, contender
 from backbones.cli.main import main
 from backbones.cli.timing import KINDS, kind_of
+from ops.cpu.gemm.int8 import not_faster_in_int8
 
 _create_model = backbones.create_model
 # A turn is two calls then.
@@ -248,7 +249,9 @@ def test_int8_is_a_mode():
     contenders = small(["eager", "fused", *INT8], {}, rounds=2)["contenders"]
     for mode in INT8:
         assert contenders[mode]["difference_from_eager"] < 0.2
-        assert contenders[mode]["bytes"] < contenders["fused"]["bytes"]
+        in_floats = not_faster_in_int8(torch.device("cpu")) is not None
+        sizes = [contenders[name]["bytes"] for name in (mode, "fused")]
+        assert sizes[0] == sizes[1] if in_floats else sizes[0] < sizes[1]
         assert contenders["fused"]["speedup_over"][mode] > 0
 
 

@@ -14,7 +14,9 @@ from PIL import Image
 from zoo import small
 
 from backbones.cli.main import main
-from ops.cpu import policy
+from backbones.common.dtypes import check_dtype
+from backbones.common.errors import CommandError
+from ops.cpu import bfloat16, policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
 
@@ -55,6 +57,16 @@ def test_int8(capsys, monkeypatch):
     without_kernels(monkeypatch)
     assert main(["summary", "van_b0", "--kernels", *words]) == 2
     assert "--dtype int8: switched off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_that_this_cpu_is_faster_in(dtype, capsys, monkeypatch):
+    monkeypatch.setattr(bfloat16, "faster_dtype", lambda: dtype)
+    told = json.loads(_said(["--size", "64", "--json", "--dtype", "auto"], capsys))
+    assert f"torch.{told['dtype']}" == str(dtype)
+    assert f"torch.{check_dtype('auto', torch.device('cpu'))}" == str(dtype)
+    with pytest.raises(CommandError, match="--dtype auto is for CPUs; GPUs support float16"):
+        check_dtype("auto", torch.device("cuda"))
 
 
 def test_json(capsys):

@@ -34,8 +34,8 @@ def test_instruction_sets_are_those_of_the_engine():
 def test_the_sample_is_what_the_command_prints(capsys):
     """Headings and notes; the rows depend on the CPU."""
     assert run_command("summary", ["van_b0", "--kernels", "--size", "32", "--runs", "1"]) == 0
-    title, _, head, *_, notes, memory = capsys.readouterr().out.rstrip().splitlines()
+    title, _, head, *_, notes, door, memory = capsys.readouterr().out.rstrip().splitlines()
     assert f"\n{title.partition(':')[0]}: " in PAGE
     assert head.split() == re.search(r"^layer .*$", PAGE, re.MULTILINE)[0].split()
-    assert notes in PAGE
+    assert notes in PAGE and door.replace("32×32", "224×224") in PAGE
     assert re.sub(r"[\d.]+", "N", memory) in re.sub(r"[\d.]+", "N", PAGE)

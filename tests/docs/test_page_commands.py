@@ -18,6 +18,7 @@ COMMANDS = sorted({text for page in pages.PAGES for text in pages.commands(page)
 # What is not run, by a pattern of the whole command, and why.
 NOT_RUN = {
     r"make .*": "makes an environment of its own",
+    r"git clone .*": "clones from the network",
     r"pip install .*": "installs from the network",
     r"(.* )?pip wheel.*": "compiles for minutes; tests/tools/test_wheel.py does it",
     r"export \w+=\S+": "sets a variable",

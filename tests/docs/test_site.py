@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Packages whose modules are described as wholes, and what is shared.
 PACKAGES = ("ops/cpu/", "ops/bi_wkv/", "ops/linear_attention/", "ops/neighborhood/")
 PACKAGES += ("ops/selective_scan/",)
-SHARED = ("ops/rewriting/",)
+SHARED = ("ops/fuse/", "ops/rewriting/")
 
 
 @pytest.fixture

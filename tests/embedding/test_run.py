@@ -124,7 +124,7 @@ def test_the_dtype_of_the_computation(checkpoint):
     found = {}
     for dtype in ("float32", "bfloat16"):
         network = Network(None, checkpoint, "head", 0)
-        network.prepare(dtype, torch.device("cpu"))
+        network.prepare(dtype, torch.device("cpu"), 2)
         found[dtype], _, _ = network(images)
     exact, rounded = found.values()
     assert exact.dtype == rounded.dtype == torch.float32
@@ -297,7 +297,7 @@ def test_what_no_network_here_computes(photos, checkpoint, out, monkeypatch, cap
 def test_dtypes_of_the_computation_do_not_mix(photos, checkpoint, out, dtype, monkeypatch):
     assert run(photos, out, checkpoint) == 0
     table.shard_path(out, 1).unlink()
-    monkeypatch.setattr(run_module, "check_dtype", lambda dtype, device: None)
+    monkeypatch.setattr(run_module, "check_dtype", lambda dtype, device: dtype)
     with pytest.raises(table.TableError, match=f"computed: 'float32' there, '{dtype}' now"):
         embed(photos, out, checkpoint=checkpoint, rows=4, dtype=dtype)
     assert not table.shard_path(out, 1).exists()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from zoo import CLASSIFIERS, small
 
 import backbones
+from ops.cpu.gemm.int8 import not_faster_in_int8
 
 
 def digits(tool: ModuleType, count: int = 5) -> Any:
@@ -140,7 +141,9 @@ def test_contenders_that_fail_are_recorded(tool, contenders, tmp_path, monkeypat
     assert list(found) == [*ours, "works", "fails"]
     assert found["works"]["agreement"] > 99 and found["works"]["bytes"] == 123
     assert found["fails"] == {"skipped": "KeyError: 'no such operator'"}
-    assert found["fused"]["error"] < 1e-4 < found["int8"]["error"] < 0.2
+    assert found["fused"]["error"] < 1e-4 and found["int8"]["error"] < 0.2
+    if not_faster_in_int8(torch.device("cpu")) is None:
+        assert found["int8"]["error"] > 1e-4
 
 
 def test_parity_of_a_family_is_measured_and_the_others_stay(tool, tmp_path, monkeypatch):

@@ -174,7 +174,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         OSError: the folder cannot be created, or not as a private one.
     """
-    _make(Path(os.path.realpath(folder)))  # a link may point to a folder that doesn't exist yet
+    make(folder)
     require_private(folder)  # another user may have been faster
     with (folder / "lock").open("a") as file:
         alone = fcntl is not None and _wait_for(file, folder)
@@ -194,10 +194,11 @@ def _remove_scratch(folder: Path, age: float) -> None:
                 shutil.rmtree(left)
 
 
-def _make(folder: Path) -> None:
+def make(folder: Path) -> None:
     """Create ``folder`` and its missing parents, for this user only, whatever the umask is."""
+    folder = Path(os.path.realpath(folder))  # a link may point to a folder that doesn't exist yet
     if not folder.is_dir():
-        _make(folder.parent)
+        make(folder.parent)
         with contextlib.suppress(FileExistsError):
             folder.mkdir(0o700)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ops.cpu import policy
 from ops.cpu.build import status, unavailable_reason
@@ -47,6 +48,13 @@ def observed_by(observer: Any) -> Iterator[Any]:
         yield observer
     finally:
         _thread.observer = before
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Context for what is computed once and kept, such as packed weights: no recording sees it."""
+    with observed_by(None), _disable_current_modes():
+        yield
 
 
 registered = torch.library.Library("vision_backbones", "FRAGMENT")

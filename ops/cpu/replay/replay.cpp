@@ -189,6 +189,18 @@ int call(Word function, Word count, const Word* a) {
   }
 }
 
+// Which of the dictionaries that Python watches have changed, for ops/fuse/watchers.py.
+namespace watching {
+
+constexpr int64_t LAST = 1024;  // changes that are remembered
+constexpr int64_t NEAR = 8;     // of them, among which a dictionary is noted once
+enum Event { MODIFIED = 1 };    // a name gets another value, perhaps the same one
+
+int64_t known = 0;  // how many changes were read
+void* (*value_of)(void* dict, void* name) = nullptr;
+
+}  // namespace watching
+
 }  // namespace
 
 extern "C" {
@@ -216,31 +228,35 @@ int replay_pointwise(const pointwise::Problem* problems, const pointwise::Tensor
   return 0;
 }
 
-// Whether Python dictionaries still hold the same objects: `counts` are their sizes, `values` all
-// their values in order. For a dictionary with a count of -1 - n, only its size n is compared.
-// `size` and `next` are PyDict_Size and PyDict_Next; the caller holds the GIL.
-int replay_same_values(intptr_t (*size)(void*), int (*next)(void*, intptr_t*, void**, void**),
-                        int64_t dicts, void* const* dict, const int64_t* counts,
-                        void* const* values) {
-  for (int64_t i = 0; i < dicts; ++i) {
-    const int64_t count = counts[i];
-    if (size(dict[i]) != (count < 0 ? -1 - count : count)) return 0;
-    if (count <= 0) continue;
-    intptr_t position = 0;
-    void* value = nullptr;
-    while (next(dict[i], &position, nullptr, &value)) {
-      if (value != *values++) return 0;
-    }
+// Whether words in memory have the given values; none after one that differs is read.
+int replay_same_words(int64_t count, const int64_t* const* word, const int64_t* value) {
+  constexpr int64_t AHEAD = 64;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + AHEAD < count) __builtin_prefetch(word[i + AHEAD]);
+    if (*word[i] != value[i]) return 0;
   }
   return 1;
 }
 
-// Whether words in memory have the given values; none after one that differs is read.
-int replay_same_words(int64_t count, const int64_t* const* word, const int64_t* value) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (*word[i] != value[i]) return 0;
+// The number of changes, and the dictionaries of the last ones, which may be gone.
+int64_t replay_changes = 0;
+void* replay_changed[watching::LAST];
+
+// The number of changes. As of all functions below, the caller holds the GIL.
+int64_t replay_read_changes() { return watching::known = replay_changes; }
+
+// `value_of` is PyDict_GetItem.
+void replay_watch(void* (*value_of)(void*, void*)) { watching::value_of = value_of; }
+
+// A PyDict_WatchCallback: notes that a dictionary is about to change.
+int replay_note_change(int event, void* dict, void* name, void* value) {
+  using namespace watching;
+  if (event == MODIFIED && value_of(dict, name) == value) return 0;
+  for (int64_t i = replay_changes; i > known && i > replay_changes - NEAR; --i) {
+    if (replay_changed[(i - 1) % LAST] == dict) return 0;
   }
-  return 1;
+  replay_changed[replay_changes++ % LAST] = dict;
+  return 0;
 }
 
 }  // extern "C"

@@ -52,7 +52,7 @@ def _check(model: nn.Module, x: Tensor) -> None:
     expected = copy.deepcopy(model).double()(x.double())
     bound = max(1e-5, 4 * _error(model(x), expected))
     fused = backbones.fuse(copy.deepcopy(model))
-    for _ in range(3):
+    for _ in range(5):  # some keep something in the first
         assert _error(fused(x), expected) <= bound
     assert fused.is_replayed  # type: ignore[operator]
 
@@ -88,7 +88,7 @@ def test_methods_and_lists_of_maps_are_replayed(module: str) -> None:
     ):
         for _ in range(3):
             assert _error(call(fused), call(model)) <= 1e-5
-    assert sum(type(p).__name__ == "Replay" for p in fused._records._programs.values()) == 4
+    assert [door.name for door in fused.doors] == 4 * ["recorded"]
     _check(*network(module, features_only=True))
     _check(*network(module, num_classes=0))
 
@@ -100,7 +100,7 @@ def test_tied_weights_of_inference_mode_stay_tied() -> None:
         model[2].weight = model[0].weight
     fused: Any = backbones.fuse(model)
     assert fused[0].weight is fused[2].weight and not fused[0].weight.is_inference()
-    x, before = torch.randn(3, 8), [fused(torch.ones(3, 8)) for _ in range(3)][-1]
+    x, before = torch.randn(3, 8), [fused(torch.ones(3, 8)) for _ in range(4)][-1]
     fused[0].weight.mul_(2)
     assert not torch.equal(fused(torch.ones(3, 8)), before)
     wanted = F.linear(F.gelu(fused[0](x)), fused[0].weight, fused[2].bias)
@@ -153,7 +153,7 @@ def test_a_backbone_of_transformers() -> None:
     model = vit_of_transformers()
     fused: Any = backbones.fuse(copy.deepcopy(model))
     x = torch.randn(2, 3, 32, 32)
-    for _ in range(3):
+    for _ in range(5):
         assert _error(fused(pixel_values=x).last_hidden_state, model(x).last_hidden_state) <= 1e-5
     assert fused.is_replayed
 

@@ -17,7 +17,7 @@ from zoo import FAMILIES, RESTORATION, Mould, images, randomise, small
 
 import backbones
 
-CALLS = 3  # by the layers, captured, and replayed
+CALLS = 5  # recorded twice, captured, and replayed
 X = images(2, 3, 48, 40)
 NETWORKS = [*FAMILIES, "resnet"]  # of this library, and of timm
 HOOKS = {
@@ -148,7 +148,7 @@ def test_changed_weights_are_noticed(change: str, family: str) -> None:
         expected = Mould(fused).copy()(x)  # nothing that was derived is copied
         assert not torch.allclose(before, expected, rtol=1e-4)
         for _ in range(CALLS):
-            assert torch.equal(fused(x), expected)
+            torch.testing.assert_close(fused(x), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["hat", "resnet", "vmamba"])

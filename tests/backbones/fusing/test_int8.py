@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from zoo import FAMILIES, RESTORATION, images, randomise, small
 
 import backbones
 from backbones.fusing import quantization
+from backbones.fusing.calibration import Call
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
@@ -106,10 +108,10 @@ def _error(value: Tensor, expected: Tensor) -> float:
 
 
 def _run(model: Any, x: Tensor | None = None) -> Tensor:
-    """What the third call returns: of a fused model, a replay."""
+    """What the sixth call returns: of a fused model, a replay."""
     x = images(*_SIZE) if x is None else x
     with torch.inference_mode():
-        return [model(x.to(next(model.parameters()).dtype)) for _ in range(3)][-1]
+        return [model(x.to(next(model.parameters()).dtype)) for _ in range(6)][-1]
 
 
 def _check(model: Any, x: Tensor, limit: float, agreement: float = 0) -> Any:
@@ -122,14 +124,24 @@ def _check(model: Any, x: Tensor, limit: float, agreement: float = 0) -> Any:
     expected = _run(model, x)
     for calibrate in (None, iter([x])):
         fused = _fused(model, calibrate=calibrate)
-        with torch.inference_mode():
-            first = fused(x.to(_MAPS))
         out = _run(fused, x)
-        assert out.dtype == _MAPS and fused.is_replayed and torch.equal(first, out)
+        assert out.dtype == _MAPS and fused.is_replayed and torch.equal(_run(fused, x), out)
         assert fused.precision.quantized and fused.precision.calibrated == (calibrate is not None)
         assert _error(out, expected) < limit
         assert (out.argmax(1) == expected.argmax(1)).float().mean() >= agreement
     return fused
+
+
+def test_all_calls_compute_in_int8(sample: tuple[Any, Tensor]) -> None:
+    """Also those that are recorded, and in another size than that of the calibration."""
+    model, x = sample
+    fused = _fused(model, calibrate=x)
+    with torch.inference_mode():
+        for images in (x, x[..., :-32]):
+            images = images.to(next(fused.parameters()).dtype)
+            first, *others = (fused(images) for _ in range(5))
+            assert all(torch.equal(first, other) for other in others)
+            assert _error(first, model(images.float())) > 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -142,7 +154,7 @@ def test_every_family(family: str) -> None:
     loaded = _halved(small(family))
     backbones.load_checkpoint(loaded, fused.int8_state_dict())
     assert loaded.precision.quantized == fused.precision.quantized and loaded.precision.calibrated
-    assert torch.equal(loaded(x.to(_MAPS)), fused(x.to(_MAPS)))
+    assert torch.equal(_run(loaded, x), _run(fused, x))
 
 
 # One with windows and one with feed-forwards among the quick tests.
@@ -277,7 +289,7 @@ def test_networks_that_do_not_say_their_size() -> None:
     with pytest.raises(ValueError, match=r"max_drop needs calibrate=…: ResNet does not say which"):
         _fused(model, max_drop=0.1)
     assert 0 < _fused(model, calibrate=x, max_drop=0.01).precision.drop <= 0.01
-    with pytest.raises(ValueError, match=r"ResNet does not accept images of \(1, 1, 64, 64\)"):
+    with pytest.raises(ValueError, match=r"ResNet does not accept \(1, 1, 64, 64\) of torch.fl"):
         _fused(model, calibrate=torch.zeros(1, 1, 64, 64))
     grey = timm.create_model("test_resnet", in_chans=1, output_stride=8).eval()
     assert _fused(grey).precision.quantized
@@ -370,7 +382,7 @@ def test_samples_include_the_extremes() -> None:
     """Of inputs so many that only every fourth is looked at; here, the others are zeros."""
     layer, x = nn.Linear(64, 2), torch.zeros(1024, 64)
     x[0, 1], x[0, 2] = 5.0, -3.0
-    (found,) = quantization._calibrate(layer, [("", layer)], [x]).values()
+    (found,) = quantization._ranges(layer, [("", layer)], [Call((x,), {})]).values()
     assert found == (pytest.approx(8 / 255), pytest.approx(3 / 8 * 255, abs=0.5))
 
 
@@ -384,12 +396,15 @@ _SMALL = torch.zeros(1, 3, 8, 8)
 _NAN, _INF = float("nan"), float("inf")
 _INT8 = {"dtype": torch.int8}
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
-    ({"calibrate": "a", **_INT8}, "calibrate must give batches of images, got a s"),
-    ({"calibrate": [], **_INT8}, "at least one batch of images, got none"),
-    ({"calibrate": [_SMALL[0]], **_INT8}, r"\(B, 3, H, W\), got \(3, 8, 8\)"),
-    ({"calibrate": [_SMALL[:, :1]], **_INT8}, r"\(B, 3, H, W\), got \(1, 1, 8, 8\)"),
-    ({"calibrate": [_SMALL.to(torch.uint8)], **_INT8}, "batches of images"),
-    ({"calibrate": [{"image": 1}], **_INT8}, "got dict"),
+    ({"calibrate": "a", **_INT8}, "what the model's call takes, or batches of it, got a s"),
+    ({"calibrate": 1, **_INT8}, "or batches of it, got a int"),
+    ({"calibrate": [], **_INT8}, "at least one batch, got none"),
+    ({"calibrate": [_SMALL[0]], **_INT8}, r"SHViT does not accept \(3, 8, 8\) of torch.float32"),
+    ({"calibrate": [_SMALL[:, :1]], **_INT8}, r"does not accept \(1, 1, 8, 8\) of torch.float32"),
+    ({"calibrate": [_SMALL.to(torch.uint8)], **_INT8}, r"not accept \(1, 3, 8, 8\) of torch.uint8"),
+    ({"calibrate": [_SMALL[:0]], **_INT8}, r"no values that SHViT could take, got \(0, 3, 8, 8\)"),
+    ({"calibrate": [{"image": 1}], **_INT8}, "batch 0 has no values .* got {'image': 1}"),
+    ({"calibrate": {"image": _SMALL}, **_INT8}, r"not accept {'image': \(1, 3, 8, 8\) of tor"),
     ({"calibrate": _SMALL.to("meta"), **_INT8}, r"plain values \(torch.strided on meta\)"),
     ({"calibrate": [_SMALL, _with_a_pixel(_NAN)], **_INT8}, "batch 1 has NaN or values inf"),
     ({"calibrate": [_with_a_pixel(1e300)], **_INT8}, "values infinite in torch.float32"),
@@ -398,7 +413,7 @@ BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"max_drop": 0, **_INT8}, "max_drop must be a positive number or None, got 0"),
     ({"max_drop": "a", **_INT8}, "max_drop must be a positive number or None"),
     ({"channels_last": False, **_INT8}, "torch.int8 needs channels_last"),
-    ({"dtype": torch.int16}, "or torch.int8; got torch.int16"),
+    ({"dtype": torch.int16}, "torch.int8 or 'auto'; got torch.int16"),
 ]
 
 
@@ -519,3 +534,45 @@ def test_outputs_without_weights() -> None:
     loaded = _halved(small("shvit"))
     backbones.load_checkpoint(loaded, state)
     assert torch.equal(_run(loaded), _run(model))
+
+
+# ---- nothing to quantise -----------------------------------------------------------------------
+class Standardised(nn.Module):
+    """A network whose layers lend their weights to others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.a.weight / self.a.weight.std(), self.a.bias)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(
+    ("model", "shape", "said"),
+    [
+        (Standardised(), (1, 3, 8, 8), r"Standardised can compute in int8: a \(.*\), b \(not"),
+        (nn.Conv3d(1, 2, 3), (1, 1, 5, 5, 5), "Conv3d can compute in int8: it has no linear lay"),
+        (nn.Sequential(*[nn.Linear(4, 4) for _ in range(5)]), (2, 4), r"small .*\) and 2 more; "),
+    ],
+)
+@pytest.mark.parametrize("max_drop", [None, 1])
+def test_nothing_to_quantise(
+    model: nn.Module,
+    shape: tuple[int, ...],
+    said: str,
+    max_drop: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The model computes in floats, and one message says why."""
+    if isinstance(model, nn.Sequential):
+        monkeypatch.setattr(policy, "pays_in_int8", lambda *_: False)
+    x = torch.randn(shape)
+    fused = _fused(model, calibrate=x, max_drop=max_drop)
+    assert not fused.precision.quantized and fused.precision.reason in str(fused.precision)
+    (record,) = caplog.records
+    assert record.message == f"{fused.precision.reason}; it computes in {_FLOATS}"
+    assert re.search(said, record.message)
+    assert _error(fused(x), model(x)) < 0.02

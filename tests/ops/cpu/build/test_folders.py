@@ -269,7 +269,7 @@ def test_a_cache_that_will_do(condition, compilations, monkeypatch, new_process,
         new_process()
         assert cpu.load("small").answer() == 42
         assert cpu.status("small").path.parent == cpu.cache_dir()
-        monkeypatch.setattr(folders, "_make", None)  # nothing can be created
+        monkeypatch.setattr(folders, "make", None)  # nothing can be created
         monkeypatch.setattr(folders.tempfile, "mkdtemp", None)
     assert len(compilations) == 1 and not warned()
 

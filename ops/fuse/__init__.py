@@ -1,0 +1,1 @@
+"""The engine of ``fuse()``: a call is recorded, proved, rewritten, and replayed."""
