@@ -449,7 +449,7 @@ def test_without_images(fault, trained, tmp_path, capsys, monkeypatch):
 
         monkeypatch.setattr(backbones, "load_checkpoint", refuse)
     elif fault:
-        told = "error: shvit_s1: no layer would gain from int8 here; 0 of "
+        told = "error: shvit_s1: no layer of SHViT can compute in int8: stages.0"
         for name in ("_FEWEST_IN_INT8", "_FEWEST_IN_INT8_OF_TILES"):
             monkeypatch.setattr(policy, name, 1 << 40)
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", str(path)]
