@@ -24,17 +24,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ops.cpu.call.binding import kernel_of
 from ops.cpu.policy import Decision, observe_decisions
 from ops.fuse.fast_paths import expand
+from ops.fuse.nested import leaves, mapped
 from ops.fuse.structure import Structure, take_apart
 from ops.inference.packed_linear import Quantization
 from ops.replay.graph import NotCapturableError
-from ops.rewriting.graph import Operator, OperatorGraph, Value, by_name
+from ops.rewriting.graph import Operator, OperatorGraph, Value, by_name, on_meta
 
 __all__ = ["Recording", "callers", "clock", "record"]
 
@@ -321,8 +321,8 @@ class _Recorder(TorchDispatchMode):
         """The arguments with values in place of tensors, and whether any of them varies."""
         if func is _aten.lift_fresh.default and args[0] not in self._views:
             self._note_lifted(args[0])
-        leaves, spec = pytree.tree_flatten((list(args), kwargs))
-        values = [self.value_of(x) if isinstance(x, Tensor) else x for x in leaves]
+        given = mapped(Tensor, self.value_of, (list(args), kwargs))
+        values = [*leaves(given)]
         read = [v for v in values if isinstance(v, Value)]
         numbers = self._numbers
         if func is not _aten.promote_types.default:  # of no tensors
@@ -341,7 +341,7 @@ class _Recorder(TorchDispatchMode):
         varies &= func.overloadpacket not in _OF_SHAPES
         if func._schema.is_mutable and isinstance(args[0], Tensor):
             self._keep_constants(self._view_of(args[0]).memory, varies)
-        return pytree.tree_unflatten(values, spec), read, varies
+        return given, read, varies
 
     def _keep_constants(self, memory: _Memory, varies: bool) -> None:
         """Before a write to it, let constants that were read keep the values that they had."""
@@ -404,7 +404,7 @@ class _Recorder(TorchDispatchMode):
 
     def _note_expanded(self, results: Any, values: list[Value]) -> None:
         """Note the results of an operator that is recorded as others."""
-        results = [t for t in pytree.tree_leaves(results) if isinstance(t, Tensor) and t.numel()]
+        results = [t for t in leaves(results) if isinstance(t, Tensor) and t.numel()]
         for t, value in zip(results, values, strict=True):
             self._register(t, value, self._new_memory(t, "result"))
         self._sign_results(results)
@@ -545,9 +545,7 @@ class _Recorder(TorchDispatchMode):
         if like is not None:
             values = [Value.like(like)]
         else:
-            given = pytree.tree_map_only(
-                Value, lambda v: torch.empty(v.shape, dtype=v.dtype, device="meta"), (args, kwargs)
-            )
+            given = on_meta((args, kwargs))
             made = func(*given[0], **given[1])
             values = [Value.like(t) for t in (made if index >= 0 else [made])]
         function = _COPYING.get(func, func)
@@ -676,7 +674,7 @@ def _storage(t: Any) -> int:
 
 
 def _storages(args: Any) -> set[int]:
-    return {_storage(leaf) for leaf in pytree.tree_leaves(args)} - {0}
+    return {_storage(leaf) for leaf in leaves(args)} - {0}
 
 
 def _depends_on_values(func: Any, given: Any, read: list[Value]) -> bool:
@@ -698,14 +696,12 @@ def _has_unknown_shape(func: Any, given: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     with FakeTensorMode(shape_env=ShapeEnv()):
-        args, kwargs = pytree.tree_map_only(
-            Value, lambda v: torch.empty(v.shape, dtype=v.dtype), given
-        )
+        args, kwargs = mapped(Value, lambda v: torch.empty(v.shape, dtype=v.dtype), given)
         try:
             made = func(*args, **kwargs)
         except Exception as error:
             raise NotCapturableError(f"nothing says which shape {func} gives") from error
-    sizes = (n for t in pytree.tree_leaves(made) if isinstance(t, Tensor) for n in t.shape)
+    sizes = (n for t in leaves(made) if isinstance(t, Tensor) for n in t.shape)
     return any(isinstance(n, torch.SymInt) for n in sizes)
 
 

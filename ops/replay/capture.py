@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ops.cpu.call.binding import Kernel, kernel_of, observed_by
+from ops.fuse.nested import mapped
 from ops.replay.graph import (
     Block,
     Buffer,
@@ -105,7 +105,7 @@ class Capture:
             self.calls,
             self.buffers,
             self.constants,
-            pytree.tree_map_only(Tensor, self._argument, result),
+            mapped(Tensor, self._argument, result),
             self._inputs,
         )
         if not graph.results:
@@ -151,7 +151,7 @@ class Capture:
             return  # views
         if 0 < len(fresh) < len(results):
             raise NotCapturableError(f"{operator} cannot be replayed")
-        given = pytree.tree_map_only(Tensor, self._argument, (args, kwargs))
+        given = mapped(Tensor, self._argument, (args, kwargs))
         call = TorchCall(operator, *given)
         for i in fresh:
             call.results[i] = self._add_buffer(results[i])

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from ops.fuse.nested import leaves
 
 
 class NotCapturableError(Exception):
@@ -118,9 +119,9 @@ def is_view(value: Any) -> bool:
 
 def views_in(value: Any) -> list[View]:
     """The views in nested sequences and dictionaries."""
-    return [leaf for leaf in pytree.tree_leaves(value, is_leaf=is_view) if is_view(leaf)]
+    return [leaf for leaf in leaves(value) if isinstance(leaf, View)]
 
 
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in nested sequences and dictionaries."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from ops.cpu import policy
 from ops.cpu.build import load
 from ops.cpu.call.structures import structure
 from ops.cpu.threads import VALUES, threads_for
-from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View, is_view
+from ops.fuse.nested import leaves
+from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View
 
 _COPY, _ADD, _MULTIPLY, _SUBTRACT, _ADD_PRODUCT = range(5)  # as in ops/cpu/replay/replay.cpp
 _MOST_AXES = 6
@@ -56,8 +56,8 @@ def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
     lower = _LOWER.get(call.function)
     if lower is None or call.kwargs or len(call.results) > 1:
         return None
-    given = pytree.tree_leaves(call.args, is_leaf=is_view)
-    operands = [_operand(a, buffers) for a in given if isinstance(a, Tensor | View)]
+    given = [leaf for leaf in leaves(call.args) if isinstance(leaf, Tensor | View)]
+    operands = [_operand(a, buffers) for a in given]
     out = operands[0]  # in place
     for index in call.results.values():
         out = _operand(View(index, buffers[index].size, buffers[index].stride, 0), buffers)

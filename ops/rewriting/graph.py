@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from ops.cpu.call.binding import Kernel
 from ops.cpu.policy import Decision
+from ops.fuse.nested import leaves, mapped
 from ops.inference.packed_linear import Quantization
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Value",
     "by_name",
     "is_available",
+    "on_meta",
     "permuted",
 ]
 
@@ -160,8 +161,7 @@ class Operator:
 
     def values(self) -> Iterator[Value]:
         """The values among its arguments."""
-        leaves = pytree.tree_leaves((self.args, self.kwargs))
-        return (leaf for leaf in leaves if isinstance(leaf, Value))
+        return (leaf for leaf in leaves((self.args, self.kwargs)) if isinstance(leaf, Value))
 
 
 class OperatorGraph:
@@ -254,13 +254,10 @@ class OperatorGraph:
         """
         values = [a for a in args if isinstance(a, Value)]
         if all(v.constant is not None for v in values):
-            known = pytree.tree_map_only(Value, lambda v: v.constant, args)
+            known = mapped(Value, lambda v: v.constant, args)
             return Value.of_constant(function(*known))
         if shape is None:
-            tensors = pytree.tree_map_only(
-                Value, lambda v: torch.empty(v.shape, dtype=v.dtype, device="meta"), args
-            )
-            shape = function(*tensors).shape
+            shape = function(*on_meta(args)).shape
         result = Value(torch.Size(shape), values[0].dtype)
         made = Operator(function, list(args), {}, [result], path=operator.path)
         made.rewrites = self._noted(operator)
@@ -272,7 +269,7 @@ class OperatorGraph:
         """Let everything that reads ``value`` read another one, which is computed before it."""
         for user in dict.fromkeys(value.users):
             before = list(user.values())
-            user.args, user.kwargs = pytree.tree_map_only(
+            user.args, user.kwargs = mapped(
                 Value, lambda v: by if v is value else v, (user.args, user.kwargs)
             )
             self._connect(user)
@@ -287,21 +284,21 @@ class OperatorGraph:
             return tensors[value] if value.constant is None else value.constant
 
         for operator in self.operators:
-            args, kwargs = pytree.tree_map_only(Value, tensor, (operator.args, operator.kwargs))
+            args, kwargs = mapped(Value, tensor, (operator.args, operator.kwargs))
             tensors.update(zip(operator.results, operator(args, kwargs), strict=True))
             unread.update({value: len(value.users) for value in operator.results})
             unread.subtract(operator.values())
             for value in (*operator.values(), *operator.results):
                 if unread[value] == 0:
                     tensors.pop(value, None)
-        return pytree.tree_map_only(Value, tensor, self.outputs)
+        return mapped(Value, tensor, self.outputs)
 
     def __str__(self) -> str:
         """One line per operator."""
         names = {id(source): f"input{i or ''}" for i, source in enumerate(self.sources)}
         lines = []
         for operator in self.operators:
-            given = pytree.tree_map_only(
+            given = mapped(
                 Value, lambda v: names.get(id(v), "constant"), (operator.args, operator.kwargs)
             )
             for value in operator.results:
@@ -309,7 +306,7 @@ class OperatorGraph:
             args = [str(a) for a in given[0]] + [f"{k}={v}" for k, v in given[1].items()]
             made = ", ".join(names[id(v)] for v in operator.results)
             lines.append(f"{made} = {operator.name}({', '.join(args)})")
-        result = pytree.tree_map_only(Value, lambda v: names.get(id(v), "constant"), self.outputs)
+        result = mapped(Value, lambda v: names.get(id(v), "constant"), self.outputs)
         return "\n".join([*lines, f"return {result}"])
 
 
@@ -318,6 +315,11 @@ def by_name(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[
     arguments = function._schema.arguments
     defaults = {a.name: a.default_value for a in arguments}
     return {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+
+
+def on_meta(given: Any) -> Any:
+    """Arguments with tensors without memory in place of values."""
+    return mapped(Value, lambda v: torch.empty(v.shape, dtype=v.dtype, device="meta"), given)
 
 
 def permuted(value: Any, order: list[int]) -> Value | None:
