@@ -3,14 +3,16 @@
 A kind of call is a method with arguments of given shapes, strides, dtypes and constants, in given
 modes. Its first two calls are recorded, and run as they would without ``fuse()``. If both did the
 same and nothing else changed, the third runs the rewritten operators and is captured, and later
-ones are replayed, for as long as what :mod:`ops.fuse.guards` watches holds. What can't be proved so
-takes the second door, torch's Dynamo (:mod:`ops.fuse.dynamo`), and what is not faster there runs
-plainly.
+ones are replayed, for as long as what :mod:`ops.fuse.guards` watches holds. Kinds that differ in
+the sizes of tensors alone share one graph where :mod:`ops.fuse.sizes` knows that it is right. What
+can't be proved so takes the second door, torch's Dynamo (:mod:`ops.fuse.dynamo`), and what is not
+faster there runs plainly.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import random
 import threading
@@ -27,7 +29,9 @@ from torch.utils import _pytree as pytree
 from ops.cpu.call.dispatch import is_plain_call
 from ops.fuse.guards import Guards
 from ops.fuse.record import Recording, clock, record
-from ops.fuse.structure import Structure, is_constant
+from ops.fuse.sizes import Group, Size, SizedGraph
+from ops.fuse.structure import Structure, is_constant, take_apart
+from ops.inference.layers import FastLayer
 from ops.inference.packed_linear import Quantization, quantization_of
 from ops.replay.capture import Capture
 from ops.replay.graph import NotCapturableError
@@ -44,7 +48,10 @@ CALLS_TO_REPLAY = 3  # of a kind: two are recorded, which give plain results, an
 MEASURES = (
     True  # whether doubtful kinds of calls are timed; without, replays are taken to be faster
 )
-_MOST_KINDS = 16  # of calls that are remembered
+_MOST_BYTES = 64 << 20  # of what is remembered of a module's calls, besides weights
+_BYTES_OF_A_KIND = 4 << 10
+_KINDS_BETWEEN_COUNTS = 16  # of their memory
+_MOST_GROUPS = 16  # of kinds of calls that differ in sizes alone
 _MOST_ATTEMPTS = 3  # to record a kind of call that changed something
 _FEW_CHANGES = 2  # of a module, after which it is recorded again at once
 _LONGEST_PAUSE = 64  # calls before a module that keeps changing is recorded again
@@ -52,6 +59,8 @@ _REPLAYS_TIMED = 2  # before they are compared with the time of the operators
 _WORTH_CAPTURING = 5e-3  # seconds of a call
 _AS_FAST = 1.02  # times a plain call's time
 _CLEARLY = 0.9  # times what a plain call's operators took as they were recorded, which slows them
+_SIZES_JOINED = 3  # before a call of another one is predicted
+_TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of a prediction; else 1e-4
 _TURNS = 3  # of plain calls and replays each, where these don't seem faster
 
 
@@ -120,6 +129,9 @@ class _Kind:
         recording, guards: the last one, and what must hold for it.
         seconds: what the operators of a plain call take.
         is_decided: whether replays are known to be faster.
+        group, sizes: of the inputs, and the calls that differ from it in sizes alone.
+        graph, size: what such calls have in common, and what depends on the size.
+        used: the last call's number.
     """
 
     def __init__(self, name: str, step: Callable[..., Any]) -> None:
@@ -128,12 +140,22 @@ class _Kind:
         self.attempts = self.calls = self.compilations = 0
         self.recording: Recording | None = None
         self.guards: Guards | None = None
-        self.graph: OperatorGraph | None = None
         self.seconds = 0.0
         self.replay: Replay | None = None
         self.form: _Form | None = None  # of what the replay gives
         self.compiled: Any = None  # by Dynamo
         self.trial, self.is_decided = _Trial(), False
+        self.group = Group()
+        self.sizes: tuple[int, ...] = ()
+        self.graph: SizedGraph | None = None
+        self.size: Size | None = None
+        self.used = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        replay = 0 if self.replay is None else self.replay.nbytes
+        return _BYTES_OF_A_KIND + replay + (0 if self.size is None else self.size.nbytes)
 
     def replayed(self, module: Any, call: _Call) -> Any:
         """A call's result by the replay."""
@@ -195,7 +217,9 @@ class Calls:
         self._code: dict[CodeType, dict[str, Any]] = {}  # that ran, with its globals
         self._restarts = 0
         self._pause = 0  # calls that run plainly before one is recorded
-        self._waits = False  # whether a kind must occur twice to be recorded
+        self._groups: dict[Hashable, Group] = {}
+        self._waits = False  # whether a kind must come back to be recorded
+        self._number = itertools.count()  # of calls
         self._ran: dict[CodeType, dict[str, Any]] = {}  # of calls that prove nothing, too
 
     def graph(self, module: Any, method: Callable[..., Any], *args: Any) -> OperatorGraph:
@@ -238,24 +262,63 @@ class Calls:
         kind = self._kinds.get(call.key)
         if kind is None:
             kind = self._add(call)
+        kind.used = next(self._number)
         return kind.step(self, kind, module, call)
 
     def _add(self, call: _Call) -> _Kind:
-        if len(self._kinds) >= _MOST_KINDS:
-            # Hardly any call is repeated.
-            self._waits |= not any(k.replay is not None for k in [*self._kinds.values()])
-            self._forget()
+        if len(self._kinds) % _KINDS_BETWEEN_COUNTS == 0:
+            self._drop()
         shapes = ", ".join("×".join(map(str, t.shape)) for t in call.tensors)
-        kind = _Kind(f"{call.method.__name__}({shapes})", Calls._wait)
+        kind = _Kind(f"{call.method.__name__}({shapes})", Calls._record)
         if call.obstacle:
             self._fail(kind, call.obstacle)
-        elif not self._waits:
-            kind.step = Calls._record
+        else:
+            kind.group, kind.sizes = self._group(call.group), call.sizes
+            self._begin(kind)
         self._kinds[call.key] = kind
         return kind
 
+    def _group(self, key: Hashable) -> Group:
+        if key not in self._groups and len(self._groups) >= _MOST_GROUPS:
+            # Hardly any call is repeated.
+            self._waits |= not any(k.replay is not None for k in [*self._kinds.values()])
+            self._forget()
+        return self._groups.setdefault(key, Group())
+
+    def _begin(self, kind: _Kind) -> None:
+        """Choose what the first call of a kind does."""
+        group = kind.group
+        if group.is_slow:
+            self._run_plainly(kind, "plain calls are faster than one graph of every size")
+            kind.step = Calls._wholly
+        elif (found := group.proved(kind.sizes)) is not None:
+            self._interpret_from_now_on(kind, found, "Python reads no size")
+        elif self._waits or (group.is_settled and not group.lacks(kind.sizes)):
+            kind.step, kind.reason = Calls._wait, group.reason
+
+    def _interpret_from_now_on(
+        self, kind: _Kind, found: tuple[SizedGraph, Size], reason: str
+    ) -> None:
+        kind.graph, kind.size = found
+        kind.guards, kind.recording, kind.calls = self._guards, None, 0
+        kind.step, kind.is_decided = Calls._interpret, True
+        kind.door, kind.reason = "recorded", f"one graph of every size: {reason}"
+
+    def _drop(self) -> None:
+        """If there are too many kinds of calls, forget those that are longest past."""
+        kinds = [*self._kinds.items()]
+        left = sum(kind.nbytes for _, kind in kinds)
+        if left <= _MOST_BYTES:
+            return
+        for key, kind in sorted(kinds, key=lambda item: item[1].used):
+            if left <= _MOST_BYTES // 2:
+                break
+            left -= kind.nbytes
+            self._kinds.pop(key, None)
+
     def _forget(self) -> None:
         self._kinds.clear()
+        self._groups.clear()
         self._layers.clear()
         self._outlines.clear()
 
@@ -280,7 +343,13 @@ class Calls:
     # -- steps: what a call does -----------------------------------------------------------------
 
     def _wait(self, kind: _Kind, module: Any, call: _Call) -> Any:
-        kind.step = Calls._record
+        """Run a call plainly, and record the next one if it came back often enough."""
+        kind.calls += 1
+        if kind.calls >= CALLS_TO_REPLAY:
+            kind.step = Calls._record
+        return call.plainly(module)
+
+    def _wholly(self, kind: _Kind, module: Any, call: _Call) -> Any:
         return call.plainly(module)
 
     def _plainly(self, kind: _Kind, module: Any, call: _Call) -> Any:
@@ -318,13 +387,58 @@ class Calls:
         before = _random_state()
         call.note_attributes()
         paths, quantized = _names(module)
+        sees_sizes = kind.group.sees_sizes and not _has_fast_paths(module)
         with _as_a_whole():
-            result, recording = record(lambda: call.run(module), call.tensors, paths, quantized)
+            result, recording = record(
+                lambda: call.run(module), call.tensors, paths, quantized, sees_sizes=sees_sizes
+            )
         kind.seconds = min(kind.seconds or recording.seconds, recording.seconds)
         self._judge(kind, call, guards, recording, before)
         if quantized and recording.failure is None:  # which is asked for from the first call on
-            return self._computed(kind, recording, call, result)
+            result = self._computed(kind, recording, call, result)
+        if kind.recording is recording:
+            self._join_sizes(kind, recording, call, result)
         return result
+
+    def _join_sizes(self, kind: _Kind, recording: Recording, call: _Call, result: Any) -> None:
+        """Let calls of other sizes learn from a recording, and this one from theirs."""
+        group = kind.group
+        found = group.predicted(kind.sizes, recording)
+        if found is None:
+            case = group.add(kind.sizes, recording)
+            if case is None:
+                return
+            if not self._is_pure and recording.outline not in self._outlines:
+                self._outlines.append(recording.outline)  # two sizes prove as much as two calls
+                kind.step = Calls._capture
+            if len(case) < _SIZES_JOINED:
+                return
+            case.join(self._rewritten)
+            found = group.predicted(kind.sizes, recording)
+            if found is None:
+                return
+        graph, size = found
+        try:
+            given = self._computed_by(graph, size, call)
+            if not _agree(given, result):
+                return
+            if not group.is_timed and _measures():  # now that weights are packed
+                now = clock()
+                begin = now()
+                self._computed_by(graph, size, call)
+                group.is_timed, group.is_slow = True, now() - begin > kind.seconds
+        except Exception as error:
+            _log.debug("%s: %s", kind.name, error)
+            return
+        if group.is_slow:
+            return
+        self._interpret_from_now_on(kind, found, "its first call agreed with it")
+
+    def _computed_by(self, graph: SizedGraph, size: Size, call: _Call) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            results = graph(size, *call.tensors)
+        structure = graph.structure(size, results)
+        return _Form(results, structure, call.tensors)(results, call.tensors)
 
     def _judge(
         self, kind: _Kind, call: _Call, guards: Guards, recording: Recording, random_state: Any
@@ -400,6 +514,41 @@ class Calls:
             return self._anew(kind, module, call)
         kind.recording, kind.replay, kind.form, kind.step = None, replay, form, Calls._replay
         kind.door, kind.reason = "recorded", ""
+        return form(results, call.tensors)
+
+    def _interpret(self, kind: _Kind, module: Any, call: _Call) -> Any:
+        """Run the graph of every size; a size that comes back is captured."""
+        guards, graph, size = kind.guards, kind.graph, kind.size
+        if not self._holds(guards):
+            return self._anew(kind, module, call)
+        assert guards is not None and graph is not None and size is not None
+        if call.needs_plain(guards):
+            return call.plainly(module)
+        kind.calls += 1
+        captures = kind.calls >= CALLS_TO_REPLAY and self._lock.acquire(blocking=False)
+        try:
+            if captures:
+                with _without_collections(), Capture(*call.tensors) as capture:
+                    results = graph(size, *call.tensors)
+                replay = Replay(capture.finish(results))
+            else:
+                with torch._C._AutoDispatchBelowAutograd():
+                    results = graph(size, *call.tensors)
+            form = kind.form
+            if form is None:
+                form = _Form(results, graph.structure(size, results), call.tensors)
+        except Exception as error:
+            self._run_plainly(kind, _reason(error))
+            return call.plainly(module)
+        finally:
+            if captures:
+                self._lock.release()
+        if kind.form is None or captures:
+            if not self._holds(guards):  # a weight was changed while others were packed
+                return self._anew(kind, module, call)
+            kind.form = form
+        if captures:
+            kind.replay, kind.step = replay, Calls._replay
         return form(results, call.tensors)
 
     def _rewritten(self, recording: Recording) -> OperatorGraph:
@@ -568,6 +717,25 @@ class _Call:
         self.obstacle = self.obstacle or f"an argument is a {type(leaf).__name__}"
         return type(leaf).__qualname__, id(type(leaf))
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All sizes of all tensors."""
+        return tuple(n for t in self.tensors for n in t.shape)
+
+    @property
+    def group(self) -> Hashable:
+        """What tells this call from all those that don't differ in sizes alone."""
+        _, structure, _, modes, also = self.key
+        leaves = getattr(self, "_leaves", self.args)
+        numbers = {id(t): number for number, t in enumerate(self.tensors)}
+        described = tuple(
+            (numbers[id(leaf)], leaf.ndim, _layout(leaf), leaf.dtype, leaf.requires_grad)
+            if isinstance(leaf, Tensor)
+            else self._describe(leaf)
+            for leaf in leaves
+        )
+        return self.method.__name__, structure, described, modes, also
+
     def _check_memory(self) -> None:
         if not self.tensors:
             self.obstacle = self.obstacle or "no argument is a tensor"
@@ -606,6 +774,38 @@ class _Call:
         leaves, structure = pytree.tree_flatten((self.args, self.kwargs))
         same = len(leaves) == len(self._leaves) and structure == self._structure
         return same and all(a is b for a, b in zip(leaves, self._leaves, strict=True))
+
+
+def _layout(t: Tensor) -> Hashable:
+    """The order of a tensor's axes in memory; the strides of one with gaps."""
+    if t.is_contiguous():
+        return "contiguous"
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(t.ndim)
+    if memory_format is not None and t.is_contiguous(memory_format=memory_format):
+        return memory_format
+    return t.stride()
+
+
+def _has_fast_paths(module: Any) -> bool:
+    """Whether layers inside take another path where functions of torch are seen."""
+    kinds = nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder
+    return any(isinstance(inner, kinds) for _, inner in module.named_modules())
+
+
+def _agree(given: Any, plain: Any) -> bool:
+    """Whether two results of a call are equal up to rounding."""
+    pairs = zip(take_apart(given)[1], take_apart(plain)[1], strict=True)
+    return all(_is_close(a, b) for a, b in pairs)
+
+
+def _is_close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.stride() != b.stride():
+        return False
+    if not a.dtype.is_floating_point:
+        return torch.equal(a, b)
+    tolerance = _TOLERANCES.get(a.dtype, 1e-4)
+    largest = b.double().abs().nan_to_num(0, 0, 0).max().item()
+    return torch.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True)
 
 
 def _modes() -> Hashable:
@@ -722,11 +922,17 @@ def _reason(error: Exception) -> str:
 
 
 def _share_layers(graph: OperatorGraph, made: dict[Hashable, list[Any]]) -> None:
-    """Replace layers by equal ones of earlier programs, so that weights are packed once."""
+    """Replace layers by equal ones of earlier programs, so that weights are packed once.
+
+    Guards watch what they are made of.
+    """
     for operator in graph.operators:
         layer: Any = operator.function
         if not isinstance(layer, nn.Module):
             continue
+        for inner in layer.modules():
+            if isinstance(inner, FastLayer):
+                inner.is_watched = True
         alike = made.setdefault((type(layer), str(layer)), [])
         for other in alike:
             if _equal(layer, other):

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -31,10 +31,11 @@ from ops.cpu.call.binding import kernel_of
 from ops.cpu.policy import Decision, observe_decisions
 from ops.fuse.fast_paths import expand
 from ops.fuse.nested import leaves, mapped
+from ops.fuse.reads import SizeReads
 from ops.fuse.structure import Structure, take_apart
 from ops.inference.packed_linear import Quantization
 from ops.replay.graph import NotCapturableError
-from ops.rewriting.graph import Operator, OperatorGraph, Value, by_name, on_meta
+from ops.rewriting.graph import Operator, OperatorGraph, Origin, Value, by_name, on_meta
 
 __all__ = ["Recording", "callers", "clock", "record"]
 
@@ -48,6 +49,9 @@ _OF_SHAPES = {
     *(_aten.zeros_like, _aten.ones_like, _aten.full_like),
     *(_aten.new_zeros, _aten.new_ones, _aten.new_full),
 }
+# Operators that return more tensors of a larger one.
+_DIVIDING = {_aten.split, _aten.chunk, _aten.unbind, _aten.tensor_split}
+_DIVIDING |= {_aten.unsafe_split, _aten.unsafe_chunk}
 _ALLOCATIONS = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty}
 _LAYOUTS = {_aten.as_strided, _aten.set_, _aten.resize_, _aten.resize_as_, _aten.as_strided_}
 # Views that keep the order of values.
@@ -78,6 +82,8 @@ class Recording:
         seconds: what the operators took, without the Python in between.
         frames: the code that ran, with its globals.
         constants: the tensors that existed before and were read.
+        reads_sizes: whether Python read the size of a tensor, if that was to be seen.
+        divided: the sizes that tell how many tensors operators returned.
     """
 
     failure: str | None = None
@@ -89,6 +95,8 @@ class Recording:
     seconds: float = 0.0
     frames: dict[CodeType, dict[str, Any]] = field(default_factory=dict, repr=False)
     constants: list[Tensor] = field(default_factory=list, repr=False)
+    reads_sizes: bool | None = None
+    divided: list[int] = field(default_factory=list, repr=False)
 
     def fail(self, reason: str) -> None:
         """Note why the call cannot be replayed, if nothing did before."""
@@ -100,6 +108,8 @@ def record(
     inputs: Sequence[Tensor],
     paths: Mapping[int, str],
     quantized: Mapping[int, Quantization],
+    *,
+    sees_sizes: bool = False,
 ) -> tuple[Any, Recording]:
     """``call()`` and what it did; what it raises is raised.
 
@@ -108,6 +118,7 @@ def record(
             memory.
         paths: of modules by their identities.
         quantized: how layers with a weight, given by its identity, compute in int8.
+        sees_sizes: whether to note that Python reads the size of a tensor. Code can see this.
     """
     recorder = _Recorder(inputs, paths, quantized)
     recording = recorder.recording
@@ -116,8 +127,10 @@ def record(
         contexts.enter_context(torch._C._AutoDispatchBelowAutograd())
         contexts.enter_context(observe_decisions(recorder.note_decision))
         contexts.enter_context(recorder)
+        reads = contexts.enter_context(SizeReads()) if sees_sizes else None
         contexts.enter_context(_Python(recorder))
         result = call()
+    recorder.recording.reads_sizes = None if reads is None else reads.found
     recorder.finish(result)
     return result, recording
 
@@ -159,8 +172,11 @@ class _Python:
 
 @contextmanager
 def _unprofiled() -> Iterator[None]:
-    """Context of the recorder's own code."""
+    """Context of the recorder's own code; a profiler of others sees it."""
     function = sys.getprofile()
+    if not isinstance(function, FunctionType):
+        yield
+        return
     sys.setprofile(None)
     try:
         yield
@@ -328,10 +344,7 @@ class _Recorder(TorchDispatchMode):
         if func is not _aten.promote_types.default:  # of no tensors
             self._sign(
                 str(func),
-                *(
-                    numbers[id(v)] if isinstance(v, Value) else (type(v).__name__, repr(v))
-                    for v in values
-                ),
+                *(numbers[id(v)] if isinstance(v, Value) else _signed(v) for v in values),
             )
         varies = any(v.constant is None for v in read)
         if varies and func.overloadpacket in _LAYOUTS:
@@ -348,8 +361,9 @@ class _Recorder(TorchDispatchMode):
         if memory.kind != "new":
             return
         for value in memory.constants:
-            if value.constant is not None and (value.users or varies):
-                value.constant = value.constant.clone()
+            assert value.constant is not None
+            value.constant = value.constant.clone()
+        memory.constants.clear()
         if varies:
             assert memory.whole is not None
             memory.kind, memory.base = "result", Value.of_constant(memory.whole.clone())
@@ -376,10 +390,15 @@ class _Recorder(TorchDispatchMode):
         if any(t.layout != torch.strided for t in results):
             raise NotCapturableError(f"{func} gives a tensor of layout {results[0].layout}")
         is_list = isinstance(result, tuple | list)
+        if func.overloadpacket in _DIVIDING:
+            axis = by_name(func, *given).get("dim", 0)
+            self.recording.divided.append(read[0].shape[axis])
         if varies:
             values = self._add(func, given, results, is_list)
         else:
             values = [Value.of_constant(t.detach()) for t in results]
+            for index, value in enumerate(values):
+                value.origin = Origin(func, given[0], given[1], index if is_list else None)
         used = _storages((args, kwargs))
         for index, (t, value) in enumerate(zip(results, values, strict=True)):
             if t in self._views:  # an argument itself
@@ -667,6 +686,12 @@ def callers() -> Iterator[Any]:
         if frame.f_code.co_varnames[:1] == ("self",):
             yield frame.f_locals.get("self")
         frame = frame.f_back
+
+
+def _signed(argument: Any) -> Hashable:
+    """An argument as a part of a signature: of one type only, and integers as they are."""
+    kind = type(argument)
+    return kind.__name__, argument if kind is int else repr(argument)
 
 
 def _storage(t: Any) -> int:

@@ -88,6 +88,18 @@ class Structure:
         """The parts that a graph computes."""
         return [part for part in self.parts if part.kind == "varying"]
 
+    def laid_out(self, places: Sequence[tuple[tuple[int, ...], int]]) -> Structure:
+        """The same with other strides and offsets of the parts that vary."""
+        following = iter(places)
+        made = copy.copy(self)
+        made.parts = []
+        for part in self.parts:
+            if part.kind == "varying":
+                stride, offset = next(following)
+                part = dataclasses.replace(part, stride=stride, offset=offset)
+            made.parts.append(part)
+        return made
+
     def __call__(self, computed: Sequence[Tensor], arguments: Sequence[Tensor]) -> Any:
         """The result with these tensors in place of those that vary, for these arguments."""
         if self._is_tensor and computed:

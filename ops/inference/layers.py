@@ -92,15 +92,20 @@ class FastLayer(nn.Module):
     Attributes:
         kernels: what the fast path needs: without one of them, there are no derived data.
         decisions: the rules of :mod:`ops.cpu.policy` consulted in creating them.
+        is_watched: whether the caller has checked that nothing has changed, as guards do.
     """
 
     kernels: ClassVar[Sequence[Kernel]] = ()
     _derived: Any = None
     _made_from: TensorSnapshot | None = None
+    _derived_for: torch.dtype | None = None
     decisions: Sequence[Decision] = ()
+    is_watched: bool = False
 
     def derived(self, x: Tensor) -> Any:
         """The result of :meth:`derive`, or None if ``x`` requires the plain form."""
+        if self.is_watched and self._derived_for is x.dtype:
+            return self._derived
         if torch.compiler.is_compiling():
             return None
         if self._derived is None and self._made_from is not None:
@@ -124,6 +129,8 @@ class FastLayer(nn.Module):
                 missing = any(k.unavailable(x.device, x.dtype) is not None for k in self.kernels)
                 self._derived = None if missing else self.derive(x)
             self._made_from, self.decisions = made_from, decisions
+            if self.is_watched:
+                self._derived_for = x.dtype
         return self._derived
 
     def derive(self, x: Tensor) -> Any:
@@ -142,7 +149,7 @@ class FastLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for name in ("_derived", "_made_from", "decisions"):
+        for name in ("_derived", "_made_from", "_derived_for", "decisions"):
             state.pop(name, None)
         return state
 

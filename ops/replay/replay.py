@@ -35,6 +35,8 @@ _VALUE, _PLACE, _BLOCK = range(3)  # as in ops/cpu/replay/replay.cpp
 # call, so that lists of kernels are not split.
 _LARGE_BYTES = 4 << 20
 
+_BYTES_OF_A_WORD, _BYTES_OF_A_STEP = 64, 4 << 10
+
 _Tensors = list[Any]  # of buffers, during a replay
 _Step = Callable[[_Tensors, Any], object]
 
@@ -93,6 +95,11 @@ class Replay:
         self._count = len(self._buffers)
         self._bases = ctypes.c_void_p * (self._count + 1)  # the last is the workspace
         del self._buffers
+
+    @property
+    def nbytes(self) -> int:
+        """About the memory of the list of calls; weights and the workspace are shared."""
+        return _BYTES_OF_A_WORD * len(self._words) + _BYTES_OF_A_STEP * len(self._steps)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Run the graph on inputs and return its result.

@@ -27,6 +27,7 @@ __all__ = [
     "NHWC",
     "Operator",
     "OperatorGraph",
+    "Origin",
     "Value",
     "by_name",
     "is_available",
@@ -40,6 +41,20 @@ _aten = torch.ops.aten
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
 
 
+@dataclass
+class Origin:
+    """How a constant was computed, as from other constants.
+
+    Attributes:
+        index: of the result that it is, if there are several.
+    """
+
+    function: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    index: int | None = None
+
+
 @dataclass(eq=False, match_args=False)
 class Value:
     """A tensor of the call: the input, the result of an operator, or a constant.
@@ -51,6 +66,7 @@ class Value:
         users: the operators that read it, once for each argument, and the graph's end if the call
             returns it.
         quantization: of the layer whose weight it is, if that computes in int8.
+        origin: of a constant that the call computed.
     """
 
     shape: torch.Size
@@ -59,6 +75,7 @@ class Value:
     producer: Any = field(default=None, repr=False)
     users: list[Operator] = field(default_factory=list, repr=False)
     quantization: Quantization | None = None
+    origin: Origin | None = field(default=None, repr=False)
 
     __match_args__ = ("function", "positional")
 
@@ -255,14 +272,16 @@ class OperatorGraph:
         values = [a for a in args if isinstance(a, Value)]
         if all(v.constant is not None for v in values):
             known = mapped(Value, lambda v: v.constant, args)
-            return Value.of_constant(function(*known))
+            made = Value.of_constant(function(*known))
+            made.origin = Origin(function, args, {})
+            return made
         if shape is None:
             shape = function(*on_meta(args)).shape
         result = Value(torch.Size(shape), values[0].dtype)
-        made = Operator(function, list(args), {}, [result], path=operator.path)
-        made.rewrites = self._noted(operator)
-        self.operators.insert(self.operators.index(operator), made)
-        self._connect(made)
+        added = Operator(function, list(args), {}, [result], path=operator.path)
+        added.rewrites = self._noted(operator)
+        self.operators.insert(self.operators.index(operator), added)
+        self._connect(added)
         return result
 
     def substitute(self, value: Value, by: Value) -> None:

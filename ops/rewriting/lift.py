@@ -7,7 +7,7 @@ channels-last map, so that all that follows knows one kind of product.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -87,13 +87,49 @@ class Attention(nn.Module):
 
 
 class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """Means of windows of one size, (B, C, H, W) → (B, C, *output_size)."""
+    """Means of windows, (B, C, H, W) → (B, C, *output_size); by our kernel if of one size."""
 
     def forward(self, x: Tensor) -> Tensor:
         size: Any = self.output_size
+        if any(n % windows for n, windows in zip(x.shape[2:], size, strict=True)):
+            return super().forward(x)
         window = [n // windows for n, windows in zip(x.shape[2:], size, strict=True)]
         out: Tensor = window_means(x.permute(NHWC), window)
         return out.permute(NCHW)
+
+
+class WindowPool(nn.Module):
+    """Maxima or means of windows, (B, H, W, C) → (B, H', W', C).
+
+    Args:
+        given: the arguments of ``max_pool2d`` or ``avg_pool2d`` by name.
+        means: means instead of maxima.
+    """
+
+    def __init__(self, given: Mapping[str, Any], *, means: bool) -> None:
+        super().__init__()
+        self.kernel_size = _pair(given["kernel_size"])
+        self.stride = _pair(given["stride"] or given["kernel_size"])
+        self.padding, self.ceil_mode = _pair(given["padding"]), given["ceil_mode"]
+        self.means, self.counts = means, means and given["count_include_pad"]
+
+    def extra_repr(self) -> str:
+        names = "kernel_size", "stride", "padding", "ceil_mode", "means", "counts"
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        windows = self.kernel_size, self.stride, self.padding
+        given = zip(x.shape[1:3], *windows, strict=True)
+        size = [self._length(*axis) for axis in given]
+        out: Tensor = window_pool(x, *windows, size, self.means, self.counts)
+        return out
+
+    def _length(self, length: int, side: int, step: int, padding: int) -> int:
+        room = length + 2 * padding - side
+        if not self.ceil_mode:
+            return room // step + 1
+        windows = -(-room // step) + 1
+        return windows - ((windows - 1) * step >= length + padding)  # one that begins in padding
 
 
 # -- rules ---------------------------------------------------------------------------------------
@@ -242,13 +278,10 @@ def _window_pool(graph: OperatorGraph, operator: Operator, given: dict[str, Any]
     plain = _pair(given.get("dilation", [1])) == (1, 1) and given.get("divisor_override") is None
     if not plain or not _pools(window_pool, x):
         return
-    sides = [_pair(given[name] or given["kernel_size"]) for name in ("kernel_size", "stride")]
-    means = operator.function is _aten.avg_pool2d.default
-    counts = means and given["count_include_pad"]
-    options = *sides, _pair(given["padding"]), size[2:], means, counts
     pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
     shape = (size[0], *size[2:], size[1])
-    made = graph.insert_before(operator, window_pool, pixels, *options, shape=shape)
+    layer = WindowPool(given, means=operator.function is _aten.avg_pool2d.default)
+    made = graph.insert_before(operator, layer, pixels, shape=shape)
     graph.replace(operator, _aten.permute.default, made, NCHW)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import gc
 import itertools
 import threading
@@ -136,7 +137,9 @@ def test_one_recording_proves_another_size(monkeypatch: pytest.MonkeyPatch) -> N
     """Once two calls of some size have done the same."""
     recorded: list[object] = []
     record = calls.record
-    monkeypatch.setattr(calls, "record", lambda *args: (recorded.append(args), record(*args))[1])
+    monkeypatch.setattr(
+        calls, "record", lambda *args, **kw: (recorded.append(args), record(*args, **kw))[1]
+    )
     block = _fused()
     for rows, recordings in ((5, 2), (6, 3), (9, 4)):
         for _ in range(4):
@@ -145,12 +148,16 @@ def test_one_recording_proves_another_size(monkeypatch: pytest.MonkeyPatch) -> N
     assert _doors(block) == ["recorded"] * 3
 
 
-def test_the_number_of_kinds_is_bounded() -> None:
+def test_kinds_of_calls_are_forgotten_by_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are longest past go first."""
+    monkeypatch.setattr(calls, "_MOST_BYTES", 1 << 19)
     block = _fused()
-    for rows in range(2, 30):
-        for _ in range(3):
+    for rows in range(2, 60):
+        for _ in range(5):
             block(_input(rows=rows))
-    assert 0 < _doors(block).count("recorded") <= 16
+    kinds = [*block._calls._kinds.values()]
+    assert 0 < sum(kind.nbytes for kind in kinds) < 1 << 20
+    assert "2×59×8" in kinds[-1].name and len(kinds) < 50
 
 
 class Several(nn.Module):
@@ -442,3 +449,12 @@ def test_explain_names_the_door_of_each_call() -> None:
     assert second.startswith("the model, forward(2×3×8×8): plain (")
     assert third.startswith("the model, forward(1×3×9×9): watched")
     assert all(f"Call of {door}" in str(explained) for door in explained.doors)
+
+
+def test_profilers_see_plain_calls() -> None:
+    """One that isn't a function of Python can't be set again once it was taken away."""
+    block = _fused()
+    with cProfile.Profile() as profiler:
+        for seed in range(4):
+            assert torch.equal(block(_input(seed)), _plainly(block, _input(seed)))
+    assert len(profiler.getstats()) > 10 and _count(block) == 8

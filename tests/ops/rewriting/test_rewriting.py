@@ -396,8 +396,8 @@ RULES: dict[str, tuple[Callable[..., Any], dict[str, Any], Tensor, list[str]]] =
             *({}, IMAGE, [left]),
         )
         for pool, options, left in (
-            (F.max_pool2d, {"kernel_size": 3, "stride": 2, "padding": 1}, "window_pool"),
-            (F.max_pool2d, {"kernel_size": 3, "stride": 2, "ceil_mode": True}, "window_pool"),
+            (F.max_pool2d, {"kernel_size": 3, "stride": 2, "padding": 1}, "WindowPool"),
+            (F.max_pool2d, {"kernel_size": 3, "stride": 2, "ceil_mode": True}, "WindowPool"),
             (F.max_pool2d, {"kernel_size": 2, "dilation": 2}, "max_pool2d"),
             (F.avg_pool2d, {"kernel_size": 2, "divisor_override": 3}, "avg_pool2d"),
         )
