@@ -59,6 +59,9 @@ _REPLAYS_TIMED = 2  # before they are compared with the time of the operators
 _WORTH_CAPTURING = 5e-3  # seconds of a call
 _AS_FAST = 1.02  # times a plain call's time
 _CLEARLY = 0.9  # times what a plain call's operators took as they were recorded, which slows them
+# Calls of a size after which more are to be expected than it takes to make up for the time of a
+# recording, or of a capture.
+_CALLS_TO_PAY = 8
 _SIZES_JOINED = 3  # before a call of another one is predicted
 _TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of a prediction; else 1e-4
 _TURNS = 3  # of plain calls and replays each, where these don't seem faster
@@ -345,7 +348,7 @@ class Calls:
     def _wait(self, kind: _Kind, module: Any, call: _Call) -> Any:
         """Run a call plainly, and record the next one if it came back often enough."""
         kind.calls += 1
-        if kind.calls >= CALLS_TO_REPLAY:
+        if kind.calls >= _CALLS_TO_PAY:
             kind.step = Calls._record
         return call.plainly(module)
 
@@ -525,7 +528,7 @@ class Calls:
         if call.needs_plain(guards):
             return call.plainly(module)
         kind.calls += 1
-        captures = kind.calls >= CALLS_TO_REPLAY and self._lock.acquire(blocking=False)
+        captures = kind.calls > _CALLS_TO_PAY and self._lock.acquire(blocking=False)
         try:
             if captures:
                 with _without_collections(), Capture(*call.tensors) as capture:

@@ -153,7 +153,7 @@ def test_kinds_of_calls_are_forgotten_by_their_memory(monkeypatch: pytest.Monkey
     monkeypatch.setattr(calls, "_MOST_BYTES", 1 << 19)
     block = _fused()
     for rows in range(2, 60):
-        for _ in range(5):
+        for _ in range(10):
             block(_input(rows=rows))
     kinds = [*block._calls._kinds.values()]
     assert 0 < sum(kind.nbytes for kind in kinds) < 1 << 20

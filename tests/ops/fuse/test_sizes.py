@@ -96,7 +96,7 @@ def _check(law: Callable[..., None], steps: Sequence[str], end: str, sizes: Sequ
 # Some come back; at the end, there are those that few networks take.
 _SIZES = [
     *((1, 16, 16), (1, 16, 24), (1, 20, 32), (1, 32, 17), (1, 24, 16), (1, 15, 31), (2, 16, 24)),
-    *((1, 32, 17),) * 6,
+    *((1, 32, 17),) * 11,
     *((3, 21, 19), (1, 48, 40), (1, 17, 25), (2, 33, 18), (1, 19, 57), (1, 64, 8), (5, 12, 13)),
     *((1, 16, 16), (1, 2, 16), (1, 16, 1), (1, 1, 1), (0, 16, 16), (1, 7, 30), (2, 1, 9)),
 ]
@@ -122,7 +122,7 @@ def _programs(draw: st.DrawFn) -> tuple[list[str], str, list[Any]]:
     sizes = draw(st.lists(_sizes, min_size=7, max_size=12))
     again = draw(st.lists(st.sampled_from(sizes), max_size=2))
     steps = st.lists(st.sampled_from([*_STEPS]), min_size=1, max_size=4)
-    order = [*sizes, *(size for size in again for _ in range(6))]
+    order = [*sizes, *(size for size in again for _ in range(11))]
     return draw(steps), draw(st.sampled_from([*_ENDS])), order
 
 
@@ -178,7 +178,7 @@ def test_three_sizes_are_recorded() -> None:
     assert _count(fused) == 3
     last = _doors(fused)[-1]
     assert last.endswith("recorded (one graph of every size: Python reads no size)")
-    for _ in range(5):  # captured and replayed
+    for _ in range(10):  # captured and replayed
         _call(fused, Net(), 1, 3, 64, 392)
     assert _count(fused) == 3
     _call(fused, Net(), 1, 3, 96, 32)  # a height, of which there was but one
@@ -193,11 +193,11 @@ def test_three_sizes_are_recorded() -> None:
 def test_a_size_that_is_read_is_observed_if_it_comes_back() -> None:
     """Until then, calls run plainly, once each."""
     fused = backbones.fuse(Net(reads=True))
-    for _ in range(6):
+    for _ in range(12):
         for width in range(32, 96, 8):
             _call(fused, Net(reads=True), 1, 3, 64, width)
-    # The first one twice, two once, and the others three times before.
-    assert _count(fused) == 2 + 2 + 5 * 4
+    # The first one twice, two once, and the others eight times before.
+    assert _count(fused) == 2 + 2 + 5 * 9
 
 
 def test_weights_may_change_between_sizes() -> None:
