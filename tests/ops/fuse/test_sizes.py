@@ -223,6 +223,19 @@ def test_graphs_slower_than_plain_calls_are_not_used(monkeypatch: pytest.MonkeyP
     assert "plain calls are faster than one graph of every size" in _doors(fused)[-1]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@torch.inference_mode()
+def test_other_types_share_a_graph(dtype: torch.dtype) -> None:
+    """Its results are those of a model that is fused for each size alone."""
+    fused = backbones.fuse(Net(), dtype=dtype)
+    for width in (32, 48, 64, 80, 96, *(112,) * 10):
+        x, alone = torch.randn(1, 3, 64, width), backbones.fuse(Net(), dtype=dtype)
+        for _ in range(calls.CALLS_TO_REPLAY):
+            expected = alone(x)
+        torch.testing.assert_close(fused(x), expected, rtol=1e-2, atol=1e-2)
+    assert _count(fused) == 3
+
+
 # -- expressions, and reads of sizes -----------------------------------------------------------
 
 
