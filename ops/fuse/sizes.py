@@ -362,7 +362,6 @@ class Case:
     Attributes:
         law, graph: of them; there is no graph yet of few sizes, or if they can't be one.
         reason: why they can't.
-        seconds: what the graph took, and the plain operators, at one size.
     """
 
     def __init__(self) -> None:
