@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from ops.cpu.call.dispatch import is_plain_call
 from ops.fuse.guards import Guards
 from ops.fuse.record import Recording, clock, record
-from ops.fuse.sizes import Group, Size, SizedGraph
+from ops.fuse.sizes import SIZES_RECORDED, Group, Size, SizedGraph
 from ops.fuse.structure import Structure, is_constant, take_apart
 from ops.inference.layers import FastLayer
 from ops.inference.packed_linear import Quantization, quantization_of
@@ -62,7 +62,6 @@ _CLEARLY = 0.9  # times what a plain call's operators took as they were recorded
 # Calls of a size after which more are to be expected than it takes to make up for the time of a
 # recording, or of a capture.
 _CALLS_TO_PAY = 8
-_SIZES_JOINED = 3  # before a call of another one is predicted
 _TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of a prediction; else 1e-4
 _TURNS = 3  # of plain calls and replays each, where these don't seem faster
 
@@ -400,7 +399,10 @@ class Calls:
         if quantized and recording.failure is None:  # which is asked for from the first call on
             result = self._computed(kind, recording, call, result)
         if kind.recording is recording:
-            self._join_sizes(kind, recording, call, result)
+            try:
+                self._join_sizes(kind, recording, call, result)
+            except Exception as error:  # the call has its result, and its kind goes on alone
+                kind.group.fail(_reason(error))
         return result
 
     def _join_sizes(self, kind: _Kind, recording: Recording, call: _Call, result: Any) -> None:
@@ -414,25 +416,21 @@ class Calls:
             if not self._is_pure and recording.outline not in self._outlines:
                 self._outlines.append(recording.outline)  # two sizes prove as much as two calls
                 kind.step = Calls._capture
-            if len(case) < _SIZES_JOINED:
+            if len(case) < SIZES_RECORDED:
                 return
             case.join(self._rewritten)
             found = group.predicted(kind.sizes, recording)
             if found is None:
                 return
         graph, size = found
-        try:
-            given = self._computed_by(graph, size, call)
-            if not _agree(given, result):
-                return
-            if not group.is_timed and _measures():  # now that weights are packed
-                now = clock()
-                begin = now()
-                self._computed_by(graph, size, call)
-                group.is_timed, group.is_slow = True, now() - begin > kind.seconds
-        except Exception as error:
-            _log.debug("%s: %s", kind.name, error)
+        if not _agree(self._computed_by(graph, size, call), result):
+            group.fail("the graph of several sizes gave another result")
             return
+        if not group.is_timed and _measures():  # now that weights are packed
+            now = clock()
+            begin = now()
+            self._computed_by(graph, size, call)
+            group.is_timed, group.is_slow = True, now() - begin > kind.seconds
         if group.is_slow:
             return
         self._interpret_from_now_on(kind, found, "its first call agreed with it")

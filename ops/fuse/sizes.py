@@ -21,9 +21,9 @@ from ops.fuse.nested import leaves
 from ops.fuse.structure import Structure
 from ops.rewriting.graph import OperatorGraph, Value
 
-__all__ = ["Case", "Group", "Size", "SizedGraph"]
+__all__ = ["SIZES_RECORDED", "Case", "Group", "Size", "SizedGraph"]
 
-_SIZES_RECORDED = 3  # before there is one graph, or none is to be expected
+SIZES_RECORDED = 3  # before there is one graph, or none is to be expected
 _MOST_SIZES = 6  # of a case: other ones vary in more than the first
 _MOST_CASES = 8
 _SMALL = 2  # the largest size that may be one elsewhere
@@ -419,11 +419,16 @@ class Group:
         self.cases: list[Case] = []
         self._recorded: set[tuple[int, ...]] = set()
         self.is_timed = self.is_slow = False
+        self._failure = ""
+
+    def fail(self, reason: str) -> None:
+        """Let each size go on alone, since a graph of several is not right."""
+        self._failure, self.cases = reason, []
 
     @property
     def is_settled(self) -> bool:
         """Whether a size that was not recorded has to come back to be worth it."""
-        return len(self._recorded) >= _SIZES_RECORDED
+        return len(self._recorded) >= SIZES_RECORDED
 
     @property
     def sees_sizes(self) -> bool:
@@ -434,7 +439,7 @@ class Group:
     def reason(self) -> str:
         """Why a size that never occurred is not computed by a graph of others."""
         failed = next((case.reason for case in self.cases if case.reason), "")
-        return failed or "Python reads sizes, so that a size has to be observed"
+        return self._failure or failed or "Python reads sizes, so that a size has to be observed"
 
     def proved(self, sizes: tuple[int, ...]) -> tuple[SizedGraph, Size] | None:
         """The graph that is right for a size that never occurred, if that is known."""
@@ -468,7 +473,7 @@ class Group:
 
     def add(self, sizes: tuple[int, ...], recording: Any) -> Case | None:
         """Add a recording. Returns the case that it belongs to, if that has others."""
-        if sizes in self._recorded:
+        if sizes in self._recorded or self._failure:
             return None
         self._recorded.add(sizes)
         for case in self.cases:

@@ -19,6 +19,7 @@ import backbones
 from ops.fuse import calls
 from ops.fuse.expressions import Expressions
 from ops.fuse.reads import SizeReads
+from ops.fuse.sizes import SizedGraph
 
 _INIT = """
 m.conv, m.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, 2, 1)
@@ -221,6 +222,26 @@ def test_graphs_slower_than_plain_calls_are_not_used(monkeypatch: pytest.MonkeyP
         _call(fused, Net(), 1, 3, 64, width)
     assert _count(fused) == 16
     assert "plain calls are faster than one graph of every size" in _doors(fused)[-1]
+
+
+@pytest.mark.parametrize("fault", ["raises", "differs"])
+def test_a_graph_that_is_wrong_leaves_each_size_alone(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = SizedGraph.__call__
+
+    def call(graph: SizedGraph, *args: Any) -> list[Tensor]:
+        if fault == "raises":
+            raise KeyError("a fault")
+        return [t + 1 for t in computed(graph, *args)]
+
+    monkeypatch.setattr(SizedGraph, "__call__", call)
+    fused = backbones.fuse(Net())
+    for width in (32, 48, 64, 80, 96, *(112,) * 14):
+        _call(fused, Net(), 1, 3, 64, width)
+    found = {"raises": "a fault", "differs": "gave another result"}[fault]
+    *_, before, last = _doors(fused)
+    assert found in before and last == "the model, forward(1×3×64×112): recorded"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
